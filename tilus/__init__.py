@@ -1,0 +1,1 @@
+"""tilus: GPU kernels as decorated Python functions, for any bit width."""
