@@ -1,0 +1,155 @@
+"""PTX modules as typed objects.
+
+Registers are untyped by bit width (`.pred`, `.b16`, `.b32`, `.b64`): PTX lets an operand of an untyped class stand for
+any fundamental type of its size (PTX ISA, "Operand type checking"), so a packed pair of f16 and a u32 share one class.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from tilus.errors import Loc
+from tilus.target import Target
+
+
+class RegClass(enum.Enum):
+    """Width of a register; the value is its PTX type without the dot."""
+
+    PRED = "pred"
+    B16 = "b16"
+    B32 = "b32"
+    B64 = "b64"
+
+    @property
+    def prefix(self) -> str:
+        return {"pred": "%p", "b16": "%h", "b32": "%r", "b64": "%d"}[self.value]
+
+
+@dataclass(frozen=True)
+class Reg:
+    cls: RegClass
+    index: int
+
+
+@dataclass(frozen=True)
+class Imm:
+    """An integer immediate."""
+
+    value: int
+
+
+@dataclass(frozen=True)
+class FloatImm:
+    """A float immediate by its bits: exact, printed as `0f3F800000` (nbits 32) or `0d...` (nbits 64)."""
+
+    bits: int
+    nbits: int = 32
+
+
+@dataclass(frozen=True)
+class Special:
+    """A special register such as `%tid.x`."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """The address of a named variable (a shared array) or a kernel parameter."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Address:
+    """A memory operand `[base + offset]`; offset in bytes."""
+
+    base: Reg | Symbol
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Vector:
+    """A brace-enclosed operand such as `{%r0, %r1}`."""
+
+    elements: tuple[Reg | Imm | FloatImm, ...]
+
+
+@dataclass(frozen=True)
+class LabelRef:
+    name: str
+
+
+Operand = Reg | Imm | FloatImm | Special | Symbol | Address | Vector | LabelRef
+
+
+@dataclass(frozen=True)
+class Guard:
+    """`@p` or `@!p` in front of an instruction."""
+
+    reg: Reg
+    negated: bool = False
+
+
+@dataclass(frozen=True)
+class Instr:
+    """One instruction: opcode with modifiers, operands in PTX order (destination first), optional guard.
+
+    loc: the user's source position, printed as a `.loc` directive so that tools and the emulator can show it.
+    """
+
+    opcode: str
+    operands: tuple[Operand, ...]
+    guard: Guard | None = None
+    loc: Loc | None = None
+
+
+@dataclass(frozen=True)
+class Label:
+    name: str
+
+
+@dataclass(frozen=True)
+class Comment:
+    text: str
+
+
+Item = Instr | Label | Comment
+
+
+@dataclass(frozen=True)
+class Param:
+    """A kernel parameter; `type` is a PTX type without the dot (`u64`, `s32`, `f32`, `b8` ...)."""
+
+    name: str
+    type: str
+
+
+@dataclass(frozen=True)
+class SharedArray:
+    """A shared-memory array of bytes. `dynamic` ones are extern, sized at launch (needed above 48 KiB)."""
+
+    name: str
+    nbytes: int
+    align: int = 16
+    dynamic: bool = False
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One `.entry`. `num_threads` becomes `.reqntid`; `min_blocks_per_sm` and `max_registers` are optional caps."""
+
+    name: str
+    params: tuple[Param, ...]
+    body: tuple[Item, ...]
+    shared: tuple[SharedArray, ...]
+    num_threads: int
+    min_blocks_per_sm: int | None = None
+    max_registers: int | None = None
+
+
+@dataclass(frozen=True)
+class Module:
+    target: Target
+    kernels: tuple[Kernel, ...]

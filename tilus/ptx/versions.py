@@ -1,0 +1,48 @@
+"""The lowest PTX ISA version an instruction needs (PTX ISA, "PTX ISA Notes" of each instruction).
+
+The newest version is never emitted for its own sake: a driver refuses PTX newer than itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tilus.target import Target
+
+BASE_VERSION = (7, 0)
+
+# Prefix of an opcode -> version; the longest matching prefix decides. Everything else is in BASE_VERSION.
+_INTRODUCED: dict[str, tuple[int, int]] = {
+    "stmatrix": (7, 8),
+    "wgmma": (8, 0),
+    "setmaxnreg": (8, 0),
+    "mbarrier.try_wait": (7, 8),
+    "mbarrier.arrive.expect_tx": (8, 0),
+    "cp.async.bulk": (8, 0),
+    "fence.proxy.async": (8, 0),
+    "griddepcontrol": (7, 8),
+    "barrier.cluster": (7, 8),
+    "add.bf16": (7, 8),
+    "add.rn.bf16": (7, 8),
+    "sub.bf16": (7, 8),
+    "sub.rn.bf16": (7, 8),
+    "mul.bf16": (7, 8),
+    "mul.rn.bf16": (7, 8),
+    "cvt.rn.f16x2.e4m3x2": (8, 1),
+    "cvt.rn.f16x2.e5m2x2": (8, 1),
+    "cvt.rn.satfinite.e4m3x2": (8, 1),
+    "cvt.rn.satfinite.e5m2x2": (8, 1),
+    "elect.sync": (8, 0),
+    "redux.sync.min.f32": (8, 6),
+    "redux.sync.max.f32": (8, 6),
+}
+
+
+def required_version(opcodes: Iterable[str], target: Target) -> tuple[int, int]:
+    """The lowest `.version` for these opcodes on this target."""
+    version = max(BASE_VERSION, target.ptx_version)
+    for opcode in opcodes:
+        for prefix, introduced in _INTRODUCED.items():
+            if opcode.startswith(prefix):
+                version = max(version, introduced)
+    return version
