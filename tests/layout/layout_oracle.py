@@ -98,7 +98,7 @@ def all_raw(shape: tuple[int, ...], threads: int, slots: int) -> Iterator[Raw]:
             hits: dict[tuple[int, ...], int] = {}
             for index in function(raw).values():
                 hits[index] = hits.get(index, 0) + 1
-            if len(hits) == want and set(hits.values()) == {replicas}:
+            if set(hits) == set(product(*map(range, shape))) and set(hits.values()) == {replicas}:
                 yield raw
 
 
