@@ -85,7 +85,8 @@ class EmitContext:
                 if dst != src:
                     self.b.mov(dst, src)
         elif tensor.mutable:
-            raise TilusError(f"tile {tensor.name} is assigned before its storage exists")
+            for dst, src in zip(self.allocate(tensor), words, strict=True):
+                self.b.mov(dst, src)
         else:
             self.tiles[tensor] = list(words)
 
@@ -145,6 +146,10 @@ class EmitContext:
                     word = self._insert(word, code, shift)
             result.append(word if word is not None else self.b.const(0))
         return result
+
+    def refield(self, src_nbits: int, dst_nbits: int, words: Sequence[Reg], count: int) -> list[Reg]:
+        """A string of `count` fields of one width as fields of another; the values must fit."""
+        return self.pack(dst_nbits, [self.extract(src_nbits, words, i) for i in range(count)])
 
     def _insert(self, word: Reg | None, code: Reg, shift: int) -> Reg:
         moved = code

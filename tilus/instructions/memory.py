@@ -29,7 +29,9 @@ def check_access(
     if len(shape) != len(dims):
         raise TilusError(f"{what}: tile of shape {list(shape)} along {len(dims)} dims {list(dims)}")
     if len(set(dims)) != len(dims) or not all(0 <= d < tensor.rank for d in dims):
-        raise TilusError(f"{what}: dims {list(dims)} of {tensor.name}, which has rank {tensor.rank}; expected distinct dims")
+        raise TilusError(
+            f"{what}: dims {list(dims)} of {tensor.name}, which has rank {tensor.rank}; expected distinct dims"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,7 +216,9 @@ def load_vector(
     unit = 64 if dtype.nbits == 64 else 32
     cls = RegClass.B64 if unit == 64 else RegClass.B32
     if nbits & (nbits - 1):
-        return [byte for i in range(nbits // 8) for byte in load_vector(ctx, opcode, uint8, 1, offset_by(address, i), guard)]
+        return [
+            byte for i in range(nbits // 8) for byte in load_vector(ctx, opcode, uint8, 1, offset_by(address, i), guard)
+        ]
     if nbits < 32:
         narrow = b.reg(RegClass.B16)
         if guard is not None:
