@@ -11,7 +11,6 @@ import bisect
 import re
 import struct
 from dataclasses import dataclass, field, replace
-from typing import NoReturn
 
 from tilus.errors import Loc, TilusError
 from tilus.ptx.module import (
@@ -114,7 +113,7 @@ class _Parser:
             if match is None:
                 self.starts.append(position)
                 self.at = len(self.starts) - 1
-                self.fail(f"unexpected character {text[position]!r}")
+                raise self.error(f"unexpected character {text[position]!r}")
             position = match.end()
             kind = match.lastgroup
             if kind is not None and kind != "space":
@@ -129,9 +128,9 @@ class _Parser:
     def line(self) -> int:
         return bisect.bisect_left(self.newlines, self.starts[min(self.at, len(self.starts) - 1)]) + 1
 
-    def fail(self, message: str, hint: str | None = None) -> NoReturn:
+    def error(self, message: str, hint: str | None = None) -> TilusError:
         line = self.line()
-        raise TilusError(f"PTX line {line}: {message}\n  {line:>5} | {self.text.split(chr(10))[line - 1]}", hint=hint)
+        return TilusError(f"PTX line {line}: {message}\n  {line:>5} | {self.text.split(chr(10))[line - 1]}", hint=hint)
 
     def next(self) -> str:
         word = self.words[self.at]
@@ -146,24 +145,24 @@ class _Parser:
 
     def expect(self, word: str) -> None:
         if not self.accept(word):
-            self.fail(f"expected {word!r}, found {self.words[self.at]!r}")
+            raise self.error(f"expected {word!r}, found {self.words[self.at]!r}")
 
     def name(self) -> str:
         if self.kinds[self.at] != "name":
-            self.fail(f"expected a name, found {self.words[self.at]!r}")
+            raise self.error(f"expected a name, found {self.words[self.at]!r}")
         return self.next()
 
     def integer(self) -> int:
         negative = self.accept("-")
         if self.kinds[self.at] != "int":
-            self.fail(f"expected an integer, found {self.words[self.at]!r}")
+            raise self.error(f"expected an integer, found {self.words[self.at]!r}")
         value = int(self.next().rstrip("U"), 0)
         return -value if negative else value
 
     def skip_to(self, word: str) -> None:
         while not self.accept(word):
             if self.kinds[self.at] == "end":
-                self.fail(f"expected {word!r}, found the end of the text")
+                raise self.error(f"expected {word!r}, found the end of the text")
             self.at += 1
 
     def skip_line(self, line: int) -> None:
@@ -179,7 +178,7 @@ class _Parser:
             else:
                 self.directive()
         if self.target is None:
-            self.fail("expected a `.target` directive, found none")
+            raise self.error("expected a `.target` directive, found none")
         return Source(Module(self.target, tuple(self.kernels)), self.text, self.lines)
 
     def directive(self) -> None:
@@ -191,7 +190,7 @@ class _Parser:
                 self.target = self.read_target()
             case ".address_size":
                 if (nbits := self.integer()) != 64:
-                    self.fail(f"address size {nbits}, expected 64")
+                    raise self.error(f"address size {nbits}, expected 64")
             case ".file":
                 line, index = self.line(), self.integer()
                 self.files[index] = self.next().strip('"')
@@ -209,7 +208,7 @@ class _Parser:
                 self.skip_to("}")
             case word:
                 self.at -= 1
-                self.fail(
+                raise self.error(
                     f"unsupported directive {word!r}", hint="kernels, shared arrays, .file and .loc are supported"
                 )
 
@@ -221,7 +220,7 @@ class _Parser:
             return TARGETS[name]
         match = re.fullmatch(r"sm_(\d+)[af]?", name)
         if match is None:
-            self.fail(f"target {name!r}, expected sm_NN")
+            raise self.error(f"target {name!r}, expected sm_NN")
         return Target(name, int(match.group(1)), self.version, TARGETS["sm_90a"].max_shared_nbytes)
 
     def shared_array(self) -> SharedArray:
@@ -242,7 +241,7 @@ class _Parser:
         size = _NBYTES.get(re.sub(r"^\.[a-z]+", "", type_name))
         if size is None:
             self.at -= 1
-            self.fail(f"expected a type such as .b32, found {type_name!r}")
+            raise self.error(f"expected a type such as .b32, found {type_name!r}")
         return size
 
     def entry(self) -> None:
@@ -301,7 +300,7 @@ class _Parser:
                 values.append(self.integer())
             if word in (".reqntid", ".maxntid"):
                 if any(value != 1 for value in values[1:]):
-                    self.fail(f"{word} {values}: expected a one-dimensional block")
+                    raise self.error(f"{word} {values}: expected a one-dimensional block")
                 limits["threads"] = values[0]
             elif values:
                 limits[word] = values[0]
@@ -399,7 +398,7 @@ class _Body:
                 p.skip_to(";")
             case word:
                 p.at -= 1
-                p.fail(f"unsupported directive {word!r} in a kernel body")
+                raise p.error(f"unsupported directive {word!r} in a kernel body")
 
     def location(self) -> Loc:
         p = self.p
@@ -407,7 +406,7 @@ class _Body:
         index, row, column = p.integer(), p.integer(), p.integer()
         if index not in p.files:
             p.at -= 1
-            p.fail(f".loc names file {index}, expected one of {sorted(p.files)}")
+            raise p.error(f".loc names file {index}, expected one of {sorted(p.files)}")
         p.skip_line(line)
         return Loc(p.files[index], row, column)
 
@@ -417,7 +416,7 @@ class _Body:
         cls = _class_of(type_name)
         if cls is None:
             p.at -= 1
-            p.fail(f"register of type {type_name!r}, expected .pred or a type of 8 to 64 bits")
+            raise p.error(f"register of type {type_name!r}, expected .pred or a type of 8 to 64 bits")
         scope = self.scopes[-1]
         while True:
             name = p.name()
@@ -469,7 +468,7 @@ class _Body:
         reg = self.register(p.name())
         if reg is None or reg.cls is not RegClass.PRED:
             p.at -= 1
-            p.fail(f"expected a declared predicate register, found {p.words[p.at]!r}")
+            raise p.error(f"expected a declared predicate register, found {p.words[p.at]!r}")
         return reg
 
     def operand(self, branch: bool) -> Operand:
@@ -485,7 +484,7 @@ class _Body:
             p.at += 1
             second = self.named(p.name())
             if not isinstance(operand, Reg | Special) or not isinstance(second, Reg | Special):
-                p.fail(f"expected registers around '|', found {word!r} and {p.words[p.at - 1]!r}")
+                raise p.error(f"expected registers around '|', found {word!r} and {p.words[p.at - 1]!r}")
             return Pair(operand, second)
         if kind == "int" or kind == "float" or word == "-":
             return self.number()
@@ -498,7 +497,7 @@ class _Body:
         if word == "!":
             p.at += 1
             return Guard(self.predicate(), negated=True)
-        p.fail(f"expected an operand, found {word!r}")
+        raise p.error(f"expected an operand, found {word!r}")
 
     def named(self, word: str) -> Reg | Special | Symbol:
         reg = self.register(word)
@@ -508,7 +507,7 @@ class _Body:
             return Special(word)
         if word.startswith("%"):
             self.p.at -= 1
-            self.p.fail(f"register {word!r} is not declared")
+            raise self.p.error(f"register {word!r} is not declared")
         self.symbols.add(word)
         return Symbol(word)
 
@@ -518,7 +517,7 @@ class _Body:
         if p.kinds[p.at] == "int":
             return Imm(sign * p.integer())
         if p.kinds[p.at] != "float":
-            p.fail(f"expected a number, found {p.words[p.at]!r}")
+            raise p.error(f"expected a number, found {p.words[p.at]!r}")
         word = p.next()
         prefix = word[:2].lower()
         if prefix == "0f" or prefix == "0d":
@@ -529,10 +528,10 @@ class _Body:
     def address(self) -> Address:
         p = self.p
         if p.kinds[p.at] != "name":
-            p.fail(f"expected a register or a variable in an address, found {p.words[p.at]!r}")
+            raise p.error(f"expected a register or a variable in an address, found {p.words[p.at]!r}")
         base = self.named(p.name())
         if isinstance(base, Special):
-            p.fail(f"expected a register or a variable in an address, found {base.name!r}")
+            raise p.error(f"expected a register or a variable in an address, found {base.name!r}")
         offset = 0
         if p.accept("+") or p.words[p.at] == "-":
             offset = p.integer()
@@ -546,7 +545,7 @@ class _Body:
             if p.kinds[p.at] == "name":
                 element = self.named(p.name())
                 if isinstance(element, Symbol):
-                    p.fail(f"expected a register in a vector, found {element.name!r}")
+                    raise p.error(f"expected a register in a vector, found {element.name!r}")
                 elements.append(element)
             else:
                 elements.append(self.number())
@@ -555,10 +554,9 @@ class _Body:
                 return Vector(tuple(elements))
 
 
+_CLASSES = {"8": RegClass.B16, "16": RegClass.B16, "16x2": RegClass.B32, "32": RegClass.B32, "64": RegClass.B64}
+
+
 def _class_of(type_name: str) -> RegClass | None:
-    if type_name == ".pred":
-        return RegClass.PRED
-    nbits = re.sub(r"^\.[a-z]+", "", type_name)
-    return {"8": RegClass.B16, "16": RegClass.B16, "16x2": RegClass.B32, "32": RegClass.B32, "64": RegClass.B64}.get(
-        nbits
-    )
+    """The register class of a declared type such as `.f32`; None for a type that no register can have."""
+    return RegClass.PRED if type_name == ".pred" else _CLASSES.get(re.sub(r"^\.[a-z]+", "", type_name))
