@@ -351,7 +351,9 @@ def permute_bytes(site: Site) -> Step:
         result = np.uint32(0)
         for byte in range(4):
             pick = _special_pick(mode, selector & np.uint32(3), byte) if mode else selector >> np.uint32(4 * byte)
-            value = (pool >> ((pick & np.uint32(7)).astype(np.uint64) * np.uint64(8))).astype(np.uint32) & np.uint32(255)
+            value = (pool >> ((pick & np.uint32(7)).astype(np.uint64) * np.uint64(8))).astype(np.uint32) & np.uint32(
+                255
+            )
             if mode is None:  # bit 3 of a selector nibble replicates the sign of the byte
                 sign = (value >> np.uint32(7)) * np.uint32(255)
                 value = np.where(pick & np.uint32(8) != 0, sign, value)
@@ -409,7 +411,11 @@ def _unpack(site: Site, target: Vector, source: Operand, type_name: str) -> Step
     nbits = np.uint64(int(piece[1:]))
 
     def step(mask: Mask) -> None:
-        bits = whole.astype(np.uint64) if whole.dtype.kind == "u" else whole.view(f"u{whole.dtype.itemsize}").astype(np.uint64)
+        bits = (
+            whole.astype(np.uint64)
+            if whole.dtype.kind == "u"
+            else whole.view(f"u{whole.dtype.itemsize}").astype(np.uint64)
+        )
         pieces = [(bits >> np.uint64(index) * nbits).astype(outs[index].dtype) for index in range(count)]
         for out, values in zip(outs, pieces, strict=True):
             np.copyto(out, values, where=True if mask is None else mask)

@@ -63,7 +63,12 @@ class AsyncCopies:
                 stay = ~lands
                 still.append(
                     Copy(
-                        copy.pc, copy.lanes[stay], copy.target[stay], copy.source[stay], copy.count[stay], copy.nbytes,
+                        copy.pc,
+                        copy.lanes[stay],
+                        copy.target[stay],
+                        copy.source[stay],
+                        copy.count[stay],
+                        copy.nbytes,
                         copy.group[stay],
                     )  # fmt: skip
                 )

@@ -268,5 +268,3 @@ def warp_sync(site: Site) -> Step:
 @instruction("nanosleep")
 def nanosleep(site: Site) -> Step:
     return lambda mask: None
-
-

@@ -151,7 +151,9 @@ class Site:
                 raise self.fault(f"operand of {row.dtype.itemsize * 8} bits, expected 32 for .{type_name}")
             return row.view(dtype).reshape(-1, 2)
         if row.dtype.itemsize < dtype.itemsize:
-            raise self.fault(f"operand of {row.dtype.itemsize * 8} bits, expected {dtype.itemsize * 8} for .{type_name}")
+            raise self.fault(
+                f"operand of {row.dtype.itemsize * 8} bits, expected {dtype.itemsize * 8} for .{type_name}"
+            )
         return row.view(dtype)[:: row.dtype.itemsize // dtype.itemsize]
 
     def _constant(self, operand: Imm | FloatImm, type_name: str) -> Array:
@@ -211,7 +213,6 @@ class Site:
             )
         return np.flatnonzero(some)
 
-
     def whole_live_warps(self, mask: npt.NDArray[np.bool_]) -> None:
         """Check that of every warp that executes, all threads that have not exited do.
 
@@ -235,7 +236,9 @@ class Site:
         absent = by_warp & (named & bits == 0)
         if absent.any():
             lane = int(np.flatnonzero(absent)[0])
-            raise self.fault(f"lane {lane % WARP} executes but is not in the member mask {int(named.flat[lane]):#x}", lane)
+            raise self.fault(
+                f"lane {lane % WARP} executes but is not in the member mask {int(named.flat[lane]):#x}", lane
+            )
         wanted = np.bitwise_or.reduce(np.where(by_warp, named, np.uint32(0)), axis=1, keepdims=True) & bits != 0
         torn = wanted & ~by_warp & self.machine.alive.reshape(-1, WARP)
         if torn.any():
@@ -333,6 +336,3 @@ def _with_initialisation(site: Site, step: Step) -> Step:
                 flag |= mask
 
     return checked
-
-
-

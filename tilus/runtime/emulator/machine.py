@@ -62,7 +62,9 @@ class Machine:
         self.async_copies = AsyncCopies(self)
         self.special = self._special_registers()
         self.regs = {cls: np.zeros((count, self.lanes), dtype) for cls, count, dtype in _register_files(program)}
-        tracked = sorted({reg for regs in program.unproven.values() for reg in regs}, key=lambda r: (r.cls.value, r.index))
+        tracked = sorted(
+            {reg for regs in program.unproven.values() for reg in regs}, key=lambda r: (r.cls.value, r.index)
+        )
         self.initialised = {reg: np.zeros(self.lanes, np.bool_) for reg in tracked}
 
     def start(self, block_ids: npt.NDArray[np.int64]) -> None:
@@ -140,7 +142,12 @@ class Machine:
         return f"PTX line {line}: {self.program.source.line_text(line)}" + (f"  (from {loc})" if loc else "")
 
     def fault(
-        self, pc: int, message: str, lane: int | None = None, hint: str | None = None, kind: type[EmulatorError] = EmulatorError
+        self,
+        pc: int,
+        message: str,
+        lane: int | None = None,
+        hint: str | None = None,
+        kind: type[EmulatorError] = EmulatorError,
     ) -> EmulatorError:
         """An error at an instruction, with all that is known about the place."""
         where = f"\n  {self.place(lane)}" if lane is not None else ""

@@ -57,7 +57,9 @@ class Access:
         machine = self.site.machine
         if isinstance(base, Symbol):
             if base.name not in machine.shared_symbols:
-                raise self.site.fault(f"unknown variable {base.name!r}, expected one of {sorted(machine.shared_symbols)}")
+                raise self.site.fault(
+                    f"unknown variable {base.name!r}, expected one of {sorted(machine.shared_symbols)}"
+                )
             address = machine.shared.address_of(machine.shared_symbols[base.name])
             return np.full(machine.lanes, address if self.space else address + SHARED_WINDOW, np.int64)
         row = self.site.row(base)
@@ -65,7 +67,9 @@ class Access:
             return row.view(np.int64)
         if self.space in ("shared", "shared::cta") and row.dtype.itemsize == 4:
             return row
-        raise self.site.fault(f"address register of {row.dtype.itemsize * 8} bits, expected 64 (or 32 for shared memory)")
+        raise self.site.fault(
+            f"address register of {row.dtype.itemsize * 8} bits, expected 64 (or 32 for shared memory)"
+        )
 
     def split(self, lanes: Lanes) -> list[tuple[bool, Lanes, Lanes]]:
         """(is shared, lanes, byte positions in the data of that space) for the accesses of these lanes."""
@@ -89,7 +93,9 @@ class Access:
         offsets = addresses - space.base
         if (addresses & (self.align - 1)).any():
             index = int(np.flatnonzero(addresses & (self.align - 1))[0])
-            self._fail(space, int(addresses[index]), int(lanes[index]), f"misaligned access (not a multiple of {self.align})")
+            self._fail(
+                space, int(addresses[index]), int(lanes[index]), f"misaligned access (not a multiple of {self.align})"
+            )
         outside = space.outside(offsets, self.nbytes)
         if outside.any():
             index = int(np.flatnonzero(outside)[0])

@@ -116,4 +116,3 @@ def select_by_sign(site: Site) -> Step:
         site.source(1, type_name),
         site.source(2, type_name),
     )
-

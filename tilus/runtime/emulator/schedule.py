@@ -15,9 +15,13 @@ import numpy as np
 from tilus.runtime.emulator import (  # noqa: F401  (importing a family registers its instructions)
     alu,
     async_instructions,
+    atomics,
+    convert,
     floating,
+    matrix,
     memory,
     predicates,
+    warp,
 )
 from tilus.runtime.emulator.control import Barriers, Lanes, Successors, Terminator, decode_control
 from tilus.runtime.emulator.decode import Step, decode

@@ -112,7 +112,14 @@ class SharedShadow:
             self.readers[cell[lost]] |= _MANY
 
     def write(
-        self, pc: int, flat: Lanes, nbytes: int, lanes: Lanes, changes: npt.NDArray[np.uint8] | None, *, atomic: bool = False
+        self,
+        pc: int,
+        flat: Lanes,
+        nbytes: int,
+        lanes: Lanes,
+        changes: npt.NDArray[np.uint8] | None,
+        *,
+        atomic: bool = False,
     ) -> None:
         """Check a write and remember it. changes: the new bytes [accesses, nbytes], to tell a write of equal bytes."""
         where = self.granules(flat, nbytes)
