@@ -57,9 +57,7 @@ def product_function(f: Function, g: Function) -> Function:
     (tf, lf), (tg, lg) = (tuple(max(key[k] for key in h) + 1 for k in (0, 1)) for h in (f, g))
     extents = [max(index) + 1 for index in zip(*g.values())]
     return {
-        (t, i): tuple(
-            a * s + b for a, s, b in zip(f[t // tg, i // lg], extents, g[t % tg, i % lg])
-        )
+        (t, i): tuple(a * s + b for a, s, b in zip(f[t // tg, i // lg], extents, g[t % tg, i % lg]))
         for t in range(tf * tg)
         for i in range(lf * lg)
     }
@@ -98,7 +96,7 @@ def all_raw(shape: tuple[int, ...], threads: int, slots: int) -> Iterator[Raw]:
             hits: dict[tuple[int, ...], int] = {}
             for index in function(raw).values():
                 hits[index] = hits.get(index, 0) + 1
-            if len(hits) == want and set(hits.values()) == {replicas}:
+            if set(hits) == set(product(*map(range, shape))) and set(hits.values()) == {replicas}:
                 yield raw
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 from tilus.errors import TilusError
 from tilus.ir.expr import Expr, Var
 from tilus.ir.tensor import GlobalTensor, RegisterTensor, SharedTensor, Tensor
-from tilus.layout import RegisterLayout
+from tilus.layout import RegisterLayout, auto
 
 if TYPE_CHECKING:
     from tilus.codegen.context import EmitContext
@@ -102,13 +102,15 @@ class Instruction:
 
     def default_layouts(self, known: Layouts, num_threads: int) -> Layouts:
         """Layouts for the unknown results, asked when nothing follows from anything any more."""
-        return {
-            t: RegisterLayout.auto(t.shape, num_threads) for t in self.register_results if t not in known
-        }
+        return {t: auto(t.shape, num_threads) for t in self.register_results if t not in known}
 
     def required_layouts(self, layouts: Layouts, num_threads: int) -> Layouts:
         """For each operand whose layout will not do: the layout it must be converted to."""
         return {}
+
+    def scratch_nbytes(self, num_threads: int) -> int:
+        """Shared memory this instruction needs between barriers of its own; asked when all layouts are known."""
+        return 0
 
     # Meanings.
 
@@ -164,6 +166,7 @@ def _replaced(value: Any, tensors: Mapping[Tensor, Tensor], exprs: Mapping[Expr,
 
 
 # Checks that many `verify` methods share, as functions that name both values.
+
 
 def expect_same_shape(what: str, a: RegisterTensor, b: RegisterTensor) -> None:
     if a.shape != b.shape:

@@ -144,62 +144,77 @@ class RegisterLayout:
 
     def divide(self, inner: RegisterLayout) -> RegisterLayout:
         """The exact right quotient: the only q with `q * inner == self`. Raises LayoutError where there is none."""
-        self._require_divisible(inner)
-        outer, found = self._factor(inner.num_threads, inner.num_locals, inner.shape)
-        if found != inner:
-            raise LayoutError(f"{self} is not a tiling of {inner}: its innermost tile of that size is {found}")
-        return outer
+        quotient = self.try_divide(inner)
+        if quotient is None:
+            raise self._no_quotient(inner, "inner")
+        return quotient
 
     __truediv__ = divide
 
     def left_divide(self, outer: RegisterLayout) -> RegisterLayout:
         """The exact left quotient: the only q with `outer * q == self`. Raises LayoutError where there is none."""
-        self._require_divisible(outer)
-        shape = tuple(a // b for a, b in zip(self.shape, outer.shape))
-        found, inner = self._factor(self.num_threads // outer.num_threads, self.num_locals // outer.num_locals, shape)
-        if found != outer:
-            raise LayoutError(f"{self} is not an arrangement of tiles by {outer}: its outermost part is {found}")
-        return inner
+        quotient = self.try_left_divide(outer)
+        if quotient is None:
+            raise self._no_quotient(outer, "outer")
+        return quotient
 
     def try_divide(self, inner: RegisterLayout) -> RegisterLayout | None:
         """The right quotient, or None where there is none."""
-        try:
-            return self.divide(inner)
-        except LayoutError:
+        if self._indivisible_count(inner) is not None:
             return None
+        factors = self._factor(inner.num_threads, inner.num_locals, inner.shape)
+        return factors[0] if factors is not None and factors[1] == inner else None
 
     def try_left_divide(self, outer: RegisterLayout) -> RegisterLayout | None:
         """The left quotient, or None where there is none."""
-        try:
-            return self.left_divide(outer)
-        except LayoutError:
+        if self._indivisible_count(outer) is not None:
+            return None
+        shape = tuple(a // b for a, b in zip(self.shape, outer.shape))
+        factors = self._factor(self.num_threads // outer.num_threads, self.num_locals // outer.num_locals, shape)
+        return factors[1] if factors is not None and factors[0] == outer else None
+
+    def _factor(
+        self, num_threads: int, num_locals: int, shape: tuple[int, ...]
+    ) -> tuple[RegisterLayout, RegisterLayout] | None:
+        """The only (outer, inner) with `outer * inner == self` where inner has these counts and this shape.
+
+        Its values are forced: inner is this function on its first threads and slots, and outer on their multiples. So
+        the pair exists exactly when the digits can be cut there and the inner ones stay inside `shape`.
+        """
+        threads = _digits.split(self.thread_digits, num_threads)
+        locals_ = _digits.split(self.local_digits, num_locals)
+        if threads is None or locals_ is None:
+            return None
+        (outer_threads, inner_threads), (outer_locals, inner_locals) = threads, locals_
+        inside = all(d.dim is None or d.weight * d.size <= shape[d.dim] for d in (*inner_threads, *inner_locals))
+        outside = all(d.dim is None or d.weight % shape[d.dim] == 0 for d in (*outer_threads, *outer_locals))
+        if not (inside and outside):
             return None
 
-    def _factor(self, threads: int, locals_: int, shape: tuple[int, ...]) -> tuple[RegisterLayout, RegisterLayout]:
-        """The only (outer, inner) with `outer * inner == self` where inner has these threads, slots and shape."""
-        outer_threads, inner_threads = self._split("threads", self.thread_digits, threads)
-        outer_locals, inner_locals = self._split("slots", self.local_digits, locals_)
-        for d in (*inner_threads, *inner_locals):
-            if d.dim is not None and d.size > 1 and d.weight * d.size > shape[d.dim]:
-                raise LayoutError(
-                    f"the innermost {threads} threads and {locals_} slots of {self} cover "
-                    f"{d.weight * d.size} or more of dimension {d.dim}; the tile has {shape[d.dim]}"
-                )
+        def scaled(digits: Sequence[Digit]) -> tuple[Digit, ...]:
+            return tuple(Digit(d.size, d.dim, d.weight if d.dim is None else d.weight // shape[d.dim]) for d in digits)
 
-        def scaled(outer: Sequence[Digit]) -> tuple[Digit, ...]:
-            return tuple(Digit(d.size, d.dim, 0 if d.dim is None else d.weight // shape[d.dim]) for d in outer)
-
-        # The inner digits lie within `shape`; if they also fill it, the outer weights are multiples of it. If they do
-        # not fill it, check_complete refuses `inner`.
-        inner = RegisterLayout(shape, tuple(inner_threads), tuple(inner_locals))
         outer_shape = tuple(a // b for a, b in zip(self.shape, shape))
-        return RegisterLayout(outer_shape, scaled(outer_threads), scaled(outer_locals)), inner
+        outer = RegisterLayout(outer_shape, scaled(outer_threads), scaled(outer_locals))
+        return outer, RegisterLayout(shape, tuple(inner_threads), tuple(inner_locals))
 
-    def _split(self, what: str, digits: Sequence[Digit], inner: int) -> tuple[list[Digit], list[Digit]]:
-        pieces = _digits.split(digits, inner)
-        if pieces is None:
-            raise LayoutError(f"{self} has no inner tile of {inner} {what}: no innermost digits multiply to {inner}")
-        return pieces
+    def _indivisible_count(self, part: RegisterLayout) -> str | None:
+        """Which count of `part` does not divide that of this layout, in words."""
+        self._require_rank(part)
+        counts = [("threads", self.num_threads, part.num_threads), ("slots", self.num_locals, part.num_locals)]
+        counts += [(f"elements in dimension {k}", a, b) for k, (a, b) in enumerate(zip(self.shape, part.shape))]
+        return next(
+            (f"{whole} {what}, not a multiple of {piece}" for what, whole, piece in counts if whole % piece), None
+        )
+
+    def _no_quotient(self, part: RegisterLayout, side: str) -> LayoutError:
+        reason = self._indivisible_count(part)
+        if reason is None:
+            reason = f"other {side} {part.num_threads} threads and {part.num_locals} slots"
+        return LayoutError(
+            f"{self} is no product with {part} as its {side} factor: it has {reason}",
+            hint="convert to a layout that is such a product",
+        )
 
     # ---- chained constructors: f.spatial(8, 4) is f * spatial(8, 4)
 
@@ -247,35 +262,26 @@ class RegisterLayout:
     def reshape(self, shape: Sequence[int]) -> RegisterLayout:
         """The same elements under another shape, in row-major order. Raises LayoutError where a digit would straddle
         two of the new dimensions."""
-        if prod(shape) != self.size:
+        if prod(shape) != self.size or min(shape, default=1) < 1:
             raise LayoutError(
                 f"reshape of {self.shape} ({self.size} elements) to {tuple(shape)} ({prod(shape)} elements)"
             )
-        old_strides, new_strides = row_major_strides(self.shape), row_major_strides(shape)
+        strides = _digits.row_major_strides(self.shape)
 
-        def pieces(digit: Digit) -> list[Digit]:
-            if digit.dim is None or digit.size == 1:
-                return [digit]
-            result: list[Digit] = []
-            weight, size = digit.weight * old_strides[digit.dim], digit.size
-            while size > 1:
-                dim = next(k for k, s in enumerate(new_strides) if s <= weight < s * shape[k])
-                room, rest = divmod(new_strides[dim] * shape[dim], weight)
-                inner = min(size, room)
-                if weight % new_strides[dim] or (size > room and (rest or size % room)):
-                    raise LayoutError(
-                        f"{self} cannot be reshaped to {tuple(shape)}: its digit of size {digit.size} does not split",
-                        hint="convert to a layout whose digits divide the new shape first",
-                    )
-                result.append(Digit(inner, dim, weight // new_strides[dim]))
-                weight, size = weight * inner, size // inner
-            return result[::-1]
+        def reshaped(digits: Sequence[Digit]) -> tuple[Digit, ...]:
+            # Flat digits first: digits of neighbouring dimensions may be one digit there, which splits elsewhere.
+            flat = _digits.canonical(
+                d if d.dim is None else Digit(d.size, 0, d.weight * strides[d.dim]) for d in digits
+            )
+            pieces = [_digits.unravel(digit, shape) for digit in flat]
+            if None in pieces:
+                raise LayoutError(
+                    f"{self} cannot be reshaped to {tuple(shape)}: a digit would straddle two dimensions",
+                    hint="convert to a layout whose digits divide the new shape first",
+                )
+            return tuple(digit for piece in pieces if piece is not None for digit in piece)
 
-        return RegisterLayout(
-            tuple(shape),
-            tuple(piece for digit in self.thread_digits for piece in pieces(digit)),
-            tuple(piece for digit in self.local_digits for piece in pieces(digit)),
-        )
+        return RegisterLayout(tuple(shape), reshaped(self.thread_digits), reshaped(self.local_digits))
 
     def reduce(self, dims: Sequence[int], keepdims: bool = True) -> RegisterLayout:
         """The layout after a reduction over `dims`, which get extent 1, or vanish unless `keepdims`.
@@ -316,16 +322,6 @@ class RegisterLayout:
                 hint="insert dimensions of extent 1 with unsqueeze",
             )
 
-    def _require_divisible(self, part: RegisterLayout) -> None:
-        self._require_rank(part)
-        for what, whole, piece in (
-            ("threads", self.num_threads, part.num_threads),
-            ("slots", self.num_locals, part.num_locals),
-            *((f"elements in dimension {k}", a, b) for k, (a, b) in enumerate(zip(self.shape, part.shape))),
-        ):
-            if whole % piece:
-                raise LayoutError(f"{self} has {whole} {what}, which {piece} of {part} does not divide")
-
 
 def _redirected(digits: Sequence[Digit], place: dict[int, int]) -> tuple[Digit, ...]:
     """The digits with renamed dimensions; digits of dimensions without a place replicate."""
@@ -335,11 +331,6 @@ def _redirected(digits: Sequence[Digit], place: dict[int, int]) -> tuple[Digit, 
 def _replica_offsets(terms: Sequence[Term]) -> list[int]:
     ranges = [range(0, term.stride * term.size, term.stride) for term in terms if term.dim is None]
     return [sum(combination) for combination in product(*ranges)]
-
-
-def row_major_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """The stride of each dimension of a compact row-major array, in elements."""
-    return tuple(prod(shape[k + 1 :]) for k in range(len(shape)))
 
 
 def _one_digit_a_dim(shape: Sequence[int], order: Sequence[int]) -> tuple[Digit, ...]:
@@ -382,3 +373,12 @@ def local_replicated(count: int, rank: int) -> RegisterLayout:
 def identity(rank: int) -> RegisterLayout:
     """One thread, one slot, one element: the unit of the product."""
     return RegisterLayout((1,) * rank, (), ())
+
+
+def concat(f: RegisterLayout, g: RegisterLayout) -> RegisterLayout:
+    """The layout of shape f.shape + g.shape whose index joins those of f and g:
+    `h(t, i) = (*f(t // T_g, i // L_g), *g(t % T_g, i % L_g))`."""
+    outer = RegisterLayout((*f.shape, *(1,) * g.rank), f.thread_digits, f.local_digits)
+    places = {dim: f.rank + dim for dim in range(g.rank)}
+    shape = ((1,) * f.rank) + g.shape
+    return outer * RegisterLayout(shape, _redirected(g.thread_digits, places), _redirected(g.local_digits, places))
