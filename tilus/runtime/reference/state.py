@@ -147,6 +147,10 @@ class BlockState:
     def _view(self, tensor: GlobalTensor) -> View:
         view = self._views.get(tensor)
         if view is None:
+            if tensor.base not in self._binding.pointers:
+                raise TilusError(
+                    f"the pointer {tensor.base} of {tensor.name} is no parameter, expected a tensor parameter's"
+                )
             buffer, origin = self._binding.pointers[tensor.base]
             shape = tuple(self.value(expr) for expr in tensor.shape)
             strides = tuple(self.value(expr) for expr in tensor.strides)
