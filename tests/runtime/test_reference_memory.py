@@ -17,8 +17,8 @@ from reference_oracle import Atomic, Element, Fill, Give, Load, Probe, Store, bl
 from tilus.dtypes import DTYPES, DataType, bf16, boolean, f16, f32, int32, int64, uint8
 from tilus.errors import TilusError
 from tilus.ir.expr import BlockId, Expr, Var, binary, const, evaluate
-from tilus.ir.stmt import EMPTY, If, Inst, Seq
-from tilus.ir.tensor import GlobalTensor, RegisterTensor
+from tilus.ir.stmt import EMPTY, For, If, Inst, Seq
+from tilus.ir.tensor import GlobalTensor, RegisterTensor, SharedTensor
 from tilus.runtime.reference import run_reference
 
 SIZES = st.integers(1, 5)
@@ -308,7 +308,7 @@ def test_shared_memory_is_private_and_unknown_until_written(
             break
         expected += [loaded] if loaded else []
     if poisoned:
-        with pytest.raises(TilusError, match="shared tensor buf in block .* was never written"):
+        with pytest.raises(TilusError, match=r"shared tensor buf in block .* was never written"):
             run_reference(function(*body), {}, grid)
     else:
         run_reference(function(*body), {}, grid)
