@@ -21,7 +21,7 @@ from tilus.ir.visit import instructions
 from tilus.runtime.reference.access import View
 from tilus.runtime.reference.affine import Extents
 from tilus.runtime.reference.arguments import bind
-from tilus.runtime.reference.control import Runner, compile_stmt
+from tilus.runtime.reference.control import Runner, compile_body
 from tilus.runtime.reference.scalars import Compiled, compile_scalar
 from tilus.runtime.reference.state import BlockState
 
@@ -126,7 +126,7 @@ def _compile(fn: Function) -> Program:
                 tile_nbytes = max(tile_nbytes, math.prod(tensor.shape) * tensor.dtype.compute.itemsize)
     given = frozenset(fn.kernel_params())
     return Program(
-        run=compile_stmt(fn.body),
+        run=compile_body(fn.body),
         num_threads=fn.num_threads,
         scalars=scalars,
         fixed=frozenset(t for t in tensors if _is_fixed(t, given)),
