@@ -30,7 +30,9 @@ def ptxas() -> str | None:
     """TILUS_PTXAS: path of the assembler to use instead of the one that is found; must exist."""
     value = os.environ.get("TILUS_PTXAS")
     if value and not Path(value).is_file():
-        raise TilusError(f"TILUS_PTXAS is {value!r}, which is not a file", hint="unset it or point it at a ptxas binary")
+        raise TilusError(
+            f"TILUS_PTXAS is {value!r}, which is not a file", hint="unset it or point it at a ptxas binary"
+        )
     return value or None
 
 
