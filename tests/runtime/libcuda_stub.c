@@ -66,8 +66,8 @@ CUresult cuMemAlloc_v2(uint64_t *p, size_t n) {
     NEEDS_CONTEXT *p = (uint64_t)aligned_alloc(256, (n + 255) / 256 * 256); stub_live_allocations++; return 0;
 }
 CUresult cuMemFree_v2(uint64_t p) { NEEDS_CONTEXT free((void *)p); stub_live_allocations--; return 0; }
-CUresult cuMemcpyHtoD_v2(uint64_t d, const void *h, size_t n) { NEEDS_CONTEXT memcpy((void *)d, h, n); return 0; }
-CUresult cuMemcpyDtoH_v2(void *h, uint64_t d, size_t n) { NEEDS_CONTEXT memcpy(h, (void *)d, n); return 0; }
+CUresult cuMemcpyHtoDAsync_v2(uint64_t d, const void *h, size_t n, void *stream) { NEEDS_CONTEXT memcpy((void *)d, h, n); return 0; }
+CUresult cuMemcpyDtoHAsync_v2(void *h, uint64_t d, size_t n, void *stream) { NEEDS_CONTEXT memcpy(h, (void *)d, n); return 0; }
 CUresult cuStreamSynchronize(void *stream) { NEEDS_CONTEXT stub_syncs++; return 0; }
 CUresult cuStreamWaitEvent(void *stream, void *event, unsigned flags) { NEEDS_CONTEXT stub_waits++; return 0; }
 CUresult cuEventCreate(void **event, unsigned flags) { NEEDS_CONTEXT *event = malloc(8); return 0; }
