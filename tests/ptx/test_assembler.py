@@ -160,6 +160,10 @@ def test_a_crashing_assembler_shows_its_output(tmp_path: Path, monkeypatch: pyte
         assemble(kernel([]), SM90)
 
 
+def test_equal_inputs_give_equal_results() -> None:
+    assert assemble(kernel(LIVE), SM90) == assemble(kernel(LIVE), SM90)  # the log too: no times, no temporary paths
+
+
 def test_options_reach_ptxas() -> None:
     ptx = kernel(LIVE).replace(".reqntid 128, 1, 1", "")  # with .reqntid ptxas ignores -maxrregcount
     assert assemble(ptx, SM90).kernel("k").registers > 32

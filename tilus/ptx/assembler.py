@@ -29,6 +29,7 @@ _SERIALISED_WGMMA = re.compile(r"^.*\(C75\d\d\).*$", re.MULTILINE)
 _FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"')
 _LOC = re.compile(r"^\s*\.loc\s+(\d+)\s+(\d+)\s+(\d+)")
 
+_COMPILE_TIME = re.compile(r"^ptxas info\s*: Compile time = .*\n", re.MULTILINE)
 _COMPILING = re.compile(r"Compiling entry function '([^']+)'")
 _STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers")
@@ -164,7 +165,7 @@ def parse_usage(log: str) -> Iterator[KernelUsage]:
 
 
 def _run(command: list[str], directory: str, timeout_s: float) -> tuple[str, int]:
-    """The combined output and the exit status of ptxas."""
+    """The combined output of ptxas, without the time it took (equal inputs give equal logs), and the exit status."""
     try:
         done = subprocess.run(
             command, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout_s
@@ -176,7 +177,7 @@ def _run(command: list[str], directory: str, timeout_s: float) -> tuple[str, int
         ) from error
     except OSError as error:
         raise TilusError(f"cannot run {command[0]}: {error}") from error
-    return done.stdout, done.returncode
+    return _COMPILE_TIME.sub("", done.stdout), done.returncode
 
 
 def _raise_refusal(ptx: str, target: Target, tool: Tool, log: str, status: int) -> None:
