@@ -3,6 +3,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 typedef int CUresult;
 enum { INVALID_VALUE = 1, INVALID_IMAGE = 200, INVALID_CONTEXT = 201, NOT_FOUND = 500 };
@@ -11,7 +12,9 @@ enum { INVALID_VALUE = 1, INVALID_IMAGE = 200, INVALID_CONTEXT = 201, NOT_FOUND 
 struct launch { uint64_t function, stream, context, count; uint32_t grid[3], block[3], shared; int attribute, attribute_value;
                 uint64_t args[16]; };
 struct launch stub_launch;
-int stub_devices = 1, stub_params = 0, stub_sizes[16];
+static __thread struct launch own_launch; /* the last one of the calling thread */
+void stub_own_launch(struct launch *out) { *out = own_launch; }
+int stub_delay_us, stub_devices = 1, stub_params = 0, stub_sizes[16];
 int64_t stub_live_allocations, stub_shared_limit, stub_waits, stub_context_switches, stub_syncs;
 static char fail_name[64];
 static int fail_code;
@@ -52,11 +55,13 @@ struct config { uint32_t grid[3], block[3], shared; void *stream; struct { int i
 CUresult cuLaunchKernelEx(const struct config *c, void *f, void **params, void **extra) {
     NEEDS_CONTEXT
     if (!(c->grid[0] && c->grid[1] && c->grid[2])) return INVALID_VALUE;
-    struct launch *l = &stub_launch;
-    l->function = (uint64_t)f; l->stream = (uint64_t)c->stream; l->context = (uint64_t)current; l->count++;
+    if (stub_delay_us) usleep(stub_delay_us); /* time for another thread to spoil a shared buffer */
+    struct launch launch = {.count = stub_launch.count + 1}, *l = &launch;
+    l->function = (uint64_t)f; l->stream = (uint64_t)c->stream; l->context = (uint64_t)current;
     memcpy(l->grid, c->grid, 12); memcpy(l->block, c->block, 12);
     l->shared = c->shared; l->attribute = c->n ? c->attrs[0].id : -1; l->attribute_value = c->n ? c->attrs[0].value[0] : 0;
-    for (int i = 0; i < stub_params; i++) { l->args[i] = 0; memcpy(&l->args[i], params[i], stub_sizes[i]); }
+    for (int i = 0; i < stub_params; i++) memcpy(&l->args[i], params[i], stub_sizes[i]);
+    stub_launch = own_launch = launch;
     if ((int64_t)f == 0xF1) /* increment(ptr, i32 stride, i32 count): adds one to every stride-th byte */
         for (int i = 0; i < (int)l->args[2]; i++) (*(uint8_t **)params[0])[(int64_t)i * (int32_t)l->args[1]]++;
     return 0;
@@ -68,6 +73,7 @@ CUresult cuMemAlloc_v2(uint64_t *p, size_t n) {
 CUresult cuMemFree_v2(uint64_t p) { NEEDS_CONTEXT free((void *)p); stub_live_allocations--; return 0; }
 CUresult cuMemcpyHtoDAsync_v2(uint64_t d, const void *h, size_t n, void *stream) { NEEDS_CONTEXT memcpy((void *)d, h, n); return 0; }
 CUresult cuMemcpyDtoHAsync_v2(void *h, uint64_t d, size_t n, void *stream) { NEEDS_CONTEXT memcpy(h, (void *)d, n); return 0; }
+CUresult cuPointerGetAttribute(void *data, int attribute, uint64_t p) { NEEDS_CONTEXT *(int *)data = 0; return 0; }
 CUresult cuStreamSynchronize(void *stream) { NEEDS_CONTEXT stub_syncs++; return 0; }
 CUresult cuStreamWaitEvent(void *stream, void *event, unsigned flags) { NEEDS_CONTEXT stub_waits++; return 0; }
 CUresult cuEventCreate(void **event, unsigned flags) { NEEDS_CONTEXT *event = malloc(8); return 0; }
@@ -76,6 +82,8 @@ CUresult cuEventRecord(void *event, void *stream) { NEEDS_CONTEXT *(uint64_t *)e
 CUresult cuEventSynchronize(void *event) { NEEDS_CONTEXT return 0; }
 CUresult cuEventElapsedTime_v2(float *ms, uint64_t *start, uint64_t *end) { NEEDS_CONTEXT *ms = *end - *start; return 0; }
 CUresult cuGetErrorName(int code, const char **name) {
-    *name = code == 1 ? "CUDA_ERROR_INVALID_VALUE" : code == 2 ? "CUDA_ERROR_OUT_OF_MEMORY" : "CUDA_ERROR_OTHER"; return 0;
+    *name = code == 1 ? "CUDA_ERROR_INVALID_VALUE" : code == 2 ? "CUDA_ERROR_OUT_OF_MEMORY"
+          : code == INVALID_IMAGE ? "CUDA_ERROR_INVALID_IMAGE" : code == 700 ? "CUDA_ERROR_ILLEGAL_ADDRESS" : "CUDA_ERROR_OTHER";
+    return 0;
 }
 CUresult cuGetErrorString(int code, const char **text) { *text = "the stub's description"; return 0; }

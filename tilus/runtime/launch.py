@@ -136,7 +136,7 @@ class Launcher:
             return TilusError(f"kernel {name!r} got {len(values)} arguments, expected {len(self.parameters)}")
         for parameter, value in zip(self.parameters, values):
             try:
-                struct.pack(_FORMATS[parameter.kind], value)
+                struct.pack("<" + _FORMATS[parameter.kind], value)
             except (struct.error, OverflowError, TypeError):
                 return TilusError(
                     f"argument {parameter.source} of kernel {name!r} is {value!r}, expected a value of {parameter.kind}"
