@@ -1,4 +1,4 @@
-"""Builds libcuda_stub.c as a libcuda.so.1 and shows what it records. Only for processes that load it instead of a driver.
+"""Builds libcuda_stub.c as a libcuda.so.1 and shows what it records, in processes that load it instead of a driver.
 
 A process uses the stub when it starts with LD_LIBRARY_PATH naming the directory that `build` returned.
 """
@@ -7,10 +7,16 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+from tilus.errors import TilusError
+from tilus.runtime import cuda
+from tilus.runtime.launch import Launcher, Parameter
 
 SOURCE = Path(__file__).with_suffix(".c")
+CUBIN = b"\x7fELF and the rest"  # the stub looks at no more than the magic number
 PARAMETER_NBYTES = {"ptr": 8, "i32": 4, "i64": 8, "f32": 4}
 
 
@@ -72,3 +78,18 @@ class Stub:
         launch = Launch()
         self.library.stub_own_launch(ctypes.byref(launch))
         return launch
+
+    def launcher(self, kinds: Sequence[Any], *, name: str = "k", shared: int = 0, **options: Any) -> Launcher:
+        """A launcher of a kernel with such parameters, `arg0`, `arg1`, ..., and 128 threads a block."""
+        self.expect_parameters(kinds)
+        kernel = cuda.load_kernel(CUBIN, name, cuda.device(0), shared)
+        return Launcher(kernel, [Parameter(kind, f"arg{i}") for i, kind in enumerate(kinds)], 128, **options)
+
+
+def failure(action: Callable[[], object]) -> str:
+    """The message of the TilusError that `action` raises."""
+    try:
+        action()
+    except TilusError as error:
+        return str(error)
+    return "no error"

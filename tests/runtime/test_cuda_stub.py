@@ -1,55 +1,27 @@
-"""The real CUDA path against a stub driver: every function here named `in_stub_*` runs in a process that loads the stub."""
+"""The real launch path against a stub driver: functions named `in_stub_*` run in a process that loads the stub."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import subprocess
 import sys
 import threading
 import timeit
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from libcuda_stub import Stub, build
+from libcuda_stub import CUBIN, Stub, failure
 
-from tilus.errors import TilusError
-from tilus.runtime import arrays, cuda, staging
+from tilus.runtime import cuda
 from tilus.runtime.launch import Launcher, Parameter
 
-CUBIN = b"\x7fELF and the rest"
 KINDS = ("ptr", "i32", "f32", "i64")
 Run = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def in_stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """Runs a function of this module in a process whose libcuda.so.1 is the stub."""
-    before = os.environ.get("LD_LIBRARY_PATH")
-    os.environ["LD_LIBRARY_PATH"] = str(build(tmp_path_factory.mktemp("stub")))  # read when a process starts
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        pool.submit(os.getpid).result()
-        if before is None:
-            del os.environ["LD_LIBRARY_PATH"]
-        else:
-            os.environ["LD_LIBRARY_PATH"] = before
-        yield lambda function, *args: pool.submit(function, *args).result()
-
-
-def launcher(stub: Stub, kinds: Sequence[Any] = KINDS, *, name: str = "k", shared: int = 0, **options: Any) -> Launcher:
-    stub.expect_parameters(kinds)
-    kernel = cuda.load_kernel(CUBIN, name, cuda.device(0), shared)
-    return Launcher(kernel, [Parameter(kind, f"arg{i}") for i, kind in enumerate(kinds)], 128, **options)
-
-
-# --- arguments ---------------------------------------------------------------------------------------------------------
 
 
 def argument() -> st.SearchStrategy[tuple[str, int | float]]:
@@ -70,7 +42,7 @@ def bits(kind: str, value: int | float) -> int:
 def in_stub_arguments(case: list[tuple[str, int | float]]) -> list[int]:
     stub = Stub()
     kinds, values = [kind for kind, _ in case], [value for _, value in case]
-    launcher(stub, kinds).launch(1, 1, 1, *values)
+    stub.launcher(kinds).launch(1, 1, 1, *values)
     return list(stub.last.args[: len(case)])
 
 
@@ -83,7 +55,7 @@ def test_arguments_arrive_bit_exact(in_stub: Run, case: list[tuple[str, int | fl
 def in_stub_relaunch() -> None:
     """One launcher, several launches: nothing of an earlier one stays behind."""
     stub = Stub()
-    launch = launcher(stub).launch
+    launch = stub.launcher(KINDS).launch
     for n in range(5):
         launch(n + 1, n + 2, n + 3, n, -n, n / 2, -n)
         last = stub.last
@@ -98,7 +70,7 @@ def test_a_launcher_is_reusable(in_stub: Run) -> None:
 def in_stub_threads() -> list[bool]:
     """Several threads launch through one launcher while the stub lingers before it reads the arguments."""
     stub = Stub()
-    shared = launcher(stub)
+    shared = stub.launcher(KINDS)
     stub.set("stub_delay_us", 300)
     correct = [True] * 4
 
@@ -121,19 +93,16 @@ def test_threads_do_not_share_arguments(in_stub: Run) -> None:
     assert in_stub(in_stub_threads) == [True] * 4
 
 
-# --- launch configuration ----------------------------------------------------------------------------------------------
-
-
 def in_stub_configuration() -> None:
     stub = Stub()
-    plain = launcher(stub, (), shared=200 * 1024)
+    plain = stub.launcher((), shared=200 * 1024)
     assert stub.counter("stub_shared_limit") == 200 * 1024
     plain.launch_on(0x57, 2**31 - 1, 65535, 65535)
     last = stub.last
     assert (last.function, last.stream, last.shared) == (0xF0, 0x57, 200 * 1024)
     assert list(last.grid) == [2**31 - 1, 65535, 65535] and list(last.block) == [128, 1, 1]
     assert last.attribute == -1
-    launcher(stub, (), programmatic=True).launch(1, 1, 1)
+    stub.launcher((), programmatic=True).launch(1, 1, 1)
     assert (stub.last.attribute, stub.last.attribute_value) == (6, 1)  # programmatic stream serialization
 
 
@@ -143,7 +112,7 @@ def test_grid_block_shared_memory_stream_and_attributes(in_stub: Run) -> None:
 
 def in_stub_empty_grids() -> None:
     stub = Stub()
-    empty = launcher(stub, ())
+    empty = stub.launcher(())
     before = stub.last.count
     for grid in [(0, 1, 1), (1, 0, 1), (1, 1, 0)]:
         empty.launch(*grid)
@@ -156,7 +125,7 @@ def test_an_empty_grid_launches_nothing(in_stub: Run) -> None:
 
 def in_stub_current_stream() -> None:
     stub = Stub()
-    launch = launcher(stub, ()).launch
+    launch = stub.launcher(()).launch
     launch(1, 1, 1)
     assert stub.last.stream == 0
     torch: Any = ModuleType("torch")
@@ -210,7 +179,7 @@ def test_the_default_stream_is_that_of_the_kernels_device(in_stub: Run) -> None:
 def in_stub_nothing_hidden() -> None:
     """A cached launch neither allocates nor synchronises nor touches the context."""
     stub = Stub()
-    launch = launcher(stub).launch
+    launch = stub.launcher(KINDS).launch
     names = ("stub_live_allocations", "stub_syncs", "stub_context_switches", "stub_waits")
     before = [stub.counter(name) for name in names]
     for _ in range(10):
@@ -223,7 +192,7 @@ def test_a_launch_does_nothing_else(in_stub: Run) -> None:
 
 
 def in_stub_microseconds() -> float:
-    launch = launcher(Stub(), ("ptr", "ptr", "ptr", "i32", "i32", "i64", "f32")).launch
+    launch = Stub().launcher(("ptr", "ptr", "ptr", "i32", "i32", "i64", "f32")).launch
     times = timeit.repeat("launch(64, 2, 1, 1, 2, 3, 4, 5, 6, 7.0)", globals={"launch": launch}, number=1000, repeat=50)
     return min(times) * 1e3
 
@@ -232,20 +201,9 @@ def test_a_cached_launch_costs_less_than_3_us_of_python(in_stub: Run) -> None:
     assert in_stub(in_stub_microseconds) < 3.0
 
 
-# --- errors ------------------------------------------------------------------------------------------------------------
-
-
-def failure(action: Callable[[], object]) -> str:
-    try:
-        action()
-    except TilusError as error:
-        return str(error)
-    return "no error"
-
-
 def in_stub_launch_errors() -> list[str]:
     stub = Stub()
-    launch = launcher(stub).launch
+    launch = stub.launcher(KINDS).launch
     good = (1, 2, 3.0, 4)
     before = stub.last.count
     messages = [
@@ -279,7 +237,7 @@ def test_a_bad_argument_is_named_with_what_was_expected(in_stub: Run) -> None:
 
 def in_stub_driver_errors() -> list[str]:
     stub = Stub()
-    some = launcher(stub, (), shared=1024)
+    some = stub.launcher((), shared=1024)
     messages: list[str] = []
 
     def failing(function: str, code: int, action: Callable[[], object]) -> None:
@@ -337,9 +295,6 @@ def test_importing_the_runtime_loads_neither_driver_nor_torch(tmp_path: Path) ->
     assert run_python(code, tmp_path) == "[]\n"
 
 
-# --- devices, events, memory -------------------------------------------------------------------------------------------
-
-
 def in_stub_device() -> None:
     stub = Stub()
     device = cuda.device()
@@ -363,7 +318,7 @@ def test_device_facts_and_contexts(in_stub: Run) -> None:
 
 def in_stub_events() -> None:
     stub = Stub()
-    launch = launcher(stub, ()).launch
+    launch = stub.launcher(()).launch
     times = cuda.measure_ms(lambda: [launch(1, 1, 1) for _ in range(3)], repeats=4)
     assert times == [3.0] * 4  # the stub's clock counts launches
     waits = stub.counter("stub_waits")
@@ -375,237 +330,3 @@ def in_stub_events() -> None:
 
 def test_events(in_stub: Run) -> None:
     in_stub(in_stub_events)
-
-
-def views() -> list[tuple[str, Any]]:
-    base = np.arange(60, dtype=np.uint8)
-    return [
-        ("contiguous", base),
-        ("strided", base[3:50:7]),
-        ("reversed", base[::-1]),
-        ("reversed and strided", base[55:2:-5]),
-        ("one element", base[9:10]),
-        ("empty", base[5:5]),
-    ]
-
-
-def in_stub_staging() -> None:
-    stub = Stub()
-    increment = launcher(stub, ("ptr", "i32", "i32"), name="increment")
-    for name, array in views():
-        expected = array.base.copy() if array.base is not None else array.copy()
-        whole = array if array.base is None else array.base
-        first = (array.__array_interface__["data"][0] - whole.__array_interface__["data"][0]) if array.size else 0
-        for n in range(array.size):
-            expected[first + n * array.strides[0]] += 1
-        with staging.staged([array]) as (address,):
-            increment.launch(1, 1, 1, address, array.strides[0], array.size)
-        assert np.array_equal(whole, expected), name
-    assert stub.counter("stub_live_allocations") == 0
-
-
-def test_numpy_views_go_to_the_device_and_back(in_stub: Run) -> None:
-    in_stub(in_stub_staging)
-
-
-def in_stub_aliases() -> None:
-    stub = Stub()
-    increment = launcher(stub, ("ptr", "i32", "i32"), name="increment")
-    base = np.zeros(20, np.uint8)
-    with staging.staged([base[0:12], base[8:20], base[0::2], base[1::2], np.zeros(4, np.uint8)]) as addresses:
-        low, high, even, odd, other = addresses
-        assert (high - low, even - low, odd - low) == (8, 0, 1)  # one allocation
-        assert stub.counter("stub_live_allocations") == 2
-        increment.launch(1, 1, 1, low, 1, 12)
-        increment.launch(1, 1, 1, high, 1, 12)
-        increment.launch(1, 1, 1, odd, 2, 10)
-        assert other
-    assert base.tolist() == [1, 2] * 4 + [2, 3] * 2 + [1, 2] * 4
-    read_only = np.zeros(4, np.uint8)
-    read_only.flags.writeable = False
-    with staging.staged([read_only]) as (address,):
-        increment.launch(1, 1, 1, address, 1, 4)
-    assert read_only.tolist() == [0] * 4
-
-
-def test_arrays_that_share_memory_share_it_on_the_device(in_stub: Run) -> None:
-    in_stub(in_stub_aliases)
-
-
-def in_stub_staging_errors() -> None:
-    stub = Stub()
-    increment = launcher(stub, ("ptr", "i32", "i32"), name="increment")
-    array = np.zeros(4, np.uint8)
-    try:
-        with staging.staged([array]) as (address,):
-            increment.launch(1, 1, 1, address, 1, 4)
-            raise KeyError
-    except KeyError:
-        pass
-    assert array.tolist() == [0] * 4
-    stub.fail("cuMemcpyHtoDAsync_v2", 2)
-    assert "cuMemcpyHtoDAsync" in failure(lambda: staging.staged([array]).__enter__())
-    assert stub.counter("stub_live_allocations") == 0
-
-
-def test_staging_frees_its_memory_when_something_fails(in_stub: Run) -> None:
-    in_stub(in_stub_staging_errors)
-
-
-# --- foreign arrays ----------------------------------------------------------------------------------------------------
-
-
-def fake_cuda_array(**interface: Any) -> Any:
-    defaults = {"shape": (4, 3), "typestr": "<f4", "data": (4096, False), "version": 3}
-    return SimpleNamespace(__cuda_array_interface__={**defaults, **interface})
-
-
-def in_stub_cuda_array_interface() -> None:
-    stub = Stub()
-    cuda.device().make_current()
-    plain = arrays.array_argument(fake_cuda_array())
-    assert (plain.address, plain.shape, plain.strides, plain.dtype) == (4096, (4, 3), (3, 1), "f32")
-    assert (plain.device, plain.device_index, plain.writeable) == ("cuda", 0, True)
-    other = arrays.array_argument(fake_cuda_array(typestr="|b1", strides=(1, 4), data=(0, True)))
-    assert (other.dtype, other.strides, other.writeable) == ("boolean", (1, 4), False)
-    assert arrays.array_argument(fake_cuda_array(typestr="<f2", strides=(-8, 2))).strides == (-4, 1)
-    waits = stub.counter("stub_waits")
-    arrays.array_argument(fake_cuda_array(stream=5))
-    assert stub.counter("stub_waits") == waits + 1  # our stream waits for the producer's
-    assert "strides (5, 1) in bytes" in failure(lambda: arrays.array_argument(fake_cuda_array(strides=(5, 1))))
-    assert "'<c8' is not supported" in failure(lambda: arrays.array_argument(fake_cuda_array(typestr="<c8")))
-    assert "'>f4' is not supported" in failure(lambda: arrays.array_argument(fake_cuda_array(typestr=">f4")))
-
-
-def test_cuda_array_interface(in_stub: Run) -> None:
-    in_stub(in_stub_cuda_array_interface)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "name"),
-    [(np.float16, "f16"), (np.float32, "f32"), (np.int8, "int8"), (np.int64, "int64"), (np.uint32, "uint32")],
-)
-@pytest.mark.parametrize("index", [np.s_[:, :], np.s_[::2, 1:], np.s_[::-1, ::-2], np.s_[1, :], np.s_[2:2, :]])
-def test_dlpack_agrees_with_numpy(dtype: Any, name: str, index: Any) -> None:
-    array = np.arange(24).astype(dtype).reshape(6, 4)[index]
-    view = arrays.array_argument(array)
-    assert (view.dtype, view.shape, view.device, view.device_index) == (name, array.shape, "cpu", 0)
-    assert view.address == array.__array_interface__["data"][0]
-    assert view.strides == tuple(stride // array.itemsize for stride in array.strides)
-
-
-def test_dlpack_of_torch() -> None:
-    import torch
-
-    tensor = torch.arange(12, dtype=torch.bfloat16).reshape(3, 4).t()
-    view = arrays.array_argument(tensor)
-    assert (view.dtype, view.shape, view.strides, view.address) == ("bf16", (4, 3), (1, 4), tensor.data_ptr())
-    assert arrays.array_argument(torch.zeros(2, dtype=torch.bool)).dtype == "boolean"
-
-
-def test_dlpack_keeps_the_memory_alive_and_then_lets_go() -> None:
-    released: list[int] = []
-
-    class Owner(np.ndarray):  # pyright: ignore[reportMissingTypeArgument]
-        def __del__(self) -> None:
-            released.append(1)
-
-    view = arrays.array_argument(np.zeros(5, np.uint8).view(Owner))
-    assert released == []
-    del view
-    assert released == [1]
-
-
-def test_what_is_no_array_is_refused() -> None:
-    with pytest.raises(TilusError, match="str is not an array: expected a torch tensor"):
-        arrays.array_argument("abc")
-    with pytest.raises(TilusError, match=r"code 5, 64 bits, 1 lanes"):
-        arrays.array_argument(np.zeros(2, np.complex64))
-
-
-# --- a real GPU --------------------------------------------------------------------------------------------------------
-
-INCREMENT = """.version 8.0
-.target sm_80
-.address_size 64
-.visible .entry increment(.param .u64 x, .param .s32 stride, .param .s32 count)
-.reqntid 32, 1, 1
-{
-    .reg .b16 %h<2>;
-    .reg .b32 %r<8>;
-    .reg .b64 %d<4>;
-    .reg .pred %p<2>;
-    ld.param.u64 %d0, [x];
-    ld.param.s32 %r0, [stride];
-    ld.param.s32 %r1, [count];
-    mov.u32 %r2, %tid.x;
-    mov.u32 %r3, %ctaid.x;
-    mad.lo.s32 %r4, %r3, 32, %r2;
-    setp.ge.s32 %p0, %r4, %r1;
-    @%p0 ret;
-    mul.wide.s32 %d1, %r4, %r0;
-    add.s64 %d2, %d0, %d1;
-    ld.global.u8 %h0, [%d2];
-    add.u16 %h1, %h0, 1;
-    st.global.u8 [%d2], %h1;
-    ret;
-}
-"""
-
-
-def increment_on_gpu() -> Launcher:
-    from tilus.ptx.assembler import assemble
-
-    device = cuda.device()
-    ptx = INCREMENT.replace("sm_80", device.target.name)
-    if device.target.ptx_version > (8, 0):
-        ptx = ptx.replace("8.0", "{}.{}".format(*device.target.ptx_version))
-    kernel = cuda.load_kernel(assemble(ptx, device.target).cubin, "increment", device)
-    kinds: list[tuple[Any, str]] = [("ptr", "x"), ("i32", "stride"), ("i32", "count")]
-    return Launcher(kernel, [Parameter(kind, source) for kind, source in kinds], 32)
-
-
-@pytest.mark.gpu
-def test_gpu_runs_numpy_views() -> None:
-    increment = increment_on_gpu()
-    for name, array in views():
-        expected = array + 1
-        with staging.staged([array]) as (address,):
-            increment.launch(-(-array.size // 32), 1, 1, address, array.strides[0], array.size)
-        assert np.array_equal(array, expected), name
-
-
-@pytest.mark.gpu
-def test_gpu_reports_a_bad_access_with_a_hint() -> None:
-    code = (
-        "import test_cuda_stub as t; from tilus.runtime import cuda\n"
-        "t.increment_on_gpu().launch(1, 1, 1, 8, 1, 32)\n"
-        "try: cuda.synchronize()\nexcept Exception as e: print(e)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
-    assert "cuStreamSynchronize failed with CUDA_ERROR_ILLEGAL_ADDRESS" in done.stdout, done.stderr
-    assert "device='emulator'" in done.stdout
-
-
-@pytest.mark.gpu
-def test_gpu_launches_are_captured_into_a_graph() -> None:
-    """Nothing in a launch is forbidden during capture; the graph then runs it again."""
-    increment = increment_on_gpu()
-    array = np.zeros(32, np.uint8)
-    stream = int(cuda.call("cuStreamCreate", 1))
-    with staging.staged([array], stream) as (address,):
-        mode = cuda.driver().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL
-        cuda.call("cuStreamBeginCapture", stream, mode)
-        increment.launch_on(stream, 1, 1, 1, address, 1, 32)
-        graph = cuda.call("cuStreamEndCapture", stream)
-        executable = cuda.call("cuGraphInstantiate", graph, 0)
-        for _ in range(3):
-            cuda.call("cuGraphLaunch", executable, stream)
-    assert array.tolist() == [3] * 32
-
-
-def test_the_gpu_tests_kernel_assembles() -> None:
-    from tilus.ptx.assembler import assemble
-    from tilus.target import TARGETS
-
-    assert assemble(INCREMENT, TARGETS["sm_80"]).kernel("increment").registers > 0
