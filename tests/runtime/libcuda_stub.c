@@ -67,6 +67,12 @@ CUresult cuLaunchKernelEx(const struct config *c, void *f, void **params, void *
     return 0;
 }
 
+CUresult cuLaunchKernel(void *f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                        unsigned shared, void *stream, void **params, void **extra) {
+    struct config config = {{gx, gy, gz}, {bx, by, bz}, shared, stream, 0, 0};
+    return cuLaunchKernelEx(&config, f, params, extra);
+}
+
 CUresult cuMemAlloc_v2(uint64_t *p, size_t n) {
     NEEDS_CONTEXT *p = (uint64_t)aligned_alloc(256, (n + 255) / 256 * 256); stub_live_allocations++; return 0;
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -330,3 +331,15 @@ def in_stub_events() -> None:
 
 def test_events(in_stub: Run) -> None:
     in_stub(in_stub_events)
+
+
+def test_the_benchmark_writes_what_its_docstring_says(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    command = [sys.executable, str(root / "benchmarks" / "launch.py"), "--stub", "--samples", "3"]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    subprocess.run([*command, "--out", str(tmp_path / "out.json")], env=environment, check=True)
+    result = json.loads((tmp_path / "out.json").read_text())
+    keys = {"device", "stub", "python", "cuda_bindings", "processor", "batch", "samples", "cases"}
+    assert set(result) == keys and (result["device"], result["stub"]) == ("stub", True)
+    assert all(0 < case["min_us"] <= case["median_us"] for case in result["cases"])
+    assert {"matmul, launch", "matmul, unprepared"} <= {case["name"] for case in result["cases"]}
