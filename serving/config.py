@@ -1,4 +1,4 @@
-"""Every option of the server, once: the fields below are the command line, its help and the table in docs/serving.md."""
+"""Every option of the server, once: the fields below are the command line and its help. And a model's shape."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 
 from serving.errors import RequestError
 
-FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
+FinishReason = Literal["stop", "length", "timeout", "error"]
 MAX_LOGPROBS = 20
 
 

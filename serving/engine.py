@@ -55,7 +55,7 @@ class Engine:
         return self.scheduler.has_work
 
     def validate(self, request: Request) -> None:
-        """Raise RequestError unless this engine can serve the request. Reads nothing that changes: any thread may ask."""
+        """Raise RequestError unless this engine can serve the request. Reads only constants: any thread may ask."""
         size, limit, wanted = len(request.prompt), self.max_model_len, request.params.max_tokens
         if size == 0:
             raise RequestError("the prompt has no tokens, but at least 1 is needed", param="prompt")

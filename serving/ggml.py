@@ -1,7 +1,7 @@
 """ggml's block formats: how rows of a GGUF tensor are packed, and their exact meaning.
 
-A row is a sequence of blocks; see ggml-common.h and ggml-quants.c of https://github.com/ggml-org/ggml. Quantised formats
-are unpacked into codes and scales, never into floats: the kernels compute on the codes.
+A row is a sequence of blocks; see ggml-common.h and ggml-quants.c of https://github.com/ggml-org/ggml. Quantised
+formats are unpacked into codes and scales, never into floats: the kernels compute on the codes.
 """
 
 from __future__ import annotations
@@ -126,7 +126,8 @@ def _q4_k(blocks: _Bytes) -> QuantizedMatrix:
 def _q6_k(blocks: _Bytes) -> QuantizedMatrix:
     # Two halves of 128 values: four quarters of 32 share 64 bytes of low nibbles and 32 bytes of upper bit pairs.
     lower = _nibbles(blocks[..., :128].reshape(*blocks.shape[:2], 2, 64))
-    upper = blocks[..., 128:192].reshape(*blocks.shape[:2], 2, 1, 32) >> np.array([[0], [2], [4], [6]], np.uint8)
+    pairs = blocks[..., 128:192].reshape(*blocks.shape[:2], 2, 1, 32)
+    upper = (pairs >> np.array([[0], [2], [4], [6]], np.uint8)).astype(np.uint8)
     codes = lower | ((upper & 3) << 4).reshape(lower.shape)
     scales = _half(blocks[..., 208:])[..., None] * blocks[..., 192:208].view(np.int8)
     # d * scale * (q - 32): flipping the top bit of q gives q - 32 in two's complement.

@@ -150,5 +150,7 @@ class GGUFFile:
     def _list(self, key: str, kind: type[_T]) -> list[_T]:
         values = self._get(key, list, None)
         if values and not isinstance(values[0], kind):
-            raise TilusError(f"{self.path}: metadata key {key} holds {type(values[0]).__name__}, expected {kind.__name__}")
+            raise TilusError(
+                f"{self.path}: metadata key {key} holds {type(values[0]).__name__}, expected {kind.__name__}"
+            )
         return values

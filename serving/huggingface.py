@@ -1,4 +1,4 @@
-"""Models in Hugging Face's directory format: config.json, *.safetensors (one file or shards with an index), tokenizer.json."""
+"""Models in Hugging Face's directory format: config.json, tokenizer.json, and *.safetensors, whole or in shards."""
 
 from __future__ import annotations
 

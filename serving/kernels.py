@@ -45,8 +45,9 @@ class Kernels(Protocol):
     def rope_append(self, qkv: Tensor, positions: Tensor, cos_sin: Tensor, slots: Tensor, kv_cache: Tensor) -> Tensor:
         """Rotate q and k of qkv [M, (Hq + 2 Hkv) D], write k and v to the cache at slots; returns q [M, Hq, D].
 
-        positions, slots: int32 [M], a slot being page * page_size + offset. cos_sin: float32 [max_pos, D], first the D/2
-        cosines, then the sines; halves are rotated as in Hugging Face's models. kv_cache: [pages, 2, page_size, Hkv, D].
+        positions, slots: int32 [M], a slot being page * page_size + offset. cos_sin: float32 [max_pos, D], first the
+        D/2 cosines, then the sines; halves are rotated as in Hugging Face's models. kv_cache: [pages, 2, page_size,
+        Hkv, D].
         """
         ...
 
@@ -55,8 +56,8 @@ class Kernels(Protocol):
     ) -> Tensor:
         """Causal attention of q [M, Hq, D] over pages -> [M, Hq, D].
 
-        block_tables: int32 [S, max_pages]. q_start: int32 [S + 1], rows of q by sequence. kv_lens: int32 [S]. Token j of
-        a sequence with q_len of them sees the first kv_len - q_len + j + 1 entries.
+        block_tables: int32 [S, max_pages]. q_start: int32 [S + 1], rows of q by sequence. kv_lens: int32 [S]. Token j
+        of a sequence with q_len of them sees the first kv_len - q_len + j + 1 entries.
         """
         ...
 

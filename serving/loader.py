@@ -111,7 +111,9 @@ def _gguf_config(file: GGUFFile) -> ModelConfig:
     )
     rotated = file.integer("llama.rope.dimension_count", config.head_dim)
     if rotated != config.head_dim:
-        raise TilusError(f"{file.path} rotates {rotated} of {config.head_dim} dimensions of a head, but must rotate all")
+        raise TilusError(
+            f"{file.path} rotates {rotated} of {config.head_dim} dimensions of a head, but must rotate all"
+        )
     scaling = file.text("llama.rope.scaling.type", "none")
     if scaling != "none" or "rope_freqs.weight" in file.tensors:
         raise TilusError(f"{file.path} scales its rotary embedding ({scaling}), but only unscaled ones are supported")

@@ -64,8 +64,8 @@ class QuantizedMatrix:
 def quantize(weight: _Floats, dtype: DataType, name: str) -> QuantizedMatrix:
     """Round to nearest in groups of 32 along K. Signed types are symmetric around 0, unsigned ones span each group.
 
-    weight: float32 [N, K]. Scales and minima are rounded to float16 first, as they are stored, so that codes are nearest
-    under the values in use. Raises TilusError, with the tensor's `name`, when K is no multiple of 32 or float16
+    weight: float32 [N, K]. Scales and minima are rounded to float16 first, as they are stored, so that codes are
+    nearest under the values in use. Raises TilusError, with the tensor's `name`, when K is no multiple of 32 or float16
     overflows.
     """
     num_rows, width = weight.shape

@@ -1,7 +1,7 @@
 """Text to token ids and back, and chats to prompts.
 
-The algorithm comes from the `tokenizers` library; here is how to build one from a GGUF file's metadata or a Hugging Face
-directory, how to render a chat template, and how to turn a stream of tokens into a stream of text.
+The algorithm comes from the `tokenizers` library; here is how to build one from a GGUF file's metadata or a Hugging
+Face directory, how to render a chat template, and how to turn a stream of tokens into a stream of text.
 """
 
 from __future__ import annotations
@@ -87,9 +87,9 @@ class Tokenizer:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
-        environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
         try:
-            return environment.from_string(self.chat_template)
+            names = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+            return environment.from_string(self.chat_template, globals=names)
         except jinja2.TemplateSyntaxError as error:
             raise TilusError(f"the model's chat template is not valid jinja: {error}") from error
 
@@ -158,7 +158,9 @@ def from_gguf(file: GGUFFile) -> Tokenizer:
     fast.add_special_tokens(
         [AddedToken(token, normalized=False, special=True) for token, kind in zip(tokens, types) if kind == _CONTROL]
     )
-    fast.add_tokens([AddedToken(token, normalized=False) for token, kind in zip(tokens, types) if kind == _USER_DEFINED])
+    fast.add_tokens(
+        [AddedToken(token, normalized=False) for token, kind in zip(tokens, types) if kind == _USER_DEFINED]
+    )
     bos, eos = (file.integer(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos"))
     if file.flag("tokenizer.ggml.add_bos_token", False):
         fast.post_processor = processors.TemplateProcessing(
