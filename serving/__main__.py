@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import signal
 import socket
 import sys
@@ -142,19 +144,20 @@ def _warm_up(engine: Engine) -> None:
 def _progress(done: int, total: int) -> None:
     if sys.stderr.isatty():
         print(f"\r  layer {done} of {total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
-    elif done * 4 // total != (done - 1) * 4 // total:  # in a log, a line for each quarter
+    elif done and done * 4 // total != (done - 1) * 4 // total:  # in a log, a line for each quarter
         _say(f"  layer {done} of {total}")
 
 
 def _say_ready(host: str, port: int, name: str, engine: Engine, device: torch.device) -> None:
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     url = f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
-    body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+    message = {"role": "user", "content": "What is the capital of France?"}
+    body = json.dumps({"model": name, "messages": [message], "temperature": 0})
     _say(
         f"ready: {name} on {device.type} at {url}\n"
         f"  context {engine.max_model_len} tokens, {engine.config.num_pages} pages, "
         f"up to {engine.config.max_batch} requests at once; stop with Ctrl-C\n"
-        f"try:\n  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+        f"try:\n  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}"
     )
 
 

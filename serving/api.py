@@ -236,6 +236,8 @@ async def _invalid_body(_: HTTPRequest, error: Exception) -> Response:
     if first["type"] == "json_invalid":
         message = f"the body is not valid JSON: {first['ctx']['error']} at character {where}"
         return _error_response(RequestError(message))
+    if isinstance(first["input"], bytes):
+        return _error_response(RequestError("the body must be JSON, sent with Content-Type: application/json"))
     found = "" if first["type"] == "missing" else f", but found {first['input']!r:.200}"
     message = f"{where or 'the body'}: {first['msg'][:1].lower()}{first['msg'][1:]}{found}"
     return _error_response(RequestError(message, param=where or None))

@@ -81,8 +81,8 @@ class Sequence:
     """A request inside the engine.
 
     tokens: the prompt, then the output so far. num_computed: how many of them have keys and values in the cache; it
-    falls to 0 when the sequence loses its pages, and everything is computed again later. max_tokens: the limit on output
-    with the default resolved. deadline: the clock's time after which the request is given up.
+    falls to 0 when the sequence loses its pages, and everything is computed again later. max_tokens: the limit on
+    output with the default resolved. deadline: the clock's time after which the request is given up.
     """
 
     request: Request

@@ -55,8 +55,8 @@ def block_format(type_id: int, tensor: str) -> BlockFormat:
     if type_id not in _FORMATS:
         supported = ", ".join(format.name for format in _FORMATS.values())
         raise TilusError(
-            f"tensor {tensor} has GGUF type {_OTHER_NAMES.get(type_id, 'unknown')} (id {type_id}), which is not supported; "
-            f"supported are {supported}",
+            f"tensor {tensor} has GGUF type {_OTHER_NAMES.get(type_id, 'unknown')} (id {type_id}), "
+            f"but supported are {supported}",
             hint="convert the model to one of these with llama-quantize",
         )
     return _FORMATS[type_id]
@@ -95,7 +95,7 @@ def _matrix(codes: npt.NDArray[np.integer], scales: _Floats, mins: _Floats | Non
 
 def _nibbles(data: _Bytes) -> _Bytes:
     """All low nibbles of the last axis, then all high ones."""
-    return np.concatenate([data & 15, data >> 4], axis=-1)
+    return np.concatenate([data & np.uint8(15), data >> np.uint8(4)], axis=-1)
 
 
 def _q4_0(blocks: _Bytes) -> QuantizedMatrix:

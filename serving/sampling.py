@@ -1,8 +1,8 @@
 """Choosing tokens from logits, for all rows of a batch at once.
 
 Randomness is counter-based (Philox; Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): the number
-that decides a token depends on the request's seed and on how many tokens it has, and on nothing else. So an answer does not
-change when others join the batch, or when the sequence was preempted and computed again.
+that decides a token depends on the request's seed and on how many tokens it has, and on nothing else. So an answer
+does not change when others join the batch, or when the sequence was preempted and computed again.
 """
 
 from __future__ import annotations
