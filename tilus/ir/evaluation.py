@@ -1,0 +1,71 @@
+"""What an instruction's numpy meaning may ask of the reference execution.
+
+All blocks of a grid (or of a part of it) run at once. A tile value is an array of shape `[gx, gy, gz, *tile.shape]` and a
+scalar value one of shape `[gx, gy, gz]`; a leading axis has size 1 where the value is the same for all blocks along that
+grid axis, so that numpy's broadcasting does each distinct piece of work once. Arrays hold `DataType.compute` values and
+must not be modified in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from tilus.ir.expr import Expr, Var
+from tilus.ir.tensor import GlobalTensor, RegisterTensor, SharedTensor
+
+Array = npt.NDArray[Any]
+BoolArray = npt.NDArray[np.bool_]
+IntArray = npt.NDArray[np.int64]
+
+
+class Evaluation(Protocol):
+    @property
+    def num_threads(self) -> int: ...
+
+    def tile(self, tensor: RegisterTensor) -> Array:
+        """The value of a tile."""
+        ...
+
+    def set_tile(self, tensor: RegisterTensor, value: Array) -> None:
+        """Give a tile its value. Inside a divergent branch only the active blocks of a mutable tile change."""
+        ...
+
+    def scalar(self, expr: Expr) -> Array:
+        """The value of a scalar expression, shape [gx, gy, gz] (axes of size 1 where uniform)."""
+        ...
+
+    def set_scalar(self, var: Var, value: Array) -> None: ...
+
+    def active(self) -> BoolArray | None:
+        """Which blocks execute this instruction, shape [gx, gy, gz] (broadcastable); None when all do."""
+        ...
+
+    def load(
+        self, tensor: GlobalTensor | SharedTensor, offsets: Sequence[Expr], shape: tuple[int, ...], dims: tuple[int, ...],
+        *, checked: bool,
+    ) -> Array:
+        """The tile of `shape` that starts at `offsets` (one per dim of the tensor) and extends along `dims`.
+
+        checked: elements outside of the tensor read as zero; otherwise such an access is an error. Inactive blocks read nothing.
+        """
+        ...
+
+    def store(
+        self, tensor: GlobalTensor | SharedTensor, offsets: Sequence[Expr], dims: tuple[int, ...], value: Array, *,
+        checked: bool,
+    ) -> None:
+        """Write a tile; elements outside of the tensor are dropped when `checked`. Later blocks win over earlier ones."""
+        ...
+
+    def update(
+        self, tensor: GlobalTensor | SharedTensor, offsets: Sequence[Expr], dims: tuple[int, ...], value: Array, op: str,
+        *, checked: bool,
+    ) -> Array:
+        """Atomic read-modify-write by `op` (add, min, max, and, or, xor, exch) block after block; returns the old values."""
+        ...
+
+    def print(self, text: str) -> None: ...

@@ -1,0 +1,58 @@
+"""A kernel: parameters, launch grid and body."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tilus.errors import Loc
+from tilus.ir.expr import Expr, Var
+from tilus.ir.stmt import Stmt
+from tilus.ir.tensor import GlobalTensor
+
+
+@dataclass(frozen=True, eq=False)
+class TensorParam:
+    """A tensor argument. Its pointer and those of its dims and strides that are variables become kernel parameters."""
+
+    name: str
+    tensor: GlobalTensor
+
+
+@dataclass(frozen=True, eq=False)
+class ScalarParam:
+    name: str
+    var: Var
+
+
+Param = TensorParam | ScalarParam
+
+
+@dataclass(frozen=True, eq=False)
+class Function:
+    """params: as the user wrote them. grid: up to three extents over dims and scalars. A block has `num_warps` * 32 threads."""
+
+    name: str
+    params: tuple[Param, ...]
+    grid: tuple[Expr, ...]
+    num_warps: int
+    body: Stmt
+    loc: Loc | None = None
+
+    @property
+    def num_threads(self) -> int:
+        return 32 * self.num_warps
+
+    def kernel_params(self) -> tuple[Var, ...]:
+        """The scalars passed to the kernel, in order: pointers, then each dim and stride variable once, then scalars."""
+        ordered: dict[Var, None] = {}
+        for param in self.params:
+            if isinstance(param, TensorParam):
+                ordered[param.tensor.base] = None
+        for param in self.params:
+            if isinstance(param, TensorParam):
+                for expr in (*param.tensor.shape, *param.tensor.strides):
+                    if isinstance(expr, Var):
+                        ordered[expr] = None
+            else:
+                ordered[param.var] = None
+        return tuple(ordered)

@@ -1,0 +1,175 @@
+"""The base class of tile instructions: one instruction is one class that knows everything about itself.
+
+A subclass is a frozen dataclass. Its fields are its operands and attributes; every other fact is a method on it:
+`effects`, `verify`, the layout rules, `evaluate` (its numpy meaning) and `emit` (its PTX). Passes ask; they hold no lists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+
+from tilus.errors import TilusError
+from tilus.ir.expr import Expr, Var
+from tilus.ir.tensor import GlobalTensor, RegisterTensor, SharedTensor, Tensor
+from tilus.layout import RegisterLayout
+
+if TYPE_CHECKING:
+    from tilus.codegen.context import EmitContext
+    from tilus.ir.evaluation import Evaluation
+
+Layouts = Mapping[RegisterTensor, RegisterLayout]
+
+
+@dataclass(frozen=True)
+class Effects:
+    """What an instruction touches besides its register results. An instruction without effects may be removed when unused.
+
+    reads, writes: tensors in memory. barrier: waits for other threads or for asynchronous copies. other: prints and the like.
+    """
+
+    reads: tuple[Tensor, ...] = ()
+    writes: tuple[Tensor, ...] = ()
+    barrier: bool = False
+    other: bool = False
+
+    @property
+    def removable(self) -> bool:
+        return not self.writes and not self.barrier and not self.other
+
+
+PURE = Effects()
+
+
+@dataclass(frozen=True, eq=False)
+class Instruction:
+    """Base of tile instructions.
+
+    Fields whose name is `out` or starts with `out_` are results (RegisterTensor or Var); other tensor fields, alone or in
+    tuples, are operands; the rest are attributes. `mnemonic` is the name in the text form of the IR.
+    """
+
+    mnemonic: ClassVar[str]
+
+    # Which instruction picks layouts first when nothing is known: dot 0, loads 10, everything else 20, constants 30.
+    layout_priority: ClassVar[int] = 20
+
+    def fields(self) -> Iterator[tuple[str, Any]]:
+        for field in dataclasses.fields(self):
+            yield field.name, getattr(self, field.name)
+
+    @property
+    def results(self) -> tuple[RegisterTensor | Var, ...]:
+        return tuple(v for name, v in self.fields() if _is_out(name) and isinstance(v, (RegisterTensor, Var)))
+
+    @property
+    def operands(self) -> tuple[Tensor, ...]:
+        return tuple(t for name, value in self.fields() if not _is_out(name) for t in _tensors(value))
+
+    @property
+    def register_operands(self) -> tuple[RegisterTensor, ...]:
+        return tuple(t for t in self.operands if isinstance(t, RegisterTensor))
+
+    @property
+    def register_results(self) -> tuple[RegisterTensor, ...]:
+        return tuple(t for t in self.results if isinstance(t, RegisterTensor))
+
+    @property
+    def scalars(self) -> tuple[Expr, ...]:
+        """Scalar expressions that the instruction reads."""
+        return tuple(e for name, value in self.fields() if not _is_out(name) for e in _exprs(value))
+
+    def replace(self, tensors: Mapping[Tensor, Tensor], exprs: Mapping[Expr, Expr] | None = None) -> Self:
+        """The same instruction over other tensors (and substituted scalars); `self` when nothing changes."""
+        changes = {
+            name: new for name, value in self.fields() if (new := _replaced(value, tensors, exprs or {})) is not value
+        }
+        return dataclasses.replace(self, **changes) if changes else self
+
+    def effects(self) -> Effects:
+        return PURE
+
+    def verify(self) -> None:
+        """Raise TilusError when shapes, dtypes or attributes do not fit; the caller adds the location."""
+
+    # Layout rules. All take and return layouts by tensor; `num_threads` is the block's size.
+
+    def infer_layouts(self, known: Layouts, num_threads: int) -> Layouts:
+        """Layouts of further operands or results that follow from the known ones. Must not contradict `known`."""
+        return {}
+
+    def default_layouts(self, known: Layouts, num_threads: int) -> Layouts:
+        """Layouts for the unknown results, asked when nothing follows from anything any more."""
+        return {
+            t: RegisterLayout.auto(t.shape, num_threads) for t in self.register_results if t not in known
+        }
+
+    def required_layouts(self, layouts: Layouts, num_threads: int) -> Layouts:
+        """For each operand whose layout will not do: the layout it must be converted to."""
+        return {}
+
+    # Meanings.
+
+    def evaluate(self, env: Evaluation) -> None:
+        """The numpy meaning, on all blocks at once: read operands from `env`, set the results."""
+        raise NotImplementedError(f"{type(self).__name__}.evaluate")
+
+    def emit(self, ctx: EmitContext) -> None:
+        """Emit PTX: read operand registers from `ctx`, define the results."""
+        raise NotImplementedError(f"{type(self).__name__}.emit")
+
+
+def _is_out(name: str) -> bool:
+    return name == "out" or name.startswith("out_")
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    if isinstance(value, (RegisterTensor, SharedTensor, GlobalTensor)):
+        yield value
+    elif isinstance(value, tuple):
+        for element in cast("tuple[object, ...]", value):
+            yield from _tensors(element)
+
+
+def _exprs(value: object) -> Iterator[Expr]:
+    if isinstance(value, Expr):
+        yield value
+    elif isinstance(value, GlobalTensor):
+        yield from (*value.shape, *value.strides, value.offset)
+    elif isinstance(value, tuple):
+        for element in cast("tuple[object, ...]", value):
+            yield from _exprs(element)
+
+
+def _replaced(value: Any, tensors: Mapping[Tensor, Tensor], exprs: Mapping[Expr, Expr]) -> Any:
+    from tilus.ir.expr import substitute
+
+    if isinstance(value, (RegisterTensor, SharedTensor, GlobalTensor)):
+        if value in tensors:
+            return tensors[value]
+        if isinstance(value, GlobalTensor) and exprs:
+            offset = substitute(value.offset, exprs)
+            return value if offset is value.offset else dataclasses.replace(value, offset=offset)
+        return value
+    if isinstance(value, Expr):
+        new = substitute(value, exprs) if exprs else value
+        return value if new == value else new
+    if isinstance(value, tuple):
+        old = cast("tuple[Any, ...]", value)
+        new_tuple = tuple(_replaced(element, tensors, exprs) for element in old)
+        return value if all(a is b for a, b in zip(new_tuple, old, strict=True)) else new_tuple
+    return value
+
+
+# Checks that many `verify` methods share, as functions that name both values.
+
+def expect_same_shape(what: str, a: RegisterTensor, b: RegisterTensor) -> None:
+    if a.shape != b.shape:
+        raise TilusError(f"{what}: shapes {list(a.shape)} and {list(b.shape)} differ")
+
+
+def expect_dtype(what: str, tensor: Tensor, expected: Sequence[str]) -> None:
+    if tensor.dtype.name not in expected:
+        raise TilusError(f"{what}: dtype is {tensor.dtype.name}, expected {' or '.join(expected)}")

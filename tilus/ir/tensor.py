@@ -1,0 +1,84 @@
+"""Tensors of a kernel: tiles in registers, buffers in shared memory, views of global memory.
+
+They name things, so they compare by identity. A register or shared tensor without a layout gets one in `infer_layouts`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from tilus.dtypes import DataType
+from tilus.ir.expr import Expr, Var, as_expr, binary
+from tilus.layout import RegisterLayout, SharedLayout
+
+
+@dataclass(frozen=True, eq=False)
+class RegisterTensor:
+    """A tile spread over the registers of a block; `shape` is static. `layout` says which thread holds which element.
+
+    mutable: storage of a variable that is assigned in a loop or branch; otherwise the tile is written once.
+    """
+
+    dtype: DataType
+    shape: tuple[int, ...]
+    layout: RegisterLayout | None = None
+    name: str = "t"
+    mutable: bool = False
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class SharedTensor:
+    """A buffer in shared memory, private to the block."""
+
+    dtype: DataType
+    shape: tuple[int, ...]
+    layout: SharedLayout | None = None
+    name: str = "s"
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        elements = self.layout.size if self.layout is not None else math.prod(self.shape)
+        return (elements * self.dtype.nbits + 7) // 8
+
+
+@dataclass(frozen=True, eq=False)
+class GlobalTensor:
+    """A view of global memory: element (i0, i1, ...) is at `base + offset + sum(i_d * strides[d])`, all in elements.
+
+    base: the pointer parameter. alignment: known alignment of `base` in bytes. Strides of sub-byte types count elements too.
+    """
+
+    dtype: DataType
+    shape: tuple[Expr, ...]
+    strides: tuple[Expr, ...]
+    base: Var
+    offset: Expr = field(default_factory=lambda: as_expr(0))
+    alignment: int = 16
+    name: str = "g"
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+    def select(self, index: Expr) -> GlobalTensor:
+        """The view of rank - 1 at `index` of the first dimension."""
+        offset = binary("+", self.offset, binary("*", index, self.strides[0]))
+        return GlobalTensor(
+            self.dtype, self.shape[1:], self.strides[1:], self.base, offset, self.alignment, f"{self.name}[{index}]"
+        )
+
+
+Tensor = RegisterTensor | SharedTensor | GlobalTensor

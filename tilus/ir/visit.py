@@ -1,0 +1,76 @@
+"""Walking and rewriting statements. A rewrite gives back the same object where nothing changed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+
+from tilus.ir.expr import Expr, substitute
+from tilus.ir.stmt import Break, Continue, For, If, Inst, Return, Seq, SetScalar, Stmt, While
+from tilus.ir.tensor import Tensor
+
+
+def walk(stmt: Stmt) -> Iterator[Stmt]:
+    """The statement and all statements inside it, in program order."""
+    yield stmt
+    match stmt:
+        case Seq():
+            for child in stmt.stmts:
+                yield from walk(child)
+        case For() | While():
+            yield from walk(stmt.body)
+        case If():
+            yield from walk(stmt.then)
+            yield from walk(stmt.orelse)
+        case Inst() | SetScalar() | Break() | Continue() | Return():
+            pass
+
+
+def instructions(stmt: Stmt) -> Iterator[Inst]:
+    return (s for s in walk(stmt) if isinstance(s, Inst))
+
+
+def rewrite(stmt: Stmt, leaf: Callable[[Stmt], Stmt]) -> Stmt:
+    """Rebuild a statement with `leaf` applied to every statement that is not a Seq, children first."""
+    match stmt:
+        case Seq():
+            stmts = tuple(rewrite(child, leaf) for child in stmt.stmts)
+            return stmt if all(a is b for a, b in zip(stmts, stmt.stmts, strict=True)) else seq(*stmts)
+        case For() | While():
+            body = rewrite(stmt.body, leaf)
+            return leaf(stmt if body is stmt.body else dataclasses.replace(stmt, body=body))
+        case If():
+            then, orelse = rewrite(stmt.then, leaf), rewrite(stmt.orelse, leaf)
+            same = then is stmt.then and orelse is stmt.orelse
+            return leaf(stmt if same else dataclasses.replace(stmt, then=then, orelse=orelse))
+        case _:
+            return leaf(stmt)
+
+
+def seq(*stmts: Stmt) -> Seq:
+    """A flat sequence."""
+    flat: list[Stmt] = []
+    for stmt in stmts:
+        flat.extend(stmt.stmts if isinstance(stmt, Seq) else (stmt,))
+    return Seq(tuple(flat))
+
+
+def replace(stmt: Stmt, tensors: Mapping[Tensor, Tensor], exprs: Mapping[Expr, Expr] | None = None) -> Stmt:
+    """The statement over other tensors and with scalars substituted."""
+    values = exprs or {}
+
+    def leaf(s: Stmt) -> Stmt:
+        match s:
+            case Inst():
+                inst = s.inst.replace(tensors, values)
+                return s if inst is s.inst else Inst(inst, s.loc)
+            case SetScalar() if values:
+                return dataclasses.replace(s, value=substitute(s.value, values))
+            case For() if values:
+                return dataclasses.replace(s, start=substitute(s.start, values), stop=substitute(s.stop, values))
+            case While() | If() if values:
+                return dataclasses.replace(s, cond=substitute(s.cond, values))
+            case _:
+                return s
+
+    return rewrite(stmt, leaf)

@@ -1,0 +1,387 @@
+"""Register layouts: which element of a tile sits in which register of which thread.
+
+A register layout maps (thread t, local slot i) to the logical index of a tile. Each dimension of the tile is factored
+into mixed-radix digits (of any size, not only powers of two); every digit is read from the thread number or from the
+slot number. The notation (spatial, local, product) is that of Tilus (Ding et al., "Tilus: A Tile-Level GPGPU
+Programming Language for Low-Precision Computation", ASPLOS 2026); digits replace its modes, and replication may be on
+either side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from math import prod
+
+import numpy as np
+import numpy.typing as npt
+
+from tilus.layout import digits as _digits
+from tilus.layout.digits import Digit, Term
+from tilus.layout.errors import LayoutError
+from tilus.layout.inverse import Inverse
+from tilus.layout.printer import register_expression
+
+
+@dataclass(frozen=True, repr=False)
+class RegisterLayout:
+    """A function (thread, slot) -> index into a tile of `shape`, in the one canonical form.
+
+    Both digit lists are outermost first. Two layouts are equal (and hash equal) exactly when they have the same number
+    of threads and slots and are the same function. `str(layout)` is an expression that builds the layout again.
+    Raises LayoutError where the digits of a dimension do not count each of its indices exactly once.
+    """
+
+    shape: tuple[int, ...]
+    thread_digits: tuple[Digit, ...]
+    local_digits: tuple[Digit, ...]
+
+    def __post_init__(self) -> None:
+        _digits.check_complete((*self.thread_digits, *self.local_digits), self.shape)
+        object.__setattr__(self, "thread_digits", _digits.canonical(self.thread_digits))
+        object.__setattr__(self, "local_digits", _digits.canonical(self.local_digits))
+
+    def __str__(self) -> str:
+        return register_expression(self.shape, self.thread_digits, self.local_digits)
+
+    __repr__ = __str__
+
+    # ---- sizes
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of elements of the tile."""
+        return prod(self.shape)
+
+    @cached_property
+    def num_threads(self) -> int:
+        return prod(digit.size for digit in self.thread_digits)
+
+    @cached_property
+    def num_locals(self) -> int:
+        """Number of local slots (registers, before packing) of each thread."""
+        return prod(digit.size for digit in self.local_digits)
+
+    @property
+    def num_replicas(self) -> int:
+        """How many threads hold each element."""
+        return prod(digit.size for digit in self.thread_digits if digit.dim is None)
+
+    @property
+    def num_local_replicas(self) -> int:
+        """How many slots of one thread hold each element that the thread owns."""
+        return prod(digit.size for digit in self.local_digits if digit.dim is None)
+
+    @property
+    def is_replicated_thread(self) -> bool:
+        return self.num_replicas > 1
+
+    # ---- the function
+
+    @cached_property
+    def thread_terms(self) -> tuple[Term, ...]:
+        """How the thread number feeds the index: `(t // stride) % size * weight` is added to index[dim]."""
+        return _digits.terms(self.thread_digits)
+
+    @cached_property
+    def local_terms(self) -> tuple[Term, ...]:
+        """How the slot number feeds the index, as in `thread_terms`."""
+        return _digits.terms(self.local_digits)
+
+    def index(self, thread: int, local: int) -> tuple[int, ...]:
+        """The index of the element that `thread` holds in slot `local`."""
+        if not 0 <= thread < self.num_threads or not 0 <= local < self.num_locals:
+            raise LayoutError(
+                f"thread {thread}, slot {local} of a layout with {self.num_threads} threads and {self.num_locals} slots"
+            )
+        result = [0] * self.rank
+        for number, number_terms in ((thread, self.thread_terms), (local, self.local_terms)):
+            for term in number_terms:
+                if term.dim is not None:
+                    result[term.dim] += number // term.stride % term.size * term.weight
+        return tuple(result)
+
+    __call__ = index
+
+    def table(self) -> npt.NDArray[np.int64]:
+        """All indices: int64 of shape [num_threads, num_locals, rank]."""
+        threads = _digits.index_table(self.thread_digits, self.rank)
+        return threads[:, None] + _digits.index_table(self.local_digits, self.rank)[None]
+
+    def inverse(self) -> Inverse:
+        """The function index -> (thread, slot); of several owners it names the one whose replication digits are 0."""
+        return Inverse(self.shape, self.thread_terms, self.local_terms)
+
+    def owner(self, index: Sequence[int]) -> list[tuple[int, int]]:
+        """All (thread, slot) that hold the element, in ascending order."""
+        thread, local = self.inverse()(index)
+        thread_replicas = _replica_offsets(self.thread_terms)
+        local_replicas = _replica_offsets(self.local_terms)
+        return sorted((thread + t, local + i) for t in thread_replicas for i in local_replicas)
+
+    # ---- product and quotients
+
+    def __mul__(self, inner: RegisterLayout) -> RegisterLayout:
+        """The tile of tiles: `(f * g)(t, i) = f(t // T_g, i // L_g) * S_g + g(t % T_g, i % L_g)`, elementwise."""
+        self._require_rank(inner)
+
+        def scaled(outer: Sequence[Digit]) -> tuple[Digit, ...]:
+            return tuple(
+                Digit(d.size, d.dim, d.weight if d.dim is None else d.weight * inner.shape[d.dim]) for d in outer
+            )
+
+        return RegisterLayout(
+            tuple(a * b for a, b in zip(self.shape, inner.shape)),
+            scaled(self.thread_digits) + inner.thread_digits,
+            scaled(self.local_digits) + inner.local_digits,
+        )
+
+    def divide(self, inner: RegisterLayout) -> RegisterLayout:
+        """The exact right quotient: the only q with `q * inner == self`. Raises LayoutError where there is none."""
+        quotient = self.try_divide(inner)
+        if quotient is None:
+            raise self._no_quotient(inner, "inner")
+        return quotient
+
+    __truediv__ = divide
+
+    def left_divide(self, outer: RegisterLayout) -> RegisterLayout:
+        """The exact left quotient: the only q with `outer * q == self`. Raises LayoutError where there is none."""
+        quotient = self.try_left_divide(outer)
+        if quotient is None:
+            raise self._no_quotient(outer, "outer")
+        return quotient
+
+    def try_divide(self, inner: RegisterLayout) -> RegisterLayout | None:
+        """The right quotient, or None where there is none."""
+        if self._indivisible_count(inner) is not None:
+            return None
+        factors = self._factor(inner.num_threads, inner.num_locals, inner.shape)
+        return factors[0] if factors is not None and factors[1] == inner else None
+
+    def try_left_divide(self, outer: RegisterLayout) -> RegisterLayout | None:
+        """The left quotient, or None where there is none."""
+        if self._indivisible_count(outer) is not None:
+            return None
+        shape = tuple(a // b for a, b in zip(self.shape, outer.shape))
+        factors = self._factor(self.num_threads // outer.num_threads, self.num_locals // outer.num_locals, shape)
+        return factors[1] if factors is not None and factors[0] == outer else None
+
+    def _factor(
+        self, num_threads: int, num_locals: int, shape: tuple[int, ...]
+    ) -> tuple[RegisterLayout, RegisterLayout] | None:
+        """The only (outer, inner) with `outer * inner == self` where inner has these counts and this shape.
+
+        Its values are forced: inner is this function on its first threads and slots, and outer on their multiples. So
+        the pair exists exactly when the digits can be cut there and the inner ones stay inside `shape`.
+        """
+        threads = _digits.split(self.thread_digits, num_threads)
+        locals_ = _digits.split(self.local_digits, num_locals)
+        if threads is None or locals_ is None:
+            return None
+        (outer_threads, inner_threads), (outer_locals, inner_locals) = threads, locals_
+        inside = all(d.dim is None or d.weight * d.size <= shape[d.dim] for d in (*inner_threads, *inner_locals))
+        outside = all(d.dim is None or d.weight % shape[d.dim] == 0 for d in (*outer_threads, *outer_locals))
+        if not (inside and outside):
+            return None
+
+        def scaled(digits: Sequence[Digit]) -> tuple[Digit, ...]:
+            return tuple(Digit(d.size, d.dim, d.weight if d.dim is None else d.weight // shape[d.dim]) for d in digits)
+
+        outer_shape = tuple(a // b for a, b in zip(self.shape, shape))
+        outer = RegisterLayout(outer_shape, scaled(outer_threads), scaled(outer_locals))
+        return outer, RegisterLayout(shape, tuple(inner_threads), tuple(inner_locals))
+
+    def _indivisible_count(self, part: RegisterLayout) -> str | None:
+        """Which count of `part` does not divide that of this layout, in words."""
+        self._require_rank(part)
+        counts = [("threads", self.num_threads, part.num_threads), ("slots", self.num_locals, part.num_locals)]
+        counts += [(f"elements in dimension {k}", a, b) for k, (a, b) in enumerate(zip(self.shape, part.shape))]
+        return next((f"{whole} {what}, not a multiple of {piece}" for what, whole, piece in counts if whole % piece), None)
+
+    def _no_quotient(self, part: RegisterLayout, side: str) -> LayoutError:
+        reason = self._indivisible_count(part)
+        if reason is None:
+            reason = f"other {side} {part.num_threads} threads and {part.num_locals} slots"
+        return LayoutError(
+            f"{self} is no product with {part} as its {side} factor: it has {reason}",
+            hint="convert to a layout that is such a product",
+        )
+
+    # ---- chained constructors: f.spatial(8, 4) is f * spatial(8, 4)
+
+    def spatial(self, *shape: int) -> RegisterLayout:
+        return self * spatial(*shape)
+
+    def local(self, *shape: int) -> RegisterLayout:
+        return self * local(*shape)
+
+    def column_spatial(self, *shape: int) -> RegisterLayout:
+        return self * column_spatial(*shape)
+
+    def column_local(self, *shape: int) -> RegisterLayout:
+        return self * column_local(*shape)
+
+    def replicated(self, threads: int) -> RegisterLayout:
+        return self * replicated(threads, self.rank)
+
+    def local_replicated(self, count: int) -> RegisterLayout:
+        return self * local_replicated(count, self.rank)
+
+    # ---- dimensions
+
+    def permute(self, dims: Sequence[int]) -> RegisterLayout:
+        """Reorder the dimensions: dimension k of the result is dimension dims[k] of this layout."""
+        if sorted(dims) != list(range(self.rank)):
+            raise LayoutError(f"permute got dims {tuple(dims)}; expected each of 0..{self.rank - 1} once")
+        place = {dim: k for k, dim in enumerate(dims)}
+        return self._redirect(tuple(self.shape[dim] for dim in dims), place)
+
+    def squeeze(self, dim: int) -> RegisterLayout:
+        """Drop a dimension of extent 1."""
+        dim = self._require_dim(dim)
+        if self.shape[dim] != 1:
+            raise LayoutError(f"squeeze of dimension {dim} with extent {self.shape[dim]}; expected extent 1")
+        return self.reduce([dim], keepdims=False)
+
+    def unsqueeze(self, dim: int) -> RegisterLayout:
+        """Insert a dimension of extent 1 before dimension `dim` (`dim == rank` appends)."""
+        if not 0 <= dim <= self.rank:
+            raise LayoutError(f"unsqueeze at {dim} of a layout of rank {self.rank}; expected 0..{self.rank}")
+        place = {k: k if k < dim else k + 1 for k in range(self.rank)}
+        return self._redirect((*self.shape[:dim], 1, *self.shape[dim:]), place)
+
+    def reshape(self, shape: Sequence[int]) -> RegisterLayout:
+        """The same elements under another shape, in row-major order. Raises LayoutError where a digit would straddle
+        two of the new dimensions."""
+        if prod(shape) != self.size:
+            raise LayoutError(
+                f"reshape of {self.shape} ({self.size} elements) to {tuple(shape)} ({prod(shape)} elements)"
+            )
+        old_strides, new_strides = row_major_strides(self.shape), row_major_strides(shape)
+
+        def pieces(digit: Digit) -> list[Digit]:
+            if digit.dim is None or digit.size == 1:
+                return [digit]
+            result: list[Digit] = []
+            weight, size = digit.weight * old_strides[digit.dim], digit.size
+            while size > 1:
+                dim = next(k for k, s in enumerate(new_strides) if s <= weight < s * shape[k])
+                room, rest = divmod(new_strides[dim] * shape[dim], weight)
+                inner = min(size, room)
+                if weight % new_strides[dim] or (size > room and (rest or size % room)):
+                    raise LayoutError(
+                        f"{self} cannot be reshaped to {tuple(shape)}: its digit of size {digit.size} does not split",
+                        hint="convert to a layout whose digits divide the new shape first",
+                    )
+                result.append(Digit(inner, dim, weight // new_strides[dim]))
+                weight, size = weight * inner, size // inner
+            return result[::-1]
+
+        return RegisterLayout(
+            tuple(shape),
+            tuple(piece for digit in self.thread_digits for piece in pieces(digit)),
+            tuple(piece for digit in self.local_digits for piece in pieces(digit)),
+        )
+
+    def reduce(self, dims: Sequence[int], keepdims: bool = True) -> RegisterLayout:
+        """The layout after a reduction over `dims`, which get extent 1, or vanish unless `keepdims`.
+
+        Thread digits of reduced dimensions become replication; their slots are dropped.
+        """
+        reduced = {self._require_dim(dim) for dim in dims}
+        kept = [dim for dim in range(self.rank) if keepdims or dim not in reduced]
+        shape = tuple(1 if dim in reduced else self.shape[dim] for dim in kept)
+        place = {dim: k for k, dim in enumerate(kept) if dim not in reduced}
+        locals_ = tuple(d for d in self.local_digits if d.dim not in reduced)
+        return RegisterLayout(shape, _redirected(self.thread_digits, place), _redirected(locals_, place))
+
+    def expand(self, dim: int, size: int) -> RegisterLayout:
+        """Broadcast a dimension of extent 1 to `size`: every owner of an element holds all of its copies.
+
+        The copies are the outermost slots, so slot i of the result has the value of slot `i % num_locals` here.
+        """
+        dim = self._require_dim(dim)
+        if self.shape[dim] != 1:
+            raise LayoutError(f"expand of dimension {dim} with extent {self.shape[dim]}; expected extent 1")
+        return local(*(size if k == dim else 1 for k in range(self.rank))) * self
+
+    def _redirect(self, shape: tuple[int, ...], place: dict[int, int]) -> RegisterLayout:
+        return RegisterLayout(shape, _redirected(self.thread_digits, place), _redirected(self.local_digits, place))
+
+    # ---- checks
+
+    def _require_dim(self, dim: int) -> int:
+        if not -self.rank <= dim < self.rank:
+            raise LayoutError(f"dimension {dim} of a layout of rank {self.rank} and shape {self.shape}")
+        return dim % self.rank
+
+    def _require_rank(self, other: RegisterLayout) -> None:
+        if self.rank != other.rank:
+            raise LayoutError(
+                f"ranks differ: {self} has rank {self.rank}, {other} has rank {other.rank}",
+                hint="insert dimensions of extent 1 with unsqueeze",
+            )
+
+
+def _redirected(digits: Sequence[Digit], place: dict[int, int]) -> tuple[Digit, ...]:
+    """The digits with renamed dimensions; digits of dimensions without a place replicate."""
+    return tuple(Digit(d.size, place[d.dim], d.weight) if d.dim in place else Digit(d.size, None, 0) for d in digits)
+
+
+def _replica_offsets(terms: Sequence[Term]) -> list[int]:
+    ranges = [range(0, term.stride * term.size, term.stride) for term in terms if term.dim is None]
+    return [sum(combination) for combination in product(*ranges)]
+
+
+def row_major_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """The stride of each dimension of a compact row-major array, in elements."""
+    return tuple(prod(shape[k + 1 :]) for k in range(len(shape)))
+
+
+def _one_digit_a_dim(shape: Sequence[int], order: Sequence[int]) -> tuple[Digit, ...]:
+    for extent in shape:
+        if extent < 1:
+            raise LayoutError(f"a layout got shape {tuple(shape)}; expected positive extents")
+    return tuple(Digit(shape[dim], dim, 1) for dim in order)
+
+
+def spatial(*shape: int) -> RegisterLayout:
+    """One element a thread; threads in row-major order."""
+    return RegisterLayout(shape, _one_digit_a_dim(shape, range(len(shape))), ())
+
+
+def column_spatial(*shape: int) -> RegisterLayout:
+    """One element a thread; threads in column-major order (the first dimension varies fastest)."""
+    return RegisterLayout(shape, _one_digit_a_dim(shape, range(len(shape))[::-1]), ())
+
+
+def local(*shape: int) -> RegisterLayout:
+    """One thread holds all elements; slots in row-major order."""
+    return RegisterLayout(shape, (), _one_digit_a_dim(shape, range(len(shape))))
+
+
+def column_local(*shape: int) -> RegisterLayout:
+    """One thread holds all elements; slots in column-major order (the first dimension varies fastest)."""
+    return RegisterLayout(shape, (), _one_digit_a_dim(shape, range(len(shape))[::-1]))
+
+
+def replicated(threads: int, rank: int) -> RegisterLayout:
+    """`threads` threads that all hold the same single element."""
+    return RegisterLayout((1,) * rank, (Digit(threads, None, 0),), ())
+
+
+def local_replicated(count: int, rank: int) -> RegisterLayout:
+    """One thread that holds the same single element in `count` slots."""
+    return RegisterLayout((1,) * rank, (), (Digit(count, None, 0),))
+
+
+def identity(rank: int) -> RegisterLayout:
+    """One thread, one slot, one element: the unit of the product."""
+    return RegisterLayout((1,) * rank, (), ())
