@@ -19,7 +19,6 @@ from serving.engine import Engine
 from serving.errors import RequestError
 from tilus.errors import TilusError
 
-
 LIMIT = ", but this model's context holds 20 tokens"
 
 
