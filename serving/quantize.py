@@ -87,5 +87,5 @@ def fit_float16(values: _Floats, name: str) -> _Floats:
     """Scales or minima rounded to float16, in which they are stored; raises TilusError when they are too large."""
     limit, largest = float(np.finfo(np.float16).max), float(np.abs(values).max(initial=0.0))
     if not largest <= limit:
-        raise TilusError(f"{name} needs a quantisation scale of {largest}, but float16 holds at most {limit}")
+        raise TilusError(f"{name} needs a quantisation scale of {largest:g}, but float16 holds at most {limit:g}")
     return values.astype(np.float16).astype(np.float32)

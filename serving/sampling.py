@@ -19,16 +19,17 @@ from serving.core import BatchItem, SampledToken, SamplingParams, TokenLogprobs
 def sample(logits: Tensor, items: Sequence[BatchItem]) -> tuple[SampledToken | None, ...]:
     """The next token of each row. logits: float32 [S, V]; items: S of them, all with params.
 
-    None for a row that holds a NaN: the fault of one request must not become another's.
+    None for a row that is not all finite: the fault of one request must not become another's.
     """
     params = [item.params or SamplingParams() for item in items]
+    broken = ~logits.isfinite().all(dim=-1)
+    logits = logits.masked_fill(broken[:, None], 0.0)
     choice = logits.argmax(dim=-1)
     random_rows = [row for row, p in enumerate(params) if p.temperature > 0]
     if random_rows:
         index = torch.tensor(random_rows, device=logits.device)
         uniform = [uniform_number(params[row].seed, items[row].draw) for row in random_rows]
         choice[index] = _draw(logits[index], [params[row] for row in random_rows], uniform)
-    broken = logits.isnan().any(dim=-1)
     token_ids, is_broken = torch.stack([choice, broken.to(choice.dtype)]).tolist()
     logprobs = _logprobs(logits, choice, params)
     return tuple(

@@ -147,12 +147,12 @@ def test_the_template_file_comes_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{ raise_exception('roles must alternate') }}", "the model's chat template refuses the messages: roles must alternate"),
+        ("{{ raise_exception('take turns') }}", "the model's chat template refuses the messages: take turns"),
         ("{{ messages.append(1) }}", "refuses the messages: "),
         ("{{ ''.__class__.__mro__ }}", "refuses the messages: "),
         (None, "this model has no chat template; use /v1/completions"),
     ],
-)  # fmt: skip
+)
 def test_templates_are_contained(tiny: Tokenizer, template: str | None, message: str) -> None:
     other = Tokenizer(tiny.fast, tiny.eos_ids, template, tiny.special, tiny.vocab_size)
     with pytest.raises(RequestError) as caught:

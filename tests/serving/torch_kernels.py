@@ -18,6 +18,10 @@ class TorchKernels:
     def __init__(self, compute: torch.dtype = torch.float64) -> None:
         self.compute = compute
 
+    def round(self, values: Tensor) -> Tensor:
+        """Activations are float16."""
+        return values.half()
+
     @property
     def quantize(self) -> TorchKernels:
         return self
@@ -39,7 +43,7 @@ class TorchKernels:
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.to(self.compute)
-        return (wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt() * weight).half()
+        return self.round(wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt() * weight)
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         assert residual.dtype == torch.float32
@@ -54,11 +58,11 @@ class TorchKernels:
 
         def rotate(vectors: Tensor) -> Tensor:
             first, second = vectors.chunk(2, dim=-1)
-            return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).half()
+            return self.round(torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1))
 
         pages, offsets = slots.long() // page_size, slots.long() % page_size
         kv_cache[pages, 0, offsets] = rotate(k)
-        kv_cache[pages, 1, offsets] = v.half()
+        kv_cache[pages, 1, offsets] = self.round(v)
         return rotate(q)
 
     def paged_attention(
@@ -76,16 +80,16 @@ class TorchKernels:
             scores = torch.einsum("qhd,khd->hqk", queries, keys) * scale
             seen = torch.arange(kv_len) <= torch.arange(kv_len - len(queries), kv_len)[:, None]
             weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
-            out[starts[row] : starts[row + 1]] = torch.einsum("hqk,khd->qhd", weights, values).half()
+            out[starts[row] : starts[row + 1]] = self.round(torch.einsum("hqk,khd->qhd", weights, values))
         return out
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.to(self.compute).chunk(2, dim=-1)
-        return (torch.nn.functional.silu(gate) * up).half()
+        return self.round(torch.nn.functional.silu(gate) * up)
 
     def embedding(self, ids: Tensor, table: Tensor, scales: Tensor | None = None) -> Tensor:
         rows = table[ids.long()].to(self.compute)
         if scales is not None:
             groups = scales[ids.long()].to(self.compute)
             rows = (rows.view(*groups.shape, -1) * groups[..., None]).view(rows.shape)
-        return rows.half()
+        return self.round(rows)
