@@ -87,3 +87,32 @@ def _call(on_threads: bool, run: Sequence[Digit], rank: int, is_first: bool) -> 
             extents[digit.dim] = digit.size
     column = "" if _monotone(run, 1) else "column_"
     return f"{column}{'spatial' if on_threads else 'local'}({', '.join(map(str, extents))})"
+
+
+def shared_expression(
+    shape: Sequence[int], digits: Sequence[Sequence[tuple[int, int]]], swizzle: tuple[int, int, int] | None
+) -> str:
+    """The constructor of a shared layout with these (size, stride) digits, and its swizzle (base, bits, shift)."""
+    suffix = "" if swizzle is None else f".swizzled{swizzle}"
+    own = [k for k, dim in enumerate(digits) if dim]
+    for name, dims in (("row_major", own[::-1]), ("column_major", own)):
+        compact, stride = True, 1
+        for dim in dims:
+            compact = compact and list(digits[dim]) == [(shape[dim], stride)]
+            stride *= shape[dim]
+        if compact:
+            return f"{name}({tuple(shape)}){suffix}"
+    sizes = [_one_or_tuple([size for size, _ in dim]) for dim in digits]
+    strides = [_one_or_tuple([stride for _, stride in dim]) for dim in digits]
+    return f"strided({_tuple(sizes)}, {_tuple(strides)}){suffix}"
+
+
+def _one_or_tuple(values: Sequence[int]) -> str:
+    """A dimension of extent 1 has no digits; it is written with size and stride 1."""
+    if len(values) > 1:
+        return str(tuple(values))
+    return str(values[0]) if values else "1"
+
+
+def _tuple(parts: Sequence[str]) -> str:
+    return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"

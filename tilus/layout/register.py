@@ -203,7 +203,9 @@ class RegisterLayout:
         self._require_rank(part)
         counts = [("threads", self.num_threads, part.num_threads), ("slots", self.num_locals, part.num_locals)]
         counts += [(f"elements in dimension {k}", a, b) for k, (a, b) in enumerate(zip(self.shape, part.shape))]
-        return next((f"{whole} {what}, not a multiple of {piece}" for what, whole, piece in counts if whole % piece), None)
+        return next(
+            (f"{whole} {what}, not a multiple of {piece}" for what, whole, piece in counts if whole % piece), None
+        )
 
     def _no_quotient(self, part: RegisterLayout, side: str) -> LayoutError:
         reason = self._indivisible_count(part)
@@ -385,3 +387,12 @@ def local_replicated(count: int, rank: int) -> RegisterLayout:
 def identity(rank: int) -> RegisterLayout:
     """One thread, one slot, one element: the unit of the product."""
     return RegisterLayout((1,) * rank, (), ())
+
+
+def concat(f: RegisterLayout, g: RegisterLayout) -> RegisterLayout:
+    """The layout of shape f.shape + g.shape whose index joins those of f and g:
+    `h(t, i) = (*f(t // T_g, i // L_g), *g(t % T_g, i % L_g))`."""
+    outer = RegisterLayout((*f.shape, *(1,) * g.rank), f.thread_digits, f.local_digits)
+    places = {dim: f.rank + dim for dim in range(g.rank)}
+    shape = ((1,) * f.rank) + g.shape
+    return outer * RegisterLayout(shape, _redirected(g.thread_digits, places), _redirected(g.local_digits, places))
