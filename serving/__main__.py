@@ -57,22 +57,23 @@ def main(arguments: Sequence[str] | None = None, kernels: Callable[[], Kernels] 
 
 
 def _serve(config: ServerConfig, kernels: Callable[[], Kernels]) -> None:
-    listener = _bind(config.host, config.port)  # before minutes of loading, not after
     device = _device(config.device)
-    checkpoint = open_checkpoint(Path(config.model) if config.model else default_model(), dtype(config.weight_dtype))
-    name = config.model_name or checkpoint.name
-    engine = _build_engine(config, checkpoint, kernels(), device)
-    _warm_up(engine)
-    app = create_app(AsyncEngine(engine, config.max_waiting), checkpoint.tokenizer, name)
-    host, port = config.host, int(listener.getsockname()[1])
-    server = _Server(
-        uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=max(1, round(config.drain_timeout))),
-        ready=lambda: _say_ready(host, port, name, engine, device),
-    )
-    # uvicorn drains on these signals and then raises them again for whoever was there before: that is us, satisfied.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _satisfied)
-    server.run(sockets=[listener])
+    with _bind(config.host, config.port) as listener:  # before minutes of loading, not after
+        path = Path(config.model) if config.model else default_model()
+        checkpoint = open_checkpoint(path, dtype(config.weight_dtype))
+        name = config.model_name or checkpoint.name
+        engine = _build_engine(config, checkpoint, kernels(), device)
+        _warm_up(engine)
+        app = create_app(AsyncEngine(engine, config.max_waiting), checkpoint.tokenizer, name)
+        port = int(listener.getsockname()[1])
+        server = _Server(
+            uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=max(1, round(config.drain_timeout))),
+            ready=lambda: _say_ready(config.host, port, name, engine, device),
+        )
+        # uvicorn drains on these signals, then raises them again for whoever was there before: that is us, satisfied.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _satisfied)
+        server.run(sockets=[listener])
     _say("stopped")
 
 
@@ -84,8 +85,12 @@ def _bind(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
     except OSError as error:
         raise TilusError(
             f"cannot listen on {host} port {port}: {error.strerror or error}",

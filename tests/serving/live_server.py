@@ -6,7 +6,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import uvicorn
@@ -20,6 +20,13 @@ from serving.engine import Engine
 from serving.loader import Checkpoint
 
 MODEL = "tiny"
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "the condition did not come true"
+        time.sleep(0.005)
 
 
 class CheckedEngine(Engine):
@@ -58,11 +65,7 @@ class LiveServer:
 
     def check_idle(self) -> None:
         """Wait until nothing runs; then every page must be free and everything must agree."""
-        for _ in range(1000):
-            if not self.engine.has_work and not self.engine._live:
-                break
-            time.sleep(0.01)
-        assert not self.engine.has_work
+        wait_until(lambda: not self.engine.has_work and not self.engine._live)
         self.engine.check()
         assert self.engine.pages.num_free == self.engine.pages.num_pages
 
@@ -77,9 +80,7 @@ def serve(runner: Runner, checkpoint: Checkpoint, config: EngineConfig, max_wait
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
+        wait_until(lambda: server.started)
         yield LiveServer(f"http://127.0.0.1:{listener.getsockname()[1]}", engine, throttled)
     finally:
         throttled.open.set()

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
-from live_server import MODEL, LiveServer, serve
+from live_server import MODEL, LiveServer, serve, wait_until
 from tiny_llama import CPU, tiny_engine
 
 from serving.config import EngineConfig
@@ -217,35 +217,137 @@ COMPLETION = {"model": MODEL, "prompt": "x"}
 CHAT = {"model": MODEL, "messages": USER}
 LIMIT = "this model's context holds 200 tokens"
 REFUSED = [
-    ("completions", COMPLETION | {"model": "gpt"}, 404, "model", "the model 'gpt' does not exist; this server has 'tiny'"),
+    (
+        "completions",
+        COMPLETION | {"model": "gpt"},
+        404,
+        "model",
+        "the model 'gpt' does not exist; this server has 'tiny'",
+    ),
     ("completions", {"prompt": "x"}, 400, "model", "model: field required"),
     ("completions", {"model": MODEL}, 400, "prompt", "prompt: field required"),
     ("completions", COMPLETION | {"prompt": ""}, 400, "prompt", "the prompt has no tokens, but at least 1 is needed"),
-    ("completions", COMPLETION | {"prompt": []}, 400, "prompt", "prompt is an empty list, but must hold at least one prompt"),
-    ("completions", COMPLETION | {"prompt": [5, 300]}, 400, "prompt", "the prompt contains token 300, but token ids go from 0 to 258"),
-    ("completions", COMPLETION | {"prompt": "x" * 300}, 400, "prompt", f"the prompt has 300 tokens and max_tokens is 16, together 316, but {LIMIT}"),
-    ("completions", COMPLETION | {"max_tokens": 200}, 400, "max_tokens", f"the prompt has 1 tokens and max_tokens is 200, together 201, but {LIMIT}"),
-    ("chat/completions", CHAT | {"messages": [{"role": "user", "content": "x" * 300}]}, 400, "prompt", f"the prompt has 319 tokens, but {LIMIT}; it must leave room for at least 1 token"),
+    (
+        "completions",
+        COMPLETION | {"prompt": []},
+        400,
+        "prompt",
+        "prompt is an empty list, but must hold at least one prompt",
+    ),
+    (
+        "completions",
+        COMPLETION | {"prompt": [5, 300]},
+        400,
+        "prompt",
+        "the prompt contains token 300, but token ids go from 0 to 258",
+    ),
+    (
+        "completions",
+        COMPLETION | {"prompt": "x" * 300},
+        400,
+        "prompt",
+        f"the prompt has 300 tokens and max_tokens is 16, together 316, but {LIMIT}",
+    ),
+    (
+        "completions",
+        COMPLETION | {"max_tokens": 200},
+        400,
+        "max_tokens",
+        f"the prompt has 1 tokens and max_tokens is 200, together 201, but {LIMIT}",
+    ),
+    (
+        "chat/completions",
+        CHAT | {"messages": [{"role": "user", "content": "x" * 300}]},
+        400,
+        "prompt",
+        f"the prompt has 319 tokens, but {LIMIT}; it must leave room for at least 1 token",
+    ),
     ("completions", COMPLETION | {"max_tokens": 0}, 400, "max_tokens", "max_tokens is 0, but must be at least 1"),
-    ("completions", COMPLETION | {"max_tokens": 1.5}, 400, "max_tokens", "max_tokens: input should be a valid integer, but found 1.5"),
-    ("completions", COMPLETION | {"temperature": 3}, 400, "temperature", "temperature is 3.0, but must be between 0 and 2"),
-    ("completions", COMPLETION | {"temperature": "hot"}, 400, "temperature", "temperature: input should be a valid number, but found 'hot'"),
+    (
+        "completions",
+        COMPLETION | {"max_tokens": 1.5},
+        400,
+        "max_tokens",
+        "max_tokens: input should be a valid integer, but found 1.5",
+    ),
+    (
+        "completions",
+        COMPLETION | {"temperature": 3},
+        400,
+        "temperature",
+        "temperature is 3.0, but must be between 0 and 2",
+    ),
+    (
+        "completions",
+        COMPLETION | {"temperature": "hot"},
+        400,
+        "temperature",
+        "temperature: input should be a valid number, but found 'hot'",
+    ),
     ("completions", COMPLETION | {"top_p": 0}, 400, "top_p", "top_p is 0.0, but must be above 0 and at most 1"),
     ("completions", COMPLETION | {"top_k": -1}, 400, "top_k", "top_k is -1, but must be at least 1, or 0 for no limit"),
     ("completions", COMPLETION | {"n": 0}, 400, "n", "n is 0, but must be between 1 and 128"),
     ("completions", COMPLETION | {"n": 129}, 400, "n", "n is 129, but must be between 1 and 128"),
-    ("completions", COMPLETION | {"stop": ""}, 400, "stop", "stop is [''], but must be made of strings that are not empty"),
+    (
+        "completions",
+        COMPLETION | {"stop": ""},
+        400,
+        "stop",
+        "stop is [''], but must be made of strings that are not empty",
+    ),
     ("completions", COMPLETION | {"logprobs": 21}, 400, "logprobs", "logprobs is 21, but must be between 0 and 20"),
     ("completions", COMPLETION | {"echo": True}, 400, "echo", "echo = True is not supported by this server"),
-    ("completions", COMPLETION | {"presence_penalty": 0.5}, 400, "presence_penalty", "presence_penalty = 0.5 is not supported by this server"),
+    (
+        "completions",
+        COMPLETION | {"presence_penalty": 0.5},
+        400,
+        "presence_penalty",
+        "presence_penalty = 0.5 is not supported by this server",
+    ),
     ("completions", COMPLETION | {"typo": 1}, 400, "typo", "typo = 1 is not supported by this server"),
-    ("completions", COMPLETION | {"stream_options": {"include_usage": True}}, 400, "stream_options", "stream_options is only allowed when stream is true"),
-    ("chat/completions", CHAT | {"messages": []}, 400, "messages", "messages: list should have at least 1 item after validation, not 0, but found []"),
-    ("chat/completions", CHAT | {"messages": [{"role": "robot", "content": "x"}]}, 400, "messages.0.role", "messages.0.role: input should be 'system', 'developer', 'user' or 'assistant', but found 'robot'"),
-    ("chat/completions", CHAT | {"tools": [{"type": "function"}]}, 400, "tools", "tools = [{'type': 'function'}] is not supported by this server"),
-    ("chat/completions", CHAT | {"top_logprobs": 2}, 400, "top_logprobs", "top_logprobs is only allowed when logprobs is true"),
-    ("chat/completions", CHAT | {"max_tokens": 2, "max_completion_tokens": 3}, 400, "max_tokens", "max_tokens is 2 and max_completion_tokens is 3, but they mean the same; give one"),
-]  # fmt: skip
+    (
+        "completions",
+        COMPLETION | {"stream_options": {"include_usage": True}},
+        400,
+        "stream_options",
+        "stream_options is only allowed when stream is true",
+    ),
+    (
+        "chat/completions",
+        CHAT | {"messages": []},
+        400,
+        "messages",
+        "messages: list should have at least 1 item after validation, not 0, but found []",
+    ),
+    (
+        "chat/completions",
+        CHAT | {"messages": [{"role": "robot", "content": "x"}]},
+        400,
+        "messages.0.role",
+        "messages.0.role: input should be 'system', 'developer', 'user' or 'assistant', but found 'robot'",
+    ),
+    (
+        "chat/completions",
+        CHAT | {"tools": [{"type": "function"}]},
+        400,
+        "tools",
+        "tools = [{'type': 'function'}] is not supported by this server",
+    ),
+    (
+        "chat/completions",
+        CHAT | {"top_logprobs": 2},
+        400,
+        "top_logprobs",
+        "top_logprobs is only allowed when logprobs is true",
+    ),
+    (
+        "chat/completions",
+        CHAT | {"max_tokens": 2, "max_completion_tokens": 3},
+        400,
+        "max_tokens",
+        "max_tokens is 2 and max_completion_tokens is 3, but they mean the same; give one",
+    ),
+]
 
 
 @pytest.mark.parametrize(
@@ -264,12 +366,16 @@ def test_refusals_in_full(server: LiveServer, path: str, body: object, status: i
 @pytest.mark.parametrize(
     ("content", "headers", "message"),
     [
-        (b'{"model": "tiny",', {}, "the body is not valid JSON: Expecting property name enclosed in double quotes at character 17"),
+        (
+            b'{"model": "tiny",',
+            {},
+            "the body is not valid JSON: Expecting property name enclosed in double quotes at character 17",
+        ),
         (b"", {}, "the body: field required"),
         (b"[1]", {}, "the body: input should be a valid dictionary or object to extract fields from, but found [1]"),
         (b"{}", {"Content-Type": "text/plain"}, "the body must be JSON, sent with Content-Type: application/json"),
     ],
-)  # fmt: skip
+)
 def test_bodies_that_are_no_requests(server: LiveServer, content: bytes, headers: dict[str, str], message: str) -> None:
     headers = {"Content-Type": "application/json"} | headers
     reply = httpx.post(f"{server.url}/v1/completions", content=content, headers=headers)
@@ -330,11 +436,9 @@ def test_a_full_queue_is_429(tiny_model: Model, tiny_checkpoint: Checkpoint) -> 
         server.runner.open.clear()  # nothing moves
         with ThreadPoolExecutor(2) as pool:
             running = [pool.submit(client.completions.create, model=MODEL, prompt="a", **FIXED) for _ in range(2)]
-            while len(server.engine._live) < 1 or client.models.list() is None:
-                pass
+            wait_until(lambda: server.engine.has_work)
             with pytest.raises(openai.RateLimitError) as caught:
-                for _ in range(100):  # until both are in
-                    client.completions.create(model=MODEL, prompt="a", n=2, **FIXED)
+                client.completions.create(model=MODEL, prompt="a", n=2, **FIXED)
             assert caught.value.status_code == 429
             assert caught.value.response.headers["retry-after"] == "1"
             assert caught.value.code == "queue_full"
@@ -351,8 +455,7 @@ def test_a_failing_engine_tells_everyone(tiny_model: Model, tiny_checkpoint: Che
         with ThreadPoolExecutor(3) as pool:
             waiting = [pool.submit(client.completions.create, model=MODEL, prompt="a", **FIXED) for _ in range(2)]
             stream = client.completions.create(model=MODEL, prompt="a", stream=True, **FIXED)
-            while len(server.engine._live) + len(server.engine.scheduler.waiting) < 1:
-                pass
+            wait_until(lambda: server.engine.has_work)
             server.runner.error = ValueError("out of memory")
             server.runner.open.set()
             for future in waiting:
