@@ -166,7 +166,8 @@ class DataType:
             return _value_table(self)[codes]
         match self.name:
             case "f16":
-                return codes.view(np.float16).astype(np.float32)
+                with np.errstate(invalid="ignore"):  # signalling NaNs
+                    return codes.view(np.float16).astype(np.float32)
             case "bf16":
                 return (codes.astype(np.uint32) << 16).view(np.float32)
             case _:
@@ -182,7 +183,10 @@ class DataType:
 
         values: any shape, any numeric or boolean dtype. Returns: the same shape, dtype `storage`.
         """
-        array = np.asarray(values)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return self._encode(np.asarray(values))
+
+    def _encode(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         if self.kind == "bool":
             return (array != 0).astype(self.storage)
         if self.is_integer:
@@ -191,14 +195,13 @@ class DataType:
             array = _to_float64(array)
         if self.is_small:
             return _encode_small_float(self, array)
-        with np.errstate(over="ignore", invalid="ignore"):
-            match self.name:
-                case "f16":
-                    return array.astype(np.float16).view(np.uint16)
-                case "bf16":
-                    return _encode_bf16(array)
-                case _:
-                    return array.astype(np.float32).view(np.uint32)
+        match self.name:
+            case "f16":
+                return array.astype(np.float16).view(np.uint16)
+            case "bf16":
+                return _encode_bf16(array)
+            case _:
+                return array.astype(np.float32).view(np.uint32)
 
     def round(self, values: npt.ArrayLike) -> npt.NDArray[Any]:
         """The values of this type nearest to `values`: `decode(encode(values))`; dtype `compute`."""
@@ -390,8 +393,9 @@ def dtype(name: str) -> DataType:
     Raises: TilusError listing similar names.
     """
     if name not in DTYPES:
-        close = difflib.get_close_matches(name, DTYPES, n=4, cutoff=0.5) or list(DTYPES)
+        close = ", ".join(difflib.get_close_matches(name, DTYPES, n=4, cutoff=0.5)) or "int4, float8_e4m3"
         raise TilusError(
-            f"unknown data type {name!r}, expected one of {len(DTYPES)}", hint=f"close: {', '.join(close)}"
+            f"unknown data type {name!r}, expected one of {len(DTYPES)}",
+            hint=f"names like it: {close}; the usual floats are f16, bf16 and f32",
         )
     return DTYPES[name]

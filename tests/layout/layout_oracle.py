@@ -57,9 +57,7 @@ def product_function(f: Function, g: Function) -> Function:
     (tf, lf), (tg, lg) = (tuple(max(key[k] for key in h) + 1 for k in (0, 1)) for h in (f, g))
     extents = [max(index) + 1 for index in zip(*g.values())]
     return {
-        (t, i): tuple(
-            a * s + b for a, s, b in zip(f[t // tg, i // lg], extents, g[t % tg, i % lg])
-        )
+        (t, i): tuple(a * s + b for a, s, b in zip(f[t // tg, i // lg], extents, g[t % tg, i % lg]))
         for t in range(tf * tg)
         for i in range(lf * lg)
     }

@@ -45,8 +45,13 @@ class Evaluation(Protocol):
         ...
 
     def load(
-        self, tensor: GlobalTensor | SharedTensor, offsets: Sequence[Expr], shape: tuple[int, ...], dims: tuple[int, ...],
-        *, checked: bool,
+        self,
+        tensor: GlobalTensor | SharedTensor,
+        offsets: Sequence[Expr],
+        shape: tuple[int, ...],
+        dims: tuple[int, ...],
+        *,
+        checked: bool,
     ) -> Array:
         """The tile of `shape` that starts at `offsets` (one per dim of the tensor) and extends along `dims`.
 
@@ -55,15 +60,26 @@ class Evaluation(Protocol):
         ...
 
     def store(
-        self, tensor: GlobalTensor | SharedTensor, offsets: Sequence[Expr], dims: tuple[int, ...], value: Array, *,
+        self,
+        tensor: GlobalTensor | SharedTensor,
+        offsets: Sequence[Expr],
+        dims: tuple[int, ...],
+        value: Array,
+        *,
         checked: bool,
     ) -> None:
         """Write a tile; elements outside of the tensor are dropped when `checked`. Later blocks win over earlier ones."""
         ...
 
     def update(
-        self, tensor: GlobalTensor | SharedTensor, offsets: Sequence[Expr], dims: tuple[int, ...], value: Array, op: str,
-        *, checked: bool,
+        self,
+        tensor: GlobalTensor | SharedTensor,
+        offsets: Sequence[Expr],
+        dims: tuple[int, ...],
+        value: Array,
+        op: str,
+        *,
+        checked: bool,
     ) -> Array:
         """Atomic read-modify-write by `op` (add, min, max, and, or, xor, exch) block after block; returns the old values."""
         ...

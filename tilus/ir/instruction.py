@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 from tilus.errors import TilusError
 from tilus.ir.expr import Expr, Var
 from tilus.ir.tensor import GlobalTensor, RegisterTensor, SharedTensor, Tensor
-from tilus.layout import RegisterLayout
+from tilus.layout import RegisterLayout, SharedLayout, auto
+from tilus.target import Target
 
 if TYPE_CHECKING:
     from tilus.codegen.context import EmitContext
@@ -55,6 +56,9 @@ class Instruction:
 
     # Which instruction picks layouts first when nothing is known: dot 0, loads 10, everything else 20, constants 30.
     layout_priority: ClassVar[int] = 20
+
+    # Whether `out` may be the storage of an operand that the instruction adds to.
+    accumulates: ClassVar[bool] = False
 
     def fields(self) -> Iterator[tuple[str, Any]]:
         for field in dataclasses.fields(self):
@@ -102,13 +106,23 @@ class Instruction:
 
     def default_layouts(self, known: Layouts, num_threads: int) -> Layouts:
         """Layouts for the unknown results, asked when nothing follows from anything any more."""
-        return {
-            t: RegisterLayout.auto(t.shape, num_threads) for t in self.register_results if t not in known
-        }
+        return {t: auto(t.shape, num_threads) for t in self.register_results if t not in known}
 
     def required_layouts(self, layouts: Layouts, num_threads: int) -> Layouts:
         """For each operand whose layout will not do: the layout it must be converted to."""
         return {}
+
+    def shared_layout_wish(self, tensor: SharedTensor) -> SharedLayout | None:
+        """The layout this access would like best for a shared tensor; None when it has no preference."""
+        return None
+
+    def specialized(self, target: Target) -> Instruction | None:
+        """The special instruction of the target that does the same, if there is one."""
+        return None
+
+    def scratch_nbytes(self, num_threads: int) -> int:
+        """Shared memory this instruction needs between barriers of its own; asked when all layouts are known."""
+        return 0
 
     # Meanings.
 
@@ -164,6 +178,7 @@ def _replaced(value: Any, tensors: Mapping[Tensor, Tensor], exprs: Mapping[Expr,
 
 
 # Checks that many `verify` methods share, as functions that name both values.
+
 
 def expect_same_shape(what: str, a: RegisterTensor, b: RegisterTensor) -> None:
     if a.shape != b.shape:

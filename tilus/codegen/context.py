@@ -1,0 +1,421 @@
+"""What an instruction needs to emit PTX: registers of tiles, thread digits, addresses, masks, scratch memory.
+
+A tile's local slots form one little-endian bit string per thread in 32-bit words: slot i of an n-bit type has bits
+[i*n, (i+1)*n). Types of 64 bits use one 64-bit register a slot; boolean tiles one predicate a slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from tilus.codegen.cast_plan import emit_cast
+from tilus.codegen.linear import Linear, address32, materialize, of_const, of_reg, register, widened
+from tilus.codegen.scalar import ScalarLowering
+from tilus.dtypes import DataType, boolean
+from tilus.errors import Loc, TilusError
+from tilus.ir.expr import Binary, Const, Expr, Var, as_expr
+from tilus.ir.instruction import Instruction
+from tilus.ir.ranges import bounds
+from tilus.ir.tensor import GlobalTensor, RegisterTensor, SharedTensor
+from tilus.layout import RegisterLayout, SharedLayout, slot_map
+from tilus.ptx.builder import Builder
+from tilus.ptx.module import Address, Guard, Imm, Reg, RegClass, Special, Symbol
+from tilus.target import Target
+
+SHARED_SYMBOL = "smem"
+
+
+def word_class(dtype: DataType) -> RegClass:
+    """The class of the registers that hold a tile of this dtype."""
+    if dtype == boolean:
+        return RegClass.PRED
+    return RegClass.B64 if dtype.nbits == 64 else RegClass.B32
+
+
+def num_words(dtype: DataType, num_locals: int) -> int:
+    """Registers per thread of a tile with `num_locals` slots."""
+    if dtype == boolean or dtype.nbits == 64:
+        return num_locals
+    return -(-num_locals * dtype.nbits // 32)
+
+
+@dataclass(frozen=True)
+class Note:
+    """One line of the compile report."""
+
+    mnemonic: str
+    text: str
+    loc: Loc | None
+
+
+@dataclass(frozen=True)
+class SharedSite:
+    """One access to shared memory as the report wants to judge it: `size` elements a thread and instruction."""
+
+    tensor: SharedTensor
+    layout: RegisterLayout
+    dims: tuple[int, ...]
+    size: int
+
+
+@dataclass
+class EmitContext:
+    """State of lowering one kernel.
+
+    shared_offsets: byte offset of every shared tensor in the block's shared memory; `scratch_offset` that of the region
+    which instructions may use between two barriers of their own. read_only: pointers that the kernel never writes through.
+    """
+
+    b: Builder
+    target: Target
+    num_threads: int
+    scalars: ScalarLowering
+    shared_offsets: dict[SharedTensor, int]
+    scratch_offset: int
+    read_only: frozenset[Var]
+    tiles: dict[RegisterTensor, list[Reg]] = field(default_factory=dict[RegisterTensor, list[Reg]])
+    notes: list[Note] = field(default_factory=list[Note])
+    shared_sites: list[tuple[SharedSite, Loc | None]] = field(default_factory=list)
+
+    # Tiles.
+
+    def layout(self, tensor: RegisterTensor) -> RegisterLayout:
+        if tensor.layout is None:
+            raise TilusError(f"tile {tensor.name} has no layout")
+        return tensor.layout
+
+    def words(self, tensor: RegisterTensor) -> list[Reg]:
+        """The registers that hold a tile; do not write to them."""
+        return self.tiles[tensor]
+
+    def define(self, tensor: RegisterTensor, words: Sequence[Reg]) -> None:
+        """Give a tile its registers. The storage of a mutable tile stays where it is and is copied into."""
+        if tensor in self.tiles:
+            for dst, src in zip(self.tiles[tensor], words, strict=True):
+                if dst != src:
+                    self.b.mov(dst, src)
+        elif tensor.mutable:
+            for dst, src in zip(self.allocate(tensor), words, strict=True):
+                self.b.mov(dst, src)
+        else:
+            self.tiles[tensor] = list(words)
+
+    def allocate(self, tensor: RegisterTensor) -> list[Reg]:
+        """Fresh storage for a mutable tile, at the current level."""
+        count = num_words(tensor.dtype, self.layout(tensor).num_locals)
+        regs = [self.b.reg(word_class(tensor.dtype)) for _ in range(count)]
+        self.tiles[tensor] = regs
+        return regs
+
+    def aligned_words(self, tensor: RegisterTensor, layout: RegisterLayout) -> list[Reg]:
+        """The tile's registers in the slot order of another layout; every thread must own what that layout gives it.
+
+        This serves broadcast operands (size 1 where the layout has more) and operands in another local order.
+        """
+        own = self.layout(tensor)
+        if own == layout:
+            return self.words(tensor)
+        return self.pick(tensor.dtype, self.words(tensor), slot_map(layout, own))
+
+    def pick(self, dtype: DataType, words: Sequence[Reg], slots: Sequence[int]) -> list[Reg]:
+        """New words whose slot i is slot `slots[i]` of `words`."""
+        if list(slots) == list(range(len(slots))) and len(words) == num_words(dtype, len(slots)):
+            return list(words)
+        if dtype == boolean or dtype.nbits >= 32:
+            return [words[slot] for slot in slots]
+        if dtype.nbits == 16:
+            return [self._pick_pair(words, slots[i : i + 2]) for i in range(0, len(slots), 2)]
+        return self.pack(dtype.nbits, [self.extract(dtype.nbits, words, slot) for slot in slots])
+
+    def _pick_pair(self, words: Sequence[Reg], slots: Sequence[int]) -> Reg:
+        low = slots[0]
+        high = slots[1] if len(slots) == 2 else low ^ 1 if low % 2 == 0 else low
+        if low % 2 == 0 and high == low + 1:
+            return words[low // 2]
+        selector = _half(low % 2) | (_half(high % 2) + 0x44) << 8
+        return self.b.emit("prmt.b32", words[low // 2], words[high // 2], Imm(selector))
+
+    def extract(self, nbits: int, words: Sequence[Reg], slot: int) -> Reg:
+        """Field `slot` of a string of fields of up to 32 bits, zero-extended in a 32-bit register."""
+        word, shift = divmod(slot * nbits, 32)
+        if nbits == 32:
+            return words[word]
+        if shift + nbits <= 32:
+            return self.b.emit("bfe.u32", words[word], Imm(shift), Imm(nbits))
+        pair = self.b.emit("shf.r.wrap.b32", words[word], words[word + 1], Imm(shift))
+        return self.b.emit("and.b32", pair, Imm((1 << nbits) - 1))
+
+    def pack(self, nbits: int, codes: Sequence[Reg]) -> list[Reg]:
+        """Words from one 32-bit register per field, whose bits above `nbits` are zero."""
+        result: list[Reg] = []
+        for index in range(-(-len(codes) * nbits // 32)):
+            word: Reg | None = None
+            for slot, code in enumerate(codes):
+                shift = slot * nbits - 32 * index
+                if -nbits < shift < 32:
+                    word = self._insert(word, code, shift)
+            result.append(word if word is not None else self.b.const(0))
+        return result
+
+    def refield(self, src_nbits: int, dst_nbits: int, words: Sequence[Reg], count: int) -> list[Reg]:
+        """A string of `count` fields of one width as fields of another; the values must fit."""
+        return self.pack(dst_nbits, [self.extract(src_nbits, words, i) for i in range(count)])
+
+    def _insert(self, word: Reg | None, code: Reg, shift: int) -> Reg:
+        moved = code
+        if shift > 0:
+            moved = self.b.emit("shl.b32", code, Imm(shift))
+        elif shift < 0:
+            moved = self.b.emit("shr.u32", code, Imm(-shift))
+        return moved if word is None else self.b.emit("or.b32", word, moved)
+
+    def cast(self, src: DataType, dst: DataType, words: Sequence[Reg], count: int) -> list[Reg]:
+        """Words of another type, slot for slot."""
+        return list(words) if src == dst else emit_cast(self.b, self.target, src, dst, words, range(count))
+
+    def integer(self, expr: Expr) -> Reg:
+        """An integer scalar in a 32-bit register."""
+        return register(self.b, self.scalars.linear(expr))
+
+    # Threads.
+
+    def thread_id(self) -> Reg:
+        return self.b.pure("mov.u32", Special("%tid.x"))
+
+    def digit(self, stride: int, size: int) -> Linear:
+        """`(thread // stride) % size`."""
+        value: Linear = of_reg(self.thread_id())
+        if stride > 1:
+            value = self._thread_quotient(value, stride)
+        if stride * size >= self.num_threads:
+            return value
+        if size & (size - 1) == 0:
+            return of_reg(self.b.pure("and.b32", register(self.b, value), Imm(size - 1)))
+        return of_reg(register(self.b, value - self._thread_quotient(value, size).scaled(size)))
+
+    def _thread_quotient(self, value: Linear, divisor: int) -> Linear:
+        from tilus.codegen.scalar import divide_nonnegative
+
+        reg = register(self.b, value)
+        if divisor & (divisor - 1) == 0:
+            return of_reg(self.b.pure("shr.u32", reg, Imm(divisor.bit_length() - 1)))
+        return of_reg(divide_nonnegative(self.b, reg, divisor))
+
+    def thread_index(self, layout: RegisterLayout) -> list[Linear]:
+        """The part of a tile index that the thread decides, one linear form per dimension."""
+        index = [of_const(0) for _ in layout.shape]
+        for term in layout.thread_terms:
+            if term.dim is not None:
+                index[term.dim] = index[term.dim] + self.digit(term.stride, term.size).scaled(term.weight)
+        return index
+
+    def local_index(self, layout: RegisterLayout, slot: int) -> list[int]:
+        """The part of a tile index that the local slot decides."""
+        index = [0 for _ in layout.shape]
+        for term in layout.local_terms:
+            if term.dim is not None:
+                index[term.dim] += slot // term.stride % term.size * term.weight
+        return index
+
+    def first_replica(self, layout: RegisterLayout) -> Reg | None:
+        """True in one of the threads that hold the same elements; None when no element is held twice."""
+        guard: Reg | None = None
+        for term in layout.thread_terms:
+            if term.dim is None and term.size > 1:
+                digit = register(self.b, self.digit(term.stride, term.size))
+                is_zero = self.b.pure("setp.eq.s32", digit, Imm(0))
+                guard = is_zero if guard is None else self.b.pure("and.pred", guard, is_zero)
+        return guard
+
+    # Addresses and masks.
+
+    def pointer(self, tensor: GlobalTensor) -> Reg:
+        return self.scalars.variables[tensor.base]
+
+    def global_address(self, tensor: GlobalTensor, index: Sequence[Linear]) -> Address:
+        """Where the element at `index` (one linear form per dim) of a global tensor starts."""
+        products = list(_products(tensor.offset))
+        pairs = [(self.scalars.linear(a), b) for a, b in products]
+        pairs += list(zip(index, tensor.strides, strict=True))
+        form, runtime = of_const(0), list[tuple[Linear, Expr]]()
+        for factor, stride in pairs:
+            if isinstance(stride, Const):
+                form = form + factor.scaled(int(stride.value))
+            elif factor.is_const and factor.const == 0:
+                continue
+            else:
+                runtime.append((factor, stride))
+        return self._address(tensor, form, runtime)
+
+    def _address(self, tensor: GlobalTensor, elements: Linear, runtime: list[tuple[Linear, Expr]]) -> Address:
+        b, nbits = self.b, tensor.dtype.nbits
+        sums: list[tuple[int, Callable[[Reg], Reg]]] = []
+        constant = 0
+        if nbits % 8 == 0:
+            nbytes = nbits // 8
+            constant = elements.const * nbytes
+            for reg, coefficient in elements.terms:
+                sums.append((b.level_of(reg), _wide_product(b, reg, coefficient * nbytes)))
+        elif elements.const * nbits % 8 == 0 and all(c * nbits % 8 == 0 for _, c in elements.terms):
+            constant = elements.const * nbits // 8
+            for reg, coefficient in elements.terms:
+                sums.append((b.level_of(reg), _wide_product(b, reg, coefficient * nbits // 8)))
+        else:
+            bits = b.pure("mul.wide.s32", register(b, elements), Imm(nbits))
+            part = b.pure("shr.s64", bits, Imm(3))
+            sums.append((b.level_of(part), lambda total: b.pure("add.s64", total, part)))
+        for factor, stride in runtime:
+            sums += self._stride_products(factor, stride, nbits)
+        total = self.pointer(tensor)
+        for _, add in sorted(sums, key=lambda entry: entry[0]):
+            total = add(total)
+        return Address(total, constant)
+
+    def _stride_products(self, factor: Linear, stride: Expr, nbits: int) -> list[tuple[int, Callable[[Reg], Reg]]]:
+        """`factor * stride` in bytes as 64-bit sums, one per level at which parts of the factor live."""
+        b = self.b
+        wide = widened(b, self.scalars.linear(stride))
+        if nbits % 8 == 0:
+            stride_bytes = b.pure("mul.lo.s64", wide, Imm(nbits // 8)) if nbits > 8 else wide
+        else:
+            stride_bytes = b.pure("shr.s64", b.pure("mul.lo.s64", wide, Imm(nbits)), Imm(3))
+        by_level: dict[int, dict[Reg, int]] = {}
+        for reg, coefficient in factor.terms:
+            by_level.setdefault(b.level_of(reg), {})[reg] = coefficient
+        parts = [widened(b, Linear(tuple(terms.items()))) for terms in by_level.values()]
+        sums = [(max(b.level_of(p), b.level_of(stride_bytes)), _mad64(b, p, stride_bytes)) for p in parts]
+        if factor.const:
+            sums.append((b.level_of(stride_bytes), _mad64(b, stride_bytes, Imm(factor.const))))
+        return sums
+
+    def in_bounds(self, tensor: GlobalTensor, offsets: Sequence[Expr], dims: Sequence[int], extent: Sequence[int],
+                  index: Sequence[Linear]) -> Reg | None:  # fmt: skip
+        """A predicate that the element at `index` lies inside of the tensor; None when that is certain.
+
+        offsets, dims, extent: start and shape of the whole tile, from which the facts are derived.
+        """
+        guard: Reg | None = None
+        for d, bound in enumerate(tensor.shape):
+            size = extent[dims.index(d)] if d in dims else 1
+            lower, upper = bounds(offsets[d])
+            limit = bounds(bound)[0]
+            above = not (upper is not None and limit is not None and upper + size <= limit)
+            below = not (lower is not None and lower >= 0)
+            if above or below:
+                test = self._bound_test(index[d], bound, below)
+                guard = test if guard is None else self.b.pure("and.pred", guard, test)
+        return guard
+
+    def _bound_test(self, index: Linear, bound: Expr, may_be_negative: bool) -> Reg:
+        limit = self.scalars.linear(bound)
+        if may_be_negative:  # an unsigned comparison is false for negative indices too
+            return self.b.pure("setp.lt.u32", register(self.b, index), materialize(self.b, limit))
+        limit = limit + of_const(-index.const)
+        return self.b.pure("setp.lt.s32", register(self.b, index.without_const()), materialize(self.b, limit))
+
+    def shared_base(self) -> Reg:
+        return self.b.pure("mov.u32", Symbol(SHARED_SYMBOL))
+
+    def shared_address(self, tensor: SharedTensor, index: Sequence[Linear]) -> Address:
+        """Where the element at `index` of a shared tensor starts."""
+        layout = tensor.layout
+        if layout is None:
+            raise TilusError(f"shared tensor {tensor.name} has no layout")
+        elements = self._shared_offset(layout, index)
+        nbits = tensor.dtype.nbits
+        if nbits % 8:
+            bits = register(self.b, elements.scaled(nbits))
+            elements, nbits = of_reg(self.b.pure("shr.s32", bits, Imm(3))), 8
+        form = elements.scaled(nbits // 8) + of_const(self.shared_offsets[tensor])
+        return address32(self.b, self.shared_base(), form)
+
+    def _shared_offset(self, layout: SharedLayout, index: Sequence[Linear]) -> Linear:
+        b = self.b
+        form = of_const(0)
+        for position, extent, terms in zip(index, layout.shape, layout.terms, strict=True):
+            for term in terms:
+                form = form + self._index_digit(position, term.weight, term.size, extent).scaled(term.stride)
+        swizzle = layout.swizzle
+        if swizzle is None:
+            return form
+        # Whole periods pass through the XOR unchanged, so only the part below one period is materialised.
+        whole, rest = form.multiples_of(swizzle.period)
+        if rest.is_const:
+            return whole.scaled(swizzle.period) + of_const(swizzle.apply(rest.const))
+        value = register(b, rest)
+        moved = b.pure("shr.u32", b.pure("and.b32", value, Imm(swizzle.mask)), Imm(swizzle.shift))
+        return whole.scaled(swizzle.period) + of_reg(b.pure("xor.b32", value, moved))
+
+    def _index_digit(self, index: Linear, weight: int, size: int, extent: int) -> Linear:
+        """`(index // weight) % size` for 0 <= index < extent."""
+        b = self.b
+        whole, rest = index.multiples_of(weight)
+        if weight > 1 and not rest.is_const:
+            reg = register(b, index)
+            if weight & (weight - 1):
+                raise TilusError(f"shared layouts with digits of weight {weight} need indices that {weight} divides")
+            whole = of_reg(b.pure("shr.u32", reg, Imm(weight.bit_length() - 1)))
+        if weight * size >= extent:
+            return whole
+        whole_part, rest = whole.multiples_of(size)
+        if rest.is_const:
+            return rest
+        del whole_part
+        if size & (size - 1):
+            reg = register(b, rest)
+            from tilus.codegen.scalar import divide_nonnegative
+
+            return of_reg(reg) - of_reg(divide_nonnegative(b, reg, size)).scaled(size)
+        return of_reg(b.pure("and.b32", register(b, rest), Imm(size - 1)))
+
+    def scratch_address(self, form: Linear) -> Address:
+        """An address in the scratch region, `form` in bytes."""
+        return address32(self.b, self.shared_base(), form + of_const(self.scratch_offset))
+
+    def barrier(self) -> None:
+        """Wait for all threads of the block."""
+        self.b.emit_to("bar.sync", Imm(0))
+
+    def both(self, first: Reg | None, second: Reg | None) -> Reg | None:
+        """Conjunction of two predicates, where None is true."""
+        if first is None or second is None:
+            return second if first is None else first
+        return self.b.pure("and.pred", first, second)
+
+    def guard(self, pred: Reg | None) -> Guard | None:
+        return None if pred is None else Guard(pred)
+
+    def note_shared(self, site: SharedSite) -> None:
+        """Remember an access to shared memory for the count of bank conflicts."""
+        self.shared_sites.append((site, self.b.loc))
+
+    def note(self, inst: Instruction, text: str) -> None:
+        """A line for the report, with the user's position."""
+        self.notes.append(Note(inst.mnemonic, text, self.b.loc))
+
+
+def _half(index: int) -> int:
+    """The prmt selector of the low (0) or high (1) half of the first operand."""
+    return 0x10 if index == 0 else 0x32
+
+
+def _wide_product(b: Builder, reg: Reg, coefficient: int) -> Callable[[Reg], Reg]:
+    return lambda total: b.pure("mad.wide.s32", reg, Imm(coefficient), total)
+
+
+def _mad64(b: Builder, x: Reg, y: Reg | Imm) -> Callable[[Reg], Reg]:
+    return lambda total: b.pure("mad.lo.s64", x, y, total)
+
+
+def _products(expr: Expr) -> list[tuple[Expr, Expr]]:
+    """An offset as a sum of index * stride products, which are multiplied in 64 bits."""
+    match expr:
+        case Const(value, _) if value == 0:
+            return []
+        case Binary("+", lhs, rhs):
+            return _products(lhs) + _products(rhs)
+        case Binary("*", lhs, rhs):
+            return [(lhs, rhs)]
+        case _:
+            return [(expr, as_expr(1))]

@@ -1,0 +1,225 @@
+"""Lowers a function whose tiles all have layouts to a PTX module: statements here, instructions by their own `emit`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tilus.codegen.context import SHARED_SYMBOL, EmitContext, Note
+from tilus.codegen.linear import materialize
+from tilus.codegen.scalar import ScalarLowering
+from tilus.codegen.shared_plan import SharedPlan, plan_shared
+from tilus.dtypes import DataType, boolean
+from tilus.errors import TilusError
+from tilus.ir.expr import Var
+from tilus.ir.function import Function, TensorParam
+from tilus.ir.stmt import Break, Continue, For, If, Inst, Return, Seq, SetScalar, Stmt, While
+from tilus.ir.tensor import GlobalTensor
+from tilus.ir.visit import instructions, walk
+from tilus.ptx.builder import Builder
+from tilus.ptx.module import Address, Guard, Imm, Kernel, Module, Param, Reg, RegClass, SharedArray, Symbol
+from tilus.target import Target
+
+MAX_STATIC_SHARED_NBYTES = 48 * 1024
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A PTX module and what the launcher must know about it."""
+
+    module: Module
+    shared_nbytes: int
+    dynamic_shared: bool
+    notes: tuple[Note, ...]
+
+
+def lower(function: Function, target: Target) -> Lowered:
+    """PTX for one kernel.
+
+    Raises: TilusError when the kernel needs more shared memory than the target has.
+    """
+    plan = plan_shared(function)
+    _check_limits(function, plan, target)
+    b = Builder()
+    params = function.kernel_params()
+    scalars = ScalarLowering(b)
+    names = {var: f"param_{index}_{_identifier(var.name)}" for index, var in enumerate(params)}
+    ctx = EmitContext(
+        b, target, function.num_threads, scalars, plan.offsets, plan.scratch_offset, _read_only(function)
+    )  # fmt: skip
+    pointers = {param.tensor.base for param in function.params if isinstance(param, TensorParam)}
+    for var, name in names.items():
+        scalars.variables[var] = _load_param(b, var, name, var in pointers)
+    _StmtLowering(ctx).lower_body(function.body)
+    dynamic = plan.nbytes > MAX_STATIC_SHARED_NBYTES
+    shared = (SharedArray(SHARED_SYMBOL, plan.nbytes, 128, dynamic),) if plan.nbytes else ()
+    kernel = Kernel(
+        name=_identifier(function.name),
+        params=tuple(Param(name, "u64" if var in pointers else _param_type(var.dtype)) for var, name in names.items()),
+        body=b.finish(),
+        shared=shared,
+        num_threads=function.num_threads,
+    )
+    return Lowered(Module(target, (kernel,)), plan.nbytes, dynamic, tuple(ctx.notes))
+
+
+def _check_limits(function: Function, plan: SharedPlan, target: Target) -> None:
+    if plan.nbytes > target.max_shared_nbytes:
+        parts = ", ".join(f"{t.name} {t.nbytes}" for t in plan.offsets)
+        raise TilusError(
+            f"kernel {function.name} needs {plan.nbytes} bytes of shared memory ({parts}), "
+            f"{target.name} has {target.max_shared_nbytes} per block",
+            loc=function.loc,
+            hint="use smaller tiles or fewer pipeline stages",
+        )
+    if function.num_threads > target.max_threads_per_block:
+        raise TilusError(
+            f"kernel {function.name} has {function.num_warps} warps, at most {target.max_threads_per_block // 32} fit in a block",
+            loc=function.loc,
+            hint="lower `warps` in tilus.grid",
+        )
+
+
+def _identifier(name: str) -> str:
+    return "".join(c if c.isalnum() or c == "_" else "_" for c in name)
+
+
+def _param_type(dtype: DataType) -> str:
+    if dtype == boolean:
+        return "u32"
+    return "f32" if dtype.is_float else "s64" if dtype.nbits == 64 else "s32"
+
+
+def _load_param(b: Builder, var: Var, name: str, pointer: bool) -> Reg:
+    address = Address(Symbol(name))
+    if pointer:
+        generic = b.pure("ld.param.u64", address)
+        return b.pure("cvta.to.global.u64", generic)
+    if var.dtype.nbits == 64 and not var.dtype.is_float:
+        return b.pure("cvt.s32.s64", b.pure("ld.param.s64", address))
+    return b.pure(f"ld.param.{_param_type(var.dtype)}", address)
+
+
+def _read_only(function: Function) -> frozenset[Var]:
+    bases = {param.tensor.base for param in function.params if isinstance(param, TensorParam)}
+    for stmt in instructions(function.body):
+        bases -= {t.base for t in stmt.inst.effects().writes if isinstance(t, GlobalTensor)}
+    return frozenset(bases)
+
+
+@dataclass
+class _Loop:
+    continue_label: str
+    break_label: str
+
+
+class _StmtLowering:
+    def __init__(self, ctx: EmitContext) -> None:
+        self.ctx = ctx
+        self.b = ctx.b
+        self.scalars = ctx.scalars
+        self.loops: list[_Loop] = []
+        self.exit_label: str | None = None
+
+    def lower_body(self, body: Stmt) -> None:
+        if any(isinstance(stmt, Return) for stmt in walk(body)):
+            self.exit_label = self.b.label("exit")
+        with self.b.scope():  # so that what is hoisted to the kernel's top never lands behind the exit label
+            self.lower(body)
+        if self.exit_label:
+            self.b.place(self.exit_label)
+        self.b.emit_to("ret")
+
+    def lower(self, stmt: Stmt) -> None:
+        match stmt:
+            case Seq():
+                for child in stmt.stmts:
+                    self.lower(child)
+            case Inst():
+                self._instruction(stmt)
+            case SetScalar():
+                self._set_scalar(stmt)
+            case For():
+                self._for(stmt)
+            case While():
+                self._while(stmt)
+            case If():
+                self._if(stmt)
+            case Break():
+                self.b.branch(self.loops[-1].break_label)
+            case Continue():
+                self.b.branch(self.loops[-1].continue_label)
+            case Return():
+                self.b.branch(self.exit_label or "")
+
+    def _instruction(self, stmt: Inst) -> None:
+        self.b.loc = stmt.loc
+        try:
+            stmt.inst.emit(self.ctx)
+        except TilusError as error:
+            raise error.at(stmt.loc) from None
+
+    def _set_scalar(self, stmt: SetScalar) -> None:
+        self.b.loc = stmt.loc
+        if stmt.var not in self.scalars.variables:
+            self.scalars.variables[stmt.var] = self.b.reg(_scalar_class(stmt.var.dtype))
+        self.scalars.assign(stmt.var, stmt.value)
+
+    def _for(self, stmt: For) -> None:
+        """Test before the first trip, then at the bottom. Labels and branches stay inside of the loop's scope, so that
+        what is hoisted out of the body lands in front of the loop."""
+        b = self.b
+        b.loc = stmt.loc
+        start, stop = self.scalars.linear(stmt.start), self.scalars.linear(stmt.stop)
+        limit = materialize(b, stop)
+        counter = b.reg(RegClass.B32, b.level + 1)
+        b.mov(counter, materialize(b, start))
+        loop = _Loop(b.label("next"), b.label("end"))
+        head = b.label("loop")
+        self.scalars.variables[stmt.var] = counter
+        self.loops.append(loop)
+        with b.scope():
+            enter = b.emit("setp.ge.s32", counter, limit)
+            b.branch(loop.break_label, Guard(enter))
+            b.place(head)
+            self.lower(stmt.body)
+            b.loc = stmt.loc
+            b.place(loop.continue_label)
+            b.emit_to("add.s32", counter, counter, Imm(stmt.step))
+            again = b.emit("setp.lt.s32", counter, limit)
+            b.branch(head, Guard(again))
+            b.place(loop.break_label)
+        self.loops.pop()
+
+    def _while(self, stmt: While) -> None:
+        b = self.b
+        loop = _Loop(b.label("while"), b.label("end"))
+        self.loops.append(loop)
+        with b.scope():
+            b.loc = stmt.loc
+            b.place(loop.continue_label)
+            b.branch(loop.break_label, Guard(self.scalars.pred(stmt.cond), negated=True))
+            self.lower(stmt.body)
+            b.branch(loop.continue_label)
+            b.place(loop.break_label)
+        self.loops.pop()
+
+    def _if(self, stmt: If) -> None:
+        b = self.b
+        b.loc = stmt.loc
+        cond = self.scalars.pred(stmt.cond)
+        has_else = not (isinstance(stmt.orelse, Seq) and not stmt.orelse.stmts)
+        otherwise, end = b.label("else"), b.label("endif")
+        with b.scope():
+            b.branch(otherwise if has_else else end, Guard(cond, negated=True))
+            self.lower(stmt.then)
+            if has_else:
+                b.branch(end)
+        with b.scope():
+            if has_else:
+                b.place(otherwise)
+                self.lower(stmt.orelse)
+            b.place(end)
+
+
+def _scalar_class(dtype: DataType) -> RegClass:
+    return RegClass.PRED if dtype == boolean else RegClass.B32

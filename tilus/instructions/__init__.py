@@ -1,0 +1,20 @@
+"""The tile instructions, one file per family. `INSTRUCTIONS` maps mnemonics to classes for the parser and the docs."""
+
+from __future__ import annotations
+
+from tilus.instructions import async_copy, barrier, cast, elementwise, memory, mma, shared, view
+from tilus.ir.instruction import Instruction
+
+_FAMILIES = (async_copy, barrier, cast, elementwise, memory, mma, shared, view)
+
+
+def _registry() -> dict[str, type[Instruction]]:
+    classes: dict[str, type[Instruction]] = {}
+    for family in _FAMILIES:
+        for value in vars(family).values():
+            if isinstance(value, type) and issubclass(value, Instruction) and "mnemonic" in vars(value):
+                classes[value.mnemonic] = value
+    return classes
+
+
+INSTRUCTIONS: dict[str, type[Instruction]] = _registry()

@@ -1,0 +1,504 @@
+"""Elementwise instructions: arithmetic, comparison, math functions, selection, constants and index tiles.
+
+Operands broadcast like numpy's: from the last dim, size 1 against any size. Each is computed in its own type; f16 and bf16
+are computed two at a time where the hardware has the operation, otherwise in f32 with one rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tilus.codegen.context import EmitContext, num_words
+from tilus.codegen.linear import materialize, of_const
+from tilus.codegen.splat import splat_word
+from tilus.dtypes import DataType, boolean, f32, int32
+from tilus.errors import TilusError
+from tilus.instructions.arithmetic import (
+    FLOAT_FUNCTIONS,
+    NUMPY_BINARY,
+    NUMPY_UNARY,
+    emit_binary,
+    emit_compare,
+    emit_unary,
+)
+from tilus.ir.builder import IRBuilder, builtin
+from tilus.ir.evaluation import Array, Evaluation
+from tilus.ir.expr import BINARY_OPS, COMPARISONS, UNARY_OPS, Expr, Number, as_expr, binary, cast, unary
+from tilus.ir.instruction import Instruction, Layouts
+from tilus.ir.tensor import RegisterTensor
+from tilus.layout import LayoutError, RegisterLayout, broadcast_operand, slot_map
+from tilus.ptx.module import Reg
+
+Tile = RegisterTensor
+Value = RegisterTensor | Expr | Number
+
+
+def broadcast_shapes(what: str, *shapes: tuple[int, ...]) -> tuple[int, ...]:
+    """The numpy broadcast of shapes.
+
+    Raises: TilusError naming the shapes when they do not broadcast.
+    """
+    try:
+        return np.broadcast_shapes(*shapes)
+    except ValueError:
+        raise TilusError(f"{what}: shapes {' and '.join(str(list(s)) for s in shapes)} do not broadcast") from None
+
+
+class Pointwise(Instruction):
+    """Instructions whose result element depends on the same (broadcast) element of every operand: shared layout rules."""
+
+    out: RegisterTensor
+
+    def infer_layouts(self, known: Layouts, num_threads: int) -> Layouts:
+        if self.out in known:
+            layout = known[self.out]
+            return {t: _operand_layout(layout, t) for t in self.register_operands if t not in known}
+        full = [t for t in self.register_operands if t.shape == self.out.shape and t in known]
+        return {self.out: known[full[0]]} if full else {}
+
+    def required_layouts(self, layouts: Layouts, num_threads: int) -> Layouts:
+        target = layouts[self.out]
+        needed: dict[RegisterTensor, RegisterLayout] = {}
+        for operand in self.register_operands:
+            wanted = _operand_layout(target, operand)
+            try:
+                slot_map(target, _expanded_rank(layouts[operand], target.rank))
+            except LayoutError:
+                needed[operand] = wanted
+        return needed
+
+
+def _expanded_rank(layout: RegisterLayout, rank: int) -> RegisterLayout:
+    while layout.rank < rank:
+        layout = layout.unsqueeze(0)
+    return layout
+
+
+def _operand_layout(target: RegisterLayout, operand: RegisterTensor) -> RegisterLayout:
+    """What an operand needs for a result of layout `target`: that layout, reduced where the operand has size 1."""
+    pad = target.rank - operand.rank
+    shape = (1,) * pad + operand.shape
+    dims = [d for d in range(target.rank) if shape[d] == 1 and target.shape[d] != 1]
+    layout = broadcast_operand(target, dims) if dims else target
+    for _ in range(pad):
+        layout = layout.squeeze(0)
+    return layout
+
+
+def operand_words(ctx: EmitContext, operand: RegisterTensor, target: RegisterLayout) -> list[Reg]:
+    """The operand's registers in the slot order of a (broadcast) result layout."""
+    own = _expanded_rank(ctx.layout(operand), target.rank)
+    if own == target:
+        return ctx.words(operand)
+    return ctx.pick(operand.dtype, ctx.words(operand), slot_map(target, own))
+
+
+def rank_aligned(value: Array, rank: int, to: int) -> Array:
+    """A tile value with size-1 axes put in front of its tile axes, so that it broadcasts against rank `to`."""
+    return value.reshape(*value.shape[:3], *(1,) * (to - rank), *value.shape[3:])
+
+
+@dataclass(frozen=True, eq=False)
+class BinaryTile(Pointwise):
+    """`out = lhs op rhs` for + - * / // % min max & | ^ << >>; both operands have the dtype of the result."""
+
+    mnemonic = "binary"
+
+    out: RegisterTensor
+    op: str
+    lhs: RegisterTensor
+    rhs: RegisterTensor
+
+    def verify(self) -> None:
+        _same_dtype(self.op, self.lhs, self.rhs)
+        _check_op(self.op, self.lhs.dtype)
+
+    def evaluate(self, env: Evaluation) -> None:
+        rank = self.out.rank
+        a = rank_aligned(env.tile(self.lhs), self.lhs.rank, rank)
+        c = rank_aligned(env.tile(self.rhs), self.rhs.rank, rank)
+        env.set_tile(self.out, _rounded(NUMPY_BINARY[self.op](a, c), self.out.dtype))
+
+    def emit(self, ctx: EmitContext) -> None:
+        layout = ctx.layout(self.out)
+        a, c = operand_words(ctx, self.lhs, layout), operand_words(ctx, self.rhs, layout)
+        ctx.define(self.out, emit_binary(ctx, self.op, self.out.dtype, a, c, layout.num_locals))
+
+
+@dataclass(frozen=True, eq=False)
+class CompareTile(Pointwise):
+    """`out = lhs op rhs` for the six comparisons; the result is boolean."""
+
+    mnemonic = "compare"
+
+    out: RegisterTensor
+    op: str
+    lhs: RegisterTensor
+    rhs: RegisterTensor
+
+    def verify(self) -> None:
+        _same_dtype(self.op, self.lhs, self.rhs)
+
+    def evaluate(self, env: Evaluation) -> None:
+        rank = self.out.rank
+        a = rank_aligned(env.tile(self.lhs), self.lhs.rank, rank)
+        c = rank_aligned(env.tile(self.rhs), self.rhs.rank, rank)
+        env.set_tile(self.out, NUMPY_BINARY[self.op](a, c))
+
+    def emit(self, ctx: EmitContext) -> None:
+        layout = ctx.layout(self.out)
+        a, c = operand_words(ctx, self.lhs, layout), operand_words(ctx, self.rhs, layout)
+        ctx.define(self.out, emit_compare(ctx, self.op, self.lhs.dtype, a, c, layout.num_locals))
+
+
+@dataclass(frozen=True, eq=False)
+class UnaryTile(Pointwise):
+    """`out = op(src)`: neg, abs, not, and for floats those of `FLOAT_FUNCTIONS` (exp, log2, sqrt, tanh, floor ...)."""
+
+    mnemonic = "unary"
+
+    out: RegisterTensor
+    op: str
+    src: RegisterTensor
+
+    def verify(self) -> None:
+        if self.op in FLOAT_FUNCTIONS and not self.src.dtype.is_float:
+            raise TilusError(
+                f"{self.op} of a tile of {self.src.dtype.name}, expected a float type",
+                hint="cast it first: tilus.cast(tile, tilus.f32)",
+            )
+        _check_op(self.op, self.src.dtype)
+
+    def evaluate(self, env: Evaluation) -> None:
+        with np.errstate(all="ignore"):
+            env.set_tile(self.out, _rounded(NUMPY_UNARY[self.op](env.tile(self.src)), self.out.dtype))
+
+    def emit(self, ctx: EmitContext) -> None:
+        layout = ctx.layout(self.out)
+        words = operand_words(ctx, self.src, layout)
+        ctx.define(self.out, emit_unary(ctx, self.op, self.out.dtype, words, layout.num_locals))
+
+
+@dataclass(frozen=True, eq=False)
+class Where(Pointwise):
+    """`out = on_true where cond, else on_false`, elementwise."""
+
+    mnemonic = "where"
+
+    out: RegisterTensor
+    cond: RegisterTensor
+    on_true: RegisterTensor
+    on_false: RegisterTensor
+
+    def verify(self) -> None:
+        if self.cond.dtype != boolean:
+            raise TilusError(f"where: the condition is a tile of {self.cond.dtype.name}, expected boolean")
+        _same_dtype("where", self.on_true, self.on_false)
+
+    def evaluate(self, env: Evaluation) -> None:
+        sides = (rank_aligned(env.tile(t), t.rank, self.out.rank) for t in (self.cond, self.on_true, self.on_false))
+        env.set_tile(self.out, np.where(*sides))
+
+    def emit(self, ctx: EmitContext) -> None:
+        layout, dtype = ctx.layout(self.out), self.out.dtype
+        preds = operand_words(ctx, self.cond, layout)
+        a, c = operand_words(ctx, self.on_true, layout), operand_words(ctx, self.on_false, layout)
+        ctx.define(self.out, select_words(ctx, dtype, preds, a, c))
+
+
+def select_words(
+    ctx: EmitContext, dtype: DataType, preds: Sequence[Reg], a: Sequence[Reg], c: Sequence[Reg]
+) -> list[Reg]:
+    """Words whose slot i comes from `a` where `preds[i]`, else from `c`."""
+    b = ctx.b
+    if dtype == boolean:
+        both = [b.emit("and.pred", p, x) for p, x in zip(preds, a, strict=True)]
+        other = [b.emit("and.pred", b.emit("not.pred", p), y) for p, y in zip(preds, c, strict=True)]
+        return [b.emit("or.pred", x, y) for x, y in zip(both, other, strict=True)]
+    if dtype.nbits >= 32:
+        return [b.emit(f"selp.b{dtype.nbits}", x, y, p) for p, x, y in zip(preds, a, c, strict=True)]
+    codes = [
+        b.emit("selp.b32", ctx.extract(dtype.nbits, a, i), ctx.extract(dtype.nbits, c, i), p)
+        for i, p in enumerate(preds)
+    ]
+    return ctx.pack(dtype.nbits, codes)
+
+
+@dataclass(frozen=True, eq=False)
+class Full(Instruction):
+    """A tile with one scalar value everywhere."""
+
+    mnemonic = "full"
+    layout_priority = 30
+
+    out: RegisterTensor
+    value: Expr
+
+    def evaluate(self, env: Evaluation) -> None:
+        value = env.scalar(self.value).astype(self.out.dtype.compute)
+        if self.out.dtype.is_float:
+            value = self.out.dtype.round(value).astype(self.out.dtype.compute)
+        shaped = value.reshape(*value.shape, *(1,) * self.out.rank)
+        env.set_tile(self.out, np.broadcast_to(shaped, (*value.shape, *self.out.shape)))
+
+    def emit(self, ctx: EmitContext) -> None:
+        dtype, b = self.out.dtype, ctx.b
+        count = num_words(dtype, ctx.layout(self.out).num_locals)
+        if dtype == boolean:
+            ctx.define(self.out, [ctx.scalars.pred(self.value)] * count)
+            return
+        word = splat_word(ctx, dtype, self.value)
+        ctx.define(self.out, [b.emit(f"mov.{word.cls.value}", word, out=word.cls) for _ in range(count)])
+
+
+@dataclass(frozen=True, eq=False)
+class Arange(Instruction):
+    """A tile of int32 whose element is its own index along `axis`, plus `start`."""
+
+    mnemonic = "arange"
+    layout_priority = 30
+
+    out: RegisterTensor
+    axis: int
+    start: Expr
+
+    def verify(self) -> None:
+        if not 0 <= self.axis < self.out.rank:
+            raise TilusError(f"arange: axis {self.axis} of a tile of rank {self.out.rank}")
+
+    def evaluate(self, env: Evaluation) -> None:
+        start = env.scalar(self.start)
+        shape = [1] * self.out.rank
+        shape[self.axis] = -1
+        index = np.arange(self.out.shape[self.axis], dtype=np.int32).reshape(shape)
+        value = start.reshape(*start.shape, *(1,) * self.out.rank).astype(np.int32) + index
+        env.set_tile(self.out, np.broadcast_to(value, (*start.shape, *self.out.shape)))
+
+    def emit(self, ctx: EmitContext) -> None:
+        layout, b = ctx.layout(self.out), ctx.b
+        form = ctx.scalars.linear(self.start) + ctx.thread_index(layout)[self.axis]
+        words: list[Reg] = []
+        for slot in range(layout.num_locals):
+            value = materialize(b, form + of_const(ctx.local_index(layout, slot)[self.axis]))
+            words.append(value if isinstance(value, Reg) else b.const(value.value))
+        ctx.define(self.out, words)
+
+
+def _same_dtype(what: str, a: RegisterTensor, c: RegisterTensor) -> None:
+    if a.dtype != c.dtype:
+        raise TilusError(
+            f"{what}: operands of {a.dtype.name} and {c.dtype.name}",
+            hint=f"cast one of them, for example tilus.cast(x, tilus.{a.dtype.name})",
+        )
+
+
+_BITWISE = ("&", "|", "^", "<<", ">>")
+
+
+def _check_op(op: str, dtype: DataType) -> None:
+    if dtype.is_small or dtype.nbits == 8:
+        raise TilusError(
+            f"{op} on tiles of {dtype.name}: arithmetic is done in 16 or more bits",
+            hint="cast to f16, f32 or int32 first, and back afterwards",
+        )
+    if dtype == boolean and op not in ("&", "|", "^", "not"):
+        raise TilusError(f"{op} on boolean tiles, expected & | ^ or not")
+    if dtype.is_float and op in _BITWISE:
+        raise TilusError(f"{op} on tiles of {dtype.name}, expected integers", hint="use tilus.view to get at the bits")
+
+
+def _rounded(value: Array, dtype: DataType) -> Array:
+    """Values rounded once to the dtype (integers wrap like the registers)."""
+    if dtype.is_float:
+        return dtype.round(value) if dtype != f32 else value.astype(np.float32, copy=False)
+    return value.astype(dtype.compute, copy=False)
+
+
+# What users call.
+
+
+def _as_tile(b: IRBuilder, value: Value, like: RegisterTensor) -> RegisterTensor:
+    if isinstance(value, RegisterTensor):
+        return value
+    expr = as_expr(value)
+    if expr.dtype.is_float and not like.dtype.is_float:
+        raise TilusError(
+            f"a tile of {like.dtype.name} meets the float {expr}",
+            hint="cast the tile to a float type, or use an integer",
+        )
+    if like.dtype != boolean and (like.dtype.is_float or not expr.dtype.is_float):
+        expr = cast(expr, f32) if like.dtype.is_float else expr
+    return b.emit(Full(b.tile(like.dtype, (1,) * like.rank, name="c"), expr)).out
+
+
+def binary_op(b: IRBuilder, op: str, lhs: Value, rhs: Value) -> RegisterTensor | Expr:
+    """`lhs op rhs` for any mix of tiles and scalars; a scalar takes the tile's dtype."""
+    if not isinstance(lhs, RegisterTensor) and not isinstance(rhs, RegisterTensor):
+        if op not in BINARY_OPS:
+            raise TilusError(f"unknown operation {op!r}")
+        return binary(op, lhs, rhs)
+    like = lhs if isinstance(lhs, RegisterTensor) else rhs
+    if not isinstance(like, RegisterTensor):
+        raise TilusError(f"{op} needs at least one tile")
+    op = {"and": "&", "or": "|"}.get(op, op)
+    a, c = _as_tile(b, lhs, like), _as_tile(b, rhs, like)
+    shape = broadcast_shapes(op, a.shape, c.shape)
+    if op in COMPARISONS:
+        return b.emit(CompareTile(b.tile(boolean, shape), op, a, c)).out
+    if op == "/" and not like.dtype.is_float:
+        raise TilusError(f"/ on tiles of {like.dtype.name}", hint="use //, or cast to a float type")
+    return b.emit(BinaryTile(b.tile(like.dtype, shape), op, a, c)).out
+
+
+def unary_op(b: IRBuilder, op: str, value: Value) -> RegisterTensor | Expr:
+    if not isinstance(value, RegisterTensor):
+        if op not in UNARY_OPS:
+            return _scalar_function(op, as_expr(value))
+        return unary(op, value)
+    return b.emit(UnaryTile(b.tile(value.dtype, value.shape), op, value)).out
+
+
+def _scalar_function(op: str, value: Expr) -> Expr:
+    raise TilusError(f"{op} of the scalar {value}; scalars have {', '.join(sorted(UNARY_OPS))}")
+
+
+@builtin
+def where(b: IRBuilder, cond: RegisterTensor, on_true: Value, on_false: Value) -> RegisterTensor:
+    """`on_true` where the boolean tile `cond` holds, else `on_false`; tiles or scalars, at least one of them a tile."""
+    like = on_true if isinstance(on_true, RegisterTensor) else on_false
+    if not isinstance(like, RegisterTensor):
+        raise TilusError("where: both sides are scalars, so their dtype is unknown", hint="make one a tile: tilus.full")
+    a, c = _as_tile(b, on_true, like), _as_tile(b, on_false, like)
+    shape = broadcast_shapes("where", cond.shape, a.shape, c.shape)
+    return b.emit(Where(b.tile(like.dtype, shape), cond, a, c)).out
+
+
+@builtin
+def full(
+    b: IRBuilder,
+    shape: Sequence[int],
+    value: Expr | Number,
+    dtype: DataType = f32,
+    *,
+    layout: RegisterLayout | None = None,
+) -> RegisterTensor:
+    """A tile of `shape` with the scalar `value` everywhere."""
+    return b.emit(Full(b.tile(dtype, tuple(shape), layout), as_expr(value))).out
+
+
+@builtin
+def zeros(
+    b: IRBuilder, shape: Sequence[int], dtype: DataType = f32, *, layout: RegisterLayout | None = None
+) -> RegisterTensor:
+    """A tile of zeros."""
+    return full.build(b, shape, 0.0 if dtype.is_float else 0, dtype, layout=layout)
+
+
+@builtin
+def arange(
+    b: IRBuilder, size: int, *, start: Expr | int = 0, shape: Sequence[int] | None = None, axis: int = 0
+) -> RegisterTensor:
+    """int32 indices `start .. start + size`; with `shape`, a tile of that shape that counts along `axis`."""
+    tile_shape = (size,) if shape is None else tuple(shape)
+    if tile_shape[axis] != size:
+        raise TilusError(f"arange: {size} indices along axis {axis} of a tile of shape {list(tile_shape)}")
+    return b.emit(Arange(b.tile(int32, tile_shape, name="index"), axis, as_expr(start))).out
+
+
+@builtin
+def exp(b: IRBuilder, x: Value) -> RegisterTensor | Expr:
+    """e to the power of each element."""
+    return unary_op(b, "exp", x)
+
+
+@builtin
+def exp2(b: IRBuilder, x: Value) -> RegisterTensor | Expr:
+    """2 to the power of each element."""
+    return unary_op(b, "exp2", x)
+
+
+@builtin
+def log(b: IRBuilder, x: Value) -> RegisterTensor | Expr:
+    """Natural logarithm."""
+    return unary_op(b, "log", x)
+
+
+@builtin
+def log2(b: IRBuilder, x: Value) -> RegisterTensor | Expr:
+    """Logarithm to base 2."""
+    return unary_op(b, "log2", x)
+
+
+@builtin
+def sqrt(b: IRBuilder, x: Value) -> RegisterTensor | Expr:
+    """Square root."""
+    return unary_op(b, "sqrt", x)
+
+
+@builtin
+def rsqrt(b: IRBuilder, x: Value) -> RegisterTensor | Expr:
+    """1 / square root."""
+    return unary_op(b, "rsqrt", x)
+
+
+@builtin
+def rcp(b: IRBuilder, x: Value) -> RegisterTensor | Expr:
+    """1 / x."""
+    return unary_op(b, "rcp", x)
+
+
+@builtin
+def sin(b: IRBuilder, x: Value) -> RegisterTensor | Expr:
+    """Sine."""
+    return unary_op(b, "sin", x)
+
+
+@builtin
+def cos(b: IRBuilder, x: Value) -> RegisterTensor | Expr:
+    """Cosine."""
+    return unary_op(b, "cos", x)
+
+
+@builtin
+def tanh(b: IRBuilder, x: Value) -> RegisterTensor | Expr:
+    """Hyperbolic tangent."""
+    return unary_op(b, "tanh", x)
+
+
+@builtin
+def floor(b: IRBuilder, x: Value) -> RegisterTensor | Expr:
+    """Largest integer not above."""
+    return unary_op(b, "floor", x)
+
+
+@builtin
+def ceil(b: IRBuilder, x: Value) -> RegisterTensor | Expr:
+    """Smallest integer not below."""
+    return unary_op(b, "ceil", x)
+
+
+@builtin
+def round(b: IRBuilder, x: Value) -> RegisterTensor | Expr:
+    """Nearest integer, ties to even."""
+    return unary_op(b, "round", x)
+
+
+@builtin
+def maximum(b: IRBuilder, x: Value, y: Value) -> RegisterTensor | Expr:
+    """The larger of two values, elementwise; of a number and NaN the number."""
+    return binary_op(b, "max", x, y)
+
+
+@builtin
+def minimum(b: IRBuilder, x: Value, y: Value) -> RegisterTensor | Expr:
+    """The smaller of two values, elementwise; of a number and NaN the number."""
+    return binary_op(b, "min", x, y)
+
+
+@builtin
+def absolute(b: IRBuilder, x: Value) -> RegisterTensor | Expr:
+    """The absolute value."""
+    return unary_op(b, "abs", x)

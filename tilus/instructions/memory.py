@@ -1,0 +1,323 @@
+"""Tiles and scalars from and to global memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tilus.codegen.access import MAX_VECTOR_NBITS, global_vector_size, vectors
+from tilus.codegen.context import EmitContext
+from tilus.codegen.linear import Linear, of_const
+from tilus.dtypes import DataType, boolean, uint8
+from tilus.errors import TilusError
+from tilus.ir.builder import IRBuilder, builtin
+from tilus.ir.evaluation import Evaluation
+from tilus.ir.expr import Const, Expr, Var, as_expr
+from tilus.ir.instruction import Effects, Instruction, Layouts
+from tilus.ir.tensor import GlobalTensor, RegisterTensor
+from tilus.layout import RegisterLayout, auto
+from tilus.ptx.module import Address, Imm, Reg, RegClass, Vector
+
+
+def check_access(
+    what: str, tensor: GlobalTensor, offsets: Sequence[Expr], shape: Sequence[int], dims: Sequence[int]
+) -> None:
+    """Raise unless a tile of `shape` along `dims` at `offsets` makes sense for the tensor's rank."""
+    if len(offsets) != tensor.rank:
+        raise TilusError(f"{what}: {len(offsets)} offsets for {tensor.name}, which has rank {tensor.rank}")
+    if len(shape) != len(dims):
+        raise TilusError(f"{what}: tile of shape {list(shape)} along {len(dims)} dims {list(dims)}")
+    if len(set(dims)) != len(dims) or not all(0 <= d < tensor.rank for d in dims):
+        raise TilusError(
+            f"{what}: dims {list(dims)} of {tensor.name}, which has rank {tensor.rank}; expected distinct dims"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class LoadGlobal(Instruction):
+    """A tile of a global tensor. Tile axis a runs along tensor dim `dims[a]`; elements outside of the tensor read as zero.
+
+    checked: whether the bounds are tested; without, the program promises that the tile lies inside.
+    """
+
+    mnemonic = "load"
+    layout_priority = 10
+
+    out: RegisterTensor
+    src: GlobalTensor
+    offsets: tuple[Expr, ...]
+    dims: tuple[int, ...]
+    checked: bool = True
+
+    def effects(self) -> Effects:
+        return Effects(reads=(self.src,))
+
+    def verify(self) -> None:
+        check_access("load", self.src, self.offsets, self.out.shape, self.dims)
+        if self.out.dtype != self.src.dtype:
+            raise TilusError(f"load: tile of {self.out.dtype.name} from {self.src.name} of {self.src.dtype.name}")
+
+    def default_layouts(self, known: Layouts, num_threads: int) -> Layouts:
+        if self.out in known:
+            return {}
+        return {self.out: coalesced(self.src, self.out.shape, self.dims, num_threads)}
+
+    def evaluate(self, env: Evaluation) -> None:
+        env.set_tile(self.out, env.load(self.src, self.offsets, self.out.shape, self.dims, checked=self.checked))
+
+    def emit(self, ctx: EmitContext) -> None:
+        layout = ctx.layout(self.out)
+        size = global_vector_size(self.src, layout, self.offsets, self.dims, self.checked)
+        _check_whole_bytes("load", self.src, size)
+        cache = ".nc" if self.src.base in ctx.read_only else ""
+        pieces: list[Reg] = []
+        starts = tile_index(ctx, layout, self.offsets, self.dims)
+        for vector in vectors(layout, size):
+            index = starts(vector.slot)
+            guard = None
+            if self.checked:
+                guard = ctx.in_bounds(self.src, self.offsets, self.dims, self.out.shape, index)
+            address = ctx.global_address(self.src, index)
+            pieces += load_vector(ctx, f"ld.global{cache}", self.src.dtype, size, address, guard)
+        ctx.note(self, f"load {self.src.name}: {vectors_note(self.src.dtype, size, layout.num_locals)}")
+        ctx.define(self.out, assemble(ctx, self.src.dtype, size, pieces))
+
+
+@dataclass(frozen=True, eq=False)
+class StoreGlobal(Instruction):
+    """Write a tile to a global tensor; elements outside of the tensor are dropped (when `checked`)."""
+
+    mnemonic = "store"
+
+    dst: GlobalTensor
+    src: RegisterTensor
+    offsets: tuple[Expr, ...]
+    dims: tuple[int, ...]
+    checked: bool = True
+
+    def effects(self) -> Effects:
+        return Effects(writes=(self.dst,))
+
+    def verify(self) -> None:
+        check_access("store", self.dst, self.offsets, self.src.shape, self.dims)
+        if self.src.dtype != self.dst.dtype:
+            raise TilusError(
+                f"store: tile of {self.src.dtype.name} to {self.dst.name} of {self.dst.dtype.name}",
+                hint=f"cast it: tilus.cast(tile, {self.dst.dtype.name})",
+            )
+
+    def default_layouts(self, known: Layouts, num_threads: int) -> Layouts:
+        if self.src in known:
+            return {}
+        return {self.src: coalesced(self.dst, self.src.shape, self.dims, num_threads)}
+
+    def evaluate(self, env: Evaluation) -> None:
+        env.store(self.dst, self.offsets, self.dims, env.tile(self.src), checked=self.checked)
+
+    def emit(self, ctx: EmitContext) -> None:
+        layout = ctx.layout(self.src)
+        size = global_vector_size(self.dst, layout, self.offsets, self.dims, self.checked)
+        _check_whole_bytes("store", self.dst, size)
+        starts = tile_index(ctx, layout, self.offsets, self.dims)
+        owner = ctx.first_replica(layout)
+        words = ctx.words(self.src)
+        for vector in vectors(layout, size):
+            index = starts(vector.slot)
+            inside = None
+            if self.checked:
+                inside = ctx.in_bounds(self.dst, self.offsets, self.dims, self.src.shape, index)
+            address = ctx.global_address(self.dst, index)
+            store_vector(ctx, "st.global", self.dst.dtype, vector.slot, size, address, words, ctx.both(owner, inside))
+        ctx.note(self, f"store {self.dst.name}: {vectors_note(self.dst.dtype, size, layout.num_locals)}")
+
+
+@dataclass(frozen=True, eq=False)
+class LoadScalar(Instruction):
+    """One element of a global tensor as a scalar of the block; the index must lie inside of the tensor."""
+
+    mnemonic = "load_scalar"
+
+    out: Var
+    src: GlobalTensor
+    index: tuple[Expr, ...]
+
+    def effects(self) -> Effects:
+        return Effects(reads=(self.src,))
+
+    def verify(self) -> None:
+        if len(self.index) != self.src.rank:
+            raise TilusError(f"{len(self.index)} indices for {self.src.name}, which has rank {self.src.rank}")
+        if self.src.dtype.name not in ("int32", "f32"):
+            raise TilusError(
+                f"scalar load from {self.src.name} of {self.src.dtype.name}, expected int32 or f32",
+                hint="load a tile of shape [1] instead",
+            )
+
+    def evaluate(self, env: Evaluation) -> None:
+        value = env.load(self.src, self.index, (), (), checked=False)
+        env.set_scalar(self.out, value)
+
+    def emit(self, ctx: EmitContext) -> None:
+        index = [ctx.scalars.linear(e) for e in self.index]
+        cache = ".nc" if self.src.base in ctx.read_only else ""
+        address = ctx.global_address(self.src, index)
+        ctx.scalars.variables[self.out] = ctx.b.emit(f"ld.global{cache}.b32", address)
+
+
+def coalesced(tensor: GlobalTensor, shape: tuple[int, ...], dims: Sequence[int], num_threads: int) -> RegisterLayout:
+    """The layout in which neighbouring threads move neighbouring 16-byte vectors of a tile."""
+    strides = [tensor.strides[d] for d in dims]
+    inner = next((a for a, s in enumerate(strides) if isinstance(s, Const) and s.value == 1), len(shape) - 1)
+    order = (inner, *(a for a in reversed(range(len(shape))) if a != inner)) if shape else ()
+    whole_bytes = 8 // math.gcd(8, tensor.dtype.nbits)
+    if tensor.dtype.nbits & (tensor.dtype.nbits - 1):
+        return auto(shape, num_threads, whole_bytes, order)
+    per_thread = max(1, math.prod(shape) // num_threads)
+    widest = max(whole_bytes, 1 << (per_thread.bit_length() - 1))
+    return auto(shape, num_threads, min(MAX_VECTOR_NBITS // tensor.dtype.nbits, widest), order)
+
+
+def tile_index(
+    ctx: EmitContext, layout: RegisterLayout, offsets: Sequence[Expr], dims: Sequence[int]
+) -> Callable[[int], list[Linear]]:
+    """A function slot -> index into the tensor (one linear form per dim) of the thread's element in that slot."""
+    base = [ctx.scalars.linear(e) for e in offsets]
+    for axis, part in enumerate(ctx.thread_index(layout)):
+        base[dims[axis]] = base[dims[axis]] + part
+
+    def at(slot: int) -> list[Linear]:
+        index = list(base)
+        for axis, part in enumerate(ctx.local_index(layout, slot)):
+            index[dims[axis]] = index[dims[axis]] + of_const(part)
+        return index
+
+    return at
+
+
+def _check_whole_bytes(what: str, tensor: GlobalTensor, size: int) -> None:
+    if size * tensor.dtype.nbits % 8:
+        raise TilusError(
+            f"{what}: threads hold runs of {size} elements of {tensor.dtype.name} of {tensor.name}, "
+            f"which is {size * tensor.dtype.nbits} bits; memory is accessed in whole bytes",
+            hint="give the tile a layout with longer runs along the contiguous dim, or move bytes and use tilus.view",
+        )
+
+
+def load_vector(
+    ctx: EmitContext, opcode: str, dtype: DataType, size: int, address: Address, guard: Reg | None
+) -> list[Reg]:
+    """One access of `size` elements; 32-bit registers (64-bit for 64-bit types), the last one zero-extended.
+
+    A guarded access leaves zeros where it does not read.
+    """
+    b, nbits = ctx.b, size * dtype.nbits
+    unit = 64 if dtype.nbits == 64 else 32
+    cls = RegClass.B64 if unit == 64 else RegClass.B32
+    if nbits & (nbits - 1):
+        return [
+            byte for i in range(nbits // 8) for byte in load_vector(ctx, opcode, uint8, 1, offset_by(address, i), guard)
+        ]
+    if nbits < 32:
+        narrow = b.reg(RegClass.B16)
+        if guard is not None:
+            b.mov(narrow, Imm(0))
+        b.emit_to(f"{opcode}.{'u8' if nbits == 8 else 'u16'}", narrow, address, guard=ctx.guard(guard))
+        return [b.emit("cvt.u32.u16", narrow)]
+    count = nbits // unit
+    regs = [b.reg(cls) for _ in range(count)]
+    if guard is not None:
+        for reg in regs:
+            b.mov(reg, Imm(0))
+    dst = regs[0] if count == 1 else Vector(tuple(regs))
+    vec = "" if count == 1 else f".v{count}"
+    b.emit_to(f"{opcode}{vec}.b{unit}", dst, address, guard=ctx.guard(guard))
+    return regs
+
+
+def assemble(ctx: EmitContext, dtype: DataType, size: int, pieces: Sequence[Reg]) -> list[Reg]:
+    """A tile's words from the results of `load_vector` in slot order."""
+    if dtype == boolean:
+        return [ctx.b.emit("setp.ne.u32", piece, Imm(0)) for piece in pieces]
+    nbits = size * dtype.nbits
+    if nbits & (nbits - 1):
+        return ctx.pack(8, pieces)
+    if nbits >= 32:
+        return list(pieces)
+    if nbits == 16:
+        return [_pair(ctx, pieces[i : i + 2]) for i in range(0, len(pieces), 2)]
+    return ctx.pack(nbits, pieces)
+
+
+def offset_by(address: Address, nbytes: int) -> Address:
+    return Address(address.base, address.offset + nbytes)
+
+
+def _pair(ctx: EmitContext, halves: Sequence[Reg]) -> Reg:
+    if len(halves) == 1:
+        return halves[0]
+    return ctx.b.emit("prmt.b32", halves[0], halves[1], Imm(0x5410))
+
+
+def store_vector(
+    ctx: EmitContext, opcode: str, dtype: DataType, slot: int, size: int, address: Address, words: Sequence[Reg],
+    guard: Reg | None,
+) -> None:  # fmt: skip
+    """Write slots `slot .. slot + size` of a tile in one access."""
+    b, nbits = ctx.b, size * dtype.nbits
+    at = ctx.guard(guard)
+    if dtype == boolean:
+        byte = b.emit("selp.b32", Imm(1), Imm(0), words[slot])
+        b.emit_to(f"{opcode}.u8", address, b.emit("cvt.u16.u32", byte), guard=at)
+    elif nbits & (nbits - 1):
+        for i in range(nbits // 8):
+            code = ctx.extract(8, words, slot * dtype.nbits // 8 + i)
+            b.emit_to(f"{opcode}.u8", offset_by(address, i), b.emit("cvt.u16.u32", code), guard=at)
+    elif nbits < 32:
+        code = ctx.extract(nbits, words, slot // size)
+        b.emit_to(f"{opcode}.{'u8' if nbits == 8 else 'u16'}", address, b.emit("cvt.u16.u32", code), guard=at)
+    else:
+        unit = 64 if dtype.nbits == 64 else 32
+        first, count = slot * dtype.nbits // unit, nbits // unit
+        src = words[first] if count == 1 else Vector(tuple(words[first : first + count]))
+        vec = "" if count == 1 else f".v{count}"
+        b.emit_to(f"{opcode}{vec}.b{unit}", address, src, guard=at)
+
+
+def vectors_note(dtype: DataType, size: int, num_locals: int) -> str:
+    """The line of the report that says how wide an access is."""
+    return f"{num_locals // size} x {size * dtype.nbits} bits per thread"
+
+
+@builtin
+def load(
+    b: IRBuilder, src: GlobalTensor, offsets: Sequence[Expr | int], shape: Sequence[int], *,
+    dims: Sequence[int] | None = None, layout: RegisterLayout | None = None, checked: bool = True,
+) -> RegisterTensor:  # fmt: skip
+    """The tile of `shape` that starts at `offsets` of a global tensor; elements outside of the tensor read as zero.
+
+    dims: the tensor dims that the tile's axes run along, by default the last ones. layout: pins the tile's layout.
+    checked=False drops the bounds tests: the tile must then lie inside of the tensor.
+    """
+    shape = tuple(shape)
+    axes = tuple(range(src.rank - len(shape), src.rank)) if dims is None else tuple(dims)
+    out = b.tile(src.dtype, shape, layout, src.name.split("[")[0])
+    return b.emit(LoadGlobal(out, src, tuple(as_expr(o) for o in offsets), axes, checked)).out
+
+
+@builtin
+def store(
+    b: IRBuilder, dst: GlobalTensor, offsets: Sequence[Expr | int], value: RegisterTensor, *,
+    dims: Sequence[int] | None = None, checked: bool = True,
+) -> None:  # fmt: skip
+    """Write a tile to a global tensor at `offsets`; elements outside of the tensor are not written."""
+    axes = tuple(range(dst.rank - value.rank, dst.rank)) if dims is None else tuple(dims)
+    b.emit(StoreGlobal(dst, value, tuple(as_expr(o) for o in offsets), axes, checked))
+
+
+@builtin
+def load_scalar(b: IRBuilder, src: GlobalTensor, *index: Expr | int) -> Var:
+    """One int32 or f32 element as a scalar; `x[i, j]` is the same. The index must lie inside of the tensor."""
+    out = Var(b.fresh(f"{src.name.split('[')[0]}_value"), src.dtype)
+    b.emit(LoadScalar(out, src, tuple(as_expr(i) for i in index)))
+    return out

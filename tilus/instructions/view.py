@@ -1,0 +1,303 @@
+"""Instructions that rename or move elements: views of shape, order and type, assignment, layout conversion."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tilus.codegen.context import EmitContext
+from tilus.codegen.linear import Linear, of_const
+from tilus.dtypes import DataType, boolean, uint8
+from tilus.errors import TilusError
+from tilus.instructions.elementwise import Pointwise, broadcast_shapes, operand_words
+from tilus.instructions.memory import assemble, load_vector, store_vector
+from tilus.instructions.reinterpret import reinterpret
+from tilus.ir.builder import IRBuilder, builtin
+from tilus.ir.evaluation import Evaluation
+from tilus.ir.instruction import Instruction, Layouts, expect_same_shape
+from tilus.ir.tensor import RegisterTensor
+from tilus.layout import LayoutError, RegisterLayout, slot_map
+from tilus.ptx.module import Reg
+
+
+@dataclass(frozen=True, eq=False)
+class Assign(Pointwise):
+    """Write a tile into the storage of a variable that loops or branches share."""
+
+    mnemonic = "assign"
+
+    out: RegisterTensor
+    src: RegisterTensor
+
+    def verify(self) -> None:
+        expect_same_shape("assignment", self.out, self.src)
+        if self.out.dtype != self.src.dtype:
+            raise TilusError(
+                f"a variable of {self.out.dtype.name} is assigned a tile of {self.src.dtype.name}",
+                hint=f"cast it: tilus.cast(x, tilus.{self.out.dtype.name})",
+            )
+
+    def infer_layouts(self, known: Layouts, num_threads: int) -> Layouts:
+        if self.out in known:
+            return {} if self.src in known else {self.src: known[self.out]}
+        return {self.out: known[self.src]} if self.src in known else {}
+
+    def evaluate(self, env: Evaluation) -> None:
+        env.set_tile(self.out, env.tile(self.src))
+
+    def emit(self, ctx: EmitContext) -> None:
+        ctx.define(self.out, operand_words(ctx, self.src, ctx.layout(self.out)))
+
+
+class Renaming(Instruction):
+    """Instructions whose result holds the operand's elements under other indices: registers stay where they are."""
+
+    out: RegisterTensor
+    src: RegisterTensor
+
+    def forward(self, layout: RegisterLayout) -> RegisterLayout:
+        """The result's layout from the operand's; may raise LayoutError."""
+        raise NotImplementedError(f"{type(self).__name__}.forward")
+
+    def backward(self, layout: RegisterLayout) -> RegisterLayout:
+        """The operand's layout from the result's; may raise LayoutError."""
+        raise NotImplementedError(f"{type(self).__name__}.backward")
+
+    def infer_layouts(self, known: Layouts, num_threads: int) -> Layouts:
+        try:
+            if self.src in known and self.out not in known:
+                return {self.out: self.forward(known[self.src])}
+            if self.out in known and self.src not in known:
+                return {self.src: self.backward(known[self.out])}
+        except LayoutError:
+            return {}
+        return {}
+
+    def required_layouts(self, layouts: Layouts, num_threads: int) -> Layouts:
+        wanted = self.backward(layouts[self.out])
+        try:
+            slot_map(wanted, layouts[self.src])
+        except LayoutError:
+            return {self.src: wanted}
+        return {}
+
+    def emit(self, ctx: EmitContext) -> None:
+        ctx.define(self.out, ctx.aligned_words(self.src, self.backward(ctx.layout(self.out))))
+
+
+@dataclass(frozen=True, eq=False)
+class Reshape(Renaming):
+    """The same elements in row-major order under another shape."""
+
+    mnemonic = "reshape"
+
+    out: RegisterTensor
+    src: RegisterTensor
+
+    def verify(self) -> None:
+        if self.out.size != self.src.size:
+            raise TilusError(
+                f"reshape from {list(self.src.shape)} ({self.src.size} elements) to {list(self.out.shape)} ({self.out.size})"
+            )
+
+    def forward(self, layout: RegisterLayout) -> RegisterLayout:
+        return layout.reshape(self.out.shape)
+
+    def backward(self, layout: RegisterLayout) -> RegisterLayout:
+        return layout.reshape(self.src.shape)
+
+    def evaluate(self, env: Evaluation) -> None:
+        value = env.tile(self.src)
+        env.set_tile(self.out, value.reshape(*value.shape[:3], *self.out.shape))
+
+
+@dataclass(frozen=True, eq=False)
+class Permute(Renaming):
+    """Dims in another order: out dim a is source dim `dims[a]`."""
+
+    mnemonic = "permute"
+
+    out: RegisterTensor
+    src: RegisterTensor
+    dims: tuple[int, ...]
+
+    def verify(self) -> None:
+        if sorted(self.dims) != list(range(self.src.rank)):
+            raise TilusError(f"transpose by {list(self.dims)} of a tile of rank {self.src.rank}")
+
+    def forward(self, layout: RegisterLayout) -> RegisterLayout:
+        return layout.permute(self.dims)
+
+    def backward(self, layout: RegisterLayout) -> RegisterLayout:
+        return layout.permute([self.dims.index(d) for d in range(len(self.dims))])
+
+    def evaluate(self, env: Evaluation) -> None:
+        value = env.tile(self.src)
+        env.set_tile(self.out, value.transpose(0, 1, 2, *(3 + d for d in self.dims)))
+
+
+@dataclass(frozen=True, eq=False)
+class Broadcast(Pointwise):
+    """A tile repeated along dims of size 1."""
+
+    mnemonic = "broadcast"
+
+    out: RegisterTensor
+    src: RegisterTensor
+
+    def verify(self) -> None:
+        if broadcast_shapes("broadcast", self.src.shape, self.out.shape) != self.out.shape:
+            raise TilusError(f"broadcast from {list(self.src.shape)} to {list(self.out.shape)}")
+
+    def evaluate(self, env: Evaluation) -> None:
+        value = env.tile(self.src)
+        pad = (1,) * (self.out.rank - self.src.rank)
+        value = value.reshape(*value.shape[:3], *pad, *value.shape[3:])
+        env.set_tile(self.out, np.broadcast_to(value, (*value.shape[:3], *self.out.shape)))
+
+    def emit(self, ctx: EmitContext) -> None:
+        ctx.define(self.out, operand_words(ctx, self.src, ctx.layout(self.out)))
+
+
+@dataclass(frozen=True, eq=False)
+class View(Instruction):
+    """Each thread's bits of one tile read as elements of another type, in another layout; nothing moves.
+
+    Both tiles have pinned layouts: they decide which element comes from which bits.
+    """
+
+    mnemonic = "view"
+
+    out: RegisterTensor
+    src: RegisterTensor
+
+    def verify(self) -> None:
+        a, c = self.src.layout, self.out.layout
+        if a is None or c is None:
+            raise TilusError(
+                "view needs the layouts of both tiles",
+                hint="load the source with layout=..., and give the result's layout to tilus.view",
+            )
+        if a.num_threads != c.num_threads:
+            raise TilusError(f"view from a layout of {a.num_threads} threads to one of {c.num_threads}")
+        have, want = a.num_locals * self.src.dtype.nbits, c.num_locals * self.out.dtype.nbits
+        if have != want:
+            raise TilusError(
+                f"view: a thread holds {have} bits of {self.src.dtype.name} and would hold {want} bits of {self.out.dtype.name}"
+            )
+
+    def evaluate(self, env: Evaluation) -> None:
+        env.set_tile(self.out, reinterpret(env.tile(self.src), self.src, self.out))
+
+    def emit(self, ctx: EmitContext) -> None:
+        if boolean in (self.src.dtype, self.out.dtype) or 64 in (self.src.dtype.nbits, self.out.dtype.nbits):
+            raise TilusError(f"view between {self.src.dtype.name} and {self.out.dtype.name} is not supported")
+        ctx.define(self.out, ctx.words(self.src))
+
+
+@dataclass(frozen=True, eq=False)
+class Convert(Instruction):
+    """The same tile in another layout, moved through shared memory. Inserted by `infer_layouts`, or by the user."""
+
+    mnemonic = "convert"
+
+    out: RegisterTensor
+    src: RegisterTensor
+
+    def verify(self) -> None:
+        expect_same_shape("convert", self.out, self.src)
+
+    def evaluate(self, env: Evaluation) -> None:
+        env.set_tile(self.out, env.tile(self.src))
+
+    def default_layouts(self, known: Layouts, num_threads: int) -> Layouts:
+        return {self.out: known[self.src]} if self.src in known and self.out not in known else {}
+
+    def scratch_nbytes(self, num_threads: int) -> int:
+        if self._is_renaming():
+            return 0
+        return self.src.size * max(8, self.src.dtype.nbits) // 8
+
+    def _is_renaming(self) -> bool:
+        if self.out.layout is None or self.src.layout is None:
+            return False
+        try:
+            slot_map(self.out.layout, self.src.layout)
+        except LayoutError:
+            return False
+        return True
+
+    def emit(self, ctx: EmitContext) -> None:
+        layout = ctx.layout(self.out)
+        if self._is_renaming():
+            ctx.define(self.out, ctx.aligned_words(self.src, layout))
+        else:
+            ctx.define(self.out, exchange(ctx, self.src, ctx.layout(self.src), layout))
+
+
+def exchange(ctx: EmitContext, src: RegisterTensor, own: RegisterLayout, wanted: RegisterLayout) -> list[Reg]:
+    """A tile's words in another layout, through row-major scratch memory between two barriers."""
+    dtype = src.dtype
+    storage = dtype if dtype.nbits >= 8 else uint8
+    words = ctx.words(src) if storage == dtype else ctx.refield(dtype.nbits, 8, ctx.words(src), own.num_locals)
+    nbytes = storage.nbytes
+    strides = [math.prod(src.shape[d + 1 :]) for d in range(src.rank)]
+
+    def address(layout: RegisterLayout, slot: int) -> Linear:
+        form = of_const(0)
+        for part, local, stride in zip(ctx.thread_index(layout), ctx.local_index(layout, slot), strides, strict=True):
+            form = form + (part + of_const(local)).scaled(stride * nbytes)
+        return form
+
+    ctx.barrier()  # earlier users of the scratch region are done
+    owner = ctx.first_replica(own)
+    for slot in range(own.num_locals):
+        store_vector(ctx, "st.shared", storage, slot, 1, ctx.scratch_address(address(own, slot)), words, owner)
+    ctx.barrier()
+    pieces: list[Reg] = []
+    for slot in range(wanted.num_locals):
+        pieces += load_vector(ctx, "ld.shared", storage, 1, ctx.scratch_address(address(wanted, slot)), None)
+    result = assemble(ctx, storage, 1, pieces)
+    return result if storage == dtype else ctx.refield(8, dtype.nbits, result, wanted.num_locals)
+
+
+@builtin
+def reshape(b: IRBuilder, x: RegisterTensor, shape: Sequence[int]) -> RegisterTensor:
+    """The elements of a tile in row-major order under another shape; one extent may be -1. No data moves."""
+    shape = tuple(shape)
+    if -1 in shape:
+        known = -math.prod(shape)
+        shape = tuple(x.size // known if s == -1 and known and x.size % known == 0 else s for s in shape)
+    return b.emit(Reshape(b.tile(x.dtype, shape), x)).out
+
+
+@builtin
+def transpose(b: IRBuilder, x: RegisterTensor, dims: Sequence[int] | None = None) -> RegisterTensor:
+    """The dims of a tile in another order (reversed when not given). No data moves."""
+    order = tuple(reversed(range(x.rank))) if dims is None else tuple(dims)
+    if sorted(order) != list(range(x.rank)):
+        raise TilusError(f"transpose by {list(order)} of a tile of rank {x.rank}")
+    return b.emit(Permute(b.tile(x.dtype, tuple(x.shape[d] for d in order)), x, order)).out
+
+
+@builtin
+def broadcast(b: IRBuilder, x: RegisterTensor, shape: Sequence[int]) -> RegisterTensor:
+    """A tile repeated along its dims of size 1, and along new dims in front."""
+    return b.emit(Broadcast(b.tile(x.dtype, tuple(shape)), x)).out
+
+
+@builtin
+def view(
+    b: IRBuilder, x: RegisterTensor, dtype: DataType, shape: Sequence[int], layout: RegisterLayout
+) -> RegisterTensor:
+    """Read each thread's bits of `x` (whose layout must be pinned) as elements of `dtype` in `layout`. No data moves."""
+    return b.emit(View(b.tile(dtype, tuple(shape), layout), x)).out
+
+
+@builtin
+def with_layout(b: IRBuilder, x: RegisterTensor, layout: RegisterLayout) -> RegisterTensor:
+    """The same tile with its layout pinned; data moves only where the layout inferred for `x` differs."""
+    return b.emit(Convert(b.tile(x.dtype, x.shape, layout), x)).out
