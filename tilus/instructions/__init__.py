@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from tilus.instructions import elementwise, memory, view
+from tilus.instructions import async_copy, barrier, cast, elementwise, memory, mma, shared, view
 from tilus.ir.instruction import Instruction
 
-_FAMILIES = (memory, elementwise, view)
+_FAMILIES = (async_copy, barrier, cast, elementwise, memory, mma, shared, view)
 
 
 def _registry() -> dict[str, type[Instruction]]:
     classes: dict[str, type[Instruction]] = {}
     for family in _FAMILIES:
         for value in vars(family).values():
-            if isinstance(value, type) and issubclass(value, Instruction) and value.__module__ == family.__name__:
+            if isinstance(value, type) and issubclass(value, Instruction) and "mnemonic" in vars(value):
                 classes[value.mnemonic] = value
     return classes
 

@@ -16,7 +16,14 @@ from tilus.codegen.linear import materialize, of_const
 from tilus.codegen.splat import splat_word
 from tilus.dtypes import DataType, boolean, f32, int32
 from tilus.errors import TilusError
-from tilus.instructions.arithmetic import FLOAT_FUNCTIONS, NUMPY_BINARY, NUMPY_UNARY, emit_binary, emit_compare, emit_unary
+from tilus.instructions.arithmetic import (
+    FLOAT_FUNCTIONS,
+    NUMPY_BINARY,
+    NUMPY_UNARY,
+    emit_binary,
+    emit_compare,
+    emit_unary,
+)
 from tilus.ir.builder import IRBuilder, builtin
 from tilus.ir.evaluation import Array, Evaluation
 from tilus.ir.expr import BINARY_OPS, COMPARISONS, UNARY_OPS, Expr, Number, as_expr, binary, cast, unary
@@ -149,7 +156,7 @@ class CompareTile(Pointwise):
 
 @dataclass(frozen=True, eq=False)
 class UnaryTile(Pointwise):
-    """`out = op(src)`: neg, abs, not, and for floats exp, exp2, log, log2, sqrt, rsqrt, rcp, sin, cos, tanh, floor, ceil, round."""
+    """`out = op(src)`: neg, abs, not, and for floats those of `FLOAT_FUNCTIONS` (exp, log2, sqrt, tanh, floor ...)."""
 
     mnemonic = "unary"
 
@@ -319,7 +326,8 @@ def _as_tile(b: IRBuilder, value: Value, like: RegisterTensor) -> RegisterTensor
     expr = as_expr(value)
     if expr.dtype.is_float and not like.dtype.is_float:
         raise TilusError(
-            f"a tile of {like.dtype.name} meets the float {expr}", hint="cast the tile to a float type, or use an integer"
+            f"a tile of {like.dtype.name} meets the float {expr}",
+            hint="cast the tile to a float type, or use an integer",
         )
     if like.dtype != boolean and (like.dtype.is_float or not expr.dtype.is_float):
         expr = cast(expr, f32) if like.dtype.is_float else expr
@@ -370,7 +378,12 @@ def where(b: IRBuilder, cond: RegisterTensor, on_true: Value, on_false: Value) -
 
 @builtin
 def full(
-    b: IRBuilder, shape: Sequence[int], value: Expr | Number, dtype: DataType = f32, *, layout: RegisterLayout | None = None
+    b: IRBuilder,
+    shape: Sequence[int],
+    value: Expr | Number,
+    dtype: DataType = f32,
+    *,
+    layout: RegisterLayout | None = None,
 ) -> RegisterTensor:
     """A tile of `shape` with the scalar `value` everywhere."""
     return b.emit(Full(b.tile(dtype, tuple(shape), layout), as_expr(value))).out
@@ -385,7 +398,9 @@ def zeros(
 
 
 @builtin
-def arange(b: IRBuilder, size: int, *, start: Expr | int = 0, shape: Sequence[int] | None = None, axis: int = 0) -> RegisterTensor:
+def arange(
+    b: IRBuilder, size: int, *, start: Expr | int = 0, shape: Sequence[int] | None = None, axis: int = 0
+) -> RegisterTensor:
     """int32 indices `start .. start + size`; with `shape`, a tile of that shape that counts along `axis`."""
     tile_shape = (size,) if shape is None else tuple(shape)
     if tile_shape[axis] != size:

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tilus.codegen.context import EmitContext, num_words
+from tilus.codegen.context import EmitContext
 from tilus.codegen.linear import Linear, of_const
 from tilus.dtypes import DataType, boolean, uint8
 from tilus.errors import TilusError
 from tilus.instructions.elementwise import Pointwise, broadcast_shapes, operand_words
 from tilus.instructions.memory import assemble, load_vector, store_vector
+from tilus.instructions.reinterpret import reinterpret
 from tilus.ir.builder import IRBuilder, builtin
-from tilus.ir.evaluation import Array, Evaluation
+from tilus.ir.evaluation import Evaluation
 from tilus.ir.instruction import Instruction, Layouts, expect_same_shape
 from tilus.ir.tensor import RegisterTensor
 from tilus.layout import LayoutError, RegisterLayout, slot_map
@@ -189,19 +190,12 @@ class View(Instruction):
             )
 
     def evaluate(self, env: Evaluation) -> None:
-        env.set_tile(self.out, view_value(env.tile(self.src), self.src, self.out))
+        env.set_tile(self.out, reinterpret(env.tile(self.src), self.src, self.out))
 
     def emit(self, ctx: EmitContext) -> None:
         if boolean in (self.src.dtype, self.out.dtype) or 64 in (self.src.dtype.nbits, self.out.dtype.nbits):
             raise TilusError(f"view between {self.src.dtype.name} and {self.out.dtype.name} is not supported")
         ctx.define(self.out, ctx.words(self.src))
-
-
-def view_value(value: Array, src: RegisterTensor, out: RegisterTensor) -> Array:
-    """The reinterpreted tile, via the two layouts' tables. Requires layouts; shape [..., *out.shape]."""
-    from tilus.instructions.reinterpret import reinterpret
-
-    return reinterpret(value, src, out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,7 +242,7 @@ def exchange(ctx: EmitContext, src: RegisterTensor, own: RegisterLayout, wanted:
     """A tile's words in another layout, through row-major scratch memory between two barriers."""
     dtype = src.dtype
     storage = dtype if dtype.nbits >= 8 else uint8
-    words = ctx.words(src) if storage == dtype else ctx.cast_codes(dtype, storage, ctx.words(src), own.num_locals)
+    words = ctx.words(src) if storage == dtype else ctx.refield(dtype.nbits, 8, ctx.words(src), own.num_locals)
     nbytes = storage.nbytes
     strides = [math.prod(src.shape[d + 1 :]) for d in range(src.rank)]
 
@@ -267,7 +261,7 @@ def exchange(ctx: EmitContext, src: RegisterTensor, own: RegisterLayout, wanted:
     for slot in range(wanted.num_locals):
         pieces += load_vector(ctx, "ld.shared", storage, 1, ctx.scratch_address(address(wanted, slot)), None)
     result = assemble(ctx, storage, 1, pieces)
-    return result if storage == dtype else ctx.cast_codes(storage, dtype, result, wanted.num_locals)
+    return result if storage == dtype else ctx.refield(8, dtype.nbits, result, wanted.num_locals)
 
 
 @builtin
@@ -296,7 +290,9 @@ def broadcast(b: IRBuilder, x: RegisterTensor, shape: Sequence[int]) -> Register
 
 
 @builtin
-def view(b: IRBuilder, x: RegisterTensor, dtype: DataType, shape: Sequence[int], layout: RegisterLayout) -> RegisterTensor:
+def view(
+    b: IRBuilder, x: RegisterTensor, dtype: DataType, shape: Sequence[int], layout: RegisterLayout
+) -> RegisterTensor:
     """Read each thread's bits of `x` (whose layout must be pinned) as elements of `dtype` in `layout`. No data moves."""
     return b.emit(View(b.tile(dtype, tuple(shape), layout), x)).out
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 from tilus.errors import TilusError
 from tilus.ir.expr import Expr, Var
 from tilus.ir.tensor import GlobalTensor, RegisterTensor, SharedTensor, Tensor
-from tilus.layout import RegisterLayout, auto
+from tilus.layout import RegisterLayout, SharedLayout, auto
+from tilus.target import Target
 
 if TYPE_CHECKING:
     from tilus.codegen.context import EmitContext
@@ -55,6 +56,9 @@ class Instruction:
 
     # Which instruction picks layouts first when nothing is known: dot 0, loads 10, everything else 20, constants 30.
     layout_priority: ClassVar[int] = 20
+
+    # Whether `out` may be the storage of an operand that the instruction adds to.
+    accumulates: ClassVar[bool] = False
 
     def fields(self) -> Iterator[tuple[str, Any]]:
         for field in dataclasses.fields(self):
@@ -107,6 +111,14 @@ class Instruction:
     def required_layouts(self, layouts: Layouts, num_threads: int) -> Layouts:
         """For each operand whose layout will not do: the layout it must be converted to."""
         return {}
+
+    def shared_layout_wish(self, tensor: SharedTensor) -> SharedLayout | None:
+        """The layout this access would like best for a shared tensor; None when it has no preference."""
+        return None
+
+    def specialized(self, target: Target) -> Instruction | None:
+        """The special instruction of the target that does the same, if there is one."""
+        return None
 
     def scratch_nbytes(self, num_threads: int) -> int:
         """Shared memory this instruction needs between barriers of its own; asked when all layouts are known."""

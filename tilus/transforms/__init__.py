@@ -1,0 +1,61 @@
+"""The passes between the front end and code generation, as one visible list. The verifier runs after each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tilus.errors import TilusError
+from tilus.ir.function import Function
+from tilus.ir.verify import verify
+from tilus.target import Target
+from tilus.transforms.accumulate_in_place import accumulate_in_place
+from tilus.transforms.eliminate_dead_code import eliminate_dead_code
+from tilus.transforms.infer_layouts import infer_layouts
+from tilus.transforms.layout_shared import layout_shared
+from tilus.transforms.select_instructions import select_instructions
+from tilus.transforms.unroll import unroll
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A named function from IR to IR; the same object comes back when nothing changed."""
+
+    name: str
+    run: Callable[[Function, Target], Function]
+
+
+PIPELINE: tuple[Pass, ...] = (
+    Pass("eliminate_dead_code", eliminate_dead_code),
+    Pass("unroll", unroll),
+    Pass("accumulate_in_place", accumulate_in_place),
+    Pass("infer_layouts", infer_layouts),
+    Pass("layout_shared", layout_shared),
+    Pass("select_instructions", select_instructions),
+    Pass("clean_up", eliminate_dead_code),
+)
+
+
+def run_pipeline(
+    function: Function,
+    target: Target,
+    *,
+    after: str | None = None,
+    observe: Callable[[str, Function], None] | None = None,
+) -> Function:
+    """Run all passes, or those up to and including `after`. `observe` sees the function after each one (dumps).
+
+    Raises: TilusError for a mistake in the program, or when `after` names no pass.
+    """
+    names = [p.name for p in PIPELINE]
+    if after is not None and after not in names:
+        raise TilusError(f"no pass is called {after!r}", hint=f"passes: {', '.join(names)}")
+    verify(function)
+    for step in PIPELINE:
+        function = step.run(function, target)
+        verify(function)
+        if observe is not None:
+            observe(step.name, function)
+        if step.name == after:
+            break
+    return function
