@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from tilus.errors import TilusError
@@ -52,10 +53,11 @@ def _dtype_or_function(name: str) -> Any:
         instructions = importlib.import_module("tilus.instructions")
     except ModuleNotFoundError:
         raise AttributeError(f"module 'tilus' has no attribute {name!r}") from None
-    value = getattr(instructions, name, None)
-    if not isinstance(value, Builtin):
-        raise AttributeError(f"module 'tilus' has no attribute {name!r}")
-    return value
+    for family in vars(instructions).values():
+        value = vars(family).get(name) if isinstance(family, ModuleType) else None
+        if isinstance(value, Builtin):
+            return value
+    raise AttributeError(f"module 'tilus' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
