@@ -393,8 +393,9 @@ def dtype(name: str) -> DataType:
     Raises: TilusError listing similar names.
     """
     if name not in DTYPES:
-        close = difflib.get_close_matches(name, DTYPES, n=4, cutoff=0.5) or list(DTYPES)
+        close = ", ".join(difflib.get_close_matches(name, DTYPES, n=4, cutoff=0.5)) or "int4, float8_e4m3"
         raise TilusError(
-            f"unknown data type {name!r}, expected one of {len(DTYPES)}", hint=f"close: {', '.join(close)}"
+            f"unknown data type {name!r}, expected one of {len(DTYPES)}",
+            hint=f"names like it: {close}; the usual floats are f16, bf16 and f32",
         )
     return DTYPES[name]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from tilus.instructions import cast, elementwise, memory, view
+from tilus.instructions import async_copy, barrier, cast, elementwise, memory, mma, shared, view
 from tilus.ir.instruction import Instruction
 
-_FAMILIES = (memory, elementwise, cast, view)
+_FAMILIES = (async_copy, barrier, cast, elementwise, memory, mma, shared, view)
 
 
 def _registry() -> dict[str, type[Instruction]]:
