@@ -165,6 +165,13 @@ def test_constructors() -> None:
     assert Swizzle(3, 3, 3).period == 512
 
 
+def test_a_swizzle_keeps_only_the_bits_that_some_address_has() -> None:
+    gap = strided((2,), (8,))
+    assert gap.swizzled(0, 2, 2) == gap.swizzled(1, 1, 2) == gap.swizzled(0, 4, 2)
+    assert gap.swizzled(0, 2, 2).swizzle == Swizzle(1, 1, 2)
+    assert gap.swizzled(0, 1, 1) == gap
+
+
 @pytest.mark.parametrize(("row_nbytes", "bits"), [(128, 3), (64, 2), (32, 1), (16, 0)])
 @pytest.mark.parametrize("nbytes", [1, 2, 4])
 def test_swizzled_rows_are_those_of_the_hardware(row_nbytes: int, bits: int, nbytes: int) -> None:
