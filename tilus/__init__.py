@@ -1,1 +1,63 @@
 """tilus: GPU kernels as decorated Python functions, for any bit width."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tilus.errors import TilusError
+
+if TYPE_CHECKING:
+    from tilus.dtypes import *  # noqa: F403
+    from tilus.lang.annotations import Const as Const
+    from tilus.lang.annotations import Tensor as Tensor
+
+# Names of the language by the module that has them. They are imported when they are first used, so that `import tilus`
+# is quick and needs neither a driver nor torch.
+_MODULES = {
+    "tilus.dtypes": ("DataType", "dtype"),
+    "tilus.lang.annotations": ("Const", "Tensor"),
+    "tilus.lang.arguments": ("PackedTensor", "packed"),
+    "tilus.lang.builtins": ("block_id", "cdiv", "grid", "grid_dim", "inline", "static_range"),
+    "tilus.lang.kernel": ("Kernel", "kernel"),
+    "tilus.target": ("Target", "get_target"),
+}
+_OWNER = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Find a public name: of the front end, a data type, or a function of the instructions."""
+    import importlib
+
+    if name.startswith("_"):
+        raise AttributeError(f"module 'tilus' has no attribute {name!r}")
+    if name in _OWNER:
+        value = getattr(importlib.import_module(_OWNER[name]), name)
+    elif name == "range":
+        value = importlib.import_module("tilus.lang.builtins").range_
+    else:
+        value = _dtype_or_function(name)
+    globals()[name] = value
+    return value
+
+
+def _dtype_or_function(name: str) -> Any:
+    import importlib
+
+    from tilus.dtypes import DTYPES
+
+    if name in DTYPES:
+        return DTYPES[name]
+    builtins = importlib.import_module("tilus.instructions").BUILTINS
+    if name not in builtins:
+        raise AttributeError(f"module 'tilus' has no attribute {name!r}")
+    return builtins[name]
+
+
+def __dir__() -> list[str]:
+    from tilus.dtypes import DTYPES
+    from tilus.instructions import BUILTINS
+
+    return sorted({*globals(), *_OWNER, *DTYPES, *BUILTINS, "range"})
+
+
+__all__ = ["TilusError"]

@@ -49,6 +49,16 @@ class Note:
     loc: Loc | None
 
 
+@dataclass(frozen=True)
+class SharedSite:
+    """One access to shared memory as the report wants to judge it: `size` elements a thread and instruction."""
+
+    tensor: SharedTensor
+    layout: RegisterLayout
+    dims: tuple[int, ...]
+    size: int
+
+
 @dataclass
 class EmitContext:
     """State of lowering one kernel.
@@ -65,7 +75,8 @@ class EmitContext:
     scratch_offset: int
     read_only: frozenset[Var]
     tiles: dict[RegisterTensor, list[Reg]] = field(default_factory=dict[RegisterTensor, list[Reg]])
-    notes: list[Note] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list[Note])
+    shared_sites: list[tuple[SharedSite, Loc | None]] = field(default_factory=list)
 
     # Tiles.
 
@@ -374,6 +385,10 @@ class EmitContext:
 
     def guard(self, pred: Reg | None) -> Guard | None:
         return None if pred is None else Guard(pred)
+
+    def note_shared(self, site: SharedSite) -> None:
+        """Remember an access to shared memory for the count of bank conflicts."""
+        self.shared_sites.append((site, self.b.loc))
 
     def note(self, inst: Instruction, text: str) -> None:
         """A line for the report, with the user's position."""

@@ -72,7 +72,7 @@ class LoadGlobal(Instruction):
         _check_whole_bytes("load", self.src, size)
         cache = ".nc" if self.src.base in ctx.read_only else ""
         pieces: list[Reg] = []
-        starts = tile_index(ctx, self.out, self.offsets, self.dims, self.src.rank)
+        starts = tile_index(ctx, layout, self.offsets, self.dims)
         for vector in vectors(layout, size):
             index = starts(vector.slot)
             guard = None
@@ -119,7 +119,7 @@ class StoreGlobal(Instruction):
         layout = ctx.layout(self.src)
         size = global_vector_size(self.dst, layout, self.offsets, self.dims, self.checked)
         _check_whole_bytes("store", self.dst, size)
-        starts = tile_index(ctx, self.src, self.offsets, self.dims, self.dst.rank)
+        starts = tile_index(ctx, layout, self.offsets, self.dims)
         owner = ctx.first_replica(layout)
         words = ctx.words(self.src)
         for vector in vectors(layout, size):
@@ -179,10 +179,9 @@ def coalesced(tensor: GlobalTensor, shape: tuple[int, ...], dims: Sequence[int],
 
 
 def tile_index(
-    ctx: EmitContext, tile: RegisterTensor, offsets: Sequence[Expr], dims: Sequence[int], rank: int
+    ctx: EmitContext, layout: RegisterLayout, offsets: Sequence[Expr], dims: Sequence[int]
 ) -> Callable[[int], list[Linear]]:
     """A function slot -> index into the tensor (one linear form per dim) of the thread's element in that slot."""
-    layout = ctx.layout(tile)
     base = [ctx.scalars.linear(e) for e in offsets]
     for axis, part in enumerate(ctx.thread_index(layout)):
         base[dims[axis]] = base[dims[axis]] + part

@@ -74,5 +74,7 @@ def _parts(src: RegisterLayout, src_nbits: int, out: RegisterLayout, out_nbits: 
         left = np.where(shift < 0, -shift, 0)
         beyond = left >= out_nbits  # this source element lies behind the result element
         left = np.where(beyond, 63, left)
-        parts.append(_Part(np.asarray(src_flat)[thread, inside], np.maximum(shift, 0).astype(np.uint8), left.astype(np.uint8)))
+        parts.append(
+            _Part(np.asarray(src_flat)[thread, inside], np.maximum(shift, 0).astype(np.uint8), left.astype(np.uint8))
+        )
     return tuple(parts)

@@ -55,6 +55,26 @@ class SharedTensor:
 
 
 @dataclass(frozen=True, eq=False)
+class SharedView:
+    """`tensor[i, j]`: the part of a shared tensor at `prefix`, one index for each of the first dims."""
+
+    tensor: SharedTensor
+    prefix: tuple[Expr, ...]
+
+    @property
+    def dtype(self) -> DataType:
+        return self.tensor.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape[len(self.prefix) :]
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+
+@dataclass(frozen=True, eq=False)
 class GlobalTensor:
     """A view of global memory: element (i0, i1, ...) is at `base + offset + sum(i_d * strides[d])`, all in elements.
 

@@ -90,6 +90,32 @@ def split(digits: Sequence[Digit], inner_size: int) -> tuple[list[Digit], list[D
     return outer, inner[::-1]
 
 
+def row_major_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """The stride of each dimension of a compact row-major array, in elements."""
+    return tuple(prod(shape[k + 1 :]) for k in range(len(shape)))
+
+
+def unravel(digit: Digit, shape: Sequence[int]) -> list[Digit] | None:
+    """A digit of the flat row-major index as digits of the dimensions of `shape`, outermost first.
+
+    None where it would straddle two dimensions. Replication stays as it is.
+    """
+    if digit.dim is None:
+        return [digit]
+    pieces: list[Digit] = []
+    weight, size = digit.weight, digit.size
+    for dim, stride in reversed(list(enumerate(row_major_strides(shape)))):
+        room = stride * shape[dim]
+        if size == 1 or weight >= room:
+            continue
+        inner = size if weight * size <= room else room // weight
+        if weight % stride or size % inner or (inner < size and inner * weight != room):
+            return None
+        pieces.append(Digit(inner, dim, weight // stride))
+        weight, size = weight * inner, size // inner
+    return pieces[::-1]
+
+
 def index_table(digits: Sequence[Digit], rank: int) -> npt.NDArray[np.int64]:
     """The logical index that each integer contributes: shape [product of the sizes, rank]."""
     counter = np.arange(prod(digit.size for digit in digits), dtype=np.int64)

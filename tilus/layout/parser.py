@@ -79,14 +79,19 @@ class _Grammar(Generic[L]):
 
     def call(self, node: ast.Call, function: Callable[..., L]) -> L:
         values = [self.argument(arg) for arg in node.args]
-        named = {keyword.arg: self.argument(keyword.value) for keyword in node.keywords if keyword.arg is not None}
+        named = {keyword.arg or "**": self.argument(keyword.value) for keyword in node.keywords}
         try:
             return function(*values, **named)
         except TypeError as error:
             raise LayoutError(f"{ast.unparse(node)!r}: {error}") from error
 
     def argument(self, node: ast.expr) -> object:
-        try:
-            return ast.literal_eval(node)
-        except ValueError:
-            return self.evaluate(node)
+        match node:
+            case ast.Constant(int()):
+                return node.value
+            case ast.UnaryOp(ast.USub(), ast.Constant(int(value))):
+                return -value
+            case ast.Tuple(elements) | ast.List(elements):
+                return tuple(self.argument(element) for element in elements)
+            case _:
+                return self.evaluate(node)

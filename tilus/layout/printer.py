@@ -14,9 +14,10 @@ def register_expression(shape: Sequence[int], thread_digits: Sequence[Digit], lo
     A chain is a product, so it exists exactly when one sequence of all digits respects the order of both lists and of
     every dimension. Otherwise each digit gets a dimension of its own, and a reshape joins them.
     """
-    order = _product_order(shape, thread_digits, local_digits)
-    if order is not None:
-        return ".".join(_calls(order, len(shape))) or f"identity({len(shape)})"
+    orders = [_product_order(shape, thread_digits, local_digits, on_threads) for on_threads in (True, False)]
+    chains = [_calls(order, len(shape)) for order in orders if order is not None]
+    if chains:
+        return ".".join(min(chains, key=len)) or f"identity({len(shape)})"
     feeding = [d for d in (*thread_digits, *local_digits) if d.dim is not None]
     feeding.sort(key=lambda d: (d.dim, -d.weight))
     own = {digit: k for k, digit in enumerate(feeding)}
@@ -29,16 +30,16 @@ def register_expression(shape: Sequence[int], thread_digits: Sequence[Digit], lo
 
 
 def _product_order(
-    shape: Sequence[int], thread_digits: Sequence[Digit], local_digits: Sequence[Digit]
+    shape: Sequence[int], thread_digits: Sequence[Digit], local_digits: Sequence[Digit], on_threads: bool
 ) -> list[tuple[bool, Digit]] | None:
     """All digits as (is a thread digit, digit) in one order, outermost first, that fits both lists and all dimensions.
 
-    None where there is none (a topological sort meets a cycle). It stays on one list as long as it can.
+    None where there is none (a topological sort meets a cycle). It starts with the thread list or the local list and
+    stays on one list as long as it can.
     """
     queues = {True: list(thread_digits), False: list(local_digits)}
     remaining = list(shape)
     order: list[tuple[bool, Digit]] = []
-    on_threads = True
     while queues[True] or queues[False]:
         for kind in (on_threads, not on_threads):
             queue = queues[kind]

@@ -262,35 +262,26 @@ class RegisterLayout:
     def reshape(self, shape: Sequence[int]) -> RegisterLayout:
         """The same elements under another shape, in row-major order. Raises LayoutError where a digit would straddle
         two of the new dimensions."""
-        if prod(shape) != self.size:
+        if prod(shape) != self.size or min(shape, default=1) < 1:
             raise LayoutError(
                 f"reshape of {self.shape} ({self.size} elements) to {tuple(shape)} ({prod(shape)} elements)"
             )
-        old_strides, new_strides = row_major_strides(self.shape), row_major_strides(shape)
+        strides = _digits.row_major_strides(self.shape)
 
-        def pieces(digit: Digit) -> list[Digit]:
-            if digit.dim is None or digit.size == 1:
-                return [digit]
-            result: list[Digit] = []
-            weight, size = digit.weight * old_strides[digit.dim], digit.size
-            while size > 1:
-                dim = next(k for k, s in enumerate(new_strides) if s <= weight < s * shape[k])
-                room, rest = divmod(new_strides[dim] * shape[dim], weight)
-                inner = min(size, room)
-                if weight % new_strides[dim] or (size > room and (rest or size % room)):
-                    raise LayoutError(
-                        f"{self} cannot be reshaped to {tuple(shape)}: its digit of size {digit.size} does not split",
-                        hint="convert to a layout whose digits divide the new shape first",
-                    )
-                result.append(Digit(inner, dim, weight // new_strides[dim]))
-                weight, size = weight * inner, size // inner
-            return result[::-1]
+        def reshaped(digits: Sequence[Digit]) -> tuple[Digit, ...]:
+            # Flat digits first: digits of neighbouring dimensions may be one digit there, which splits elsewhere.
+            flat = _digits.canonical(
+                d if d.dim is None else Digit(d.size, 0, d.weight * strides[d.dim]) for d in digits
+            )
+            pieces = [_digits.unravel(digit, shape) for digit in flat]
+            if None in pieces:
+                raise LayoutError(
+                    f"{self} cannot be reshaped to {tuple(shape)}: a digit would straddle two dimensions",
+                    hint="convert to a layout whose digits divide the new shape first",
+                )
+            return tuple(digit for piece in pieces if piece is not None for digit in piece)
 
-        return RegisterLayout(
-            tuple(shape),
-            tuple(piece for digit in self.thread_digits for piece in pieces(digit)),
-            tuple(piece for digit in self.local_digits for piece in pieces(digit)),
-        )
+        return RegisterLayout(tuple(shape), reshaped(self.thread_digits), reshaped(self.local_digits))
 
     def reduce(self, dims: Sequence[int], keepdims: bool = True) -> RegisterLayout:
         """The layout after a reduction over `dims`, which get extent 1, or vanish unless `keepdims`.
@@ -340,11 +331,6 @@ def _redirected(digits: Sequence[Digit], place: dict[int, int]) -> tuple[Digit, 
 def _replica_offsets(terms: Sequence[Term]) -> list[int]:
     ranges = [range(0, term.stride * term.size, term.stride) for term in terms if term.dim is None]
     return [sum(combination) for combination in product(*ranges)]
-
-
-def row_major_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """The stride of each dimension of a compact row-major array, in elements."""
-    return tuple(prod(shape[k + 1 :]) for k in range(len(shape)))
 
 
 def _one_digit_a_dim(shape: Sequence[int], order: Sequence[int]) -> tuple[Digit, ...]:

@@ -14,10 +14,9 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 
-from tilus.layout.digits import Term
+from tilus.layout.digits import Term, row_major_strides
 from tilus.layout.errors import LayoutError
 from tilus.layout.printer import shared_expression
-from tilus.layout.register import row_major_strides
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,7 +73,7 @@ class Address:
 class Vector:
     """A brace-enclosed operand such as `{%r0, %r1}`."""
 
-    elements: tuple[Reg | Imm | FloatImm, ...]
+    elements: tuple[Reg | Imm | FloatImm | Special, ...]
 
 
 @dataclass(frozen=True)
@@ -81,15 +81,23 @@ class LabelRef:
     name: str
 
 
-Operand = Reg | Imm | FloatImm | Special | Symbol | Address | Vector | LabelRef
+@dataclass(frozen=True)
+class Pair:
+    """A double destination `d|p`: the second result of setp, shfl.sync and match.sync. `Special("_")` drops one."""
+
+    first: Reg | Special
+    second: Reg | Special
 
 
 @dataclass(frozen=True)
 class Guard:
-    """`@p` or `@!p` in front of an instruction."""
+    """`@p` or `@!p` in front of an instruction; as an operand, a predicate or its negation `!p`."""
 
     reg: Reg
     negated: bool = False
+
+
+Operand = Reg | Imm | FloatImm | Special | Symbol | Address | Vector | LabelRef | Pair | Guard
 
 
 @dataclass(frozen=True)
@@ -120,10 +128,16 @@ Item = Instr | Label | Comment
 
 @dataclass(frozen=True)
 class Param:
-    """A kernel parameter; `type` is a PTX type without the dot (`u64`, `s32`, `f32`, `b8` ...)."""
+    """A kernel parameter; `type` is a PTX type without the dot (`u64`, `s32`, `f32`, `b8` ...).
+
+    count: number of elements of an array parameter (a tensor map is `b8` with count 128); None for a scalar.
+    align: alignment in bytes when it is more than the natural one.
+    """
 
     name: str
     type: str
+    count: int | None = None
+    align: int | None = None
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from tilus.errors import Loc
 from tilus.ptx.module import (
     Address,
     Comment,
@@ -17,6 +18,8 @@ from tilus.ptx.module import (
     LabelRef,
     Module,
     Operand,
+    Pair,
+    Param,
     Reg,
     RegClass,
     SharedArray,
@@ -48,7 +51,7 @@ def _kernel(kernel: Kernel, files: dict[str, int]) -> list[str]:
     dynamic = [array for array in kernel.shared if array.dynamic]
     static = [array for array in kernel.shared if not array.dynamic]
     lines = [_shared(array) for array in dynamic]
-    params = ",\n".join(f"    .param .{param.type} {param.name}" for param in kernel.params)
+    params = ",\n".join("    " + _param(param) for param in kernel.params)
     lines += [f".visible .entry {kernel.name}(", *([params] if params else []), ")"]
     lines.append(f".reqntid {kernel.num_threads}, 1, 1")
     if kernel.min_blocks_per_sm is not None:
@@ -61,6 +64,12 @@ def _kernel(kernel: Kernel, files: dict[str, int]) -> list[str]:
     lines += _body(kernel.body, files)
     lines += ["}", ""]
     return lines
+
+
+def _param(param: Param) -> str:
+    align = f" .align {param.align}" if param.align is not None else ""
+    count = f"[{param.count}]" if param.count is not None else ""
+    return f".param{align} .{param.type} {param.name}{count}"
 
 
 def _shared(array: SharedArray) -> str:
@@ -88,6 +97,10 @@ def _registers(operands: Iterable[Operand]) -> Iterable[Reg]:
                 yield base
             case Vector(elements=elements):
                 yield from (element for element in elements if isinstance(element, Reg))
+            case Pair(first, second):
+                yield from (element for element in (first, second) if isinstance(element, Reg))
+            case Guard(reg):
+                yield reg
             case _:
                 pass
 
@@ -102,11 +115,15 @@ def _body(body: Iterable[Item], files: dict[str, int]) -> list[str]:
             case Comment():
                 lines.append(f"    // {item.text}")
             case Instr():
-                if item.loc is not None and item.loc != last:
-                    lines.append(f"    .loc {files[item.loc.file]} {item.loc.line} {item.loc.column}")
-                    last = item.loc
+                if item.loc is not None and (position := _position(item.loc, files)) != last:
+                    lines.append(position)
+                    last = position
                 lines.append("    " + print_instr(item))
     return lines
+
+
+def _position(loc: Loc, files: dict[str, int]) -> str:
+    return f"    .loc {files[loc.file]} {loc.line} {loc.column}"
 
 
 def print_instr(instr: Instr) -> str:
@@ -132,5 +149,9 @@ def print_operand(operand: Operand) -> str:
         case Address(base, offset):
             sign = f"+{offset}" if offset > 0 else str(offset) if offset else ""
             return f"[{print_operand(base)}{sign}]"
+        case Pair(first, second):
+            return f"{print_operand(first)}|{print_operand(second)}"
+        case Guard():
+            return _guard(operand).removeprefix("@")
         case Vector(elements):
             return "{" + ", ".join(map(print_operand, elements)) + "}"

@@ -1,0 +1,1 @@
+"""A continuous-batching server for language models, on the kernels of tilus, with OpenAI's HTTP interface."""

@@ -1,0 +1,276 @@
+"""OpenAI's HTTP interface: completions and chats, whole or as server-sent events; models, health, version."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import cast
+
+from fastapi import FastAPI
+from fastapi import Request as HTTPRequest
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving.async_engine import AsyncEngine, Generation
+from serving.core import Request, RequestOutput
+from serving.errors import RequestError
+from serving.protocol import ChatBody, CompletionBody, GenerationBody
+from serving.responses import ChatFormat, Choice, CompletionFormat, Format, Header, Json, usage
+from serving.tokenizer import Tokenizer
+
+_LOG = logging.getLogger("serving")
+_MAX_BODY_NBYTES = 16 * 2**20
+
+
+def create_app(engine: AsyncEngine, tokenizer: Tokenizer, model_name: str) -> FastAPI:
+    """The web application. It starts the engine's thread when it starts, and stops it when it stops."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
+        engine.start()
+        yield
+        await engine.stop()
+
+    app = FastAPI(title="tilus", lifespan=lifespan)
+    service = _Service(engine, tokenizer, model_name)
+    app.add_middleware(BodyLimit, max_nbytes=_MAX_BODY_NBYTES)
+    app.add_exception_handler(RequestValidationError, _invalid_body)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(RequestError, _request_error)
+    app.add_exception_handler(Exception, _internal_error)
+    app.add_api_route("/v1/completions", service.completions, methods=["POST"], response_model=None)
+    app.add_api_route("/v1/chat/completions", service.chat_completions, methods=["POST"], response_model=None)
+    app.add_api_route("/v1/models", service.models, methods=["GET"])
+    app.add_api_route("/health", service.health, methods=["GET"], response_model=None)
+    app.add_api_route("/version", service.version, methods=["GET"])
+    return app
+
+
+class BodyLimit:
+    """ASGI middleware: bodies beyond a size are refused while they arrive, before anything parses them."""
+
+    def __init__(self, app: ASGIApp, max_nbytes: int) -> None:
+        self._app = app
+        self._max_nbytes = max_nbytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        nbytes = 0
+
+        async def limited() -> Message:
+            nonlocal nbytes
+            message = await receive()
+            nbytes += len(message.get("body", b""))
+            if nbytes > self._max_nbytes:
+                raise HTTPException(413, f"the body has more than {self._max_nbytes} bytes")
+            return message
+
+        await self._app(scope, limited, send)
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events of a generation, which is given up when the client leaves, at whatever point."""
+
+    def __init__(self, generation: Generation, events: AsyncIterator[str]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._generation = generation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._generation.close()
+
+
+class _Service:
+    """The endpoints, over one engine with one model."""
+
+    def __init__(self, engine: AsyncEngine, tokenizer: Tokenizer, model_name: str) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._model_name = model_name
+        self._created = int(time.time())
+
+    async def completions(self, body: CompletionBody, http: HTTPRequest) -> Response:
+        self._check(body)
+        prompts = [await self._prompt_ids(prompt) for prompt in body.prompts()]
+        header = self._header("cmpl")
+        requests = [
+            Request(f"{header.id}-{i * body.num_choices + choice}", prompt, body.choice_params(choice))
+            for i, prompt in enumerate(prompts)
+            for choice in range(body.num_choices)
+        ]
+        num_prompt = sum(len(prompt) for prompt in prompts)
+        return await self._respond(
+            body, http, header, requests, num_prompt, CompletionFormat(self._tokenizer.token_text)
+        )
+
+    async def chat_completions(self, body: ChatBody, http: HTTPRequest) -> Response:
+        self._check(body)
+        messages = [message.for_template() for message in body.messages]
+        prompt = await asyncio.to_thread(self._tokenizer.encode_chat, messages)
+        header = self._header("chatcmpl")
+        requests = [
+            Request(f"{header.id}-{choice}", prompt, body.choice_params(choice)) for choice in range(body.num_choices)
+        ]
+        return await self._respond(body, http, header, requests, len(prompt), ChatFormat(self._tokenizer.token_text))
+
+    async def models(self) -> Json:
+        limit = self._engine.engine.max_model_len
+        model = {"id": self._model_name, "object": "model", "created": self._created, "owned_by": "tilus"}
+        return {"object": "list", "data": [model | {"max_model_len": limit}]}
+
+    async def health(self) -> Response:
+        failure = self._engine.failure
+        if failure is not None:
+            return JSONResponse({"status": "failed", "reason": failure.message}, status_code=503)
+        return JSONResponse({"status": "ok"})
+
+    async def version(self) -> Json:
+        return {"version": importlib.metadata.version("tilus")}
+
+    def _check(self, body: GenerationBody) -> None:
+        body.check()
+        if body.model != self._model_name:
+            raise RequestError(
+                f"the model {body.model!r} does not exist; this server has {self._model_name!r}",
+                status=404,
+                param="model",
+                code="model_not_found",
+            )
+
+    async def _prompt_ids(self, prompt: str | list[int]) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            return await asyncio.to_thread(self._tokenizer.encode, prompt)
+        return tuple(prompt)
+
+    def _header(self, prefix: str) -> Header:
+        return Header(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), self._model_name)
+
+    async def _respond(
+        self,
+        body: GenerationBody,
+        http: HTTPRequest,
+        header: Header,
+        requests: Sequence[Request],
+        num_prompt: int,
+        format: Format,
+    ) -> Response:
+        generation = self._engine.submit(requests)
+        choices = {request.id: Choice(index) for index, request in enumerate(requests)}
+        if body.stream:
+            events = _events(header, generation, choices, num_prompt, format, include_usage=body.include_usage)
+            return EventStream(generation, events)
+        async with _abandoned_with(http, generation):
+            async for output in generation:
+                _raise_failure(output)
+                choices[output.request_id].extend(output)
+        num_output = sum(len(choice.tokens) for choice in choices.values())
+        answer = header.body(format.kind, [format.choice(choice) for choice in choices.values()])
+        return JSONResponse(answer | {"usage": usage(num_prompt, num_output)})
+
+
+async def _events(
+    header: Header,
+    generation: Generation,
+    choices: dict[str, Choice],
+    num_prompt: int,
+    format: Format,
+    *,
+    include_usage: bool,
+) -> AsyncIterator[str]:
+    """The stream's events. An error after the start can only be told inside the stream."""
+    no_usage: Json = {"usage": None} if include_usage else {}
+    num_output = 0
+
+    def chunk(choice: Json) -> str:
+        return _event(header.body(format.chunk_kind, [choice]) | no_usage)
+
+    try:
+        for choice in choices.values():
+            if (opening := format.opening(choice.index)) is not None:
+                yield chunk(opening)
+        async for output in generation:
+            _raise_failure(output)
+            num_output += len(output.tokens)
+            delta = format.delta(choices[output.request_id], output)
+            if output.text or delta["logprobs"] or output.finish_reason:
+                yield chunk(delta)
+    except RequestError as error:
+        yield _event(error.body())
+        return
+    if include_usage:
+        yield _event(header.body(format.chunk_kind, []) | {"usage": usage(num_prompt, num_output)})
+    yield "data: [DONE]\n\n"
+
+
+def _event(body: Json) -> str:
+    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def _raise_failure(output: RequestOutput) -> None:
+    """Turn the finish reasons that are no answer into errors."""
+    if output.finish_reason == "timeout":
+        raise RequestError("the request took longer than the server allows", status=504, kind="timeout_error")
+    if output.finish_reason == "error":
+        raise RequestError("the model computed no valid numbers for this request", status=500, kind="server_error")
+
+
+@asynccontextmanager
+async def _abandoned_with(http: HTTPRequest, generation: Generation) -> AsyncGenerator[None]:
+    """Give the generation up when the client disconnects, or when the block is left before its end."""
+
+    async def watch() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+        generation.close()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watcher.cancel()
+        generation.close()
+
+
+def _error_response(error: RequestError) -> Response:
+    headers = {"Retry-After": "1"} if error.status == 429 else None
+    return JSONResponse(error.body(), status_code=error.status, headers=headers)
+
+
+# FastAPI types every handler as taking Exception; each gets only what it was registered for.
+
+
+async def _request_error(_: HTTPRequest, error: Exception) -> Response:
+    return _error_response(cast(RequestError, error))
+
+
+async def _invalid_body(_: HTTPRequest, error: Exception) -> Response:
+    """Malformed JSON and fields of wrong types: the first mistake, where it is, and what was found."""
+    first = cast(RequestValidationError, error).errors()[0]
+    where = ".".join(str(part) for part in first["loc"][1:])
+    if first["type"] == "json_invalid":
+        message = f"the body is not valid JSON: {first['ctx']['error']} at character {where}"
+        return _error_response(RequestError(message))
+    if isinstance(first["input"], bytes):
+        return _error_response(RequestError("the body must be JSON, sent with Content-Type: application/json"))
+    found = "" if first["type"] == "missing" else f", but found {first['input']!r:.200}"
+    message = f"{where or 'the body'}: {first['msg'][:1].lower()}{first['msg'][1:]}{found}"
+    return _error_response(RequestError(message, param=where or None))
+
+
+async def _http_error(http: HTTPRequest, error: Exception) -> Response:
+    cause = cast(HTTPException, error)
+    return _error_response(RequestError(f"{http.method} {http.url.path}: {cause.detail}", status=cause.status_code))
+
+
+async def _internal_error(http: HTTPRequest, error: Exception) -> Response:
+    _LOG.error("%s %s failed", http.method, http.url.path, exc_info=error)
+    return _error_response(RequestError("internal error", status=500, kind="server_error"))

@@ -1,0 +1,152 @@
+"""The engine in a thread of its own, seen from asyncio.
+
+The event loop puts commands into an inbox; the engine thread takes them between steps and sends each output to its
+request's queue. Every wait has an end: outputs, a deadline, the engine's failure, or the server's stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+
+from serving.core import Request, RequestOutput
+from serving.engine import Engine
+from serving.errors import EngineFailure, Overloaded
+
+_LOG = logging.getLogger("serving")
+_GRACE = 60.0  # seconds by which a step may overrun a request's own deadline
+
+
+class Generation:
+    """The outputs of requests that belong together, as one asynchronous iterator; ends when all have finished.
+
+    Raises EngineFailure when the engine stops. `close` gives up what has not finished and ends the iteration.
+    """
+
+    def __init__(self, ids: Iterable[str], timeout: float, abort: Callable[[Sequence[str]], None]) -> None:
+        self._unfinished = set(ids)
+        self._timeout = timeout
+        self._abort = abort
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[RequestOutput | EngineFailure | None] = asyncio.Queue()
+
+    def send(self, event: RequestOutput | EngineFailure) -> None:
+        """Called by the engine's thread."""
+        self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
+
+    def close(self) -> None:
+        if self._unfinished:
+            self._abort(sorted(self._unfinished))
+            self._unfinished.clear()
+            self._queue.put_nowait(None)
+
+    async def __aiter__(self) -> AsyncIterator[RequestOutput]:
+        while self._unfinished:
+            try:
+                async with asyncio.timeout(self._timeout):
+                    event = await self._queue.get()
+            except TimeoutError:
+                raise EngineFailure(f"the engine gave no sign of life for {self._timeout:g} seconds") from None
+            if event is None:
+                return
+            if isinstance(event, EngineFailure):
+                self._unfinished.clear()
+                raise event
+            if event.finish_reason is not None:
+                self._unfinished.discard(event.request_id)
+            yield event
+
+
+class AsyncEngine:
+    """Start it, `submit` requests from the event loop, stop it. At most `max_waiting` requests wait for their turn."""
+
+    def __init__(self, engine: Engine, max_waiting: int) -> None:
+        self.engine = engine
+        self._max_live = engine.config.max_batch + max_waiting
+        self._wake = threading.Condition()
+        self._inbox: list[Callable[[], None]] = []
+        self._generations: dict[str, Generation] = {}
+        self._failure: EngineFailure | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def failure(self) -> EngineFailure | None:
+        """Why the engine no longer runs; None while it does."""
+        return self._failure
+
+    def start(self) -> None:
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """End the thread after its current step, and fail what has not finished."""
+        self._fail("the server is shutting down")
+        await asyncio.to_thread(self._thread.join, _GRACE)
+
+    def submit(self, requests: Sequence[Request]) -> Generation:
+        """Queue requests, all or none. Raises RequestError for one that cannot be served, Overloaded, EngineFailure."""
+        for request in requests:
+            self.engine.validate(request)
+        generation = Generation([r.id for r in requests], self.engine.config.request_timeout + _GRACE, self._abort)
+        with self._wake:
+            if self._failure is not None:
+                raise EngineFailure(self._failure.message)
+            live = len(self._generations)
+            if live + len(requests) > self._max_live:
+                raise Overloaded(
+                    f"{live} requests are running or waiting and {len(requests)} more were asked for, but at most "
+                    f"{self._max_live} may be; try again later"
+                )
+            for request in requests:
+                self._generations[request.id] = generation
+                self._inbox.append(lambda request=request: self.engine.add(request))
+            self._wake.notify()
+        return generation
+
+    def _abort(self, ids: Sequence[str]) -> None:
+        with self._wake:
+            for request_id in ids:
+                if self._generations.pop(request_id, None) is not None:
+                    self._inbox.append(lambda request_id=request_id: self.engine.abort(request_id))
+            self._wake.notify()
+
+    def _run(self) -> None:
+        try:
+            while (commands := self._next_commands()) is not None:
+                for command in commands:
+                    command()
+                if self.engine.has_work:
+                    self._deliver(self.engine.step())
+                if not self.engine.has_work:
+                    self.engine.check()
+        except Exception as error:
+            _LOG.exception("the engine failed")
+            self._fail(f"the engine failed: {type(error).__name__}: {error}")
+
+    def _next_commands(self) -> list[Callable[[], None]] | None:
+        """What arrived since the last step, waiting for something when there is no work; None means stop."""
+        with self._wake:
+            while not (self._inbox or self.engine.has_work or self._failure):
+                self._wake.wait()
+            if self._failure is not None:
+                return None
+            commands, self._inbox = self._inbox, []
+            return commands
+
+    def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
+        with self._wake:
+            for output in outputs:
+                generation = self._generations.get(output.request_id)
+                if output.finish_reason is not None:
+                    self._generations.pop(output.request_id, None)
+                if generation is not None:
+                    generation.send(output)
+
+    def _fail(self, message: str) -> None:
+        with self._wake:
+            self._failure = self._failure or EngineFailure(message)
+            for generation in set(self._generations.values()):
+                generation.send(EngineFailure(message))
+            self._generations.clear()
+            self._wake.notify()

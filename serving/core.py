@@ -1,0 +1,186 @@
+"""The data that the server's parts exchange: requests, sequences, batches, step results. No torch, no I/O.
+
+A `Request` is what a client asked for. Inside the engine it is a `Sequence`: its tokens and how many of them have their
+keys and values in the cache. Each step the scheduler makes a `Batch`, the runner turns it into a `StepOutput`, and the
+engine turns that into one `RequestOutput` for each request that moved.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from serving.errors import RequestError
+
+FinishReason = Literal["stop", "length", "timeout", "error"]
+MAX_LOGPROBS = 20
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 256
+
+
+class Clock(Protocol):
+    """The engine's only source of time, in seconds from an arbitrary start; injected, so that tests own it."""
+
+    def now(self) -> float: ...
+
+
+class MonotonicClock:
+    def now(self) -> float:
+        return time.monotonic()
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens and when to stop.
+
+    max_tokens: None means as many as the context holds. temperature: 0 means greedy. top_k: 0 means no limit.
+    seed: the only source of randomness; equal requests with equal seeds get equal answers, whoever shares the batch.
+    logprobs: None for none, else how many alternatives to report beside the chosen token (0 to 20).
+    Raises RequestError for a value outside its range.
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        rules = (
+            (self.max_tokens is None or self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1"),
+            (0.0 <= self.temperature <= 2.0, "temperature", self.temperature, "between 0 and 2"),
+            (0.0 < self.top_p <= 1.0, "top_p", self.top_p, "above 0 and at most 1"),
+            (self.top_k >= 0, "top_k", self.top_k, "at least 1, or 0 for no limit"),
+            (0 <= self.seed < 2**64, "seed", self.seed, "between 0 and 2^64 - 1"),
+            (
+                len(self.stop) <= MAX_STOPS and all(0 < len(stop) <= MAX_STOP_LENGTH for stop in self.stop),
+                "stop",
+                list(self.stop),
+                f"at most {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters",
+            ),
+            (
+                self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
+                "logprobs",
+                self.logprobs,
+                f"between 0 and {MAX_LOGPROBS}",
+            ),
+        )
+        for holds, name, value, expected in rules:
+            if not holds:
+                raise RequestError(f"{name} is {value!r}, but must be {expected}", param=name)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One continuation to generate. `id` is unique among the live requests."""
+
+    id: str
+    prompt: tuple[int, ...]
+    params: SamplingParams
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request inside the engine.
+
+    tokens: the prompt, then the output so far. num_computed: how many of them have keys and values in the cache; it
+    falls to 0 when the sequence loses its pages, and everything is computed again later. max_tokens: the limit on
+    output with the default resolved. deadline: the clock's time after which the request is given up.
+    """
+
+    request: Request
+    max_tokens: int
+    deadline: float
+    tokens: list[int] = field(init=False)
+    num_computed: int = 0
+    num_preemptions: int = 0
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt)
+
+    @property
+    def id(self) -> str:
+        return self.request.id
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that must go through the model before the next one can be sampled; 1 while decoding."""
+        return len(self.tokens) - self.num_computed
+
+
+@dataclass(frozen=True)
+class BatchItem:
+    """One sequence's share of a step: `token_ids` at positions start, start + 1, ... with `pages` as its block table.
+
+    params is None when this step does not reach the sequence's end, so that nothing is sampled; draw counts the tokens
+    sampled before, and picks the random number.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    start: int
+    pages: tuple[int, ...]
+    params: SamplingParams | None
+    draw: int
+
+    @property
+    def kv_len(self) -> int:
+        """Tokens in the cache after the step."""
+        return self.start + len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class Batch:
+    items: tuple[BatchItem, ...]
+
+    @property
+    def sampled(self) -> tuple[BatchItem, ...]:
+        """The items that get a new token, in order."""
+        return tuple(item for item in self.items if item.params is not None)
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural-log probabilities under the model's own distribution (before temperature): of the token, of the best."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class SampledToken:
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """One entry for each of `Batch.sampled`, in order; None where the logits were not numbers."""
+
+    tokens: tuple[SampledToken | None, ...]
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """What a request gained in one step. `text` may lag behind `tokens`: half characters and possible beginnings of a
+    stop string are held back. After an output with a finish reason there is none.
+    """
+
+    request_id: str
+    text: str
+    tokens: tuple[SampledToken, ...]
+    finish_reason: FinishReason | None = None
+
+
+class Runner(Protocol):
+    """Executes batches. Whatever runs the model, a GPU or a test's arithmetic, the engine sees only this."""
+
+    def execute(self, batch: Batch) -> StepOutput: ...

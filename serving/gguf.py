@@ -1,0 +1,156 @@
+"""Reading GGUF files: metadata, and tensors as views of the mapped file. No byte of a tensor is read before it is used.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little endian.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from serving.ggml import BlockFormat, block_format
+from tilus.errors import TilusError
+
+_T = TypeVar("_T")
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+
+
+@dataclass(frozen=True, eq=False)
+class GGUFTensor:
+    """A tensor as stored. shape: slowest dimension first, as in numpy. rows: uint8 [rows, bytes of a row]."""
+
+    name: str
+    shape: tuple[int, ...]
+    format: BlockFormat
+    rows: npt.NDArray[np.uint8]
+
+
+class _Cursor:
+    """Reads values one after the other, and refuses to read past the end."""
+
+    def __init__(self, path: Path, buffer: mmap.mmap) -> None:
+        self._path = path
+        self._buffer = buffer
+        self.offset = 0
+
+    def take(self, size: int) -> bytes:
+        end = self.offset + size
+        if end > len(self._buffer):
+            raise TilusError(f"{self._path} is cut short: {len(self._buffer)} bytes, but the header goes on to {end}")
+        data = self._buffer[self.offset : end]
+        self.offset = end
+        return data
+
+    def number(self, code: str) -> int:
+        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
+
+    def string(self) -> str:
+        return self.take(self.number("Q")).decode("utf-8", errors="replace")
+
+    def value(self, kind: int) -> object:
+        """One metadata value of the given type id; arrays are lists."""
+        if kind in _SCALARS:
+            return self.number(_SCALARS[kind])
+        if kind == _STRING:
+            return self.string()
+        if kind != _ARRAY:
+            raise TilusError(f"{self._path}: metadata type {kind} at byte {self.offset}, but types go from 0 to 12")
+        element, count = self.number("I"), self.number("Q")
+        if element in _SCALARS:
+            code = f"<{count}{_SCALARS[element]}"
+            return list(struct.unpack(code, self.take(struct.calcsize(code))))
+        return [self.value(element) for _ in range(count)]
+
+
+class GGUFFile:
+    """An open GGUF file. `metadata` by key, `tensors` by name.
+
+    Raises TilusError when it is no GGUF file, is cut short, or contradicts itself.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as file:
+            if path.stat().st_size < 24:
+                raise TilusError(f"{path} is not a GGUF file: it has {path.stat().st_size} bytes, a header has 24")
+            buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        cursor = _Cursor(path, buffer)
+        magic, version = cursor.take(4), cursor.number("I")
+        if magic != b"GGUF":
+            raise TilusError(f"{path} is not a GGUF file: it starts with {magic!r}, expected b'GGUF'")
+        if version not in (2, 3):
+            raise TilusError(f"{path} has GGUF version {version}, expected 2 or 3 (little endian)")
+        num_tensors, num_keys = cursor.number("Q"), cursor.number("Q")
+        self.metadata = {cursor.string(): cursor.value(cursor.number("I")) for _ in range(num_keys)}
+        records = [self._record(cursor) for _ in range(num_tensors)]
+        alignment = self.integer("general.alignment", 32)
+        data_start = -(-cursor.offset // alignment) * alignment
+        self.tensors = {
+            name: self._tensor(buffer, name, shape, kind, data_start + offset) for name, shape, kind, offset in records
+        }
+
+    @staticmethod
+    def _record(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
+        name, rank = cursor.string(), cursor.number("I")
+        fastest_first = [cursor.number("Q") for _ in range(rank)]
+        return name, tuple(reversed(fastest_first)), cursor.number("I"), cursor.number("Q")
+
+    def _tensor(self, buffer: mmap.mmap, name: str, shape: tuple[int, ...], kind: int, start: int) -> GGUFTensor:
+        format = block_format(kind, name)
+        width = shape[-1] if shape else 1
+        if width % format.block_size:
+            raise TilusError(
+                f"{self.path}: rows of {name} have {width} values, but {format.name} packs {format.block_size} together"
+            )
+        row_bytes = width // format.block_size * format.block_nbytes
+        num_rows = int(np.prod(shape[:-1], dtype=np.int64))
+        end = start + num_rows * row_bytes
+        if end > len(buffer):
+            raise TilusError(f"{self.path} is cut short: {len(buffer)} bytes, but {name} ends at {end}")
+        rows = np.frombuffer(buffer, np.uint8, num_rows * row_bytes, start).reshape(num_rows, row_bytes)
+        return GGUFTensor(name, shape, format, rows)
+
+    def tensor(self, name: str) -> GGUFTensor:
+        if name not in self.tensors:
+            raise TilusError(f"{self.path} has no tensor {name}; it has {len(self.tensors)} others")
+        return self.tensors[name]
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        return self._get(key, int, default)
+
+    def number(self, key: str, default: float | None = None) -> float:
+        return self._get(key, float, default)
+
+    def flag(self, key: str, default: bool | None = None) -> bool:
+        return self._get(key, bool, default)
+
+    def text(self, key: str, default: str | None = None) -> str:
+        return self._get(key, str, default)
+
+    def texts(self, key: str) -> list[str]:
+        return self._list(key, str)
+
+    def integers(self, key: str) -> list[int]:
+        return self._list(key, int)
+
+    def _get(self, key: str, kind: type[_T], default: _T | None) -> _T:
+        value = self.metadata.get(key, default)
+        if not isinstance(value, kind):
+            found = "is missing" if value is None else f"is {value!r}"
+            raise TilusError(f"{self.path}: metadata key {key} {found}, expected {kind.__name__}")
+        return value
+
+    def _list(self, key: str, kind: type[_T]) -> list[_T]:
+        values = self._get(key, list, None)
+        if values and not isinstance(values[0], kind):
+            raise TilusError(
+                f"{self.path}: metadata key {key} holds {type(values[0]).__name__}, expected {kind.__name__}"
+            )
+        return values

@@ -1,0 +1,81 @@
+"""What the model asks of a kernel library. `tilus.kernels` is the one in use; tests bring another as an oracle.
+
+All tensors are torch's, on one device; activations are float16. M counts the tokens of a step, S its sequences.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from tilus.dtypes import DataType
+from tilus.errors import TilusError
+
+# Each library has its own packed form of a weight; the model only carries it from `pack` to `linear`.
+PackedWeight = Any
+
+
+class Quantize(Protocol):
+    """Packing of weights."""
+
+    def pack(self, codes: Tensor, scales: Tensor, dtype: DataType, mins: Tensor | None = None) -> PackedWeight:
+        """codes: uint8 [N, K], raw codes. scales, mins: float16 [N, K / group]. Value: scale * decode(code) + min."""
+        ...
+
+
+class Kernels(Protocol):
+    @property
+    def quantize(self) -> Quantize: ...
+
+    def linear(self, x: Tensor, weight: PackedWeight, *, out_dtype: torch.dtype = ...) -> Tensor:
+        """x [M, K] by weight [N, K] -> [M, N] in out_dtype, float16 by default."""
+        ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x float16 [M, H], weight float32 [H] -> float16 [M, H]."""
+        ...
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """residual (float32 [M, H]) += x in place; returns its norm, float16 [M, H]."""
+        ...
+
+    def rope_append(self, qkv: Tensor, positions: Tensor, cos_sin: Tensor, slots: Tensor, kv_cache: Tensor) -> Tensor:
+        """Rotate q and k of qkv [M, (Hq + 2 Hkv) D], write k and v to the cache at slots; returns q [M, Hq, D].
+
+        positions, slots: int32 [M], a slot being page * page_size + offset. cos_sin: float32 [max_pos, D], first the
+        D/2 cosines, then the sines; halves are rotated as in Hugging Face's models. kv_cache: [pages, 2, page_size,
+        Hkv, D].
+        """
+        ...
+
+    def paged_attention(
+        self, q: Tensor, kv_cache: Tensor, block_tables: Tensor, q_start: Tensor, kv_lens: Tensor, scale: float
+    ) -> Tensor:
+        """Causal attention of q [M, Hq, D] over pages -> [M, Hq, D].
+
+        block_tables: int32 [S, max_pages]. q_start: int32 [S + 1], rows of q by sequence. kv_lens: int32 [S]. Token j
+        of a sequence with q_len of them sees the first kv_len - q_len + j + 1 entries.
+        """
+        ...
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """gate_up [M, 2 F] -> silu(first half) * second half, [M, F]."""
+        ...
+
+    def embedding(self, ids: Tensor, table: Tensor, scales: Tensor | None = None) -> Tensor:
+        """Rows of the table: float16 [V, H], or int8 [V, H] with scales float16 [V, H / 32] -> float16 [M, H]."""
+        ...
+
+
+def default_kernels() -> Kernels:
+    """`tilus.kernels`, imported when a model is loaded and not before."""
+    import importlib
+
+    try:
+        module: ModuleType = importlib.import_module("tilus.kernels")
+    except ModuleNotFoundError as error:
+        raise TilusError(f"the kernel library cannot be imported: {error}") from error
+    return cast(Kernels, module)

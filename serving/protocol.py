@@ -1,0 +1,162 @@
+"""The bodies of OpenAI's completion requests: which fields there are, what they mean here, and which are refused.
+
+A field that would change the answer is served or refused, never ignored.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from serving.core import SamplingParams
+from serving.errors import RequestError
+
+MAX_CHOICES = 128
+_SEEDS = 2**64
+
+# Fields that do not change the answer.
+_WITHOUT_EFFECT = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
+# Fields that are not supported, with the values that ask for nothing.
+_ONLY_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    "presence_penalty": (None, 0),
+    "frequency_penalty": (None, 0),
+    "logit_bias": (None, {}),
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "suffix": (None, ""),
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "parallel_tool_calls": (None, True, False),
+    "functions": (None, []),
+    "function_call": (None, "none", "auto"),
+    "response_format": (None, {"type": "text"}),
+    "modalities": (None, ["text"]),
+}
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    include_usage: bool = False
+
+
+class GenerationBody(BaseModel):
+    """What chats and plain completions have in common."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    model: str
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    n: int | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    ignore_eos: bool | None = None
+
+    @property
+    def num_choices(self) -> int:
+        return 1 if self.n is None else self.n
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def check(self) -> None:
+        """Raise RequestError for what pydantic's types cannot say."""
+        for name, value in (self.model_extra or {}).items():
+            if name in _WITHOUT_EFFECT or (name in _ONLY_NEUTRAL and value in _ONLY_NEUTRAL[name]):
+                continue
+            raise RequestError(f"{name} = {value!r} is not supported by this server", param=name)
+        if not 1 <= self.num_choices <= MAX_CHOICES:
+            raise RequestError(f"n is {self.n}, but must be between 1 and {MAX_CHOICES}", param="n")
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options is only allowed when stream is true", param="stream_options")
+
+    def params(self, choice: int, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        """Sampling parameters of one of `n` choices: each has a random stream of its own, following from `seed`."""
+        seed = random.getrandbits(64) if self.seed is None else self.seed + choice
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=self.top_k or 0,
+            seed=seed % _SEEDS,
+            stop=stop,
+            ignore_eos=bool(self.ignore_eos),
+            logprobs=logprobs,
+        )
+
+
+class CompletionBody(GenerationBody):
+    """POST /v1/completions."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: int | None = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """One prompt or several, as text or token ids."""
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        if not prompt:
+            raise RequestError("prompt is an empty list, but must hold at least one prompt", param="prompt")
+        if isinstance(prompt[0], int):
+            return [[token for token in prompt if isinstance(token, int)]]
+        if len(prompt) * self.num_choices > MAX_CHOICES:
+            raise RequestError(
+                f"{len(prompt)} prompts with n = {self.num_choices} ask for {len(prompt) * self.num_choices} answers, "
+                f"but a request may ask for at most {MAX_CHOICES}",
+                param="prompt",
+            )
+        return [item for item in prompt if not isinstance(item, int)]
+
+    def choice_params(self, choice: int) -> SamplingParams:
+        return self.params(choice, 16 if self.max_tokens is None else self.max_tokens, self.logprobs)
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    def for_template(self) -> dict[str, str]:
+        """Role and text as chat templates expect them; `developer` is OpenAI's newer word for `system`."""
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+
+
+class ChatBody(GenerationBody):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+
+    def check(self) -> None:
+        super().check()
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RequestError("top_logprobs is only allowed when logprobs is true", param="top_logprobs")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise RequestError(
+                f"max_tokens is {self.max_tokens} and max_completion_tokens is {self.max_completion_tokens}, "
+                "but they mean the same; give one",
+                param="max_tokens",
+            )
+
+    def choice_params(self, choice: int) -> SamplingParams:
+        limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        return self.params(choice, limit, (self.top_logprobs or 0) if self.logprobs else None)

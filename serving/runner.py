@@ -1,0 +1,62 @@
+"""Runs batches on a torch device: flattens them to tensors, calls the model, samples."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from serving import sampling
+from serving.core import Batch, StepOutput
+from serving.model import Model, StepTensors
+
+_ALIGNMENT = 16  # int32 values: arrays and table rows start at multiples of 64 bytes, so that kernels see one alignment
+
+
+class TorchRunner:
+    """Owns the key-value pool. Keys and values of a page that nobody owns are left as they are, and never read."""
+
+    def __init__(self, model: Model, num_pages: int, page_size: int, device: torch.device) -> None:
+        config = model.config
+        shape = (num_pages, config.num_layers, 2, page_size, config.num_kv_heads, config.head_dim)
+        self.kv_pool = torch.zeros(shape, dtype=torch.float16, device=device)
+        self._model = model
+        self._page_size = page_size
+        self._device = device
+
+    @torch.inference_mode()
+    def execute(self, batch: Batch) -> StepOutput:
+        logits = self._model.forward(step_tensors(batch, self._page_size, self._device), self.kv_pool)
+        return StepOutput(sampling.sample(logits, batch.sampled))
+
+
+def step_tensors(batch: Batch, page_size: int, device: torch.device) -> StepTensors:
+    """The batch as int32 tensors, moved to the device in one copy."""
+    q_lens = [len(item.token_ids) for item in batch.items]
+    q_start = np.cumsum([0, *q_lens])
+    positions = np.concatenate([np.arange(item.start, item.kv_len) for item in batch.items])
+    width = -(-max(len(item.pages) for item in batch.items) // _ALIGNMENT) * _ALIGNMENT
+    block_tables = np.zeros((len(batch.items), width), np.int64)
+    for row, item in enumerate(batch.items):
+        block_tables[row, : len(item.pages)] = item.pages
+    owners = np.repeat(np.arange(len(batch.items)), q_lens)
+    arrays = (
+        np.array([token_id for item in batch.items for token_id in item.token_ids]),
+        positions,
+        block_tables[owners, positions // page_size] * page_size + positions % page_size,
+        block_tables,
+        q_start,
+        np.array([item.kv_len for item in batch.items]),
+        np.array([end - 1 for item, end in zip(batch.items, q_start[1:]) if item.params is not None], np.int64),
+    )
+    return StepTensors(*_move(arrays, device))
+
+
+def _move(arrays: tuple[npt.NDArray[np.int64], ...], device: torch.device) -> list[Tensor]:
+    starts = np.cumsum([0, *(-(-array.size // _ALIGNMENT) * _ALIGNMENT for array in arrays)])
+    staging = np.zeros(starts[-1], np.int32)
+    for array, start in zip(arrays, starts):
+        staging[start : start + array.size] = array.reshape(-1)
+    moved = torch.from_numpy(staging).to(device)
+    return [moved[start : start + array.size].view(array.shape) for array, start in zip(arrays, starts)]

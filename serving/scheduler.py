@@ -1,0 +1,106 @@
+"""Continuous batching: which tokens of which sequences go through the model in the next step.
+
+Each step has a token budget. Sequences that decode come first (one token each), then prompts in progress, then
+newcomers; a prompt that exceeds what is left is cut into chunks, so prefill and decode share steps (SplitFuse,
+Sarathi-Serve). Service is first come, first served: running sequences are always older than waiting ones.
+
+Pages: a newcomer is admitted only when pages for all of its tokens are free. A decoding sequence that needs a page when
+none is free takes those of the youngest running sequence, which goes back to the head of the queue and computes again
+later. The oldest sequence therefore always moves on, and, since no request may exceed the pool, nothing can deadlock.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+from serving.core import Batch, BatchItem, Sequence
+from serving.kv import PageTables
+from tilus.errors import TilusError
+
+
+class Scheduler:
+    def __init__(self, pages: PageTables, *, max_batch: int, max_step_tokens: int) -> None:
+        self.pages = pages
+        self.max_batch = max_batch
+        self.max_step_tokens = max_step_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # oldest first
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, seq: Sequence) -> None:
+        self.waiting.append(seq)
+
+    def remove(self, seq: Sequence) -> None:
+        """Forget a sequence, wherever it is, and take its pages back."""
+        if seq in self.running:
+            self.running.remove(seq)
+            self.pages.release(seq.id)
+        else:
+            self.waiting.remove(seq)
+
+    def schedule(self) -> Batch:
+        """The next step's batch; empty only when there is no work."""
+        plan: dict[Sequence, int] = {}
+        num_running = len(self.running)
+        self._plan_decodes(plan)
+        preempted = len(self.running) < num_running
+        budget = self.max_step_tokens - sum(plan.values())
+        budget = self._plan_prefills(plan, (seq for seq in self.running if seq not in plan), budget)
+        if not preempted:
+            self._plan_newcomers(plan, budget)
+        if self.has_work and not plan:
+            raise TilusError(
+                f"nothing can run: {len(self.waiting)} waiting, {len(self.running)} running, "
+                f"{self.pages.num_free} of {self.pages.num_pages} pages free"
+            )
+        return Batch(tuple(self._item(seq, count) for seq, count in plan.items()))
+
+    def advance(self, seq: Sequence, count: int) -> None:
+        """`count` more tokens of a sequence have been computed."""
+        seq.num_computed += count
+
+    def _plan_decodes(self, plan: dict[Sequence, int]) -> None:
+        for seq in [seq for seq in self.running if seq.num_pending == 1]:
+            while seq in self.running and not self.pages.reserve(seq.id, len(seq.tokens)):
+                plan.pop(self._preempt_youngest(), None)
+            if seq in self.running:
+                plan[seq] = 1
+
+    def _plan_prefills(self, plan: dict[Sequence, int], prompts: Iterable[Sequence], budget: int) -> int:
+        for seq in prompts:
+            count = min(seq.num_pending, budget)
+            if count > 0:
+                plan[seq] = count
+                budget -= count
+        return budget
+
+    def _plan_newcomers(self, plan: dict[Sequence, int], budget: int) -> None:
+        while self.waiting and budget > 0 and len(self.running) < self.max_batch:
+            seq = self.waiting[0]
+            if not self.pages.reserve(seq.id, len(seq.tokens)):
+                return
+            self.running.append(self.waiting.popleft())
+            budget = self._plan_prefills(plan, [seq], budget)
+
+    def _preempt_youngest(self) -> Sequence:
+        seq = self.running.pop()
+        self.pages.release(seq.id)
+        seq.num_computed = 0
+        seq.num_preemptions += 1
+        self.waiting.appendleft(seq)
+        return seq
+
+    def _item(self, seq: Sequence, count: int) -> BatchItem:
+        start, end = seq.num_computed, seq.num_computed + count
+        return BatchItem(
+            request_id=seq.id,
+            token_ids=tuple(seq.tokens[start:end]),
+            start=start,
+            pages=self.pages.table(seq.id),
+            params=seq.request.params if end == len(seq.tokens) else None,
+            draw=seq.num_output,
+        )

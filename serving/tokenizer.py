@@ -1,0 +1,237 @@
+"""Text to token ids and back, and chats to prompts.
+
+The algorithm comes from the `tokenizers` library; here is how to build one from a GGUF file's metadata or a Hugging
+Face directory, how to render a chat template, and how to turn a stream of tokens into a stream of text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer as FastTokenizer
+
+from serving.errors import RequestError
+from serving.gguf import GGUFFile
+from tilus.errors import TilusError
+
+_REPLACEMENT = "\ufffd"
+_CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
+
+
+class _TemplateRefusal(jinja2.TemplateError):
+    """A chat template called raise_exception."""
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise _TemplateRefusal(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """A model's vocabulary and chat template.
+
+    eos_ids: tokens that end an answer. special: the template's variables bos_token and eos_token.
+    """
+
+    fast: FastTokenizer
+    eos_ids: frozenset[int]
+    chat_template: str | None
+    special: Mapping[str, str]
+    vocab_size: int
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of a plain prompt, with the tokens that the model wants around it (such as bos)."""
+        return self._ids(text, "prompt", add_special_tokens=True)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+        """Token ids of a conversation (role, content), up to where the assistant's answer starts.
+
+        Raises RequestError when the model has no chat template, or its template refuses the messages.
+        """
+        return self._ids(self.render_chat(messages), "messages", add_special_tokens=False)
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        if self._template is None:
+            raise RequestError("this model has no chat template; use /v1/completions", param="messages")
+        try:
+            return self._template.render(messages=messages, add_generation_prompt=True, **self.special)
+        except jinja2.TemplateError as error:
+            raise RequestError(f"the model's chat template refuses the messages: {error}", param="messages") from error
+
+    def _ids(self, text: str, param: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair
+            raise RequestError(
+                f"{param} is not valid Unicode: character {error.start} is half of a surrogate pair", param=param
+            ) from error
+        return tuple(self.fast.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens; bytes that are not UTF-8 become U+FFFD."""
+        return self.fast.decode(list(ids), skip_special_tokens=True)
+
+    def token_text(self, token_id: int) -> str:
+        """One token as text, special tokens included."""
+        return self.fast.decode([token_id], skip_special_tokens=False)
+
+    @cached_property
+    def _template(self) -> jinja2.Template | None:
+        if self.chat_template is None:
+            return None
+        # Templates come with model files, which may come from anywhere: no attribute or call outside the sandbox.
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        try:
+            names = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+            return environment.from_string(self.chat_template, globals=names)
+        except jinja2.TemplateSyntaxError as error:
+            raise TilusError(f"the model's chat template is not valid jinja: {error}") from error
+
+
+class Detokenizer:
+    """Tokens to text, piece by piece, never half a character.
+
+    Decoding depends on neighbours (byte tokens form characters, some decoders strip a first space), so the text of the
+    new tokens is the difference of decoding a short window with and without them. A window that ends in U+FFFD may end
+    inside a character, and waits. Law: the pieces with the final flush make up decode(all tokens).
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode = decode
+        self._context: list[int] = []  # the tokens of the last piece, already shown
+        self._new: list[int] = []
+
+    def push(self, token_id: int) -> str:
+        self._new.append(token_id)
+        piece = self._piece()
+        if not piece or piece.endswith(_REPLACEMENT):
+            return ""
+        self._context, self._new = self._new, []
+        return piece
+
+    def flush(self) -> str:
+        """What still waits, when the output ends: half a character shows as U+FFFD."""
+        piece = self._piece() if self._new else ""
+        self._context, self._new = self._new, []
+        return piece
+
+    def _piece(self) -> str:
+        shown = self._decode(self._context)
+        return self._decode(self._context + self._new)[len(shown) :]
+
+
+def _smollm() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+
+
+# How text is cut before byte-pair merging, by tokenizer.ggml.pre. Only what is tested against the original is listed.
+_PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {"smollm": _smollm}
+
+
+def from_gguf(file: GGUFFile) -> Tokenizer:
+    """The tokenizer in a GGUF file's metadata. Raises TilusError for a kind that is not supported."""
+    kind, pre = file.text("tokenizer.ggml.model"), file.text("tokenizer.ggml.pre", "(missing)")
+    if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
+        raise TilusError(
+            f"{file.path}: its tokenizer is {kind!r} with tokenizer.ggml.pre = {pre!r}, but supported is 'gpt2' with "
+            + " or ".join(repr(name) for name in _PRE_TOKENIZERS),
+            hint="use the same model in Hugging Face's format, whose tokenizer.json says everything",
+        )
+    tokens, types = file.texts("tokenizer.ggml.tokens"), file.integers("tokenizer.ggml.token_type")
+    pairs = [merge.partition(" ") for merge in file.texts("tokenizer.ggml.merges")]
+    fast = FastTokenizer(
+        models.BPE(
+            vocab={token: index for index, token in enumerate(tokens)},
+            merges=[(left, right) for left, _, right in pairs],
+        )
+    )
+    fast.pre_tokenizer = _PRE_TOKENIZERS[pre]()
+    fast.decoder = decoders.ByteLevel()
+    fast.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token, kind in zip(tokens, types) if kind == _CONTROL]
+    )
+    fast.add_tokens(
+        [AddedToken(token, normalized=False) for token, kind in zip(tokens, types) if kind == _USER_DEFINED]
+    )
+    bos, eos = (file.integer(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos"))
+    if file.flag("tokenizer.ggml.add_bos_token", False):
+        fast.post_processor = processors.TemplateProcessing(
+            single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
+        )
+    return Tokenizer(
+        fast=fast,
+        eos_ids=frozenset({eos}),
+        chat_template=file.text("tokenizer.chat_template", "") or None,
+        special={"bos_token": tokens[bos], "eos_token": tokens[eos]},
+        vocab_size=len(tokens),
+    )
+
+
+def from_huggingface(directory: Path) -> Tokenizer:
+    """The tokenizer of a Hugging Face directory: tokenizer.json, and what the other files say about chats and ends."""
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise TilusError(
+            f"{directory} has no tokenizer.json, the only tokenizer format that is supported",
+            hint="save it with AutoTokenizer.from_pretrained(...).save_pretrained(...)",
+        )
+    fast = FastTokenizer.from_file(str(path))
+    fast.no_truncation()
+    fast.no_padding()
+    settings = read_json(directory / "tokenizer_config.json")
+    special = {
+        name: str(value["content"] if isinstance(value, dict) else value)
+        for name in ("bos_token", "eos_token")
+        if (value := settings.get(name)) is not None
+    }
+    template_file = directory / "chat_template.jinja"
+    template = template_file.read_text(encoding="utf-8") if template_file.is_file() else settings.get("chat_template")
+    return Tokenizer(
+        fast=fast,
+        eos_ids=_eos_ids(directory, fast, special),
+        chat_template=template,
+        special=special,
+        vocab_size=fast.get_vocab_size(),
+    )
+
+
+def _eos_ids(directory: Path, fast: FastTokenizer, special: Mapping[str, str]) -> frozenset[int]:
+    """Ends of an answer: generation_config.json, else config.json, else the tokenizer's own eos token."""
+    for name in ("generation_config.json", "config.json"):
+        found = read_json(directory / name).get("eos_token_id")
+        if found is not None:
+            return frozenset(found if isinstance(found, list) else [found])
+    token_id = fast.token_to_id(special["eos_token"]) if "eos_token" in special else None
+    if token_id is None:
+        raise TilusError(
+            f"{directory}: neither generation_config.json nor config.json has an eos_token_id, and the tokenizer names "
+            "no eos_token, but one of the three must say where answers end"
+        )
+    return frozenset({token_id})
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty when there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TilusError(f"{path} is not valid JSON: {error}") from error

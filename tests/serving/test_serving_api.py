@@ -1,0 +1,507 @@
+"""The HTTP interface as clients see it: a real server on loopback, the real `openai` client, the tiny model."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import pytest
+from live_server import MODEL, LiveServer, serve, wait_until
+from tiny_llama import CPU, tiny_engine
+
+from serving.config import EngineConfig
+from serving.core import Request, SamplingParams
+from serving.loader import Checkpoint
+from serving.model import Model
+from serving.runner import TorchRunner
+
+CONFIG = EngineConfig(num_pages=60, max_model_len=200, page_size=4, max_batch=4, max_step_tokens=24)
+USER = [{"role": "user", "content": "hi"}]
+FIXED = {"temperature": 0, "max_tokens": 12, "extra_body": {"ignore_eos": True}}
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model: Model, tiny_checkpoint: Checkpoint) -> Iterator[LiveServer]:
+    runner = TorchRunner(tiny_model, CONFIG.num_pages, CONFIG.page_size, CPU)
+    with serve(runner, tiny_checkpoint, CONFIG) as live:
+        yield live
+
+
+@pytest.fixture
+def client(server: LiveServer) -> Iterator[openai.OpenAI]:
+    with server.client() as client:
+        yield client
+    server.check_idle()
+
+
+@pytest.fixture(scope="module")
+def answer(tiny_model: Model, tiny_checkpoint: Checkpoint):
+    """The text that one request gets alone, without any server."""
+
+    def generate(prompt: str | list[dict[str, str]], **params) -> str:
+        tokenizer = tiny_checkpoint.tokenizer
+        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
+        engine = tiny_engine(tiny_model, tiny_checkpoint)
+        engine.add(Request("r", ids, SamplingParams(**({"max_tokens": 12, "ignore_eos": True} | params))))
+        text = ""
+        while engine.has_work:
+            text += "".join(output.text for output in engine.step())
+        return text
+
+    return generate
+
+
+def test_chat(client: openai.OpenAI, answer) -> None:
+    reply = client.chat.completions.create(model=MODEL, messages=USER, **FIXED)
+    (choice,) = reply.choices
+    assert choice.message.role == "assistant"
+    assert choice.message.content == answer(USER, temperature=0)
+    assert choice.finish_reason == "length"
+    assert choice.logprobs is None
+    prompt_tokens = len("_user\nhi_\n_assistant\n")  # special tokens count as one
+    assert reply.usage.model_dump(include={"prompt_tokens", "completion_tokens", "total_tokens"}) == {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": 12,
+        "total_tokens": prompt_tokens + 12,
+    }
+    assert reply.object == "chat.completion" and reply.model == MODEL
+
+
+def test_chat_as_a_stream(client: openai.OpenAI, answer) -> None:
+    chunks = list(
+        client.chat.completions.create(
+            model=MODEL, messages=USER, stream=True, stream_options={"include_usage": True}, **FIXED
+        )
+    )
+    *deltas, last = chunks
+    assert deltas[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in deltas) == answer(USER, temperature=0)
+    assert [chunk.choices[0].finish_reason for chunk in deltas] == [None] * (len(deltas) - 1) + ["length"]
+    assert all(chunk.usage is None for chunk in deltas)
+    assert last.choices == [] and last.usage.completion_tokens == 12
+    assert {(chunk.id, chunk.object, chunk.created) for chunk in chunks} == {
+        (last.id, "chat.completion.chunk", last.created)
+    }
+
+
+def test_the_stream_on_the_wire(server: LiveServer) -> None:
+    body = {"model": MODEL, "prompt": "a", "max_tokens": 2, "temperature": 0, "ignore_eos": True, "stream": True}
+    reply = httpx.post(f"{server.url}/v1/completions", json=body)
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    events = reply.text.split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    for event in events[:-2]:
+        assert "usage" not in json.loads(event.removeprefix("data: "))
+
+
+def test_eight_streams_at_once_equal_one_by_one(server: LiveServer, answer) -> None:
+    """Four may run and four wait; half of them sample. Pages are too few for all, so some are preempted."""
+    prompts = [f"Question {i}: " + "word " * (3 * i) for i in range(8)]
+    params = [{"temperature": (i % 2) * 0.9, "seed": i, "max_tokens": 40} for i in range(8)]
+    expected = [answer(prompt, **p) for prompt, p in zip(prompts, params)]
+
+    def stream(index: int) -> str:
+        with server.client() as client:
+            chunks = client.completions.create(
+                model=MODEL, prompt=prompts[index], stream=True, extra_body={"ignore_eos": True}, **params[index]
+            )
+            return "".join(chunk.choices[0].text for chunk in chunks)
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(stream, range(8)))
+    assert found == expected
+    server.check_idle()
+
+
+def test_choices_have_random_streams_of_their_own(client: openai.OpenAI, answer) -> None:
+    reply = client.completions.create(
+        model=MODEL, prompt=["ab", "cd"], n=2, seed=7, max_tokens=12, extra_body={"ignore_eos": True}
+    )
+    assert [choice.index for choice in reply.choices] == [0, 1, 2, 3]
+    expected = [answer(prompt, seed=seed) for prompt in ("ab", "cd") for seed in (7, 8)]
+    assert [choice.text for choice in reply.choices] == expected
+    assert len(set(expected)) == 4
+    assert reply.usage.prompt_tokens == 4 and reply.usage.completion_tokens == 48
+
+
+def test_choices_in_a_stream(client: openai.OpenAI, answer) -> None:
+    texts = ["", ""]
+    for chunk in client.chat.completions.create(
+        model=MODEL, messages=USER, n=2, seed=1, stream=True, max_tokens=12, extra_body={"ignore_eos": True}
+    ):
+        texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert texts == [answer(USER, seed=1), answer(USER, seed=2)]
+
+
+def test_token_ids_as_prompts(client: openai.OpenAI, tiny_checkpoint: Checkpoint, answer) -> None:
+    ids = list(tiny_checkpoint.tokenizer.encode("hello"))
+    for prompt in (ids, [ids]):
+        reply = client.completions.create(model=MODEL, prompt=prompt, **FIXED)
+        assert reply.choices[0].text == answer("hello", temperature=0)
+
+
+def test_stop_strings_never_show(client: openai.OpenAI, answer) -> None:
+    whole = answer(USER, temperature=0, max_tokens=40)
+    stop = whole[9:13]
+    cut = whole[: whole.index(stop)]
+    params = {"temperature": 0, "max_tokens": 40, "extra_body": {"ignore_eos": True}}
+    reply = client.chat.completions.create(model=MODEL, messages=USER, stop=stop, **params)
+    assert (reply.choices[0].message.content, reply.choices[0].finish_reason) == (cut, "stop")
+    shown = ""
+    for chunk in client.chat.completions.create(
+        model=MODEL, messages=USER, stop=["never", stop], stream=True, **params
+    ):
+        shown += chunk.choices[0].delta.content or ""
+        assert cut.startswith(shown)
+    assert shown == cut
+
+
+def test_eos_ends_the_answer(client: openai.OpenAI, answer) -> None:
+    """With a seed whose answer contains the end token early."""
+    for seed in range(400):
+        reply = client.completions.create(model=MODEL, prompt="x", seed=seed, temperature=2, max_tokens=30)
+        if reply.choices[0].finish_reason == "stop":
+            break
+    assert reply.choices[0].finish_reason == "stop"
+    text = answer("x", seed=seed, temperature=2, max_tokens=30, ignore_eos=False)
+    assert reply.choices[0].text == text
+    assert reply.usage.completion_tokens <= 30
+
+
+def test_default_max_tokens(client: openai.OpenAI) -> None:
+    reply = client.completions.create(model=MODEL, prompt="x", temperature=0, extra_body={"ignore_eos": True})
+    assert reply.usage.completion_tokens == 16  # OpenAI's default for plain completions
+    reply = client.chat.completions.create(model=MODEL, messages=USER, temperature=0, extra_body={"ignore_eos": True})
+    assert reply.usage.total_tokens == CONFIG.max_model_len
+    reply = client.chat.completions.create(
+        model=MODEL, messages=USER, max_completion_tokens=3, extra_body={"ignore_eos": True}
+    )
+    assert reply.usage.completion_tokens == 3
+
+
+def test_messages_in_parts_and_the_developer_role(client: openai.OpenAI, answer) -> None:
+    parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+    messages = [{"role": "developer", "content": "s"}, {"role": "user", "content": parts}]
+    reply = client.chat.completions.create(model=MODEL, messages=messages, **FIXED)
+    assert reply.choices[0].message.content == answer([{"role": "system", "content": "s"}, *USER], temperature=0)
+
+
+def test_logprobs_of_completions(client: openai.OpenAI) -> None:
+    reply = client.completions.create(model=MODEL, prompt="x", logprobs=3, **FIXED)
+    found = reply.choices[0].logprobs
+    assert len(found.tokens) == len(found.token_logprobs) == len(found.top_logprobs) == len(found.text_offset) == 12
+    for token, logprob, top in zip(found.tokens, found.token_logprobs, found.top_logprobs):
+        assert top[token] == logprob == max(top.values()) <= 0
+    streamed = list(client.completions.create(model=MODEL, prompt="x", logprobs=3, stream=True, **FIXED))
+    merged = [c.choices[0].logprobs for c in streamed if c.choices[0].logprobs]
+    assert [t for m in merged for t in m.tokens] == found.tokens
+    assert [o for m in merged for o in m.text_offset] == found.text_offset
+
+
+def test_logprobs_of_chats(client: openai.OpenAI) -> None:
+    reply = client.chat.completions.create(model=MODEL, messages=USER, logprobs=True, top_logprobs=2, **FIXED)
+    content = reply.choices[0].logprobs.content
+    assert len(content) == 12
+    for entry in content:
+        assert entry.top_logprobs[0].token == entry.token and len(entry.top_logprobs) == 2
+        assert bytes(entry.bytes).decode() == entry.token
+    plain = client.chat.completions.create(model=MODEL, messages=USER, logprobs=True, **FIXED)
+    assert [entry.top_logprobs for entry in plain.choices[0].logprobs.content] == [[]] * 12
+
+
+COMPLETION = {"model": MODEL, "prompt": "x"}
+CHAT = {"model": MODEL, "messages": USER}
+LIMIT = "this model's context holds 200 tokens"
+REFUSED = [
+    (
+        "completions",
+        COMPLETION | {"model": "gpt"},
+        404,
+        "model",
+        "the model 'gpt' does not exist; this server has 'tiny'",
+    ),
+    ("completions", {"prompt": "x"}, 400, "model", "model: field required"),
+    ("completions", {"model": MODEL}, 400, "prompt", "prompt: field required"),
+    ("completions", COMPLETION | {"prompt": ""}, 400, "prompt", "the prompt has no tokens, but at least 1 is needed"),
+    (
+        "completions",
+        COMPLETION | {"prompt": []},
+        400,
+        "prompt",
+        "prompt is an empty list, but must hold at least one prompt",
+    ),
+    (
+        "completions",
+        COMPLETION | {"prompt": [5, 300]},
+        400,
+        "prompt",
+        "the prompt contains token 300, but token ids go from 0 to 258",
+    ),
+    (
+        "completions",
+        COMPLETION | {"prompt": "x" * 300},
+        400,
+        "prompt",
+        f"the prompt has 300 tokens and max_tokens is 16, together 316, but {LIMIT}",
+    ),
+    (
+        "completions",
+        COMPLETION | {"max_tokens": 200},
+        400,
+        "max_tokens",
+        f"the prompt has 1 tokens and max_tokens is 200, together 201, but {LIMIT}",
+    ),
+    (
+        "chat/completions",
+        CHAT | {"messages": [{"role": "user", "content": "x" * 300}]},
+        400,
+        "prompt",
+        f"the prompt has 319 tokens, but {LIMIT}; it must leave room for at least 1 token",
+    ),
+    ("completions", COMPLETION | {"max_tokens": 0}, 400, "max_tokens", "max_tokens is 0, but must be at least 1"),
+    (
+        "completions",
+        COMPLETION | {"max_tokens": 1.5},
+        400,
+        "max_tokens",
+        "max_tokens: input should be a valid integer, but found 1.5",
+    ),
+    (
+        "completions",
+        COMPLETION | {"temperature": 3},
+        400,
+        "temperature",
+        "temperature is 3.0, but must be between 0 and 2",
+    ),
+    (
+        "completions",
+        COMPLETION | {"temperature": "hot"},
+        400,
+        "temperature",
+        "temperature: input should be a valid number, but found 'hot'",
+    ),
+    ("completions", COMPLETION | {"top_p": 0}, 400, "top_p", "top_p is 0.0, but must be above 0 and at most 1"),
+    ("completions", COMPLETION | {"top_k": -1}, 400, "top_k", "top_k is -1, but must be at least 1, or 0 for no limit"),
+    ("completions", COMPLETION | {"n": 0}, 400, "n", "n is 0, but must be between 1 and 128"),
+    ("completions", COMPLETION | {"n": 129}, 400, "n", "n is 129, but must be between 1 and 128"),
+    (
+        "completions",
+        COMPLETION | {"stop": ""},
+        400,
+        "stop",
+        "stop is [''], but must be at most 16 strings of 1 to 256 characters",
+    ),
+    ("completions", COMPLETION | {"logprobs": 21}, 400, "logprobs", "logprobs is 21, but must be between 0 and 20"),
+    ("completions", COMPLETION | {"echo": True}, 400, "echo", "echo = True is not supported by this server"),
+    (
+        "completions",
+        COMPLETION | {"presence_penalty": 0.5},
+        400,
+        "presence_penalty",
+        "presence_penalty = 0.5 is not supported by this server",
+    ),
+    ("completions", COMPLETION | {"typo": 1}, 400, "typo", "typo = 1 is not supported by this server"),
+    (
+        "completions",
+        COMPLETION | {"stream_options": {"include_usage": True}},
+        400,
+        "stream_options",
+        "stream_options is only allowed when stream is true",
+    ),
+    (
+        "chat/completions",
+        CHAT | {"messages": []},
+        400,
+        "messages",
+        "messages: list should have at least 1 item after validation, not 0, but found []",
+    ),
+    (
+        "chat/completions",
+        CHAT | {"messages": [{"role": "robot", "content": "x"}]},
+        400,
+        "messages.0.role",
+        "messages.0.role: input should be 'system', 'developer', 'user' or 'assistant', but found 'robot'",
+    ),
+    (
+        "chat/completions",
+        CHAT | {"tools": [{"type": "function"}]},
+        400,
+        "tools",
+        "tools = [{'type': 'function'}] is not supported by this server",
+    ),
+    (
+        "chat/completions",
+        CHAT | {"top_logprobs": 2},
+        400,
+        "top_logprobs",
+        "top_logprobs is only allowed when logprobs is true",
+    ),
+    (
+        "chat/completions",
+        CHAT | {"max_tokens": 2, "max_completion_tokens": 3},
+        400,
+        "max_tokens",
+        "max_tokens is 2 and max_completion_tokens is 3, but they mean the same; give one",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param", "message"), REFUSED, ids=[case[-1][:40] for case in REFUSED]
+)
+def test_refusals_in_full(server: LiveServer, path: str, body: object, status: int, param: str, message: str) -> None:
+    reply = httpx.post(f"{server.url}/v1/{path}", json=body)
+    error = reply.json()["error"]
+    assert (reply.status_code, error["message"], error["param"]) == (status, message, param)
+    assert error["type"] == "invalid_request_error"
+    expected_code = {404: "model_not_found"}.get(status, "context_length_exceeded" if "context" in message else None)
+    assert error["code"] == expected_code
+    server.check_idle()
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "message"),
+    [
+        (
+            b'{"model": "tiny",',
+            {},
+            "the body is not valid JSON: Expecting property name enclosed in double quotes at character 17",
+        ),
+        (b"", {}, "the body: field required"),
+        (b"[1]", {}, "the body: input should be a valid dictionary or object to extract fields from, but found [1]"),
+        (b"{}", {"Content-Type": "text/plain"}, "the body must be JSON, sent with Content-Type: application/json"),
+    ],
+)
+def test_bodies_that_are_no_requests(server: LiveServer, content: bytes, headers: dict[str, str], message: str) -> None:
+    headers = {"Content-Type": "application/json"} | headers
+    reply = httpx.post(f"{server.url}/v1/completions", content=content, headers=headers)
+    assert reply.status_code == 400
+    assert reply.json() == {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}}
+
+
+def test_hostile_bodies_are_refused_and_forgotten(server: LiveServer) -> None:
+    def post(content: bytes) -> tuple[int, str]:
+        headers = {"Content-Type": "application/json"}
+        reply = httpx.post(f"{server.url}/v1/completions", content=content, headers=headers, timeout=60)
+        return reply.status_code, reply.json()["error"]["message"]
+
+    big = b'{"model": "tiny", "prompt": "' + b"x" * (16 * 2**20) + b'"}'
+    assert post(big) == (413, "POST /v1/completions: the body has more than 16777216 bytes")
+    assert post(b"[" * 100_000)[0] == 400
+    half = "prompt is not valid Unicode: character 1 is half of a surrogate pair"
+    assert post(b'{"model": "tiny", "prompt": "a\\ud800"}') == (400, half)
+    many = b'{"model": "tiny", "n": 100, "prompt": ["a", "b"]}'
+    expected = "2 prompts with n = 100 ask for 200 answers, but a request may ask for at most 128"
+    assert post(many) == (400, expected)
+    server.check_idle()
+
+
+def test_fields_without_effect_are_accepted(client: openai.OpenAI, answer) -> None:
+    reply = client.chat.completions.create(
+        model=MODEL, messages=USER, user="me", frequency_penalty=0, response_format={"type": "text"}, **FIXED
+    )
+    assert reply.choices[0].message.content == answer(USER, temperature=0)
+
+
+def test_the_other_endpoints(server: LiveServer, client: openai.OpenAI) -> None:
+    (model,) = client.models.list().data
+    assert (model.id, model.object, model.owned_by) == (MODEL, "model", "tilus")
+    assert model.max_model_len == 200
+    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+    assert set(httpx.get(f"{server.url}/version").json()) == {"version"}
+    reply = httpx.get(f"{server.url}/v2/nothing")
+    assert (reply.status_code, reply.json()["error"]["message"]) == (404, "GET /v2/nothing: Not Found")
+    reply = httpx.get(f"{server.url}/v1/completions")
+    assert (reply.status_code, reply.json()["error"]["message"]) == (405, "GET /v1/completions: Method Not Allowed")
+
+
+def test_a_client_that_leaves_gives_its_pages_back(server: LiveServer, answer) -> None:
+    """One leaves in the middle of a stream, one while it waits for a whole answer; a third is unharmed."""
+    server.runner.delay = 0.01
+    body = {"model": MODEL, "prompt": "leaves", "max_tokens": 190, "ignore_eos": True}
+    results: list[str] = []
+
+    def stay() -> None:
+        with server.client() as client:
+            reply = client.completions.create(model=MODEL, prompt="stays", **(FIXED | {"max_tokens": 40}))
+            results.append(reply.choices[0].text)
+
+    thread = threading.Thread(target=stay)
+    thread.start()
+    with httpx.Client(timeout=60) as client:
+        with client.stream("POST", f"{server.url}/v1/completions", json=body | {"stream": True}) as reply:
+            lines = reply.iter_lines()
+            assert next(lines).startswith("data: ")
+        with pytest.raises(httpx.ReadTimeout):
+            client.post(f"{server.url}/v1/completions", json=body, timeout=0.2)
+    thread.join(30)
+    assert results == [answer("stays", temperature=0, max_tokens=40)]
+    steps_left = 190 * server.runner.delay
+    assert steps_left > 1.5  # had it gone on, the answers would take this long
+    server.check_idle()
+    server.runner.delay = 0.0
+
+
+def test_a_full_queue_is_429(tiny_model: Model, tiny_checkpoint: Checkpoint) -> None:
+    config = EngineConfig(num_pages=60, max_model_len=200, page_size=4, max_batch=1, max_step_tokens=24)
+    runner = TorchRunner(tiny_model, config.num_pages, config.page_size, CPU)
+    with serve(runner, tiny_checkpoint, config, max_waiting=1) as server, server.client() as client:
+        server.runner.open.clear()  # nothing moves
+        with ThreadPoolExecutor(2) as pool:
+            running = [pool.submit(client.completions.create, model=MODEL, prompt="a", **FIXED) for _ in range(2)]
+            wait_until(lambda: server.engine.has_work)
+            with pytest.raises(openai.RateLimitError) as caught:
+                client.completions.create(model=MODEL, prompt="a", n=2, **FIXED)
+            assert caught.value.status_code == 429
+            assert caught.value.response.headers["retry-after"] == "1"
+            assert caught.value.code == "queue_full"
+            assert "more were asked for, but at most 2 may be; try again later" in caught.value.message
+            server.runner.open.set()
+            assert len({future.result(30).choices[0].text for future in running}) == 1
+        server.check_idle()
+
+
+def test_a_failing_engine_tells_everyone(tiny_model: Model, tiny_checkpoint: Checkpoint) -> None:
+    runner = TorchRunner(tiny_model, CONFIG.num_pages, CONFIG.page_size, CPU)
+    with serve(runner, tiny_checkpoint, CONFIG) as server, server.client() as client:
+        server.runner.open.clear()
+        with ThreadPoolExecutor(3) as pool:
+            waiting = [pool.submit(client.completions.create, model=MODEL, prompt="a", **FIXED) for _ in range(2)]
+            stream = client.completions.create(model=MODEL, prompt="a", stream=True, **FIXED)
+            wait_until(lambda: server.engine.has_work)
+            server.runner.error = ValueError("out of memory")
+            server.runner.open.set()
+            for future in waiting:
+                with pytest.raises(
+                    openai.InternalServerError, match="the engine failed: ValueError: out of memory"
+                ) as e:
+                    future.result(30)
+                assert e.value.status_code == 503
+            with pytest.raises(openai.APIError, match="the engine failed: ValueError: out of memory"):
+                list(stream)
+        health = httpx.get(f"{server.url}/health")
+        assert health.status_code == 503
+        assert health.json() == {"status": "failed", "reason": "the engine failed: ValueError: out of memory"}
+        with pytest.raises(openai.InternalServerError, match="the engine failed"):
+            client.completions.create(model=MODEL, prompt="a")
+
+
+def test_a_request_that_takes_too_long_is_504(tiny_model: Model, tiny_checkpoint: Checkpoint) -> None:
+    config = EngineConfig(
+        num_pages=60, max_model_len=200, page_size=4, max_batch=1, max_step_tokens=9, request_timeout=0.2
+    )
+    runner = TorchRunner(tiny_model, config.num_pages, config.page_size, CPU)
+    with serve(runner, tiny_checkpoint, config) as server:
+        server.runner.delay = 0.05
+        body = {"model": MODEL, "prompt": "a", "max_tokens": 100, "ignore_eos": True}
+        reply = httpx.post(f"{server.url}/v1/completions", json=body)
+        message = "the request took longer than the server allows"
+        assert (reply.status_code, reply.json()["error"]["message"]) == (504, message)
+        reply = httpx.post(f"{server.url}/v1/completions", json=body | {"stream": True})
+        *_, last, end = reply.text.split("\n\n")
+        assert json.loads(last.removeprefix("data: "))["error"]["message"] == message and end == ""
+        server.check_idle()

@@ -1,0 +1,162 @@
+"""`python -m serving` as a process: its options, its mistakes, its readiness and its end."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import httpx
+import pytest
+
+from serving.config import ServerConfig, build_parser, parse_args
+
+ROOT = Path(__file__).parents[2]
+
+
+class Process:
+    """The server on oracle kernels; stderr is collected while it runs."""
+
+    def __init__(self, *arguments: str) -> None:
+        environment = os.environ | {"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}", "PYTHONWARNINGS": "error"}
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).parent / "serve_with_torch.py"), *arguments],
+            cwd=ROOT,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line)  # at once: others read along
+
+    @property
+    def text(self) -> str:
+        return "".join(self.lines)
+
+    def wait_for(self, pattern: str, seconds: float = 60) -> re.Match[str]:
+        end = time.monotonic() + seconds
+        while not (found := re.search(pattern, self.text)):
+            assert time.monotonic() < end and self.process.poll() is None, self.text
+            time.sleep(0.02)
+        return found
+
+    def finish(self, seconds: float = 30) -> int:
+        status = self.process.wait(seconds)
+        self._reader.join()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+        return status
+
+
+@pytest.fixture
+def ready(tiny_directory: Path) -> Iterator[tuple[Process, str]]:
+    server = Process("--model", str(tiny_directory), "--port", "0", "--device", "cpu", "--max-batch", "4")
+    url = server.wait_for(r"ready: tiny on cpu at (http://127\.0\.0\.1:\d+)\n").group(1)
+    server.wait_for("curl .*\n")
+    yield server, url
+    if server.process.poll() is None:
+        server.process.terminate()
+        server.finish()
+
+
+def test_the_printed_curl_line_works(ready: tuple[Process, str]) -> None:
+    server, url = ready
+    assert "loading tiny on cpu\n" in server.text
+    assert "layer 2 of 2\n" in server.text
+    assert "context 256 tokens, 64 pages, up to 4 requests at once" in server.text
+    command = shlex.split(server.wait_for(r"  (curl .*)\n").group(1))
+    assert command[:2] == ["curl", f"{url}/v1/chat/completions"]
+    header, body = command[command.index("-H") + 1], command[command.index("-d") + 1]
+    name, _, value = header.partition(": ")
+    reply = httpx.post(command[1], content=body, headers={name: value}, timeout=60)
+    assert reply.status_code == 200
+    assert reply.json()["choices"][0]["message"]["role"] == "assistant"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_running_requests_finish_after_a_signal(ready: tuple[Process, str], number: signal.Signals) -> None:
+    server, url = ready
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 200, "ignore_eos": True, "stream": True, "temperature": 0}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as reply:
+        lines = reply.iter_lines()
+        next(lines)
+        server.process.send_signal(number)
+        rest = list(lines)
+    assert "data: [DONE]" in rest
+    assert '"finish_reason":"length"' in rest[-4]
+    assert server.process.wait(30) == 0
+    server.finish()
+    assert server.text.endswith("stopped\n")
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/health")
+
+
+def test_a_port_in_use_is_said_before_loading(tiny_directory: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        server = Process("--model", str(tiny_directory), "--port", str(port))
+        assert server.finish() == 1
+    assert server.text == (
+        f"error: cannot listen on 127.0.0.1 port {port}: Address already in use\n"
+        "  hint: choose another with --port, or let the system choose with --port 0\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (
+            ["--model", "/nowhere"],
+            1,
+            "error: the model /nowhere does not exist\n  hint: --model takes a directory or a .gguf file\n",
+        ),
+        (["--max-batch", "0"], 2, "error: argument --max-batch: 0 is not positive\n"),
+        (["--port", "99999"], 2, "error: argument --port: 99999 is not between 0 and 65535\n"),
+        (["--device", "tpu"], 2, "error: argument --device: invalid choice: 'tpu' (choose from "),
+        (["--weight-dtype", "int9"], 2, "error: argument --weight-dtype: invalid choice: 'int9' (choose from "),
+    ],
+)
+def test_wrong_options_are_named(arguments: list[str], status: int, message: str) -> None:
+    server = Process("--port", "0", *arguments)
+    assert server.finish() == status
+    assert message in server.text
+    assert "Traceback" not in server.text
+
+
+def test_limits_that_contradict_the_model(tiny_directory: Path) -> None:
+    server = Process("--port", "0", "--model", str(tiny_directory), "--max-model-len", "300")
+    assert server.finish() == 1
+    assert server.text == "error: --max-model-len is 300, but the model was made for at most 256 tokens\n"
+
+
+def test_every_option_is_explained() -> None:
+    text = build_parser().format_help()
+    documented = (ROOT / "docs" / "serving.md").read_text()
+    for option in fields(ServerConfig):
+        flag = "--" + option.name.replace("_", "-")
+        assert flag in text
+        row = next(line for line in documented.splitlines() if line.startswith(f"| `{flag}"))
+        assert option.metadata["help"] in row
+        if option.default is not None:
+            assert f"`{option.default}`" in row
+
+
+def test_options_are_parsed_as_declared() -> None:
+    config = parse_args(["--model", "m", "--port", "0", "--max-model-len", "9", "--request-timeout", "1.5"])
+    assert config == ServerConfig(model="m", port=0, max_model_len=9, request_timeout=1.5)
+    assert parse_args([]) == ServerConfig()

@@ -1,0 +1,95 @@
+"""The kernels of the model in plain torch: an oracle that shares no code with `tilus.kernels`.
+
+Everything is computed in `compute` precision and rounded once to the result's type. With float64 a row's result
+does not depend on which rows share its batch (the order of summation changes it by far less than a rounding step).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from tilus.dtypes import DataType
+
+
+class TorchKernels:
+    def __init__(self, compute: torch.dtype = torch.float64) -> None:
+        self.compute = compute
+
+    def round(self, values: Tensor) -> Tensor:
+        """Activations are float16."""
+        return values.half()
+
+    @property
+    def quantize(self) -> TorchKernels:
+        return self
+
+    def pack(self, codes: Tensor, scales: Tensor, dtype: DataType, mins: Tensor | None = None) -> Tensor:
+        """The dense weight, float [N, K]."""
+        n, k = codes.shape
+        assert codes.dtype == torch.uint8 and scales.dtype == torch.float16
+        groups = torch.from_numpy(dtype.decode(codes.numpy())).to(self.compute).view(n, scales.shape[1], -1)
+        dense = groups * scales.to(self.compute)[..., None]
+        if mins is not None:
+            assert mins.dtype == torch.float16
+            dense = dense + mins.to(self.compute)[..., None]
+        return dense.view(n, k)
+
+    def linear(self, x: Tensor, weight: Tensor, *, out_dtype: torch.dtype = torch.float16) -> Tensor:
+        assert x.dtype == torch.float16
+        return (x.to(self.compute) @ weight.T).to(out_dtype)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.to(self.compute)
+        return self.round(wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt() * weight)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        assert residual.dtype == torch.float32
+        residual += x.float()
+        return self.rms_norm(residual, weight, eps)
+
+    def rope_append(self, qkv: Tensor, positions: Tensor, cos_sin: Tensor, slots: Tensor, kv_cache: Tensor) -> Tensor:
+        _, _, page_size, kv_heads, head_dim = kv_cache.shape
+        heads = qkv.view(qkv.shape[0], -1, head_dim).to(self.compute)
+        q, k, v = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
+        cos, sin = cos_sin[positions.long()].to(self.compute)[:, None].chunk(2, dim=-1)
+
+        def rotate(vectors: Tensor) -> Tensor:
+            first, second = vectors.chunk(2, dim=-1)
+            return self.round(torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1))
+
+        pages, offsets = slots.long() // page_size, slots.long() % page_size
+        kv_cache[pages, 0, offsets] = rotate(k)
+        kv_cache[pages, 1, offsets] = self.round(v)
+        return rotate(q)
+
+    def paged_attention(
+        self, q: Tensor, kv_cache: Tensor, block_tables: Tensor, q_start: Tensor, kv_lens: Tensor, scale: float
+    ) -> Tensor:
+        _, _, page_size, kv_heads, head_dim = kv_cache.shape
+        out = torch.empty_like(q)
+        starts = q_start.tolist()
+        for row, kv_len in enumerate(kv_lens.tolist()):
+            pages = block_tables[row, : math.ceil(kv_len / page_size)].long()
+            keys, values = kv_cache[pages].transpose(0, 1).reshape(2, -1, kv_heads, head_dim)[:, :kv_len]
+            queries = q[starts[row] : starts[row + 1]].to(self.compute)
+            repeat = q.shape[1] // kv_heads
+            keys, values = (t.to(self.compute).repeat_interleave(repeat, dim=1) for t in (keys, values))
+            scores = torch.einsum("qhd,khd->hqk", queries, keys) * scale
+            seen = torch.arange(kv_len) <= torch.arange(kv_len - len(queries), kv_len)[:, None]
+            weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
+            out[starts[row] : starts[row + 1]] = self.round(torch.einsum("hqk,khd->qhd", weights, values))
+        return out
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.to(self.compute).chunk(2, dim=-1)
+        return self.round(torch.nn.functional.silu(gate) * up)
+
+    def embedding(self, ids: Tensor, table: Tensor, scales: Tensor | None = None) -> Tensor:
+        rows = table[ids.long()].to(self.compute)
+        if scales is not None:
+            groups = scales[ids.long()].to(self.compute)
+            rows = (rows.view(*groups.shape, -1) * groups[..., None]).view(rows.shape)
+        return self.round(rows)

@@ -1,0 +1,32 @@
+"""Synchronisation of a block's threads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tilus.codegen.context import EmitContext
+from tilus.ir.builder import IRBuilder, builtin
+from tilus.ir.evaluation import Evaluation
+from tilus.ir.instruction import Effects, Instruction
+
+
+@dataclass(frozen=True, eq=False)
+class Sync(Instruction):
+    """Wait for all threads of the block; their writes to shared and global memory are then visible to each other."""
+
+    mnemonic = "sync"
+
+    def effects(self) -> Effects:
+        return Effects(barrier=True)
+
+    def evaluate(self, env: Evaluation) -> None:
+        """A block of the reference execution is one sequential program."""
+
+    def emit(self, ctx: EmitContext) -> None:
+        ctx.barrier()
+
+
+@builtin
+def sync(b: IRBuilder) -> None:
+    """Barrier of the block: what its threads wrote before, all of them may read afterwards."""
+    b.emit(Sync())

@@ -1,0 +1,166 @@
+"""State of a translation: the kernel's builder and levels, and one frame for each function that is being inlined."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FunctionType
+from typing import Any
+
+from tilus.errors import Loc, TilusError
+from tilus.ir.builder import IRBuilder
+from tilus.ir.expr import Expr
+from tilus.ir.stmt import Stmt
+from tilus.lang.source import Source
+from tilus.lang.storage import Storage
+from tilus.lang.values import LocalFunction, Value, close_matches
+
+
+class KernelBuilder(IRBuilder):
+    """The builder of a whole kernel: it knows the launch grid, and that nothing may come before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grid: tuple[Expr, ...] | None = None
+
+    def append(self, stmt: Stmt) -> None:
+        if self.grid is None:
+            raise TilusError(
+                "the kernel does something before tilus.grid, expected tilus.grid(...) first",
+                loc=self.loc,
+                hint="start the kernel with tilus.grid(number of blocks, warps=...)",
+            )
+        super().append(stmt)
+
+
+@dataclass(frozen=True)
+class Binding:
+    """What a name stands for. level: the nesting of run-time loops and branches in which it was bound.
+
+    slot: the value is storage that belongs to this name, so that an assignment at a deeper level writes it.
+    """
+
+    value: Value
+    level: int
+    slot: bool = False
+
+
+@dataclass
+class Scope:
+    """The names of one function.
+
+    local: names that the function binds somewhere. free: what the others mean (closure, globals, builtins).
+    lost: names that were bound only inside of a run-time loop or branch that has ended, with an explanation.
+    """
+
+    local: frozenset[str]
+    free: Mapping[str, Value]
+    names: dict[str, Binding] = field(default_factory=dict[str, Binding])
+    enclosing: Scope | None = None
+    lost: dict[str, str] = field(default_factory=dict[str, str])
+
+    def lookup(self, name: str) -> Value:
+        """The value of a name.
+
+        Raises: TilusError when it is unknown, not assigned yet, or assigned only inside of a loop or branch.
+        """
+        if name in self.names:
+            return self.names[name].value
+        if name in self.lost:
+            raise TilusError(
+                f"{name} is {self.lost[name]} and is read after it",
+                hint=f"assign {name} before the loop or branch as well",
+            )
+        if name in self.local:
+            raise TilusError(f"{name} is read before it is assigned")
+        if self.enclosing is not None:
+            return self.enclosing.lookup(name)
+        if name in self.free:
+            return self.free[name]
+        raise TilusError(f"unknown name {name}", hint=close_matches(name, {**self.free, **self.names}))
+
+
+@dataclass
+class Loop:
+    """A loop that is being translated. level: that of its body."""
+
+    runtime: bool
+    level: int
+
+
+@dataclass
+class Translation:
+    """One kernel on its way from Python to IR.
+
+    level: how many run-time loops and branches are open. owned: objects and containers made by the kernel, which may be
+    changed, with the level of their birth. attributes: those that the kernel set; journal: what to restore when the code
+    of a loop is translated again. calls: functions being inlined, outermost first.
+    """
+
+    builder: KernelBuilder
+    storage: Storage
+    level: int = 0
+    owned: dict[int, Binding] = field(default_factory=dict[int, Binding])
+    attributes: dict[tuple[int, str], Binding] = field(default_factory=dict[tuple[int, str], Binding])
+    journal: list[tuple[Any, str, Binding | None]] = field(default_factory=list[tuple[Any, str, "Binding | None"]])
+    calls: list[tuple[object, Loc | None]] = field(default_factory=list[tuple[object, "Loc | None"]])
+
+    def own(self, value: Value) -> Value:
+        self.owned[id(value)] = Binding(value, self.level)
+        return value
+
+    def owner_level(self, value: Value) -> int | None:
+        """The level at which the kernel made an object; None when it comes from outside."""
+        binding = self.owned.get(id(value))
+        return None if binding is None else binding.level
+
+    def set_attribute(self, obj: Any, name: str, binding: Binding) -> None:
+        """`obj.name = value` on an object of the kernel, remembered for `rollback`."""
+        key = (id(obj), name)
+        self.journal.append((obj, name, self.attributes.get(key)))
+        setattr(obj, name, binding.value)
+        self.attributes[key] = binding
+
+    def rollback(self, length: int) -> None:
+        """Undo attribute assignments beyond the first `length`."""
+        while len(self.journal) > length:
+            obj, name, binding = self.journal.pop()
+            if binding is None:
+                delattr(obj, name)
+                del self.attributes[(id(obj), name)]
+            else:
+                setattr(obj, name, binding.value)
+                self.attributes[(id(obj), name)] = binding
+
+
+class Frame(ABC):
+    """One function being translated: where its code comes from and what its names mean."""
+
+    def __init__(self, translation: Translation, source: Source, scope: Scope) -> None:
+        self.translation = translation
+        self.builder = translation.builder
+        self.storage = translation.storage
+        self.source = source
+        self.scope = scope
+        self.entry_level = translation.level
+        self.loops: list[Loop] = []
+
+    @contextmanager
+    def at(self, node: Any) -> Generator[None]:
+        """Translate a node: what is emitted carries its position, and so do errors that have none yet."""
+        outer = self.builder.loc
+        loc = self.builder.loc = self.source.loc(node)
+        try:
+            yield
+        except TilusError as error:
+            raise error.at(loc) from error.__cause__
+        finally:
+            self.builder.loc = outer
+
+    @abstractmethod
+    def inline(
+        self, function: FunctionType | LocalFunction, args: Sequence[Value], kwargs: Mapping[str, Value]
+    ) -> Value:
+        """Translate the body of a function in place of a call; returns what it returns."""

@@ -1,0 +1,478 @@
+"""Statements of a kernel, and the inlining of helpers."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import enum
+import inspect
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from types import FunctionType
+from typing import Any
+
+from tilus.errors import TilusError
+from tilus.ir.expr import Expr, as_expr, const, unary
+from tilus.ir.stmt import EMPTY, Break, Continue, For, If, Return, Seq, While
+from tilus.ir.tensor import GlobalTensor, SharedTensor, SharedView
+from tilus.lang.calls import check_mutable, free_names
+from tilus.lang.expression import BINARY, evaluate, iterate, local_function, operands, unpack
+from tilus.lang.frame import Binding, Frame, Loop, Scope
+from tilus.lang.operators import apply_binary, python_value, truth
+from tilus.lang.refusals import refuse
+from tilus.lang.regions import Region, bind, bind_attribute, promoting, region
+from tilus.lang.source import Source, assigned_names, is_read_after, parameter_names, source_of
+from tilus.lang.storage import is_storable, loop_variable
+from tilus.lang.values import MAX_UNROLLED, LocalFunction, RuntimeRange, Value, describe, is_runtime
+
+
+class Flow(enum.Enum):
+    """What runs after a statement: the next one; the end or the next trip of the unrolled loop; or nothing that can be
+    reached, because the code jumped or returned."""
+
+    NEXT = enum.auto()
+    BREAK = enum.auto()
+    CONTINUE = enum.auto()
+    STOP = enum.auto()
+
+
+class Body(Frame):
+    """Translates the statements of one function. `result` is what it returned."""
+
+    def __init__(self, *args: Any, is_kernel: bool = False) -> None:
+        super().__init__(*args)
+        self.is_kernel = is_kernel
+        self.result: Value = None
+
+    def run(self) -> None:
+        """Translate the whole function."""
+        if isinstance(self.source.node, ast.Lambda):
+            self.result = evaluate(self, self.source.node.body)
+        else:
+            self.block(self.source.node.body)
+
+    def block(self, nodes: Sequence[ast.stmt]) -> Flow:
+        for node in nodes:
+            with self.at(node):
+                flow = self.statement(node)
+            if flow is not Flow.NEXT:
+                return flow
+        return Flow.NEXT
+
+    def statement(self, node: ast.stmt) -> Flow:
+        match node:
+            case ast.Assign() | ast.AnnAssign() | ast.AugAssign():
+                self._assignment(node)
+            case ast.Expr():
+                self._expression(node)
+            case ast.If():
+                return self._if(node)
+            case ast.For():
+                return self._for(node)
+            case ast.While():
+                return self._while(node)
+            case ast.With():
+                return self._with(node)
+            case ast.Break():
+                return self._jump(Break(self.builder.loc), Flow.BREAK)
+            case ast.Continue():
+                return self._jump(Continue(self.builder.loc), Flow.CONTINUE)
+            case ast.Return():
+                return self._return(node)
+            case ast.Assert():
+                self._assert(node)
+            case ast.FunctionDef():
+                self._define(node)
+            case ast.Pass():
+                pass
+            case _:
+                raise refuse(node)
+        return Flow.NEXT
+
+    # Assignments.
+
+    def _assignment(self, node: ast.Assign | ast.AnnAssign | ast.AugAssign) -> None:
+        match node:
+            case ast.Assign():
+                value = evaluate(self, node.value)
+                if len(node.targets) > 1 or isinstance(node.targets[0], (ast.Tuple, ast.List)):
+                    value = self.storage.snapshot(value)
+                for target in node.targets:
+                    self._assign(target, value)
+            case ast.AnnAssign():
+                if node.value is not None:
+                    self._assign(node.target, evaluate(self, node.value))
+            case ast.AugAssign():
+                self._augmented(node)
+
+    def _assign(self, target: ast.expr, value: Value) -> None:
+        with self.at(target):
+            match target:
+                case ast.Name(name):
+                    bind(self, name, value)
+                case ast.Attribute(owner, name):
+                    bind_attribute(self, evaluate(self, owner), name, value)
+                case ast.Subscript():
+                    self._assign_item(target, value)
+                case ast.Tuple(elts) | ast.List(elts) if not any(isinstance(e, ast.Starred) for e in elts):
+                    items = iterate(self, value, "the unpacked value")
+                    if len(items) != len(elts):
+                        raise TilusError(f"{len(items)} values are unpacked into {len(elts)} names")
+                    for elt, item in zip(elts, items):
+                        self._assign(elt, item)
+                case _:
+                    unpack(self, target, value, lambda name, v: bind(self, name, v))
+
+    def _assign_item(self, target: ast.Subscript, value: Value) -> None:
+        container, index = operands(self, [target.value, target.slice])
+        match container:
+            case GlobalTensor():
+                raise TilusError(
+                    f"{describe(container)} is assigned by [], expected a store", hint="tilus.store(x, [i], tile)"
+                )
+            case SharedTensor() | SharedView():
+                raise TilusError(
+                    f"{describe(container)} is assigned by [], expected a store", hint="tilus.store_shared(s, tile)"
+                )
+            case list() | dict() if not is_runtime(index):
+                check_mutable(self, container, "[...] =")
+                kept = self.storage.snapshot(value)
+                python_value(lambda: container.__setitem__(index, kept))
+            case _:
+                raise TilusError(f"items of {describe(container)} cannot be assigned")
+
+    def _augmented(self, node: ast.AugAssign) -> None:
+        """`x += y` is `x = x + y`: tiles and scalars are values."""
+        op, target = BINARY[type(node.op)], node.target
+        match target:
+            case ast.Name():
+                old: Value = self.scope.lookup(target.id)
+            case ast.Attribute():
+                old = evaluate(self, _loaded(target))
+            case ast.Subscript():
+                old = evaluate(self, _loaded(target))
+        if isinstance(old, (list, dict, set)):
+            raise TilusError(
+                f"{op}= on {describe(old)} is not supported in a kernel", hint="use .append() or .extend()"
+            )
+        reads = {slot: self.storage.writes[slot] for slot in self.storage.slots(old)}
+        rhs = evaluate(self, node.value)
+        if any(self.storage.writes[slot] != count for slot, count in reads.items()):
+            raise TilusError(
+                "the target changes while the right side is evaluated", hint="assign the right side to a name before"
+            )
+        self._assign(target, apply_binary(self.builder, op, old, rhs))
+
+    def _expression(self, node: ast.Expr) -> None:
+        if isinstance(node.value, ast.Constant) and (isinstance(node.value.value, str) or node.value.value is ...):
+            return  # a docstring or `...`
+        if not isinstance(node.value, (ast.Call, ast.Yield, ast.YieldFrom, ast.Await)):
+            raise TilusError("this expression has no effect", hint="assign its value to a name, or remove it")
+        evaluate(self, node.value)
+
+    def _assert(self, node: ast.Assert) -> None:
+        holds = truth(evaluate(self, node.test), "the asserted condition")
+        if isinstance(holds, Expr):
+            raise TilusError(
+                "assert of a run-time condition, expected a compile-time one",
+                hint="check shapes before the launch, or handle the case with `if`",
+            )
+        if not holds:
+            text = ast.get_source_segment("".join(self.source.lines), node.test)
+            message = f": {evaluate(self, node.msg)}" if node.msg is not None else ""
+            raise TilusError(f"assertion failed{message} ({text})")
+
+    def _define(self, node: ast.FunctionDef) -> None:
+        for decorator in node.decorator_list:
+            if getattr(evaluate(self, decorator), "__name__", "") != "inline":
+                raise TilusError(
+                    "a decorated function inside a kernel is not supported", hint="define it outside of the kernel"
+                )
+        bind(self, node.name, local_function(self, node, node.name))
+
+    # Branches.
+
+    def _if(self, node: ast.If) -> Flow:
+        cond = truth(evaluate(self, node.test), "the condition of `if`")
+        if isinstance(cond, bool):
+            return self.block(node.body if cond else node.orelse)
+        return promoting(self, lambda: self._runtime_if(node, cond), assigned_names([*node.body, *node.orelse]))
+
+    def _runtime_if(self, node: ast.If, cond: Expr) -> Flow:
+        sides: list[tuple[Region, Flow]] = []
+        for nodes in (node.body, node.orelse):
+            with region(self) as side:
+                flow = self.block(nodes)
+            sides.append((side, flow))
+        self._merge(node, [side for side, flow in sides if flow is Flow.NEXT])
+        (then, _), (orelse, _) = sides
+        self.builder.append(If(cond, then.body(), orelse.body() if orelse.stmts else EMPTY, self.builder.loc))
+        for side in (then, orelse):
+            self._lose(side, f"assigned only in a branch at line {node.lineno}")
+        return Flow.NEXT if any(flow is Flow.NEXT for _, flow in sides) else Flow.STOP
+
+    def _merge(self, node: ast.If, sides: list[Region]) -> None:
+        """Names that every side that goes on has bound, and that are read later, keep their values in slots."""
+        if not sides:
+            return
+        common = [name for name in sides[0].bound if all(name in side.bound for side in sides)]
+        for name in common:
+            values = [side.bound[name] for side in sides]
+            if all(is_storable(value) for value in values) and is_read_after(name, node, self.source.node):
+                slot = self.storage.allocate(_widest(values), name)
+                for side, value in zip(sides, values):
+                    side.assign(self, slot, value, name)
+                self.scope.names[name] = Binding(slot, self.translation.level, slot=True)
+                self.scope.lost.pop(name, None)
+
+    def _lose(self, side: Region, why: str) -> None:
+        for name in side.bound:
+            if name not in self.scope.names:
+                self.scope.lost[name] = why
+
+    def _with(self, node: ast.With) -> Flow:
+        if len(node.items) != 1 or node.items[0].optional_vars is not None:
+            raise TilusError(
+                "`with` takes one tilus construct and no `as` in a kernel", hint="nest the `with` statements"
+            )
+        manager = evaluate(self, node.items[0].context_expr)
+        if not isinstance(manager, AbstractContextManager):
+            raise TilusError(
+                f"`with` over {describe(manager)}, expected a construct of tilus",
+                hint="only constructs such as tilus.warps(...) open a block",
+            )
+
+        def translate() -> Flow:
+            with manager, region(self) as body:
+                flow = self.block(node.body)
+                for stmt in body.stmts:
+                    self.builder.append(stmt)
+            self._lose(body, f"assigned only in the `with` block at line {node.lineno}")
+            return flow
+
+        return promoting(self, translate, assigned_names(node.body))
+
+    # Loops.
+
+    def _for(self, node: ast.For) -> Flow:
+        if node.orelse:
+            raise TilusError(
+                "`else` of a loop is not supported in a kernel", hint="set a flag before `break` and test it"
+            )
+        with self.at(node.iter):
+            iterable = evaluate(self, node.iter)
+            if not isinstance(iterable, RuntimeRange):
+                items = iterate(self, iterable, "the iterable of `for`")
+                if len(items) > MAX_UNROLLED:
+                    raise TilusError(
+                        f"a loop of {len(items)} trips would be unrolled, expected at most {MAX_UNROLLED}",
+                        hint="use tilus.range for a loop of the kernel",
+                    )
+                return self._unrolled(node, items)
+            bounds = self.storage.snapshot(iterable, "bound")
+        if not isinstance(node.target, ast.Name):
+            raise TilusError("a run-time loop needs one name as its variable")
+        name = node.target.id
+        outer = self.scope.names.get(name)
+        if outer is not None and outer.level < self.translation.level:
+            raise TilusError(
+                f"the loop variable {name} is also bound outside of this run-time loop or branch",
+                loc=self.source.loc(node.target),
+                hint="give the loop variable a name of its own",
+            )
+        flow = promoting(self, lambda: self._runtime_for(node, name, bounds), assigned_names(node.body) - {name})
+        self.scope.names.pop(name, None)
+        self.scope.lost[name] = f"the variable of the run-time loop at line {node.lineno}"
+        return flow
+
+    def _unrolled(self, node: ast.For, items: Sequence[Value]) -> Flow:
+        self.loops.append(Loop(runtime=False, level=self.translation.level))
+        try:
+            for item in items:
+                with self.at(node.target):
+                    self._assign(node.target, item)
+                flow = self.block(node.body)
+                if flow is Flow.STOP:
+                    return flow
+                if flow is Flow.BREAK:
+                    break
+        finally:
+            self.loops.pop()
+        return Flow.NEXT
+
+    def _runtime_for(self, node: ast.For, name: str, bounds: RuntimeRange) -> Flow:
+        start, stop = as_expr(bounds.start), as_expr(bounds.stop)
+        var = loop_variable(self.builder.fresh(name), start, stop, bounds.step)
+        with region(self) as body:
+            self.scope.names[name] = Binding(var, self.translation.level)
+            self._loop_body(node.body)
+        self._lose(body, f"assigned only in the loop at line {node.lineno}")
+        loc = self.builder.loc
+        self.builder.append(For(var, start, stop, bounds.step, body.body(), bounds.unroll, loc))
+        return Flow.NEXT
+
+    def _loop_body(self, nodes: Sequence[ast.stmt]) -> None:
+        self.loops.append(Loop(runtime=True, level=self.translation.level))
+        self.block(nodes)
+        self.loops.pop()
+
+    def _while(self, node: ast.While) -> Flow:
+        if node.orelse:
+            raise TilusError(
+                "`else` of a loop is not supported in a kernel", hint="set a flag before `break` and test it"
+            )
+        if not isinstance(node.test, ast.Constant):
+            flow = self._unrolled_while(node)
+            if flow is not None:
+                return flow
+        return promoting(self, lambda: self._runtime_while(node), assigned_names(node.body))
+
+    def _unrolled_while(self, node: ast.While) -> Flow | None:
+        """Repeat the body while compiling; None (and nothing done) when the condition is not known each time."""
+        names, lost, journal = dict(self.scope.names), dict(self.scope.lost), len(self.translation.journal)
+        loop = Loop(runtime=False, level=self.translation.level)
+        self.loops.append(loop)
+        flow: Flow | None = Flow.NEXT
+        with self.builder.block() as stmts:
+            for trip in range(MAX_UNROLLED + 1):
+                cond = truth(evaluate(self, node.test), "the condition of `while`")
+                if not isinstance(cond, bool):
+                    flow = None
+                if not cond or flow is None:
+                    break
+                if trip == MAX_UNROLLED:
+                    raise TilusError(f"`while` was unrolled {MAX_UNROLLED} times and goes on", hint="use tilus.range")
+                flow = self.block(node.body)
+                if flow in (Flow.STOP, Flow.BREAK):
+                    break
+                flow = Flow.NEXT
+        self.loops.pop()
+        if flow is None:
+            self.translation.rollback(journal)
+            self.scope.names, self.scope.lost = names, lost
+            return None
+        for stmt in stmts:
+            self.builder.append(stmt)
+        return Flow.STOP if flow is Flow.STOP else Flow.NEXT
+
+    def _runtime_while(self, node: ast.While) -> Flow:
+        with region(self) as body:
+            cond = as_expr(truth(evaluate(self, node.test), "the condition of `while`"))
+            if body.stmts:  # the condition needs instructions: test inside of the loop
+                self.builder.append(If(unary("not", cond), Seq((Break(self.builder.loc),)), EMPTY, self.builder.loc))
+                cond = const(True)
+            self._loop_body(node.body)
+        self._lose(body, f"assigned only in the loop at line {node.lineno}")
+        self.builder.append(While(cond, body.body(), self.builder.loc))
+        endless = isinstance(node.test, ast.Constant) and not any(isinstance(n, ast.Break) for n in ast.walk(node))
+        return Flow.STOP if endless else Flow.NEXT
+
+    def _jump(self, jump: Break | Continue, flow: Flow) -> Flow:
+        loop = self.loops[-1]
+        word = "break" if flow is Flow.BREAK else "continue"
+        if loop.runtime:
+            self.builder.append(jump)
+            return Flow.STOP
+        if loop.level != self.translation.level:
+            raise TilusError(
+                f"{word} under a run-time condition leaves an unrolled loop, which is not supported",
+                hint="loop with tilus.range"
+                + (", or put the rest of the body under the opposite condition" if word == "continue" else ""),
+            )
+        return flow
+
+    # Functions.
+
+    def _return(self, node: ast.Return) -> Flow:
+        if self.is_kernel:
+            if node.value is not None and not (isinstance(node.value, ast.Constant) and node.value.value is None):
+                raise TilusError(
+                    "a kernel returns a value, expected `return` alone", hint="store results with tilus.store"
+                )
+            if self.translation.level > 0:
+                self.builder.append(Return(self.builder.loc))
+            return Flow.STOP
+        if self.translation.level > self.entry_level:
+            raise TilusError(
+                "a helper returns inside of a run-time loop or branch, expected one `return` at its end",
+                hint="assign the value to a name and return that; scalars can use `a if cond else b`",
+            )
+        if node.value is not None:
+            self.result = evaluate(self, node.value)
+        return Flow.STOP
+
+    def inline(
+        self, function: FunctionType | LocalFunction, args: Sequence[Value], kwargs: Mapping[str, Value]
+    ) -> Value:
+        calls, name = (
+            self.translation.calls,
+            function.name if isinstance(function, LocalFunction) else function.__qualname__,
+        )
+        source, scope, signature, identity = _callee(function)
+        if any(caller == identity for caller, _ in calls):
+            raise TilusError(f"{name} calls itself, which is not supported in a kernel", hint="write a loop")
+        arguments = _bind_arguments(name, signature, args, kwargs)
+        loc = self.builder.loc
+        calls.append((identity, loc))
+        body = Body(self.translation, source, scope)
+        for parameter, value in arguments.items():
+            scope.names[parameter] = Binding(body.keep_attributes(value), self.translation.level)
+        try:
+            body.run()
+        except TilusError as error:
+            error.add_note(f"  inlined into {loc}")
+            raise
+        finally:
+            calls.pop()
+        return body.result
+
+    def keep_attributes(self, value: Value) -> Value:
+        """A copy of what a helper could change through an object while it uses its argument."""
+        slots = self.storage.slots(value)
+        if slots and any(b.slot and b.value in slots for b in self.translation.attributes.values()):
+            return self.storage.snapshot(value)
+        return value
+
+
+def _loaded(target: ast.expr) -> ast.expr:
+    """The target of an augmented assignment as an expression that reads it."""
+    node: Any = copy.copy(target)
+    node.ctx = ast.Load()
+    return node
+
+
+def _widest(values: Sequence[Value]) -> Value:
+    """The value whose type a variable gets that both sides of a branch assign: run-time types over those of constants."""
+    return next((v for v in values if is_runtime(v)), values[0])
+
+
+def _callee(function: FunctionType | LocalFunction) -> tuple[Source, Scope, inspect.Signature, object]:
+    if isinstance(function, LocalFunction):
+        source, signature = function.source, function.signature
+        scope = Scope(_local_names(source), {}, enclosing=function.frame.scope)
+        return source, scope, signature, source.node
+    source = source_of(function)
+    return source, Scope(_local_names(source), free_names(function)), inspect.signature(function), function.__code__
+
+
+def _local_names(source: Source) -> frozenset[str]:
+    node = source.node
+    assigned = assigned_names(node.body) if isinstance(node, ast.FunctionDef) else frozenset[str]()
+    return assigned | frozenset(parameter_names(node))
+
+
+def _bind_arguments(
+    name: str, signature: inspect.Signature, args: Sequence[Value], kwargs: Mapping[str, Value]
+) -> dict[str, Value]:
+    for parameter in signature.parameters.values():
+        if parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+            raise TilusError(
+                f"helper {name} takes any number of arguments ({parameter}), which is not supported in a kernel",
+                hint="pass a tuple",
+            )
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TilusError(f"{name}: {error}", hint=f"its signature is {name}{signature}") from None
+    bound.apply_defaults()
+    return dict(bound.arguments)

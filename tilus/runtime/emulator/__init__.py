@@ -1,0 +1,11 @@
+"""A hostile emulator: executes the PTX text of a kernel on numpy and reports what real hardware would hide.
+
+Memory starts as poison, accesses outside a buffer raise, asynchronous copies land at their wait, races and missing
+barriers are detected, warps run in random order. It shares no code with what it checks: fragment maps and instruction
+meanings come from the PTX ISA text.
+"""
+
+from tilus.runtime.emulator.errors import DeadlockError, EmulatorError, RaceError
+from tilus.runtime.emulator.run import Argument, Result, Stats, run_kernel
+
+__all__ = ["Argument", "DeadlockError", "EmulatorError", "RaceError", "Result", "Stats", "run_kernel"]

@@ -1,0 +1,222 @@
+"""Warp-wide matrix instructions: ldmatrix, stmatrix, movmatrix and mma.sync (PTX ISA 9.7.14.5).
+
+The maps from (lane, register, piece) to matrix coordinates are the formulas of the ISA's figures, with
+groupID = lane >> 2 and threadID_in_group = lane % 4.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from tilus.ptx.module import Operand
+from tilus.runtime.emulator.convert import decode_fp8
+from tilus.runtime.emulator.decode import Array, Mask, Site, Step, instruction
+from tilus.runtime.emulator.machine import WARP
+from tilus.runtime.emulator.memory import Access, elements_of, write_checked
+from tilus.runtime.emulator.rounding import bf16_to_f32, f64_to_f16, f64_to_f32
+
+Coordinates = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+Warps = npt.NDArray[np.int64]
+_GROUP, _THREAD = np.arange(WARP)[:, None] >> 2, np.arange(WARP)[:, None] & 3
+
+
+def fragment_a(rows: int, depth: int, nbits: int) -> Coordinates:
+    """(row, column) of element [lane, i] of the A operand, 16 x depth, elements of nbits in 32-bit registers.
+
+    Registers alternate between the upper and the lower eight rows, then go on to the next 4 * per columns, where
+    `per` elements share a register.
+    """
+    per = 32 // nbits
+    i = np.arange(rows * depth // WARP)[None, :]
+    register, piece = i // per, i % per
+    return _GROUP + 8 * (register % 2) + 0 * _THREAD, _THREAD * per + piece + 4 * per * (register // 2) + 0 * _GROUP
+
+
+def fragment_b(depth: int, columns: int, nbits: int) -> Coordinates:
+    """(row, column) of element [lane, i] of the B operand, depth x 8."""
+    per = 32 // nbits
+    i = np.arange(depth * columns // WARP)[None, :]
+    return _THREAD * per + i % per + 4 * per * (i // per), _GROUP + 0 * i
+
+
+def fragment_c() -> Coordinates:
+    """(row, column) of element [lane, i] of the 16 x 8 accumulator."""
+    i = np.arange(4)[None, :]
+    return _GROUP + 8 * (i // 2), _THREAD * 2 + i % 2
+
+
+# Shared-memory matrices of 8 x 8 16-bit elements.
+def _matrix_count(site: Site) -> int:
+    return int((site.one_of("x1", "x2", "x4") or "x1")[1:])
+
+
+@instruction("ldmatrix")
+def load_matrices(site: Site) -> Step:
+    """Lane l of register m gets elements 2l%8.. of row l/4 of matrix m; row r of it is at the address of lane 8m + r."""
+    site.allow("sync", "aligned", "m8n8", "x1", "x2", "x4", "trans", "shared", "shared::cta")
+    if "m8n8" not in site.words or site.type() != "b16":
+        raise site.unsupported("a matrix shape other than .m8n8.b16")
+    count = _matrix_count(site)
+    outs = [site.target(operand, "b32") for operand in elements_of(site, site.operands[0])]
+    if len(outs) != count:
+        raise site.fault(f"{len(outs)} destinations, expected {count}")
+    access = Access(site, site.operands[1], "shared", 16)
+    machine, transposed = site.machine, site.has("trans")
+
+    def step(mask: Mask) -> None:
+        warps = site.whole_warps(mask)
+        lanes = (warps[:, None] * WARP + np.arange(8 * count)).reshape(-1)
+        (_, _, where) = access.split(lanes)[0]
+        machine.shared_shadow.read(site.pc, where, 16, lanes)
+        rows = machine.shared.views[2][(where >> 1)[:, None] + np.arange(8)]
+        matrices = rows.reshape(len(warps), count, 8, 8)
+        if transposed:
+            matrices = matrices.transpose(0, 1, 3, 2)
+        fragments = np.ascontiguousarray(matrices).reshape(len(warps), count, 64).view(np.uint32)
+        for index, out in enumerate(outs):
+            out.reshape(-1, WARP)[warps] = fragments[:, index]
+
+    return step
+
+
+@instruction("stmatrix")
+def store_matrices(site: Site) -> Step:
+    """The inverse of ldmatrix."""
+    site.allow("sync", "aligned", "m8n8", "x1", "x2", "x4", "trans", "shared", "shared::cta")
+    count = _matrix_count(site)
+    sources = [site.source(operand, "b32") for operand in elements_of(site, site.operands[1])]
+    if len(sources) != count:
+        raise site.fault(f"{len(sources)} sources, expected {count}")
+    access = Access(site, site.operands[0], "shared", 16)
+    transposed = site.has("trans")
+
+    def step(mask: Mask) -> None:
+        warps = site.whole_warps(mask)
+        lanes = (warps[:, None] * WARP + np.arange(8 * count)).reshape(-1)
+        (_, _, where) = access.split(lanes)[0]
+        fragments = np.stack([source.reshape(-1, WARP)[warps] for source in sources], axis=1)
+        matrices = np.ascontiguousarray(fragments).view(np.uint16).reshape(len(warps), count, 8, 8)
+        if transposed:
+            matrices = matrices.transpose(0, 1, 3, 2)
+        write_checked(site, True, where, lanes, np.ascontiguousarray(matrices).reshape(-1, 8), 1)
+
+    return step
+
+
+@instruction("movmatrix")
+def move_matrix(site: Site) -> Step:
+    """movmatrix.sync.aligned.m8n8.trans.b16 d, a: transposes a matrix held by a warp."""
+    site.allow("sync", "aligned", "m8n8", "trans")
+    out, source = site.target(0, "b32"), site.source(1, "b32")
+
+    def step(mask: Mask) -> None:
+        warps = site.whole_warps(mask)
+        matrix = np.ascontiguousarray(source.reshape(-1, WARP)[warps]).view(np.uint16).reshape(-1, 8, 8)
+        out.reshape(-1, WARP)[warps] = np.ascontiguousarray(matrix.transpose(0, 2, 1)).reshape(-1, 64).view(np.uint32)
+
+    return step
+
+
+# mma.sync
+_DECODERS: dict[str, Callable[[Array], Array]] = {
+    "f16": lambda bits: bits.view(np.uint16).view(np.float16).astype(np.float64),
+    "bf16": lambda bits: bf16_to_f32(bits.view(np.uint16)).astype(np.float64),
+    "tf32": lambda bits: (bits & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64),
+    "s8": lambda bits: bits.view(np.int8).astype(np.float64),
+    "u8": lambda bits: bits.view(np.uint8).astype(np.float64),
+    "e4m3": lambda bits: decode_fp8(bits.view(np.uint8), 4, 3),
+    "e5m2": lambda bits: decode_fp8(bits.view(np.uint8), 5, 2),
+}
+_NBITS = {"f16": 16, "bf16": 16, "tf32": 32, "s8": 8, "u8": 8, "e4m3": 8, "e5m2": 8}
+_MMA_TYPES = (*_NBITS, "f32", "s32")
+
+
+@instruction("mma.sync")
+def multiply_accumulate(site: Site) -> Step:
+    """mma.sync.aligned.m16n8kK.row.col.dtype.atype.btype.ctype d, a, b, c.
+
+    Products are summed exactly in float64 (a GPU keeps fewer bits), added to c and rounded once to the type of d.
+    """
+    match = re.search(r"\.m16n8k(\d+)\.", site.instr.opcode)
+    words = [word for word in site.words if word in _MMA_TYPES]
+    shape = f"m16n8k{match.group(1)}" if match else ""
+    for word in site.words:
+        if word not in ("sync", "aligned", "row", "col", "satfinite", shape, *_MMA_TYPES):
+            raise site.unsupported(
+                f"modifier .{word}", "m16n8 shapes of f16, bf16, tf32, s8, u8, e4m3 and e5m2 are modelled"
+            )
+    if match is None or len(words) != 4 or words[1] not in _NBITS or words[2] not in _NBITS:
+        raise site.unsupported("the shape or the types")
+    d_type, a_type, b_type, c_type = words
+    depth, nbits = int(match.group(1)), _NBITS[a_type]
+    if depth * nbits not in (128, 256) or _NBITS[b_type] != nbits:
+        raise site.unsupported(f"depth {depth} of .{a_type} and .{b_type}")
+    pieces = [_fragments(site, index, count) for index, count in ((1, depth * nbits // 64), (2, depth * nbits // 128))]
+    read_c = _accumulator(site, 3, c_type)
+    write_d = _result(site, d_type)
+    a_map, b_map, c_map = fragment_a(16, depth, nbits), fragment_b(depth, 8, nbits), fragment_c()
+
+    def step(mask: Mask) -> None:
+        warps = site.whole_warps(mask)
+        a = np.empty((len(warps), 16, depth))
+        b = np.empty((len(warps), depth, 8))
+        c = np.empty((len(warps), 16, 8))
+        a[:, *a_map] = _DECODERS[a_type](pieces[0](warps)).reshape(len(warps), *a_map[0].shape)
+        b[:, *b_map] = _DECODERS[b_type](pieces[1](warps)).reshape(len(warps), *b_map[0].shape)
+        c[:, *c_map] = read_c(warps)
+        write_d(warps, (a @ b + c)[:, *c_map])
+
+    return step
+
+
+def _fragments(site: Site, index: int, count: int) -> Callable[[Warps], Array]:
+    """Reads an operand as contiguous [warps, 32, registers] words."""
+    registers = elements_of(site, site.operands[index])
+    if len(registers) != count:
+        raise site.fault(f"operand {index} has {len(registers)} registers, expected {count}")
+    rows = [_warp_rows(site, register) for register in registers]
+    return lambda warps: np.ascontiguousarray(np.stack([row[warps] for row in rows], axis=-1))
+
+
+def _warp_rows(site: Site, operand: Operand) -> Array:
+    return np.broadcast_to(site.source(operand, "b32"), site.machine.lanes).reshape(-1, WARP)
+
+
+def _accumulator(site: Site, index: int, type_name: str) -> Callable[[Warps], Array]:
+    """Reads c as float64 [warps, 32, 4]."""
+    if type_name == "f16":
+        words = _fragments(site, index, 2)
+        return lambda warps: words(warps).view(np.float16).astype(np.float64)
+    words = _fragments(site, index, 4)
+    dtype = np.float32 if type_name == "f32" else np.int32
+    return lambda warps: words(warps).view(dtype).astype(np.float64)
+
+
+def _result(site: Site, type_name: str) -> Callable[[Warps, Array], None]:
+    """Writes d from float64 [warps, 32, 4]."""
+    count = 2 if type_name == "f16" else 4
+    registers = elements_of(site, site.operands[0])
+    if len(registers) != count:
+        raise site.fault(f"destination has {len(registers)} registers, expected {count}")
+    outs = [site.target(register, "b32").reshape(-1, WARP) for register in registers]
+    saturate = site.has("satfinite")
+
+    def encode(values: Array) -> Array:
+        if type_name == "f16":
+            return np.ascontiguousarray(f64_to_f16(values)).view(np.uint32)
+        if type_name == "f32":
+            return f64_to_f32(values).view(np.uint32)
+        limits = np.iinfo(np.int32)
+        integers = np.clip(values, limits.min, limits.max) if saturate else values
+        return integers.astype(np.int64).astype(np.uint32)
+
+    def write(warps: Warps, values: Array) -> None:
+        words = encode(values)
+        for index, out in enumerate(outs):
+            out[warps] = words[..., index]
+
+    return write

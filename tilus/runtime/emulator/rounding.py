@@ -1,0 +1,102 @@
+"""Exact arithmetic with one rounding, on numpy arrays.
+
+Values are carried in float64. Where an exact result does not fit, it is rounded to odd: a later rounding to a format of
+at most 51 bits then gives what one rounding of the exact result would have given (Boldo and Melquiond, "Emulation of
+FMA and correctly rounded sums: proved algorithms using rounding to odd", IEEE Trans. Computers 2008).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+F64 = npt.NDArray[np.float64]
+NAN_F32, NAN_16 = np.uint32(0x7FFFFFFF), np.uint16(0x7FFF)
+
+
+def _to_odd(nearest: F64, error: F64) -> F64:
+    """The round-to-odd result, from the nearest one and the sign of what it lost."""
+    bits = np.asarray(nearest).view(np.int64)
+    even = (bits & 1 == 0) & (error != 0) & np.isfinite(nearest)
+    away = (error > 0) == (nearest >= 0)  # the exact value has the larger magnitude
+    return np.where(even, bits + np.where(away, 1, -1), bits).view(np.float64)
+
+
+def add_to_odd(a: F64, b: F64) -> F64:
+    """a + b rounded to odd (error term by Knuth's TwoSum)."""
+    total = np.asarray(a + b)
+    part = total - a
+    error = (a - (total - part)) + (b - part)
+    return _to_odd(total, np.where(np.isnan(error), 0.0, error))
+
+
+def fma_to_odd(a: F64, b: F64, c: F64) -> F64:
+    """a * b + c rounded to odd; the product must be exact in float64, as it is for factors of at most 26 bits."""
+    return add_to_odd(np.asarray(a * b), c)
+
+
+def f64_to_f32(x: F64, mode: str = "rn") -> npt.NDArray[np.float32]:
+    """Round to float32; mode rn, rz, rm (down) or rp (up). NaN becomes the canonical 0x7FFFFFFF."""
+    nearest = np.asarray(x).astype(np.float32)
+    if mode != "rn":
+        nearest = _directed(x, nearest, mode, np.uint32)
+    return np.where(np.isnan(x), NAN_F32.view(np.float32), nearest)
+
+
+def f64_to_f16(x: F64, mode: str = "rn") -> npt.NDArray[np.float16]:
+    """Round to float16 once; NaN becomes the canonical 0x7FFF."""
+    nearest = np.asarray(x).astype(np.float16)
+    if mode != "rn":
+        nearest = _directed(x, nearest, mode, np.uint16)
+    return np.where(np.isnan(x), NAN_16.view(np.float16), nearest)
+
+
+def f64_to_bf16(x: F64, mode: str = "rn") -> npt.NDArray[np.uint16]:
+    """Round to the bits of a bfloat16 once; NaN becomes the canonical 0x7FFF."""
+    x = np.asarray(x)
+    single = x.astype(np.float32)
+    exact = single.astype(np.float64)
+    bits = single.view(np.uint32).astype(np.int64)
+    # Truncate towards zero and keep what is lost as a sticky bit below the 16 bits of the tail.
+    bits = bits - ((np.abs(exact) > np.abs(x)) & np.isfinite(x))
+    overflow = ~np.isfinite(exact) & np.isfinite(x)
+    sticky = ((np.abs(exact) != np.abs(x)) & np.isfinite(x)).astype(np.int64)
+    head, tail = bits >> 16, (bits & 0xFFFF) << 1 | sticky
+    match mode:
+        case "rn":
+            up = (tail > 0x10000) | ((tail == 0x10000) & (head & 1 == 1))
+        case "rz":
+            up = np.zeros_like(overflow)
+        case "rm":
+            up = (tail != 0) & np.signbit(x)
+        case _:
+            up = (tail != 0) & ~np.signbit(x)
+    result = np.where(np.isinf(x), bits >> 16, head + up)
+    result = np.where(overflow & (mode == "rn"), (bits + 1) >> 16, result)
+    return np.where(np.isnan(x), np.int64(NAN_16), result).astype(np.uint16)
+
+
+def bf16_to_f32(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def _directed(x: F64, nearest: Any, mode: str, unsigned: Any) -> Any:
+    """Step the nearest value back by one unit in the last place where it lies on the wrong side of x."""
+    wide = nearest.astype(np.float64)
+    infinite = nearest.dtype.type(np.inf)
+    match mode:
+        case "rz":
+            wrong, towards = np.abs(wide) > np.abs(x), np.zeros_like(nearest)
+        case "rm":
+            wrong, towards = wide > x, np.full_like(nearest, -infinite)
+        case _:
+            wrong, towards = wide < x, np.full_like(nearest, infinite)
+    return np.where(wrong, np.nextafter(nearest, towards), nearest)
+
+
+def flush(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Subnormals become zeros of the same sign (.ftz)."""
+    tiny = np.abs(x) < np.float32(2.0**-126)
+    return np.where(tiny, np.copysign(np.float32(0), x), x)

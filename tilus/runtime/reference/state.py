@@ -1,0 +1,172 @@
+"""The state of the blocks that run together: what instructions see as `Evaluation`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from tilus.errors import TilusError
+from tilus.ir.expr import Expr, Var
+from tilus.ir.tensor import GlobalTensor, RegisterTensor, SharedTensor
+from tilus.runtime.reference.access import Tile, View, read, update, write
+from tilus.runtime.reference.affine import Array, BoolArray, Extents, Scalar, block_index, settle, to_array
+from tilus.runtime.reference.arguments import Binding
+from tilus.runtime.reference.mask import Mask
+from tilus.runtime.reference.scalars import Compiled, compile_scalar
+from tilus.runtime.reference.shared import SharedMemory
+
+TileType = tuple[tuple[int, ...], np.dtype[Any]]
+
+
+class Compilation(Protocol):
+    """What the state needs to know of the function (see `launch.Program`)."""
+
+    @property
+    def num_threads(self) -> int: ...
+
+    @property
+    def scalars(self) -> Mapping[int, tuple[Expr, Compiled]]: ...
+
+    @property
+    def tiles(self) -> Mapping[RegisterTensor, TileType]: ...
+
+    @property
+    def fixed(self) -> frozenset[GlobalTensor]: ...
+
+    @property
+    def written(self) -> frozenset[Var]: ...
+
+
+class BlockState:
+    """Blocks `first` to `first + extents` of a grid in lock step.
+
+    mask: which of them are active. broken, continued: those that left the innermost loop, or its current iteration.
+    """
+
+    def __init__(
+        self,
+        program: Compilation,
+        binding: Binding,
+        views: dict[GlobalTensor, View],
+        grid: Extents,
+        first: Extents,
+        extents: Extents,
+    ) -> None:
+        self._program = program
+        self._binding = binding
+        self._views = views
+        self._shared: dict[SharedTensor, SharedMemory] = {}
+        self.grid = grid
+        self.extents = extents
+        self.block_ids = tuple(block_index(axis, first[axis], extents) for axis in range(3))
+        self.scalars: dict[Expr, Scalar] = dict(binding.scalars)
+        self.tiles: dict[RegisterTensor, Array] = {}
+        self.mask: Mask = True
+        self.broken: Mask = False
+        self.continued: Mask = False
+
+    @property
+    def num_threads(self) -> int:
+        return self._program.num_threads
+
+    def tile(self, tensor: RegisterTensor) -> Array:
+        try:
+            return self.tiles[tensor]
+        except KeyError:
+            raise TilusError(
+                f"the tile {tensor.name} is read before it has a value", hint="assign it before the branch or loop"
+            ) from None
+
+    def set_tile(self, tensor: RegisterTensor, value: Array) -> None:
+        shape, dtype = self._program.tiles[tensor]
+        if value.shape[3:] != shape or value.ndim < 3 or value.dtype != dtype:
+            raise TilusError(
+                f"tile {tensor.name} got {value.dtype}{list(value.shape)}, expected {dtype}[gx, gy, gz, *{list(shape)}]"
+            )
+        if tensor.mutable and not isinstance(self.mask, bool) and tensor in self.tiles:
+            mask = self.mask.reshape(self.mask.shape + (1,) * tensor.rank)
+            value = np.where(mask, value, self.tiles[tensor])
+        self.tiles[tensor] = value
+
+    def scalar(self, expr: Expr) -> Array:
+        return to_array(self.value(expr)).astype(expr.dtype.compute, copy=False)
+
+    def set_scalar(self, var: Var, value: Array) -> None:
+        self.assign(var, settle(value, self.extents))
+
+    def active(self) -> BoolArray | None:
+        return None if isinstance(self.mask, bool) else self.mask
+
+    def value(self, expr: Expr) -> Scalar:
+        """The value of a scalar in its simplest form."""
+        known = self._program.scalars.get(id(expr))
+        compiled = known[1] if known is not None and known[0] is expr else compile_scalar(expr)
+        return compiled(self)
+
+    def assign(self, var: Var, value: Scalar) -> None:
+        """Give a scalar its value; that of a mutable one changes only in active blocks."""
+        if var.mutable and not isinstance(self.mask, bool) and var in self.scalars:
+            value = settle(np.where(self.mask, to_array(value), to_array(self.scalars[var])), self.extents)
+        self.scalars[var] = value
+
+    def load(
+        self, tensor: GlobalTensor | SharedTensor, offsets: Sequence[Expr], shape: tuple[int, ...],
+        dims: tuple[int, ...], *, checked: bool,
+    ) -> Array:  # fmt: skip
+        at = [self.value(offset) for offset in offsets]
+        if isinstance(tensor, SharedTensor):
+            return self._shared_memory(tensor).load(at, shape, dims, checked, self.mask)
+        return read(Tile(self._view(tensor), at, shape, dims, checked, self.mask))
+
+    def store(
+        self, tensor: GlobalTensor | SharedTensor, offsets: Sequence[Expr], dims: tuple[int, ...], value: Array, *,
+        checked: bool,
+    ) -> None:  # fmt: skip
+        at = [self.value(offset) for offset in offsets]
+        if isinstance(tensor, SharedTensor):
+            self._shared_memory(tensor).store(at, dims, value, checked, self.mask)
+        else:
+            write(Tile(self._writable_view(tensor), at, value.shape[3:], dims, checked, self.mask), value)
+
+    def update(
+        self, tensor: GlobalTensor | SharedTensor, offsets: Sequence[Expr], dims: tuple[int, ...], value: Array,
+        op: str, *, checked: bool,
+    ) -> Array:  # fmt: skip
+        at = [self.value(offset) for offset in offsets]
+        if isinstance(tensor, SharedTensor):
+            return self._shared_memory(tensor).update(at, dims, value, op, checked, self.mask)
+        tile = Tile(self._writable_view(tensor), at, value.shape[3:], dims, checked, self.mask)
+        return update(tile, value, op, self.extents, tensor.dtype)
+
+    def print(self, text: str) -> None:
+        print(text)
+
+    def _shared_memory(self, tensor: SharedTensor) -> SharedMemory:
+        memory = self._shared.get(tensor)
+        if memory is None:
+            memory = self._shared[tensor] = SharedMemory(tensor, self.extents)
+        return memory
+
+    def _view(self, tensor: GlobalTensor) -> View:
+        view = self._views.get(tensor)
+        if view is None:
+            if tensor.base not in self._binding.pointers:
+                raise TilusError(
+                    f"the pointer {tensor.base} of {tensor.name} is no parameter, expected a tensor parameter's"
+                )
+            buffer, origin = self._binding.pointers[tensor.base]
+            shape = tuple(self.value(expr) for expr in tensor.shape)
+            strides = tuple(self.value(expr) for expr in tensor.strides)
+            view = View(tensor.name, buffer, origin + self.value(tensor.offset), shape, strides)
+            if tensor in self._program.fixed:
+                self._views[tensor] = view
+        return view
+
+    def _writable_view(self, tensor: GlobalTensor) -> View:
+        if tensor.base not in self._program.written:
+            raise TilusError(
+                f"{tensor.name} is written by an instruction that does not say so, expected it in effects().writes"
+            )
+        return self._view(tensor)
