@@ -8,7 +8,16 @@ import numpy as np
 import numpy.typing as npt
 
 from tilus.ptx.module import LabelRef, Operand
-from tilus.runtime.emulator.decode import Array, Mask, Site, Step, guard_row, initialisation_check, instruction
+from tilus.runtime.emulator.decode import (
+    Array,
+    Mask,
+    Site,
+    Step,
+    guard_row,
+    initialisation_check,
+    instruction,
+    mark_initialised,
+)  # fmt: skip
 from tilus.runtime.emulator.machine import WARP, Machine
 
 Lanes = npt.NDArray[np.bool_]
@@ -119,8 +128,11 @@ def _reduction(site: Site, result: Operand, vote: Operand) -> Callable[[Lanes], 
     votes = site.predicate(vote)
     kind = site.one_of("popc", "and", "or")
     out = site.target(result, "u32" if kind == "popc" else "pred")
+    mark = mark_initialised(site)
 
     def reduce(released: Lanes) -> None:
+        if mark is not None:
+            mark(released)
         ballot = votes()[released]
         out[released] = ballot.sum() if kind == "popc" else ballot.all() if kind == "and" else ballot.any()
 
