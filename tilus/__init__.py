@@ -35,35 +35,31 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(_OWNER[name]), name)
     elif name == "range":
         value = importlib.import_module("tilus.lang.builtins").range_
+    elif name in (dtypes := importlib.import_module("tilus.dtypes").DTYPES):
+        value = dtypes[name]
+    elif name in (functions := _functions()):
+        value = functions[name]
     else:
-        value = _dtype_or_function(name)
+        raise AttributeError(f"module 'tilus' has no attribute {name!r}")
     globals()[name] = value
     return value
 
 
-def _dtype_or_function(name: str) -> Any:
+def _functions() -> dict[str, Any]:
+    """The user-level functions of all instructions."""
     import importlib
 
-    from tilus.dtypes import DTYPES
     from tilus.ir.builder import Builtin
 
-    if name in DTYPES:
-        return DTYPES[name]
-    try:
-        instructions = importlib.import_module("tilus.instructions")
-    except ModuleNotFoundError:
-        raise AttributeError(f"module 'tilus' has no attribute {name!r}") from None
-    for family in vars(instructions).values():
-        value = vars(family).get(name) if isinstance(family, ModuleType) else None
-        if isinstance(value, Builtin):
-            return value
-    raise AttributeError(f"module 'tilus' has no attribute {name!r}")
+    instructions = importlib.import_module("tilus.instructions")
+    families = [vars(module) for module in vars(instructions).values() if isinstance(module, ModuleType)]
+    return {name: value for family in families for name, value in family.items() if isinstance(value, Builtin)}
 
 
 def __dir__() -> list[str]:
     from tilus.dtypes import DTYPES
 
-    return sorted({*globals(), *_OWNER, *DTYPES, "range"})
+    return sorted({*globals(), *_OWNER, *DTYPES, *_functions(), "range"})
 
 
 __all__ = ["TilusError"]

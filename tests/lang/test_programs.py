@@ -6,7 +6,6 @@ The text is run by CPython once per block, with numbers and tuples of numbers, a
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -184,7 +183,13 @@ def statement(draw: st.DrawFn, depth: int, loop: bool, k: str | None = None) -> 
         case 4 | 5:
             return [f"{draw(st.sampled_from(['t0', 't1']))} = {draw(tile(k=k))}"]
         case 6:
-            return [f"kept = {name}, t0", f"{name} = {value} % 61", "t0 = (t0 + 1) % 79", "s2 = kept[0] - s2 % 41", "t1 = kept[1]"]
+            return [
+                f"kept{depth} = {name}, t0",
+                f"{name} = {value} % 61",
+                "t0 = (t0 + 1) % 79",
+                f"s2 = kept{depth}[0] - s2 % 41",
+                f"t1 = kept{depth}[1]",
+            ]
         case 7:
             return [f"{name} = o.bump({value} % 37)"]
         case 8:
@@ -216,9 +221,7 @@ def run_both(body: list[str], p: int, q: int) -> tuple[np.ndarray, np.ndarray]:
     size = SCALARS + TILES * WIDTH
     text = "\n".join(indented([*INIT, *body]))
     oracle = write(HEADER + PYTHON.format(body=text), {"rng": range, "c": 1})["program"]
-    expected = [
-        oracle(p, q, b, Vec(range(WIDTH)), Vec([b] * WIDTH)) for b in range(BLOCKS)
-    ]
+    expected = [oracle(p, q, b, Vec(range(WIDTH)), Vec([b] * WIDTH)) for b in range(BLOCKS)]
     source = HEADER + KERNEL.format(body=text, blocks=BLOCKS, width=WIDTH, size=size, scalars=SCALARS)
     kernel = write(source, {"tilus": tilus, "rng": tilus.range, "c": 1})["program"]
     out = np.full(BLOCKS * size, -1, np.int32)
