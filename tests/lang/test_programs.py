@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from written import write
 
 import tilus
-from tests.lang.written import write
 from tilus.runtime.reference import run_reference
 
 BLOCKS, WIDTH, SCALARS, TILES = 3, 4, 5, 2

@@ -14,5 +14,5 @@ def write(text: str, namespace: dict[str, Any], filename: str | None = None) -> 
     name = filename or f"<written {next(_count)}>"
     linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
     names = {"__name__": "written", **namespace}
-    exec(compile(text, name, "exec"), names)
+    exec(compile(text, name, "exec", dont_inherit=True), names)
     return names
