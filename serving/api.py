@@ -242,7 +242,9 @@ async def _abandoned_with(http: HTTPRequest, generation: Generation) -> AsyncGen
 
 def _error_response(error: RequestError) -> Response:
     headers = {"Retry-After": "1"} if error.status == 429 else None
-    return JSONResponse(error.body(), status_code=error.status, headers=headers)
+    # Escaped as ASCII: what clients sent, and messages quote, may not be encodable.
+    content = json.dumps(error.body())
+    return Response(content, error.status, headers, "application/json")
 
 
 # FastAPI types every handler as taking Exception; each gets only what it was registered for.

@@ -394,6 +394,7 @@ def test_hostile_bodies_are_refused_and_forgotten(server: LiveServer) -> None:
     assert post(b"[" * 100_000)[0] == 400
     half = "prompt is not valid Unicode: character 1 is half of a surrogate pair"
     assert post(b'{"model": "tiny", "prompt": "a\\ud800"}') == (400, half)
+    assert post(b'{"model": "tiny", "prompt": "a", "\\ud800": 1}')[0] == 400
     many = b'{"model": "tiny", "n": 100, "prompt": ["a", "b"]}'
     expected = "2 prompts with n = 100 ask for 200 answers, but a request may ask for at most 128"
     assert post(many) == (400, expected)
