@@ -44,24 +44,20 @@ def _dtype_or_function(name: str) -> Any:
     import importlib
 
     from tilus.dtypes import DTYPES
-    from tilus.ir.builder import Builtin
 
     if name in DTYPES:
         return DTYPES[name]
-    try:
-        instructions = importlib.import_module("tilus.instructions")
-    except ModuleNotFoundError:
-        raise AttributeError(f"module 'tilus' has no attribute {name!r}") from None
-    value = getattr(instructions, name, None)
-    if not isinstance(value, Builtin):
+    builtins = importlib.import_module("tilus.instructions").BUILTINS
+    if name not in builtins:
         raise AttributeError(f"module 'tilus' has no attribute {name!r}")
-    return value
+    return builtins[name]
 
 
 def __dir__() -> list[str]:
     from tilus.dtypes import DTYPES
+    from tilus.instructions import BUILTINS
 
-    return sorted({*globals(), *_OWNER, *DTYPES, "range"})
+    return sorted({*globals(), *_OWNER, *DTYPES, *BUILTINS, "range"})
 
 
 __all__ = ["TilusError"]
