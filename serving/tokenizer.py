@@ -156,12 +156,14 @@ def from_gguf(file: GGUFFile) -> Tokenizer:
         )
     tokens, types = file.texts("tokenizer.ggml.tokens"), file.integers("tokenizer.ggml.token_type")
     pairs = [merge.partition(" ") for merge in file.texts("tokenizer.ggml.merges")]
-    fast = FastTokenizer(
-        models.BPE(
+    try:
+        model = models.BPE(
             vocab={token: index for index, token in enumerate(tokens)},
             merges=[(left, right) for left, _, right in pairs],
         )
-    )
+    except Exception as error:  # the library raises nothing narrower
+        raise TilusError(f"{file.path}: its tokenizer contradicts itself: {error}") from error
+    fast = FastTokenizer(model)
     fast.pre_tokenizer = _PRE_TOKENIZERS[pre]()
     fast.decoder = decoders.ByteLevel()
     fast.add_special_tokens(

@@ -177,6 +177,13 @@ def test_unknown_tokenizers_are_named() -> None:
     )
 
 
+def test_a_tokenizer_that_contradicts_itself() -> None:
+    file = GGUFFile(default_model())
+    file.metadata["tokenizer.ggml.merges"] = ["absent☃ a"]
+    with pytest.raises(TilusError, match="its tokenizer contradicts itself: .*absent☃"):
+        from_gguf(file)
+
+
 def test_bos_is_added_where_the_file_says_so() -> None:
     file = GGUFFile(default_model())
     file.metadata["tokenizer.ggml.add_bos_token"] = True
