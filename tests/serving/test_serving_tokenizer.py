@@ -180,7 +180,7 @@ def test_unknown_tokenizers_are_named() -> None:
 def test_a_tokenizer_that_contradicts_itself() -> None:
     file = GGUFFile(default_model())
     file.metadata["tokenizer.ggml.merges"] = ["absent☃ a"]
-    with pytest.raises(TilusError, match="its tokenizer contradicts itself: .*absent☃"):
+    with pytest.raises(TilusError, match=r"its tokenizer contradicts itself: .*absent☃"):
         from_gguf(file)
 
 
