@@ -119,6 +119,8 @@ class Detokenizer:
     def push(self, token_id: int) -> str:
         self._new.append(token_id)
         piece = self._piece()
+        if not piece and self._context:
+            self._new = []  # invisible (a special token): forget it, or a run of them would make the window grow
         if not piece or piece.endswith(_REPLACEMENT):
             return ""
         self._context, self._new = self._new, []

@@ -117,6 +117,20 @@ def test_pieces_make_up_the_whole_and_characters_stay_whole(parts: list[bytes]) 
             assert so_far == complete
 
 
+def test_invisible_tokens_do_not_pile_up() -> None:
+    """Models that may not stop tend to repeat their end token."""
+    fast, windows = byte_tokenizer(), []
+
+    def decode(ids: list[int]) -> str:
+        windows.append(len(ids))
+        return fast.decode(ids)
+
+    stream = Detokenizer(decode)
+    ids = [*fast.encode("añ").ids, *[258] * 50, *fast.encode("é").ids, 258]
+    assert "".join(stream.push(token_id) for token_id in ids) + stream.flush() == "añé"
+    assert max(windows) <= 4
+
+
 def test_huggingface_settings(tiny: Tokenizer) -> None:
     assert tiny.eos_ids == {258} and tiny.vocab_size == 259
     assert tiny.special == {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
