@@ -6,13 +6,11 @@ import ast
 import difflib
 import functools
 import json
-import types
-import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from tilus.dtypes import DTYPES, DataType, boolean, int64
+from tilus.dtypes import DTYPES, DataType, int64
 from tilus.errors import Loc, TilusError
 from tilus.ir.expr import (
     BINARY_OPS,
@@ -29,14 +27,15 @@ from tilus.ir.expr import (
     select,
     unary,
 )
+from tilus.ir.field_types import Unfit, converted, described, field_types, type_name
 from tilus.ir.function import Function, Param, ScalarParam, TensorParam
 from tilus.ir.instruction import Instruction, is_out
 from tilus.ir.stmt import Break, Continue, For, If, Inst, Return, Seq, SetScalar, Stmt, While
 from tilus.ir.tensor import GlobalTensor, RegisterTensor, SharedTensor
-from tilus.layout import LayoutError, RegisterLayout, SharedLayout, parse_layout, parse_shared_layout
+from tilus.layout import LayoutError, parse_layout, parse_shared_layout
 
 if TYPE_CHECKING:
-    from lark import Lark, Tree
+    from lark import Lark
 
 Named = Var | RegisterTensor | SharedTensor | GlobalTensor
 Node = Any
@@ -80,7 +79,7 @@ def _syntax_error(error: Any, text: str, file: str) -> TilusError:
         line, column = text.count("\n") + 1, len(text) - text.rfind("\n")
     found = str(getattr(error, "token", None) or text[error.pos_in_stream : error.pos_in_stream + 1])
     expected = sorted(getattr(error, "accepts", None) or getattr(error, "allowed", None) or error.expected)
-    names = ", ".join(_TERMINALS.get(name, name.lower()) for name in expected)
+    names = ", ".join(_TERMINALS.get(name, str(name).lower()) for name in expected)
     what = f"found {found!r}" if found else "the text ends"
     return TilusError(f"line {line}, column {column}: {what}, expected {names}", loc=Loc(file, line, column))
 
@@ -119,7 +118,7 @@ class _Reader:
 
     # The header.
 
-    def function(self, tree: Tree[Any]) -> Function:
+    def function(self, tree: Node) -> Function:
         name, *params, where, rest = _split_header(tree.children)
         for dim in where.children if where is not None else ():
             self.declare(dim.children[0], self.scalar(dim.children[0], dim.children[1]))
@@ -216,9 +215,9 @@ class _Reader:
             case "effect":
                 return Inst(self.call(tree.children[0], []), loc)
             case "assignment":
-                return self.assignment(*tree.children, loc)
+                return self.assignment(tree, loc)
             case "for_loop":
-                return self.for_loop(*tree.children, loc)
+                return self.for_loop(tree, loc)
             case "while_loop":
                 cond, body = tree.children
                 return While(self.expr(cond), self.block(body), loc)
@@ -250,16 +249,16 @@ class _Reader:
             return self.declare(name, self.tile(name, type_, mutable is not None))
         return self.declare(name, self.scalar(name, type_, mutable is not None))
 
-    def assignment(self, target: Node, value: Node, loc: Loc | None) -> SetScalar:
+    def assignment(self, tree: Node, loc: Loc | None) -> SetScalar:
+        target, value = tree.children
         expr = self.expr(value)
         var = self.target(target)
         if not isinstance(var, Var):
             self.fail(target, f"%{var.name} is a tile, expected a scalar on the left of an expression")
         return SetScalar(var, expr, loc)
 
-    def for_loop(
-        self, name: Node, type_: Node, start: Node, stop: Node, step: Node, unroll: Node, body: Node, loc: Loc | None
-    ) -> For:
+    def for_loop(self, tree: Node, loc: Loc | None) -> For:
+        name, type_, start, stop, step, unroll, body = tree.children
         bounds = self.expr(start), self.expr(stop)
         var = self.declare(name, self.scalar(name, type_))
         return For(
@@ -274,7 +273,7 @@ class _Reader:
             close = difflib.get_close_matches(mnemonic, self.instructions, n=3)
             self.fail(mnemonic, f"unknown instruction {mnemonic}", f"close: {', '.join(close)}" if close else None)
         cls = self.instructions[mnemonic]
-        hints = {name: hint for name, hint in _field_types(cls).items() if name != "mnemonic"}
+        hints = {name: hint for name, hint in field_types(cls).items() if name != "mnemonic"}
         given: dict[str, Any] = {}
         for field in fields:
             name, node = field.children
@@ -294,9 +293,9 @@ class _Reader:
     def field(self, node: Node, hint: Any, what: str) -> Any:
         value = self.value(node)
         try:
-            return _converted(value, hint)
-        except _Unfit:
-            self.fail(node, f"{what} is {_described(value)}, expected {_hint_name(hint)}")
+            return converted(value, hint)
+        except Unfit:
+            self.fail(node, f"{what} is {described(value)}, expected {type_name(hint)}")
 
     def value(self, node: Node) -> Any:
         """An Expr, tensor, str, DataType, None, or a list of them."""
@@ -375,7 +374,8 @@ class _Reader:
         if name in BINARY_OPS and name.isalpha() and len(args) == 2:
             return self._checked(node, binary, name, *args)
         known = sorted({"block_id", "grid_dim", "select", "min", "max", *UNARY_OPS})
-        self.fail(token, f"no function {name} of {len(args)} scalars", f"functions: {', '.join(known)}, and data types")
+        hint = f"functions: {', '.join(known)}, and data types"
+        return self.fail(token, f"no function {name} of {len(args)} scalars", hint)
 
     def _checked(self, node: Node, build: Callable[..., Expr], *args: Any) -> Expr:
         try:
@@ -391,64 +391,3 @@ def _split_header(children: list[Node]) -> list[Any]:
     where = next((c for c in others if c is not None and c.data == "where"), None)
     rest = [c for c in others if c is not None and c is not where and c not in params]
     return [name, *params, where, rest]
-
-
-class _Unfit(Exception):
-    """A value is not of the type of its field."""
-
-
-@functools.cache
-def _field_types(cls: type[Instruction]) -> dict[str, Any]:
-    """The fields of an instruction class and their types."""
-    hints = typing.get_type_hints(cls)
-    return {name: hints[name] for name in cls.__dataclass_fields__}
-
-
-def _converted(value: Any, hint: Any) -> Any:
-    """A value of the text as one of the field's type: constants become Python numbers, strings layouts."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        for option in args:
-            try:
-                return _converted(value, option)
-            except _Unfit:
-                continue
-        raise _Unfit
-    if origin is tuple:
-        if not isinstance(value, list) or (args[-1] is not Ellipsis and len(args) != len(value)):
-            raise _Unfit
-        elements = [args[0]] * len(value) if args[-1] is Ellipsis else args
-        return tuple(_converted(v, t) for v, t in zip(value, elements, strict=True))
-    if hint in (bool, int, float) and isinstance(value, Const):
-        return _number(value, hint)
-    if hint in (RegisterLayout, SharedLayout) and isinstance(value, str):
-        try:
-            return (parse_layout if hint is RegisterLayout else parse_shared_layout)(value)
-        except LayoutError:
-            raise _Unfit from None
-    if isinstance(hint, type) and isinstance(value, hint):
-        return value
-    raise _Unfit
-
-
-def _number(value: Const, hint: type[bool | int | float]) -> bool | int | float:
-    kind = bool if value.type == boolean else float if value.type.is_float else int
-    if kind is not hint:
-        raise _Unfit
-    return hint(value.value)
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, (RegisterTensor, SharedTensor, GlobalTensor)):
-        return f"the tensor %{value.name}"
-    return (
-        f"[{', '.join(map(_described, value))}]"
-        if isinstance(value, list)
-        else repr(value)
-        if value is None
-        else str(value)
-    )
-
-
-def _hint_name(hint: Any) -> str:
-    return getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
