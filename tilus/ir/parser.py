@@ -273,7 +273,7 @@ class _Reader:
             close = difflib.get_close_matches(mnemonic, self.instructions, n=3)
             self.fail(mnemonic, f"unknown instruction {mnemonic}", f"close: {', '.join(close)}" if close else None)
         cls = self.instructions[mnemonic]
-        hints = {name: hint for name, hint in field_types(cls).items() if name != "mnemonic"}
+        hints = field_types(cls)
         given: dict[str, Any] = {}
         for field in fields:
             name, node = field.children
