@@ -18,7 +18,7 @@ _MODULES = {
     "tilus.dtypes": ("DataType", "dtype"),
     "tilus.lang.annotations": ("Const", "Tensor"),
     "tilus.lang.arguments": ("PackedTensor", "packed"),
-    "tilus.lang.builtins": ("block_id", "cdiv", "grid", "grid_dim", "inline", "static_range"),
+    "tilus.lang.builtins": ("block_id", "cdiv", "grid", "grid_dim", "inline", "range", "static_range"),
     "tilus.lang.kernel": ("Kernel", "kernel"),
     "tilus.target": ("Target", "get_target"),
 }
@@ -33,8 +33,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'tilus' has no attribute {name!r}")
     if name in _OWNER:
         value = getattr(importlib.import_module(_OWNER[name]), name)
-    elif name == "range":
-        value = importlib.import_module("tilus.lang.builtins").range_
     elif name in (dtypes := importlib.import_module("tilus.dtypes").DTYPES):
         value = dtypes[name]
     elif name in (functions := _functions()):
@@ -59,7 +57,7 @@ def _functions() -> dict[str, Any]:
 def __dir__() -> list[str]:
     from tilus.dtypes import DTYPES
 
-    return sorted({*globals(), *_OWNER, *DTYPES, *_functions(), "range"})
+    return sorted({*globals(), *_OWNER, *DTYPES, *_functions()})
 
 
 __all__ = ["TilusError"]
