@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from tilus.errors import TilusError
@@ -35,7 +34,7 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(_OWNER[name]), name)
     elif name in (dtypes := importlib.import_module("tilus.dtypes").DTYPES):
         value = dtypes[name]
-    elif name in (functions := _functions()):
+    elif name in (functions := importlib.import_module("tilus.instructions").BUILTINS):
         value = functions[name]
     else:
         raise AttributeError(f"module 'tilus' has no attribute {name!r}")
@@ -43,21 +42,11 @@ def __getattr__(name: str) -> Any:
     return value
 
 
-def _functions() -> dict[str, Any]:
-    """The user-level functions of all instructions."""
-    import importlib
-
-    from tilus.ir.builder import Builtin
-
-    instructions = importlib.import_module("tilus.instructions")
-    families = [vars(module) for module in vars(instructions).values() if isinstance(module, ModuleType)]
-    return {name: value for family in families for name, value in family.items() if isinstance(value, Builtin)}
-
-
 def __dir__() -> list[str]:
     from tilus.dtypes import DTYPES
+    from tilus.instructions import BUILTINS
 
-    return sorted({*globals(), *_OWNER, *DTYPES, *_functions()})
+    return sorted({*globals(), *_OWNER, *DTYPES, *BUILTINS})
 
 
 __all__ = ["TilusError"]

@@ -14,26 +14,10 @@ from hypothesis import strategies as st
 
 import tilus
 from tilus import Const, Tensor, cdiv, f16, f32, int32
-from tilus.ir.expr import evaluate
 from tilus.ir.stmt import For
 from tilus.ir.visit import instructions, walk
-from tilus.lang.binding import checked
-from tilus.runtime.reference import run_reference
 
 SCALE = 3  # a global that kernels below read, and one of them shadows
-
-
-def launch(kernel: tilus.Kernel, *args: Any, **kwargs: Any) -> None:
-    """Run a kernel on the reference execution, with its grid evaluated for these arguments."""
-    bound = kernel.signature.python.bind(*args, **kwargs)
-    bound.apply_defaults()
-    call, scalars = checked(kernel, bound.arguments, None)
-    function = call.specialization.function
-    values: dict[Any, Any] = dict(call.sizes)
-    named = dict(zip((p.name for p in kernel.signature.scalars), scalars))
-    values |= {p.var: named[p.name] for p in function.params if p.name in named}  # type: ignore[union-attr]
-    x, y, z = (int(evaluate(extent, values)) for extent in function.grid)
-    run_reference(function, {p.name: bound.arguments[p.name] for p in function.params}, (x, y, z))
 
 
 @tilus.kernel
@@ -47,7 +31,7 @@ def axpy(x: Tensor[f32, "n"], y: Tensor[f32, "n"], a: f32, *, block: Const = 102
 @given(n=st.integers(0, 3000), a=st.integers(-8, 8), block=st.sampled_from([32, 128, 1024]))
 def test_axpy_of_the_design_page(n: int, a: int, block: int) -> None:
     x, y = np.arange(n, dtype=np.float32), np.ones(n, np.float32)
-    launch(axpy, x, y, a / 4, block=block)
+    axpy(x, y, a / 4, block=block)
     np.testing.assert_array_equal(y, np.float32(a / 4) * np.arange(n, dtype=np.float32) + 1)
 
 
@@ -77,7 +61,7 @@ def test_defect_4_chained_comparisons_are_conjunctions() -> None:
 
     for n in range(2, 7):
         out = np.zeros(9, np.int32)
-        launch(chained, out, n)
+        chained(out, n)
         assert out.tolist() == [0, 0, 0, 0, 1, 0, 0, 0, int(3 < n < 5)]
 
 
@@ -112,14 +96,14 @@ def test_defect_7_a_local_may_be_named_like_a_global() -> None:
         tilus.store(out, [0], tilus.full([1], SCALE, int32))
 
     out = np.zeros(1, np.int32)
-    launch(shadow, out)
+    shadow(out)
     assert out[0] == 6 and SCALE == 3
 
 
 @given(start=st.integers(-5, 9), stop=st.integers(-5, 9), step=st.integers(1, 4))
 def test_defect_8_range_with_bounds_and_continue(start: int, stop: int, step: int) -> None:
     out = np.zeros(1, np.int32)
-    launch(_ranged, out, start, stop, step=step)
+    _ranged(out, start, stop, step=step)
     assert out[0] == sum(i * i for i in range(start, stop, step) if i % 2)
 
 
@@ -152,7 +136,7 @@ def test_closures_globals_and_constants_are_compile_time() -> None:
             tilus.store(out, [index], tilus.full([1], value, int32))
 
     out = np.zeros(3, np.int32)
-    launch(closure, out, 10)
+    closure(out, 10)
     assert out.tolist() == [3, 37, 29]
 
 
@@ -173,7 +157,7 @@ def test_assignment_copies_what_a_loop_changes() -> None:
         tilus.store(out, [8], tilus.full([1], last, int32))
 
     out = np.zeros(9, np.int32)
-    launch(fibonacci, out, 10)
+    fibonacci(out, 10)
     assert out.tolist() == [34] * 4 + [55] * 4 + [sum(range(9))]
 
 
@@ -193,7 +177,7 @@ def test_names_of_both_sides_of_a_branch_live_on() -> None:
 
     for p, expected in ((5, [0, 2, 4, 6]), (2, [18] * 4), (-1, [-1] * 4)):
         out = np.full(4, -1, np.int32)
-        launch(merged, out, p)
+        merged(out, p)
         assert out.tolist() == expected
 
 
@@ -209,7 +193,7 @@ def test_short_circuits_do_not_load_what_python_would_not() -> None:
 
     for values in ([3, 2, 0, 5], [1, 1], [0], []):
         out = np.zeros(1, np.int32)
-        launch(count, np.array(values, np.int32), out)
+        count(np.array(values, np.int32), out)
         positive = next((i for i, v in enumerate(values) if v <= 0), len(values))
         assert out[0] == positive * 100 + (values[0] if values else -7)
 
@@ -255,7 +239,7 @@ def ring(x: Tensor[int32, "m", "n"], out: Tensor[int32, "k"], *, shape: Const):
 def test_objects_change_in_loops_and_branches() -> None:
     x = np.arange(7 * 8, dtype=np.int32).reshape(7, 8)
     out = np.zeros(9, np.int32)
-    launch(ring, x, out, shape=Shape(3, 8))
+    ring(x, out, shape=Shape(3, 8))
     rows = [r for r in range(7) if r % 3 != 1]
     assert out[:8].tolist() == x[rows].sum(0).tolist()
     assert out[8] == len(rows) % 3 * 10 + len(rows) % 3 % 2
@@ -273,7 +257,7 @@ def test_views_of_global_tensors() -> None:
     x = np.arange(2 * 3 * 4, dtype=np.int32).reshape(2, 3, 4)
     for array in (x, np.ascontiguousarray(x.transpose(2, 0, 1)).transpose(1, 2, 0)):
         out = np.zeros(11, np.int32)
-        launch(views, array, out, 1)
+        views(array, out, 1)
         expected = [*x[1, 1], *x[1, -1], *x[:, 1, 1], x[1, 1, -2]]
         assert out.tolist() == expected
 
@@ -290,7 +274,7 @@ def test_shared_stages_are_views() -> None:
 
     for p in (0, 1):
         out = np.zeros(32, np.float32)
-        launch(stages, out, p)
+        stages(out, p)
         assert out.tolist() == [p + 1.0 + 2.0] * 32
 
 
@@ -304,7 +288,7 @@ def test_tiles_have_methods_and_new_dims() -> None:
         tilus.store(out, [0, 0], tile.T.reshape([4, 8]) if out.shape[0] == 4 else tile)
 
     out = np.zeros((4, 8), np.float16)
-    launch(methods, out)
+    methods(out)
     tile = np.arange(4)[:, None] * 10 + np.arange(8)[None, :]
     assert out.tolist() == tile.T.reshape(4, 8).tolist()
 
@@ -322,9 +306,9 @@ def test_optional_tensors_and_dtype_names() -> None:
 
     for dtype, scale in ((np.float16, 2), (np.float32, 1)):
         x, y = np.arange(16, dtype=dtype), np.zeros(16, dtype)
-        launch(biased, x, y)
+        biased(x, y)
         assert y.tolist() == (x * scale).tolist()
-        launch(biased, x, y, x)
+        biased(x, y, x)
         assert y.tolist() == (x + x).tolist()
 
 
@@ -349,7 +333,7 @@ def test_every_statement_has_its_position() -> None:
         if loc is not None:
             text = lines[loc.line - 1][loc.column - 1 : loc.end_column - 1]
             assert text.startswith(("tilus.load(", "tilus.store(", "a * xs")), text
-    assert len(list(instructions(axpy.ir().body))) == 5
+    assert len(list(instructions(axpy.ir().body))) == 6
 
 
 def test_loop_variables_know_their_range() -> None:
