@@ -161,6 +161,22 @@ def test_assignment_copies_what_a_loop_changes() -> None:
     assert out.tolist() == [34] * 4 + [55] * 4 + [sum(range(9))]
 
 
+def test_a_name_keeps_the_value_it_was_given() -> None:
+    @tilus.kernel
+    def kept(x: Tensor[int32, "s"], out: Tensor[int32, "rows", 4], n: int32):
+        tilus.grid(1)
+        i, t = 0, tilus.zeros([4], int32)
+        for k in tilus.range(n):
+            old, scalar, row, pair = t, i + 1, out[i], (t, i)
+            t += 10
+            i += 1
+            tilus.store(row, [0], old + scalar + pair[0] * pair[1])
+
+    out = np.full((4, 4), -1, np.int32)
+    kept(np.zeros(1, np.int32), out, 3)
+    assert out.tolist() == [[10 * k + k + 1 + 10 * k * k] * 4 for k in range(3)] + [[-1] * 4]
+
+
 def test_names_of_both_sides_of_a_branch_live_on() -> None:
     @tilus.kernel
     def merged(out: Tensor[int32, "n"], p: int32):
