@@ -17,7 +17,7 @@ from fastapi import Request as HTTPRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.async_engine import AsyncEngine, Generation
 from serving.core import Request, RequestOutput
@@ -27,6 +27,7 @@ from serving.responses import ChatFormat, Choice, CompletionFormat, Format, Head
 from serving.tokenizer import Tokenizer
 
 _LOG = logging.getLogger("serving")
+_MAX_BODY_NBYTES = 16 * 2**20
 
 
 def create_app(engine: AsyncEngine, tokenizer: Tokenizer, model_name: str) -> FastAPI:
@@ -40,6 +41,7 @@ def create_app(engine: AsyncEngine, tokenizer: Tokenizer, model_name: str) -> Fa
 
     app = FastAPI(title="tilus", lifespan=lifespan)
     service = _Service(engine, tokenizer, model_name)
+    app.add_middleware(BodyLimit, max_nbytes=_MAX_BODY_NBYTES)
     app.add_exception_handler(RequestValidationError, _invalid_body)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestError, _request_error)
@@ -50,6 +52,27 @@ def create_app(engine: AsyncEngine, tokenizer: Tokenizer, model_name: str) -> Fa
     app.add_api_route("/health", service.health, methods=["GET"], response_model=None)
     app.add_api_route("/version", service.version, methods=["GET"])
     return app
+
+
+class BodyLimit:
+    """ASGI middleware: bodies beyond a size are refused while they arrive, before anything parses them."""
+
+    def __init__(self, app: ASGIApp, max_nbytes: int) -> None:
+        self._app = app
+        self._max_nbytes = max_nbytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        nbytes = 0
+
+        async def limited() -> Message:
+            nonlocal nbytes
+            message = await receive()
+            nbytes += len(message.get("body", b""))
+            if nbytes > self._max_nbytes:
+                raise HTTPException(413, f"the body has more than {self._max_nbytes} bytes")
+            return message
+
+        await self._app(scope, limited, send)
 
 
 class EventStream(StreamingResponse):

@@ -54,14 +54,14 @@ class Tokenizer:
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a plain prompt, with the tokens that the model wants around it (such as bos)."""
-        return tuple(self.fast.encode(text).ids)
+        return self._ids(text, "prompt", add_special_tokens=True)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
         """Token ids of a conversation (role, content), up to where the assistant's answer starts.
 
         Raises RequestError when the model has no chat template, or its template refuses the messages.
         """
-        return tuple(self.fast.encode(self.render_chat(messages), add_special_tokens=False).ids)
+        return self._ids(self.render_chat(messages), "messages", add_special_tokens=False)
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
         if self._template is None:
@@ -70,6 +70,15 @@ class Tokenizer:
             return self._template.render(messages=messages, add_generation_prompt=True, **self.special)
         except jinja2.TemplateError as error:
             raise RequestError(f"the model's chat template refuses the messages: {error}", param="messages") from error
+
+    def _ids(self, text: str, param: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair
+            raise RequestError(
+                f"{param} is not valid Unicode: character {error.start} is half of a surrogate pair", param=param
+            ) from error
+        return tuple(self.fast.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens; bytes that are not UTF-8 become U+FFFD."""

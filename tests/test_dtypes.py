@@ -219,6 +219,14 @@ def test_integers_clamp_to_each_other(src: DataType) -> None:
         assert dst.round(np.array(values, src.compute)).tolist() == expected
 
 
+@pytest.mark.parametrize("t", list(DTYPES.values()), ids=str)
+def test_single_values_are_arrays_without_axes(t: DataType) -> None:
+    for one in (1, 1.0, np.float32(1), True):
+        value = 0 if t.name == "int1" else 1
+        codes = t.encode(one)
+        assert isinstance(codes, np.ndarray) and codes.shape == () and t.decode(codes) == value == t.round(one)
+
+
 def test_booleans() -> None:
     assert boolean.encode(np.array([0.0, -0.0, 0.5, np.nan])).tolist() == [0, 0, 1, 1]
     assert boolean.decode(np.array([0, 1, 255], np.uint8)).tolist() == [False, True, True]

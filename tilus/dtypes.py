@@ -163,7 +163,7 @@ class DataType:
         if self.kind == "bool":
             return codes != 0
         if self.is_small:
-            return _value_table(self)[codes]
+            return np.asarray(_value_table(self)[codes])
         match self.name:
             case "f16":
                 with np.errstate(invalid="ignore"):  # signalling NaNs
@@ -184,7 +184,7 @@ class DataType:
         values: any shape, any numeric or boolean dtype. Returns: the same shape, dtype `storage`.
         """
         with np.errstate(over="ignore", invalid="ignore"):
-            return self._encode(np.asarray(values))
+            return np.asarray(self._encode(np.asarray(values)))
 
     def _encode(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         if self.kind == "bool":
@@ -218,7 +218,7 @@ def _check_codes(dtype: DataType, codes: npt.NDArray[Any]) -> None:
             f"codes of {dtype} have dtype {codes.dtype}, expected {dtype.storage}",
             hint=f"values become codes with {dtype}.encode(values)",
         )
-    if dtype.is_small and dtype.nbits < 8 and codes.size and int(codes.max()) >= dtype.num_codes:
+    if dtype.nbits < 8 and codes.size and int(codes.max()) >= dtype.num_codes:
         raise TilusError(
             f"code {int(codes.max())} does not fit {dtype}, expected less than {dtype.num_codes}",
             hint="unpack packed bytes with unpack_bits first",
@@ -229,12 +229,8 @@ def _check_codes(dtype: DataType, codes: npt.NDArray[Any]) -> None:
 def _value_table(dtype: DataType) -> npt.NDArray[Any]:
     """The value of every code of a type of at most 8 bits, dtype `compute`; read-only."""
     codes = np.arange(dtype.num_codes, dtype=np.int64)
-    if dtype.is_float:
-        table = _float_values(dtype, codes)
-    else:
-        negative = (codes > dtype.max_code) if dtype.is_signed else np.zeros_like(codes, dtype=np.bool_)
-        table = codes - dtype.num_codes * negative
-    table = table.astype(dtype.compute)
+    wrapped = codes - dtype.num_codes * (codes > dtype.max_code)
+    table = (_float_values(dtype, codes) if dtype.is_float else wrapped).astype(dtype.compute)
     table.flags.writeable = False
     return table
 
@@ -304,8 +300,8 @@ def _encode_bf16(array: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:
     if array.dtype == np.float64:
         wide = single.astype(np.float64)
         bits = bits - (np.abs(wide) > np.abs(array)) | (wide != array)
-    rounded = bits + np.uint32(0x7FFF) + (bits >> 16 & 1)
-    return (np.where(np.isnan(array), np.uint32(0x7FC00000), rounded) >> 16).astype(np.uint16)
+    codes = ((bits + (bits >> 16 & 1) + np.uint32(0x7FFF)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(array), np.uint16(0x7FC0), codes)
 
 
 def pack_bits(codes: npt.NDArray[Any], dtype: DataType) -> npt.NDArray[np.uint8]:

@@ -293,7 +293,7 @@ REFUSED = [
         COMPLETION | {"stop": ""},
         400,
         "stop",
-        "stop is [''], but must be made of strings that are not empty",
+        "stop is [''], but must be at most 16 strings of 1 to 256 characters",
     ),
     ("completions", COMPLETION | {"logprobs": 21}, 400, "logprobs", "logprobs is 21, but must be between 0 and 20"),
     ("completions", COMPLETION | {"echo": True}, 400, "echo", "echo = True is not supported by this server"),
@@ -381,6 +381,23 @@ def test_bodies_that_are_no_requests(server: LiveServer, content: bytes, headers
     reply = httpx.post(f"{server.url}/v1/completions", content=content, headers=headers)
     assert reply.status_code == 400
     assert reply.json() == {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}}
+
+
+def test_hostile_bodies_are_refused_and_forgotten(server: LiveServer) -> None:
+    def post(content: bytes) -> tuple[int, str]:
+        headers = {"Content-Type": "application/json"}
+        reply = httpx.post(f"{server.url}/v1/completions", content=content, headers=headers, timeout=60)
+        return reply.status_code, reply.json()["error"]["message"]
+
+    big = b'{"model": "tiny", "prompt": "' + b"x" * (16 * 2**20) + b'"}'
+    assert post(big) == (413, "POST /v1/completions: the body has more than 16777216 bytes")
+    assert post(b"[" * 100_000)[0] == 400
+    half = "prompt is not valid Unicode: character 1 is half of a surrogate pair"
+    assert post(b'{"model": "tiny", "prompt": "a\\ud800"}') == (400, half)
+    many = b'{"model": "tiny", "n": 100, "prompt": ["a", "b"]}'
+    expected = "2 prompts with n = 100 ask for 200 answers, but a request may ask for at most 128"
+    assert post(many) == (400, expected)
+    server.check_idle()
 
 
 def test_fields_without_effect_are_accepted(client: openai.OpenAI, answer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -31,6 +32,9 @@ _COMPARE: dict[type[ast.cmpop], str] = {
 }  # fmt: skip
 
 _UNARY: dict[type[ast.unaryop], str] = {ast.USub: "neg", ast.UAdd: "pos", ast.Invert: "invert"}
+
+
+_CONVERSIONS: dict[int, Callable[[Any], Any]] = {-1: lambda v: v, 115: str, 114: repr, 97: ascii}
 
 
 def evaluate(frame: Frame, node: ast.expr) -> Value:
@@ -158,7 +162,7 @@ def _formatted(frame: Frame, node: ast.expr) -> str:
                 raise TilusError(
                     f"{describe(value)} in a string, expected a compile-time value", hint="use tilus.print"
                 )
-            convert: Callable[[Any], Any] = {-1: lambda v: v, 115: str, 114: repr, 97: ascii}[node.conversion]
+            convert = _CONVERSIONS[node.conversion]
             spec = _formatted(frame, node.format_spec) if node.format_spec is not None else ""
             return python_value(lambda: format(convert(value), spec))
         case _:
@@ -264,7 +268,7 @@ def _comprehension(
     generator, saved = generators[0], dict(frame.scope.names)
     targets = [n.id for n in ast.walk(generator.target) if isinstance(n, ast.Name)]
     for item in iterate(frame, evaluate(frame, generator.iter), "the iterable of a comprehension"):
-        unpack(frame, generator.target, item, lambda name, v: _bind_hidden(frame, name, v))
+        unpack(frame, generator.target, item, functools.partial(_bind_hidden, frame))
         conditions = [truth(evaluate(frame, c), "the condition of a comprehension") for c in generator.ifs]
         if any(isinstance(c, Expr) for c in conditions):
             raise TilusError("a run-time condition in a comprehension", hint="use an `if` statement or tilus.where")

@@ -67,10 +67,10 @@ def apply_binary(b: IRBuilder, op: str, lhs: Value, rhs: Value) -> Value:
 
             return binary_op(b, op, lhs, rhs)
         return _scalar(op, lhs, rhs)
-    if op == "+" and isinstance(lhs, (tuple, list)) and isinstance(rhs, type(lhs)):
-        return lhs + rhs
-    if op == "*" and isinstance(lhs, (tuple, list)) and isinstance(rhs, int):
-        return lhs * rhs
+    if (op == "+" and isinstance(lhs, (tuple, list)) and type(lhs) is type(rhs)) or (
+        op == "*" and isinstance(lhs, (tuple, list)) and isinstance(rhs, int)
+    ):
+        return python_value(lambda: _PYTHON[op](lhs, rhs))
     hint = None
     if not all(is_scalar(v) or isinstance(v, RegisterTensor) for v in operands):
         hint = "operators work on scalars and register tiles: load memory with tilus.load first"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import enum
 import inspect
 from collections.abc import Mapping, Sequence
@@ -433,11 +434,9 @@ class Body(Frame):
         return value
 
 
-def _loaded(target: ast.expr) -> Any:
+def _loaded(target: ast.expr) -> ast.expr:
     """The target of an augmented assignment as an expression that reads it."""
-    import copy
-
-    node = copy.copy(target)
+    node: Any = copy.copy(target)
     node.ctx = ast.Load()
     return node
 

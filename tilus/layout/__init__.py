@@ -2,6 +2,7 @@
 
 from tilus.layout.banks import bank_conflicts
 from tilus.layout.broadcast import broadcast_operand, slot_map
+from tilus.layout.conversion import Piece, Route, conversion_scope, route
 from tilus.layout.default import auto
 from tilus.layout.digits import Digit, Term
 from tilus.layout.draw import svg, text_table
@@ -35,7 +36,9 @@ __all__ = [
     "Digit",
     "Inverse",
     "LayoutError",
+    "Piece",
     "RegisterLayout",
+    "Route",
     "SharedLayout",
     "Swizzle",
     "Term",
@@ -46,6 +49,7 @@ __all__ = [
     "column_major",
     "column_spatial",
     "concat",
+    "conversion_scope",
     "identity",
     "local",
     "local_replicated",
@@ -53,6 +57,7 @@ __all__ = [
     "parse_layout",
     "parse_shared_layout",
     "replicated",
+    "route",
     "row_major",
     "slot_map",
     "spatial",

@@ -248,7 +248,7 @@ def logic_of_three(site: Site) -> Step:
 
 @instruction("bfe")
 def bit_field_extract(site: Site) -> Step:
-    """bfe.type d, a, pos, len with the sign bit clamped to the most significant bit, as the ISA's pseudo code has it."""
+    """bfe.type d, a, pos, len; signed forms fill up with the last bit of the field, at most the top bit of a."""
     site.allow()
     site.expect_operands(4)
     type_name = site.type()
@@ -259,15 +259,13 @@ def bit_field_extract(site: Site) -> Step:
     def function(a: Array, position: Array, length: Array) -> Array:
         pos, count = position & np.uint32(255), length & np.uint32(255)
         bits = a.astype(unsigned)
-        field = shifted(bits, pos, left=False)
-        keep = ~shifted(np.asarray(~unsigned.type(0)), count, left=True)
-        field = field & keep
+        present = np.minimum(count, np.uint32(top + 1) - np.minimum(pos, np.uint32(top + 1)))
+        keep = ~shifted(np.asarray(~unsigned.type(0)), present, left=True)
+        field = shifted(bits, pos, left=False) & keep
         if dtype.kind == "i":
-            last = np.minimum(pos + count - np.uint32(1), np.uint32(top))
-            negative = (bits >> last.astype(unsigned)) & unsigned.type(1) != 0
-            field = np.where(negative & (count != 0), field | ~keep, field)
-            beyond = (pos > top) & (count != 0)
-            field = np.where(beyond & negative, ~unsigned.type(0), field)
+            last = np.minimum(pos + count - np.uint32(1), np.uint32(top)).astype(unsigned)
+            negative = (bits >> last & unsigned.type(1) != 0) & (count != 0)
+            field = np.where(negative, field | ~keep, field)
         return field.astype(dtype)
 
     return site.elementwise(

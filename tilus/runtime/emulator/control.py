@@ -116,12 +116,12 @@ def _barrier(site: Site, barriers: Barriers) -> Terminator:
 
 def _reduction(site: Site, result: Operand, vote: Operand) -> Callable[[Lanes], None]:
     """What bar.red does with the votes of all lanes that a barrier releases in one block."""
-    votes = site.source(vote, "pred")
+    votes = site.predicate(vote)
     kind = site.one_of("popc", "and", "or")
     out = site.target(result, "u32" if kind == "popc" else "pred")
 
     def reduce(released: Lanes) -> None:
-        ballot = votes[released]
+        ballot = votes()[released]
         out[released] = ballot.sum() if kind == "popc" else ballot.all() if kind == "and" else ballot.any()
 
     return reduce

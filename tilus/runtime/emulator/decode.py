@@ -114,11 +114,16 @@ class Site:
                 return np.asarray(address).astype(DTYPES[type_name])
             case Imm() | FloatImm():
                 return self._constant(operand, type_name)
-            case Guard(reg, negated):
-                row = self.row(reg)
-                return ~row if negated else row
             case _:
                 raise self.fault(f"operand {operand} cannot be read as .{type_name}")
+
+    def predicate(self, operand: Operand) -> Callable[[], Array]:
+        """A predicate operand, negated or not, as a function of the moment."""
+        if isinstance(operand, Guard) and operand.negated:
+            row = self.row(operand.reg)
+            return lambda: ~row
+        values = self.source(operand.reg if isinstance(operand, Guard) else operand, "pred")
+        return lambda: values
 
     def target(self, operand: Operand | int, type_name: str) -> Array:
         """A destination register as a writable view of the type; its width must match."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 from tilus.ptx.module import Address, Instr, Operand, Reg, Special, Symbol, Vector
 from tilus.runtime.emulator.decode import DTYPES, Array, Mask, Site, Step, instruction
+from tilus.runtime.emulator.errors import RaceError
 from tilus.runtime.emulator.machine import SHARED_WINDOW
 from tilus.runtime.emulator.memory_space import MemorySpace
 
@@ -245,14 +247,21 @@ def write_checked(
     lost = data[index] != values
     if lost.any():
         row, column = np.argwhere(lost)[0]
-        space = machine.shared if shared else machine.memory
-        address = space.base + int(index[row, column] << shift) % space.nbytes
-        raise machine.fault(
-            site.pc,
-            f"race: threads store different values to address {address:#x} in one instruction\n  {space.describe(address)}",
-            int(lanes[row]),
-            hint="which value stays is not defined",
-        )
+        _fail_torn_store(site, shared, int(index[row, column] << shift), lanes[index[:, column] == index[row, column]])
+
+
+def _fail_torn_store(site: Site, shared: bool, place: int, lanes: Lanes) -> NoReturn:
+    machine = site.machine
+    space = machine.shared if shared else machine.memory
+    blocks = "two blocks write" if len(set(machine.slot_of[lanes].tolist())) > 1 else "threads write"
+    raise machine.fault(
+        site.pc,
+        f"race: {blocks} different values to one address in one instruction\n"
+        f"  {space.describe(space.base + place % space.nbytes)}",
+        int(lanes[0]),
+        hint="which value stays is not defined",
+        kind=RaceError,
+    )
 
 
 @instruction("prefetch", "prefetchu", "discard", "applypriority")

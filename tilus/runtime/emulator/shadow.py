@@ -163,7 +163,7 @@ class SharedShadow:
                 pc,
                 f"reads uninitialised shared memory at {self._name(int(where[row, column]))}",
                 int(lanes[row]),
-                hint="no thread of this block has stored to these bytes",
+                hint="no thread of this block has stored to these bytes yet: is a barrier missing?",
             )
 
     def _fail_in_flight(self, pc: int, where: Lanes, lanes: Lanes, verb: str) -> None:

@@ -7,7 +7,7 @@ and atomic updates happen in that order.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -104,14 +104,78 @@ def _range(value: Scalar, mask: Mask) -> tuple[int, int, Scalar]:
     return int(array.min()), int(array.max()), array
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A tile in parts of the blocks along one block axis: the blocks inside of the view, and single ones at its edges.
+
+    parts: (first, count, tile) of consecutive blocks. separate: whether no two parts share an element.
+    """
+
+    axis: int
+    parts: list[tuple[int, int, Tile]]
+    separate: bool
+
+
+MAX_EDGE_BLOCKS = 4
+
+
+def _cut(tile: Tile) -> Cut | None:
+    """Cut a checked tile that leaves its view in a few blocks at the ends of a block axis; None where that is not so."""
+    places = (tile.view.base, *tile.offsets)
+    if not tile.checked or tile.mask is not True or any(isinstance(place, np.ndarray) for place in places):
+        return None
+    for dim, offset in enumerate(tile.offsets):
+        bound = tile.view.shape[dim]
+        span = sum(size - 1 for size, d in zip(tile.shape, tile.dims, strict=True) if d == dim)
+        if not isinstance(offset, Affine) or type(bound) is not int or sum(map(bool, offset.steps)) != 1:
+            continue
+        axis = next(a for a in range(3) if offset.steps[a])
+        step, extent = offset.steps[axis], offset.extents[axis]
+        inside = [i for i in range(extent) if 0 <= offset.base + step * i < bound - span]
+        if not extent - MAX_EDGE_BLOCKS <= len(inside) < extent:
+            continue
+        ranges = [(i, 1) for i in range(extent) if i not in inside] + ([(inside[0], len(inside))] if inside else [])
+        parts = [(first, count, _part(tile, axis, first, count)) for first, count in sorted(ranges)]
+        return Cut(axis, parts, abs(step) > span and distinct(tile.view.shape, tile.view.strides))
+    return None
+
+
+def _part(tile: Tile, axis: int, first: int, count: int) -> Tile:
+    """The tile in blocks `first` to `first + count` along a block axis."""
+
+    def part(place: int | Affine) -> int | Affine:
+        return place.part(axis, first, count) if isinstance(place, Affine) else place
+
+    view = replace(tile.view, base=part(tile.view.base))
+    return replace(tile, view=view, offsets=tuple(part(offset) for offset in tile.offsets))
+
+
+def _read_parts(tile: Tile, cut: Cut) -> Array:
+    values = [(first, count, read(part)) for first, count, part in cut.parts]
+    sizes = [max(value.shape[axis] for _, _, value in values) for axis in range(3)]
+    sizes[cut.axis] = sum(count for _, count, _ in values)
+    whole = np.empty((*sizes, *tile.shape), tile.view.buffer.dtype.compute)
+    for first, count, value in values:
+        whole[_blocks(cut.axis, first, count)] = value
+    return whole
+
+
+def _blocks(axis: int, first: int, count: int) -> tuple[slice, ...]:
+    """The index of `count` blocks along a block axis."""
+    return (slice(None),) * axis + (slice(first, first + count),)
+
+
 def read(tile: Tile) -> Array:
     """Values [gx, gy, gz, *shape] (block axes of size 1 where uniform).
 
     Elements outside of the view are zero; those of inactive blocks are anything.
     """
     window = find_window(tile)
-    values = None if window is None else _read_window(tile, window)
-    return _read_elements(tile) if values is None else values
+    if window is not None:
+        values = _read_window(tile, window)
+        return _read_elements(tile) if values is None else values
+    cut = _cut(tile)
+    return _read_elements(tile) if cut is None else _read_parts(tile, cut)
 
 
 def _read_window(tile: Tile, window: Window) -> Array | None:
@@ -199,9 +263,15 @@ def _refuse(tile: Tile, what: str, dim: int | None, position: Array, bound: Arra
 
 def write(tile: Tile, values: Array) -> None:
     """Write values [gx, gy, gz, *shape] (block axes of size 1 where uniform); nothing outside or in inactive blocks."""
-    window = find_window(tile) if tile.mask is True else None
-    if window is not None and _write_window(tile, window, values):
-        return
+    if tile.mask is True:
+        window = find_window(tile)
+        if window is not None and _write_window(tile, window, values):
+            return
+        cut = _cut(tile) if window is None else None
+        if cut is not None and cut.separate:
+            for first, count, part in cut.parts:
+                write(part, values[_blocks(cut.axis, first, count)] if values.shape[cut.axis] > 1 else values)
+            return
     indices, wanted = _elements(tile, "store")
     indices, wanted, values = np.broadcast_arrays(indices, wanted, values)
     tile.view.buffer.write(indices[wanted], values[wanted])

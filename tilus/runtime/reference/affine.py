@@ -56,6 +56,14 @@ class Affine:
                 low += step * (extent - 1)
         return low, high
 
+    def part(self, axis: int, first: int, extent: int) -> int | Affine:
+        """The values in blocks `first` to `first + extent` along an axis."""
+        steps, extents = list(self.steps), list(self.extents)
+        base = self.base + steps[axis] * first
+        extents[axis] = extent
+        steps[axis] = steps[axis] if extent > 1 else 0
+        return _affine(base, (steps[0], steps[1], steps[2]), (extents[0], extents[1], extents[2]))
+
     def __add__(self, other: Scalar) -> Scalar:
         if isinstance(other, int):
             return Affine(self.base + other, self.steps, self.extents)

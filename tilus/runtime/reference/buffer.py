@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tilus.dtypes import DataType, f16, pack_bits, unpack_bits
+from tilus.dtypes import DataType, pack_bits, unpack_bits
 from tilus.runtime.reference.affine import Array
 
 IndexArray = npt.NDArray[np.intp]
@@ -26,7 +26,7 @@ class Buffer:
     frozen: nobody writes it during this launch, so that values may share its memory.
     """
 
-    __slots__ = ("dtype", "flat", "frozen", "itemsize", "size")
+    __slots__ = ("_native", "dtype", "flat", "frozen", "itemsize", "size")
 
     def __init__(self, dtype: DataType, flat: Array, size: int, *, frozen: bool) -> None:
         self.dtype = dtype
@@ -34,6 +34,7 @@ class Buffer:
         self.size = size
         self.frozen = frozen
         self.itemsize = flat.itemsize
+        self._native = dtype.numpy == dtype.compute
 
     def read_window(self, start: int, sizes: tuple[int, ...], strides: tuple[int, ...]) -> Array | None:
         """Values of the elements start + sum(index * stride); strides in elements. All must lie inside the buffer.
@@ -44,7 +45,7 @@ class Buffer:
             return self._read_packed(start, sizes, strides)
         itemsize = self.itemsize
         view = np.ndarray(sizes, self.flat.dtype, self.flat, start * itemsize, tuple(n * itemsize for n in strides))
-        if view.dtype == self.dtype.compute:
+        if self._native:
             return view if self.frozen else view.copy()
         return decode(self.dtype, view)
 
@@ -109,10 +110,8 @@ def storage_dtype(dtype: DataType) -> np.dtype[Any]:
 
 def decode(dtype: DataType, stored: Array) -> Array:
     """Values of what memory holds; `stored` has `storage_dtype(dtype)`, or codes of a packed type."""
-    if stored.dtype == dtype.compute and dtype.numpy is not None:
-        return stored
-    if dtype == f16:
-        return stored.astype(np.float32)
+    if dtype.numpy is not None:
+        return stored.astype(dtype.compute, copy=False)
     return _value_table(dtype).take(stored) if dtype.is_small else dtype.decode(stored)
 
 

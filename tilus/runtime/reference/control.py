@@ -7,34 +7,41 @@ break, continue or return are taken out of the mask, and the loop puts them back
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable
 from typing import assert_never
 
 from tilus.errors import Loc, TilusError
 from tilus.ir.stmt import Break, Continue, For, If, Inst, Return, Seq, SetScalar, Stmt, While
-from tilus.ir.visit import walk
+from tilus.ir.tensor import RegisterTensor
+from tilus.ir.visit import instructions, walk
 from tilus.runtime.reference.mask import invert, join, meet
 from tilus.runtime.reference.scalars import Compiled, compare, compile_condition, compile_scalar
 from tilus.runtime.reference.state import BlockState
 
 Runner = Callable[[BlockState], None]
+Uses = Counter[RegisterTensor]
 
 
-def compile_stmt(stmt: Stmt) -> Runner:
-    """A closure that runs `stmt` in the active blocks of a state."""
+def compile_body(body: Stmt) -> Runner:
+    """A closure that runs the body of a function in all blocks of a state."""
+    return _compile(body, _mentions(body))
+
+
+def _compile(stmt: Stmt, uses: Uses) -> Runner:
     match stmt:
         case Seq(stmts):
-            return _sequence(stmts)
+            return _sequence(stmts, uses)
         case Inst(inst, loc):
             return _located(inst.evaluate, loc)
         case SetScalar():
             return _set_scalar(stmt)
         case If():
-            return _branch(stmt)
+            return _branch(stmt, uses)
         case For():
-            return _for(stmt)
+            return _for(stmt, uses)
         case While():
-            return _while(stmt)
+            return _while(stmt, uses)
         case Break():
             return _break
         case Continue():
@@ -62,8 +69,25 @@ def _leaves(stmt: Stmt) -> bool:
     return any(isinstance(child, (Break, Continue, Return)) for child in walk(stmt))
 
 
-def _sequence(stmts: tuple[Stmt, ...]) -> Runner:
-    runners = tuple(compile_stmt(stmt) for stmt in stmts)
+def _mentions(stmt: Stmt) -> Uses:
+    """How often each immutable tile is an operand or a result in a statement."""
+    tiles = (t for s in instructions(stmt) for t in (*s.inst.register_operands, *s.inst.register_results))
+    return Counter(tile for tile in tiles if not tile.mutable)
+
+
+def _sequence(stmts: tuple[Stmt, ...], uses: Uses) -> Runner:
+    """One after the other. Tiles that nothing outside of the sequence mentions are dropped after their last use, so that
+    numpy finds their memory, still in the cache, for the next ones."""
+    runners: list[Runner] = []
+    left = _mentions(Seq(stmts))
+    local = {tile for tile, count in left.items() if count == uses[tile]}
+    for stmt in stmts:
+        runners.append(_compile(stmt, uses))
+        here = _mentions(stmt)
+        left -= here
+        dead = [tile for tile in here if tile in local and tile not in left]
+        if dead and stmt is not stmts[-1]:
+            runners.append(_drop(tuple(dead)))
     if len(runners) == 1:
         return runners[0]
 
@@ -78,6 +102,14 @@ def _sequence(stmts: tuple[Stmt, ...]) -> Runner:
                 return
 
     return run_while_active if any(map(_leaves, stmts)) else run
+
+
+def _drop(dead: tuple[RegisterTensor, ...]) -> Runner:
+    def drop(s: BlockState) -> None:
+        for tile in dead:
+            s.tiles.pop(tile, None)
+
+    return drop
 
 
 def _set_scalar(stmt: SetScalar) -> Runner:
@@ -97,8 +129,8 @@ def _return(s: BlockState) -> None:
     s.mask = False
 
 
-def _branch(stmt: If) -> Runner:
-    cond, then, orelse = compile_condition(stmt.cond), compile_stmt(stmt.then), compile_stmt(stmt.orelse)
+def _branch(stmt: If, uses: Uses) -> Runner:
+    cond, then, orelse = compile_condition(stmt.cond), _compile(stmt.then, uses), _compile(stmt.orelse, uses)
 
     def run(s: BlockState) -> None:
         chosen, mask = cond(s), s.mask
@@ -119,9 +151,9 @@ def _branch(stmt: If) -> Runner:
     return _located(run, stmt.loc)
 
 
-def _for(stmt: For) -> Runner:
+def _for(stmt: For, uses: Uses) -> Runner:
     var, start, stop, step = stmt.var, compile_scalar(stmt.start), compile_scalar(stmt.stop), stmt.step
-    body = compile_stmt(stmt.body)
+    body = _compile(stmt.body, uses)
     straight = not _leaves(stmt.body)
 
     def advance(s: BlockState) -> None:
@@ -140,8 +172,8 @@ def _for(stmt: For) -> Runner:
     return _located(run, stmt.loc)
 
 
-def _while(stmt: While) -> Runner:
-    cond, body = compile_condition(stmt.cond), compile_stmt(stmt.body)
+def _while(stmt: While, uses: Uses) -> Runner:
+    cond, body = compile_condition(stmt.cond), _compile(stmt.body, uses)
     return _located(lambda s: _loop(s, cond, body, None), stmt.loc)
 
 

@@ -21,11 +21,12 @@ from tilus.ir.visit import instructions
 from tilus.runtime.reference.access import View
 from tilus.runtime.reference.affine import Extents
 from tilus.runtime.reference.arguments import bind
-from tilus.runtime.reference.control import Runner, compile_stmt
+from tilus.runtime.reference.control import Runner, compile_body
 from tilus.runtime.reference.scalars import Compiled, compile_scalar
-from tilus.runtime.reference.state import BlockState
+from tilus.runtime.reference.state import BlockState, TileType
 
-MAX_CHUNK_NBYTES = 2 << 20
+# Tiles of this size stay in a core's second-level cache while a few instructions pass over them.
+MAX_CHUNK_NBYTES = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Program:
 
     scalars: closures of the instructions' scalar operands, by id. fixed: tensors whose place and shape are the same for
     the whole launch. written: pointers that it writes through. ordered: blocks may talk to each other, so that chunks
-    must not run side by side. tile_nbytes: the largest tile of one block.
+    must not run side by side. tiles: shape and numpy dtype of every tile. tile_nbytes: the largest tile of one block.
     """
 
     run: Runner
@@ -43,6 +44,7 @@ class Program:
     fixed: frozenset[GlobalTensor]
     written: frozenset[Var]
     ordered: bool
+    tiles: Mapping[RegisterTensor, TileType]
     tile_nbytes: int
 
 
@@ -72,7 +74,7 @@ def run_reference(
         with np.errstate(all="ignore"):  # GPUs do not trap: inf and NaN are values
             program.run(BlockState(program, binding, views, grid, *chunk))
 
-    chunks = list(_chunks(grid, max(1, max_chunk_nbytes // max(1, program.tile_nbytes))))
+    chunks = list(_chunks(grid, max(1, max_chunk_nbytes // program.tile_nbytes)))
     threads = min(len(chunks), max_threads or _cpu_count())
     if threads <= 1 or program.ordered:
         for chunk in chunks:
@@ -109,7 +111,8 @@ def _compile(fn: Function) -> Program:
     scalars: dict[int, tuple[Expr, Compiled]] = {}
     tensors: dict[GlobalTensor, None] = {}
     written: set[Var] = set()
-    ordered, tile_nbytes = False, 0
+    tiles: dict[RegisterTensor, TileType] = {}
+    ordered = False
     for statement in instructions(fn.body):
         inst = statement.inst
         for expr in inst.scalars:
@@ -119,20 +122,19 @@ def _compile(fn: Function) -> Program:
         written.update(t.base for t in stores)
         # Reading and writing in one instruction is an atomic update; packed neighbours share bytes.
         ordered = ordered or bool(stores & set(effects.reads)) or any(t.dtype.nbits < 8 for t in stores)
-        for tensor in (*inst.operands, *effects.reads, *effects.writes, *inst.register_results):
-            if isinstance(tensor, GlobalTensor):
-                tensors[tensor] = None
-            elif isinstance(tensor, RegisterTensor):
-                tile_nbytes = max(tile_nbytes, math.prod(tensor.shape) * tensor.dtype.compute.itemsize)
+        tensors.update((t, None) for t in (*inst.operands, *stores) if isinstance(t, GlobalTensor))
+        for tile in (*inst.register_operands, *inst.register_results):
+            tiles[tile] = tile.shape, tile.dtype.compute
     given = frozenset(fn.kernel_params())
     return Program(
-        run=compile_stmt(fn.body),
+        run=compile_body(fn.body),
         num_threads=fn.num_threads,
         scalars=scalars,
         fixed=frozenset(t for t in tensors if _is_fixed(t, given)),
         written=frozenset(written),
         ordered=ordered,
-        tile_nbytes=tile_nbytes,
+        tiles=tiles,
+        tile_nbytes=max((math.prod(shape) * dtype.itemsize for shape, dtype in tiles.values()), default=1),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -17,6 +17,8 @@ from tilus.runtime.reference.mask import Mask
 from tilus.runtime.reference.scalars import Compiled, compile_scalar
 from tilus.runtime.reference.shared import SharedMemory
 
+TileType = tuple[tuple[int, ...], np.dtype[Any]]
+
 
 class Compilation(Protocol):
     """What the state needs to know of the function (see `launch.Program`)."""
@@ -26,6 +28,9 @@ class Compilation(Protocol):
 
     @property
     def scalars(self) -> Mapping[int, tuple[Expr, Compiled]]: ...
+
+    @property
+    def tiles(self) -> Mapping[RegisterTensor, TileType]: ...
 
     @property
     def fixed(self) -> frozenset[GlobalTensor]: ...
@@ -75,10 +80,10 @@ class BlockState:
             ) from None
 
     def set_tile(self, tensor: RegisterTensor, value: Array) -> None:
-        if value.shape[3:] != tensor.shape or value.ndim != tensor.rank + 3 or value.dtype != tensor.dtype.compute:
+        shape, dtype = self._program.tiles[tensor]
+        if value.shape[3:] != shape or value.ndim < 3 or value.dtype != dtype:
             raise TilusError(
-                f"tile {tensor.name} got {value.dtype}{list(value.shape)}, "
-                f"expected {tensor.dtype.compute}[gx, gy, gz, *{list(tensor.shape)}]"
+                f"tile {tensor.name} got {value.dtype}{list(value.shape)}, expected {dtype}[gx, gy, gz, *{list(shape)}]"
             )
         if tensor.mutable and not isinstance(self.mask, bool) and tensor in self.tiles:
             mask = self.mask.reshape(self.mask.shape + (1,) * tensor.rank)
