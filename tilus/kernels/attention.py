@@ -69,7 +69,7 @@ def paged_attention_kernel(
         chunk = min(page_size, keys)
         for start in range(0, KV_TILE, chunk):
             token = tile * KV_TILE + start
-            page = table[min(token, max(kv_len - 1, 0)) // page_size]
+            page = table[min(token, kv_len - 1) // page_size]
             slot = 0 if page_size <= chunk else token % page_size
             count = max(0, min(kv_len - token, chunk))
             source = tilus.narrow(kv_cache[page, :, :, head], 1, slot, count)
@@ -78,7 +78,8 @@ def paged_attention_kernel(
             )
 
     for tile in range(STAGES - 1):
-        fetch(tile, tile)
+        if tile < tiles:
+            fetch(tile, tile)
         tilus.commit()
     # Of each part: scores see keys below `limit`; `key` counts them from the tile's first.
     limit = past + first + 1 + tilus.arange(rows, shape=[1, rows, 1], axis=1) // heads
@@ -89,7 +90,9 @@ def paged_attention_kernel(
     for tile in tilus.range(tiles):
         tilus.wait(STAGES - 2)
         tilus.sync()
-        fetch(tile + (STAGES - 1), (tile + (STAGES - 1)) % STAGES)
+        following = tile + (STAGES - 1)
+        if following < tiles:
+            fetch(following, following % STAGES)
         tilus.commit()
         stage = tile % STAGES
         k = tilus.load_shared(kv, [stage, 0, 0, 0, 0], [parts, head_dim, keys], dims=[1, 4, 3])
