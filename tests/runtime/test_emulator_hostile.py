@@ -98,7 +98,12 @@ def test_tracking_is_exact_to_the_byte() -> None:
     """Two warps write neighbouring bytes of one word: no race."""
     body = "mov.u32 %r2, smem;\nadd.u32 %r3, %r2, %r0;\nst.shared.u8 [%r3], %r0;\nld.shared.u8 %r6, [%r3];\n" + TO_OUT
     out = np.zeros(64, np.uint32)
-    run_body(body.replace("%r3, %r2, %r0", "%r3, %r2, %r8").replace("mov", "xor.b32 %r8, %r0, 1;\nmov"), out, threads=64, shared=64)
+    run_body(
+        body.replace("%r3, %r2, %r0", "%r3, %r2, %r8").replace("mov", "xor.b32 %r8, %r0, 1;\nmov"),
+        out,
+        threads=64,
+        shared=64,
+    )
     assert out.tolist() == list(range(64))
 
 
@@ -155,7 +160,10 @@ def test_uninitialised_registers_on_one_path() -> None:
 
 def test_a_register_set_under_a_guard_may_be_read_under_it() -> None:
     out = np.zeros(32, np.uint32)
-    run_body("setp.lt.u32 %p1, %r0, 16;\n@%p1 mov.u32 %r6, 4;\nmad.wide.u32 %d5, %r0, 4, %d0;\n@%p1 st.global.b32 [%d5], %r6;", out)
+    run_body(
+        "setp.lt.u32 %p1, %r0, 16;\n@%p1 mov.u32 %r6, 4;\nmad.wide.u32 %d5, %r0, 4, %d0;\n@%p1 st.global.b32 [%d5], %r6;",
+        out,
+    )
     assert out.tolist() == [4] * 16 + [0] * 16
 
 
@@ -168,7 +176,9 @@ def test_global_accesses_outside_of_a_buffer(offset: int) -> None:
 @pytest.mark.parametrize("offset", [-8, 56, 64, 4096])
 def test_shared_accesses_outside_of_an_array(offset: int) -> None:
     with pytest.raises(EmulatorError, match=rf"outside of every buffer(.|\n)*smem, 60 bytes, at byte {offset}"):
-        run_body(f"mov.u32 %r2, smem;\nst.shared.b64 [%r2+{offset}], %d0;", np.zeros(1, np.uint32), shared=60, threads=1)
+        run_body(
+            f"mov.u32 %r2, smem;\nst.shared.b64 [%r2+{offset}], %d0;", np.zeros(1, np.uint32), shared=60, threads=1
+        )
 
 
 def test_launch_sized_shared_memory_has_the_size_of_the_launch() -> None:
@@ -180,7 +190,9 @@ def test_launch_sized_shared_memory_has_the_size_of_the_launch() -> None:
 
 @pytest.mark.parametrize(("access", "nbytes"), [("b16", 2), ("b32", 4), ("b64", 8), ("v2.b32", 8), ("v4.b32", 16)])
 def test_misaligned_accesses(access: str, nbytes: int) -> None:
-    registers = {"b16": "%h1", "b32": "%r1", "b64": "%d5", "v2.b32": "{%r1, %r2}", "v4.b32": "{%r1, %r2, %r3, %r4}"}[access]
+    registers = {"b16": "%h1", "b32": "%r1", "b64": "%d5", "v2.b32": "{%r1, %r2}", "v4.b32": "{%r1, %r2, %r3, %r4}"}[
+        access
+    ]
     for offset in (nbytes, 2 * nbytes):
         run_body(f"ld.global.{access} {registers}, [%d0+{offset}];", np.zeros(32, np.uint32))
     with pytest.raises(EmulatorError, match=f"misaligned access .not a multiple of {nbytes}"):

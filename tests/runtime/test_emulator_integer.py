@@ -21,7 +21,21 @@ def dtype_of(name: str) -> np.dtype[Any]:
 def corner_values(name: str) -> list[int]:
     """Values of a type at which arithmetic wraps or signs change, and a few others."""
     nbits = int(name[1:])
-    raw = [0, 1, 2, 3, 5, 7, 100, 12345, (1 << nbits - 1) - 1, 1 << nbits - 1, (1 << nbits) - 1, (1 << nbits) - 7, 0x9E37]
+    raw = [
+        0,
+        1,
+        2,
+        3,
+        5,
+        7,
+        100,
+        12345,
+        (1 << nbits - 1) - 1,
+        1 << nbits - 1,
+        (1 << nbits) - 1,
+        (1 << nbits) - 7,
+        0x9E37,
+    ]
     return [wrap(value, name) for value in dict.fromkeys(raw)]
 
 
@@ -227,7 +241,8 @@ def test_dp4a_signs() -> None:
         result = np.int32 if "s" in (left, right) else np.uint32
         got = apply(f"dp4a.{left}32.{right}32 {{d}}, {{0}}, {{1}}, {{2}}", result, a, b, c)
         x, y = (
-            v.view(np.int8 if sign == "s" else np.uint8).reshape(-1, 4).astype(object) for v, sign in ((a, left), (b, right))
+            v.view(np.int8 if sign == "s" else np.uint8).reshape(-1, 4).astype(object)
+            for v, sign in ((a, left), (b, right))
         )
         want = [wrap(int(c[i]) + sum(x[i] * y[i]), "s32" if result is np.int32 else "u32") for i in range(64)]
         assert got.tolist() == want

@@ -17,7 +17,8 @@ def only(stats: dict[int, AccessStats]) -> AccessStats:
 
 
 @pytest.mark.parametrize(
-    ("words", "wavefronts"), [(1, 1), (2, 2), (4, 4), (3, 1), (32, 32), (33, 1), (16, 16), (8, 8), (0, 1), (5, 1), (6, 2)]
+    ("words", "wavefronts"),
+    [(1, 1), (2, 2), (4, 4), (3, 1), (32, 32), (33, 1), (16, 16), (8, 8), (0, 1), (5, 1), (6, 2)],
 )
 def test_word_stores_with_a_stride(words: int, wavefronts: int) -> None:
     """Lanes a stride of s words apart meet gcd(s, 32) times in a bank; a stride of zero is a broadcast."""
@@ -43,7 +44,9 @@ def test_ldmatrix_counts_a_phase_of_eight_rows_per_matrix(row_nbytes: int, wavef
     assert (site.transactions, site.ideal) == (wavefronts, 4)
 
 
-@pytest.mark.parametrize(("stride", "load", "sectors"), [(4, "b32", 4), (8, "b32", 8), (32, "b32", 32), (0, "b32", 1), (16, "v4.b32", 16)])
+@pytest.mark.parametrize(
+    ("stride", "load", "sectors"), [(4, "b32", 4), (8, "b32", 8), (32, "b32", 32), (0, "b32", 1), (16, "v4.b32", 16)]
+)
 def test_global_sectors(stride: int, load: str, sectors: int) -> None:
     target = "%r10" if load == "b32" else "{%r10, %r11, %r12, %r13}"
     body = f"mad.wide.u32 %d5, %r0, {stride}, %d0;\nld.global.{load} {target}, [%d5];"

@@ -56,7 +56,7 @@ def _matrix_count(site: Site) -> int:
 
 @instruction("ldmatrix")
 def load_matrices(site: Site) -> Step:
-    """Lane l of register m gets elements 2l%8.. of row l/4 of matrix m; row r of it is at the address of lane 8m + r."""
+    """Register m of lane l gets two elements of row l/4 of matrix m, whose row r is at the address of lane 8m + r."""
     site.allow("sync", "aligned", "m8n8", "x1", "x2", "x4", "trans", "shared", "shared::cta")
     if "m8n8" not in site.words or site.type() != "b16":
         raise site.unsupported("a matrix shape other than .m8n8.b16")

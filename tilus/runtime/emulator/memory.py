@@ -18,9 +18,9 @@ from tilus.runtime.emulator.memory_space import MemorySpace
 Lanes = npt.NDArray[np.int64]
 SPACES = ("global", "shared", "shared::cta", "param", "const", "local")
 _HINTS = (
-    "ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc", "weak", "volatile", "relaxed", "acquire", "release", "cta", "cluster",
-    "gpu", "sys", "v2", "v4", "v8", "L1::evict_normal", "L1::evict_unchanged", "L1::evict_first", "L1::evict_last",
-    "L1::no_allocate", "L2::evict_first", "L2::evict_last", "L2::evict_normal", "L2::64B", "L2::128B", "L2::256B",
+    "ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc", "weak", "volatile", "relaxed", "acquire", "release", "cta",
+    "cluster", "gpu", "sys", "v2", "v4", "v8", "L1::evict_normal", "L1::evict_unchanged", "L1::evict_first",
+    "L1::evict_last", "L1::no_allocate", "L2::evict_first", "L2::evict_last", "L2::evict_normal", "L2::64B", "L2::128B", "L2::256B",
     "L2::cache_hint",
 )  # fmt: skip
 _STRONG = ("volatile", "relaxed", "acquire", "release")
@@ -277,7 +277,7 @@ def fence(site: Site) -> Step:
     """Fences order this thread's accesses, which here happen in order anyway; they let a block acquire."""
     site.allow(
         "cta", "gl", "sys", "gpu", "cluster", "sc", "acq_rel", "acquire", "release", "proxy", "async", "async::generic",
-        "async::shared::cta", "async::global", "shared::cta", "alias", "mbarrier_init", "sync_restrict::shared::cta::cluster",
+        "async::shared::cta", "async::global", "shared::cta", "alias", "mbarrier_init",
     )  # fmt: skip
     machine = site.machine
     return lambda mask: machine.global_shadow.acquire(site.lanes(mask))

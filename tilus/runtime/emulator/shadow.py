@@ -280,7 +280,8 @@ class GlobalShadow:
         other = int(self.block[place]) - 1
         raise machine.fault(
             pc,
-            f"race: two blocks write different values to one address: {memory.describe(memory.base + int(offsets[row]))}"
+            f"race: two blocks write different values to one address:"
+            f" {memory.describe(memory.base + int(offsets[row]))}"
             f"\n  first written by block ({other % x}, {other // x % y}, {other // (x * y)})"
             f" at {machine.site_text(int(self.stamp[place]) & _PC_MASK)}\n  then by:",
             int(lanes[row]),
