@@ -382,8 +382,15 @@ def test_float_to_integer_rounds_and_clamps(mode: str, law: Callable[[float], in
     assert got.tolist() == [expect(float(v)) for v in single]
 
 
-@pytest.mark.parametrize("source", ["s8", "u8", "s16", "u16", "s32", "u32", "s64", "u64"])
-@pytest.mark.parametrize("target", ["f16", "bf16", "f32"])
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        (source, target)
+        for source in ("s8", "u8", "s16", "u16", "s32", "u32", "s64", "u64")
+        for target in ("f16", "bf16", "f32")
+        if target != "bf16" or source[1:] != "8"  # PTX has no conversion from 8-bit integers to bf16
+    ],
+)
 def test_integer_to_float_rounds_once(source: str, target: str) -> None:
     nbits = int(source[1:])
     rng = np.random.default_rng(9)

@@ -303,6 +303,8 @@ def test_what_is_not_modelled_is_refused_by_name() -> None:
         run_body("frobnicate.b32 %r1, %r0;", np.zeros(1, np.uint32))
     with pytest.raises(TilusError, match=r"modifier \.cc"):
         run_body("add.cc.u32 %r1, %r0, %r0;", np.zeros(1, np.uint32))
+    with pytest.raises(TilusError, match="read it with mov first"):
+        run_body("add.u32 %r1, %r0, %tid.y;", np.zeros(1, np.uint32))
     with pytest.raises(TilusError, match="special register %globaltimer_hi"):
         run_body("mov.u32 %r1, %globaltimer_hi;", np.zeros(1, np.uint32))
 

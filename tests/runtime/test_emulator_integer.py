@@ -303,5 +303,6 @@ def test_integer_conversions_truncate_extend_or_saturate(target: str, source: st
     held = target if target[1:] != "8" else f"{target[0]}16"  # an 8-bit result is extended to its 16-bit register
     got: npt.NDArray[Any] = apply(f"cvt.{target}.{source} {{d}}, {{0}}", dtype_of(held), array)
     assert got.tolist() == [wrap(v, target) for v in values]
-    got = apply(f"cvt.sat.{target}.{source} {{d}}, {{0}}", dtype_of(held), array)
-    assert got.tolist() == [max(low, min(high, v)) for v in values]
+    if any(not low <= v <= high for v in values):  # the modifier is illegal where nothing can saturate
+        got = apply(f"cvt.sat.{target}.{source} {{d}}, {{0}}", dtype_of(held), array)
+        assert got.tolist() == [max(low, min(high, v)) for v in values]

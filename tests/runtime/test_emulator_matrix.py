@@ -190,7 +190,7 @@ def test_ldmatrix_distributes_rows(count: int, transposed: bool) -> None:
 def test_ldmatrix_ignores_the_addresses_of_other_lanes() -> None:
     """For .x1 only lanes 0 to 7 give addresses; the others may point anywhere."""
     body = FILL + "setp.lt.u32 %p1, %r0, 8;\nselp.b32 %r4, %r3, 1, %p1;\n"
-    body += "ldmatrix.sync.aligned.m8n8.x1.shared.b16 %r30, [%r4];\n"
+    body += "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r30}, [%r4];\n"
     run_body(body, np.zeros(1, np.uint32), np.zeros((32, 8), np.uint16), shared=512)
     with pytest.raises(EmulatorError, match="misaligned access .not a multiple of 16"):
         run_body(body.replace("0, 8", "0, 7"), np.zeros(1, np.uint32), np.zeros((32, 8), np.uint16), shared=512)
@@ -212,7 +212,7 @@ def test_ldmatrix_sees_races_uninitialised_bytes_and_missing_lanes() -> None:
         )
     with pytest.raises(EmulatorError, match="do not execute"):
         run_body(
-            FILL + "setp.ne.u32 %p1, %r0, 3;\n@%p1 ldmatrix.sync.aligned.m8n8.x1.shared.b16 %r30, [%r3];",
+            FILL + "setp.ne.u32 %p1, %r0, 3;\n@%p1 ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r30}, [%r3];",
             *args,
             shared=512,
         )

@@ -81,7 +81,8 @@ def test_generic_addresses_reach_both_spaces() -> None:
 def test_special_registers() -> None:
     names = ("%tid.x", "%ntid.x", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%nctaid.y", "%laneid", "%warpid", "%lanemask_lt")
     body = (
-        "mov.u32 %r1, %ctaid.z;\nmad.lo.u32 %r1, %r1, 3, %ctaid.y;\nmad.lo.u32 %r1, %r1, 2, %ctaid.x;\n"
+        "mov.u32 %r1, %ctaid.z;\nmov.u32 %r2, %ctaid.y;\nmov.u32 %r3, %ctaid.x;\nmad.lo.u32 %r1, %r1, 3, %r2;\n"
+        "mad.lo.u32 %r1, %r1, 2, %r3;\n"
         f"mad.lo.u32 %r2, %r1, 64, %r0;\nmad.wide.u32 %d5, %r2, {4 * len(names)}, %d0;\n"
     )
     for index, name in enumerate(names):

@@ -1,4 +1,4 @@
-"""The body of a PTX kernel: registers, scopes, labels, source positions and instructions (PTX ISA, chapters 4 and 5)."""
+"""The body of a PTX kernel: registers, scopes, labels, positions and instructions (PTX ISA, chapters 4 and 5)."""
 
 from __future__ import annotations
 

@@ -20,8 +20,8 @@ SPACES = ("global", "shared", "shared::cta", "param", "const", "local")
 _HINTS = (
     "ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc", "weak", "volatile", "relaxed", "acquire", "release", "cta",
     "cluster", "gpu", "sys", "v2", "v4", "v8", "L1::evict_normal", "L1::evict_unchanged", "L1::evict_first",
-    "L1::evict_last", "L1::no_allocate", "L2::evict_first", "L2::evict_last", "L2::evict_normal", "L2::64B", "L2::128B", "L2::256B",
-    "L2::cache_hint",
+    "L1::evict_last", "L1::no_allocate", "L2::evict_first", "L2::evict_last", "L2::evict_normal", "L2::64B",
+    "L2::128B", "L2::256B", "L2::cache_hint",
 )  # fmt: skip
 _STRONG = ("volatile", "relaxed", "acquire", "release")
 
