@@ -158,6 +158,13 @@ def test_uninitialised_registers_on_one_path() -> None:
         run_body(body.format(first=""), np.zeros(32, np.uint32))
 
 
+def test_uninitialised_registers_where_branches_meet() -> None:
+    body = "setp.lt.u32 %p1, %r0, 31;\n@!%p1 bra SKIP;\nmov.u32 %r6, 1;\nbra MEET;\nSKIP:\n{other}\nMEET:\n" + TO_OUT
+    run_body(body.format(other="mov.u32 %r6, 2;"), np.zeros(32, np.uint32))
+    with pytest.raises(EmulatorError, match=r"uninitialised register %r6(.|\n)*thread 31 "):
+        run_body(body.format(other=""), np.zeros(32, np.uint32))
+
+
 def test_a_register_set_under_a_guard_may_be_read_under_it() -> None:
     out = np.zeros(32, np.uint32)
     run_body(
@@ -280,7 +287,8 @@ def test_blocks_that_write_different_values_to_one_place() -> None:
         run_body(body.format("%r1"), np.zeros(1, np.uint32), threads=1, grid=(4, 1, 1), max_lanes=32)
 
 
-def test_a_block_that_has_acquired_may_overwrite() -> None:
+@pytest.mark.parametrize("seed", range(6))
+def test_a_block_that_has_acquired_may_overwrite(seed: int) -> None:
     """The last block to arrive, as told by an atomic counter, writes what another one wrote before."""
     body = (
         "mov.u32 %r1, %ctaid.x;\n{plain}atom.acq_rel.gpu.global.add.u32 %r2, [%d0], 1;\nsetp.eq.u32 %p1, %r2, 3;\n"
@@ -288,8 +296,15 @@ def test_a_block_that_has_acquired_may_overwrite() -> None:
     )
     first = "setp.eq.u32 %p2, %r1, 2;\n@%p2 st.global.b32 [%d0+4], 5;\n"
     out = np.zeros(2, np.uint32)
-    run_body(body.format(plain=first), out, threads=1, grid=(4, 1, 1))
+    run_body(body.format(plain=first), out, threads=1, grid=(4, 1, 1), seed=seed)
     assert out.tolist() == [4, 99]
+
+
+def test_an_acquire_before_the_other_write_does_not_order_it() -> None:
+    body = "red.relaxed.gpu.global.add.u32 [%d0], 1;\nmov.u32 %r1, %ctaid.x;\nst.global.b32 [%d0+4], %r1;\n"
+    for lanes in (8192, 32):  # together, and one block after the other
+        with pytest.raises(RaceError, match="two blocks write different values"):
+            run_body(body, np.zeros(2, np.uint32), threads=1, grid=(2, 1, 1), max_lanes=lanes)
 
 
 def test_register_width_mistakes() -> None:

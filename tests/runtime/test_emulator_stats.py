@@ -35,6 +35,16 @@ def test_contiguous_vectors_run_in_phases_without_conflicts(vector: str, nbytes:
     assert (site.accesses, site.transactions, site.conflicts) == (2, 2 * nbytes // 4, 0)
 
 
+def test_phases_do_not_share_wavefronts() -> None:
+    """Each half warp meets 16 times in a bank pair of its own: 16 + 16 wavefronts."""
+    body = (
+        "and.b32 %r1, %r0, 15;\nshl.b32 %r1, %r1, 7;\nshr.u32 %r4, %r0, 4;\nmad.lo.u32 %r1, %r4, 8, %r1;\n"
+        "mov.u32 %r2, smem;\nadd.u32 %r3, %r2, %r1;\nst.shared.v2.b32 [%r3], {1, 1};"
+    )
+    site = only(run_body(body, np.zeros(1, np.uint32), shared=2048, profile=True).stats.shared)
+    assert (site.transactions, site.ideal) == (32, 2)
+
+
 @pytest.mark.parametrize(("row_nbytes", "wavefronts"), [(16, 4), (128, 32), (144, 4), (64, 16), (80, 4), (32, 8)])
 def test_ldmatrix_counts_a_phase_of_eight_rows_per_matrix(row_nbytes: int, wavefronts: int) -> None:
     fill = BASE.format(stride=row_nbytes) + "st.shared.v4.b32 [%r3], {0, 0, 0, 0};\nbar.sync 0;\n"

@@ -264,7 +264,7 @@ class GlobalShadow:
         slots = self.machine.slot_of[lanes]
         block = (self.machine.block_ids[slots] + 1).astype(np.int32)[:, None]
         before = self.block[where]
-        foreign = (before != 0) & (before != block) & (self.stamp[where] >> 20 > self.acquired[slots][:, None])
+        foreign = (before != 0) & (before != block) & (self.stamp[where] >> 20 >= self.acquired[slots][:, None])
         if foreign.any():
             old = self.machine.memory.data[offsets[:, None] + np.arange(nbytes)]
             foreign &= (old != new).reshape(len(offsets), count, -1).any(axis=2)
