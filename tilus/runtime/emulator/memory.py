@@ -150,7 +150,7 @@ def load(site: Site) -> Step:
     access = Access(site, site.operands[1], space, size * count)
     shift = size.bit_length() - 1
     machine, pc, strong = site.machine, site.pc, site.one_of(*_STRONG) is not None
-    acquire = site.one_of("acquire", "volatile", "relaxed") is not None
+    acquire = site.has("acquire")
 
     def step(mask: Mask) -> None:
         for shared, lanes, where in access.split(site.lanes(mask)):

@@ -238,7 +238,7 @@ class SharedShadow:
 class GlobalShadow:
     """Last plain writer block of every granule of global memory: two blocks must not write different values.
 
-    A block that has acquired (an atomic, a fence or an acquiring load) since the other one's write may overwrite it.
+    A block that has acquired (a fence, an acquiring load or atomic) since the other one's write may overwrite it.
     """
 
     def __init__(self, machine: Machine, granule: int) -> None:
