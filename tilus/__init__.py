@@ -34,13 +34,18 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(_OWNER[name]), name)
     elif name == "range":
         value = importlib.import_module("tilus.lang.builtins").range_
+    elif name in (dtypes := importlib.import_module("tilus.dtypes").DTYPES):
+        value = dtypes[name]
+    elif name in (functions := _functions()):
+        value = functions[name]
     else:
-        value = _dtype_or_function(name)
+        raise AttributeError(f"module 'tilus' has no attribute {name!r}")
     globals()[name] = value
     return value
 
 
-def _dtype_or_function(name: str) -> Any:
+def _functions() -> dict[str, Any]:
+    """The user-level functions of all instructions."""
     import importlib
 
     from tilus.dtypes import DTYPES

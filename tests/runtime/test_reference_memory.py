@@ -350,3 +350,12 @@ def test_gathered_rows(rows: int, columns: int, data: st.DataObject) -> None:
     found = np.zeros((6, columns), np.float16)
     run_reference(function(guard, params=(index, mem, out)), {"index": table, "pool": pool, "out": found}, (6, 1, 1))
     np.testing.assert_array_equal(found, np.vstack([pool[table], np.zeros((6 - table.size, columns))]))
+
+
+def test_masked_blocks_need_not_have_written() -> None:
+    """Block 1 neither stores nor loads; the other blocks read what they wrote."""
+    shared, t, grid, seen = SharedTensor(f32, (2,)), RegisterTensor(f32, (2,)), (3, 1, 1), []
+    store = Store(shared, t, (const(0),), (0,))
+    others = Seq(tuple(map(Inst, (store, Load(t, shared, (const(0),), (0,)), Probe(t, grid, seen)))))
+    run_reference(function(Fill(t, const(1.5)), If(binary("!=", X, 1), others, EMPTY)), {}, grid)
+    assert seen[0][[0, 2]].ravel().tolist() == [1.5] * 4

@@ -19,6 +19,7 @@ from tilus.ir.expr import cast as cast_expr
 from tilus.ir.ranges import bounds, divisor
 from tilus.ir.stmt import SetScalar
 from tilus.ir.tensor import GlobalTensor, RegisterTensor, SharedView
+from tilus.lang.operators import as_number
 from tilus.lang.values import RuntimeRange, Value, describe, is_scalar
 
 Slot = Var | RegisterTensor
@@ -146,7 +147,7 @@ class Storage:
 
     def _scalar(self, slot: Var, value: Value, name: str) -> Expr:
         if is_scalar(value):
-            expr = as_expr(value)
+            expr = as_number(as_expr(value)) if slot.dtype.is_integer else as_expr(value)
             if expr.dtype == slot.dtype or (isinstance(expr, Const) and _fits(expr.value, slot.dtype)):
                 return cast_expr(expr, slot.dtype)
         raise TilusError(

@@ -98,7 +98,7 @@ class _Parser:
         self.at = 0
         self.newlines = [match.start() for match in re.finditer("\n", text)]
         self._split()
-        self.files: dict[int, str] = {}
+        self.files = self._files()
         self.target: Target | None = None
         self.version = (7, 0)
         self.module_shared: dict[str, SharedArray] = {}
@@ -123,6 +123,12 @@ class _Parser:
         self.kinds.append("end")
         self.words.append("end of text")
         self.starts.append(len(text))
+
+    def _files(self) -> dict[int, str]:
+        """The names of all `.file` directives: other compilers put them at the end of the text."""
+        kinds, words = self.kinds, self.words
+        places = [at for at, word in enumerate(words) if word == ".file" and kinds[at + 1 : at + 3] == ["int", "string"]]
+        return {int(words[at + 1]): words[at + 2].strip('"') for at in places}
 
     # Cursor.
     def line(self) -> int:
@@ -190,11 +196,10 @@ class _Parser:
                 self.target = self.read_target()
             case ".address_size":
                 if (nbits := self.integer()) != 64:
+                    self.at -= 1
                     raise self.error(f"address size {nbits}, expected 64")
             case ".file":
-                line, index = self.line(), self.integer()
-                self.files[index] = self.next().strip('"')
-                self.skip_line(line)
+                self.skip_line(self.line())
             case ".visible" | ".weak" | ".extern":
                 pass
             case ".shared":
@@ -328,10 +333,10 @@ class _Body:
         depth, at, words = 1, self.p.at, self.p.words
         while depth and self.p.kinds[at] != "end":
             depth += (words[at] == "{") - (words[at] == "}")
-            if words[at] == ".reg" and words[at + 3] == "<":
+            if words[at] == ".reg" and words[at + 3 : at + 4] == ["<"]:
                 cls = by_prefix.get(words[at + 2])
                 if cls is not None and _class_of(words[at + 1]) is cls:
-                    counts[cls] = max(counts[cls], int(words[at + 4]))
+                    counts[cls] = max(counts[cls], int(words[at + 4], 0) if self.p.kinds[at + 4] == "int" else 0)
             at += 1
         return counts
 

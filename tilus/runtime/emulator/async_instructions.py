@@ -31,8 +31,15 @@ def copy(site: Site) -> Step:
         else:
             source_nbytes = site.source(operand, "u32")
 
+    whole = Access(site, site.operands[1], "global", nbytes)
+    fixed = source_nbytes.ndim == 0 and ignore.ndim == 0 and int(source_nbytes) == nbytes
+
     def step(mask: Mask) -> None:
         lanes = site.lanes(mask)
+        if fixed:
+            where = target.split(lanes)[0][2]
+            machine.async_copies.issue(pc, lanes, where, whole.split(lanes)[0][2], np.full(len(lanes), nbytes), nbytes)
+            return
         count = np.broadcast_to(source_nbytes, machine.lanes)[lanes].astype(np.int64)
         if (count > nbytes).any():
             index = int(np.flatnonzero(count > nbytes)[0])

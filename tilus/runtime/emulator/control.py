@@ -8,7 +8,16 @@ import numpy as np
 import numpy.typing as npt
 
 from tilus.ptx.module import LabelRef, Operand
-from tilus.runtime.emulator.decode import Array, Mask, Site, Step, guard_row, initialisation_check, instruction
+from tilus.runtime.emulator.decode import (
+    Array,
+    Mask,
+    Site,
+    Step,
+    guard_row,
+    initialisation_check,
+    instruction,
+    mark_initialised,
+)  # fmt: skip
 from tilus.runtime.emulator.machine import WARP, Machine
 
 Lanes = npt.NDArray[np.bool_]
@@ -119,8 +128,11 @@ def _reduction(site: Site, result: Operand, vote: Operand) -> Callable[[Lanes], 
     votes = site.predicate(vote)
     kind = site.one_of("popc", "and", "or")
     out = site.target(result, "u32" if kind == "popc" else "pred")
+    mark = mark_initialised(site)
 
     def reduce(released: Lanes) -> None:
+        if mark is not None:
+            mark(released)
         ballot = votes()[released]
         out[released] = ballot.sum() if kind == "popc" else ballot.all() if kind == "and" else ballot.any()
 
@@ -150,7 +162,7 @@ class Barriers:
         self._refresh()
 
     def by_slot(self, mask: Lanes) -> npt.NDArray[np.int64]:
-        return np.count_nonzero(mask.reshape(self.machine.slots, -1), axis=1)
+        return np.add.reduce(mask.reshape(self.machine.slots, -1), axis=1, dtype=np.int64)
 
     def arrive(
         self,
@@ -163,7 +175,7 @@ class Barriers:
         reduction: Callable[[Lanes], None] | None,
     ) -> Successors:
         onward: Successors = []
-        for barrier in np.unique(ids if ids.ndim == 0 else ids[mask]).tolist():
+        for barrier in [int(ids)] if ids.ndim == 0 else np.unique(ids[mask]).tolist():
             if barrier >= 16:
                 raise site.fault(f"barrier {barrier}, expected 0 to 15", int(np.flatnonzero(mask)[0]))
             lanes = mask if ids.ndim == 0 else mask & (ids == barrier)
@@ -218,7 +230,8 @@ class Barriers:
         self.arrived[barrier, full] = 0
         self.arrived_warps[barrier, full] = False
         self.expected[barrier, full] = 0
-        self.released += [(int(pc), lanes & (self.resume == pc)) for pc in np.unique(self.resume[lanes])]
+        pcs = set(self.resume[lanes].tolist())
+        self.released += [(pc, lanes & (self.resume == pc) if len(pcs) > 1 else lanes) for pc in sorted(pcs)]
 
     def leave(self, mask: Lanes) -> Successors:
         """Threads exit: barriers that wait for all live threads may complete."""

@@ -17,6 +17,7 @@ from tilus.errors import TilusError
 from tilus.ptx.module import FloatImm, Guard, Imm, Operand, Reg, Special, Symbol
 from tilus.runtime.emulator.errors import EmulatorError
 from tilus.runtime.emulator.machine import WARP, Array, Machine
+from tilus.runtime.emulator.program import written
 
 Mask = npt.NDArray[np.bool_] | None
 """Lanes that execute; None means all lanes of the machine."""
@@ -322,22 +323,32 @@ def initialisation_check(site: Site, *, guard_only: bool = False) -> Step | None
     return check
 
 
-def _with_initialisation(site: Site, step: Step) -> Step:
-    from tilus.runtime.emulator.program import written
-
-    check = initialisation_check(site)
+def mark_initialised(site: Site) -> Step | None:
+    """A step that notes that the executing lanes have written the result; None when no read depends on it."""
     flags = [site.machine.initialised[reg] for reg in written(site.instr) if reg in site.machine.initialised]
-    if check is None and not flags:
+    if not flags:
+        return None
+
+    def mark(mask: Mask) -> None:
+        for flag in flags:
+            if mask is None:
+                flag[:] = True
+            else:
+                flag |= mask
+
+    return mark
+
+
+def _with_initialisation(site: Site, step: Step) -> Step:
+    check, mark = initialisation_check(site), mark_initialised(site)
+    if check is None and mark is None:
         return step
 
     def checked(mask: Mask) -> None:
         if check is not None:
             check(mask)
         step(mask)
-        for flag in flags:
-            if mask is None:
-                flag[:] = True
-            else:
-                flag |= mask
+        if mark is not None:
+            mark(mask)
 
     return checked

@@ -104,11 +104,17 @@ def _arithmetic(site: Site) -> Step:
         return _apply(site, {"add": np.add, "sub": np.subtract, "mul": np.multiply}[name], 2)
     if fused:
         return _apply(site, lambda a, b, c: narrow(_fused(a, b, c, type_name), type_name, mode), 3)
+    if type_name.startswith("f16") and mode == "rn":  # float32 holds more than twice the bits: rounding twice is innocuous
+        short: Function = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[name]
+        return _apply(site, lambda a, b: f64_to_f16(short(a.astype(np.float32), b.astype(np.float32))), 2)
     exact = {"add": add_to_odd, "sub": lambda a, b: add_to_odd(a, -b), "mul": np.multiply}[name]
     return _apply(site, lambda a, b: narrow(exact(widen(a, type_name), widen(b, type_name)), type_name, mode), 2)
 
 
 def _fused(a: Array, b: Array, c: Array, type_name: str) -> Array:
+    """a * b + c, exact as far as one rounding to the type can see."""
+    if type_name.startswith("f16"):  # no float16 tie lies within what float64 loses: exponents span 2^-48 to 2^32
+        return widen(a, type_name) * widen(b, type_name) + widen(c, type_name)
     return fma_to_odd(widen(a, type_name), widen(b, type_name), widen(c, type_name))
 
 

@@ -102,7 +102,10 @@ class Access:
         if outside.any():
             index = int(np.flatnonzero(outside)[0])
             self._fail(space, int(addresses[index]), int(lanes[index]), "access outside of every buffer")
-        return offsets + self.site.machine.shared_origin[lanes] if shared else offsets
+        machine = self.site.machine
+        if machine.profile is not None and len(lanes):
+            machine.profile.add(self.site.pc, offsets, self.nbytes, lanes, shared=shared)
+        return offsets + machine.shared_origin[lanes] if shared else offsets
 
     def _fail(self, space: MemorySpace, address: int, lane: int, what: str) -> None:
         raise self.site.fault(
