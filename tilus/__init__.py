@@ -46,16 +46,9 @@ def __getattr__(name: str) -> Any:
 
 def _functions() -> dict[str, Any]:
     """The user-level functions of all instructions."""
-    import importlib
+    from tilus.instructions import BUILTINS
 
-    from tilus.dtypes import DTYPES
-
-    if name in DTYPES:
-        return DTYPES[name]
-    builtins = importlib.import_module("tilus.instructions").BUILTINS
-    if name not in builtins:
-        raise AttributeError(f"module 'tilus' has no attribute {name!r}")
-    return builtins[name]
+    return dict(BUILTINS)
 
 
 def __dir__() -> list[str]:
