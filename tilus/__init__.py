@@ -48,14 +48,7 @@ def _functions() -> dict[str, Any]:
     """The user-level functions of all instructions."""
     import importlib
 
-    from tilus.dtypes import DTYPES
-
-    if name in DTYPES:
-        return DTYPES[name]
-    builtins = importlib.import_module("tilus.instructions").BUILTINS
-    if name not in builtins:
-        raise AttributeError(f"module 'tilus' has no attribute {name!r}")
-    return builtins[name]
+    return importlib.import_module("tilus.instructions").BUILTINS
 
 
 def __dir__() -> list[str]:
