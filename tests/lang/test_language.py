@@ -166,10 +166,13 @@ def test_a_name_keeps_the_value_it_was_given() -> None:
     def kept(x: Tensor[int32, "s"], out: Tensor[int32, "rows", 4], n: int32):
         tilus.grid(1)
         i, t = 0, tilus.zeros([4], int32)
-        for k in tilus.range(n):
-            old, scalar, row, pair = t, i + 1, out[i], (t, i)
+        for _ in tilus.range(n):
+            old = t
+            scalar = i + 1
+            row = out[i]
+            pair = (t, i)
             t += 10
-            i += 1
+            i = i + 1
             tilus.store(row, [0], old + scalar + pair[0] * pair[1])
 
     out = np.full((4, 4), -1, np.int32)
