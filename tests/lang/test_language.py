@@ -272,12 +272,14 @@ def test_views_of_global_tensors() -> None:
         tilus.store(out, [4], tilus.load(x[p, -1], [0], shape=[4]))
         tilus.store(out, [8], tilus.load(x[:, 1, p], [0], shape=[2]))
         tilus.store(out, [10], tilus.full([1], x[1, p, -2], int32))
+        tilus.store(out, [11], tilus.load(x[p, 1:9, 0], [0], shape=[4]))
+        tilus.store(out, [15], tilus.load(x[0, -1, -3:-1], [0], shape=[4]))
 
     x = np.arange(2 * 3 * 4, dtype=np.int32).reshape(2, 3, 4)
     for array in (x, np.ascontiguousarray(x.transpose(2, 0, 1)).transpose(1, 2, 0)):
-        out = np.zeros(11, np.int32)
+        out = np.zeros(19, np.int32)
         views(array, out, 1)
-        expected = [*x[1, 1], *x[1, -1], *x[:, 1, 1], x[1, 1, -2]]
+        expected = [*x[1, 1], *x[1, -1], *x[:, 1, 1], x[1, 1, -2], *x[1, 1:9, 0], 0, 0, *x[0, -1, -3:-1], 0, 0]
         assert out.tolist() == expected
 
 
