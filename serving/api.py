@@ -17,7 +17,7 @@ from fastapi import Request as HTTPRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.async_engine import AsyncEngine, Generation
 from serving.core import Request, RequestOutput
@@ -27,6 +27,7 @@ from serving.responses import ChatFormat, Choice, CompletionFormat, Format, Head
 from serving.tokenizer import Tokenizer
 
 _LOG = logging.getLogger("serving")
+_MAX_BODY_NBYTES = 16 * 2**20
 
 
 def create_app(engine: AsyncEngine, tokenizer: Tokenizer, model_name: str) -> FastAPI:
@@ -40,6 +41,7 @@ def create_app(engine: AsyncEngine, tokenizer: Tokenizer, model_name: str) -> Fa
 
     app = FastAPI(title="tilus", lifespan=lifespan)
     service = _Service(engine, tokenizer, model_name)
+    app.add_middleware(BodyLimit, max_nbytes=_MAX_BODY_NBYTES)
     app.add_exception_handler(RequestValidationError, _invalid_body)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestError, _request_error)
@@ -52,6 +54,27 @@ def create_app(engine: AsyncEngine, tokenizer: Tokenizer, model_name: str) -> Fa
     return app
 
 
+class BodyLimit:
+    """ASGI middleware: bodies beyond a size are refused while they arrive, before anything parses them."""
+
+    def __init__(self, app: ASGIApp, max_nbytes: int) -> None:
+        self._app = app
+        self._max_nbytes = max_nbytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        nbytes = 0
+
+        async def limited() -> Message:
+            nonlocal nbytes
+            message = await receive()
+            nbytes += len(message.get("body", b""))
+            if nbytes > self._max_nbytes:
+                raise HTTPException(413, f"the body has more than {self._max_nbytes} bytes")
+            return message
+
+        await self._app(scope, limited, send)
+
+
 class EventStream(StreamingResponse):
     """Server-sent events of a generation, which is given up when the client leaves, at whatever point."""
 
@@ -60,10 +83,8 @@ class EventStream(StreamingResponse):
         self._generation = generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
+        async with _abandoned_with(receive, self._generation):
             await super().__call__(scope, receive, send)
-        finally:
-            self._generation.close()
 
 
 class _Service:
@@ -111,7 +132,10 @@ class _Service:
         return JSONResponse({"status": "ok"})
 
     async def version(self) -> Json:
-        return {"version": importlib.metadata.version("tilus")}
+        try:
+            return {"version": importlib.metadata.version("tilus")}
+        except importlib.metadata.PackageNotFoundError:
+            return {"version": "unknown: running from a checkout that is not installed"}
 
     def _check(self, body: GenerationBody) -> None:
         body.check()
@@ -145,7 +169,7 @@ class _Service:
         if body.stream:
             events = _events(header, generation, choices, num_prompt, format, include_usage=body.include_usage)
             return EventStream(generation, events)
-        async with _abandoned_with(http, generation):
+        async with _abandoned_with(http.receive, generation):
             async for output in generation:
                 _raise_failure(output)
                 choices[output.request_id].extend(output)
@@ -201,11 +225,11 @@ def _raise_failure(output: RequestOutput) -> None:
 
 
 @asynccontextmanager
-async def _abandoned_with(http: HTTPRequest, generation: Generation) -> AsyncGenerator[None]:
+async def _abandoned_with(receive: Receive, generation: Generation) -> AsyncGenerator[None]:
     """Give the generation up when the client disconnects, or when the block is left before its end."""
 
     async def watch() -> None:
-        while (await http.receive())["type"] != "http.disconnect":
+        while (await receive())["type"] != "http.disconnect":
             pass
         generation.close()
 
@@ -219,7 +243,9 @@ async def _abandoned_with(http: HTTPRequest, generation: Generation) -> AsyncGen
 
 def _error_response(error: RequestError) -> Response:
     headers = {"Retry-After": "1"} if error.status == 429 else None
-    return JSONResponse(error.body(), status_code=error.status, headers=headers)
+    # Escaped as ASCII: what clients sent, and messages quote, may not be encodable.
+    content = json.dumps(error.body())
+    return Response(content, error.status, headers, "application/json")
 
 
 # FastAPI types every handler as taking Exception; each gets only what it was registered for.

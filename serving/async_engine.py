@@ -45,7 +45,8 @@ class Generation:
     async def __aiter__(self) -> AsyncIterator[RequestOutput]:
         while self._unfinished:
             try:
-                event = await asyncio.wait_for(self._queue.get(), self._timeout)
+                async with asyncio.timeout(self._timeout):
+                    event = await self._queue.get()
             except TimeoutError:
                 raise EngineFailure(f"the engine gave no sign of life for {self._timeout:g} seconds") from None
             if event is None:

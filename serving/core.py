@@ -15,6 +15,8 @@ from serving.errors import RequestError
 
 FinishReason = Literal["stop", "length", "timeout", "error"]
 MAX_LOGPROBS = 20
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 256
 
 
 class Clock(Protocol):
@@ -54,7 +56,12 @@ class SamplingParams:
             (0.0 < self.top_p <= 1.0, "top_p", self.top_p, "above 0 and at most 1"),
             (self.top_k >= 0, "top_k", self.top_k, "at least 1, or 0 for no limit"),
             (0 <= self.seed < 2**64, "seed", self.seed, "between 0 and 2^64 - 1"),
-            (all(self.stop), "stop", list(self.stop), "made of strings that are not empty"),
+            (
+                len(self.stop) <= MAX_STOPS and all(0 < len(stop) <= MAX_STOP_LENGTH for stop in self.stop),
+                "stop",
+                list(self.stop),
+                f"at most {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters",
+            ),
             (
                 self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
                 "logprobs",

@@ -108,6 +108,12 @@ class CompletionBody(GenerationBody):
             raise RequestError("prompt is an empty list, but must hold at least one prompt", param="prompt")
         if isinstance(prompt[0], int):
             return [[token for token in prompt if isinstance(token, int)]]
+        if len(prompt) * self.num_choices > MAX_CHOICES:
+            raise RequestError(
+                f"{len(prompt)} prompts with n = {self.num_choices} ask for {len(prompt) * self.num_choices} answers, "
+                f"but a request may ask for at most {MAX_CHOICES}",
+                param="prompt",
+            )
         return [item for item in prompt if not isinstance(item, int)]
 
     def choice_params(self, choice: int) -> SamplingParams:

@@ -54,14 +54,14 @@ class Tokenizer:
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a plain prompt, with the tokens that the model wants around it (such as bos)."""
-        return tuple(self.fast.encode(text).ids)
+        return self._ids(text, "prompt", add_special_tokens=True)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
         """Token ids of a conversation (role, content), up to where the assistant's answer starts.
 
         Raises RequestError when the model has no chat template, or its template refuses the messages.
         """
-        return tuple(self.fast.encode(self.render_chat(messages), add_special_tokens=False).ids)
+        return self._ids(self.render_chat(messages), "messages", add_special_tokens=False)
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
         if self._template is None:
@@ -70,6 +70,15 @@ class Tokenizer:
             return self._template.render(messages=messages, add_generation_prompt=True, **self.special)
         except jinja2.TemplateError as error:
             raise RequestError(f"the model's chat template refuses the messages: {error}", param="messages") from error
+
+    def _ids(self, text: str, param: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair
+            raise RequestError(
+                f"{param} is not valid Unicode: character {error.start} is half of a surrogate pair", param=param
+            ) from error
+        return tuple(self.fast.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens; bytes that are not UTF-8 become U+FFFD."""
@@ -110,6 +119,8 @@ class Detokenizer:
     def push(self, token_id: int) -> str:
         self._new.append(token_id)
         piece = self._piece()
+        if not piece and self._context:
+            self._new = []  # invisible (a special token): forget it, or a run of them would make the window grow
         if not piece or piece.endswith(_REPLACEMENT):
             return ""
         self._context, self._new = self._new, []
@@ -147,12 +158,14 @@ def from_gguf(file: GGUFFile) -> Tokenizer:
         )
     tokens, types = file.texts("tokenizer.ggml.tokens"), file.integers("tokenizer.ggml.token_type")
     pairs = [merge.partition(" ") for merge in file.texts("tokenizer.ggml.merges")]
-    fast = FastTokenizer(
-        models.BPE(
+    try:
+        model = models.BPE(
             vocab={token: index for index, token in enumerate(tokens)},
             merges=[(left, right) for left, _, right in pairs],
         )
-    )
+    except Exception as error:  # the library raises nothing narrower
+        raise TilusError(f"{file.path}: its tokenizer contradicts itself: {error}") from error
+    fast = FastTokenizer(model)
     fast.pre_tokenizer = _PRE_TOKENIZERS[pre]()
     fast.decoder = decoders.ByteLevel()
     fast.add_special_tokens(

@@ -17,7 +17,7 @@ _MODULES = {
     "tilus.dtypes": ("DataType", "dtype"),
     "tilus.lang.annotations": ("Const", "Tensor"),
     "tilus.lang.arguments": ("PackedTensor", "packed"),
-    "tilus.lang.builtins": ("block_id", "cdiv", "grid", "grid_dim", "inline", "static_range"),
+    "tilus.lang.builtins": ("block_id", "cdiv", "grid", "grid_dim", "inline", "range", "static_range"),
     "tilus.lang.kernel": ("Kernel", "kernel"),
     "tilus.target": ("Target", "get_target"),
 }
@@ -32,36 +32,21 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'tilus' has no attribute {name!r}")
     if name in _OWNER:
         value = getattr(importlib.import_module(_OWNER[name]), name)
-    elif name == "range":
-        value = importlib.import_module("tilus.lang.builtins").range_
+    elif name in (dtypes := importlib.import_module("tilus.dtypes").DTYPES):
+        value = dtypes[name]
+    elif name in (functions := importlib.import_module("tilus.instructions").BUILTINS):
+        value = functions[name]
     else:
-        value = _dtype_or_function(name)
-    globals()[name] = value
-    return value
-
-
-def _dtype_or_function(name: str) -> Any:
-    import importlib
-
-    from tilus.dtypes import DTYPES
-    from tilus.ir.builder import Builtin
-
-    if name in DTYPES:
-        return DTYPES[name]
-    try:
-        instructions = importlib.import_module("tilus.instructions")
-    except ModuleNotFoundError:
-        raise AttributeError(f"module 'tilus' has no attribute {name!r}") from None
-    value = getattr(instructions, name, None)
-    if not isinstance(value, Builtin):
         raise AttributeError(f"module 'tilus' has no attribute {name!r}")
+    globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
     from tilus.dtypes import DTYPES
+    from tilus.instructions import BUILTINS
 
-    return sorted({*globals(), *_OWNER, *DTYPES, "range"})
+    return sorted({*globals(), *_OWNER, *DTYPES, *BUILTINS})
 
 
 __all__ = ["TilusError"]

@@ -163,7 +163,7 @@ class DataType:
         if self.kind == "bool":
             return codes != 0
         if self.is_small:
-            return _value_table(self)[codes]
+            return np.asarray(_value_table(self)[codes])
         match self.name:
             case "f16":
                 with np.errstate(invalid="ignore"):  # signalling NaNs
@@ -184,7 +184,7 @@ class DataType:
         values: any shape, any numeric or boolean dtype. Returns: the same shape, dtype `storage`.
         """
         with np.errstate(over="ignore", invalid="ignore"):
-            return self._encode(np.asarray(values))
+            return np.asarray(self._encode(np.asarray(values)))
 
     def _encode(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         if self.kind == "bool":
@@ -205,6 +205,8 @@ class DataType:
 
     def round(self, values: npt.ArrayLike) -> npt.NDArray[Any]:
         """The values of this type nearest to `values`: `decode(encode(values))`; dtype `compute`."""
+        if self is f16 and isinstance(values, np.ndarray) and values.dtype == np.float32:
+            return _round_f16(values)
         return self.decode(self.encode(values))
 
     def _require_float(self, what: str) -> None:
@@ -218,7 +220,7 @@ def _check_codes(dtype: DataType, codes: npt.NDArray[Any]) -> None:
             f"codes of {dtype} have dtype {codes.dtype}, expected {dtype.storage}",
             hint=f"values become codes with {dtype}.encode(values)",
         )
-    if dtype.is_small and dtype.nbits < 8 and codes.size and int(codes.max()) >= dtype.num_codes:
+    if dtype.nbits < 8 and codes.size and int(codes.max()) >= dtype.num_codes:
         raise TilusError(
             f"code {int(codes.max())} does not fit {dtype}, expected less than {dtype.num_codes}",
             hint="unpack packed bytes with unpack_bits first",
@@ -229,12 +231,8 @@ def _check_codes(dtype: DataType, codes: npt.NDArray[Any]) -> None:
 def _value_table(dtype: DataType) -> npt.NDArray[Any]:
     """The value of every code of a type of at most 8 bits, dtype `compute`; read-only."""
     codes = np.arange(dtype.num_codes, dtype=np.int64)
-    if dtype.is_float:
-        table = _float_values(dtype, codes)
-    else:
-        negative = (codes > dtype.max_code) if dtype.is_signed else np.zeros_like(codes, dtype=np.bool_)
-        table = codes - dtype.num_codes * negative
-    table = table.astype(dtype.compute)
+    wrapped = codes - dtype.num_codes * (codes > dtype.max_code)
+    table = (_float_values(dtype, codes) if dtype.is_float else wrapped).astype(dtype.compute)
     table.flags.writeable = False
     return table
 
@@ -296,6 +294,26 @@ def _encode_small_float(dtype: DataType, array: npt.NDArray[Any]) -> npt.NDArray
     return codes.astype(np.uint8)
 
 
+def _round_f16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """f32 values rounded to f16, several times faster than numpy's casts there and back.
+
+    Adding and subtracting 3 * 2^(e + 12), e the exponent of the value but at least -14, leaves multiples of f16's spacing.
+    """
+    magic = np.abs(values)
+    np.maximum(magic, np.float32(2.0**-14), out=magic)
+    bits = magic.view(np.uint32)
+    np.bitwise_and(bits, np.uint32(0x7F800000), out=bits)
+    np.multiply(magic, np.float32(3 * 2.0**12), out=magic)
+    with np.errstate(all="ignore"):
+        result = np.add(values, magic)
+        np.subtract(result, magic, out=result)
+        np.copysign(result, values, out=result)
+        if not float(np.max(np.abs(values), initial=0.0)) < 65520.0:  # overflow to infinity, or NaN
+            large = ~(np.abs(values) < 65520.0)
+            result[large] = values[large].astype(np.float16)
+    return result
+
+
 def _encode_bf16(array: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:
     """Keep the upper half of the float32 bits, rounded. Float64 goes through float32 rounded to odd, so only one
     rounding decides (Boldo and Melquiond, "When double rounding is odd", 2005)."""
@@ -304,8 +322,8 @@ def _encode_bf16(array: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:
     if array.dtype == np.float64:
         wide = single.astype(np.float64)
         bits = bits - (np.abs(wide) > np.abs(array)) | (wide != array)
-    rounded = bits + np.uint32(0x7FFF) + (bits >> 16 & 1)
-    return (np.where(np.isnan(array), np.uint32(0x7FC00000), rounded) >> 16).astype(np.uint16)
+    codes = ((bits + (bits >> 16 & 1) + np.uint32(0x7FFF)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(array), np.uint16(0x7FC0), codes)
 
 
 def pack_bits(codes: npt.NDArray[Any], dtype: DataType) -> npt.NDArray[np.uint8]:

@@ -40,6 +40,8 @@ def in_stub_staging() -> None:
             expected[first + n * array.strides[0]] += 1
         with staging.staged([array]) as (address,):
             increment.launch(1, 1, 1, address, array.strides[0], array.size)
+            syncs = stub.counter("stub_syncs")
+        assert stub.counter("stub_syncs") == syncs + 1  # copies are asynchronous: the host must wait for them
         assert np.array_equal(whole, expected), name
     assert stub.counter("stub_live_allocations") == 0
 
@@ -152,6 +154,17 @@ def test_dlpack_keeps_the_memory_alive_and_then_lets_go() -> None:
     assert released == []
     del view
     assert released == [1]
+
+
+def test_what_cannot_be_shared_is_refused_with_the_owners_reason() -> None:
+    import torch
+
+    with pytest.raises(TilusError, match=r"Tensor refuses to share its memory by DLPack: .*gradient"):
+        arrays.array_argument(torch.zeros(2, requires_grad=True))
+    array = np.zeros(2)
+    array.flags.writeable = False
+    with pytest.raises(TilusError, match=r"ndarray refuses to share its memory by DLPack: .*readonly"):
+        arrays.array_argument(array)
 
 
 def test_what_is_no_array_is_refused() -> None:

@@ -73,14 +73,16 @@ def in_stub_threads() -> list[bool]:
     stub = Stub()
     shared = stub.launcher(KINDS)
     stub.set("stub_delay_us", 300)
-    correct = [True] * 4
+    correct = [False] * 4
 
     def work(number: int) -> None:
+        right = True
         for n in range(20):
             shared.launch_on(number + 1, number + 1, 1, 1, number, n, number, n)
             own = stub.own
             expected = [number, n, bits("f32", number), n]
-            correct[number] &= list(own.args[:4]) == expected and (own.stream, own.grid[0]) == (number + 1, number + 1)
+            right &= list(own.args[:4]) == expected and (own.stream, own.grid[0]) == (number + 1, number + 1)
+        correct[number] = right
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
     for thread in threads:
@@ -168,9 +170,12 @@ def in_stub_two_devices() -> None:
     first.make_current()
     on_second.launch_on(0, 1, 1, 1)
     assert stub.last.context == second.context
-    first.make_current()
-    on_second.launch_on(0x99, 1, 1, 1)  # a stream knows its context
+    assert cuda.current_device() is first  # the caller's choice is left alone
+    cuda.load_kernel(CUBIN, "k", second)
     assert cuda.current_device() is first
+    switches = stub.counter("stub_context_switches")
+    on_second.launch_on(0x99, 1, 1, 1)  # a stream knows its context
+    assert stub.counter("stub_context_switches") == switches
 
 
 def test_the_default_stream_is_that_of_the_kernels_device(in_stub: Run) -> None:
@@ -282,7 +287,10 @@ def run_python(code: str, library_path: Path) -> str:
 
 def test_a_missing_driver_is_explained(tmp_path: Path) -> None:
     (tmp_path / "libcuda.so.1").write_text("not a library")  # hides a real driver, should there be one
-    code = "from tilus.runtime import cuda\ntry: cuda.device()\nexcept Exception as e: print(type(e).__name__, e)"
+    code = (
+        "from tilus.runtime import cuda\nassert not cuda.is_available()\n"
+        "try: cuda.device()\nexcept Exception as e: print(type(e).__name__, e)"
+    )
     out = run_python(code, tmp_path)
     assert out.startswith("TilusError no CUDA driver found (libcuda.so.1)")
     assert "tilus doctor" in out and "device='reference'" in out
@@ -298,6 +306,7 @@ def test_importing_the_runtime_loads_neither_driver_nor_torch(tmp_path: Path) ->
 
 def in_stub_device() -> None:
     stub = Stub()
+    assert cuda.is_available()
     device = cuda.device()
     assert (device.name, device.capability, device.target.name) == ("Stub GPU", (9, 0), "sm_90a")
     assert (device.num_sms, device.max_shared_nbytes) == (132, 232448)

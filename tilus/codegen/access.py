@@ -38,7 +38,7 @@ def vector_size(
 
     start_divisor: divides the element offset of every access whose run is taken whole. byte_alignment: of the buffer.
     """
-    if contiguous is None:
+    if contiguous is None or dtype.kind == "bool":  # a boolean becomes one predicate, so each byte moves by itself
         return 1
     run = run_length(layout, contiguous)
     limit = math.gcd(run, start_divisor) if start_divisor else run

@@ -1,11 +1,15 @@
-"""The tile instructions, one file per family. `INSTRUCTIONS` maps mnemonics to classes for the parser and the docs."""
+"""The tile instructions, one file per family.
+
+`INSTRUCTIONS` maps mnemonics to classes for the text form and the docs; `BUILTINS` maps the names that users write to functions.
+"""
 
 from __future__ import annotations
 
-from tilus.instructions import async_copy, barrier, cast, elementwise, memory, mma, shared, view
+from tilus.instructions import async_copy, atomic, barrier, cast, elementwise, memory, mma, reduce, scan, shared, view
+from tilus.ir.builder import Builtin
 from tilus.ir.instruction import Instruction
 
-_FAMILIES = (async_copy, barrier, cast, elementwise, memory, mma, shared, view)
+_FAMILIES = (async_copy, atomic, barrier, cast, elementwise, memory, mma, reduce, scan, shared, view)
 
 
 def _registry() -> dict[str, type[Instruction]]:
@@ -18,3 +22,6 @@ def _registry() -> dict[str, type[Instruction]]:
 
 
 INSTRUCTIONS: dict[str, type[Instruction]] = _registry()
+BUILTINS: dict[str, Builtin] = {
+    value.__name__: value for family in _FAMILIES for value in vars(family).values() if isinstance(value, Builtin)
+}

@@ -74,6 +74,7 @@ class Builtin:
 
     def __init__(self, build: Callable[..., Any]) -> None:
         self.build = build
+        self.__name__ = build.__name__
         functools.update_wrapper(self, build)
         signature = inspect.signature(build)
         self.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])

@@ -36,7 +36,8 @@ class PackedTensor:
         if held < needed or view.strides != contiguous_strides(view.shape):
             layout = "contiguous" if view.strides == contiguous_strides(view.shape) else "strided"
             raise TilusError(
-                f"{held} bits in a {layout} array for {list(shape)} elements of {dtype}, expected at least {needed} contiguous bits"
+                f"{held} bits in a {layout} array for {list(shape)} elements of {dtype}, "
+                f"expected at least {needed} contiguous bits"
             )
         self.storage, self.dtype, self.shape = storage, dtype, tuple(shape)
         self._strides = tuple(reversed(strides))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins as python
 from typing import Any, TypeVar
 
 from tilus.errors import TilusError
@@ -17,7 +18,7 @@ T = TypeVar("T")
 
 
 @builtin
-def grid(b: IRBuilder, x: Expr | int, y: Expr | int = 1, z: Expr | int = 1, *, warps: int = 4) -> None:
+def grid(b: IRBuilder, x: Any, y: Any = 1, z: Any = 1, *, warps: Any = 4) -> None:
     """Launch x * y * z blocks of `warps` * 32 threads; the first thing that a kernel does.
 
     The extents may use shapes, scalar parameters and compile-time values. A launch with an extent of 0 does nothing.
@@ -29,7 +30,7 @@ def grid(b: IRBuilder, x: Expr | int, y: Expr | int = 1, z: Expr | int = 1, *, w
     if isinstance(warps, bool) or not isinstance(warps, int) or not 1 <= warps <= MAX_WARPS:
         raise TilusError(f"warps is {describe(warps)}, expected a compile-time int from 1 to {MAX_WARPS}")
     extents: list[Expr] = []
-    for axis, extent in zip("xyz", (x, y, z)):
+    for axis, extent in zip("xyz", (x, y, z), strict=True):
         expr = as_expr(extent) if isinstance(extent, (Expr, int)) else None
         if expr is None or not expr.dtype.is_integer:
             raise TilusError(
@@ -63,9 +64,7 @@ def _axis(axis: int) -> int:
 
 
 @builtin
-def range_(
-    b: IRBuilder, start: Expr | int, stop: Expr | int | None = None, step: int = 1, *, unroll: int = 1
-) -> RuntimeRange:
+def range(b: IRBuilder, start: Any, stop: Any = None, step: Any = 1, *, unroll: Any = 1) -> RuntimeRange:
     """`for i in tilus.range(...)` is a loop of the kernel, also over constants. step: a positive constant.
 
     unroll: copies of the body per trip that code generation makes.
@@ -77,11 +76,8 @@ def range_(
     return RuntimeRange(loop.start, loop.stop, loop.step, unroll)
 
 
-range_.__name__ = range_.__qualname__ = "range"
-
-
 @builtin
-def static_range(b: IRBuilder, start: int, stop: int | None = None, step: int = 1) -> Any:
+def static_range(b: IRBuilder, start: Any, stop: Any = None, step: Any = 1) -> Any:
     """`for i in tilus.static_range(...)` repeats the body while compiling; i is a compile-time int in each copy."""
     bounds = (0, start, step) if stop is None else (start, stop, step)
     for bound in bounds:
@@ -92,7 +88,7 @@ def static_range(b: IRBuilder, start: int, stop: int | None = None, step: int = 
             )
     if step == 0:
         raise TilusError("static_range has step 0, expected another int")
-    trips = range(*bounds)
+    trips = python.range(*bounds)
     if len(trips) > MAX_UNROLLED:
         raise TilusError(f"static_range of {len(trips)} trips, expected at most {MAX_UNROLLED}", hint="use tilus.range")
     return trips

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tilus.errors import TilusError
-from tilus.ir.expr import Expr, select
+from tilus.ir.expr import Expr
 from tilus.ir.stmt import If
 from tilus.lang.access import attribute, subscript
 from tilus.lang.calls import call
 from tilus.lang.frame import Binding, Frame
-from tilus.lang.operators import apply_binary, apply_unary, chain, may_trap, negated, python_value, truth
+from tilus.lang.operators import apply_binary, apply_unary, chain, choice, may_trap, negated, python_value, truth
 from tilus.lang.refusals import refuse
 from tilus.lang.regions import bind, promoting, region
 from tilus.lang.source import Source, parameter_names
@@ -31,6 +32,9 @@ _COMPARE: dict[type[ast.cmpop], str] = {
 }  # fmt: skip
 
 _UNARY: dict[type[ast.unaryop], str] = {ast.USub: "neg", ast.UAdd: "pos", ast.Invert: "invert"}
+
+
+_CONVERSIONS: dict[int, Callable[[Any], Any]] = {-1: lambda v: v, 115: str, 114: repr, 97: ascii}
 
 
 def evaluate(frame: Frame, node: ast.expr) -> Value:
@@ -158,7 +162,7 @@ def _formatted(frame: Frame, node: ast.expr) -> str:
                 raise TilusError(
                     f"{describe(value)} in a string, expected a compile-time value", hint="use tilus.print"
                 )
-            convert: Callable[[Any], Any] = {-1: lambda v: v, 115: str, 114: repr, 97: ascii}[node.conversion]
+            convert = _CONVERSIONS[node.conversion]
             spec = _formatted(frame, node.format_spec) if node.format_spec is not None else ""
             return python_value(lambda: format(convert(value), spec))
         case _:
@@ -212,13 +216,13 @@ def _branch(frame: Frame, cond: Expr, on_true: Callable[[], Value], on_false: Ca
     with region(frame) as orelse:
         b = on_false()
     if is_scalar(a) and is_scalar(b) and not (then.stmts or orelse.stmts or may_trap(a) or may_trap(b)):
-        return simplified(select(cond, a, b))
+        return simplified(choice(cond, a, b))
     if not is_storable(a) or not is_storable(b):
         raise TilusError(
             f"a run-time condition chooses between {describe(a)} and {describe(b)}, expected scalars or tiles",
             hint="use `if` with a compile-time condition",
         )
-    slot = frame.storage.allocate(select(cond, a, b) if is_scalar(a) and is_scalar(b) else a, "chosen")
+    slot = frame.storage.allocate(choice(cond, a, b) if is_scalar(a) and is_scalar(b) else a, "chosen")
     then.assign(frame, slot, a, "the conditional expression")
     orelse.assign(frame, slot, b, "the conditional expression")
     frame.storage.freeze(slot)
@@ -264,7 +268,7 @@ def _comprehension(
     generator, saved = generators[0], dict(frame.scope.names)
     targets = [n.id for n in ast.walk(generator.target) if isinstance(n, ast.Name)]
     for item in iterate(frame, evaluate(frame, generator.iter), "the iterable of a comprehension"):
-        unpack(frame, generator.target, item, lambda name, v: _bind_hidden(frame, name, v))
+        unpack(frame, generator.target, item, functools.partial(_bind_hidden, frame))
         conditions = [truth(evaluate(frame, c), "the condition of a comprehension") for c in generator.ifs]
         if any(isinstance(c, Expr) for c in conditions):
             raise TilusError("a run-time condition in a comprehension", hint="use an `if` statement or tilus.where")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import FunctionType
@@ -37,7 +36,10 @@ class Specialization:
 
         signature = self.kernel.signature
         facts = {p.name: f for p, f in zip(signature.tensors, self.specification.tensors, strict=True)}
-        return translate(self.kernel.python, signature, facts, self.consts)
+        try:
+            return translate(self.kernel.python, signature, facts, self.consts)
+        except TilusError as error:  # the frames of the front end say nothing to the user
+            raise error.with_traceback(None) from error.__cause__
 
 
 class Kernel:
@@ -116,14 +118,15 @@ class Kernel:
         return self._compiled(args, target, kwargs).ptx
 
     def report(self, *args: Any, target: Target | str = DEFAULT_TARGET, **kwargs: Any) -> str:
-        """What was chosen: layouts, widths of accesses, registers, shared memory."""
-        return self._compiled(args, target, kwargs).report
+        """What code generation chose, a line for each instruction that has something to say."""
+        notes = self._compiled(args, target, kwargs).lowered.notes
+        return "\n".join(f"{note.loc or '?'}: {note.text}" for note in notes)
 
     def _compiled(self, args: Any, target: Target | str, kwargs: Any) -> Compiled:
-        from tilus import compiler
+        from tilus.compiler import compile_function
 
         chosen = get_target(target) if isinstance(target, str) else target
-        return compiler.compile(self.specialize(*args, **kwargs).function, chosen)
+        return compile_function(self.specialize(*args, **kwargs).function, chosen)
 
     def _match(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments by parameter name, defaults included."""
@@ -142,4 +145,6 @@ def kernel(function: Callable[..., None]) -> Kernel:
     """Make a Python function a kernel. Its body is parsed when it is first needed, and never run by Python."""
     if not isinstance(function, FunctionType):
         raise TilusError(f"@tilus.kernel on {function!r}, expected a function", hint="put it directly above a `def`")
-    return Kernel(function, sys._getframe(1).f_locals)
+    frame = inspect.currentframe()
+    caller = frame.f_back if frame is not None else None
+    return Kernel(function, {} if caller is None else dict(caller.f_locals))

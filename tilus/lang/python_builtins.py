@@ -9,7 +9,7 @@ from typing import Any
 from tilus.dtypes import f32, int32
 from tilus.errors import TilusError
 from tilus.ir.builder import IRBuilder
-from tilus.ir.expr import Expr, as_expr
+from tilus.ir.expr import Expr, as_expr, binary
 from tilus.ir.expr import cast as cast_expr
 from tilus.ir.tensor import RegisterTensor
 from tilus.lang.operators import apply_binary, apply_unary, truth
@@ -29,9 +29,8 @@ STRUCTURAL: tuple[Callable[..., Any], ...] = (
     hasattr,
 )
 
-MUTATORS = frozenset(
-    {"append", "extend", "insert", "pop", "remove", "clear", "reverse", "sort", "update", "setdefault", "popitem", "add", "discard"}
-)  # fmt: skip
+_LIST_MUTATORS = ("append", "extend", "insert", "pop", "remove", "clear", "reverse", "sort")
+MUTATORS = frozenset((*_LIST_MUTATORS, "update", "setdefault", "popitem", "add", "discard"))
 
 
 def runtime_range(b: IRBuilder, args: Sequence[Value]) -> RuntimeRange:
@@ -71,8 +70,10 @@ def _sum(b: IRBuilder, args: Sequence[Value]) -> Value:
     values = list(args[0])
     if not values:
         return args[1] if len(args) > 1 else 0
-    start = args[1] if len(args) > 1 else values.pop(0)  # Python starts with 0, which changes nothing
-    return reduce(lambda x, y: apply_binary(b, "+", x, y), values, start)
+    start: Value = args[1] if len(args) > 1 else values.pop(0)  # Python starts with 0, which changes nothing
+    for value in values:
+        start = apply_binary(b, "+", start, value)
+    return start
 
 
 def _abs(b: IRBuilder, args: Sequence[Value]) -> Value:
@@ -119,13 +120,13 @@ def _any(_b: IRBuilder, args: Sequence[Value]) -> Value:
 
 
 def _junction(name: str, op: str, args: Sequence[Value]) -> Value:
-    from tilus.ir.expr import binary
-
     values = _only(name, args)
     if isinstance(values, RegisterTensor):
         raise TilusError(f"{name} of {describe(values)}", hint=f"use tilus.{name} for tiles")
-    parts = [truth(value, f"an item of {name}") for value in values]
-    return simplified(reduce(lambda x, y: binary(op, x, y), parts, as_expr(op == "and")))
+    result = as_expr(op == "and")
+    for value in values:
+        result = binary(op, result, truth(value, f"an item of {name}"))
+    return simplified(result)
 
 
 RUNTIME: dict[Any, Callable[[IRBuilder, Sequence[Value]], Value]] = {

@@ -2,6 +2,7 @@
 
 from tilus.layout.banks import bank_conflicts
 from tilus.layout.broadcast import broadcast_operand, slot_map
+from tilus.layout.conversion import Piece, Route, conversion_scope, route
 from tilus.layout.default import auto
 from tilus.layout.digits import Digit, Term
 from tilus.layout.draw import svg, text_table
@@ -19,6 +20,7 @@ from tilus.layout.register import (
     replicated,
     spatial,
 )
+from tilus.layout.reorder import reorder_locals
 from tilus.layout.shared import (
     AddressDigit,
     SharedLayout,
@@ -35,7 +37,9 @@ __all__ = [
     "Digit",
     "Inverse",
     "LayoutError",
+    "Piece",
     "RegisterLayout",
+    "Route",
     "SharedLayout",
     "Swizzle",
     "Term",
@@ -46,13 +50,16 @@ __all__ = [
     "column_major",
     "column_spatial",
     "concat",
+    "conversion_scope",
     "identity",
     "local",
     "local_replicated",
     "padded",
     "parse_layout",
     "parse_shared_layout",
+    "reorder_locals",
     "replicated",
+    "route",
     "row_major",
     "slot_map",
     "spatial",

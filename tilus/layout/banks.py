@@ -1,4 +1,4 @@
-"""Bank conflicts of shared memory."""
+"""Bank conflicts of shared memory: of one access, and of a register tile that is loaded or stored."""
 
 from __future__ import annotations
 

@@ -122,10 +122,12 @@ def _from_dlpack(value: Any) -> ArrayArgument:
     kind = {_DL_CPU: "cpu", _DL_CUDA_HOST: "cpu", _DL_CUDA: "cuda", _DL_CUDA_MANAGED: "cuda"}.get(int(device_type))
     if kind is None:
         raise TilusError(f"array on DLPack device type {int(device_type)}, expected the CPU (1) or CUDA (2)")
-    if kind == "cuda":  # in this protocol 0 is ambiguous and the legacy default stream is 1
-        capsule = value.__dlpack__(stream=cuda.current_stream(device_index) or 1)
-    else:
-        capsule = value.__dlpack__()
+    # In this protocol stream 0 is ambiguous and the legacy default stream is 1.
+    options = {"stream": cuda.current_stream(device_index) or 1} if kind == "cuda" else {}
+    try:
+        capsule = value.__dlpack__(**options)
+    except (BufferError, RuntimeError, TypeError) as error:  # read-only arrays, tensors that require grad, ...
+        raise TilusError(f"{type(value).__name__} refuses to share its memory by DLPack: {error}") from error
     tensor = _DLTensor.from_address(_pointer_of_capsule(capsule))
     shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
     return ArrayArgument(

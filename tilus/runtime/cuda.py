@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +86,17 @@ def driver_version() -> tuple[int, int]:
 
 
 def device_count() -> int:
+    """The number of GPUs. Raises: TilusError when there is no driver."""
     return call("cuDeviceGetCount")
+
+
+@functools.cache
+def is_available() -> bool:
+    """Whether this process can use a GPU; found out once."""
+    try:
+        return device_count() > 0
+    except TilusError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -108,6 +119,17 @@ class Device:
         """Make this device's primary context the calling thread's current one, unless it already is."""
         if int(call("cuCtxGetCurrent")) != self.context:
             call("cuCtxSetCurrent", self.context)
+
+    @contextmanager
+    def active(self) -> Generator[None]:
+        """Have this device current inside the `with` block, then the caller's again: torch keeps its choice there."""
+        previous = int(call("cuCtxGetCurrent"))
+        self.make_current()
+        try:
+            yield
+        finally:
+            if previous not in (0, self.context):
+                call("cuCtxSetCurrent", previous)
 
 
 @functools.cache
@@ -164,13 +186,13 @@ def load_kernel(cubin: bytes, name: str, device: Device, dynamic_shared_nbytes: 
             f"{device.name} has {device.max_shared_nbytes} a block",
             hint="use smaller tiles or fewer pipeline stages",
         )
-    device.make_current()
-    library = call("cuLibraryLoadData", cubin, None, None, 0, None, None, 0)
-    handle = call("cuLibraryGetKernel", library, name.encode())
-    call("cuKernelGetFunction", handle)
-    if dynamic_shared_nbytes:
-        attribute = driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        call("cuKernelSetAttribute", attribute, dynamic_shared_nbytes, handle, call("cuDeviceGet", device.index))
+    with device.active():
+        library = call("cuLibraryLoadData", cubin, None, None, 0, None, None, 0)
+        handle = call("cuLibraryGetKernel", library, name.encode())
+        call("cuKernelGetFunction", handle)
+        if dynamic_shared_nbytes:
+            attribute = driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            call("cuKernelSetAttribute", attribute, dynamic_shared_nbytes, handle, call("cuDeviceGet", device.index))
     return Kernel(name, int(handle), device, dynamic_shared_nbytes)
 
 

@@ -42,7 +42,8 @@ class _ThreadState(threading.local):
 
     def __init__(self, launcher: Launcher) -> None:
         count = len(launcher.parameters)
-        launcher.kernel.device.make_current()
+        if int(cuda.call("cuCtxGetCurrent")) == 0:  # a thread starts without a context; torch's choice stays
+            launcher.kernel.device.make_current()
         self.buffer = (ctypes.c_uint64 * max(count, 1))()
         address = ctypes.addressof(self.buffer)
         self.pointers = (ctypes.c_void_p * max(count, 1))(*(address + _SLOT_NBYTES * i for i in range(count)))
@@ -87,8 +88,13 @@ class Launcher:
         """`launch` into the stream of that raw handle."""
         if not (grid_x and grid_y and grid_z):
             return
-        if not stream and self._several_devices:  # the default stream is the one of the current context
-            self.kernel.device.make_current()
+        if stream or not self._several_devices:
+            self._submit(stream, grid_x, grid_y, grid_z, values)
+        else:  # the default stream is the one of the current context
+            with self.kernel.device.active():
+                self._submit(stream, grid_x, grid_y, grid_z, values)
+
+    def _submit(self, stream: int, grid_x: int, grid_y: int, grid_z: int, values: tuple[int | float, ...]) -> None:
         thread = self._thread
         config = thread.config
         try:

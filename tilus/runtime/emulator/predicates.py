@@ -63,13 +63,13 @@ def set_predicate(site: Site) -> Step:
     packed = type_name in PAIRS
     if not combine and not packed and len(outs) == 1:
         return site.elementwise(compare, outs[0], a, b)
-    third = site.source(3, "pred") if combine else None
+    third = site.predicate(site.operands[3]) if combine else None
 
     def step(mask: Mask) -> None:
         result = compare(a, b)
         values = [result[:, 0], result[:, 1]] if packed else [result, ~result]
         if combine and third is not None:
-            values = [_COMBINE[combine](value, third) for value in values]
+            values = [_COMBINE[combine](value, third()) for value in values]
         for out, value in zip(outs, values[: len(outs)], strict=True):
             np.copyto(out, value, where=True if mask is None else mask)
 

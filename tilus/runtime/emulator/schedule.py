@@ -12,20 +12,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tilus.runtime.emulator import (  # noqa: F401  (importing a family registers its instructions)
-    alu,
-    async_instructions,
-    atomics,
-    convert,
-    floating,
-    matrix,
-    memory,
-    predicates,
-    warp,
-)
 from tilus.runtime.emulator.control import Barriers, Lanes, Successors, Terminator, decode_control
-from tilus.runtime.emulator.decode import Step, decode
+from tilus.runtime.emulator.decode import Step
 from tilus.runtime.emulator.errors import DeadlockError
+from tilus.runtime.emulator.families import decode
 from tilus.runtime.emulator.machine import WARP
 from tilus.runtime.emulator.program import is_control
 
@@ -40,12 +30,16 @@ FAIR_TURNS = 256
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """A decoded basic block: `start` .. `end` (exclusive) in pcs; falls through when it has no terminator."""
+    """A decoded basic block: `start` .. `end` (exclusive) in pcs; falls through when it has no terminator.
+
+    synchronises: it has an instruction that the lanes of a warp execute together.
+    """
 
     start: int
     end: int
     steps: tuple[Step, ...]
     terminator: Terminator | None
+    synchronises: bool
 
 
 @dataclass(eq=False)
@@ -72,7 +66,8 @@ class Scheduler:
         ends_here = is_control(program.instrs[end - 1])
         steps = tuple(decode(self.machine, pc) for pc in range(start, end - ends_here))
         terminator = decode_control(self.machine, self.barriers, end - 1) if ends_here else None
-        return Block(start, end, steps, terminator)
+        synchronises = any(".sync" in program.instrs[pc].opcode for pc in range(start, end))
+        return Block(start, end, steps, terminator, synchronises)
 
     def run(self) -> None:
         """Run the machine's threads to their exit.
@@ -138,14 +133,23 @@ class Scheduler:
 
     def _take(self, team: int, *, any_pc: bool) -> Group | None:
         """Remove and merge the lanes of the team at its lowest pc (or at any one of its pcs)."""
-        pcs = sorted({group.pc for group in self.groups if group.team == team})
-        if not pcs:
+        masks: dict[int, list[Lanes]] = {}
+        for group in self.groups:
+            if group.team == team:
+                masks.setdefault(group.pc, []).append(group.mask)
+        if not masks:
             return None
-        pc = int(self.machine.rng.choice(pcs)) if any_pc else pcs[0]
-        chosen = [group for group in self.groups if group.team == team and group.pc == pc]
+        merged = {pc: parts[0] if len(parts) == 1 else np.logical_or.reduce(parts) for pc, parts in masks.items()}
+        pcs = sorted(merged)
+        pc = int(self.machine.rng.choice(self._ready(pcs, merged))) if any_pc else pcs[0]
         self.groups = [group for group in self.groups if group.team != team or group.pc != pc]
-        mask = chosen[0].mask if len(chosen) == 1 else np.logical_or.reduce([group.mask for group in chosen])
-        return Group(pc, mask, team)
+        return Group(pc, merged[pc], team)
+
+    def _ready(self, pcs: list[int], masks: dict[int, Lanes]) -> list[int]:
+        """The pcs at which nobody must wait for lanes of his own warp that are still elsewhere."""
+        warps = {pc: mask.reshape(-1, WARP).any(axis=1) for pc, mask in masks.items()}
+        torn = {pc: any((warps[pc] & warps[other]).any() for other in pcs if other != pc) for pc in pcs}
+        return [pc for pc in pcs if pc == pcs[0] or not (self.blocks[pc].synchronises and torn[pc])]
 
     def _spend(self, block: Block) -> None:
         self.budget -= 1

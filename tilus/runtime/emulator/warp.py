@@ -82,12 +82,12 @@ def vote(site: Site) -> Step:
     site.expect_operands(3)
     mode = site.one_of("all", "any", "uni", "ballot")
     out = site.target(0, "b32" if mode == "ballot" else "pred")
-    votes, members = site.source(1, "pred"), site.source(2, "u32")
+    votes, members = site.predicate(site.operands[1]), site.source(2, "u32")
     bits = np.uint32(1) << np.arange(WARP, dtype=np.uint32)
 
     def step(mask: Mask) -> None:
         site.check_members(mask, members)
-        active, ballot = _by_warp(site, mask), _full(site, votes)
+        active, ballot = _by_warp(site, mask), _full(site, votes())
         every, some = (ballot | ~active).all(axis=1), (ballot & active).any(axis=1)
         match mode:
             case "all":

@@ -1,0 +1,217 @@
+"""Prepares launches: a checked call becomes a function that runs its kernel on the reference, the emulator or a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tilus import config
+from tilus.compiler import Compiled, compile_function
+from tilus.dtypes import DataType, boolean
+from tilus.errors import TilusError
+from tilus.ir.expr import Expr, Number, Var, evaluate
+from tilus.ir.function import Function, ScalarParam, TensorParam
+from tilus.target import DEFAULT_TARGET, Target
+
+if TYPE_CHECKING:
+    from tilus.lang.arguments import Array
+    from tilus.lang.binding import Call
+
+Run = Callable[[Sequence[int], Sequence[Any], Sequence[Any]], None]
+Grid = tuple[int, int, int]
+
+
+def prepare(call: Call) -> Run:
+    """A launch of this call's kernel: `run(pointers, scalars, tensors)` with the arguments of a call with the same key.
+
+    Raises: TilusError when the kernel cannot be compiled or the device cannot run these arguments.
+    """
+    function = call.specialization.function
+    device = _device(call)
+    if device == "reference":
+        return _reference(function, call)
+    if device == "emulator":
+        return _emulator(function, call)
+    return _cuda(function, call)
+
+
+def _device(call: Call) -> str:
+    on_gpu = any(array is not None and array.device >= 0 for array in call.arrays)
+    wanted = call.device or config.device()
+    if wanted == "auto":
+        return "cuda" if on_gpu else "reference"
+    if on_gpu and wanted != "cuda":
+        raise TilusError(
+            f"{function_name(call)}: its arguments are on a GPU, the device asked for is {wanted}",
+            hint="move them to the CPU, or use device 'cuda'",
+        )
+    return wanted
+
+
+def function_name(call: Call) -> str:
+    return call.specialization.function.name
+
+
+class _Values:
+    """The values of a function's kernel parameters and grid, given the scalars of a call."""
+
+    def __init__(self, function: Function, sizes: Mapping[Var, int]) -> None:
+        self.function = function
+        self.sizes = dict(sizes)
+        self.scalar_vars = [param.var for param in function.params if isinstance(param, ScalarParam)]
+        self.pointer_count = sum(isinstance(param, TensorParam) for param in function.params)
+        self.order = function.kernel_params()[self.pointer_count :]
+        self.fixed_grid: Grid | None = None
+        if not self.scalar_vars:
+            self.fixed_grid = self.grid(())
+
+    def known(self, scalars: Sequence[Any]) -> dict[Expr, Number]:
+        return {**self.sizes, **dict(zip(self.scalar_vars, scalars, strict=True))}
+
+    def grid(self, scalars: Sequence[Any]) -> Grid:
+        known = self.known(scalars)
+        x, y, z = (*(int(evaluate(extent, known)) for extent in self.function.grid), 1, 1)[:3]
+        return max(0, x), max(0, y), max(0, z)
+
+    def after_pointers(self, scalars: Sequence[Any]) -> list[Number]:
+        known = self.known(scalars)
+        return [known[var] for var in self.order]
+
+
+def _present(call: Call, values: Sequence[Any]) -> list[Any]:
+    return [value for value, array in zip(values, call.arrays, strict=True) if array is not None]
+
+
+def as_numpy(tensor: Any, dtype: DataType) -> npt.NDArray[Any]:
+    """A CPU tensor argument as a numpy array over the same memory, in the dtype's storage form."""
+    storage = getattr(tensor, "storage", None)
+    if hasattr(tensor, "stride") and storage is not None and not callable(storage):
+        return as_numpy(storage, dtype)  # a PackedTensor: its bytes
+    if isinstance(tensor, np.ndarray):
+        array: npt.NDArray[Any] = tensor
+    elif dtype.numpy is None or dtype == boolean:  # torch: types that numpy lacks travel as bits
+        import torch
+
+        array = tensor.detach().view(getattr(torch, "int16" if dtype.nbits == 16 else "uint8")).numpy()
+    else:
+        array = tensor.detach().numpy()
+    wanted = dtype.numpy or dtype.storage
+    return array if array.dtype == wanted or dtype.nbits < 8 else array.view(wanted)
+
+
+def _reference(function: Function, call: Call) -> Run:
+    from tilus.runtime.reference import run_reference
+
+    values = _Values(function, call.sizes)
+    dtypes = [param.tensor.dtype for param in function.params if isinstance(param, TensorParam)]
+    names = [param.name for param in function.params if isinstance(param, TensorParam)]
+    scalar_names = [param.name for param in function.params if isinstance(param, ScalarParam)]
+
+    def run(pointers: Sequence[int], scalars: Sequence[Any], tensors: Sequence[Any]) -> None:
+        args: dict[str, Any] = dict(zip(scalar_names, scalars, strict=True))
+        for name, dtype, tensor in zip(names, dtypes, _present(call, tensors), strict=True):
+            args[name] = as_numpy(tensor, dtype)
+        run_reference(function, args, values.fixed_grid or values.grid(scalars))
+
+    return run
+
+
+def _emulator(function: Function, call: Call) -> Run:
+    from tilus.runtime.emulator import run_kernel
+
+    compiled = compile_function(function, DEFAULT_TARGET)
+    values = _Values(function, call.sizes)
+    spans = [_span_nbytes(array) for array in call.arrays if array is not None]
+    dynamic = compiled.lowered.shared_nbytes if compiled.lowered.dynamic_shared else 0
+
+    def run(pointers: Sequence[int], scalars: Sequence[Any], tensors: Sequence[Any]) -> None:
+        grid = values.fixed_grid or values.grid(scalars)
+        if 0 in grid:
+            return
+        memory = [_bytes_at(p, n) for p, n in zip(_present(call, pointers), spans, strict=True)]
+        args = [*memory, *values.after_pointers(scalars)]
+        run_kernel(compiled.ptx, compiled.kernel_name, grid, args, dynamic_shared_nbytes=dynamic)
+
+    return run
+
+
+def _span_nbytes(array: Array) -> int:
+    """Bytes from the first to the last element of a strided tensor."""
+    if 0 in array.shape:
+        return 0
+    elements = 1 + sum((extent - 1) * stride for extent, stride in zip(array.shape, array.strides, strict=True))
+    return -(-elements * array.dtype.nbits // 8)
+
+
+def _bytes_at(pointer: int, nbytes: int) -> npt.NDArray[np.uint8]:
+    """The memory of a CPU tensor as bytes; the caller keeps the tensor alive."""
+    return np.frombuffer((ctypes.c_uint8 * nbytes).from_address(pointer), np.uint8)
+
+
+def build(function: Function, target: Target) -> tuple[Compiled, bytes]:
+    """Compile and assemble, the latter from the disk cache when possible."""
+    from tilus.runtime import cache
+
+    compiled = compile_function(function, target)
+    return compiled, cache.assemble(compiled.ptx, target).cubin
+
+
+def _cuda(function: Function, call: Call) -> Run:
+    from tilus.runtime import cuda, launch
+
+    ordinals = [array.device for array in call.arrays if array is not None and array.device >= 0]
+    device = cuda.device(ordinals[0]) if ordinals else cuda.current_device()
+    compiled, cubin = build(function, device.target)
+    dynamic = compiled.lowered.shared_nbytes if compiled.lowered.dynamic_shared else 0
+    kernel = cuda.load_kernel(cubin, compiled.kernel_name, device, dynamic)
+    launcher = launch.Launcher(kernel, _parameters(function), function.num_threads)
+    values = _Values(function, call.sizes)
+    if not ordinals:
+        return _staged(call, launcher, values, device)
+    submit = launcher.launch
+    if values.fixed_grid is not None and None not in call.arrays:
+        grid, sizes = values.fixed_grid, tuple(values.after_pointers(()))
+
+        def run_fixed(pointers: Sequence[int], scalars: Sequence[Any], tensors: Sequence[Any]) -> None:
+            submit(*grid, *pointers, *sizes)
+
+        return run_fixed
+
+    def run(pointers: Sequence[int], scalars: Sequence[Any], tensors: Sequence[Any]) -> None:
+        submit(*values.grid(scalars), *_present(call, pointers), *values.after_pointers(scalars))
+
+    return run
+
+
+def _staged(call: Call, launcher: Any, values: _Values, device: Any) -> Run:
+    """CPU arrays on a GPU: copy them there, run, copy them back."""
+    from tilus.runtime.staging import staged
+
+    dtypes = [array.dtype for array in call.arrays if array is not None]
+
+    def run(pointers: Sequence[int], scalars: Sequence[Any], tensors: Sequence[Any]) -> None:
+        device.make_current()
+        arrays = [as_numpy(t, d) for t, d in zip(_present(call, tensors), dtypes, strict=True)]
+        with staged(arrays) as addresses:
+            launcher.launch_on(0, *values.grid(scalars), *addresses, *values.after_pointers(scalars))
+
+    return run
+
+
+def _parameters(function: Function) -> list[Any]:
+    from tilus.runtime.launch import Parameter, ParameterKind
+
+    pointers = {param.tensor.base for param in function.params if isinstance(param, TensorParam)}
+
+    def kind(var: Var) -> ParameterKind:
+        if var in pointers:
+            return "ptr"
+        if var.dtype.is_float:
+            return "f32"
+        return "i64" if var.dtype.nbits == 64 else "i32"
+
+    return [Parameter(kind(var), var.name) for var in function.kernel_params()]
