@@ -37,7 +37,7 @@ class Storage:
         self.writes: dict[Slot, int] = {}
 
     def allocate(self, value: Value, name: str) -> Slot:
-        """A slot of the value's type, not yet assigned. It inherits a pinned layout, so that views of the variable stay possible."""
+        """A slot of the value's type, not yet assigned; a tile whose layout is pinned keeps it."""
         if isinstance(value, RegisterTensor):
             slot: Slot = self.builder.tile(value.dtype, value.shape, value.layout, name, mutable=True)
         else:
