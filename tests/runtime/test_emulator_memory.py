@@ -81,7 +81,8 @@ def test_generic_addresses_reach_both_spaces() -> None:
 def test_special_registers() -> None:
     names = ("%tid.x", "%ntid.x", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%nctaid.y", "%laneid", "%warpid", "%lanemask_lt")
     body = (
-        "mov.u32 %r1, %ctaid.z;\nmad.lo.u32 %r1, %r1, 3, %ctaid.y;\nmad.lo.u32 %r1, %r1, 2, %ctaid.x;\n"
+        "mov.u32 %r1, %ctaid.z;\nmov.u32 %r2, %ctaid.y;\nmov.u32 %r3, %ctaid.x;\nmad.lo.u32 %r1, %r1, 3, %r2;\n"
+        "mad.lo.u32 %r1, %r1, 2, %r3;\n"
         f"mad.lo.u32 %r2, %r1, 64, %r0;\nmad.wide.u32 %d5, %r2, {4 * len(names)}, %d0;\n"
     )
     for index, name in enumerate(names):
@@ -114,7 +115,11 @@ def atomic(operation: str, initial: Any, values: Any, *, shared: bool, third: st
 @pytest.mark.parametrize("shared", [False, True])
 def test_integer_atomics(shared: bool) -> None:
     rng = np.random.default_rng(3)
-    u32, s32, u64 = rng.integers(0, 1 << 32, 64, np.uint32), rng.integers(-99, 99, 64).astype(np.int32), rng.integers(0, 1 << 63, 64, np.uint64)
+    u32, s32, u64 = (
+        rng.integers(0, 1 << 32, 64, np.uint32),
+        rng.integers(-99, 99, 64).astype(np.int32),
+        rng.integers(0, 1 << 63, 64, np.uint64),
+    )
     assert atomic("add.u32", 5, u32, shared=shared)[0] == (int(u32.sum(dtype=np.uint64)) + 5) % (1 << 32)
     assert atomic("add.u64", 5, u64, shared=shared)[0] == (sum(map(int, u64)) + 5) % (1 << 64)
     assert atomic("min.s32", 7, s32, shared=shared)[0] == min(7, *s32.tolist())
@@ -163,7 +168,10 @@ def test_reductions_and_vector_reductions() -> None:
 
 
 def test_an_atomic_does_not_excuse_a_plain_access() -> None:
-    body = "setp.eq.u32 %p1, %r0, 0;\n@%p1 st.shared.b32 [smem], 0;\nbar.sync 0;\nred.shared.add.u32 [smem], 1;\n{}ld.shared.b32 %r6, [smem];\n" + TO_OUT
+    body = (
+        "setp.eq.u32 %p1, %r0, 0;\n@%p1 st.shared.b32 [smem], 0;\nbar.sync 0;\nred.shared.add.u32 [smem], 1;\n{}ld.shared.b32 %r6, [smem];\n"
+        + TO_OUT
+    )
     out = np.zeros(64, np.uint32)
     run_body(body.format("bar.sync 0;\n"), out, threads=64, shared=16)
     assert out.tolist() == [64] * 64
@@ -189,7 +197,8 @@ def test_a_copy_lands_at_its_wait() -> None:
 
 def test_a_wait_for_fewer_groups_leaves_the_last_ones_in_flight() -> None:
     copies = "".join(
-        f"cp.async.ca.shared.global [%r3+{512 * stage}], [%d5+{512 * stage}], 16;\ncp.async.commit_group;\n" for stage in range(3)
+        f"cp.async.ca.shared.global [%r3+{512 * stage}], [%d5+{512 * stage}], 16;\ncp.async.commit_group;\n"
+        for stage in range(3)
     )
     for left in range(4):
         for stage in range(3):
@@ -265,7 +274,9 @@ def test_source_size_fills_the_rest_with_zeros(nbytes: int) -> None:
 
 
 def test_ignore_src_and_wrong_sizes() -> None:
-    body = COPY + "setp.lt.u32 %p1, %r0, 8;\ncp.async.cg.shared.global [%r3], [%d5], 16, %p1;\ncp.async.wait_all;\n" + READ
+    body = (
+        COPY + "setp.lt.u32 %p1, %r0, 8;\ncp.async.cg.shared.global [%r3], [%d5], 16, %p1;\ncp.async.wait_all;\n" + READ
+    )
     out = np.zeros(32, np.uint32)
     run_body(body, out, SOURCE, shared=512)
     assert out.tolist() == [0] * 8 + list(range(32, 128, 4))

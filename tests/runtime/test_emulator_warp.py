@@ -48,7 +48,10 @@ def test_a_shuffle_with_a_lane_per_thread() -> None:
 
 def test_a_shuffle_within_a_divergent_half() -> None:
     """The member mask names the lanes that take part; a lane outside of it, or one that is missing, is an error."""
-    body = "mov.u32 %r6, 0;\nsetp.lt.u32 %p1, %r0, 16;\n@!%p1 bra END;\nshfl.sync.bfly.b32 %r6, %r0, {b}, 31, {mask};\nEND:\n" + TO_OUT
+    body = (
+        "mov.u32 %r6, 0;\nsetp.lt.u32 %p1, %r0, 16;\n@!%p1 bra END;\nshfl.sync.bfly.b32 %r6, %r0, {b}, 31, {mask};\nEND:\n"
+        + TO_OUT
+    )
     out = np.zeros(32, np.uint32)
     run_body(body.format(b=1, mask=0xFFFF), out)
     assert out.tolist() == [t ^ 1 for t in range(16)] + [0] * 16

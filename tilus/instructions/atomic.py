@@ -85,7 +85,7 @@ class AtomicTile(Instruction):
             )
         size = global_vector_size(self.dst, layout, self.offsets, self.dims, self.checked)
         size = min(size, _widest(dtype, ctx.target))
-        starts = tile_index(ctx, self.src, self.offsets, self.dims, self.dst.rank)
+        starts = tile_index(ctx, layout, self.offsets, self.dims)
         owner = ctx.first_replica(layout)
         words = ctx.words(self.src)
         done: set[tuple[int, ...]] = set()
@@ -177,7 +177,9 @@ class AtomicScalar(Instruction):
         first = ctx.guard(b.pure("setp.eq.u32", ctx.thread_id(), Imm(0)))
         ctx.barrier()  # the block's accesses so far, and earlier users of the scratch region, are done
         old = b.reg(RegClass.B32)
-        b.emit_to(f"atom.acq_rel.gpu.global.{self.op}.{_ptx_type(self.op, self.dst.dtype)}", old, address, value, guard=first)
+        b.emit_to(
+            f"atom.acq_rel.gpu.global.{self.op}.{_ptx_type(self.op, self.dst.dtype)}", old, address, value, guard=first
+        )
         b.emit_to("st.shared.b32", mailbox, old, guard=first)
         ctx.barrier()
         ctx.scalars.variables[self.out] = b.emit("ld.shared.b32", mailbox)

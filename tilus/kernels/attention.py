@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 WARPS = 4
-KV_TILE = 64  # tokens of the cache per iteration
+KV_TILE = 64  # tokens of the cache per iteration, at most
 STAGES = 2  # kv tiles in shared memory: one is used while the others arrive
 MAX_GROUP = 16
 NO_SCORE = -1e30  # a maximum of no scores; finite, so that differences with it are no NaN
@@ -48,7 +48,8 @@ def paged_attention_kernel(
     heads = padded_group(group)
     tokens = rows // heads
     parts = 16 * WARPS // rows
-    keys = KV_TILE // parts
+    kv_tile = KV_TILE if parts > 1 or head_dim <= 96 else KV_TILE // 2  # more would not fit into a warp's registers
+    keys = kv_tile // parts
     tilus.grid((q.shape[0] + (kv_lens.shape[0]) * (tokens - 1)) // tokens, q.shape[1], warps=WARPS)
     head = tilus.block_id(1)
     sequence, first = find_tile(q_start, kv_lens.shape[0], tokens)
@@ -58,7 +59,7 @@ def paged_attention_kernel(
     kv_len = kv_lens[sequence]
     past = kv_len - (end - begin)  # keys that the first query sees besides its own
     seen = min(kv_len, past + first + tokens)
-    tiles = (max(seen, 0) + (KV_TILE - 1)) // KV_TILE
+    tiles = (max(seen, 0) + (kv_tile - 1)) // kv_tile
     table = block_tables[sequence]
     queries = tilus.load(q, [begin + first, head, 0, 0], [tokens, heads, head_dim], dims=[0, 2, 3])
     queries = tilus.broadcast(queries.reshape([1, rows, head_dim]), [parts, rows, head_dim])
@@ -67,8 +68,8 @@ def paged_attention_kernel(
     def fetch(tile, stage):
         """Start copying a kv tile, page by page; tokens that the sequence does not have arrive as zeros."""
         chunk = min(page_size, keys)
-        for start in range(0, KV_TILE, chunk):
-            token = tile * KV_TILE + start
+        for start in range(0, kv_tile, chunk):
+            token = tile * kv_tile + start
             page = table[min(token, kv_len - 1) // page_size]
             slot = 0 if page_size <= chunk else token % page_size
             count = max(0, min(kv_len - token, chunk))
@@ -97,7 +98,7 @@ def paged_attention_kernel(
         stage = tile % STAGES
         k = tilus.load_shared(kv, [stage, 0, 0, 0, 0], [parts, head_dim, keys], dims=[1, 4, 3])
         scores = tilus.dot(queries, k, tilus.zeros([parts, rows, keys], layout=warp_rows(parts, rows, keys)))
-        scores = tilus.where(key + tile * KV_TILE < limit, scores * scale_log2, -math.inf)
+        scores = tilus.where(key + tile * kv_tile < limit, scores * scale_log2, -math.inf)
         higher = tilus.maximum(highest, tilus.max(scores, 2, keepdims=True))
         shrink = tilus.exp2(highest - higher)
         weights = tilus.exp2(scores - higher)
