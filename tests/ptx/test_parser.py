@@ -56,16 +56,27 @@ operands: st.SearchStrategy[Operand] = st.one_of(
     st.builds(Guard, predicates, st.just(True)),
 )
 locations = st.one_of(
-    st.none(), st.builds(Loc, st.sampled_from(["a.py", "/x/b c.py"]), st.integers(1, 99), st.integers(1, 9), st.sampled_from([None, 12]))
+    st.none(),
+    st.builds(
+        Loc, st.sampled_from(["a.py", "/x/b c.py"]), st.integers(1, 99), st.integers(1, 9), st.sampled_from([None, 12])
+    ),
 )
-opcodes = st.sampled_from(["add.s32", "ld.shared::cta.v4.b32", "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", "ret"])
+opcodes = st.sampled_from(
+    ["add.s32", "ld.shared::cta.v4.b32", "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", "ret"]
+)
 instructions = st.builds(
-    Instr, opcodes, st.lists(operands, max_size=5).map(tuple), st.one_of(st.none(), st.builds(Guard, predicates, st.booleans())), locations
+    Instr,
+    opcodes,
+    st.lists(operands, max_size=5).map(tuple),
+    st.one_of(st.none(), st.builds(Guard, predicates, st.booleans())),
+    locations,
 )
 branches = st.builds(Instr, st.sampled_from(["bra", "bra.uni"]), st.builds(lambda n: (LabelRef(n),), names))
 comments = st.builds(Comment, st.from_regex(r"[a-z][a-z ;{}.]{0,20}[a-z]", fullmatch=True))
 items = st.one_of(instructions, branches, comments, st.builds(Label, names))
-shared_arrays = st.builds(SharedArray, st.sampled_from(["smem", "dyn"]), st.integers(1, 4096), st.sampled_from([4, 16, 128]), st.booleans())
+shared_arrays = st.builds(
+    SharedArray, st.sampled_from(["smem", "dyn"]), st.integers(1, 4096), st.sampled_from([4, 16, 128]), st.booleans()
+)
 params = st.one_of(
     st.builds(Param, names, st.sampled_from(["u64", "s32", "f32", "b8"])),
     st.builds(Param, names, st.just("b8"), st.integers(1, 128), st.sampled_from([None, 64])),
@@ -125,7 +136,7 @@ FOREIGN = """
 .target sm_80, debug
 .address_size 64
 	/* a comment
-	   of two lines */
+	of two lines */
 .extern .shared .align 16 .b8 buffer[];
 .visible .entry saxpy(
 	.param .u64 .ptr .global .align 16 saxpy_param_0,
@@ -179,8 +190,15 @@ def test_foreign_ptx() -> None:
     module = parse(FOREIGN)
     (kernel,) = module.kernels
     assert (module.target.name, kernel.num_threads, kernel.min_blocks_per_sm) == ("sm_80", 128, 2)
-    assert kernel.params == (Param("saxpy_param_0", "u64"), Param("saxpy_param_1", "b8", 128, 64), Param("saxpy_param_2", "f32"))
-    assert {array.name: (array.nbytes, array.dynamic) for array in kernel.shared} == {"buffer": (0, True), "tile": (512, False)}
+    assert kernel.params == (
+        Param("saxpy_param_0", "u64"),
+        Param("saxpy_param_1", "b8", 128, 64),
+        Param("saxpy_param_2", "f32"),
+    )
+    assert {array.name: (array.nbytes, array.dynamic) for array in kernel.shared} == {
+        "buffer": (0, True),
+        "tile": (512, False),
+    }
     body = [item for item in kernel.body if isinstance(item, Instr)]
     assert body[0].loc == Loc("/some/where/saxpy.cu", 10, 3)
     assert body[1].operands == (Reg(RegClass.B32, 1), Special("%tid.x"))
@@ -188,7 +206,9 @@ def test_foreign_ptx() -> None:
     assert body[4].operands[1] == Imm(0xFFFFFFFF)
     fma = next(item for item in body if item.opcode == "fma.rn.f32")
     assert fma.operands[2:] == (FloatImm(0x3F800000), FloatImm(0x3FF0000000000000, 64))
-    assert next(item for item in body if item.opcode == "mul.f32").operands[2] == FloatImm(int(np.float64(-1.5).view(np.uint64)), 64)
+    assert next(item for item in body if item.opcode == "mul.f32").operands[2] == FloatImm(
+        int(np.float64(-1.5).view(np.uint64)), 64
+    )
     load = next(item for item in body if item.opcode.startswith("ld.global"))
     assert load.operands == (Vector((Reg(RegClass.B32, 3), Special("_"))), Address(body[0].operands[0], -8))
     labels = [item.name for item in kernel.body if isinstance(item, Label)]
@@ -200,7 +220,12 @@ def test_registers_of_different_names_stay_different() -> None:
     body = [item for item in parse(FOREIGN).kernels[0].body if isinstance(item, Instr)]
     inner, outer = body[5].operands[0], body[2].operands[0]
     assert inner != outer
-    seen = {"%r1": body[1].operands[0], "%r2": body[6].operands[0], "t": body[4].operands[0], "second t": body[9].operands[0]}
+    seen = {
+        "%r1": body[1].operands[0],
+        "%r2": body[6].operands[0],
+        "t": body[4].operands[0],
+        "second t": body[9].operands[0],
+    }
     assert len(set(seen.values())) == len(seen)
     assert all(isinstance(reg, Reg) and reg.cls is RegClass.B32 for reg in seen.values())
 

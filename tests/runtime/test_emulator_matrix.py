@@ -12,6 +12,7 @@ from emulator_kernels import run_body
 
 from tilus.runtime.emulator import EmulatorError, RaceError
 
+
 # PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type": the (row, col) of a0..a7, b0..b3, c0..c3.
 def a_m16n8k16(lane: int, i: int) -> tuple[int, int]:
     group, thread = lane >> 2, lane % 4
@@ -68,7 +69,9 @@ def unpack(words: npt.NDArray[np.uint32], dtype: Any, shape: tuple[int, int], pl
     return matrix
 
 
-def run_mma(opcode: str, fragments: list[npt.NDArray[np.uint32]], outputs: int, warps: int = 1) -> npt.NDArray[np.uint32]:
+def run_mma(
+    opcode: str, fragments: list[npt.NDArray[np.uint32]], outputs: int, warps: int = 1
+) -> npt.NDArray[np.uint32]:
     """Run one mma with operand words [32, registers]; each warp adds its number to nothing: all compute the same."""
     body, names = "and.b32 %r1, %r0, 31;\n", []
     for index, words in enumerate(fragments, start=1):
@@ -115,7 +118,10 @@ def test_mma_of_16_bit_floats(name: str, dtype: Any, depth: int, c_type: str) ->
 @pytest.mark.parametrize("depth", [16, 32])
 def test_mma_of_bytes(name: str, dtype: Any, depth: int) -> None:
     rng = np.random.default_rng(3)
-    a, b = rng.integers(0, 256, (16, depth)).astype(np.uint8).view(dtype), rng.integers(0, 256, (depth, 8)).astype(np.uint8).view(dtype)
+    a, b = (
+        rng.integers(0, 256, (16, depth)).astype(np.uint8).view(dtype),
+        rng.integers(0, 256, (depth, 8)).astype(np.uint8).view(dtype),
+    )
     c = rng.integers(-(1 << 30), 1 << 30, (16, 8)).astype(np.int32)
     words = [pack(a, a_m16n8k32, depth // 2), pack(b, b_m16n8k32, depth // 4), pack(c, c_m16n8, 4)]
     out = run_mma(f"mma.sync.aligned.m16n8k{depth}.row.col.s32.{name}.{name}.s32", words, 4)
@@ -134,7 +140,8 @@ def test_mma_of_fp8(name: str, dtype: Any) -> None:
 
 def test_mma_adds_to_its_accumulator_in_place_and_needs_the_whole_warp() -> None:
     body = (
-        "mov.b32 %r10, 0f00000000;\nmov.b32 %r11, %r10;\nmov.b32 %r12, %r10;\nmov.b32 %r13, %r10;\nmov.b32 %r20, 0x3C003C00;\n"
+        "mov.b32 %r10, 0f00000000;\nmov.b32 %r11, %r10;\nmov.b32 %r12, %r10;\nmov.b32 %r13, %r10;\n"
+        "mov.b32 %r20, 0x3C003C00;\n"
         "mov.u32 %r3, 0;\nLOOP:\n{guard}mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {{%r10, %r11, %r12, %r13}}, "
         "{{%r20, %r20, %r20, %r20}}, {{%r20, %r20}}, {{%r10, %r11, %r12, %r13}};\nadd.u32 %r3, %r3, 1;\n"
         "setp.lt.u32 %p1, %r3, 3;\n@%p1 bra LOOP;\nmad.wide.u32 %d5, %r0, 4, %d0;\nst.global.b32 [%d5], %r13;\n"
@@ -155,7 +162,10 @@ def test_unknown_shapes_and_types_are_refused() -> None:
 
 # ldmatrix: 8 x 8 matrices of 16-bit elements, row r of matrix m at the address of lane 8 m + r.
 FILL = "shl.b32 %r1, %r0, 4;\nmov.u32 %r2, smem;\nadd.u32 %r3, %r2, %r1;\nmad.wide.u32 %d5, %r0, 16, %d1;\n"
-FILL += "ld.global.v4.b32 {%r20, %r21, %r22, %r23}, [%d5];\nst.shared.v4.b32 [%r3], {%r20, %r21, %r22, %r23};\nbar.sync 0;\n"
+FILL += (
+    "ld.global.v4.b32 {%r20, %r21, %r22, %r23}, [%d5];\n"
+    "st.shared.v4.b32 [%r3], {%r20, %r21, %r22, %r23};\nbar.sync 0;\n"
+)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
@@ -184,9 +194,9 @@ def test_ldmatrix_distributes_rows(count: int, transposed: bool) -> None:
 def test_ldmatrix_ignores_the_addresses_of_other_lanes() -> None:
     """For .x1 only lanes 0 to 7 give addresses; the others may point anywhere."""
     body = FILL + "setp.lt.u32 %p1, %r0, 8;\nselp.b32 %r4, %r3, 1, %p1;\n"
-    body += "ldmatrix.sync.aligned.m8n8.x1.shared.b16 %r30, [%r4];\n"
+    body += "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r30}, [%r4];\n"
     run_body(body, np.zeros(1, np.uint32), np.zeros((32, 8), np.uint16), shared=512)
-    with pytest.raises(EmulatorError, match="misaligned access .not a multiple of 16"):
+    with pytest.raises(EmulatorError, match=r"misaligned access .not a multiple of 16"):
         run_body(body.replace("0, 8", "0, 7"), np.zeros(1, np.uint32), np.zeros((32, 8), np.uint16), shared=512)
 
 
@@ -199,9 +209,17 @@ def test_ldmatrix_sees_races_uninitialised_bytes_and_missing_lanes() -> None:
     with pytest.raises(RaceError):
         run_body(reversed_rows.replace("{}", ""), *args, shared=512)
     with pytest.raises(EmulatorError, match="uninitialised shared memory"):
-        run_body(body.replace("st.shared.v4", "@%p1 st.shared.v4").replace("shl", "setp.ne.u32 %p1, %r0, 31;\nshl"), *args, shared=512)
+        run_body(
+            body.replace("st.shared.v4", "@%p1 st.shared.v4").replace("shl", "setp.ne.u32 %p1, %r0, 31;\nshl"),
+            *args,
+            shared=512,
+        )
     with pytest.raises(EmulatorError, match="do not execute"):
-        run_body(FILL + "setp.ne.u32 %p1, %r0, 3;\n@%p1 ldmatrix.sync.aligned.m8n8.x1.shared.b16 %r30, [%r3];", *args, shared=512)
+        run_body(
+            FILL + "setp.ne.u32 %p1, %r0, 3;\n@%p1 ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r30}, [%r3];",
+            *args,
+            shared=512,
+        )
 
 
 @pytest.mark.parametrize("transposed", ["", ".trans"])
@@ -222,6 +240,8 @@ def test_stmatrix_undoes_ldmatrix(transposed: str) -> None:
 def test_movmatrix_transposes() -> None:
     matrix = np.arange(64, dtype=np.uint16).reshape(8, 8)
     out = np.zeros((8, 8), np.uint16)
-    body = "mad.wide.u32 %d5, %r0, 4, %d1;\nld.global.b32 %r1, [%d5];\nmovmatrix.sync.aligned.m8n8.trans.b16 %r2, %r1;\n"
+    body = (
+        "mad.wide.u32 %d5, %r0, 4, %d1;\nld.global.b32 %r1, [%d5];\nmovmatrix.sync.aligned.m8n8.trans.b16 %r2, %r1;\n"
+    )
     run_body(body + "mad.wide.u32 %d6, %r0, 4, %d0;\nst.global.b32 [%d6], %r2;", out, matrix)
     assert out.tolist() == matrix.T.tolist()

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import gc
 import itertools
+import threading
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from reference_oracle import Fill, Give, Load, Probe, Store, function, tensor
+from reference_oracle import Atomic, Fill, Give, Load, Probe, Store, function, tensor
 
 from tilus.dtypes import DataType, bf16, boolean, f16, f32, int32, int64, pack_bits, uint3, uint4, unpack_bits
 from tilus.errors import TilusError
+from tilus.ir.evaluation import Evaluation
 from tilus.ir.expr import BlockId, Var, binary, cast, const
 from tilus.ir.function import Function
+from tilus.ir.instruction import Instruction
 from tilus.ir.stmt import For, Inst
 from tilus.ir.tensor import GlobalTensor, RegisterTensor, SharedTensor
 from tilus.runtime.reference import run_reference
@@ -139,6 +143,29 @@ def test_chunks_and_threads_cannot_be_seen(
         values[row, 4 * column + 1] = row % 3 or column % 4
     found = unpack_bits(y, dtype, values.size).reshape(shape) if dtype.nbits < 8 else y
     np.testing.assert_array_equal(found, values)
+
+
+@dataclass(frozen=True, eq=False)
+class Thread(Instruction):
+    """Notes the thread that runs the chunk."""
+
+    mnemonic = "test.thread"
+
+    seen: set[threading.Thread]
+
+    def evaluate(self, env: Evaluation) -> None:
+        self.seen.add(threading.current_thread())
+
+
+@pytest.mark.parametrize(("dtype", "atomic", "alone"), [(f32, False, False), (f32, True, True), (uint4, False, True)])
+def test_chunks_run_side_by_side_only_where_blocks_cannot_meet(dtype: DataType, atomic: bool, alone: bool) -> None:
+    """Atomic updates happen in block order, and packed neighbours share bytes."""
+    y, t, seen = tensor("y", dtype, (64,)), RegisterTensor(dtype, (1,)), set[threading.Thread]()
+    write = Atomic(t, y, t, (X,), (0,), "add") if atomic else Store(y, t, (X,), (0,))
+    fn = function(Fill(t, const(1, dtype)), Thread(seen), write, params=(y,))
+    memory = np.zeros(64, np.float32) if dtype == f32 else np.zeros(32, np.uint8)
+    run_reference(fn, {"y": memory}, (64, 1, 1), max_chunk_nbytes=1, max_threads=2)
+    assert (seen == {threading.current_thread()}) == alone
 
 
 def test_errors_of_threads_reach_the_caller() -> None:

@@ -168,7 +168,7 @@ class ShapeKernels:
     def quantize(self):
         return self
 
-    def pack(self, codes, scales, dtype, mins=None):
+    def pack(self, codes, scales, *, dtype, mins=None):
         assert codes.device == scales.device == META and mins is None
         return codes
 

@@ -108,9 +108,14 @@ class ScalarLowering:
         if lhs == rest and upper is not None and nonnegative and upper < m:
             return of_const(0) if expr.op == "//" else lhs
         value = register(self.b, rest)
+        if expr.op == "%" and m & (m - 1) == 0:
+            return of_reg(self.b.pure("and.b32", value, Imm(m - 1)))
         # The rest may be negative even if the whole is not (x*m - y): then only exact floor forms are allowed.
         quotient = self._quotient(value, m, nonnegative and lhs == rest)
-        return whole + quotient if expr.op == "//" else rest - quotient.scaled(m)
+        if expr.op == "//":
+            return whole + quotient
+        # In one register: as a sum, a constant part of it would become an address offset and leave a negative base.
+        return of_reg(register(self.b, rest - quotient.scaled(m)))
 
     def _quotient(self, value: Reg, m: int, nonnegative: bool) -> Linear:
         """floor(value / m) for a constant m > 0."""

@@ -328,7 +328,7 @@ _BITWISE = ("&", "|", "^", "<<", ">>")
 
 
 def _check_op(op: str, dtype: DataType) -> None:
-    if dtype.is_small or dtype.nbits == 8:
+    if dtype.is_small:
         raise TilusError(
             f"{op} on tiles of {dtype.name}: arithmetic is done in 16 or more bits",
             hint="cast to f16, f32 or int32 first, and back afterwards",

@@ -321,3 +321,19 @@ def load_scalar(b: IRBuilder, src: GlobalTensor, *index: Expr | int) -> Var:
     out = Var(b.fresh(f"{src.name.split('[')[0]}_value"), src.dtype)
     b.emit(LoadScalar(out, src, tuple(as_expr(i) for i in index)))
     return out
+
+
+@builtin
+def narrow(b: IRBuilder, x: GlobalTensor, dim: int, start: Expr | int, length: Expr | int) -> GlobalTensor:
+    """The part of a global tensor from index `start` of `dim` on that is `length` long; nothing is loaded yet.
+
+    Tiles that reach beyond it read zeros and are not written there. The part must lie inside of `x`; `x[start:stop]` is the
+    same for bounds that may lie outside, which are cut as Python does. Both may be run-time values: rows of one sequence of a
+    ragged batch are `narrow(x, 0, first, count)`.
+    """
+    if not -x.rank <= dim < x.rank:
+        raise TilusError(f"narrow: dim {dim} of {x.name}, which has rank {x.rank}")
+    first, count = as_expr(start), as_expr(length)
+    if not (first.dtype.is_integer and count.dtype.is_integer):
+        raise TilusError(f"narrow: start of {first.dtype.name} and length of {count.dtype.name}, expected integers")
+    return x.narrow(dim % x.rank, first, count)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tilus.codegen.access import shared_vector_size, vectors
-from tilus.codegen.context import EmitContext, SharedSite
+from tilus.codegen.context import EmitContext
 from tilus.codegen.linear import Linear, of_const
 from tilus.dtypes import DataType
 from tilus.errors import TilusError
@@ -69,20 +69,20 @@ class LoadShared(Instruction):
     def _transposed(self, layout: RegisterLayout) -> bool | None:
         """Whether ldmatrix must transpose to fill this layout; None when no 8x8 matrix divides it.
 
-        A lane's pair of elements follows one axis of the tile. Where that axis is the contiguous one in memory the plain
-        form fits, otherwise the transposing one.
+        A lane's pair of elements follows one of the last two axes of the tile. Where that axis is the contiguous one in
+        memory the plain form fits, otherwise the transposing one.
         """
-        nbits = self.src.dtype.nbits
-        if self.out.rank != 2 or nbits not in (8, 16):
-            return None
+        nbits, rank = self.src.dtype.nbits, self.out.rank
         last = self.src.rank - 1
-        if last not in self.dims:
+        if rank < 2 or nbits not in (8, 16) or last not in self.dims[-2:]:
             return None
-        contiguous = self.dims.index(last)
         matrix = ldmatrix(nbits)
-        if layout.try_divide(matrix if contiguous == 1 else matrix.permute((1, 0))) is not None:
+        along, across = matrix, matrix.permute((1, 0))
+        if self.dims[-1] != last:
+            along, across = across, along
+        if layout.try_divide(_of_rank(along, rank)) is not None:
             return False
-        if nbits == 16 and layout.try_divide(matrix.permute((1, 0)) if contiguous == 1 else matrix) is not None:
+        if nbits == 16 and layout.try_divide(_of_rank(across, rank)) is not None:
             return True
         return None
 
@@ -106,7 +106,7 @@ class LoadShared(Instruction):
             address = ctx.shared_address(self.src, starts(vector.slot))
             pieces += load_vector(ctx, "ld.shared", self.src.dtype, size, address, None)
         ctx.note(self, f"shared load {self.src.name}: {vectors_note(self.src.dtype, size, layout.num_locals)}")
-        ctx.note_shared(SharedSite(self.src, layout, self.dims, size))
+        ctx.note_shared(self, self.src, layout, self.offsets, self.dims, size)
         ctx.define(self.out, assemble(ctx, self.src.dtype, size, pieces))
 
 
@@ -142,7 +142,7 @@ class StoreShared(Instruction):
             address = ctx.shared_address(self.dst, starts(vector.slot))
             store_vector(ctx, "st.shared", self.dst.dtype, vector.slot, size, address, words, owner)
         ctx.note(self, f"shared store {self.dst.name}: {vectors_note(self.dst.dtype, size, layout.num_locals)}")
-        ctx.note_shared(SharedSite(self.dst, layout, self.dims, size))
+        ctx.note_shared(self, self.dst, layout, self.offsets, self.dims, size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,6 +180,7 @@ class LdMatrix(Instruction):
             count = next(c for c in (4, 2, 1) if _is_grid(starts[len(regs) : len(regs) + c], c))
             regs += self._load(ctx, layout, starts[len(regs) : len(regs) + count])
         ctx.note(self, f"ldmatrix {self.src.name}: {words} matrices per warp{', transposed' if self.trans else ''}")
+        ctx.note_shared(self, self.src, layout, self.offsets, self.dims, per_word, rows_of_16_bytes=True)
         ctx.define(self.out, regs)
 
     def _load(self, ctx: EmitContext, layout: RegisterLayout, starts: list[list[int]]) -> list[Reg]:
@@ -190,7 +191,7 @@ class LdMatrix(Instruction):
         for axis, part in enumerate(_warp_index(ctx, layout)):
             index[self.dims[axis]] = index[self.dims[axis]] + part + lane_part[axis]
         # Rows of a matrix follow each other along the axis that is not contiguous in memory.
-        row_dim = self.dims[1 - self.dims.index(self.src.rank - 1)]
+        row_dim = self.dims[-2] if self.dims[-1] == self.src.rank - 1 else self.dims[-1]
         index[row_dim] = index[row_dim] + ctx.digit(1, 8)
         address = ctx.shared_address(self.src, index)
         trans = ".trans" if self.trans else ""
@@ -231,8 +232,15 @@ def _matrix_index(ctx: EmitContext, starts: list[list[int]]) -> list[Linear]:
 def _rows_of_16_bytes(src: SharedTensor, offsets: Sequence[Expr], dims: Sequence[int]) -> bool:
     """Whether every matrix row is 16 consecutive, aligned bytes of the shared tensor."""
     row = 128 // src.dtype.nbits
-    probe = local(1, row) if dims[1] == src.rank - 1 else local(row, 1)
-    return shared_vector_size(src, probe, offsets, dims) == row
+    probe = local(1, row) if dims[-1] == src.rank - 1 else local(row, 1)
+    return shared_vector_size(src, _of_rank(probe, len(dims)), offsets, dims) == row
+
+
+def _of_rank(layout: RegisterLayout, rank: int) -> RegisterLayout:
+    """The same layout for the last two of `rank` axes."""
+    while layout.rank < rank:
+        layout = layout.unsqueeze(0)
+    return layout
 
 
 def vectorized(tile: RegisterTensor, num_threads: int, dims: Sequence[int]) -> RegisterLayout:

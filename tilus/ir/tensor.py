@@ -6,7 +6,7 @@ They name things, so they compare by identity. A register or shared tensor witho
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tilus.dtypes import DataType
 from tilus.ir.expr import Expr, Var, as_expr, binary
@@ -99,6 +99,12 @@ class GlobalTensor:
         return GlobalTensor(
             self.dtype, self.shape[1:], self.strides[1:], self.base, offset, self.alignment, f"{self.name}[{index}]"
         )
+
+    def narrow(self, dim: int, start: Expr, length: Expr) -> GlobalTensor:
+        """The view of `length` indices of `dim` from `start` on; they must lie inside of the tensor."""
+        shape = (*self.shape[:dim], length, *self.shape[dim + 1 :])
+        offset = binary("+", self.offset, binary("*", start, self.strides[dim]))
+        return replace(self, shape=shape, offset=offset)
 
 
 Tensor = RegisterTensor | SharedTensor | GlobalTensor

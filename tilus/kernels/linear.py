@@ -136,10 +136,13 @@ def schedule(m: int, tiles_n: int, tiles_k: int, num_sms: int) -> Schedule:
     return Schedule(tokens, warps, splits)
 
 
-def linear(x: Any, weight: QuantizedWeight, *, out_dtype: Any = None, out: Any = None) -> Any:
+def linear(
+    x: Any, weight: QuantizedWeight, *, out_dtype: Any = None, out: Any = None, device: str | None = None
+) -> Any:
     """x [M, K] of f16 or bf16 times the transpose of a packed weight (N, K): [M, N] of `out_dtype` (default: that of x).
 
-    x, out: torch tensors or numpy arrays, on the weight's device. out: written in place when given.
+    x, out: torch tensors or numpy arrays, on the weight's device. out: written in place when given. device: where to run
+    (reference, emulator, cuda), by default as the arguments say.
     Raises: TilusError when K, dtypes or devices do not fit.
     """
     n, k = weight.shape
@@ -156,7 +159,7 @@ def linear(x: Any, weight: QuantizedWeight, *, out_dtype: Any = None, out: Any =
     if plan.splits > 1:
         partial = empty(x, (plan.splits, m, n), "float32")
         tickets = counters(x, tiles_n * -(-m // plan.tokens))
-    quantized_linear(
+    quantized_linear.on(device)(
         x, weight.codes, weight.scales, y, weight.minimums, partial, tickets,
         wdtype=weight.dtype, groups=weight.groups_per_tile, tokens=plan.tokens, warps=plan.warps, splits=plan.splits,
     )  # fmt: skip

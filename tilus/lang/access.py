@@ -114,14 +114,25 @@ def _is_full(item: Value) -> bool:
     return isinstance(item, slice) and item.start is None and item.stop is None and item.step is None
 
 
-def _check_index(what: str, items: tuple[Value, ...], rank: int, instead: str) -> None:
+def _check_index(what: str, items: tuple[Value, ...], rank: int, instead: str, *, bounds: bool = False) -> None:
+    """bounds: whether slices may have a start and a stop."""
     if len(items) > rank:
         raise TilusError(f"{len(items)} indices for {what}, which has rank {rank}")
     for item in items:
         if isinstance(item, slice) and not _is_full(item):
-            raise TilusError(f"a slice with bounds of {what} is not supported", hint=instead)
+            if not bounds:
+                raise TilusError(f"a slice with bounds of {what} is not supported", hint=instead)
+            _check_slice(what, item)
         if not isinstance(item, slice) and not _is_integer(item):
             raise TilusError(f"{what} is indexed by {describe(item)}, expected an integer", hint=instead)
+
+
+def _check_slice(what: str, item: slice) -> None:
+    if item.step is not None and item.step != 1:
+        raise TilusError(f"a slice of {what} has step {describe(item.step)}, expected 1", hint="leave the step out")
+    for bound in (item.start, item.stop):
+        if bound is not None and not _is_integer(bound):
+            raise TilusError(f"a slice of {what} is bounded by {describe(bound)}, expected an integer")
 
 
 def _is_integer(item: Value) -> bool:
@@ -140,9 +151,31 @@ def _position(item: Value, extent: Expr | int, what: str) -> Expr:
     return binary("+", item, extent) if item < 0 else as_expr(item)
 
 
+def _bound(item: Value, extent: Expr) -> Expr:
+    """A bound of a slice, cut to 0 .. extent; a negative constant counts from the end."""
+    bound = as_expr(item)
+    if is_number(item) and item < 0:
+        return binary("max", binary("+", bound, extent), 0)
+    return binary("min", bound, extent)
+
+
+def _sliced(tensor: GlobalTensor, items: tuple[Value, ...]) -> GlobalTensor:
+    """The view of the part that the slices with bounds take; indices are left for later."""
+    for dim, item in enumerate(items):
+        if isinstance(item, slice) and not _is_full(item):
+            extent = tensor.shape[dim]
+            start = as_expr(0) if item.start is None else _bound(item.start, extent)
+            stop = extent if item.stop is None else _bound(item.stop, extent)
+            tensor = tensor.narrow(dim, start, binary("max", binary("-", stop, start), 0))
+    return tensor
+
+
 def _global(frame: Frame, tensor: GlobalTensor, items: tuple[Value, ...]) -> Value:
     what = f"global tensor {tensor.name}"
-    _check_index(what, items, tensor.rank, "load a tile: tilus.load(x, [start, ...], shape=[size, ...])")
+    _check_index(
+        what, items, tensor.rank, "load a tile: tilus.load(x, [start, ...], shape=[size, ...])", bounds=True
+    )
+    tensor = _sliced(tensor, items)
     if len(items) == tensor.rank and not any(isinstance(item, slice) for item in items):
         import tilus
 

@@ -54,7 +54,7 @@ def _is_hashable(value: Value) -> bool:
 
 
 def _build(frame: Frame, builtin: Builtin, args: Sequence[Value], kwargs: Mapping[str, Value]) -> Value:
-    name = getattr(builtin, "__name__", "?").rstrip("_")
+    name = getattr(builtin, "__name__", "?")
     signature = inspect.signature(builtin)
     plain = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
     usage = f"its signature is {name}{signature.replace(parameters=plain, return_annotation=signature.empty)}"

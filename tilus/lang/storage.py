@@ -37,9 +37,9 @@ class Storage:
         self.writes: dict[Slot, int] = {}
 
     def allocate(self, value: Value, name: str) -> Slot:
-        """A slot of the value's type, not yet assigned."""
+        """A slot of the value's type, not yet assigned; a tile whose layout is pinned keeps it."""
         if isinstance(value, RegisterTensor):
-            slot: Slot = self.builder.tile(value.dtype, value.shape, name=name, mutable=True)
+            slot: Slot = self.builder.tile(value.dtype, value.shape, value.layout, name, mutable=True)
         else:
             slot = Var(self.builder.fresh(name), as_expr(value).dtype, mutable=True)
         self.writes[slot] = 0
@@ -69,7 +69,7 @@ class Storage:
             case Expr():
                 return self._keep_scalar(value, name)
             case RegisterTensor() if value in self.writes:
-                kept = self.builder.tile(value.dtype, value.shape, name=name, mutable=True)
+                kept = self.builder.tile(value.dtype, value.shape, value.layout, name, mutable=True)
                 self._assign_tile(kept, value)
                 return kept
             case GlobalTensor() if self.slots(value):

@@ -95,7 +95,7 @@ def describe(value: Value) -> str:
             return f"the function {value.name}"
         case Builtin() | BoundBuiltin():
             builtin = value.builtin if isinstance(value, BoundBuiltin) else value
-            return f"the function tilus.{getattr(builtin, '__name__', '?').rstrip('_')}"
+            return f"the function tilus.{getattr(builtin, '__name__', '?')}"
         case RuntimeRange():
             return "a run-time range"
         case _ if is_runtime(value):

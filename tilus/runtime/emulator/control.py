@@ -8,16 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tilus.ptx.module import LabelRef, Operand
-from tilus.runtime.emulator.decode import (
-    Array,
-    Mask,
-    Site,
-    Step,
-    guard_row,
-    initialisation_check,
-    instruction,
-    mark_initialised,
-)  # fmt: skip
+from tilus.runtime.emulator.decode import Array, Mask, Site, Step, instruction
+from tilus.runtime.emulator.guards import guard_row, initialisation_check, mark_initialised
 from tilus.runtime.emulator.machine import WARP, Machine
 
 Lanes = npt.NDArray[np.bool_]
@@ -200,7 +192,7 @@ class Barriers:
             before = int(self.expected[barrier, slot])
             if self.arrived[barrier, slot] and before != wanted:
                 raise site.fault(
-                    f"barrier {barrier} is used for {wanted} threads, but others that wait there expect {before or 'all'}",
+                    f"barrier {barrier} is used for {wanted} threads, but others there expect {before or 'all'}",
                     int(np.flatnonzero(here)[0]),
                 )
             self.expected[barrier, slot] = wanted
@@ -242,7 +234,8 @@ class Barriers:
         return []
 
     def _refresh(self) -> None:
-        self.machine.clocks.refresh(self.machine.alive.reshape(self.machine.slots, -1, WARP).any(axis=2))
+        live = np.logical_or.reduce(self.machine.alive.reshape(self.machine.slots, -1, WARP), axis=2)
+        self.machine.clocks.refresh(live)
         self.machine.shared_shadow.step()
 
     def deadlock_report(self) -> str:
@@ -256,8 +249,8 @@ class Barriers:
                 warps = sorted(set(self.machine.warp_of[waiting].tolist()))
                 sites = {self.machine.site_text(int(pc) - 1) for pc in self.resume[waiting]}
                 lines.append(
-                    f"  block {self.machine.block_name(int(slot))}, barrier {barrier}: {self.arrived[barrier, slot]} of "
-                    f"{wanted} threads arrived; warps {warps} wait at " + "; ".join(sorted(sites))
+                    f"  block {self.machine.block_name(int(slot))}, barrier {barrier}: {self.arrived[barrier, slot]} "
+                    f"of {wanted} threads arrived; warps {warps} wait at " + "; ".join(sorted(sites))
                 )
         return "\n".join(lines)
 

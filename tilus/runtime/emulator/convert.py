@@ -63,7 +63,7 @@ def _integer_to_integer(site: Site, target: str, source: str) -> Step:
 
 
 def _float_to_integer(site: Site, target: str, source: str) -> Step:
-    """Rounds to an integer and clamps to the range. NaN gives 0, or 1 << (width - 1) where a 64-bit type is involved."""
+    """Rounds to an integer and clamps to the range. NaN gives 0, or 1 << (width - 1) where a 64-bit type takes part."""
     mode = site.one_of(*_INTEGER_MODES)
     if mode is None:
         raise site.unsupported("a float to integer conversion without .rni, .rzi, .rmi or .rpi")
@@ -116,7 +116,9 @@ def _float_to_float(site: Site, target: str, source: str) -> Step:
         return _to_tf32(site)
     ftz, saturate, relu = site.has("ftz"), site.has("sat"), site.has("relu")
     if target == "bf16" and source == "f32" and not (ftz or saturate or relu or integral):
-        return site.elementwise(lambda bits: f32_bits_to_bf16(bits, mode), site.target(0, target), site.source(1, "b32"))
+        return site.elementwise(
+            lambda bits: f32_bits_to_bf16(bits, mode), site.target(0, target), site.source(1, "b32")
+        )
 
     def function(a: Array) -> Array:
         a = flush(a) if ftz and source == "f32" else a

@@ -135,8 +135,8 @@ class Machine:
 
     def place(self, lane: int) -> str:
         """A lane in words."""
-        thread = int(self.thread_of[lane])
-        return f"thread {thread} (warp {thread // WARP}, lane {thread % WARP}) of block {self.block_name(int(self.slot_of[lane]))}"
+        thread, slot = int(self.thread_of[lane]), int(self.slot_of[lane])
+        return f"thread {thread} (warp {thread // WARP}, lane {thread % WARP}) of block {self.block_name(slot)}"
 
     def site_text(self, pc: int) -> str:
         """The PTX line of an instruction and, when known, the user's line."""

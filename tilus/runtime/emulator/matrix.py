@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from tilus.ptx.module import Operand
+from tilus.ptx.module import Operand, Vector
 from tilus.runtime.emulator.convert import decode_fp8
 from tilus.runtime.emulator.decode import Array, Mask, Site, Step, instruction
 from tilus.runtime.emulator.machine import WARP
@@ -54,16 +54,21 @@ def _matrix_count(site: Site) -> int:
     return int((site.one_of("x1", "x2", "x4") or "x1")[1:])
 
 
+def _matrices(site: Site, operand: Operand, count: int) -> tuple[Operand, ...]:
+    """One register for each matrix; the assembler wants braces around a single one, too."""
+    if not isinstance(operand, Vector) or len(operand.elements) != count:
+        raise site.fault(f"operand {operand}, expected a brace-enclosed list of {count} registers")
+    return operand.elements
+
+
 @instruction("ldmatrix")
 def load_matrices(site: Site) -> Step:
-    """Lane l of register m gets elements 2l%8.. of row l/4 of matrix m; row r of it is at the address of lane 8m + r."""
+    """Register m of lane l gets two elements of row l/4 of matrix m, whose row r is at the address of lane 8m + r."""
     site.allow("sync", "aligned", "m8n8", "x1", "x2", "x4", "trans", "shared", "shared::cta")
     if "m8n8" not in site.words or site.type() != "b16":
         raise site.unsupported("a matrix shape other than .m8n8.b16")
     count = _matrix_count(site)
-    outs = [site.target(operand, "b32") for operand in elements_of(site, site.operands[0])]
-    if len(outs) != count:
-        raise site.fault(f"{len(outs)} destinations, expected {count}")
+    outs = [site.target(operand, "b32") for operand in _matrices(site, site.operands[0], count)]
     access = Access(site, site.operands[1], "shared", 16)
     machine, transposed = site.machine, site.has("trans")
 
@@ -88,9 +93,7 @@ def store_matrices(site: Site) -> Step:
     """The inverse of ldmatrix."""
     site.allow("sync", "aligned", "m8n8", "x1", "x2", "x4", "trans", "shared", "shared::cta")
     count = _matrix_count(site)
-    sources = [site.source(operand, "b32") for operand in elements_of(site, site.operands[1])]
-    if len(sources) != count:
-        raise site.fault(f"{len(sources)} sources, expected {count}")
+    sources = [site.source(operand, "b32") for operand in _matrices(site, site.operands[1], count)]
     access = Access(site, site.operands[0], "shared", 16)
     transposed = site.has("trans")
 

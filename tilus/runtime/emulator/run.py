@@ -55,7 +55,8 @@ def run_kernel(
     args: one per parameter; a C-contiguous array for a pointer (one allocation, written back when the kernel ends),
     a number for a scalar. num_threads: block size when the kernel does not say `.reqntid`. seed: of the random
     schedule; None runs all warps in lockstep, which is fastest. max_lanes: threads that run as one numpy axis.
-    max_blocks: basic blocks to execute before the kernel counts as stuck. profile: also count bank conflicts and sectors.
+    max_blocks: basic blocks to execute before the kernel counts as stuck. profile: count bank conflicts
+    and sectors, too.
 
     Raises: EmulatorError (RaceError, DeadlockError) for what the kernel does wrong; TilusError for a bad launch.
     """
@@ -99,8 +100,8 @@ def _check_shared(module: Module, kernel: Kernel, dynamic_nbytes: int) -> None:
     limit = module.target.max_shared_nbytes
     if static > 48 * 1024 or static + dynamic_nbytes > limit:
         raise TilusError(
-            f"kernel {kernel.name!r} needs {static} bytes of static and {dynamic_nbytes} of launch-sized shared memory, "
-            f"expected at most {48 * 1024} static and {limit} in all on {module.target}"
+            f"kernel {kernel.name!r} needs {static} bytes of static and {dynamic_nbytes} of launch-sized shared memory,"
+            f" expected at most {48 * 1024} static and {limit} in all on {module.target}"
         )
 
 

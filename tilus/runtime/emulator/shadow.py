@@ -238,7 +238,7 @@ class SharedShadow:
 class GlobalShadow:
     """Last plain writer block of every granule of global memory: two blocks must not write different values.
 
-    A block that has acquired (an atomic, a fence or an acquiring load) since the other one's write may overwrite it.
+    A block that has acquired (a fence, an acquiring load or atomic) since the other one's write may overwrite it.
     """
 
     def __init__(self, machine: Machine, granule: int) -> None:
@@ -264,7 +264,7 @@ class GlobalShadow:
         slots = self.machine.slot_of[lanes]
         block = (self.machine.block_ids[slots] + 1).astype(np.int32)[:, None]
         before = self.block[where]
-        foreign = (before != 0) & (before != block) & (self.stamp[where] >> 20 > self.acquired[slots][:, None])
+        foreign = (before != 0) & (before != block) & (self.stamp[where] >> 20 >= self.acquired[slots][:, None])
         if foreign.any():
             old = self.machine.memory.data[offsets[:, None] + np.arange(nbytes)]
             foreign &= (old != new).reshape(len(offsets), count, -1).any(axis=2)
@@ -280,7 +280,8 @@ class GlobalShadow:
         other = int(self.block[place]) - 1
         raise machine.fault(
             pc,
-            f"race: two blocks write different values to one address: {memory.describe(memory.base + int(offsets[row]))}"
+            f"race: two blocks write different values to one address:"
+            f" {memory.describe(memory.base + int(offsets[row]))}"
             f"\n  first written by block ({other % x}, {other // x % y}, {other // (x * y)})"
             f" at {machine.site_text(int(self.stamp[place]) & _PC_MASK)}\n  then by:",
             int(lanes[row]),

@@ -37,8 +37,8 @@ class AccessStats:
 
 @dataclass(frozen=True)
 class Stats:
-    """instructions: how many warps executed each opcode, over all blocks. shared, global_: by PTX line; only filled by a
-    launch with `profile=True`."""
+    """instructions: how many warps executed each opcode, over all blocks. shared, global_: by PTX line; only filled by
+    a launch with `profile=True`."""
 
     instructions: Counter[str]
     shared: dict[int, AccessStats] = field(default_factory=dict[int, AccessStats])

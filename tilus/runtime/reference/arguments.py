@@ -98,7 +98,8 @@ def _bind_dims(binding: Binding, param: TensorParam, shape: tuple[int, ...], str
     for dim, (expr, size) in enumerate(zip(param.tensor.shape, shape, strict=True)):
         _match(binding, expr, size, f"dimension {dim} of {param.name}")
     for dim, (expr, stride) in enumerate(zip(param.tensor.strides, strides, strict=True)):
-        if shape[dim] > 1:  # the stride of a dimension of one element is never used, and numpy leaves it undefined
+        # Numpy leaves strides that are never used undefined: of dimensions of one element, and of empty arrays.
+        if shape[dim] > 1 and 0 not in shape:
             _match(binding, expr, stride, f"stride {dim} of {param.name}")
         elif isinstance(expr, Var):
             binding.scalars.setdefault(expr, stride)

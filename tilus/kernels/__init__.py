@@ -1,0 +1,14 @@
+"""The kernel library: what serving a language model needs, as functions on torch tensors (most take numpy arrays too).
+
+`quantize` is a module: the packing of weights for `linear`. Torch is not imported.
+"""
+
+from tilus.kernels import quantize as quantize
+from tilus.kernels.activation import silu_mul as silu_mul
+from tilus.kernels.attention import paged_attention as paged_attention
+from tilus.kernels.embedding import embedding as embedding
+from tilus.kernels.linear import linear as linear
+from tilus.kernels.norm import add_rms_norm as add_rms_norm
+from tilus.kernels.norm import rms_norm as rms_norm
+from tilus.kernels.quantize import QuantizedWeight as QuantizedWeight
+from tilus.kernels.rope import rope_append as rope_append
