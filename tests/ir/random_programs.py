@@ -176,7 +176,8 @@ class Programs:
             count = rng.randrange(4) if args[-1] is Ellipsis else len(args)
             return tuple(self.value(args[0] if args[-1] is Ellipsis else args[i]) for i in range(count))
         choices: dict[Any, Any] = {
-            Expr: lambda: self.expr(2), RegisterTensor: lambda: rng.choice(self.tiles), SharedTensor: lambda: rng.choice(self.shared), GlobalTensor: self.global_tensor,
+            Expr: lambda: self.expr(2), RegisterTensor: lambda: rng.choice(self.tiles),
+            SharedTensor: lambda: rng.choice(self.shared), GlobalTensor: self.global_tensor,
             int: lambda: rng.choice([0, 1, -1, 7]), bool: lambda: rng.random() < 0.5, type(None): lambda: None,
             str: lambda: rng.choice(["+", "max", 'a "b"\\', "ü\n"]), DataType: self.dtype,
             RegisterLayout: lambda: rng.choice(REGISTER_LAYOUTS), SharedLayout: lambda: rng.choice(SHARED_LAYOUTS),
