@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 WARPS = 4
 KV_TILE = 64  # tokens of the cache per iteration, at most
-STAGES = 2  # kv tiles in shared memory: one is used while the others arrive
 MAX_GROUP = 16
 NO_SCORE = -1e30  # a maximum of no scores; finite, so that differences with it are no NaN
 
@@ -38,19 +37,22 @@ def paged_attention_kernel(
     head_dim: Const,
     page_size: Const,
     rows: Const,
+    kv_tile: Const,
+    stages: Const = 2,
 ):
     """A block computes `rows` rows, a row being a query token and a head of the group, for one kv head.
 
     With 64 rows each warp has 16 of them and reads all keys; with 16, all warps have the same rows and each reads its own
     quarter of every kv tile. In both cases a warp's softmax is its own business: warps meet only to share loaded tiles, and
     at the end, when the parts of the softmax (axis 0 of all tiles) are merged.
+
+    kv_tile: tokens of the cache per iteration. stages: kv tiles in shared memory; one is used while the others arrive.
     """
     heads = padded_group(group)
     tokens = rows // heads
     parts = 16 * WARPS // rows
-    kv_tile = KV_TILE if parts > 1 or head_dim <= 96 else KV_TILE // 2  # more would not fit into a warp's registers
     keys = kv_tile // parts
-    tilus.grid((q.shape[0] + (kv_lens.shape[0]) * (tokens - 1)) // tokens, q.shape[1], warps=WARPS)
+    tilus.grid((q.shape[0] + (kv_lens.shape[0]) * (tokens - 1)) // tokens, q.shape[1], warps=WARPS, blocks_per_sm=1)
     head = tilus.block_id(1)
     sequence, first = find_tile(q_start, kv_lens.shape[0], tokens)
     begin, end = q_start[sequence], q_start[sequence + 1]
@@ -63,14 +65,19 @@ def paged_attention_kernel(
     table = block_tables[sequence]
     queries = tilus.load(q, [begin + first, head, 0, 0], [tokens, heads, head_dim], dims=[0, 2, 3])
     queries = tilus.broadcast(queries.reshape([1, rows, head_dim]), [parts, rows, head_dim])
-    kv = tilus.shared(q.dtype, [STAGES, parts, 2, keys, head_dim])
+    kv = tilus.shared(q.dtype, [stages, parts, 2, keys, head_dim])
 
-    def fetch(tile, stage):
-        """Start copying a kv tile, page by page; tokens that the sequence does not have arrive as zeros."""
-        chunk = min(page_size, keys)
-        for start in range(0, kv_tile, chunk):
+    chunk = min(page_size, keys)
+    chunks = range(0, kv_tile, chunk)
+
+    def pages_of(tile):
+        """The page of each chunk of a kv tile; behind the sequence's end, its last one."""
+        return [table[min(tile * kv_tile + start, kv_len - 1) // page_size] for start in chunks]
+
+    def fetch(tile, pages, stage):
+        """Start copying a kv tile; tokens that the sequence does not have arrive as zeros."""
+        for start, page in zip(chunks, pages):
             token = tile * kv_tile + start
-            page = table[min(token, kv_len - 1) // page_size]
             slot = 0 if page_size <= chunk else token % page_size
             count = max(0, min(kv_len - token, chunk))
             source = tilus.narrow(kv_cache[page, :, :, head], 1, slot, count)
@@ -78,9 +85,9 @@ def paged_attention_kernel(
                 source, [0, 0, 0], kv, shape=[2, chunk, head_dim], dst_offsets=[stage, start // keys, 0, start % keys, 0]
             )
 
-    for tile in range(STAGES - 1):
+    for tile in range(stages - 1):
         if tile < tiles:
-            fetch(tile, tile)
+            fetch(tile, pages_of(tile), tile)
         tilus.commit()
     # Of each part: scores see keys below `limit`; `key` counts them from the tile's first.
     limit = past + first + 1 + tilus.arange(rows, shape=[1, rows, 1], axis=1) // heads
@@ -89,13 +96,14 @@ def paged_attention_kernel(
     total = tilus.zeros([parts, rows, 1])
     acc = tilus.zeros([parts, rows, head_dim], layout=warp_rows(parts, rows, head_dim))
     for tile in tilus.range(tiles):
-        tilus.wait(STAGES - 2)
+        following = tile + (stages - 1)
+        pages = pages_of(following)  # early: the copies below need them
+        tilus.wait(stages - 2)
         tilus.sync()
-        following = tile + (STAGES - 1)
         if following < tiles:
-            fetch(following, following % STAGES)
+            fetch(following, pages, following % stages)
         tilus.commit()
-        stage = tile % STAGES
+        stage = tile % stages
         k = tilus.load_shared(kv, [stage, 0, 0, 0, 0], [parts, head_dim, keys], dims=[1, 4, 3])
         scores = tilus.dot(queries, k, tilus.zeros([parts, rows, keys], layout=warp_rows(parts, rows, keys)))
         scores = tilus.where(key + tile * kv_tile < limit, scores * scale_log2, -math.inf)
@@ -188,7 +196,7 @@ def paged_attention(
         )
     out = q.new_empty(q.shape)
     few = q.shape[0] <= sequences * (16 // padded_group(group))
-    split = {"group": group, "head_dim": head_dim, "page_size": page_size, "rows": 16 if few else 64}
+    split = {"group": group, "head_dim": head_dim, "page_size": page_size, "rows": 16 if few else 64, "kv_tile": 64 if few or head_dim <= 64 else 32}
     heads = (kv_heads, group)
     paged_attention_kernel.on(device)(
         q.unflatten(1, heads), kv_cache, block_tables, q_start, kv_lens, out.unflatten(1, heads),

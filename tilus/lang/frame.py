@@ -24,6 +24,7 @@ class KernelBuilder(IRBuilder):
     def __init__(self) -> None:
         super().__init__()
         self.grid: tuple[Expr, ...] | None = None
+        self.blocks_per_sm: int | None = None
 
     def append(self, stmt: Stmt) -> None:
         if self.grid is None:
