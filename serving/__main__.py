@@ -57,12 +57,12 @@ def main(arguments: Sequence[str] | None = None, kernels: Callable[[], Kernels] 
 
 
 def _serve(config: ServerConfig, kernels: Callable[[], Kernels]) -> None:
-    device = _device(config.device)
+    device, library = _device(config.device), kernels()
     with _bind(config.host, config.port) as listener:  # before minutes of loading, not after
         path = Path(config.model) if config.model else default_model()
         checkpoint = open_checkpoint(path, dtype(config.weight_dtype))
         name = config.model_name or checkpoint.name
-        engine = _build_engine(config, checkpoint, kernels(), device)
+        engine = _build_engine(config, checkpoint, library, device)
         _warm_up(engine)
         app = create_app(AsyncEngine(engine, config.max_waiting), checkpoint.tokenizer, name)
         port = int(listener.getsockname()[1])

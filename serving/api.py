@@ -83,10 +83,8 @@ class EventStream(StreamingResponse):
         self._generation = generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
+        async with _abandoned_with(receive, self._generation):
             await super().__call__(scope, receive, send)
-        finally:
-            self._generation.close()
 
 
 class _Service:
@@ -134,7 +132,10 @@ class _Service:
         return JSONResponse({"status": "ok"})
 
     async def version(self) -> Json:
-        return {"version": importlib.metadata.version("tilus")}
+        try:
+            return {"version": importlib.metadata.version("tilus")}
+        except importlib.metadata.PackageNotFoundError:
+            return {"version": "unknown: running from a checkout that is not installed"}
 
     def _check(self, body: GenerationBody) -> None:
         body.check()
@@ -168,7 +169,7 @@ class _Service:
         if body.stream:
             events = _events(header, generation, choices, num_prompt, format, include_usage=body.include_usage)
             return EventStream(generation, events)
-        async with _abandoned_with(http, generation):
+        async with _abandoned_with(http.receive, generation):
             async for output in generation:
                 _raise_failure(output)
                 choices[output.request_id].extend(output)
@@ -224,11 +225,11 @@ def _raise_failure(output: RequestOutput) -> None:
 
 
 @asynccontextmanager
-async def _abandoned_with(http: HTTPRequest, generation: Generation) -> AsyncGenerator[None]:
+async def _abandoned_with(receive: Receive, generation: Generation) -> AsyncGenerator[None]:
     """Give the generation up when the client disconnects, or when the block is left before its end."""
 
     async def watch() -> None:
-        while (await http.receive())["type"] != "http.disconnect":
+        while (await receive())["type"] != "http.disconnect":
             pass
         generation.close()
 
@@ -242,7 +243,9 @@ async def _abandoned_with(http: HTTPRequest, generation: Generation) -> AsyncGen
 
 def _error_response(error: RequestError) -> Response:
     headers = {"Retry-After": "1"} if error.status == 429 else None
-    return JSONResponse(error.body(), status_code=error.status, headers=headers)
+    # Escaped as ASCII: what clients sent, and messages quote, may not be encodable.
+    content = json.dumps(error.body())
+    return Response(content, error.status, headers, "application/json")
 
 
 # FastAPI types every handler as taking Exception; each gets only what it was registered for.

@@ -21,7 +21,7 @@ PackedWeight = Any
 class Quantize(Protocol):
     """Packing of weights."""
 
-    def pack(self, codes: Tensor, scales: Tensor, dtype: DataType, mins: Tensor | None = None) -> PackedWeight:
+    def pack(self, codes: Tensor, scales: Tensor, *, dtype: DataType, mins: Tensor | None = None) -> PackedWeight:
         """codes: uint8 [N, K], raw codes. scales, mins: float16 [N, K / group]. Value: scale * decode(code) + min."""
         ...
 
@@ -75,6 +75,7 @@ def default_kernels() -> Kernels:
     import importlib
 
     try:
+        importlib.import_module("tilus.kernels.quantize")  # the package itself imports its modules lazily
         module: ModuleType = importlib.import_module("tilus.kernels")
     except ModuleNotFoundError as error:
         raise TilusError(f"the kernel library cannot be imported: {error}") from error

@@ -175,7 +175,7 @@ class _Loading:
     def _pack(self, matrix: QuantizedMatrix, name: str) -> PackedWeight:
         mins = None if matrix.mins is None else self._half(matrix.mins, name)
         scales = self._half(matrix.scales, name)
-        return self._kernels.quantize.pack(self._tensor(matrix.codes), scales, matrix.dtype, mins)
+        return self._kernels.quantize.pack(self._tensor(matrix.codes), scales, dtype=matrix.dtype, mins=mins)
 
     def _half(self, values: npt.NDArray[np.float32], name: str) -> Tensor:
         return self._tensor(fit_float16(values, name)).half()

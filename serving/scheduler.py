@@ -66,7 +66,7 @@ class Scheduler:
     def _plan_decodes(self, plan: dict[Sequence, int]) -> None:
         for seq in [seq for seq in self.running if seq.num_pending == 1]:
             while seq in self.running and not self.pages.reserve(seq.id, len(seq.tokens)):
-                plan.pop(self._preempt_youngest(), None)
+                self._preempt_youngest()  # never one planned already: those are older than `seq`
             if seq in self.running:
                 plan[seq] = 1
 
@@ -86,13 +86,12 @@ class Scheduler:
             self.running.append(self.waiting.popleft())
             budget = self._plan_prefills(plan, [seq], budget)
 
-    def _preempt_youngest(self) -> Sequence:
+    def _preempt_youngest(self) -> None:
         seq = self.running.pop()
         self.pages.release(seq.id)
         seq.num_computed = 0
         seq.num_preemptions += 1
         self.waiting.appendleft(seq)
-        return seq
 
     def _item(self, seq: Sequence, count: int) -> BatchItem:
         start, end = seq.num_computed, seq.num_computed + count

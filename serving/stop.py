@@ -6,7 +6,8 @@ from __future__ import annotations
 class StopMatcher:
     """Passes text on until the first stop string; holds back an end that may still become one.
 
-    Law: the concatenation of what is passed on equals the whole text up to the earliest occurrence of any stop string.
+    Law: however the text is cut into pieces, the concatenation of what is passed on is the text before the stop string
+    that is complete first (of several complete at once, the longest).
     """
 
     def __init__(self, stops: tuple[str, ...]) -> None:
@@ -19,9 +20,9 @@ class StopMatcher:
         if self.found:
             return ""
         text = self._held + piece
-        starts = [start for stop in self._stops if (start := text.find(stop)) >= 0]
-        self.found = bool(starts)
-        cut = min(starts) if starts else len(text) - self._overlap(text)
+        hits = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
+        self.found = bool(hits)
+        cut = min(hits)[1] if hits else len(text) - self._overlap(text)
         self._held = "" if self.found else text[cut:]
         return text[:cut]
 

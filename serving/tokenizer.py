@@ -119,6 +119,8 @@ class Detokenizer:
     def push(self, token_id: int) -> str:
         self._new.append(token_id)
         piece = self._piece()
+        if not piece and self._context:
+            self._new = []  # invisible (a special token): forget it, or a run of them would make the window grow
         if not piece or piece.endswith(_REPLACEMENT):
             return ""
         self._context, self._new = self._new, []
@@ -156,12 +158,14 @@ def from_gguf(file: GGUFFile) -> Tokenizer:
         )
     tokens, types = file.texts("tokenizer.ggml.tokens"), file.integers("tokenizer.ggml.token_type")
     pairs = [merge.partition(" ") for merge in file.texts("tokenizer.ggml.merges")]
-    fast = FastTokenizer(
-        models.BPE(
+    try:
+        model = models.BPE(
             vocab={token: index for index, token in enumerate(tokens)},
             merges=[(left, right) for left, _, right in pairs],
         )
-    )
+    except Exception as error:  # the library raises nothing narrower
+        raise TilusError(f"{file.path}: its tokenizer contradicts itself: {error}") from error
+    fast = FastTokenizer(model)
     fast.pre_tokenizer = _PRE_TOKENIZERS[pre]()
     fast.decoder = decoders.ByteLevel()
     fast.add_special_tokens(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from fractions import Fraction
 from typing import Any
@@ -117,13 +118,18 @@ def test_codes_round_trip(t: DataType) -> None:
     assert t.encode(values).dtype == t.storage
 
 
+@functools.cache
+def finite_magnitudes(t: DataType) -> list[tuple[int, Fraction]]:
+    return [(code, number) for code in range(1 << t.nbits - 1) if isinstance(number := exact(t, code), Fraction)]
+
+
 def nearest(t: DataType, value: float) -> int:
     """Brute force: of all finite codes with the sign of the value the nearest, then the even one."""
-    sign = math.copysign(1, value) < 0
-    half = 1 << t.nbits - 1
-    finite = [(code, number) for code in range(half) if isinstance(number := exact(t, code), Fraction)]
-    target = min(abs(Fraction(value)), finite[-1][1]) if math.isfinite(value) else finite[-1][1]
-    return min(finite, key=lambda item: (abs(item[1] - target), item[0] & 1))[0] + half * sign
+    finite = finite_magnitudes(t)
+    largest = finite[-1][1]
+    target = min(abs(Fraction(value)), largest) if math.isfinite(value) else largest
+    code, _ = min(finite, key=lambda item: (abs(item[1] - target), item[0] & 1))
+    return code + ((1 << t.nbits - 1) if math.copysign(1, value) < 0 else 0)
 
 
 @pytest.mark.parametrize("t", FLOATS, ids=str)

@@ -205,6 +205,8 @@ class DataType:
 
     def round(self, values: npt.ArrayLike) -> npt.NDArray[Any]:
         """The values of this type nearest to `values`: `decode(encode(values))`; dtype `compute`."""
+        if self is f16 and isinstance(values, np.ndarray) and values.dtype == np.float32:
+            return _round_f16(values)
         return self.decode(self.encode(values))
 
     def _require_float(self, what: str) -> None:
@@ -290,6 +292,26 @@ def _encode_small_float(dtype: DataType, array: npt.NDArray[Any]) -> npt.NDArray
     has_nan = dtype.specials == "nan" or (dtype.specials == "ieee" and dtype.mantissa_nbits > 0)
     codes = np.where(np.isnan(array), dtype.num_codes // 2 - 1 if has_nan else dtype.max_code, codes)
     return codes.astype(np.uint8)
+
+
+def _round_f16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """f32 values rounded to f16, several times faster than numpy's casts there and back.
+
+    Adding and subtracting 3 * 2^(e + 12), e the exponent of the value but at least -14, leaves multiples of f16's spacing.
+    """
+    magic = np.abs(values)
+    np.maximum(magic, np.float32(2.0**-14), out=magic)
+    bits = magic.view(np.uint32)
+    np.bitwise_and(bits, np.uint32(0x7F800000), out=bits)
+    np.multiply(magic, np.float32(3 * 2.0**12), out=magic)
+    with np.errstate(all="ignore"):
+        result = np.add(values, magic)
+        np.subtract(result, magic, out=result)
+        np.copysign(result, values, out=result)
+        if not float(np.max(np.abs(values), initial=0.0)) < 65520.0:  # overflow to infinity, or NaN
+            large = ~(np.abs(values) < 65520.0)
+            result[large] = values[large].astype(np.float16)
+    return result
 
 
 def _encode_bf16(array: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:

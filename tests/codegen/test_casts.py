@@ -247,7 +247,8 @@ def test_every_code_in_every_slot(src: DataType) -> None:
 def test_small_to_small(src: DataType) -> None:
     codes = every_code_in_every_slot(src, 8)
     for dst in SMALL:
-        for target in (SM80, SM90):
+        hardware = {src, dst} & {float8_e4m3, float8_e5m2}  # only these have other instructions on newer targets
+        for target in (SM80, SM90) if hardware else (SM80,):
             check(src, dst, target, codes, range(8))
 
 

@@ -34,7 +34,12 @@ def raw_shared(draw: Any, rank: int | None = None, with_swizzle: bool = True) ->
     if rank is None:
         rank = draw(st.integers(0, 3))
     digit = st.tuples(st.sampled_from([1, 2, 2, 3, 4, 8]), st.sampled_from([1, 2, 3, 4, 6, 8, 16, 24, 32, 64]))
-    dims = [draw(st.lists(digit, max_size=2)) for _ in range(rank)]
+    dims: list[list[tuple[int, int]]] = [[] for _ in range(rank)]
+    room = 256
+    for size, stride in draw(st.lists(digit, max_size=2 * rank)) if rank else []:
+        if size <= room:
+            room //= size
+            draw(st.sampled_from(dims)).append((size, stride))
     triples = st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(1, 4))
     return dims, draw(st.none() | triples) if with_swizzle else None
 
@@ -68,7 +73,7 @@ def addresses(raw: RawShared) -> dict[tuple[int, ...], int]:
 
 
 def table_of(layout: SharedLayout) -> dict[tuple[int, ...], int]:
-    return {index: int(layout.table()[index]) for index in product(*map(range, layout.shape))}
+    return dict(zip(product(*map(range, layout.shape)), layout.table().reshape(-1).tolist()))
 
 
 @given(raw_shared())
@@ -163,6 +168,13 @@ def test_constructors() -> None:
     assert str(row_major((64, 32)).swizzled(3, 2, 3)) == "row_major((64, 32)).swizzled(3, 2, 3)"
     assert str(padded((64, 32), 8)) == "strided((64, 32), (40, 1))"
     assert Swizzle(3, 3, 3).period == 512
+
+
+def test_a_swizzle_keeps_only_the_bits_that_some_address_has() -> None:
+    gap = strided((2,), (8,))
+    assert gap.swizzled(0, 2, 2) == gap.swizzled(1, 1, 2) == gap.swizzled(0, 4, 2)
+    assert gap.swizzled(0, 2, 2).swizzle == Swizzle(1, 1, 2)
+    assert gap.swizzled(0, 1, 1) == gap
 
 
 @pytest.mark.parametrize(("row_nbytes", "bits"), [(128, 3), (64, 2), (32, 1), (16, 0)])

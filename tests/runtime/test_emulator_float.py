@@ -37,7 +37,9 @@ class Format:
         """The bits of the value rounded once: to nearest even, or directed."""
         sign = value < 0 or (value == 0 and negative_zero)
         magnitude = abs(value)
-        exponent = max((magnitude.numerator.bit_length() - magnitude.denominator.bit_length()) if magnitude else -9999, -9999)
+        exponent = max(
+            (magnitude.numerator.bit_length() - magnitude.denominator.bit_length()) if magnitude else -9999, -9999
+        )
         while magnitude and Fraction(2) ** exponent > magnitude:
             exponent -= 1
         while magnitude and Fraction(2) ** (exponent + 1) <= magnitude:
@@ -70,11 +72,23 @@ def sample(name: str, count: int, seed: int) -> npt.NDArray[Any]:
     exponent = (form.bias + rng.integers(-4, 5, count)).astype(np.uint64) << np.uint64(form.mantissa)
     mantissa = wild & np.uint64((1 << form.mantissa) - 1)
     short = mantissa & ~np.uint64((1 << form.mantissa // 2) - 1)
-    near = exponent | np.where(wild >> np.uint64(3) & np.uint64(1), mantissa, short) | wild & np.uint64(1 << form.nbits - 1)
+    near = (
+        exponent
+        | np.where(wild >> np.uint64(3) & np.uint64(1), mantissa, short)
+        | wild & np.uint64(1 << form.nbits - 1)
+    )
     bits = np.where(np.arange(count) % 3 == 0, wild, near)
     top = ((1 << form.nbits - 1 - form.mantissa) - 1) << form.mantissa
     bits = np.where(bits & np.uint64(top) == top, mantissa, bits)
-    corners = [0, 1 << form.nbits - 1, 1, top - 1, (1 << form.mantissa) - 1, 1 << form.mantissa, form.bias << form.mantissa]
+    corners = [
+        0,
+        1 << form.nbits - 1,
+        1,
+        top - 1,
+        (1 << form.mantissa) - 1,
+        1 << form.mantissa,
+        form.bias << form.mantissa,
+    ]
     bits[: len(corners)] = corners
     rng.shuffle(bits)
     return bits.astype(dtype)
@@ -143,7 +157,16 @@ def test_directed_rounding_of_f32(mode: str, law: str) -> None:
 def test_pairs_compute_both_halves(name: str) -> None:
     low, high = ([sample(name, 300, seed + k) for k in range(3)] for seed in (20, 30))
     packed = [h.astype(np.uint32) << np.uint32(16) | l for l, h in zip(low, high)]
-    for text, count in (("add.rn", 2), ("mul.rn", 2), ("fma.rn", 3), ("sub.rn", 2), ("min", 2), ("max", 2), ("neg", 1), ("abs", 1)):
+    for text, count in (
+        ("add.rn", 2),
+        ("mul.rn", 2),
+        ("fma.rn", 3),
+        ("sub.rn", 2),
+        ("min", 2),
+        ("max", 2),
+        ("neg", 1),
+        ("abs", 1),
+    ):
         operands = ", ".join(f"{{{i}}}" for i in range(count))
         got = apply(f"{text}.{name}x2 {{d}}, {operands}", np.uint32, *packed[:count])
         one = [apply(f"{text}.{name} {{d}}, {operands}", np.uint16, *half[:count]) for half in (low, high)]
@@ -184,7 +207,9 @@ def test_ftz_flushes_inputs_and_outputs_and_sat_clamps() -> None:
     assert got.tolist() == [float(small) / 2]
     got = apply("add.sat.f32 {d}, {0}, {0}", np.float32, np.array([-3, 0.25, 9, np.nan], np.float32))
     assert got.tolist() == [0, 0.5, 1, 0]
-    got = apply("fma.rn.relu.f16 {d}, {0}, {0}, {1}", np.float16, np.array([1, 2], np.float16), np.array([-3, 1], np.float16))
+    got = apply(
+        "fma.rn.relu.f16 {d}, {0}, {0}, {1}", np.float16, np.array([1, 2], np.float16), np.array([-3, 1], np.float16)
+    )
     assert got.tolist() == [0, 5]
 
 
@@ -301,10 +326,14 @@ def test_fp8_decodes_every_code_and_encodes_back(name: str, dtype: Any) -> None:
     assert set((back[~finite] & 0x7F).tolist()) <= {0x7F, {"e4m3": 0x7E, "e5m2": 0x7B}[name]}
 
 
-@pytest.mark.parametrize(("name", "dtype", "top"), [("e4m3", ml_dtypes.float8_e4m3fn, 448), ("e5m2", ml_dtypes.float8_e5m2, 57344)])
+@pytest.mark.parametrize(
+    ("name", "dtype", "top"), [("e4m3", ml_dtypes.float8_e4m3fn, 448), ("e5m2", ml_dtypes.float8_e5m2, 57344)]
+)
 def test_fp8_encoding_rounds_to_nearest_even_and_saturates(name: str, dtype: Any, top: float) -> None:
     rng = np.random.default_rng(7)
-    values = np.concatenate([rng.normal(0, 1, 500), rng.normal(0, 300, 500), rng.normal(0, 0.01, 500), [1e9, -1e9, np.inf]])
+    values = np.concatenate(
+        [rng.normal(0, 1, 500), rng.normal(0, 300, 500), rng.normal(0, 0.01, 500), [1e9, -1e9, np.inf]]
+    )
     codes = all_codes(8).view(dtype).astype(np.float32)
     middles = (codes[:-1] + codes[1:]) / 2  # ties
     single = np.concatenate([values, middles[np.isfinite(middles)]]).astype(np.float32)
@@ -316,11 +345,30 @@ def test_fp8_encoding_rounds_to_nearest_even_and_saturates(name: str, dtype: Any
     assert (swapped >> 8).tolist() == want.tolist()
 
 
-@pytest.mark.parametrize(("mode", "law"), [("rni", round), ("rzi", math.trunc), ("rmi", math.floor), ("rpi", math.ceil)])
+@pytest.mark.parametrize(
+    ("mode", "law"), [("rni", round), ("rzi", math.trunc), ("rmi", math.floor), ("rpi", math.ceil)]
+)
 @pytest.mark.parametrize("target", ["s8", "u8", "s16", "u16", "s32", "u32", "s64", "u64"])
 def test_float_to_integer_rounds_and_clamps(mode: str, law: Callable[[float], int], target: str) -> None:
     nbits = int(target[1:])
-    values = [0.5, 1.5, 2.5, -0.5, -1.5, 3.7, -3.7, 1e20, -1e20, 127.5, 255.5, 40000.5, 3e9, math.inf, -math.inf, math.nan]
+    values = [
+        0.5,
+        1.5,
+        2.5,
+        -0.5,
+        -1.5,
+        3.7,
+        -3.7,
+        1e20,
+        -1e20,
+        127.5,
+        255.5,
+        40000.5,
+        3e9,
+        math.inf,
+        -math.inf,
+        math.nan,
+    ]
     single = np.array(values, np.float32)
     low, high = (-(1 << nbits - 1), (1 << nbits - 1) - 1) if target[0] == "s" else (0, (1 << nbits) - 1)
 
@@ -334,8 +382,15 @@ def test_float_to_integer_rounds_and_clamps(mode: str, law: Callable[[float], in
     assert got.tolist() == [expect(float(v)) for v in single]
 
 
-@pytest.mark.parametrize("source", ["s8", "u8", "s16", "u16", "s32", "u32", "s64", "u64"])
-@pytest.mark.parametrize("target", ["f16", "bf16", "f32"])
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        (source, target)
+        for source in ("s8", "u8", "s16", "u16", "s32", "u32", "s64", "u64")
+        for target in ("f16", "bf16", "f32")
+        if target != "bf16" or source[1:] != "8"  # PTX has no conversion from 8-bit integers to bf16
+    ],
+)
 def test_integer_to_float_rounds_once(source: str, target: str) -> None:
     nbits = int(source[1:])
     rng = np.random.default_rng(9)
@@ -354,4 +409,9 @@ def test_rounding_to_an_integral_float_and_tf32() -> None:
     assert apply("cvt.rmi.f32.f32 {d}, {0}", np.float32, values).tolist() == [0, 1, -3, 2, -1]
     assert apply("cvt.sat.f32.f32 {d}, {0}", np.float32, values).tolist() == [0.5, 1, 0, 1, 0]
     bits = np.array([0x3F800FFF, 0x3F801000, 0x3F803000, 0xBF801001], np.uint32)
-    assert apply("cvt.rna.tf32.f32 {d}, {0}", np.uint32, bits).tolist() == [0x3F800000, 0x3F802000, 0x3F804000, 0xBF802000]
+    assert apply("cvt.rna.tf32.f32 {d}, {0}", np.uint32, bits).tolist() == [
+        0x3F800000,
+        0x3F802000,
+        0x3F804000,
+        0xBF802000,
+    ]

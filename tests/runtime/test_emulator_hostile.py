@@ -98,7 +98,12 @@ def test_tracking_is_exact_to_the_byte() -> None:
     """Two warps write neighbouring bytes of one word: no race."""
     body = "mov.u32 %r2, smem;\nadd.u32 %r3, %r2, %r0;\nst.shared.u8 [%r3], %r0;\nld.shared.u8 %r6, [%r3];\n" + TO_OUT
     out = np.zeros(64, np.uint32)
-    run_body(body.replace("%r3, %r2, %r0", "%r3, %r2, %r8").replace("mov", "xor.b32 %r8, %r0, 1;\nmov"), out, threads=64, shared=64)
+    run_body(
+        body.replace("%r3, %r2, %r0", "%r3, %r2, %r8").replace("mov", "xor.b32 %r8, %r0, 1;\nmov"),
+        out,
+        threads=64,
+        shared=64,
+    )
     assert out.tolist() == list(range(64))
 
 
@@ -153,9 +158,19 @@ def test_uninitialised_registers_on_one_path() -> None:
         run_body(body.format(first=""), np.zeros(32, np.uint32))
 
 
+def test_uninitialised_registers_where_branches_meet() -> None:
+    body = "setp.lt.u32 %p1, %r0, 31;\n@!%p1 bra SKIP;\nmov.u32 %r6, 1;\nbra MEET;\nSKIP:\n{other}\nMEET:\n" + TO_OUT
+    run_body(body.format(other="mov.u32 %r6, 2;"), np.zeros(32, np.uint32))
+    with pytest.raises(EmulatorError, match=r"uninitialised register %r6(.|\n)*thread 31 "):
+        run_body(body.format(other=""), np.zeros(32, np.uint32))
+
+
 def test_a_register_set_under_a_guard_may_be_read_under_it() -> None:
     out = np.zeros(32, np.uint32)
-    run_body("setp.lt.u32 %p1, %r0, 16;\n@%p1 mov.u32 %r6, 4;\nmad.wide.u32 %d5, %r0, 4, %d0;\n@%p1 st.global.b32 [%d5], %r6;", out)
+    run_body(
+        "setp.lt.u32 %p1, %r0, 16;\n@%p1 mov.u32 %r6, 4;\nmad.wide.u32 %d5, %r0, 4, %d0;\n@%p1 st.global.b32 [%d5], %r6;",
+        out,
+    )
     assert out.tolist() == [4] * 16 + [0] * 16
 
 
@@ -168,7 +183,9 @@ def test_global_accesses_outside_of_a_buffer(offset: int) -> None:
 @pytest.mark.parametrize("offset", [-8, 56, 64, 4096])
 def test_shared_accesses_outside_of_an_array(offset: int) -> None:
     with pytest.raises(EmulatorError, match=rf"outside of every buffer(.|\n)*smem, 60 bytes, at byte {offset}"):
-        run_body(f"mov.u32 %r2, smem;\nst.shared.b64 [%r2+{offset}], %d0;", np.zeros(1, np.uint32), shared=60, threads=1)
+        run_body(
+            f"mov.u32 %r2, smem;\nst.shared.b64 [%r2+{offset}], %d0;", np.zeros(1, np.uint32), shared=60, threads=1
+        )
 
 
 def test_launch_sized_shared_memory_has_the_size_of_the_launch() -> None:
@@ -180,7 +197,9 @@ def test_launch_sized_shared_memory_has_the_size_of_the_launch() -> None:
 
 @pytest.mark.parametrize(("access", "nbytes"), [("b16", 2), ("b32", 4), ("b64", 8), ("v2.b32", 8), ("v4.b32", 16)])
 def test_misaligned_accesses(access: str, nbytes: int) -> None:
-    registers = {"b16": "%h1", "b32": "%r1", "b64": "%d5", "v2.b32": "{%r1, %r2}", "v4.b32": "{%r1, %r2, %r3, %r4}"}[access]
+    registers = {"b16": "%h1", "b32": "%r1", "b64": "%d5", "v2.b32": "{%r1, %r2}", "v4.b32": "{%r1, %r2, %r3, %r4}"}[
+        access
+    ]
     for offset in (nbytes, 2 * nbytes):
         run_body(f"ld.global.{access} {registers}, [%d0+{offset}];", np.zeros(32, np.uint32))
     with pytest.raises(EmulatorError, match=f"misaligned access .not a multiple of {nbytes}"):
@@ -268,7 +287,8 @@ def test_blocks_that_write_different_values_to_one_place() -> None:
         run_body(body.format("%r1"), np.zeros(1, np.uint32), threads=1, grid=(4, 1, 1), max_lanes=32)
 
 
-def test_a_block_that_has_acquired_may_overwrite() -> None:
+@pytest.mark.parametrize("seed", range(6))
+def test_a_block_that_has_acquired_may_overwrite(seed: int) -> None:
     """The last block to arrive, as told by an atomic counter, writes what another one wrote before."""
     body = (
         "mov.u32 %r1, %ctaid.x;\n{plain}atom.acq_rel.gpu.global.add.u32 %r2, [%d0], 1;\nsetp.eq.u32 %p1, %r2, 3;\n"
@@ -276,8 +296,15 @@ def test_a_block_that_has_acquired_may_overwrite() -> None:
     )
     first = "setp.eq.u32 %p2, %r1, 2;\n@%p2 st.global.b32 [%d0+4], 5;\n"
     out = np.zeros(2, np.uint32)
-    run_body(body.format(plain=first), out, threads=1, grid=(4, 1, 1))
+    run_body(body.format(plain=first), out, threads=1, grid=(4, 1, 1), seed=seed)
     assert out.tolist() == [4, 99]
+
+
+def test_an_acquire_before_the_other_write_does_not_order_it() -> None:
+    body = "red.relaxed.gpu.global.add.u32 [%d0], 1;\nmov.u32 %r1, %ctaid.x;\nst.global.b32 [%d0+4], %r1;\n"
+    for lanes in (8192, 32):  # together, and one block after the other
+        with pytest.raises(RaceError, match="two blocks write different values"):
+            run_body(body, np.zeros(2, np.uint32), threads=1, grid=(2, 1, 1), max_lanes=lanes)
 
 
 def test_register_width_mistakes() -> None:
@@ -291,6 +318,8 @@ def test_what_is_not_modelled_is_refused_by_name() -> None:
         run_body("frobnicate.b32 %r1, %r0;", np.zeros(1, np.uint32))
     with pytest.raises(TilusError, match=r"modifier \.cc"):
         run_body("add.cc.u32 %r1, %r0, %r0;", np.zeros(1, np.uint32))
+    with pytest.raises(TilusError, match="read it with mov first"):
+        run_body("add.u32 %r1, %r0, %tid.y;", np.zeros(1, np.uint32))
     with pytest.raises(TilusError, match="special register %globaltimer_hi"):
         run_body("mov.u32 %r1, %globaltimer_hi;", np.zeros(1, np.uint32))
 

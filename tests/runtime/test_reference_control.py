@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_oracle import Element, Fill, Load, Mix, Oracle, Store, blocks, function, tensor
 
@@ -54,8 +54,7 @@ def conditions(draw: st.DrawFn, depth: int = 1, extra: tuple[Var, ...] = ()) -> 
 
 @st.composite
 def statements(draw: st.DrawFn, depth: int, in_loop: bool = False, extra: tuple[Var, ...] = ()) -> Stmt:
-    kinds = ["set", "mix"] + (["if", "if", "for", "while"] if depth else ["return"])
-    kinds += ["break", "continue"] if in_loop else []
+    kinds = ["set", "mix", "leave"] + (["if", "for", "for", "while"] if depth else [])
 
     def body(loop: bool, *more: Var) -> Stmt:
         return Seq(tuple(draw(st.lists(statements(depth - 1, loop, extra + more), min_size=1, max_size=4))))
@@ -75,18 +74,16 @@ def statements(draw: st.DrawFn, depth: int, in_loop: bool = False, extra: tuple[
         case "while":
             cond = binary("and", binary("<", FUEL, 12), draw(conditions(1, extra)))
             return While(cond, Seq((SetScalar(FUEL, binary("+", FUEL, 1)), body(True))))
-        case "break":
-            return Break()
-        case "continue":
-            return Continue()
         case _:
-            return Return()
+            leave = draw(st.sampled_from([Break(), Continue()] * 3 + [Return()])) if in_loop else Return()
+            return If(draw(conditions(0, extra)), leave, EMPTY) if draw(st.integers(0, 7)) else leave
 
 
 PROGRAMS = st.lists(statements(3), min_size=1, max_size=5).map(lambda stmts: Seq(tuple(stmts)))
 INITIAL = Seq((*(SetScalar(v, const(i)) for i, v in enumerate((*SCALARS, FUEL))), Inst(Fill(STATE, const(0))), SAVE))
 
 
+@settings(max_examples=200)
 @given(PROGRAMS, GRIDS, st.sampled_from([1, 40, 1 << 20]))
 def test_lock_step_is_every_block_alone(program: Stmt, grid: tuple[int, int, int], max_chunk_nbytes: int) -> None:
     found = np.full((*grid, 2), -1, np.int64)

@@ -10,11 +10,26 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_oracle import Atomic, Element, Fill, Give, Load, Probe, Store, blocks, function, tensor
 
-from tilus.dtypes import DTYPES, DataType, bf16, boolean, f16, f32, int32, int64, uint8
+from tilus.dtypes import (
+    DTYPES,
+    DataType,
+    bf16,
+    boolean,
+    f16,
+    f32,
+    float6_e3m2,
+    int1,
+    int4,
+    int32,
+    int64,
+    uint2,
+    uint3,
+    uint8,
+)
 from tilus.errors import TilusError
 from tilus.ir.expr import BlockId, Expr, Var, binary, const, evaluate
 from tilus.ir.stmt import EMPTY, For, If, Inst, Seq
@@ -52,14 +67,16 @@ def random_memory(kind: DataType, count: int, seed: int) -> npt.NDArray[Any]:
 @st.composite
 def offset_exprs(draw: st.DrawFn) -> Expr:
     """Uniform, linear in the block, and neither."""
-    scale = [const(draw(st.integers(-2, 3))) for _ in range(3)]
-    linear = binary("+", binary("+", binary("*", X, scale[0]), binary("*", Y, scale[1])), draw(st.integers(-2, 3)))
-    return draw(
-        st.sampled_from([
-            const(draw(st.integers(-3, 4))), linear, binary("*", X, scale[0]), binary("//", linear, 2),
-            binary("%", binary("*", linear, linear), 3), binary("+", linear, binary("*", Z, scale[2])),
-        ])
-    )  # fmt: skip
+    x, y, z = (const(draw(st.integers(-2, 3))) for _ in range(3))
+    linear = binary("+", binary("+", binary("*", X, x), binary("*", Y, y)), draw(st.integers(-2, 3)))
+    along_x = binary("+", binary("*", X, x), draw(st.integers(-2, 3)))
+    uniform = const(draw(st.integers(-2, 3)))
+    others = [
+        binary("//", linear, 2),
+        binary("%", binary("*", linear, linear), 3),
+        binary("+", linear, binary("*", Z, z)),
+    ]
+    return draw(st.sampled_from([uniform, uniform, along_x, along_x, linear, *others]))
 
 
 @st.composite
@@ -135,6 +152,7 @@ def decoded(kind: DataType, code: int) -> Any:
     return kind.decode(np.array([code], kind.storage))[0]
 
 
+@settings(max_examples=300)
 @given(accesses(), GRIDS, TYPES, st.data())
 def test_loads_are_loops(access: Any, grid: tuple[int, int, int], kind: DataType, data: st.DataObject) -> None:
     shape, offsets, tile, dims = access
@@ -149,6 +167,7 @@ def test_loads_are_loops(access: Any, grid: tuple[int, int, int], kind: DataType
             np.testing.assert_equal(seen[0][block + index], expected)
 
 
+@settings(max_examples=300)
 @given(accesses(), GRIDS, TYPES, st.data())
 def test_stores_are_loops(access: Any, grid: tuple[int, int, int], kind: DataType, data: st.DataObject) -> None:
     """Uniform values along some grid axes; blocks and elements that overlap; every other bit of memory stays."""
@@ -350,3 +369,40 @@ def test_gathered_rows(rows: int, columns: int, data: st.DataObject) -> None:
     found = np.zeros((6, columns), np.float16)
     run_reference(function(guard, params=(index, mem, out)), {"index": table, "pool": pool, "out": found}, (6, 1, 1))
     np.testing.assert_array_equal(found, np.vstack([pool[table], np.zeros((6 - table.size, columns))]))
+
+
+def test_masked_blocks_need_not_have_written() -> None:
+    """Block 1 neither stores nor loads; the other blocks read what they wrote."""
+    shared, t, grid, seen = SharedTensor(f32, (2,)), RegisterTensor(f32, (2,)), (3, 1, 1), []
+    store = Store(shared, t, (const(0),), (0,))
+    others = Seq(tuple(map(Inst, (store, Load(t, shared, (const(0),), (0,)), Probe(t, grid, seen)))))
+    run_reference(function(Fill(t, const(1.5)), If(binary("!=", X, 1), others, EMPTY)), {}, grid)
+    assert seen[0][[0, 2]].ravel().tolist() == [1.5] * 4
+
+
+@given(
+    st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.sampled_from([int1, uint2, int4, uint3, float6_e3m2])
+)
+def test_packed_rows_that_share_bytes(rows: int, columns: int, groups: int, kind: DataType) -> None:
+    """Tiles of whole bytes from rows that begin within a byte."""
+    width = 8 * groups + columns
+    memory = random_memory(kind, (rows + 1) * width, columns)
+    mem, t, grid, seen = tensor("mem", kind, (rows + 1, width)), RegisterTensor(kind, (2, 8)), (rows, 1, 1), []
+    run_reference(
+        function(Load(t, mem, (X, const(0)), (0, 1)), Probe(t, grid, seen), params=(mem,)), {"mem": memory}, grid
+    )
+    for block, i, j in itertools.product(range(rows), range(2), range(8)):
+        code = bits_of(memory, (block + i) * width + j, kind.nbits)
+        np.testing.assert_equal(seen[0][block, 0, 0, i, j], decoded(kind, code))
+
+
+@given(st.integers(1, 9), st.sampled_from([1, 8, 1 << 20]))
+def test_views_of_a_block_are_its_own_in_every_chunk(count: int, max_chunk_nbytes: int) -> None:
+    mem, out = tensor("mem", int32, (count, 2)), tensor("out", int32, (count, 2))
+    t = RegisterTensor(int32, (2,))
+    fn = function(
+        Load(t, mem.select(X), (const(0),), (0,)), Store(out.select(X), t, (const(0),), (0,)), params=(mem, out)
+    )
+    data, found = np.arange(2 * count, dtype=np.int32).reshape(count, 2), np.zeros((count, 2), np.int32)
+    run_reference(fn, {"mem": data, "out": found}, (count, 1, 1), max_chunk_nbytes=max_chunk_nbytes)
+    np.testing.assert_array_equal(found, data)

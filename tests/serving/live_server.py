@@ -57,6 +57,7 @@ class ThrottledRunner:
 @dataclass(frozen=True)
 class LiveServer:
     url: str
+    async_engine: AsyncEngine
     engine: Engine
     runner: ThrottledRunner
 
@@ -74,14 +75,15 @@ class LiveServer:
 def serve(runner: Runner, checkpoint: Checkpoint, config: EngineConfig, max_waiting: int = 64) -> Iterator[LiveServer]:
     throttled = ThrottledRunner(runner)
     engine = CheckedEngine(throttled, checkpoint.tokenizer, config, MonotonicClock())
-    app = create_app(AsyncEngine(engine, max_waiting), checkpoint.tokenizer, MODEL)
+    async_engine = AsyncEngine(engine, max_waiting)
+    app = create_app(async_engine, checkpoint.tokenizer, MODEL)
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
         wait_until(lambda: server.started)
-        yield LiveServer(f"http://127.0.0.1:{listener.getsockname()[1]}", engine, throttled)
+        yield LiveServer(f"http://127.0.0.1:{listener.getsockname()[1]}", async_engine, engine, throttled)
     finally:
         throttled.open.set()
         server.should_exit = True

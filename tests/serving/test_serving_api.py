@@ -394,6 +394,7 @@ def test_hostile_bodies_are_refused_and_forgotten(server: LiveServer) -> None:
     assert post(b"[" * 100_000)[0] == 400
     half = "prompt is not valid Unicode: character 1 is half of a surrogate pair"
     assert post(b'{"model": "tiny", "prompt": "a\\ud800"}') == (400, half)
+    assert post(b'{"model": "tiny", "prompt": "a", "\\ud800": 1}')[0] == 400
     many = b'{"model": "tiny", "n": 100, "prompt": ["a", "b"]}'
     expected = "2 prompts with n = 100 ask for 200 answers, but a request may ask for at most 128"
     assert post(many) == (400, expected)
@@ -444,6 +445,22 @@ def test_a_client_that_leaves_gives_its_pages_back(server: LiveServer, answer) -
     assert steps_left > 1.5  # had it gone on, the answers would take this long
     server.check_idle()
     server.runner.delay = 0.0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_while_it_waits_is_forgotten(
+    tiny_model: Model, tiny_checkpoint: Checkpoint, stream: bool
+) -> None:
+    config = EngineConfig(num_pages=60, max_model_len=200, page_size=4, max_batch=1, max_step_tokens=24)
+    runner = TorchRunner(tiny_model, config.num_pages, config.page_size, CPU)
+    with serve(runner, tiny_checkpoint, config) as server, httpx.Client() as http:
+        server.runner.open.clear()  # nothing moves: no output tells the server that the client has gone
+        body = {"model": MODEL, "prompt": "a", "stream": stream}
+        with pytest.raises(httpx.ReadTimeout):
+            http.post(f"{server.url}/v1/completions", json=body, timeout=0.2)
+        wait_until(lambda: not server.async_engine._generations)
+        server.runner.open.set()
+        server.check_idle()
 
 
 def test_a_full_queue_is_429(tiny_model: Model, tiny_checkpoint: Checkpoint) -> None:

@@ -100,6 +100,8 @@ def test_every_request_gets_its_own_answer(
             assert output.request_id not in aborted
             outputs[output.request_id].append(output)
         engine.check()
+        order = [*engine.scheduler.running, *engine.scheduler.waiting]  # first come, first served
+        assert [seq.id for seq in order] == [name for name in outputs if name in {seq.id for seq in order}]
         if oldest:  # progress: the oldest request is never pushed back
             assert oldest.num_computed > before
         if step > 50 and not engine.has_work:
@@ -135,14 +137,20 @@ def test_prefill_and_decode_share_a_step() -> None:
     assert shares == [{"first": 1, "second": 7}, {"first": 1, "second": 7}, {"first": 1, "second": 6}]
 
 
-def test_preemption_takes_the_youngest_and_keeps_its_answer() -> None:
+def test_preemption_takes_the_youngest_and_keeps_its_answer_and_its_turn() -> None:
     engine = make_engine(num_pages=4, page_size=4, max_model_len=16, max_batch=2)
-    prompts = {"old": [1, 2, 3, 4], "young": [5, 6, 7, 8]}
+    prompts = {"old": [1, 2, 3, 4], "young": [5, 6, 7, 8], "later": [9]}
     for name, prompt in prompts.items():
         engine.add(request(name, prompt, max_tokens=10, ignore_eos=True))
     young = engine.scheduler.waiting[1]
-    outputs = run(engine)
-    assert young.num_preemptions == 1
+    outputs: dict[str, list[RequestOutput]] = {name: [] for name in prompts}
+    while young.num_preemptions == 0:
+        for output in engine.step():
+            outputs[output.request_id].append(output)
+    assert [seq.id for seq in engine.scheduler.running] == ["old"]
+    assert [seq.id for seq in engine.scheduler.waiting] == ["young", "later"]
+    for name, found in run(engine).items():
+        outputs[name] += found
     for name, prompt in prompts.items():
         assert tokens_of(outputs[name]) == reference_answer(prompt, 10, ignore_eos=True)
 

@@ -33,6 +33,18 @@ def test_every_code_is_nearest(name: str) -> None:
     assert np.all(found <= best + 1e-6 * np.abs(weight).max())
 
 
+@pytest.mark.parametrize("name", [name for name in WEIGHT_DTYPES if dtype(name).is_integer])
+def test_codes_span_each_group(name: str) -> None:
+    """Half a step is the largest error: of the group's range for unsigned codes, of its magnitude for signed ones."""
+    kind, weight = dtype(name), random_weight() + 0.3  # nothing near 0
+    groups = weight.reshape(6, 3, 32)
+    span = np.abs(groups).max(-1) if kind.is_signed else groups.max(-1) - groups.min(-1)
+    half_step = span / kind.max_value / 2
+    error = np.abs(quantize(weight, kind, "w").dequantize() - weight).reshape(6, 3, 32).max(-1)
+    rounding = 2**-10 * np.abs(groups).max(-1)  # of scale and minimum, to float16
+    assert np.all(error <= half_step + rounding)
+
+
 @pytest.mark.parametrize("name", WEIGHT_DTYPES)
 def test_scales_are_float16_and_zero_is_harmless(name: str) -> None:
     weight = random_weight()

@@ -117,6 +117,20 @@ def test_pieces_make_up_the_whole_and_characters_stay_whole(parts: list[bytes]) 
             assert so_far == complete
 
 
+def test_invisible_tokens_do_not_pile_up() -> None:
+    """Models that may not stop tend to repeat their end token."""
+    fast, windows = byte_tokenizer(), []
+
+    def decode(ids: list[int]) -> str:
+        windows.append(len(ids))
+        return fast.decode(ids)
+
+    stream = Detokenizer(decode)
+    ids = [*fast.encode("añ").ids, *[258] * 50, *fast.encode("é").ids, 258]
+    assert "".join(stream.push(token_id) for token_id in ids) + stream.flush() == "añé"
+    assert max(windows) <= 4
+
+
 def test_huggingface_settings(tiny: Tokenizer) -> None:
     assert tiny.eos_ids == {258} and tiny.vocab_size == 259
     assert tiny.special == {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
@@ -175,6 +189,13 @@ def test_unknown_tokenizers_are_named() -> None:
         f"{file.path}: its tokenizer is 'gpt2' with tokenizer.ggml.pre = 'llama-bpe', but supported is 'gpt2' with "
         "'smollm'\n  hint: use the same model in Hugging Face's format, whose tokenizer.json says everything"
     )
+
+
+def test_a_tokenizer_that_contradicts_itself() -> None:
+    file = GGUFFile(default_model())
+    file.metadata["tokenizer.ggml.merges"] = ["absent☃ a"]
+    with pytest.raises(TilusError, match=r"its tokenizer contradicts itself: .*absent☃"):
+        from_gguf(file)
 
 
 def test_bos_is_added_where_the_file_says_so() -> None:

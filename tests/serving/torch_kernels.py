@@ -26,7 +26,7 @@ class TorchKernels:
     def quantize(self) -> TorchKernels:
         return self
 
-    def pack(self, codes: Tensor, scales: Tensor, dtype: DataType, mins: Tensor | None = None) -> Tensor:
+    def pack(self, codes: Tensor, scales: Tensor, *, dtype: DataType, mins: Tensor | None = None) -> Tensor:
         """The dense weight, float [N, K]."""
         n, k = codes.shape
         assert codes.dtype == torch.uint8 and scales.dtype == torch.float16

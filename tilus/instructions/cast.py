@@ -17,7 +17,7 @@ from tilus.ir.expr import Expr, as_expr
 from tilus.ir.expr import cast as cast_scalar
 from tilus.ir.instruction import expect_same_shape
 from tilus.ir.tensor import RegisterTensor
-from tilus.layout import slot_map
+from tilus.layout import RegisterLayout, slot_map
 from tilus.ptx.module import FloatImm, Imm, Reg
 
 
@@ -101,10 +101,15 @@ def _through_64(ctx: EmitContext, src: DataType, dst: DataType, words: list[Reg]
 
 
 @builtin
-def cast(b: IRBuilder, x: RegisterTensor | Expr | float, dtype: DataType) -> RegisterTensor | Expr:
-    """A tile or scalar in another type: rounded to nearest even, saturated where the type has no infinity."""
+def cast(
+    b: IRBuilder, x: RegisterTensor | Expr | float, dtype: DataType, *, layout: RegisterLayout | None = None
+) -> RegisterTensor | Expr:
+    """A tile or scalar in another type: rounded to nearest even, saturated where the type has no infinity.
+
+    layout: pins the result's layout; another local order than the operand's costs nothing extra.
+    """
     if not isinstance(x, RegisterTensor):
         return cast_scalar(as_expr(x), dtype)
-    if x.dtype == dtype:
+    if x.dtype == dtype and layout is None:
         return x
-    return b.emit(Cast(b.tile(dtype, x.shape), x)).out
+    return b.emit(Cast(b.tile(dtype, x.shape, layout), x)).out

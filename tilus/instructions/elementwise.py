@@ -14,7 +14,7 @@ import numpy as np
 from tilus.codegen.context import EmitContext, num_words
 from tilus.codegen.linear import materialize, of_const
 from tilus.codegen.splat import splat_word
-from tilus.dtypes import DataType, boolean, f32, int32
+from tilus.dtypes import DataType, bf16, boolean, f16, f32, int32
 from tilus.errors import TilusError
 from tilus.instructions.arithmetic import (
     FLOAT_FUNCTIONS,
@@ -183,6 +183,35 @@ class UnaryTile(Pointwise):
 
 
 @dataclass(frozen=True, eq=False)
+class FusedMultiplyAdd(Pointwise):
+    """`out = x * y + z` with one rounding (the reference execution rounds f16 and bf16 from f32, so at most one ulp off)."""
+
+    mnemonic = "fma"
+
+    out: RegisterTensor
+    x: RegisterTensor
+    y: RegisterTensor
+    z: RegisterTensor
+
+    def verify(self) -> None:
+        _same_dtype("fma", self.x, self.y)
+        _same_dtype("fma", self.x, self.z)
+        if self.x.dtype not in (f16, bf16, f32):
+            raise TilusError(f"fma of tiles of {self.x.dtype.name}, expected f16, bf16 or f32")
+
+    def evaluate(self, env: Evaluation) -> None:
+        x, y, z = (rank_aligned(env.tile(t), t.rank, self.out.rank) for t in (self.x, self.y, self.z))
+        env.set_tile(self.out, _rounded(x * y + z, self.out.dtype))
+
+    def emit(self, ctx: EmitContext) -> None:
+        layout, dtype = ctx.layout(self.out), self.out.dtype
+        kind = "f32" if dtype == f32 else f"{dtype.name}x2"
+        sources = [operand_words(ctx, t, layout) for t in (self.x, self.y, self.z)]
+        words = [ctx.b.emit(f"fma.rn.{kind}", x, y, z) for x, y, z in zip(*sources, strict=True)]
+        ctx.define(self.out, words)
+
+
+@dataclass(frozen=True, eq=False)
 class Where(Pointwise):
     """`out = on_true where cond, else on_false`, elementwise."""
 
@@ -299,7 +328,7 @@ _BITWISE = ("&", "|", "^", "<<", ">>")
 
 
 def _check_op(op: str, dtype: DataType) -> None:
-    if dtype.is_small or dtype.nbits == 8:
+    if dtype.is_small:
         raise TilusError(
             f"{op} on tiles of {dtype.name}: arithmetic is done in 16 or more bits",
             hint="cast to f16, f32 or int32 first, and back afterwards",
@@ -502,3 +531,11 @@ def minimum(b: IRBuilder, x: Value, y: Value) -> RegisterTensor | Expr:
 def absolute(b: IRBuilder, x: Value) -> RegisterTensor | Expr:
     """The absolute value."""
     return unary_op(b, "abs", x)
+
+
+@builtin
+def fma(b: IRBuilder, x: RegisterTensor, y: Value, z: Value) -> RegisterTensor:
+    """`x * y + z` with one rounding, elementwise on f16, bf16 or f32."""
+    c, d = _as_tile(b, y, x), _as_tile(b, z, x)
+    shape = broadcast_shapes("fma", x.shape, c.shape, d.shape)
+    return b.emit(FusedMultiplyAdd(b.tile(x.dtype, shape), x, c, d)).out

@@ -80,7 +80,7 @@ def plan_reduction(layout: RegisterLayout, axes: Sequence[int]) -> Plan:
         if term.dim not in axes:
             threads.append(Digit(term.size, None if term.dim is None else term.dim + 1, term.weight))
             continue
-        inside = _lanes_of(term.stride, term.size)
+        inside = lanes_of(term.stride, term.size)
         masks += [term.stride << i for i in range(inside.bit_length() - 1)]
         rest = term.size // inside
         threads += [Digit(inside, None, 0), *([Digit(rest, 0, parts)] if rest > 1 else [])]
@@ -93,7 +93,7 @@ def plan_reduction(layout: RegisterLayout, axes: Sequence[int]) -> Plan:
     return Plan(partial, tuple(masks), _groups(layout, axes, partial))
 
 
-def _lanes_of(stride: int, size: int) -> int:
+def lanes_of(stride: int, size: int) -> int:
     """The largest power-of-two part of a thread digit `(t // stride) % size` that XORs of lane numbers walk through."""
     if stride & (stride - 1) or stride >= WARP:
         return 1

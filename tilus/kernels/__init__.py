@@ -1,28 +1,14 @@
-"""The kernel library: what serving a language model needs, as functions on torch tensors.
+"""The kernel library: what serving a language model needs, as functions on torch tensors (most take numpy arrays too).
 
-Functions are imported when they are first used, so that `import tilus.kernels` is quick.
+`quantize` is a module: the packing of weights for `linear`. Torch is not imported.
 """
 
-from __future__ import annotations
-
-from typing import Any
-
-# Exported names by the module that has them.
-_MODULES = {
-    "tilus.kernels.attention": ("paged_attention",),
-    "tilus.kernels.rope": ("rope_append",),
-}
-_OWNER = {name: module for module, names in _MODULES.items() for name in names}
-
-
-def __getattr__(name: str) -> Any:
-    import importlib
-
-    if name not in _OWNER:
-        raise AttributeError(f"module 'tilus.kernels' has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(_OWNER[name]), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_OWNER})
+from tilus.kernels import quantize as quantize
+from tilus.kernels.activation import silu_mul as silu_mul
+from tilus.kernels.attention import paged_attention as paged_attention
+from tilus.kernels.embedding import embedding as embedding
+from tilus.kernels.linear import linear as linear
+from tilus.kernels.norm import add_rms_norm as add_rms_norm
+from tilus.kernels.norm import rms_norm as rms_norm
+from tilus.kernels.quantize import QuantizedWeight as QuantizedWeight
+from tilus.kernels.rope import rope_append as rope_append

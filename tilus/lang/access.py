@@ -59,7 +59,7 @@ def _attribute_hint(value: Value, name: str) -> str:
             known = ("dtype", "to")
         case _:
             known = _PROPERTIES
-    return close_matches(name, dict.fromkeys(known)) or f"it has {', '.join(known)}"
+    return close_matches(name, known) or f"it has {', '.join(known)}"
 
 
 def _tile_method(name: str) -> Builtin:
@@ -79,7 +79,7 @@ def _python_attribute(frame: Frame, value: Value, name: str) -> Value:
             return frame.inline(getter, (value,), {})
     if not hasattr(value, name):
         kind = f"module {value.__name__}" if inspect.ismodule(value) else describe(value)
-        raise TilusError(f"{kind} has no attribute {name}", hint=close_matches(name, iter(dir(value))))
+        raise TilusError(f"{kind} has no attribute {name}", hint=close_matches(name, dir(value)))
     return python_value(lambda: getattr(value, name))
 
 

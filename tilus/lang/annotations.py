@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tilus.dtypes import DataType, boolean, f32, int32
 from tilus.errors import Loc, TilusError
-from tilus.lang.source import source_of
+from tilus.lang.source import Source, source_of
 
 Dim = str | int
 
@@ -123,9 +124,16 @@ def signature_of(function: FunctionType, names: Mapping[str, object]) -> Signatu
             parameters.append(_parameter(parameter, function, names))
         except TilusError as error:
             raise error.at(places.get(parameter.name)) from None
-    signature = Signature(function.__name__, tuple(parameters), python, source.loc(source.node))
+    signature = Signature(function.__name__, tuple(parameters), python, _definition(source))
     _check_names(signature, places)
     return signature
+
+
+def _definition(source: Source) -> Loc:
+    """`def` and the name of a kernel."""
+    loc = source.loc(source.node)
+    name = source.node.name if isinstance(source.node, ast.FunctionDef) else ""
+    return replace(loc, end_column=loc.column + len("def ") + len(name))
 
 
 def _arguments(args: Any) -> list[Any]:
@@ -135,9 +143,10 @@ def _arguments(args: Any) -> list[Any]:
 
 def _parameter(parameter: inspect.Parameter, function: FunctionType, names: Mapping[str, object]) -> Parameter:
     name, default = parameter.name, parameter.default
-    if parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+    if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        stars = "*" if parameter.kind is parameter.VAR_POSITIONAL else "**"
         raise TilusError(
-            f"kernel parameter {parameter} takes any number of arguments, which is not supported",
+            f"kernel parameter {stars}{name} takes any number of arguments, which is not supported",
             hint="give each parameter a name and a type; a tuple can be passed as a Const",
         )
     annotation = parameter.annotation

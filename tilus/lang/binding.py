@@ -187,12 +187,17 @@ def checked(kernel: Kernel, values: Mapping[str, Any], device: str | None) -> tu
 
 
 def _sizes(specialization: Specialization, arrays: Sequence[Array | None]) -> dict[Var, int]:
+    """Values of the variables. Dims come first: the stride of a dim of extent 1 may be any number, also where the IR says that
+    it is another dim's extent."""
     sizes: dict[Var, int] = {}
     tensors = [p.tensor for p in specialization.function.params if isinstance(p, TensorParam)]
-    for tensor, array in zip(tensors, (a for a in arrays if a is not None), strict=True):
-        for expr, value in zip((*tensor.shape, *tensor.strides), (*array.shape, *array.strides), strict=True):
-            if isinstance(expr, Var):
-                sizes[expr] = value
+    present = [a for a in arrays if a is not None]
+    for tensor, array in zip(tensors, present, strict=True):
+        sizes.update((e, n) for e, n in zip(tensor.shape, array.shape, strict=True) if isinstance(e, Var))
+    for tensor, array in zip(tensors, present, strict=True):
+        for stride, value in zip(tensor.strides, array.strides, strict=True):
+            if isinstance(stride, Var):
+                sizes.setdefault(stride, value)
     return sizes
 
 
@@ -210,11 +215,11 @@ def make_launcher(kernel: Kernel, device: str | None) -> Callable[..., None]:
         key = key or (call.arrays, call.specialization.specification, tuple(type(s) for s in scalars))
         run = prepared.get(key)
         if run is None:
-            from tilus.runtime import execute
+            from tilus.runtime.execute import prepare
 
             if len(prepared) >= MAX_PREPARED:
                 prepared.clear()
-            run = prepared[key] = execute.prepare(call)
+            run = prepared[key] = prepare(call)
         pointers = [0 if a is None else a.pointer for a in call.arrays]
         run(pointers, scalars, [values[p.name] for p in signature.tensors])
 

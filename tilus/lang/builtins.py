@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins as python
 from typing import Any, TypeVar
 
 from tilus.errors import TilusError
@@ -68,7 +69,7 @@ def _axis(axis: int) -> int:
 
 
 @builtin
-def range_(b: IRBuilder, start: Any, stop: Any = None, step: Any = 1, *, unroll: Any = 1) -> RuntimeRange:
+def range(b: IRBuilder, start: Any, stop: Any = None, step: Any = 1, *, unroll: Any = 1) -> RuntimeRange:
     """`for i in tilus.range(...)` is a loop of the kernel, also over constants. step: a positive constant.
 
     unroll: copies of the body per trip that code generation makes.
@@ -92,7 +93,7 @@ def static_range(b: IRBuilder, start: Any, stop: Any = None, step: Any = 1) -> A
             )
     if step == 0:
         raise TilusError("static_range has step 0, expected another int")
-    trips = range(*bounds)
+    trips = python.range(*bounds)
     if len(trips) > MAX_UNROLLED:
         raise TilusError(f"static_range of {len(trips)} trips, expected at most {MAX_UNROLLED}", hint="use tilus.range")
     return trips

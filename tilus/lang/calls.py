@@ -54,14 +54,18 @@ def _is_hashable(value: Value) -> bool:
 
 
 def _build(frame: Frame, builtin: Builtin, args: Sequence[Value], kwargs: Mapping[str, Value]) -> Value:
+    name = getattr(builtin, "__name__", "?")
+    signature = inspect.signature(builtin)
+    plain = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    usage = f"its signature is {name}{signature.replace(parameters=plain, return_annotation=signature.empty)}"
     try:
-        inspect.signature(builtin.build).bind(frame.builder, *args, **kwargs)
+        signature.bind(*args, **kwargs)
     except TypeError as error:
-        name = getattr(builtin, "__name__", "?")
-        raise TilusError(
-            f"tilus.{name}: {error}", hint=f"its signature is {name}{inspect.signature(builtin)}"
-        ) from None
-    return builtin.build(frame.builder, *args, **kwargs)
+        raise TilusError(f"tilus.{name}: {error}", hint=usage) from None
+    try:
+        return builtin.build(frame.builder, *args, **kwargs)
+    except (TypeError, ValueError, AttributeError, IndexError, KeyError, ZeroDivisionError) as error:
+        raise TilusError(f"tilus.{name} does not take these arguments: {error}", hint=usage) from error
 
 
 def _all_known(frame: Frame, args: Sequence[Value], kwargs: Mapping[str, Value]) -> bool:

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tilus.errors import TilusError
-from tilus.ir.expr import Expr, select
+from tilus.ir.expr import Expr
 from tilus.ir.stmt import If
 from tilus.lang.access import attribute, subscript
 from tilus.lang.calls import call
 from tilus.lang.frame import Binding, Frame
-from tilus.lang.operators import apply_binary, apply_unary, chain, may_trap, negated, python_value, truth
+from tilus.lang.operators import apply_binary, apply_unary, chain, choice, may_trap, negated, python_value, truth
 from tilus.lang.refusals import refuse
 from tilus.lang.regions import bind, promoting, region
 from tilus.lang.source import Source, parameter_names
@@ -216,13 +216,13 @@ def _branch(frame: Frame, cond: Expr, on_true: Callable[[], Value], on_false: Ca
     with region(frame) as orelse:
         b = on_false()
     if is_scalar(a) and is_scalar(b) and not (then.stmts or orelse.stmts or may_trap(a) or may_trap(b)):
-        return simplified(select(cond, a, b))
+        return simplified(choice(cond, a, b))
     if not is_storable(a) or not is_storable(b):
         raise TilusError(
             f"a run-time condition chooses between {describe(a)} and {describe(b)}, expected scalars or tiles",
             hint="use `if` with a compile-time condition",
         )
-    slot = frame.storage.allocate(select(cond, a, b) if is_scalar(a) and is_scalar(b) else a, "chosen")
+    slot = frame.storage.allocate(choice(cond, a, b) if is_scalar(a) and is_scalar(b) else a, "chosen")
     then.assign(frame, slot, a, "the conditional expression")
     orelse.assign(frame, slot, b, "the conditional expression")
     frame.storage.freeze(slot)

@@ -53,14 +53,14 @@ class Scope:
     """The names of one function.
 
     local: names that the function binds somewhere. free: what the others mean (closure, globals, builtins).
-    lost: names that were bound only inside of a run-time loop or branch that has ended, with an explanation.
+    lost: names that were bound only inside of a run-time loop or branch that has ended, with an explanation and a way out.
     """
 
     local: frozenset[str]
     free: Mapping[str, Value]
     names: dict[str, Binding] = field(default_factory=dict[str, Binding])
     enclosing: Scope | None = None
-    lost: dict[str, str] = field(default_factory=dict[str, str])
+    lost: dict[str, tuple[str, str]] = field(default_factory=dict[str, tuple[str, str]])
 
     def lookup(self, name: str) -> Value:
         """The value of a name.
@@ -70,25 +70,28 @@ class Scope:
         if name in self.names:
             return self.names[name].value
         if name in self.lost:
-            raise TilusError(
-                f"{name} is {self.lost[name]} and is read after it",
-                hint=f"assign {name} before the loop or branch as well",
-            )
+            why, instead = self.lost[name]
+            raise TilusError(f"{name} is {why} and is read after it", hint=instead)
         if name in self.local:
             raise TilusError(f"{name} is read before it is assigned")
         if self.enclosing is not None:
             return self.enclosing.lookup(name)
         if name in self.free:
             return self.free[name]
-        raise TilusError(f"unknown name {name}", hint=close_matches(name, {**self.free, **self.names}))
+        raise TilusError(f"unknown name {name}", hint=close_matches(name, [*self.names, *self.free]))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Loop:
-    """A loop that is being translated. level: that of its body."""
+    """A loop that is being translated. level: that of its body. optional: unrolled, but could be a run-time loop."""
 
     runtime: bool
     level: int
+    optional: bool = False
+
+
+class NotUnrollable(Exception):
+    """An unrolled loop turns out to be left, or to go on, under a run-time condition: it must be a run-time loop."""
 
 
 @dataclass

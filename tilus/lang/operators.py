@@ -7,10 +7,9 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-from tilus.dtypes import int32
 from tilus.errors import TilusError
 from tilus.ir.builder import IRBuilder
-from tilus.ir.expr import COMPARISONS, Binary, Const, Expr, as_expr, binary, unary, walk
+from tilus.ir.expr import COMPARISONS, Binary, Const, Expr, as_expr, binary, select, unary, walk
 from tilus.ir.tensor import RegisterTensor
 from tilus.lang.values import Value, describe, is_number, is_runtime, is_scalar, simplified
 
@@ -94,7 +93,7 @@ def _scalar(op: str, lhs: Expr | int | float, rhs: Expr | int | float) -> Value:
     if op in _INTEGER_ONLY and (a.dtype.is_float or b.dtype.is_float):
         raise TilusError(f"operator {op} between {a.dtype} and {b.dtype} scalars, expected integers")
     if op in ("+", "-", "*", "/", "//", "%", "<<", ">>"):
-        a, b = _number(a), _number(b)
+        a, b = as_number(a), as_number(b)
     for one, other in ((a, b), (b, a)):
         _check_fits(op, one, other)
     if op in ("&", "|", "^") and a.dtype.kind == b.dtype.kind == "bool":
@@ -112,13 +111,9 @@ def _boolean(op: str, a: Expr, b: Expr) -> Expr:
             return binary("!=", a, b)
 
 
-def _number(expr: Expr) -> Expr:
-    """In arithmetic Python's True is 1."""
-    from tilus.ir.expr import cast, select
-
-    if expr.dtype.kind != "bool":
-        return expr
-    return cast(select(expr, 1, 0), int32)
+def as_number(expr: Expr) -> Expr:
+    """A boolean as the int that Python takes it for."""
+    return select(expr, 1, 0) if expr.dtype.kind == "bool" else expr
 
 
 def _check_fits(op: str, constant: Expr, other: Expr) -> None:
@@ -147,7 +142,7 @@ def apply_unary(b: IRBuilder, op: str, value: Value) -> Value:
         if op == "invert" and value.dtype.kind == "int":
             return simplified(binary("-", unary("neg", value), 1))
         if op in ("neg", "abs"):
-            return simplified(unary(op, _number(value)))
+            return simplified(unary(op, as_number(value)))
     names = {"neg": "-", "pos": "+", "invert": "~", "not": "not"}
     raise TilusError(
         f"operator {names.get(op, op)} on {describe(value)} is not defined",
@@ -175,6 +170,14 @@ def truth(value: Value, what: str) -> bool | Expr:
             hint="reduce it to a scalar, or choose element by element with tilus.where",
         )
     return python_value(lambda: bool(value))
+
+
+def choice(cond: Expr, on_true: Value, on_false: Value) -> Expr:
+    """`on_true if cond else on_false` of two scalars; when only one is boolean, it counts as an int."""
+    a, b = as_expr(on_true), as_expr(on_false)
+    if a.dtype.kind != b.dtype.kind:
+        a, b = as_number(a), as_number(b)
+    return select(cond, a, b)
 
 
 def negated(value: bool | Expr) -> bool | Expr:

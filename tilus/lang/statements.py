@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import ast
-import copy
 import enum
-import inspect
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from types import FunctionType
 from typing import Any
 
 from tilus.errors import TilusError
 from tilus.ir.expr import Expr, as_expr, const, unary
 from tilus.ir.stmt import EMPTY, Break, Continue, For, If, Return, Seq, While
-from tilus.ir.tensor import GlobalTensor, SharedTensor, SharedView
-from tilus.lang.calls import check_mutable, free_names
-from tilus.lang.expression import BINARY, evaluate, iterate, local_function, operands, unpack
-from tilus.lang.frame import Binding, Frame, Loop, Scope
-from tilus.lang.operators import apply_binary, python_value, truth
+from tilus.lang.assignment import assign, assignment
+from tilus.lang.expression import evaluate, iterate, local_function
+from tilus.lang.frame import Binding, Frame, Loop, NotUnrollable
+from tilus.lang.inlining import bind_arguments, resolve
+from tilus.lang.operators import truth
 from tilus.lang.refusals import refuse
-from tilus.lang.regions import Region, bind, bind_attribute, promoting, region
-from tilus.lang.source import Source, assigned_names, is_read_after, parameter_names, source_of
+from tilus.lang.regions import Region, bind, promoting, region
+from tilus.lang.source import assigned_names, is_read_after
 from tilus.lang.storage import is_storable, loop_variable
 from tilus.lang.values import MAX_UNROLLED, LocalFunction, RuntimeRange, Value, describe, is_runtime
+
+MAX_NESTED_CALLS = 8  # of one function in itself; `twice(lambda x: twice(f, x), y)` is no recursion
 
 
 class Flow(enum.Enum):
@@ -62,7 +62,7 @@ class Body(Frame):
     def statement(self, node: ast.stmt) -> Flow:
         match node:
             case ast.Assign() | ast.AnnAssign() | ast.AugAssign():
-                self._assignment(node)
+                assignment(self, node)
             case ast.Expr():
                 self._expression(node)
             case ast.If():
@@ -88,80 +88,6 @@ class Body(Frame):
             case _:
                 raise refuse(node)
         return Flow.NEXT
-
-    # Assignments.
-
-    def _assignment(self, node: ast.Assign | ast.AnnAssign | ast.AugAssign) -> None:
-        match node:
-            case ast.Assign():
-                value = evaluate(self, node.value)
-                if len(node.targets) > 1 or isinstance(node.targets[0], (ast.Tuple, ast.List)):
-                    value = self.storage.snapshot(value)
-                for target in node.targets:
-                    self._assign(target, value)
-            case ast.AnnAssign():
-                if node.value is not None:
-                    self._assign(node.target, evaluate(self, node.value))
-            case ast.AugAssign():
-                self._augmented(node)
-
-    def _assign(self, target: ast.expr, value: Value) -> None:
-        with self.at(target):
-            match target:
-                case ast.Name(name):
-                    bind(self, name, value)
-                case ast.Attribute(owner, name):
-                    bind_attribute(self, evaluate(self, owner), name, value)
-                case ast.Subscript():
-                    self._assign_item(target, value)
-                case ast.Tuple(elts) | ast.List(elts) if not any(isinstance(e, ast.Starred) for e in elts):
-                    items = iterate(self, value, "the unpacked value")
-                    if len(items) != len(elts):
-                        raise TilusError(f"{len(items)} values are unpacked into {len(elts)} names")
-                    for elt, item in zip(elts, items):
-                        self._assign(elt, item)
-                case _:
-                    unpack(self, target, value, lambda name, v: bind(self, name, v))
-
-    def _assign_item(self, target: ast.Subscript, value: Value) -> None:
-        container, index = operands(self, [target.value, target.slice])
-        match container:
-            case GlobalTensor():
-                raise TilusError(
-                    f"{describe(container)} is assigned by [], expected a store", hint="tilus.store(x, [i], tile)"
-                )
-            case SharedTensor() | SharedView():
-                raise TilusError(
-                    f"{describe(container)} is assigned by [], expected a store", hint="tilus.store_shared(s, tile)"
-                )
-            case list() | dict() if not is_runtime(index):
-                check_mutable(self, container, "[...] =")
-                kept = self.storage.snapshot(value)
-                python_value(lambda: container.__setitem__(index, kept))
-            case _:
-                raise TilusError(f"items of {describe(container)} cannot be assigned")
-
-    def _augmented(self, node: ast.AugAssign) -> None:
-        """`x += y` is `x = x + y`: tiles and scalars are values."""
-        op, target = BINARY[type(node.op)], node.target
-        match target:
-            case ast.Name():
-                old: Value = self.scope.lookup(target.id)
-            case ast.Attribute():
-                old = evaluate(self, _loaded(target))
-            case ast.Subscript():
-                old = evaluate(self, _loaded(target))
-        if isinstance(old, (list, dict, set)):
-            raise TilusError(
-                f"{op}= on {describe(old)} is not supported in a kernel", hint="use .append() or .extend()"
-            )
-        reads = {slot: self.storage.writes[slot] for slot in self.storage.slots(old)}
-        rhs = evaluate(self, node.value)
-        if any(self.storage.writes[slot] != count for slot, count in reads.items()):
-            raise TilusError(
-                "the target changes while the right side is evaluated", hint="assign the right side to a name before"
-            )
-        self._assign(target, apply_binary(self.builder, op, old, rhs))
 
     def _expression(self, node: ast.Expr) -> None:
         if isinstance(node.value, ast.Constant) and (isinstance(node.value.value, str) or node.value.value is ...):
@@ -228,7 +154,7 @@ class Body(Frame):
     def _lose(self, side: Region, why: str) -> None:
         for name in side.bound:
             if name not in self.scope.names:
-                self.scope.lost[name] = why
+                self.scope.lost[name] = (why, f"give {name} a value before it as well")
 
     def _with(self, node: ast.With) -> Flow:
         if len(node.items) != 1 or node.items[0].optional_vars is not None:
@@ -261,17 +187,58 @@ class Body(Frame):
             )
         with self.at(node.iter):
             iterable = evaluate(self, node.iter)
-            if not isinstance(iterable, RuntimeRange):
-                items = iterate(self, iterable, "the iterable of `for`")
-                if len(items) > MAX_UNROLLED:
-                    raise TilusError(
-                        f"a loop of {len(items)} trips would be unrolled, expected at most {MAX_UNROLLED}",
-                        hint="use tilus.range for a loop of the kernel",
-                    )
-                return self._unrolled(node, items)
-            bounds = self.storage.snapshot(iterable, "bound")
+            if isinstance(iterable, RuntimeRange):
+                return self._runtime_for(node, self.storage.snapshot(iterable, "bound"))
+            items = iterate(self, iterable, "the iterable of `for`")
+            if len(items) > MAX_UNROLLED:
+                raise TilusError(
+                    f"a loop of {len(items)} trips would be unrolled, expected at most {MAX_UNROLLED}",
+                    hint="use tilus.range for a loop of the kernel",
+                )
+        if not (isinstance(iterable, range) and iterable.step > 0 and isinstance(node.target, ast.Name)):
+            return self._unrolled(node, items, optional=False)
+        flow = self._attempt(lambda: self._unrolled(node, items, optional=True))
+        if flow is None:
+            return self._runtime_for(node, RuntimeRange(iterable.start, iterable.stop, iterable.step))
+        return flow
+
+    def _unrolled(self, node: ast.For, items: Sequence[Value], optional: bool) -> Flow:
+        with self._loop(Loop(runtime=False, level=self.translation.level, optional=optional)):
+            for item in items:
+                with self.at(node.target):
+                    assign(self, node.target, item)
+                flow = self.block(node.body)
+                if flow is Flow.STOP:
+                    return flow
+                if flow is Flow.BREAK:
+                    break
+        return Flow.NEXT
+
+    @contextmanager
+    def _loop(self, loop: Loop) -> Generator[None]:
+        self.loops.append(loop)
+        try:
+            yield
+        finally:
+            self.loops.pop()
+
+    def _attempt(self, translate: Callable[[], Flow]) -> Flow | None:
+        """Translate an unrolled loop; None, with nothing changed, when it cannot be unrolled."""
+        names, lost, journal = dict(self.scope.names), dict(self.scope.lost), len(self.translation.journal)
+        try:
+            with self.builder.block() as stmts:
+                flow = translate()
+        except NotUnrollable:
+            self.translation.rollback(journal)
+            self.scope.names, self.scope.lost = names, lost
+            return None
+        for stmt in stmts:
+            self.builder.append(stmt)
+        return flow
+
+    def _runtime_for(self, node: ast.For, bounds: RuntimeRange) -> Flow:
         if not isinstance(node.target, ast.Name):
-            raise TilusError("a run-time loop needs one name as its variable")
+            raise TilusError("a run-time loop needs one name as its variable", loc=self.source.loc(node.target))
         name = node.target.id
         outer = self.scope.names.get(name)
         if outer is not None and outer.level < self.translation.level:
@@ -280,80 +247,52 @@ class Body(Frame):
                 loc=self.source.loc(node.target),
                 hint="give the loop variable a name of its own",
             )
-        flow = promoting(self, lambda: self._runtime_for(node, name, bounds), assigned_names(node.body) - {name})
+
+        def translate() -> None:
+            start, stop = as_expr(bounds.start), as_expr(bounds.stop)
+            var = loop_variable(self.builder.fresh(name), start, stop, bounds.step)
+            with region(self) as body:
+                self.scope.names[name] = Binding(var, self.translation.level)
+                self._loop_body(node.body)
+            self._lose(body, f"assigned only in the loop at line {node.lineno}")
+            self.builder.append(For(var, start, stop, bounds.step, body.body(), bounds.unroll, self.source.loc(node)))
+
+        promoting(self, translate, assigned_names(node.body) - {name})
         self.scope.names.pop(name, None)
-        self.scope.lost[name] = f"the variable of the run-time loop at line {node.lineno}"
-        return flow
-
-    def _unrolled(self, node: ast.For, items: Sequence[Value]) -> Flow:
-        self.loops.append(Loop(runtime=False, level=self.translation.level))
-        try:
-            for item in items:
-                with self.at(node.target):
-                    self._assign(node.target, item)
-                flow = self.block(node.body)
-                if flow is Flow.STOP:
-                    return flow
-                if flow is Flow.BREAK:
-                    break
-        finally:
-            self.loops.pop()
-        return Flow.NEXT
-
-    def _runtime_for(self, node: ast.For, name: str, bounds: RuntimeRange) -> Flow:
-        start, stop = as_expr(bounds.start), as_expr(bounds.stop)
-        var = loop_variable(self.builder.fresh(name), start, stop, bounds.step)
-        with region(self) as body:
-            self.scope.names[name] = Binding(var, self.translation.level)
-            self._loop_body(node.body)
-        self._lose(body, f"assigned only in the loop at line {node.lineno}")
-        loc = self.builder.loc
-        self.builder.append(For(var, start, stop, bounds.step, body.body(), bounds.unroll, loc))
+        self.scope.lost[name] = (
+            f"the variable of the run-time loop at line {node.lineno}",
+            "copy it, in the loop, to a variable that has a value before the loop",
+        )
         return Flow.NEXT
 
     def _loop_body(self, nodes: Sequence[ast.stmt]) -> None:
-        self.loops.append(Loop(runtime=True, level=self.translation.level))
-        self.block(nodes)
-        self.loops.pop()
+        with self._loop(Loop(runtime=True, level=self.translation.level)):
+            self.block(nodes)
 
     def _while(self, node: ast.While) -> Flow:
         if node.orelse:
             raise TilusError(
                 "`else` of a loop is not supported in a kernel", hint="set a flag before `break` and test it"
             )
-        if not isinstance(node.test, ast.Constant):
-            flow = self._unrolled_while(node)
-            if flow is not None:
-                return flow
-        return promoting(self, lambda: self._runtime_while(node), assigned_names(node.body))
-
-    def _unrolled_while(self, node: ast.While) -> Flow | None:
-        """Repeat the body while compiling; None (and nothing done) when the condition is not known each time."""
-        names, lost, journal = dict(self.scope.names), dict(self.scope.lost), len(self.translation.journal)
-        loop = Loop(runtime=False, level=self.translation.level)
-        self.loops.append(loop)
-        flow: Flow | None = Flow.NEXT
-        with self.builder.block() as stmts:
-            for trip in range(MAX_UNROLLED + 1):
-                cond = truth(evaluate(self, node.test), "the condition of `while`")
-                if not isinstance(cond, bool):
-                    flow = None
-                if not cond or flow is None:
-                    break
-                if trip == MAX_UNROLLED:
-                    raise TilusError(f"`while` was unrolled {MAX_UNROLLED} times and goes on", hint="use tilus.range")
-                flow = self.block(node.body)
-                if flow in (Flow.STOP, Flow.BREAK):
-                    break
-                flow = Flow.NEXT
-        self.loops.pop()
+        flow = None if isinstance(node.test, ast.Constant) else self._attempt(lambda: self._unrolled_while(node))
         if flow is None:
-            self.translation.rollback(journal)
-            self.scope.names, self.scope.lost = names, lost
-            return None
-        for stmt in stmts:
-            self.builder.append(stmt)
-        return Flow.STOP if flow is Flow.STOP else Flow.NEXT
+            return promoting(self, lambda: self._runtime_while(node), assigned_names(node.body))
+        return flow
+
+    def _unrolled_while(self, node: ast.While) -> Flow:
+        with self._loop(Loop(runtime=False, level=self.translation.level, optional=True)):
+            for _ in range(MAX_UNROLLED):
+                cond = truth(evaluate(self, node.test), "the condition of `while`")
+                if isinstance(cond, Expr):
+                    raise NotUnrollable
+                if not cond:
+                    return Flow.NEXT
+                flow = self.block(node.body)
+                if flow is Flow.STOP:
+                    return flow
+                if flow is Flow.BREAK:
+                    return Flow.NEXT
+        raise TilusError(f"`while` was unrolled {MAX_UNROLLED} times and goes on", hint="use tilus.range")
 
     def _runtime_while(self, node: ast.While) -> Flow:
         with region(self) as body:
@@ -374,6 +313,8 @@ class Body(Frame):
             self.builder.append(jump)
             return Flow.STOP
         if loop.level != self.translation.level:
+            if loop.optional:
+                raise NotUnrollable
             raise TilusError(
                 f"{word} under a run-time condition leaves an unrolled loop, which is not supported",
                 hint="loop with tilus.range"
@@ -408,10 +349,10 @@ class Body(Frame):
             self.translation.calls,
             function.name if isinstance(function, LocalFunction) else function.__qualname__,
         )
-        source, scope, signature, identity = _callee(function)
-        if any(caller == identity for caller, _ in calls):
+        source, scope, signature, identity = resolve(function)
+        if sum(caller == identity for caller, _ in calls) >= MAX_NESTED_CALLS:
             raise TilusError(f"{name} calls itself, which is not supported in a kernel", hint="write a loop")
-        arguments = _bind_arguments(name, signature, args, kwargs)
+        arguments = bind_arguments(name, signature, args, kwargs)
         loc = self.builder.loc
         calls.append((identity, loc))
         body = Body(self.translation, source, scope)
@@ -434,45 +375,6 @@ class Body(Frame):
         return value
 
 
-def _loaded(target: ast.expr) -> ast.expr:
-    """The target of an augmented assignment as an expression that reads it."""
-    node: Any = copy.copy(target)
-    node.ctx = ast.Load()
-    return node
-
-
 def _widest(values: Sequence[Value]) -> Value:
     """The value whose type a variable gets that both sides of a branch assign: run-time types over those of constants."""
     return next((v for v in values if is_runtime(v)), values[0])
-
-
-def _callee(function: FunctionType | LocalFunction) -> tuple[Source, Scope, inspect.Signature, object]:
-    if isinstance(function, LocalFunction):
-        source, signature = function.source, function.signature
-        scope = Scope(_local_names(source), {}, enclosing=function.frame.scope)
-        return source, scope, signature, source.node
-    source = source_of(function)
-    return source, Scope(_local_names(source), free_names(function)), inspect.signature(function), function.__code__
-
-
-def _local_names(source: Source) -> frozenset[str]:
-    node = source.node
-    assigned = assigned_names(node.body) if isinstance(node, ast.FunctionDef) else frozenset[str]()
-    return assigned | frozenset(parameter_names(node))
-
-
-def _bind_arguments(
-    name: str, signature: inspect.Signature, args: Sequence[Value], kwargs: Mapping[str, Value]
-) -> dict[str, Value]:
-    for parameter in signature.parameters.values():
-        if parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
-            raise TilusError(
-                f"helper {name} takes any number of arguments ({parameter}), which is not supported in a kernel",
-                hint="pass a tuple",
-            )
-    try:
-        bound = signature.bind(*args, **kwargs)
-    except TypeError as error:
-        raise TilusError(f"{name}: {error}", hint=f"its signature is {name}{signature}") from None
-    bound.apply_defaults()
-    return dict(bound.arguments)

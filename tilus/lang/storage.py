@@ -19,6 +19,7 @@ from tilus.ir.expr import cast as cast_expr
 from tilus.ir.ranges import bounds, divisor
 from tilus.ir.stmt import SetScalar
 from tilus.ir.tensor import GlobalTensor, RegisterTensor, SharedView
+from tilus.lang.operators import as_number
 from tilus.lang.values import RuntimeRange, Value, describe, is_scalar
 
 Slot = Var | RegisterTensor
@@ -36,9 +37,9 @@ class Storage:
         self.writes: dict[Slot, int] = {}
 
     def allocate(self, value: Value, name: str) -> Slot:
-        """A slot of the value's type, not yet assigned."""
+        """A slot of the value's type, not yet assigned; a tile whose layout is pinned keeps it."""
         if isinstance(value, RegisterTensor):
-            slot: Slot = self.builder.tile(value.dtype, value.shape, name=name, mutable=True)
+            slot: Slot = self.builder.tile(value.dtype, value.shape, value.layout, name, mutable=True)
         else:
             slot = Var(self.builder.fresh(name), as_expr(value).dtype, mutable=True)
         self.writes[slot] = 0
@@ -68,7 +69,7 @@ class Storage:
             case Expr():
                 return self._keep_scalar(value, name)
             case RegisterTensor() if value in self.writes:
-                kept = self.builder.tile(value.dtype, value.shape, name=name, mutable=True)
+                kept = self.builder.tile(value.dtype, value.shape, value.layout, name, mutable=True)
                 self._assign_tile(kept, value)
                 return kept
             case GlobalTensor() if self.slots(value):
@@ -146,7 +147,7 @@ class Storage:
 
     def _scalar(self, slot: Var, value: Value, name: str) -> Expr:
         if is_scalar(value):
-            expr = as_expr(value)
+            expr = as_number(as_expr(value)) if slot.dtype.is_integer else as_expr(value)
             if expr.dtype == slot.dtype or (isinstance(expr, Const) and _fits(expr.value, slot.dtype)):
                 return cast_expr(expr, slot.dtype)
         raise TilusError(

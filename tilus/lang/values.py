@@ -7,7 +7,7 @@ value that is known while compiling; tuples, lists and dicts may hold both.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -84,18 +84,20 @@ def describe(value: Value) -> str:
     """How error messages name a value."""
     match value:
         case RegisterTensor():
-            return f"a {value.dtype} tile of shape {list(value.shape)}"
+            return f"a tile of {value.dtype} {list(value.shape)}"
         case SharedTensor() | SharedView():
-            return f"a {value.dtype} shared tensor of shape {list(value.shape)}"
+            return f"a shared tensor of {value.dtype} {list(value.shape)}"
         case GlobalTensor():
-            return f"a {value.dtype} global tensor of shape [{', '.join(map(str, value.shape))}]"
+            return f"a global tensor of {value.dtype} [{', '.join(map(str, value.shape))}]"
         case Expr():
-            return f"a run-time {value.dtype} scalar"
+            return f"a run-time scalar of {value.dtype}"
         case LocalFunction():
             return f"the function {value.name}"
         case Builtin() | BoundBuiltin():
             builtin = value.builtin if isinstance(value, BoundBuiltin) else value
             return f"the function tilus.{getattr(builtin, '__name__', '?')}"
+        case RuntimeRange():
+            return "a run-time range"
         case _ if is_runtime(value):
             return f"a {type(value).__name__} that holds run-time values"
         case _:
@@ -103,7 +105,7 @@ def describe(value: Value) -> str:
             return text if len(text) <= 60 else f"a {type(value).__name__}"
 
 
-def close_matches(name: str, known: Iterator[str] | Mapping[str, Any]) -> str | None:
+def close_matches(name: str, known: Iterable[str]) -> str | None:
     """A hint that lists names like this one."""
     import difflib
 

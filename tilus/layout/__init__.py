@@ -20,6 +20,7 @@ from tilus.layout.register import (
     replicated,
     spatial,
 )
+from tilus.layout.reorder import reorder_locals
 from tilus.layout.shared import (
     AddressDigit,
     SharedLayout,
@@ -56,6 +57,7 @@ __all__ = [
     "padded",
     "parse_layout",
     "parse_shared_layout",
+    "reorder_locals",
     "replicated",
     "route",
     "row_major",

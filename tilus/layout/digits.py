@@ -109,7 +109,7 @@ def unravel(digit: Digit, shape: Sequence[int]) -> list[Digit] | None:
         if size == 1 or weight >= room:
             continue
         inner = size if weight * size <= room else room // weight
-        if weight % stride or size % inner or (inner < size and inner * weight != room):
+        if weight % stride or size % inner:
             return None
         pieces.append(Digit(inner, dim, weight // stride))
         weight, size = weight * inner, size // inner

@@ -33,6 +33,9 @@ _INTRODUCED: dict[str, tuple[int, int]] = {
     "cvt.rn.satfinite.e4m3x2": (8, 1),
     "cvt.rn.satfinite.e5m2x2": (8, 1),
     "elect.sync": (8, 0),
+    "red.global.add.v": (8, 1),
+    "red.global.add.noftz.v": (8, 1),
+    "red.global.add.noftz.bf16": (7, 8),
     "redux.sync.min.f32": (8, 6),
     "redux.sync.max.f32": (8, 6),
 }

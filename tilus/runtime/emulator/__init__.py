@@ -6,6 +6,7 @@ meanings come from the PTX ISA text.
 """
 
 from tilus.runtime.emulator.errors import DeadlockError, EmulatorError, RaceError
-from tilus.runtime.emulator.run import Argument, Result, Stats, run_kernel
+from tilus.runtime.emulator.run import Argument, Result, run_kernel
+from tilus.runtime.emulator.stats import AccessStats, Stats
 
-__all__ = ["Argument", "DeadlockError", "EmulatorError", "RaceError", "Result", "Stats", "run_kernel"]
+__all__ = ["AccessStats", "Argument", "DeadlockError", "EmulatorError", "RaceError", "Result", "Stats", "run_kernel"]

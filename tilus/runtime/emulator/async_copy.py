@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Lanes = npt.NDArray[np.int64]
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Copy:
     """The copies of one instruction. Positions are bytes in the data of their spaces; `group` is the number of commits
     each lane had made at the issue; `count` bytes come from the source, the rest of `nbytes` is zero."""
@@ -29,6 +29,11 @@ class Copy:
     count: Lanes
     nbytes: int
     group: Lanes
+
+    def part(self, chosen: npt.NDArray[np.bool_]) -> Copy:
+        """The copies of some of the lanes."""
+        pick = (self.lanes[chosen], self.target[chosen], self.source[chosen], self.count[chosen])
+        return Copy(self.pc, *pick, self.nbytes, self.group[chosen])
 
 
 class AsyncCopies:
@@ -44,7 +49,6 @@ class AsyncCopies:
     def issue(self, pc: int, lanes: Lanes, target: Lanes, source: Lanes, count: Lanes, nbytes: int) -> None:
         machine = self.machine
         machine.shared_shadow.issue_copy(pc, target, nbytes, lanes)
-        machine.shared.data[target[:, None] + np.arange(nbytes)] = 0xFF
         self.pending.append(Copy(pc, lanes, target, source, count, nbytes, self.commits[lanes].copy()))
 
     def commit(self, lanes: Lanes) -> None:
@@ -60,24 +64,17 @@ class AsyncCopies:
             if lands.any():
                 self._land(copy, lands)
             if not lands.all():
-                stay = ~lands
-                still.append(
-                    Copy(
-                        copy.pc,
-                        copy.lanes[stay],
-                        copy.target[stay],
-                        copy.source[stay],
-                        copy.count[stay],
-                        copy.nbytes,
-                        copy.group[stay],
-                    )  # fmt: skip
-                )
+                still.append(copy.part(~lands))
         self.pending = still
 
     def _land(self, copy: Copy, lands: npt.NDArray[np.bool_]) -> None:
         machine = self.machine
-        byte = np.arange(copy.nbytes)
-        wanted = byte < copy.count[lands][:, None]
-        values = machine.memory.data.take(copy.source[lands][:, None] + byte, mode="clip")
-        machine.shared.data[copy.target[lands][:, None] + byte] = np.where(wanted, values, np.uint8(0))
-        machine.shared_shadow.land_copy(copy.pc, copy.target[lands], copy.nbytes, copy.lanes[lands])
+        target, source, count = copy.target[lands], copy.source[lands], copy.count[lands]
+        size = min(8, copy.nbytes) if (count == copy.nbytes).all() else 1
+        piece = np.arange(0, copy.nbytes, size)
+        shift = size.bit_length() - 1
+        values = machine.memory.views[size].take((source[:, None] + piece) >> shift, mode="clip")
+        if size == 1:
+            values = np.where(piece < count[:, None], values, np.uint8(0))
+        machine.shared.views[size][(target[:, None] + piece) >> shift] = values
+        machine.shared_shadow.land_copy(copy.pc, target, copy.nbytes, copy.lanes[lands])

@@ -15,24 +15,33 @@ def copy(site: Site) -> Step:
     site.allow(
         "async", "ca", "cg", "shared", "shared::cta", "global", "L2::64B", "L2::128B", "L2::256B", "L2::cache_hint"
     )  # fmt: skip
-    size = site.operands[2] if len(site.operands) > 2 else None
+    site.expect_operands(3, 4, 5)
+    operands = [*site.operands]
+    size = operands[2]
     allowed = (16,) if site.has("cg") else (4, 8, 16)
     if not isinstance(size, Imm) or size.value not in allowed:
         raise site.fault(f"cp.async of {size} bytes, expected one of {allowed}")
     nbytes = size.value
-    target = Access(site, site.operands[0], "shared", nbytes)
+    target = Access(site, operands[0], "shared", nbytes)
     machine, pc = site.machine, site.pc
     source_nbytes = np.asarray(nbytes, np.int64)
     ignore = np.asarray(False)
-    if len(site.operands) > 3 + site.has("L2::cache_hint"):
-        operand = site.operands[3]
+    if len(operands) > 3 + site.has("L2::cache_hint"):
+        operand = operands[3]
         if isinstance(operand, Reg) and operand.cls is RegClass.PRED:
             ignore = site.source(operand, "pred")
         else:
             source_nbytes = site.source(operand, "u32")
 
+    whole = Access(site, operands[1], "global", nbytes)
+    fixed = source_nbytes.ndim == 0 and ignore.ndim == 0 and int(source_nbytes) == nbytes
+
     def step(mask: Mask) -> None:
         lanes = site.lanes(mask)
+        if fixed:
+            where = target.split(lanes)[0][2]
+            machine.async_copies.issue(pc, lanes, where, whole.split(lanes)[0][2], np.full(len(lanes), nbytes), nbytes)
+            return
         count = np.broadcast_to(source_nbytes, machine.lanes)[lanes].astype(np.int64)
         if (count > nbytes).any():
             index = int(np.flatnonzero(count > nbytes)[0])
@@ -41,7 +50,7 @@ def copy(site: Site) -> Step:
         source = np.zeros(len(lanes), np.int64)
         for part in np.unique(count[count > 0]).tolist():
             chosen = count == part
-            access = Access(site, site.operands[1], "global", part, align=nbytes)
+            access = Access(site, operands[1], "global", part, align=nbytes)
             source[chosen] = access.split(lanes[chosen])[0][2]
         where = target.split(lanes)[0][2]
         machine.async_copies.issue(pc, lanes, where, source, count, nbytes)

@@ -79,6 +79,7 @@ def _atomic(site: Site, *, has_result: bool) -> Step:
     third = site.source(position + 2, raw) if site.has("cas") else sources[0]
     outs = [site.target(operand, raw) for operand in elements_of(site, site.operands[0])] if has_result else []
     access = Access(site, site.operands[position], space_of(site), size * len(sources), align=size * len(sources))
+    acquires = site.one_of("acquire", "acq_rel") is not None
     machine, pc, shift = site.machine, site.pc, size.bit_length() - 1
 
     def typed(values: Array) -> Array:
@@ -89,7 +90,7 @@ def _atomic(site: Site, *, has_result: bool) -> Step:
         for shared, lanes, where in access.split(site.lanes(mask)):
             if shared:
                 machine.shared_shadow.write(pc, where, access.nbytes, lanes, None, atomic=True)
-            else:
+            elif acquires:
                 machine.global_shadow.acquire(lanes)
             data = (machine.shared if shared else machine.memory).views[size]
             for chosen in _turns(where, machine.rng):

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tilus.ptx.module import LabelRef, Operand
-from tilus.runtime.emulator.decode import Array, Mask, Site, Step, guard_row, initialisation_check, instruction
+from tilus.runtime.emulator.decode import Array, Mask, Site, Step, instruction
+from tilus.runtime.emulator.guards import guard_row, initialisation_check, mark_initialised
 from tilus.runtime.emulator.machine import WARP, Machine
 
 Lanes = npt.NDArray[np.bool_]
@@ -119,8 +120,11 @@ def _reduction(site: Site, result: Operand, vote: Operand) -> Callable[[Lanes], 
     votes = site.predicate(vote)
     kind = site.one_of("popc", "and", "or")
     out = site.target(result, "u32" if kind == "popc" else "pred")
+    mark = mark_initialised(site)
 
     def reduce(released: Lanes) -> None:
+        if mark is not None:
+            mark(released)
         ballot = votes()[released]
         out[released] = ballot.sum() if kind == "popc" else ballot.all() if kind == "and" else ballot.any()
 
@@ -150,7 +154,7 @@ class Barriers:
         self._refresh()
 
     def by_slot(self, mask: Lanes) -> npt.NDArray[np.int64]:
-        return np.count_nonzero(mask.reshape(self.machine.slots, -1), axis=1)
+        return np.add.reduce(mask.reshape(self.machine.slots, -1), axis=1, dtype=np.int64)
 
     def arrive(
         self,
@@ -163,7 +167,7 @@ class Barriers:
         reduction: Callable[[Lanes], None] | None,
     ) -> Successors:
         onward: Successors = []
-        for barrier in np.unique(ids if ids.ndim == 0 else ids[mask]).tolist():
+        for barrier in [int(ids)] if ids.ndim == 0 else np.unique(ids[mask]).tolist():
             if barrier >= 16:
                 raise site.fault(f"barrier {barrier}, expected 0 to 15", int(np.flatnonzero(mask)[0]))
             lanes = mask if ids.ndim == 0 else mask & (ids == barrier)
@@ -188,7 +192,7 @@ class Barriers:
             before = int(self.expected[barrier, slot])
             if self.arrived[barrier, slot] and before != wanted:
                 raise site.fault(
-                    f"barrier {barrier} is used for {wanted} threads, but others that wait there expect {before or 'all'}",
+                    f"barrier {barrier} is used for {wanted} threads, but others there expect {before or 'all'}",
                     int(np.flatnonzero(here)[0]),
                 )
             self.expected[barrier, slot] = wanted
@@ -218,7 +222,8 @@ class Barriers:
         self.arrived[barrier, full] = 0
         self.arrived_warps[barrier, full] = False
         self.expected[barrier, full] = 0
-        self.released += [(int(pc), lanes & (self.resume == pc)) for pc in np.unique(self.resume[lanes])]
+        pcs = set(self.resume[lanes].tolist())
+        self.released += [(pc, lanes & (self.resume == pc) if len(pcs) > 1 else lanes) for pc in sorted(pcs)]
 
     def leave(self, mask: Lanes) -> Successors:
         """Threads exit: barriers that wait for all live threads may complete."""
@@ -229,7 +234,8 @@ class Barriers:
         return []
 
     def _refresh(self) -> None:
-        self.machine.clocks.refresh(self.machine.alive.reshape(self.machine.slots, -1, WARP).any(axis=2))
+        live = np.logical_or.reduce(self.machine.alive.reshape(self.machine.slots, -1, WARP), axis=2)
+        self.machine.clocks.refresh(live)
         self.machine.shared_shadow.step()
 
     def deadlock_report(self) -> str:
@@ -243,8 +249,8 @@ class Barriers:
                 warps = sorted(set(self.machine.warp_of[waiting].tolist()))
                 sites = {self.machine.site_text(int(pc) - 1) for pc in self.resume[waiting]}
                 lines.append(
-                    f"  block {self.machine.block_name(int(slot))}, barrier {barrier}: {self.arrived[barrier, slot]} of "
-                    f"{wanted} threads arrived; warps {warps} wait at " + "; ".join(sorted(sites))
+                    f"  block {self.machine.block_name(int(slot))}, barrier {barrier}: {self.arrived[barrier, slot]} "
+                    f"of {wanted} threads arrived; warps {warps} wait at " + "; ".join(sorted(sites))
                 )
         return "\n".join(lines)
 

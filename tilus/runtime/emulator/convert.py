@@ -9,7 +9,7 @@ import numpy as np
 from tilus.ptx.module import Reg, RegClass
 from tilus.runtime.emulator.decode import DTYPES, PAIRS, Array, Site, Step, instruction
 from tilus.runtime.emulator.floating import clamp, narrow, widen
-from tilus.runtime.emulator.rounding import flush
+from tilus.runtime.emulator.rounding import f32_bits_to_bf16, flush
 
 _INTEGER_MODES = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 _FLOAT_MODES = ("rn", "rz", "rm", "rp", "rna")
@@ -63,7 +63,7 @@ def _integer_to_integer(site: Site, target: str, source: str) -> Step:
 
 
 def _float_to_integer(site: Site, target: str, source: str) -> Step:
-    """Rounds to an integer and clamps to the range. NaN gives 0, or 1 << (width - 1) where a 64-bit type is involved."""
+    """Rounds to an integer and clamps to the range. NaN gives 0, or 1 << (width - 1) where a 64-bit type takes part."""
     mode = site.one_of(*_INTEGER_MODES)
     if mode is None:
         raise site.unsupported("a float to integer conversion without .rni, .rzi, .rmi or .rpi")
@@ -115,6 +115,10 @@ def _float_to_float(site: Site, target: str, source: str) -> Step:
     if mode == "rna":
         return _to_tf32(site)
     ftz, saturate, relu = site.has("ftz"), site.has("sat"), site.has("relu")
+    if target == "bf16" and source == "f32" and not (ftz or saturate or relu or integral):
+        return site.elementwise(
+            lambda bits: f32_bits_to_bf16(bits, mode), site.target(0, target), site.source(1, "b32")
+        )
 
     def function(a: Array) -> Array:
         a = flush(a) if ftz and source == "f32" else a
@@ -144,6 +148,16 @@ def _to_pair(site: Site, target: str, source: str) -> Step:
     mode, relu = site.one_of(*_FLOAT_MODES) or "rn", site.has("relu")
     satfinite = site.has("satfinite")
     largest = {"f16x2": 65504.0, "bf16x2": float(np.uint32(0x7F7F0000).view(np.float32))}[target]
+
+    if target == "bf16x2" and not (relu or satfinite):
+        return site.elementwise(
+            lambda high, low: np.stack(
+                [f32_bits_to_bf16(half, mode) for half in np.broadcast_arrays(low, high)], axis=-1
+            ),
+            site.target(0, target),
+            site.source(1, "b32"),
+            site.source(2, "b32"),
+        )
 
     def function(high: Array, low: Array) -> Array:
         both = np.stack(np.broadcast_arrays(low, high), axis=-1).astype(np.float64)

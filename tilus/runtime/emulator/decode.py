@@ -22,6 +22,13 @@ Mask = npt.NDArray[np.bool_] | None
 """Lanes that execute; None means all lanes of the machine."""
 Step = Callable[[Mask], None]
 Handler = Callable[["Site"], Step]
+Function = (
+    Callable[[Array], Array]
+    | Callable[[Array, Array], Array]
+    | Callable[[Array, Array, Array], Array]
+    | Callable[[Array, Array, Array, Array], Array]
+)
+"""What an instruction computes, from typed source arrays to a result array; it sees all lanes, running or not."""
 
 HANDLERS: dict[str, Handler] = {}
 
@@ -106,6 +113,8 @@ class Site:
             case Reg():
                 return self._typed(self.row(operand), type_name)
             case Special(name):
+                if self.name != "mov":
+                    raise self.fault(f"special register {name} as an operand of {self.name}", hint="read it with mov first")
                 if name not in self.machine.special:
                     raise self.unsupported(f"special register {name}")
                 return self._typed(self.machine.special[name], type_name)
@@ -137,7 +146,8 @@ class Site:
         wanted = self._unsigned(type_name)
         if row.dtype != wanted:
             raise self.fault(
-                f"destination register has {row.dtype.itemsize * 8} bits, expected {wanted.itemsize * 8} for .{type_name}"
+                f"destination register has {row.dtype.itemsize * 8} bits, expected "
+                f"{wanted.itemsize * 8} for .{type_name}"
             )
         return self._typed(row, type_name)
 
@@ -179,14 +189,15 @@ class Site:
                 raise self.fault(f"float immediate of {operand.nbits} bits as .{type_name}")
         return raw.reshape(1).view(dtype) if type_name in PAIRS else raw.view(dtype)
 
-    def elementwise(self, function: Callable[..., Array], out: Array, *sources: Array) -> Step:
-        """The step `out = function(*sources)` on the lanes of the mask; the function sees all lanes."""
+    def elementwise(self, function: Function, out: Array, *sources: Array) -> Step:
+        """The step `out = function(*sources)` on the lanes of the mask."""
+        compute: Callable[..., Array] = function
 
         def step(mask: Mask) -> None:
             if mask is None:
-                out[...] = function(*sources)
+                out[...] = compute(*sources)
             else:
-                np.copyto(out, function(*sources), where=mask if out.ndim == 1 else mask[:, None])
+                np.copyto(out, compute(*sources), where=mask if out.ndim == 1 else mask[:, None])
 
         return step
 
@@ -231,7 +242,7 @@ class Site:
             self._fail_torn(torn, "the threads of one warp diverge at an instruction that they must execute together")
 
     def check_members(self, mask: Mask, members: Array) -> None:
-        """Check the member mask of a .sync instruction: it names the executing lane, and all named live lanes are here."""
+        """Check the member mask of a .sync instruction: it names the executing lane, and all it names are here."""
         if mask is None and members.ndim == 0 and int(members) == 0xFFFFFFFF:
             return
         here = np.ones(self.machine.lanes, np.bool_) if mask is None else mask
@@ -257,87 +268,3 @@ class Site:
             warp * WARP + lanes[0],
             hint="move it out of the divergent branch, or let the whole warp take the branch",
         )
-
-
-def decode(machine: Machine, pc: int) -> Step:
-    """The step of one instruction, with its guard and, where needed, its register-initialisation checks.
-
-    Raises: TilusError for an unknown opcode.
-    """
-    site = Site(machine, pc)
-    handler = _handler(site)
-    step = _with_initialisation(site, handler(site))
-    return _guarded(site, step)
-
-
-def _handler(site: Site) -> Handler:
-    words = [site.name, *site.words]
-    for count in (3, 2, 1):
-        handler = HANDLERS.get(".".join(words[:count]))
-        if handler is not None:
-            return handler
-    raise site.fault(f"the emulator does not know the instruction `{site.instr.opcode}`")
-
-
-def guard_row(site: Site) -> tuple[Array, bool] | None:
-    if site.instr.guard is None:
-        return None
-    return site.row(site.instr.guard.reg), site.instr.guard.negated
-
-
-def _guarded(site: Site, step: Step) -> Step:
-    guard = guard_row(site)
-    if guard is None:
-        return step
-    row, negated = guard
-    check = initialisation_check(site, guard_only=True)
-
-    def guarded(mask: Mask) -> None:
-        if check is not None:
-            check(mask)
-        active = ~row if negated else row
-        active = active.copy() if mask is None else active & mask
-        if active.any():
-            step(active)
-
-    return guarded
-
-
-def initialisation_check(site: Site, *, guard_only: bool = False) -> Step | None:
-    """A step that raises when an executing lane reads a register that it has not written; None when none can."""
-    guards = {site.instr.guard.reg} if site.instr.guard else set[Reg]()
-    unproven = site.machine.program.unproven.get(site.pc, frozenset())
-    regs = [reg for reg in unproven if (reg in guards) == guard_only]
-    if not regs:
-        return None
-    flags = [(reg, site.machine.initialised[reg]) for reg in regs]
-
-    def check(mask: Mask) -> None:
-        for reg, flag in flags:
-            missing = ~flag if mask is None else mask & ~flag
-            if missing.any():
-                name = f"{reg.cls.prefix}{reg.index}"
-                raise site.fault(f"reads uninitialised register {name}", int(np.flatnonzero(missing)[0]))
-
-    return check
-
-
-def _with_initialisation(site: Site, step: Step) -> Step:
-    from tilus.runtime.emulator.program import written
-
-    check = initialisation_check(site)
-    flags = [site.machine.initialised[reg] for reg in written(site.instr) if reg in site.machine.initialised]
-    if check is None and not flags:
-        return step
-
-    def checked(mask: Mask) -> None:
-        if check is not None:
-            check(mask)
-        step(mask)
-        for flag in flags:
-            if mask is None:
-                flag[:] = True
-            else:
-                flag |= mask
-
-    return checked

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tilus.runtime.emulator.decode import PAIRS, Array, Site, Step, instruction
+from tilus.runtime.emulator.decode import PAIRS, Array, Function, Site, Step, instruction
 from tilus.runtime.emulator.rounding import (
     add_to_odd,
     bf16_to_f32,
@@ -23,7 +23,8 @@ from tilus.runtime.emulator.rounding import (
     fma_to_odd,
 )  # fmt: skip
 
-Function = Callable[..., Array]
+Unary = Callable[[Array], Array]
+Binary = Callable[[Array, Array], Array]
 _MODES = ("rn", "rz", "rm", "rp")
 
 
@@ -67,11 +68,12 @@ def _apply(site: Site, function: Function, count: int) -> Step:
     site.expect_operands(count + 1)
     type_name = site.type()
     sources = [site.source(1 + index, type_name) for index in range(count)]
+    compute: Callable[..., Array] = function
     ftz = site.has("ftz") and type_name == "f32"
     saturate, relu = site.has("sat"), site.has("relu")
 
     def whole(*values: Array) -> Array:
-        result = function(*(map(flush, values) if ftz else values))
+        result = compute(*(map(flush, values) if ftz else values))
         result = flush(result) if ftz else result
         return clamp(result, type_name, relu=relu) if saturate or relu else result
 
@@ -104,11 +106,23 @@ def _arithmetic(site: Site) -> Step:
         return _apply(site, {"add": np.add, "sub": np.subtract, "mul": np.multiply}[name], 2)
     if fused:
         return _apply(site, lambda a, b, c: narrow(_fused(a, b, c, type_name), type_name, mode), 3)
-    exact = {"add": add_to_odd, "sub": lambda a, b: add_to_odd(a, -b), "mul": np.multiply}[name]
+    if (
+        type_name.startswith("f16") and mode == "rn"
+    ):  # float32 holds more than twice the bits: rounding twice is innocuous
+        short: Binary = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[name]
+        return _apply(site, lambda a, b: f64_to_f16(short(a.astype(np.float32), b.astype(np.float32))), 2)
+    exact: Binary = {"add": add_to_odd, "sub": _subtract_to_odd, "mul": np.multiply}[name]
     return _apply(site, lambda a, b: narrow(exact(widen(a, type_name), widen(b, type_name)), type_name, mode), 2)
 
 
+def _subtract_to_odd(a: Array, b: Array) -> Array:
+    return add_to_odd(a, -b)
+
+
 def _fused(a: Array, b: Array, c: Array, type_name: str) -> Array:
+    """a * b + c, exact as far as one rounding to the type can see."""
+    if type_name.startswith("f16"):  # no float16 tie lies within what float64 loses: exponents span 2^-48 to 2^32
+        return widen(a, type_name) * widen(b, type_name) + widen(c, type_name)
     return fma_to_odd(widen(a, type_name), widen(b, type_name), widen(c, type_name))
 
 
@@ -160,7 +174,7 @@ def _extremum(site: Site) -> Step:
 def elementary(site: Site) -> Step:
     site.allow("approx", "rn", "ftz")
     type_name = site.type()
-    functions: dict[str, Function] = {
+    functions: dict[str, Unary] = {
         "sqrt": np.sqrt,
         "rsqrt": lambda x: 1.0 / np.sqrt(x),
         "rcp": lambda x: 1.0 / x,
@@ -179,7 +193,7 @@ def test_property(site: Site) -> Step:
     """testp.{finite,infinite,number,notanumber,normal,subnormal}.type."""
     site.allow("finite", "infinite", "number", "notanumber", "normal", "subnormal")
     least = {"f32": 2.0**-126, "f64": 2.0**-1022}[site.type()]
-    tests: dict[str, Function] = {
+    tests: dict[str, Unary] = {
         "finite": np.isfinite,
         "infinite": np.isinf,
         "number": lambda x: ~np.isnan(x),

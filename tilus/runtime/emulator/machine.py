@@ -17,6 +17,7 @@ from tilus.runtime.emulator.errors import EmulatorError
 from tilus.runtime.emulator.memory_space import MemorySpace
 from tilus.runtime.emulator.program import Program, read, written
 from tilus.runtime.emulator.shadow import GlobalShadow, SharedShadow, WarpClocks
+from tilus.runtime.emulator.stats import Profile
 
 WARP = 32
 SHARED_BASE = 0x400
@@ -60,6 +61,7 @@ class Machine:
         self.shared_shadow = SharedShadow(self, granules[0])
         self.global_shadow = GlobalShadow(self, granules[1])
         self.async_copies = AsyncCopies(self)
+        self.profile: Profile | None = None
         self.special = self._special_registers()
         self.regs = {cls: np.zeros((count, self.lanes), dtype) for cls, count, dtype in _register_files(program)}
         tracked = sorted(
@@ -133,8 +135,8 @@ class Machine:
 
     def place(self, lane: int) -> str:
         """A lane in words."""
-        thread = int(self.thread_of[lane])
-        return f"thread {thread} (warp {thread // WARP}, lane {thread % WARP}) of block {self.block_name(int(self.slot_of[lane]))}"
+        thread, slot = int(self.thread_of[lane]), int(self.slot_of[lane])
+        return f"thread {thread} (warp {thread // WARP}, lane {thread % WARP}) of block {self.block_name(slot)}"
 
     def site_text(self, pc: int) -> str:
         """The PTX line of an instruction and, when known, the user's line."""

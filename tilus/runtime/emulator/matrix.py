@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from tilus.ptx.module import Operand
+from tilus.ptx.module import Operand, Vector
 from tilus.runtime.emulator.convert import decode_fp8
 from tilus.runtime.emulator.decode import Array, Mask, Site, Step, instruction
 from tilus.runtime.emulator.machine import WARP
@@ -54,16 +54,21 @@ def _matrix_count(site: Site) -> int:
     return int((site.one_of("x1", "x2", "x4") or "x1")[1:])
 
 
+def _matrices(site: Site, operand: Operand, count: int) -> tuple[Operand, ...]:
+    """One register for each matrix; the assembler wants braces around a single one, too."""
+    if not isinstance(operand, Vector) or len(operand.elements) != count:
+        raise site.fault(f"operand {operand}, expected a brace-enclosed list of {count} registers")
+    return operand.elements
+
+
 @instruction("ldmatrix")
 def load_matrices(site: Site) -> Step:
-    """Lane l of register m gets elements 2l%8.. of row l/4 of matrix m; row r of it is at the address of lane 8m + r."""
+    """Register m of lane l gets two elements of row l/4 of matrix m, whose row r is at the address of lane 8m + r."""
     site.allow("sync", "aligned", "m8n8", "x1", "x2", "x4", "trans", "shared", "shared::cta")
     if "m8n8" not in site.words or site.type() != "b16":
         raise site.unsupported("a matrix shape other than .m8n8.b16")
     count = _matrix_count(site)
-    outs = [site.target(operand, "b32") for operand in elements_of(site, site.operands[0])]
-    if len(outs) != count:
-        raise site.fault(f"{len(outs)} destinations, expected {count}")
+    outs = [site.target(operand, "b32") for operand in _matrices(site, site.operands[0], count)]
     access = Access(site, site.operands[1], "shared", 16)
     machine, transposed = site.machine, site.has("trans")
 
@@ -71,7 +76,7 @@ def load_matrices(site: Site) -> Step:
         warps = site.whole_warps(mask)
         lanes = (warps[:, None] * WARP + np.arange(8 * count)).reshape(-1)
         (_, _, where) = access.split(lanes)[0]
-        machine.shared_shadow.read(site.pc, where, 16, lanes)
+        machine.shared_shadow.read(site.pc, where, 16, lanes, collective=True)
         rows = machine.shared.views[2][(where >> 1)[:, None] + np.arange(8)]
         matrices = rows.reshape(len(warps), count, 8, 8)
         if transposed:
@@ -88,9 +93,7 @@ def store_matrices(site: Site) -> Step:
     """The inverse of ldmatrix."""
     site.allow("sync", "aligned", "m8n8", "x1", "x2", "x4", "trans", "shared", "shared::cta")
     count = _matrix_count(site)
-    sources = [site.source(operand, "b32") for operand in elements_of(site, site.operands[1])]
-    if len(sources) != count:
-        raise site.fault(f"{len(sources)} sources, expected {count}")
+    sources = [site.source(operand, "b32") for operand in _matrices(site, site.operands[1], count)]
     access = Access(site, site.operands[0], "shared", 16)
     transposed = site.has("trans")
 
@@ -130,6 +133,8 @@ _DECODERS: dict[str, Callable[[Array], Array]] = {
     "u8": lambda bits: bits.view(np.uint8).astype(np.float64),
     "e4m3": lambda bits: decode_fp8(bits.view(np.uint8), 4, 3),
     "e5m2": lambda bits: decode_fp8(bits.view(np.uint8), 5, 2),
+    "f32": lambda bits: bits.view(np.float32).astype(np.float64),
+    "s32": lambda bits: bits.view(np.int32).astype(np.float64),
 }
 _NBITS = {"f16": 16, "bf16": 16, "tf32": 32, "s8": 8, "u8": 8, "e4m3": 8, "e5m2": 8}
 _MMA_TYPES = (*_NBITS, "f32", "s32")
@@ -155,45 +160,46 @@ def multiply_accumulate(site: Site) -> Step:
     depth, nbits = int(match.group(1)), _NBITS[a_type]
     if depth * nbits not in (128, 256) or _NBITS[b_type] != nbits:
         raise site.unsupported(f"depth {depth} of .{a_type} and .{b_type}")
-    pieces = [_fragments(site, index, count) for index, count in ((1, depth * nbits // 64), (2, depth * nbits // 128))]
-    read_c = _accumulator(site, 3, c_type)
+    read_a = _operand(site, 1, depth * nbits // 64, fragment_a(16, depth, nbits), a_type)
+    read_b = _operand(site, 2, depth * nbits // 128, fragment_b(depth, 8, nbits), b_type)
+    read_c = _operand(site, 3, 2 if c_type == "f16" else 4, fragment_c(), c_type)
     write_d = _result(site, d_type)
-    a_map, b_map, c_map = fragment_a(16, depth, nbits), fragment_b(depth, 8, nbits), fragment_c()
+    c_map = fragment_c()
 
     def step(mask: Mask) -> None:
         warps = site.whole_warps(mask)
-        a = np.empty((len(warps), 16, depth))
-        b = np.empty((len(warps), depth, 8))
-        c = np.empty((len(warps), 16, 8))
-        a[:, *a_map] = _DECODERS[a_type](pieces[0](warps)).reshape(len(warps), *a_map[0].shape)
-        b[:, *b_map] = _DECODERS[b_type](pieces[1](warps)).reshape(len(warps), *b_map[0].shape)
-        c[:, *c_map] = read_c(warps)
-        write_d(warps, (a @ b + c)[:, *c_map])
+        write_d(warps, (read_a(warps) @ read_b(warps) + read_c(warps))[:, *c_map])
 
     return step
 
 
-def _fragments(site: Site, index: int, count: int) -> Callable[[Warps], Array]:
-    """Reads an operand as contiguous [warps, 32, registers] words."""
+def _operand(
+    site: Site, index: int, count: int, coordinates: Coordinates, type_name: str
+) -> Callable[[Warps], npt.NDArray[np.float64]]:
+    """Reads an operand of `count` registers as float64 matrices [warps, rows, columns]."""
     registers = elements_of(site, site.operands[index])
     if len(registers) != count:
         raise site.fault(f"operand {index} has {len(registers)} registers, expected {count}")
     rows = [_warp_rows(site, register) for register in registers]
-    return lambda warps: np.ascontiguousarray(np.stack([row[warps] for row in rows], axis=-1))
+    decode = _DECODERS[type_name]
+    # Where each matrix element sits in the [registers, 32 lanes * pieces] words of a warp.
+    shape = (int(coordinates[0].max()) + 1, int(coordinates[1].max()) + 1)
+    per = coordinates[0].shape[1] // count
+    element = np.arange(coordinates[0].shape[1])[None, :]
+    position = np.zeros(shape, np.int64)
+    position[coordinates] = (element // per * WARP + np.arange(WARP)[:, None]) * per + element % per
+
+    def read(warps: Warps) -> npt.NDArray[np.float64]:
+        words = np.empty((len(warps), count, WARP), np.uint32)
+        for register, row in enumerate(rows):
+            words[:, register] = row[warps]
+        return decode(words).reshape(len(warps), -1)[:, position]
+
+    return read
 
 
 def _warp_rows(site: Site, operand: Operand) -> Array:
     return np.broadcast_to(site.source(operand, "b32"), site.machine.lanes).reshape(-1, WARP)
-
-
-def _accumulator(site: Site, index: int, type_name: str) -> Callable[[Warps], Array]:
-    """Reads c as float64 [warps, 32, 4]."""
-    if type_name == "f16":
-        words = _fragments(site, index, 2)
-        return lambda warps: words(warps).view(np.float16).astype(np.float64)
-    words = _fragments(site, index, 4)
-    dtype = np.float32 if type_name == "f32" else np.int32
-    return lambda warps: words(warps).view(dtype).astype(np.float64)
 
 
 def _result(site: Site, type_name: str) -> Callable[[Warps, Array], None]:

@@ -18,10 +18,10 @@ from tilus.runtime.emulator.memory_space import MemorySpace
 Lanes = npt.NDArray[np.int64]
 SPACES = ("global", "shared", "shared::cta", "param", "const", "local")
 _HINTS = (
-    "ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc", "weak", "volatile", "relaxed", "acquire", "release", "cta", "cluster",
-    "gpu", "sys", "v2", "v4", "v8", "L1::evict_normal", "L1::evict_unchanged", "L1::evict_first", "L1::evict_last",
-    "L1::no_allocate", "L2::evict_first", "L2::evict_last", "L2::evict_normal", "L2::64B", "L2::128B", "L2::256B",
-    "L2::cache_hint",
+    "ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc", "weak", "volatile", "relaxed", "acquire", "release", "cta",
+    "cluster", "gpu", "sys", "v2", "v4", "v8", "L1::evict_normal", "L1::evict_unchanged", "L1::evict_first",
+    "L1::evict_last", "L1::no_allocate", "L2::evict_first", "L2::evict_last", "L2::evict_normal", "L2::64B",
+    "L2::128B", "L2::256B", "L2::cache_hint",
 )  # fmt: skip
 _STRONG = ("volatile", "relaxed", "acquire", "release")
 
@@ -102,7 +102,10 @@ class Access:
         if outside.any():
             index = int(np.flatnonzero(outside)[0])
             self._fail(space, int(addresses[index]), int(lanes[index]), "access outside of every buffer")
-        return offsets + self.site.machine.shared_origin[lanes] if shared else offsets
+        machine = self.site.machine
+        if machine.profile is not None and len(lanes):
+            machine.profile.add(self.site.pc, offsets, self.nbytes, lanes, shared=shared)
+        return offsets + machine.shared_origin[lanes] if shared else offsets
 
     def _fail(self, space: MemorySpace, address: int, lane: int, what: str) -> None:
         raise self.site.fault(
@@ -147,7 +150,7 @@ def load(site: Site) -> Step:
     access = Access(site, site.operands[1], space, size * count)
     shift = size.bit_length() - 1
     machine, pc, strong = site.machine, site.pc, site.one_of(*_STRONG) is not None
-    acquire = site.one_of("acquire", "volatile", "relaxed") is not None
+    acquire = site.has("acquire")
 
     def step(mask: Mask) -> None:
         for shared, lanes, where in access.split(site.lanes(mask)):
@@ -274,7 +277,7 @@ def fence(site: Site) -> Step:
     """Fences order this thread's accesses, which here happen in order anyway; they let a block acquire."""
     site.allow(
         "cta", "gl", "sys", "gpu", "cluster", "sc", "acq_rel", "acquire", "release", "proxy", "async", "async::generic",
-        "async::shared::cta", "async::global", "shared::cta", "alias", "mbarrier_init", "sync_restrict::shared::cta::cluster",
+        "async::shared::cta", "async::global", "shared::cta", "alias", "mbarrier_init",
     )  # fmt: skip
     machine = site.machine
     return lambda mask: machine.global_shadow.acquire(site.lanes(mask))

@@ -23,8 +23,8 @@ class Buffer:
 class MemorySpace:
     """A range of addresses with buffers in it; `copies` instances of it, one a block, for shared memory.
 
-    base: the address of the first byte. page_nbytes: granularity at which a buffer owns addresses; buffers start at page
-    boundaries, and at least one unowned page lies between two of them.
+    base: the address of the first byte. page_nbytes: granularity at which a buffer owns addresses; buffers start at
+    page boundaries, and at least one unowned page lies between two of them.
     """
 
     def __init__(self, base: int, page_nbytes: int, sizes: Sequence[tuple[str, int, int]], copies: int = 1) -> None:

@@ -84,11 +84,8 @@ def is_control(instr: Instr) -> bool:
 
 def result_operand(instr: Instr) -> Operand | None:
     """The operand an instruction writes, if it has one."""
-    if (
-        not instr.operands
-        or instr.opcode.partition(".")[0] in _NO_RESULT
-        and not instr.opcode.startswith("barrier.red")
-    ):
+    base, *words = instr.opcode.split(".")
+    if not instr.operands or (base in _NO_RESULT and "red" not in words):
         return None
     first = instr.operands[0]
     return first if isinstance(first, Reg | Vector | Pair) else None

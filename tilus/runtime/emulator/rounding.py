@@ -57,25 +57,24 @@ def f64_to_bf16(x: F64, mode: str = "rn") -> npt.NDArray[np.uint16]:
     """Round to the bits of a bfloat16 once; NaN becomes the canonical 0x7FFF."""
     x = np.asarray(x)
     single = x.astype(np.float32)
-    exact = single.astype(np.float64)
-    bits = single.view(np.uint32).astype(np.int64)
-    # Truncate towards zero and keep what is lost as a sticky bit below the 16 bits of the tail.
-    bits = bits - ((np.abs(exact) > np.abs(x)) & np.isfinite(x))
-    overflow = ~np.isfinite(exact) & np.isfinite(x)
-    sticky = ((np.abs(exact) != np.abs(x)) & np.isfinite(x)).astype(np.int64)
-    head, tail = bits >> 16, (bits & 0xFFFF) << 1 | sticky
+    wide = single.astype(np.float64)
+    odd = single.view(np.uint32) - (np.abs(wide) > np.abs(x)) | (wide != x)
+    return f32_bits_to_bf16(np.where(np.isnan(x), NAN_F32, odd).astype(np.uint32), mode)
+
+
+def f32_bits_to_bf16(bits: npt.NDArray[np.uint32], mode: str = "rn") -> npt.NDArray[np.uint16]:
+    """Round float32 bit patterns to the bits of a bfloat16; NaN becomes the canonical 0x7FFF."""
     match mode:
         case "rn":
-            up = (tail > 0x10000) | ((tail == 0x10000) & (head & 1 == 1))
+            step = np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))
         case "rz":
-            up = np.zeros_like(overflow)
+            step = np.uint32(0)
         case "rm":
-            up = (tail != 0) & np.signbit(x)
+            step = np.where(bits >> np.uint32(31) == 1, np.uint32(0xFFFF), np.uint32(0))
         case _:
-            up = (tail != 0) & ~np.signbit(x)
-    result = np.where(np.isinf(x), bits >> 16, head + up)
-    result = np.where(overflow & (mode == "rn"), (bits + 1) >> 16, result)
-    return np.where(np.isnan(x), np.int64(NAN_16), result).astype(np.uint16)
+            step = np.where(bits >> np.uint32(31) == 0, np.uint32(0xFFFF), np.uint32(0))
+    nan = bits & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000)
+    return np.where(nan, NAN_16, (bits + step) >> np.uint32(16)).astype(np.uint16)
 
 
 def bf16_to_f32(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:

@@ -20,23 +20,13 @@ from tilus.runtime.emulator.memory import access_nbytes
 from tilus.runtime.emulator.memory_space import MemorySpace
 from tilus.runtime.emulator.program import Program, load_program
 from tilus.runtime.emulator.schedule import Scheduler
+from tilus.runtime.emulator.stats import Profile, Stats
 
 GLOBAL_BASE = 0x7F_4000_0000_00
 _GLOBAL_PAGE = 256
 _SHADOW_NBYTES = 128 << 20
 
 Argument = int | float | npt.NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What a launch did. instructions: how many warps executed each opcode, over all blocks."""
-
-    instructions: Counter[str]
-
-    @property
-    def total(self) -> int:
-        return self.instructions.total()
 
 
 @dataclass(frozen=True)
@@ -57,6 +47,7 @@ def run_kernel(
     seed: int | None = 0,
     max_lanes: int = 8192,
     max_blocks: int = 10_000_000,
+    profile: bool = False,
 ) -> Result:
     """Execute one kernel's PTX on numpy, checking everything that can be checked.
 
@@ -64,7 +55,8 @@ def run_kernel(
     args: one per parameter; a C-contiguous array for a pointer (one allocation, written back when the kernel ends),
     a number for a scalar. num_threads: block size when the kernel does not say `.reqntid`. seed: of the random
     schedule; None runs all warps in lockstep, which is fastest. max_lanes: threads that run as one numpy axis.
-    max_blocks: basic blocks to execute before the kernel counts as stuck.
+    max_blocks: basic blocks to execute before the kernel counts as stuck. profile: count bank conflicts
+    and sectors, too.
 
     Raises: EmulatorError (RaceError, DeadlockError) for what the kernel does wrong; TilusError for a bad launch.
     """
@@ -83,13 +75,14 @@ def run_kernel(
     rng = np.random.default_rng(seed)
     with np.errstate(all="ignore"):
         machine = Machine(program, memory, params, grid, threads, slots, dynamic_shared_nbytes, granules, rng)
+        machine.profile = Profile() if profile else None
         scheduler = Scheduler(machine, interleave=seed is not None, max_blocks=max_blocks)
         order = np.arange(total) if seed is None else rng.permutation(total)
         for first in range(0, total, slots):
             machine.start(order[first : first + slots])
             scheduler.run()
     _write_back(memory, args)
-    return Result(_stats(program, scheduler))
+    return Result(_stats(program, scheduler, machine.profile))
 
 
 def _block_size(kernel: Kernel, num_threads: int | None) -> int:
@@ -107,8 +100,8 @@ def _check_shared(module: Module, kernel: Kernel, dynamic_nbytes: int) -> None:
     limit = module.target.max_shared_nbytes
     if static > 48 * 1024 or static + dynamic_nbytes > limit:
         raise TilusError(
-            f"kernel {kernel.name!r} needs {static} bytes of static and {dynamic_nbytes} of launch-sized shared memory, "
-            f"expected at most {48 * 1024} static and {limit} in all on {module.target}"
+            f"kernel {kernel.name!r} needs {static} bytes of static and {dynamic_nbytes} of launch-sized shared memory,"
+            f" expected at most {48 * 1024} static and {limit} in all on {module.target}"
         )
 
 
@@ -206,11 +199,13 @@ def _granules(program: Program) -> tuple[int, int]:
     return shared, globals_
 
 
-def _stats(program: Program, scheduler: Scheduler) -> Stats:
+def _stats(program: Program, scheduler: Scheduler, profile: Profile | None) -> Stats:
     counts: Counter[str] = Counter()
     for start in program.leaders:
         for pc in range(start, program.block_end(start)):
             instr: Instr = program.instrs[pc]
             if runs := int(scheduler.warp_counts[start]):
                 counts[instr.opcode] += runs
-    return Stats(counts)
+    if profile is None:
+        return Stats(counts)
+    return Stats(counts, profile.sites(program, shared=True), profile.sites(program, shared=False))

@@ -12,20 +12,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tilus.runtime.emulator import (  # noqa: F401  (importing a family registers its instructions)
-    alu,
-    async_instructions,
-    atomics,
-    convert,
-    floating,
-    matrix,
-    memory,
-    predicates,
-    warp,
-)
 from tilus.runtime.emulator.control import Barriers, Lanes, Successors, Terminator, decode_control
-from tilus.runtime.emulator.decode import Step, decode
+from tilus.runtime.emulator.decode import Step
 from tilus.runtime.emulator.errors import DeadlockError
+from tilus.runtime.emulator.families import decode
 from tilus.runtime.emulator.machine import WARP
 from tilus.runtime.emulator.program import is_control
 

@@ -22,10 +22,13 @@ if TYPE_CHECKING:
 
 Lanes = npt.NDArray[np.int64]
 Stamps = npt.NDArray[np.uint64]
-# A stamp: clock in bits 32.., MANY (several threads of the warp) 31, ATOMIC 30, thread 20-29, pc 0-19. 0 = never.
+# A stamp: clock in bits 32.., MANY (several threads of the warp) 31, ATOMIC 30, thread 20-29, pc 0-19. 0 = never; a
+# clock of all ones: an asynchronous copy is in flight.
 _CLOCK, _THREAD = np.uint64(32), np.uint64(20)
 _MANY, _ATOMIC = np.uint64(1 << 31), np.uint64(1 << 30)
 _THREAD_MASK, _PC_MASK = np.uint64(1023), (1 << 20) - 1
+_IN_FLIGHT = np.uint64(0xFFFFFFFF << 32)
+_ONE = np.uint64(1)
 
 
 class WarpClocks:
@@ -71,14 +74,12 @@ class SharedShadow:
         count = machine.shared.data.size >> self.shift
         self.writer = np.zeros(count, np.uint64)
         self.readers = np.zeros(count * self.warps, np.uint64)
-        self.in_flight = np.zeros(count, np.bool_)
         self.columns = np.arange(self.warps)
         self.now = np.zeros(machine.lanes, np.uint64)
 
     def reset(self) -> None:
         self.writer[:] = 0
         self.readers[:] = 0
-        self.in_flight[:] = False
         self.step()
 
     def step(self) -> None:
@@ -89,26 +90,40 @@ class SharedShadow:
 
     def granules(self, flat: Lanes, nbytes: int) -> Lanes:
         """Granule indices [accesses, granules of each] of accesses at these bytes of the shared data."""
-        count = max(1, nbytes >> self.shift)
-        return (flat >> self.shift)[:, None] + np.arange(count)
+        first = (flat >> self.shift)[:, None]
+        count = nbytes >> self.shift
+        return first if count <= 1 else first + np.arange(count)
 
-    def read(self, pc: int, flat: Lanes, nbytes: int, lanes: Lanes, *, strong: bool = False) -> None:
-        """Check a read and remember it. `strong` accesses (volatile, relaxed, acquire) take no part in races."""
+    def read(
+        self, pc: int, flat: Lanes, nbytes: int, lanes: Lanes, *, strong: bool = False, collective: bool = False
+    ) -> None:
+        """Check a read and remember it.
+
+        strong: volatile, relaxed and acquiring accesses take no part in races. collective: the data go to all threads
+        of the warp (ldmatrix).
+        """
         where = self.granules(flat, nbytes)
         stamps = self.writer[where]
-        self._check_present(pc, where, stamps, lanes)
-        if strong:
-            return
-        if int(stamps.max(initial=0)) >> 32 >= self.machine.clocks.floor:
-            self._check_order(pc, stamps, lanes, None, "reads")
+        # Zero (uninitialised) wraps to the newest possible stamp, so that one comparison finds all trouble.
+        if int(np.maximum.reduce(stamps - _ONE, axis=None, initial=0)) >> 32 >= self.machine.clocks.floor:
+            self._check_present(pc, where, stamps, lanes)
+            if not strong:
+                self._check_order(pc, stamps, lanes, None, "reads")
+        if not strong:
+            self._remember_readers(pc, where, lanes, collective=collective)
+
+    def _remember_readers(self, pc: int, where: Lanes, lanes: Lanes, *, collective: bool) -> None:
         cell = where * self.warps + self.machine.warp_of[lanes][:, None]
-        stamp = np.broadcast_to((self.now[lanes] | np.uint64(pc))[:, None], cell.shape)
+        stamp = (self.now[lanes] | np.uint64(pc))[:, None]
+        if collective:
+            self.readers[cell] = stamp | _MANY
+            return
         old = self.readers[cell]
-        several = (old >> _CLOCK == stamp >> _CLOCK) & ((old ^ stamp) >> _THREAD & _THREAD_MASK != 0)
+        several = ((old ^ stamp) >> _CLOCK == 0) & ((old ^ stamp) >> _THREAD & _THREAD_MASK != 0)
         stamp = np.where(several, stamp | _MANY, stamp)
         self.readers[cell] = stamp
         lost = self.readers[cell] != stamp
-        if lost.any():
+        if np.logical_or.reduce(lost, axis=None):
             self.readers[cell[lost]] |= _MANY
 
     def write(
@@ -123,14 +138,15 @@ class SharedShadow:
     ) -> None:
         """Check a write and remember it. changes: the new bytes [accesses, nbytes], to tell a write of equal bytes."""
         where = self.granules(flat, nbytes)
-        if self.in_flight[where].any():
-            self._fail_in_flight(pc, where, lanes, "writes")
         writers = self.writer[where]
         if atomic:
             self._check_present(pc, where, writers, lanes)
-        readers = self.readers[where[..., None] * self.warps + self.columns]
-        newest = max(int(writers.max(initial=0)), int(readers.max(initial=0)))
+        readers = self.readers.reshape(-1, self.warps)[where]
+        newest = max(
+            int(np.maximum.reduce(writers, axis=None, initial=0)), int(np.maximum.reduce(readers, axis=None, initial=0))
+        )
         if newest >> 32 >= self.machine.clocks.floor:
+            self._check_landed(pc, where, writers, lanes, "writes")
             equal = None if changes is None else self._equal(flat, nbytes, changes)
             exempt = writers & _ATOMIC != 0 if atomic else equal
             self._check_order(pc, writers, lanes, exempt, "writes")
@@ -142,22 +158,19 @@ class SharedShadow:
     def issue_copy(self, pc: int, flat: Lanes, nbytes: int, lanes: Lanes) -> None:
         """An asynchronous copy into these bytes starts: nobody may touch them before it lands."""
         self.write(pc, flat, nbytes, lanes, None)
-        self.in_flight[self.granules(flat, nbytes)] = True
+        self.writer[self.granules(flat, nbytes)] |= _IN_FLIGHT
 
     def land_copy(self, pc: int, flat: Lanes, nbytes: int, lanes: Lanes) -> None:
         """The thread that issued the copy has waited for it."""
-        where = self.granules(flat, nbytes)
-        self.in_flight[where] = False
-        self.writer[where] = (self.now[lanes] | np.uint64(pc))[:, None]
+        self.writer[self.granules(flat, nbytes)] = (self.now[lanes] | np.uint64(pc))[:, None]
 
     def _equal(self, flat: Lanes, nbytes: int, new: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
         old = self.machine.shared.data[flat[:, None] + np.arange(nbytes)]
         return (old == new).reshape(len(flat), max(1, nbytes >> self.shift), -1).all(axis=2)
 
     def _check_present(self, pc: int, where: Lanes, stamps: Stamps, lanes: Lanes) -> None:
-        if self.in_flight[where].any():
-            self._fail_in_flight(pc, where, lanes, "reads")
-        if stamps.size and not stamps.all():
+        self._check_landed(pc, where, stamps, lanes, "reads")
+        if not stamps.all():
             row, column = np.argwhere(stamps == 0)[0]
             raise self.machine.fault(
                 pc,
@@ -166,8 +179,11 @@ class SharedShadow:
                 hint="no thread of this block has stored to these bytes yet: is a barrier missing?",
             )
 
-    def _fail_in_flight(self, pc: int, where: Lanes, lanes: Lanes, verb: str) -> None:
-        row, column = np.argwhere(self.in_flight[where])[0]
+    def _check_landed(self, pc: int, where: Lanes, stamps: Stamps, lanes: Lanes, verb: str) -> None:
+        flying = stamps >= _IN_FLIGHT
+        if not flying.any():
+            return
+        row, column = np.argwhere(flying)[0]
         place = int(where[row, column])
         raise self.machine.fault(
             pc,
@@ -222,7 +238,7 @@ class SharedShadow:
 class GlobalShadow:
     """Last plain writer block of every granule of global memory: two blocks must not write different values.
 
-    A block that has acquired (an atomic, a fence or an acquiring load) since the other one's write may overwrite it.
+    A block that has acquired (a fence, an acquiring load or atomic) since the other one's write may overwrite it.
     """
 
     def __init__(self, machine: Machine, granule: int) -> None:
@@ -248,7 +264,7 @@ class GlobalShadow:
         slots = self.machine.slot_of[lanes]
         block = (self.machine.block_ids[slots] + 1).astype(np.int32)[:, None]
         before = self.block[where]
-        foreign = (before != 0) & (before != block) & (self.stamp[where] >> 20 > self.acquired[slots][:, None])
+        foreign = (before != 0) & (before != block) & (self.stamp[where] >> 20 >= self.acquired[slots][:, None])
         if foreign.any():
             old = self.machine.memory.data[offsets[:, None] + np.arange(nbytes)]
             foreign &= (old != new).reshape(len(offsets), count, -1).any(axis=2)
@@ -264,7 +280,8 @@ class GlobalShadow:
         other = int(self.block[place]) - 1
         raise machine.fault(
             pc,
-            f"race: two blocks write different values to one address: {memory.describe(memory.base + int(offsets[row]))}"
+            f"race: two blocks write different values to one address:"
+            f" {memory.describe(memory.base + int(offsets[row]))}"
             f"\n  first written by block ({other % x}, {other // x % y}, {other // (x * y)})"
             f" at {machine.site_text(int(self.stamp[place]) & _PC_MASK)}\n  then by:",
             int(lanes[row]),

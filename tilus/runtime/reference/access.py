@@ -32,14 +32,17 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """A tile of a view, in each block: it starts at `offsets` (one per dimension) and extends along `dims`."""
+    """A tile of a view, in each block: it starts at `offsets` (one per dimension) and extends along `dims`.
 
-    view: View
+    mask: the blocks that access it. first: the place of block (0, 0, 0) in the grid, for messages.
+    """
+
     offsets: Sequence[Scalar]
     shape: tuple[int, ...]
     dims: tuple[int, ...]
     checked: bool
     mask: Mask
+    first: Extents
 
 
 @dataclass(slots=True)
@@ -55,9 +58,9 @@ class Window:
     box: tuple[slice, ...] | None = None
 
 
-def find_window(tile: Tile) -> Window | None:
+def find_window(view: View, tile: Tile) -> Window | None:
     """The window of a tile; None when there is none, or it is easier to treat its elements one by one."""
-    view, shape = tile.view, tile.shape
+    shape = tile.shape
     spans = [0] * len(tile.offsets)
     for axis, dim in enumerate(tile.dims):
         spans[dim] += shape[axis] - 1
@@ -108,24 +111,24 @@ def _range(value: Scalar, mask: Mask) -> tuple[int, int, Scalar]:
 class Cut:
     """A tile in parts of the blocks along one block axis: the blocks inside of the view, and single ones at its edges.
 
-    parts: (first, count, tile) of consecutive blocks. separate: whether no two parts share an element.
+    parts: (first, count, view, tile) of consecutive blocks. separate: whether no two parts share an element.
     """
 
     axis: int
-    parts: list[tuple[int, int, Tile]]
+    parts: list[tuple[int, int, View, Tile]]
     separate: bool
 
 
 MAX_EDGE_BLOCKS = 4
 
 
-def _cut(tile: Tile) -> Cut | None:
+def _cut(view: View, tile: Tile) -> Cut | None:
     """Cut a checked tile that leaves its view in a few blocks at the ends of a block axis; None where that is not so."""
-    places = (tile.view.base, *tile.offsets)
+    places = (view.base, *tile.offsets)
     if not tile.checked or tile.mask is not True or any(isinstance(place, np.ndarray) for place in places):
         return None
     for dim, offset in enumerate(tile.offsets):
-        bound = tile.view.shape[dim]
+        bound = view.shape[dim]
         span = sum(size - 1 for size, d in zip(tile.shape, tile.dims, strict=True) if d == dim)
         if not isinstance(offset, Affine) or type(bound) is not int or sum(map(bool, offset.steps)) != 1:
             continue
@@ -135,26 +138,26 @@ def _cut(tile: Tile) -> Cut | None:
         if not extent - MAX_EDGE_BLOCKS <= len(inside) < extent:
             continue
         ranges = [(i, 1) for i in range(extent) if i not in inside] + ([(inside[0], len(inside))] if inside else [])
-        parts = [(first, count, _part(tile, axis, first, count)) for first, count in sorted(ranges)]
-        return Cut(axis, parts, abs(step) > span and distinct(tile.view.shape, tile.view.strides))
+        parts = [(first, count, *_part(view, tile, axis, first, count)) for first, count in sorted(ranges)]
+        return Cut(axis, parts, abs(step) > span and distinct(view.shape, view.strides))
     return None
 
 
-def _part(tile: Tile, axis: int, first: int, count: int) -> Tile:
+def _part(view: View, tile: Tile, axis: int, first: int, count: int) -> tuple[View, Tile]:
     """The tile in blocks `first` to `first + count` along a block axis."""
 
     def part(place: int | Affine) -> int | Affine:
         return place.part(axis, first, count) if isinstance(place, Affine) else place
 
-    view = replace(tile.view, base=part(tile.view.base))
-    return replace(tile, view=view, offsets=tuple(part(offset) for offset in tile.offsets))
+    offsets = tuple(part(offset) for offset in tile.offsets)
+    return replace(view, base=part(view.base)), replace(tile, offsets=offsets)
 
 
-def _read_parts(tile: Tile, cut: Cut) -> Array:
-    values = [(first, count, read(part)) for first, count, part in cut.parts]
+def _read_parts(view: View, tile: Tile, cut: Cut) -> Array:
+    values = [(first, count, read(place, part)) for first, count, place, part in cut.parts]
     sizes = [max(value.shape[axis] for _, _, value in values) for axis in range(3)]
     sizes[cut.axis] = sum(count for _, count, _ in values)
-    whole = np.empty((*sizes, *tile.shape), tile.view.buffer.dtype.compute)
+    whole = np.empty((*sizes, *tile.shape), view.buffer.dtype.compute)
     for first, count, value in values:
         whole[_blocks(cut.axis, first, count)] = value
     return whole
@@ -165,21 +168,21 @@ def _blocks(axis: int, first: int, count: int) -> tuple[slice, ...]:
     return (slice(None),) * axis + (slice(first, first + count),)
 
 
-def read(tile: Tile) -> Array:
+def read(view: View, tile: Tile) -> Array:
     """Values [gx, gy, gz, *shape] (block axes of size 1 where uniform).
 
     Elements outside of the view are zero; those of inactive blocks are anything.
     """
-    window = find_window(tile)
+    window = find_window(view, tile)
     if window is not None:
-        values = _read_window(tile, window)
-        return _read_elements(tile) if values is None else values
-    cut = _cut(tile)
-    return _read_elements(tile) if cut is None else _read_parts(tile, cut)
+        values = _read_window(view, tile, window)
+        return _read_elements(view, tile) if values is None else values
+    cut = _cut(view, tile)
+    return _read_elements(view, tile) if cut is None else _read_parts(view, tile, cut)
 
 
-def _read_window(tile: Tile, window: Window) -> Array | None:
-    buffer, start = tile.view.buffer, window.start
+def _read_window(view: View, tile: Tile, window: Window) -> Array | None:
+    buffer, start = view.buffer, window.start
     if 0 in window.sizes:
         return np.zeros((1, 1, 1, *tile.shape), buffer.dtype.compute)
     if isinstance(start, np.ndarray):
@@ -203,21 +206,21 @@ def _block_axes(start: int | Affine) -> tuple[int, Extents, Extents]:
     return start.base, (x if a else 1, y if b else 1, z if c else 1), (a, b, c)
 
 
-def _read_elements(tile: Tile) -> Array:
-    buffer = tile.view.buffer
-    indices, wanted = _elements(tile, "load")
+def _read_elements(view: View, tile: Tile) -> Array:
+    buffer = view.buffer
+    indices, wanted = elements(view, tile, "load")
     if not buffer.size:
         return np.zeros(wanted.shape, buffer.dtype.compute)
     values = buffer.read(np.where(wanted, indices, 0))
     return np.where(wanted, values, values.dtype.type(0))
 
 
-def _elements(tile: Tile, what: str) -> tuple[IndexArray, BoolArray]:
+def elements(view: View, tile: Tile, what: str) -> tuple[IndexArray, BoolArray]:
     """The index of each element in the buffer, and which are inside of the view in an active block.
 
     Raises: TilusError for an access outside of an unchecked view, or of the buffer.
     """
-    view, ones = tile.view, (1,) * len(tile.shape)
+    ones = (1,) * len(tile.shape)
     indices = _widen(view.base, ones)
     active = _widen(tile.mask, ones)
     wanted = np.broadcast_to(active, (*active.shape[:3], *tile.shape))
@@ -229,12 +232,12 @@ def _elements(tile: Tile, what: str) -> tuple[IndexArray, BoolArray]:
         bound = _widen(view.shape[dim], ones)
         inside = (position >= 0) & (position < bound)
         if not tile.checked and not inside.all():
-            _refuse(tile, what, dim, position, bound, wanted & ~inside)
+            _refuse(view, tile, what, dim, position, bound, wanted & ~inside)
         wanted = wanted & inside
         indices = indices + position * _widen(view.strides[dim], ones)
     outside = wanted & ((indices < 0) | (indices >= view.buffer.size))
     if outside.any():
-        _refuse(tile, what, None, indices, np.asarray(view.buffer.size), outside)
+        _refuse(view, tile, what, None, indices, np.asarray(view.buffer.size), outside)
     return indices, wanted
 
 
@@ -243,13 +246,13 @@ def _widen(value: Scalar, ones: tuple[int, ...]) -> Array:
     return array.reshape(array.shape + ones)
 
 
-def _refuse(tile: Tile, what: str, dim: int | None, position: Array, bound: Array, bad: BoolArray) -> None:
+def _refuse(view: View, tile: Tile, what: str, dim: int | None, position: Array, bound: Array, bad: BoolArray) -> None:
     """Raise for the first of the accesses in `bad`, if there is one."""
     if not bad.any():
         return
     bad, position, bound = np.broadcast_arrays(bad, position, bound)
     at = np.unravel_index(int(bad.argmax()), bad.shape)
-    where = f"{what} of {tile.view.name} in block {tuple(map(int, at[:3]))}, tile element {list(map(int, at[3:]))}"
+    where = f"{what} of {view.name} in block {block_of(tile, at)}, tile element {list(map(int, at[3:]))}"
     if dim is None:
         raise TilusError(
             f"{where}: element {position[at]} of the memory behind it, expected 0 <= element < {bound[at]}",
@@ -261,23 +264,29 @@ def _refuse(tile: Tile, what: str, dim: int | None, position: Array, bound: Arra
     )
 
 
-def write(tile: Tile, values: Array) -> None:
+def block_of(tile: Tile, at: Sequence[Any]) -> Extents:
+    """The block of the grid that an index [x, y, z, ...] belongs to."""
+    x, y, z = (int(i) + first for i, first in zip(at[:3], tile.first, strict=True))
+    return x, y, z
+
+
+def write(view: View, tile: Tile, values: Array) -> None:
     """Write values [gx, gy, gz, *shape] (block axes of size 1 where uniform); nothing outside or in inactive blocks."""
     if tile.mask is True:
-        window = find_window(tile)
-        if window is not None and _write_window(tile, window, values):
+        window = find_window(view, tile)
+        if window is not None and _write_window(view, window, values):
             return
-        cut = _cut(tile) if window is None else None
+        cut = _cut(view, tile) if window is None else None
         if cut is not None and cut.separate:
-            for first, count, part in cut.parts:
-                write(part, values[_blocks(cut.axis, first, count)] if values.shape[cut.axis] > 1 else values)
+            for first, count, place, part in cut.parts:
+                write(place, part, values[_blocks(cut.axis, first, count)] if values.shape[cut.axis] > 1 else values)
             return
-    indices, wanted = _elements(tile, "store")
+    indices, wanted = elements(view, tile, "store")
     indices, wanted, values = np.broadcast_arrays(indices, wanted, values)
-    tile.view.buffer.write(indices[wanted], values[wanted])
+    view.buffer.write(indices[wanted], values[wanted])
 
 
-def _write_window(tile: Tile, window: Window, values: Array) -> bool:
+def _write_window(view: View, window: Window, values: Array) -> bool:
     if 0 in window.sizes:
         return True
     if isinstance(window.start, np.ndarray):
@@ -289,16 +298,16 @@ def _write_window(tile: Tile, window: Window, values: Array) -> bool:
     # Along a block axis where all write the same place, the last block's values stay.
     last = tuple(slice(-1, None) if size == 1 else slice(None) for size in sizes[:3])
     values = values[last] if window.box is None else values[(*last, *window.box)]
-    return tile.view.buffer.write_window(start, sizes, strides, values)
+    return view.buffer.write_window(start, sizes, strides, values)
 
 
-def update(tile: Tile, values: Array, op: str, extents: Extents, dtype: DataType) -> Array:
+def update(view: View, tile: Tile, values: Array, op: str, extents: Extents, dtype: DataType) -> Array:
     """Atomic read-modify-write, block after block. Results are rounded to `dtype`.
 
     Returns: the old values, shape [*extents, *shape]; 0 where nothing was done.
     """
-    indices, wanted = _elements(tile, "atomic update")
-    buffer, full = tile.view.buffer, (*extents, *tile.shape)
+    indices, wanted = elements(view, tile, "atomic update")
+    buffer, full = view.buffer, (*extents, *tile.shape)
     done = np.broadcast_to(wanted, full).reshape(-1)
     targets = np.broadcast_to(indices, full).reshape(-1)[done]
     operands = np.broadcast_to(values, full).reshape(-1)[done]

@@ -10,10 +10,9 @@ import numpy as np
 from tilus.dtypes import DTYPES, DataType, boolean, f32
 from tilus.errors import TilusError
 from tilus.ir.tensor import SharedTensor
-from tilus.runtime.reference.access import Tile, View, read, update, write
+from tilus.runtime.reference.access import Tile, View, block_of, elements, read, update, write
 from tilus.runtime.reference.affine import Affine, Array, Extents, Scalar, to_array
 from tilus.runtime.reference.buffer import Buffer
-from tilus.runtime.reference.mask import Mask
 
 
 class SharedMemory:
@@ -26,48 +25,36 @@ class SharedMemory:
         self._written = _Blocks(tensor, boolean, extents)
         self._complete = False
 
-    def load(
-        self, offsets: Sequence[Scalar], shape: tuple[int, ...], dims: tuple[int, ...], checked: bool, mask: Mask
-    ) -> Array:
-        if not self._complete:
-            self._require_written(Tile(self._written.view(), offsets, shape, dims, checked, mask))
-        return read(Tile(self._data.view(), offsets, shape, dims, checked, mask))
+    def load(self, tile: Tile) -> Array:
+        self._require_written(tile)
+        return read(self._data.view, tile)
 
-    def store(self, offsets: Sequence[Scalar], dims: tuple[int, ...], values: Array, checked: bool, mask: Mask) -> None:
-        shape = values.shape[3:]
-        where = _varying([*offsets, mask])
-        self._data.separate(_varying([values, *offsets, mask]))
-        write(Tile(self._data.view(), offsets, shape, dims, checked, mask), values)
+    def store(self, tile: Tile, values: Array) -> None:
+        self._data.separate(_varying([values, *tile.offsets, tile.mask]))
+        write(self._data.view, tile, values)
         if not self._complete:
-            self._written.separate(where)
-            write(Tile(self._written.view(), offsets, shape, dims, checked, mask), np.ones((1, 1, 1, *shape), np.bool_))
-            self._complete = bool(self._written.buffer.flat.all())
+            self._written.separate(_varying([*tile.offsets, tile.mask]))
+            write(self._written.view, tile, np.ones((1, 1, 1, *tile.shape), np.bool_))
+            self._complete = bool(self._written.view.buffer.flat.all())
 
-    def update(
-        self, offsets: Sequence[Scalar], dims: tuple[int, ...], values: Array, op: str, checked: bool, mask: Mask
-    ) -> Array:
-        shape = values.shape[3:]
-        self._require_written(Tile(self._written.view(), offsets, shape, dims, checked, mask))
+    def update(self, tile: Tile, values: Array, op: str) -> Array:
+        self._require_written(tile)
         self._data.separate((True, True, True))
-        tile = Tile(self._data.view(), offsets, shape, dims, checked, mask)
-        return update(tile, values, op, self._extents, self._tensor.dtype)
+        return update(self._data.view, tile, values, op, self._extents, self._tensor.dtype)
 
     def _require_written(self, tile: Tile) -> None:
-        """Raise unless all elements of a tile (of the written flags) that will be read were written."""
-        if read(tile).all():
+        """Raise unless all elements of a tile inside of the tensor were written in the blocks that read them."""
+        if self._complete:
             return
-        # Elements that are not read are false too; an array of ones in place of the flags tells which those are.
-        ones = np.ones_like(tile.view.buffer.flat)
-        everywhere = View(
-            tile.view.name, Buffer(boolean, ones, ones.size, frozen=True),
-            tile.view.base, tile.view.shape, tile.view.strides,
-        )  # fmt: skip
-        wanted = read(Tile(everywhere, tile.offsets, tile.shape, tile.dims, tile.checked, tile.mask))
-        unknown, _ = np.broadcast_arrays(wanted & ~read(tile), wanted)
+        written = read(self._written.view, tile)
+        if written.all():
+            return
+        _, wanted = elements(self._written.view, tile, "load")
+        unknown = wanted & ~written
         if unknown.any():
             at = np.unravel_index(int(unknown.argmax()), unknown.shape)
             raise TilusError(
-                f"load of shared tensor {self._tensor.name} in block {tuple(map(int, at[:3]))}: tile element "
+                f"load of shared tensor {self._tensor.name} in block {block_of(tile, at)}: tile element "
                 f"{list(map(int, at[3:]))} was never written, expected a store before",
                 hint="store the whole tile first, or wait for the copy that fills it",
             )
@@ -85,15 +72,13 @@ class _Blocks:
         """Give each block along the varying axes an array of its own."""
         x, y, z = (max(n, e if v else 1) for n, e, v in zip(self._axes, self._extents, varying, strict=True))
         if (x, y, z) != self._axes:
-            old = self.buffer.flat.reshape(*self._axes, *self._tensor.shape)
+            buffer = self.view.buffer
+            old = buffer.flat.reshape(*self._axes, *self._tensor.shape)
             self._axes = (x, y, z)
-            self._fill(self.buffer.dtype, np.broadcast_to(old, (x, y, z, *self._tensor.shape)).copy())
-
-    def view(self) -> View:
-        return self._view
+            self._fill(buffer.dtype, np.broadcast_to(old, (x, y, z, *self._tensor.shape)).copy())
 
     def _fill(self, dtype: DataType, array: Array) -> None:
-        self.buffer = Buffer(dtype, array.reshape(-1), array.size, frozen=False)
+        buffer = Buffer(dtype, array.reshape(-1), array.size, frozen=False)
         shape = self._tensor.shape
         strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
         _, y, z = self._axes
@@ -101,7 +86,7 @@ class _Blocks:
         steps = (size * y * z, size * z, size)
         own = tuple(step if n > 1 else 0 for step, n in zip(steps, self._axes, strict=True))
         base = Affine(0, own, self._extents) if any(own) else 0  # pyright: ignore[reportArgumentType]
-        self._view = View(self._tensor.name, self.buffer, base, shape, strides)
+        self.view = View(self._tensor.name, buffer, base, shape, strides)
 
 
 def _value_dtype(dtype: DataType) -> DataType:

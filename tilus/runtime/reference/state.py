@@ -58,6 +58,7 @@ class BlockState:
         self._binding = binding
         self._views = views
         self._shared: dict[SharedTensor, SharedMemory] = {}
+        self._first = first
         self.grid = grid
         self.extents = extents
         self.block_ids = tuple(block_index(axis, first[axis], extents) for axis in range(3))
@@ -115,33 +116,35 @@ class BlockState:
         self, tensor: GlobalTensor | SharedTensor, offsets: Sequence[Expr], shape: tuple[int, ...],
         dims: tuple[int, ...], *, checked: bool,
     ) -> Array:  # fmt: skip
-        at = [self.value(offset) for offset in offsets]
+        tile = self._tile(offsets, shape, dims, checked)
         if isinstance(tensor, SharedTensor):
-            return self._shared_memory(tensor).load(at, shape, dims, checked, self.mask)
-        return read(Tile(self._view(tensor), at, shape, dims, checked, self.mask))
+            return self._shared_memory(tensor).load(tile)
+        return read(self._view(tensor), tile)
 
     def store(
         self, tensor: GlobalTensor | SharedTensor, offsets: Sequence[Expr], dims: tuple[int, ...], value: Array, *,
         checked: bool,
     ) -> None:  # fmt: skip
-        at = [self.value(offset) for offset in offsets]
+        tile = self._tile(offsets, value.shape[3:], dims, checked)
         if isinstance(tensor, SharedTensor):
-            self._shared_memory(tensor).store(at, dims, value, checked, self.mask)
+            self._shared_memory(tensor).store(tile, value)
         else:
-            write(Tile(self._writable_view(tensor), at, value.shape[3:], dims, checked, self.mask), value)
+            write(self._writable_view(tensor), tile, value)
 
     def update(
         self, tensor: GlobalTensor | SharedTensor, offsets: Sequence[Expr], dims: tuple[int, ...], value: Array,
         op: str, *, checked: bool,
     ) -> Array:  # fmt: skip
-        at = [self.value(offset) for offset in offsets]
+        tile = self._tile(offsets, value.shape[3:], dims, checked)
         if isinstance(tensor, SharedTensor):
-            return self._shared_memory(tensor).update(at, dims, value, op, checked, self.mask)
-        tile = Tile(self._writable_view(tensor), at, value.shape[3:], dims, checked, self.mask)
-        return update(tile, value, op, self.extents, tensor.dtype)
+            return self._shared_memory(tensor).update(tile, value, op)
+        return update(self._writable_view(tensor), tile, value, op, self.extents, tensor.dtype)
 
     def print(self, text: str) -> None:
         print(text)
+
+    def _tile(self, offsets: Sequence[Expr], shape: tuple[int, ...], dims: tuple[int, ...], checked: bool) -> Tile:
+        return Tile([self.value(offset) for offset in offsets], shape, dims, checked, self.mask, self._first)
 
     def _shared_memory(self, tensor: SharedTensor) -> SharedMemory:
         memory = self._shared.get(tensor)

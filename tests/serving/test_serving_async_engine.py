@@ -1,0 +1,117 @@
+"""Every wait has an end: a hung engine, a failing one, and one that stops."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+from serving_fakes import FakeRunner, FakeVocabulary, ManualClock, reference_answer
+
+from serving.async_engine import AsyncEngine, Generation
+from serving.config import EngineConfig
+from serving.core import Batch, Request, SamplingParams, StepOutput
+from serving.engine import Engine
+from serving.errors import EngineFailure, Overloaded, RequestError
+
+
+class GatedRunner(FakeRunner):
+    def __init__(self) -> None:
+        super().__init__(page_size=4)
+        self.gate = threading.Event()
+
+    def execute(self, batch: Batch) -> StepOutput:
+        self.gate.wait(10)
+        return super().execute(batch)
+
+
+def make(max_waiting: int = 4) -> tuple[AsyncEngine, GatedRunner]:
+    runner = GatedRunner()
+    config = EngineConfig(num_pages=16, max_model_len=64, page_size=4, max_batch=2, max_step_tokens=8)
+    return AsyncEngine(Engine(runner, FakeVocabulary(), config, ManualClock()), max_waiting), runner
+
+
+def request(name: str, max_tokens: int = 5) -> Request:
+    return Request(name, (1, 2, 3), SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True))
+
+
+async def tokens_of(generation: Generation) -> dict[str, list[int]]:
+    tokens: dict[str, list[int]] = {}
+    async for output in generation:
+        tokens.setdefault(output.request_id, []).extend(token.token_id for token in output.tokens)
+    return tokens
+
+
+def test_answers_arrive_and_the_thread_ends() -> None:
+    async def scenario() -> None:
+        engine, runner = make()
+        runner.gate.set()
+        engine.start()
+        expected = reference_answer([1, 2, 3], 5, ignore_eos=True)
+        first, second = engine.submit([request("a"), request("b")]), engine.submit([request("c")])
+        assert await tokens_of(first) == {"a": expected, "b": expected}
+        assert await tokens_of(second) == {"c": expected}
+        await engine.stop()
+        assert not engine._thread.is_alive()
+        engine.engine.check()
+
+    asyncio.run(scenario())
+
+
+def test_a_hung_engine_is_noticed() -> None:
+    async def scenario() -> None:
+        aborted: list[str] = []
+        generation = Generation(["a"], 0.05, aborted.extend)
+        with pytest.raises(EngineFailure, match=r"the engine gave no sign of life for 0\.05 seconds"):
+            await tokens_of(generation)
+        generation.close()
+        assert aborted == ["a"]
+
+    asyncio.run(scenario())
+
+
+def test_stopping_tells_those_who_wait_and_those_who_come() -> None:
+    async def scenario() -> None:
+        engine, runner = make()
+        engine.start()
+        waiting = engine.submit([request("a")])
+        stopping = asyncio.create_task(engine.stop())
+        with pytest.raises(EngineFailure, match="the server is shutting down"):
+            await tokens_of(waiting)
+        runner.gate.set()
+        await stopping
+        assert not engine._thread.is_alive()
+        with pytest.raises(EngineFailure, match="the server is shutting down"):
+            engine.submit([request("b")])
+
+    asyncio.run(scenario())
+
+
+def test_all_or_none_are_queued() -> None:
+    async def scenario() -> None:
+        engine, _ = make(max_waiting=1)
+        with pytest.raises(RequestError, match="but token ids go from 0 to 63"):
+            engine.submit([request("a"), Request("b", (99,), SamplingParams())])
+        engine.submit([request("c"), request("d")])
+        with pytest.raises(
+            Overloaded, match="2 requests are running or waiting and 2 more were asked for, but at most 3"
+        ):
+            engine.submit([request("e"), request("f")])
+        assert set(engine._generations) == {"c", "d"} and len(engine._inbox) == 2
+
+    asyncio.run(scenario())
+
+
+def test_closing_gives_up_what_has_not_finished() -> None:
+    async def scenario() -> None:
+        engine, runner = make()
+        engine.start()
+        leaves, stays = engine.submit([request("a", 40)]), engine.submit([request("b")])
+        leaves.close()
+        assert await tokens_of(leaves) == {}
+        runner.gate.set()
+        assert await tokens_of(stays) == {"b": reference_answer([1, 2, 3], 5, ignore_eos=True)}
+        await engine.stop()
+        assert engine.engine.pages.num_free == 16
+
+    asyncio.run(scenario())

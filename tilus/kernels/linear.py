@@ -1,0 +1,172 @@
+"""Quantised linear layers: y = x W^T for weights of any 1- to 8-bit type, with group scales and optional minimums.
+
+The weight is the left operand of the tensor cores and tokens are columns, so one packed weight serves every batch size and a
+batch of one wastes no rows. Weights go straight from global memory to registers, the next tile on its way while this one is
+multiplied. The warps of a block work on different tiles along K and add up at the end; blocks may split K further.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import tilus
+from tilus import Const, Tensor, f16, f32, int32, uint8
+from tilus.dtypes import DataType
+from tilus.errors import TilusError
+from tilus.kernels.allocate import counters, empty, is_cuda
+from tilus.kernels.quantize import (
+    TILE, QuantizedWeight, activation_layout, byte_layout, code_layout, fragment_layout, scale_layout,
+)  # fmt: skip
+
+
+def weight_tile(raw, scales, minimums, wdtype: DataType, act: DataType, groups: int, warps: int):  # noqa: ANN001, ANN201
+    """Dequantise one 64x64 tile per warp: [warps, 64, 64] of `act`, from its bytes and its scales [warps, groups, 8, 8]."""
+    codes = tilus.view(raw, wdtype, [warps, TILE, TILE], code_layout(wdtype, warps))
+    values = tilus.cast(codes, act, layout=fragment_layout(warps))
+    # Packed columns are [j, h, t, e]; t // (4 / groups) is the group.
+    split = tilus.reshape(values, [warps, TILE, 4, 2, groups, 4 // groups, 2])
+    scale = row_factors(scales, act, groups, warps)
+    if minimums is None:
+        scaled = split * scale
+    else:
+        scaled = tilus.fma(split, scale, row_factors(minimums, act, groups, warps))
+    return tilus.reshape(scaled, [warps, TILE, TILE])
+
+
+def row_factors(tile, act: DataType, groups: int, warps: int):  # noqa: ANN001, ANN201
+    """[warps, groups, row % 8, row // 8] as a factor that broadcasts over the columns of a weight tile."""
+    by_row = tilus.transpose(tilus.cast(tile, act), [0, 3, 2, 1])
+    return tilus.reshape(by_row, [warps, TILE, 1, 1, groups, 1, 1])
+
+
+def activation_tile(x, tokens: int, warps: int):  # noqa: ANN001, ANN201
+    """[tokens, warps * 64] as the right operand [warps, 64, tokens], its rows in the column order of packed weights."""
+    split = tilus.reshape(x, [tokens, warps, 4, 4, 2, 2])
+    return tilus.reshape(tilus.transpose(split, [1, 3, 4, 2, 5, 0]), [warps, TILE, tokens])
+
+
+@tilus.kernel
+def quantized_linear(
+    x: Tensor["act", "m", "k"],
+    codes: Tensor[uint8, "tiles_n", "tiles_k", "tile_nbytes"],
+    scales: Tensor[f16, "tiles_n", "tiles_k", "groups", 8, 8],
+    y: Tensor["out", "m", "n"],
+    minimums: Tensor[f16, "tiles_n", "tiles_k", "groups", 8, 8] = None,
+    partial: Tensor[f32, "splits", "m", "n"] = None,
+    tickets: Tensor[int32, "blocks"] = None,
+    *,
+    wdtype: Const,
+    groups: Const,
+    tokens: Const,
+    warps: Const,
+    splits: Const,
+):
+    m, n = y.shape
+    tilus.grid(codes.shape[0], tilus.cdiv(m, tokens), splits, warps=warps)
+    row_tile = tilus.block_id(0)
+    first_token = tilus.block_id(1) * tokens
+    tile_count = codes.shape[1]
+    per_split = tilus.cdiv(tilus.cdiv(tile_count, warps), splits) * warps
+    begin = tilus.block_id(2) * per_split
+    end = min(begin + per_split, tile_count)
+
+    raw_shape = [warps, 512 * wdtype.nbits]
+    raw_layout = byte_layout(wdtype, warps)
+    factor_shape = [warps, groups, 8, 8]
+    factor_layout = scale_layout(groups, warps)
+    acc = tilus.zeros([warps, TILE, tokens], f32)
+    raw = tilus.load(codes, [row_tile, begin, 0], shape=raw_shape, layout=raw_layout)
+    scale = tilus.load(scales, [row_tile, begin, 0, 0, 0], shape=factor_shape, layout=factor_layout)
+    for tile in tilus.range(begin, end, warps):
+        act_tile = tilus.load(x, [first_token, tile * TILE], shape=[tokens, warps * TILE], layout=activation_layout(tokens, warps))
+        raw_now = raw
+        scale_now = scale
+        minimum_now = None
+        if minimums is not None:
+            minimum_now = tilus.load(minimums, [row_tile, tile, 0, 0, 0], shape=factor_shape, layout=factor_layout)
+        raw = tilus.load(codes, [row_tile, tile + warps, 0], shape=raw_shape, layout=raw_layout)
+        scale = tilus.load(scales, [row_tile, tile + warps, 0, 0, 0], shape=factor_shape, layout=factor_layout)
+        w = weight_tile(raw_now, scale_now, minimum_now, wdtype, x.dtype, groups, warps)
+        acc = tilus.dot(w, activation_tile(act_tile, tokens, warps), acc)
+
+    total = tilus.sum(acc, axis=0)
+    if splits == 1:
+        tilus.store(y, [first_token, row_tile * TILE], tilus.cast(total, y.dtype), dims=[1, 0])
+    else:
+        tilus.store(partial, [tilus.block_id(2), first_token, row_tile * TILE], total, dims=[2, 1])
+        reduce_splits(y, partial, tickets, first_token, row_tile, tokens, splits)
+
+
+def reduce_splits(y, partial, tickets, first_token, row_tile, tokens: int, splits: int):  # noqa: ANN001, ANN201
+    """The block that arrives last adds up the partial sums, always in the same order, and resets the counter."""
+    slot = tilus.block_id(1) * tilus.grid_dim(0) + row_tile
+    arrived = tilus.atomic_add(tickets, [slot], 1)
+    if arrived == splits - 1:
+        summed = tilus.load(partial, [0, first_token, row_tile * TILE], shape=[tokens, TILE])
+        for split in tilus.static_range(1, splits):
+            summed = summed + tilus.load(partial, [split, first_token, row_tile * TILE], shape=[tokens, TILE])
+        tilus.store(y, [first_token, row_tile * TILE], tilus.cast(summed, y.dtype))
+        tilus.atomic_add(tickets, [slot], -splits)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a product is cut: tokens per block, warps along K per block, blocks along K per tile."""
+
+    tokens: int
+    warps: int
+    splits: int
+
+
+@lru_cache(maxsize=4096)
+def schedule(m: int, tiles_n: int, tiles_k: int, num_sms: int) -> Schedule:
+    """A schedule for a GPU: enough blocks to fill it, at least two tiles per warp and split.
+
+    num_sms 0 stands for the reference execution, which likes few large tiles.
+    """
+    if num_sms == 0:
+        return Schedule(max(8, min(64, -(-m // 8) * 8)), min(tiles_k, 32), 1)
+    tokens = 8 if m <= 8 else 16 if m <= 16 else 32
+    warps = min(8 if tokens <= 16 else 4, tiles_k)
+    blocks = tiles_n * -(-m // tokens)
+    wanted = -(-2 * num_sms // blocks)
+    splits = max(1, min(wanted, tiles_k // (2 * warps), 16))
+    return Schedule(tokens, warps, splits)
+
+
+def linear(
+    x: Any, weight: QuantizedWeight, *, out_dtype: Any = None, out: Any = None, device: str | None = None
+) -> Any:
+    """x [M, K] of f16 or bf16 times the transpose of a packed weight (N, K): [M, N] of `out_dtype` (default: that of x).
+
+    x, out: torch tensors or numpy arrays, on the weight's device. out: written in place when given. device: where to run
+    (reference, emulator, cuda), by default as the arguments say.
+    Raises: TilusError when K, dtypes or devices do not fit.
+    """
+    n, k = weight.shape
+    if x.ndim != 2 or x.shape[1] != k:
+        raise TilusError(f"linear: x has shape {list(x.shape)}, the weight is {[n, k]}", hint=f"x must be [M, {k}]")
+    m = int(x.shape[0])
+    y = empty(x, (m, n), out_dtype) if out is None else out
+    if m == 0:
+        return y
+    tiles_n, tiles_k = int(weight.codes.shape[0]), int(weight.codes.shape[1])
+    on_gpu = is_cuda(x)
+    plan = schedule(m, tiles_n, tiles_k, _num_sms(x) if on_gpu else 0)
+    partial = tickets = None
+    if plan.splits > 1:
+        partial = empty(x, (plan.splits, m, n), "float32")
+        tickets = counters(x, tiles_n * -(-m // plan.tokens))
+    quantized_linear.on(device)(
+        x, weight.codes, weight.scales, y, weight.minimums, partial, tickets,
+        wdtype=weight.dtype, groups=weight.groups_per_tile, tokens=plan.tokens, warps=plan.warps, splits=plan.splits,
+    )  # fmt: skip
+    return y
+
+
+def _num_sms(x: Any) -> int:
+    from tilus.runtime import cuda
+
+    return cuda.device(x.get_device()).num_sms
