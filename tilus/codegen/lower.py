@@ -59,6 +59,7 @@ def lower(function: Function, target: Target) -> Lowered:
         body=b.finish(),
         shared=shared,
         num_threads=function.num_threads,
+        min_blocks_per_sm=function.blocks_per_sm,
     )
     return Lowered(Module(target, (kernel,)), plan.nbytes, dynamic, tuple(ctx.notes), tuple(ctx.shared_sites))
 
