@@ -99,6 +99,11 @@ def test_ptx_passes_what_c_expects() -> None:
     assert ".local .align 8 .b8 local_memory[24];" in ptx
 
 
+def test_elements_that_a_thread_holds_twice_are_printed_once() -> None:
+    fn = a_print(f32, spatial(32).local_replicated(2).local(3))
+    assert compile_function(fn, get_target("sm_80")).ptx.count("call (result), vprintf") == 3
+
+
 def test_equal_formats_are_one_string() -> None:
     def build(b: IRBuilder, x: GlobalTensor) -> None:
         for _ in range(3):
