@@ -152,7 +152,7 @@ def _read_function(source: str, definitions: tuple[str, ...]) -> Any:
 
         if definitions:
             raise click.UsageError(f"-D {definitions[0]}: the text form of a kernel has no parameters left to define")
-        return parse_function(_read(Path(source)))
+        return parse_function(_read(Path(source)), file=source, locations=True)
     from tilus.lang.kernel_file import load_kernel
 
     file, colon, name = source.rpartition(":")
