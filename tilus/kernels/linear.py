@@ -121,7 +121,7 @@ class Schedule:
 
 
 @lru_cache(maxsize=4096)
-def schedule(m: int, tiles_n: int, tiles_k: int, num_sms: int) -> Schedule:
+def schedule(m: int, tiles_n: int, tiles_k: int, nbits: int, num_sms: int) -> Schedule:
     """A schedule for a GPU: enough blocks to fill it, at least two tiles per warp and split. Chosen from a sweep on an H100.
 
     num_sms 0 stands for the reference execution, which likes few large tiles.
@@ -136,7 +136,8 @@ def schedule(m: int, tiles_n: int, tiles_k: int, num_sms: int) -> Schedule:
     if tokens == 32:
         return Schedule(tokens, min(2, tiles_k), 1)
     if blocks >= num_sms:
-        return Schedule(tokens, min(8 if tokens == 8 else 4, tiles_k), 1)
+        warps = 8 if tokens == 8 and nbits <= 6 else 4  # eight warps of wider codes have too few registers
+        return Schedule(tokens, min(warps, tiles_k), 1)
     warps = min(4, tiles_k)
     return Schedule(tokens, warps, max(1, min(2 * num_sms // blocks, tiles_k // (2 * warps), 16)))
 
@@ -159,7 +160,7 @@ def linear(
         return y
     tiles_n, tiles_k = int(weight.codes.shape[0]), int(weight.codes.shape[1])
     on_gpu = is_cuda(x)
-    plan = schedule(m, tiles_n, tiles_k, _num_sms(x) if on_gpu else 0)
+    plan = schedule(m, tiles_n, tiles_k, weight.dtype.nbits, _num_sms(x) if on_gpu else 0)
     partial = tickets = None
     if plan.splits > 1:
         partial = empty(x, (plan.splits, m, n), "float32")
