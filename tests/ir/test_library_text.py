@@ -12,7 +12,9 @@ import pytest
 import tilus.kernels
 from tilus.compiler import compile_function
 from tilus.dtypes import f16, float6_e3m2, int4, int8, uint4
-from tilus.ir.parser import parse_function
+from tilus.instructions import INSTRUCTIONS
+from tilus.ir import parser
+from tilus.ir.function import Function
 from tilus.ir.printer import print_function
 from tilus.lang.kernel import Kernel
 from tilus.target import get_target
@@ -34,6 +36,10 @@ SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
     "norm.rms_norm_kernel": [{"hidden": 768}],
     "rope.rope_append_kernel": [{"head_dim": 64, "heads": 9, "q_heads": 3, "kv_heads": 3, "page_size": 16}],
 }
+
+
+def parse(text: str, **options: Any) -> Function:
+    return parser.parse_function(text, INSTRUCTIONS, **options)
 
 
 def library() -> dict[str, Kernel]:
@@ -68,6 +74,6 @@ def test_round_trip(name: str, consts: dict[str, Any]) -> None:
     compiled = compile_function(function, target)
     for stage in (function, compiled.function):
         text = print_function(stage)
-        again = parse_function(text)
+        again = parse(text)
         assert print_function(again) == text
         assert without_locations(compile_function(again, target).ptx) == without_locations(compiled.ptx)

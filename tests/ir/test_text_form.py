@@ -14,8 +14,9 @@ from random_programs import Programs
 from tilus.compiler import compile_function
 from tilus.errors import Loc, TilusError
 from tilus.instructions import INSTRUCTIONS
+from tilus.ir import parser
 from tilus.ir.expr import Expr, Var
-from tilus.ir.parser import parse_function
+from tilus.ir.function import Function
 from tilus.ir.printer import print_function
 from tilus.ir.stmt import Inst, Seq
 from tilus.ir.tensor import GlobalTensor, RegisterTensor, SharedTensor
@@ -56,6 +57,10 @@ kernel axpy(
 """
 
 
+def parse(text: str, **options: Any) -> Function:
+    return parser.parse_function(text, INSTRUCTIONS, **options)
+
+
 def same(f: Any, g: Any, pairs: dict[Any, Any]) -> bool:
     """Whether two programs differ only in which objects (one for one) and names stand for their values."""
     if isinstance(f, (Var, RegisterTensor, SharedTensor, GlobalTensor)):
@@ -93,7 +98,7 @@ def flat(seq: Seq) -> tuple[Any, ...]:
 def test_printing_and_parsing_is_the_identity(rng: random.Random) -> None:
     program = Programs(rng).function()
     text = print_function(program)
-    again = parse_function(text)
+    again = parse(text)
     assert print_function(again) == text
     assert same(program, again, {})
 
@@ -106,14 +111,14 @@ def test_every_instruction(mnemonic: str) -> None:
         program = programs.function()
         body = Seq((program.body, Inst(programs.instruction(INSTRUCTIONS[mnemonic]))))
         program = dataclasses.replace(program, body=body)
-        again = parse_function(print_function(program))
+        again = parse(print_function(program))
         assert same(program, again, {})
         assert [type(s.inst) for s in instructions(again.body)][-1] is INSTRUCTIONS[mnemonic]
 
 
 def test_the_law_can_fail() -> None:
     """The comparison sees a changed constant, a changed layout and two variables that became one."""
-    program = parse_function(AXPY)
+    program = parse(AXPY)
     for old, new in (
         ("1023", "1022"), ("spatial(128).local(8)", "local(8).spatial(128)"), ("lhs=%acc", "lhs=%ax"),
         ("unroll 2", "unroll 4"), ("% 16", "% 8"), ("%i > 0", "%n > 0"), ("checked=true", "checked=false"),
@@ -123,18 +128,18 @@ def test_the_law_can_fail() -> None:
         assert changed != AXPY
         if old == "mut %i":
             changed = changed.replace("%i = %i + 1", "").replace("%i = %i - 2", "")
-        assert not same(program, parse_function(changed), {}), old
+        assert not same(program, parse(changed), {}), old
 
 
 def test_a_program_compiles_to_the_same_text_at_every_stage() -> None:
-    program = parse_function(AXPY)
+    program = parse(AXPY)
     target = get_target("sm_90a")
     ptx = compile_function(program, target).ptx
-    assert compile_function(parse_function(print_function(program)), target).ptx == ptx
+    assert compile_function(parse(print_function(program)), target).ptx == ptx
     for step in PIPELINE:
         stage = run_pipeline(program, target, after=step.name)
         text = print_function(stage)
-        again = parse_function(text)
+        again = parse(text)
         assert print_function(again) == text
         assert same(stage, again, {})
     assert compile_function(again, target).ptx == ptx
@@ -154,7 +159,7 @@ kernel f(
   %c: boolean = (%n < 3) == (%j < 4) or %n << 2 + %j > -5
 }
 """
-    assert print_function(parse_function(text)) == text
+    assert print_function(parse(text)) == text
 
 
 def test_views_are_shared() -> None:
@@ -164,15 +169,15 @@ def test_views_are_shared() -> None:
       %t: f16[64] = load(src=%x as f16[64] strides[1] offset 64 align 16, offsets=[0], dims=[0])
       store(dst=%x as f16[64] strides[1] offset 64 align 16, src=%t, offsets=[0], dims=[0])
     }"""
-    load, store = (s.inst for s in instructions(parse_function(text).body))
+    load, store = (s.inst for s in instructions(parse(text).body))
     assert load.operands[0] is store.operands[0]
 
 
 def test_locations_in_the_text() -> None:
-    program = parse_function(AXPY, file="axpy.tir", locations=True)
+    program = parse(AXPY, file="axpy.tir", locations=True)
     first = next(iter(instructions(program.body)))
     assert first.loc == Loc("axpy.tir", 7, 3)
-    assert next(iter(instructions(parse_function(AXPY).body))).loc is None
+    assert next(iter(instructions(parse(AXPY).body))).loc is None
 
 
 @pytest.mark.parametrize(
@@ -217,7 +222,7 @@ def test_mistakes_have_a_place(old: str, new: str, line: int, message: str) -> N
     text = AXPY.replace(old, new, 1)
     assert text != AXPY
     with pytest.raises(TilusError, match=message) as caught:
-        parse_function(text, file="axpy.tir")
+        parse(text, file="axpy.tir")
     assert caught.value.loc is not None
     assert (caught.value.loc.file, caught.value.loc.line) == ("axpy.tir", line)
     assert f"line {line}, column {caught.value.loc.column}" in caught.value.message
@@ -227,7 +232,7 @@ def test_cut_texts_never_crash() -> None:
     """Every prefix of a program is refused, with a place in it."""
     for length in range(len(AXPY.rstrip())):
         with pytest.raises(TilusError, match=r"line \d+, column \d+: ") as caught:
-            parse_function(AXPY[:length])
+            parse(AXPY[:length])
         assert caught.value.loc is not None
         assert 1 <= caught.value.loc.line <= AXPY[:length].count("\n") + 1
 
@@ -235,13 +240,13 @@ def test_cut_texts_never_crash() -> None:
 @given(st.text(alphabet=st.sampled_from('%xk(){}[]=:,. "0123-+*/<>ain\n#'), max_size=40), st.integers(0, len(AXPY)))
 def test_damaged_texts_never_crash(damage: str, place: int) -> None:
     try:
-        parse_function(AXPY[:place] + damage + AXPY[place:])
+        parse(AXPY[:place] + damage + AXPY[place:])
     except TilusError as error:
         assert error.loc is not None
 
 
 def test_a_foreign_pointer_has_no_text() -> None:
-    program = parse_function(AXPY)
+    program = parse(AXPY)
     body = program.body
     with pytest.raises(TilusError, match="is no parameter of axpy"):
         print_function(dataclasses.replace(program, params=program.params[1:], body=body))
@@ -253,6 +258,6 @@ def test_expressions_are_values() -> None:
     for _ in range(300):
         programs = Programs(rng)
         program = programs.function()
-        for ours, theirs in zip(program.grid, parse_function(print_function(program)).grid, strict=True):
+        for ours, theirs in zip(program.grid, parse(print_function(program)).grid, strict=True):
             assert isinstance(theirs, Expr)
             assert ours.dtype == theirs.dtype

@@ -43,21 +43,15 @@ Node = Any
 
 
 def parse_function(
-    text: str,
-    *,
-    file: str = "<ir>",
-    locations: bool = False,
-    instructions: Mapping[str, type[Instruction]] | None = None,
+    text: str, instructions: Mapping[str, type[Instruction]], *, file: str = "<ir>", locations: bool = False
 ) -> Function:
-    """The function of a text; `parse_function(print_function(f))` is the same program as `f`.
+    """The function of a text; `parse_function(print_function(f), INSTRUCTIONS)` is the same program as `f`.
 
-    file: the name that errors show. locations: give the statements their places in the text, so that mistakes found later
-    are shown there. instructions: classes by mnemonic; by default all of `tilus.instructions`.
+    instructions: classes by mnemonic (`tilus.instructions.INSTRUCTIONS`). file: the name that errors show. locations: give
+    the statements their places in the text, so that mistakes found later are shown there.
 
     Raises: TilusError with line and column for a text that is no function.
     """
-    if instructions is None:  # imported late: instructions are made of this layer
-        from tilus.instructions import INSTRUCTIONS as instructions
     from lark.exceptions import UnexpectedInput
 
     try:
