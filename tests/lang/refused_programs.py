@@ -434,13 +434,13 @@ a tile of f32 [4] cannot be indexed or sliced: its elements live in the register
     (
         "globalslice",
         """\
-v = x[1:3]""",
+v = x[1:3:2]""",
         """\
-a slice with bounds of global tensor x is not supported
+a slice of global tensor x has step 2, expected 1
   at kernel.py:5:9
-    5 |     v = x[1:3]
-                ^^^^^^
-  hint: load a tile: tilus.load(x, [start, ...], shape=[size, ...])""",
+    5 |     v = x[1:3:2]
+                ^^^^^^^^
+  hint: leave the step out""",
     ),
     (
         "globalassign",
