@@ -17,11 +17,17 @@ from tilus.dtypes import DataType
 from tilus.errors import TilusError
 from tilus.kernels.allocate import counters, empty, is_cuda
 from tilus.kernels.quantize import (
-    TILE, QuantizedWeight, activation_layout, byte_layout, code_layout, fragment_layout, scale_layout,
+    TILE,
+    QuantizedWeight,
+    activation_layout,
+    byte_layout,
+    code_layout,
+    fragment_layout,
+    scale_layout,
 )  # fmt: skip
 
 
-def weight_tile(raw, scales, minimums, wdtype: DataType, act: DataType, groups: int, warps: int):  # noqa: ANN001, ANN201
+def weight_tile(raw, scales, minimums, wdtype: DataType, act: DataType, groups: int, warps: int):
     """Dequantise one 64x64 tile per warp: [warps, 64, 64] of `act`, from its bytes and its scales [warps, groups, 8, 8]."""
     codes = tilus.view(raw, wdtype, [warps, TILE, TILE], code_layout(wdtype, warps))
     values = tilus.cast(codes, act, layout=fragment_layout(warps))
@@ -35,13 +41,13 @@ def weight_tile(raw, scales, minimums, wdtype: DataType, act: DataType, groups: 
     return tilus.reshape(scaled, [warps, TILE, TILE])
 
 
-def row_factors(tile, act: DataType, groups: int, warps: int):  # noqa: ANN001, ANN201
+def row_factors(tile, act: DataType, groups: int, warps: int):
     """[warps, groups, row % 8, row // 8] as a factor that broadcasts over the columns of a weight tile."""
     by_row = tilus.transpose(tilus.cast(tile, act), [0, 3, 2, 1])
     return tilus.reshape(by_row, [warps, TILE, 1, 1, groups, 1, 1])
 
 
-def activation_tile(x, tokens: int, warps: int):  # noqa: ANN001, ANN201
+def activation_tile(x, tokens: int, warps: int):
     """[tokens, warps * 64] as the right operand [warps, 64, tokens], its rows in the column order of packed weights."""
     split = tilus.reshape(x, [tokens, warps, 4, 4, 2, 2])
     return tilus.reshape(tilus.transpose(split, [1, 3, 4, 2, 5, 0]), [warps, TILE, tokens])
@@ -62,7 +68,7 @@ def quantized_linear(
     tokens: Const,
     warps: Const,
 ):
-    m, n = y.shape
+    m = y.shape[0]
     splits = 1 if partial is None else partial.shape[0]
     tilus.grid(codes.shape[0], tilus.cdiv(m, tokens), splits, warps=warps, blocks_per_sm=2 if tokens == 8 else 1)
     row_tile = tilus.block_id(0)
@@ -80,7 +86,9 @@ def quantized_linear(
     raw = tilus.load(codes, [row_tile, begin, 0], shape=raw_shape, layout=raw_layout)
     scale = tilus.load(scales, [row_tile, begin, 0, 0, 0], shape=factor_shape, layout=factor_layout)
     for tile in tilus.range(begin, end, warps):
-        act_tile = tilus.load(x, [first_token, tile * TILE], shape=[tokens, warps * TILE], layout=activation_layout(tokens, warps))
+        act_tile = tilus.load(
+            x, [first_token, tile * TILE], shape=[tokens, warps * TILE], layout=activation_layout(tokens, warps)
+        )
         raw_now = raw
         scale_now = scale
         minimum_now = None
@@ -99,7 +107,7 @@ def quantized_linear(
         reduce_splits(y, partial, tickets, first_token, row_tile, tokens, splits)
 
 
-def reduce_splits(y, partial, tickets, first_token, row_tile, tokens: int, splits):  # noqa: ANN001, ANN201
+def reduce_splits(y, partial, tickets, first_token, row_tile, tokens: int, splits):
     """The block that arrives last adds up the partial sums, always in the same order, and resets the counter."""
     slot = tilus.block_id(1) * tilus.grid_dim(0) + row_tile
     arrived = tilus.atomic_add(tickets, [slot], 1)
