@@ -37,6 +37,6 @@ def ptxas() -> str | None:
 
 
 def dump_dir() -> Path | None:
-    """TILUS_DUMP_DIR: when set, the IR after each pass, the PTX and the assembler's log are written there."""
+    """TILUS_DUMP_DIR: when set, the IR after each pass and the PTX of every kernel are written under it."""
     value = os.environ.get("TILUS_DUMP_DIR")
     return Path(value) if value else None

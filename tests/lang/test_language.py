@@ -161,6 +161,25 @@ def test_assignment_copies_what_a_loop_changes() -> None:
     assert out.tolist() == [34] * 4 + [55] * 4 + [sum(range(9))]
 
 
+def test_a_name_keeps_the_value_it_was_given() -> None:
+    @tilus.kernel
+    def kept(x: Tensor[int32, "s"], out: Tensor[int32, "rows", 4], n: int32):
+        tilus.grid(1)
+        i, t = 0, tilus.zeros([4], int32)
+        for _ in tilus.range(n):
+            old = t
+            scalar = i + 1
+            row = out[i]
+            pair = (t, i)
+            t += 10
+            i = i + 1
+            tilus.store(row, [0], old + scalar + pair[0] * pair[1])
+
+    out = np.full((4, 4), -1, np.int32)
+    kept(np.zeros(1, np.int32), out, 3)
+    assert out.tolist() == [[10 * k + k + 1 + 10 * k * k] * 4 for k in range(3)] + [[-1] * 4]
+
+
 def test_names_of_both_sides_of_a_branch_live_on() -> None:
     @tilus.kernel
     def merged(out: Tensor[int32, "n"], p: int32):
@@ -253,12 +272,14 @@ def test_views_of_global_tensors() -> None:
         tilus.store(out, [4], tilus.load(x[p, -1], [0], shape=[4]))
         tilus.store(out, [8], tilus.load(x[:, 1, p], [0], shape=[2]))
         tilus.store(out, [10], tilus.full([1], x[1, p, -2], int32))
+        tilus.store(out, [11], tilus.load(x[p, 1:9, 0], [0], shape=[4]))
+        tilus.store(out, [15], tilus.load(x[0, -1, -3:-1], [0], shape=[4]))
 
     x = np.arange(2 * 3 * 4, dtype=np.int32).reshape(2, 3, 4)
     for array in (x, np.ascontiguousarray(x.transpose(2, 0, 1)).transpose(1, 2, 0)):
-        out = np.zeros(11, np.int32)
+        out = np.zeros(19, np.int32)
         views(array, out, 1)
-        expected = [*x[1, 1], *x[1, -1], *x[:, 1, 1], x[1, 1, -2]]
+        expected = [*x[1, 1], *x[1, -1], *x[:, 1, 1], x[1, 1, -2], *x[1, 1:9, 0], 0, 0, *x[0, -1, -3:-1], 0, 0]
         assert out.tolist() == expected
 
 

@@ -136,7 +136,7 @@ FOREIGN = """
 .target sm_80, debug
 .address_size 64
 	/* a comment
-	   of two lines */
+	of two lines */
 .extern .shared .align 16 .b8 buffer[];
 .visible .entry saxpy(
 	.param .u64 .ptr .global .align 16 saxpy_param_0,

@@ -1,4 +1,4 @@
-"""Tiny PTX kernels for the emulator's tests, as text: one instruction applied to arrays, or a body put into a kernel."""
+"""Tiny PTX kernels for the emulator's tests, as text: one instruction on arrays, or a body put into a kernel."""
 
 from __future__ import annotations
 

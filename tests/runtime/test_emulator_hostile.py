@@ -39,7 +39,7 @@ def test_a_warp_barrier_orders_one_warp_but_not_two() -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_a_missing_barrier_is_found_in_every_schedule(seed: int) -> None:
     """A reader that runs ahead of the writer finds uninitialised bytes; one that runs behind finds the race."""
-    with pytest.raises(EmulatorError, match="race|uninitialised"):
+    with pytest.raises(EmulatorError, match=r"race|uninitialised"):
         exchange("", threads=128, seed=seed)
     assert exchange("bar.sync 0;", threads=128, seed=seed).tolist() == list(range(127, -1, -1))
 
@@ -132,7 +132,7 @@ def test_arrive_orders_the_producer_before_the_consumer_only() -> None:
         out = np.zeros(64, np.uint32)
         run_body(body.format(producer=""), out, threads=64, shared=256, seed=seed)
         assert out.tolist() == [0] * 32 + [1] * 32
-        with pytest.raises(EmulatorError, match="race|uninitialised"):
+        with pytest.raises(EmulatorError, match=r"race|uninitialised"):
             run_body(body.format(producer="ld.shared.b32 %r6, [smem+128];"), out, threads=64, shared=256, seed=seed)
 
 
@@ -168,7 +168,8 @@ def test_uninitialised_registers_where_branches_meet() -> None:
 def test_a_register_set_under_a_guard_may_be_read_under_it() -> None:
     out = np.zeros(32, np.uint32)
     run_body(
-        "setp.lt.u32 %p1, %r0, 16;\n@%p1 mov.u32 %r6, 4;\nmad.wide.u32 %d5, %r0, 4, %d0;\n@%p1 st.global.b32 [%d5], %r6;",
+        "setp.lt.u32 %p1, %r0, 16;\n@%p1 mov.u32 %r6, 4;\nmad.wide.u32 %d5, %r0, 4, %d0;\n"
+        "@%p1 st.global.b32 [%d5], %r6;",
         out,
     )
     assert out.tolist() == [4] * 16 + [0] * 16
@@ -257,7 +258,8 @@ def test_an_endless_loop_is_reported() -> None:
 @pytest.mark.parametrize("waiter", [0, 1])
 def test_a_spinning_warp_lets_the_one_it_waits_for_run(waiter: int) -> None:
     body = (
-        f"shr.u32 %r7, %r0, 5;\nsetp.eq.u32 %p1, %r7, {waiter};\n@%p1 bra WAIT;\nred.release.gpu.global.add.u32 [%d0], 1;\n"
+        f"shr.u32 %r7, %r0, 5;\nsetp.eq.u32 %p1, %r7, {waiter};\n@%p1 bra WAIT;\n"
+        f"red.release.gpu.global.add.u32 [%d0], 1;\n"
         "bra END;\nWAIT:\nld.acquire.gpu.global.u32 %r1, [%d0];\nsetp.lt.u32 %p2, %r1, 32;\n@%p2 bra WAIT;\nEND:\n"
     )
     for seed in (None, 0, 1, 2):

@@ -140,7 +140,8 @@ def test_mma_of_fp8(name: str, dtype: Any) -> None:
 
 def test_mma_adds_to_its_accumulator_in_place_and_needs_the_whole_warp() -> None:
     body = (
-        "mov.b32 %r10, 0f00000000;\nmov.b32 %r11, %r10;\nmov.b32 %r12, %r10;\nmov.b32 %r13, %r10;\nmov.b32 %r20, 0x3C003C00;\n"
+        "mov.b32 %r10, 0f00000000;\nmov.b32 %r11, %r10;\nmov.b32 %r12, %r10;\nmov.b32 %r13, %r10;\n"
+        "mov.b32 %r20, 0x3C003C00;\n"
         "mov.u32 %r3, 0;\nLOOP:\n{guard}mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {{%r10, %r11, %r12, %r13}}, "
         "{{%r20, %r20, %r20, %r20}}, {{%r20, %r20}}, {{%r10, %r11, %r12, %r13}};\nadd.u32 %r3, %r3, 1;\n"
         "setp.lt.u32 %p1, %r3, 3;\n@%p1 bra LOOP;\nmad.wide.u32 %d5, %r0, 4, %d0;\nst.global.b32 [%d5], %r13;\n"
@@ -161,7 +162,10 @@ def test_unknown_shapes_and_types_are_refused() -> None:
 
 # ldmatrix: 8 x 8 matrices of 16-bit elements, row r of matrix m at the address of lane 8 m + r.
 FILL = "shl.b32 %r1, %r0, 4;\nmov.u32 %r2, smem;\nadd.u32 %r3, %r2, %r1;\nmad.wide.u32 %d5, %r0, 16, %d1;\n"
-FILL += "ld.global.v4.b32 {%r20, %r21, %r22, %r23}, [%d5];\nst.shared.v4.b32 [%r3], {%r20, %r21, %r22, %r23};\nbar.sync 0;\n"
+FILL += (
+    "ld.global.v4.b32 {%r20, %r21, %r22, %r23}, [%d5];\n"
+    "st.shared.v4.b32 [%r3], {%r20, %r21, %r22, %r23};\nbar.sync 0;\n"
+)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
@@ -192,7 +196,7 @@ def test_ldmatrix_ignores_the_addresses_of_other_lanes() -> None:
     body = FILL + "setp.lt.u32 %p1, %r0, 8;\nselp.b32 %r4, %r3, 1, %p1;\n"
     body += "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r30}, [%r4];\n"
     run_body(body, np.zeros(1, np.uint32), np.zeros((32, 8), np.uint16), shared=512)
-    with pytest.raises(EmulatorError, match="misaligned access .not a multiple of 16"):
+    with pytest.raises(EmulatorError, match=r"misaligned access .not a multiple of 16"):
         run_body(body.replace("0, 8", "0, 7"), np.zeros(1, np.uint32), np.zeros((32, 8), np.uint16), shared=512)
 
 

@@ -26,7 +26,9 @@ def test_narrow_loads_extend_to_their_register(load: str, want: int) -> None:
 
 def test_signed_loads_extend_to_64_bits() -> None:
     out = np.zeros(2, np.int64)
-    run_body("ld.global.s32 %d5, [%d1];\nst.global.b64 [%d0], %d5;\nld.global.s8 %d6, [%d1+4];\nst.global.b64 [%d0+8], %d6;",
+    run_body(
+        "ld.global.s32 %d5, [%d1];\nst.global.b64 [%d0], %d5;\nld.global.s8 %d6, [%d1+4];\n"
+        "st.global.b64 [%d0+8], %d6;",
              out, np.array([-5, 200], np.int32), threads=1)  # fmt: skip
     assert out.tolist() == [-5, -56]
 
@@ -43,7 +45,8 @@ def test_vector_loads_and_stores_keep_the_order(count: int, nbits: int) -> None:
     out = np.zeros_like(source)
     run_body(
         f"mad.wide.u32 %d5, %r0, {size}, %d1;\nmad.wide.u32 %d6, %r0, {size}, %d0;\n"
-        f"ld.global.nc.L1::no_allocate.v{count}.b{nbits} {registers}, [%d5];\nst.global.cs.v{count}.b{nbits} [%d6], {reverse};",
+        f"ld.global.nc.L1::no_allocate.v{count}.b{nbits} {registers}, [%d5];\n"
+        f"st.global.cs.v{count}.b{nbits} [%d6], {reverse};",
         out, source,
     )  # fmt: skip
     assert out.tolist() == source.reshape(-1, count)[:, ::-1].reshape(-1).tolist()
@@ -101,10 +104,19 @@ def atomic(operation: str, initial: Any, values: Any, *, shared: bool, third: st
     size = values.dtype.itemsize
     letter = {2: "h", 4: "r", 8: "d"}[size]
     old = np.zeros_like(values)
-    body = f"mad.wide.u32 %d5, %r0, {size}, %d2;\nmad.wide.u32 %d6, %r0, {size}, %d1;\nld.global.b{size * 8} %{letter}20, [%d5];\n"
+    body = (
+        f"mad.wide.u32 %d5, %r0, {size}, %d2;\nmad.wide.u32 %d6, %r0, {size}, %d1;\n"
+        f"ld.global.b{size * 8} %{letter}20, [%d5];\n"
+    )
     if shared:
-        body += f"setp.eq.u32 %p1, %r0, 0;\nld.global.b{size * 8} %{letter}21, [%d0];\n@%p1 st.shared.b{size * 8} [smem], %{letter}21;\nbar.sync 0;\n"
-        body += f"atom.shared.{operation} %{letter}22, [smem], %{letter}20{third};\nbar.sync 0;\nld.shared.b{size * 8} %{letter}23, [smem];\n@%p1 st.global.b{size * 8} [%d0], %{letter}23;\n"
+        body += (
+            f"setp.eq.u32 %p1, %r0, 0;\nld.global.b{size * 8} %{letter}21, [%d0];\n"
+            f"@%p1 st.shared.b{size * 8} [smem], %{letter}21;\nbar.sync 0;\n"
+        )
+        body += (
+            f"atom.shared.{operation} %{letter}22, [smem], %{letter}20{third};\nbar.sync 0;\n"
+            f"ld.shared.b{size * 8} %{letter}23, [smem];\n@%p1 st.global.b{size * 8} [%d0], %{letter}23;\n"
+        )
     else:
         body += f"atom.global.{operation} %{letter}22, [%d0], %{letter}20{third};\n"
     body += f"st.global.b{size * 8} [%d6], %{letter}22;\n"
@@ -169,8 +181,8 @@ def test_reductions_and_vector_reductions() -> None:
 
 def test_an_atomic_does_not_excuse_a_plain_access() -> None:
     body = (
-        "setp.eq.u32 %p1, %r0, 0;\n@%p1 st.shared.b32 [smem], 0;\nbar.sync 0;\nred.shared.add.u32 [smem], 1;\n{}ld.shared.b32 %r6, [smem];\n"
-        + TO_OUT
+        "setp.eq.u32 %p1, %r0, 0;\n@%p1 st.shared.b32 [smem], 0;\nbar.sync 0;\n"
+        "red.shared.add.u32 [smem], 1;\n{}ld.shared.b32 %r6, [smem];\n" + TO_OUT
     )
     out = np.zeros(64, np.uint32)
     run_body(body.format("bar.sync 0;\n"), out, threads=64, shared=16)
@@ -236,7 +248,7 @@ def test_other_threads_need_a_barrier_after_the_wait() -> None:
 
 def test_nobody_writes_to_the_target_of_a_copy_in_flight() -> None:
     body = COPY + "cp.async.cg.shared.global [%r3], [%d5], 16;\n{}st.shared.b32 [%r3], 1;\ncp.async.wait_all;\n"
-    with pytest.raises(RaceError, match="writes shared memory.*in flight"):
+    with pytest.raises(RaceError, match=r"writes shared memory.*in flight"):
         run_body(body.format(""), np.zeros(32, np.uint32), SOURCE, shared=512)
     run_body(body.format("cp.async.wait_all;\n"), np.zeros(32, np.uint32), SOURCE, shared=512)
 
@@ -259,8 +271,10 @@ def test_source_size_fills_the_rest_with_zeros(nbytes: int) -> None:
     out, source = np.zeros((32, 4), np.uint32), np.arange(1, 32 * 16 + 1, dtype=np.uint8)[: 31 * 16 + 3]
     body = (
         f"shl.b32 %r1, %r0, 4;\nmov.u32 %r2, smem;\nadd.u32 %r3, %r2, %r1;\nmad.wide.u32 %d5, %r0, 16, %d1;\n"
-        f"setp.eq.u32 %p1, %r0, 31;\nselp.u32 %r7, 3, {nbytes}, %p1;\nsetp.eq.u32 %p2, %r0, 5;\nselp.u32 %r7, 0, %r7, %p2;\n"
-        f"st.shared.v4.b32 [%r3], {{0, 0, 0, 0}};\ncp.async.ca.shared.global [%r3], [%d5], {nbytes}, %r7;\ncp.async.wait_all;\n"
+        f"setp.eq.u32 %p1, %r0, 31;\nselp.u32 %r7, 3, {nbytes}, %p1;\nsetp.eq.u32 %p2, %r0, 5;\n"
+        f"selp.u32 %r7, 0, %r7, %p2;\n"
+        f"st.shared.v4.b32 [%r3], {{0, 0, 0, 0}};\n"
+        f"cp.async.ca.shared.global [%r3], [%d5], {nbytes}, %r7;\ncp.async.wait_all;\n"
         "ld.shared.v4.b32 {%r20, %r21, %r22, %r23}, [%r3];\nmad.wide.u32 %d6, %r0, 16, %d0;\n"
         "st.global.v4.b32 [%d6], {%r20, %r21, %r22, %r23};\n"
     )

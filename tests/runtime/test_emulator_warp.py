@@ -32,7 +32,8 @@ def test_shuffles_follow_the_pseudo_code(mode: str, width: int) -> None:
     for b in (0, 1, 2, 5, 16, 31):
         out = np.zeros((64, 2), np.uint32)
         run_body(
-            f"mul.lo.u32 %r1, %r0, 10;\nshfl.sync.{mode}.b32 %r6|%p1, %r1, {b}, {clamp}, -1;\nselp.u32 %r7, 1, 0, %p1;\n"
+            f"mul.lo.u32 %r1, %r0, 10;\nshfl.sync.{mode}.b32 %r6|%p1, %r1, {b}, {clamp}, -1;\n"
+            f"selp.u32 %r7, 1, 0, %p1;\n"
             "mad.wide.u32 %d5, %r0, 8, %d0;\nst.global.v2.b32 [%d5], {%r6, %r7};", out, threads=64,
         )  # fmt: skip
         for thread in range(64):
@@ -49,8 +50,8 @@ def test_a_shuffle_with_a_lane_per_thread() -> None:
 def test_a_shuffle_within_a_divergent_half() -> None:
     """The member mask names the lanes that take part; a lane outside of it, or one that is missing, is an error."""
     body = (
-        "mov.u32 %r6, 0;\nsetp.lt.u32 %p1, %r0, 16;\n@!%p1 bra END;\nshfl.sync.bfly.b32 %r6, %r0, {b}, 31, {mask};\nEND:\n"
-        + TO_OUT
+        "mov.u32 %r6, 0;\nsetp.lt.u32 %p1, %r0, 16;\n@!%p1 bra END;\n"
+        "shfl.sync.bfly.b32 %r6, %r0, {b}, 31, {mask};\nEND:\n" + TO_OUT
     )
     out = np.zeros(32, np.uint32)
     run_body(body.format(b=1, mask=0xFFFF), out)
@@ -158,7 +159,8 @@ def test_every_seed_gives_the_same_results_and_different_orders() -> None:
         "mov.u32 %r8, %ctaid.x;\nmad.lo.u32 %r9, %r8, 128, %r0;\nshl.b32 %r1, %r0, 2;\nmov.u32 %r2, smem;\n"
         "add.u32 %r3, %r2, %r1;\nst.shared.b32 [%r3], %r9;\nmov.u32 %r4, 64;\nLOOP:\nbar.sync 0;\n"
         "setp.lt.u32 %p1, %r0, %r4;\nshl.b32 %r5, %r4, 2;\nadd.u32 %r5, %r3, %r5;\n@%p1 ld.shared.b32 %r6, [%r5];\n"
-        "@%p1 ld.shared.b32 %r7, [%r3];\n@%p1 add.u32 %r6, %r6, %r7;\n{}@%p1 st.shared.b32 [%r3], %r6;\nshr.u32 %r4, %r4, 1;\n"
+        "@%p1 ld.shared.b32 %r7, [%r3];\n@%p1 add.u32 %r6, %r6, %r7;\n{}@%p1 st.shared.b32 [%r3], %r6;\n"
+        "shr.u32 %r4, %r4, 1;\n"
         "setp.ne.u32 %p2, %r4, 0;\n@%p2 bra LOOP;\nsetp.eq.u32 %p3, %r0, 0;\nmad.wide.u32 %d5, %r8, 4, %d0;\n"
         "@%p3 st.global.b32 [%d5], %r6;\n"
     )

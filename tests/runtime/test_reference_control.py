@@ -83,11 +83,41 @@ PROGRAMS = st.lists(statements(3), min_size=1, max_size=5).map(lambda stmts: Seq
 INITIAL = Seq((*(SetScalar(v, const(i)) for i, v in enumerate((*SCALARS, FUEL))), Inst(Fill(STATE, const(0))), SAVE))
 
 
-@settings(max_examples=200)
+@settings(max_examples=120)
 @given(PROGRAMS, GRIDS, st.sampled_from([1, 40, 1 << 20]))
 def test_lock_step_is_every_block_alone(program: Stmt, grid: tuple[int, int, int], max_chunk_nbytes: int) -> None:
     found = np.full((*grid, 2), -1, np.int64)
     run_reference(function(INITIAL, program, params=(OUT,)), {"out": found}, grid, max_chunk_nbytes=max_chunk_nbytes)
+    for block in blocks(grid):
+        oracle = Oracle(block, grid)
+        oracle.start(Seq((INITIAL, program)))
+        assert found[block].tolist() == oracle.tiles[STATE]
+
+
+@pytest.mark.parametrize("outer", [Break, Continue, Return])
+@pytest.mark.parametrize("inner", [Break, Continue, Return])
+@pytest.mark.parametrize("loop", [For, While])
+def test_leaving_nested_loops(outer: type[Stmt], inner: type[Stmt], loop: type[Stmt]) -> None:
+    """Some blocks leave the outer loop before, some the inner loop within, in different iterations."""
+    i, j, grid = Var("i", int32), SCALARS[0], (4, 3, 1)
+
+    def leave_at(kind: type[Stmt], index: Expr, axis: int) -> Stmt:
+        return If(binary("==", index, BlockId(axis)), kind(), EMPTY)
+
+    def mix(value: Expr) -> Stmt:
+        return Seq((Inst(Mix(STATE, STATE, value)), SAVE))
+
+    if loop is For:
+        k = Var("k", int32)
+        nested: Stmt = For(k, const(0), const(4), 1, Seq((leave_at(inner, k, 1), mix(k))))
+    else:
+        step = SetScalar(j, binary("+", j, 1))
+        nested = Seq((
+            SetScalar(j, const(-1)), While(binary("<", j, 3), Seq((step, leave_at(inner, j, 1), mix(j))))
+        ))  # fmt: skip
+    program = Seq((For(i, const(0), const(5), 1, Seq((leave_at(outer, i, 0), nested, mix(i)))), mix(const(7))))
+    found = np.full((*grid, 2), -1, np.int64)
+    run_reference(function(INITIAL, program, params=(OUT,)), {"out": found}, grid)
     for block in blocks(grid):
         oracle = Oracle(block, grid)
         oracle.start(Seq((INITIAL, program)))

@@ -406,3 +406,29 @@ def test_views_of_a_block_are_its_own_in_every_chunk(count: int, max_chunk_nbyte
     data, found = np.arange(2 * count, dtype=np.int32).reshape(count, 2), np.zeros((count, 2), np.int32)
     run_reference(fn, {"mem": data, "out": found}, (count, 1, 1), max_chunk_nbytes=max_chunk_nbytes)
     np.testing.assert_array_equal(found, data)
+
+
+@pytest.mark.parametrize("dims", [(0, 1), (1, 0), (0,), (1,)])
+@pytest.mark.parametrize("step", [0, 1, 2, -3])
+def test_every_overlap_of_a_tile_with_an_edge(dims: tuple[int, ...], step: int) -> None:
+    """A [4, 5] tensor and tiles that begin anywhere around it, in blocks along x that move by `step` rows.
+
+    All blocks along y write the same place: the last one's values stay.
+    """
+    grid, shape, tile = (3, 2, 1), (4, 5), (2, 3)[: len(dims)]
+    numbers = np.arange(1, 1 + math.prod((*grid, *tile)), dtype=np.float32).reshape(*grid, *tile)
+    mem, t = tensor("mem", f32, shape), RegisterTensor(f32, tile)
+    for row, column in itertools.product(range(-4, 6), range(-4, 7)):
+        offsets = (binary("+", binary("*", X, step), row), const(column))
+        access = (shape, offsets, tile, dims)
+        before = np.arange(100, 120, dtype=np.float32).reshape(shape)
+        seen: list[npt.NDArray[Any]] = []
+        run_reference(function(Load(t, mem, offsets, dims), Probe(t, grid, seen), params=(mem,)), {"mem": before}, grid)
+        stored, expected = before.copy(), before.copy()
+        run_reference(function(Give(t, numbers), Store(mem, t, offsets, dims), params=(mem,)), {"mem": stored}, grid)
+        for block in blocks(grid):
+            for index, position, inside in elements(access, block):
+                assert seen[0][block + index] == (before[position] if inside else 0)
+                if inside:
+                    expected[position] = numbers[block + index]
+        np.testing.assert_array_equal(stored, expected)

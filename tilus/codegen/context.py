@@ -51,12 +51,20 @@ class Note:
 
 @dataclass(frozen=True)
 class SharedSite:
-    """One access to shared memory as the report wants to judge it: `size` elements a thread and instruction."""
+    """One access of a tile to shared memory, as the report wants to judge it.
 
+    layout: which thread moves which element. dims: the tensor dims that the tile's axes run along. size: elements that one
+    thread moves at once. rows_of_16_bytes: the warp reads 8x8 matrices by rows (ldmatrix), not each thread its own elements.
+    """
+
+    mnemonic: str
     tensor: SharedTensor
     layout: RegisterLayout
+    offsets: tuple[Expr, ...]
     dims: tuple[int, ...]
     size: int
+    loc: Loc | None
+    rows_of_16_bytes: bool = False
 
 
 @dataclass
@@ -76,7 +84,7 @@ class EmitContext:
     read_only: frozenset[Var]
     tiles: dict[RegisterTensor, list[Reg]] = field(default_factory=dict[RegisterTensor, list[Reg]])
     notes: list[Note] = field(default_factory=list[Note])
-    shared_sites: list[tuple[SharedSite, Loc | None]] = field(default_factory=list)
+    shared_sites: list[SharedSite] = field(default_factory=list[SharedSite])
 
     # Tiles.
 
@@ -386,9 +394,14 @@ class EmitContext:
     def guard(self, pred: Reg | None) -> Guard | None:
         return None if pred is None else Guard(pred)
 
-    def note_shared(self, site: SharedSite) -> None:
-        """Remember an access to shared memory for the count of bank conflicts."""
-        self.shared_sites.append((site, self.b.loc))
+    def note_shared(
+        self, inst: Instruction, tensor: SharedTensor, layout: RegisterLayout, offsets: tuple[Expr, ...],
+        dims: tuple[int, ...], size: int, rows_of_16_bytes: bool = False,
+    ) -> None:  # fmt: skip
+        """Remember an access to shared memory for the count of bank conflicts (see SharedSite)."""
+        self.shared_sites.append(
+            SharedSite(inst.mnemonic, tensor, layout, offsets, dims, size, self.b.loc, rows_of_16_bytes)
+        )
 
     def note(self, inst: Instruction, text: str) -> None:
         """A line for the report, with the user's position."""

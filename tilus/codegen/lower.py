@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tilus.codegen.context import SHARED_SYMBOL, EmitContext, Note
+from tilus.codegen.context import SHARED_SYMBOL, EmitContext, Note, SharedSite
 from tilus.codegen.linear import materialize
 from tilus.codegen.scalar import ScalarLowering
 from tilus.codegen.shared_plan import SharedPlan, plan_shared
@@ -30,6 +30,7 @@ class Lowered:
     shared_nbytes: int
     dynamic_shared: bool
     notes: tuple[Note, ...]
+    shared_sites: tuple[SharedSite, ...]
 
 
 def lower(function: Function, target: Target) -> Lowered:
@@ -60,7 +61,7 @@ def lower(function: Function, target: Target) -> Lowered:
         num_threads=function.num_threads,
         min_blocks_per_sm=function.blocks_per_sm,
     )
-    return Lowered(Module(target, (kernel,)), plan.nbytes, dynamic, tuple(ctx.notes))
+    return Lowered(Module(target, (kernel,)), plan.nbytes, dynamic, tuple(ctx.notes), tuple(ctx.shared_sites))
 
 
 def _check_limits(function: Function, plan: SharedPlan, target: Target) -> None:

@@ -89,6 +89,7 @@ class CopyAsync(Instruction):
                 operands.append(ctx.b.pure("selp.b32", Imm(nbytes), Imm(0), inside))
             ctx.b.emit_to(f"cp.async.{cache}.shared.global", *operands, guard=ctx.guard(owner))
         ctx.note(self, f"copy_async {self.src.name}: {vectors_note(self.src.dtype, size, layout.num_locals)}")
+        ctx.note_shared(self, self.dst, layout, self.dst_offsets, self.dst_dims, size)
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tilus.codegen.access import shared_vector_size, vectors
-from tilus.codegen.context import EmitContext, SharedSite
+from tilus.codegen.context import EmitContext
 from tilus.codegen.linear import Linear, of_const
 from tilus.dtypes import DataType
 from tilus.errors import TilusError
@@ -106,7 +106,7 @@ class LoadShared(Instruction):
             address = ctx.shared_address(self.src, starts(vector.slot))
             pieces += load_vector(ctx, "ld.shared", self.src.dtype, size, address, None)
         ctx.note(self, f"shared load {self.src.name}: {vectors_note(self.src.dtype, size, layout.num_locals)}")
-        ctx.note_shared(SharedSite(self.src, layout, self.dims, size))
+        ctx.note_shared(self, self.src, layout, self.offsets, self.dims, size)
         ctx.define(self.out, assemble(ctx, self.src.dtype, size, pieces))
 
 
@@ -142,7 +142,7 @@ class StoreShared(Instruction):
             address = ctx.shared_address(self.dst, starts(vector.slot))
             store_vector(ctx, "st.shared", self.dst.dtype, vector.slot, size, address, words, owner)
         ctx.note(self, f"shared store {self.dst.name}: {vectors_note(self.dst.dtype, size, layout.num_locals)}")
-        ctx.note_shared(SharedSite(self.dst, layout, self.dims, size))
+        ctx.note_shared(self, self.dst, layout, self.offsets, self.dims, size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,6 +180,7 @@ class LdMatrix(Instruction):
             count = next(c for c in (4, 2, 1) if _is_grid(starts[len(regs) : len(regs) + c], c))
             regs += self._load(ctx, layout, starts[len(regs) : len(regs) + count])
         ctx.note(self, f"ldmatrix {self.src.name}: {words} matrices per warp{', transposed' if self.trans else ''}")
+        ctx.note_shared(self, self.src, layout, self.offsets, self.dims, per_word, rows_of_16_bytes=True)
         ctx.define(self.out, regs)
 
     def _load(self, ctx: EmitContext, layout: RegisterLayout, starts: list[list[int]]) -> list[Reg]:

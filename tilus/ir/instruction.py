@@ -66,11 +66,11 @@ class Instruction:
 
     @property
     def results(self) -> tuple[RegisterTensor | Var, ...]:
-        return tuple(v for name, v in self.fields() if _is_out(name) and isinstance(v, (RegisterTensor, Var)))
+        return tuple(v for name, v in self.fields() if is_out(name) and isinstance(v, (RegisterTensor, Var)))
 
     @property
     def operands(self) -> tuple[Tensor, ...]:
-        return tuple(t for name, value in self.fields() if not _is_out(name) for t in _tensors(value))
+        return tuple(t for name, value in self.fields() if not is_out(name) for t in _tensors(value))
 
     @property
     def register_operands(self) -> tuple[RegisterTensor, ...]:
@@ -83,7 +83,7 @@ class Instruction:
     @property
     def scalars(self) -> tuple[Expr, ...]:
         """Scalar expressions that the instruction reads."""
-        return tuple(e for name, value in self.fields() if not _is_out(name) for e in _exprs(value))
+        return tuple(e for name, value in self.fields() if not is_out(name) for e in _exprs(value))
 
     def replace(self, tensors: Mapping[Tensor, Tensor], exprs: Mapping[Expr, Expr] | None = None) -> Self:
         """The same instruction over other tensors (and substituted scalars); `self` when nothing changes."""
@@ -135,7 +135,8 @@ class Instruction:
         raise NotImplementedError(f"{type(self).__name__}.emit")
 
 
-def _is_out(name: str) -> bool:
+def is_out(name: str) -> bool:
+    """Whether a field of this name is a result."""
     return name == "out" or name.startswith("out_")
 
 

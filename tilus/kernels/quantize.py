@@ -95,7 +95,7 @@ class QuantizedWeight:
 
 
 def pack(
-    codes: Any, scales: Any, *, dtype: DataType, mins: Any | None = None, group: int | None = None
+    codes: Any, scales: Any, dtype: DataType, mins: Any | None = None, *, group: int | None = None
 ) -> QuantizedWeight:
     """Pack a weight for `linear`.
 

@@ -112,11 +112,16 @@ def _variable(name: str, size: Size) -> Expr:
     return Var(name, int32, 0, MAX_EXTENT, size.multiple_of)
 
 
-def assumed_facts(signature: Signature, dtypes: Mapping[str, Any]) -> tuple[TensorFacts | None, ...]:
-    """Facts for looking at a kernel without arguments: aligned, contiguous, and all sizes multiples of 16.
+def assumed_facts(
+    signature: Signature, dtypes: Mapping[str, Any], sizes: Mapping[str, Any]
+) -> tuple[TensorFacts | None, ...]:
+    """Facts for looking at a kernel without arguments: aligned, contiguous, and all sizes multiples of 16 except those given.
 
-    Raises: TilusError when a dtype name has no value.
+    Raises: TilusError when a dtype name has no value, or a size is none.
     """
+    for name, size in sizes.items():
+        if type(size) is not int or not 0 < size <= MAX_EXTENT:
+            raise TilusError(f"the size of dim {name!r} is {size!r}, expected an int from 1 to {MAX_EXTENT}")
     result: list[TensorFacts | None] = []
     for parameter in signature.tensors:
         dtype = parameter.type.dtype
@@ -128,6 +133,6 @@ def assumed_facts(signature: Signature, dtypes: Mapping[str, Any]) -> tuple[Tens
                     hint=f"give it by name: {dtype}=tilus.uint4",
                 )
             dtype = dtypes[dtype]
-        dims = tuple(Size(None, MAX_DIVISOR) for _ in parameter.type.dims)
+        dims = tuple(Size(sizes.get(str(dim)), MAX_DIVISOR) for dim in parameter.type.dims)
         result.append(None if parameter.optional else TensorFacts(dtype, MAX_DIVISOR, dims, (None,) * len(dims)))
     return tuple(result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,19 +13,37 @@ from typing import Any
 from tilus.errors import Loc, TilusError
 from tilus.ir.builder import IRBuilder
 from tilus.ir.expr import Expr
-from tilus.ir.stmt import Stmt
+from tilus.ir.stmt import Seq, Stmt
+from tilus.ir.tensor import RegisterTensor, SharedTensor, Tensor
+from tilus.ir.visit import instructions, replace, seq
 from tilus.lang.source import Source
 from tilus.lang.storage import Storage
 from tilus.lang.values import LocalFunction, Value, close_matches
 
 
 class KernelBuilder(IRBuilder):
-    """The builder of a whole kernel: it knows the launch grid, and that nothing may come before it."""
+    """The builder of a whole kernel: it knows the launch grid, that nothing may come before it, and the user's names."""
 
     def __init__(self) -> None:
         super().__init__()
         self.grid: tuple[Expr, ...] | None = None
         self.blocks_per_sm: int | None = None
+        self._user_names: dict[Tensor, str] = {}
+
+    def name(self, value: object, name: str) -> None:
+        """Remember the first variable that a tile or shared tensor is bound to: `body` names it so."""
+        if isinstance(value, SharedTensor) or (isinstance(value, RegisterTensor) and not value.mutable):
+            self._user_names.setdefault(value, name)
+
+    def body(self) -> Seq:
+        """The statements, with tensors called as the user calls them."""
+        body = super().body()
+        named: dict[Tensor, Tensor] = {}
+        for stmt in instructions(body):
+            for tensor in (*stmt.inst.register_results, *stmt.inst.operands):
+                if tensor in self._user_names and tensor not in named:
+                    named[tensor] = dataclasses.replace(tensor, name=self.fresh(self._user_names[tensor]))
+        return seq(replace(body, named)) if named else body
 
     def append(self, stmt: Stmt) -> None:
         if self.grid is None:

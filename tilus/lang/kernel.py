@@ -45,8 +45,9 @@ class Specialization:
 class Kernel:
     """A GPU kernel. Calling it launches it; `ir`, `ptx` and `report` show what it is compiled to.
 
-    Without arrays these show the kernel for aligned contiguous tensors whose sizes are multiples of 16; dtype names and
-    Const parameters are given by keyword. With arguments as for a call they show what that call would run.
+    Without arrays these show the kernel for aligned contiguous tensors whose sizes are multiples of 16; dtype names,
+    Const parameters and dims of a known size are given by keyword. With arguments as for a call they show what that call
+    would run.
     """
 
     def __init__(self, function: FunctionType, names: Mapping[str, object]) -> None:
@@ -94,6 +95,8 @@ class Kernel:
         dtypes = {p.type.dtype for p in self.signature.tensors if isinstance(p.type.dtype, str)}
         consts = {p.name: kwargs.pop(p.name, p.default) for p in self.signature.consts}
         names = {name: kwargs.pop(name) for name in dtypes & kwargs.keys()}
+        dims = {d for p in self.signature.tensors for d in p.type.dims if isinstance(d, str)} - consts.keys()
+        sizes = {name: kwargs.pop(name) for name in dims & kwargs.keys()}
         missing = [name for name, value in consts.items() if value is inspect.Parameter.empty]
         if missing or kwargs:
             what = (
@@ -102,7 +105,7 @@ class Kernel:
             raise TilusError(f"{self.signature.name}: {what}", loc=self.signature.loc, hint=self._usage())
         binder = Binder(self.signature, consts)
         key = tuple(typed(binder.const(p)) for p in self.signature.consts)
-        return self.specialization(Specification(assumed_facts(self.signature, {**names, **consts}), key), consts)
+        return self.specialization(Specification(assumed_facts(self.signature, {**names, **consts}, sizes), key), consts)
 
     def ir(self, *args: Any, after: str | None = None, **kwargs: Any) -> Function:
         """The IR as translated, or after a pass of tilus.transforms."""
@@ -118,9 +121,10 @@ class Kernel:
         return self._compiled(args, target, kwargs).ptx
 
     def report(self, *args: Any, target: Target | str = DEFAULT_TARGET, **kwargs: Any) -> str:
-        """What code generation chose, a line for each instruction that has something to say."""
-        notes = self._compiled(args, target, kwargs).lowered.notes
-        return "\n".join(f"{note.loc or '?'}: {note.text}" for note in notes)
+        """Registers, memory accesses, bank conflicts, layouts, conversions and instruction mix (see tilus.report)."""
+        from tilus.report import make_report
+
+        return make_report(self._compiled(args, target, kwargs)).render()
 
     def _compiled(self, args: Any, target: Target | str, kwargs: Any) -> Compiled:
         from tilus.compiler import compile_function

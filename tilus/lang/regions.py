@@ -116,6 +116,7 @@ def bind(frame: Frame, name: str, value: Value) -> None:
         _write(frame, frame.scope, name, binding, value)
         return
     kept = frame.storage.snapshot(value, name)
+    frame.builder.name(kept, name)
     frame.scope.names[name] = Binding(kept, frame.translation.level)
     frame.scope.lost.pop(name, None)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,13 +15,13 @@ from tilus.dtypes import DataType, boolean
 from tilus.errors import TilusError
 from tilus.ir.expr import Expr, Number, Var, evaluate
 from tilus.ir.function import Function, ScalarParam, TensorParam
+from tilus.runtime.launch_times import Run, watched
 from tilus.target import DEFAULT_TARGET, Target
 
 if TYPE_CHECKING:
     from tilus.lang.arguments import Array
     from tilus.lang.binding import Call
 
-Run = Callable[[Sequence[int], Sequence[Any], Sequence[Any]], None]
 Grid = tuple[int, int, int]
 
 
@@ -32,11 +32,8 @@ def prepare(call: Call) -> Run:
     """
     function = call.specialization.function
     device = _device(call)
-    if device == "reference":
-        return _reference(function, call)
-    if device == "emulator":
-        return _emulator(function, call)
-    return _cuda(function, call)
+    ways = {"reference": _reference, "emulator": _emulator, "cuda": _cuda}
+    return watched(function.name, device, ways[device](function, call))
 
 
 def _device(call: Call) -> str:

@@ -114,7 +114,9 @@ class Site:
                 return self._typed(self.row(operand), type_name)
             case Special(name):
                 if self.name != "mov":
-                    raise self.fault(f"special register {name} as an operand of {self.name}", hint="read it with mov first")
+                    raise self.fault(
+                        f"special register {name} as operand of {self.name}", hint="read it with mov first"
+                    )
                 if name not in self.machine.special:
                     raise self.unsupported(f"special register {name}")
                 return self._typed(self.machine.special[name], type_name)

@@ -25,8 +25,8 @@ from tilus.runtime.reference.control import Runner, compile_body
 from tilus.runtime.reference.scalars import Compiled, compile_scalar
 from tilus.runtime.reference.state import BlockState, TileType
 
-# Tiles of this size stay in a core's second-level cache while a few instructions pass over them.
-MAX_CHUNK_NBYTES = 1 << 19
+# Large enough that numpy's loops, during which other threads run, outweigh Python's time between them.
+MAX_CHUNK_NBYTES = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -93,18 +93,26 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 @cache
 def _cpu_count() -> int:
-    return len(os.sched_getaffinity(0))
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _chunks(grid: Extents, max_blocks: int) -> Iterator[tuple[Extents, Extents]]:
     """First block and extents of each part of the grid; every part is a range of the block order (x slowest)."""
     if 0 in grid:
         return
-    z = min(grid[2], max_blocks)
-    y = min(grid[1], max(1, max_blocks // grid[2]))
-    x = min(grid[0], max(1, max_blocks // (grid[2] * grid[1])))
+    z = _even(grid[2], max_blocks)
+    y = _even(grid[1], max_blocks // grid[2])
+    x = _even(grid[0], max_blocks // (grid[2] * grid[1]))
     for first in itertools.product(range(0, grid[0], x), range(0, grid[1], y), range(0, grid[2], z)):
         yield first, (min(x, grid[0] - first[0]), min(y, grid[1] - first[1]), min(z, grid[2] - first[2]))
+
+
+def _even(count: int, most: int) -> int:
+    """The size, at most `most` (or 1), of the fewest and most equal parts of `count`."""
+    parts = -(-count // max(1, most))
+    return -(-count // parts)
 
 
 def _compile(fn: Function) -> Program:
@@ -134,7 +142,7 @@ def _compile(fn: Function) -> Program:
         written=frozenset(written),
         ordered=ordered,
         tiles=tiles,
-        tile_nbytes=max((math.prod(shape) * dtype.itemsize for shape, dtype in tiles.values()), default=1),
+        tile_nbytes=max([1, *(math.prod(shape) * dtype.itemsize for shape, dtype in tiles.values())]),
     )
 
 

@@ -1,0 +1,254 @@
+"""The command line: `tilus compile`, `tilus run`, `tilus layout` and `tilus doctor`.
+
+A user's mistake is shown with its line and a way out, and the exit status is 1; a wrong command line gives 2. `--traceback`
+shows the compiler's own frames as well.
+"""
+
+from __future__ import annotations
+
+import ast
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tilus import config
+from tilus.errors import TilusError
+from tilus.target import DEFAULT_TARGET, TARGETS
+
+FORMS = ("ir", "ptx", "cubin", "sass")
+TEXT_FORM = ".tilus"
+_DEVICES = tuple(device for device in config.DEVICES if device != "auto")
+
+
+class _Command(click.Command):
+    """A command that prints a TilusError without traceback, unless --traceback asks for it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(click.Option(["--traceback"], is_flag=True, help="Show where in tilus an error was raised."))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        wants_traceback = ctx.params.pop("traceback")
+        try:
+            return super().invoke(ctx)
+        except TilusError as error:
+            if wants_traceback:
+                raise
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(1)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="tilus")
+def main() -> None:
+    """GPU kernels for any bit width: compile them, run them, look at their layouts."""
+
+
+@main.command("compile", cls=_Command)
+@click.argument("source", metavar="FILE.py[:KERNEL] | FILE.tilus")
+@click.option("--emit", type=click.Choice(FORMS), help="What to write (default: ptx, nothing with --report alone).")
+@click.option("--target", default=DEFAULT_TARGET.name, show_default=True, help=f"One of {', '.join(TARGETS)}.")
+@click.option(
+    "-D", "definitions", multiple=True, metavar="NAME=VALUE",
+    help="A compile-time argument, a dtype (-D wdtype=uint4) or the size of a dim (-D k=4096).",
+)  # fmt: skip
+@click.option("-o", "output", type=click.Path(path_type=Path, dir_okay=False), help="Write to a file.")
+@click.option("--report", "wants_report", is_flag=True, help="Registers, accesses, bank conflicts, layouts, SASS.")
+@click.option("--after", metavar="PASS", help="With --emit ir: the IR after this pass (default: before all passes).")
+@click.option("--dump", type=click.Path(path_type=Path, file_okay=False), help="Write every stage into this directory.")
+@click.option("--allow-spills", is_flag=True, help="Let a kernel keep registers in local memory.")
+def compile_command(
+    source: str, emit: str | None, target: str, definitions: tuple[str, ...], output: Path | None, wants_report: bool,
+    after: str | None, dump: Path | None, allow_spills: bool,
+) -> None:  # fmt: skip
+    """Compile a kernel; no GPU, driver or CUDA toolkit is needed.
+
+    Sizes that are not given with -D are unknown multiples of 16; tensors are contiguous and aligned.
+    """
+    from tilus.compiler import compile_function
+    from tilus.dump import Dump
+    from tilus.target import get_target
+
+    form = emit or (None if wants_report else "ptx")
+    if after is not None and form != "ir":
+        raise click.UsageError("--after goes with --emit ir")
+    if form == "cubin" and output is None:
+        raise click.UsageError("--emit cubin writes machine code: give a file with -o")
+    chosen = get_target(target)
+    function = _read_function(source, definitions)
+    if form == "ir" and not wants_report and dump is None:
+        _write(_ir_text(function, chosen, after), output)
+        return
+    compiled = compile_function(function, chosen, Dump(dump) if dump else None)
+    if dump:
+        _dump_machine_code(compiled, Dump(dump))
+    if form is not None:
+        text = _ir_text(function, chosen, after) if form == "ir" else _product(compiled, form, allow_spills)
+        _write(text, output)
+    if wants_report:
+        from tilus.report import make_report
+
+        click.echo(make_report(compiled).render(), err=form is not None and output is None)
+
+
+@main.command("run", cls=_Command, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.option("--device", type=click.Choice(_DEVICES), help="Where kernels run (default: by their arguments).")
+@click.option("--time", "wants_times", is_flag=True, help="Print how long the launches of each kernel took.")
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("args", nargs=-1, type=click.UNPROCESSED)
+def run_command(device: str | None, wants_times: bool, file: Path, args: tuple[str, ...]) -> None:
+    """Run a Python program whose kernels are launched on a device."""
+    import os
+
+    from tilus.runtime import launch_times
+
+    if device is not None:
+        os.environ["TILUS_DEVICE"] = device
+    sys.argv = [str(file), *args]
+    sys.path.insert(0, str(file.parent))
+    if not wants_times:
+        runpy.run_path(str(file), run_name="__main__")
+        return
+    with launch_times.recording() as times:
+        try:
+            runpy.run_path(str(file), run_name="__main__")
+        finally:
+            click.echo(launch_times.render(times), err=True)
+
+
+@main.command("layout", cls=_Command)
+@click.argument("expression")
+@click.option("--svg", "picture", type=click.Path(path_type=Path, dir_okay=False), help="Draw it into this file.")
+@click.option("--nbytes", default=2, show_default=True, help="Bytes per element, for the banks of a shared layout.")
+def layout_command(expression: str, picture: Path | None, nbytes: int) -> None:
+    """Show where a layout puts each element: thread:slot of a register layout, offset/bank of a shared one.
+
+    The atoms mma_a, mma_b and mma_c (fragments of mma.m16n8k16) may be used as names, e.g. 'spatial(2, 2) * mma_c'.
+    """
+    from tilus.layout import svg, text_table
+
+    layout = _read_layout(expression)
+    if picture is not None:
+        _write(svg(layout, nbytes), picture)
+    else:
+        click.echo(text_table(layout, nbytes))
+
+
+@main.command("doctor", cls=_Command)
+def doctor_command() -> None:
+    """What tilus finds on this machine, what is missing, and how to get it."""
+    from tilus import doctor
+
+    click.echo(doctor.render())
+
+
+def _read_function(source: str, definitions: tuple[str, ...]) -> Any:
+    """The IR of `FILE.py[:KERNEL]` or `FILE.tilus`."""
+    if source.endswith(TEXT_FORM):
+        from tilus.ir.parser import parse_function
+
+        if definitions:
+            raise click.UsageError(f"-D {definitions[0]}: the text form of a kernel has no parameters left to define")
+        return parse_function(_read(Path(source)))
+    from tilus.lang.kernel_file import load_kernel
+
+    file, colon, name = source.rpartition(":")
+    path = Path(file if colon else source)
+    kernel = load_kernel(path, name if colon else None)
+    return kernel.ir(**dict(_definition(text) for text in definitions))
+
+
+def _definition(text: str) -> tuple[str, Any]:
+    """The name and value of `NAME=VALUE`; a value is a dtype, a Python literal or a register layout."""
+    from tilus.dtypes import DTYPES
+
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise click.UsageError(f"-D {text}: expected NAME=VALUE")
+    if value in DTYPES:
+        return name, DTYPES[value]
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        pass  # no literal: a layout, or a mistake
+    from tilus.layout import LayoutError, parse_layout
+
+    try:
+        return name, parse_layout(value)
+    except LayoutError:
+        raise TilusError(
+            f"-D {text}: {value!r} is no value, expected a dtype, a Python literal or a layout",
+            hint=f"text needs quotes of its own: -D \"{name}='{value}'\"",
+        ) from None
+
+
+def _ir_text(function: Any, target: Any, after: str | None) -> str:
+    from tilus.ir.printer import print_function
+    from tilus.transforms import run_pipeline
+
+    return print_function(function if after is None else run_pipeline(function, target, after=after))
+
+
+def _product(compiled: Any, form: str, allow_spills: bool) -> str | bytes:
+    """PTX text, machine code or its disassembly."""
+    from tilus.ptx import sass
+    from tilus.runtime import cache
+
+    if form == "ptx":
+        return compiled.ptx
+    machine_code = cache.assemble(compiled.ptx, compiled.target, allow_spills=allow_spills).cubin
+    if form == "cubin":
+        return machine_code
+    return "\n".join(str(line) for kernel in sass.disassemble(machine_code) for line in kernel.instructions) + "\n"
+
+
+def _dump_machine_code(compiled: Any, files: Any) -> None:
+    """The last stages of --dump, which compile_function does not make."""
+    from tilus.report import make_report
+
+    report = make_report(compiled)
+    files.write("kernel.cubin", report.cubin.cubin)
+    files.write("ptxas.log", report.cubin.log)
+    files.write("report.txt", report.render() + "\n")
+    if report.sass is not None:
+        files.write("kernel.sass", "\n".join(map(str, report.sass.instructions)) + "\n")
+
+
+def _read_layout(expression: str) -> Any:
+    """A register layout, or else a shared one."""
+    from tilus.layout import LayoutError, atoms, parse_layout, parse_shared_layout
+
+    named = {atom.__name__: atom() for atom in (atoms.mma_a, atoms.mma_b, atoms.mma_c)}
+    try:
+        return parse_layout(expression, named)
+    except LayoutError as register_error:
+        try:
+            return parse_shared_layout(expression)
+        except LayoutError as shared_error:
+            shared = expression.lstrip("( ").startswith(("row_major", "column_major", "padded", "strided", "swizzled"))
+            raise (shared_error if shared else register_error) from None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError as error:
+        raise TilusError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _write(content: str | bytes, output: Path | None) -> None:
+    """To a file, or to the standard output."""
+    if output is None:
+        click.echo(content, nl=isinstance(content, str) and not content.endswith("\n"))
+        return
+    try:
+        output.write_bytes(content.encode() if isinstance(content, str) else content)
+    except OSError as error:
+        raise TilusError(f"cannot write {output}: {error.strerror}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""The compile report: what a kernel costs (registers, memory accesses, bank conflicts, conversions) and what it became."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tilus.codegen.bank_report import SiteConflicts, site_conflicts
+from tilus.compiler import Compiled
+from tilus.errors import Loc, TilusError
+from tilus.instructions.view import Convert
+from tilus.ir.tensor import RegisterTensor, SharedTensor
+from tilus.ir.visit import instructions
+from tilus.ptx import sass
+from tilus.ptx.assembler import Cubin
+from tilus.runtime import cache
+
+SHOWN_OPCODES = 12
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that `render` shows, as data. `sass` is None without a disassembler; `no_sass` then says why."""
+
+    compiled: Compiled
+    cubin: Cubin
+    sass: sass.SassKernel | None
+    no_sass: str = ""
+
+    def render(self) -> str:
+        """The report as text: a section each for resources, accesses, bank conflicts, layouts, conversions and SASS."""
+        function = self.compiled.function
+        head = f"{function.name} for {self.compiled.target}: {function.num_threads} threads a block"
+        sections = [
+            ("resources", self._resources()),
+            ("memory and tensor-core instructions", self._notes()),
+            ("shared memory", self._shared()),
+            ("bank conflicts (extra wavefronts of a block)", self._conflicts()),
+            ("layouts", self._layouts()),
+            ("conversions", self._conversions()),
+            ("machine code", self._mix()),
+        ]
+        lines = [head]
+        for title, body in sections:
+            rows = list(body)
+            lines += ["", title, *(f"  {row}" for row in rows or ["none"])]
+        return "\n".join(lines)
+
+    def _resources(self) -> Iterator[str]:
+        usage = self.cubin.kernel(self.compiled.kernel_name)
+        lowered = self.compiled.lowered
+        dynamic = lowered.shared_nbytes if lowered.dynamic_shared else 0
+        spills = f"{usage.spill_store_nbytes} bytes stored, {usage.spill_load_nbytes} bytes loaded"
+        yield from _aligned(
+            [
+                ("registers", f"{usage.registers} a thread"),
+                ("spills", spills if usage.spill_store_nbytes or usage.spill_load_nbytes else "none"),
+                ("stack", f"{usage.stack_nbytes} bytes a thread"),
+                ("shared memory", f"{usage.shared_nbytes} bytes static, {dynamic} bytes dynamic"),
+                ("assembler", f"ptxas {self.cubin.assembler.version}"),
+            ]
+        )
+
+    def _notes(self) -> Iterable[str]:
+        counts = dict[tuple[str, str], int]()
+        for note in self.compiled.lowered.notes:
+            key = (_place(note.loc), note.text)
+            counts[key] = counts.get(key, 0) + 1
+        return _aligned([(place, _times(text, count)) for (place, text), count in counts.items()])
+
+    def _shared(self) -> Iterable[str]:
+        tensors = dict.fromkeys(site.tensor for site in self.compiled.lowered.shared_sites)
+        return _aligned([(t.name, _tensor(t), f"{t.nbytes} bytes", str(t.layout)) for t in tensors])
+
+    def _conflicts(self) -> Iterable[str]:
+        rows: dict[tuple[str, str, str, SiteConflicts], int] = {}
+        for site in self.compiled.lowered.shared_sites:
+            key = (_place(site.loc), site.mnemonic, site.tensor.name, site_conflicts(site))
+            rows[key] = rows.get(key, 0) + 1
+        return _aligned(
+            [
+                (place, f"{mnemonic} {name}", _times(f"{found.extra_wavefronts} in {found.accesses} accesses", count))
+                for (place, mnemonic, name, found), count in rows.items()
+            ]
+        )
+
+    def _layouts(self) -> Iterable[str]:
+        tiles: dict[RegisterTensor, None] = {}
+        for stmt in instructions(self.compiled.function.body):
+            tiles.update(dict.fromkeys((*stmt.inst.register_results, *stmt.inst.register_operands)))
+        return _aligned([(t.name, _tensor(t), str(t.layout)) for t in tiles])
+
+    def _conversions(self) -> Iterable[str]:
+        threads = self.compiled.function.num_threads
+        rows: list[tuple[str, ...]] = []
+        for stmt in instructions(self.compiled.function.body):
+            if isinstance(stmt.inst, Convert):
+                nbytes = stmt.inst.scratch_nbytes(threads)
+                cost = f"{nbytes} bytes through shared memory" if nbytes else "free: registers are renamed"
+                rows.append((_place(stmt.loc), f"{stmt.inst.src.name} -> {stmt.inst.out.name}", cost))
+        return _aligned(rows)
+
+    def _mix(self) -> Iterator[str]:
+        if self.sass is None:
+            yield self.no_sass
+            return
+        loop = self.sass.innermost_loop()
+        yield from _aligned([("all", _counts(self.sass.instructions)), *([("loop", _counts(loop))] if loop else [])])
+
+
+def make_report(compiled: Compiled) -> Report:
+    """Assemble a kernel (from the cache when it was assembled before) and disassemble it when there is a disassembler.
+
+    Raises: TilusError when there is no assembler, or it refuses the kernel. A kernel that spills is reported like any other.
+    """
+    cubin = cache.assemble(compiled.ptx, compiled.target, allow_spills=True)
+    try:
+        tool = sass.find_disassembler()
+    except TilusError as error:
+        return Report(compiled, cubin, None, f"{error.message}: {error.hint}")
+    kernels = {kernel.name: kernel for kernel in sass.disassemble(cubin.cubin, tool)}
+    return Report(compiled, cubin, kernels[compiled.kernel_name])
+
+
+def _counts(code: Sequence[sass.SassInstruction]) -> str:
+    mix = sass.instruction_mix(code)
+    shown = ", ".join(f"{count} {kind}" for kind, count in mix.most_common(SHOWN_OPCODES))
+    rest = sum(mix.values()) - sum(count for _, count in mix.most_common(SHOWN_OPCODES))
+    return f"{sum(mix.values())} instructions: {shown}" + (f", {rest} others" if rest else "")
+
+
+def _tensor(tensor: RegisterTensor | SharedTensor) -> str:
+    return f"{tensor.dtype.name}[{', '.join(map(str, tensor.shape))}]"
+
+
+def _place(loc: Loc | None) -> str:
+    return f"{Path(loc.file).name}:{loc.line}" if loc is not None else "-"
+
+
+def _times(text: str, count: int) -> str:
+    return text if count == 1 else f"{text}, {count} times"
+
+
+def _aligned(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """Rows of columns as lines; all columns but the last are padded to the same width."""
+    table = list(rows)
+    if not table:
+        return []
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]) - 1)] + [0]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
