@@ -49,7 +49,7 @@ def square(a: Tensor[f16, "n", "n"], c: Tensor[f32, "n", "n"]):
     tilus.store_shared(s, tilus.load(a, [0, 0], shape=[64, 64]))
     tilus.sync()
     tile = tilus.load_shared(s)
-    tilus.store(c, [0, 0], tilus.dot(tile, tile, tilus.zeros([64, 64], f32)))
+    tilus.store(c, [0, 0], tilus.dot(tile, tilus.load_shared(s), tilus.zeros([64, 64], f32)))
 """
 TARGETS = ("sm_80", "sm_89", "sm_90a", "sm_100a")
 
