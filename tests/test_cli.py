@@ -15,7 +15,7 @@ from tilus.cli import FORMS, main
 from tilus.errors import TilusError
 from tilus.transforms import PIPELINE
 
-KERNELS = '''\
+KERNELS = """\
 import sys
 
 import tilus
@@ -36,7 +36,7 @@ def axpy(x: Tensor[f32, "n"], y: Tensor[f32, "n"], a: f32, *, block: Const = 102
 def widen(x: Tensor["t", "n"], y: Tensor[f32, "n"], *, layout: Const = None):
     tilus.grid(1, warps=1)
     tilus.store(y, [0], tilus.cast(tilus.load(x, [0], shape=[256], layout=layout), f32))
-'''
+"""
 ONE_KERNEL = """\
 import tilus
 from tilus import Tensor, f16, f32
@@ -165,7 +165,9 @@ def test_report_shows_a_conversion_and_its_cost(tmp_path: Path) -> None:
         "    tilus.store(y, [0, 0], columns)\n"
     )
     report = output_of("compile", path, "--report")
-    assert re.search(r"^  pinned.py:12 +rows -> columns +4096 bytes through shared memory$", report, re.MULTILINE), report
+    assert re.search(r"^  pinned.py:12 +rows -> columns +4096 bytes through shared memory$", report, re.MULTILINE), (
+        report
+    )
 
 
 def test_report_goes_beside_the_product(square: Path, tmp_path: Path) -> None:
@@ -200,8 +202,7 @@ def test_a_file_that_fails(tmp_path: Path) -> None:
     other = tmp_path / "syntax.py"
     other.write_text("x = (1,\n")
     assert refusal_of("compile", other) == (
-        f"error: {other} is not valid Python: '(' was never closed\n"
-        f"  at {other}:1:5\n    1 | x = (1,\n            ^\n"
+        f"error: {other} is not valid Python: '(' was never closed\n  at {other}:1:5\n    1 | x = (1,\n            ^\n"
     )
 
 
