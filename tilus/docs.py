@@ -35,7 +35,8 @@ def _section(title: str, module: ModuleType) -> Iterator[str]:
     yield f"## {title}\n\n{inspect.getdoc(module)}"
     for function in vars(module).values():
         if isinstance(function, Builtin):
-            yield f"### `tilus.{function.__name__}`\n\n```python\n{_signature(function)}\n```\n\n{inspect.getdoc(function.build) or ''}"
+            call = f"```python\n{_signature(function)}\n```"
+            yield f"### `tilus.{function.__name__}`\n\n{call}\n\n{inspect.getdoc(function.build) or ''}"
     for value in vars(module).values():
         if isinstance(value, type) and issubclass(value, Instruction) and "mnemonic" in vars(value):
             yield _instruction(value)
