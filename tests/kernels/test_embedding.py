@@ -26,7 +26,9 @@ def test_dense(device: str, hidden: int, dtype: torch.dtype) -> None:
     assert torch.equal(embedding(IDS, table, device=device), table[IDS.long()])
 
 
-@pytest.mark.parametrize(("hidden", "group"), [(32, 32), (576, 32), (1024, 32), (1056, 32), (4096, 32), (100, 4), (576, 64)])
+@pytest.mark.parametrize(
+    ("hidden", "group"), [(32, 32), (576, 32), (1024, 32), (1056, 32), (4096, 32), (100, 4), (576, 64)]
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_quantized(device: str, hidden: int, group: int, dtype: torch.dtype) -> None:
     codes, scales = random_table(hidden, torch.int8), random_table(hidden // group, dtype)
@@ -53,7 +55,9 @@ def test_misfits_are_named_with_both_values() -> None:
         embedding(IDS.view(2, 2), table)
     with pytest.raises(TilusError, match="parameter ids: found dtype int64, expected int32"):
         embedding(IDS.long(), table)
-    with pytest.raises(TilusError, match=r"scales of shape \[11, 3\] for a table of shape \[11, 64\], expected \[11, 64 / gro"):
+    with pytest.raises(
+        TilusError, match=r"scales of shape \[11, 3\] for a table of shape \[11, 64\], expected \[11, 64 / gro"
+    ):
         embedding(IDS, codes, torch.ones(11, 3, dtype=torch.float16))
     with pytest.raises(TilusError, match="found vocabulary = 10, expected 11"):
         embedding(IDS, codes, torch.ones(10, 2, dtype=torch.float16))
