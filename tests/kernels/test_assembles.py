@@ -44,9 +44,16 @@ LIBRARY: list[tuple[Kernel, dict[str, Any]]] = [
         {"dtype": tilus.bf16, "head_dim": 128, "heads": 48, "q_heads": 32, "kv_heads": 8, "page_size": 16},
     ),
     *(
-        (paged_attention_kernel, {"dtype": dtype, "group": group, "head_dim": head_dim, "page_size": 16, "rows": rows})
-        for dtype, group, head_dim in ((tilus.f16, 3, 64), (tilus.bf16, 4, 128))
-        for rows in (16, 64)
+        (
+            paged_attention_kernel,
+            {"dtype": dtype, "group": group, "head_dim": head_dim, "page_size": 16, "rows": rows, "kv_tile": kv_tile},
+        )
+        for dtype, group, head_dim, rows, kv_tile in (
+            (tilus.f16, 3, 64, 16, 64),
+            (tilus.f16, 3, 64, 64, 64),
+            (tilus.bf16, 4, 128, 16, 64),
+            (tilus.bf16, 4, 128, 64, 32),
+        )
     ),
 ]
 
@@ -69,13 +76,15 @@ def test_add_rms_norm(target: str) -> None:
 @pytest.mark.parametrize("m", [1, 16, 256])
 def test_linear(dtype: tilus.DataType, m: int, mins: bool, target: str) -> None:
     """Of 4096 x 4096 in groups of 32, with the schedule of an H100, split along K where there are few tokens."""
-    plan = schedule(m, 64, 64, 132)
+    plan = schedule(m, 64, 64, dtype.nbits, 132)
     x, codes = torch.empty(m, 4096).half(), torch.empty(64, 64, 512 * dtype.nbits, dtype=torch.uint8)
     scales = torch.empty(64, 64, 2, 8, 8).half()
-    partial, tickets = torch.empty(plan.splits, m, 4096), torch.empty(64, dtype=torch.int32)
+    partial, tickets = None, None
+    if plan.splits > 1:
+        partial, tickets = torch.empty(plan.splits, m, 4096), torch.empty(64, dtype=torch.int32)
     assert_no_spills(
         quantized_linear, target, x, codes, scales, x, scales if mins else None, partial, tickets,
-        wdtype=dtype, groups=2, tokens=plan.tokens, warps=plan.warps, splits=plan.splits,
+        wdtype=dtype, groups=2, tokens=plan.tokens, warps=plan.warps,
     )  # fmt: skip
 
 

@@ -109,7 +109,9 @@ def check(batch: Batch, device: str, seed: int = 0) -> None:
     longest = max((kv for _, kv in batch.lengths), default=0)
     limit = half_step * np.abs(expected) + (half_step + 2.0**-15) * size + longest * 2.0**-25 * 5
     error = np.abs(found.cpu().double().numpy() - expected)
-    assert (error <= limit).all(), f"{batch}: off by {error.max()}, at most {(error / (limit + 1e-30)).max()} of the limit"
+    assert (error <= limit).all(), (
+        f"{batch}: off by {error.max()}, at most {(error / (limit + 1e-30)).max()} of the limit"
+    )
 
 
 def _on_gpu(tensor: torch.Tensor) -> torch.Tensor:
@@ -198,12 +200,13 @@ def test_nothing_to_do() -> None:
 def test_assembles_without_spills(sm: str, head_dim: int) -> None:
     """`build` raises for spills."""
     for group, page_size, rows in [(1, 16, 16), (3, 128, 16), (8, 16, 64), (3, 128, 64)]:
+        kv_tile = 64 if rows == 16 or head_dim == 64 else 32
         batch = Batch(((1, 5), (2, 33)), group=group, head_dim=head_dim, page_size=page_size)
         inputs, heads = make_inputs(batch, 0), (2, group)
         q = inputs.q.unflatten(1, heads)
         tensors = (q, inputs.kv_cache, inputs.block_tables, inputs.q_start, inputs.kv_lens, torch.empty_like(q))
         special = paged_attention_kernel.specialize(
-            *tensors, 1.0, group=group, head_dim=head_dim, page_size=page_size, rows=rows
+            *tensors, 1.0, group=group, head_dim=head_dim, page_size=page_size, rows=rows, kv_tile=kv_tile
         )
         compiled, cubin = build(special.function, get_target(sm))
         assert cubin and "mma.sync.aligned.m16n8k16" in compiled.ptx and "ldmatrix" in compiled.ptx

@@ -97,11 +97,12 @@ def test_splits_of_k(device: str, warps: int, splits: int) -> None:
     packed = weight.packed()
     y = torch.full((9, 70), torch.nan)
     partial, tickets = torch.full((splits, 9, 70), torch.nan), torch.zeros(8, dtype=torch.int32)
+    shared = (partial, tickets) if splits > 1 else (None, None)
     exact, bound = exact_and_bound(x, weight, torch.float32)
     for _ in range(2):
         quantized_linear.on(device)(
-            x, packed.codes, packed.scales, y, packed.minimums, partial, tickets,
-            wdtype=packed.dtype, groups=packed.groups_per_tile, tokens=8, warps=warps, splits=splits,
+            x, packed.codes, packed.scales, y, packed.minimums, *shared,
+            wdtype=packed.dtype, groups=packed.groups_per_tile, tokens=8, warps=warps,
         )  # fmt: skip
         assert (np.abs(float64(y) - exact) <= bound).all()
         assert not tickets.any()

@@ -69,6 +69,20 @@ def test_one_array_twice_is_one_buffer() -> None:
     assert array.tolist() == [1, 1]
 
 
+def test_overlapping_arrays_share_their_bytes_and_keep_their_distance() -> None:
+    whole = np.arange(8, dtype=np.uint32)
+    body = (
+        "ld.global.b32 %r6, [%d1];\nst.global.b32 [%d0+12], %r6;\nsub.s64 %d5, %d1, %d0;\nst.global.b64 [%d2], %d5;\n"
+    )
+    distance = np.zeros(1, np.int64)
+    run_body(body, whole[:6], whole[2:], distance, threads=1)
+    assert (whole.tolist(), distance[0]) == ([0, 1, 2, 2, 4, 5, 6, 7], 8)
+    with pytest.raises(EmulatorError, match="out/in0, 32 bytes, at byte 32"):
+        run_body("ld.global.b32 %r6, [%d1+24];", whole[:6], whole[2:], threads=1)
+    with pytest.raises(EmulatorError, match="out, 24 bytes, at byte 24"):
+        run_body("ld.global.b32 %r6, [%d0+24];", whole[:6], whole[6:], threads=1)
+
+
 def test_generic_addresses_reach_both_spaces() -> None:
     body = (
         "mov.u64 %d5, smem;\ncvta.shared.u64 %d6, %d5;\nst.b32 [%d6], 77;\nld.shared.b32 %r6, [smem];\n"

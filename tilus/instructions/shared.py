@@ -18,7 +18,7 @@ from tilus.ir.instruction import Effects, Instruction, Layouts
 from tilus.ir.tensor import RegisterTensor, SharedTensor, SharedView
 from tilus.layout import RegisterLayout, SharedLayout, auto, local, swizzled
 from tilus.layout.atoms import ldmatrix
-from tilus.ptx.module import Reg, RegClass
+from tilus.ptx.module import Reg, RegClass, Vector
 from tilus.target import Target
 
 SharedOperand = SharedTensor | SharedView
@@ -195,7 +195,9 @@ class LdMatrix(Instruction):
         index[row_dim] = index[row_dim] + ctx.digit(1, 8)
         address = ctx.shared_address(self.src, index)
         trans = ".trans" if self.trans else ""
-        return ctx.b.emit_vector(f"ldmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16", count, RegClass.B32, address)
+        regs = [ctx.b.reg(RegClass.B32) for _ in range(count)]
+        ctx.b.emit_to(f"ldmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16", Vector(tuple(regs)), address)
+        return regs
 
 
 def _warp_index(ctx: EmitContext, layout: RegisterLayout) -> list[Linear]:

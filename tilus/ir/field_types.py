@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import types
 import typing
@@ -22,7 +23,7 @@ class Unfit(Exception):
 def field_types(cls: type[Instruction]) -> dict[str, Any]:
     """The fields of an instruction class and their types."""
     hints = typing.get_type_hints(cls)
-    return {name: hints[name] for name in cls.__dataclass_fields__}
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def converted(value: Any, hint: Any) -> Any:

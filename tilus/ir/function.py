@@ -29,7 +29,10 @@ Param = TensorParam | ScalarParam
 
 @dataclass(frozen=True, eq=False)
 class Function:
-    """params: as the user wrote them. grid: up to three extents over dims and scalars. A block has `num_warps` * 32 threads."""
+    """params: as the user wrote them. grid: up to three extents over dims and scalars. A block has `num_warps` * 32 threads.
+
+    blocks_per_sm: how many blocks must fit on a multiprocessor, which limits registers; None leaves that to the assembler.
+    """
 
     name: str
     params: tuple[Param, ...]
@@ -37,6 +40,7 @@ class Function:
     num_warps: int
     body: Stmt
     loc: Loc | None = None
+    blocks_per_sm: int | None = None
 
     @property
     def num_threads(self) -> int:

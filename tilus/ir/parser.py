@@ -43,15 +43,21 @@ Node = Any
 
 
 def parse_function(
-    text: str, instructions: Mapping[str, type[Instruction]], *, file: str = "<ir>", locations: bool = False
+    text: str,
+    *,
+    file: str = "<ir>",
+    locations: bool = False,
+    instructions: Mapping[str, type[Instruction]] | None = None,
 ) -> Function:
-    """The function of a text; `parse_function(print_function(f), ...)` is the same program as `f`.
+    """The function of a text; `parse_function(print_function(f))` is the same program as `f`.
 
-    instructions: classes by mnemonic (`tilus.instructions.INSTRUCTIONS`). file: the name that errors show. locations: give
-    the statements their places in the text, so that mistakes found later are shown there.
+    file: the name that errors show. locations: give the statements their places in the text, so that mistakes found later
+    are shown there. instructions: classes by mnemonic; by default all of `tilus.instructions`.
 
     Raises: TilusError with line and column for a text that is no function.
     """
+    if instructions is None:  # imported late: instructions are made of this layer
+        from tilus.instructions import INSTRUCTIONS as instructions
     from lark.exceptions import UnexpectedInput
 
     try:
@@ -273,7 +279,7 @@ class _Reader:
             close = difflib.get_close_matches(mnemonic, self.instructions, n=3)
             self.fail(mnemonic, f"unknown instruction {mnemonic}", f"close: {', '.join(close)}" if close else None)
         cls = self.instructions[mnemonic]
-        hints = {name: hint for name, hint in field_types(cls).items() if name != "mnemonic"}
+        hints = field_types(cls)
         given: dict[str, Any] = {}
         for field in fields:
             name, node = field.children

@@ -69,10 +69,10 @@ def quantized_linear(
     groups: Const,
     tokens: Const,
     warps: Const,
-    splits: Const,
 ):
     m = y.shape[0]
-    tilus.grid(codes.shape[0], tilus.cdiv(m, tokens), splits, warps=warps)
+    splits = 1 if partial is None else partial.shape[0]
+    tilus.grid(codes.shape[0], tilus.cdiv(m, tokens), splits, warps=warps, blocks_per_sm=2 if tokens == 8 else 1)
     row_tile = tilus.block_id(0)
     first_token = tilus.block_id(1) * tokens
     tile_count = codes.shape[1]
@@ -102,20 +102,20 @@ def quantized_linear(
         acc = tilus.dot(w, activation_tile(act_tile, tokens, warps), acc)
 
     total = tilus.sum(acc, axis=0)
-    if splits == 1:
+    if partial is None:
         tilus.store(y, [first_token, row_tile * TILE], tilus.cast(total, y.dtype), dims=[1, 0])
     else:
         tilus.store(partial, [tilus.block_id(2), first_token, row_tile * TILE], total, dims=[2, 1])
         reduce_splits(y, partial, tickets, first_token, row_tile, tokens, splits)
 
 
-def reduce_splits(y, partial, tickets, first_token, row_tile, tokens: int, splits: int):
+def reduce_splits(y, partial, tickets, first_token, row_tile, tokens: int, splits):
     """The block that arrives last adds up the partial sums, always in the same order, and resets the counter."""
     slot = tilus.block_id(1) * tilus.grid_dim(0) + row_tile
     arrived = tilus.atomic_add(tickets, [slot], 1)
     if arrived == splits - 1:
         summed = tilus.load(partial, [0, first_token, row_tile * TILE], shape=[tokens, TILE])
-        for split in tilus.static_range(1, splits):
+        for split in tilus.range(1, splits):
             summed = summed + tilus.load(partial, [split, first_token, row_tile * TILE], shape=[tokens, TILE])
         tilus.store(y, [first_token, row_tile * TILE], tilus.cast(summed, y.dtype))
         tilus.atomic_add(tickets, [slot], -splits)
@@ -131,19 +131,25 @@ class Schedule:
 
 
 @lru_cache(maxsize=4096)
-def schedule(m: int, tiles_n: int, tiles_k: int, num_sms: int) -> Schedule:
-    """A schedule for a GPU: enough blocks to fill it, at least two tiles per warp and split.
+def schedule(m: int, tiles_n: int, tiles_k: int, nbits: int, num_sms: int) -> Schedule:
+    """A schedule for a GPU: enough blocks to fill it, at least two tiles per warp and split. Chosen from a sweep on an H100.
 
     num_sms 0 stands for the reference execution, which likes few large tiles.
     """
     if num_sms == 0:
         return Schedule(max(8, min(64, -(-m // 8) * 8)), min(tiles_k, 32), 1)
-    tokens = 8 if m <= 8 else 16 if m <= 16 else 32
-    warps = min(8 if tokens <= 16 else 4, tiles_k)
+    if m <= 16:
+        tokens = 8 if m <= 8 else 16
+    else:  # 32 tokens a block read each weight half as often, 16 fill a GPU twice as easily
+        tokens = 32 if 2 * tiles_n * -(-m // 32) >= 3 * num_sms else 16
     blocks = tiles_n * -(-m // tokens)
-    wanted = -(-2 * num_sms // blocks)
-    splits = max(1, min(wanted, tiles_k // (2 * warps), 16))
-    return Schedule(tokens, warps, splits)
+    if tokens == 32:
+        return Schedule(tokens, min(2, tiles_k), 1)
+    if blocks >= num_sms:
+        warps = 8 if tokens == 8 and nbits <= 6 else 4  # eight warps of wider codes have too few registers
+        return Schedule(tokens, min(warps, tiles_k), 1)
+    warps = min(4, tiles_k)
+    return Schedule(tokens, warps, max(1, min(2 * num_sms // blocks, tiles_k // (2 * warps), 16)))
 
 
 def linear(
@@ -165,14 +171,14 @@ def linear(
     if m == 0:
         return y
     tiles_n, tiles_k = int(weight.codes.shape[0]), int(weight.codes.shape[1])
-    plan = schedule(m, tiles_n, tiles_k, _num_sms(x, device))
+    plan = schedule(m, tiles_n, tiles_k, weight.dtype.nbits, _num_sms(x, device))
     partial = tickets = None
     if plan.splits > 1:
         partial = empty(x, (plan.splits, m, n), "float32")
         tickets = counters(x, tiles_n * -(-m // plan.tokens))
     quantized_linear.on(device)(
         x, weight.codes, weight.scales, y, weight.minimums, partial, tickets,
-        wdtype=weight.dtype, groups=weight.groups_per_tile, tokens=plan.tokens, warps=plan.warps, splits=plan.splits,
+        wdtype=weight.dtype, groups=weight.groups_per_tile, tokens=plan.tokens, warps=plan.warps,
     )  # fmt: skip
     return y
 

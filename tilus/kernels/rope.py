@@ -6,13 +6,11 @@ Hugging Face's models: element i of a head's first half goes with element i of i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import tilus
 from tilus import Const, Tensor, TilusError, f32, int32
-
-if TYPE_CHECKING:
-    import torch
+from tilus.kernels.allocate import empty
 
 
 @tilus.kernel
@@ -37,7 +35,7 @@ def rope_append_kernel(
     position, slot = positions[token], slots[token]
     page, offset = slot // page_size, slot % page_size
 
-    def rotated(first, count):
+    def rotated(first: int, count: int) -> Any:
         part = qkv[token, first : first + count]
         shape = [power_of_two(count), half]
         low = tilus.load(part, [0, 0], shape).to(f32)
@@ -61,17 +59,14 @@ def power_of_two(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-def rope_append(
-    qkv: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, slots: torch.Tensor, kv_cache: torch.Tensor,
-    *, device: str | None = None,
-) -> torch.Tensor:  # fmt: skip
+def rope_append(qkv: Any, positions: Any, cos_sin: Any, slots: Any, kv_cache: Any, *, device: str | None = None) -> Any:
     """Rotate queries and keys by their positions; write keys and values to the cache.
 
     qkv: float16 or bfloat16 [M, (Hq + 2 Hkv) D], the heads of queries, keys and values of M tokens one after another.
     positions: int32 [M]. cos_sin: float32 [max_positions, D], the D/2 cosines, then the D/2 sines of each position.
     slots: int32 [M], page * page_size + offset; a token whose slot is outside of the cache (a negative one, say) is not
     written to it. kv_cache: [pages, 2, page_size, Hkv, D] of qkv's dtype, keys at index 0, values at 1; may be strided.
-    device: where to run (reference, emulator, cuda), by default as the arguments say.
+    Torch tensors. device: where to run (reference, emulator, cuda), by default as the arguments say.
 
     Returns: the rotated queries [M, Hq, D]. Rotations are computed in f32 and rounded once.
     Raises: TilusError when shapes, dtypes or devices do not fit together.
@@ -89,7 +84,7 @@ def rope_append(
             f"rope_append: rows of {qkv.shape[1]} elements with {kv_heads} kv heads of {head_dim}, expected an even head "
             f"size and (q_heads + {2 * kv_heads}) * {head_dim} elements with at least one q head"
         )
-    q = qkv.new_empty(qkv.shape[0], q_heads, head_dim)
+    q = empty(qkv, (qkv.shape[0], q_heads, head_dim))
     rope_append_kernel.on(device)(
         qkv.unflatten(1, (heads, head_dim)), positions, cos_sin, slots, kv_cache, q,
         head_dim=head_dim, heads=heads, q_heads=q_heads, kv_heads=kv_heads, page_size=page_size,

@@ -172,9 +172,7 @@ def _sliced(tensor: GlobalTensor, items: tuple[Value, ...]) -> GlobalTensor:
 
 def _global(frame: Frame, tensor: GlobalTensor, items: tuple[Value, ...]) -> Value:
     what = f"global tensor {tensor.name}"
-    _check_index(
-        what, items, tensor.rank, "load a tile: tilus.load(x, [start, ...], shape=[size, ...])", bounds=True
-    )
+    _check_index(what, items, tensor.rank, "load a tile: tilus.load(x, [start, ...], shape=[size, ...])", bounds=True)
     tensor = _sliced(tensor, items)
     if len(items) == tensor.rank and not any(isinstance(item, slice) for item in items):
         import tilus

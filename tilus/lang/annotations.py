@@ -33,6 +33,14 @@ class Tensor:
     A name that is used twice must be bound to the same extent (or dtype); a name of a `Const` parameter means its value.
     """
 
+    if TYPE_CHECKING:  # what a kernel's body sees
+        shape: tuple[Any, ...]
+        strides: tuple[Any, ...]
+        rank: int
+        dtype: Any
+
+        def __getitem__(self, index: Any) -> Any: ...
+
     def __class_getitem__(cls, item: object) -> TensorType:
         dtype, *dims = item if isinstance(item, tuple) else (item,)
         if not isinstance(dtype, (DataType, str)):

@@ -44,7 +44,9 @@ def translate(
             loc=signature.loc,
             hint="for example tilus.grid(tilus.cdiv(x.shape[0], block), warps=4)",
         )
-    return Function(function.__name__, params, builder.grid, builder.num_warps, builder.body(), signature.loc)
+    return Function(
+        function.__name__, params, builder.grid, builder.num_warps, builder.body(), signature.loc, builder.blocks_per_sm
+    )
 
 
 def _parameters(

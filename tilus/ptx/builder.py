@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from tilus.errors import Loc
-from tilus.ptx.module import Comment, Guard, Imm, Instr, Item, Label, LabelRef, Operand, Reg, RegClass, Vector
+from tilus.ptx.module import Comment, Guard, Imm, Instr, Item, Label, LabelRef, Operand, Reg, RegClass
 
 _CLASS_OF_TYPE = {
     "pred": RegClass.PRED,
@@ -85,15 +85,6 @@ class Builder:
     def emit_to(self, opcode: str, *operands: Operand, guard: Guard | None = None) -> None:
         """Append an instruction with all operands given, destination included (stores, mma, `mov` to a variable)."""
         self._scopes[-1].items.append(Instr(opcode, operands, guard, self.loc))
-
-    def emit_vector(
-        self, opcode: str, count: int, cls: RegClass, *srcs: Operand, guard: Guard | None = None
-    ) -> list[Reg]:
-        """Append an instruction with `count` new result registers in a brace operand (vector loads, ldmatrix)."""
-        dsts = [self.reg(cls) for _ in range(count)]
-        target: Operand = dsts[0] if count == 1 else Vector(tuple(dsts))
-        self.emit_to(opcode, target, *srcs, guard=guard)
-        return dsts
 
     def pure(self, opcode: str, *srcs: Operand, out: RegClass | None = None) -> Reg:
         """The result of a pure operation, emitted once in the outermost scope where its operands live."""

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tilus.ptx.module import Address, Instr, Operand, Reg, Special, Symbol, Vector
+from tilus.runtime.emulator.arguments import param_offsets
 from tilus.runtime.emulator.decode import DTYPES, Array, Mask, Site, Step, instruction
 from tilus.runtime.emulator.errors import RaceError
 from tilus.runtime.emulator.machine import SHARED_WINDOW
@@ -187,8 +188,6 @@ def _extending_writer(site: Site, target: Operand, type_name: str) -> Callable[[
 
 
 def _load_param(site: Site, type_name: str, writers: list[Callable[[Lanes, Array], None]]) -> Step:
-    from tilus.runtime.emulator.run import param_offsets
-
     operand = site.operands[1]
     kernel = site.machine.program.kernel
     names = [param.name for param in kernel.params]

@@ -1,0 +1,137 @@
+"""rope_append against the rotation in float64, and against what it must leave alone."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tilus import TilusError
+from tilus.kernels import rope_append
+from tilus.kernels.rope import rope_append_kernel
+from tilus.runtime.execute import build
+from tilus.target import get_target
+
+EXECUTIONS = ["reference", "emulator", pytest.param("cuda", marks=pytest.mark.gpu)]
+MAX_POSITIONS = 40
+
+
+def make_inputs(
+    tokens: int, heads: tuple[int, int], head_dim: int, page_size: int, dtype: torch.dtype = torch.float16
+) -> dict[str, Any]:
+    """Random arguments; the cache is one layer of a pool, and every token has a slot of its own."""
+    q_heads, kv_heads = heads
+    generator = torch.Generator().manual_seed(tokens)
+    pages = tokens // page_size + 3
+    pool = torch.randn(pages, 2, 2, page_size, kv_heads, head_dim, generator=generator).to(dtype)
+    angles = torch.rand(MAX_POSITIONS, head_dim // 2, generator=generator) * 2 * math.pi
+    return {
+        "qkv": torch.randn(tokens, (q_heads + 2 * kv_heads) * head_dim, generator=generator).to(dtype),
+        "positions": torch.randint(0, MAX_POSITIONS, (tokens,), generator=generator, dtype=torch.int32),
+        "cos_sin": torch.cat([angles.cos(), angles.sin()], dim=1),
+        "slots": torch.randperm(pages * page_size, generator=generator)[:tokens].int(),
+        "kv_cache": pool[:, 1],
+    }
+
+
+def rotated(vector: Any, cos_sin: Any) -> Any:
+    """Hugging Face's `rotate_half`, one vector in float64: pairs (i, i + D/2) turned by the angle i of the position."""
+    half = len(vector) // 2
+    result = np.empty_like(vector)
+    for i in range(half):
+        cos, sin = cos_sin[i], cos_sin[half + i]
+        result[i] = vector[i] * cos - vector[half + i] * sin
+        result[half + i] = vector[half + i] * cos + vector[i] * sin
+    return result
+
+
+def check(inputs: dict[str, Any], q_heads: int, device: str) -> None:
+    before = {name: tensor.clone() for name, tensor in inputs.items()}
+    pool = inputs["kv_cache"]._base
+    others = pool[:, 0].clone()
+    if device == "cuda":
+        moved = {name: tensor.cuda() for name, tensor in inputs.items() if name != "kv_cache"}
+        pool_there = pool.cuda()
+        q = rope_append(**moved, kv_cache=pool_there[:, 1], device=device).cpu()
+        pool.copy_(pool_there)
+    else:
+        q = rope_append(**inputs, device=device)
+    expected = before["kv_cache"].double().numpy()
+    page_size, kv_heads, head_dim = expected.shape[2:]
+    heads = before["qkv"].double().numpy().reshape(len(q), -1, head_dim)
+    cos_sin = before["cos_sin"].double().numpy()
+    expected_q = np.empty((len(q), q_heads, head_dim))
+    for token, (position, slot) in enumerate(zip(before["positions"].tolist(), before["slots"].tolist(), strict=True)):
+        turned = [rotated(vector, cos_sin[position]) for vector in heads[token, : q_heads + kv_heads]]
+        expected_q[token] = turned[:q_heads]
+        if 0 <= slot < len(expected) * page_size:
+            page, offset = divmod(slot, page_size)
+            expected[page, 0, offset], expected[page, 1, offset] = turned[q_heads:], heads[token, q_heads + kv_heads :]
+    close(q, expected_q)
+    close(inputs["kv_cache"], expected)
+    assert torch.equal(pool[:, 0], others), "another layer of the pool was written"
+    assert all(torch.equal(inputs[name], before[name]) for name in inputs if name != "kv_cache")
+
+
+def close(found: torch.Tensor, expected: Any) -> None:
+    """One rounding to the dtype (half a step of it, or of its subnormals), and f32 arithmetic on values below 8."""
+    step = 2.0**-11 if found.dtype == torch.float16 else 2.0**-8
+    error = np.abs(found.double().numpy() - expected)
+    assert (error <= step * np.abs(expected) + 2.0**-20).all(), error.max()
+
+
+@pytest.mark.parametrize("device", EXECUTIONS)
+@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("heads", [(9, 3), (4, 4), (1, 1), (8, 1)], ids=str)
+@pytest.mark.parametrize(("head_dim", "page_size"), [(64, 16), (128, 32), (80, 5)])
+def test_rotation_and_cache(tokens: int, heads: tuple[int, int], head_dim: int, page_size: int, device: str) -> None:
+    check(make_inputs(tokens, heads, head_dim, page_size), heads[0], device)
+
+
+@pytest.mark.parametrize("device", EXECUTIONS)
+def test_bfloat16(device: str) -> None:
+    check(make_inputs(5, (6, 2), 64, 16, torch.bfloat16), 6, device)
+
+
+@pytest.mark.parametrize("device", EXECUTIONS)
+def test_slots_outside_of_the_cache_are_not_written(device: str) -> None:
+    inputs = make_inputs(4, (3, 3), 64, 16)
+    slots = inputs["slots"]
+    slots[0], slots[2] = -1, len(inputs["kv_cache"]) * 16
+    check(inputs, 3, device)
+
+
+def test_no_tokens() -> None:
+    inputs = make_inputs(0, (3, 3), 64, 16)
+    assert rope_append(**inputs, device="reference").shape == (0, 3, 64)
+
+
+@pytest.mark.parametrize("sm", ["sm_80", "sm_89", "sm_90a", "sm_100a"])
+@pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim"), [(9, 3, 64), (32, 8, 128)])
+def test_assembles_without_spills(q_heads: int, kv_heads: int, head_dim: int, sm: str) -> None:
+    """`build` raises for spills."""
+    inputs = make_inputs(3, (q_heads, kv_heads), head_dim, 16)
+    heads = q_heads + 2 * kv_heads
+    inputs["qkv"] = inputs["qkv"].unflatten(1, (heads, head_dim))
+    special = rope_append_kernel.specialize(
+        **inputs, q=torch.empty(3, q_heads, head_dim).half(),
+        head_dim=head_dim, heads=heads, q_heads=q_heads, kv_heads=kv_heads, page_size=16,
+    )  # fmt: skip
+    assert build(special.function, get_target(sm))[1]
+
+
+def test_arguments_that_do_not_fit_are_refused_with_both_values() -> None:
+    def message(**change: torch.Tensor) -> str:
+        with pytest.raises(TilusError) as caught:
+            rope_append(**{**make_inputs(4, (3, 3), 64, 16), **change}, device="reference")
+        return str(caught.value)
+
+    assert "rows of 500 elements with 3 kv heads of 64" in message(qkv=torch.zeros(4, 500).half())
+    assert "rows of 384 elements" in message(qkv=torch.zeros(4, 384).half())
+    assert "found dtype f32, expected f16" in message(kv_cache=torch.zeros(4, 2, 16, 3, 64))
+    assert "found tokens = 5, expected 4" in message(slots=torch.zeros(5, dtype=torch.int32))
+    assert "found dtype int64, expected int32" in message(positions=torch.zeros(4, dtype=torch.int64))
+    assert "[4, 9, 64]" in message(qkv=torch.zeros(4, 9, 64).half())
