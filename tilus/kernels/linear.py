@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 import tilus
-from tilus import Const, Tensor, f16, f32, int32, uint8
+from tilus import Const, Tensor, config, f16, f32, int32, uint8
 from tilus.dtypes import DataType
 from tilus.errors import TilusError
 from tilus.kernels.allocate import counters, empty, is_cuda
@@ -25,6 +25,8 @@ from tilus.kernels.quantize import (
     fragment_layout,
     scale_layout,
 )  # fmt: skip
+
+EMULATED_SMS = 132  # an H100
 
 
 def weight_tile(raw, scales, minimums, wdtype: DataType, act: DataType, groups: int, warps: int):
@@ -162,13 +164,14 @@ def linear(
     n, k = weight.shape
     if x.ndim != 2 or x.shape[1] != k:
         raise TilusError(f"linear: x has shape {list(x.shape)}, the weight is {[n, k]}", hint=f"x must be [M, {k}]")
+    if str(x.dtype).removeprefix("torch.") not in ("float16", "bfloat16"):
+        raise TilusError(f"linear: x has dtype {x.dtype}, expected float16 or bfloat16", hint="convert it: x.half()")
     m = int(x.shape[0])
     y = empty(x, (m, n), out_dtype) if out is None else out
     if m == 0:
         return y
     tiles_n, tiles_k = int(weight.codes.shape[0]), int(weight.codes.shape[1])
-    on_gpu = is_cuda(x)
-    plan = schedule(m, tiles_n, tiles_k, weight.dtype.nbits, _num_sms(x) if on_gpu else 0)
+    plan = schedule(m, tiles_n, tiles_k, weight.dtype.nbits, _num_sms(x, device))
     partial = tickets = None
     if plan.splits > 1:
         partial = empty(x, (plan.splits, m, n), "float32")
@@ -180,7 +183,18 @@ def linear(
     return y
 
 
-def _num_sms(x: Any) -> int:
-    from tilus.runtime import cuda
+def _num_sms(x: Any, device: str | None) -> int:
+    """Of the GPU that the product is made for: the one that runs it, or the one that the emulator stands for."""
+    if is_cuda(x):
+        from tilus.runtime import cuda
 
-    return cuda.device(x.get_device()).num_sms
+        return cuda.device(x.get_device()).num_sms
+    match device or config.device():
+        case "cuda":
+            from tilus.runtime import cuda
+
+            return cuda.current_device().num_sms
+        case "emulator":
+            return EMULATED_SMS
+        case _:
+            return 0
