@@ -66,7 +66,7 @@ class Programs:
         grid = tuple(self.expr(2) for _ in range(rng.randrange(1, 4)))
         first = Inst(self.instruction(INSTRUCTIONS["full"]))  # a tile that others may read
         body = Seq((first, self.block(3)))
-        return Function("program", tuple(params), grid, rng.randrange(1, 9), body, None, rng.choice([None, 2]))
+        return Function("program", tuple(params), grid, rng.randrange(1, 9), body, None, rng.choice([1, 2]))
 
     def dtype(self) -> DataType:
         return DTYPES[self.rng.choice(list(DTYPES))]

@@ -73,7 +73,7 @@ def lower(function: Function, target: Target) -> Lowered:
         shared=shared,
         num_threads=function.num_threads,
         # Left to itself the assembler spills a little to fit more blocks; an explicit 1 makes it use what it needs.
-        min_blocks_per_sm=function.blocks_per_sm or 1,
+        min_blocks_per_sm=function.blocks_per_sm,
         local=(LocalArray(LOCAL_SYMBOL, ctx.local_nbytes),) if ctx.local_nbytes else (),
     )
     strings = tuple(GlobalBytes(name, text.encode() + b"\0") for text, name in ctx.strings.items())

@@ -133,7 +133,7 @@ class _Reader:
             self.integer(warps),
             self.block(block),
             self.source(name),
-            None if blocks is None else self.integer(blocks),
+            1 if blocks is None else self.integer(blocks),
         )
 
     def scalar_param(self, tree: Node) -> ScalarParam:

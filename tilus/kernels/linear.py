@@ -12,16 +12,24 @@ from functools import lru_cache
 from typing import Any
 
 import tilus
-from tilus import Const, Tensor, f16, f32, int32, uint8
+from tilus import Const, Tensor, config, f16, f32, int32, uint8
 from tilus.dtypes import DataType
 from tilus.errors import TilusError
 from tilus.kernels.allocate import counters, empty, is_cuda
 from tilus.kernels.quantize import (
-    TILE, QuantizedWeight, activation_layout, byte_layout, code_layout, fragment_layout, scale_layout,
+    TILE,
+    QuantizedWeight,
+    activation_layout,
+    byte_layout,
+    code_layout,
+    fragment_layout,
+    scale_layout,
 )  # fmt: skip
 
+EMULATED_SMS = 132  # an H100
 
-def weight_tile(raw, scales, minimums, wdtype: DataType, act: DataType, groups: int, warps: int):  # noqa: ANN001, ANN201
+
+def weight_tile(raw, scales, minimums, wdtype: DataType, act: DataType, groups: int, warps: int):
     """Dequantise one 64x64 tile per warp: [warps, 64, 64] of `act`, from its bytes and its scales [warps, groups, 8, 8]."""
     codes = tilus.view(raw, wdtype, [warps, TILE, TILE], code_layout(wdtype, warps))
     values = tilus.cast(codes, act, layout=fragment_layout(warps))
@@ -35,13 +43,13 @@ def weight_tile(raw, scales, minimums, wdtype: DataType, act: DataType, groups: 
     return tilus.reshape(scaled, [warps, TILE, TILE])
 
 
-def row_factors(tile, act: DataType, groups: int, warps: int):  # noqa: ANN001, ANN201
+def row_factors(tile, act: DataType, groups: int, warps: int):
     """[warps, groups, row % 8, row // 8] as a factor that broadcasts over the columns of a weight tile."""
     by_row = tilus.transpose(tilus.cast(tile, act), [0, 3, 2, 1])
     return tilus.reshape(by_row, [warps, TILE, 1, 1, groups, 1, 1])
 
 
-def activation_tile(x, tokens: int, warps: int):  # noqa: ANN001, ANN201
+def activation_tile(x, tokens: int, warps: int):
     """[tokens, warps * 64] as the right operand [warps, 64, tokens], its rows in the column order of packed weights."""
     split = tilus.reshape(x, [tokens, warps, 4, 4, 2, 2])
     return tilus.reshape(tilus.transpose(split, [1, 3, 4, 2, 5, 0]), [warps, TILE, tokens])
@@ -62,7 +70,7 @@ def quantized_linear(
     tokens: Const,
     warps: Const,
 ):
-    m, n = y.shape
+    m = y.shape[0]
     splits = 1 if partial is None else partial.shape[0]
     tilus.grid(codes.shape[0], tilus.cdiv(m, tokens), splits, warps=warps, blocks_per_sm=2 if tokens == 8 else 1)
     row_tile = tilus.block_id(0)
@@ -80,7 +88,9 @@ def quantized_linear(
     raw = tilus.load(codes, [row_tile, begin, 0], shape=raw_shape, layout=raw_layout)
     scale = tilus.load(scales, [row_tile, begin, 0, 0, 0], shape=factor_shape, layout=factor_layout)
     for tile in tilus.range(begin, end, warps):
-        act_tile = tilus.load(x, [first_token, tile * TILE], shape=[tokens, warps * TILE], layout=activation_layout(tokens, warps))
+        act_tile = tilus.load(
+            x, [first_token, tile * TILE], shape=[tokens, warps * TILE], layout=activation_layout(tokens, warps)
+        )
         raw_now = raw
         scale_now = scale
         minimum_now = None
@@ -99,7 +109,7 @@ def quantized_linear(
         reduce_splits(y, partial, tickets, first_token, row_tile, tokens, splits)
 
 
-def reduce_splits(y, partial, tickets, first_token, row_tile, tokens: int, splits):  # noqa: ANN001, ANN201
+def reduce_splits(y, partial, tickets, first_token, row_tile, tokens: int, splits):
     """The block that arrives last adds up the partial sums, always in the same order, and resets the counter."""
     slot = tilus.block_id(1) * tilus.grid_dim(0) + row_tile
     arrived = tilus.atomic_add(tickets, [slot], 1)
@@ -154,13 +164,14 @@ def linear(
     n, k = weight.shape
     if x.ndim != 2 or x.shape[1] != k:
         raise TilusError(f"linear: x has shape {list(x.shape)}, the weight is {[n, k]}", hint=f"x must be [M, {k}]")
+    if str(x.dtype).removeprefix("torch.") not in ("float16", "bfloat16"):
+        raise TilusError(f"linear: x has dtype {x.dtype}, expected float16 or bfloat16", hint="convert it: x.half()")
     m = int(x.shape[0])
     y = empty(x, (m, n), out_dtype) if out is None else out
     if m == 0:
         return y
     tiles_n, tiles_k = int(weight.codes.shape[0]), int(weight.codes.shape[1])
-    on_gpu = is_cuda(x)
-    plan = schedule(m, tiles_n, tiles_k, weight.dtype.nbits, _num_sms(x) if on_gpu else 0)
+    plan = schedule(m, tiles_n, tiles_k, weight.dtype.nbits, _num_sms(x, device))
     partial = tickets = None
     if plan.splits > 1:
         partial = empty(x, (plan.splits, m, n), "float32")
@@ -172,7 +183,18 @@ def linear(
     return y
 
 
-def _num_sms(x: Any) -> int:
-    from tilus.runtime import cuda
+def _num_sms(x: Any, device: str | None) -> int:
+    """Of the GPU that the product is made for: the one that runs it, or the one that the emulator stands for."""
+    if is_cuda(x):
+        from tilus.runtime import cuda
 
-    return cuda.device(x.get_device()).num_sms
+        return cuda.device(x.get_device()).num_sms
+    match device or config.device():
+        case "cuda":
+            from tilus.runtime import cuda
+
+            return cuda.current_device().num_sms
+        case "emulator":
+            return EMULATED_SMS
+        case _:
+            return 0

@@ -61,6 +61,11 @@ def activation_layout(tokens: int, warps: int) -> RegisterLayout:
     return spatial(1, warps) * local(tokens // 8, 1).spatial(8, 4).local(1, 16)
 
 
+def groups_per_tile(group: int) -> int:
+    """Scales along the columns of a tile: of the groups shorter than a tile, others than 16 and 32 are all of a narrow K."""
+    return TILE // group if group in (16, 32) else 1
+
+
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
     """A packed weight: `value[n, k] = scale[n, k // group] * decode(code[n, k]) (+ minimum[n, k // group])`.
@@ -78,7 +83,7 @@ class QuantizedWeight:
 
     @property
     def groups_per_tile(self) -> int:
-        return max(1, TILE // self.group) if self.group < TILE else 1
+        return groups_per_tile(self.group)
 
     @property
     def nbytes(self) -> int:
@@ -157,7 +162,8 @@ def _check(codes: Array, scales: Array, mins: Array | None, dtype: DataType, gro
     n, k = codes.shape
     if scales.ndim != 2 or scales.shape[0] != n or scales.dtype != np.float16 or k % scales.shape[1]:
         raise TilusError(
-            f"scales of shape {list(scales.shape)} and dtype {scales.dtype} for codes of shape {[n, k]}, expected float16 [N, K / group]"
+            f"scales of shape {list(scales.shape)} and dtype {scales.dtype} for codes of shape {[n, k]}, "
+            "expected float16 [N, K / group]"
         )
     width = k // scales.shape[1]
     if group is not None and group != width:
@@ -165,7 +171,10 @@ def _check(codes: Array, scales: Array, mins: Array | None, dtype: DataType, gro
     if width not in (*GROUPS, k):
         raise TilusError(f"groups of {width} columns, expected one of {', '.join(map(str, GROUPS))} or K = {k}")
     if mins is not None and (mins.shape != scales.shape or mins.dtype != np.float16):
-        raise TilusError(f"mins of shape {list(mins.shape)} and dtype {mins.dtype}, expected those of scales: {list(scales.shape)} float16")
+        raise TilusError(
+            f"mins of shape {list(mins.shape)} and dtype {mins.dtype}, "
+            f"expected those of scales: {list(scales.shape)} float16"
+        )
     if codes.size and int(codes.max()) >= dtype.num_codes:
         raise TilusError(f"code {int(codes.max())}, expected less than {dtype.num_codes} for {dtype.name}")
 
@@ -207,20 +216,18 @@ def _unpack_codes(packed: Array, dtype: DataType) -> npt.NDArray[np.uint8]:
 
 def _pack_scales(scales: Array, k: int, group: int) -> npt.NDArray[np.float16]:
     n = scales.shape[0]
-    tiles_n, tiles_k = -(-n // TILE), -(-k // TILE)
-    per_tile = TILE // group if group < TILE else 1
-    index = np.arange(tiles_k * per_tile) if group < TILE else np.minimum(np.arange(tiles_k) * TILE // group, scales.shape[1] - 1)
-    padded = np.zeros((tiles_n * TILE, index.size), np.float16)
-    valid = index < scales.shape[1]
-    padded[:n, valid] = scales[:, index[valid]]
+    tiles_n, tiles_k, per_tile = -(-n // TILE), -(-k // TILE), groups_per_tile(group)
+    first = np.arange(tiles_k * per_tile) * (TILE // per_tile)  # the column where each scale of a tile begins to hold
+    inside = first < k
+    padded = np.zeros((tiles_n * TILE, first.size), np.float16)
+    padded[:n, inside] = scales[:, first[inside] // group]
     return np.ascontiguousarray(padded.reshape(tiles_n, 8, 8, tiles_k, per_tile).transpose(0, 3, 4, 2, 1))
 
 
 def _unpack_scales(packed: Array, n: int, groups: int, group: int) -> Array:
     tiles_n, tiles_k, per_tile = packed.shape[:3]
     rows = packed.transpose(0, 4, 3, 1, 2).reshape(tiles_n * TILE, tiles_k * per_tile)
-    index = np.arange(groups) if group < TILE else np.arange(groups) * group // TILE
-    return rows[:n, index]
+    return rows[:n, np.arange(groups) * group * per_tile // TILE]
 
 
 def _numpy(value: Any) -> Array:
