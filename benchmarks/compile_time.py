@@ -1,4 +1,4 @@
-"""Cold compile time of the quantised linear kernel, by stage, and of `import tilus`: `python benchmarks/compile_time.py [--out FILE]`.
+"""Cold compile time of the quantised linear kernel, and of `import tilus`: `python benchmarks/compile_time.py [--out FILE]`.
 
 Each sample is a new process, so nothing is imported, specialised or cached before; the disk cache is not used.
 

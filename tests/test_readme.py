@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,16 @@ def test_the_transcript_is_what_the_command_prints(program: Path) -> None:
     printed = CliRunner().invoke(main, ["compile", str(program), "--report"]).stdout.splitlines()
     shown = block("```\n$ tilus compile int4_matmul.py --report\n").splitlines()
     assert list(map(stable, shown)) == list(map(stable, printed))
+
+
+@pytest.mark.parametrize(
+    "command", re.findall(r"(?:^    |`)tilus ((?:compile|layout|doctor)\b[^`\n]*)", TEXT, re.MULTILINE)
+)
+def test_the_commands_work(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    arguments = shlex.split(command)
+    result = CliRunner().invoke(main, arguments if arguments != ["compile"] else ["compile", "--help"])
+    assert result.exit_code == 0, result.output
 
 
 def test_pages_exist() -> None:

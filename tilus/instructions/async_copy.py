@@ -45,12 +45,14 @@ class CopyAsync(Instruction):
         check_access("copy_async", self.src, self.src_offsets, self.shape, self.src_dims)
         if self.dst.dtype != self.src.dtype:
             raise TilusError(
-                f"copy_async: {self.src.name} of {self.src.dtype.name} to {self.dst.name} of {self.dst.dtype.name}"
+                f"copy_async: {self.src.name} of {self.src.dtype.name} to {self.dst.name} of {self.dst.dtype.name}",
+                hint=f"copies do not convert: make the shared tensor one of tilus.{self.src.dtype.name} and cast what is loaded",
             )
         for extent, d in zip(self.shape, self.dst_dims, strict=True):
             if extent > self.dst.shape[d]:
                 raise TilusError(
-                    f"copy_async: a tile of shape {list(self.shape)} does not fit into {self.dst.name} of {list(self.dst.shape)}"
+                    f"copy_async: a tile of shape {list(self.shape)} does not fit into {self.dst.name} of {list(self.dst.shape)}",
+                    hint="give `shape`, at most that of the shared tensor",
                 )
 
     def evaluate(self, env: Evaluation) -> None:

@@ -44,7 +44,10 @@ def broadcast_shapes(what: str, *shapes: tuple[int, ...]) -> tuple[int, ...]:
     try:
         return np.broadcast_shapes(*shapes)
     except ValueError:
-        raise TilusError(f"{what}: shapes {' and '.join(str(list(s)) for s in shapes)} do not broadcast") from None
+        raise TilusError(
+            f"{what}: shapes {' and '.join(str(list(s)) for s in shapes)} do not broadcast",
+            hint="dims are matched from the last one; they must be equal or 1: tilus.reshape(x, [n, 1])",
+        ) from None
 
 
 class Pointwise(Instruction):

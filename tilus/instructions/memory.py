@@ -25,7 +25,10 @@ def check_access(
 ) -> None:
     """Raise unless a tile of `shape` along `dims` at `offsets` makes sense for the tensor's rank."""
     if len(offsets) != tensor.rank:
-        raise TilusError(f"{what}: {len(offsets)} offsets for {tensor.name}, which has rank {tensor.rank}")
+        raise TilusError(
+            f"{what}: {len(offsets)} offsets for {tensor.name}, which has rank {tensor.rank}",
+            hint="give one offset for each dim of the tensor, also where the tile has fewer axes",
+        )
     if len(shape) != len(dims):
         raise TilusError(f"{what}: tile of shape {list(shape)} along {len(dims)} dims {list(dims)}")
     if len(set(dims)) != len(dims) or not all(0 <= d < tensor.rank for d in dims):

@@ -109,7 +109,10 @@ class Dot(Instruction):
         if self.a.rank not in (2, 3) or self.b.rank != self.a.rank:
             raise TilusError(f"dot of tiles of rank {self.a.rank} and {self.b.rank}, expected 2 and 2, or 3 and 3")
         if self.a.shape[-1] != self.b.shape[-2] or self.a.shape[:-2] != self.b.shape[:-2]:
-            raise TilusError(f"dot of shapes {list(self.a.shape)} and {list(self.b.shape)}: the inner dims differ")
+            raise TilusError(
+                f"dot of shapes {list(self.a.shape)} and {list(self.b.shape)}: the inner dims differ",
+                hint="the left tile is [m, k], the right one [k, n]: tilus.transpose swaps dims",
+            )
         expected = (*self.a.shape[:-1], self.b.shape[-1])
         if self.acc.shape != expected or self.out.shape != expected:
             raise TilusError(f"dot: the accumulator has shape {list(self.acc.shape)}, the product {list(expected)}")

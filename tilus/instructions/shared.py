@@ -268,7 +268,8 @@ def _check(what: str, tensor: SharedTensor, tile: RegisterTensor, offsets: Seque
     for axis, d in enumerate(dims):
         if tile.shape[axis] > tensor.shape[d]:
             raise TilusError(
-                f"{what}: a tile of shape {list(tile.shape)} does not fit into {tensor.name} of {list(tensor.shape)}"
+                f"{what}: a tile of shape {list(tile.shape)} does not fit into {tensor.name} of {list(tensor.shape)}",
+                hint="use a smaller tile, or a larger shared tensor",
             )
 
 
@@ -277,6 +278,11 @@ def shared(
     b: IRBuilder, dtype: DataType, shape: Sequence[int], *, layout: SharedLayout | None = None, name: str = "shared"
 ) -> SharedTensor:
     """A buffer in shared memory; its content is undefined until it is written. `layout` pins how elements are placed."""
+    if layout is not None and layout.shape != tuple(shape):
+        raise TilusError(
+            f"layout {layout} has shape {list(layout.shape)}, the shared tensor {list(shape)}",
+            hint="padding is part of a layout, not of its shape: tilus.layout.padded(shape, pad)",
+        )
     return SharedTensor(dtype, tuple(shape), layout, b.fresh(name))
 
 

@@ -100,7 +100,8 @@ class Reshape(Renaming):
     def verify(self) -> None:
         if self.out.size != self.src.size:
             raise TilusError(
-                f"reshape from {list(self.src.shape)} ({self.src.size} elements) to {list(self.out.shape)} ({self.out.size})"
+                f"reshape from {list(self.src.shape)} ({self.src.size} elements) to {list(self.out.shape)} ({self.out.size})",
+                hint="one extent may be -1: it follows from the others",
             )
 
     def forward(self, layout: RegisterLayout) -> RegisterLayout:
@@ -186,7 +187,8 @@ class View(Instruction):
         have, want = a.num_locals * self.src.dtype.nbits, c.num_locals * self.out.dtype.nbits
         if have != want:
             raise TilusError(
-                f"view: a thread holds {have} bits of {self.src.dtype.name} and would hold {want} bits of {self.out.dtype.name}"
+                f"view: a thread holds {have} bits of {self.src.dtype.name} and would hold {want} bits of {self.out.dtype.name}",
+                hint="a view keeps each thread's bits: the layout's slots times the dtype's bits must be the same on both sides",
             )
 
     def evaluate(self, env: Evaluation) -> None:

@@ -85,6 +85,7 @@ class _Checker:
                 TilusError(
                     f"layout {tile.layout} has shape {list(tile.layout.shape)}, tile {tile.name} {list(tile.shape)}",
                     loc=loc,
+                    hint="a layout covers the whole tile: repeat it with .local(...) or .spatial(...)",
                 )
             )
         if tile.layout.num_threads != self.num_threads:
