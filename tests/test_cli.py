@@ -15,7 +15,7 @@ from tilus.cli import FORMS, main
 from tilus.errors import TilusError
 from tilus.transforms import PIPELINE
 
-KERNELS = '''\
+KERNELS = """\
 import sys
 
 import tilus
@@ -36,7 +36,7 @@ def axpy(x: Tensor[f32, "n"], y: Tensor[f32, "n"], a: f32, *, block: Const = 102
 def widen(x: Tensor["t", "n"], y: Tensor[f32, "n"], *, layout: Const = None):
     tilus.grid(1, warps=1)
     tilus.store(y, [0], tilus.cast(tilus.load(x, [0], shape=[256], layout=layout), f32))
-'''
+"""
 ONE_KERNEL = """\
 import tilus
 from tilus import Tensor, f16, f32
@@ -49,7 +49,22 @@ def square(a: Tensor[f16, "n", "n"], c: Tensor[f32, "n", "n"]):
     tilus.store_shared(s, tilus.load(a, [0, 0], shape=[64, 64]))
     tilus.sync()
     tile = tilus.load_shared(s)
-    tilus.store(c, [0, 0], tilus.dot(tile, tile, tilus.zeros([64, 64], f32)))
+    tilus.store(c, [0, 0], tilus.dot(tile, tilus.load_shared(s), tilus.zeros([64, 64], f32)))
+"""
+PINNED = """\
+import tilus
+from tilus import Tensor, f32
+from tilus.layout import spatial
+
+BY_COLUMN = spatial(1, 32).local(32, 1)
+
+
+@tilus.kernel
+def pinned(x: Tensor[f32, "m", "n"], y: Tensor[f32, "n", "m"]):
+    tilus.grid(1, warps=1)
+    rows = tilus.load(x, [0, 0], shape=[32, 32])
+    columns = tilus.with_layout(rows, BY_COLUMN)
+    tilus.store(y, [0, 0], columns)
 """
 TARGETS = ("sm_80", "sm_89", "sm_90a", "sm_100a")
 
@@ -158,14 +173,11 @@ def test_report_sections(square: Path) -> None:
 
 def test_report_shows_a_conversion_and_its_cost(tmp_path: Path) -> None:
     path = tmp_path / "pinned.py"
-    path.write_text(
-        "import tilus\nfrom tilus import Tensor, f32\nfrom tilus.layout import spatial\n\nBY_COLUMN = spatial(1, 32).local(32, 1)\n\n\n"
-        '@tilus.kernel\ndef pinned(x: Tensor[f32, "m", "n"], y: Tensor[f32, "n", "m"]):\n    tilus.grid(1, warps=1)\n'
-        "    rows = tilus.load(x, [0, 0], shape=[32, 32])\n    columns = tilus.with_layout(rows, BY_COLUMN)\n"
-        "    tilus.store(y, [0, 0], columns)\n"
-    )
+    path.write_text(PINNED)
     report = output_of("compile", path, "--report")
-    assert re.search(r"^  pinned.py:12 +rows -> columns +4096 bytes through shared memory$", report, re.MULTILINE), report
+    assert re.search(r"^  pinned.py:12 +rows -> columns +4096 bytes through shared memory$", report, re.MULTILINE), (
+        report
+    )
 
 
 def test_report_goes_beside_the_product(square: Path, tmp_path: Path) -> None:
@@ -200,8 +212,7 @@ def test_a_file_that_fails(tmp_path: Path) -> None:
     other = tmp_path / "syntax.py"
     other.write_text("x = (1,\n")
     assert refusal_of("compile", other) == (
-        f"error: {other} is not valid Python: '(' was never closed\n"
-        f"  at {other}:1:5\n    1 | x = (1,\n            ^\n"
+        f"error: {other} is not valid Python: '(' was never closed\n  at {other}:1:5\n    1 | x = (1,\n            ^\n"
     )
 
 

@@ -148,12 +148,11 @@ def doctor_command() -> None:
 def _read_function(source: str, definitions: tuple[str, ...]) -> Any:
     """The IR of `FILE.py[:KERNEL]` or `FILE.tilus`."""
     if source.endswith(TEXT_FORM):
-        from tilus.instructions import INSTRUCTIONS
         from tilus.ir.parser import parse_function
 
         if definitions:
             raise click.UsageError(f"-D {definitions[0]}: the text form of a kernel has no parameters left to define")
-        return parse_function(_read(Path(source)), INSTRUCTIONS, file=source, locations=True)
+        return parse_function(_read(Path(source)), file=source, locations=True)
     from tilus.lang.kernel_file import load_kernel
 
     file, colon, name = source.rpartition(":")

@@ -145,14 +145,14 @@ def test_ragged_batches(name: str, device: str) -> None:
 
 @pytest.mark.parametrize("device", EXECUTIONS)
 @pytest.mark.parametrize("lengths", [((1, 70), (1, 20)), ((18, 70), (3, 3))], ids=["decode", "prefill"])
-@pytest.mark.parametrize("group", [1, 2, 3, 4, 7, 8, 16])
+@pytest.mark.parametrize("group", [1, 3, 4, 8, 16])
 def test_group_sizes(group: int, lengths: tuple[tuple[int, int], ...], device: str) -> None:
     check(Batch(lengths, group=group), device)
 
 
 @pytest.mark.parametrize("device", EXECUTIONS)
 @pytest.mark.parametrize("lengths", [((1, 70), (1, 20)), ((18, 70), (3, 3))], ids=["decode", "prefill"])
-@pytest.mark.parametrize("head_dim", [16, 80, 96, 128])
+@pytest.mark.parametrize("head_dim", [16, 80, 128])
 def test_head_sizes(head_dim: int, lengths: tuple[tuple[int, int], ...], device: str) -> None:
     check(Batch(lengths, kv_heads=1, head_dim=head_dim), device)
 

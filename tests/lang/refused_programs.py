@@ -432,7 +432,7 @@ a tile of f32 [4] cannot be indexed or sliced: its elements live in the register
   hint: load only that part from memory, reduce the tile, or select elements with tilus.where""",
     ),
     (
-        "globalslice",
+        "globalslicestep",
         """\
 v = x[1:3:2]""",
         """\
@@ -441,6 +441,36 @@ a slice of global tensor x has step 2, expected 1
     5 |     v = x[1:3:2]
                 ^^^^^^^^
   hint: leave the step out""",
+    ),
+    (
+        "globalslicebound",
+        """\
+v = x[1.5:]""",
+        """\
+a slice of global tensor x is bounded by 1.5, expected an integer
+  at kernel.py:5:9
+    5 |     v = x[1.5:]
+                ^^^^^^^""",
+    ),
+    (
+        "narrowdim",
+        """\
+v = tilus.narrow(x, 1, 0, 2)""",
+        """\
+narrow: dim 1 of x, which has rank 1
+  at kernel.py:5:9
+    5 |     v = tilus.narrow(x, 1, 0, 2)
+                ^^^^^^^^^^^^^^^^^^^^^^^^""",
+    ),
+    (
+        "narrowstart",
+        """\
+v = tilus.narrow(x, 0, 1.5, 2)""",
+        """\
+narrow: start of f32 and length of int32, expected integers
+  at kernel.py:5:9
+    5 |     v = tilus.narrow(x, 0, 1.5, 2)
+                ^^^^^^^^^^^^^^^^^^^^^^^^^^""",
     ),
     (
         "globalassign",

@@ -60,7 +60,7 @@ def lower(function: Function, target: Target) -> Lowered:
         shared=shared,
         num_threads=function.num_threads,
         # Left to itself the assembler spills a little to fit more blocks; an explicit 1 makes it use what it needs.
-        min_blocks_per_sm=function.blocks_per_sm or 1,
+        min_blocks_per_sm=function.blocks_per_sm,
     )
     return Lowered(Module(target, (kernel,)), plan.nbytes, dynamic, tuple(ctx.notes), tuple(ctx.shared_sites))
 

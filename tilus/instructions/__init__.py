@@ -9,12 +9,12 @@ from tilus.instructions import async_copy, atomic, barrier, cast, elementwise, m
 from tilus.ir.builder import Builtin
 from tilus.ir.instruction import Instruction
 
-_FAMILIES = (async_copy, atomic, barrier, cast, elementwise, memory, mma, reduce, scan, shared, view)
+FAMILIES = (async_copy, atomic, barrier, cast, elementwise, memory, mma, reduce, scan, shared, view)
 
 
 def _registry() -> dict[str, type[Instruction]]:
     classes: dict[str, type[Instruction]] = {}
-    for family in _FAMILIES:
+    for family in FAMILIES:
         for value in vars(family).values():
             if isinstance(value, type) and issubclass(value, Instruction) and "mnemonic" in vars(value):
                 classes[value.mnemonic] = value
@@ -23,5 +23,5 @@ def _registry() -> dict[str, type[Instruction]]:
 
 INSTRUCTIONS: dict[str, type[Instruction]] = _registry()
 BUILTINS: dict[str, Builtin] = {
-    value.__name__: value for family in _FAMILIES for value in vars(family).values() if isinstance(value, Builtin)
+    value.__name__: value for family in FAMILIES for value in vars(family).values() if isinstance(value, Builtin)
 }

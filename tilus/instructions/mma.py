@@ -215,7 +215,9 @@ def dot(b: IRBuilder, x: RegisterTensor, y: RegisterTensor, acc: RegisterTensor 
     With a batch dim in front of both, the products are independent. m, n, k must be multiples of 16, 8 and 16.
     """
     from tilus.instructions.elementwise import zeros
+    from tilus.instructions.view import Convert
 
     shape = (*x.shape[:-1], y.shape[-1])
     total = zeros.build(b, shape, f32) if acc is None else acc
-    return b.emit(Dot(b.tile(f32, shape, name="acc"), x, y, total)).out
+    right = b.emit(Convert(b.tile(y.dtype, y.shape), y)).out if x is y else y  # each side has a layout of its own
+    return b.emit(Dot(b.tile(f32, shape, name="acc"), x, right, total)).out

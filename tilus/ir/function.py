@@ -31,7 +31,7 @@ Param = TensorParam | ScalarParam
 class Function:
     """params: as the user wrote them. grid: up to three extents over dims and scalars. A block has `num_warps` * 32 threads.
 
-    blocks_per_sm: how many blocks must fit on a multiprocessor, which limits registers; None leaves that to the assembler.
+    blocks_per_sm: how many blocks must fit on a multiprocessor, which limits registers.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Function:
     num_warps: int
     body: Stmt
     loc: Loc | None = None
-    blocks_per_sm: int | None = None
+    blocks_per_sm: int = 1
 
     @property
     def num_threads(self) -> int:

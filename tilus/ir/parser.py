@@ -131,9 +131,11 @@ class _Reader:
         # Scalars first: shapes may use those that stand behind the tensor.
         scalars = {p: self.scalar_param(p) for p in params if p.data == "scalar_param"}
         read: list[Param] = [scalars[p] if p in scalars else self.tensor_param(p) for p in params]
-        *grid, warps, block = rest
-        extents = tuple(self.expr(extent) for extent in grid)
-        return Function(str(name), tuple(read), extents, self.integer(warps), self.block(block), self.source(name))
+        *grid, block = rest
+        extents = tuple(self.expr(extent) for extent in grid if extent.data != "int")
+        warps, *blocks_per_sm = (self.integer(number) for number in grid if number.data == "int")
+        body, loc = self.block(block), self.source(name)
+        return Function(str(name), tuple(read), extents, warps, body, loc, *blocks_per_sm)
 
     def scalar_param(self, tree: Node) -> ScalarParam:
         name, type_ = tree.children
@@ -391,7 +393,7 @@ class _Reader:
 
 
 def _split_header(children: list[Node]) -> list[Any]:
-    """name, parameters ..., where clause or None, [grid ..., warps, block]."""
+    """name, parameters ..., where clause or None, [grid ..., warps, perhaps blocks_per_sm, block]."""
     name, *others = children
     params = [c for c in others if c is not None and c.data in ("tensor_param", "scalar_param")]
     where = next((c for c in others if c is not None and c.data == "where"), None)

@@ -100,7 +100,8 @@ class _Printer:
         params = "".join(f"\n  {self._param(param)}," for param in function.params).removesuffix(",")
         where = f" where {', '.join(dims)}" if dims else ""
         grid = ", ".join(map(self.expr, function.grid))
-        return f"kernel {function.name}({params}\n){where} grid({grid}) warps({function.num_warps}) {{"
+        blocks = "" if function.blocks_per_sm == 1 else f" blocks_per_sm({function.blocks_per_sm})"
+        return f"kernel {function.name}({params}\n){where} grid({grid}) warps({function.num_warps}){blocks} {{"
 
     def _dims(self) -> Iterator[Var]:
         """Variables of the parameters' shapes and strides that are no parameters themselves."""

@@ -53,7 +53,7 @@ def paged_attention_kernel(
     parts = FRAGMENT_ROWS * WARPS // rows
     keys = kv_tile // parts
     sequences = kv_lens.shape[0]
-    tilus.grid((q.shape[0] + sequences * (tokens - 1)) // tokens, q.shape[1], warps=WARPS, blocks_per_sm=1)
+    tilus.grid((q.shape[0] + sequences * (tokens - 1)) // tokens, q.shape[1], warps=WARPS)
     head = tilus.block_id(1)
     sequence, first = find_queries(q_start, sequences, tokens)
     begin, end = q_start[sequence], q_start[sequence + 1]

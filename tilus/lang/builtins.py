@@ -18,12 +18,11 @@ T = TypeVar("T")
 
 
 @builtin
-def grid(b: IRBuilder, x: Any, y: Any = 1, z: Any = 1, *, warps: Any = 4, blocks_per_sm: Any = None) -> None:
+def grid(b: IRBuilder, x: Any, y: Any = 1, z: Any = 1, *, warps: Any = 4, blocks_per_sm: Any = 1) -> None:
     """Launch x * y * z blocks of `warps` * 32 threads; the first thing that a kernel does.
 
     The extents may use shapes, scalar parameters and compile-time values. A launch with an extent of 0 does nothing.
-    blocks_per_sm: how many blocks must fit on a multiprocessor at once, which limits a thread's registers. Without it the
-    assembler weighs registers against blocks itself, and may spill a few; with 1 it takes what it needs.
+    blocks_per_sm: how many blocks must fit on a multiprocessor at once; more than 1 limits a thread's registers.
     """
     if not isinstance(b, KernelBuilder):
         raise TilusError("tilus.grid outside of a kernel")
@@ -31,8 +30,8 @@ def grid(b: IRBuilder, x: Any, y: Any = 1, z: Any = 1, *, warps: Any = 4, blocks
         raise TilusError("tilus.grid is called a second time, expected once", hint="compute one grid for the kernel")
     if isinstance(warps, bool) or not isinstance(warps, int) or not 1 <= warps <= MAX_WARPS:
         raise TilusError(f"warps is {describe(warps)}, expected a compile-time int from 1 to {MAX_WARPS}")
-    if blocks_per_sm is not None and (type(blocks_per_sm) is not int or blocks_per_sm < 1):
-        raise TilusError(f"blocks_per_sm is {describe(blocks_per_sm)}, expected a positive compile-time int or None")
+    if type(blocks_per_sm) is not int or blocks_per_sm < 1:
+        raise TilusError(f"blocks_per_sm is {describe(blocks_per_sm)}, expected a positive compile-time int")
     extents: list[Expr] = []
     for axis, extent in zip("xyz", (x, y, z), strict=True):
         expr = as_expr(extent) if isinstance(extent, (Expr, int)) else None

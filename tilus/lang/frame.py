@@ -27,7 +27,7 @@ class KernelBuilder(IRBuilder):
     def __init__(self) -> None:
         super().__init__()
         self.grid: tuple[Expr, ...] | None = None
-        self.blocks_per_sm: int | None = None
+        self.blocks_per_sm = 1
         self._user_names: dict[Tensor, str] = {}
 
     def name(self, value: object, name: str) -> None:

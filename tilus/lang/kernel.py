@@ -105,7 +105,9 @@ class Kernel:
             raise TilusError(f"{self.signature.name}: {what}", loc=self.signature.loc, hint=self._usage())
         binder = Binder(self.signature, consts)
         key = tuple(typed(binder.const(p)) for p in self.signature.consts)
-        return self.specialization(Specification(assumed_facts(self.signature, {**names, **consts}, sizes), key), consts)
+        return self.specialization(
+            Specification(assumed_facts(self.signature, {**names, **consts}, sizes), key), consts
+        )
 
     def ir(self, *args: Any, after: str | None = None, **kwargs: Any) -> Function:
         """The IR as translated, or after a pass of tilus.transforms."""
