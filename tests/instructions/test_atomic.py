@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tile_programs import WARP_COUNTS, Array, Build, function, random_layout, run_both, tensor, values_of
+from tile_programs import WARP_COUNTS, Array, Build, assembles, function, random_layout, run_both, tensor, values_of
 
 from tilus.compiler import compile_function
 from tilus.dtypes import DataType, bf16, f16, f32, int8, int32, uint32
@@ -218,6 +218,24 @@ def test_scalar_stands_between_barriers() -> None:
     assert opcodes[at - 2 : at + 4] == [
         "st.global", "bar.sync", "atom.acq_rel.gpu.global.add.s32", "st.shared", "bar.sync", "ld.shared",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("target", ("sm_80", "sm_90a"))
+def test_ptx_assembles(target: str) -> None:
+    """Every operation, type and vector width, tiles and scalars."""
+    for op in INTEGER_OPS:
+        for dtype in (int32, uint32, f32, f16, bf16):
+            if (dtype.is_float and op != "add") or (dtype == bf16 and target == "sm_80"):
+                continue
+            for slots in (1, 2, 4, 8):
+
+                def build(b: IRBuilder, x: GlobalTensor, y: GlobalTensor, slots: int = slots, op: str = op) -> None:
+                    tile_program(spatial(32).local(slots), op, (0,))(b, x, y)
+                    if y.dtype.nbits == 32:
+                        getattr(atomic, f"atomic_{op}").build(b, y, [0], Const(1, y.dtype))
+                        atomic.atomic_exchange.build(b, y, [1], Const(2, y.dtype))
+
+                assembles(build, {"x": (dtype, (GRID, 32 * slots)), "y": (dtype, (32 * slots,))}, 1, target)
 
 
 def test_fence() -> None:

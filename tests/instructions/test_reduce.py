@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tile_programs import WARP_COUNTS, Array, random_layout, run_both, values_of
+from tile_programs import WARP_COUNTS, Array, assembles, random_layout, run_both, values_of
 
 from tilus.dtypes import DTYPES, DataType, bf16, boolean, f16, f32, int8, int32, int64, uint8, uint16, uint32
 from tilus.errors import TilusError
@@ -142,6 +142,20 @@ def test_plan_counts_every_element_once(rng: random.Random, num_warps: int, rank
     elements = np.prod([n for d, n in enumerate(layout.shape) if d in axes])
     assert len(everything) * len(plan.groups[0]) * 2 ** len(plan.lane_masks) == layout.size
     assert plan.parts * len(plan.groups[0]) * 2 ** len(plan.lane_masks) == elements
+
+
+@pytest.mark.parametrize("target", ("sm_80", "sm_90a"))
+@pytest.mark.parametrize("op", (*NUMBERS, *LOGICAL))
+def test_ptx_assembles(op: str, target: str) -> None:
+    for seed, dtype in enumerate((boolean,) if op in LOGICAL else (f32, f16, bf16, int32, uint8)):
+        layout = random_layout(random.Random(seed), 2, 4)
+
+        def build(b: IRBuilder, x: GlobalTensor, y: GlobalTensor, layout: RegisterLayout = layout) -> None:
+            tile = load.build(b, x, [0, 0], shape=layout.shape, layout=layout)
+            store.build(b, y, [0], getattr(reduce, op).build(b, tile, 0))
+
+        types = {"x": (dtype, layout.shape), "y": (reduce.result_dtype(op, dtype), layout.shape[1:])}
+        assembles(build, types, 4, target)
 
 
 def test_all_holders_of_a_result_have_the_same_bits() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tile_programs import WARP_COUNTS, Array, random_layout, run_both, values_of
+from tile_programs import WARP_COUNTS, Array, assembles, random_layout, run_both, values_of
 
 from tilus.dtypes import DTYPES, DataType, bf16, boolean, f16, f32, float8_e4m3, int8, int32, int64, uint8, uint32
 from tilus.errors import TilusError
@@ -117,6 +117,22 @@ def test_chunks_are_where_their_elements_are(rng: random.Random, rank: int, num_
         for thread in range(0, layout.num_threads, 7):
             held = sorted(map(tuple, coarse[thread].tolist()))
             assert held == sorted({tuple(i) for i in fine[thread].tolist()})
+
+
+@pytest.mark.parametrize("target", ("sm_80", "sm_90a"))
+@pytest.mark.parametrize("op", OPS)
+def test_ptx_assembles(op: str, target: str) -> None:
+    for seed, dtype in enumerate(RESULTS):
+        layout, axis = random_layout(random.Random(seed), 2, 4), seed % 2
+
+        def build(
+            b: IRBuilder, x: GlobalTensor, y: GlobalTensor, layout: RegisterLayout = layout, axis: int = axis
+        ) -> None:
+            tile = load.build(b, x, [0, 0], shape=layout.shape, layout=layout)
+            store.build(b, y, [0, 0], getattr(scan, f"cum{op}").build(b, tile, axis))
+
+        out_dtype = RESULTS[dtype] if op == "sum" else dtype
+        assembles(build, {"x": (dtype, layout.shape), "y": (out_dtype, layout.shape)}, 4, target)
 
 
 def test_neutral_values_change_nothing() -> None:

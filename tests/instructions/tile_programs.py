@@ -17,6 +17,7 @@ from tilus.ir.expr import Var, as_expr
 from tilus.ir.function import Function, TensorParam
 from tilus.ir.tensor import GlobalTensor
 from tilus.layout import Digit, RegisterLayout
+from tilus.ptx.assembler import assemble
 from tilus.runtime.emulator import run_kernel
 from tilus.runtime.reference import run_reference
 from tilus.runtime.reference.buffer import storage_dtype
@@ -72,6 +73,13 @@ def run_both(
     for found in (reference, emulated):
         results.append({n: arrays[n][0].decode(a.view(arrays[n][0].storage)) for n, a in found.items()})
     return results[0], results[1]
+
+
+def assembles(build: Build, types: Mapping[str, tuple[DataType, Sequence[int]]], num_warps: int, target: str) -> None:
+    """Raise unless ptxas takes the kernel's PTX for the target, without spills."""
+    tensors = {name: tensor(name, dtype, shape) for name, (dtype, shape) in types.items()}
+    chosen = get_target(target)
+    assemble(compile_function(function(build, tensors, num_warps), chosen).ptx, chosen)
 
 
 def emulate(compiled: Compiled, arguments: list[Array], grid: int, seed: int = 0) -> None:

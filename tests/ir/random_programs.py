@@ -65,7 +65,8 @@ class Programs:
         rng.shuffle(params)
         grid = tuple(self.expr(2) for _ in range(rng.randrange(1, 4)))
         first = Inst(self.instruction(INSTRUCTIONS["full"]))  # a tile that others may read
-        return Function("program", tuple(params), grid, rng.randrange(1, 9), Seq((first, self.block(3))))
+        body = Seq((first, self.block(3)))
+        return Function("program", tuple(params), grid, rng.randrange(1, 9), body, None, rng.choice([None, 2]))
 
     def dtype(self) -> DataType:
         return DTYPES[self.rng.choice(list(DTYPES))]

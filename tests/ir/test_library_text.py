@@ -21,8 +21,8 @@ from tilus.target import get_target
 SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
     "activation.silu_mul_kernel": [{}],
     "attention.paged_attention_kernel": [
-        {"group": 3, "head_dim": 64, "page_size": 16, "rows": 16},
-        {"group": 4, "head_dim": 128, "page_size": 16, "rows": 64},
+        {"group": 3, "head_dim": 64, "page_size": 16, "rows": 16, "kv_tile": 64, "stages": 2},
+        {"group": 4, "head_dim": 128, "page_size": 16, "rows": 64, "kv_tile": 64, "stages": 2},
     ],
     "embedding.dense_embedding_kernel": [{}],
     "embedding.quantized_embedding_kernel": [{"group": 32}],

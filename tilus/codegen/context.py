@@ -24,6 +24,7 @@ from tilus.ptx.module import Address, Guard, Imm, Reg, RegClass, Special, Symbol
 from tilus.target import Target
 
 SHARED_SYMBOL = "smem"
+LOCAL_SYMBOL = "local_memory"
 
 
 def word_class(dtype: DataType) -> RegClass:
@@ -84,6 +85,8 @@ class EmitContext:
     read_only: frozenset[Var]
     tiles: dict[RegisterTensor, list[Reg]] = field(default_factory=dict[RegisterTensor, list[Reg]])
     notes: list[Note] = field(default_factory=list[Note])
+    strings: dict[str, str] = field(default_factory=dict[str, str])
+    local_nbytes: int = 0
     shared_sites: list[SharedSite] = field(default_factory=list[SharedSite])
 
     # Tiles.
@@ -402,6 +405,16 @@ class EmitContext:
         self.shared_sites.append(
             SharedSite(inst.mnemonic, tensor, layout, offsets, dims, size, self.b.loc, rows_of_16_bytes)
         )
+
+    def string(self, text: str) -> Symbol:
+        """The name of a zero-terminated UTF-8 string in global memory."""
+        name = self.strings.setdefault(text, f"string_{len(self.strings)}")
+        return Symbol(name)
+
+    def local_memory(self, nbytes: int) -> Symbol:
+        """The name of each thread's own memory, at least this large; instructions take turns in it."""
+        self.local_nbytes = max(self.local_nbytes, nbytes)
+        return Symbol(LOCAL_SYMBOL)
 
     def note(self, inst: Instruction, text: str) -> None:
         """A line for the report, with the user's position."""

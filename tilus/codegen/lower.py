@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tilus.codegen.context import SHARED_SYMBOL, EmitContext, Note, SharedSite
+from tilus.codegen.context import LOCAL_SYMBOL, SHARED_SYMBOL, EmitContext, Note, SharedSite
 from tilus.codegen.linear import materialize
 from tilus.codegen.scalar import ScalarLowering
 from tilus.codegen.shared_plan import SharedPlan, plan_shared
@@ -16,7 +16,20 @@ from tilus.ir.stmt import Break, Continue, For, If, Inst, Return, Seq, SetScalar
 from tilus.ir.tensor import GlobalTensor
 from tilus.ir.visit import instructions, walk
 from tilus.ptx.builder import Builder
-from tilus.ptx.module import Address, Guard, Imm, Kernel, Module, Param, Reg, RegClass, SharedArray, Symbol
+from tilus.ptx.module import (
+    Address,
+    GlobalBytes,
+    Guard,
+    Imm,
+    Kernel,
+    LocalArray,
+    Module,
+    Param,
+    Reg,
+    RegClass,
+    SharedArray,
+    Symbol,
+)
 from tilus.target import Target
 
 MAX_STATIC_SHARED_NBYTES = 48 * 1024
@@ -61,8 +74,10 @@ def lower(function: Function, target: Target) -> Lowered:
         num_threads=function.num_threads,
         # Left to itself the assembler spills a little to fit more blocks; an explicit 1 makes it use what it needs.
         min_blocks_per_sm=function.blocks_per_sm,
+        local=(LocalArray(LOCAL_SYMBOL, ctx.local_nbytes),) if ctx.local_nbytes else (),
     )
-    return Lowered(Module(target, (kernel,)), plan.nbytes, dynamic, tuple(ctx.notes), tuple(ctx.shared_sites))
+    strings = tuple(GlobalBytes(name, text.encode() + b"\0") for text, name in ctx.strings.items())
+    return Lowered(Module(target, (kernel,), strings), plan.nbytes, dynamic, tuple(ctx.notes), tuple(ctx.shared_sites))
 
 
 def _check_limits(function: Function, plan: SharedPlan, target: Target) -> None:

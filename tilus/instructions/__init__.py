@@ -5,11 +5,24 @@
 
 from __future__ import annotations
 
-from tilus.instructions import async_copy, atomic, barrier, cast, elementwise, memory, mma, reduce, scan, shared, view
+from tilus.instructions import (
+    async_copy,
+    atomic,
+    barrier,
+    cast,
+    debug,
+    elementwise,
+    memory,
+    mma,
+    reduce,
+    scan,
+    shared,
+    view,
+)
 from tilus.ir.builder import Builtin
 from tilus.ir.instruction import Instruction
 
-FAMILIES = (async_copy, atomic, barrier, cast, elementwise, memory, mma, reduce, scan, shared, view)
+FAMILIES = (async_copy, atomic, barrier, cast, debug, elementwise, memory, mma, reduce, scan, shared, view)
 
 
 def _registry() -> dict[str, type[Instruction]]:

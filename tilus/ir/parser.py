@@ -125,17 +125,22 @@ class _Reader:
     # The header.
 
     def function(self, tree: Node) -> Function:
-        name, *params, where, rest = _split_header(tree.children)
+        name, params, where, grid, warps, blocks, block = tree.children
         for dim in where.children if where is not None else ():
-            self.declare(dim.children[0], self.scalar(dim.children[0], dim.children[1]))
+            self.declare(dim.children[0], self.scalar(*dim.children))
+        listed = [param for param in params.children if param is not None]
         # Scalars first: shapes may use those that stand behind the tensor.
-        scalars = {p: self.scalar_param(p) for p in params if p.data == "scalar_param"}
-        read: list[Param] = [scalars[p] if p in scalars else self.tensor_param(p) for p in params]
-        *grid, block = rest
-        extents = tuple(self.expr(extent) for extent in grid if extent.data != "int")
-        warps, *blocks_per_sm = (self.integer(number) for number in grid if number.data == "int")
-        body, loc = self.block(block), self.source(name)
-        return Function(str(name), tuple(read), extents, warps, body, loc, *blocks_per_sm)
+        scalars = {p.children[0]: self.scalar_param(p) for p in listed if p.data == "scalar_param"}
+        read: list[Param] = [scalars.get(p.children[0]) or self.tensor_param(p) for p in listed]
+        return Function(
+            str(name),
+            tuple(read),
+            tuple(self.expr(extent) for extent in grid.children),
+            self.integer(warps),
+            self.block(block),
+            self.source(name),
+            1 if blocks is None else self.integer(blocks),
+        )
 
     def scalar_param(self, tree: Node) -> ScalarParam:
         name, type_ = tree.children
@@ -390,12 +395,3 @@ class _Reader:
             return build(*args)
         except (ArithmeticError, ValueError) as error:
             self.fail(node, f"this constant has no value: {error}")
-
-
-def _split_header(children: list[Node]) -> list[Any]:
-    """name, parameters ..., where clause or None, [grid ..., warps, perhaps blocks_per_sm, block]."""
-    name, *others = children
-    params = [c for c in others if c is not None and c.data in ("tensor_param", "scalar_param")]
-    where = next((c for c in others if c is not None and c.data == "where"), None)
-    rest = [c for c in others if c is not None and c is not where and c not in params]
-    return [name, *params, where, rest]

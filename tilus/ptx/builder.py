@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from tilus.errors import Loc
-from tilus.ptx.module import Comment, Guard, Imm, Instr, Item, Label, LabelRef, Operand, Reg, RegClass
+from tilus.ptx.module import Call, Comment, Guard, Imm, Instr, Item, Label, LabelRef, Operand, Reg, RegClass
 
 _CLASS_OF_TYPE = {
     "pred": RegClass.PRED,
@@ -99,6 +99,10 @@ class Builder:
 
     def comment(self, text: str) -> None:
         self._scopes[-1].items.append(Comment(text))
+
+    def call(self, function: str, *args: Reg) -> None:
+        """Call an external function of 64-bit parameters; its result is dropped."""
+        self._scopes[-1].items.append(Call(function, args))
 
     def label(self, stem: str) -> str:
         """A fresh label name."""

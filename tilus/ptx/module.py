@@ -123,7 +123,15 @@ class Comment:
     text: str
 
 
-Item = Instr | Label | Comment
+@dataclass(frozen=True)
+class Call:
+    """A call of an external function that takes 64-bit parameters and gives a 32-bit result, which is dropped (vprintf)."""
+
+    function: str
+    args: tuple[Reg, ...]
+
+
+Item = Instr | Label | Comment | Call
 
 
 @dataclass(frozen=True)
@@ -151,6 +159,22 @@ class SharedArray:
 
 
 @dataclass(frozen=True)
+class GlobalBytes:
+    """Constant bytes in global memory, such as the format of a print."""
+
+    name: str
+    data: bytes
+
+
+@dataclass(frozen=True)
+class LocalArray:
+    """Bytes of memory that each thread has for itself, aligned to 8."""
+
+    name: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class Kernel:
     """One `.entry`. `num_threads` becomes `.reqntid`; `min_blocks_per_sm` and `max_registers` are optional caps."""
 
@@ -161,9 +185,11 @@ class Kernel:
     num_threads: int
     min_blocks_per_sm: int | None = None
     max_registers: int | None = None
+    local: tuple[LocalArray, ...] = ()
 
 
 @dataclass(frozen=True)
 class Module:
     target: Target
     kernels: tuple[Kernel, ...]
+    data: tuple[GlobalBytes, ...] = ()

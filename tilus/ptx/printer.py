@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from tilus.errors import Loc
 from tilus.ptx.module import (
     Address,
+    Call,
     Comment,
     FloatImm,
     Guard,
@@ -37,6 +38,12 @@ def print_module(module: Module) -> str:
     files = _files(module.kernels)
     lines = [f".version {major}.{minor}", f".target {module.target.name}", ".address_size 64", ""]
     lines += [f'.file {index} "{name}"' for name, index in files.items()]
+    calls = {item.function: len(item.args) for k in module.kernels for item in k.body if isinstance(item, Call)}
+    for function, count in calls.items():
+        params = ", ".join(f".param .b64 argument_{i}" for i in range(count))
+        lines.append(f".extern .func (.param .b32 result) {function} ({params});")
+    for data in module.data:
+        lines.append(f".global .align 1 .b8 {data.name}[{len(data.data)}] = {{{', '.join(map(str, data.data))}}};")
     for kernel in module.kernels:
         lines += _kernel(kernel, files)
     return "\n".join(lines) + "\n"
@@ -61,6 +68,7 @@ def _kernel(kernel: Kernel, files: dict[str, int]) -> list[str]:
     lines.append("{")
     lines += [f"    .reg .{cls.value} {cls.prefix}<{count}>;" for cls, count in _register_counts(kernel.body).items()]
     lines += ["    " + _shared(array) for array in static]
+    lines += [f"    .local .align 8 .b8 {array.name}[{array.nbytes}];" for array in kernel.local]
     lines += _body(kernel.body, files)
     lines += ["}", ""]
     return lines
@@ -114,6 +122,8 @@ def _body(body: Iterable[Item], files: dict[str, int]) -> list[str]:
                 lines.append(f"{item.name}:")
             case Comment():
                 lines.append(f"    // {item.text}")
+            case Call():
+                lines += [f"    {line}" for line in _call(item)]
             case Instr():
                 if item.loc is not None and (position := _position(item.loc, files)) != last:
                     lines.append(position)
@@ -124,6 +134,17 @@ def _body(body: Iterable[Item], files: dict[str, int]) -> list[str]:
 
 def _position(loc: Loc, files: dict[str, int]) -> str:
     return f"    .loc {files[loc.file]} {loc.line} {loc.column}"
+
+
+def _call(call: Call) -> list[str]:
+    """The calling sequence in a block of its own, where its parameters are declared."""
+    names = [f"argument_{i}" for i in range(len(call.args))]
+    lines = ["{"]
+    lines += [
+        f".param .b64 {name}; st.param.b64 [{name}], {print_operand(a)};"
+        for name, a in zip(names, call.args, strict=True)
+    ]
+    return [*lines, f".param .b32 result; call (result), {call.function}, ({', '.join(names)});", "}"]
 
 
 def print_instr(instr: Instr) -> str:

@@ -146,7 +146,7 @@ def _span_nbytes(array: Array) -> int:
 
 def _bytes_at(pointer: int, nbytes: int) -> npt.NDArray[np.uint8]:
     """The memory of a CPU tensor as bytes; the caller keeps the tensor alive."""
-    return np.frombuffer((ctypes.c_uint8 * nbytes).from_address(pointer), np.uint8)
+    return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(pointer))
 
 
 def build(function: Function, target: Target) -> tuple[Compiled, bytes]:
