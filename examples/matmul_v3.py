@@ -45,7 +45,6 @@ def matmul(
         fetch(tile + (stages - 1), (tile + (stages - 1)) % stages)
         stage = tile % stages
         acc = tilus.dot(tilus.load_shared(a_tiles[stage]), tilus.load_shared(b_tiles[stage]), acc)
-    tilus.wait(0)
     tilus.store(c, [i, j], acc.to(f16))
 
 
