@@ -26,12 +26,12 @@ serve: $(VENV)/.base          ## start the server on whatever device there is
 	$(BIN)/python -m serving --port $(PORT) $(if $(MODEL),--model $(MODEL))
 
 test: $(VENV)/.test           ## all tests that need no GPU
-	$(BIN)/python -m pytest -W error -m "not gpu"
+	$(BIN)/python -m pytest -W error -n auto -m "not gpu"
 
 check: $(VENV)/.dev           ## lint, types and the fast tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/basedpyright
-	$(BIN)/python -m pytest -q -W error -m "not gpu and not slow"
+	$(BIN)/python -m pytest -q -W error -n auto -m "not gpu and not slow"
 
 docs: $(VENV)/.base           ## regenerate docs/instructions.md
 	$(BIN)/python -m tilus.docs > docs/instructions.md

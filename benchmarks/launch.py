@@ -11,6 +11,9 @@ Output, as JSON:
     batch        launches a sample
     samples      samples a case
     cases        list of {name, arguments, min_us, median_us}: microseconds a launch
+
+Where torch has a GPU, two more cases time a whole call `axpy(x, y, 2.0)` of a cached kernel with torch tensors: as it is, and
+with the driver's launch function replaced by one that returns at once, which leaves the Python time of the call.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import tilus
 from tilus.errors import TilusError
 from tilus.ptx.assembler import assemble
 from tilus.runtime import cuda
@@ -94,6 +98,7 @@ def measure(stub: Stub | None, samples: int) -> dict[str, Any]:
         for way, action in ways.items():
             times = sample(action, arguments, samples)
             cases.append({"name": f"{name}, {way}", "arguments": len(kinds), **times})
+    cases += measure_calls(samples)
     cases.append({"name": "current stream", "arguments": 0, **sample(cuda.current_stream, (0,), samples)})
     return {
         "device": "stub" if stub else cuda.device().name,
@@ -105,6 +110,36 @@ def measure(stub: Stub | None, samples: int) -> dict[str, Any]:
         "samples": samples,
         "cases": cases,
     }
+
+
+@tilus.kernel
+def axpy(x: tilus.Tensor[tilus.f32, "n"], y: tilus.Tensor[tilus.f32, "n"], a: tilus.f32, *, block: tilus.Const = 1024):
+    tilus.grid(tilus.cdiv(x.shape[0], block), warps=4)
+    start = tilus.block_id(0) * block
+    tilus.store(y, [start], a * tilus.load(x, [start], shape=[block]) + tilus.load(y, [start], shape=[block]))
+
+
+def measure_calls(samples: int) -> list[dict[str, Any]]:
+    """Whole calls with torch tensors on the GPU, with and without the driver's share; none without such tensors."""
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return []
+    if not torch.cuda.is_available():
+        return []
+    x, y = torch.ones(4096, device="cuda"), torch.ones(4096, device="cuda")
+    real = sample(axpy, (x, y, 2.0), samples)
+    bindings = cuda.driver()
+    launch, success = bindings.cuLaunchKernelEx, bindings.CUresult.CUDA_SUCCESS
+    bindings.cuLaunchKernelEx = lambda config, function, arguments, extra: (success,)
+    try:
+        python = sample(tilus.kernel(axpy.python), (x, y, 2.0), samples)
+    finally:
+        bindings.cuLaunchKernelEx = launch
+    return [
+        {"name": "axpy, whole call", "arguments": 4, **real},
+        {"name": "axpy, whole call without the driver", "arguments": 4, **python},
+    ]
 
 
 def restart_with_stub() -> None:

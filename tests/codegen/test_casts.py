@@ -40,6 +40,8 @@ from tilus.ptx.builder import Builder
 from tilus.ptx.module import FloatImm, Imm, Instr, Reg, RegClass, Vector
 from tilus.target import TARGETS
 
+pytestmark = pytest.mark.slow
+
 Array = npt.NDArray[Any]
 SMALL = [dtype for dtype in DTYPES.values() if dtype.is_small]
 WIDE = [f16, bf16, f32, int16, uint16, int32, uint32]

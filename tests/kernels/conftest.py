@@ -6,7 +6,9 @@ import pytest
 import torch
 
 
-@pytest.fixture(params=["reference", "emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(
+    params=["reference", pytest.param("emulator", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
 def device(request: pytest.FixtureRequest) -> str:
     """The name of an execution. Arguments may stay on the CPU in all of them: `cuda` copies them there and back."""
     return request.param

@@ -20,6 +20,8 @@ from tilus.lang.kernel import Kernel
 from tilus.ptx.assembler import assemble
 from tilus.target import get_target
 
+pytestmark = pytest.mark.slow
+
 TARGETS = ["sm_80", "sm_89", "sm_90a", "sm_100a"]
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

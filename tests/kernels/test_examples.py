@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 KERNELS = [
     "attention", "matmul_v0", "matmul_v1", "matmul_v2", "matmul_v3", "matmul_v4", "quantized_linear", "softmax", "vector_add",

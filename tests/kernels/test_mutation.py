@@ -29,6 +29,8 @@ from tilus.ptx.module import Address, Imm, Instr, Item, Module, Vector
 from tilus.runtime import execute
 from tilus.runtime.emulator import EmulatorError
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 

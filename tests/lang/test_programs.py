@@ -6,12 +6,15 @@ The text is run by CPython once per block, with numbers and tuples of numbers, a
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from written import write
 
 import tilus
 from tilus.runtime.reference import run_reference
+
+pytestmark = pytest.mark.slow
 
 BLOCKS, WIDTH, SCALARS, TILES = 3, 4, 5, 2
 

@@ -16,6 +16,8 @@ from tilus.ptx.assembler import assemble
 from tilus.ptx.sass import SassInstruction, disassemble, find_disassembler, instruction_mix, parse
 from tilus.target import TARGETS, Target
 
+pytestmark = pytest.mark.slow
+
 
 def module(target: Target) -> str:
     """Two kernels: `nest`, a rolled loop in a rolled loop, and `flat`, without loops."""

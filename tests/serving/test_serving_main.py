@@ -20,6 +20,8 @@ import pytest
 
 from serving.config import ServerConfig, build_parser, parse_args
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

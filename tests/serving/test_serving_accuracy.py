@@ -1,0 +1,100 @@
+"""The real model through the real kernels against transformers' own loading of the same file, on real text.
+
+The law: over 2,000 tokens, teacher-forced, the most likely next token is the same at 97 % of positions or more, and the
+perplexity differs by 1 % or less. On the CPU the kernels run on the reference execution, with `-m gpu` on a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import tilus.kernels
+from serving.config import EngineConfig
+from serving.core import Batch, BatchItem, Request, SamplingParams
+from serving.engine import Engine
+from serving.loader import Checkpoint, default_model, open_checkpoint
+from serving.model import load_model
+from serving.runner import TorchRunner, step_tensors
+
+pytestmark = pytest.mark.slow
+
+TEXT = Path(__file__).parents[1] / "data" / "shakespeare.txt"
+WINDOW, WINDOWS, PAGE = 500, 4, 16
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def where(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    return open_checkpoint(default_model())
+
+
+@pytest.fixture(scope="module")
+def windows(checkpoint: Checkpoint) -> torch.Tensor:
+    ids = checkpoint.tokenizer.encode(TEXT.read_text())[: WINDOW * WINDOWS]
+    assert len(ids) == WINDOW * WINDOWS
+    return torch.tensor(ids).view(WINDOWS, WINDOW)
+
+
+@pytest.fixture(scope="module")
+def expected(windows: torch.Tensor) -> torch.Tensor:
+    """Logits of transformers in f32, [windows, tokens, vocabulary]."""
+    from transformers import AutoModelForCausalLM
+
+    path = default_model()
+    model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
+    with torch.inference_mode():
+        return torch.stack([model(window[None]).logits[0] for window in windows])
+
+
+def nll(logits: torch.Tensor, tokens: torch.Tensor) -> float:
+    """Mean negative log-likelihood of each next token, in nats."""
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).item()
+
+
+def test_logits_on_real_text(
+    where: torch.device, checkpoint: Checkpoint, windows: torch.Tensor, expected: torch.Tensor
+) -> None:
+    model = load_model(checkpoint, tilus.kernels, where)
+    pages = -(-WINDOW // PAGE)
+    found: list[torch.Tensor] = []
+    for window in windows.tolist():
+        pool = torch.zeros(pages, 30, 2, PAGE, 3, 64, dtype=torch.float16, device=where)
+        item = BatchItem("text", tuple(window), 0, tuple(range(pages)), SamplingParams(temperature=0), 0)
+        step = step_tensors(Batch((item,)), PAGE, where)
+        every_row = replace(step, last=torch.arange(WINDOW, dtype=torch.int32, device=where))
+        found.append(model.forward(every_row, pool).cpu())
+    logits = torch.stack(found)
+    same = (logits.argmax(-1) == expected.argmax(-1)).float().mean().item()
+    ratio = math.exp(nll(logits, windows) - nll(expected, windows))
+    assert same >= 0.97, f"top-1 agrees at {same:.2%} of {windows.numel()} tokens"
+    assert abs(ratio - 1) <= 0.01, f"perplexity ratio {ratio:.4f}"
+
+
+class _Clock:
+    def now(self) -> float:
+        return 0.0
+
+
+def test_the_capital_of_france(where: torch.device, checkpoint: Checkpoint) -> None:
+    config = EngineConfig(num_pages=64, max_model_len=1024)
+    model = load_model(checkpoint, tilus.kernels, where)
+    engine = Engine(
+        TorchRunner(model, config.num_pages, config.page_size, where), checkpoint.tokenizer, config, _Clock()
+    )
+    prompt = checkpoint.tokenizer.encode_chat([{"role": "user", "content": "What is the capital of France?"}])
+    engine.add(Request("france", prompt, SamplingParams(temperature=0, max_tokens=16)))
+    tokens: list[int] = []
+    while engine.has_work:
+        for output in engine.step():
+            tokens += [token.token_id for token in output.tokens]
+        engine.check()
+    assert checkpoint.tokenizer.decode(tokens) == "The capital of France is Paris."
