@@ -98,7 +98,8 @@ def measure(stub: Stub | None, samples: int) -> dict[str, Any]:
         for way, action in ways.items():
             times = sample(action, arguments, samples)
             cases.append({"name": f"{name}, {way}", "arguments": len(kinds), **times})
-    cases += measure_calls(samples)
+    if stub is None:
+        cases += measure_calls(samples)
     cases.append({"name": "current stream", "arguments": 0, **sample(cuda.current_stream, (0,), samples)})
     return {
         "device": "stub" if stub else cuda.device().name,

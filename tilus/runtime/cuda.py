@@ -149,7 +149,7 @@ def device(index: int = 0) -> Device:
 
     return Device(
         index=index,
-        name=call("cuDeviceGetName", 128, handle).rstrip(b"\0").decode(),
+        name=call("cuDeviceGetName", 128, handle).split(b"\0")[0].decode(),
         capability=(get("COMPUTE_CAPABILITY_MAJOR"), get("COMPUTE_CAPABILITY_MINOR")),
         num_sms=get("MULTIPROCESSOR_COUNT"),
         max_shared_nbytes=get("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"),

@@ -13,7 +13,7 @@ from tilus import config
 from tilus.compiler import Compiled, compile_function
 from tilus.dtypes import DataType, boolean
 from tilus.errors import TilusError
-from tilus.ir.expr import Expr, Number, Var, evaluate
+from tilus.ir.expr import Expr, Number, Var, evaluate, walk
 from tilus.ir.function import Function, ScalarParam, TensorParam
 from tilus.runtime.launch_times import Run, watched
 from tilus.target import DEFAULT_TARGET, Target
@@ -63,8 +63,13 @@ class _Values:
         self.pointer_count = sum(isinstance(param, TensorParam) for param in function.params)
         self.order = function.kernel_params()[self.pointer_count :]
         self.fixed_grid: Grid | None = None
-        if not self.scalar_vars:
-            self.fixed_grid = self.grid(())
+        if not any(var in self.scalar_vars for extent in function.grid for var in walk(extent)):
+            self.fixed_grid = self.grid([0] * len(self.scalar_vars))
+        # Usually the sizes come first and the scalars follow in order, so that a launch only has to join two tuples.
+        self.leading_sizes: tuple[int, ...] | None = None
+        count = len(self.order) - len(self.scalar_vars)
+        if list(self.order[count:]) == self.scalar_vars:
+            self.leading_sizes = tuple(self.sizes[var] for var in self.order[:count])
 
     def known(self, scalars: Sequence[Any]) -> dict[Expr, Number]:
         return {**self.sizes, **dict(zip(self.scalar_vars, scalars, strict=True))}
@@ -170,11 +175,11 @@ def _cuda(function: Function, call: Call) -> Run:
     if not ordinals:
         return _staged(call, launcher, values, device)
     submit = launcher.launch
-    if values.fixed_grid is not None and None not in call.arrays:
-        grid, sizes = values.fixed_grid, tuple(values.after_pointers(()))
+    if values.fixed_grid is not None and values.leading_sizes is not None and None not in call.arrays:
+        grid, sizes = values.fixed_grid, values.leading_sizes
 
         def run_fixed(pointers: Sequence[int], scalars: Sequence[Any], tensors: Sequence[Any]) -> None:
-            submit(*grid, *pointers, *sizes)
+            submit(*grid, *pointers, *sizes, *scalars)
 
         return run_fixed
 
