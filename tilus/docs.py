@@ -33,11 +33,12 @@ def render() -> str:
 
 def _section(title: str, module: ModuleType) -> Iterator[str]:
     yield f"## {title}\n\n{inspect.getdoc(module)}"
-    for function in vars(module).values():
+    own = [value for value in vars(module).values() if getattr(value, "__module__", None) == module.__name__]
+    for function in own:
         if isinstance(function, Builtin):
             call = f"```python\n{_signature(function)}\n```"
             yield f"### `tilus.{function.__name__}`\n\n{call}\n\n{inspect.getdoc(function.build) or ''}"
-    for value in vars(module).values():
+    for value in own:
         if isinstance(value, type) and issubclass(value, Instruction) and "mnemonic" in vars(value):
             yield _instruction(value)
 

@@ -15,7 +15,8 @@ from tilus.compiler import compile_function
 from tilus.dtypes import DataType, bf16, f16, f32, int8, int32, uint32
 from tilus.errors import TilusError
 from tilus.instructions import atomic
-from tilus.instructions.elementwise import binary_op, full
+from tilus.instructions.elementwise import binary_op
+from tilus.instructions.fill import full
 from tilus.instructions.memory import load, store
 from tilus.ir.builder import IRBuilder
 from tilus.ir.expr import BlockId, Const, Expr, as_expr, binary

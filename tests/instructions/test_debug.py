@@ -13,7 +13,7 @@ from tilus.compiler import compile_function
 from tilus.dtypes import DataType, bf16, boolean, f16, f32, int8, int16, int32, int64, uint8, uint32
 from tilus.errors import TilusError
 from tilus.instructions import debug
-from tilus.instructions.elementwise import full
+from tilus.instructions.fill import full
 from tilus.instructions.memory import load
 from tilus.ir.builder import IRBuilder
 from tilus.ir.expr import BlockId, as_expr, binary

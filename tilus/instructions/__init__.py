@@ -12,6 +12,7 @@ from tilus.instructions import (
     cast,
     debug,
     elementwise,
+    fill,
     memory,
     mma,
     reduce,
@@ -22,7 +23,7 @@ from tilus.instructions import (
 from tilus.ir.builder import Builtin
 from tilus.ir.instruction import Instruction
 
-FAMILIES = (async_copy, atomic, barrier, cast, debug, elementwise, memory, mma, reduce, scan, shared, view)
+FAMILIES = (async_copy, atomic, barrier, cast, debug, elementwise, fill, memory, mma, reduce, scan, shared, view)
 
 
 def _registry() -> dict[str, type[Instruction]]:

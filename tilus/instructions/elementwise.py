@@ -1,4 +1,4 @@
-"""Elementwise instructions: arithmetic, comparison, math functions, selection, constants and index tiles.
+"""Elementwise instructions: arithmetic, comparison, math functions, selection.
 
 Operands broadcast like numpy's: from the last dim, size 1 against any size. Each is computed in its own type; f16 and bf16
 are computed two at a time where the hardware has the operation, otherwise in f32 with one rounding.
@@ -11,10 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tilus.codegen.context import EmitContext, num_words
-from tilus.codegen.linear import materialize, of_const
-from tilus.codegen.splat import splat_word
-from tilus.dtypes import DataType, bf16, boolean, f16, f32, int32
+from tilus.codegen.context import EmitContext
+from tilus.dtypes import DataType, bf16, boolean, f16, f32
 from tilus.errors import TilusError
 from tilus.instructions.arithmetic import (
     FLOAT_FUNCTIONS,
@@ -24,6 +22,7 @@ from tilus.instructions.arithmetic import (
     emit_compare,
     emit_unary,
 )
+from tilus.instructions.fill import Full
 from tilus.ir.builder import IRBuilder, builtin
 from tilus.ir.evaluation import Array, Evaluation
 from tilus.ir.expr import BINARY_OPS, COMPARISONS, UNARY_OPS, Expr, Number, as_expr, binary, cast, unary
@@ -259,66 +258,6 @@ def select_words(
     return ctx.pack(dtype.nbits, codes)
 
 
-@dataclass(frozen=True, eq=False)
-class Full(Instruction):
-    """A tile with one scalar value everywhere."""
-
-    mnemonic = "full"
-    layout_priority = 30
-
-    out: RegisterTensor
-    value: Expr
-
-    def evaluate(self, env: Evaluation) -> None:
-        value = env.scalar(self.value).astype(self.out.dtype.compute)
-        if self.out.dtype.is_float:
-            value = self.out.dtype.round(value).astype(self.out.dtype.compute)
-        shaped = value.reshape(*value.shape, *(1,) * self.out.rank)
-        env.set_tile(self.out, np.broadcast_to(shaped, (*value.shape, *self.out.shape)))
-
-    def emit(self, ctx: EmitContext) -> None:
-        dtype, b = self.out.dtype, ctx.b
-        count = num_words(dtype, ctx.layout(self.out).num_locals)
-        if dtype == boolean:
-            ctx.define(self.out, [ctx.scalars.pred(self.value)] * count)
-            return
-        word = splat_word(ctx, dtype, self.value)
-        ctx.define(self.out, [b.emit(f"mov.{word.cls.value}", word, out=word.cls) for _ in range(count)])
-
-
-@dataclass(frozen=True, eq=False)
-class Arange(Instruction):
-    """A tile of int32 whose element is its own index along `axis`, plus `start`."""
-
-    mnemonic = "arange"
-    layout_priority = 30
-
-    out: RegisterTensor
-    axis: int
-    start: Expr
-
-    def verify(self) -> None:
-        if not 0 <= self.axis < self.out.rank:
-            raise TilusError(f"arange: axis {self.axis} of a tile of rank {self.out.rank}")
-
-    def evaluate(self, env: Evaluation) -> None:
-        start = env.scalar(self.start)
-        shape = [1] * self.out.rank
-        shape[self.axis] = -1
-        index = np.arange(self.out.shape[self.axis], dtype=np.int32).reshape(shape)
-        value = start.reshape(*start.shape, *(1,) * self.out.rank).astype(np.int32) + index
-        env.set_tile(self.out, np.broadcast_to(value, (*start.shape, *self.out.shape)))
-
-    def emit(self, ctx: EmitContext) -> None:
-        layout, b = ctx.layout(self.out), ctx.b
-        form = ctx.scalars.linear(self.start) + ctx.thread_index(layout)[self.axis]
-        words: list[Reg] = []
-        for slot in range(layout.num_locals):
-            value = materialize(b, form + of_const(ctx.local_index(layout, slot)[self.axis]))
-            words.append(value if isinstance(value, Reg) else b.const(value.value))
-        ctx.define(self.out, words)
-
-
 def _same_dtype(what: str, a: RegisterTensor, c: RegisterTensor) -> None:
     if a.dtype != c.dtype:
         raise TilusError(
@@ -406,38 +345,6 @@ def where(b: IRBuilder, cond: RegisterTensor, on_true: Value, on_false: Value) -
     a, c = _as_tile(b, on_true, like), _as_tile(b, on_false, like)
     shape = broadcast_shapes("where", cond.shape, a.shape, c.shape)
     return b.emit(Where(b.tile(like.dtype, shape), cond, a, c)).out
-
-
-@builtin
-def full(
-    b: IRBuilder,
-    shape: Sequence[int],
-    value: Expr | Number,
-    dtype: DataType = f32,
-    *,
-    layout: RegisterLayout | None = None,
-) -> RegisterTensor:
-    """A tile of `shape` with the scalar `value` everywhere."""
-    return b.emit(Full(b.tile(dtype, tuple(shape), layout), as_expr(value))).out
-
-
-@builtin
-def zeros(
-    b: IRBuilder, shape: Sequence[int], dtype: DataType = f32, *, layout: RegisterLayout | None = None
-) -> RegisterTensor:
-    """A tile of zeros."""
-    return full.build(b, shape, 0.0 if dtype.is_float else 0, dtype, layout=layout)
-
-
-@builtin
-def arange(
-    b: IRBuilder, size: int, *, start: Expr | int = 0, shape: Sequence[int] | None = None, axis: int = 0
-) -> RegisterTensor:
-    """int32 indices `start .. start + size`; with `shape`, a tile of that shape that counts along `axis`."""
-    tile_shape = (size,) if shape is None else tuple(shape)
-    if tile_shape[axis] != size:
-        raise TilusError(f"arange: {size} indices along axis {axis} of a tile of shape {list(tile_shape)}")
-    return b.emit(Arange(b.tile(int32, tile_shape, name="index"), axis, as_expr(start))).out
 
 
 @builtin

@@ -14,6 +14,7 @@ import numpy as np
 from tilus.codegen.context import EmitContext
 from tilus.dtypes import bf16, f16, f32
 from tilus.errors import TilusError
+from tilus.instructions.fill import zeros
 from tilus.ir.builder import IRBuilder, builtin
 from tilus.ir.evaluation import Evaluation
 from tilus.ir.instruction import Instruction, Layouts
@@ -217,7 +218,6 @@ def dot(b: IRBuilder, x: RegisterTensor, y: RegisterTensor, acc: RegisterTensor 
 
     With a batch dim in front of both, the products are independent. m, n, k must be multiples of 16, 8 and 16.
     """
-    from tilus.instructions.elementwise import zeros
     from tilus.instructions.view import Convert
 
     shape = (*x.shape[:-1], y.shape[-1])
