@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from serving.quantize import QuantizedMatrix
 from tilus.dtypes import DataType, int4, int6, int8, uint4
 from tilus.errors import TilusError
+from tilus.kernels.quantize import QuantizedMatrix
 
 _Bytes = npt.NDArray[np.uint8]
 _Floats = npt.NDArray[np.float32]

@@ -13,10 +13,11 @@ from safetensors import SafetensorError, safe_open
 from serving import tokenizer
 from serving.config import ModelConfig
 from serving.loader import Checkpoint
-from serving.quantize import QuantizedMatrix, quantize
+from serving.quantize import quantize
 from serving.tokenizer import read_json
 from tilus.dtypes import DataType, int8
 from tilus.errors import TilusError
+from tilus.kernels.quantize import QuantizedMatrix
 
 _ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)

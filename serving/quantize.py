@@ -1,64 +1,18 @@
-"""Quantised matrices as plain arrays: what loaders make and what the kernels' packing takes.
-
-The value of an element is scale * decode(code) + min, with one scale (and perhaps one minimum) for each group along K.
-"""
+"""Quantising the float weights of a model while it is loaded."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from tilus.dtypes import DTYPES, DataType
 from tilus.errors import TilusError
+from tilus.kernels.quantize import QuantizedMatrix
 
 GROUP = 32
 # int1 holds only 0 and -1, which no symmetric scale can use.
 WEIGHT_DTYPES = tuple(name for name, dtype in DTYPES.items() if dtype.is_small and name != "int1")
 _Floats = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True, eq=False)
-class QuantizedMatrix:
-    """codes: uint8 [N, K], raw codes of `dtype`. scales: float32 [N, K / group]. mins: the same, or None for 0."""
-
-    codes: npt.NDArray[np.uint8]
-    scales: _Floats
-    mins: _Floats | None
-    dtype: DataType
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.codes.shape[0], self.codes.shape[1]
-
-    @property
-    def group(self) -> int:
-        return self.codes.shape[1] // self.scales.shape[1]
-
-    def take_rows(self, rows: npt.NDArray[np.int64]) -> QuantizedMatrix:
-        """The matrix of the given rows, in that order."""
-        mins = None if self.mins is None else self.mins[rows]
-        return QuantizedMatrix(self.codes[rows], self.scales[rows], mins, self.dtype)
-
-    def stacks_with(self, other: QuantizedMatrix) -> bool:
-        """Whether the rows of both can be those of one matrix."""
-        mine = (self.dtype, self.group, self.mins is None, self.shape[1])
-        return mine == (other.dtype, other.group, other.mins is None, other.shape[1])
-
-    def stack(self, other: QuantizedMatrix) -> QuantizedMatrix:
-        """The rows of self, then those of other, which must stack."""
-        mins = None if self.mins is None or other.mins is None else np.concatenate([self.mins, other.mins])
-        codes, scales = np.concatenate([self.codes, other.codes]), np.concatenate([self.scales, other.scales])
-        return QuantizedMatrix(codes, scales, mins, self.dtype)
-
-    def dequantize(self) -> _Floats:
-        """The values, float32 [N, K]."""
-        groups = self.dtype.decode(self.codes).astype(np.float32).reshape(*self.scales.shape, self.group)
-        values = groups * self.scales[..., None]
-        if self.mins is not None:
-            values = values + self.mins[..., None]
-        return values.reshape(self.shape)
 
 
 def quantize(weight: _Floats, dtype: DataType, name: str) -> QuantizedMatrix:

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.quantize import WEIGHT_DTYPES, QuantizedMatrix, quantize
+from serving.quantize import WEIGHT_DTYPES, quantize
 from tilus.dtypes import dtype, int8, uint4
 from tilus.errors import TilusError
+from tilus.kernels.quantize import QuantizedMatrix
 
 
 def random_weight(rows: int = 6, width: int = 96, rng_key: int = 0) -> np.ndarray:

@@ -16,7 +16,7 @@ from tilus import Const, Tensor, config, f16, f32, int32, uint8
 from tilus.dtypes import DataType
 from tilus.errors import TilusError
 from tilus.kernels.allocate import counters, empty, is_cuda
-from tilus.kernels.quantize import (
+from tilus.kernels.quantize.packed import (
     TILE,
     QuantizedWeight,
     activation_layout,

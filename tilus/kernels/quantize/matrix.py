@@ -1,0 +1,114 @@
+"""Quantised matrices as plain arrays: what readers of checkpoints make and what packing takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from tilus.dtypes import DataType, f16
+from tilus.errors import TilusError
+
+Codes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedMatrix:
+    """A weight [N, K] as codes with one scale for each group along K, in the order in which they are stored:
+
+        value[n, columns[j]] = global_scale * scales[n, g] * (number(codes[n, j]) - zeros[n, g]) + mins[n, g]
+
+    with g = j // group, and number = decode of `dtype`, or an entry of `table`.
+
+    codes: uint8 [N, K], raw codes of `dtype`. scales: float32 [N, K / group], each a number of `scale_dtype`.
+    mins: float32 [N, K / group], or None for 0. zeros: int16 [N, K / group], or None for 0. table: float32 [2^nbits] that
+    replaces the meaning of the codes (nf4, codebooks), or None. columns: int32 [K], a permutation (activation order),
+    or None for 0..K-1. Raises TilusError where shapes do not fit.
+    """
+
+    codes: Codes
+    scales: Floats
+    mins: Floats | None
+    dtype: DataType
+    zeros: npt.NDArray[np.int16] | None = None
+    table: Floats | None = None
+    columns: npt.NDArray[np.int32] | None = None
+    global_scale: float = 1.0
+    scale_dtype: DataType = f16
+
+    def __post_init__(self) -> None:
+        n, k = self.codes.shape
+        if self.scales.ndim != 2 or self.scales.shape[0] != n or not self.scales.shape[1] or k % self.scales.shape[1]:
+            raise TilusError(
+                f"scales of shape {list(self.scales.shape)} for codes of {[n, k]}, expected [N, K / group]"
+            )
+        expected = {"mins": self.scales.shape, "zeros": self.scales.shape}
+        expected |= {"table": (self.dtype.num_codes,), "columns": (k,)}
+        for name, shape in expected.items():
+            part = getattr(self, name)
+            if part is not None and part.shape != shape:
+                raise TilusError(f"{name} of shape {list(part.shape)}, expected {list(shape)} for codes of {[n, k]}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1]
+
+    @property
+    def group(self) -> int:
+        return self.codes.shape[1] // self.scales.shape[1]
+
+    def take_rows(self, rows: npt.NDArray[np.int64]) -> QuantizedMatrix:
+        """The matrix of the given rows, in that order."""
+        return replace(
+            self,
+            codes=self.codes[rows],
+            scales=self.scales[rows],
+            mins=None if self.mins is None else self.mins[rows],
+            zeros=None if self.zeros is None else self.zeros[rows],
+        )
+
+    def stacks_with(self, other: QuantizedMatrix) -> bool:
+        """Whether the rows of both can be those of one matrix."""
+        mine, theirs = self._kind(), other._kind()
+        shared = [(self.table, other.table), (self.columns, other.columns)]
+        return mine == theirs and all(
+            (a is None and b is None) or np.array_equal(a, b) for a, b in shared if a is not b
+        )
+
+    def _kind(self) -> tuple[object, ...]:
+        parts = (self.mins, self.zeros, self.table, self.columns)
+        return (
+            self.dtype, self.group, self.shape[1], self.global_scale, self.scale_dtype, *(part is None for part in parts)
+        )  # fmt: skip
+
+    def stack(self, other: QuantizedMatrix) -> QuantizedMatrix:
+        """The rows of self, then those of other, which must stack."""
+        if not self.stacks_with(other):
+            raise TilusError(f"matrices of {self._kind()} and {other._kind()} do not stack")
+        return replace(
+            self,
+            codes=np.concatenate([self.codes, other.codes]),
+            scales=np.concatenate([self.scales, other.scales]),
+            mins=None if self.mins is None or other.mins is None else np.concatenate([self.mins, other.mins]),
+            zeros=None if self.zeros is None or other.zeros is None else np.concatenate([self.zeros, other.zeros]),
+        )
+
+    def dequantize(self) -> Floats:
+        """The values, float32 [N, K], columns in the order of the model."""
+        numbers: Floats = (
+            self.table[self.codes] if self.table is not None else np.float32(self.dtype.decode(self.codes))
+        )
+        groups = numbers.reshape(*self.scales.shape, self.group)
+        if self.zeros is not None:
+            groups = groups - self.zeros[..., None].astype(np.float32)
+        values = groups * (self.scales * np.float32(self.global_scale))[..., None]
+        if self.mins is not None:
+            values = values + self.mins[..., None]
+        values = values.reshape(self.shape)
+        if self.columns is None:
+            return values
+        ordered = np.empty_like(values)
+        ordered[:, self.columns] = values
+        return ordered
