@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from libcuda_stub import Stub, failure
 
+import tilus
+from tilus import Tensor
 from tilus.dtypes import DTYPES
 from tilus.errors import TilusError
 from tilus.runtime import arrays, cuda, staging
@@ -172,3 +174,43 @@ def test_what_is_no_array_is_refused() -> None:
         arrays.array_argument("abc")
     with pytest.raises(TilusError, match=r"code 5, 64 bits, 1 lanes"):
         arrays.array_argument(np.zeros(2, np.complex64))
+
+
+class Shared:
+    """An array of a library that tilus does not know: it can only be shared."""
+
+    def __init__(self, tensor: Any) -> None:
+        self.tensor = tensor
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.tensor.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self.tensor.__dlpack_device__()
+
+
+@tilus.kernel
+def doubled(x: Tensor["t", "m", "n"], y: Tensor["t", "m", "n"]):
+    tilus.grid(1, warps=1)
+    tile = tilus.load(x, [0, 0], shape=[8, 16])
+    tilus.store(y, [0, 0], tile + tile)
+
+
+@pytest.mark.parametrize("device", ["reference", "emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
+def test_any_array_that_shares_its_memory_is_an_argument(device: str, dtype: str) -> None:
+    import torch
+
+    x = torch.arange(35).reshape(7, 5).to(getattr(torch, dtype)).t()  # strides that are not row-major
+    y = torch.zeros(5, 7, dtype=getattr(torch, dtype))
+    x, y = (x.cuda(), y.cuda()) if device == "cuda" else (x, y)
+    doubled.on(device)(Shared(x), Shared(y))
+    assert torch.equal(y, x + x)
+
+
+def test_an_array_that_cannot_be_shared_names_the_parameter() -> None:
+    import torch
+
+    grad = Shared(torch.zeros(2, 2, requires_grad=True))
+    with pytest.raises(TilusError, match=r"parameter x: Shared refuses to share its memory by DLPack"):
+        doubled.on("reference")(grad, grad)

@@ -1,10 +1,13 @@
-"""Arguments of a launch: arrays of several libraries described alike, and packed low-precision tensors."""
+"""Arguments of a launch: arrays of several libraries described alike, and packed low-precision tensors.
+
+Torch and numpy are read by their own attributes, which is quick; any other array by DLPack or `__cuda_array_interface__`.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tilus.dtypes import DTYPES, DataType, boolean
@@ -72,13 +75,15 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Array:
-    """What a launch needs of a tensor argument. strides in elements; device: the CUDA ordinal, or CPU."""
+    """What a launch needs of a tensor argument. strides in elements; device: the CUDA ordinal, or CPU; owner: keeps memory
+    alive that was shared for this call only."""
 
     dtype: DataType
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     pointer: int
     device: int
+    owner: object = field(default=None, compare=False, repr=False)
 
 
 _NAMES = {
@@ -103,25 +108,21 @@ def describe_argument(value: Any) -> Array | None:
     if torch is not None and isinstance(value, torch.Tensor):
         dtype = _known_dtype(str(value.dtype).removeprefix("torch."))
         return Array(dtype, tuple(value.shape), tuple(value.stride()), value.data_ptr(), value.get_device())
-    interface = getattr(value, "__cuda_array_interface__", None)
-    if interface is not None:
-        return _from_interface(interface, device=0)
     interface = getattr(value, "__array_interface__", None)
-    if interface is None or not hasattr(value, "dtype"):
-        return None
-    strides = _elements(value.strides, value.dtype.itemsize)
-    return Array(_known_dtype(value.dtype.name), tuple(value.shape), strides, interface["data"][0], CPU)
+    if interface is not None and hasattr(value, "dtype"):
+        strides = _elements(value.strides, value.dtype.itemsize)
+        return Array(_known_dtype(value.dtype.name), tuple(value.shape), strides, interface["data"][0], CPU)
+    if hasattr(value, "__cuda_array_interface__") or hasattr(value, "__dlpack__"):
+        return _from_foreign(value)
+    return None
 
 
-def _from_interface(interface: Any, device: int) -> Array:
-    """CUDA array interface, version 3 (numba documentation)."""
-    import numpy as np
+def _from_foreign(value: Any) -> Array:
+    from tilus.runtime.arrays import array_argument
 
-    element = np.dtype(interface["typestr"])
-    shape = tuple(interface["shape"])
-    nbytes = interface.get("strides")
-    strides = contiguous_strides(shape) if nbytes is None else _elements(nbytes, element.itemsize)
-    return Array(_known_dtype(element.name), shape, strides, interface["data"][0], device)
+    found = array_argument(value)
+    device = found.device_index if found.device == "cuda" else CPU
+    return Array(_known_dtype(found.dtype), found.shape, found.strides, found.address, device, found.owner)
 
 
 def _known_dtype(name: str) -> DataType:

@@ -153,6 +153,7 @@ def describe_kind(value: Any) -> str | None:
     is_array = (
         hasattr(value, "__array_interface__")
         or hasattr(value, "__cuda_array_interface__")
+        or hasattr(value, "__dlpack__")
         or hasattr(value, "data_ptr")
     )
     return f"a {type(value).__name__}" if is_array else None

@@ -95,6 +95,8 @@ def as_numpy(tensor: Any, dtype: DataType) -> npt.NDArray[Any]:
         return as_numpy(storage, dtype)  # a PackedTensor: its bytes
     if isinstance(tensor, np.ndarray):
         array: npt.NDArray[Any] = tensor
+    elif not hasattr(tensor, "data_ptr"):
+        array = _over_foreign_memory(tensor, dtype)
     elif dtype.numpy is None or dtype == boolean:  # torch: types that numpy lacks travel as bits
         import torch
 
@@ -103,6 +105,17 @@ def as_numpy(tensor: Any, dtype: DataType) -> npt.NDArray[Any]:
         array = tensor.detach().numpy()
     wanted = dtype.numpy or dtype.storage
     return array if array.dtype == wanted or dtype.nbits < 8 else array.view(wanted)
+
+
+def _over_foreign_memory(tensor: Any, dtype: DataType) -> npt.NDArray[Any]:
+    """A numpy array over a CPU array of another library, which keeps its memory alive."""
+    from tilus.runtime.arrays import array_argument
+
+    found = array_argument(tensor)
+    count = 0 if 0 in found.shape else 1 + sum((n - 1) * s for n, s in zip(found.shape, found.strides, strict=True))
+    memory = _bytes_at(found.address, count * dtype.nbytes)
+    strides_nbytes = [stride * dtype.nbytes for stride in found.strides]
+    return np.ndarray(found.shape, dtype.numpy or dtype.storage, memory, strides=strides_nbytes)
 
 
 def _reference(function: Function, call: Call) -> Run:
