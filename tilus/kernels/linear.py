@@ -21,7 +21,6 @@ from tilus.kernels.quantize.packed import (
     QuantizedWeight,
     activation_layout,
     byte_layout,
-    code_layout,
     fragment_layout,
     scale_layout,
 )  # fmt: skip
@@ -31,8 +30,7 @@ EMULATED_SMS = 132  # an H100
 
 def weight_tile(raw, scales, minimums, wdtype: DataType, act: DataType, groups: int, warps: int):
     """Dequantise one 64x64 tile per warp: [warps, 64, 64] of `act`, from its bytes and its scales [warps, groups, 8, 8]."""
-    codes = tilus.view(raw, wdtype, [warps, TILE, TILE], code_layout(wdtype, warps))
-    values = tilus.cast(codes, act, layout=fragment_layout(warps))
+    values = tilus.unpack_codes(raw, wdtype, act, [warps, TILE, TILE], fragment_layout(warps))
     # Packed columns are [j, h, t, e]; t // (4 / groups) is the group.
     split = tilus.reshape(values, [warps, TILE, 4, 2, groups, 4 // groups, 2])
     scale = row_factors(scales, act, groups, warps)

@@ -1,7 +1,7 @@
 """Quantised weights in the order in which the linear kernel reads them: one packed layout for every code type and batch size.
 
 A weight [N, K] is cut into tiles of 64 rows by 64 columns. Each tile belongs to one warp, as the left operand of tensor-core
-products; a thread holds 128 codes, its slots in the order that the cast to 16 bits likes best (`code_layout`). Its bits come
+products; a thread holds 128 codes, whose bits are in the order that the cast to 16 bits likes best (`packed_order`). They come
 in 16-byte chunks that lie side by side for the 32 threads, so every load of the kernel is 16 bytes a thread and coalesced.
 
 The columns of a tile are permuted so that a thread's columns are 16 consecutive ones of the activations: column
@@ -18,14 +18,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tilus.codegen.cast_plan import preferred_chunk
-from tilus.dtypes import DataType, pack_bits, unpack_bits
+from tilus.codegen.packed_order import packed_order
+from tilus.dtypes import DataType
 from tilus.errors import TilusError
-from tilus.layout import RegisterLayout, column_spatial, local, reorder_locals, replicated, spatial
+from tilus.layout import RegisterLayout, column_spatial, local, replicated, spatial
 from tilus.layout.atoms import mma_a
 
 TILE = 64
-SLOTS = TILE * TILE // 32
 GROUPS = (16, 32, 64, 128)
 
 Array = npt.NDArray[Any]
@@ -34,15 +33,6 @@ Array = npt.NDArray[Any]
 def fragment_layout(warps: int) -> RegisterLayout:
     """Tile [warps, 64, 64] as the left operand of mma.m16n8k16: one 64x64 tile a warp."""
     return spatial(warps, 1, 1).local(1, 4, 4) * mma_a().unsqueeze(0)
-
-
-def code_layout(dtype: DataType, warps: int) -> RegisterLayout:
-    """The fragment layout with a thread's slots in the order of its packed codes.
-
-    Within each chunk of C slots, slot h * C/2 + r holds what the fragment has in slot 2 r + h: the two halves of a 16-bit pair.
-    """
-    chunk = preferred_chunk(dtype, SLOTS)
-    return reorder_locals(fragment_layout(warps), (SLOTS // chunk, chunk // 2, 2), (0, 2, 1))
 
 
 def byte_layout(dtype: DataType, warps: int) -> RegisterLayout:
@@ -186,9 +176,9 @@ def _column_order() -> tuple[int, ...]:
 
 
 @lru_cache
-def _slots(dtype: DataType) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+def _slots() -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
     """Row and column of the weight tile for every (thread, slot), [32, 128] each."""
-    table = code_layout(dtype, 1).table()
+    table = fragment_layout(1).table()
     return table[..., 1].astype(np.intp), np.asarray(_column_order(), np.intp)[table[..., 2]]
 
 
@@ -198,8 +188,8 @@ def _pack_codes(codes: Array, dtype: DataType) -> npt.NDArray[np.uint8]:
     padded = np.zeros((tiles_n * TILE, tiles_k * TILE), np.uint8)
     padded[:n, :k] = codes
     tiles = padded.reshape(tiles_n, TILE, tiles_k, TILE).transpose(0, 2, 1, 3)
-    rows, columns = _slots(dtype)
-    strings = pack_bits(tiles[:, :, rows, columns], dtype)
+    rows, columns = _slots()
+    strings = packed_order(dtype).pack(tiles[:, :, rows, columns])
     chunks = strings.reshape(tiles_n, tiles_k, 32, dtype.nbits, 16).transpose(0, 1, 3, 2, 4)
     return np.ascontiguousarray(chunks).reshape(tiles_n, tiles_k, 512 * dtype.nbits)
 
@@ -207,10 +197,10 @@ def _pack_codes(codes: Array, dtype: DataType) -> npt.NDArray[np.uint8]:
 def _unpack_codes(packed: Array, dtype: DataType) -> npt.NDArray[np.uint8]:
     tiles_n, tiles_k, _ = packed.shape
     chunks = packed.reshape(tiles_n, tiles_k, dtype.nbits, 32, 16).transpose(0, 1, 3, 2, 4)
-    codes = unpack_bits(np.ascontiguousarray(chunks).reshape(tiles_n, tiles_k, 32, 16 * dtype.nbits), dtype, SLOTS)
-    rows, columns = _slots(dtype)
+    strings = np.ascontiguousarray(chunks).reshape(tiles_n, tiles_k, 32, 16 * dtype.nbits)
+    rows, columns = _slots()
     tiles = np.empty((tiles_n, tiles_k, TILE, TILE), np.uint8)
-    tiles[:, :, rows, columns] = codes
+    tiles[:, :, rows, columns] = packed_order(dtype).unpack(strings)
     return tiles.transpose(0, 2, 1, 3).reshape(tiles_n * TILE, tiles_k * TILE)
 
 
