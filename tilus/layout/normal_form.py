@@ -8,6 +8,7 @@ A swizzle is a bijection, so it determines what is under it, and the digits of a
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import combinations
@@ -108,13 +109,10 @@ def _candidates(table: Table, before: Swizzle | None) -> Iterator[Swizzle]:
     first, second = pairs[:, 0], pairs[:, 1]
     last_bits = top - 1 if before is None else min(top - 1, before.bits)
     for bits in range(1, last_bits + 1):
-        options = [(shift, base) for shift in range(1, top - bits + 1) for base in range(top - bits - shift + 1)]
-        if before is not None and bits == before.bits:
-            options = [option for option in options if option < (before.shift, before.base)]
-        if not options:
-            continue
-        shifts, bases = np.array(options, dtype=np.int64).T[:, :, None]
-        masks = ((1 << bits) - 1) << (bases + shifts)
+        options, shifts, masks = _swizzles(top, bits)
+        if before is not None and bits == before.bits:  # options rise
+            count = bisect_left(options, (before.shift, before.base))
+            options, shifts, masks = options[:count], shifts[:count], masks[:count]
         under = np.broadcast_to(values, (len(options), len(values)))
         for _ in range(bits):  # as Swizzle.invert; more rounds than needed change nothing
             under = values ^ ((under & masks) >> shifts)
@@ -122,6 +120,14 @@ def _candidates(table: Table, before: Swizzle | None) -> Iterator[Swizzle]:
         single, joint = under[:, 1 : 1 + units], under[:, 1 + units :]
         fits = np.all(single >= 0, axis=1) & np.all(joint == single[:, first] + single[:, second], axis=1)
         yield from (Swizzle(base, bits, shift) for (shift, base), fit in zip(options, fits.tolist()) if fit)
+
+
+@lru_cache(maxsize=1024)
+def _swizzles(top: int, bits: int) -> tuple[list[tuple[int, int]], Table, Table]:
+    """(shift, base), shift and mask of the swizzles of so many bits whose sources are below bit `top`; each [swizzles, 1]."""
+    options = [(shift, base) for shift in range(1, top - bits + 1) for base in range(top - bits - shift + 1)]
+    shifts, bases = np.array(options, dtype=np.int64).T[:, :, None]
+    return options, shifts, ((1 << bits) - 1) << (bases + shifts)
 
 
 @lru_cache(maxsize=1024)

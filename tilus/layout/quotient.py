@@ -171,14 +171,22 @@ def memory_left(whole: SharedLayout, outer: SharedLayout) -> SharedLayout | str:
     shape = _quotient_shape(whole, outer)
     if isinstance(shape, str):
         return shape
-    cut = _memory_cut(whole, shape)
-    if not isinstance(cut, str):
-        inner = replace(whole, shape=shape, digits=cut[1])
+    if outer.swizzle is not None:
+        inner = whole.try_from_table(whole.table()[tuple(slice(0, n) for n in shape)])
+        if inner is None:
+            return f"the addresses of its first tile, of shape {shape}, are not those of a layout"
         return _no_memory_factors(whole, outer, inner) or inner
-    if outer.swizzle is None:  # then both have the swizzle of q, and the digits below it are unique
+    cut = _memory_cut(whole, shape)  # as in memory_right, q has the swizzle of the whole
+    if isinstance(cut, str):
         return cut
-    inner = whole.try_from_table(whole.table()[tuple(slice(0, n) for n in shape)])
-    return cut if inner is None else _no_memory_factors(whole, outer, inner) or inner
+    inner = replace(whole, shape=shape, digits=cut[1])
+    if inner.swizzle != whole.swizzle or cut[0] != _scaled(outer.digits, inner.size):
+        return f"{outer} * {inner} is {outer * inner}"
+    return inner
+
+
+def _scaled(digits: Digits, factor: int) -> Digits:
+    return tuple(tuple(Digit(d.size, d.dim, d.weight * factor) for d in part) for part in digits)
 
 
 def _no_memory_factors(whole: SharedLayout, outer: SharedLayout, inner: SharedLayout) -> str | None:
