@@ -49,3 +49,16 @@ def test_compile_time_schema() -> None:
     sample = compile_time["in_new_process"]("uint4", "sm_90a")
     assert list(sample) == ["import_s", "library_s", "frontend_s", "passes_s", "codegen_s", "ptxas_s"]
     assert all(seconds > 0 for seconds in sample.values())
+
+
+def test_layout_benchmark_covers_the_library() -> None:
+    layout = runpy.run_path(str(BENCHMARKS / "layout.py"))
+    measured = layout["measure"](repeats=1)
+    assert measured["register_layouts"] > 50 and measured["memory_layouts"] > 20
+    operations = {(case["kind"], case["operation"]) for case in measured["cases"]}
+    assert operations == {
+        (kind, name)
+        for kind in ("register", "memory")
+        for name in ("construct", "product", "divide", "left_divide", "equal", "hash", "reshape")
+    }
+    assert all(case["median_us"] > 0 and case["samples"] > 0 for case in measured["cases"])

@@ -26,7 +26,7 @@ LAYERS = (
     ("report", "doctor"),
     ("lang",),
     ("kernels",),
-    ("cli", "docs"),
+    ("cli", "docs", "interop"),
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
@@ -77,6 +77,11 @@ def is_below(module: str, other: str) -> bool:
 @pytest.mark.parametrize("module", sorted(m for m in MODULES if m.startswith("tilus.")))
 def test_imports_go_downward(module: str) -> None:
     assert {other for other in imported(module) if not is_below(module, other)} == set()
+
+
+def test_nothing_needs_the_bridges_to_other_libraries() -> None:
+    users = {m for m in MODULES if any(other.startswith("tilus.interop") for other in imported(m))}
+    assert {user for user in users if not user.startswith("tilus.interop")} == set()
 
 
 def test_code_generation_knows_no_instruction() -> None:

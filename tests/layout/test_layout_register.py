@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import defaultdict
 from itertools import product
 from math import prod
@@ -15,6 +16,7 @@ from tilus.layout import (
     Digit,
     LayoutError,
     RegisterLayout,
+    column_local,
     column_spatial,
     identity,
     local,
@@ -151,19 +153,94 @@ def test_a_quotient_is_found_exactly_when_brute_force_finds_one(shape: tuple[int
             assert h.try_left_divide(part) == left.get((h, part)), (h, part)
 
 
-def test_refused_quotients_say_why() -> None:
-    with pytest.raises(LayoutError, match=r"local\(2, 1\).spatial\(8, 4\) is no product .* other inner 32 threads"):
-        local(2, 1).spatial(8, 4) / column_spatial(8, 4)
-    with pytest.raises(LayoutError, match="other outer 2 threads and 1 slots"):
-        spatial(8, 4).left_divide(spatial(1, 2))
-    with pytest.raises(LayoutError, match="8 threads, not a multiple of 3"):
-        spatial(8) / spatial(3)
-    with pytest.raises(LayoutError, match="4 elements in dimension 0, not a multiple of 3"):
-        spatial(4).replicated(3) / spatial(3)
-    with pytest.raises(LayoutError, match="ranks differ"):
-        spatial(8) / spatial(8, 1)
-    with pytest.raises(LayoutError, match="unsqueeze"):
-        _ = spatial(8) * spatial(8, 1)
+def random_raw(rng: random.Random, rank: int) -> Raw:
+    """Any layout of up to some 200 elements, with replication on both sides and digits of 2, 3, 4, 5, 6 and 12."""
+    shape, threads, slots = [], [], []
+    for dim in range(rank):
+        weight = 1
+        for _ in range(rng.randint(0, 2)):
+            size = rng.choice([2, 2, 3, 4, 5, 6, 12])
+            rng.choice([threads, slots]).append((size, dim, weight))
+            weight *= size
+        shape.append(weight)
+    for _ in range(rng.randint(0, 2)):
+        rng.choice([threads, slots]).append((rng.choice([2, 3, 4]), None, 0))
+    rng.shuffle(threads)
+    rng.shuffle(slots)
+    return tuple(shape), tuple(threads), tuple(slots)
+
+
+def test_no_quotient_of_ten_thousand_products_is_refused() -> None:
+    rng = random.Random(0)
+    replicated_both = odd = 0
+    for _ in range(10_000):
+        rank = rng.randint(1, 3)
+        f, g = build(random_raw(rng, rank)), build(random_raw(rng, rank))
+        h = f * g
+        assert h.try_divide(g) == f, (f, g)
+        assert h.try_left_divide(f) == g, (f, g)
+        replicated_both += h.num_replicas > 1 and h.num_local_replicas > 1
+        odd += any(d.size & (d.size - 1) for d in (*h.thread_digits, *h.local_digits))
+    assert min(replicated_both, odd) > 2000
+
+
+def refused(call: object, text: str) -> None:
+    with pytest.raises(LayoutError) as error:
+        call()  # type: ignore[operator]
+    assert str(error.value) == text
+
+
+def test_refused_quotients_name_the_digit() -> None:
+    hint = "\n  hint: convert to a layout that is built as such a product"
+    refused(
+        lambda: local(2, 1).spatial(8, 4) / column_spatial(8, 4),
+        "local(2, 1).spatial(8, 4) is no product with column_spatial(8, 4) as its inner factor: "
+        f"its first 32 threads and 1 slots are spatial(8, 4){hint}",
+    )
+    refused(
+        lambda: spatial(8, 4).left_divide(spatial(1, 2)),
+        "spatial(8, 4) is no product with spatial(1, 2) as its outer factor: its thread digit of size 4 "
+        f"(dimension 1, weight 1) is among the first 16 threads, but leaves a tile of shape (8, 2){hint}",
+    )
+    refused(
+        lambda: local(2, 2).spatial(4, 1).left_divide(column_local(2, 2)),
+        "local(2, 2).spatial(4, 1) is no product with column_local(2, 2) as its outer factor: "
+        f"its tiles of shape (4, 1), 4 threads and 1 slots are at local(2, 2){hint}",
+    )
+    refused(
+        lambda: spatial(8) / spatial(3),
+        f"spatial(8) is no product with spatial(3) as its inner factor: it has 8 threads, not a multiple of 3{hint}",
+    )
+    refused(
+        lambda: spatial(4).replicated(3) / spatial(3),
+        "spatial(4).replicated(3) is no product with spatial(3) as its inner factor: "
+        f"it has 4 elements in dimension 0, not a multiple of 3{hint}",
+    )
+    refused(
+        lambda: spatial(2, 6) / spatial(2, 2),
+        "spatial(2, 6) is no product with spatial(2, 2) as its inner factor: "
+        f"its thread digit of size 6 (dimension 1, weight 1) does not split at 4 threads{hint}",
+    )
+    refused(
+        lambda: spatial(4).replicated(6) / replicated(4, 1),
+        "spatial(4).replicated(6) is no product with replicated(4, 1) as its inner factor: "
+        f"its thread replication digit of size 6 does not split at 4 threads{hint}",
+    )
+    refused(
+        lambda: local(1, 2).spatial(4, 2) / spatial(4, 1).local(1, 2),
+        "local(1, 2).spatial(4, 2) is no product with spatial(4, 1).local(1, 2) as its inner factor: its thread digit of "
+        f"size 2 (dimension 0, weight 2) is beyond the first 4 threads, but cuts tiles of shape (4, 2){hint}",
+    )
+    refused(
+        lambda: spatial(8) / spatial(8, 1),
+        "ranks differ: spatial(8) has rank 1, spatial(8, 1) has rank 2\n"
+        "  hint: insert dimensions of extent 1 with unsqueeze",
+    )
+    refused(
+        lambda: spatial(8) * spatial(8, 1),
+        "ranks differ: spatial(8) has rank 1, spatial(8, 1) has rank 2\n"
+        "  hint: insert dimensions of extent 1 with unsqueeze",
+    )
 
 
 def test_what_is_not_a_layout_is_refused() -> None:

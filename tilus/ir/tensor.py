@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field, replace
 
 from tilus.dtypes import DataType
+from tilus.errors import TilusError
 from tilus.ir.expr import Expr, Var, as_expr, binary
 from tilus.layout import RegisterLayout, SharedLayout
 
@@ -43,6 +44,14 @@ class SharedTensor:
     shape: tuple[int, ...]
     layout: SharedLayout | None = None
     name: str = "s"
+
+    def __post_init__(self) -> None:
+        if self.layout is not None and (self.layout.origin or not self.layout.is_injective()):
+            found = f"starts at address {self.layout.origin}" if self.layout.origin else "gives elements the same address"
+            raise TilusError(
+                f"layout {self.layout} of {self.name} {found}; a buffer starts at 0 and holds every element once",
+                hint="give the buffer the layout of all of its memory, and load or store the part",
+            )
 
     @property
     def rank(self) -> int:

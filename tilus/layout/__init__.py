@@ -1,13 +1,16 @@
 """The layout algebra: where the elements of a tile live, in registers and in shared memory. See docs/layouts.md."""
 
+from tilus.layout.arrangements import column_major, padded, row_major, strided, swizzled
 from tilus.layout.banks import bank_conflicts
 from tilus.layout.broadcast import broadcast_operand, slot_map
+from tilus.layout.complement import complement, replicas
+from tilus.layout.compose import compose
 from tilus.layout.conversion import Piece, Route, conversion_scope, route
 from tilus.layout.default import auto
 from tilus.layout.digits import Digit, Term
 from tilus.layout.draw import svg, text_table
 from tilus.layout.errors import LayoutError
-from tilus.layout.inverse import Inverse
+from tilus.layout.inverse import AddressInverse, Inverse
 from tilus.layout.parser import parse_layout, parse_shared_layout
 from tilus.layout.register import (
     RegisterLayout,
@@ -21,19 +24,11 @@ from tilus.layout.register import (
     spatial,
 )
 from tilus.layout.reorder import reorder_locals
-from tilus.layout.shared import (
-    AddressDigit,
-    SharedLayout,
-    Swizzle,
-    column_major,
-    padded,
-    row_major,
-    strided,
-    swizzled,
-)
+from tilus.layout.shared import SharedLayout
+from tilus.layout.swizzle import Swizzle
 
 __all__ = [
-    "AddressDigit",
+    "AddressInverse",
     "Digit",
     "Inverse",
     "LayoutError",
@@ -49,6 +44,8 @@ __all__ = [
     "column_local",
     "column_major",
     "column_spatial",
+    "complement",
+    "compose",
     "concat",
     "conversion_scope",
     "identity",
@@ -58,6 +55,7 @@ __all__ = [
     "parse_layout",
     "parse_shared_layout",
     "reorder_locals",
+    "replicas",
     "replicated",
     "route",
     "row_major",

@@ -1,7 +1,8 @@
-"""Mixed-radix digits: what every register layout is made of.
+"""Mixed-radix digits: what every layout is made of.
 
 A list of digits, outermost first, reads an integer (a thread, a local slot) in mixed radix: the last digit varies
-fastest. Each digit adds `value * weight` to one dimension of a logical index, or to none (a replication digit).
+fastest. Each digit adds `value * weight` to one dimension of a logical index, or to none (a replication digit). In a
+memory layout it is an index that is read, and the address that is added to, as the only dimension 0.
 """
 
 from __future__ import annotations
@@ -124,6 +125,33 @@ def index_table(digits: Sequence[Digit], rank: int) -> npt.NDArray[np.int64]:
         if term.dim is not None:
             table[:, term.dim] += counter // term.stride % term.size * term.weight
     return table
+
+
+def fitted(values: npt.NDArray[np.int64]) -> tuple[Digit, ...] | None:
+    """The canonical digits with `index_table(digits, rank) == values`; None where there are none.
+
+    values: [n, rank], the first one 0. Each digit is forced, from the innermost on: its weight is the next value, and it
+    ends where the values no longer count on.
+    """
+    count, rank = values.shape
+    found: list[Digit] = []
+    inner = 1
+    while inner < count:
+        steps = values[::inner]
+        feeds = np.flatnonzero(steps[1])
+        size = _counts_on(steps)
+        if len(feeds) > 1 or len(steps) % size or np.any(steps[1] < 0):
+            return None
+        found.append(Digit(size, int(feeds[0]), int(steps[1].sum())) if len(feeds) else Digit(size, None, 0))
+        inner *= size
+    digits = tuple(reversed(found))
+    return digits if np.array_equal(index_table(digits, rank), values) else None
+
+
+def _counts_on(steps: npt.NDArray[np.int64]) -> int:
+    """The first n with steps[n] != n * steps[1]."""
+    broken = np.any(steps != np.arange(len(steps))[:, None] * steps[1], axis=1)
+    return int(np.argmax(broken)) if np.any(broken) else len(steps)
 
 
 def check_complete(digits: Iterable[Digit], shape: Sequence[int]) -> None:

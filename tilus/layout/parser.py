@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from tilus.layout import register, shared
+from tilus.layout import arrangements, register
 from tilus.layout.errors import LayoutError
 from tilus.layout.register import RegisterLayout
 from tilus.layout.shared import SharedLayout
@@ -29,8 +29,8 @@ def parse_layout(text: str, names: Mapping[str, RegisterLayout] | None = None) -
         register.local_replicated,
         register.identity,
     )
-    algebra = {"permute", "reshape", "squeeze", "unsqueeze", "reduce", "expand", "divide", "left_divide"}
-    methods = frozenset(constructors) - {"identity"} | algebra
+    algebra = {"permute", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "reduce", "slice", "expand"}
+    methods = frozenset(constructors) - {"identity"} | algebra | {"divide", "left_divide"}
     return _Grammar(
         constructors, methods, names or {}, {ast.Mult: RegisterLayout.__mul__, ast.Div: RegisterLayout.divide}
     ).read(text)
@@ -38,9 +38,18 @@ def parse_layout(text: str, names: Mapping[str, RegisterLayout] | None = None) -
 
 def parse_shared_layout(text: str, names: Mapping[str, SharedLayout] | None = None) -> SharedLayout:
     """The shared layout of an expression, as `parse_layout`."""
-    constructors = _named(shared.row_major, shared.column_major, shared.padded, shared.strided, shared.swizzled)
-    methods = frozenset({"permute", "unsqueeze", "stages", "swizzled"})
-    return _Grammar(constructors, methods, names or {}, {ast.Mult: SharedLayout.__mul__}).read(text)
+    constructors = _named(
+        arrangements.row_major,
+        arrangements.column_major,
+        arrangements.padded,
+        arrangements.strided,
+        arrangements.swizzled,
+    )
+    algebra = {"permute", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "slice", "expand"}
+    methods = frozenset({"stages", "swizzled", "at", "divide", "left_divide"} | algebra)
+    return _Grammar(
+        constructors, methods, names or {}, {ast.Mult: SharedLayout.__mul__, ast.Div: SharedLayout.divide}
+    ).read(text)
 
 
 def _named(*functions: Callable[..., L]) -> dict[str, Callable[..., L]]:

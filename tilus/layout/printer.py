@@ -91,10 +91,13 @@ def _call(on_threads: bool, run: Sequence[Digit], rank: int, is_first: bool) -> 
 
 
 def shared_expression(
-    shape: Sequence[int], digits: Sequence[Sequence[tuple[int, int]]], swizzle: tuple[int, int, int] | None
+    shape: Sequence[int],
+    digits: Sequence[Sequence[tuple[int, int]]],
+    origin: int,
+    swizzle: tuple[int, int, int] | None,
 ) -> str:
-    """The constructor of a shared layout with these (size, stride) digits, and its swizzle (base, bits, shift)."""
-    suffix = "" if swizzle is None else f".swizzled{swizzle}"
+    """The constructor of a memory layout with these (size, stride) digits, its origin and its swizzle (base, bits, shift)."""
+    suffix = (f".at({origin})" if origin else "") + ("" if swizzle is None else f".swizzled{swizzle}")
     own = [k for k, dim in enumerate(digits) if dim]
     for name, dims in (("row_major", own[::-1]), ("column_major", own)):
         compact, stride = True, 1

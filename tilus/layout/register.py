@@ -23,6 +23,7 @@ from tilus.layout.digits import Digit, Term
 from tilus.layout.errors import LayoutError
 from tilus.layout.inverse import Inverse
 from tilus.layout.printer import register_expression
+from tilus.layout.quotient import quotient_or_raise, register_left, register_right
 
 
 @dataclass(frozen=True, repr=False)
@@ -118,6 +119,29 @@ class RegisterLayout:
         """The function index -> (thread, slot); of several owners it names the one whose replication digits are 0."""
         return Inverse(self.shape, self.thread_terms, self.local_terms)
 
+    def left_inverse(self) -> Inverse:
+        """The inverse as one on both sides: `left_inverse()(layout(t, i)) == (t, i)`. Raises LayoutError where an element has
+        several owners."""
+        if self.num_replicas * self.num_local_replicas > 1:
+            raise LayoutError(
+                f"{self} has no left inverse: {self.num_replicas} threads hold each element, "
+                f"each in {self.num_local_replicas} slots; expected one owner",
+                hint="inverse() names the first owner, owner() all of them",
+            )
+        return self.inverse()
+
+    @staticmethod
+    def try_from_table(table: npt.NDArray[np.int64]) -> RegisterLayout | None:
+        """The layout with this `table()`, of shape [threads, slots, rank]; None where no layout has it."""
+        threads, slots = _digits.fitted(table[:, 0]), _digits.fitted(table[0])
+        if threads is None or slots is None:
+            return None
+        try:
+            layout = RegisterLayout(tuple(int(n) + 1 for n in table.max(axis=(0, 1))), threads, slots)
+        except LayoutError:  # some element has no owner
+            return None
+        return layout if np.array_equal(layout.table(), table) else None
+
     def owner(self, index: Sequence[int]) -> list[tuple[int, int]]:
         """All (thread, slot) that hold the element, in ascending order."""
         thread, local = self.inverse()(index)
@@ -144,77 +168,27 @@ class RegisterLayout:
 
     def divide(self, inner: RegisterLayout) -> RegisterLayout:
         """The exact right quotient: the only q with `q * inner == self`. Raises LayoutError where there is none."""
-        quotient = self.try_divide(inner)
-        if quotient is None:
-            raise self._no_quotient(inner, "inner")
-        return quotient
+        self._require_rank(inner)
+        return quotient_or_raise(register_right(self, inner), self, inner, "inner")
 
     __truediv__ = divide
 
     def left_divide(self, outer: RegisterLayout) -> RegisterLayout:
         """The exact left quotient: the only q with `outer * q == self`. Raises LayoutError where there is none."""
-        quotient = self.try_left_divide(outer)
-        if quotient is None:
-            raise self._no_quotient(outer, "outer")
-        return quotient
+        self._require_rank(outer)
+        return quotient_or_raise(register_left(self, outer), self, outer, "outer")
 
     def try_divide(self, inner: RegisterLayout) -> RegisterLayout | None:
         """The right quotient, or None where there is none."""
-        if self._indivisible_count(inner) is not None:
-            return None
-        factors = self._factor(inner.num_threads, inner.num_locals, inner.shape)
-        return factors[0] if factors is not None and factors[1] == inner else None
+        self._require_rank(inner)
+        quotient = register_right(self, inner)
+        return None if isinstance(quotient, str) else quotient
 
     def try_left_divide(self, outer: RegisterLayout) -> RegisterLayout | None:
         """The left quotient, or None where there is none."""
-        if self._indivisible_count(outer) is not None:
-            return None
-        shape = tuple(a // b for a, b in zip(self.shape, outer.shape))
-        factors = self._factor(self.num_threads // outer.num_threads, self.num_locals // outer.num_locals, shape)
-        return factors[1] if factors is not None and factors[0] == outer else None
-
-    def _factor(
-        self, num_threads: int, num_locals: int, shape: tuple[int, ...]
-    ) -> tuple[RegisterLayout, RegisterLayout] | None:
-        """The only (outer, inner) with `outer * inner == self` where inner has these counts and this shape.
-
-        Its values are forced: inner is this function on its first threads and slots, and outer on their multiples. So
-        the pair exists exactly when the digits can be cut there and the inner ones stay inside `shape`.
-        """
-        threads = _digits.split(self.thread_digits, num_threads)
-        locals_ = _digits.split(self.local_digits, num_locals)
-        if threads is None or locals_ is None:
-            return None
-        (outer_threads, inner_threads), (outer_locals, inner_locals) = threads, locals_
-        inside = all(d.dim is None or d.weight * d.size <= shape[d.dim] for d in (*inner_threads, *inner_locals))
-        outside = all(d.dim is None or d.weight % shape[d.dim] == 0 for d in (*outer_threads, *outer_locals))
-        if not (inside and outside):
-            return None
-
-        def scaled(digits: Sequence[Digit]) -> tuple[Digit, ...]:
-            return tuple(Digit(d.size, d.dim, d.weight if d.dim is None else d.weight // shape[d.dim]) for d in digits)
-
-        outer_shape = tuple(a // b for a, b in zip(self.shape, shape))
-        outer = RegisterLayout(outer_shape, scaled(outer_threads), scaled(outer_locals))
-        return outer, RegisterLayout(shape, tuple(inner_threads), tuple(inner_locals))
-
-    def _indivisible_count(self, part: RegisterLayout) -> str | None:
-        """Which count of `part` does not divide that of this layout, in words."""
-        self._require_rank(part)
-        counts = [("threads", self.num_threads, part.num_threads), ("slots", self.num_locals, part.num_locals)]
-        counts += [(f"elements in dimension {k}", a, b) for k, (a, b) in enumerate(zip(self.shape, part.shape))]
-        return next(
-            (f"{whole} {what}, not a multiple of {piece}" for what, whole, piece in counts if whole % piece), None
-        )
-
-    def _no_quotient(self, part: RegisterLayout, side: str) -> LayoutError:
-        reason = self._indivisible_count(part)
-        if reason is None:
-            reason = f"other {side} {part.num_threads} threads and {part.num_locals} slots"
-        return LayoutError(
-            f"{self} is no product with {part} as its {side} factor: it has {reason}",
-            hint="convert to a layout that is such a product",
-        )
+        self._require_rank(outer)
+        quotient = register_left(self, outer)
+        return None if isinstance(quotient, str) else quotient
 
     # ---- chained constructors: f.spatial(8, 4) is f * spatial(8, 4)
 
@@ -282,6 +256,48 @@ class RegisterLayout:
             return tuple(digit for piece in pieces if piece is not None for digit in piece)
 
         return RegisterLayout(tuple(shape), reshaped(self.thread_digits), reshaped(self.local_digits))
+
+    def flatten(self) -> RegisterLayout:
+        """One dimension, in row-major order."""
+        return self.reshape((self.size,))
+
+    def unflatten(self, dim: int, sizes: Sequence[int]) -> RegisterLayout:
+        """Dimension `dim` as several of these sizes, in row-major order."""
+        dim = self._require_dim(dim)
+        return self.reshape((*self.shape[:dim], *sizes, *self.shape[dim + 1 :]))
+
+    def slice(self, dim: int, start: int, stop: int) -> RegisterLayout:
+        """The part with `start <= index[dim] < stop`, where its elements are: in the same threads, in the slots that are
+        left, in ascending order.
+
+        Raises LayoutError where a slot is inside for some threads only, or where the slots that are left do not count as
+        those of a layout.
+        """
+        dim = self._require_dim(dim)
+        what = f"slice {start}:{stop} of dimension {dim} of {self}"
+        if not 0 <= start < stop <= self.shape[dim]:
+            raise LayoutError(f"{what}; expected 0 <= start < stop <= {self.shape[dim]}")
+        slots = _digits.index_table(self.local_digits, self.rank)
+        positions = _digits.index_table(self.thread_digits, self.rank)[:, None, dim] + slots[:, dim]
+        inside = (positions >= start) & (positions < stop)
+        kept = np.flatnonzero(inside[0])
+        if np.any(inside != inside[0]):
+            slot = int(np.flatnonzero(np.any(inside != inside[0], axis=0))[0])
+            held = sorted({int(position) for position in positions[:, slot]})
+            raise LayoutError(
+                f"{what} is no layout: threads hold indices {held[0]}..{held[-1]} in slot {slot}, some inside and some not",
+                hint="slice where no thread digit is cut, or convert to a layout with this dimension in slots",
+            )
+        values = slots[kept]
+        values[:, dim] -= start
+        digits = _digits.fitted(values) if not np.any(values[0]) else None
+        if digits is None:
+            raise LayoutError(
+                f"{what} is no layout: slots {kept.tolist()} are left, whose order is not that of digits",
+                hint="slice at multiples of the digits' sizes, or reorder the slots first",
+            )
+        shape = (*self.shape[:dim], stop - start, *self.shape[dim + 1 :])
+        return RegisterLayout(shape, self.thread_digits, digits)
 
     def reduce(self, dims: Sequence[int], keepdims: bool = True) -> RegisterLayout:
         """The layout after a reduction over `dims`, which get extent 1, or vanish unless `keepdims`.
