@@ -323,11 +323,51 @@ def test_layouts_are_shown_and_drawn(tmp_path: Path) -> None:
         "spatial(2, 2).local(1, 2): thread:slot, 4 threads x 2 slots\n"
         "  |   0   1   2   3\n--+----------------\n0 | 0:0 0:1 1:0 1:1\n1 | 2:0 2:1 3:0 3:1\n"
     )
-    assert output_of("layout", "row_major((2, 2))", "--nbytes", "4").splitlines()[-2:] == ["0 | 0/0 1/1", "1 | 2/2 3/3"]
+    assert output_of("layout", "row_major((2, 2))", "--dtype", "f32").splitlines()[-2:] == [
+        "0 | 0/0 1/1",
+        "1 | 2/2 3/3",
+    ]
     assert "16 threads" not in output_of("layout", "mma_a") and "32 threads x 8 slots" in output_of("layout", "mma_a")
     picture = tmp_path / "layout.svg"
     assert output_of("layout", "mma_c", "--svg", picture) == ""
     assert picture.read_text().startswith("<svg ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "last_line"),
+    [
+        (["swizzled((2, 64), 2)", "--banks"], "128 |  1,8 1,10 1,12 1,14  1,0  1,2  1,4  1,6 1,24 1,26 1,28"),
+        (
+            ["row_major((8, 64))", "--access", "spatial(8, 4).local(1, 16)"],
+            "8 phases, 16 wavefronts, 8 of them conflicts",
+        ),
+        (["mma_c", "--to", "mma_c"], "15 | 28:2>28:2 28:3>28:3"),
+    ],
+)
+def test_views_of_layouts(arguments: list[str], last_line: str, tmp_path: Path) -> None:
+    assert output_of("layout", *arguments).splitlines()[-1].startswith(last_line)
+    picture = tmp_path / "layout.svg"
+    assert output_of("layout", *arguments, "--svg", picture) == ""
+    assert picture.read_text().startswith("<svg ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["mma_c", "--banks"],
+            "--banks: local(2, 1).spatial(8, 4).local(1, 2) is a register layout, expected a shared layout",
+        ),
+        (["mma_c", "--access", "mma_c"], "--access: local(2, 1).spatial(8, 4).local(1, 2) is a register layout"),
+        (
+            ["row_major((2, 2))", "--to", "mma_c"],
+            "--to: row_major((2, 2)) is a shared layout, expected a register layout",
+        ),
+        (["mma_c", "--dtype", "f17"], "f17"),
+    ],
+)
+def test_views_that_do_not_fit(arguments: list[str], message: str) -> None:
+    assert message in refusal_of("layout", *arguments)
 
 
 def test_layouts_that_are_none() -> None:

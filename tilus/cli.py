@@ -9,14 +9,20 @@ from __future__ import annotations
 import ast
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from tilus import config
 from tilus.errors import TilusError
 from tilus.target import DEFAULT_TARGET, TARGETS
+
+if TYPE_CHECKING:
+    from tilus.layout import RegisterLayout, SharedLayout
+
+_View = Callable[[], str]
 
 FORMS = ("ir", "ptx", "cubin", "sass")
 TEXT_FORM = ".tilus"
@@ -122,19 +128,68 @@ def run_command(device: str | None, wants_times: bool, file: Path, args: tuple[s
 @main.command("layout", cls=_Command)
 @click.argument("expression")
 @click.option("--svg", "picture", type=click.Path(path_type=Path, dir_okay=False), help="Draw it into this file.")
-@click.option("--nbytes", default=2, show_default=True, help="Bytes per element, for the banks of a shared layout.")
-def layout_command(expression: str, picture: Path | None, nbytes: int) -> None:
+@click.option("--dtype", "dtype_name", default="f16", show_default=True, help="Element type, for banks and accesses.")
+@click.option("--banks", is_flag=True, help="A shared layout as the memory has it: rows of 32 banks.")
+@click.option("--access", metavar="LAYOUT", help="Wavefronts and bank conflicts of this register layout's accesses.")
+@click.option("--to", "target", metavar="LAYOUT", help="How far values travel from a register layout to this one.")
+def layout_command(
+    expression: str, picture: Path | None, dtype_name: str, banks: bool, access: str | None, target: str | None
+) -> None:
     """Show where a layout puts each element: thread:slot of a register layout, offset/bank of a shared one.
 
-    The atoms mma_a, mma_b and mma_c (fragments of mma.m16n8k16) may be used as names, e.g. 'spatial(2, 2) * mma_c'.
-    """
-    from tilus.layout import svg, text_table
+    The atoms mma_a, mma_b and mma_c (fragments of mma.m16n8k16) may be used as names.
 
-    layout = _read_layout(expression)
+    \b
+    tilus layout 'spatial(2, 2) * mma_c' --svg accumulator.svg
+    tilus layout 'swizzled((8, 64), 2)' --banks
+    tilus layout 'row_major((8, 64))' --access 'local(1, 8).spatial(8, 4).local(1, 2)'
+    tilus layout mma_c --to 'spatial(16, 2).local(1, 4)'
+    """
+    if sum((banks, access is not None, target is not None)) > 1:
+        raise click.UsageError("--banks, --access and --to show different things: give one of them")
+    text, image = _views(expression, dtype_name, banks, access, target)
     if picture is not None:
-        _write(svg(layout, nbytes), picture)
+        _write(image(), picture)
     else:
-        click.echo(text_table(layout, nbytes))
+        click.echo(text())
+
+
+def _views(
+    expression: str, dtype_name: str, banks: bool, access: str | None, target: str | None
+) -> tuple[_View, _View]:
+    """What `tilus layout` prints, and what it draws."""
+    from functools import partial
+
+    from tilus.dtypes import dtype
+    from tilus.layout import draw
+
+    layout, nbits = _read_layout(expression), dtype(dtype_name).nbits
+    if access is not None:
+        memory, tile = _shared("--access", layout), _register("the layout after --access", _read_layout(access))
+        return partial(draw.access_table, memory, tile, nbits), partial(draw.access_svg, memory, tile, nbits)
+    if target is not None:
+        src, dst = _register("--to", layout), _register("the layout after --to", _read_layout(target))
+        return partial(draw.conversion_table, src, dst), partial(draw.conversion_svg, src, dst)
+    if banks:
+        memory = _shared("--banks", layout)
+        return partial(draw.bank_table, memory, nbits), partial(draw.bank_svg, memory, nbits)
+    return partial(draw.text_table, layout, nbits), partial(draw.svg, layout, nbits)
+
+
+def _register(what: str, layout: RegisterLayout | SharedLayout) -> RegisterLayout:
+    from tilus.layout import RegisterLayout
+
+    if isinstance(layout, RegisterLayout):
+        return layout
+    raise TilusError(f"{what}: {layout} is a shared layout, expected a register layout")
+
+
+def _shared(what: str, layout: RegisterLayout | SharedLayout) -> SharedLayout:
+    from tilus.layout import SharedLayout
+
+    if isinstance(layout, SharedLayout):
+        return layout
+    raise TilusError(f"{what}: {layout} is a register layout, expected a shared layout")
 
 
 @main.command("doctor", cls=_Command)
@@ -218,7 +273,7 @@ def _dump_machine_code(compiled: Any, files: Any) -> None:
         files.write("kernel.sass", "\n".join(map(str, report.sass.instructions)) + "\n")
 
 
-def _read_layout(expression: str) -> Any:
+def _read_layout(expression: str) -> RegisterLayout | SharedLayout:
     """A register layout, or else a shared one."""
     from tilus.layout import LayoutError, atoms, parse_layout, parse_shared_layout
 

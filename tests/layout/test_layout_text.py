@@ -1,16 +1,11 @@
-"""Layouts as text and as drawings."""
+"""Layouts as text."""
 
 from __future__ import annotations
 
-import xml.etree.ElementTree as ElementTree
-
 import pytest
-from hypothesis import given
-from layout_oracle import layouts
 
 from tilus.layout import (
     LayoutError,
-    RegisterLayout,
     atoms,
     column_spatial,
     local,
@@ -20,9 +15,7 @@ from tilus.layout import (
     replicated,
     row_major,
     spatial,
-    svg,
     swizzled,
-    text_table,
 )
 
 
@@ -80,47 +73,3 @@ def test_parse_reads_the_whole_algebra() -> None:
 def test_what_is_not_a_layout_is_refused(text: str) -> None:
     with pytest.raises(LayoutError):
         parse_layout(text)
-
-
-def test_register_table() -> None:
-    assert text_table(spatial(2, 1).local(1, 3)).splitlines() == [
-        "spatial(2, 1).local(1, 3): thread:slot, 2 threads x 3 slots",
-        "  |   0   1   2",
-        "--+------------",
-        "0 | 0:0 0:1 0:2",
-        "1 | 1:0 1:1 1:2",
-    ]
-    assert text_table(replicated(2, 1).local(2)).splitlines() == [
-        "replicated(2, 1).local(2): thread:slot, 2 threads x 2 slots, 2 owners each",
-        "  |   0   1",
-        "--+--------",
-        "0 | 0:0 0:1",
-    ]
-    assert "[1, :, :]" in text_table(spatial(2, 2, 2))
-
-
-def test_shared_table() -> None:
-    assert text_table(padded((2, 2), 62), nbytes_per_element=4).splitlines() == [
-        "strided((2, 2), (64, 1)): offset/bank of 4-byte elements, 66 elements of memory",
-        "  |    0    1",
-        "--+----------",
-        "0 |  0/0  1/1",
-        "1 | 64/0 65/1",
-    ]
-
-
-@given(layouts(max_size=64))
-def test_svg_has_a_cell_and_an_owner_for_each_element(layout: RegisterLayout) -> None:
-    image = ElementTree.fromstring(svg(layout))
-    namespace = "{http://www.w3.org/2000/svg}"
-    texts = [element.text for element in image.iter(f"{namespace}text")]
-    assert len(list(image.iter(f"{namespace}rect"))) == layout.size + 1
-    threads = [int(text[1:]) for text in texts if text and text[0] == "t" and text[1:].isdigit()]
-    assert len(threads) == layout.size and max(threads) < layout.num_threads
-
-
-def test_svg_of_shared_memory_shows_offsets_and_banks() -> None:
-    image = svg(swizzled((8, 64), 2))
-    assert image.startswith("<svg xmlns") and ">b31<" in image and ">511<" in image
-    with pytest.raises(LayoutError, match="at most 16384"):
-        svg(row_major((256, 256)))

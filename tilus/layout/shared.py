@@ -74,6 +74,12 @@ class SharedLayout:
 
     __repr__ = __str__
 
+    def _repr_svg_(self) -> str:
+        """The drawing that notebooks show."""
+        from tilus.layout.draw import svg
+
+        return svg(self)
+
     # ---- sizes
 
     @property
