@@ -268,7 +268,7 @@ load: threads hold runs of 1 elements of uint4 of w, which is 4 bits; memory is 
   at FILE:9:9
     9 |     a = tilus.load(w, [0, 0], shape=[32, 1])
                 ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
-  hint: give the tile a layout with longer runs along the contiguous dim, or move bytes and use tilus.view
+  hint: make the contiguous dim of the tile, its offset and the tensor's extent multiples of 2, or move bytes and use tilus.view
 """,
     ),
     "reshape to another size": (

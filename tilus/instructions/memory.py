@@ -16,7 +16,7 @@ from tilus.ir.evaluation import Evaluation
 from tilus.ir.expr import Const, Expr, Var, as_expr
 from tilus.ir.instruction import Effects, Instruction
 from tilus.ir.layout_rules import Access, LayoutPriority, LayoutRule
-from tilus.ir.tensor import GlobalTensor, RegisterTensor
+from tilus.ir.tensor import GlobalTensor, RegisterTensor, SharedTensor
 from tilus.layout import RegisterLayout, auto
 from tilus.ptx.module import Address, Imm, Reg, RegClass, Vector
 
@@ -71,7 +71,7 @@ class LoadGlobal(Instruction):
     def emit(self, ctx: EmitContext) -> None:
         layout = ctx.layout(self.out)
         size = global_vector_size(self.src, layout, self.offsets, self.dims, self.checked)
-        _check_whole_bytes("load", self.src, size)
+        check_whole_bytes("load", self.src, size)
         cache = ".nc" if self.src.base in ctx.read_only else ""
         pieces: list[Reg] = []
         starts = tile_index(ctx, layout, self.offsets, self.dims)
@@ -119,7 +119,7 @@ class StoreGlobal(Instruction):
     def emit(self, ctx: EmitContext) -> None:
         layout = ctx.layout(self.src)
         size = global_vector_size(self.dst, layout, self.offsets, self.dims, self.checked)
-        _check_whole_bytes("store", self.dst, size)
+        check_whole_bytes("store", self.dst, size)
         starts = tile_index(ctx, layout, self.offsets, self.dims)
         owner = ctx.first_replica(layout)
         words = ctx.words(self.src)
@@ -208,12 +208,15 @@ def tile_index(
     return at
 
 
-def _check_whole_bytes(what: str, tensor: GlobalTensor, size: int) -> None:
+def check_whole_bytes(what: str, tensor: GlobalTensor | SharedTensor, size: int) -> None:
+    """Raise unless accesses of `size` elements are whole bytes; inference gives such layouts wherever they exist."""
     if size * tensor.dtype.nbits % 8:
+        whole = 8 // math.gcd(8, tensor.dtype.nbits)
         raise TilusError(
             f"{what}: threads hold runs of {size} elements of {tensor.dtype.name} of {tensor.name}, "
             f"which is {size * tensor.dtype.nbits} bits; memory is accessed in whole bytes",
-            hint="give the tile a layout with longer runs along the contiguous dim, or move bytes and use tilus.view",
+            hint=f"make the contiguous dim of the tile, its offset and the tensor's extent multiples of {whole}, "
+            "or move bytes and use tilus.view",
         )
 
 

@@ -10,7 +10,7 @@ from tilus.codegen.context import EmitContext
 from tilus.codegen.linear import Linear, of_const
 from tilus.dtypes import DataType
 from tilus.errors import TilusError
-from tilus.instructions.memory import assemble, load_vector, store_vector, tile_index, vectors_note
+from tilus.instructions.memory import assemble, check_whole_bytes, load_vector, store_vector, tile_index, vectors_note
 from tilus.ir.builder import IRBuilder, builtin
 from tilus.ir.evaluation import Evaluation
 from tilus.ir.expr import Expr, as_expr
@@ -101,6 +101,7 @@ class LoadShared(Instruction):
     def emit(self, ctx: EmitContext) -> None:
         layout = ctx.layout(self.out)
         size = shared_vector_size(self.src, layout, self.offsets, self.dims)
+        check_whole_bytes("load_shared", self.src, size)
         starts = tile_index(ctx, layout, self.offsets, self.dims)
         pieces: list[Reg] = []
         for vector in vectors(layout, size):
@@ -138,6 +139,7 @@ class StoreShared(Instruction):
     def emit(self, ctx: EmitContext) -> None:
         layout = ctx.layout(self.src)
         size = shared_vector_size(self.dst, layout, self.offsets, self.dims)
+        check_whole_bytes("store_shared", self.dst, size)
         starts = tile_index(ctx, layout, self.offsets, self.dims)
         owner, words = ctx.first_replica(layout), ctx.words(self.src)
         for vector in vectors(layout, size):

@@ -13,7 +13,7 @@ Requires: a verified function. Ensures: every RegisterTensor has a layout, and e
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from tilus.errors import Note, TilusError
@@ -31,11 +31,7 @@ Decisions = dict[RegisterTensor, tuple[RegisterLayout, LayoutOrigin]]
 
 
 def infer_layouts(function: Function, target: Target) -> Function:
-    inference = Inference(function)
-    inference.run()
-    if insisted := inference.insisted():
-        inference = Inference(function, insisted)
-        inference.run()
+    inference = infer(uses(function))
     tensors: dict[Tensor, Tensor] = {
         tile: replace(tile, layout=layout, origin=inference.origins[tile])
         for tile, layout in inference.known.items()
@@ -46,42 +42,46 @@ def infer_layouts(function: Function, target: Target) -> Function:
     return insert_conversions(placed)
 
 
+def infer(program: Sequence[Use]) -> Inference:
+    """The decisions for a program, after one round or two.
+
+    Raises: TilusError with both lines where two pinned layouts contradict each other.
+    """
+    first = Inference(program, {})
+    insisted = first.insisted()
+    return Inference(program, insisted) if insisted else first
+
+
 @dataclass(frozen=True, eq=False)
 class Use:
-    """An instruction with its rule. depth: of the loops around it. loc: of the statement."""
+    """An instruction with its tiles and its rule. depth: of the loops around it."""
 
     stmt: Inst
+    tiles: tuple[RegisterTensor, ...]
     rule: LayoutRule
     depth: int
 
-    @property
-    def tiles(self) -> tuple[RegisterTensor, ...]:
-        return (*self.stmt.inst.register_results, *self.stmt.inst.register_operands)
-
 
 class Inference:
-    """known: the layouts so far. origins: whom each comes from. evaluations: how often a rule was asked, which tests bound."""
+    """One round. known: the layouts. origins: whom each comes from. evaluations: how often a rule was asked for its ways."""
 
-    def __init__(self, function: Function, first: Decisions | None = None) -> None:
-        self.program = [use for use in _uses(function, function.body, 0) if use.tiles]
-        self.known = {tile: layout for tile, (layout, _) in (first or {}).items()}
-        self.origins = {tile: origin for tile, (_, origin) in (first or {}).items()}
+    def __init__(self, program: Sequence[Use], first: Decisions) -> None:
+        self.program = program
+        self.known = {tile: layout for tile, (layout, _) in first.items()}
+        self.origins = {tile: origin for tile, (_, origin) in first.items()}
         self.evaluations = 0
         self._users: dict[RegisterTensor, list[int]] = {}
-        for position, use in enumerate(self.program):
+        for position, use in enumerate(program):
             for tile in dict.fromkeys(use.tiles):
                 self._users.setdefault(tile, []).append(position)
                 if tile.layout is not None and tile not in self.known:
                     self.known[tile] = tile.layout
                     self.origins[tile] = tile.origin or LayoutOrigin(PINNED, use.stmt.loc)
-        self._work = deque(range(len(self.program)))
+        self._work = deque(range(len(program)))
         self._queued = set(self._work)
+        self._run()
 
-    def run(self) -> None:
-        """Decide every tile.
-
-        Raises: TilusError with both lines where two pinned layouts contradict each other.
-        """
+    def _run(self) -> None:
         for use in self.program:
             if (pins := use.rule.contradiction()) is not None:
                 raise self._contradiction(use, *pins)
@@ -157,24 +157,27 @@ class Inference:
         return Note(f"{tile.name} is pinned to {tile.layout} here", self.origins[tile].loc)
 
 
-def _uses(function: Function, stmt: Stmt, depth: int) -> Iterator[Use]:
+def uses(function: Function) -> list[Use]:
+    """The instructions that touch tiles, in program order."""
+    return list(_uses(function.body, function.num_threads, 0))
+
+
+def _uses(stmt: Stmt, num_threads: int, depth: int) -> Iterator[Use]:
     match stmt:
         case Seq(stmts):
             for child in stmts:
-                yield from _uses(function, child, depth)
+                yield from _uses(child, num_threads, depth)
         case For(body=body) | While(body=body):
-            yield from _uses(function, body, depth + 1)
+            yield from _uses(body, num_threads, depth + 1)
         case If(_, then, orelse):
-            yield from _uses(function, then, depth)
-            yield from _uses(function, orelse, depth)
-        case Inst():
-            yield Use(stmt, _rule(function, stmt), depth)
+            yield from _uses(then, num_threads, depth)
+            yield from _uses(orelse, num_threads, depth)
+        case Inst(inst, loc):
+            try:
+                tiles, rule = (*inst.register_results, *inst.register_operands), inst.layout_rule(num_threads)
+            except TilusError as error:
+                raise error.at(loc) from None
+            if tiles:
+                yield Use(stmt, tiles, rule, depth)
         case _:
             pass
-
-
-def _rule(function: Function, stmt: Inst) -> LayoutRule:
-    try:
-        return stmt.inst.layout_rule(function.num_threads)
-    except TilusError as error:
-        raise error.at(stmt.loc) from None

@@ -89,7 +89,7 @@ class _Inserter:
             t: self._tile(t, way[t], stmt) for t in inst.register_results if t in way and not fits(layouts[t], way[t])
         }
         block = self.open[-1]
-        changed = _over(inst, operands, dict[Tensor, Tensor](made)) if operands or made else inst
+        changed = _over(inst, operands, made) if operands or made else inst
         block.stmts.append(stmt if changed is inst else Inst(changed, stmt.loc))
         block.stmts.extend(Inst(Convert(tile, source), stmt.loc) for tile, source in made.items())
         block.defined.update(inst.register_results)
@@ -121,7 +121,9 @@ def _layouts(inst: Instruction) -> Layouts:
     return {t: t.layout for t in (*inst.register_results, *inst.register_operands) if t.layout is not None}
 
 
-def _over(inst: Instruction, operands: Mapping[Tensor, Tensor], results: Mapping[Tensor, Tensor]) -> Instruction:
+def _over(
+    inst: Instruction, operands: Mapping[Tensor, Tensor], results: Mapping[RegisterTensor, Tensor]
+) -> Instruction:
     """The instruction over other tiles; one that it both reads and writes may become two."""
     changed = inst.replace(operands)
     outs = {name: results.get(value, value) for name, value in inst.fields() if is_out(name)}
