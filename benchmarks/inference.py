@@ -36,7 +36,7 @@ from tilus.ir.visit import seq
 from tilus.layout import auto
 from tilus.target import get_target
 from tilus.transforms import run_pipeline
-from tilus.transforms.infer_layouts import Inference, infer_layouts, uses
+from tilus.transforms.infer_layouts import infer_layouts, rounds, uses
 
 SIZES = (100, 300, 1000, 3000)
 STAGE = 20  # instructions of `stage`
@@ -104,10 +104,8 @@ def shortest(samples: int, run: Any) -> float:
 
 
 def evaluations(function: Function) -> int:
-    """How often both rounds of `infer_layouts` ask a rule for its ways."""
-    program = uses(function)
-    first = Inference(program, {})
-    return first.evaluations + Inference(program, first.insisted()).evaluations
+    """How often `infer_layouts` asks a rule for its ways, in all rounds."""
+    return sum(inference.evaluations for inference in rounds(uses(function)))
 
 
 def measure(sizes: tuple[int, ...], samples: int) -> dict[str, Any]:

@@ -6,6 +6,8 @@ mma.m16n8k16"). A batch dim in front lets warps work on different products, for 
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -47,6 +49,7 @@ class Fragments:
     repeats: tuple[int, int, int, int]
 
 
+@functools.lru_cache(maxsize=1024)
 def fragments(batch: int, m: int, n: int, k: int, grid: WarpGrid) -> Fragments:
     """Layouts [batch, m, k], [batch, k, n] and [batch, m, n]; the extents must be divisible by the grid and the fragments."""
     rb, rm, rn, rk = batch // grid.batch, m // (M * grid.m), n // (N * grid.n), k // K
@@ -148,7 +151,8 @@ class Dot(Instruction):
         }
 
     def layout_rule(self, num_threads: int) -> LayoutRule:
-        return OneOf(tuple(self._way(candidate) for candidate in self._candidates(num_threads)))
+        candidates = self._candidates(num_threads)
+        return OneOf(tuple(map(self._way, candidates)), tuple(math.prod(c.repeats) for c in candidates))
 
     def evaluate(self, env: Evaluation) -> None:
         product = np.matmul(env.tile(self.a), env.tile(self.b))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tilus.codegen.access import shared_vector_size, vectors
+from tilus.codegen.access import MAX_VECTOR_NBITS, shared_vector_size, vectors
 from tilus.codegen.context import EmitContext
 from tilus.codegen.linear import Linear, of_const
 from tilus.dtypes import DataType
@@ -254,13 +254,15 @@ def shared_access(
 ) -> LayoutRule:
     """The layouts in which a tile meets shared memory.
 
-    Only for elements below a byte it matters which layout the tensor has; where it has none yet, row-major is taken for it.
+    How wide accesses get depends on the layout of the tensor, which is chosen afterwards to suit them. Only for elements below
+    a byte it matters here; where the tensor has no layout yet, row-major is taken for it.
     """
     placed = tensor if tensor.layout is not None else replace(tensor, layout=row_major(tensor.shape))
 
     def access_nbits(layout: RegisterLayout) -> int:
-        size = 1 if tensor.dtype.nbits % 8 == 0 else shared_vector_size(placed, layout, offsets, dims)
-        return size * tensor.dtype.nbits
+        if tensor.dtype.nbits % 8 == 0:
+            return MAX_VECTOR_NBITS
+        return shared_vector_size(placed, layout, offsets, dims) * tensor.dtype.nbits
 
     return Access(tile, vectorized(tile, num_threads, dims), access_nbits, loads=False)
 

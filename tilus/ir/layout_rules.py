@@ -19,6 +19,10 @@ from tilus.layout import LayoutError, RegisterLayout, auto, broadcast_operand, l
 Layouts = Mapping[RegisterTensor, RegisterLayout]
 Way = dict[RegisterTensor, RegisterLayout]
 
+# Instructions of a thread, roughly: an access computes an address and tests bounds; two barriers wait for the slowest warp.
+ACCESS = 3
+BARRIERS = 16
+
 
 class LayoutPriority(IntEnum):
     """Whose turn it is to choose when nothing follows from anything: first those that can do with the fewest layouts."""
@@ -50,6 +54,10 @@ class LayoutRule:
     def defaults(self) -> Sequence[Way]:
         """The ways to choose from when the known layouts suggest none; at least one."""
         return self.ways({})
+
+    def cost(self, way: Layouts) -> int:
+        """How many instructions of a thread it takes to run in this way, without conversions: an estimate to compare ways."""
+        return 0
 
     def insists(self, known: Layouts) -> Way:
         """The layouts that the instruction would choose before all others, had it known what it gets now."""
@@ -87,6 +95,9 @@ class Elementwise(LayoutRule):
 
     def defaults(self) -> Sequence[Way]:
         return [self._way(auto(self.out.shape, self.num_threads))]
+
+    def cost(self, way: Layouts) -> int:
+        return num_words(self.out, way[self.out])
 
     def _way(self, layout: RegisterLayout) -> Way:
         return {**{t: operand_layout(layout, t.shape) for t in self.operands}, self.out: layout}
@@ -152,6 +163,9 @@ class Derived(LayoutRule):
         out = known[self.out] if self.out in known else self.forward(known[self.src])
         return ({self.out: out, self.src: known[self.src]},)
 
+    def cost(self, way: Layouts) -> int:
+        return num_words(self.src, way[self.src])
+
     def defaults(self) -> Sequence[Way]:
         return self.ways({self.src: auto(self.src.shape, self.num_threads)})
 
@@ -169,6 +183,9 @@ class Moved(LayoutRule):
             return ()
         same = known[self.src] if self.src in known else known[self.out]
         return ({self.out: known.get(self.out, same), self.src: same},)
+
+    def cost(self, way: Layouts) -> int:
+        return conversion_cost(way[self.src], way[self.out])
 
     def defaults(self) -> Sequence[Way]:
         return self.ways({self.src: auto(self.src.shape, self.num_threads)})
@@ -196,23 +213,32 @@ class Access(LayoutRule):
         candidates = [layout for layout in (known[self.tile], self.preferred) if self.access_nbits(layout) % 8 == 0]
         return [{self.tile: layout} for layout in candidates or [known[self.tile]]]
 
+    def cost(self, way: Layouts) -> int:
+        layout = way[self.tile]
+        return ACCESS * -(-layout.num_locals * self.tile.dtype.nbits // self.access_nbits(layout))
+
     def insists(self, known: Layouts) -> Way:
-        """Loading single bytes costs more than converting what becomes of whole words (docs/design.md has the numbers)."""
+        """Single bytes, where the preferred layout has words."""
         narrow = self.loads and self.access_nbits(known[self.tile]) < 16
         return {self.tile: self.preferred} if narrow and self.access_nbits(self.preferred) >= 32 else {}
 
 
 @dataclass(frozen=True, eq=False)
 class OneOf(LayoutRule):
-    """Exactly these ways, best first."""
+    """Exactly these ways, best first. costs: instructions of a thread for each of them."""
 
     choices: tuple[Way, ...]
+    costs: tuple[int, ...]
 
     def ways(self, known: Layouts) -> Sequence[Way]:
         return self.choices
 
+    def cost(self, way: Layouts) -> int:
+        return self.costs[self.choices.index(dict(way))]
 
-def operand_layout(layout: RegisterLayout, shape: Sequence[int]) -> RegisterLayout:
+
+@functools.lru_cache(maxsize=4096)
+def operand_layout(layout: RegisterLayout, shape: tuple[int, ...]) -> RegisterLayout:
     """What a result of `layout` needs of an operand of `shape` that broadcasts to it: reduced where that has size 1."""
     pad = layout.rank - len(shape)
     dims = [d for d, n in enumerate((*(1,) * pad, *shape)) if n == 1 and layout.shape[d] != 1]
@@ -222,13 +248,30 @@ def operand_layout(layout: RegisterLayout, shape: Sequence[int]) -> RegisterLayo
     return result
 
 
-def moved_nbits(way: Layouts, known: Layouts, results: Collection[RegisterTensor]) -> int:
-    """Bits of the tiles that must be converted for an instruction to run in this way: operands before, results after."""
-    return sum(
-        tile.dtype.nbits * tile.size
+def moved(way: Layouts, known: Layouts, results: Collection[RegisterTensor]) -> list[RegisterTensor]:
+    """The tiles that must be converted for an instruction to run in this way: operands before it, results after it."""
+    return [
+        tile
         for tile, layout in way.items()
-        if tile in known and not (owns(known[tile], of=layout) if tile in results else owns(layout, of=known[tile]))
-    )
+        if tile in known
+        and known[tile] is not layout
+        and not (owns(known[tile], of=layout) if tile in results else owns(layout, of=known[tile]))
+    ]
+
+
+def moved_nbits(way: Layouts, known: Layouts, results: Collection[RegisterTensor]) -> int:
+    """The bits of those tiles."""
+    return sum(tile.dtype.nbits * tile.size for tile in moved(way, known, results))
+
+
+def num_words(tile: RegisterTensor, layout: RegisterLayout) -> int:
+    """32-bit registers of a thread that a tile fills in a layout."""
+    return -(-layout.num_locals * tile.dtype.nbits // 32)
+
+
+def conversion_cost(src: RegisterLayout, dst: RegisterLayout) -> int:
+    """Instructions of a thread for a conversion: every slot is written to and read from shared memory, between barriers."""
+    return 0 if owns(dst, of=src) else src.num_locals + dst.num_locals + BARRIERS
 
 
 @functools.lru_cache(maxsize=16384)

@@ -12,13 +12,15 @@ Requires: a verified function. Ensures: every RegisterTensor has a layout, and e
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from tilus.errors import Note, TilusError
 from tilus.ir.function import Function
-from tilus.ir.layout_rules import LayoutRule, Way, moved_nbits
+from tilus.ir.layout_rules import LayoutRule, Way, conversion_cost, moved, moved_nbits
 from tilus.ir.stmt import For, If, Inst, Seq, Stmt, While
 from tilus.ir.tensor import LayoutOrigin, RegisterTensor, Tensor
 from tilus.ir.visit import replace as replace_tensors
@@ -27,11 +29,13 @@ from tilus.target import Target
 from tilus.transforms.insert_conversions import insert_conversions
 
 PINNED = "pinned"
+TRIALS = 16  # other choices that are looked at in one function
 Decisions = dict[RegisterTensor, tuple[RegisterLayout, LayoutOrigin]]
 
 
 def infer_layouts(function: Function, target: Target) -> Function:
-    inference = infer(uses(function))
+    first, *others = rounds(uses(function))
+    inference = min((first, *others), key=lambda x: x.cost) if others else first
     tensors: dict[Tensor, Tensor] = {
         tile: replace(tile, layout=layout, origin=inference.origins[tile])
         for tile, layout in inference.known.items()
@@ -42,14 +46,17 @@ def infer_layouts(function: Function, target: Target) -> Function:
     return insert_conversions(placed)
 
 
-def infer(program: Sequence[Use]) -> Inference:
-    """The decisions for a program, after one round or two.
+def rounds(program: Sequence[Use]) -> Iterator[Inference]:
+    """The first decisions for a program, then those after each alternative on top of the best so far.
 
     Raises: TilusError with both lines where two pinned layouts contradict each other.
     """
-    first = Inference(program, {})
-    insisted = first.insisted()
-    return Inference(program, insisted) if insisted else first
+    best = Inference(program, {})
+    yield best
+    for decisions in itertools.islice(best.alternatives(), TRIALS):
+        other = Inference(program, {**best.first, **decisions})
+        yield other
+        best = other if other.cost < best.cost else best
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,13 +70,17 @@ class Use:
 
 
 class Inference:
-    """One round. known: the layouts. origins: whom each comes from. evaluations: how often a rule was asked for its ways."""
+    """One round. first: what is decided beforehand. known: the layouts. origins: whom each comes from. evaluations: how often
+    a rule was asked for its ways.
+    """
 
     def __init__(self, program: Sequence[Use], first: Decisions) -> None:
         self.program = program
+        self.first = first
         self.known = {tile: layout for tile, (layout, _) in first.items()}
         self.origins = {tile: origin for tile, (_, origin) in first.items()}
         self.evaluations = 0
+        self._chosen: list[tuple[Use, LayoutOrigin, list[RegisterTensor]]] = []
         self._users: dict[RegisterTensor, list[int]] = {}
         for position, use in enumerate(program):
             for tile in dict.fromkeys(use.tiles):
@@ -89,15 +100,6 @@ class Inference:
             self._spread()
             self._choose(self.program[position])
         self._spread()
-
-    def insisted(self) -> Decisions:
-        """What instructions that got a bad layout would have chosen; pinned tiles are as the program wants them."""
-        return {
-            tile: (layout, LayoutOrigin(use.stmt.inst.mnemonic, use.stmt.loc))
-            for use in self.program
-            for tile, layout in use.rule.insists(self.known).items()
-            if tile.layout is None
-        }
 
     def _turn(self, position: int) -> tuple[int, int, int, int, int]:
         use = self.program[position]
@@ -125,17 +127,58 @@ class Inference:
         ways = use.rule.ways(self.known)
         if not ways and propagated:
             return
-        results = use.stmt.inst.register_results
-        way = min(ways or use.rule.defaults(), key=lambda way: moved_nbits(way, self.known, results))
+        way = self._cheapest(use, ways or use.rule.defaults())
         origin = self._origin(use, way)
-        for tile, layout in way.items():
-            if tile not in self.known:
-                self.known[tile] = layout
-                self.origins[tile] = origin
-                for user in self._users[tile]:
-                    if user not in self._queued:
-                        self._queued.add(user)
-                        self._work.append(user)
+        fresh = [tile for tile in way if tile not in self.known]
+        if not propagated and len(ways) > 1:
+            self._chosen.append((use, origin, fresh))
+        for tile in fresh:
+            self.known[tile] = way[tile]
+            self.origins[tile] = origin
+            for user in self._users[tile]:
+                if user not in self._queued:
+                    self._queued.add(user)
+                    self._work.append(user)
+
+    def _cheapest(self, use: Use, ways: Sequence[Way]) -> Way:
+        if len(ways) == 1:
+            return ways[0]
+        results = use.stmt.inst.register_results
+        return min(ways, key=lambda way: moved_nbits(way, self.known, results))
+
+    def alternatives(self) -> Iterator[Decisions]:
+        """What else could be decided first: what instructions with a bad layout insist on, and choices that others regret."""
+        insisted = {
+            tile: (layout, LayoutOrigin(use.stmt.inst.mnemonic, use.stmt.loc))
+            for use in self.program
+            for tile, layout in use.rule.insists(self.known).items()
+            if tile.layout is None
+        }
+        if insisted:
+            yield insisted
+        regretted = {id(self.origins[tile]) for _, converted in self._runs for tile in converted}
+        for use, origin, fresh in self._chosen:
+            if id(origin) in regretted:
+                for way in use.rule.ways(self.known):
+                    yield {tile: (way[tile], origin) for tile in fresh}
+
+    @functools.cached_property
+    def _runs(self) -> list[tuple[Way, list[RegisterTensor]]]:
+        """How each instruction runs now that all layouts are known, and the tiles that are converted for it."""
+        ways = [self._cheapest(use, use.rule.ways(self.known) or use.rule.defaults()) for use in self.program]
+        return [
+            (way, moved(way, self.known, use.stmt.inst.register_results))
+            for use, way in zip(self.program, ways, strict=True)
+        ]
+
+    @functools.cached_property
+    def cost(self) -> int:
+        """Instructions of a thread, by the estimates of the rules; a loop is taken to make eight trips."""
+        total = 0
+        for use, (way, converted) in zip(self.program, self._runs, strict=True):
+            conversions = sum(conversion_cost(self.known[tile], way[tile]) for tile in converted)
+            total += (use.rule.cost(way) + conversions) << 3 * use.depth
+        return total
 
     def _origin(self, use: Use, way: Way) -> LayoutOrigin:
         """Of the known tile that the way follows from; the instruction's own where there is none."""
