@@ -20,6 +20,7 @@ from tilus.runtime.reference import run_reference
 from tilus.runtime.reference.buffer import storage_dtype
 from tilus.target import get_target
 from tilus.transforms import run_pipeline
+from tilus.transforms.infer_layouts import infer_layouts
 
 TARGET = get_target("sm_90a")
 
@@ -37,6 +38,7 @@ def outcome(seed: int) -> str:
         assert len(error.notes) == 2 and None not in places and len(places) >= 2, str(error)
         return "refused"
     check(placed)
+    assert infer_layouts(placed, TARGET) is placed
     return "placed"
 
 

@@ -8,13 +8,14 @@ when nothing follows, and what has to be converted are all the question "which w
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import ClassVar
 
 from tilus.ir.tensor import RegisterTensor
-from tilus.layout import LayoutError, RegisterLayout, auto, broadcast_operand, local, replicated, slot_map
+from tilus.layout import LayoutError, RegisterLayout, auto, broadcast_operand, replicated, slot_map
 
 Layouts = Mapping[RegisterTensor, RegisterLayout]
 Way = dict[RegisterTensor, RegisterLayout]
@@ -139,11 +140,15 @@ class Renamed(LayoutRule):
             yield {self.out: out, self.src: known[self.src]}
 
     def defaults(self) -> Sequence[Way]:
-        """The automatic layout of either side; the last one, every element in every thread, has all shapes."""
+        """The automatic layout of either side, or else threads only along what the first and the last dims have in common."""
         for tile in (self.out, self.src):
             if ways := self.ways({tile: auto(tile.shape, self.num_threads)}):
                 return ways
-        return self.ways({self.out: replicated(self.num_threads, self.out.rank) * local(*self.out.shape)})
+        inner = math.gcd(self.num_threads, self.out.shape[-1], self.src.shape[-1])
+        outer = math.gcd(self.num_threads // inner, self.out.shape[0], self.src.shape[0])
+        rest = self.out.size // (outer * inner)
+        flat = replicated(self.num_threads // (outer * inner), 1).spatial(outer).local(rest).spatial(inner)
+        return self.ways({self.out: flat.reshape(self.out.shape)})
 
 
 @dataclass(frozen=True, eq=False)

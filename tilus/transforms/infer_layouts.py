@@ -87,10 +87,15 @@ class Inference:
                 self._users.setdefault(tile, []).append(position)
                 if tile.layout is not None and tile not in self.known:
                     self.known[tile] = tile.layout
-                    self.origins[tile] = tile.origin or LayoutOrigin(PINNED, use.stmt.loc)
+                    self.origins[tile] = tile.origin or self._pinned(use, tile)
         self._work = deque(range(len(program)))
         self._queued = set(self._work)
         self._run()
+
+    def _pinned(self, use: Use, tile: RegisterTensor) -> LayoutOrigin:
+        """Storage has the layout of the variable's first value, which is where the program says it."""
+        sources = (self.origins[t] for t in use.tiles if tile.mutable and t in self.origins and t.layout == tile.layout)
+        return next(sources, LayoutOrigin(PINNED, use.stmt.loc))
 
     def _run(self) -> None:
         for use in self.program:
