@@ -71,11 +71,11 @@ class TilusError(Exception):
             parts.append(f"  hint: {self.hint}")
         return "\n".join(parts)
 
-    def at(self, loc: Loc | None) -> TilusError:
-        """The same error with a location, unless it already has one."""
-        if self.loc is not None or loc is None:
+    def at(self, loc: Loc | None, notes: Sequence[Note] = ()) -> TilusError:
+        """The same error with a location, unless it already has one, and with further notes."""
+        if not notes and (self.loc is not None or loc is None):
             return self
-        return TilusError(self.message, loc=loc, hint=self.hint, notes=self.notes)
+        return TilusError(self.message, loc=self.loc or loc, hint=self.hint, notes=(*self.notes, *notes))
 
 
 class TilusErrors(TilusError):

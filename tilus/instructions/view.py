@@ -155,6 +155,7 @@ class View(Instruction):
     """
 
     mnemonic = "view"
+    reads_layouts = True
 
     out: RegisterTensor
     src: RegisterTensor

@@ -56,6 +56,9 @@ class Instruction:
     # Whose turn it is to choose a layout when nothing follows from the known ones.
     layout_priority: ClassVar[LayoutPriority] = LayoutPriority.COMPUTE
 
+    # Whether `verify` looks at pinned layouts: a mistake is then shown with the lines that pin them.
+    reads_layouts: ClassVar[bool] = False
+
     # Whether `out` may be the storage of an operand that the instruction adds to.
     accumulates: ClassVar[bool] = False
 
