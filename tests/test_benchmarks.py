@@ -49,3 +49,10 @@ def test_compile_time_schema() -> None:
     sample = compile_time["in_new_process"]("uint4", "sm_90a")
     assert list(sample) == ["import_s", "library_s", "frontend_s", "passes_s", "codegen_s", "ptxas_s"]
     assert all(seconds > 0 for seconds in sample.values())
+
+
+def test_inference_schema() -> None:
+    measured = runpy.run_path(str(BENCHMARKS / "inference.py"))["measure"]((100,), samples=1)
+    (case,) = measured["cases"]
+    assert list(case) == ["instructions", "inference_s", "evaluations", "pipeline_s"]
+    assert all(value > 0 for value in case.values()) and abs(case["instructions"] - 100) < 10

@@ -108,6 +108,10 @@ view: a thread holds 16 bits of f16 and would hold 32 bits of f32
   at FILE:10:9
    10 |     b = tilus.view(a, f32, [4, 8], spatial(4, 8))
                 ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
+  note: its operand is pinned to spatial(4, 8) here
+  at FILE:9:9
+    9 |     a = tilus.load(x, [0, 0], shape=[4, 8], layout=spatial(4, 8))
+                ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
   hint: a view keeps each thread's bits: the layout's slots times the dtype's bits must be the same on both sides
 """,
     ),
