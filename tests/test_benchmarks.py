@@ -62,3 +62,10 @@ def test_layout_benchmark_covers_the_library() -> None:
         for name in ("construct", "product", "divide", "left_divide", "equal", "hash", "reshape")
     }
     assert all(case["median_us"] > 0 and case["samples"] > 0 for case in measured["cases"])
+
+
+def test_inference_schema() -> None:
+    measured = runpy.run_path(str(BENCHMARKS / "inference.py"))["measure"]((100,), samples=1)
+    (case,) = measured["cases"]
+    assert list(case) == ["instructions", "inference_s", "evaluations", "pipeline_s"]
+    assert all(value > 0 for value in case.values()) and abs(case["instructions"] - 100) < 10

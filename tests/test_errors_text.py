@@ -74,6 +74,29 @@ layout spatial(4, 8) has shape [4, 8], tile t [16, 16]
   hint: a layout covers the whole tile: repeat it with .local(...) or .spatial(...)
 """,
     ),
+    "variable pinned to two layouts": (
+        """
+a = tilus.load(x, [0, 0], shape=[4, 8], layout=spatial(4, 8))
+for i in tilus.range(x.shape[0]):
+    a = tilus.load(x, [i, 0], shape=[4, 8], layout=spatial(8, 4).permute([1, 0]))
+tilus.store(x, [0, 0], a)
+""",
+        """
+variable a has the layout spatial(4, 8), and is assigned a tile pinned to column_spatial(4, 8)
+  at FILE:11:9
+   11 |         a = tilus.load(x, [i, 0], shape=[4, 8], layout=spatial(8, 4).permute([1, 0]))
+                ^
+  note: a is pinned to spatial(4, 8) here
+  at FILE:9:9
+    9 |     a = tilus.load(x, [0, 0], shape=[4, 8], layout=spatial(4, 8))
+                ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
+  note: x_2 is pinned to column_spatial(4, 8) here
+  at FILE:11:13
+   11 |         a = tilus.load(x, [i, 0], shape=[4, 8], layout=spatial(8, 4).permute([1, 0]))
+                    ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
+  hint: pin only one of them, or convert the value: tilus.with_layout(x, spatial(4, 8))
+""",
+    ),
     "view of another size": (
         """
 a = tilus.load(x, [0, 0], shape=[4, 8], layout=spatial(4, 8))
@@ -85,6 +108,10 @@ view: a thread holds 16 bits of f16 and would hold 32 bits of f32
   at FILE:10:9
    10 |     b = tilus.view(a, f32, [4, 8], spatial(4, 8))
                 ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
+  note: its operand is pinned to spatial(4, 8) here
+  at FILE:9:9
+    9 |     a = tilus.load(x, [0, 0], shape=[4, 8], layout=spatial(4, 8))
+                ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
   hint: a view keeps each thread's bits: the layout's slots times the dtype's bits must be the same on both sides
 """,
     ),
@@ -268,7 +295,7 @@ load: threads hold runs of 1 elements of uint4 of w, which is 4 bits; memory is 
   at FILE:9:9
     9 |     a = tilus.load(w, [0, 0], shape=[32, 1])
                 ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
-  hint: give the tile a layout with longer runs along the contiguous dim, or move bytes and use tilus.view
+  hint: make the contiguous dim of the tile, its offset and the tensor's extent multiples of 2, or move bytes and use tilus.view
 """,
     ),
     "reshape to another size": (

@@ -30,34 +30,52 @@ class Loc:
         return f"{gutter}{text}\n{' ' * (len(gutter) + self.column - 1)}{'^' * width}"
 
 
+def _place(loc: Loc | None) -> list[str]:
+    if loc is None:
+        return []
+    snippet = loc.snippet()
+    return [f"  at {loc}" + (f"\n{snippet}" if snippet else "")]
+
+
+@dataclass(frozen=True)
+class Note:
+    """What another line has to do with a mistake; shown with a caret of its own."""
+
+    message: str
+    loc: Loc | None
+
+
 class TilusError(Exception):
     """A mistake that a user can mend.
 
     message: what was found and what was expected, with both values.
     loc: where in the user's code; its line is shown with a caret.
+    notes: the other lines that it takes to understand the mistake.
     hint: what to do instead.
     """
 
-    def __init__(self, message: str, *, loc: Loc | None = None, hint: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, loc: Loc | None = None, hint: str | None = None, notes: Sequence[Note] = ()
+    ) -> None:
         self.message = message
         self.loc = loc
         self.hint = hint
+        self.notes = tuple(notes)
         super().__init__(self.render())
 
     def render(self) -> str:
-        parts = [self.message]
-        if self.loc is not None:
-            snippet = self.loc.snippet()
-            parts.append(f"  at {self.loc}" + (f"\n{snippet}" if snippet else ""))
+        parts = [self.message, *_place(self.loc)]
+        for note in self.notes:
+            parts += [f"  note: {note.message}", *_place(note.loc)]
         if self.hint:
             parts.append(f"  hint: {self.hint}")
         return "\n".join(parts)
 
-    def at(self, loc: Loc | None) -> TilusError:
-        """The same error with a location, unless it already has one."""
-        if self.loc is not None or loc is None:
+    def at(self, loc: Loc | None, notes: Sequence[Note] = ()) -> TilusError:
+        """The same error with a location, unless it already has one, and with further notes."""
+        if not notes and (self.loc is not None or loc is None):
             return self
-        return TilusError(self.message, loc=loc, hint=self.hint)
+        return TilusError(self.message, loc=self.loc or loc, hint=self.hint, notes=(*self.notes, *notes))
 
 
 class TilusErrors(TilusError):
@@ -66,7 +84,7 @@ class TilusErrors(TilusError):
     def __init__(self, errors: Sequence[TilusError]) -> None:
         self.errors = tuple(errors)
         first = self.errors[0]
-        super().__init__(first.message, loc=first.loc, hint=first.hint)
+        super().__init__(first.message, loc=first.loc, hint=first.hint, notes=first.notes)
 
     def render(self) -> str:
         return "\n".join(error.render() for error in self.errors)

@@ -89,7 +89,7 @@ class Report:
         tiles: dict[RegisterTensor, None] = {}
         for stmt in instructions(self.compiled.function.body):
             tiles.update(dict.fromkeys((*stmt.inst.register_results, *stmt.inst.register_operands)))
-        return _aligned([(t.name, _tensor(t), str(t.layout)) for t in tiles])
+        return _aligned([(t.name, _tensor(t), _origin(t), str(t.layout)) for t in tiles])
 
     def _conversions(self) -> Iterable[str]:
         threads = self.compiled.function.num_threads
@@ -132,6 +132,11 @@ def _counts(code: Sequence[sass.SassInstruction]) -> str:
 
 def _tensor(tensor: RegisterTensor | SharedTensor) -> str:
     return f"{tensor.dtype.name}[{', '.join(map(str, tensor.shape))}]"
+
+
+def _origin(tile: RegisterTensor) -> str:
+    """Which instruction the layout follows from."""
+    return f"{tile.origin.choice} {_place(tile.origin.loc)}" if tile.origin is not None else "-"
 
 
 def _place(loc: Loc | None) -> str:

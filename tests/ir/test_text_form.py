@@ -74,7 +74,7 @@ def same(f: Any, g: Any, pairs: dict[Any, Any]) -> bool:
             f.base.name != g.base.name or pairs.setdefault(f.base, g.base) is not g.base
         ):
             return False
-        names = [field.name for field in dataclasses.fields(f) if field.name not in ("name", "base")]
+        names = [field.name for field in dataclasses.fields(f) if field.name not in ("name", "base", "origin")]
         return all(same(getattr(f, name), getattr(g, name), pairs) for name in names)
     if isinstance(f, Seq) and isinstance(g, Seq):
         return same(flat(f), flat(g), pairs)

@@ -11,11 +11,12 @@ from tilus.codegen.context import EmitContext
 from tilus.codegen.linear import of_const
 from tilus.dtypes import DataType, bf16, f16, f32, int32, uint32
 from tilus.errors import TilusError
-from tilus.instructions.memory import check_access, coalesced, tile_index, vectors_note
+from tilus.instructions.memory import check_access, global_access, tile_index, vectors_note
 from tilus.ir.builder import IRBuilder, builtin
 from tilus.ir.evaluation import Evaluation
 from tilus.ir.expr import Expr, Number, Var, as_expr, cast
-from tilus.ir.instruction import Effects, Instruction, Layouts
+from tilus.ir.instruction import Effects, Instruction
+from tilus.ir.layout_rules import LayoutPriority, LayoutRule
 from tilus.ir.tensor import GlobalTensor, RegisterTensor
 from tilus.ptx.module import Address, Imm, Operand, Reg, RegClass, Vector
 from tilus.target import Target
@@ -51,6 +52,7 @@ class AtomicTile(Instruction):
     """
 
     mnemonic = "atomic_tile"
+    layout_priority = LayoutPriority.STORE
 
     dst: GlobalTensor
     src: RegisterTensor
@@ -68,10 +70,8 @@ class AtomicTile(Instruction):
         if self.op == "exch":
             raise TilusError("atomic exchange of a tile, expected a scalar", hint="use tilus.store")
 
-    def default_layouts(self, known: Layouts, num_threads: int) -> Layouts:
-        if self.src in known:
-            return {}
-        return {self.src: coalesced(self.dst, self.src.shape, self.dims, num_threads)}
+    def layout_rule(self, num_threads: int) -> LayoutRule:
+        return global_access(self.dst, self.src, self.offsets, self.dims, self.checked, num_threads)
 
     def evaluate(self, env: Evaluation) -> None:
         env.update(self.dst, self.offsets, self.dims, env.tile(self.src), self.op, checked=self.checked)

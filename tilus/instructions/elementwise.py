@@ -26,9 +26,10 @@ from tilus.instructions.fill import Full
 from tilus.ir.builder import IRBuilder, builtin
 from tilus.ir.evaluation import Array, Evaluation
 from tilus.ir.expr import BINARY_OPS, COMPARISONS, UNARY_OPS, Expr, Number, as_expr, binary, cast, unary
-from tilus.ir.instruction import Instruction, Layouts
+from tilus.ir.instruction import Instruction
+from tilus.ir.layout_rules import Elementwise, LayoutRule
 from tilus.ir.tensor import RegisterTensor
-from tilus.layout import LayoutError, RegisterLayout, broadcast_operand, slot_map
+from tilus.layout import RegisterLayout, slot_map
 from tilus.ptx.module import Reg
 
 Tile = RegisterTensor
@@ -50,43 +51,17 @@ def broadcast_shapes(what: str, *shapes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class Pointwise(Instruction):
-    """Instructions whose result element depends on the same (broadcast) element of every operand: shared layout rules."""
+    """Instructions whose result element depends on the same (broadcast) element of every operand: one layout rule."""
 
     out: RegisterTensor
 
-    def infer_layouts(self, known: Layouts, num_threads: int) -> Layouts:
-        if self.out in known:
-            layout = known[self.out]
-            return {t: _operand_layout(layout, t) for t in self.register_operands if t not in known}
-        full = [t for t in self.register_operands if t.shape == self.out.shape and t in known]
-        return {self.out: known[full[0]]} if full else {}
-
-    def required_layouts(self, layouts: Layouts, num_threads: int) -> Layouts:
-        target = layouts[self.out]
-        needed: dict[RegisterTensor, RegisterLayout] = {}
-        for operand in self.register_operands:
-            wanted = _operand_layout(target, operand)
-            try:
-                slot_map(target, _expanded_rank(layouts[operand], target.rank))
-            except LayoutError:
-                needed[operand] = wanted
-        return needed
+    def layout_rule(self, num_threads: int) -> LayoutRule:
+        return Elementwise(self.out, self.register_operands, num_threads)
 
 
 def _expanded_rank(layout: RegisterLayout, rank: int) -> RegisterLayout:
     while layout.rank < rank:
         layout = layout.unsqueeze(0)
-    return layout
-
-
-def _operand_layout(target: RegisterLayout, operand: RegisterTensor) -> RegisterLayout:
-    """What an operand needs for a result of layout `target`: that layout, reduced where the operand has size 1."""
-    pad = target.rank - operand.rank
-    shape = (1,) * pad + operand.shape
-    dims = [d for d in range(target.rank) if shape[d] == 1 and target.shape[d] != 1]
-    layout = broadcast_operand(target, dims) if dims else target
-    for _ in range(pad):
-        layout = layout.squeeze(0)
     return layout
 
 

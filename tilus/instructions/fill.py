@@ -16,6 +16,7 @@ from tilus.ir.builder import IRBuilder, builtin
 from tilus.ir.evaluation import Evaluation
 from tilus.ir.expr import Expr, Number, as_expr
 from tilus.ir.instruction import Instruction
+from tilus.ir.layout_rules import LayoutPriority
 from tilus.ir.tensor import RegisterTensor
 from tilus.layout import RegisterLayout
 from tilus.ptx.module import Reg
@@ -26,7 +27,7 @@ class Full(Instruction):
     """A tile with one scalar value everywhere."""
 
     mnemonic = "full"
-    layout_priority = 30
+    layout_priority = LayoutPriority.CONSTANT
 
     out: RegisterTensor
     value: Expr
@@ -53,7 +54,7 @@ class Arange(Instruction):
     """A tile of int32 whose element is its own index along `axis`, plus `start`."""
 
     mnemonic = "arange"
-    layout_priority = 30
+    layout_priority = LayoutPriority.CONSTANT
 
     out: RegisterTensor
     axis: int

@@ -14,8 +14,9 @@ from tilus.errors import TilusError
 from tilus.ir.builder import IRBuilder, builtin
 from tilus.ir.evaluation import Evaluation
 from tilus.ir.expr import Const, Expr, Var, as_expr
-from tilus.ir.instruction import Effects, Instruction, Layouts
-from tilus.ir.tensor import GlobalTensor, RegisterTensor
+from tilus.ir.instruction import Effects, Instruction
+from tilus.ir.layout_rules import Access, LayoutPriority, LayoutRule
+from tilus.ir.tensor import GlobalTensor, RegisterTensor, SharedTensor
 from tilus.layout import RegisterLayout, auto
 from tilus.ptx.module import Address, Imm, Reg, RegClass, Vector
 
@@ -45,7 +46,7 @@ class LoadGlobal(Instruction):
     """
 
     mnemonic = "load"
-    layout_priority = 10
+    layout_priority = LayoutPriority.LOAD
 
     out: RegisterTensor
     src: GlobalTensor
@@ -61,10 +62,8 @@ class LoadGlobal(Instruction):
         if self.out.dtype != self.src.dtype:
             raise TilusError(f"load: tile of {self.out.dtype.name} from {self.src.name} of {self.src.dtype.name}")
 
-    def default_layouts(self, known: Layouts, num_threads: int) -> Layouts:
-        if self.out in known:
-            return {}
-        return {self.out: coalesced(self.src, self.out.shape, self.dims, num_threads)}
+    def layout_rule(self, num_threads: int) -> LayoutRule:
+        return global_access(self.src, self.out, self.offsets, self.dims, self.checked, num_threads, loads=True)
 
     def evaluate(self, env: Evaluation) -> None:
         env.set_tile(self.out, env.load(self.src, self.offsets, self.out.shape, self.dims, checked=self.checked))
@@ -72,7 +71,7 @@ class LoadGlobal(Instruction):
     def emit(self, ctx: EmitContext) -> None:
         layout = ctx.layout(self.out)
         size = global_vector_size(self.src, layout, self.offsets, self.dims, self.checked)
-        _check_whole_bytes("load", self.src, size)
+        check_whole_bytes("load", self.src, size)
         cache = ".nc" if self.src.base in ctx.read_only else ""
         pieces: list[Reg] = []
         starts = tile_index(ctx, layout, self.offsets, self.dims)
@@ -92,6 +91,7 @@ class StoreGlobal(Instruction):
     """Write a tile to a global tensor; elements outside of the tensor are dropped (when `checked`)."""
 
     mnemonic = "store"
+    layout_priority = LayoutPriority.STORE
 
     dst: GlobalTensor
     src: RegisterTensor
@@ -110,10 +110,8 @@ class StoreGlobal(Instruction):
                 hint=f"cast it: tilus.cast(tile, {self.dst.dtype.name})",
             )
 
-    def default_layouts(self, known: Layouts, num_threads: int) -> Layouts:
-        if self.src in known:
-            return {}
-        return {self.src: coalesced(self.dst, self.src.shape, self.dims, num_threads)}
+    def layout_rule(self, num_threads: int) -> LayoutRule:
+        return global_access(self.dst, self.src, self.offsets, self.dims, self.checked, num_threads)
 
     def evaluate(self, env: Evaluation) -> None:
         env.store(self.dst, self.offsets, self.dims, env.tile(self.src), checked=self.checked)
@@ -121,7 +119,7 @@ class StoreGlobal(Instruction):
     def emit(self, ctx: EmitContext) -> None:
         layout = ctx.layout(self.src)
         size = global_vector_size(self.dst, layout, self.offsets, self.dims, self.checked)
-        _check_whole_bytes("store", self.dst, size)
+        check_whole_bytes("store", self.dst, size)
         starts = tile_index(ctx, layout, self.offsets, self.dims)
         owner = ctx.first_replica(layout)
         words = ctx.words(self.src)
@@ -168,6 +166,18 @@ class LoadScalar(Instruction):
         ctx.scalars.variables[self.out] = ctx.b.emit(f"ld.global{cache}.b32", address)
 
 
+def global_access(
+    tensor: GlobalTensor, tile: RegisterTensor, offsets: Sequence[Expr], dims: Sequence[int], checked: bool,
+    num_threads: int, *, loads: bool = False,
+) -> LayoutRule:  # fmt: skip
+    """The layouts in which a tile meets global memory."""
+
+    def access_nbits(layout: RegisterLayout) -> int:
+        return global_vector_size(tensor, layout, offsets, dims, checked) * tensor.dtype.nbits
+
+    return Access(tile, coalesced(tensor, tile.shape, dims, num_threads), access_nbits, loads)
+
+
 def coalesced(tensor: GlobalTensor, shape: tuple[int, ...], dims: Sequence[int], num_threads: int) -> RegisterLayout:
     """The layout in which neighbouring threads move neighbouring 16-byte vectors of a tile."""
     strides = [tensor.strides[d] for d in dims]
@@ -198,12 +208,15 @@ def tile_index(
     return at
 
 
-def _check_whole_bytes(what: str, tensor: GlobalTensor, size: int) -> None:
+def check_whole_bytes(what: str, tensor: GlobalTensor | SharedTensor, size: int) -> None:
+    """Raise unless accesses of `size` elements are whole bytes; inference gives such layouts wherever they exist."""
     if size * tensor.dtype.nbits % 8:
+        whole = 8 // math.gcd(8, tensor.dtype.nbits)
         raise TilusError(
             f"{what}: threads hold runs of {size} elements of {tensor.dtype.name} of {tensor.name}, "
             f"which is {size * tensor.dtype.nbits} bits; memory is accessed in whole bytes",
-            hint="give the tile a layout with longer runs along the contiguous dim, or move bytes and use tilus.view",
+            hint=f"make the contiguous dim of the tile, its offset and the tensor's extent multiples of {whole}, "
+            "or move bytes and use tilus.view",
         )
 
 

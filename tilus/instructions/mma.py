@@ -6,6 +6,8 @@ mma.m16n8k16"). A batch dim in front lets warps work on different products, for 
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,9 +19,10 @@ from tilus.errors import TilusError
 from tilus.instructions.fill import zeros
 from tilus.ir.builder import IRBuilder, builtin
 from tilus.ir.evaluation import Evaluation
-from tilus.ir.instruction import Instruction, Layouts
+from tilus.ir.instruction import Instruction
+from tilus.ir.layout_rules import LayoutPriority, LayoutRule, OneOf, Way, moved_nbits
 from tilus.ir.tensor import RegisterTensor
-from tilus.layout import LayoutError, RegisterLayout, local, replicated, slot_map, spatial
+from tilus.layout import RegisterLayout, local, replicated, slot_map, spatial
 from tilus.layout.atoms import mma_a, mma_b, mma_c
 from tilus.ptx.module import Reg, RegClass, Vector
 
@@ -46,6 +49,7 @@ class Fragments:
     repeats: tuple[int, int, int, int]
 
 
+@functools.lru_cache(maxsize=1024)
 def fragments(batch: int, m: int, n: int, k: int, grid: WarpGrid) -> Fragments:
     """Layouts [batch, m, k], [batch, k, n] and [batch, m, n]; the extents must be divisible by the grid and the fragments."""
     rb, rm, rn, rk = batch // grid.batch, m // (M * grid.m), n // (N * grid.n), k // K
@@ -91,7 +95,7 @@ class Dot(Instruction):
     """`out = a @ b + acc`: a [m, k], b [k, n] of f16 or bf16, acc and out [m, n] of f32; or all with one batch dim in front."""
 
     mnemonic = "dot"
-    layout_priority = 0
+    layout_priority = LayoutPriority.MATRIX
     accumulates = True
 
     out: RegisterTensor
@@ -135,36 +139,20 @@ class Dot(Instruction):
             )  # fmt: skip
         return [fragments(batch, m, n, k, grid) for grid in grids]
 
-    def _rank3(self, layout: RegisterLayout) -> RegisterLayout:
-        return layout if layout.rank == 3 else layout.unsqueeze(0)
-
     def _own_rank(self, layout: RegisterLayout) -> RegisterLayout:
         return layout if self.a.rank == 3 else layout.squeeze(0)
 
-    def _choose(self, known: Layouts, num_threads: int) -> Fragments:
-        """The candidate that agrees with most of the known layouts; results cannot be converted, so they come first."""
-
-        def disagreement(candidate: Fragments) -> tuple[int, int]:
-            mine = ((self.out, candidate.c), (self.acc, candidate.c), (self.a, candidate.a), (self.b, candidate.b))
-            clashes = [t in known and not _serves(layout, self._rank3(known[t])) for t, layout in mine]
-            return int(clashes[0]), sum(clashes)
-
-        return min(self._candidates(num_threads), key=disagreement)
-
-    def default_layouts(self, known: Layouts, num_threads: int) -> Layouts:
-        chosen = self._choose(known, num_threads)
-        wanted = {self.a: chosen.a, self.b: chosen.b, self.acc: chosen.c, self.out: chosen.c}
-        return {t: self._own_rank(layout) for t, layout in wanted.items() if t not in known}
-
-    def required_layouts(self, layouts: Layouts, num_threads: int) -> Layouts:
-        chosen = self._choose(layouts, num_threads)
-        if not _serves(chosen.c, self._rank3(layouts[self.out])):
-            raise TilusError(
-                f"dot cannot leave its result in the layout {layouts[self.out]}",
-                hint=f"it can in {self._own_rank(chosen.c)}; convert afterwards with tilus.with_layout",
+    def _way(self, layouts: Fragments) -> Way:
+        return {
+            tile: self._own_rank(layout)
+            for tile, layout in zip(
+                (self.a, self.b, self.acc, self.out), (layouts.a, layouts.b, layouts.c, layouts.c), strict=True
             )
-        wanted = {self.a: chosen.a, self.b: chosen.b, self.acc: chosen.c}
-        return {t: self._own_rank(c) for t, c in wanted.items() if not _serves(c, self._rank3(layouts[t]))}
+        }
+
+    def layout_rule(self, num_threads: int) -> LayoutRule:
+        candidates = self._candidates(num_threads)
+        return OneOf(tuple(map(self._way, candidates)), tuple(math.prod(c.repeats) for c in candidates))
 
     def evaluate(self, env: Evaluation) -> None:
         product = np.matmul(env.tile(self.a), env.tile(self.b))
@@ -172,7 +160,9 @@ class Dot(Instruction):
 
     def emit(self, ctx: EmitContext) -> None:
         layouts = {t: ctx.layout(t) for t in (self.out, self.a, self.b, self.acc)}
-        chosen = self._choose(layouts, ctx.num_threads)
+        chosen = min(
+            self._candidates(ctx.num_threads), key=lambda c: moved_nbits(self._way(c), layouts, self.register_results)
+        )
         a = ctx.aligned_words(self.a, self._own_rank(chosen.a))
         b = ctx.aligned_words(self.b, self._own_rank(chosen.b))
         acc = ctx.aligned_words(self.acc, self._own_rank(chosen.c))
@@ -201,15 +191,6 @@ class Dot(Instruction):
 
 def _vector(words: list[Reg], first: int, count: int) -> Vector:
     return Vector(tuple(words[first : first + count]))
-
-
-def _serves(wanted: RegisterLayout, own: RegisterLayout) -> bool:
-    """Whether every thread already owns what `wanted` gives it."""
-    try:
-        slot_map(wanted, own)
-    except LayoutError:
-        return False
-    return True
 
 
 @builtin

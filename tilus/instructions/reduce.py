@@ -23,7 +23,8 @@ from tilus.instructions.arithmetic import emit_binary
 from tilus.instructions.cast import convert_values
 from tilus.ir.builder import IRBuilder, builtin
 from tilus.ir.evaluation import Array, Evaluation
-from tilus.ir.instruction import Instruction, Layouts
+from tilus.ir.instruction import Instruction
+from tilus.ir.layout_rules import Derived, LayoutRule
 from tilus.ir.tensor import RegisterTensor
 from tilus.layout import Digit, LayoutError, RegisterLayout, slot_map
 from tilus.ptx.module import Imm, Reg
@@ -142,19 +143,14 @@ class Reduce(Instruction):
                 f"{dtype.name}{list(shape)}, the result is {self.out.dtype.name}{list(self.out.shape)}"
             )
 
-    def infer_layouts(self, known: Layouts, num_threads: int) -> Layouts:
-        if self.src in known and self.out not in known:
-            return {self.out: self._natural(known[self.src])}
-        return {}
+    def layout_rule(self, num_threads: int) -> LayoutRule:
+        return Derived(self.out, self.src, self._natural, num_threads)
 
     def _natural(self, layout: RegisterLayout) -> RegisterLayout:
         """The result's layout that needs no exchange beyond the reduction itself; no thread holds a value twice."""
         reduced = layout.reduce(self.axes, self.keepdims)
         slots = tuple(d for d in reduced.local_digits if d.dim is not None)
         return RegisterLayout(reduced.shape, reduced.thread_digits, slots)
-
-    def default_layouts(self, known: Layouts, num_threads: int) -> Layouts:
-        return {}  # the result follows from the source, which whoever produces it decides
 
     def evaluate(self, env: Evaluation) -> None:
         value = env.tile(self.src)

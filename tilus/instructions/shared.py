@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from tilus.codegen.access import shared_vector_size, vectors
+from tilus.codegen.access import MAX_VECTOR_NBITS, shared_vector_size, vectors
 from tilus.codegen.context import EmitContext
 from tilus.codegen.linear import Linear, of_const
 from tilus.dtypes import DataType
 from tilus.errors import TilusError
-from tilus.instructions.memory import assemble, load_vector, store_vector, tile_index, vectors_note
+from tilus.instructions.memory import assemble, check_whole_bytes, load_vector, store_vector, tile_index, vectors_note
 from tilus.ir.builder import IRBuilder, builtin
 from tilus.ir.evaluation import Evaluation
 from tilus.ir.expr import Expr, as_expr
-from tilus.ir.instruction import Effects, Instruction, Layouts
+from tilus.ir.instruction import Effects, Instruction
+from tilus.ir.layout_rules import Access, LayoutPriority, LayoutRule
 from tilus.ir.tensor import RegisterTensor, SharedTensor, SharedView
-from tilus.layout import RegisterLayout, SharedLayout, auto, local, swizzled
+from tilus.layout import RegisterLayout, SharedLayout, auto, local, row_major, swizzled
 from tilus.layout.atoms import ldmatrix
 from tilus.ptx.module import Reg, RegClass, Vector
 from tilus.target import Target
@@ -43,7 +44,7 @@ class LoadShared(Instruction):
     """A tile of a shared tensor. Tile axis a runs along tensor dim `dims[a]`; the tile must lie inside of the tensor."""
 
     mnemonic = "load_shared"
-    layout_priority = 15
+    layout_priority = LayoutPriority.SHARED_LOAD
 
     out: RegisterTensor
     src: SharedTensor
@@ -56,8 +57,8 @@ class LoadShared(Instruction):
     def verify(self) -> None:
         _check("load_shared", self.src, self.out, self.offsets, self.dims)
 
-    def default_layouts(self, known: Layouts, num_threads: int) -> Layouts:
-        return {} if self.out in known else {self.out: vectorized(self.out, num_threads, self.dims)}
+    def layout_rule(self, num_threads: int) -> LayoutRule:
+        return shared_access(self.src, self.out, self.offsets, self.dims, num_threads)
 
     def shared_layout_wish(self, tensor: SharedTensor) -> SharedLayout | None:
         """A fragment that ldmatrix can read wants the swizzle that keeps its eight rows in different banks."""
@@ -100,6 +101,7 @@ class LoadShared(Instruction):
     def emit(self, ctx: EmitContext) -> None:
         layout = ctx.layout(self.out)
         size = shared_vector_size(self.src, layout, self.offsets, self.dims)
+        check_whole_bytes("load_shared", self.src, size)
         starts = tile_index(ctx, layout, self.offsets, self.dims)
         pieces: list[Reg] = []
         for vector in vectors(layout, size):
@@ -115,6 +117,7 @@ class StoreShared(Instruction):
     """Write a tile to a shared tensor; it must lie inside."""
 
     mnemonic = "store_shared"
+    layout_priority = LayoutPriority.STORE
 
     dst: SharedTensor
     src: RegisterTensor
@@ -127,8 +130,8 @@ class StoreShared(Instruction):
     def verify(self) -> None:
         _check("store_shared", self.dst, self.src, self.offsets, self.dims)
 
-    def default_layouts(self, known: Layouts, num_threads: int) -> Layouts:
-        return {} if self.src in known else {self.src: vectorized(self.src, num_threads, self.dims)}
+    def layout_rule(self, num_threads: int) -> LayoutRule:
+        return shared_access(self.dst, self.src, self.offsets, self.dims, num_threads)
 
     def evaluate(self, env: Evaluation) -> None:
         env.store(self.dst, self.offsets, self.dims, env.tile(self.src), checked=False)
@@ -136,6 +139,7 @@ class StoreShared(Instruction):
     def emit(self, ctx: EmitContext) -> None:
         layout = ctx.layout(self.src)
         size = shared_vector_size(self.dst, layout, self.offsets, self.dims)
+        check_whole_bytes("store_shared", self.dst, size)
         starts = tile_index(ctx, layout, self.offsets, self.dims)
         owner, words = ctx.first_replica(layout), ctx.words(self.src)
         for vector in vectors(layout, size):
@@ -243,6 +247,24 @@ def _of_rank(layout: RegisterLayout, rank: int) -> RegisterLayout:
     while layout.rank < rank:
         layout = layout.unsqueeze(0)
     return layout
+
+
+def shared_access(
+    tensor: SharedTensor, tile: RegisterTensor, offsets: Sequence[Expr], dims: Sequence[int], num_threads: int
+) -> LayoutRule:
+    """The layouts in which a tile meets shared memory.
+
+    How wide accesses get depends on the layout of the tensor, which is chosen afterwards to suit them. Only for elements below
+    a byte it matters here; where the tensor has no layout yet, row-major is taken for it.
+    """
+    placed = tensor if tensor.layout is not None else replace(tensor, layout=row_major(tensor.shape))
+
+    def access_nbits(layout: RegisterLayout) -> int:
+        if tensor.dtype.nbits % 8 == 0:
+            return MAX_VECTOR_NBITS
+        return shared_vector_size(placed, layout, offsets, dims) * tensor.dtype.nbits
+
+    return Access(tile, vectorized(tile, num_threads, dims), access_nbits, loads=False)
 
 
 def vectorized(tile: RegisterTensor, num_threads: int, dims: Sequence[int]) -> RegisterLayout:

@@ -17,7 +17,8 @@ from tilus.instructions.memory import assemble, load_vector, store_vector
 from tilus.instructions.reinterpret import reinterpret
 from tilus.ir.builder import IRBuilder, builtin
 from tilus.ir.evaluation import Evaluation
-from tilus.ir.instruction import Instruction, Layouts, expect_same_shape
+from tilus.ir.instruction import Instruction, expect_same_shape
+from tilus.ir.layout_rules import LayoutPriority, LayoutRule, Moved, Renamed, Variable
 from tilus.ir.tensor import RegisterTensor
 from tilus.layout import LayoutError, RegisterLayout, slot_map
 from tilus.ptx.module import Reg
@@ -40,10 +41,8 @@ class Assign(Pointwise):
                 hint=f"cast it: tilus.cast(x, tilus.{self.out.dtype.name})",
             )
 
-    def infer_layouts(self, known: Layouts, num_threads: int) -> Layouts:
-        if self.out in known:
-            return {} if self.src in known else {self.src: known[self.out]}
-        return {self.out: known[self.src]} if self.src in known else {}
+    def layout_rule(self, num_threads: int) -> LayoutRule:
+        return Variable(self.out, (self.src,), num_threads)
 
     def evaluate(self, env: Evaluation) -> None:
         env.set_tile(self.out, env.tile(self.src))
@@ -66,23 +65,8 @@ class Renaming(Instruction):
         """The operand's layout from the result's; may raise LayoutError."""
         raise NotImplementedError(f"{type(self).__name__}.backward")
 
-    def infer_layouts(self, known: Layouts, num_threads: int) -> Layouts:
-        try:
-            if self.src in known and self.out not in known:
-                return {self.out: self.forward(known[self.src])}
-            if self.out in known and self.src not in known:
-                return {self.src: self.backward(known[self.out])}
-        except LayoutError:
-            return {}
-        return {}
-
-    def required_layouts(self, layouts: Layouts, num_threads: int) -> Layouts:
-        wanted = self.backward(layouts[self.out])
-        try:
-            slot_map(wanted, layouts[self.src])
-        except LayoutError:
-            return {self.src: wanted}
-        return {}
+    def layout_rule(self, num_threads: int) -> LayoutRule:
+        return Renamed(self.out, self.src, self.forward, self.backward, num_threads)
 
     def emit(self, ctx: EmitContext) -> None:
         ctx.define(self.out, ctx.aligned_words(self.src, self.backward(ctx.layout(self.out))))
@@ -171,6 +155,7 @@ class View(Instruction):
     """
 
     mnemonic = "view"
+    reads_layouts = True
 
     out: RegisterTensor
     src: RegisterTensor
@@ -205,6 +190,7 @@ class Convert(Instruction):
     """The same tile in another layout, moved through shared memory. Inserted by `infer_layouts`, or by the user."""
 
     mnemonic = "convert"
+    layout_priority = LayoutPriority.MOVE
 
     out: RegisterTensor
     src: RegisterTensor
@@ -215,8 +201,8 @@ class Convert(Instruction):
     def evaluate(self, env: Evaluation) -> None:
         env.set_tile(self.out, env.tile(self.src))
 
-    def default_layouts(self, known: Layouts, num_threads: int) -> Layouts:
-        return {self.out: known[self.src]} if self.src in known and self.out not in known else {}
+    def layout_rule(self, num_threads: int) -> LayoutRule:
+        return Moved(self.out, self.src, num_threads)
 
     def scratch_nbytes(self, num_threads: int) -> int:
         if self._is_renaming():

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from tilus.dtypes import DataType
-from tilus.errors import Loc, TilusError
+from tilus.errors import Loc, Note, TilusError
 from tilus.ir.instruction import Instruction
 from tilus.ir.stmt import Inst, Seq, Stmt
 from tilus.ir.tensor import RegisterTensor
@@ -26,6 +26,7 @@ class IRBuilder:
         self.num_warps: int | None = None
         self._blocks: list[list[Stmt]] = [[]]
         self._names: dict[str, int] = {}
+        self._pins: dict[RegisterTensor, Loc | None] = {}
 
     def append(self, stmt: Stmt) -> None:
         self._blocks[-1].append(stmt)
@@ -35,9 +36,18 @@ class IRBuilder:
         try:
             inst.verify()
         except TilusError as error:
-            raise error.at(self.loc) from None
+            raise error.at(self.loc, self._pinned(inst) if inst.reads_layouts else ()) from None
         self.append(Inst(inst, self.loc))
+        self._pins |= {t: self._pins.get(t, self.loc) for t in inst.register_results if t.layout is not None}
         return inst
+
+    def _pinned(self, inst: Instruction) -> list[Note]:
+        """Where the program pins the layouts of the operands."""
+        return [
+            Note(f"its operand is pinned to {tile.layout} here", self._pins.get(tile))
+            for tile in inst.register_operands
+            if tile.layout is not None
+        ]
 
     def tile(
         self, dtype: DataType, shape: tuple[int, ...], layout: RegisterLayout | None = None, name: str = "t",

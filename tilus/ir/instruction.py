@@ -1,7 +1,7 @@
 """The base class of tile instructions: one instruction is one class that knows everything about itself.
 
 A subclass is a frozen dataclass. Its fields are its operands and attributes; every other fact is a method on it:
-`effects`, `verify`, the layout rules, `evaluate` (its numpy meaning) and `emit` (its PTX). Passes ask; they hold no lists.
+`effects`, `verify`, `layout_rule`, `evaluate` (its numpy meaning) and `emit` (its PTX). Passes ask; they hold no lists.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 from tilus.errors import TilusError
 from tilus.ir.expr import Expr, Var
+from tilus.ir.layout_rules import AnyLayout, LayoutPriority, LayoutRule
 from tilus.ir.tensor import GlobalTensor, RegisterTensor, SharedTensor, Tensor
-from tilus.layout import RegisterLayout, SharedLayout, auto
+from tilus.layout import SharedLayout
 from tilus.target import Target
 
 if TYPE_CHECKING:
     from tilus.codegen.context import EmitContext
     from tilus.ir.evaluation import Evaluation
-
-Layouts = Mapping[RegisterTensor, RegisterLayout]
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,11 @@ class Instruction:
 
     mnemonic: ClassVar[str]
 
-    # Which instruction picks layouts first when nothing is known: dot 0, loads 10, everything else 20, constants 30.
-    layout_priority: ClassVar[int] = 20
+    # Whose turn it is to choose a layout when nothing follows from the known ones.
+    layout_priority: ClassVar[LayoutPriority] = LayoutPriority.COMPUTE
+
+    # Whether `verify` looks at pinned layouts: a mistake is then shown with the lines that pin them.
+    reads_layouts: ClassVar[bool] = False
 
     # Whether `out` may be the storage of an operand that the instruction adds to.
     accumulates: ClassVar[bool] = False
@@ -98,19 +100,9 @@ class Instruction:
     def verify(self) -> None:
         """Raise TilusError when shapes, dtypes or attributes do not fit; the caller adds the location."""
 
-    # Layout rules. All take and return layouts by tensor; `num_threads` is the block's size.
-
-    def infer_layouts(self, known: Layouts, num_threads: int) -> Layouts:
-        """Layouts of further operands or results that follow from the known ones. Must not contradict `known`."""
-        return {}
-
-    def default_layouts(self, known: Layouts, num_threads: int) -> Layouts:
-        """Layouts for the unknown results, asked when nothing follows from anything any more."""
-        return {t: auto(t.shape, num_threads) for t in self.register_results if t not in known}
-
-    def required_layouts(self, layouts: Layouts, num_threads: int) -> Layouts:
-        """For each operand whose layout will not do: the layout it must be converted to."""
-        return {}
+    def layout_rule(self, num_threads: int) -> LayoutRule:
+        """The ways in which the instruction can run, as layouts of its tiles; `num_threads` is the block's size."""
+        return AnyLayout((*self.register_results, *self.register_operands), num_threads)
 
     def shared_layout_wish(self, tensor: SharedTensor) -> SharedLayout | None:
         """The layout this access would like best for a shared tensor; None when it has no preference."""

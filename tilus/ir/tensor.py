@@ -9,9 +9,17 @@ import math
 from dataclasses import dataclass, field, replace
 
 from tilus.dtypes import DataType
-from tilus.errors import TilusError
+from tilus.errors import Loc, TilusError
 from tilus.ir.expr import Expr, Var, as_expr, binary
 from tilus.layout import RegisterLayout, SharedLayout
+
+
+@dataclass(frozen=True)
+class LayoutOrigin:
+    """Why a tile has its layout: the instruction that chose it (`pinned`: the program did), and where that stands."""
+
+    choice: str
+    loc: Loc | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,6 +27,7 @@ class RegisterTensor:
     """A tile spread over the registers of a block; `shape` is static. `layout` says which thread holds which element.
 
     mutable: storage of a variable that is assigned in a loop or branch; otherwise the tile is written once.
+    origin: set by `infer_layouts`; like source positions, it is no part of the text form.
     """
 
     dtype: DataType
@@ -26,6 +35,7 @@ class RegisterTensor:
     layout: RegisterLayout | None = None
     name: str = "t"
     mutable: bool = False
+    origin: LayoutOrigin | None = None
 
     @property
     def rank(self) -> int:
