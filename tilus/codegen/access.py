@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tilus.dtypes import DataType
 from tilus.ir.expr import Const, Expr
 from tilus.ir.ranges import divisor
-from tilus.ir.tensor import GlobalTensor, SharedTensor
+from tilus.ir.tensor import GlobalTensor
 from tilus.layout import RegisterLayout, SharedLayout
 
 MAX_VECTOR_NBITS = 128
@@ -84,23 +84,23 @@ def global_vector_size(
 
 
 def shared_vector_size(
-    tensor: SharedTensor, layout: RegisterLayout, offsets: Sequence[Expr], dims: Sequence[int]
+    memory: SharedLayout, dtype: DataType, layout: RegisterLayout, start_divisors: Sequence[int], dims: Sequence[int]
 ) -> int:
-    """The widest vector for a tile of a shared tensor, from its strides and swizzle."""
-    memory = tensor.layout
-    if memory is None:
-        raise ValueError(f"shared tensor {tensor.name} has no layout")
+    """The widest vector for a tile of a shared tensor with this layout, from its strides and swizzle.
+
+    start_divisors: for each dim of the tensor, what divides every index at which the tile may start (0: it starts at 0).
+    """
     contiguous = next((i for i, d in enumerate(dims) if _shared_run(memory, d) > 1), None)
     if contiguous is None:
         return 1
     run = math.gcd(run_length(layout, contiguous), _shared_run(memory, dims[contiguous]))
     start = 0
-    for d in range(tensor.rank):
-        start = math.gcd(start, _offset_divisor(memory, d, divisor(offsets[d])))
+    for d, start_divisor in enumerate(start_divisors):
+        start = math.gcd(start, _offset_divisor(memory, d, start_divisor))
     for i, d in enumerate(dims):
         start = math.gcd(start, _offset_divisor(memory, d, thread_and_slot_divisor(layout, i, run)))
     size = math.gcd(run, start) if start else run
-    return vector_size(layout, tensor.dtype, contiguous, size, MAX_VECTOR_NBITS // 8)
+    return vector_size(layout, dtype, contiguous, size, MAX_VECTOR_NBITS // 8)
 
 
 def _shared_run(memory: SharedLayout, dim: int) -> int:

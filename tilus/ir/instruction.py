@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 from tilus.errors import TilusError
 from tilus.ir.expr import Expr, Var
 from tilus.ir.tensor import GlobalTensor, RegisterTensor, SharedTensor, Tensor
-from tilus.layout import RegisterLayout, SharedLayout, auto
+from tilus.layout import RegisterLayout, auto
 from tilus.target import Target
 
 if TYPE_CHECKING:
     from tilus.codegen.context import EmitContext
+    from tilus.codegen.shared_access import SharedAccess
     from tilus.ir.evaluation import Evaluation
 
 Layouts = Mapping[RegisterTensor, RegisterLayout]
@@ -112,9 +113,9 @@ class Instruction:
         """For each operand whose layout will not do: the layout it must be converted to."""
         return {}
 
-    def shared_layout_wish(self, tensor: SharedTensor) -> SharedLayout | None:
-        """The layout this access would like best for a shared tensor; None when it has no preference."""
-        return None
+    def shared_accesses(self, num_threads: int) -> tuple[tuple[SharedTensor, SharedAccess], ...]:
+        """What it moves from or to which shared tensors, asked when all register layouts are known."""
+        return ()
 
     def specialized(self, target: Target) -> Instruction | None:
         """The special instruction of the target that does the same, if there is one."""
