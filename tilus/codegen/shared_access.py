@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -179,10 +179,12 @@ class SharedAccess:
         moves = self._moves(memory)
         return None if moves is None else moves.cost(self._count(memory, moves))
 
-    def least_total(self, memory: SharedLayout) -> int:
-        """The total of the cost if there were no conflicts; 0 when the access cannot work there."""
-        moves = None if self.layout is None else self._moves(memory)
-        return 0 if moves is None else moves.instructions + moves.phases
+    def least_total(self, memory: SharedLayout) -> int | None:
+        """The total of the cost if there were no conflicts; None when the access cannot work there."""
+        if self.layout is None:
+            return 0
+        moves = self._moves(memory)
+        return None if moves is None else moves.instructions + moves.phases
 
     def _moves(self, memory: SharedLayout) -> _Moves | None:
         matrices, nbits = self.matrices(memory), self.dtype.nbits
@@ -206,8 +208,8 @@ class SharedAccess:
     def _count(self, memory: SharedLayout, moves: _Moves) -> list[tuple[int, int]]:
         """(wavefronts, how many positions) of classes of positions."""
         nbits = memory.table().reshape(-1) * self.dtype.nbits
-        tile = self._flat(moves.layout.table()[:, :: moves.size])  # [threads, accesses]
-        positions, repeats = _distinct(nbits, self._positions(), np.unique(tile), moves.nbytes)
+        tile = self._flat(_table(moves.layout)[:, :: moves.size])  # [threads, accesses]
+        positions, repeats = _distinct(nbits, self._positions, tile.reshape(-1), moves.nbytes)
         if len(positions) == 0:
             return []
         lanes = moves.active.shape[1]
@@ -233,6 +235,7 @@ class SharedAccess:
         """Tile indices [..., axes] as differences of row-major numbers of the tensor's elements."""
         return index @ np.array([math.prod(self.shape[d + 1 :]) for d in self.dims], np.int64)
 
+    @cached_property
     def _positions(self) -> Ints:
         """Row-major numbers of the elements at which the tile may start."""
         numbers = np.zeros(1, np.int64)
@@ -276,19 +279,30 @@ def _any(active: npt.NDArray[np.bool_], lanes: int) -> int:
     return int(active.reshape(-1, lanes).any(axis=1).sum())
 
 
+@lru_cache(maxsize=64)
+def _table(layout: RegisterLayout) -> Ints:
+    """The table of a layout, which is asked for under every candidate."""
+    return layout.table()
+
+
 def _distinct(nbits: Ints, positions: Ints, tile: Ints, nbytes: int) -> tuple[Ints, Ints]:
-    """One position for each pattern of addresses, and how many have it; patterns that whole words apart are one.
+    """One position for each pattern of addresses, and how many have it; patterns that are whole accesses apart are one.
 
     nbits: bit address of every element. tile: what the access touches, relative to its position. A shift of all addresses by
     whole accesses (and whole words) renames banks, so it leaves the number of wavefronts as it is.
     """
-    if len(positions) < 2:
-        return positions, np.ones(len(positions), np.int64)
-    patterns = nbits[positions[:, None] + tile]
+    if len(positions) == 1:
+        return positions, np.ones(1, np.int64)
     unit = 8 * max(BANK_NBYTES, nbytes)
-    patterns -= patterns[:, :1] // unit * unit
-    _, first, repeats = np.unique(patterns, axis=0, return_index=True, return_counts=True)
-    return positions[first], repeats
+    repeats: dict[bytes, int] = {}
+    first: dict[bytes, int] = {}
+    for position in positions.tolist():
+        pattern = nbits[position + tile]
+        pattern -= pattern[0] // unit * unit
+        key = pattern.tobytes()
+        first.setdefault(key, position)
+        repeats[key] = repeats.get(key, 0) + 1
+    return np.fromiter(first.values(), np.int64), np.fromiter(repeats.values(), np.int64)
 
 
 def _groups(starts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:

@@ -46,6 +46,8 @@ def plain(shape: Sequence[int], order: Sequence[int]) -> SharedLayout:
 
 def roomy(shape: Sequence[int], order: Sequence[int]) -> SharedLayout:
     """This order with every run of the contiguous dim so aligned that no access could be wider. Not a candidate."""
+    if not shape:
+        return plain(shape, order)
     extents = [shape[d] for d in order]
     pitch = -(-extents[-1] // LINE_NBITS) * LINE_NBITS
     return _pitched(extents, pitch).permute([order.index(d) for d in range(len(shape))])

@@ -200,11 +200,12 @@ def best(tensor: SharedTensor, accesses: Sequence[Use], *, compact: bool = False
     floors = _floors(tensor, weighted)
     winner: Candidate | None = None
     for kind, order, layout in _layouts(tensor):
-        if winner is not None and _cannot_win(winner, min(floors.values()), math.prod(tensor.shape), kind):
+        if winner is not None and _cannot_win(winner, min(floors.values(), default=0), math.prod(tensor.shape), kind):
             break
         if compact and layout.size > math.prod(tensor.shape):
             continue
-        if winner is not None and _cannot_win(winner, floors[order[-1]], layout.size, kind):
+        floor = floors.get(_contiguous(order))
+        if floor is None or (winner is not None and _cannot_win(winner, floor, layout.size, kind)):
             continue
         cost = total_cost(weighted, layout)
         if cost is None:
@@ -222,8 +223,11 @@ def candidates(tensor: SharedTensor, accesses: Sequence[Use]) -> list[Candidate]
     weighted = weights(accesses)
     if any(access.legal is not None for access in weighted):
         return sorted(_prescribed(tensor, accesses), key=lambda candidate: candidate.rank)
-    costs = ((kind, layout, total_cost(weighted, layout)) for kind, _, layout in _layouts(tensor))
-    found = [Candidate(kind, layout, cost) for kind, layout, cost in costs if cost is not None]
+    found = [
+        Candidate(kind, layout, cost)
+        for kind, _, layout in _layouts(tensor)
+        if (cost := total_cost(weighted, layout)) is not None
+    ]
     return sorted(found, key=lambda candidate: candidate.rank)
 
 
@@ -240,13 +244,19 @@ def _layouts(tensor: SharedTensor) -> Iterator[tuple[Kind, tuple[int, ...], Shar
 
 
 def _floors(tensor: SharedTensor, accesses: Mapping[SharedAccess, int]) -> dict[int, int]:
-    """For each dim, a cost that no layout in which it is the contiguous one can be below: no conflicts, widest vectors."""
+    """For each dim that may be the contiguous one, a cost that no such layout can be below: no conflicts, widest vectors."""
     floors: dict[int, int] = {}
-    for order in orders(tensor.shape):
-        if order[-1] not in floors:
-            memory = roomy(tensor.shape, order)
-            floors[order[-1]] = sum(weight * access.least_total(memory) for access, weight in accesses.items())
+    for order in {_contiguous(order): order for order in orders(tensor.shape)}.values():
+        memory = roomy(tensor.shape, order)
+        costs = [(weight, access.least_total(memory)) for access, weight in accesses.items()]
+        possible = [weight * cost for weight, cost in costs if cost is not None]
+        if len(possible) == len(costs):
+            floors[_contiguous(order)] = sum(possible)
     return floors
+
+
+def _contiguous(order: tuple[int, ...]) -> int:
+    return order[-1] if order else 0
 
 
 def _cannot_win(winner: Candidate, least_cost: int, size: int, kind: Kind) -> bool:
