@@ -1,4 +1,4 @@
-"""What an access to shared memory is said to cost is what the emulator counts when it runs the PTX: widths, instructions, wavefronts.
+"""An access to shared memory costs what the emulator counts when it runs the PTX: instructions, wavefronts and conflicts.
 
 The emulator's count (`emulator.stats`) shares no code with `tilus.layout.banks` or with the code that is tested here.
 """
@@ -26,7 +26,6 @@ from tilus.layout import (
     atoms,
     column_local,
     column_major,
-    column_spatial,
     identity,
     local,
     padded,
@@ -171,7 +170,7 @@ WIDTHS = [*UINTS.values(), tilus.float8_e4m3, f16, f32, tilus.int64, tilus.boole
 
 
 @pytest.mark.parametrize("dtype", WIDTHS, ids=str)
-@pytest.mark.parametrize("memory", [row_major(SHAPE), padded(SHAPE, 32), row_major(SHAPE).swizzled(3, 2, 5)], ids=str)
+@pytest.mark.parametrize("memory", [padded(SHAPE, 32), row_major(SHAPE).swizzled(3, 2, 5)], ids=str)
 @pytest.mark.parametrize("tile", [spatial(4, 8).local(8, 8), spatial(32, 2).local(1, 32)], ids=str)
 def test_every_width(dtype: DataType, tile: RegisterLayout, memory: SharedLayout) -> None:
     code = compiled(through, dtype=dtype, memory=memory, tile=tile, start=(0, 0))
@@ -186,7 +185,7 @@ def test_parts_of_bytes_are_refused(nbits: int, size: int) -> None:
         compiled(through, dtype=dtype, memory=row_major(tile.shape), tile=tile, start=(0, 0))
 
 
-@pytest.mark.parametrize("shape", [(32, 64), (8, 32), (2, 8)], ids=str)
+@pytest.mark.parametrize("shape", [(32, 64), (2, 8)], ids=str)
 @pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
 @pytest.mark.parametrize("dtype", [tilus.uint8, f16, f32, tilus.uint4], ids=str)
 def test_asynchronous_copies(dtype: DataType, memory: SharedLayout, shape: tuple[int, int]) -> None:
@@ -265,7 +264,7 @@ def placed_access(
     return SharedAccess(dtype, memory.shape, tile, starts, (0, 1), writes, by_matrices=not writes)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(cases())
 def test_the_emulator_counts_the_same_at_all_positions(
     case: tuple[DataType, SharedLayout, RegisterLayout, tuple[int, int]],

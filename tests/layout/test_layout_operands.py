@@ -92,7 +92,7 @@ def test_tma_tiles(shape: tuple[int, ...], nbytes: int, swizzle: int) -> None:
 
 
 def test_tma_writes_what_wgmma_reads() -> None:
-    """K-major operands with k contiguous in global memory, mn-major ones transposed; without swizzle in boxes of 16 bytes only."""
+    """K-major operands with k contiguous in global memory, mn-major ones transposed; unswizzled in boxes of 16 bytes."""
     for swizzle in (32, 64, 128):
         assert tma_tile((3, 128, 64), 2, swizzle) == wgmma_operand((3, 128, 64), 2, swizzle, "k")
         transposed = tma_tile((3, 64, 128), 2, swizzle).permute((0, 2, 1))

@@ -209,9 +209,12 @@ class SharedAccess:
         """(wavefronts, how many positions) of classes of positions."""
         nbits = memory.table().reshape(-1) * self.dtype.nbits
         tile = self._flat(_table(moves.layout)[:, :: moves.size])  # [threads, accesses]
-        positions, repeats = _distinct(nbits, self._positions, tile.reshape(-1), moves.nbytes)
+        unit = 8 * max(BANK_NBYTES, moves.nbytes)
+        positions, repeats = self._positions(memory, unit)
         if len(positions) == 0:
             return []
+        if len(positions) > 1:
+            positions, repeats = _distinct(nbits, positions, repeats, tile.reshape(-1), unit)
         lanes = moves.active.shape[1]
         warps = tile.reshape(-1, lanes, tile.shape[1]).transpose(0, 2, 1)  # [warps, accesses, lanes]
         addresses = nbits[positions[:, None, None, None] + warps] // 8
@@ -235,13 +238,25 @@ class SharedAccess:
         """Tile indices [..., axes] as differences of row-major numbers of the tensor's elements."""
         return index @ np.array([math.prod(self.shape[d + 1 :]) for d in self.dims], np.int64)
 
-    @cached_property
-    def _positions(self) -> Ints:
-        """Row-major numbers of the elements at which the tile may start."""
-        numbers = np.zeros(1, np.int64)
+    def _positions(self, memory: SharedLayout, unit: int) -> tuple[Ints, Ints]:
+        """Row-major numbers of elements at which the tile may start, and how many places each stands for.
+
+        Along a dim with one stride a step moves all addresses alike; if by a multiple of `unit` bits (and of the swizzle's
+        period), it changes nothing that counts.
+        """
+        whole = math.lcm(unit, self.dtype.nbits) // self.dtype.nbits
+        if memory.swizzle is not None:
+            whole = math.lcm(whole, memory.swizzle.period)
+        numbers, repeats = np.zeros(1, np.int64), np.ones(1, np.int64)
         for d, start in enumerate(self.starts):
-            numbers = (numbers[:, None] + np.array(start, np.int64) * math.prod(self.shape[d + 1 :])).reshape(-1)
-        return numbers
+            places, times = np.array(start, np.int64), np.ones(len(start), np.int64)
+            if len(memory.terms[d]) == 1:
+                keys = places * memory.terms[d][0].stride % whole
+                _, first, times = np.unique(keys, return_index=True, return_counts=True)
+                places = places[first]
+            numbers = (numbers[:, None] + places * math.prod(self.shape[d + 1 :])).reshape(-1)
+            repeats = (repeats[:, None] * times).reshape(-1)
+        return numbers, repeats
 
 
 def shared_access(
@@ -285,24 +300,21 @@ def _table(layout: RegisterLayout) -> Ints:
     return layout.table()
 
 
-def _distinct(nbits: Ints, positions: Ints, tile: Ints, nbytes: int) -> tuple[Ints, Ints]:
-    """One position for each pattern of addresses, and how many have it; patterns that are whole accesses apart are one.
+def _distinct(nbits: Ints, positions: Ints, repeats: Ints, tile: Ints, unit: int) -> tuple[Ints, Ints]:
+    """One position for each pattern of addresses, and how many places have it; patterns that are whole units apart are one.
 
     nbits: bit address of every element. tile: what the access touches, relative to its position. A shift of all addresses by
-    whole accesses (and whole words) renames banks, so it leaves the number of wavefronts as it is.
+    `unit` bits renames banks, so it leaves the number of wavefronts as it is.
     """
-    if len(positions) == 1:
-        return positions, np.ones(1, np.int64)
-    unit = 8 * max(BANK_NBYTES, nbytes)
-    repeats: dict[bytes, int] = {}
     first: dict[bytes, int] = {}
-    for position in positions.tolist():
+    total: dict[bytes, int] = {}
+    for position, times in zip(positions.tolist(), repeats.tolist(), strict=True):
         pattern = nbits[position + tile]
         pattern -= pattern[0] // unit * unit
         key = pattern.tobytes()
         first.setdefault(key, position)
-        repeats[key] = repeats.get(key, 0) + 1
-    return np.fromiter(first.values(), np.int64), np.fromiter(repeats.values(), np.int64)
+        total[key] = total.get(key, 0) + times
+    return np.fromiter(first.values(), np.int64), np.fromiter(total.values(), np.int64)
 
 
 def _groups(starts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
