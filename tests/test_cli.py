@@ -163,12 +163,26 @@ def test_report_sections(square: Path) -> None:
         r"  shared memory +8192 bytes static, 0 bytes dynamic",
         r"  square.py:9 +load a: 4 x 128 bits per thread",
         r"  square.py:11 +ldmatrix s: \d+ matrices per warp(, transposed)?",
-        r"  s +f16\[64, 64\] +8192 bytes +row_major\(\(64, 64\)\)\.swizzled\(3, 3, 3\)",
-        r"  square.py:11 +ldmatrix s +0 in \d+ accesses",
+        r"  s +f16\[64, 64\] +8192 bytes +row_major\(\(64, 64\)\)\.swizzled\(3, 3, 3\) +swizzled: costs \d+; .*row-major \d+.*",
+        r"  square.py:9 +store_shared s +16 bytes a lane +0 in 64 wavefronts of 16 instructions",
+        r"  square.py:11 +ldmatrix s +16 bytes a lane +0 in \d+ wavefronts of \d+ instructions(, 2 times)?",
         r"  tile +f16\[64, 64\] +\S.*",
         r"  all +\d+ instructions: .*HMMA.*",
     ):
         assert re.search(f"^{row}$", report, re.MULTILINE), (row, report)
+
+
+def test_report_says_what_a_pinned_layout_costs(square: Path) -> None:
+    """Rows of 128 bytes without a swizzle: the eight rows of a matrix meet in the same banks."""
+    square.write_text(
+        square.read_text().replace("shared(f16, [64, 64])", "shared(f16, [64, 64], layout=row_major((64, 64)))")
+    )
+    square.write_text("from tilus.layout import row_major\n" + square.read_text())
+    report = output_of("compile", square, "--report")
+    better = r"row_major\(\(64, 64\)\)\.swizzled\(3, 3, 3\) would cost \d+"
+    assert re.search(rf"^  s +.* row-major: costs \d+; {better}; swizzled \d+; ", report, re.MULTILINE), report
+    conflicts = re.search(r"ldmatrix s +16 bytes a lane +(\d+) in (\d+) wavefronts", report)
+    assert conflicts is not None and 8 * (int(conflicts[2]) - int(conflicts[1])) == int(conflicts[2]), report
 
 
 def test_report_shows_a_conversion_and_its_cost(tmp_path: Path) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
-from tilus.codegen.bank_report import SiteConflicts, site_conflicts
+from tilus.codegen.shared_access import AccessCost
 from tilus.compiler import Compiled
 from tilus.errors import Loc, TilusError
 from tilus.instructions.view import Convert
@@ -15,6 +16,7 @@ from tilus.ir.visit import instructions
 from tilus.ptx import sass
 from tilus.ptx.assembler import Cubin
 from tilus.runtime import cache
+from tilus.transforms.layout_shared import Use, candidates, total_cost, uses, weights
 
 SHOWN_OPCODES = 12
 
@@ -70,18 +72,23 @@ class Report:
         return _aligned([(place, _times(text, count)) for (place, text), count in counts.items()])
 
     def _shared(self) -> Iterable[str]:
-        tensors = dict.fromkeys(site.tensor for site in self.compiled.lowered.shared_sites)
-        return _aligned([(t.name, _tensor(t), f"{t.nbytes} bytes", str(t.layout)) for t in tensors])
+        found = uses(self.compiled.function)
+        return _aligned(
+            [(t.name, _tensor(t), f"{t.nbytes} bytes", str(t.layout), _choice(t, a)) for t, a in found.items()]
+        )
 
     def _conflicts(self) -> Iterable[str]:
-        rows: dict[tuple[str, str, str, SiteConflicts], int] = {}
-        for site in self.compiled.lowered.shared_sites:
-            key = (_place(site.loc), site.mnemonic, site.tensor.name, site_conflicts(site))
-            rows[key] = rows.get(key, 0) + 1
+        rows: dict[tuple[str, str, AccessCost], int] = {}
+        for tensor, accesses in uses(self.compiled.function).items():
+            for use in accesses:
+                cost = None if tensor.layout is None else use.access.cost(tensor.layout)
+                if cost is not None:
+                    key = (_place(use.loc), f"{use.mnemonic} {tensor.name}", cost)
+                    rows[key] = rows.get(key, 0) + 1
         return _aligned(
             [
-                (place, f"{mnemonic} {name}", _times(f"{found.extra_wavefronts} in {found.accesses} accesses", count))
-                for (place, mnemonic, name, found), count in rows.items()
+                (place, what, f"{cost.nbytes} bytes a lane", _times(_conflicts(cost), count))
+                for (place, what, cost), count in rows.items()
             ]
         )
 
@@ -128,6 +135,32 @@ def _counts(code: Sequence[sass.SassInstruction]) -> str:
     shown = ", ".join(f"{count} {kind}" for kind, count in mix.most_common(SHOWN_OPCODES))
     rest = sum(mix.values()) - sum(count for _, count in mix.most_common(SHOWN_OPCODES))
     return f"{sum(mix.values())} instructions: {shown}" + (f", {rest} others" if rest else "")
+
+
+def _conflicts(cost: AccessCost) -> str:
+    text = f"{_number(cost.conflicts)} in {_number(cost.wavefronts)} wavefronts of {cost.instructions} instructions"
+    if cost.worst == cost.wavefronts:
+        return text
+    return f"{text} in the mean, {cost.worst_conflicts} in {cost.worst} at the worst offset"
+
+
+def _choice(tensor: SharedTensor, accesses: Sequence[Use]) -> str:
+    """What the layout costs (see `layout_shared`), a cheaper one if there is one, and the cheapest of each other kind."""
+    found = candidates(tensor, accesses)
+    cost = None if tensor.layout is None else total_cost(weights(accesses), tensor.layout)
+    if cost is None:
+        return "-"
+    own = next((c.kind for c in found if c.layout == tensor.layout), "pinned")
+    parts = [f"{own}: costs {_number(cost)}"]
+    if found and found[0].cost < cost:
+        parts.append(f"{found[0].layout} would cost {_number(found[0].cost)}")
+    cheapest = [c for i, c in enumerate(found) if all(c.kind != other.kind for other in found[:i])]
+    parts += [f"{c.kind} {_number(c.cost)}" for c in cheapest if c.kind != own]
+    return "; ".join(parts)
+
+
+def _number(value: Fraction) -> str:
+    return f"{float(value):.1f}".removesuffix(".0")
 
 
 def _tensor(tensor: RegisterTensor | SharedTensor) -> str:

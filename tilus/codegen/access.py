@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tilus.dtypes import DataType
 from tilus.ir.expr import Const, Expr
 from tilus.ir.ranges import divisor
-from tilus.ir.tensor import GlobalTensor, SharedTensor
+from tilus.ir.tensor import GlobalTensor
 from tilus.layout import RegisterLayout, SharedLayout
 
 MAX_VECTOR_NBITS = 128
@@ -84,31 +84,36 @@ def global_vector_size(
 
 
 def shared_vector_size(
-    tensor: SharedTensor, layout: RegisterLayout, offsets: Sequence[Expr], dims: Sequence[int]
+    memory: SharedLayout, dtype: DataType, layout: RegisterLayout, start_divisors: Sequence[int], dims: Sequence[int]
 ) -> int:
-    """The widest vector for a tile of a shared tensor, from its strides and swizzle."""
-    memory = tensor.layout
-    if memory is None:
-        raise ValueError(f"shared tensor {tensor.name} has no layout")
-    contiguous = next((i for i, d in enumerate(dims) if _shared_run(memory, d) > 1), None)
+    """The widest vector for a tile of a shared tensor with this layout, from its strides and swizzle.
+
+    start_divisors: for each dim of the tensor, what divides every index at which the tile may start (0: it starts at 0).
+    """
+    contiguous = next((i for i, d in enumerate(dims) if _shared_run(memory, d) != 1), None)
     if contiguous is None:
         return 1
     run = math.gcd(run_length(layout, contiguous), _shared_run(memory, dims[contiguous]))
     start = 0
-    for d in range(tensor.rank):
-        start = math.gcd(start, _offset_divisor(memory, d, divisor(offsets[d])))
+    for d, start_divisor in enumerate(start_divisors):
+        start = math.gcd(start, _offset_divisor(memory, d, start_divisor))
     for i, d in enumerate(dims):
         start = math.gcd(start, _offset_divisor(memory, d, thread_and_slot_divisor(layout, i, run)))
     size = math.gcd(run, start) if start else run
-    return vector_size(layout, tensor.dtype, contiguous, size, MAX_VECTOR_NBITS // 8)
+    return vector_size(layout, dtype, contiguous, size, MAX_VECTOR_NBITS // 8)
 
 
 def _shared_run(memory: SharedLayout, dim: int) -> int:
-    """Consecutive indices along `dim` that are consecutive in memory; a swizzle moves blocks of 2^base elements."""
+    """What a run of consecutive indices along `dim` must divide, to be consecutive in memory from its multiples on.
+
+    1 where neighbours are apart, 0 where any run will do: the outermost digit of a dim has no end inside of the tensor. A
+    swizzle moves blocks of 2^base elements.
+    """
     inner = [term for term in memory.terms[dim] if term.weight == 1 and term.stride == 1]
     if not inner:
         return 1
-    return inner[0].size if memory.swizzle is None else math.gcd(inner[0].size, 1 << memory.swizzle.base)
+    whole = 0 if inner[0].size == memory.shape[dim] else inner[0].size
+    return whole if memory.swizzle is None else math.gcd(whole, 1 << memory.swizzle.base)
 
 
 def _offset_divisor(memory: SharedLayout, dim: int, index_divisor: int) -> int:
@@ -117,7 +122,10 @@ def _offset_divisor(memory: SharedLayout, dim: int, index_divisor: int) -> int:
         return 0
     result = 0
     for term in memory.terms[dim]:
-        result = math.gcd(result, term.stride * max(1, math.gcd(index_divisor, term.weight * term.size) // term.weight))
+        # The value of a digit is that of the index, reduced modulo where the digit ends; the outermost one does not end.
+        end = 0 if term.weight * term.size == memory.shape[dim] else term.weight * term.size
+        steps, rest = divmod(math.gcd(index_divisor, end), term.weight)
+        result = math.gcd(result, term.stride * (steps if rest == 0 else 1))
     if memory.swizzle is not None:
         result = math.gcd(result, 1 << memory.swizzle.base)
     return result

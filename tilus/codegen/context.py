@@ -50,24 +50,6 @@ class Note:
     loc: Loc | None
 
 
-@dataclass(frozen=True)
-class SharedSite:
-    """One access of a tile to shared memory, as the report wants to judge it.
-
-    layout: which thread moves which element. dims: the tensor dims that the tile's axes run along. size: elements that one
-    thread moves at once. rows_of_16_bytes: the warp reads 8x8 matrices by rows (ldmatrix), not each thread its own elements.
-    """
-
-    mnemonic: str
-    tensor: SharedTensor
-    layout: RegisterLayout
-    offsets: tuple[Expr, ...]
-    dims: tuple[int, ...]
-    size: int
-    loc: Loc | None
-    rows_of_16_bytes: bool = False
-
-
 @dataclass
 class EmitContext:
     """State of lowering one kernel.
@@ -87,7 +69,6 @@ class EmitContext:
     notes: list[Note] = field(default_factory=list[Note])
     strings: dict[str, str] = field(default_factory=dict[str, str])
     local_nbytes: int = 0
-    shared_sites: list[SharedSite] = field(default_factory=list[SharedSite])
 
     # Tiles.
 
@@ -396,15 +377,6 @@ class EmitContext:
 
     def guard(self, pred: Reg | None) -> Guard | None:
         return None if pred is None else Guard(pred)
-
-    def note_shared(
-        self, inst: Instruction, tensor: SharedTensor, layout: RegisterLayout, offsets: tuple[Expr, ...],
-        dims: tuple[int, ...], size: int, rows_of_16_bytes: bool = False,
-    ) -> None:  # fmt: skip
-        """Remember an access to shared memory for the count of bank conflicts (see SharedSite)."""
-        self.shared_sites.append(
-            SharedSite(inst.mnemonic, tensor, layout, offsets, dims, size, self.b.loc, rows_of_16_bytes)
-        )
 
     def string(self, text: str) -> Symbol:
         """The name of a zero-terminated UTF-8 string in global memory."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tilus.codegen.context import LOCAL_SYMBOL, SHARED_SYMBOL, EmitContext, Note, SharedSite
+from tilus.codegen.context import LOCAL_SYMBOL, SHARED_SYMBOL, EmitContext, Note
 from tilus.codegen.linear import materialize
 from tilus.codegen.scalar import ScalarLowering
 from tilus.codegen.shared_plan import SharedPlan, plan_shared
@@ -43,7 +43,6 @@ class Lowered:
     shared_nbytes: int
     dynamic_shared: bool
     notes: tuple[Note, ...]
-    shared_sites: tuple[SharedSite, ...]
 
 
 def lower(function: Function, target: Target) -> Lowered:
@@ -77,7 +76,7 @@ def lower(function: Function, target: Target) -> Lowered:
         local=(LocalArray(LOCAL_SYMBOL, ctx.local_nbytes),) if ctx.local_nbytes else (),
     )
     strings = tuple(GlobalBytes(name, text.encode() + b"\0") for text, name in ctx.strings.items())
-    return Lowered(Module(target, (kernel,), strings), plan.nbytes, dynamic, tuple(ctx.notes), tuple(ctx.shared_sites))
+    return Lowered(Module(target, (kernel,), strings), plan.nbytes, dynamic, tuple(ctx.notes))
 
 
 def _check_limits(function: Function, plan: SharedPlan, target: Target) -> None:

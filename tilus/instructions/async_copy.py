@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tilus.codegen.access import global_vector_size, shared_vector_size, vectors
+from tilus.codegen.access import global_vector_size, vectors
 from tilus.codegen.context import EmitContext
+from tilus.codegen.shared_access import SharedAccess, shared_access
 from tilus.errors import TilusError
 from tilus.instructions.memory import check_access, coalesced, tile_index, vectors_note
-from tilus.instructions.shared import SharedOperand, full_offsets
+from tilus.instructions.shared import SharedOperand, full_offsets, placed
 from tilus.ir.builder import IRBuilder, builtin
 from tilus.ir.evaluation import Evaluation
 from tilus.ir.expr import Expr, as_expr
@@ -59,17 +59,22 @@ class CopyAsync(Instruction):
         value = env.load(self.src, self.src_offsets, self.shape, self.src_dims, checked=self.checked)
         env.store(self.dst, self.dst_offsets, self.dst_dims, value, checked=False)
 
-    def _distribution(self, num_threads: int) -> tuple[RegisterLayout, int]:
-        """Which thread copies what, and elements per copy (4, 8 or 16 bytes: PTX ISA, "cp.async")."""
-        layout = coalesced(self.src, self.shape, self.src_dims, num_threads)
-        wide = global_vector_size(self.src, layout, self.src_offsets, self.src_dims, self.checked)
-        size = math.gcd(wide, shared_vector_size(self.dst, layout, self.dst_offsets, self.dst_dims))
-        return layout, size
+    def shared_accesses(self, num_threads: int) -> tuple[tuple[SharedTensor, SharedAccess], ...]:
+        return ((self.dst, self._access(coalesced(self.src, self.shape, self.src_dims, num_threads))),)
+
+    def _access(self, layout: RegisterLayout) -> SharedAccess:
+        """The writes of 4, 8 or 16 bytes (PTX ISA, "cp.async"), no wider than what a thread may read at once."""
+        widest = global_vector_size(self.src, layout, self.src_offsets, self.src_dims, self.checked)
+        return shared_access(
+            self.dst, layout, self.dst_offsets, self.dst_dims, self.shape, writes=True, widest=widest, least_nbytes=4
+        )
 
     def emit(self, ctx: EmitContext) -> None:
-        layout, size = self._distribution(ctx.num_threads)
+        layout = coalesced(self.src, self.shape, self.src_dims, ctx.num_threads)
+        access, memory = self._access(layout), placed(self.dst)
+        size = access.vector_size(memory)
         nbytes = size * self.src.dtype.nbits // 8
-        if nbytes not in (4, 8, 16):
+        if not access.moves_whole_units(memory):
             raise TilusError(
                 f"copy_async from {self.src.name}: alignment and masks allow copies of {size * self.src.dtype.nbits} bits, "
                 "cp.async moves 4, 8 or 16 bytes",
@@ -91,7 +96,6 @@ class CopyAsync(Instruction):
                 operands.append(ctx.b.pure("selp.b32", Imm(nbytes), Imm(0), inside))
             ctx.b.emit_to(f"cp.async.{cache}.shared.global", *operands, guard=ctx.guard(owner))
         ctx.note(self, f"copy_async {self.src.name}: {vectors_note(self.src.dtype, size, layout.num_locals)}")
-        ctx.note_shared(self, self.dst, layout, self.dst_offsets, self.dst_dims, size)
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from tilus.codegen.access import MAX_VECTOR_NBITS, shared_vector_size, vectors
+from tilus.codegen.access import MAX_VECTOR_NBITS, vectors
 from tilus.codegen.context import EmitContext
 from tilus.codegen.linear import Linear, of_const
+from tilus.codegen.shared_access import Matrices, SharedAccess, shared_access
 from tilus.dtypes import DataType
 from tilus.errors import TilusError
-from tilus.instructions.memory import assemble, check_whole_bytes, load_vector, store_vector, tile_index, vectors_note
+from tilus.instructions.memory import assemble, load_vector, store_vector, tile_index, vectors_note
 from tilus.ir.builder import IRBuilder, builtin
 from tilus.ir.evaluation import Evaluation
 from tilus.ir.expr import Expr, as_expr
 from tilus.ir.instruction import Effects, Instruction
 from tilus.ir.layout_rules import Access, LayoutPriority, LayoutRule
 from tilus.ir.tensor import RegisterTensor, SharedTensor, SharedView
-from tilus.layout import RegisterLayout, SharedLayout, auto, local, row_major, swizzled
-from tilus.layout.atoms import ldmatrix
+from tilus.layout import RegisterLayout, SharedLayout, auto, row_major
 from tilus.ptx.module import Reg, RegClass, Vector
 from tilus.target import Target
 
@@ -58,57 +58,31 @@ class LoadShared(Instruction):
         _check("load_shared", self.src, self.out, self.offsets, self.dims)
 
     def layout_rule(self, num_threads: int) -> LayoutRule:
-        return shared_access(self.src, self.out, self.offsets, self.dims, num_threads)
+        return _access_rule(self.src, self.out, self.offsets, self.dims, num_threads)
 
-    def shared_layout_wish(self, tensor: SharedTensor) -> SharedLayout | None:
-        """A fragment that ldmatrix can read wants the swizzle that keeps its eight rows in different banks."""
-        nbytes = tensor.dtype.nbits // 8
-        if self.out.layout is None or self._transposed(self.out.layout) is None or tensor.shape[-1] * nbytes % 16:
-            return None
-        return swizzled(tensor.shape, nbytes)
-
-    def _transposed(self, layout: RegisterLayout) -> bool | None:
-        """Whether ldmatrix must transpose to fill this layout; None when no 8x8 matrix divides it.
-
-        A lane's pair of elements follows one of the last two axes of the tile. Where that axis is the contiguous one in
-        memory the plain form fits, otherwise the transposing one.
-        """
-        nbits, rank = self.src.dtype.nbits, self.out.rank
-        last = self.src.rank - 1
-        if rank < 2 or nbits not in (8, 16) or last not in self.dims[-2:]:
-            return None
-        matrix = ldmatrix(nbits)
-        along, across = matrix, matrix.permute((1, 0))
-        if self.dims[-1] != last:
-            along, across = across, along
-        if layout.try_divide(_of_rank(along, rank)) is not None:
-            return False
-        if nbits == 16 and layout.try_divide(_of_rank(across, rank)) is not None:
-            return True
-        return None
+    def shared_accesses(self, num_threads: int) -> tuple[tuple[SharedTensor, SharedAccess], ...]:
+        return ((self.src, _reading(self.out, self.src, self.offsets, self.dims)),)
 
     def specialized(self, target: Target) -> Instruction | None:
         if self.out.layout is None or self.src.layout is None:
             return None
-        transposed = self._transposed(self.out.layout)
-        if transposed is None or not _rows_of_16_bytes(self.src, self.offsets, self.dims):
+        matrices = _reading(self.out, self.src, self.offsets, self.dims).matrices(self.src.layout)
+        if matrices is None:
             return None
-        return LdMatrix(self.out, self.src, self.offsets, self.dims, transposed)
+        return LdMatrix(self.out, self.src, self.offsets, self.dims, matrices.transposed)
 
     def evaluate(self, env: Evaluation) -> None:
         env.set_tile(self.out, env.load(self.src, self.offsets, self.out.shape, self.dims, checked=False))
 
     def emit(self, ctx: EmitContext) -> None:
         layout = ctx.layout(self.out)
-        size = shared_vector_size(self.src, layout, self.offsets, self.dims)
-        check_whole_bytes("load_shared", self.src, size)
+        size = _vector_size("load_shared", self.src, _reading(self.out, self.src, self.offsets, self.dims))
         starts = tile_index(ctx, layout, self.offsets, self.dims)
         pieces: list[Reg] = []
         for vector in vectors(layout, size):
             address = ctx.shared_address(self.src, starts(vector.slot))
             pieces += load_vector(ctx, "ld.shared", self.src.dtype, size, address, None)
         ctx.note(self, f"shared load {self.src.name}: {vectors_note(self.src.dtype, size, layout.num_locals)}")
-        ctx.note_shared(self, self.src, layout, self.offsets, self.dims, size)
         ctx.define(self.out, assemble(ctx, self.src.dtype, size, pieces))
 
 
@@ -131,22 +105,26 @@ class StoreShared(Instruction):
         _check("store_shared", self.dst, self.src, self.offsets, self.dims)
 
     def layout_rule(self, num_threads: int) -> LayoutRule:
-        return shared_access(self.dst, self.src, self.offsets, self.dims, num_threads)
+        return _access_rule(self.dst, self.src, self.offsets, self.dims, num_threads)
+
+    def shared_accesses(self, num_threads: int) -> tuple[tuple[SharedTensor, SharedAccess], ...]:
+        return ((self.dst, self._access()),)
+
+    def _access(self) -> SharedAccess:
+        return shared_access(self.dst, self.src.layout, self.offsets, self.dims, self.src.shape, writes=True)
 
     def evaluate(self, env: Evaluation) -> None:
         env.store(self.dst, self.offsets, self.dims, env.tile(self.src), checked=False)
 
     def emit(self, ctx: EmitContext) -> None:
         layout = ctx.layout(self.src)
-        size = shared_vector_size(self.dst, layout, self.offsets, self.dims)
-        check_whole_bytes("store_shared", self.dst, size)
+        size = _vector_size("store_shared", self.dst, self._access())
         starts = tile_index(ctx, layout, self.offsets, self.dims)
         owner, words = ctx.first_replica(layout), ctx.words(self.src)
         for vector in vectors(layout, size):
             address = ctx.shared_address(self.dst, starts(vector.slot))
             store_vector(ctx, "st.shared", self.dst.dtype, vector.slot, size, address, words, owner)
         ctx.note(self, f"shared store {self.dst.name}: {vectors_note(self.dst.dtype, size, layout.num_locals)}")
-        ctx.note_shared(self, self.dst, layout, self.offsets, self.dims, size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,29 +151,31 @@ class LdMatrix(Instruction):
     def evaluate(self, env: Evaluation) -> None:
         env.set_tile(self.out, env.load(self.src, self.offsets, self.out.shape, self.dims, checked=False))
 
+    def shared_accesses(self, num_threads: int) -> tuple[tuple[SharedTensor, SharedAccess], ...]:
+        return ((self.src, _reading(self.out, self.src, self.offsets, self.dims)),)
+
     def emit(self, ctx: EmitContext) -> None:
-        layout = ctx.layout(self.out)
-        nbits = self.src.dtype.nbits
-        per_word = 32 // nbits
-        words = layout.num_locals // per_word
-        starts = [ctx.local_index(layout, word * per_word) for word in range(words)]
+        memory = placed(self.src)
+        matrices = _reading(self.out, self.src, self.offsets, self.dims).matrices(memory)
+        if matrices is None or matrices.transposed != self.trans:
+            raise TilusError(
+                f"ldmatrix of {self.src.name} in layout {memory}, expected matrices with rows of 16 aligned bytes",
+                hint="use load_shared, which becomes ldmatrix where that fits",
+            )
         regs: list[Reg] = []
-        while len(regs) < words:
-            count = next(c for c in (4, 2, 1) if _is_grid(starts[len(regs) : len(regs) + c], c))
-            regs += self._load(ctx, layout, starts[len(regs) : len(regs) + count])
-        ctx.note(self, f"ldmatrix {self.src.name}: {words} matrices per warp{', transposed' if self.trans else ''}")
-        ctx.note_shared(self, self.src, layout, self.offsets, self.dims, per_word, rows_of_16_bytes=True)
+        for count in matrices.groups:
+            regs += self._load(ctx, matrices, matrices.starts[len(regs) : len(regs) + count])
+        ctx.note(self, f"ldmatrix {self.src.name}: {len(regs)} matrices per warp{', transposed' if self.trans else ''}")
         ctx.define(self.out, regs)
 
-    def _load(self, ctx: EmitContext, layout: RegisterLayout, starts: list[list[int]]) -> list[Reg]:
+    def _load(self, ctx: EmitContext, matrices: Matrices, starts: Sequence[tuple[int, ...]]) -> list[Reg]:
         """One instruction: lane 8j + r addresses row r of the matrix that begins at `starts[j]`."""
         count = len(starts)
         index = [ctx.scalars.linear(e) for e in self.offsets]
         lane_part = _matrix_index(ctx, starts)
-        for axis, part in enumerate(_warp_index(ctx, layout)):
+        for axis, part in enumerate(_warp_index(ctx, ctx.layout(self.out))):
             index[self.dims[axis]] = index[self.dims[axis]] + part + lane_part[axis]
-        # Rows of a matrix follow each other along the axis that is not contiguous in memory.
-        row_dim = self.dims[-2] if self.dims[-1] == self.src.rank - 1 else self.dims[-1]
+        row_dim = self.dims[matrices.row_axis]
         index[row_dim] = index[row_dim] + ctx.digit(1, 8)
         address = ctx.shared_address(self.src, index)
         trans = ".trans" if self.trans else ""
@@ -217,14 +197,7 @@ def _warp_index(ctx: EmitContext, layout: RegisterLayout) -> list[Linear]:
     return index
 
 
-def _is_grid(starts: list[list[int]], count: int) -> bool:
-    """Whether one instruction can load these matrices: their starts are sums of independent steps."""
-    if len(starts) < count:
-        return False
-    return count < 4 or all(d == b + c - a for a, b, c, d in zip(*starts, strict=True))
-
-
-def _matrix_index(ctx: EmitContext, starts: list[list[int]]) -> list[Linear]:
+def _matrix_index(ctx: EmitContext, starts: Sequence[tuple[int, ...]]) -> list[Linear]:
     """Where the matrix begins whose row a lane addresses: lanes 8j .. 8j + 7 serve matrix j."""
     index = [of_const(part) for part in starts[0]]
     for bit in (1, 2):
@@ -235,21 +208,30 @@ def _matrix_index(ctx: EmitContext, starts: list[list[int]]) -> list[Linear]:
     return index
 
 
-def _rows_of_16_bytes(src: SharedTensor, offsets: Sequence[Expr], dims: Sequence[int]) -> bool:
-    """Whether every matrix row is 16 consecutive, aligned bytes of the shared tensor."""
-    row = 128 // src.dtype.nbits
-    probe = local(1, row) if dims[-1] == src.rank - 1 else local(row, 1)
-    return shared_vector_size(src, _of_rank(probe, len(dims)), offsets, dims) == row
+def _reading(out: RegisterTensor, src: SharedTensor, offsets: Sequence[Expr], dims: Sequence[int]) -> SharedAccess:
+    return shared_access(src, out.layout, offsets, dims, out.shape, by_matrices=True)
 
 
-def _of_rank(layout: RegisterLayout, rank: int) -> RegisterLayout:
-    """The same layout for the last two of `rank` axes."""
-    while layout.rank < rank:
-        layout = layout.unsqueeze(0)
-    return layout
+def placed(tensor: SharedTensor) -> SharedLayout:
+    """The layout of a shared tensor, which `layout_shared` has chosen."""
+    if tensor.layout is None:
+        raise TilusError(f"shared tensor {tensor.name} has no layout")
+    return tensor.layout
 
 
-def shared_access(
+def _vector_size(what: str, tensor: SharedTensor, access: SharedAccess) -> int:
+    memory = placed(tensor)
+    size = access.vector_size(memory)
+    if not access.moves_whole_units(memory):
+        raise TilusError(
+            f"{what}: threads hold runs of {size} elements of {tensor.dtype.name} of {tensor.name}, "
+            f"which is {size * tensor.dtype.nbits} bits; memory is accessed in whole bytes",
+            hint="give the tile a layout with longer runs along the contiguous dim, or move bytes and use tilus.view",
+        )
+    return size
+
+
+def _access_rule(
     tensor: SharedTensor, tile: RegisterTensor, offsets: Sequence[Expr], dims: Sequence[int], num_threads: int
 ) -> LayoutRule:
     """The layouts in which a tile meets shared memory.
@@ -257,12 +239,13 @@ def shared_access(
     How wide accesses get depends on the layout of the tensor, which is chosen afterwards to suit them. Only for elements below
     a byte it matters here; where the tensor has no layout yet, row-major is taken for it.
     """
-    placed = tensor if tensor.layout is not None else replace(tensor, layout=row_major(tensor.shape))
+    memory = row_major(tensor.shape) if tensor.layout is None else tensor.layout
 
     def access_nbits(layout: RegisterLayout) -> int:
         if tensor.dtype.nbits % 8 == 0:
             return MAX_VECTOR_NBITS
-        return shared_vector_size(placed, layout, offsets, dims) * tensor.dtype.nbits
+        access = shared_access(tensor, layout, offsets, dims, tile.shape)
+        return access.vector_size(memory) * tensor.dtype.nbits
 
     return Access(tile, vectorized(tile, num_threads, dims), access_nbits, loads=False)
 

@@ -15,11 +15,11 @@ from tilus.errors import TilusError
 from tilus.ir.expr import Expr, Var
 from tilus.ir.layout_rules import AnyLayout, LayoutPriority, LayoutRule
 from tilus.ir.tensor import GlobalTensor, RegisterTensor, SharedTensor, Tensor
-from tilus.layout import SharedLayout
 from tilus.target import Target
 
 if TYPE_CHECKING:
     from tilus.codegen.context import EmitContext
+    from tilus.codegen.shared_access import SharedAccess
     from tilus.ir.evaluation import Evaluation
 
 
@@ -104,9 +104,9 @@ class Instruction:
         """The ways in which the instruction can run, as layouts of its tiles; `num_threads` is the block's size."""
         return AnyLayout((*self.register_results, *self.register_operands), num_threads)
 
-    def shared_layout_wish(self, tensor: SharedTensor) -> SharedLayout | None:
-        """The layout this access would like best for a shared tensor; None when it has no preference."""
-        return None
+    def shared_accesses(self, num_threads: int) -> tuple[tuple[SharedTensor, SharedAccess], ...]:
+        """What it moves from or to which shared tensors, asked when all register layouts are known."""
+        return ()
 
     def specialized(self, target: Target) -> Instruction | None:
         """The special instruction of the target that does the same, if there is one."""

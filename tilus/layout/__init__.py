@@ -11,6 +11,7 @@ from tilus.layout.digits import Digit, Term
 from tilus.layout.draw import svg, text_table
 from tilus.layout.errors import LayoutError
 from tilus.layout.inverse import AddressInverse, Inverse
+from tilus.layout.operands import tma_tile, tma_tiles, wgmma_operand, wgmma_operands
 from tilus.layout.parser import parse_layout, parse_shared_layout
 from tilus.layout.register import (
     RegisterLayout,
@@ -65,4 +66,8 @@ __all__ = [
     "svg",
     "swizzled",
     "text_table",
+    "tma_tile",
+    "tma_tiles",
+    "wgmma_operand",
+    "wgmma_operands",
 ]

@@ -22,13 +22,14 @@ _WARP, _BANKS, _SECTOR = 32, 32, 32
 @dataclass(frozen=True)
 class AccessStats:
     """One load or store instruction. accesses: how often a warp executed it. transactions: wavefronts (shared) or
-    sectors (global) it took; ideal: the fewest that its distinct bytes need."""
+    sectors (global) it took; ideal: the fewest that its distinct bytes need; worst: the most that one execution took."""
 
     line: int
     opcode: str
     accesses: int
     transactions: int
     ideal: int
+    worst: int
 
     @property
     def conflicts(self) -> int:
@@ -53,14 +54,15 @@ class Profile:
     """Collects the accesses of a launch."""
 
     def __init__(self) -> None:
-        self.counts: dict[tuple[bool, int], npt.NDArray[np.int64]] = {}
+        self.counts: dict[tuple[bool, int], npt.NDArray[np.int64]] = {}  # accesses, transactions, ideal, worst
 
     def add(self, pc: int, offsets: Lanes, nbytes: int, lanes: Lanes, *, shared: bool) -> None:
         """One execution of the instruction at pc: byte offsets of the lanes' accesses, `nbytes` each."""
-        measured = wavefronts(offsets, nbytes, lanes) if shared else sectors(offsets, nbytes, lanes)
-        warps = len(np.unique(lanes // _WARP))
-        key = (shared, pc)
-        self.counts[key] = self.counts.get(key, np.zeros(3, np.int64)) + np.array([warps, *measured])
+        taken, ideal = wavefronts(offsets, nbytes, lanes) if shared else sectors(offsets, nbytes, lanes)
+        before = self.counts.get((shared, pc), np.zeros(4, np.int64))
+        now = np.array([len(taken), taken.sum(), ideal, 0]) + before
+        now[3] = max(before[3], taken.max())
+        self.counts[shared, pc] = now
 
     def sites(self, program: Program, *, shared: bool) -> dict[int, AccessStats]:
         return {
@@ -70,8 +72,8 @@ class Profile:
         }
 
 
-def wavefronts(offsets: Lanes, nbytes: int, lanes: Lanes) -> tuple[int, int]:
-    """(wavefronts, ideal wavefronts) of a shared-memory access; offsets in bytes from the start of shared memory."""
+def wavefronts(offsets: Lanes, nbytes: int, lanes: Lanes) -> tuple[Lanes, int]:
+    """(wavefronts of each warp, ideal wavefronts of all) of a shared-memory access; byte offsets in shared memory."""
     lanes_per_phase = min(_WARP, 4 * _WARP // nbytes)
     phase = lanes // lanes_per_phase
     words = (offsets >> 2)[:, None] + np.arange(max(1, nbytes // 4))
@@ -79,15 +81,17 @@ def wavefronts(offsets: Lanes, nbytes: int, lanes: Lanes) -> tuple[int, int]:
     in_bank = touched[:, 0] * _BANKS + touched[:, 1] % _BANKS
     banks, counts = np.unique(in_bank, return_counts=True)
     phases = np.flatnonzero(np.diff(banks // _BANKS, prepend=-1))
-    distinct = np.unique(touched[:, 0], return_counts=True)[1]
-    return int(np.maximum.reduceat(counts, phases).sum()), int((-(-distinct // _BANKS)).sum())
+    numbers, distinct = np.unique(touched[:, 0], return_counts=True)
+    warps = np.flatnonzero(np.diff(numbers * lanes_per_phase // _WARP, prepend=-1))
+    taken = np.add.reduceat(np.maximum.reduceat(counts, phases), warps)
+    return taken, int((-(-distinct // _BANKS)).sum())
 
 
-def sectors(offsets: Lanes, nbytes: int, lanes: Lanes) -> tuple[int, int]:
-    """(sectors, ideal sectors) of a global-memory access, summed over warps."""
+def sectors(offsets: Lanes, nbytes: int, lanes: Lanes) -> tuple[Lanes, int]:
+    """(sectors of each warp, ideal sectors of all) of a global-memory access."""
     warp = np.broadcast_to((lanes // _WARP)[:, None], (len(lanes), nbytes))
     pairs = np.stack([warp, offsets[:, None] + np.arange(nbytes)], axis=-1).reshape(-1, 2)
     distinct = np.unique(pairs, axis=0)
     needed = np.unique(distinct[:, 0], return_counts=True)[1]
     moved = np.unique(np.stack([distinct[:, 0], distinct[:, 1] // _SECTOR], axis=-1), axis=0)
-    return len(moved), int((-(-needed // _SECTOR)).sum())
+    return np.unique(moved[:, 0], return_counts=True)[1], int((-(-needed // _SECTOR)).sum())
