@@ -11,7 +11,8 @@ from itertools import permutations
 from math import lcm, prod
 from typing import Literal
 
-from tilus.layout.shared import SharedLayout, row_major, strided
+from tilus.layout.arrangements import row_major, strided
+from tilus.layout.shared import SharedLayout
 
 CHUNKS_NBYTES = (16, 8, 4)  # what a swizzle keeps together, and what rows are padded by
 LINE_NBITS = 1024  # all banks once

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from math import prod
 from typing import Literal
 
+from tilus.layout.arrangements import row_major, strided
 from tilus.layout.errors import LayoutError
-from tilus.layout.shared import SharedLayout, row_major, strided
+from tilus.layout.shared import SharedLayout
 
 Major = Literal["k", "mn"]
 
