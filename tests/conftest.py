@@ -10,4 +10,6 @@ settings.register_profile("default", deadline=None, max_examples=50, suppress_he
 settings.register_profile(
     "ci", deadline=None, max_examples=100, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
+# `pytest --hypothesis-profile thorough`: after a change to what the laws are about.
+settings.register_profile("thorough", deadline=None, max_examples=2000, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("ci" if os.environ.get("CI") else "default")

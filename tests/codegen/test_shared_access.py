@@ -338,6 +338,14 @@ def test_the_worst_is_what_the_emulator_sees(steps: int, mean: Fraction, worst: 
     assert {site.worst for site in stats.shared.values()} == {worst}
 
 
+def test_where_words_begin_counts() -> None:
+    """Bytes p and p + 127 are in words of one bank unless p is a multiple of 4."""
+    memory = strided((2, 4), (127, 1))
+    tile = replicated(16, 2) * spatial(2, 1)
+    cost = SharedAccess(tilus.uint8, (2, 4), tile, (range(1), range(4)), (0, 1)).cost(memory)
+    assert cost is not None and (cost.wavefronts, cost.worst) == (Fraction(7, 4), 2)
+
+
 def test_bounds_and_divisors_limit_the_positions() -> None:
     from tilus.codegen.shared_access import shared_access
     from tilus.ir.expr import Var, as_expr, binary

@@ -33,6 +33,7 @@ from tilus.layout import (
     atoms,
     auto,
     column_major,
+    local,
     padded,
     row_major,
     spatial,
@@ -244,6 +245,14 @@ def test_the_simplest_of_the_best() -> None:
     fragments = spatial(2, 1).local(1, 4) * atoms.mma_a()
     assert chosen(f16, (32, 64), (auto((32, 64), 64, 8), True), (fragments, False)).layout == swizzled((32, 64), 2)
     assert chosen(tilus.uint8, (8, 4), (spatial(8, 4), True)).kind == "row-major"
+
+
+def test_the_smallest_of_the_best() -> None:
+    """Twelve rows of 128 bytes are three periods of the swizzle by two bits, and one and a half of that by three."""
+    rows, columns = auto((12, 32), 32, 4), auto((12, 32), 32, 1, order=(0, 1))
+    choice = chosen(f32, (12, 32), (rows, True), (columns, False))
+    assert choice.layout == row_major((12, 32)).swizzled(2, 2, 3) and choice.layout.size == 12 * 32
+    assert row_major((12, 32)).swizzled(2, 3, 3).size == 512
 
 
 @tilus.kernel

@@ -90,30 +90,19 @@ def shared_vector_size(
 
     start_divisors: for each dim of the tensor, what divides every index at which the tile may start (0: it starts at 0).
     """
-    contiguous = next((i for i, d in enumerate(dims) if _shared_run(memory, d) != 1), None)
-    if contiguous is None:
+    unit = [any(term.weight == term.stride == 1 for term in memory.terms[d]) for d in dims]
+    if True not in unit:
         return 1
-    run = math.gcd(run_length(layout, contiguous), _shared_run(memory, dims[contiguous]))
+    contiguous = unit.index(True)
+    run = run_length(layout, contiguous)
     start = 0
     for d, start_divisor in enumerate(start_divisors):
         start = math.gcd(start, _offset_divisor(memory, d, start_divisor))
     for i, d in enumerate(dims):
+        # This also cuts runs where a digit of the dim ends, and to what the swizzle keeps together.
         start = math.gcd(start, _offset_divisor(memory, d, thread_and_slot_divisor(layout, i, run)))
     size = math.gcd(run, start) if start else run
     return vector_size(layout, dtype, contiguous, size, MAX_VECTOR_NBITS // 8)
-
-
-def _shared_run(memory: SharedLayout, dim: int) -> int:
-    """What a run of consecutive indices along `dim` must divide, to be consecutive in memory from its multiples on.
-
-    1 where neighbours are apart, 0 where any run will do: the outermost digit of a dim has no end inside of the tensor. A
-    swizzle moves blocks of 2^base elements.
-    """
-    inner = [term for term in memory.terms[dim] if term.weight == 1 and term.stride == 1]
-    if not inner:
-        return 1
-    whole = 0 if inner[0].size == memory.shape[dim] else inner[0].size
-    return whole if memory.swizzle is None else math.gcd(whole, 1 << memory.swizzle.base)
 
 
 def _offset_divisor(memory: SharedLayout, dim: int, index_divisor: int) -> int:

@@ -5,6 +5,7 @@ from tilus.layout.banks import bank_conflicts
 from tilus.layout.broadcast import broadcast_operand, slot_map
 from tilus.layout.complement import complement, replicas
 from tilus.layout.compose import compose
+from tilus.layout.concat import concat
 from tilus.layout.conversion import Piece, Route, conversion_scope, route
 from tilus.layout.default import auto
 from tilus.layout.digits import Digit, Term
@@ -17,7 +18,6 @@ from tilus.layout.register import (
     RegisterLayout,
     column_local,
     column_spatial,
-    concat,
     identity,
     local,
     local_replicated,

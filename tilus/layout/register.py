@@ -395,12 +395,3 @@ def local_replicated(count: int, rank: int) -> RegisterLayout:
 def identity(rank: int) -> RegisterLayout:
     """One thread, one slot, one element: the unit of the product."""
     return RegisterLayout((1,) * rank, (), ())
-
-
-def concat(f: RegisterLayout, g: RegisterLayout) -> RegisterLayout:
-    """The layout of shape f.shape + g.shape whose index joins those of f and g:
-    `h(t, i) = (*f(t // T_g, i // L_g), *g(t % T_g, i % L_g))`."""
-    outer = RegisterLayout((*f.shape, *(1,) * g.rank), f.thread_digits, f.local_digits)
-    places = {dim: f.rank + dim for dim in range(g.rank)}
-    shape = ((1,) * f.rank) + g.shape
-    return outer * RegisterLayout(shape, _redirected(g.thread_digits, places), _redirected(g.local_digits, places))
