@@ -9,7 +9,7 @@ from pathlib import Path
 from tilus.codegen.bank_report import SiteConflicts, site_conflicts
 from tilus.compiler import Compiled
 from tilus.errors import Loc, TilusError
-from tilus.instructions.view import Convert
+from tilus.instructions.convert import Convert
 from tilus.ir.tensor import RegisterTensor, SharedTensor
 from tilus.ir.visit import instructions
 from tilus.ptx import sass
@@ -92,13 +92,11 @@ class Report:
         return _aligned([(t.name, _tensor(t), str(t.layout)) for t in tiles])
 
     def _conversions(self) -> Iterable[str]:
-        threads = self.compiled.function.num_threads
         rows: list[tuple[str, ...]] = []
         for stmt in instructions(self.compiled.function.body):
             if isinstance(stmt.inst, Convert):
-                nbytes = stmt.inst.scratch_nbytes(threads)
-                cost = f"{nbytes} bytes through shared memory" if nbytes else "free: registers are renamed"
-                rows.append((_place(stmt.loc), f"{stmt.inst.src.name} -> {stmt.inst.out.name}", cost))
+                plan = stmt.inst.plan()
+                rows.append((_place(stmt.loc), f"{stmt.inst.src.name} -> {stmt.inst.out.name}", str(plan)))
         return _aligned(rows)
 
     def _mix(self) -> Iterator[str]:

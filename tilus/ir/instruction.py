@@ -124,6 +124,10 @@ class Instruction:
         """Shared memory this instruction needs between barriers of its own; asked when all layouts are known."""
         return 0
 
+    def warp_scratch_nbytes(self) -> int:
+        """Shared memory that each warp needs for itself, between barriers of the warp; asked when all layouts are known."""
+        return 0
+
     # Meanings.
 
     def evaluate(self, env: Evaluation) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from tilus.errors import Loc, TilusError
-from tilus.instructions.view import Convert
+from tilus.instructions.convert import Convert
 from tilus.ir.function import Function
 from tilus.ir.instruction import Instruction
 from tilus.ir.stmt import Inst, Seq, Stmt
