@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 
 from tilus.layout import Digit, RegisterLayout
@@ -61,11 +60,21 @@ def random_pair(
 
 def pair_within_warps(rng: random.Random, num_slots: int, num_warps: int) -> tuple[RegisterLayout, RegisterLayout]:
     """Layouts of powers of two without replication in which every warp keeps its own part of the tile."""
-    bits = 5 + int(math.log2(num_slots))
-    digits = [Digit(2, 0, 1 << k) for k in range(bits)]
-    found: list[RegisterLayout] = []
-    for _ in range(2):
-        order = rng.sample(digits, bits)
-        threads = (Digit(num_warps, 0, 1 << bits), *order[:5])
-        found.append(RegisterLayout((num_warps << bits,), threads, tuple(order[5:])))
-    return found[0], found[1]
+    size = 32 * num_slots
+    warps = Digit(num_warps, 0, size)
+    return _binary(rng, size, 32, (warps,)), _binary(rng, size, 32, (warps,))
+
+
+def pair_of_powers_of_two(rng: random.Random, num_slots: int, num_warps: int) -> tuple[RegisterLayout, RegisterLayout]:
+    """Layouts of powers of two without replication, whose bits are anywhere."""
+    size = 32 * num_warps * num_slots
+    return _binary(rng, size, 32 * num_warps, ()), _binary(rng, size, 32 * num_warps, ())
+
+
+def _binary(rng: random.Random, size: int, num_threads: int, warps: tuple[Digit, ...]) -> RegisterLayout:
+    """The bits of `size` indices in any order, the first ones in the thread number."""
+    digits = [Digit(2, 0, 1 << k) for k in range(size.bit_length() - 1)]
+    order = rng.sample(digits, len(digits))
+    cut = num_threads.bit_length() - 1
+    total = size if not warps else warps[0].size * warps[0].weight
+    return RegisterLayout((total,), (*warps, *order[:cut]), tuple(order[cut:]))

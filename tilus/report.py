@@ -9,7 +9,6 @@ from pathlib import Path
 from tilus.codegen.bank_report import SiteConflicts, site_conflicts
 from tilus.compiler import Compiled
 from tilus.errors import Loc, TilusError
-from tilus.instructions.convert import Convert
 from tilus.ir.tensor import RegisterTensor, SharedTensor
 from tilus.ir.visit import instructions
 from tilus.ptx import sass
@@ -92,11 +91,13 @@ class Report:
         return _aligned([(t.name, _tensor(t), str(t.layout)) for t in tiles])
 
     def _conversions(self) -> Iterable[str]:
+        """Every way that a tile could take, the chosen one first; costs in cycles of a warp (see tilus.layout.conversion)."""
         rows: list[tuple[str, ...]] = []
         for stmt in instructions(self.compiled.function.body):
-            if isinstance(stmt.inst, Convert):
-                plan = stmt.inst.plan()
-                rows.append((_place(stmt.loc), f"{stmt.inst.src.name} -> {stmt.inst.out.name}", str(plan)))
+            inst = stmt.inst
+            for plan in inst.conversions():
+                names = f"{inst.register_operands[0].name} -> {inst.register_results[0].name}"
+                rows.append((_place(stmt.loc), names, str(plan)))
         return _aligned(rows)
 
     def _mix(self) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""A tile's registers in another layout, by the cheapest way (tilus.layout.conversion_plan)."""
+"""A tile's registers in another layout, by the cheapest way (tilus.layout.conversion)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tilus.codegen.linear import Linear, address32, of_const, of_reg, register
 from tilus.codegen.word_program import emit_program
 from tilus.dtypes import DataType, boolean
 from tilus.layout import RegisterLayout
-from tilus.layout.conversion_plan import ConversionPlan, RegisterWay, ScratchWay, plan_conversion, words_per_access
+from tilus.layout.conversion import ConversionPlan, RegisterWay, ScratchWay, plan_conversion, words_per_access
 from tilus.layout.scratch_plan import ScratchPlan, Side
 from tilus.ptx.module import Address, Guard, Imm, Reg, RegClass, Vector
 

@@ -33,7 +33,7 @@ def plan_shared(function: Function) -> SharedPlan:
                 offsets[tensor] = end
                 end += _aligned(tensor.nbytes)
         scratch = max(scratch, stmt.inst.scratch_nbytes(function.num_threads))
-        warp_scratch = max(warp_scratch, stmt.inst.warp_scratch_nbytes())
+        warp_scratch = max(warp_scratch, *(plan.warp_scratch_nbytes for plan in stmt.inst.conversions()), 0)
     warps_start = end + _aligned(scratch)
     warp_nbytes = _aligned(warp_scratch)
     return SharedPlan(offsets, end, warps_start, warp_nbytes, warps_start + warp_nbytes * function.num_warps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tilus.codegen.context import EmitContext
@@ -12,7 +13,7 @@ from tilus.ir.evaluation import Evaluation
 from tilus.ir.instruction import Instruction, Layouts, expect_same_shape
 from tilus.ir.tensor import RegisterTensor
 from tilus.layout import RegisterLayout
-from tilus.layout.conversion_plan import ConversionPlan
+from tilus.layout.conversion import ConversionPlan
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,19 +42,10 @@ class Convert(Instruction):
     def default_layouts(self, known: Layouts, num_threads: int) -> Layouts:
         return {self.out: known[self.src]} if self.src in known and self.out not in known else {}
 
-    def plan(self) -> ConversionPlan | None:
-        """How the tile moves; None before layouts are known."""
+    def conversions(self) -> Sequence[ConversionPlan]:
         if self.src.layout is None or self.out.layout is None:
-            return None
-        return tile_conversion(self.src.dtype, self.src.layout, self.out.layout)
-
-    def scratch_nbytes(self, num_threads: int) -> int:
-        plan = self.plan()
-        return 0 if plan is None else plan.block_scratch_nbytes
-
-    def warp_scratch_nbytes(self) -> int:
-        plan = self.plan()
-        return 0 if plan is None else plan.warp_scratch_nbytes
+            return ()
+        return (tile_conversion(self.src.dtype, self.src.layout, self.out.layout),)
 
     def emit(self, ctx: EmitContext) -> None:
         words = convert_words(ctx, self.src.dtype, ctx.words(self.src), ctx.layout(self.src), ctx.layout(self.out))

@@ -27,7 +27,7 @@ from tilus.ir.evaluation import Array, Evaluation
 from tilus.ir.instruction import Instruction, Layouts
 from tilus.ir.tensor import RegisterTensor
 from tilus.layout import Digit, RegisterLayout
-from tilus.layout.conversion_plan import ConversionPlan
+from tilus.layout.conversion import ConversionPlan
 from tilus.ptx.module import Imm, Reg
 
 WARP = 32
@@ -167,18 +167,13 @@ class Reduce(Instruction):
             total = _OPERATIONS[self.op][1](value, axis=axes, dtype=value.dtype, keepdims=self.keepdims)
         env.set_tile(self.out, convert_values(total, accumulator, self.out.dtype))
 
-    def scratch_nbytes(self, num_threads: int) -> int:
-        return 0 if self.src.layout is None or self.out.layout is None else self._conversion().block_scratch_nbytes
-
-    def warp_scratch_nbytes(self) -> int:
-        return 0 if self.src.layout is None or self.out.layout is None else self._conversion().warp_scratch_nbytes
-
-    def _conversion(self) -> ConversionPlan:
-        """How partial results reach the threads that need them."""
+    def conversions(self) -> Sequence[ConversionPlan]:
+        """How partial results reach the threads that combine or hold them; none where these have them."""
         if self.src.layout is None or self.out.layout is None:
-            raise TilusError(f"{self.op} of {self.src.name}: no layouts yet")
+            return ()
         plan = plan_reduction(self.src.layout, self.axes)
-        return tile_conversion(uint32, plan.partial, self._with_parts(plan, self.out.layout))
+        conversion = tile_conversion(uint32, plan.partial, self._with_parts(plan, self.out.layout))
+        return () if conversion.slots is not None else (conversion,)
 
     def _with_parts(self, plan: Plan, out: RegisterLayout) -> RegisterLayout:
         """The result's layout with the axes of `Plan.partial`; each thread holds all parts, in its outermost slots."""
@@ -207,9 +202,7 @@ class Reduce(Instruction):
 
     def _note(self, plan: Plan) -> str:
         steps = [f"{len(plan.groups[0])} values in a thread", f"{len(plan.lane_masks)} shuffles"]
-        conversion = self._conversion()
-        if plan.parts > 1 or conversion.slots is None:
-            steps.append(f"{plan.parts} part{'s' if plan.parts > 1 else ''} moved: {conversion.chosen}")
+        steps += [f"{plan.parts} parts, {conversion.chosen.name}" for conversion in self.conversions()]
         return f"{self.op} {self.src.name}: {', '.join(steps)}"
 
 

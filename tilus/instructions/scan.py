@@ -10,7 +10,7 @@ the network of Kogge and Stone (1973) in its recursive form (Blelloch, "Prefix s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,7 +29,7 @@ from tilus.ir.evaluation import Array, Evaluation
 from tilus.ir.instruction import expect_same_shape
 from tilus.ir.tensor import RegisterTensor
 from tilus.layout import Digit, RegisterLayout, Term
-from tilus.layout.conversion_plan import ConversionPlan
+from tilus.layout.conversion import ConversionPlan
 from tilus.ptx.module import Imm, Reg
 
 Key = tuple[int, ...]
@@ -106,17 +106,11 @@ class Scan(Pointwise):
             scanned = _OPERATIONS[self.op][1](value, axis=3 + self.axis, dtype=value.dtype)
         env.set_tile(self.out, convert_values(scanned, accumulator, self.out.dtype))
 
-    def scratch_nbytes(self, num_threads: int) -> int:
-        return max((plan.block_scratch_nbytes for plan in self._conversions()), default=0)
-
-    def warp_scratch_nbytes(self) -> int:
-        return max((plan.warp_scratch_nbytes for plan in self._conversions()), default=0)
-
-    def _conversions(self) -> list[ConversionPlan]:
+    def conversions(self) -> Sequence[ConversionPlan]:
         """How the totals of each step reach their neighbours, where shuffles do not join them."""
         layout = self.out.layout
         if layout is None:
-            return []
+            return ()
         outer = [step.term for step in plan_scan(layout, self.axis) if step.place == "threads"]
         return [tile_conversion(uint32, *totals_and_neighbours(layout, self.axis, term)) for term in outer]
 

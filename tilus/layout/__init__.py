@@ -2,7 +2,7 @@
 
 from tilus.layout.banks import bank_conflicts
 from tilus.layout.broadcast import broadcast_operand, slot_map
-from tilus.layout.conversion import Piece, Route, conversion_scope, route
+from tilus.layout.conversion import ConversionPlan, RegisterWay, ScratchWay, plan_conversion
 from tilus.layout.default import auto
 from tilus.layout.digits import Digit, Term
 from tilus.layout.draw import svg, text_table
@@ -34,12 +34,13 @@ from tilus.layout.shared import (
 
 __all__ = [
     "AddressDigit",
+    "ConversionPlan",
     "Digit",
     "Inverse",
     "LayoutError",
-    "Piece",
     "RegisterLayout",
-    "Route",
+    "RegisterWay",
+    "ScratchWay",
     "SharedLayout",
     "Swizzle",
     "Term",
@@ -50,16 +51,15 @@ __all__ = [
     "column_major",
     "column_spatial",
     "concat",
-    "conversion_scope",
     "identity",
     "local",
     "local_replicated",
     "padded",
     "parse_layout",
     "parse_shared_layout",
+    "plan_conversion",
     "reorder_locals",
     "replicated",
-    "route",
     "row_major",
     "slot_map",
     "spatial",

@@ -154,19 +154,26 @@ def _orders(run: Sequence[Link], rest: Sequence[Link], unit_nbytes: int) -> Iter
     for side in (True, False):
         one, other = ([link for link in low[s] if link not in both] for s in (side, not side))
         others = [link for link in cut if link not in (*both, *one, *other)]
-        yield from _variants((*run, *both, *one, *other, *others), width, both, one, unit_nbytes)
+        yield from _variants((*run, *both, *one, *other, *others), width, both, (one, other), unit_nbytes)
 
 
 def _runs(links: Sequence[Link], room: int) -> Iterator[tuple[list[Link], list[Link]]]:
-    """Innermost links of an access: slots of both sides as far as they go, then of the source, of the destination or none."""
+    """Innermost links of an access and the rest: slots of both sides as far as they go, then of the source, of the destination
+    or none, the widest first."""
     both, rest = _take(links, room, lambda link: link.is_slot_to_slot)
     room //= prod(link.extent for link in both)
-    taken = [
-        _take(rest, room, lambda link: link.is_whole and link.src[0].is_thread < link.dst[0].is_thread),
-        _take(rest, room, lambda link: link.is_whole and link.src[0].is_thread > link.dst[0].is_thread),
-    ]
-    yield from ((both + more, left) for more, left in taken if more)
+    while room > 1:
+        for of_source in (True, False):
+            more, left = _take(rest, room, lambda link, side=of_source: _is_slot_of(link, side))
+            if prod(link.extent for link in more) == room:
+                yield both + more, left
+        room //= 2
     yield both, rest
+
+
+def _is_slot_of(link: Link, of_source: bool) -> bool:
+    """Whether a link is a slot of one side and a thread of the other."""
+    return link.is_whole and not _place(link, of_source).is_thread and _place(link, not of_source).is_thread
 
 
 def _take(links: Sequence[Link], room: int, wanted: Callable[[Link], bool]) -> tuple[list[Link], list[Link]]:
@@ -214,24 +221,25 @@ def _cut_at_lane(link: Link, of_source: bool, lane: int) -> list[Link]:
 
 def _is_lane(link: Link, of_source: bool, lanes: int) -> bool:
     place = _place(link, of_source)
-    return link.is_whole and place.is_thread and place.stride * place.size <= lanes
+    return link.is_whole and place.is_thread and place.stride < lanes
 
 
 def _variants(
-    links: tuple[Link, ...], width: int, both: Sequence[Link], one: Sequence[Link], unit_nbytes: int
+    links: tuple[Link, ...], width: int, both: Sequence[Link], sets: Sequence[Sequence[Link]], unit_nbytes: int
 ) -> Iterator[Order]:
-    """An order with a swizzle, without, and with padding."""
+    """An order with a swizzle, without, and with padding. sets: the lanes of one side only, which follow `both`."""
     strides = _compact_strides(links)
-    base = width * prod(link.extent for link in both)
-    count = prod(link.extent for link in one)
     compact = 1  # how far the address is a string of bits
     for link in links:
         if not link.is_whole or link.extent & (link.extent - 1):
             break
         compact *= link.extent
-    if count > 1 and base * count * count <= compact:
-        bits = count.bit_length() - 1
-        yield Order(links, strides, Swizzle(base.bit_length() - 1, bits, bits))
+    base = width * prod(link.extent for link in both)
+    fewer, more = sorted(prod(link.extent for link in part) for part in sets)
+    if fewer > 1 and base * fewer * more <= compact:
+        # Positions of the first set and of the highest bits of the second one are `more` apart, whichever is larger.
+        bits = fewer.bit_length() - 1
+        yield Order(links, strides, Swizzle(base.bit_length() - 1, bits, more.bit_length() - 1))
     yield Order(links, strides)
     pads = {max(width, BANK_NBYTES // unit_nbytes), MAX_ACCESS_NBYTES // unit_nbytes}
     for position in range(1, len(links)):
