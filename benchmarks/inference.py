@@ -21,12 +21,13 @@ from typing import Any
 
 from tilus.dtypes import f16, f32, int32, int64, uint4
 from tilus.instructions.cast import Cast
+from tilus.instructions.convert import Convert
 from tilus.instructions.elementwise import BinaryTile
 from tilus.instructions.fill import Full
 from tilus.instructions.memory import LoadGlobal, StoreGlobal
 from tilus.instructions.mma import Dot
 from tilus.instructions.reduce import Reduce
-from tilus.instructions.view import Assign, Convert, Permute, Reshape
+from tilus.instructions.view import Assign, Permute, Reshape
 from tilus.ir.builder import IRBuilder
 from tilus.ir.expr import Var, as_expr
 from tilus.ir.function import Function, TensorParam

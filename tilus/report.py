@@ -10,7 +10,6 @@ from pathlib import Path
 from tilus.codegen.shared_access import AccessCost
 from tilus.compiler import Compiled
 from tilus.errors import Loc, TilusError
-from tilus.instructions.view import Convert
 from tilus.ir.tensor import RegisterTensor, SharedTensor
 from tilus.ir.visit import instructions
 from tilus.ptx import sass
@@ -99,13 +98,13 @@ class Report:
         return _aligned([(t.name, _tensor(t), _origin(t), str(t.layout)) for t in tiles])
 
     def _conversions(self) -> Iterable[str]:
-        threads = self.compiled.function.num_threads
+        """Every way that a tile could take, the chosen one first; costs in cycles of a warp (see tilus.layout.conversion)."""
         rows: list[tuple[str, ...]] = []
         for stmt in instructions(self.compiled.function.body):
-            if isinstance(stmt.inst, Convert):
-                nbytes = stmt.inst.scratch_nbytes(threads)
-                cost = f"{nbytes} bytes through shared memory" if nbytes else "free: registers are renamed"
-                rows.append((_place(stmt.loc), f"{stmt.inst.src.name} -> {stmt.inst.out.name}", cost))
+            inst = stmt.inst
+            for plan in inst.conversions():
+                names = f"{inst.register_operands[0].name} -> {inst.register_results[0].name}"
+                rows.append((_place(stmt.loc), names, str(plan)))
         return _aligned(rows)
 
     def _mix(self) -> Iterator[str]:

@@ -14,8 +14,8 @@ from tile_programs import WARP_COUNTS, Array, assembles, random_layout, run_both
 from tilus.dtypes import DTYPES, DataType, bf16, boolean, f16, f32, int8, int32, int64, uint8, uint16, uint32
 from tilus.errors import TilusError
 from tilus.instructions import reduce
+from tilus.instructions.convert import with_layout
 from tilus.instructions.memory import load, store
-from tilus.instructions.view import with_layout
 from tilus.ir.builder import IRBuilder
 from tilus.ir.tensor import GlobalTensor
 from tilus.layout import RegisterLayout, auto, local, replicated, spatial

@@ -13,8 +13,8 @@ from tile_programs import WARP_COUNTS, Array, assembles, random_layout, run_both
 from tilus.dtypes import DTYPES, DataType, bf16, boolean, f16, f32, float8_e4m3, int8, int32, int64, uint8, uint32
 from tilus.errors import TilusError
 from tilus.instructions import scan
+from tilus.instructions.convert import with_layout
 from tilus.instructions.memory import load, store
-from tilus.instructions.view import with_layout
 from tilus.ir.builder import IRBuilder
 from tilus.ir.tensor import GlobalTensor
 from tilus.layout import RegisterLayout, auto, local, replicated, spatial
@@ -91,12 +91,12 @@ def test_result_in_any_layout(rng: random.Random, num_warps: int) -> None:
 @pytest.mark.parametrize(
     ("layout", "axis", "steps"),
     [
-        (spatial(128).local(4), 0, ["slots 4", "lanes 32", "memory 4"]),
-        (local(4).spatial(128), 0, ["lanes 32", "memory 4", "slots 4"]),
+        (spatial(128).local(4), 0, ["slots 4", "lanes 32", "threads 4"]),
+        (local(4).spatial(128), 0, ["lanes 32", "threads 4", "slots 4"]),
         (spatial(4, 32) * local(2, 3), 1, ["slots 3", "lanes 32"]),
-        (spatial(4, 32) * local(2, 3), 0, ["slots 2", "memory 4"]),
-        (spatial(96), 0, ["lanes 32", "memory 3"]),
-        (spatial(32, 3), 0, ["memory 32"]),
+        (spatial(4, 32) * local(2, 3), 0, ["slots 2", "threads 4"]),
+        (spatial(96), 0, ["lanes 32", "threads 3"]),
+        (spatial(32, 3), 0, ["threads 32"]),
         (replicated(4, 1).spatial(32), 0, ["lanes 32"]),
     ],
 )

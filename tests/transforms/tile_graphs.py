@@ -18,7 +18,8 @@ from tilus.instructions.fill import full
 from tilus.instructions.memory import load, store
 from tilus.instructions.mma import dot
 from tilus.instructions.reduce import max, sum
-from tilus.instructions.view import Assign, reshape, transpose, with_layout
+from tilus.instructions.convert import with_layout
+from tilus.instructions.view import Assign, reshape, transpose
 from tilus.ir.builder import IRBuilder
 from tilus.ir.expr import Var, as_expr
 from tilus.ir.stmt import For

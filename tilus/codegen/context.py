@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from tilus.codegen.cast_plan import emit_cast
 from tilus.codegen.linear import Linear, address32, materialize, of_const, of_reg, register, widened
 from tilus.codegen.scalar import ScalarLowering
+from tilus.codegen.word_program import emit_program
 from tilus.dtypes import DataType, boolean
 from tilus.errors import Loc, TilusError
 from tilus.ir.expr import Binary, Const, Expr, Var, as_expr
@@ -19,6 +20,7 @@ from tilus.ir.instruction import Instruction
 from tilus.ir.ranges import bounds
 from tilus.ir.tensor import GlobalTensor, RegisterTensor, SharedTensor
 from tilus.layout import RegisterLayout, SharedLayout, slot_map
+from tilus.layout.word_program import pick_fields
 from tilus.ptx.builder import Builder
 from tilus.ptx.module import Address, Guard, Imm, Reg, RegClass, Special, Symbol
 from tilus.target import Target
@@ -55,7 +57,8 @@ class EmitContext:
     """State of lowering one kernel.
 
     shared_offsets: byte offset of every shared tensor in the block's shared memory; `scratch_offset` that of the region
-    which instructions may use between two barriers of their own. read_only: pointers that the kernel never writes through.
+    which instructions may use between two barriers of their own; from `warp_scratch_offset` on, each warp has
+    `warp_scratch_nbytes` of its own. read_only: pointers that the kernel never writes through.
     """
 
     b: Builder
@@ -64,6 +67,8 @@ class EmitContext:
     scalars: ScalarLowering
     shared_offsets: dict[SharedTensor, int]
     scratch_offset: int
+    warp_scratch_offset: int
+    warp_scratch_nbytes: int
     read_only: frozenset[Var]
     tiles: dict[RegisterTensor, list[Reg]] = field(default_factory=dict[RegisterTensor, list[Reg]])
     notes: list[Note] = field(default_factory=list[Note])
@@ -112,21 +117,9 @@ class EmitContext:
 
     def pick(self, dtype: DataType, words: Sequence[Reg], slots: Sequence[int]) -> list[Reg]:
         """New words whose slot i is slot `slots[i]` of `words`."""
-        if list(slots) == list(range(len(slots))) and len(words) == num_words(dtype, len(slots)):
-            return list(words)
         if dtype == boolean or dtype.nbits >= 32:
             return [words[slot] for slot in slots]
-        if dtype.nbits == 16:
-            return [self._pick_pair(words, slots[i : i + 2]) for i in range(0, len(slots), 2)]
-        return self.pack(dtype.nbits, [self.extract(dtype.nbits, words, slot) for slot in slots])
-
-    def _pick_pair(self, words: Sequence[Reg], slots: Sequence[int]) -> Reg:
-        low = slots[0]
-        high = slots[1] if len(slots) == 2 else low ^ 1 if low % 2 == 0 else low
-        if low % 2 == 0 and high == low + 1:
-            return words[low // 2]
-        selector = _half(low % 2) | (_half(high % 2) + 0x44) << 8
-        return self.b.emit("prmt.b32", words[low // 2], words[high // 2], Imm(selector))
+        return emit_program(self.b, pick_fields(dtype.nbits, len(words), tuple(slots)), words)
 
     def extract(self, nbits: int, words: Sequence[Reg], slot: int) -> Reg:
         """Field `slot` of a string of fields of up to 32 bits, zero-extended in a 32-bit register."""
@@ -149,10 +142,6 @@ class EmitContext:
                     word = self._insert(word, code, shift)
             result.append(word if word is not None else self.b.const(0))
         return result
-
-    def refield(self, src_nbits: int, dst_nbits: int, words: Sequence[Reg], count: int) -> list[Reg]:
-        """A string of `count` fields of one width as fields of another; the values must fit."""
-        return self.pack(dst_nbits, [self.extract(src_nbits, words, i) for i in range(count)])
 
     def _insert(self, word: Reg | None, code: Reg, shift: int) -> Reg:
         moved = code
@@ -369,6 +358,10 @@ class EmitContext:
         """Wait for all threads of the block."""
         self.b.emit_to("bar.sync", Imm(0))
 
+    def warp_barrier(self) -> None:
+        """Wait for all threads of the warp."""
+        self.b.emit_to("bar.warp.sync", Imm(0xFFFFFFFF))
+
     def both(self, first: Reg | None, second: Reg | None) -> Reg | None:
         """Conjunction of two predicates, where None is true."""
         if first is None or second is None:
@@ -391,11 +384,6 @@ class EmitContext:
     def note(self, inst: Instruction, text: str) -> None:
         """A line for the report, with the user's position."""
         self.notes.append(Note(inst.mnemonic, text, self.b.loc))
-
-
-def _half(index: int) -> int:
-    """The prmt selector of the low (0) or high (1) half of the first operand."""
-    return 0x10 if index == 0 else 0x32
 
 
 def _wide_product(b: Builder, reg: Reg, coefficient: int) -> Callable[[Reg], Reg]:

@@ -57,7 +57,8 @@ def lower(function: Function, target: Target) -> Lowered:
     scalars = ScalarLowering(b)
     names = {var: f"param_{index}_{_identifier(var.name)}" for index, var in enumerate(params)}
     ctx = EmitContext(
-        b, target, function.num_threads, scalars, plan.offsets, plan.scratch_offset, _read_only(function)
+        b, target, function.num_threads, scalars, plan.offsets, plan.scratch_offset, plan.warp_scratch_offset,
+        plan.warp_scratch_nbytes, _read_only(function),
     )  # fmt: skip
     pointers = {param.tensor.base for param in function.params if isinstance(param, TensorParam)}
     for var, name in names.items():

@@ -1,4 +1,4 @@
-"""Where each shared tensor lives in the block's shared memory, and how large the common scratch region is."""
+"""Where each shared tensor lives in the block's shared memory, and how large the scratch regions are."""
 
 from __future__ import annotations
 
@@ -13,22 +13,30 @@ ALIGNMENT = 128  # a full swizzle row; TMA and ldmatrix need 128 and 16
 
 @dataclass(frozen=True)
 class SharedPlan:
+    """Offsets in bytes. Behind the tensors: the block's scratch memory, then `warp_scratch_nbytes` for each warp."""
+
     offsets: dict[SharedTensor, int]
     scratch_offset: int
+    warp_scratch_offset: int
+    warp_scratch_nbytes: int
     nbytes: int
 
 
 def plan_shared(function: Function) -> SharedPlan:
-    """Tensors in program order, then one region that instructions with their own barriers take turns in."""
+    """Tensors in program order, then regions that instructions with their own barriers take turns in: one of the block, and
+    one of each warp for those that only wait for their own warp."""
     offsets: dict[SharedTensor, int] = {}
-    end = scratch = 0
+    end = scratch = warp_scratch = 0
     for stmt in instructions(function.body):
         for tensor in stmt.inst.operands:
             if isinstance(tensor, SharedTensor) and tensor not in offsets:
                 offsets[tensor] = end
                 end += _aligned(tensor.nbytes)
         scratch = max(scratch, stmt.inst.scratch_nbytes(function.num_threads))
-    return SharedPlan(offsets, end, end + _aligned(scratch))
+        warp_scratch = max(warp_scratch, *(plan.warp_scratch_nbytes for plan in stmt.inst.conversions()), 0)
+    warps_start = end + _aligned(scratch)
+    warp_nbytes = _aligned(warp_scratch)
+    return SharedPlan(offsets, end, warps_start, warp_nbytes, warps_start + warp_nbytes * function.num_warps)
 
 
 def _aligned(nbytes: int) -> int:

@@ -199,7 +199,7 @@ def dot(b: IRBuilder, x: RegisterTensor, y: RegisterTensor, acc: RegisterTensor 
 
     With a batch dim in front of both, the products are independent. m, n, k must be multiples of 16, 8 and 16.
     """
-    from tilus.instructions.view import Convert
+    from tilus.instructions.convert import Convert
 
     shape = (*x.shape[:-1], y.shape[-1])
     total = zeros.build(b, shape, f32) if acc is None else acc

@@ -1,8 +1,9 @@
 """Reductions of tiles along axes: sum, max, min, and any and all of boolean tiles.
 
 Each thread first reduces its own elements as a balanced tree, then the lanes of a warp exchange partial results by butterfly
-shuffles, and only what is left (other warps, digits that are no power of two) goes through shared memory. The order depends
-on nothing but the layout, and all threads that hold a result hold the same bits.
+shuffles, and what is left (partial results of other warps, digits that are no power of two) is converted to a layout in which
+each thread holds all the parts that it combines. The order depends on nothing but the layout, and all threads that hold a
+result hold the same bits.
 
 The functions at the end of this file hide Python's `sum`, `max`, `min`, `any` and `all` in it.
 """
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tilus.codegen.context import EmitContext
-from tilus.codegen.linear import Linear, of_const
+from tilus.codegen.conversion import convert_words, tile_conversion
 from tilus.dtypes import DataType, boolean, f32, int32, uint32
 from tilus.errors import TilusError
 from tilus.instructions.arithmetic import emit_binary
@@ -26,7 +27,8 @@ from tilus.ir.evaluation import Array, Evaluation
 from tilus.ir.instruction import Instruction
 from tilus.ir.layout_rules import Derived, LayoutRule
 from tilus.ir.tensor import RegisterTensor
-from tilus.layout import Digit, LayoutError, RegisterLayout, slot_map
+from tilus.layout import Digit, RegisterLayout
+from tilus.layout.conversion import ConversionPlan
 from tilus.ptx.module import Imm, Reg
 
 WARP = 32
@@ -161,28 +163,19 @@ class Reduce(Instruction):
             total = _OPERATIONS[self.op][1](value, axis=axes, dtype=value.dtype, keepdims=self.keepdims)
         env.set_tile(self.out, convert_values(total, accumulator, self.out.dtype))
 
-    def scratch_nbytes(self, num_threads: int) -> int:
+    def conversions(self) -> Sequence[ConversionPlan]:
+        """How partial results reach the threads that combine or hold them; none where these have them."""
         if self.src.layout is None or self.out.layout is None:
-            return 0
+            return ()
         plan = plan_reduction(self.src.layout, self.axes)
-        if self._slots(plan, self.out.layout) is not None:
-            return 0
-        return 4 * plan.parts * self.out.size
+        conversion = tile_conversion(uint32, plan.partial, self._with_parts(plan, self.out.layout))
+        return () if conversion.slots is not None else (conversion,)
 
-    def _with_parts(self, out: RegisterLayout) -> RegisterLayout:
-        """The result's layout with the axes of `Plan.partial`: parts (1 here), then all source axes."""
+    def _with_parts(self, plan: Plan, out: RegisterLayout) -> RegisterLayout:
+        """The result's layout with the axes of `Plan.partial`; each thread holds all parts, in its outermost slots."""
         for axis in () if self.keepdims else sorted(self.axes):
             out = out.unsqueeze(axis)
-        return out.unsqueeze(0)
-
-    def _slots(self, plan: Plan, out: RegisterLayout) -> tuple[int, ...] | None:
-        """Which partial slot is which result slot; None when threads must exchange values through shared memory."""
-        if plan.parts > 1:
-            return None
-        try:
-            return slot_map(self._with_parts(out), plan.partial)
-        except LayoutError:
-            return None
+        return out.unsqueeze(0).expand(0, plan.parts)
 
     def emit(self, ctx: EmitContext) -> None:
         plan = plan_reduction(ctx.layout(self.src), self.axes)
@@ -196,39 +189,16 @@ class Reduce(Instruction):
         values = [_tree([words[slot] for slot in group], combine) for group in plan.groups]
         for mask in plan.lane_masks:
             values = [combine(value, butterfly(ctx, value, mask)) for value in values]
-        layout = ctx.layout(self.out)
-        slots = self._slots(plan, layout)
-        if slots is None:
-            values = self._through_memory(ctx, plan, values, combine)
-        else:
-            values = [values[slot] for slot in slots]
-        ctx.note(self, self._note(plan, slots is None))
-        ctx.define(self.out, _narrowed(ctx, accumulator, self.out.dtype, values))
+        layout = self._with_parts(plan, ctx.layout(self.out))
+        values = convert_words(ctx, uint32, values, plan.partial, layout)
+        size = layout.num_locals // plan.parts
+        totals = [_tree(values[slot::size], combine) for slot in range(size)]
+        ctx.note(self, self._note(plan))
+        ctx.define(self.out, _narrowed(ctx, accumulator, self.out.dtype, totals))
 
-    def _through_memory(
-        self, ctx: EmitContext, plan: Plan, values: Sequence[Reg], combine: Callable[[Reg, Reg], Reg]
-    ) -> list[Reg]:
-        """Combine what different warps hold: words [parts, *shape] in scratch memory, between two barriers."""
-        reader = self._with_parts(ctx.layout(self.out))
-        shape = plan.partial.shape
-        strides = [4 * math.prod(shape[d + 1 :]) for d in range(len(shape))]
-        ctx.barrier()  # earlier users of the scratch region are done
-        guard = ctx.guard(ctx.first_replica(plan.partial))
-        for slot, value in enumerate(values):
-            address = ctx.scratch_address(_place(ctx, plan.partial, slot, strides))
-            ctx.b.emit_to("st.shared.b32", address, value, guard=guard)
-        ctx.barrier()
-        results: list[Reg] = []
-        for slot in range(reader.num_locals):
-            place = _place(ctx, reader, slot, strides)
-            parts = [ctx.scratch_address(place + of_const(p * strides[0])) for p in range(plan.parts)]
-            results.append(_tree([ctx.b.emit("ld.shared.b32", part) for part in parts], combine))
-        return results
-
-    def _note(self, plan: Plan, through_memory: bool) -> str:
+    def _note(self, plan: Plan) -> str:
         steps = [f"{len(plan.groups[0])} values in a thread", f"{len(plan.lane_masks)} shuffles"]
-        if through_memory:
-            steps.append(f"{plan.parts} parts in shared memory")
+        steps += [f"{plan.parts} parts, {conversion.chosen.name}" for conversion in self.conversions()]
         return f"{self.op} {self.src.name}: {', '.join(steps)}"
 
 
@@ -274,14 +244,6 @@ def _narrowed(ctx: EmitContext, accumulator: DataType, dtype: DataType, values: 
     if dtype == boolean:
         return [ctx.b.emit("setp.ne.u32", value, Imm(0)) for value in values]
     return ctx.cast(accumulator, dtype, values, len(values))
-
-
-def _place(ctx: EmitContext, layout: RegisterLayout, slot: int, strides: Sequence[int]) -> Linear:
-    """The thread's element in `slot` as an offset with these strides."""
-    form = of_const(0)
-    for part, local, stride in zip(ctx.thread_index(layout), ctx.local_index(layout, slot), strides, strict=True):
-        form = form + (part + of_const(local)).scaled(stride)
-    return form
 
 
 def _build(

@@ -3,21 +3,21 @@
 The digits of the axis are worked off from the lowest weight up. At each step a *chunk* (the indices that agree in all digits
 still to come) has a total that all its threads know; the step joins `size` neighbouring chunks into one and gives each of
 them the total of those before it as its offset. In a thread the joining is a chain, across lanes it is one butterfly shuffle
-per bit, and across warps (or digits that are no power of two) the totals go through shared memory. In the end the offsets of
-all steps are added once to each element. The step across lanes is the network of Kogge and Stone (1973) in its recursive
-form (Blelloch, "Prefix sums and their applications", 1990).
+per bit, and across warps (or digits that are no power of two) the totals are converted to a layout in which each thread
+holds those of its neighbours. In the end the offsets of all steps are added once to each element. The step across lanes is
+the network of Kogge and Stone (1973) in its recursive form (Blelloch, "Prefix sums and their applications", 1990).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from tilus.codegen.context import EmitContext
-from tilus.codegen.linear import Linear, of_const, register
+from tilus.codegen.conversion import convert_words, tile_conversion
+from tilus.codegen.linear import register
 from tilus.dtypes import DataType, boolean, f32, int32, uint32
 from tilus.errors import TilusError
 from tilus.instructions.arithmetic import emit_binary
@@ -29,7 +29,8 @@ from tilus.ir.evaluation import Array, Evaluation
 from tilus.ir.instruction import expect_same_shape
 from tilus.ir.tensor import RegisterTensor
 from tilus.layout import Digit, RegisterLayout, Term
-from tilus.ptx.module import Address, Imm, Reg
+from tilus.layout.conversion import ConversionPlan
+from tilus.ptx.module import Imm, Reg
 
 Key = tuple[int, ...]
 """A chunk as its threads see it: the local part of its index, in chunks along the axis."""
@@ -51,7 +52,7 @@ _NEUTRAL: dict[tuple[str, DataType], int] = {
 
 @dataclass(frozen=True)
 class Step:
-    """One digit of the axis: `place` says whether slots, lanes or shared memory join the chunks of size `term.weight`."""
+    """One digit of the axis: `place` says what joins chunks of size `term.weight`: slots, lanes (butterflies) or threads."""
 
     place: str
     term: Term
@@ -67,7 +68,7 @@ def plan_scan(layout: RegisterLayout, axis: int) -> tuple[Step, ...]:
                 steps.append(Step("lanes", Term(term.stride, inside, axis, term.weight)))
             if inside < term.size:
                 outer = Term(term.stride * inside, term.size // inside, axis, term.weight * inside)
-                steps.append(Step("memory", outer))
+                steps.append(Step("threads", outer))
     return tuple(sorted(steps, key=lambda step: step.term.weight))
 
 
@@ -105,11 +106,13 @@ class Scan(Pointwise):
             scanned = _OPERATIONS[self.op][1](value, axis=3 + self.axis, dtype=value.dtype)
         env.set_tile(self.out, convert_values(scanned, accumulator, self.out.dtype))
 
-    def scratch_nbytes(self, num_threads: int) -> int:
-        if self.out.layout is None:
-            return 0
-        steps = (step for step in plan_scan(self.out.layout, self.axis) if step.place == "memory")
-        return max((4 * self.out.size // step.term.weight for step in steps), default=0)
+    def conversions(self) -> Sequence[ConversionPlan]:
+        """How the totals of each step reach their neighbours, where shuffles do not join them."""
+        layout = self.out.layout
+        if layout is None:
+            return ()
+        outer = [step.term for step in plan_scan(layout, self.axis) if step.place == "threads"]
+        return [tile_conversion(uint32, *totals_and_neighbours(layout, self.axis, term)) for term in outer]
 
     def emit(self, ctx: EmitContext) -> None:
         layout, accumulator = ctx.layout(self.out), accumulator_dtype(self.src.dtype)
@@ -160,7 +163,7 @@ class _Scan:
             case "lanes":
                 offsets = self._join_lanes(step.term)
             case _:
-                offsets = self._join_through_memory(step.term)
+                offsets = self._join_threads(step.term)
         if offsets:
             self.offsets.append((self.width, offsets))
         self.width *= step.term.size
@@ -195,34 +198,22 @@ class _Scan:
         self._widen_totals(term.size)
         return offsets
 
-    def _join_through_memory(self, term: Term) -> dict[Key, Reg]:
-        """All totals go to scratch memory [*shape in chunks]; each thread reads those of its `term.size` neighbours."""
+    def _join_threads(self, term: Term) -> dict[Key, Reg]:
+        """Each thread gets the totals of its `term.size` neighbours, and adds those in front of its own."""
         ctx, b = self.ctx, self.ctx.b
-        chunks = coarser(self.layout, self.axis, self.width)
-        strides = [4 * math.prod(chunks.shape[d + 1 :]) for d in range(chunks.rank)]
-        thread = of_const(0)  # what the thread decides of an address, without its own place among the neighbours
-        for other in chunks.thread_terms:
-            if other.dim is not None and other.stride != term.stride:
-                thread = thread + ctx.digit(other.stride, other.size).scaled(other.weight * strides[other.dim])
-        own = ctx.digit(term.stride, term.size)
-
-        def address(key: Key, position: Linear) -> Address:
-            local = sum(i * stride for i, stride in zip(key, strides, strict=True))
-            return ctx.scratch_address(thread + position.scaled(strides[self.axis]) + of_const(local))
-
-        ctx.barrier()  # earlier users of the scratch region are done
-        guard = ctx.guard(ctx.first_replica(chunks))
-        for key, total in self.totals.items():
-            b.emit_to("st.shared.b32", address(key, own), total, guard=guard)
-        ctx.barrier()
+        chunks, neighbours = totals_and_neighbours(self.layout, self.axis, term)
+        keys = [tuple(ctx.local_index(chunks, slot)) for slot in range(chunks.num_locals)]
+        totals = convert_words(ctx, uint32, [self.totals[key] for key in keys], chunks, neighbours)
         offsets: dict[Key, Reg] = {}
-        neutral, place = b.const(_NEUTRAL[self.op, self.dtype]), register(b, own)
-        for key in self.totals:
-            running, offset = b.emit("ld.shared.b32", address(key, of_const(0))), neutral
-            for position in range(1, term.size):
+        neutral = b.const(_NEUTRAL[self.op, self.dtype])
+        place = register(b, ctx.digit(term.stride, term.size))
+        for slot, key in enumerate(keys):
+            running, *others = totals[slot :: len(keys)]
+            offset = neutral
+            for position, total in enumerate(others, 1):
                 here = b.pure("setp.eq.u32", place, Imm(position))
                 offset = b.emit("selp.b32", running, offset, here)
-                running = self.combine(running, b.emit("ld.shared.b32", address(key, of_const(position))))
+                running = self.combine(running, total)
             offsets[key], self.totals[key] = offset, running
         self._widen_totals(term.size)
         return offsets
@@ -250,6 +241,17 @@ class _Scan:
 
 def _found(values: dict[Key, Reg], key: Key) -> list[Reg]:
     return [values[key]] if key in values else []
+
+
+def totals_and_neighbours(layout: RegisterLayout, axis: int, term: Term) -> tuple[RegisterLayout, RegisterLayout]:
+    """The layout of the totals of chunks of `term.weight`, and that in which the threads that the thread digit `term` numbers
+    hold each other's totals, in their outermost slots."""
+    chunks = coarser(layout, axis, term.weight)
+    threads = [
+        Digit(t.size, None, 0) if t.stride == term.stride and t.dim == axis else Digit(t.size, t.dim, t.weight)
+        for t in chunks.thread_terms
+    ]
+    return chunks, RegisterLayout(chunks.shape, tuple(threads), (Digit(term.size, axis, 1), *chunks.local_digits))
 
 
 def coarser(layout: RegisterLayout, axis: int, width: int) -> RegisterLayout:

@@ -1,4 +1,4 @@
-"""Instructions that rename or move elements: views of shape, order and type, assignment, layout conversion."""
+"""Instructions that rename elements: views of shape, order and type, assignment."""
 
 from __future__ import annotations
 
@@ -9,19 +9,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from tilus.codegen.context import EmitContext
-from tilus.codegen.linear import Linear, of_const
-from tilus.dtypes import DataType, boolean, uint8
+from tilus.dtypes import DataType, boolean
 from tilus.errors import TilusError
 from tilus.instructions.elementwise import Pointwise, broadcast_shapes, operand_words
-from tilus.instructions.memory import assemble, load_vector, store_vector
 from tilus.instructions.reinterpret import reinterpret
 from tilus.ir.builder import IRBuilder, builtin
 from tilus.ir.evaluation import Evaluation
 from tilus.ir.instruction import Instruction, expect_same_shape
-from tilus.ir.layout_rules import LayoutPriority, LayoutRule, Moved, Renamed, Variable
+from tilus.ir.layout_rules import LayoutRule, Renamed, Variable
 from tilus.ir.tensor import RegisterTensor
-from tilus.layout import LayoutError, RegisterLayout, slot_map
-from tilus.ptx.module import Reg
+from tilus.layout import RegisterLayout
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,73 +182,6 @@ class View(Instruction):
         ctx.define(self.out, ctx.words(self.src))
 
 
-@dataclass(frozen=True, eq=False)
-class Convert(Instruction):
-    """The same tile in another layout, moved through shared memory. Inserted by `infer_layouts`, or by the user."""
-
-    mnemonic = "convert"
-    layout_priority = LayoutPriority.MOVE
-
-    out: RegisterTensor
-    src: RegisterTensor
-
-    def verify(self) -> None:
-        expect_same_shape("convert", self.out, self.src)
-
-    def evaluate(self, env: Evaluation) -> None:
-        env.set_tile(self.out, env.tile(self.src))
-
-    def layout_rule(self, num_threads: int) -> LayoutRule:
-        return Moved(self.out, self.src, num_threads)
-
-    def scratch_nbytes(self, num_threads: int) -> int:
-        if self._is_renaming():
-            return 0
-        return self.src.size * max(8, self.src.dtype.nbits) // 8
-
-    def _is_renaming(self) -> bool:
-        if self.out.layout is None or self.src.layout is None:
-            return False
-        try:
-            slot_map(self.out.layout, self.src.layout)
-        except LayoutError:
-            return False
-        return True
-
-    def emit(self, ctx: EmitContext) -> None:
-        layout = ctx.layout(self.out)
-        if self._is_renaming():
-            ctx.define(self.out, ctx.aligned_words(self.src, layout))
-        else:
-            ctx.define(self.out, exchange(ctx, self.src, ctx.layout(self.src), layout))
-
-
-def exchange(ctx: EmitContext, src: RegisterTensor, own: RegisterLayout, wanted: RegisterLayout) -> list[Reg]:
-    """A tile's words in another layout, through row-major scratch memory between two barriers."""
-    dtype = src.dtype
-    storage = dtype if dtype.nbits >= 8 else uint8
-    words = ctx.words(src) if storage == dtype else ctx.refield(dtype.nbits, 8, ctx.words(src), own.num_locals)
-    nbytes = storage.nbytes
-    strides = [math.prod(src.shape[d + 1 :]) for d in range(src.rank)]
-
-    def address(layout: RegisterLayout, slot: int) -> Linear:
-        form = of_const(0)
-        for part, local, stride in zip(ctx.thread_index(layout), ctx.local_index(layout, slot), strides, strict=True):
-            form = form + (part + of_const(local)).scaled(stride * nbytes)
-        return form
-
-    ctx.barrier()  # earlier users of the scratch region are done
-    owner = ctx.first_replica(own)
-    for slot in range(own.num_locals):
-        store_vector(ctx, "st.shared", storage, slot, 1, ctx.scratch_address(address(own, slot)), words, owner)
-    ctx.barrier()
-    pieces: list[Reg] = []
-    for slot in range(wanted.num_locals):
-        pieces += load_vector(ctx, "ld.shared", storage, 1, ctx.scratch_address(address(wanted, slot)), None)
-    result = assemble(ctx, storage, 1, pieces)
-    return result if storage == dtype else ctx.refield(8, dtype.nbits, result, wanted.num_locals)
-
-
 @builtin
 def reshape(b: IRBuilder, x: RegisterTensor, shape: Sequence[int]) -> RegisterTensor:
     """The elements of a tile in row-major order under another shape; one extent may be -1. No data moves."""
@@ -283,9 +213,3 @@ def view(
 ) -> RegisterTensor:
     """Read each thread's bits of `x` (whose layout must be pinned) as elements of `dtype` in `layout`. No data moves."""
     return b.emit(View(b.tile(dtype, tuple(shape), layout), x)).out
-
-
-@builtin
-def with_layout(b: IRBuilder, x: RegisterTensor, layout: RegisterLayout) -> RegisterTensor:
-    """The same tile with its layout pinned; data moves only where the layout inferred for `x` differs."""
-    return b.emit(Convert(b.tile(x.dtype, x.shape, layout), x)).out

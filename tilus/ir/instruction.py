@@ -15,6 +15,7 @@ from tilus.errors import TilusError
 from tilus.ir.expr import Expr, Var
 from tilus.ir.layout_rules import AnyLayout, LayoutPriority, LayoutRule
 from tilus.ir.tensor import GlobalTensor, RegisterTensor, SharedTensor, Tensor
+from tilus.layout.conversion import ConversionPlan
 from tilus.target import Target
 
 if TYPE_CHECKING:
@@ -112,9 +113,13 @@ class Instruction:
         """The special instruction of the target that does the same, if there is one."""
         return None
 
+    def conversions(self) -> Sequence[ConversionPlan]:
+        """How tiles change their layout inside of this instruction; asked when all layouts are known."""
+        return ()
+
     def scratch_nbytes(self, num_threads: int) -> int:
         """Shared memory this instruction needs between barriers of its own; asked when all layouts are known."""
-        return 0
+        return max((plan.block_scratch_nbytes for plan in self.conversions()), default=0)
 
     # Meanings.
 

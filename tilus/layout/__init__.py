@@ -6,7 +6,7 @@ from tilus.layout.broadcast import broadcast_operand, slot_map
 from tilus.layout.complement import complement, replicas
 from tilus.layout.compose import compose
 from tilus.layout.concat import concat
-from tilus.layout.conversion import Piece, Route, conversion_scope, route
+from tilus.layout.conversion import ConversionPlan, RegisterWay, ScratchWay, plan_conversion
 from tilus.layout.default import auto
 from tilus.layout.digits import Digit, Term
 from tilus.layout.draw import svg, text_table
@@ -30,12 +30,13 @@ from tilus.layout.swizzle import Swizzle
 
 __all__ = [
     "AddressInverse",
+    "ConversionPlan",
     "Digit",
     "Inverse",
     "LayoutError",
-    "Piece",
     "RegisterLayout",
-    "Route",
+    "RegisterWay",
+    "ScratchWay",
     "SharedLayout",
     "Swizzle",
     "Term",
@@ -48,17 +49,16 @@ __all__ = [
     "complement",
     "compose",
     "concat",
-    "conversion_scope",
     "identity",
     "local",
     "local_replicated",
     "padded",
     "parse_layout",
     "parse_shared_layout",
+    "plan_conversion",
     "reorder_locals",
     "replicas",
     "replicated",
-    "route",
     "row_major",
     "slot_map",
     "spatial",

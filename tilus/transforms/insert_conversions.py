@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from tilus.instructions.view import Convert
+from tilus.instructions.convert import Convert
 from tilus.ir.function import Function
 from tilus.ir.instruction import Instruction, is_out
 from tilus.ir.layout_rules import Layouts, moved_nbits, owns

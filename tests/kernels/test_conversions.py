@@ -1,0 +1,71 @@
+"""Every layout conversion in the library's kernels and the examples is free of bank conflicts, or says what it costs."""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from test_assembles import EXAMPLES, LIBRARY
+
+import tilus
+from tilus.compiler import compile_function
+from tilus.ir.visit import instructions
+from tilus.kernels.linear import quantized_linear, schedule
+from tilus.lang.kernel import Specialization
+from tilus.layout.conversion import ConversionPlan, ScratchWay
+from tilus.report import make_report
+from tilus.target import get_target
+
+NAMES = [*(f"matmul_v{v}" for v in range(5)), "vector_add", "attention"]
+
+
+def linear(dtype: tilus.DataType, m: int) -> Specialization:
+    plan = schedule(m, 64, 64, dtype.nbits, 132)
+    x, codes = torch.empty(m, 4096).half(), torch.empty(64, 64, 512 * dtype.nbits, dtype=torch.uint8)
+    scales = torch.empty(64, 64, 2, 8, 8).half()
+    partial, tickets = None, None
+    if plan.splits > 1:
+        partial, tickets = torch.empty(plan.splits, m, 4096), torch.empty(64, dtype=torch.int32)
+    return quantized_linear.specialize(
+        x, codes, scales, x, None if dtype.is_signed else scales, partial, tickets,
+        wdtype=dtype, groups=2, tokens=plan.tokens, warps=plan.warps,
+    )  # fmt: skip
+
+
+def library() -> Iterator[tuple[str, Any]]:
+    for kernel, values in LIBRARY:
+        yield f"{kernel.__name__} {values}", lambda kernel=kernel, values=values: kernel.specialize(**values)
+    for m in (1, 16, 256):
+        yield f"linear of {m} tokens", lambda m=m: linear(tilus.uint4, m)
+    for name in NAMES:
+        module = runpy.run_path(str(EXAMPLES / f"{name}.py"))
+        kernel = module[name.split("_v")[0]]
+        yield name, kernel.specialize
+
+
+CASES = dict(library())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_bank_conflicts(name: str) -> None:
+    compiled = compile_function(CASES[name]().function, get_target("sm_90a"))
+    for stmt in instructions(compiled.function.body):
+        for plan in stmt.inst.conversions():
+            assert no_conflicts(plan), str(plan)
+
+
+def no_conflicts(plan: ConversionPlan) -> bool:
+    return not isinstance(plan.chosen, ScratchWay) or plan.chosen.scratch.extra_wavefronts == 0
+
+
+def test_the_report_shows_every_conversion() -> None:
+    """Those inside of reductions too."""
+    compiled = compile_function(CASES["attention"]().function, get_target("sm_90a"))
+    plans = [plan for stmt in instructions(compiled.function.body) for plan in stmt.inst.conversions()]
+    lines = make_report(compiled).render().splitlines()
+    section = lines[lines.index("conversions") + 1 : lines.index("machine code") - 1]
+    assert len(plans) == len(section) >= 3
+    assert all(line.endswith(str(plan)) for line, plan in zip(section, plans, strict=True))
