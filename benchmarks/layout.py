@@ -7,14 +7,15 @@ compiler would pay. The machine should be otherwise idle.
 
 Output, as JSON:
     python, processor     versions and host
+    method                how a time was taken, in words
     repeats               timed calls of each operation on each layout (or pair), of which the median counts
     register_layouts, memory_layouts     how many different ones
     cases                 list of {kind, operation, samples, median_us, p90_us}: over the layouts (or pairs), in
                           microseconds a call. kind: "register" or "memory".
     operations:
     construct     from shape and digits, checked and canonical
-    product       tiles of 2 in each dimension of the layout; the product of a memory layout and tiles of 2
-    divide        by a fragment (register), by tiles of 2 (memory); found or refused
+    product       a tile of two elements in each dimension, times the layout
+    divide        by each fragment of its rank (register), by that tile and by itself (memory); found or refused
     left_divide   of a product by its outer factor
     equal         with a layout built anew, and with a neighbour in the list
     hash          of the layout, for a dictionary
@@ -160,6 +161,7 @@ def measure(repeats: int) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "processor": platform.processor() or platform.machine(),
+        "method": "median of single calls on new objects, without cached properties and normal forms",
         "repeats": repeats,
         "register_layouts": len(registers),
         "memory_layouts": len(memory),

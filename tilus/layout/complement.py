@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-from tilus.layout.digits import Digit
+import numpy as np
+
+from tilus.layout.digits import Digit, fitted
 from tilus.layout.errors import LayoutError
 from tilus.layout.register import RegisterLayout
 from tilus.layout.shared import SharedLayout
@@ -36,33 +38,28 @@ def _counted(digits: Sequence[Digit], dim: int) -> tuple[tuple[Digit, ...], int]
 def complement(layout: SharedLayout, size: int) -> SharedLayout:
     """The rank-1 layout c of the addresses that are left: `layout(x) + c(y)` is each of 0..size-1 exactly once.
 
-    An interval is a sum of two sets only where they are alternate digits of one mixed-radix number (C. T. Long, "Addition
-    theorems for sets of integers", 1967), so each stride must be a multiple of what is counted below it.
+    Only the set of addresses matters. An interval is a sum of two sets only where they are alternate digits of one mixed-radix
+    number (C. T. Long, "Addition theorems for sets of integers", 1967), so the addresses, in rising order, are a sum of
+    digits, and each stride is a multiple of what is counted below it.
     Raises LayoutError, with the digit, where there is no such layout.
     """
-    if layout.origin:
+    taken = np.sort(layout.table(), axis=None)
+    digits = fitted(taken[:, None]) if taken[0] == 0 else None
+    if digits is None:
         raise LayoutError(
-            f"{layout} has no complement: it starts at address {layout.origin}; expected 0",
-            hint="take the complement of the tile before you move it",
+            f"{layout} has no complement: its addresses do not start at 0 or have gaps of different sizes",
+            hint="use a tile that starts at 0, with strides that are multiples of each other",
         )
     free: list[Digit] = []
     counted = 1
-    ordered = sorted((d for digits in layout.digits for d in digits), key=lambda d: d.weight)
-    for digit in [*ordered, Digit(1, 0, size)]:
+    for digit in [*reversed(digits), Digit(1, 0, size)]:
         if digit.weight < counted or digit.weight % counted:
             what = f"size {size}" if digit.size == 1 else f"stride {digit.weight} of its digit of size {digit.size}"
             raise LayoutError(
                 f"{layout} has no complement in {size} elements: {what} is no multiple of the {counted} "
                 "that the digits below it count",
-                hint=f"choose a size and strides that are multiples, such as {layout.size}",
+                hint="choose a size and strides that are multiples of each other",
             )
         free.append(Digit(digit.weight // counted, 0, counted))
         counted = digit.weight * digit.size
-    result = SharedLayout((prod(d.size for d in free),), (tuple(reversed(free)),))
-    period = 1 if layout.swizzle is None else layout.swizzle.period
-    if any(digit.weight % period for digit in result.digits[0]):
-        raise LayoutError(
-            f"{layout} has no complement: what it leaves out, {result}, is within a period of its swizzle",
-            hint="take the complement before the swizzle",
-        )
-    return result
+    return SharedLayout((prod(d.size for d in free),), (tuple(reversed(free)),))
