@@ -29,6 +29,7 @@ EXPECTED: dict[str, list[tuple[str, str, str]]] = {
     "reshape_that_straddles": [("x_1", "reshape", ""), ("t", "reshape", "")],
     "bytes_for_a_product": [("turned", "dot", "for")],
     "pinned_accumulator": [("acc", "dot", "for"), ("acc", "dot", "for")],
+    "accumulator_in_another_order": [],
     "used_twice_in_a_loop": [("tile", "dot", "")],
     "used_in_a_branch": [("tile", "dot", "if")],
     "majority": [("t_1", "where", "")],
@@ -159,6 +160,17 @@ def bytes_for_a_product(x: Tensor[f16, 32, 128], w: Tensor[uint4, 64, 128], y: T
 def pinned_accumulator(a: Tensor[f16, 64, 32], b: Tensor[f16, 32, 64], y: Tensor[f32, 64, 64]):
     tilus.grid(1, warps=4)
     acc = tilus.zeros([64, 64], layout=PINNED)
+    for k in tilus.range(0, a.shape[1], 16):
+        acc = tilus.dot(tilus.load(a, [0, k], [64, 16]), tilus.load(b, [k, 0], [16, 64]), acc)
+    tilus.store(y, [0, 0], acc)
+
+
+@tilus.kernel
+def accumulator_in_another_order(a: Tensor[f16, 64, 32], b: Tensor[f16, 32, 64], y: Tensor[f32, 64, 64]):
+    """Each thread holds what tensor cores give it, in other registers: nothing has to move."""
+    tilus.grid(1, warps=4)
+    order = spatial(2, 2).column_local(2, 4).local(2, 1).spatial(8, 4).local(1, 2)
+    acc = tilus.zeros([64, 64], layout=order)
     for k in tilus.range(0, a.shape[1], 16):
         acc = tilus.dot(tilus.load(a, [0, k], [64, 16]), tilus.load(b, [k, 0], [16, 64]), acc)
     tilus.store(y, [0, 0], acc)
