@@ -14,28 +14,31 @@ PINNED = spatial(32, 4).local(2, 16)
 ROWS = auto((64, 64), 128, 4)
 COLUMNS = auto((64, 64), 128, 4, (0, 1))
 
-EXPECTED: dict[str, list[tuple[str, str, int]]] = {
+EXPECTED: dict[str, list[tuple[str, str, str]]] = {
     "elementwise": [],
     "narrow_and_wide": [],
     "bias_before_the_tile": [],
     "bias_outside_of_the_loop": [],
+    "transposed_outside_of_the_loop": [],
     "softmax": [],
     "sum_of_columns": [],
     "triangle": [],
     "indices": [],
     "epilogue": [],
     "attention": [],
-    "reshape_that_straddles": [("x_1", "reshape", 0), ("t", "reshape", 0)],
-    "bytes_for_a_product": [("turned", "dot", 1)],
-    "pinned_accumulator": [("acc", "dot", 1), ("acc", "dot", 1)],
-    "used_twice_in_a_loop": [("tile", "dot", 0)],
-    "used_in_a_branch": [("tile", "dot", 0)],
-    "majority": [("t_1", "where", 0)],
-    "one_result_instead_of_two_operands": [("t_1", "assign", 1)],
-    "transposed_nibbles": [("t", "store", 0)],
-    "nibbles_along_columns": [("t", "load", 0), ("t", "store", 0)],
-    "three_bits": [("t", "load", 0), ("t", "store", 0)],
-    "nibbles_through_shared": [("t", "store_shared", 0), ("t_2", "load_shared", 0), ("t_2", "store", 0)],
+    "reshape_that_straddles": [("x_1", "reshape", ""), ("t", "reshape", "")],
+    "bytes_for_a_product": [("turned", "dot", "for")],
+    "pinned_accumulator": [("acc", "dot", "for"), ("acc", "dot", "for")],
+    "accumulator_in_another_order": [],
+    "used_twice_in_a_loop": [("tile", "dot", "")],
+    "used_in_a_branch": [("tile", "dot", "if")],
+    "majority": [("t_1", "where", "")],
+    "one_result_instead_of_two_operands": [("t_1", "assign", "for")],
+    "transposed_nibbles": [("t", "store", "")],
+    "nibbles_along_columns": [("t", "load", ""), ("t", "store", "")],
+    "nibbles_in_another_order": [("t", "load", ""), ("t", "store", "")],
+    "three_bits": [("t", "load", ""), ("t", "store", "")],
+    "nibbles_through_shared": [("t", "store_shared", ""), ("t_2", "load_shared", ""), ("t_2", "store", "")],
 }
 
 
@@ -66,6 +69,15 @@ def bias_outside_of_the_loop(b: Tensor[f32, 64, 64], x: Tensor[f32, 128, 64], y:
     bias = tilus.load(b, [0, 0], [64, 64])
     for i in tilus.range(0, x.shape[0], 64):
         tilus.store(y, [i, 0], tilus.load(x, [i, 0], [64, 64]) + bias)
+
+
+@tilus.kernel
+def transposed_outside_of_the_loop(b: Tensor[f32, 64, 64], x: Tensor[f32, 128, 64], y: Tensor[f32, 128, 64]):
+    """What the loop loads has the wide accesses."""
+    tilus.grid(1, warps=4)
+    bias = tilus.load(b, [0, 0], [64, 64], dims=[1, 0])
+    for i in tilus.range(0, x.shape[0], 64):
+        tilus.store(y, [i, 0], bias + tilus.load(x, [i, 0], [64, 64]))
 
 
 @tilus.kernel
@@ -154,6 +166,17 @@ def pinned_accumulator(a: Tensor[f16, 64, 32], b: Tensor[f16, 32, 64], y: Tensor
 
 
 @tilus.kernel
+def accumulator_in_another_order(a: Tensor[f16, 64, 32], b: Tensor[f16, 32, 64], y: Tensor[f32, 64, 64]):
+    """Each thread holds what tensor cores give it, in other registers: nothing has to move."""
+    tilus.grid(1, warps=4)
+    order = spatial(2, 2).column_local(2, 4).local(2, 1).spatial(8, 4).local(1, 2)
+    acc = tilus.zeros([64, 64], layout=order)
+    for k in tilus.range(0, a.shape[1], 16):
+        acc = tilus.dot(tilus.load(a, [0, k], [64, 16]), tilus.load(b, [k, 0], [16, 64]), acc)
+    tilus.store(y, [0, 0], acc)
+
+
+@tilus.kernel
 def used_twice_in_a_loop(a: Tensor[f16, 64, 64], b: Tensor[f16, 128, 64], y: Tensor[f32, 64, 64]):
     tilus.grid(1, warps=4)
     tile = tilus.load(a, [0, 0], [64, 64], layout=auto((64, 64), 128, 8))
@@ -206,6 +229,15 @@ def transposed_nibbles(w: Tensor[uint4, 64, 64], y: Tensor[uint4, 64, 64]):
 def nibbles_along_columns(w: Tensor[uint4, 64, 64], y: Tensor[uint4, 64, 64]):
     tilus.grid(1, warps=4)
     t = tilus.load(w, [0, 0], [64, 64], layout=spatial(2, 64).local(32, 1))
+    tilus.store(y, [0, 0], t)
+
+
+@tilus.kernel
+def nibbles_in_another_order(w: Tensor[uint4, 32, 32], y: Tensor[uint4, 32, 32]):
+    """Each thread holds a whole row, but even columns before odd ones."""
+    tilus.grid(1, warps=1)
+    order = spatial(32, 1) * local(2, 16).permute([1, 0]).reshape((1, 32))
+    t = tilus.load(w, [0, 0], [32, 32], layout=order)
     tilus.store(y, [0, 0], t)
 
 

@@ -36,31 +36,31 @@ KERNELS = {name: kernel for name, kernel in vars(small_kernels).items() if isins
 TARGET = get_target("sm_90a")
 
 
-def statements(stmt: Stmt, loops: int = 0) -> Iterator[tuple[Inst, int]]:
+def statements(stmt: Stmt, around: tuple[str, ...] = ()) -> Iterator[tuple[Inst, str]]:
     match stmt:
         case Seq(stmts):
             for child in stmts:
-                yield from statements(child, loops)
+                yield from statements(child, around)
         case For():
-            yield from statements(stmt.body, loops + 1)
+            yield from statements(stmt.body, (*around, "for"))
         case If():
-            yield from statements(stmt.then, loops)
-            yield from statements(stmt.orelse, loops)
+            yield from statements(stmt.then, (*around, "if"))
+            yield from statements(stmt.orelse, (*around, "else"))
         case Inst():
-            yield stmt, loops
+            yield stmt, " ".join(around)
         case _:
             pass
 
 
-def conversions(function: Function) -> list[tuple[str, str, int]]:
-    """(tile, instruction that it is converted for, loops around it) for each conversion that the pass put in."""
-    found: list[tuple[str, str, int]] = []
-    for stmt, loops in statements(function.body):
+def conversions(function: Function) -> list[tuple[str, str, str]]:
+    """(tile, instruction that it is converted for, statements around it) for each conversion that the pass put in."""
+    found: list[tuple[str, str, str]] = []
+    for stmt, around in statements(function.body):
         for copy in (*stmt.inst.register_results, *stmt.inst.register_operands):
             if stmt.inst.mnemonic == "convert" and "_converted_" in copy.name:
                 (other,) = {*stmt.inst.register_results, *stmt.inst.register_operands} - {copy}
                 assert isinstance(other, RegisterTensor) and copy.origin is not None
-                found.append((other.name, copy.origin.choice, loops))
+                found.append((other.name, copy.origin.choice, around))
     return found
 
 
@@ -69,6 +69,24 @@ def test_conversions_of_small_kernels(name: str) -> None:
     function = KERNELS[name].ir(after="infer_layouts")
     assert conversions(function) == small_kernels.EXPECTED[name]
     check(function)
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [
+        ("narrow_and_wide", "tilus.load(x"),
+        ("transposed_outside_of_the_loop", "tilus.load(x"),
+        ("bias_before_the_tile", "tilus.load(x"),
+        ("indices", "tilus.store(y"),
+        ("epilogue", "acc = tilus.dot"),
+    ],
+)
+def test_who_chooses(name: str, first: str) -> None:
+    """The layout of what is stored follows from this line."""
+    function = KERNELS[name].ir(after="infer_layouts")
+    (stored,) = (s.inst.register_operands[0] for s in instructions(function.body) if s.inst.mnemonic == "store")
+    assert stored.origin is not None and stored.origin.loc is not None
+    assert first in Path(small_kernels.__file__).read_text().splitlines()[stored.origin.loc.line - 1]
 
 
 def test_every_small_kernel_has_an_expectation() -> None:

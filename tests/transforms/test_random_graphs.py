@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from layout_checker import check
+from layout_checker import check, holds
 from tile_graphs import BOUND, DTYPES, SIDE, Graph
 from tile_programs import emulate, function, tensor
 
 from tilus.compiler import compile_function
 from tilus.dtypes import DataType
 from tilus.errors import TilusError
+from tilus.instructions.view import Convert
+from tilus.ir.function import Function
+from tilus.ir.visit import instructions
 from tilus.runtime.reference import run_reference
 from tilus.runtime.reference.buffer import storage_dtype
 from tilus.target import get_target
@@ -38,8 +41,18 @@ def outcome(seed: int) -> str:
         assert len(error.notes) == 2 and None not in places and len(places) >= 2, str(error)
         return "refused"
     check(placed)
+    check_conversions(placed)
     assert infer_layouts(placed, TARGET) is placed
     return "placed"
+
+
+def check_conversions(placed: Function) -> None:
+    """Each one moves something; only memory cares for the order of a thread's elements."""
+    for stmt in instructions(placed.body):
+        if isinstance(stmt.inst, Convert):
+            copy = next((t for t in (stmt.inst.out, stmt.inst.src) if "_converted_" in t.name), None)
+            if copy is not None and copy.origin is not None and copy.origin.choice not in ("load", "store"):
+                assert not holds(stmt.inst.out, stmt.inst.src, np.arange(copy.size))
 
 
 @given(seed=st.integers(0, 2**32))

@@ -160,9 +160,7 @@ class Dot(Instruction):
 
     def emit(self, ctx: EmitContext) -> None:
         layouts = {t: ctx.layout(t) for t in (self.out, self.a, self.b, self.acc)}
-        chosen = min(
-            self._candidates(ctx.num_threads), key=lambda c: moved_nbits(self._way(c), layouts, self.register_results)
-        )
+        chosen = min(self._candidates(ctx.num_threads), key=lambda c: moved_nbits(self._way(c), layouts))
         a = ctx.aligned_words(self.a, self._own_rank(chosen.a))
         b = ctx.aligned_words(self.b, self._own_rank(chosen.b))
         acc = ctx.aligned_words(self.acc, self._own_rank(chosen.c))

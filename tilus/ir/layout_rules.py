@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import ClassVar
 
 from tilus.ir.tensor import RegisterTensor
-from tilus.layout import LayoutError, RegisterLayout, auto, broadcast_operand, replicated, slot_map
+from tilus.layout import LayoutError, RegisterLayout, auto, broadcast_operand, replicated
 
 Layouts = Mapping[RegisterTensor, RegisterLayout]
 Way = dict[RegisterTensor, RegisterLayout]
@@ -110,7 +110,7 @@ class Variable(Elementwise):
 
     def contradiction(self) -> tuple[RegisterTensor, RegisterTensor] | None:
         (src,) = self.operands
-        if self.out.layout is None or src.layout is None or owns(self.out.layout, of=src.layout):
+        if self.out.layout is None or src.layout is None or same_owners(self.out.layout, src.layout):
             return None
         return self.out, src
 
@@ -253,20 +253,22 @@ def operand_layout(layout: RegisterLayout, shape: tuple[int, ...]) -> RegisterLa
     return result
 
 
-def moved(way: Layouts, known: Layouts, results: Collection[RegisterTensor]) -> list[RegisterTensor]:
+def same_owners(a: RegisterLayout, b: RegisterLayout) -> bool:
+    """Whether every thread holds the same elements in both layouts of a tile, so that registers need at most new numbers.
+
+    The digits of the threads decide which ones are left to the slots: then `slot_map` exists, in both directions.
+    """
+    return a.thread_digits == b.thread_digits
+
+
+def moved(way: Layouts, known: Layouts) -> list[RegisterTensor]:
     """The tiles that must be converted for an instruction to run in this way: operands before it, results after it."""
-    return [
-        tile
-        for tile, layout in way.items()
-        if tile in known
-        and known[tile] is not layout
-        and not (owns(known[tile], of=layout) if tile in results else owns(layout, of=known[tile]))
-    ]
+    return [tile for tile, layout in way.items() if tile in known and not same_owners(known[tile], layout)]
 
 
-def moved_nbits(way: Layouts, known: Layouts, results: Collection[RegisterTensor]) -> int:
+def moved_nbits(way: Layouts, known: Layouts) -> int:
     """The bits of those tiles."""
-    return sum(tile.dtype.nbits * tile.size for tile in moved(way, known, results))
+    return sum(tile.dtype.nbits * tile.size for tile in moved(way, known))
 
 
 def num_words(tile: RegisterTensor, layout: RegisterLayout) -> int:
@@ -276,19 +278,7 @@ def num_words(tile: RegisterTensor, layout: RegisterLayout) -> int:
 
 def conversion_cost(src: RegisterLayout, dst: RegisterLayout) -> int:
     """Instructions of a thread for a conversion: every slot is written to and read from shared memory, between barriers."""
-    return 0 if owns(dst, of=src) else src.num_locals + dst.num_locals + BARRIERS
-
-
-@functools.lru_cache(maxsize=16384)
-def owns(wanted: RegisterLayout, *, of: RegisterLayout) -> bool:
-    """Whether every thread that has a tile in the layout `of` owns what `wanted` gives it, in one slot for all threads."""
-    if wanted == of:
-        return True
-    try:
-        slot_map(wanted, of)
-    except LayoutError:
-        return False
-    return True
+    return 0 if same_owners(src, dst) else src.num_locals + dst.num_locals + BARRIERS
 
 
 def _or_none(function: Callable[[RegisterLayout], RegisterLayout], layout: RegisterLayout) -> RegisterLayout | None:

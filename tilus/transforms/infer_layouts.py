@@ -148,8 +148,7 @@ class Inference:
     def _cheapest(self, use: Use, ways: Sequence[Way]) -> Way:
         if len(ways) == 1:
             return ways[0]
-        results = use.stmt.inst.register_results
-        return min(ways, key=lambda way: moved_nbits(way, self.known, results))
+        return min(ways, key=lambda way: moved_nbits(way, self.known))
 
     def alternatives(self) -> Iterator[Decisions]:
         """What else could be decided first: what instructions with a bad layout insist on, and choices that others regret."""
@@ -171,10 +170,7 @@ class Inference:
     def _runs(self) -> list[tuple[Way, list[RegisterTensor]]]:
         """How each instruction runs now that all layouts are known, and the tiles that are converted for it."""
         ways = [self._cheapest(use, use.rule.ways(self.known) or use.rule.defaults()) for use in self.program]
-        return [
-            (way, moved(way, self.known, use.stmt.inst.register_results))
-            for use, way in zip(self.program, ways, strict=True)
-        ]
+        return [(way, moved(way, self.known)) for way in ways]
 
     @functools.cached_property
     def cost(self) -> int:

@@ -6,13 +6,14 @@ a tile that is written once stands outside of all loops that the tile is defined
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from tilus.instructions.convert import Convert
 from tilus.ir.function import Function
 from tilus.ir.instruction import Instruction, is_out
-from tilus.ir.layout_rules import Layouts, moved_nbits, owns
+from tilus.ir.layout_rules import Layouts, moved_nbits, same_owners
 from tilus.ir.stmt import For, If, Inst, Seq, Stmt, While
 from tilus.ir.tensor import LayoutOrigin, RegisterTensor, Tensor
 from tilus.layout import RegisterLayout
@@ -75,18 +76,18 @@ class _Inserter:
         inst = stmt.inst
         rule, layouts = inst.layout_rule(self.num_threads), _layouts(inst)
         ways = rule.ways(layouts) or rule.defaults()
-        way = min(ways, key=lambda way: moved_nbits(way, layouts, inst.register_results))
+        way = min(ways, key=lambda way: moved_nbits(way, layouts))
 
-        def fits(wanted: RegisterLayout, own: RegisterLayout) -> bool:
-            return owns(wanted, of=own) if rule.renames else wanted == own
+        def fits(tile: RegisterTensor) -> bool:
+            return (same_owners if rule.renames else operator.eq)(way[tile], layouts[tile])
 
         operands: dict[Tensor, Tensor] = {
             t: self._converted(t, way[t], stmt)
             for t in dict.fromkeys(inst.register_operands)
-            if t in way and not fits(way[t], layouts[t])
+            if t in way and not fits(t)
         }
         made: dict[RegisterTensor, RegisterTensor] = {
-            t: self._tile(t, way[t], stmt) for t in inst.register_results if t in way and not fits(layouts[t], way[t])
+            t: self._tile(t, way[t], stmt) for t in inst.register_results if t in way and not fits(t)
         }
         block = self.open[-1]
         changed = _over(inst, operands, made) if operands or made else inst
