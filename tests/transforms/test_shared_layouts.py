@@ -33,7 +33,6 @@ from tilus.layout import (
     atoms,
     auto,
     column_major,
-    local,
     padded,
     row_major,
     spatial,
