@@ -279,6 +279,7 @@ def test_the_emulator_counts_the_same_at_all_positions(
     assert expected(code, positions) == counted(code)
 
 
+@settings(max_examples=40)
 @given(cases(), st.booleans())
 def test_the_mean_and_the_worst_are_those_of_the_single_positions(
     case: tuple[DataType, SharedLayout, RegisterLayout, tuple[int, int]], writes: bool

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import tilus
 from tilus import Const, Tensor, TilusError, f16, f32
 from tilus.codegen.shared_access import SharedAccess, shared_access
+from tilus.compiler import compile_function
 from tilus.dtypes import DataType
 from tilus.ir.builder import IRBuilder, builtin
 from tilus.ir.expr import as_expr
@@ -41,6 +42,7 @@ from tilus.layout import (
 )
 from tilus.layout.candidates import ELABORATE_KINDS, orders, plain, variants
 from tilus.layout.operands import tma_tiles, wgmma_operand, wgmma_operands
+from tilus.runtime.emulator import run_kernel
 from tilus.runtime.emulator.stats import wavefronts
 from tilus.target import DEFAULT_TARGET, get_target
 from tilus.transforms import run_pipeline
@@ -189,7 +191,7 @@ def access_sets(draw: st.DrawFn) -> tuple[SharedTensor, list[tuple[SharedAccess,
     return SharedTensor(dtype, shape), accesses
 
 
-@settings(max_examples=15)
+@settings(max_examples=12)
 @given(access_sets())
 def test_no_candidate_is_better_than_the_choice(found: tuple[SharedTensor, list[tuple[SharedAccess, int]]]) -> None:
     tensor, accesses = found
@@ -388,3 +390,14 @@ def test_every_instruction_with_a_shared_operand_says_what_it_moves() -> None:
     ]
     assert {cls.mnemonic for cls in shared} >= {"load_shared", "store_shared", "ldmatrix", "copy_async"}
     assert [cls for cls in shared if cls.shared_accesses is Instruction.shared_accesses] == []
+
+
+def test_the_emulator_sees_no_conflicts_in_a_matrix_product() -> None:
+    """Tiles through a ring of asynchronous copies and ldmatrix, and the result through shared memory."""
+    matmul = runpy.run_path(str(EXAMPLES / "matmul_v4.py"))["matmul"]
+    code = compile_function(matmul.specialize(m=64, n=64, k=64, bm=64, bn=64).function, DEFAULT_TARGET)
+    arrays = [np.zeros((64, 64), np.float16) for _ in range(3)]
+    stats = run_kernel(code.ptx, code.kernel_name, (1, 1, 1), arrays, profile=True, seed=None).stats
+    opcodes = {site.opcode.partition(".")[0] for site in stats.shared.values()}
+    assert opcodes == {"cp", "ldmatrix", "st", "ld"}
+    assert [site for site in stats.shared.values() if site.conflicts] == []
