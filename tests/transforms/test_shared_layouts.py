@@ -248,6 +248,13 @@ def test_the_simplest_of_the_best() -> None:
     assert chosen(tilus.uint8, (8, 4), (spatial(8, 4), True)).kind == "row-major"
 
 
+def test_dims_of_one_index_do_not_hide_the_contiguous_one() -> None:
+    rows, columns = spatial(16, 2).local(1, 16), auto((16, 32), 32, 8, order=(0, 1))
+    flat = chosen(f16, (16, 32), (rows, True), (columns, False))
+    upright = chosen(f16, (16, 32, 1), (rows.unsqueeze(2), True), (columns.unsqueeze(2), False))
+    assert (flat.cost, flat.kind) == (upright.cost, upright.kind) and flat.layout.unsqueeze(2) == upright.layout
+
+
 def test_the_smallest_of_the_best() -> None:
     """Twelve rows of 128 bytes are three periods of the swizzle by two bits, and one and a half of that by three."""
     rows, columns = auto((12, 32), 32, 4), auto((12, 32), 32, 1, order=(0, 1))
