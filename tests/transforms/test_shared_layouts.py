@@ -34,6 +34,7 @@ from tilus.layout import (
     atoms,
     auto,
     column_major,
+    local,
     padded,
     row_major,
     spatial,
@@ -172,8 +173,8 @@ def all_layouts(shape: tuple[int, int], nbits: int) -> list[SharedLayout]:
 
 
 @st.composite
-def access_sets(draw: st.DrawFn) -> tuple[SharedTensor, list[tuple[SharedAccess, int]]]:
-    """One to three accesses of a small matrix by one or two warps, with weights."""
+def access_sets(draw: st.DrawFn, matrices: bool = False) -> tuple[SharedTensor, list[tuple[SharedAccess, int]]]:
+    """One to three accesses of a small matrix by one or two warps, with weights. matrices: perhaps one by ldmatrix, too."""
     dtype: DataType = draw(st.sampled_from([tilus.uint8, f16, f32, tilus.uint4]))
     shape = draw(st.sampled_from([(8, 32), (32, 16), (16, 24), (4, 64), (64, 8), (8, 36)]))
     accesses: list[tuple[SharedAccess, int]] = []
@@ -188,6 +189,10 @@ def access_sets(draw: st.DrawFn) -> tuple[SharedTensor, list[tuple[SharedAccess,
             dtype, shape, tile, starts, (0, 1), draw(st.booleans()) or copies == 4, least_nbytes=copies
         )
         accesses.append((access, draw(st.sampled_from([1, 8]))))
+    if matrices and dtype == f16 and shape != (8, 36) and shape != (4, 64):
+        atom = draw(st.sampled_from([atoms.ldmatrix(), atoms.ldmatrix_trans()]))
+        tile = local(shape[0] // 8, shape[1] // 8) * atom
+        accesses.append((SharedAccess(dtype, shape, tile, (range(1), range(1)), (0, 1), by_matrices=True), 8))
     return SharedTensor(dtype, shape), accesses
 
 
@@ -208,7 +213,7 @@ def test_no_candidate_is_better_than_the_choice(found: tuple[SharedTensor, list[
 
 
 @settings(max_examples=30)
-@given(access_sets(), st.booleans())
+@given(access_sets(matrices=True), st.booleans())
 def test_the_choice_is_the_first_of_the_ranking(
     found: tuple[SharedTensor, list[tuple[SharedAccess, int]]], compact: bool
 ) -> None:
