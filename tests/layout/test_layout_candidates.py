@@ -11,18 +11,9 @@ from tilus.layout.candidates import ELABORATE_KINDS, orders, plain, roomy, varia
 from tilus.layout.operands import wgmma_operand
 
 SHAPES = [
-    (64, 64),
-    (128, 32),
-    (8, 96),
-    (96, 48),
-    (3, 32, 64),
-    (2, 1, 16, 128),
-    (2, 3, 4, 8, 16),
-    (33, 7),
-    (256,),
-    (1, 64),
-    (),
-]
+    (64, 64), (128, 32), (8, 96), (96, 48), (3, 16, 32), (2, 1, 8, 128), (2, 3, 4, 8, 16), (33, 7), (256,), (1, 64), (64, 1),
+    (4, 1, 16, 1), (),
+]  # fmt: skip
 
 
 def everything(shape: tuple[int, ...], nbits: int) -> dict[str, list[SharedLayout]]:
@@ -32,7 +23,7 @@ def everything(shape: tuple[int, ...], nbits: int) -> dict[str, list[SharedLayou
     return {"plain": [plain(shape, order) for order in orders(shape)], **found}
 
 
-@pytest.mark.parametrize("nbits", [1, 3, 4, 6, 8, 16, 32, 64])
+@pytest.mark.parametrize("nbits", [1, 3, 4, 6, 8, 16, 64])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_candidates_are_layouts_of_the_tensor(shape: tuple[int, ...], nbits: int) -> None:
     for kind, layouts in everything(shape, nbits).items():
@@ -48,11 +39,11 @@ def test_candidates_are_layouts_of_the_tensor(shape: tuple[int, ...], nbits: int
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_orders_are_permutations_and_begin_with_row_major(shape: tuple[int, ...]) -> None:
     found = orders(shape)
-    assert found[0] == tuple(range(len(shape)))
-    assert all(sorted(order) == list(range(len(shape))) for order in found)
+    matter = [d for d, extent in enumerate(shape) if extent > 1]
+    assert plain(shape, found[0]) == row_major(shape)
+    assert all(sorted(order) == matter for order in found)
     assert len({plain(shape, order) for order in found}) == len(found)
-    matter = {d for d, extent in enumerate(shape) if extent > 1}
-    assert {order[-1] for order in found if matter} == matter
+    assert {order[-1] for order in found if matter} == set(matter)
     for order in found:
         assert roomy(shape, order).is_injective()
 

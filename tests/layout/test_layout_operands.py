@@ -41,7 +41,7 @@ def operand_address(mn: int, k: int, extent: tuple[int, int], nbytes: int, swizz
 @pytest.mark.parametrize("swizzle", SWIZZLES)
 @pytest.mark.parametrize("major", ["k", "mn"])
 @pytest.mark.parametrize("nbytes", [1, 2, 4])
-@pytest.mark.parametrize("shape", [(64, 64), (8, 256), (256, 128), (192, 96), (128, 64)], ids=str)
+@pytest.mark.parametrize("shape", [(64, 64), (8, 256), (192, 96), (128, 32)], ids=str)
 def test_wgmma_operands(shape: tuple[int, int], nbytes: int, major: Major, swizzle: int) -> None:
     inner, outer = (shape[1], shape[0]) if major == "k" else (shape[0], shape[1])
     if (major == "mn" and nbytes != 2) or inner * nbytes % max(16, swizzle) or outer % 8:

@@ -24,45 +24,45 @@ ELABORATE_KINDS: tuple[Kind, ...] = ("swizzled", "core matrices", "padded")
 
 
 def orders(shape: Sequence[int]) -> list[tuple[int, ...]]:
-    """Orders of the dims, outermost first: row-major, then others. Dims of extent 1 stay where they are.
+    """Orders of the dims with more than one index, outermost first: row-major, then others.
 
-    Up to three dims that matter: all orders; for more, the row-major order with one dim moved to the end.
+    Up to three such dims: all orders; for more, the row-major order with one dim moved to the end.
     """
-    matter = [d for d, extent in enumerate(shape) if extent > 1]
+    matter = tuple(d for d, extent in enumerate(shape) if extent > 1)
     if len(matter) <= MAX_PERMUTED_RANK:
-        moved = list(permutations(matter))
-    else:
-        moved = [(*(d for d in matter if d != inner), inner) for inner in reversed(matter)]
-    result: list[tuple[int, ...]] = []
-    for order in moved:
-        rest = iter(order)
-        result.append(tuple(next(rest) if shape[d] > 1 else d for d in range(len(shape))))
-    return result
+        return list(permutations(matter))
+    return [(*(d for d in matter if d != inner), inner) for inner in reversed(matter)]
 
 
 def plain(shape: Sequence[int], order: Sequence[int]) -> SharedLayout:
     """Compact, with dims from the outermost to the contiguous one in this order."""
-    return row_major([shape[d] for d in order]).permute([order.index(d) for d in range(len(shape))])
+    return _of_shape(row_major([shape[d] for d in order]), shape, order)
 
 
 def roomy(shape: Sequence[int], order: Sequence[int]) -> SharedLayout:
     """This order with every run of the contiguous dim so aligned that no access could be wider. Not a candidate."""
-    if not shape:
+    if not order:
         return plain(shape, order)
     extents = [shape[d] for d in order]
-    pitch = -(-extents[-1] // LINE_NBITS) * LINE_NBITS
-    return _pitched(extents, pitch).permute([order.index(d) for d in range(len(shape))])
+    return _of_shape(_pitched(extents, -(-extents[-1] // LINE_NBITS) * LINE_NBITS), shape, order)
 
 
 def variants(kind: Kind, shape: Sequence[int], nbits: int, order: Sequence[int]) -> Iterator[SharedLayout]:
     """The layouts of an elaborate kind in which elements of `nbits` bits have this order."""
-    if not shape or prod(shape) == 1:
+    if not order:
         return
-    extents = [shape[d] for d in order]
-    back = [order.index(d) for d in range(len(shape))]
     make = {"swizzled": _swizzles, "core matrices": _core_matrices, "padded": _paddings}
-    for layout in make[kind](extents, nbits):
-        yield layout.permute(back)
+    for layout in make[kind]([shape[d] for d in order], nbits):
+        yield _of_shape(layout, shape, order)
+
+
+def _of_shape(layout: SharedLayout, shape: Sequence[int], order: Sequence[int]) -> SharedLayout:
+    """A layout of the dims `order` as one of all dims; those that are left out have one index."""
+    layout = layout.permute([list(order).index(d) for d in sorted(order)])
+    for d, extent in enumerate(shape):
+        if extent == 1:
+            layout = layout.unsqueeze(d)
+    return layout
 
 
 def _swizzles(extents: Sequence[int], nbits: int) -> Iterator[SharedLayout]:

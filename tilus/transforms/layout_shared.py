@@ -2,10 +2,10 @@
 
 Every instruction says what it moves from and to shared memory (`shared_accesses`). The cost of a layout is the sum over all
 accesses of instructions plus wavefronts, which counts vector width and bank conflicts alike; wavefronts are exact, as the mean
-over all places at which a tile may start. An access in a loop counts as often as the loop runs, 8 times where that is not known.
-Of layouts that cost the same, the smaller one wins (padding takes memory from other blocks), then the simpler one: row-major,
-another order of the dims, a swizzle, core matrices, padding. An access that works with certain layouts only (wgmma, TMA)
-leaves the choice among those.
+over all places at which a tile may start. An access in a loop counts as often as the loop runs, 8 times where that is not
+known; both sides of a branch count. Of layouts that cost the same, the smaller one wins (padding takes memory from other
+blocks), then the simpler one: row-major, another order of the dims, a swizzle, core matrices, padding. An access that works
+with certain layouts only (wgmma, TMA) leaves the choice among those.
 
 Requires: layouts of all register tiles. Ensures: every SharedTensor has a layout that all its accesses can work with.
 """
@@ -26,7 +26,7 @@ from tilus.ir.function import Function
 from tilus.ir.stmt import Break, Continue, For, If, Inst, Return, Seq, SetScalar, Stmt, While
 from tilus.ir.tensor import SharedTensor, Tensor
 from tilus.ir.visit import replace as replace_tensors
-from tilus.layout import SharedLayout
+from tilus.layout import SharedLayout, row_major
 from tilus.layout.candidates import ELABORATE_KINDS, PLAIN_KINDS, Kind, orders, plain, roomy, variants
 from tilus.target import Target
 
@@ -214,7 +214,7 @@ def best(tensor: SharedTensor, accesses: Sequence[Use], *, compact: bool = False
         if winner is None or candidate.rank < winner.rank:
             winner = candidate
     if winner is None:  # the instruction that no layout helps says so when it is lowered
-        return Candidate("row-major", plain(tensor.shape, range(tensor.rank)), Fraction(0))
+        return Candidate("row-major", row_major(tensor.shape), Fraction(0))
     return winner
 
 
