@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from layout_pairs import pair_of_powers_of_two, pair_within_warps, random_layout_of, random_pair
 
@@ -35,10 +35,20 @@ from tilus.layout.conversion import (
     RegisterWay,
     ScratchWay,
     plan_conversion,
+    through_scratch,
     words_per_access,
 )
 from tilus.layout.links import group_units, link_layouts, within_warp
-from tilus.layout.scratch_plan import ScratchPlan, Side
+from tilus.layout.scratch_plan import (
+    ScratchPlan,
+    Side,
+    measured,
+    orders,
+    plan_in_scratch,
+    rank,
+    runs,
+    unit_size,
+)
 from tilus.layout.shuffle_plan import (
     Traffic,
     coloured,
@@ -169,6 +179,28 @@ def test_all_ways_move_every_element(rng: random.Random, nbits: int, num_warps: 
 @given(st.randoms(use_true_random=False), st.sampled_from(WIDTHS), st.sampled_from([1, 2, 4, 8]))
 def test_all_ways_within_warps(rng: random.Random, nbits: int, num_slots: int) -> None:
     check(*pair_within_warps(rng, num_slots, rng.choice([1, 2])), nbits, rng)
+
+
+@settings(max_examples=20)
+@given(st.randoms(use_true_random=False), st.sampled_from(WIDTHS))
+def test_every_order_that_is_tried_is_right(rng: random.Random, nbits: int) -> None:
+    """Not only the chosen one: its data arrive, its wavefronts are counted right, and none is cheaper than the chosen one."""
+    src, dst = rng.choice([random_pair(rng, 2), pair_of_powers_of_two(rng, 4, 2)])
+    links = link_layouts(src, dst)
+    units = group_units(within_warp(links) or links, max(1, 32 // nbits))
+    codes = [rng.getrandbits(nbits) for _ in range(src.size)]
+    words = tile_words(src, codes, nbits, rng)
+    expected = [[codes[element] for element in row] for row in flat_table(dst)]
+    best, nbytes = plan_in_scratch(units, nbits), unit_size(units, nbits)
+    for run, rest in runs(units, nbytes):
+        for order in orders(run, rest, nbytes):
+            plan = measured(units, order, nbytes)
+            check_wavefronts(plan)
+            assert (
+                elements(through_memory(through_scratch(units, plan, nbits, src.num_locals), words), dst, nbits)
+                == expected
+            )
+            assert rank(best)[0] <= rank(plan)[0]
 
 
 @given(st.randoms(use_true_random=False), st.sampled_from(WIDTHS), st.sampled_from([1, 2, 4, 8, 16]))
@@ -306,6 +338,8 @@ def test_within_warp_needs_equal_warp_digits() -> None:
     same = link_layouts(spatial(4, 32), spatial(4, 1) * column_spatial(1, 32))
     assert within_warp(same) is not None
     assert within_warp(link_layouts(spatial(4, 32), column_spatial(4, 32))) is None
+    assert within_warp(link_layouts(spatial(2, 2, 32), spatial(2, 2, 32).permute([1, 0, 2]))) is None
+    assert within_warp(link_layouts(spatial(2, 32), replicated(2, 2).spatial(1, 32).local(2, 1))) is None
 
 
 def test_plans_say_what_they_do() -> None:

@@ -142,15 +142,15 @@ def plan_conversion(src: RegisterLayout, dst: RegisterLayout, nbits: int) -> Con
     links = link_layouts(src, dst)
     links = within_warp(links) or links
     units = group_units(links, max(1, WORD_NBITS // nbits))
-    ways: list[Way] = [_through_scratch(units, nbits, src.num_locals)]
+    ways: list[Way] = [through_scratch(units, plan_in_scratch(units, nbits), nbits, src.num_locals)]
     traffic = warp_traffic(units)
     if traffic is not None:
         ways.append(RegisterWay(plan_in_registers(units, traffic, nbits, src.num_locals), nbits))
     return ConversionPlan(tuple(sorted(ways, key=lambda way: way.cycles)), None)
 
 
-def _through_scratch(units: Units, nbits: int, num_slots: int) -> ScratchWay:
-    plan = plan_in_scratch(units, nbits)
+def through_scratch(units: Units, plan: ScratchPlan, nbits: int, num_slots: int) -> ScratchWay:
+    """A conversion by a plan of its accesses. nbits: of one element; num_slots: of the source."""
     num_words = words_of(nbits, num_slots)
     packer = ProgramBuilder(num_words)
     stored = [

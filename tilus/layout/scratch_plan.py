@@ -92,21 +92,22 @@ class Order:
     swizzle: Swizzle | None = None
 
 
+def unit_size(units: Units, nbits: int) -> int:
+    """Bytes of a unit in memory: the next power of two."""
+    return max(1, 1 << (units.count * nbits - 1).bit_length() >> 3)
+
+
 def plan_in_scratch(units: Units, nbits: int) -> ScratchPlan:
     """The order of least wavefronts. nbits: of one element; a unit is padded to 1, 2, 4 or 8 bytes."""
-    unit_nbytes = max(1, 1 << (units.count * nbits - 1).bit_length() >> 3)
-    links = units.links
-    runs = [
-        (_least(units, run, unit_nbytes), run, rest)
-        for run, rest in _runs(links.links, MAX_ACCESS_NBYTES // unit_nbytes)
-    ]
+    unit_nbytes = unit_size(units, nbits)
+    choices = [(_least(units, run, unit_nbytes), run, rest) for run, rest in runs(units, unit_nbytes)]
     best: ScratchPlan | None = None
-    for least, run, rest in sorted(runs, key=lambda choice: choice[0]):
-        if best is not None and _rank(best)[0] <= least:
+    for least, run, rest in sorted(choices, key=lambda choice: choice[0]):
+        if best is not None and rank(best)[0] <= least:
             break  # not even without conflicts could this run do better
-        for order in _orders(run, rest, unit_nbytes):
-            plan = _measured(units, order, unit_nbytes)
-            if best is None or _rank(plan) < _rank(best):
+        for order in orders(run, rest, unit_nbytes):
+            plan = measured(units, order, unit_nbytes)
+            if best is None or rank(plan) < rank(best):
                 best = plan
             if plan.extra_wavefronts == 0:
                 break
@@ -115,7 +116,7 @@ def plan_in_scratch(units: Units, nbits: int) -> ScratchPlan:
     return best
 
 
-def _rank(plan: ScratchPlan) -> tuple[float, int]:
+def rank(plan: ScratchPlan) -> tuple[float, int]:
     """Narrow accesses count half a wavefront more: the cycles of one more instruction."""
     return plan.wavefronts_per_warp + plan.num_narrow / 2, plan.nbytes
 
@@ -145,7 +146,8 @@ def _run_width(run: Sequence[Link], of_source: bool) -> int:
 # ---- orders
 
 
-def _orders(run: Sequence[Link], rest: Sequence[Link], unit_nbytes: int) -> Iterator[Order]:
+def orders(run: Sequence[Link], rest: Sequence[Link], unit_nbytes: int) -> Iterator[Order]:
+    """The orders with these innermost links that are worth a count, the likeliest first."""
     width = prod(link.extent for link in run)
     lanes = {side: _low_lanes(side, run, unit_nbytes) for side in (True, False)}
     cut = _cut_lanes(rest, lanes)
@@ -157,10 +159,11 @@ def _orders(run: Sequence[Link], rest: Sequence[Link], unit_nbytes: int) -> Iter
         yield from _variants((*run, *both, *one, *other, *others), width, both, (one, other), unit_nbytes)
 
 
-def _runs(links: Sequence[Link], room: int) -> Iterator[tuple[list[Link], list[Link]]]:
+def runs(units: Units, unit_nbytes: int) -> Iterator[tuple[list[Link], list[Link]]]:
     """Innermost links of an access and the rest: slots of both sides as far as they go, then of the source, of the destination
     or none, the widest first."""
-    both, rest = _take(links, room, lambda link: link.is_slot_to_slot)
+    room = MAX_ACCESS_NBYTES // unit_nbytes
+    both, rest = _take(units.links.links, room, lambda link: link.is_slot_to_slot)
     room //= prod(link.extent for link in both)
     while room > 1:
         for of_source in (True, False):
@@ -265,7 +268,8 @@ def _padded_strides(links: Sequence[Link], strides: Sequence[int], position: int
 # ---- what an order costs
 
 
-def _measured(units: Units, order: Order, unit_nbytes: int) -> ScratchPlan:
+def measured(units: Units, order: Order, unit_nbytes: int) -> ScratchPlan:
+    """The accesses of an order and their wavefronts."""
     links = units.links
     store = _side(units.src_slots, order, True, unit_nbytes, links.num_threads, links.src_replicas)
     load = _side(units.dst_slots, order, False, unit_nbytes, links.num_threads, ())
