@@ -23,6 +23,7 @@ from functools import lru_cache
 from tilus.codegen.cast_values import ValueCast
 from tilus.codegen.code_order import CodeOrder, natural_order
 from tilus.codegen.images import images
+from tilus.codegen.lanes import emit_permutation
 from tilus.dtypes import DataType, bf16, f16, f32
 from tilus.errors import TilusError
 from tilus.ptx.builder import Builder
@@ -74,7 +75,9 @@ class CastPlan:
             for reg in dst.elements if isinstance(dst, Vector) else (dst,):
                 if isinstance(reg, Reg):
                     names[reg] = f"r{len(names) - len(self.words)}"
-            lines.append(f"{_text(dst, names)} = {instr.opcode} {', '.join(_text(source, names) for source in sources)}")
+            lines.append(
+                f"{_text(dst, names)} = {instr.opcode} {', '.join(_text(source, names) for source in sources)}"
+            )
         return "\n".join([*lines, "results " + " ".join(names[reg] for reg in self.results)])
 
     def emit(self, b: Builder, words: Sequence[Reg]) -> list[Reg]:
@@ -125,8 +128,8 @@ def plan_cast(
 ) -> CastPlan:
     """The plan of a cast of whole chunks of codes.
 
-    src: a type of at most 8 bits. order: where the codes' bits are; by default little-endian. scaled: a power of two may be left to
-    the caller, see `CastPlan.scale_exponent`; for `dst` f16 and bf16.
+    src: a type of at most 8 bits. order: where the codes' bits are; by default little-endian. scaled: a power of two may be left
+    to the caller of casts to f16 and bf16, see `CastPlan.scale_exponent`.
     Raises: TilusError for types without a register cast.
     """
     order = order or natural_order(src)
@@ -137,14 +140,19 @@ def plan_cast(
     words = tuple(b.reg(RegClass.B32) for _ in range(count // order.chunk * order.num_words))
     results = _emit_slots(b, target, dst, order, words, range(count), scaled)
     body = tuple(item for item in b.finish() if isinstance(item, Instr))
-    exponent = images(src, dst, True)[0].scale_exponent if scaled and dst in (f16, bf16) else 0
+    exponent = scale_exponent(src, dst) if scaled else 0
     return CastPlan(dst, order, target, count, words, body, tuple(results), exponent)
+
+
+def scale_exponent(src: DataType, dst: DataType) -> int:
+    """The `CastPlan.scale_exponent` of scaled casts to f16 and bf16, the same for every target; 0 for other types."""
+    return images(src, dst, True)[0].scale_exponent if dst in (f16, bf16) else 0
 
 
 def emit_cast(
     b: Builder, target: Target, src: DataType, dst: DataType, words: Sequence[Reg], slots: Sequence[int]
 ) -> list[Reg]:
-    """Emit a cast of a little-endian string; result slot i is the cast of source slot `slots[i]`, as `dst.encode(src.decode(code))`.
+    """Emit a cast of a little-endian string; result slot i is `dst.encode(src.decode(code))` of source slot `slots[i]`.
 
     words: the source registers, which are never written. Returns: ceil(len(slots) * dst.nbits / 32) registers (the
     source registers themselves when nothing changes); bits past the last slot are unspecified.
@@ -161,13 +169,31 @@ def emit_cast(
     return _emit_slots(b, target, dst, natural_order(src), words, slots, False)
 
 
+def emit_unpack(
+    b: Builder, target: Target, order: CodeOrder, dst: DataType, words: Sequence[Reg], count: int, scaled: bool
+) -> list[Reg]:
+    """Emit a cast of `count` codes in `order`, whole chunks, by its plan."""
+    if order.dtype == dst:
+        return emit_permutation(b, words, order.places)
+    plan = plan_cast(order.dtype, dst, target, order=order, scaled=scaled)
+    if count % plan.count:  # the results of one chunk are not whole words
+        return _emit_slots(b, target, dst, order, words, range(count), scaled)
+    return plan.emit(b, words)
+
+
 def _emit_slots(
-    b: Builder, target: Target, dst: DataType, order: CodeOrder, words: Sequence[Reg], slots: Sequence[int], scaled: bool
+    b: Builder,
+    target: Target,
+    dst: DataType,
+    order: CodeOrder,
+    words: Sequence[Reg],
+    slots: Sequence[int],
+    scaled: bool,
 ) -> list[Reg]:
     src = order.dtype
     if src == dst and list(slots) == list(range(len(slots))) and order == natural_order(src):
         return list(words[: -(-len(slots) * src.nbits // 32)])
-    cast = ValueCast(b, target, src, tuple(words), order)
+    cast = ValueCast(b, tuple(words), target=target, order=order)
     if src == dst:
         return cast.reorder(slots)
     if dst in (f16, bf16):

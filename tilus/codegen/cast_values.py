@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from tilus.codegen.fields import Source
 from tilus.codegen.lanes import AND_OR, LaneCast, code_of, cvt_name, two_by_two
-from tilus.dtypes import DataType, bf16, f16, f32, int32, uint32
+from tilus.dtypes import DataType, bf16, f16, f32, float8_e8m0, int32, uint32
 from tilus.ptx.builder import Builder
 from tilus.ptx.module import FloatImm, Reg, RegClass, Vector
 
@@ -43,7 +43,7 @@ class ValueCast(LaneCast):
         """How many operations a way takes, found by emitting it into a builder that is thrown away."""
         b = Builder()
         words = tuple(b.reg(RegClass.B32) for _ in self.words)
-        trial = LaneCast(b, self.target, self.src, words, self.order)
+        trial = LaneCast(b, words, target=self.target, order=self.order)
         way(trial, dst, slots)
         return len(trial.memo)
 
@@ -58,6 +58,8 @@ class ValueCast(LaneCast):
         if self.src.is_small or self.src == f16:
             found = self.scattered(f16, slots) if self.src.is_small else self.half_places(slots)
             return [self.op("cvt.f32.f16", self.unpack(reg)[lane]) for reg, lane in found]
+        if self.src == float8_e8m0:
+            return [self.power_of_two(self.integer(slot, "u32")) for slot in slots]
         suffix = _suffix(self.src)
         integers = [self.integer(slot, suffix) for slot in slots]
         if exact_sticky and self.src.nbits == 32:
@@ -66,6 +68,11 @@ class ValueCast(LaneCast):
 
     def half_places(self, slots: Sequence[int]) -> list[tuple[Reg, int]]:
         return [(self.words[slot // 2], slot % 2) for slot in slots]
+
+    def power_of_two(self, code: Reg) -> Reg:
+        """The f32 of a float8_e8m0 code, the exponent itself; code 0 is a subnormal, 255 NaN."""
+        finite = self.op("max.u32", self.op("shl.b32", code, 23), 0x00400000)
+        return self.op("selp.b32", finite, 0x7FC00000, self.op("setp.ne.u32", code, 255))
 
     def odd(self, value: Reg, suffix: str) -> Reg:
         cut = self.op(f"cvt.rz.f32.{suffix}", value)
@@ -108,12 +115,22 @@ class ValueCast(LaneCast):
         return values
 
     def small_floats(self, dst: DataType, slots: Sequence[int]) -> list[Reg]:
-        values = self.singles(slots)
+        values = self.singles(slots, exact_sticky=dst == float8_e8m0)
+        if dst == float8_e8m0:
+            return self.pack([self.exponent(x) for x in values], dst)
         if not self.has_cvt(dst):
             return self.pack([self.encode(dst, x) for x in values], dst)
         opcode = f"cvt.rn.satfinite.{cvt_name(dst)}x2.f32"
         halves = [self.op(opcode, high, low) for low, high in two_by_two(values)]
         return [self.op("mov.b32", Vector(pair)) for pair in two_by_two(halves)]
+
+    def exponent(self, x: Reg) -> Reg:
+        """The float8_e8m0 code of an f32: half of the last place is added, which subnormals have elsewhere."""
+        scale = float8_e8m0
+        clamped = self.op("min.f32", self.op("max.f32", x, _single(scale.min_value)), _single(scale.max_value))
+        half = self.op("selp.b32", 0x200000, 0x400000, self.op("setp.lt.u32", clamped, 0x800000))
+        code = self.op("shr.u32", self.op("add.u32", clamped, half), 23)
+        return self.op("selp.b32", 255, code, self.op("setp.nan.f32", x, x))
 
     def encode(self, dst: DataType, x: Reg) -> Reg:
         """The code of an f32 in a small float type.

@@ -1,8 +1,9 @@
 """Fields to lanes: which shifts, merges and masks bring the bits of two codes into the two 16-bit lanes of a register.
 
-The bits of a string of words are reached through *sources*: a word; a window, 32 bits of the string from any bit on (one shift,
-or funnel shift); two half-words of the string side by side (one `prmt`), shifted or not. A pair of codes is a set of pieces, each a
-source and a mask, merged by one `lop3` each. Sources are shared by all pairs, so the cost of a choice depends on the others.
+The bits of a string of words are reached through *sources*: a word; a window, 32 bits of the string from any bit on (one
+shift, or funnel shift); two half-words of the string side by side (one `prmt`), shifted or not. A pair of codes is a set of
+pieces, each a source and a mask, merged by one `lop3` each. Pairs share sources, so the cost of a choice depends on the others.
+Pairs whose bits lie alike are a *family*: put together once, with one mask, and then shifted apart.
 """
 
 from __future__ import annotations

@@ -38,17 +38,11 @@ def cvt_name(dtype: DataType) -> str:
 
 
 @dataclass(eq=False)
-class LaneCast:
-    """One cast in progress. `memo` holds every operation emitted for it, so that equal ones are shared.
-
-    order: where the bits of a slot's code are in the string of words.
-    """
+class Words:
+    """Operations on a string of words, in progress. `memo` holds every one emitted, so that equal ones are shared."""
 
     b: Builder
-    target: Target
-    src: DataType
     words: tuple[Reg, ...]
-    order: CodeOrder
     memo: dict[tuple[str, tuple[Operand, ...]], Reg] = field(default_factory=dict[tuple[str, tuple[Operand, ...]], Reg])
     split: dict[Reg, tuple[Reg, Reg]] = field(default_factory=dict[Reg, tuple[Reg, Reg]])
 
@@ -78,6 +72,60 @@ class LaneCast:
             return low[0]
         return self.op("prmt.b32", low[0], high[0], (0x7600 if high[1] else 0x5400) | (0x32 if low[1] else 0x10))
 
+    def source(self, source: Source, mask: int) -> Reg:
+        """A register with the source's bits under a mask; the others are arbitrary."""
+        if source.high is not None:
+            halves = [(self.words[half // 2], half % 2) for half in (source.low, source.high)]
+            return self.shift(self.join(halves[0], halves[1]), source.shift)
+        first, last = ((source.low + bit) // 32 for bit in ((mask & -mask).bit_length() - 1, mask.bit_length() - 1))
+        if first == last:
+            return self.shift(self.words[first], source.low - 32 * first)
+        return self.op("shf.r.wrap.b32", self.words[first], self.words[last], source.low - 32 * first)
+
+    def merge(self, pieces: Sequence[tuple[Reg, int]], pattern: int) -> Reg:
+        """The masked pieces and the pattern, by one `lop3` a piece."""
+        x: Reg | None = None
+        for reg, mask in pieces:
+            if x is None and pattern == 0:
+                x = self.op("and.b32", reg, mask)
+            else:
+                x = self.op("lop3.b32", reg, mask, pattern if x is None else x, AND_XOR)
+        if x is None:
+            raise ValueError("a code without bits")
+        return x
+
+    def put_together(self, pieces: Sequence[tuple[Reg, int]]) -> Reg:
+        """The masked pieces among arbitrary bits."""
+        (x, _), *rest = pieces
+        for reg, mask in rest:
+            x = self.op("lop3.b32", x, reg, mask, SELECT)
+        return x
+
+
+def emit_permutation(b: Builder, words: Sequence[Reg], bits: Sequence[int]) -> list[Reg]:
+    """Words whose bit i is bit `bits[i]` of the given ones, in every chunk of len(bits) bits."""
+    result: list[Reg] = []
+    for first in range(0, len(words), len(bits) // 32):
+        chunk = Words(b, tuple(words[first : first + len(bits) // 32]))
+        pieces = [dict[Source, int]() for _ in chunk.words]
+        for position, bit in enumerate(bits):
+            of_word, source = pieces[position // 32], Source(bit - position % 32)
+            of_word[source] = of_word.get(source, 0) | 1 << position % 32
+        result += [chunk.merge([(chunk.source(s, mask), mask) for s, mask in of_word.items()], 0) for of_word in pieces]
+    return result
+
+
+@dataclass(eq=False)
+class LaneCast(Words):
+    """A cast of codes to 16-bit floats, in progress. order: where the bits of a slot's code are in the string of words."""
+
+    target: Target = field(kw_only=True)
+    order: CodeOrder = field(kw_only=True)
+
+    @property
+    def src(self) -> DataType:
+        return self.order.dtype
+
     # Which pairs to convert.
 
     def in_order(self, dst: DataType, slots: Sequence[int], scaled: bool = False) -> list[Reg]:
@@ -97,7 +145,7 @@ class LaneCast:
         return [(found[pairs[slot]], pairs[slot].index(slot)) for slot in slots]
 
     def partner(self, slot: int) -> Pair:
-        """A pair of slots, in the order of lanes, that holds this one and whose bits lie alike; twice the slot if it has no other."""
+        """Two slots, this one among them, whose bits lie alike, in the order of lanes; twice the slot if it has no other."""
         if self.has_cvt(self.src):
             pair = slot // 2 * 2, slot // 2 * 2 + 1
         else:
@@ -136,35 +184,6 @@ class LaneCast:
                 result[member] = self.merge([(self.shift(whole, offset), family.first.mask)], pattern)
         return [result[index] for index in range(len(chosen))]
 
-    def source(self, source: Source, mask: int) -> Reg:
-        """A register with the source's bits under a mask; the others are arbitrary."""
-        if source.high is not None:
-            halves = [(self.words[half // 2], half % 2) for half in (source.low, source.high)]
-            return self.shift(self.join(halves[0], halves[1]), source.shift)
-        first, last = ((source.low + bit) // 32 for bit in ((mask & -mask).bit_length() - 1, mask.bit_length() - 1))
-        if first == last:
-            return self.shift(self.words[first], source.low - 32 * first)
-        return self.op("shf.r.wrap.b32", self.words[first], self.words[last], source.low - 32 * first)
-
-    def merge(self, pieces: Sequence[tuple[Reg, int]], pattern: int) -> Reg:
-        """The masked pieces and the pattern, by one `lop3` a piece."""
-        x: Reg | None = None
-        for reg, mask in pieces:
-            if x is None and pattern == 0:
-                x = self.op("and.b32", reg, mask)
-            else:
-                x = self.op("lop3.b32", reg, mask, pattern if x is None else x, AND_XOR)
-        if x is None:
-            raise ValueError("a code without bits")
-        return x
-
-    def put_together(self, pieces: Sequence[tuple[Reg, int]]) -> Reg:
-        """The masked pieces among arbitrary bits."""
-        (x, _), *rest = pieces
-        for reg, mask in rest:
-            x = self.op("lop3.b32", x, reg, mask, SELECT)
-        return x
-
     # Lanes to f16x2 or bf16x2.
 
     def has_cvt(self, dtype: DataType) -> bool:
@@ -199,4 +218,3 @@ class LaneCast:
 
 def _twice(half: int) -> int:
     return half << 16 | half
-

@@ -135,7 +135,9 @@ def _deal(nbits: int, image: Image, shifts: Sequence[int]) -> Cells:
     for first in range(words * len(shifts), words * LANE // nbits, len(shifts)):
         group = shifts[: words * LANE // nbits - first]
         wanted = {
-            place - shift: (first + index, bit) for index, shift in enumerate(group) for bit, place in enumerate(image.places)
+            place - shift: (first + index, bit)
+            for index, shift in enumerate(group)
+            for bit, place in enumerate(image.places)
         }
         while wanted:
             word, moves = _largest_move(left, wanted)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tilus.codegen.cast_plan import emit_cast
+from tilus.codegen.cast_plan import emit_unpack, plan_cast, scale_exponent
 from tilus.codegen.context import EmitContext
+from tilus.codegen.lanes import emit_permutation
 from tilus.codegen.packed_order import packed_order
 from tilus.dtypes import DataType, bf16, f16, pack_bits, unpack_bits
 from tilus.errors import TilusError
@@ -39,10 +40,7 @@ class PackCodes(Instruction):
         env.set_tile(self.out, self.out.dtype.decode(_from_threads(codes, self.out)))
 
     def emit(self, ctx: EmitContext) -> None:
-        order, nbits = packed_order(self.src.dtype), self.src.dtype.nbits
-        places = [order.place(code, 0) // nbits for code in range(ctx.layout(self.src).num_locals)]
-        slots = [places.index(slot) for slot in range(len(places))]
-        ctx.define(self.out, ctx.pick(self.src.dtype, ctx.words(self.src), slots))
+        ctx.define(self.out, emit_permutation(ctx.b, ctx.words(self.src), packed_order(self.src.dtype).bits))
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,14 +74,11 @@ class UnpackCodes(Instruction):
         env.set_tile(self.out, value)
 
     def emit(self, ctx: EmitContext) -> None:
-        order, nbits = packed_order(self.code), self.code.nbits
-        slots = [order.place(code, 0) // nbits for code in range(ctx.layout(self.out).num_locals)]
-        ctx.define(self.out, emit_cast(ctx.b, ctx.target, self.code, self.out.dtype, ctx.words(self.src), slots))
-
-
-def scale_exponent(code: DataType, dtype: DataType) -> int:
-    """The r of `unpack_codes(..., scaled=True)`: what it gives times 2^r is the value."""
-    return 0
+        order, count, dtype = packed_order(self.code), ctx.layout(self.out).num_locals, self.out.dtype
+        words = emit_unpack(ctx.b, ctx.target, order, dtype, ctx.words(self.src), count, self.scaled)
+        ctx.define(self.out, words)
+        if dtype != self.code:
+            ctx.note(self, plan_cast(self.code, dtype, ctx.target, order=order, scaled=self.scaled).summary())
 
 
 def _check(what: str, tile: RegisterTensor, packed: RegisterTensor, code: DataType) -> None:
@@ -124,7 +119,7 @@ def _positions(tile: RegisterTensor) -> npt.NDArray[np.intp]:
     """The row-major position of every (thread, slot)."""
     if tile.layout is None:
         raise ValueError("packed codes without layouts passed the verifier")
-    return np.ravel_multi_index(tuple(np.moveaxis(tile.layout.table(), -1, 0)), tile.shape)
+    return np.asarray(np.ravel_multi_index(tuple(np.moveaxis(tile.layout.table(), -1, 0)), tile.shape))
 
 
 @builtin
