@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from tilus.codegen.cast_plan import CastPlan, emit_cast, plan_cast
+from tilus.codegen.cast_plan import CastPlan, plan_cast, plan_slots
 from tilus.codegen.packed_order import packed_order
 from tilus.dtypes import (
     DTYPES,
@@ -203,7 +203,7 @@ def run_cast(src: DataType, dst: DataType, target: Any, codes: Array, slots: Seq
     b = Builder()
     words = [b.reg(RegClass.B32) for _ in to_words(codes, src)]
     registers = {reg: word.copy() for reg, word in zip(words, to_words(codes, src))}
-    results = emit_cast(b, target, src, dst, words, slots)
+    results = plan_slots(src, dst, target, len(words), slots).emit(b, words)
     assert len(results) == math.ceil(len(slots) * dst.nbits / 32)
     execute(b.finish(), registers)
     data = np.ascontiguousarray(np.stack([registers[reg] for reg in results], -1)).view(np.uint8)
@@ -355,18 +355,16 @@ def test_packed_codes_come_out_in_order(src: DataType) -> None:
 def test_the_same_type_in_the_same_order_is_free() -> None:
     b = Builder()
     words = [b.reg(RegClass.B32)]
-    assert emit_cast(b, SM90, uint4, uint4, words, range(8)) == words
+    assert plan_slots(uint4, uint4, SM90, 1, range(8)).emit(b, words) == words
     assert b.finish() == ()
 
 
 @pytest.mark.parametrize(("src", "dst"), [(boolean, f16), (f16, boolean), (int64, f32), (f32, int64)])
 def test_types_without_a_register_cast_are_refused(src: DataType, dst: DataType) -> None:
-    b = Builder()
     with pytest.raises(TilusError, match=f"cast from {src} to {dst}"):
-        emit_cast(b, SM90, src, dst, [b.reg(RegClass.B32)], [0])
+        plan_slots(src, dst, SM90, 2, [0])
 
 
 def test_a_slot_outside_of_the_words_is_refused() -> None:
-    b = Builder()
     with pytest.raises(ValueError, match="slot 8 of uint4"):
-        emit_cast(b, SM90, uint4, f16, [b.reg(RegClass.B32)], [8])
+        plan_slots(uint4, f16, SM90, 1, [8])

@@ -126,22 +126,39 @@ def _text(operand: Operand, names: Mapping[Reg, str]) -> str:
 def plan_cast(
     src: DataType, dst: DataType, target: Target, *, order: CodeOrder | None = None, scaled: bool = False
 ) -> CastPlan:
-    """The plan of a cast of whole chunks of codes.
+    """The plan of a cast of whole chunks of codes, as many as fill words of results.
 
-    src: a type of at most 8 bits. order: where the codes' bits are; by default little-endian. scaled: a power of two may be left
-    to the caller of casts to f16 and bf16, see `CastPlan.scale_exponent`.
-    Raises: TilusError for types without a register cast.
+    order: where the codes' bits are; by default little-endian. scaled: a power of two may be left to the caller of casts to f16
+    and bf16, see `CastPlan.scale_exponent`.
+    Raises: TilusError for types without a register cast (booleans, 64-bit types).
     """
     order = order or natural_order(src)
     count = order.chunk
     while count * dst.nbits % 32:
         count += order.chunk
-    b = Builder()
-    words = tuple(b.reg(RegClass.B32) for _ in range(count // order.chunk * order.num_words))
-    results = _emit_slots(b, target, dst, order, words, range(count), scaled)
-    body = tuple(item for item in b.finish() if isinstance(item, Instr))
-    exponent = scale_exponent(src, dst) if scaled else 0
-    return CastPlan(dst, order, target, count, words, body, tuple(results), exponent)
+    return _plan(dst, target, order, count * src.nbits // 32, tuple(range(count)), scaled)
+
+
+def plan_slots(src: DataType, dst: DataType, target: Target, num_words: int, slots: Sequence[int]) -> CastPlan:
+    """The plan of a cast of a little-endian string of words; result slot i is `dst.encode(src.decode(code))` of slot `slots[i]`.
+
+    Bits past the last result are unspecified. Raises: TilusError for types without a register cast.
+    """
+    if slots and (max(slots) + 1) * src.nbits > 32 * num_words:
+        raise ValueError(f"slot {max(slots)} of {src} lies outside of {num_words} words")
+    if list(slots) == list(range(32 * num_words // src.nbits)):
+        plan = plan_cast(src, dst, target)
+        if len(slots) % plan.count == 0:
+            return plan
+    return _plan(dst, target, natural_order(src), num_words, tuple(slots), False)
+
+
+def plan_unpack(order: CodeOrder, dst: DataType, target: Target, num_words: int, *, scaled: bool = False) -> CastPlan:
+    """The plan of a cast of words of codes in `order`, whole chunks; to the type of the codes it makes them little-endian."""
+    plan = plan_cast(order.dtype, dst, target, order=order, scaled=scaled)
+    if num_words % len(plan.words) == 0:
+        return plan
+    return _plan(dst, target, order, num_words, tuple(range(32 * num_words // order.dtype.nbits)), scaled)
 
 
 def scale_exponent(src: DataType, dst: DataType) -> int:
@@ -149,51 +166,29 @@ def scale_exponent(src: DataType, dst: DataType) -> int:
     return images(src, dst, True)[0].scale_exponent if dst in (f16, bf16) else 0
 
 
-def emit_cast(
-    b: Builder, target: Target, src: DataType, dst: DataType, words: Sequence[Reg], slots: Sequence[int]
-) -> list[Reg]:
-    """Emit a cast of a little-endian string; result slot i is `dst.encode(src.decode(code))` of source slot `slots[i]`.
-
-    words: the source registers, which are never written. Returns: ceil(len(slots) * dst.nbits / 32) registers (the
-    source registers themselves when nothing changes); bits past the last slot are unspecified.
-    Raises: TilusError for types without a register cast (booleans, 64-bit types).
-    """
-    for dtype in (src, dst):
+@lru_cache(maxsize=1024)
+def _plan(
+    dst: DataType, target: Target, order: CodeOrder, num_words: int, slots: tuple[int, ...], scaled: bool
+) -> CastPlan:
+    for dtype in (order.dtype, dst):
         if dtype.kind == "bool" or dtype.nbits > 32:
             raise TilusError(
-                f"cast from {src} to {dst}: found {dtype}, expected integers and floats of at most 32 bits",
+                f"cast from {order.dtype} to {dst}: found {dtype}, expected integers and floats of at most 32 bits",
                 hint="booleans are predicates (use where), and 64-bit values are scalars",
             )
-    if slots and (max(slots) + 1) * src.nbits > 32 * len(words):
-        raise ValueError(f"slot {max(slots)} of {src} lies outside of {len(words)} words")
-    return _emit_slots(b, target, dst, natural_order(src), words, slots, False)
+    b = Builder()
+    words = tuple(b.reg(RegClass.B32) for _ in range(num_words))
+    results = _results(ValueCast(b, words, target=target, order=order), dst, slots, scaled)
+    body = tuple(item for item in b.finish() if isinstance(item, Instr))
+    exponent = scale_exponent(order.dtype, dst) if scaled else 0
+    return CastPlan(dst, order, target, len(slots), words, body, tuple(results), exponent)
 
 
-def emit_unpack(
-    b: Builder, target: Target, order: CodeOrder, dst: DataType, words: Sequence[Reg], count: int, scaled: bool
-) -> list[Reg]:
-    """Emit a cast of `count` codes in `order`, whole chunks, by its plan."""
-    if order.dtype == dst:
-        return emit_permutation(b, words, order.places)
-    plan = plan_cast(order.dtype, dst, target, order=order, scaled=scaled)
-    if count % plan.count:  # the results of one chunk are not whole words
-        return _emit_slots(b, target, dst, order, words, range(count), scaled)
-    return plan.emit(b, words)
-
-
-def _emit_slots(
-    b: Builder,
-    target: Target,
-    dst: DataType,
-    order: CodeOrder,
-    words: Sequence[Reg],
-    slots: Sequence[int],
-    scaled: bool,
-) -> list[Reg]:
-    src = order.dtype
-    if src == dst and list(slots) == list(range(len(slots))) and order == natural_order(src):
-        return list(words[: -(-len(slots) * src.nbits // 32)])
-    cast = ValueCast(b, tuple(words), target=target, order=order)
+def _results(cast: ValueCast, dst: DataType, slots: Sequence[int], scaled: bool) -> list[Reg]:
+    src = cast.src
+    if src == dst and list(slots) == list(range(len(slots))):
+        words = emit_permutation(cast.b, cast.words, cast.order.places)
+        return words[: -(-len(slots) * src.nbits // 32)]
     if src == dst:
         return cast.reorder(slots)
     if dst in (f16, bf16):

@@ -102,8 +102,10 @@ class Words:
         return x
 
 
-def emit_permutation(b: Builder, words: Sequence[Reg], bits: Sequence[int]) -> list[Reg]:
+def emit_permutation(b: Builder, words: Sequence[Reg], bits: tuple[int, ...]) -> list[Reg]:
     """Words whose bit i is bit `bits[i]` of the given ones, in every chunk of len(bits) bits."""
+    if bits == tuple(range(len(bits))):
+        return list(words)
     result: list[Reg] = []
     for first in range(0, len(words), len(bits) // 32):
         chunk = Words(b, tuple(words[first : first + len(bits) // 32]))

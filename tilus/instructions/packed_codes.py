@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tilus.codegen.cast_plan import emit_unpack, plan_cast, scale_exponent
+from tilus.codegen.cast_plan import plan_unpack, scale_exponent
 from tilus.codegen.context import EmitContext
 from tilus.codegen.lanes import emit_permutation
 from tilus.codegen.packed_order import packed_order
@@ -74,11 +74,10 @@ class UnpackCodes(Instruction):
         env.set_tile(self.out, value)
 
     def emit(self, ctx: EmitContext) -> None:
-        order, count, dtype = packed_order(self.code), ctx.layout(self.out).num_locals, self.out.dtype
-        words = emit_unpack(ctx.b, ctx.target, order, dtype, ctx.words(self.src), count, self.scaled)
-        ctx.define(self.out, words)
-        if dtype != self.code:
-            ctx.note(self, plan_cast(self.code, dtype, ctx.target, order=order, scaled=self.scaled).summary())
+        words = ctx.words(self.src)
+        plan = plan_unpack(packed_order(self.code), self.out.dtype, ctx.target, len(words), scaled=self.scaled)
+        ctx.define(self.out, plan.emit(ctx.b, words))
+        ctx.note(self, plan.summary())
 
 
 def _check(what: str, tile: RegisterTensor, packed: RegisterTensor, code: DataType) -> None:
