@@ -5,6 +5,7 @@ The interpreter is written from the PTX ISA with numpy and ml_dtypes; it shares 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -327,11 +328,11 @@ def test_plans_of_packed_codes(src: DataType) -> None:
     """Every code in every place of a chunk; what is left to the caller is a power of two and the same on every target."""
     codes = every_code_in_every_slot(src, 32)
     values = src.decode(codes).astype(np.float64)
-    for dst in (*WIDE, float8_e4m3):
+    for packed_for, dst in itertools.product((f16, bf16), (*WIDE, float8_e4m3)):
         for target, scaled in ((SM80, False), (SM90, False), (SM80, True), (SM90, True)):
-            if scaled and dst not in (f16, bf16):
+            if (scaled or packed_for == bf16) and dst not in (f16, bf16):
                 continue
-            plan = plan_cast(src, dst, target, order=packed_order(src), scaled=scaled)
+            plan = plan_cast(src, dst, target, order=packed_order(src, packed_for), scaled=scaled)
             found = run_plan(plan, codes)
             assert plan.scale_exponent == (plan_cast(src, dst, SM80, scaled=True).scale_exponent if scaled else 0)
             expected = dst.encode(np.ldexp(values, -plan.scale_exponent))

@@ -15,7 +15,7 @@ from tilus import Const, Tensor, TilusError, bf16, f16, f32, uint8
 from tilus.codegen.cast_plan import plan_cast, scale_exponent
 from tilus.codegen.packed_order import packed_order
 from tilus.compiler import compile_function
-from tilus.dtypes import DataType, float8_e4m3, unpack_bits
+from tilus.dtypes import DTYPES, DataType, float8_e4m3, pack_bits
 from tilus.lang.kernel_file import load_kernel
 from tilus.layout import spatial
 from tilus.target import TARGETS
@@ -42,35 +42,43 @@ def unpack(
     again: Tensor[uint8, "t", "nbytes"],
     *,
     code: Const,
+    target: Const = f16,
 ):
     tilus.grid(1, warps=THREADS // 32)
     nbytes = SLOTS * code.nbits // 8
     raw = tilus.load(packed, [0, 0], [THREADS, nbytes], layout=bytes_of(code.nbits))
     shape = [THREADS, SLOTS]
-    tilus.store(halves, [0, 0], tilus.unpack_codes(raw, code, f16, shape, ROWS))
-    tilus.store(brains, [0, 0], tilus.unpack_codes(raw, code, bf16, shape, ROWS))
-    tilus.store(singles, [0, 0], tilus.unpack_codes(raw, code, f32, shape, ROWS))
-    tilus.store(small, [0, 0], tilus.unpack_codes(raw, code, float8_e4m3, shape, ROWS))
-    tilus.store(scaled_halves, [0, 0], tilus.unpack_codes(raw, code, f16, shape, ROWS, scaled=True))
-    tilus.store(scaled_brains, [0, 0], tilus.unpack_codes(raw, code, bf16, shape, ROWS, scaled=True))
-    codes = tilus.unpack_codes(raw, code, code, shape, ROWS)
+    tilus.store(halves, [0, 0], tilus.unpack_codes(raw, code, f16, shape, ROWS, packed_for=target))
+    tilus.store(brains, [0, 0], tilus.unpack_codes(raw, code, bf16, shape, ROWS, packed_for=target))
+    tilus.store(singles, [0, 0], tilus.unpack_codes(raw, code, f32, shape, ROWS, packed_for=target))
+    tilus.store(small, [0, 0], tilus.unpack_codes(raw, code, float8_e4m3, shape, ROWS, packed_for=target))
+    scaled = tilus.unpack_codes(raw, code, f16, shape, ROWS, packed_for=target, scaled=True)
+    tilus.store(scaled_halves, [0, 0], scaled)
+    scaled = tilus.unpack_codes(raw, code, bf16, shape, ROWS, packed_for=target, scaled=True)
+    tilus.store(scaled_brains, [0, 0], scaled)
+    unsigned = DTYPES[f"uint{code.nbits}"]
+    codes = tilus.unpack_codes(raw, unsigned, unsigned, shape, ROWS, packed_as=code, packed_for=target)
     tilus.store(natural, [0, 0], tilus.view(codes, uint8, [THREADS, nbytes], bytes_of(code.nbits)))
-    tilus.store(again, [0, 0], tilus.pack_codes(codes, uint8, [THREADS, nbytes], bytes_of(code.nbits)))
+    raw = tilus.pack_codes(codes, uint8, [THREADS, nbytes], bytes_of(code.nbits), packed_as=code, packed_for=target)
+    tilus.store(again, [0, 0], raw)
 
 
 def float64(x: torch.Tensor) -> Any:
     return x.to(torch.float64).numpy()
 
 
-@pytest.mark.parametrize("code", CODE_TYPES, ids=str)
-def test_every_code_in_every_place(device: str, code: DataType) -> None:
+PACKED = [(code, f16) for code in CODE_TYPES] + [(code, bf16) for code in CODE_TYPES if code.is_float]
+
+
+@pytest.mark.parametrize(("code", "packed_for"), PACKED, ids=str)
+def test_every_code_in_every_place(device: str, code: DataType, packed_for: DataType) -> None:
     codes = ((np.arange(THREADS)[:, None] * 7 + np.arange(SLOTS)) % code.num_codes).astype(np.uint8)
-    packed = torch.from_numpy(packed_order(code).pack(codes))
+    packed = torch.from_numpy(packed_order(code, packed_for).pack(codes))
     sixteen = [torch.empty(THREADS, SLOTS, dtype=t) for t in (torch.float16, torch.bfloat16) * 2]
     singles = torch.empty(THREADS, SLOTS)
     small = torch.empty(THREADS, SLOTS, dtype=torch.float8_e4m3fn)
     natural, again = torch.empty_like(packed), torch.empty_like(packed)
-    unpack.on(device)(packed, *sixteen[:2], singles, small, *sixteen[2:], natural, again, code=code)
+    unpack.on(device)(packed, *sixteen[:2], singles, small, *sixteen[2:], natural, again, code=code, target=packed_for)
     values = code.decode(codes).astype(np.float64)
     for found, scaled, dtype in zip(sixteen[:2], sixteen[2:], (f16, bf16), strict=True):
         np.testing.assert_array_equal(float64(found), values)
@@ -79,9 +87,8 @@ def test_every_code_in_every_place(device: str, code: DataType) -> None:
     np.testing.assert_array_equal(float64(singles), values)
     rounded = np.clip(values, -448, 448).astype(np.float32)
     np.testing.assert_array_equal(float64(small), float64(torch.from_numpy(rounded).to(torch.float8_e4m3fn)))
-    finite = np.isfinite(values)  # a tile of values need not keep the codes of others
-    np.testing.assert_array_equal(unpack_bits(natural.numpy(), code, SLOTS)[finite], codes[finite])
-    np.testing.assert_array_equal(packed_order(code).unpack(again.numpy())[finite], codes[finite])
+    np.testing.assert_array_equal(natural.numpy(), pack_bits(codes, code))
+    np.testing.assert_array_equal(again.numpy(), packed.numpy())
 
 
 @pytest.mark.parametrize(
@@ -99,6 +106,14 @@ def test_every_code_in_every_place(device: str, code: DataType) -> None:
         (
             "tilus.unpack_codes(raw, int4, f32, [32, 32], spatial(32, 1).local(1, 32), scaled=True)",
             "unpack_codes to f32 with scaled=True, expected f16 or bf16",
+        ),
+        (
+            "tilus.unpack_codes(raw, int4, f16, [32, 32], spatial(32, 1).local(1, 32), packed_as=uint8)",
+            "unpack_codes: codes of int4 (4 bits) in the packed order of uint8 (8 bits)",
+        ),
+        (
+            "tilus.unpack_codes(raw, int4, f16, [32, 32], spatial(32, 1).local(1, 32), packed_for=f32)",
+            "codes of int4 packed for f32, expected a type of 1 to 8 bits and f16 or bf16",
         ),
         (
             "tilus.pack_codes(raw, uint8, [64, 8], spatial(64, 1).local(1, 8))",

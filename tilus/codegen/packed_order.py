@@ -1,4 +1,4 @@
-"""The packed order of each code type: a search for the order of bits whose cast to f16 takes the fewest instructions.
+"""The packed order of each code type: a search for the order of bits whose cast takes the fewest instructions.
 
 Both lanes of a word are filled alike, so the search is about 16 cells a word. Each word holds as many whole codes as fit; its
 remaining cells are pieces of codes that stretch over several words. Integers may lie anywhere in a mantissa, so the question is
@@ -16,7 +16,8 @@ from functools import lru_cache
 from tilus.codegen.code_order import CodeOrder, natural_order
 from tilus.codegen.fields import Choice, Source, arrange, choose, total_cost
 from tilus.codegen.images import Image, images
-from tilus.dtypes import DataType, f16
+from tilus.dtypes import DataType, bf16, f16
+from tilus.errors import TilusError
 
 LANE = 16
 Cells = dict[tuple[int, int], int]
@@ -24,16 +25,20 @@ Cells = dict[tuple[int, int], int]
 
 
 @lru_cache
-def packed_order(dtype: DataType) -> CodeOrder:
-    """The order in which codes of a type are packed, whatever they are cast to and on which target.
+def packed_order(dtype: DataType, packed_for: DataType = f16) -> CodeOrder:
+    """The order in which codes of a type are packed: the best one for casts to `packed_for`, f16 or bf16, and right for all.
 
     Types that hardware converts two at a time keep their bytes in order.
+    Raises: TilusError for other types.
     """
-    if dtype.nbits > 8:
-        raise ValueError(f"{dtype} is no code type")
+    if not dtype.is_small or packed_for not in (f16, bf16):
+        raise TilusError(
+            f"codes of {dtype} packed for {packed_for}, expected a type of 1 to 8 bits and f16 or bf16",
+            hint="what is packed for f16 can be cast to any type",
+        )
     if dtype.is_float and dtype.nbits == 8 and dtype.specials != "none":
         return natural_order(dtype)
-    ways = images(dtype, f16, scaled=True)
+    ways = images(dtype, packed_for, scaled=True)
     candidates = _whole_images(dtype, ways[0]) if dtype.is_float else _descent(dtype, ways)
     best = min(candidates, key=lambda cells: lane_cost(dtype.nbits, cells, ways))
     return _order(dtype, best)
