@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -344,6 +345,69 @@ def test_plans_of_packed_codes(src: DataType) -> None:
                 with np.errstate(invalid="ignore"):
                     kept = np.ldexp(dst.decode(found).astype(np.float64), plan.scale_exponent)
                 np.testing.assert_array_equal(kept, values)
+
+
+# Instructions a value to f16 with the exponent bias left to the scale, on sm_80 except where hardware casts: upper limits.
+LIMITS = {"int": [1.0, 1.07, 1.16, 1.125, 1.3, 1.45, 1.57, 1.25], "float": [0, 0, 1.2, 1.125, 1.5, 1.7, 1.7, 1.75]}
+
+
+@pytest.mark.parametrize("src", SMALL, ids=str)
+def test_what_packed_codes_cost(src: DataType) -> None:
+    """No plan is dearer than its limit, than the plain cast, or than the cast of little-endian codes; orders are permutations."""
+    for target, dst in itertools.product((SM80, SM90), (f16, bf16)):
+        order = packed_order(src, dst)
+        scaled, plain = (plan_cast(src, dst, target, order=order, scaled=s) for s in (True, False))
+        assert sorted(order.bits) == list(range(order.chunk * src.nbits)) and len(order.bits) % 32 == 0
+        assert scaled.cost <= plain.cost <= plan_cast(src, dst, target).cost
+    hardware = src in (float8_e4m3, float8_e5m2)
+    plan = plan_cast(src, f16, SM90, order=packed_order(src), scaled=True)
+    assert plan.cost <= (0.5 if hardware else LIMITS["float" if src.is_float else "int"][src.nbits - 1])
+
+
+def test_known_methods_come_out_of_the_search() -> None:
+    """Marlin's int4: one shift, and a lop3 with 0x6400 and an fma a pair; FP6-LLM's floats: no arithmetic at all."""
+    marlin = plan_cast(uint4, f16, SM80, order=packed_order(uint4))
+    opcodes = Counter(instr.opcode for instr in marlin.body if not instr.opcode.startswith("mov"))
+    assert opcodes == {"lop3.b32": 4, "fma.rn.f16x2": 4, "shr.u32": 1}
+    assert {instr.operands[3] for instr in marlin.body if instr.opcode == "lop3.b32"} == {Imm(0x64006400)}
+    fp6 = plan_cast(DTYPES["float6_e3m2"], f16, SM80, order=packed_order(DTYPES["float6_e3m2"]), scaled=True)
+    assert {instr.opcode.split(".")[0] for instr in fp6.body} <= {"and", "lop3", "shl", "shr"}
+    assert fp6.scale_exponent == 12
+
+
+def test_a_plan_prints() -> None:
+    plan = plan_cast(uint4, f16, SM80, order=packed_order(uint4))
+    lines = str(plan).splitlines()
+    assert lines[0] == "uint4 to f16: 1.12 instructions a value, 8 at a time"
+    assert lines[1] == "w0: c7[3:0] c5[3:0] c3[3:0] c1[3:0] c6[3:0] c4[3:0] c2[3:0] c0[3:0]"
+    assert lines[2] == "r0 = lop3.b32 w0, 0xf000f, 0x64006400, 0x6a"
+    assert lines[-1].startswith("results r")
+
+
+@pytest.mark.parametrize("src", SMALL, ids=str)
+def test_packing_is_what_the_order_says(src: DataType) -> None:
+    """Bit by bit, in Python's integers."""
+    order = packed_order(src)
+    codes = np.random.default_rng(0).integers(0, src.num_codes, (3, 2 * order.chunk)).astype(np.uint8)
+    data = order.pack(codes)
+    for row, packed in zip(codes.tolist(), data, strict=True):
+        for chunk in range(2):
+            natural = sum(
+                code << i * src.nbits for i, code in enumerate(row[chunk * order.chunk : (chunk + 1) * order.chunk])
+            )
+            found = int.from_bytes(packed.tobytes(), "little") >> chunk * len(order.bits)
+            assert all(found >> p & 1 == natural >> bit & 1 for p, bit in enumerate(order.bits))
+    np.testing.assert_array_equal(order.unpack(data), codes)
+
+
+def test_what_cannot_be_packed_is_named() -> None:
+    order = packed_order(uint4)
+    with pytest.raises(TilusError, match="12 codes of uint4 cannot be packed, expected a multiple of 8"):
+        order.pack(np.zeros(12, np.uint8))
+    with pytest.raises(TilusError, match="code 16 does not fit uint4, expected less than 16"):
+        order.pack(np.full(8, 16, np.uint8))
+    with pytest.raises(TilusError, match="codes of f16 packed for f16, expected a type of 1 to 8 bits"):
+        packed_order(f16)
 
 
 @pytest.mark.parametrize("src", SMALL, ids=str)

@@ -16,7 +16,7 @@ from functools import lru_cache
 from tilus.codegen.code_order import CodeOrder, natural_order
 from tilus.codegen.fields import Choice, Source, arrange, choose, total_cost
 from tilus.codegen.images import Image, images
-from tilus.dtypes import DataType, bf16, f16
+from tilus.dtypes import DataType, bf16, f16, float8_e4m3, float8_e5m2
 from tilus.errors import TilusError
 
 LANE = 16
@@ -36,25 +36,34 @@ def packed_order(dtype: DataType, packed_for: DataType = f16) -> CodeOrder:
             f"codes of {dtype} packed for {packed_for}, expected a type of 1 to 8 bits and f16 or bf16",
             hint="what is packed for f16 can be cast to any type",
         )
-    if dtype.is_float and dtype.nbits == 8 and dtype.specials != "none":
+    if dtype in (float8_e4m3, float8_e5m2):
         return natural_order(dtype)
+    if (
+        dtype.exponent_nbits == f16.exponent_nbits
+    ):  # casts to bf16 go through f16, which these types are the upper bits of
+        packed_for = f16
     ways = images(dtype, packed_for, scaled=True)
-    candidates = _whole_images(dtype, ways[0]) if dtype.is_float else _descent(dtype, ways)
-    best = min(candidates, key=lambda cells: lane_cost(dtype.nbits, cells, ways))
-    return _order(dtype, best)
+    if dtype.is_float:
+        candidates = [
+            cells for dst in (f16, bf16) for cells in _whole_images(dtype, images(dtype, dst, scaled=True)[0])
+        ]
+    else:
+        candidates = list(_descent(dtype, ways))
+    return _order(dtype, min(candidates, key=lambda cells: lane_cost(dtype.nbits, cells, ways)))
 
 
 def lane_cost(nbits: int, cells: Cells, ways: Sequence[Image]) -> int:
     """Instructions for all pairs of a chunk."""
     options = [
-        [_lane_choice(image, tuple(cells[code, bit] for bit in range(nbits))) for image in ways]
+        [lane_choice(image, tuple(cells[code, bit] for bit in range(nbits))) for image in ways]
         for code in range(len(cells) // nbits)
     ]
     return total_cost(arrange(choose(options)))
 
 
 @lru_cache(maxsize=4096)
-def _lane_choice(image: Image, cells: tuple[int, ...]) -> Choice:
+def lane_choice(image: Image, cells: tuple[int, ...]) -> Choice:
+    """How a code whose bits are in these cells gets to its image, in one lane."""
     pieces: dict[Source, int] = {}
     for cell, target in zip(cells, image.places, strict=True):
         source = Source(cell // LANE * 32 + cell % LANE - target)

@@ -148,8 +148,9 @@ def pack_codes(
 ) -> RegisterTensor:  # fmt: skip
     """Each thread's codes of `x`, in the order of its slots, as the bits of their packed order: a tile of `dtype` in `layout`.
 
-    The layout of `x` must be pinned, and give each thread whole chunks of codes. The order is `packed_order(packed_as, packed_for)`;
-    packed_as: the type that the codes will be read as, by default that of `x`. packed_for: the type that they will be cast to.
+    The layout of `x` must be pinned, and give each thread whole chunks of codes. The order is that of
+    `packed_order(packed_as, packed_for)`. packed_as: the type that the codes will be read as, by default that of `x`. packed_for:
+    the type that they will be cast to, f16 or bf16.
     """
     return b.emit(PackCodes(b.tile(dtype, tuple(shape), layout), x, packed_as or x.dtype, packed_for)).out
 
