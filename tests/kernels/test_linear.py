@@ -70,6 +70,20 @@ def test_bfloat16_activations(device: str, dtype: DataType, out: torch.dtype) ->
     check(device, activations(5, 96, torch.bfloat16), random_weight(dtype, 64, 96, 32, mins=True), out)
 
 
+@pytest.mark.parametrize("act", [torch.float16, torch.bfloat16], ids=["f16", "bf16"])
+@pytest.mark.parametrize("largest", [0.0, 2.0**-24, 3.98, 3.998, 4.0, 30000.0])
+def test_scales_that_take_the_exponent_bias_and_those_that_would_overflow(
+    device: str, largest: float, act: torch.dtype
+) -> None:
+    """float4_e2m1 leaves 2^14 (bf16: 2^126) to its scales, which the last three could not bear: 3.998 is 4 in bfloat16."""
+    weight = random_weight(tilus.float4_e2m1, 64, 64, 32)
+    scales = np.full(weight.scales.shape, largest, np.float16)
+    scales[::2] = -scales[::2] / 2
+    weight = Weight(weight.dtype, np.where(weight.codes % 8 == 1, weight.codes, 0).astype(np.uint8), scales, None)
+    assert weight.packed().folded == (largest < 3.99)
+    check(device, activations(3, 64, act) * 2.0**-8, weight)
+
+
 @pytest.mark.parametrize("tokens", [1, 7, 8, 9, 17, 65])
 def test_numbers_of_tokens(device: str, tokens: int) -> None:
     """Around the tiles of 8, 16, 32 and 64 tokens."""

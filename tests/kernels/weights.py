@@ -11,7 +11,7 @@ import torch
 from tilus.dtypes import DTYPES, DataType
 from tilus.kernels.quantize import QuantizedWeight, pack
 
-CODE_TYPES = [t for t in DTYPES.values() if t.nbits <= 8 and (t.is_integer or t.is_float)]
+CODE_TYPES = [t for t in DTYPES.values() if t.is_small]
 INTEGERS = [t for t in CODE_TYPES if t.is_integer]
 FLOATS = [t for t in CODE_TYPES if t.is_float]
 

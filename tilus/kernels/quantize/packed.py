@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tilus.codegen.cast_plan import scale_exponent
 from tilus.codegen.packed_order import packed_order
-from tilus.dtypes import DataType
+from tilus.dtypes import DataType, bf16, f16
 from tilus.errors import TilusError
 from tilus.layout import RegisterLayout, column_spatial, local, replicated, spatial
 from tilus.layout.atoms import mma_a
@@ -62,6 +63,7 @@ class QuantizedWeight:
 
     codes: uint8 [N/64, K/64, 512 * nbits]. scales, minimums: f16 [N/64, K/64, groups per tile, 8, 8]; a group longer than a tile
     repeats its scale in each. Arrays are torch tensors or numpy arrays. shape: (N, K) as the model has it, without padding.
+    folded: the codes are small floats, and all scales times 2 to the difference of exponent biases are finite f16 (and bf16).
     """
 
     codes: Any
@@ -70,6 +72,7 @@ class QuantizedWeight:
     dtype: DataType
     shape: tuple[int, int]
     group: int
+    folded: bool = False
 
     @property
     def groups_per_tile(self) -> int:
@@ -85,7 +88,7 @@ class QuantizedWeight:
         """The weight on another torch device."""
         minimums = None if self.minimums is None else self.minimums.to(device)
         return QuantizedWeight(
-            self.codes.to(device), self.scales.to(device), minimums, self.dtype, self.shape, self.group
+            self.codes.to(device), self.scales.to(device), minimums, self.dtype, self.shape, self.group, self.folded
         )  # fmt: skip
 
 
@@ -105,7 +108,23 @@ def pack(
     packed = _pack_codes(code_array, dtype)
     parts = [packed, _pack_scales(scale_array, k, width)]
     minimums = None if mins is None else _like(mins, _pack_scales(_numpy(mins), k, width))
-    return QuantizedWeight(_like(codes, parts[0]), _like(scales, parts[1]), minimums, dtype, (n, k), width)
+    return QuantizedWeight(
+        _like(codes, parts[0]),
+        _like(scales, parts[1]),
+        minimums,
+        dtype,
+        (n, k),
+        width,
+        _is_foldable(scale_array, dtype),
+    )
+
+
+def _is_foldable(scales: Array, dtype: DataType) -> bool:
+    """Whether the codes leave a power of two to the scales, and that multiplies them to finite f16 and bf16."""
+    largest = np.abs(scales.astype(np.float32)).max(initial=0)
+    return scale_exponent(dtype, f16) != 0 and all(
+        float(act.round(largest)) * 2.0 ** scale_exponent(dtype, act) <= act.max_value for act in (f16, bf16)
+    )
 
 
 def unpack(weight: QuantizedWeight) -> tuple[Array, Array, Array | None]:
@@ -145,7 +164,7 @@ def quantize(weight: Any, dtype: DataType, group: int | None = None) -> Quantize
 
 
 def _check(codes: Array, scales: Array, mins: Array | None, dtype: DataType, group: int | None) -> None:
-    if dtype.nbits > 8:
+    if not dtype.is_small:
         raise TilusError(f"weights of {dtype.name}, expected a type of 1 to 8 bits")
     if codes.ndim != 2 or codes.dtype != np.uint8:
         raise TilusError(f"codes of shape {list(codes.shape)} and dtype {codes.dtype}, expected uint8 [N, K]")
