@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -259,6 +260,7 @@ def shared_access(
     """
     placed = tensor if tensor.layout is not None else replace(tensor, layout=row_major(tensor.shape))
 
+    @functools.cache
     def access_nbits(layout: RegisterLayout) -> int:
         if tensor.dtype.nbits % 8 == 0:
             return MAX_VECTOR_NBITS
