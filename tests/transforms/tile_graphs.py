@@ -79,7 +79,7 @@ class Graph:
             return with_layout.build(b, tile, random_layout(self.rng, tile.shape, 32 * self.num_warps))
         if kind == 2:
             tile = self.rng.choice(self.tiles)
-            split = reshape.build(b, tile, (4, tile.size // 32, 8))
+            split = reshape.build(b, tile, (4, tile.size // 32, 8) if tile.size >= 32 else (1, tile.size, 1))
             return reshape.build(b, transpose.build(b, split, self.rng.sample(range(3), 3)), tile.shape)
         if kind == 3:
             tile = self.number(b, self.rng.choice([f16, f32]))

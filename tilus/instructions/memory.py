@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -172,6 +173,7 @@ def global_access(
 ) -> LayoutRule:  # fmt: skip
     """The layouts in which a tile meets global memory."""
 
+    @functools.cache
     def access_nbits(layout: RegisterLayout) -> int:
         return global_vector_size(tensor, layout, offsets, dims, checked) * tensor.dtype.nbits
 

@@ -151,8 +151,7 @@ class Dot(Instruction):
         }
 
     def layout_rule(self, num_threads: int) -> LayoutRule:
-        candidates = self._candidates(num_threads)
-        return OneOf(tuple(map(self._way, candidates)), tuple(math.prod(c.repeats) for c in candidates))
+        return OneOf(lambda known: [(self._way(c), math.prod(c.repeats)) for c in self._candidates(num_threads)])
 
     def evaluate(self, env: Evaluation) -> None:
         product = np.matmul(env.tile(self.a), env.tile(self.b))

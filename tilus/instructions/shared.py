@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -241,6 +242,7 @@ def _access_rule(
     """
     memory = row_major(tensor.shape) if tensor.layout is None else tensor.layout
 
+    @functools.cache
     def access_nbits(layout: RegisterLayout) -> int:
         if tensor.dtype.nbits % 8 == 0:
             return MAX_VECTOR_NBITS

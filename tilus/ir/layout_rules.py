@@ -230,16 +230,15 @@ class Access(LayoutRule):
 
 @dataclass(frozen=True, eq=False)
 class OneOf(LayoutRule):
-    """Exactly these ways, best first. costs: instructions of a thread for each of them."""
+    """A few ways and no other. choices: those for the layouts known so far, best first, each with its cost."""
 
-    choices: tuple[Way, ...]
-    costs: tuple[int, ...]
+    choices: Callable[[Layouts], Sequence[tuple[Way, int]]]
 
     def ways(self, known: Layouts) -> Sequence[Way]:
-        return self.choices
+        return [way for way, _ in self.choices(known)]
 
     def cost(self, way: Layouts) -> int:
-        return self.costs[self.choices.index(dict(way))]
+        return next(cost for choice, cost in self.choices(way) if choice == way)
 
 
 @functools.lru_cache(maxsize=4096)

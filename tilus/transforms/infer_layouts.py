@@ -129,10 +129,13 @@ class Inference:
     def _take(self, use: Use, *, propagated: bool) -> None:
         """Decide the open tiles of an instruction by the way that moves the fewest bits."""
         self.evaluations += 1
-        ways = use.rule.ways(self.known)
+        try:
+            ways = use.rule.ways(self.known)
+        except TilusError as error:
+            raise error.at(use.stmt.loc) from None
         if not ways and propagated:
             return
-        way = self._cheapest(use, ways or use.rule.defaults())
+        way = self._cheapest(ways or use.rule.defaults())
         origin = self._origin(use, way)
         fresh = [tile for tile in way if tile not in self.known]
         if not propagated and len(ways) > 1:
@@ -145,7 +148,7 @@ class Inference:
                     self._queued.add(user)
                     self._work.append(user)
 
-    def _cheapest(self, use: Use, ways: Sequence[Way]) -> Way:
+    def _cheapest(self, ways: Sequence[Way]) -> Way:
         if len(ways) == 1:
             return ways[0]
         return min(ways, key=lambda way: moved_nbits(way, self.known))
@@ -169,7 +172,7 @@ class Inference:
     @functools.cached_property
     def _runs(self) -> list[tuple[Way, list[RegisterTensor]]]:
         """How each instruction runs now that all layouts are known, and the tiles that are converted for it."""
-        ways = [self._cheapest(use, use.rule.ways(self.known) or use.rule.defaults()) for use in self.program]
+        ways = [self._cheapest(use.rule.ways(self.known) or use.rule.defaults()) for use in self.program]
         return [(way, moved(way, self.known)) for way in ways]
 
     @functools.cached_property
@@ -216,12 +219,8 @@ def _uses(stmt: Stmt, num_threads: int, depth: int) -> Iterator[Use]:
         case If(_, then, orelse):
             yield from _uses(then, num_threads, depth)
             yield from _uses(orelse, num_threads, depth)
-        case Inst(inst, loc):
-            try:
-                tiles, rule = (*inst.register_results, *inst.register_operands), inst.layout_rule(num_threads)
-            except TilusError as error:
-                raise error.at(loc) from None
-            if tiles:
-                yield Use(stmt, tiles, rule, depth)
+        case Inst(inst):
+            if tiles := (*inst.register_results, *inst.register_operands):
+                yield Use(stmt, tiles, inst.layout_rule(num_threads), depth)
         case _:
             pass
