@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from tilus.codegen.lanes import AND_OR, LaneCast, code_of, cvt_name, lane_chunk, two_by_two
-from tilus.dtypes import DataType, bf16, f16, f32, int32, uint32
+from tilus.dtypes import DataType, bf16, f16, f32, int32, tf32, uint32
 from tilus.errors import TilusError
 from tilus.ptx.builder import Builder
 from tilus.ptx.module import FloatImm, Instr, Reg, RegClass, Vector
@@ -58,6 +58,8 @@ def emit_cast(
         return cast.halves(dst, slots)
     if dst == f32:
         return cast.singles(slots)
+    if dst == tf32:
+        return [cast.op("cvt.rna.tf32.f32", value) for value in cast.singles(slots, exact_sticky=True)]
     if dst.is_float:
         return cast.small_floats(dst, slots)
     return cast.pack(cast.integers(dst, slots), dst)
@@ -136,6 +138,8 @@ class _Cast(LaneCast):
         that counts (Boldo and Melquiond, 2005)."""
         if self.src == f32:
             return self.reorder(slots)
+        if self.src == tf32:
+            return [self.op("and.b32", self.words[slot], 0xFFFFE000) for slot in slots]
         if self.src == bf16:
             moves = (("shl.b32", 16), ("and.b32", 0xFFFF0000))
             return [self.op(moves[slot % 2][0], self.words[slot // 2], moves[slot % 2][1]) for slot in slots]
