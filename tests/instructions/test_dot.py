@@ -1,12 +1,20 @@
-"""Products of tiles with themselves: one tile as both operands of `dot`."""
+"""`dot` with layouts that are already known: what an instruction's fragments divide stays where it is."""
 
 from __future__ import annotations
+
+import random
 
 import numpy as np
 import pytest
 
 import tilus
-from tilus import Tensor, f16, f32
+from tilus import Const, Tensor, f16, f32
+from tilus.instructions import INSTRUCTIONS
+from tilus.ir.parser import parse_function
+from tilus.ir.printer import print_function
+from tilus.ir.visit import instructions
+from tilus.layout import Digit, RegisterLayout, local, replicated, spatial
+from tilus.layout.atoms import mma_a, mma_b, mma_c
 
 
 @tilus.kernel
@@ -16,9 +24,108 @@ def square(a: Tensor[f16, 32, 32], c: Tensor[f32, 32, 32]):
     tilus.store(c, [0, 0], tilus.dot(tile, tile))
 
 
+@tilus.kernel
+def pinned(
+    x: Tensor[f16, "m", "k"], y: Tensor[f16, "k", "n"], z: Tensor[f32, "m", "n"],
+    *, shape: Const, warps: Const, a: Const = None, b: Const = None, c: Const = None,
+):  # fmt: skip
+    tilus.grid(1, warps=warps)
+    m, n, k = shape
+    left = tilus.load(x, [0, 0], shape=[m, k], layout=a)
+    right = tilus.load(y, [0, 0], shape=[k, n], layout=b)
+    tilus.store(z, [0, 0], tilus.dot(left, right, tilus.zeros([m, n], f32, layout=c)))
+
+
+def mnemonics(name: str, **values: object) -> list[str]:
+    return [stmt.inst.mnemonic for stmt in instructions(pinned.ir(after=name, **values).body)]
+
+
+def check_product(device: str, shape: tuple[int, int, int], warps: int, **layouts: RegisterLayout) -> None:
+    m, n, k = shape
+    rng = np.random.default_rng(0)
+    x, y = (rng.integers(-8, 9, extents).astype(np.float16) for extents in ((m, k), (k, n)))
+    z = np.zeros((m, n), np.float32)
+    pinned.on(device)(x, y, z, shape=shape, warps=warps, **layouts)
+    assert np.array_equal(z, x.astype(np.float32) @ y.astype(np.float32))  # integers: exact in any order
+
+
 @pytest.mark.parametrize("device", ["reference", "emulator"])
 def test_both_operands_are_one_tile(device: str) -> None:
     a = np.random.default_rng(0).integers(-8, 8, (32, 32)).astype(np.float16)
     c = np.zeros((32, 32), np.float32)
     square.on(device)(a, c)
-    assert np.array_equal(c, a.astype(np.float32) @ a.astype(np.float32))  # integers: exact in any order
+    assert np.array_equal(c, a.astype(np.float32) @ a.astype(np.float32))
+
+
+def random_blocks(rng: random.Random, warps: int, free: int | None) -> RegisterLayout:
+    """Fragments over warps in any order of digits; no warp digit along dimension `free`."""
+    threads = [(2, rng.choice([d for d in (0, 1, None) if d != free])) for _ in range(warps.bit_length() - 1)]
+    slots = [(rng.choice([2, 3]), rng.choice([0, 1])) for _ in range(rng.randrange(3))]
+    digits, shape = list[tuple[Digit, bool]](), [1, 1]
+    for size, dim, is_slot in rng.sample(
+        [(*d, False) for d in threads] + [(*d, True) for d in slots], len(threads + slots)
+    ):
+        digits.append((Digit(size, dim, shape[dim] if dim is not None else 0), is_slot))
+        if dim is not None:
+            shape[dim] *= size
+    rng.shuffle(digits)
+    return RegisterLayout(
+        tuple(shape), tuple(d for d, is_slot in digits if not is_slot), tuple(d for d, is_slot in digits if is_slot)
+    )
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_layout_that_the_fragment_divides_is_kept(seed: int) -> None:
+    """Whatever the order in which warps and repeats tile the operand or the result: nothing is converted."""
+    rng = random.Random(seed)
+    warps = rng.choice([1, 2, 4])
+    which = rng.choice("abc")
+    atom = {"a": mma_a(16, rng.choice([8, 16])), "b": mma_b(16, rng.choice([8, 16])), "c": mma_c()}[which]
+    layout = random_blocks(rng, warps, {"a": 1, "b": 0, "c": None}[which]) * atom
+    m, n, k = rng.choice([16, 32]), rng.choice([8, 16, 32]), rng.choice([8, 16, 24, 48])
+    shape = {
+        "a": (layout.shape[0], n, layout.shape[1]),
+        "b": (m, layout.shape[1], layout.shape[0]),
+        "c": (*layout.shape, k),
+    }
+    values = {"shape": shape[which], "warps": warps, which: layout}
+    assert "convert" not in mnemonics("infer_layouts", **values)
+    check_product("emulator", shape[which], warps, **{which: layout})
+
+
+def test_warps_that_hold_the_same_operand_share_the_other_dimension() -> None:
+    """Four warps with one A: each computes a quarter of the columns, instead of all of them the same."""
+    layout = replicated(4, 2) * mma_a()
+    function = pinned.ir(after="infer_layouts", shape=(16, 64, 16), warps=4, a=layout)
+    (result,) = (stmt.inst.out for stmt in instructions(function.body) if stmt.inst.mnemonic == "dot")
+    assert result.layout == spatial(1, 4) * local(1, 2) * mma_c()
+
+
+@tilus.kernel
+def accumulating(x: Tensor[f16, 16, "k"], y: Tensor[f16, "k", 16], z: Tensor[f32, 16, 16], *, c: Const):
+    tilus.grid(1, warps=1)
+    acc = tilus.zeros([16, 16], f32, layout=c)
+    for k in tilus.range(0, x.shape[1], 16):
+        acc = tilus.dot(tilus.load(x, [0, k], shape=[16, 16]), tilus.load(y, [k, 0], shape=[16, 16]), acc)
+    tilus.store(z, [0, 0], acc)
+
+
+def test_a_result_in_a_layout_that_no_fragment_divides_is_refused() -> None:
+    """A variable keeps its layout, so the product would have to be moved into it."""
+    with pytest.raises(tilus.TilusError) as caught:
+        accumulating.ir(after="infer_layouts", c=local(4, 1).spatial(4, 8).local(1, 2))
+    assert caught.value.message == (
+        "dot cannot leave its result in the layout local(4, 1).spatial(4, 8).local(1, 2): it is no product of warps and "
+        "repeats with the fragment local(2, 1).spatial(8, 4).local(1, 2) of m16n8k16.f16.f16.f32, m16n8k8.f16.f16.f32; "
+        "tried column_local(2, 2).spatial(8, 4).local(1, 2)"
+    )
+    assert caught.value.hint == (
+        "leave it in column_local(2, 2).spatial(8, 4).local(1, 2) and convert afterwards with tilus.with_layout"
+    )
+
+
+def test_the_dump_names_the_instruction_and_is_read_back() -> None:
+    function = pinned.ir(after="select_instructions", shape=(16, 8, 24), warps=1)
+    text = print_function(function)
+    assert 'mma_sync(a=x, b=y, acc=c, atom="m16n8k8.f16.f16.f32")' in text
+    assert print_function(parse_function(text, INSTRUCTIONS)) == text
