@@ -162,7 +162,7 @@ def test_report_sections(square: Path) -> None:
         r"  spills +none",
         r"  shared memory +8192 bytes static, 0 bytes dynamic",
         r"  square.py:9 +load a: 4 x 128 bits per thread",
-        r"  square.py:11 +ldmatrix s: \d+ matrices per warp(, transposed)?",
+        r"  square.py:11 +ldmatrix s: \d+ matrices per warp, \d+ of x4(, transposed)?",
         r"  s +f16\[64, 64\] +8192 bytes +row_major\(\(64, 64\)\)\.swizzled\(3, 3, 3\)",
         r"  square.py:11 +ldmatrix s +0 in \d+ accesses",
         r"  tile +f16\[64, 64\] +\S.*",

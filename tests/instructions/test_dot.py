@@ -127,5 +127,5 @@ def test_a_result_in_a_layout_that_no_fragment_divides_is_refused() -> None:
 def test_the_dump_names_the_instruction_and_is_read_back() -> None:
     function = pinned.ir(after="select_instructions", shape=(16, 8, 24), warps=1)
     text = print_function(function)
-    assert 'mma_sync(a=x, b=y, acc=c, atom="m16n8k8.f16.f16.f32")' in text
+    assert 'mma_sync(a=%left, b=%right, acc=%t, atom="m16n8k8.f16.f16.f32")' in text
     assert print_function(parse_function(text, INSTRUCTIONS)) == text

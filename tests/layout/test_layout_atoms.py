@@ -110,7 +110,7 @@ def test_fragments_of_mma(layout: RegisterLayout, formula: object, shape: tuple[
             assert layout(lane, i) == formula(i, lane >> 2, lane % 4)  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("nbits", [4, 8, 16, 32])
+@pytest.mark.parametrize("nbits", [1, 2, 4, 8, 16, 32])
 def test_ldmatrix(nbits: int) -> None:
     """Lane 4 * row + c receives the four bytes c of the row of 16 bytes."""
     layout = atoms.ldmatrix(nbits)
@@ -190,6 +190,8 @@ def test_wrong_sizes_are_refused() -> None:
         atoms.mma_a(6)
     with pytest.raises(LayoutError, match="no k = 32 on 16 bits; expected 8 or 16"):
         atoms.mma_b(16, 32)
+    with pytest.raises(LayoutError, match="cannot hold elements of 3 bits"):
+        atoms.ldmatrix(3)
     with pytest.raises(LayoutError, match="n = 12"):
         atoms.wgmma_d(12)
     with pytest.raises(LayoutError, match=r"m, n, k = 48, 16, 16 by 2 x 1 warps; expected multiples of \(32, 8, 16\)"):

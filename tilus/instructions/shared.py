@@ -1,4 +1,4 @@
-"""Tiles from and to shared memory, ldmatrix included."""
+"""Tiles from and to shared memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from tilus.codegen.access import shared_vector_size, vectors
 from tilus.codegen.context import EmitContext
-from tilus.codegen.linear import Linear, of_const
 from tilus.dtypes import DataType
 from tilus.errors import TilusError
 from tilus.instructions.memory import assemble, load_vector, store_vector, tile_index, vectors_note
@@ -16,9 +15,8 @@ from tilus.ir.evaluation import Evaluation
 from tilus.ir.expr import Expr, as_expr
 from tilus.ir.instruction import Effects, Instruction, Layouts
 from tilus.ir.tensor import RegisterTensor, SharedTensor, SharedView
-from tilus.layout import RegisterLayout, SharedLayout, auto, local, swizzled
-from tilus.layout.atoms import ldmatrix
-from tilus.ptx.module import Reg, RegClass, Vector
+from tilus.layout import RegisterLayout, SharedLayout, auto, swizzled
+from tilus.ptx.module import Reg
 from tilus.target import Target
 
 SharedOperand = SharedTensor | SharedView
@@ -54,45 +52,25 @@ class LoadShared(Instruction):
         return Effects(reads=(self.src,))
 
     def verify(self) -> None:
-        _check("load_shared", self.src, self.out, self.offsets, self.dims)
+        check_shared_access("load_shared", self.src, self.out, self.offsets, self.dims)
 
     def default_layouts(self, known: Layouts, num_threads: int) -> Layouts:
         return {} if self.out in known else {self.out: vectorized(self.out, num_threads, self.dims)}
 
     def shared_layout_wish(self, tensor: SharedTensor) -> SharedLayout | None:
         """A fragment that ldmatrix can read wants the swizzle that keeps its eight rows in different banks."""
-        nbytes = tensor.dtype.nbits // 8
-        if self.out.layout is None or self._transposed(self.out.layout) is None or tensor.shape[-1] * nbytes % 16:
-            return None
-        return swizzled(tensor.shape, nbytes)
+        from tilus.instructions.matrix import matrix_forms
 
-    def _transposed(self, layout: RegisterLayout) -> bool | None:
-        """Whether ldmatrix must transpose to fill this layout; None when no 8x8 matrix divides it.
-
-        A lane's pair of elements follows one of the last two axes of the tile. Where that axis is the contiguous one in
-        memory the plain form fits, otherwise the transposing one.
-        """
-        nbits, rank = self.src.dtype.nbits, self.out.rank
-        last = self.src.rank - 1
-        if rank < 2 or nbits not in (8, 16) or last not in self.dims[-2:]:
+        nbits, last = tensor.dtype.nbits, tensor.rank - 1
+        if self.out.layout is None or nbits % 8 or tensor.shape[last] * nbits % 128:
             return None
-        matrix = ldmatrix(nbits)
-        along, across = matrix, matrix.permute((1, 0))
-        if self.dims[-1] != last:
-            along, across = across, along
-        if layout.try_divide(_of_rank(along, rank)) is not None:
-            return False
-        if nbits == 16 and layout.try_divide(_of_rank(across, rank)) is not None:
-            return True
-        return None
+        forms = matrix_forms(self.out.layout, nbits)
+        return swizzled(tensor.shape, nbits // 8) if any(self.dims[f.columns] == last for f in forms) else None
 
     def specialized(self, target: Target) -> Instruction | None:
-        if self.out.layout is None or self.src.layout is None:
-            return None
-        transposed = self._transposed(self.out.layout)
-        if transposed is None or not _rows_of_16_bytes(self.src, self.offsets, self.dims):
-            return None
-        return LdMatrix(self.out, self.src, self.offsets, self.dims, transposed)
+        from tilus.instructions.matrix import load_as_matrices
+
+        return load_as_matrices(self.out, self.src, self.offsets, self.dims)
 
     def evaluate(self, env: Evaluation) -> None:
         env.set_tile(self.out, env.load(self.src, self.offsets, self.out.shape, self.dims, checked=False))
@@ -125,10 +103,15 @@ class StoreShared(Instruction):
         return Effects(writes=(self.dst,))
 
     def verify(self) -> None:
-        _check("store_shared", self.dst, self.src, self.offsets, self.dims)
+        check_shared_access("store_shared", self.dst, self.src, self.offsets, self.dims)
 
     def default_layouts(self, known: Layouts, num_threads: int) -> Layouts:
         return {} if self.src in known else {self.src: vectorized(self.src, num_threads, self.dims)}
+
+    def specialized(self, target: Target) -> Instruction | None:
+        from tilus.instructions.matrix import store_as_matrices
+
+        return store_as_matrices(self.dst, self.src, self.offsets, self.dims, target)
 
     def evaluate(self, env: Evaluation) -> None:
         env.store(self.dst, self.offsets, self.dims, env.tile(self.src), checked=False)
@@ -145,106 +128,6 @@ class StoreShared(Instruction):
         ctx.note_shared(self, self.dst, layout, self.offsets, self.dims, size)
 
 
-@dataclass(frozen=True, eq=False)
-class LdMatrix(Instruction):
-    """A tile of a shared tensor as fragments, eight 16-byte rows a matrix, up to four matrices an instruction.
-
-    Every lane gives the address of one row (PTX ISA, "ldmatrix"). trans: each matrix arrives transposed.
-    """
-
-    mnemonic = "ldmatrix"
-
-    out: RegisterTensor
-    src: SharedTensor
-    offsets: tuple[Expr, ...]
-    dims: tuple[int, ...]
-    trans: bool = False
-
-    def effects(self) -> Effects:
-        return Effects(reads=(self.src,))
-
-    def verify(self) -> None:
-        _check("ldmatrix", self.src, self.out, self.offsets, self.dims)
-
-    def evaluate(self, env: Evaluation) -> None:
-        env.set_tile(self.out, env.load(self.src, self.offsets, self.out.shape, self.dims, checked=False))
-
-    def emit(self, ctx: EmitContext) -> None:
-        layout = ctx.layout(self.out)
-        nbits = self.src.dtype.nbits
-        per_word = 32 // nbits
-        words = layout.num_locals // per_word
-        starts = [ctx.local_index(layout, word * per_word) for word in range(words)]
-        regs: list[Reg] = []
-        while len(regs) < words:
-            count = next(c for c in (4, 2, 1) if _is_grid(starts[len(regs) : len(regs) + c], c))
-            regs += self._load(ctx, layout, starts[len(regs) : len(regs) + count])
-        ctx.note(self, f"ldmatrix {self.src.name}: {words} matrices per warp{', transposed' if self.trans else ''}")
-        ctx.note_shared(self, self.src, layout, self.offsets, self.dims, per_word, rows_of_16_bytes=True)
-        ctx.define(self.out, regs)
-
-    def _load(self, ctx: EmitContext, layout: RegisterLayout, starts: list[list[int]]) -> list[Reg]:
-        """One instruction: lane 8j + r addresses row r of the matrix that begins at `starts[j]`."""
-        count = len(starts)
-        index = [ctx.scalars.linear(e) for e in self.offsets]
-        lane_part = _matrix_index(ctx, starts)
-        for axis, part in enumerate(_warp_index(ctx, layout)):
-            index[self.dims[axis]] = index[self.dims[axis]] + part + lane_part[axis]
-        # Rows of a matrix follow each other along the axis that is not contiguous in memory.
-        row_dim = self.dims[-2] if self.dims[-1] == self.src.rank - 1 else self.dims[-1]
-        index[row_dim] = index[row_dim] + ctx.digit(1, 8)
-        address = ctx.shared_address(self.src, index)
-        trans = ".trans" if self.trans else ""
-        regs = [ctx.b.reg(RegClass.B32) for _ in range(count)]
-        ctx.b.emit_to(f"ldmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16", Vector(tuple(regs)), address)
-        return regs
-
-
-def _warp_index(ctx: EmitContext, layout: RegisterLayout) -> list[Linear]:
-    """The part of the tile index that the warp decides."""
-    index = [of_const(0) for _ in layout.shape]
-    for term in layout.thread_terms:
-        # A digit may span lanes and warps: split it at the warp boundary.
-        if term.dim is None or term.stride * term.size <= 32:
-            continue
-        inside = max(1, 32 // term.stride) if term.stride < 32 else 1
-        digit = ctx.digit(term.stride * inside, term.size // inside)
-        index[term.dim] = index[term.dim] + digit.scaled(term.weight * inside)
-    return index
-
-
-def _is_grid(starts: list[list[int]], count: int) -> bool:
-    """Whether one instruction can load these matrices: their starts are sums of independent steps."""
-    if len(starts) < count:
-        return False
-    return count < 4 or all(d == b + c - a for a, b, c, d in zip(*starts, strict=True))
-
-
-def _matrix_index(ctx: EmitContext, starts: list[list[int]]) -> list[Linear]:
-    """Where the matrix begins whose row a lane addresses: lanes 8j .. 8j + 7 serve matrix j."""
-    index = [of_const(part) for part in starts[0]]
-    for bit in (1, 2):
-        if bit < len(starts):
-            group = ctx.digit(8 * bit, 2)
-            for axis, (begin, first) in enumerate(zip(starts[bit], starts[0], strict=True)):
-                index[axis] = index[axis] + group.scaled(begin - first)
-    return index
-
-
-def _rows_of_16_bytes(src: SharedTensor, offsets: Sequence[Expr], dims: Sequence[int]) -> bool:
-    """Whether every matrix row is 16 consecutive, aligned bytes of the shared tensor."""
-    row = 128 // src.dtype.nbits
-    probe = local(1, row) if dims[-1] == src.rank - 1 else local(row, 1)
-    return shared_vector_size(src, _of_rank(probe, len(dims)), offsets, dims) == row
-
-
-def _of_rank(layout: RegisterLayout, rank: int) -> RegisterLayout:
-    """The same layout for the last two of `rank` axes."""
-    while layout.rank < rank:
-        layout = layout.unsqueeze(0)
-    return layout
-
-
 def vectorized(tile: RegisterTensor, num_threads: int, dims: Sequence[int]) -> RegisterLayout:
     """16 bytes per thread along the axis that runs along the last tensor dim."""
     inner = max(range(tile.rank), key=lambda a: dims[a]) if tile.rank else 0
@@ -258,7 +141,10 @@ def vectorized(tile: RegisterTensor, num_threads: int, dims: Sequence[int]) -> R
     return auto(tile.shape, num_threads, vector, order)
 
 
-def _check(what: str, tensor: SharedTensor, tile: RegisterTensor, offsets: Sequence[Expr], dims: Sequence[int]) -> None:
+def check_shared_access(
+    what: str, tensor: SharedTensor, tile: RegisterTensor, offsets: Sequence[Expr], dims: Sequence[int]
+) -> None:
+    """Raise unless a tile along `dims` at `offsets` makes sense for the shared tensor."""
     if tile.dtype != tensor.dtype:
         raise TilusError(f"{what}: tile of {tile.dtype.name} and {tensor.name} of {tensor.dtype.name}")
     if len(offsets) != tensor.rank or len(dims) != tile.rank:

@@ -28,7 +28,9 @@ def mma_c() -> RegisterLayout:
 
 def ldmatrix(nbits: int = 16) -> RegisterLayout:
     """One matrix of ldmatrix, 8 rows of 16 bytes: shape [8, 128 / nbits]. Lane 4r + c gets word c of row r."""
-    return spatial(8, 4).local(1, _per_register(nbits))
+    if 32 % nbits:
+        raise LayoutError(f"a word of ldmatrix cannot hold elements of {nbits} bits; expected 1, 2, 4, 8, 16 or 32")
+    return spatial(8, 4).local(1, 32 // nbits)
 
 
 def ldmatrix_trans() -> RegisterLayout:

@@ -92,6 +92,8 @@ def load_matrices(site: Site) -> Step:
 def store_matrices(site: Site) -> Step:
     """The inverse of ldmatrix."""
     site.allow("sync", "aligned", "m8n8", "x1", "x2", "x4", "trans", "shared", "shared::cta")
+    if "m8n8" not in site.words or site.type() != "b16":
+        raise site.unsupported("a matrix shape other than .m8n8.b16")
     count = _matrix_count(site)
     sources = [site.source(operand, "b32") for operand in _matrices(site, site.operands[1], count)]
     access = Access(site, site.operands[0], "shared", 16)
