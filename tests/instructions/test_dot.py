@@ -6,6 +6,7 @@ import random
 
 import numpy as np
 import pytest
+from tile_programs import random_blocks
 
 import tilus
 from tilus import Const, Tensor, f16, f32
@@ -13,7 +14,7 @@ from tilus.instructions import INSTRUCTIONS
 from tilus.ir.parser import parse_function
 from tilus.ir.printer import print_function
 from tilus.ir.visit import instructions
-from tilus.layout import Digit, RegisterLayout, local, replicated, spatial
+from tilus.layout import RegisterLayout, local, replicated, spatial
 from tilus.layout.atoms import mma_a, mma_b, mma_c
 
 
@@ -55,23 +56,6 @@ def test_both_operands_are_one_tile(device: str) -> None:
     c = np.zeros((32, 32), np.float32)
     square.on(device)(a, c)
     assert np.array_equal(c, a.astype(np.float32) @ a.astype(np.float32))
-
-
-def random_blocks(rng: random.Random, warps: int, free: int | None) -> RegisterLayout:
-    """Fragments over warps in any order of digits; no warp digit along dimension `free`."""
-    threads = [(2, rng.choice([d for d in (0, 1, None) if d != free])) for _ in range(warps.bit_length() - 1)]
-    slots = [(rng.choice([2, 3]), rng.choice([0, 1])) for _ in range(rng.randrange(3))]
-    digits, shape = list[tuple[Digit, bool]](), [1, 1]
-    for size, dim, is_slot in rng.sample(
-        [(*d, False) for d in threads] + [(*d, True) for d in slots], len(threads + slots)
-    ):
-        digits.append((Digit(size, dim, shape[dim] if dim is not None else 0), is_slot))
-        if dim is not None:
-            shape[dim] *= size
-    rng.shuffle(digits)
-    return RegisterLayout(
-        tuple(shape), tuple(d for d, is_slot in digits if not is_slot), tuple(d for d, is_slot in digits if is_slot)
-    )
 
 
 @pytest.mark.parametrize("seed", range(30))

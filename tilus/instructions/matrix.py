@@ -1,7 +1,7 @@
 """ldmatrix and stmatrix: tiles between shared memory and the registers of a warp, as matrices of eight 16-byte rows.
 
-A lane holds one 32-bit word of each matrix: word c of row r is in lane 4 r + c; transposed, it has elements 2c and 2c + 1 of column r
-(16-bit elements only). So a tile can move this way when that fragment divides its layout and every row is 16 aligned
+A lane holds one 32-bit word of each matrix: word c of row r is in lane 4 r + c, or, transposed, elements 2c and 2c + 1 of a
+column (16-bit elements only). So a tile can move this way when that fragment divides its layout and every row is 16 aligned
 consecutive bytes of shared memory; elements of other widths than 16 bits travel as parts of such rows.
 Source: PTX ISA, "Warp-level matrix instructions: ldmatrix" and "stmatrix".
 """
