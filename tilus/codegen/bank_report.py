@@ -9,6 +9,7 @@ from itertools import islice, product
 import numpy as np
 import numpy.typing as npt
 
+from tilus.codegen.access import unit_nbits
 from tilus.codegen.context import SharedSite
 from tilus.errors import TilusError
 from tilus.ir.expr import Const, Expr
@@ -82,9 +83,6 @@ def _warp_accesses(
             rows = np.unique(addresses_nbytes[:, slot : slot + site.size] // MATRIX_ROW_NBYTES)
             yield rows * MATRIX_ROW_NBYTES, MATRIX_ROW_NBYTES
             continue
-        nbytes = max(1, site.size * site.tensor.dtype.nbits // 8)
-        if nbytes & (nbytes - 1):  # vectors of 3-, 5-, 6- and 7-bit types move byte by byte
-            for byte in range(nbytes):
-                yield addresses_nbytes[:, slot] + byte, 1
-        else:
-            yield addresses_nbytes[:, slot], nbytes
+        unit = unit_nbits(site.tensor.dtype, site.size) // 8
+        for byte in range(0, site.size * site.tensor.dtype.nbits // 8, unit):
+            yield addresses_nbytes[:, slot] + byte, unit

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tilus.codegen.access import global_vector_size, shared_vector_size, vectors
+from tilus.codegen.access import global_vector_size, shared_vector_size, unit_nbits, vectors
 from tilus.codegen.context import EmitContext
 from tilus.errors import TilusError
-from tilus.instructions.memory import check_access, coalesced, tile_index, vectors_note
+from tilus.instructions.memory import check_access, coalesced, offset_by, tile_index, vectors_note
 from tilus.instructions.shared import SharedOperand, full_offsets
 from tilus.ir.builder import IRBuilder, builtin
 from tilus.ir.evaluation import Evaluation
@@ -63,15 +62,16 @@ class CopyAsync(Instruction):
         """Which thread copies what, and elements per copy (4, 8 or 16 bytes: PTX ISA, "cp.async")."""
         layout = coalesced(self.src, self.shape, self.src_dims, num_threads)
         wide = global_vector_size(self.src, layout, self.src_offsets, self.src_dims, self.checked)
-        size = math.gcd(wide, shared_vector_size(self.dst, layout, self.dst_offsets, self.dst_dims))
+        size = min(wide, shared_vector_size(self.dst, layout, self.dst_offsets, self.dst_dims))
         return layout, size
 
     def emit(self, ctx: EmitContext) -> None:
         layout, size = self._distribution(ctx.num_threads)
-        nbytes = size * self.src.dtype.nbits // 8
+        nbits = unit_nbits(self.src.dtype, size)
+        nbytes = nbits // 8
         if nbytes not in (4, 8, 16):
             raise TilusError(
-                f"copy_async from {self.src.name}: alignment and masks allow copies of {size * self.src.dtype.nbits} bits, "
+                f"copy_async from {self.src.name}: alignment and masks allow copies of {nbits} bits, "
                 "cp.async moves 4, 8 or 16 bytes",
                 hint="make the contiguous dim a multiple of 16 bytes, or use tilus.load and tilus.store_shared",
             )
@@ -86,10 +86,12 @@ class CopyAsync(Instruction):
                 inside = ctx.in_bounds(self.src, self.src_offsets, self.src_dims, self.shape, index)
             dst = ctx.shared_address(self.dst, dst_index(vector.slot))
             src = ctx.global_address(self.src, index)
-            operands: list[Operand] = [dst, src, Imm(nbytes)]
+            tail: list[Operand] = [Imm(nbytes)]
             if inside is not None:  # a source size of 0 fills the destination with zeros and reads nothing
-                operands.append(ctx.b.pure("selp.b32", Imm(nbytes), Imm(0), inside))
-            ctx.b.emit_to(f"cp.async.{cache}.shared.global", *operands, guard=ctx.guard(owner))
+                tail.append(ctx.b.pure("selp.b32", Imm(nbytes), Imm(0), inside))
+            for at in range(0, size * self.src.dtype.nbits // 8, nbytes):
+                places = offset_by(dst, at), offset_by(src, at)
+                ctx.b.emit_to(f"cp.async.{cache}.shared.global", *places, *tail, guard=ctx.guard(owner))
         ctx.note(self, f"copy_async {self.src.name}: {vectors_note(self.src.dtype, size, layout.num_locals)}")
         ctx.note_shared(self, self.dst, layout, self.dst_offsets, self.dst_dims, size)
 

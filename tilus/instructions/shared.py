@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tilus.codegen.access import shared_vector_size, vectors
+from tilus.codegen.access import MAX_VECTOR_NBITS, shared_vector_size, vectors
 from tilus.codegen.context import EmitContext
 from tilus.dtypes import DataType
 from tilus.errors import TilusError
-from tilus.instructions.memory import assemble, load_vector, store_vector, tile_index, vectors_note
+from tilus.instructions.memory import assemble, check_whole_bytes, load_vector, store_vector, tile_index, vectors_note
 from tilus.ir.builder import IRBuilder, builtin
 from tilus.ir.evaluation import Evaluation
 from tilus.ir.expr import Expr, as_expr
@@ -78,6 +79,7 @@ class LoadShared(Instruction):
     def emit(self, ctx: EmitContext) -> None:
         layout = ctx.layout(self.out)
         size = shared_vector_size(self.src, layout, self.offsets, self.dims)
+        check_whole_bytes("load_shared", self.src, size)
         starts = tile_index(ctx, layout, self.offsets, self.dims)
         pieces: list[Reg] = []
         for vector in vectors(layout, size):
@@ -119,6 +121,7 @@ class StoreShared(Instruction):
     def emit(self, ctx: EmitContext) -> None:
         layout = ctx.layout(self.src)
         size = shared_vector_size(self.dst, layout, self.offsets, self.dims)
+        check_whole_bytes("store_shared", self.dst, size)
         starts = tile_index(ctx, layout, self.offsets, self.dims)
         owner, words = ctx.first_replica(layout), ctx.words(self.src)
         for vector in vectors(layout, size):
@@ -134,10 +137,8 @@ def vectorized(tile: RegisterTensor, num_threads: int, dims: Sequence[int]) -> R
     order = (inner, *(a for a in reversed(range(tile.rank)) if a != inner)) if tile.rank else ()
     per_thread = max(1, tile.size // num_threads)
     nbits = tile.dtype.nbits
-    whole_bytes = 8 if nbits & (nbits - 1) else max(1, 8 // nbits)
-    vector = (
-        whole_bytes if nbits & (nbits - 1) else min(128 // nbits, max(whole_bytes, 1 << (per_thread.bit_length() - 1)))
-    )
+    whole_bytes, unit = 8 // math.gcd(8, nbits), nbits & -nbits
+    vector = min(MAX_VECTOR_NBITS // unit, max(whole_bytes, 1 << (per_thread.bit_length() - 1)))
     return auto(tile.shape, num_threads, vector, order)
 
 
