@@ -5,7 +5,7 @@ holds whole 32-bit registers of every operand (`tilus.layout.atoms`), so a row o
 
 Source: PTX ISA, "Warp-level matrix instructions: mma". Not in the table although the ISA has them: .satfinite, single-bit
 and f64 operands (there is no such tile), and 4-bit integers from sm_90 on, where the assembler calls a subroutine for them.
-8-bit floats are QMMA instructions on sm_89; for sm_90a and sm_100a the assembler makes two of f16 of each.
+8-bit floats are QMMA instructions on sm_89; for sm_90a and sm_100a the assembler converts them and makes two of f16 of each.
 """
 
 from __future__ import annotations
