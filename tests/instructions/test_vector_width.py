@@ -199,3 +199,59 @@ def test_types_of_odd_widths_move_in_words(name: str, run: int, nbits: int) -> N
     shared = compiled.lowered.shared_nbytes if compiled.lowered.dynamic_shared else 0
     run_kernel(compiled.ptx, compiled.kernel_name, (1, 1, 1), [x, y], dynamic_shared_nbytes=shared)
     assert (x == y).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["uint3", "float6_e3m2", "uint7"])
+def test_types_of_odd_widths_on_a_gpu(name: str) -> None:
+    dtype = dtypes.dtype(name)
+    layout = auto((16, 256), 32, 128 // (dtype.nbits & -dtype.nbits))
+    codes = np.random.default_rng(0).integers(0, dtype.num_codes, layout.shape).astype(dtype.storage)
+    x = pack_bits(codes, dtype).reshape(-1)
+    y = np.zeros_like(x)
+    arguments = [tilus.packed(array, dtype, layout.shape) for array in (x, y)]
+    around.on("cuda")(*arguments, shape=layout.shape, layout=layout)
+    assert (x == y).all()
+
+
+@tilus.kernel
+def copied(x: Tensor["t", "m", "n"], y: Tensor["t", "m", "n"], *, shape: Const, memory: Const):
+    tilus.grid(1, warps=1)
+    s = tilus.shared(x.dtype, shape, layout=memory)
+    tilus.copy_async(x, [0, 0], s)
+    tilus.commit()
+    tilus.wait(0)
+    tilus.sync()
+    tilus.store(y, [0, 0], tilus.load_shared(s))
+
+
+@pytest.mark.parametrize(
+    ("columns", "memory", "opcode"),
+    [
+        (64, (64, 1), "cp.async.cg.shared.global 16"),
+        (60, (64, 1), "cp.async.ca.shared.global 8"),  # rows of 120 bytes: each is a multiple of 8
+        (62, (64, 1), "cp.async.ca.shared.global 4"),
+        (64, (68, 1), "cp.async.ca.shared.global 8"),  # the shared tensor is padded by 8 bytes
+        (64, (66, 1), "cp.async.ca.shared.global 4"),
+    ],
+)
+def test_copies_are_as_wide_as_both_sides_allow(columns: int, memory: tuple[int, int], opcode: str) -> None:
+    """Only copies of 16 bytes may bypass the first-level cache (.cg). Columns behind the 64 that exist arrive as zeros."""
+    layout = strided((16, 64), memory)
+    specialization = copied.specialize(t=dtypes.f16, m=16, n=columns, shape=(16, 64), memory=layout)
+    compiled = compile_function(specialization.function, DEFAULT_TARGET)
+    lines = [line.split() for line in compiled.ptx.splitlines() if " cp.async.c" in line and "commit" not in line]
+    assert {f"{line[0]} {line[3].strip(',;')}" for line in lines} == {opcode}
+    x = np.arange(16 * columns, dtype=np.float16).reshape(16, columns)
+    y = np.zeros_like(x)
+    run_kernel(compiled.ptx, compiled.kernel_name, (1, 1, 1), [x, y])
+    assert (x == y).all()
+
+
+def test_parts_of_bytes_are_refused() -> None:
+    """Each thread would have to move single 4-bit elements."""
+    layout = local(2, 2).spatial(8, 4).local(2, 1)
+    with pytest.raises(
+        tilus.TilusError, match="load_shared: threads hold runs of 1 elements of uint4 of s, which is 4 bits"
+    ):
+        around.ptx(t=dtypes.dtype("uint4"), m=32, n=8, shape=(32, 8), layout=layout)
