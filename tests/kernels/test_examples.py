@@ -11,7 +11,8 @@ pytestmark = pytest.mark.slow
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 KERNELS = [
-    "attention", "matmul_v0", "matmul_v1", "matmul_v2", "matmul_v3", "matmul_v4", "matmul_types", "quantized_linear", "softmax", "vector_add",
+    "attention", "matmul_v0", "matmul_v1", "matmul_v2", "matmul_v3", "matmul_v4", "matmul_types", "quantized_linear",
+    "softmax", "vector_add",
 ]  # fmt: skip
 SERVERS = ["serve"]
 
