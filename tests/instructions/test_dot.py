@@ -62,7 +62,7 @@ def test_both_operands_are_one_tile(device: str) -> None:
 def test_a_layout_that_the_fragment_divides_is_kept(seed: int) -> None:
     """Whatever the order in which warps and repeats tile the operand or the result: nothing is converted."""
     rng = random.Random(seed)
-    warps = rng.choice([1, 2, 4])
+    warps = rng.choice([1, 2, 4, 8])
     which = rng.choice("abc")
     atom = {"a": mma_a(16, rng.choice([8, 16])), "b": mma_b(16, rng.choice([8, 16])), "c": mma_c()}[which]
     layout = random_blocks(rng, warps, {"a": 1, "b": 0, "c": None}[which]) * atom
@@ -77,12 +77,26 @@ def test_a_layout_that_the_fragment_divides_is_kept(seed: int) -> None:
     check_product("emulator", shape[which], warps, **{which: layout})
 
 
-def test_warps_that_hold_the_same_operand_share_the_other_dimension() -> None:
-    """Four warps with one A: each computes a quarter of the columns, instead of all of them the same."""
-    layout = replicated(4, 2) * mma_a()
-    function = pinned.ir(after="infer_layouts", shape=(16, 64, 16), warps=4, a=layout)
+@pytest.mark.parametrize(
+    ("given", "blocks"),
+    [
+        (replicated(4, 2), spatial(1, 4) * local(1, 2)),
+        (replicated(2, 2) * spatial(2, 1), spatial(1, 2) * spatial(2, 1) * local(1, 4)),
+        (spatial(2, 1) * replicated(2, 2), spatial(2, 2) * local(1, 4)),
+        (replicated(2, 2) * spatial(2, 1) * replicated(2, 2), spatial(1, 2) * spatial(2, 2) * local(1, 2)),
+        (replicated(16, 2), replicated(2, 2) * spatial(1, 8)),
+    ],
+    ids=str,
+)
+def test_warps_that_hold_the_same_operand_share_the_other_dimension(
+    given: RegisterLayout, blocks: RegisterLayout
+) -> None:
+    """Warps with the same A compute other columns, as many as there are, instead of all of them the same."""
+    values = {"shape": (16 * given.shape[0], 64, 16), "warps": given.num_threads, "a": given * mma_a()}
+    function = pinned.ir(after="infer_layouts", **values)
     (result,) = (stmt.inst.out for stmt in instructions(function.body) if stmt.inst.mnemonic == "dot")
-    assert result.layout == spatial(1, 4) * local(1, 2) * mma_c()
+    assert result.layout == blocks * mma_c()
+    check_product("emulator", values["shape"], values["warps"], a=values["a"])
 
 
 @tilus.kernel

@@ -21,6 +21,7 @@ from tilus.ir.visit import instructions
 from tilus.layout import (
     RegisterLayout,
     SharedLayout,
+    auto,
     column_major,
     local,
     padded,
@@ -80,27 +81,25 @@ def random_memory(rng: random.Random, shape: tuple[int, ...], nbits: int) -> Sha
     return rng.choice(choices)
 
 
+@pytest.mark.parametrize("side", ["write", "read"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("seed", range(16))
-def test_matrices_exactly_where_the_rows_allow(dtype: DataType, seed: int) -> None:
+@pytest.mark.parametrize("seed", range(12))
+def test_matrices_exactly_where_the_rows_allow(dtype: DataType, seed: int, side: str) -> None:
+    """Only one side moves matrices: the other, in 16-byte vectors, would not undo a mistake."""
     rng = random.Random(seed)
-    layouts: list[RegisterLayout] = []
-    for _ in range(2):  # one to write with, one to read with, of the same shape
-        trans = dtype == f16 and rng.random() < 0.4
-        fragment = ldmatrix_trans() if trans else ldmatrix(dtype.nbits)
-        layouts.append(random_blocks(random.Random(seed), rng.choice([1, 2]), None) * fragment)
-    layouts = [layout for layout in layouts if layout.num_threads == layouts[0].num_threads]
+    trans = dtype == f16 and rng.random() < 0.5
+    fragment = ldmatrix_trans() if trans else ldmatrix(dtype.nbits)
+    layout = random_blocks(rng, rng.choice([1, 2]), None) * fragment
     if rng.random() < 0.5 and dtype.nbits >= 8:
-        layouts = [layout.permute((1, 0)) for layout in layouts]
-    write, read = layouts[0], layouts[-1]
-    memory = random_memory(rng, read.shape, dtype.nbits)
+        layout = layout.permute((1, 0))
+    memory = random_memory(rng, layout.shape, dtype.nbits)
+    plain = auto(layout.shape, layout.num_threads, 128 // dtype.nbits)
+    write, read = (layout, plain) if side == "write" else (plain, layout)
     compiled = compiled_for(dtype, memory, write, read, "sm_90a")
-    for layout, kind in ((write, StMatrix), (read, LdMatrix)):
-        kinds_of_rows = (False, True) if dtype == f16 else (False,)
-        forms = [t for t in kinds_of_rows if rows_are_aligned(layout, memory, dtype.nbits, t)]
-        found = [stmt.inst.trans for stmt in instructions(compiled.function.body) if isinstance(stmt.inst, kind)]
-        assert found == forms, (str(layout), str(memory))
-    codes = np.random.default_rng(seed).integers(0, dtype.num_codes, read.shape).astype(dtype.storage)
+    forms = [t for t in (False, True) if (dtype == f16 or not t) and rows_are_aligned(layout, memory, dtype.nbits, t)]
+    found = [s.inst.trans for s in instructions(compiled.function.body) if isinstance(s.inst, (LdMatrix, StMatrix))]
+    assert found == forms, (str(layout), str(memory))
+    codes = np.random.default_rng(seed).integers(0, dtype.num_codes, layout.shape).astype(dtype.storage)
     x = pack_bits(codes, dtype)
     y = np.zeros_like(x)
     run_kernel(compiled.ptx, compiled.kernel_name, (1, 1, 1), [x, y])

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from tilus.codegen.access import shared_vector_size
 from tilus.codegen.context import EmitContext
-from tilus.codegen.linear import Linear, of_const
+from tilus.codegen.linear import Linear, of_const, of_reg, register
 from tilus.errors import TilusError
 from tilus.instructions.shared import check_shared_access
 from tilus.ir.evaluation import Evaluation
@@ -23,7 +23,7 @@ from tilus.ir.instruction import Effects, Instruction
 from tilus.ir.tensor import RegisterTensor, SharedTensor
 from tilus.layout import RegisterLayout, local, spatial
 from tilus.layout.atoms import ldmatrix, ldmatrix_trans
-from tilus.ptx.module import Address, Reg, RegClass, Vector
+from tilus.ptx.module import Address, Imm, Reg, RegClass, Vector
 from tilus.target import Target
 
 ROW_NBITS = 128
@@ -230,13 +230,16 @@ class _RowAddresses:
         return index
 
     def _matrix_index(self, starts: Sequence[Sequence[int]]) -> list[Linear]:
-        """Where the matrix begins whose row a lane addresses."""
+        """Where the matrix begins whose row a lane addresses; all terms are positive, as addresses must not wrap."""
         index = [of_const(part) for part in starts[0]]
-        for bit in (1, 2):
-            if bit < len(starts):
-                group = self.ctx.digit(8 * bit, 2)
-                for axis, (begin, first) in enumerate(zip(starts[bit], starts[0], strict=True)):
-                    index[axis] = index[axis] + group.scaled(begin - first)
+        for bit in (bit for bit in (1, 2) if bit < len(starts)):
+            later = self.ctx.digit(8 * bit, 2)
+            for axis, (begin, first) in enumerate(zip(starts[bit], starts[0], strict=True)):
+                if begin >= first:
+                    index[axis] = index[axis] + later.scaled(begin - first)
+                else:
+                    earlier = self.ctx.b.pure("xor.b32", register(self.ctx.b, later), Imm(1))
+                    index[axis] = index[axis] + of_const(begin - first) + of_reg(earlier).scaled(first - begin)
         return index
 
 

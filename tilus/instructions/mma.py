@@ -34,19 +34,19 @@ Known = tuple[RegisterLayout | None, RegisterLayout | None, RegisterLayout | Non
 @functools.lru_cache(maxsize=1024)
 def choose(atoms: tuple[MmaAtom, ...], extents: Extents, num_warps: int, known: Known) -> tuple[Candidate, ...]:
     """The ways to compute a product, best first: least conversions (that of the result, which is impossible, counts most),
-    then the largest atom, then the regular partition with the least work and the fewest fragments to load."""
+    then the largest atom, the least repeated work, and the fewest fragments to load."""
     found: dict[Candidate, None] = {}
     for atom in (atom for atom in atoms if extents.k % atom.k == 0):
         operands = zip((0, 1, 2, 2), known, strict=True)
         derived = [b for which, l in operands if l for b in blocks_of_operand(atom, which, l, extents)]
         found |= {candidate(atom, blocks, extents.k): None for blocks in (*warp_grids(extents, num_warps), *derived)}
 
-    def clashes(way: Candidate) -> tuple[int, int]:
+    def rank(way: Candidate) -> tuple[int, ...]:
         wanted = zip((way.a, way.b, way.c, way.c), known, strict=True)
         a, b, acc, out = (own is not None and not _serves(layout, own) for layout, own in wanted)
-        return int(out), a + b + acc + out
+        return int(out), a + b + acc + out, -way.atom.num_macs, way.blocks.num_replicas, way.num_loads
 
-    return tuple(sorted(found, key=clashes))
+    return tuple(sorted(found, key=rank))
 
 
 def _serves(wanted: RegisterLayout, own: RegisterLayout) -> bool:

@@ -38,6 +38,11 @@ class Candidate:
     b_blocks: RegisterLayout
 
     @property
+    def num_loads(self) -> int:
+        """Registers of operands that a warp needs, in fragments of B (one of A has twice as many)."""
+        return 2 * self.a_blocks.num_locals + self.b_blocks.num_locals
+
+    @property
     def a(self) -> RegisterLayout:
         return self.a_blocks * self.atom.layouts[0].unsqueeze(0)
 
