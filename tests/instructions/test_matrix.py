@@ -11,6 +11,7 @@ from tile_programs import random_blocks
 
 import tilus
 from tilus import Const, Tensor, f16, f32, int4, uint2, uint8
+from tilus.codegen.bank_report import site_conflicts
 from tilus.compiler import Compiled, compile_function
 from tilus.dtypes import DataType, pack_bits
 from tilus.instructions import INSTRUCTIONS
@@ -104,6 +105,20 @@ def test_matrices_exactly_where_the_rows_allow(dtype: DataType, seed: int, side:
     y = np.zeros_like(x)
     run_kernel(compiled.ptx, compiled.kernel_name, (1, 1, 1), [x, y])
     assert (x == y).all()
+
+
+@pytest.mark.parametrize(
+    ("memory", "conflicts"), [(row_major((32, 64)), 2 * 7 * 32), (swizzled((32, 64), 2), 0)], ids=str
+)
+def test_bank_conflicts_are_those_of_the_emulator(memory: SharedLayout, conflicts: int) -> None:
+    """Eight rows of 128 bytes at one column all meet in the same banks: 7 extra wavefronts of each of the 32 matrices."""
+    layout = spatial(2, 1).local(2, 8) * ldmatrix()
+    compiled = compiled_for(f16, memory, layout, layout, "sm_90a")
+    x = np.zeros(memory.shape, np.float16)
+    stats = run_kernel(compiled.ptx, compiled.kernel_name, (1, 1, 1), [x, x.copy()], profile=True).stats
+    assert {site.opcode.split(".")[0] for site in stats.shared.values()} == {"ldmatrix", "stmatrix"}
+    reported = sum(site_conflicts(site).extra_wavefronts for site in compiled.lowered.shared_sites)
+    assert reported == sum(site.conflicts for site in stats.shared.values()) == conflicts
 
 
 def test_replicated_warps_store_once() -> None:

@@ -9,8 +9,9 @@ import numpy.typing as npt
 import pytest
 
 import tilus
-from tilus import Const, Tensor, f16, f32, int8, int32, uint4, uint8
+from tilus import Const, Tensor, f16, f32, int4, int8, int32, uint4, uint8
 from tilus.compiler import Compiled, compile_function
+from tilus.dtypes import pack_bits
 from tilus.instructions.mma_atoms import MMA_ATOMS, MmaAtom
 from tilus.ptx.assembler import assemble
 from tilus.ptx.sass import disassemble
@@ -131,8 +132,12 @@ def test_every_atom_is_one_machine_instruction(atom: MmaAtom) -> None:
 @pytest.mark.parametrize(
     ("a", "target", "message"),
     [
-        (tilus.float8_e4m3, "sm_80", "dot of float8_e4m3 and float8_e4m3 needs sm_89 and later, the target is sm_80"),
-        (uint4, "sm_90a", "dot of uint4 and uint4 needs sm_80 to sm_89, the target is sm_90a"),
+        (
+            tilus.float8_e4m3,
+            "sm_80",
+            "dot of float8_e4m3 and float8_e4m3 with k = 32 needs sm_89 and later, the target is sm_80",
+        ),
+        (uint4, "sm_90a", "dot of uint4 and uint4 with k = 64 needs sm_80 to sm_89, the target is sm_90a"),
     ],
     ids=str,
 )
@@ -143,3 +148,32 @@ def test_a_target_without_the_instruction_is_refused(a: tilus.DataType, target: 
     assert caught.value.message == message
     assert caught.value.loc is not None and caught.value.loc.file == __file__
     assert caught.value.hint == "cast the operands to a type that it multiplies, for example f16 or int8"
+
+
+@tilus.kernel
+def rows_times_rows(
+    x: Tensor["t", "m", "k"], y: Tensor["u", "n", "k"], out: Tensor[int32, "m", "n"], *, shape: Const, warps: Const
+):
+    tilus.grid(1, warps=warps)
+    m, n, k = shape
+    xs, ys = tilus.shared(x.dtype, [m, k]), tilus.shared(y.dtype, [n, k])
+    tilus.store_shared(xs, tilus.load(x, [0, 0], shape=[m, k]))
+    tilus.store_shared(ys, tilus.load(y, [0, 0], shape=[n, k]))
+    tilus.sync()
+    tilus.store(out, [0, 0], tilus.dot(tilus.load_shared(xs), tilus.load_shared(ys).T))
+
+
+@pytest.mark.parametrize(("t", "u"), [(int4, uint4), (uint8, int8)], ids=str)
+def test_packed_integers_by_ldmatrix(t: tilus.DataType, u: tilus.DataType) -> None:
+    """Elements below 16 bits go from packed rows of shared memory to both fragments without a conversion."""
+    m, n, k = shape = (32, 16, 128)
+    rng = np.random.default_rng(0)
+    codes = [rng.integers(0, d.num_codes, (rows, k)).astype(np.uint8) for d, rows in ((t, m), (u, n))]
+    specialization = rows_times_rows.specialize(t=t, u=u, m=m, n=n, k=k, shape=shape, warps=2)
+    compiled = compile_function(specialization.function, get_target("sm_80"))
+    assert compiled.ptx.count("ldmatrix.sync") > 0 and "ld.shared" not in compiled.ptx
+    out = np.zeros((m, n), np.int32)
+    packed = [pack_bits(code, d) for code, d in zip(codes, (t, u), strict=True)]
+    run_kernel(compiled.ptx, compiled.kernel_name, (1, 1, 1), [*packed, out])
+    left, right = (d.decode(code).astype(np.int64) for code, d in zip(codes, (t, u), strict=True))
+    assert (out == left @ right.T).all()

@@ -140,14 +140,15 @@ class Dot(Instruction):
 
     def specialized(self, target: Target) -> Instruction | None:
         """The largest atom that the target has and k is a multiple of."""
-        own = [atom for atom in self.atoms if atom.runs_on(target)]
-        if not own:
+        fitting = [atom for atom in self.atoms if self.extents.k % atom.k == 0]
+        own = next((atom for atom in fitting if atom.runs_on(target)), None)
+        if own is None:
             raise TilusError(
-                f"dot of {self.a.dtype.name} and {self.b.dtype.name} needs {self.atoms[0].targets}, the target is {target}",
+                f"dot of {self.a.dtype.name} and {self.b.dtype.name} with k = {self.extents.k} needs {fitting[0].targets}, "
+                f"the target is {target}",
                 hint="cast the operands to a type that it multiplies, for example f16 or int8",
             )
-        fitting = next(atom for atom in own if self.extents.k % atom.k == 0)
-        return Mma(self.out, self.a, self.b, self.acc, fitting.name)
+        return Mma(self.out, self.a, self.b, self.acc, own.name)
 
     def evaluate(self, env: Evaluation) -> None:
         env.set_tile(self.out, product(env.tile(self.a), env.tile(self.b), env.tile(self.acc), self.out.dtype))
