@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tilus.docs import render
 from tilus.instructions import BUILTINS, INSTRUCTIONS
+from tilus.instructions.mma_atoms import MMA_ATOMS
 
 PAGE = Path(__file__).parents[1] / "docs" / "instructions.md"
 
@@ -19,3 +20,17 @@ def test_nothing_is_missing() -> None:
     titles = re.findall(r"^### `(.*)`$", PAGE.read_text(), re.MULTILINE)
     assert len(titles) == len(set(titles))
     assert {f"tilus.{name}" for name in BUILTINS} | INSTRUCTIONS.keys() <= set(titles)
+
+
+def test_the_language_page_lists_the_tensor_core_instructions() -> None:
+    """The table there is the table of atoms, with the types of an instruction in one row."""
+    lines = (PAGE.parent / "language.md").read_text().split("## Tensor cores\n")[1].split("\n## ")[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")][1:]
+    listed: set[tuple[str, str, str, int, str]] = set()
+    for operands, accumulators, instruction, step, targets in rows:
+        names = re.findall(r"\w+\d\w*", operands)
+        depths = [int(k) for k in re.findall(r"m16n8k(\d+)", instruction)]
+        assert int(step) == min(depths)
+        pairs = [(a, b) for a in names for b in names]
+        listed |= {(a, b, c, k, targets) for a, b in pairs for c in accumulators.split(", ") for k in depths}
+    assert listed == {(str(a.a), str(a.b), str(a.c), a.k, a.targets) for a in MMA_ATOMS}

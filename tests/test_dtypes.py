@@ -68,7 +68,7 @@ def same(value: float, expected: Fraction | float) -> bool:
 def test_every_type_of_the_family_exists_once() -> None:
     names = {f"float{1 + x + y}_e{x}m{y}" for x in range(1, 6) for y in range(8) if 3 <= 1 + x + y <= 8}
     names |= {f"{kind}{n}" for kind in ("int", "uint") for n in (*range(1, 9), 16, 32, 64)}
-    assert set(DTYPES) == names | {"boolean", "float8_e8m0", "f16", "bf16", "f32"}
+    assert set(DTYPES) == names | {"boolean", "float8_e8m0", "f16", "bf16", "f32", "tf32"}
     for name, t in DTYPES.items():
         assert t.name == str(t) == name and dtype(name) is t and getattr(dtypes, name) is t
 
@@ -111,6 +111,7 @@ def test_codes_round_trip(t: DataType) -> None:
     codes = (
         all_codes(t) if t.nbits <= 16 else np.random.default_rng(0).integers(0, 1 << t.nbits - 1, 9999, t.storage) * 2
     )
+    codes &= ~t.storage.type((1 << t.ignored_nbits) - 1)
     values = t.decode(codes)
     finite = np.isfinite(values)
     np.testing.assert_array_equal(t.encode(values)[finite], codes[finite])
@@ -271,6 +272,7 @@ def test_booleans() -> None:
         ("float6_e4m1", 384, 2**-7), ("float6_e3m2", 28, 2**-4), ("float6_e2m3", 7.5, 2**-3),
         ("float5_e3m1", 24, 2**-3), ("float5_e2m2", 7, 2**-2), ("float4_e2m1", 6, 2**-1), ("float3_e1m1", 3, 1),
         ("f16", 65504, 2**-24), ("bf16", 2**128 - 2**120, 2**-133), ("f32", 2**128 - 2**104, 2**-149),
+        ("tf32", 2**128 - 2**117, 2**-136),
     ],
 )  # fmt: skip
 def test_published_limits(name: str, largest: float, smallest: float) -> None:
@@ -286,6 +288,27 @@ def test_limits_are_those_of_the_values(t: DataType) -> None:
     assert t.smallest_subnormal == values[values > 0].min()
     assert t.eps == values[values > 1].min() - 1
     assert t.decode(np.array([t.max_code], t.storage)).tolist() == [t.max_value]
+
+
+def test_tf32_rounds_to_nearest_and_ties_away_from_zero() -> None:
+    """Between every sampled pair of neighbours: their middle, the float64 below it and the one above it."""
+    tf32 = dtype("tf32")
+    codes = np.random.default_rng(0).integers(0, tf32.max_code >> 13, 20000).astype(np.uint32) << np.uint32(13)
+    codes = np.concatenate([codes, np.arange(0, 1 << 23, 1 << 13, np.uint32)])  # all subnormals
+    for sign in (0, 1 << 31):
+        low, high = codes | np.uint32(sign), codes + np.uint32(1 << 13) | np.uint32(sign)
+        middle = (tf32.decode(low).astype(np.float64) + tf32.decode(high)) / 2
+        finite = np.isfinite(middle)
+        np.testing.assert_array_equal(tf32.encode(middle)[finite], high[finite])
+        np.testing.assert_array_equal(tf32.encode(middle.astype(np.float32))[finite], high[finite])
+        np.testing.assert_array_equal(tf32.encode(np.nextafter(middle, 0))[finite], low[finite])
+        np.testing.assert_array_equal(tf32.encode(middle * (1 + 2**-52))[finite], high[finite])
+    assert tf32.encode(np.array([np.inf, -np.inf, 3.4025e38, -1e300])).tolist() == [
+        0x7F800000, 0xFF800000, 0x7F800000, 0xFF800000
+    ]  # fmt: skip
+    assert np.isnan(tf32.round(np.array([np.nan]))).all()
+    ignored = np.array([0x3F801FFF, 0xBF800001], np.uint32)
+    assert tf32.decode(ignored).tolist() == [1.0, -1.0]
 
 
 def test_integer_limits() -> None:

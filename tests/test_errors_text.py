@@ -224,11 +224,11 @@ a = tilus.load(y, [0, 0], shape=[16, 16])
 tilus.store(y, [0, 0], tilus.dot(a, a))
 """,
         """
-dot of f32 and f32, expected f16 with f16 or bf16 with bf16
+dot of f32 and f32, expected operands of f16, bf16, tf32, int8, uint8, int4, uint4, float8_e4m3, float8_e5m2
   at FILE:10:28
    10 |     tilus.store(y, [0, 0], tilus.dot(a, a))
                                    ^^^^^^^^^^^^^^^
-  hint: cast the operands: tilus.cast(x, tilus.f16)
+  hint: cast the operands: tilus.cast(x, tilus.tf32)
 """,
     ),
     "dot of unequal inner dims": (
@@ -252,7 +252,7 @@ b = tilus.load(x, [0, 0], shape=[16, 8])
 tilus.store(y, [0, 0], tilus.dot(a, b))
 """,
         """
-dot of shape m=8, n=8, k=16: expected multiples of 16, 8 and 16
+dot of shape m=8, n=8, k=16: expected multiples of 16, 8 and 8
   at FILE:11:28
    11 |     tilus.store(y, [0, 0], tilus.dot(a, b))
                                    ^^^^^^^^^^^^^^^

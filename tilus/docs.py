@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from types import ModuleType
 
 from tilus import instructions
+from tilus.instructions.mma_atoms import MMA_ATOMS
 from tilus.ir.builder import Builtin
 from tilus.ir.instruction import Instruction
 from tilus.lang import builtins
@@ -28,6 +29,8 @@ def render() -> str:
     sections = [_HEAD, *_section("Launch grid, loops, helpers", builtins)]
     for family in instructions.FAMILIES:
         sections += _section(family.__name__.rpartition(".")[2], family)
+        if family is instructions.mma:
+            sections.append(_atoms())
     return "\n\n".join(sections) + "\n"
 
 
@@ -47,6 +50,13 @@ def _signature(function: Builtin) -> str:
     """The call as users write it: without the builder, and with types as they are written in the source."""
     text = f"{function.__name__}{inspect.signature(function)}"
     return re.sub(r"'([^']*)'", r"\1", text)
+
+
+def _atoms() -> str:
+    """The table of the instructions that `mma_sync` may name."""
+    rows = [f"| `{atom.name}` | {atom.a} | {atom.b} | {atom.c} | {atom.targets} |" for atom in MMA_ATOMS]
+    head = ["### Atoms of `mma_sync`", "", "| atom | left | right | accumulator | targets |", "|---|---|---|---|---|"]
+    return "\n".join([*head, *rows])
 
 
 def _instruction(cls: type[Instruction]) -> str:

@@ -9,6 +9,8 @@ A *code* is the unsigned integer formed by the bits of one element; a *value* is
   And `float8_e4m3`, which is OCP E4M3 (one NaN per sign, no inf, max 448). `float8_e5m2` is OCP E5M2.
 - `float8_e8m0` is the OCP scale format: no sign, no zero; code c is 2^(c - 127), 255 is NaN.
   Source: OCP 8-bit Floating Point Specification 1.0, OCP Microscaling Formats 1.0.
+- `tf32`, the operand of f32-like tensor-core products, has the sign, the exponent and the upper 10 mantissa bits of an f32, in
+  their places; the 13 bits below are not part of the value. Source: PTX ISA, "Alternate Floating-Point Data Formats".
 """
 
 from __future__ import annotations
@@ -89,6 +91,11 @@ class DataType:
         return (1 << (self.exponent_nbits - 1)) - 1
 
     @property
+    def ignored_nbits(self) -> int:
+        """Lowest bits of a code that do not belong to the value: 13 in tf32, which stands in a word of 32 bits."""
+        return self.nbits - self.is_signed - self.exponent_nbits - self.mantissa_nbits if self.is_float else 0
+
+    @property
     def max_code(self) -> int:
         """The code of `max_value`."""
         match self.kind, self.specials:
@@ -101,14 +108,14 @@ class DataType:
             case _, "nan":
                 return (1 << (self.exponent_nbits + self.mantissa_nbits)) - 2
             case _, "ieee":
-                return (((1 << self.exponent_nbits) - 1) << self.mantissa_nbits) - 1
+                return ((((1 << self.exponent_nbits) - 1) << self.mantissa_nbits) - 1) << self.ignored_nbits
 
     @property
     def max_value(self) -> int | float:
         """The largest finite value."""
         if not self.is_float:
             return self.max_code
-        exponent, mantissa = divmod(self.max_code, 1 << self.mantissa_nbits)
+        exponent, mantissa = divmod(self.max_code >> self.ignored_nbits, 1 << self.mantissa_nbits)
         significand = mantissa + (1 << self.mantissa_nbits if exponent else 0)
         return significand * 2.0 ** (max(exponent, 1) - self.bias - self.mantissa_nbits)
 
@@ -140,7 +147,7 @@ class DataType:
 
     @property
     def numpy(self) -> np.dtype[Any] | None:
-        """The numpy dtype of arrays in memory; None where numpy has no such type (bf16, small floats, sub-byte)."""
+        """The numpy dtype of arrays in memory; None where numpy has no such type (bf16, tf32, small floats, sub-byte)."""
         if self.kind == "bool":
             return np.dtype(np.bool_)
         if self.nbits < 8 or (self.is_float and self not in (f16, f32)):
@@ -171,14 +178,16 @@ class DataType:
                     return codes.view(np.float16).astype(np.float32)
             case "bf16":
                 return (codes.astype(np.uint32) << 16).view(np.float32)
+            case "tf32":
+                return (codes & _TF32_BITS).view(np.float32)
             case _:
                 return codes.view(self.compute)
 
     def encode(self, values: npt.ArrayLike) -> npt.NDArray[Any]:
-        """The codes nearest to values: one rounding to nearest, ties to the even code.
+        """The codes nearest to values: one rounding to nearest, ties to the even code (tf32: away from zero, `cvt.rna`).
 
         Out of range: integers and floats of at most 8 bits saturate to their largest finite value, inf included
-        (PTX `cvt.satfinite`); f16, bf16 and f32 overflow to inf (PTX `cvt.rn`). NaN becomes a NaN (which of the NaN
+        (PTX `cvt.satfinite`); f16, bf16, tf32 and f32 overflow to inf (PTX `cvt.rn`). NaN becomes a NaN (which of the NaN
         codes is not promised), the largest value in floats without NaN (as `cvt.satfinite` does), and 0 in integers.
         A boolean is `value != 0`. In `float8_e8m0` ties go up (the implicit one is the last bit of a number, and odd), and what
         is below 2^-127, negative or zero becomes 2^-127.
@@ -202,6 +211,8 @@ class DataType:
                 return array.astype(np.float16).view(np.uint16)
             case "bf16":
                 return _encode_bf16(array)
+            case "tf32":
+                return _encode_tf32(array)
             case _:
                 return array.astype(np.float32).view(np.uint32)
 
@@ -324,13 +335,26 @@ def _round_f16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 def _encode_bf16(array: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:
     """Keep the upper half of the float32 bits, rounded. Float64 goes through float32 rounded to odd, so only one
     rounding decides (Boldo and Melquiond, "When double rounding is odd", 2005)."""
+    bits = _odd_float32_bits(array)
+    codes = ((bits + (bits >> 16 & 1) + np.uint32(0x7FFF)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(array), np.uint16(0x7FC0), codes)
+
+
+def _encode_tf32(array: npt.NDArray[Any]) -> npt.NDArray[np.uint32]:
+    """Add half of the last place to the magnitude and cut: ties go away from zero, as PTX `cvt.rna.tf32.f32` does."""
+    bits = _odd_float32_bits(array)
+    codes = np.where(np.isinf(array), bits, bits + np.uint32(0x1000)) & _TF32_BITS
+    return np.where(np.isnan(array), np.uint32(0x7FFFE000), codes)
+
+
+def _odd_float32_bits(array: npt.NDArray[Any]) -> npt.NDArray[np.uint32]:
+    """The bits of float32 values; float64 ones are rounded to odd."""
     single = array.astype(np.float32)
     bits = single.view(np.uint32)
     if array.dtype == np.float64:
         wide = single.astype(np.float64)
         bits = bits - (np.abs(wide) > np.abs(array)) | (wide != array)
-    codes = ((bits + (bits >> 16 & 1) + np.uint32(0x7FFF)) >> 16).astype(np.uint16)
-    return np.where(np.isnan(array), np.uint16(0x7FC0), codes)
+    return bits
 
 
 def pack_bits(codes: npt.NDArray[Any], dtype: DataType) -> npt.NDArray[np.uint8]:
@@ -409,6 +433,8 @@ float8_e8m0 = DataType("float8_e8m0", "float", 8, 8, 0, "nan")
 f16 = DataType("f16", "float", 16, 5, 10, "ieee")
 bf16 = DataType("bf16", "float", 16, 8, 7, "ieee")
 f32 = DataType("f32", "float", 32, 8, 23, "ieee")
+tf32 = DataType("tf32", "float", 32, 8, 10, "ieee")
+_TF32_BITS = np.uint32(0xFFFFFFFF << tf32.ignored_nbits & 0xFFFFFFFF)
 
 DTYPES: dict[str, DataType] = {value.name: value for value in list(globals().values()) if isinstance(value, DataType)}
 

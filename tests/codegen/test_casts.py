@@ -32,6 +32,7 @@ from tilus.dtypes import (
     int32,
     int64,
     pack_bits,
+    tf32,
     uint4,
     uint16,
     uint32,
@@ -46,7 +47,7 @@ pytestmark = pytest.mark.slow
 
 Array = npt.NDArray[Any]
 SMALL = [dtype for dtype in DTYPES.values() if dtype.is_small]
-WIDE = [f16, bf16, f32, int16, uint16, int32, uint32, float8_e8m0]
+WIDE = [f16, bf16, f32, tf32, int16, uint16, int32, uint32, float8_e8m0]
 SM80, SM90 = TARGETS["sm_80"], TARGETS["sm_90a"]
 U32, U64 = np.uint32, np.uint64
 
@@ -103,6 +104,15 @@ def number(choose: Callable[[Array, Array], Array], a: Array, b: Array) -> Array
     return np.where(np.isnan(a), b, np.where(np.isnan(b), a, choose(a, b))).view(U32)
 
 
+def to_tf32(x: Array) -> Array:
+    """11 significant bits, the nearest; ties away from zero."""
+    values = single(x).astype(np.float64)
+    finite = np.where(np.isfinite(values), values, 0.0)
+    place = np.maximum(np.frexp(finite)[1] - 11, -126 - 10)
+    steps = np.floor(np.abs(np.ldexp(finite, -place)) + 0.5)
+    return np.where(finite == values, np.copysign(np.ldexp(steps, place), values), values).astype(np.float32).view(U32)
+
+
 def fp8_pair(high: Array, low: Array, dtype: Any, limit: float) -> Array:
     pair = [np.clip(single(x), -limit, limit).astype(dtype).view(np.uint8).astype(np.uint16) for x in (high, low)]
     return pair[0] << 8 | pair[1]
@@ -142,6 +152,7 @@ OPCODES: dict[str, Callable[..., Array]] = {
     "cvt.f32.f16": lambda h: h.view(np.float16).astype(np.float32).view(U32),
     "cvt.rn.f16x2.f32": lambda hi, lo: from_lanes(np.stack([single(lo), single(hi)], -1), np.float16),
     "cvt.rn.bf16x2.f32": lambda hi, lo: from_lanes(np.stack([single(lo), single(hi)], -1), BF16),
+    "cvt.rna.tf32.f32": to_tf32,
     "cvt.rn.f16x2.e4m3x2": lambda h: unpack_fp8(h, E4M3),
     "cvt.rn.f16x2.e5m2x2": lambda h: unpack_fp8(h, E5M2),
     "cvt.rn.satfinite.e4m3x2.f32": lambda hi, lo: fp8_pair(hi, lo, E4M3, 448.0),

@@ -109,7 +109,7 @@ def compiled(kernel: Any, **values: Any) -> Compiled:
 def told(code: Compiled) -> dict[bool, list[AccessCost]]:
     """The costs of all reading and of all writing accesses."""
     costs: dict[bool, list[AccessCost]] = {}
-    for tensor, accesses in uses(code.function).items():
+    for tensor, accesses in uses(code.function, code.target).items():
         for use in accesses:
             cost = None if tensor.layout is None else use.access.cost(tensor.layout)
             assert cost is not None
@@ -123,7 +123,7 @@ def counted(code: Compiled, nbytes: int = 0) -> dict[bool, tuple[int, int, int]]
     stats = run_kernel(code.ptx, code.kernel_name, (1, 1, 1), arrays, profile=True, seed=None).stats
     totals: dict[bool, tuple[int, int, int]] = {}
     for site in stats.shared.values():
-        writes = site.opcode.startswith(("st.", "cp.async"))
+        writes = site.opcode.startswith(("st", "cp.async"))
         old = totals.get(writes, (0, 0, 0))
         totals[writes] = (old[0] + site.accesses, old[1] + site.ideal, old[2] + site.transactions)
     return totals
@@ -206,7 +206,7 @@ def only_access(kernel: Any, values: dict[str, Any]) -> SharedAccess:
     from tilus.transforms import run_pipeline
 
     function = run_pipeline(kernel.specialize(**values).function, DEFAULT_TARGET, after="infer_layouts")
-    ((use,),) = uses(function).values()
+    ((use,),) = uses(function, DEFAULT_TARGET).values()
     return use.access
 
 

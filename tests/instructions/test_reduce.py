@@ -38,12 +38,13 @@ def expected(op: str, dtype: DataType, x: Array, axes: tuple[int, ...], keepdims
 
 def error_bound(dtype: DataType, x: Array, axes: tuple[int, ...], keepdims: bool) -> Array:
     """|computed - exact| <= (n - 1) * u * sum |x| (1 + O(u)) for any order of additions in f32 (Higham, 4.6), plus one
-    rounding where the result has 16 bits."""
+    rounding where the result is no f32."""
     n = np.prod([x.shape[a] for a in axes])
     magnitude = np.abs(x.astype(np.float64)).sum(axis=axes, keepdims=keepdims)
     total = np.abs(x.astype(np.float64).sum(axis=axes, keepdims=keepdims))
     accumulated = n * f32.eps / 2 * magnitude * (1 + 1e-3)
-    return accumulated + (0 if dtype.nbits != 16 else dtype.eps / 2 * (total + accumulated) + dtype.smallest_subnormal)
+    rounded = reduce.result_dtype("sum", dtype) != f32
+    return accumulated + (dtype.eps / 2 * (total + accumulated) + dtype.smallest_subnormal if rounded else 0)
 
 
 def check(

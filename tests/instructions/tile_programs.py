@@ -109,6 +109,23 @@ def random_layout(
     return RegisterLayout(tuple(shape), tuple(digits[: len(threads)]), tuple(digits[len(threads) :]))
 
 
+def random_blocks(rng: random.Random, warps: int, free: int | None) -> RegisterLayout:
+    """A layout of rank 2 over warps in place of threads, digits in any order; no warp counts along dimension `free`."""
+    threads = [(2, rng.choice([d for d in (0, 1, None) if d != free])) for _ in range(warps.bit_length() - 1)]
+    slots = [(rng.choice([2, 3]), rng.choice([0, 1])) for _ in range(rng.randrange(3))]
+    digits, shape = list[tuple[Digit, bool]](), [1, 1]
+    for size, dim, is_slot in rng.sample(
+        [(*d, False) for d in threads] + [(*d, True) for d in slots], len(threads + slots)
+    ):
+        digits.append((Digit(size, dim, shape[dim] if dim is not None else 0), is_slot))
+        if dim is not None:
+            shape[dim] *= size
+    rng.shuffle(digits)
+    return RegisterLayout(
+        tuple(shape), tuple(d for d, is_slot in digits if not is_slot), tuple(d for d, is_slot in digits if is_slot)
+    )
+
+
 def _shuffled(rng: random.Random, items: Sequence[int]) -> list[int]:
     return rng.sample(list(items), len(items))
 

@@ -11,7 +11,8 @@ pytestmark = pytest.mark.slow
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 KERNELS = [
-    "attention", "matmul_v0", "matmul_v1", "matmul_v2", "matmul_v3", "matmul_v4", "quantized_linear", "softmax", "vector_add",
+    "attention", "matmul_v0", "matmul_v1", "matmul_v2", "matmul_v3", "matmul_v4", "matmul_types", "quantized_linear",
+    "softmax", "vector_add",
 ]  # fmt: skip
 SERVERS = ["serve"]
 
@@ -35,6 +36,7 @@ def test_example(device: str, name: str, monkeypatch: pytest.MonkeyPatch, capsys
         ("vector_add", [(1,), (1024,), (1025,)]),
         ("softmax", [(1, 1), (3, 128), (2, 129)]),
         ("attention", [(1, 1), (1, 64), (2, 65)]),
+        ("matmul_types", [(1, 8, 16), (64, 64, 64), (65, 72, 80)]),
         *((f"matmul_v{v}", [(1, 8, 8), (128, 128, 32), (129, 136, 40)]) for v in range(5)),
     ],
 )

@@ -64,6 +64,14 @@ def b_m16n8k16_8bit(i: int, group: int, tid: int) -> tuple[int, int]:
     return tid * 4 + i, group
 
 
+def a_m16n8k32_4bit(i: int, group: int, tid: int) -> tuple[int, int]:
+    return (group if i < 8 else group + 8), tid * 8 + (i & 7)
+
+
+def b_m16n8k32_4bit(i: int, group: int, tid: int) -> tuple[int, int]:
+    return tid * 8 + i, group
+
+
 def a_m16n8k64_4bit(i: int, group: int, tid: int) -> tuple[int, int]:
     row = group if 0 <= i < 8 or 16 <= i < 24 else group + 8
     return row, (tid * 8 + (i & 7) if i < 16 else tid * 8 + (i & 7) + 32)
@@ -77,18 +85,20 @@ FRAGMENTS = [
     (atoms.mma_a(16), a_m16n8k16_16bit, (16, 16)),
     (atoms.mma_b(16), b_m16n8k16_16bit, (16, 8)),
     (atoms.mma_c(), c_m16n8, (16, 8)),
-    (atoms.mma_a_half(16), a_m16n8k8_16bit, (16, 8)),
-    (atoms.mma_b_half(16), b_m16n8k8_16bit, (8, 8)),
+    (atoms.mma_a(16, 8), a_m16n8k8_16bit, (16, 8)),
+    (atoms.mma_b(16, 8), b_m16n8k8_16bit, (8, 8)),
     (atoms.mma_a(32), a_m16n8k8_tf32, (16, 8)),
     (atoms.mma_b(32), b_m16n8k8_tf32, (8, 8)),
-    (atoms.mma_a_half(32), a_m16n8k4_tf32, (16, 4)),
-    (atoms.mma_b_half(32), b_m16n8k4_tf32, (4, 8)),
+    (atoms.mma_a(32, 4), a_m16n8k4_tf32, (16, 4)),
+    (atoms.mma_b(32, 4), b_m16n8k4_tf32, (4, 8)),
     (atoms.mma_a(8), a_m16n8k32_8bit, (16, 32)),
     (atoms.mma_b(8), b_m16n8k32_8bit, (32, 8)),
-    (atoms.mma_a_half(8), a_m16n8k16_8bit, (16, 16)),
-    (atoms.mma_b_half(8), b_m16n8k16_8bit, (16, 8)),
+    (atoms.mma_a(8, 16), a_m16n8k16_8bit, (16, 16)),
+    (atoms.mma_b(8, 16), b_m16n8k16_8bit, (16, 8)),
     (atoms.mma_a(4), a_m16n8k64_4bit, (16, 64)),
     (atoms.mma_b(4), b_m16n8k64_4bit, (64, 8)),
+    (atoms.mma_a(4, 32), a_m16n8k32_4bit, (16, 32)),
+    (atoms.mma_b(4, 32), b_m16n8k32_4bit, (32, 8)),
 ]
 
 
@@ -100,7 +110,7 @@ def test_fragments_of_mma(layout: RegisterLayout, formula: object, shape: tuple[
             assert layout(lane, i) == formula(i, lane >> 2, lane % 4)  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("nbits", [4, 8, 16, 32])
+@pytest.mark.parametrize("nbits", [1, 2, 4, 8, 16, 32])
 def test_ldmatrix(nbits: int) -> None:
     """Lane 4 * row + c receives the four bytes c of the row of 16 bytes."""
     layout = atoms.ldmatrix(nbits)
@@ -178,6 +188,10 @@ def test_atoms_divide_the_block_layouts() -> None:
 def test_wrong_sizes_are_refused() -> None:
     with pytest.raises(LayoutError, match="expected 4, 8, 16 or 32"):
         atoms.mma_a(6)
+    with pytest.raises(LayoutError, match="no k = 32 on 16 bits; expected 8 or 16"):
+        atoms.mma_b(16, 32)
+    with pytest.raises(LayoutError, match="cannot hold elements of 3 bits"):
+        atoms.ldmatrix(3)
     with pytest.raises(LayoutError, match="n = 12"):
         atoms.wgmma_d(12)
     with pytest.raises(LayoutError, match=r"m, n, k = 48, 16, 16 by 2 x 1 warps; expected multiples of \(32, 8, 16\)"):

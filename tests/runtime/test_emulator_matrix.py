@@ -54,6 +54,36 @@ def b_m16n8k32(lane: int, i: int) -> tuple[int, int]:
     return (thread * 4 + (i & 3) if i < 4 else thread * 4 + (i & 3) + 16), lane >> 2
 
 
+# "Matrix Fragments for mma.m16n8k64" with 4-bit types: a0..a31, b0..b15; "m16n8k32": a0..a15, b0..b7.
+def a_m16n8k64(lane: int, i: int) -> tuple[int, int]:
+    group, thread = lane >> 2, lane % 4
+    row = group if 0 <= i < 8 or 16 <= i < 24 else group + 8
+    return row, (thread * 8 + (i & 7) if i < 16 else thread * 8 + (i & 7) + 32)
+
+
+def b_m16n8k64(lane: int, i: int) -> tuple[int, int]:
+    thread = lane % 4
+    return (thread * 8 + (i & 7) if i < 8 else thread * 8 + (i & 7) + 32), lane >> 2
+
+
+# "Matrix Fragments for mma.m16n8k8" with .tf32: a0..a3, b0, b1; "m16n8k4": a0, a1, b0.
+def a_tf32(lane: int, i: int) -> tuple[int, int]:
+    return (lane >> 2) + (0 if i in (0, 2) else 8), lane % 4 + (0 if i < 2 else 4)
+
+
+def b_tf32(lane: int, i: int) -> tuple[int, int]:
+    return lane % 4 + 4 * i, lane >> 2
+
+
+def pack_nibbles(matrix: npt.NDArray[Any], place: Any, count: int) -> npt.NDArray[np.uint32]:
+    """[32, registers] words of fragments of four-bit codes, element 0 in the lowest bits."""
+    words = np.zeros((32, count // 8), np.uint32)
+    for lane in range(32):
+        for i in range(count):
+            words[lane, i // 8] |= np.uint32((int(matrix[place(lane, i)]) & 15) << 4 * (i % 8))
+    return words
+
+
 def pack(matrix: npt.NDArray[Any], place: Any, count: int) -> npt.NDArray[np.uint32]:
     """[32, registers] words of a matrix's fragments."""
     fragments = np.array([[matrix[place(lane, i)] for i in range(count)] for lane in range(32)], matrix.dtype)
@@ -128,6 +158,41 @@ def test_mma_of_bytes(name: str, dtype: Any, depth: int) -> None:
     assert unpack(out, np.int32, (16, 8), c_m16n8).tolist() == (a.astype(np.int64) @ b.astype(np.int64) + c).tolist()
 
 
+@pytest.mark.parametrize(("a_name", "b_name"), [("s8", "u8"), ("u8", "s8")])
+def test_mma_of_bytes_of_different_signs(a_name: str, b_name: str) -> None:
+    rng = np.random.default_rng(5)
+    types = {"s8": np.int8, "u8": np.uint8}
+    a = rng.integers(0, 256, (16, 32)).astype(np.uint8).view(types[a_name])
+    b = rng.integers(0, 256, (32, 8)).astype(np.uint8).view(types[b_name])
+    words = [pack(a, a_m16n8k32, 16), pack(b, b_m16n8k32, 8), np.zeros((32, 4), np.uint32)]
+    out = run_mma(f"mma.sync.aligned.m16n8k32.row.col.s32.{a_name}.{b_name}.s32", words, 4)
+    assert unpack(out, np.int32, (16, 8), c_m16n8).tolist() == (a.astype(np.int64) @ b.astype(np.int64)).tolist()
+
+
+@pytest.mark.parametrize(("a_name", "b_name"), [("s4", "s4"), ("u4", "u4"), ("s4", "u4"), ("u4", "s4")])
+@pytest.mark.parametrize("depth", [32, 64])
+def test_mma_of_nibbles(a_name: str, b_name: str, depth: int) -> None:
+    rng = np.random.default_rng(6)
+    low = {"s4": -8, "u4": 0}
+    a = rng.integers(low[a_name], low[a_name] + 16, (16, depth))
+    b = rng.integers(low[b_name], low[b_name] + 16, (depth, 8))
+    c = rng.integers(-(1 << 20), 1 << 20, (16, 8)).astype(np.int32)
+    words = [pack_nibbles(a, a_m16n8k64, depth // 2), pack_nibbles(b, b_m16n8k64, depth // 4), pack(c, c_m16n8, 4)]
+    out = run_mma(f"mma.sync.aligned.m16n8k{depth}.row.col.s32.{a_name}.{b_name}.s32", words, 4)
+    assert unpack(out, np.int32, (16, 8), c_m16n8).tolist() == (a @ b + c).tolist()
+
+
+@pytest.mark.parametrize("depth", [4, 8])
+def test_mma_of_tf32_ignores_the_lower_bits(depth: int) -> None:
+    rng = np.random.default_rng(7)
+    a, b = (rng.integers(-1000, 1001, shape).astype(np.float32) for shape in ((16, depth), (depth, 8)))
+    c = rng.integers(-1000, 1001, (16, 8)).astype(np.float32)
+    noise = rng.integers(0, 1 << 13, (32, depth // 2)).astype(np.uint32)
+    words = [pack(a, a_tf32, depth // 2) | noise, pack(b, b_tf32, depth // 4), pack(c, c_m16n8, 4)]
+    out = run_mma(f"mma.sync.aligned.m16n8k{depth}.row.col.f32.tf32.tf32.f32", words, 4)
+    assert unpack(out, np.float32, (16, 8), c_m16n8).tolist() == (one_hot_products(a, b) + c).tolist()
+
+
 @pytest.mark.parametrize(("name", "dtype"), [("e4m3", ml_dtypes.float8_e4m3fn), ("e5m2", ml_dtypes.float8_e5m2)])
 def test_mma_of_fp8(name: str, dtype: Any) -> None:
     rng = np.random.default_rng(4)
@@ -155,7 +220,10 @@ def test_mma_adds_to_its_accumulator_in_place_and_needs_the_whole_warp() -> None
 
 
 def test_unknown_shapes_and_types_are_refused() -> None:
-    for opcode in ("m16n8k64.row.col.s32.s4.s4.s32", "m8n8k4.row.col.f32.f16.f16.f32"):
+    for opcode in (
+        "m16n8k128.row.col.s32.s4.s4.s32", "m8n8k4.row.col.f32.f16.f16.f32", "m16n8k16.row.col.f32.f16.bf16.f32",
+        "m16n8k32.row.col.s32.s8.s4.s32", "m16n8k16.row.col.f16.bf16.bf16.f16", "m16n8k32.row.col.f32.s8.s8.f32",
+    ):  # fmt: skip
         with pytest.raises(EmulatorError, match="does not know"):
             run_body(f"mma.sync.aligned.{opcode} {{%r1}}, {{%r1}}, {{%r1}}, {{%r1}};", np.zeros(1, np.uint32))
 

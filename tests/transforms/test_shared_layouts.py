@@ -34,6 +34,7 @@ from tilus.layout import (
     atoms,
     auto,
     column_major,
+    local,
     padded,
     row_major,
     spatial,
@@ -44,7 +45,7 @@ from tilus.layout.candidates import ELABORATE_KINDS, orders, plain, variants
 from tilus.layout.operands import tma_tiles, wgmma_operand, wgmma_operands
 from tilus.runtime.emulator import run_kernel
 from tilus.runtime.emulator.stats import wavefronts
-from tilus.target import DEFAULT_TARGET, get_target
+from tilus.target import DEFAULT_TARGET, Target, get_target
 from tilus.transforms import run_pipeline
 from tilus.transforms.layout_shared import Candidate, Use, best, candidates, layout_shared, uses
 
@@ -56,7 +57,7 @@ def placed(kernel: Any, target: str = DEFAULT_TARGET.name, **values: Any) -> Fun
 
 
 def layouts(function: Function) -> dict[str, SharedLayout | None]:
-    return {tensor.name: tensor.layout for tensor in uses(function)}
+    return {tensor.name: tensor.layout for tensor in uses(function, DEFAULT_TARGET)}
 
 
 # ---- examples and library
@@ -77,7 +78,9 @@ PAGED = [
 
 
 def check_without_conflicts(function: Function) -> None:
-    found = [(use.access, tensor.layout) for tensor, accesses in uses(function).items() for use in accesses]
+    found = [
+        (use.access, tensor.layout) for tensor, accesses in uses(function, DEFAULT_TARGET).items() for use in accesses
+    ]
     assert found
     for access, layout in found:
         assert layout is not None
@@ -281,7 +284,7 @@ def rows_and_columns(y: Tensor[f32, 64, 64], n: int, *, trips: Const):
 
 def test_accesses_in_loops_count_more() -> None:
     def weights(trips: int | None) -> dict[str, int]:
-        (accesses,) = uses(placed(rows_and_columns, trips=trips)).values()
+        (accesses,) = uses(placed(rows_and_columns, trips=trips), DEFAULT_TARGET).values()
         return {use.mnemonic: use.weight for use in accesses}
 
     assert weights(None) == {"store_shared": 1, "load_shared": 8}
@@ -303,7 +306,7 @@ class Engine(Instruction):
     def effects(self) -> Effects:
         return Effects(reads=(self.src,), other=True)
 
-    def shared_accesses(self, num_threads: int) -> tuple[tuple[SharedTensor, SharedAccess], ...]:
+    def shared_accesses(self, num_threads: int, target: Target) -> tuple[tuple[SharedTensor, SharedAccess], ...]:
         rank = self.src.rank
         offsets = tuple(as_expr(0) for _ in range(rank))
         return ((self.src, shared_access(self.src, None, offsets, range(rank), self.src.shape, legal=self.legal)),)
@@ -410,5 +413,5 @@ def test_the_emulator_sees_no_conflicts_in_a_matrix_product() -> None:
     arrays = [np.zeros((64, 64), np.float16) for _ in range(3)]
     stats = run_kernel(code.ptx, code.kernel_name, (1, 1, 1), arrays, profile=True, seed=None).stats
     opcodes = {site.opcode.partition(".")[0] for site in stats.shared.values()}
-    assert opcodes == {"cp", "ldmatrix", "st", "ld"}
+    assert opcodes == {"cp", "ldmatrix", "stmatrix", "ld"}
     assert [site for site in stats.shared.values() if site.conflicts] == []

@@ -13,12 +13,12 @@ import numpy as np
 from tilus.dtypes import DataType, f16, f32, int32, uint4
 from tilus.errors import Loc
 from tilus.instructions.cast import cast
+from tilus.instructions.convert import with_layout
 from tilus.instructions.elementwise import BinaryTile
 from tilus.instructions.fill import full
 from tilus.instructions.memory import load, store
 from tilus.instructions.mma import dot
 from tilus.instructions.reduce import max, sum
-from tilus.instructions.convert import with_layout
 from tilus.instructions.view import Assign, reshape, transpose
 from tilus.ir.builder import IRBuilder
 from tilus.ir.expr import Var, as_expr

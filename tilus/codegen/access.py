@@ -1,18 +1,30 @@
-"""How a register tile meets memory: contiguous runs of local slots, and the widest vector that alignment and masks allow."""
+"""How a register tile meets memory: the widest vector in which every thread can move its slots.
+
+A vector is `size` consecutive slots, a power of two, that for every thread and every multiple of `size` lie at consecutive
+elements of memory, start at a multiple of `size` elements, and are all inside of the tensor or all outside. Its bits move in
+units of a power of two, 128 bits at most: a vector of f16 is one unit, one of 32 3-bit elements three units of 32 bits.
+The answer is exact for layouts, strides and swizzles; of run-time values only a divisor and bounds are known.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from tilus.dtypes import DataType
-from tilus.ir.expr import Const, Expr
-from tilus.ir.ranges import divisor
+from tilus.ir.expr import Const, Expr, as_expr
+from tilus.ir.ranges import bounds, divisor
 from tilus.ir.tensor import GlobalTensor
-from tilus.layout import RegisterLayout, SharedLayout
+from tilus.layout import Digit, RegisterLayout, SharedLayout
+from tilus.layout import digits as _digits
 
 MAX_VECTOR_NBITS = 128
+
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -23,98 +35,172 @@ class Vector:
     size: int
 
 
-def run_length(layout: RegisterLayout, dim: int) -> int:
-    """How many local slots from slot 0 on walk along `dim` in steps of one element."""
-    terms = [term for term in layout.local_terms if term.stride == 1 and term.size > 1]
-    if not terms or terms[0].dim != dim or terms[0].weight != 1:
-        return 1
-    return terms[0].size
-
-
-def vector_size(
-    layout: RegisterLayout, dtype: DataType, contiguous: int | None, start_divisor: int, byte_alignment: int
-) -> int:
-    """Elements one access may move: the run along the contiguous dim, cut to the alignment of every start.
-
-    start_divisor: divides the element offset of every access whose run is taken whole. byte_alignment: of the buffer.
-    """
-    if contiguous is None or dtype.kind == "bool":  # a boolean becomes one predicate, so each byte moves by itself
-        return 1
-    run = run_length(layout, contiguous)
-    limit = math.gcd(run, start_divisor) if start_divisor else run
-    size = limit & -limit
-    if dtype.nbits & (dtype.nbits - 1):
-        return min(size, 8)  # 3-, 5-, 6- and 7-bit types move byte by byte: eight of them fill whole bytes
-    while size > 1 and (size * dtype.nbits > min(MAX_VECTOR_NBITS, 8 * byte_alignment)):
-        size //= 2
-    return size
-
-
 def vectors(layout: RegisterLayout, size: int) -> list[Vector]:
     return [Vector(slot, size) for slot in range(0, layout.num_locals, size)]
 
 
-def thread_and_slot_divisor(layout: RegisterLayout, dim: int, run: int) -> int:
-    """Largest d dividing the tile index along `dim` of the first slot of every run of `run` slots, over all threads."""
-    weights = [t.weight for t in layout.thread_terms if t.dim == dim]
-    for term in layout.local_terms:
-        if term.dim == dim:
-            weights.append(term.weight * run if term.stride == 1 and term.weight == 1 else term.weight)
-    return math.gcd(*weights) if weights else 0
+def unit_nbits(dtype: DataType, size: int) -> int:
+    """The bits that one instruction moves of a vector of `size` elements."""
+    nbits = size * dtype.nbits
+    return min(nbits & -nbits, MAX_VECTOR_NBITS)
+
+
+def _sizes(dtype: DataType, num_locals: int, alignment_nbytes: int) -> Iterator[int]:
+    """The sizes to try, ascending from 2: what divides the slots and has units no wider than 16 bytes and the alignment."""
+    unit = dtype.nbits & -dtype.nbits
+    size = 2
+    # A boolean becomes a predicate, so each byte moves by itself.
+    while (
+        dtype.kind != "bool" and num_locals % size == 0 and size * unit <= min(MAX_VECTOR_NBITS, 8 * alignment_nbytes)
+    ):
+        yield size
+        size *= 2
+
+
+def may_leave(offset: Expr, size: int, bound: Expr) -> tuple[bool, bool]:
+    """Whether indices offset .. offset + size may be negative, and whether they may reach `bound`."""
+    lower, upper = bounds(offset)
+    limit = bounds(bound)[0]
+    return not (lower is not None and lower >= 0), not (
+        upper is not None and limit is not None and upper + size <= limit
+    )
 
 
 def global_vector_size(
     tensor: GlobalTensor, layout: RegisterLayout, offsets: Sequence[Expr], dims: Sequence[int], checked: bool
 ) -> int:
-    """The widest vector for a tile of `tensor`; a mask must hold for a whole vector at once."""
-    strides = [s.value if isinstance(s, Const) else None for s in tensor.strides]
-    contiguous = next((i for i, d in enumerate(dims) if strides[d] == 1), None)
-    if contiguous is None:
-        return 1
-    run = run_length(layout, contiguous)
-    if checked and run > 1:
-        edge = math.gcd(divisor(tensor.shape[dims[contiguous]]), divisor(offsets[dims[contiguous]]))
-        run = math.gcd(run, edge)
-    start = divisor(tensor.offset)
-    for d, stride in enumerate(tensor.strides):
-        start = math.gcd(start, divisor(offsets[d]) * divisor(stride))
-    for i, d in enumerate(dims):
-        start = math.gcd(start, thread_and_slot_divisor(layout, i, run) * divisor(tensor.strides[d]))
-    return vector_size(layout, tensor.dtype, contiguous, math.gcd(start, run) if start else run, tensor.alignment)
+    """Elements of the widest vector for a tile of a global tensor whose axis a runs along dim `dims[a]` from `offsets` on.
+
+    checked: whether elements outside of the tensor are masked.
+    """
+    strides = [int(s.value) if isinstance(s, Const) else None for s in tensor.strides]
+    fixed = [divisor(tensor.offset), *(divisor(o) * divisor(s) for o, s in zip(offsets, tensor.strides, strict=True))]
+
+    def in_memory(digits: Sequence[Digit]) -> tuple[Digit, ...]:
+        """Digits that count elements of memory (dim 0), or, where a stride is not known, indices of tensor dim d (dim d + 1)."""
+        places: list[Digit] = []
+        for digit in digits:
+            stride = None if digit.dim is None else strides[dims[digit.dim]]
+            if digit.dim is None:
+                places.append(digit)
+            elif stride is None:
+                places.append(Digit(digit.size, dims[digit.dim] + 1, digit.weight))
+            else:
+                places.append(Digit(digit.size, 0, digit.weight * stride))
+        return _digits.canonical(places)
+
+    def step(digit: Digit) -> int:
+        """What divides the element offsets that a digit contributes."""
+        return digit.weight * (divisor(tensor.strides[digit.dim - 1]) if digit.dim else 1)
+
+    threads, slots = in_memory(layout.thread_digits), in_memory(layout.local_digits)
+    widest = 1
+    for size in _sizes(tensor.dtype, layout.num_locals, tensor.alignment):
+        parts = _digits.split(slots, size)
+        if parts is None or _digits.canonical(parts[1]) != (Digit(size, 0, 1),):
+            break
+        if math.gcd(*fixed, *map(step, threads), *map(step, parts[0])) % size:
+            break
+        if checked and not _masked_alike(tensor, layout, offsets, dims, size):
+            break
+        widest = size
+    return widest
+
+
+def _masked_alike(
+    tensor: GlobalTensor, layout: RegisterLayout, offsets: Sequence[Expr], dims: Sequence[int], size: int
+) -> bool:
+    """Whether each vector lies inside of the tensor as a whole, or outside as a whole."""
+    threads = _digits.index_table(layout.thread_digits, layout.rank)
+    slots = _digits.index_table(layout.local_digits, layout.rank).reshape(-1, size, layout.rank)
+    for axis, d in enumerate(dims):
+        first, last = slots[:, :, axis].min(axis=1), slots[:, :, axis].max(axis=1)
+        if (first == last).all():
+            continue
+        below, above = may_leave(offsets[d], layout.shape[axis], tensor.shape[d])
+        starts = threads[:, axis, None] + first
+        for may, edge in ((below, as_expr(0)), (above, tensor.shape[d])):
+            if may and not _never_split(starts, last - first + 1, offsets[d], edge):
+                return False
+    return True
+
+
+def _never_split(starts: Ints, extents: Ints, offset: Expr, edge: Expr) -> bool:
+    """Whether no run of indices offset + start .. + extent has `edge` in its middle, whatever the run-time values are."""
+    known = sum(sign * int(e.value) for sign, e in ((1, edge), (-1, offset)) if isinstance(e, Const))
+    period = math.gcd(*(divisor(e) for e in (edge, offset) if not isinstance(e, Const)))
+    before = known - starts  # indices in front of the edge, up to multiples of the period
+    if period == 0:
+        return bool(((before <= 0) | (before >= extents)).all())
+    return bool(((before - 1) % period + 1 >= extents).all())
 
 
 def shared_vector_size(
-    memory: SharedLayout, dtype: DataType, layout: RegisterLayout, start_divisors: Sequence[int], dims: Sequence[int]
+    memory: SharedLayout, dtype: DataType, layout: RegisterLayout, starts: Sequence[range], dims: Sequence[int]
 ) -> int:
-    """The widest vector for a tile of a shared tensor with this layout, from its strides and swizzle.
+    """Elements of the widest vector for a tile of a shared tensor with this layout, from its strides and swizzle.
 
-    start_divisors: for each dim of the tensor, what divides every index at which the tile may start (0: it starts at 0).
+    starts: for each dim of the tensor, the indices at which the tile may start; it lies inside.
     """
-    unit = [any(term.weight == term.stride == 1 for term in memory.terms[d]) for d in dims]
-    if True not in unit:
-        return 1
-    contiguous = unit.index(True)
-    run = run_length(layout, contiguous)
-    start = 0
-    for d, start_divisor in enumerate(start_divisors):
-        start = math.gcd(start, _offset_divisor(memory, d, start_divisor))
-    for i, d in enumerate(dims):
-        # This also cuts runs where a digit of the dim ends, and to what the swizzle keeps together.
-        start = math.gcd(start, _offset_divisor(memory, d, thread_and_slot_divisor(layout, i, run)))
-    size = math.gcd(run, start) if start else run
-    return vector_size(layout, dtype, contiguous, size, MAX_VECTOR_NBITS // 8)
+    widest = 1
+    if not all(starts):
+        return widest
+    places = _shared_places(memory, layout, starts, dims)
+    for size in _sizes(dtype, layout.num_locals, MAX_VECTOR_NBITS // 8):
+        groups = [place.reshape(len(place), -1, size) for place in places]
+        if not (_consecutive(groups, size) and _unswizzled(memory, groups, size)):
+            break
+        widest = size
+    return widest
 
 
-def _offset_divisor(memory: SharedLayout, dim: int, index_divisor: int) -> int:
-    """What divides the address part of every index along `dim` that is a multiple of `index_divisor` (0 means only 0)."""
-    if index_divisor == 0:
-        return 0
-    result = 0
-    for term in memory.terms[dim]:
-        # The value of a digit is that of the index, reduced modulo where the digit ends; the outermost one does not end.
-        end = 0 if term.weight * term.size == memory.shape[dim] else term.weight * term.size
-        steps, rest = divmod(math.gcd(index_divisor, end), term.weight)
-        result = math.gcd(result, term.stride * (steps if rest == 0 else 1))
-    if memory.swizzle is not None:
-        result = math.gcd(result, 1 << memory.swizzle.base)
+def _shared_places(
+    memory: SharedLayout, layout: RegisterLayout, starts: Sequence[range], dims: Sequence[int]
+) -> list[Ints]:
+    """For each dim of a shared tensor, what its index adds to the address before the swizzle: [start, slot].
+
+    A start is an offset plus the part that the thread decides; those of different dims are independent.
+    """
+    by_thread = _digits.index_table(layout.thread_digits, layout.rank)
+    by_slot = _digits.index_table(layout.local_digits, layout.rank)
+    result: list[Ints] = []
+    for d, (extent, terms) in enumerate(zip(memory.shape, memory.terms, strict=True)):
+        x = np.arange(extent, dtype=np.int64)
+        address = np.full(extent, 0 if d else memory.origin, np.int64)
+        for term in terms:
+            address += x // term.weight % term.size * term.stride
+        axis = dims.index(d) if d in dims else None
+        threads = np.zeros(1, np.int64) if axis is None else np.unique(by_thread[:, axis])
+        slots = np.zeros(layout.num_locals, np.int64) if axis is None else by_slot[:, axis]
+        begins = np.unique(np.add.outer(np.array(starts[d], np.int64), threads))
+        result.append(address[begins[:, None] + slots])
     return result
+
+
+def _consecutive(groups: Sequence[Ints], size: int) -> bool:
+    """Whether vectors, [start, vector, element] of each dim, are runs of elements from multiples of `size` on.
+
+    The sum over dims must be the same for all combinations of starts, so each dim's part is the same for all of its starts.
+    """
+    runs = [group - group[:, :, :1] for group in groups]
+    begins = [group[:, :, 0] for group in groups]
+    if any((run != run[:1]).any() for run in runs) or any(((b - b[:1]) % size).any() for b in begins):
+        return False
+    total: Ints = np.sum([run[0] for run in runs], axis=0)
+    return bool((total == np.arange(size)).all()) and not (np.sum([b[0] for b in begins], axis=0) % size).any()
+
+
+def _unswizzled(memory: SharedLayout, groups: Sequence[Ints], size: int) -> bool:
+    """Whether the swizzle moves vectors as a whole: it permutes blocks of 2^base elements, and some of larger ones."""
+    swizzle = memory.swizzle
+    if swizzle is None or size <= 1 << swizzle.base:
+        return True
+    if size > 1 << (swizzle.base + swizzle.shift):
+        return False
+    for vector in range(groups[0].shape[1]):
+        addresses = np.zeros(1, np.int64)
+        for group in groups:
+            addresses = np.unique(np.add.outer(addresses, group[:, vector, 0]))
+        if ((addresses & swizzle.mask) >> swizzle.shift & (size - 1)).any():
+            return False
+    return True

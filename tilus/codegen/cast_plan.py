@@ -24,7 +24,7 @@ from tilus.codegen.cast_values import ValueCast
 from tilus.codegen.code_order import CodeOrder, natural_order
 from tilus.codegen.images import images
 from tilus.codegen.lanes import emit_permutation
-from tilus.dtypes import DataType, bf16, f16, f32
+from tilus.dtypes import DataType, bf16, f16, f32, tf32
 from tilus.errors import TilusError
 from tilus.ptx.builder import Builder
 from tilus.ptx.module import FloatImm, Imm, Instr, Operand, Reg, RegClass, Vector
@@ -195,6 +195,8 @@ def _results(cast: ValueCast, dst: DataType, slots: Sequence[int], scaled: bool)
         return cast.halves(dst, slots, scaled)
     if dst == f32:
         return cast.singles(slots)
+    if dst == tf32:
+        return [cast.op("cvt.rna.tf32.f32", value) for value in cast.singles(slots, exact_sticky=True)]
     if dst.is_float:
         return cast.small_floats(dst, slots)
     return cast.pack(cast.integers(dst, slots), dst)

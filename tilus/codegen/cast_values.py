@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from tilus.codegen.fields import Source
 from tilus.codegen.lanes import AND_OR, LaneCast, code_of, cvt_name, two_by_two
-from tilus.dtypes import DataType, bf16, f16, f32, float8_e8m0, int32, uint32
+from tilus.dtypes import DataType, bf16, f16, f32, float8_e8m0, int32, tf32, uint32
 from tilus.ptx.builder import Builder
 from tilus.ptx.module import FloatImm, Reg, RegClass, Vector
 
@@ -52,6 +52,8 @@ class ValueCast(LaneCast):
         that counts (Boldo and Melquiond, 2005)."""
         if self.src == f32:
             return self.reorder(slots)
+        if self.src == tf32:
+            return [self.op("and.b32", self.words[slot], 0xFFFFE000) for slot in slots]
         if self.src == bf16:
             moves = (("shl.b32", 16), ("and.b32", 0xFFFF0000))
             return [self.op(moves[slot % 2][0], self.words[slot // 2], moves[slot % 2][1]) for slot in slots]

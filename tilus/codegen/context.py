@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from tilus.codegen.access import may_leave
 from tilus.codegen.cast_plan import plan_slots
 from tilus.codegen.linear import Linear, address32, materialize, of_const, of_reg, register, widened
 from tilus.codegen.scalar import ScalarLowering
@@ -17,7 +18,6 @@ from tilus.dtypes import DataType, boolean
 from tilus.errors import Loc, TilusError
 from tilus.ir.expr import Binary, Const, Expr, Var, as_expr
 from tilus.ir.instruction import Instruction
-from tilus.ir.ranges import bounds
 from tilus.ir.tensor import GlobalTensor, RegisterTensor, SharedTensor
 from tilus.layout import RegisterLayout, SharedLayout, slot_map
 from tilus.layout.word_program import pick_fields
@@ -281,10 +281,7 @@ class EmitContext:
         guard: Reg | None = None
         for d, bound in enumerate(tensor.shape):
             size = extent[dims.index(d)] if d in dims else 1
-            lower, upper = bounds(offsets[d])
-            limit = bounds(bound)[0]
-            above = not (upper is not None and limit is not None and upper + size <= limit)
-            below = not (lower is not None and lower >= 0)
+            below, above = may_leave(offsets[d], size, bound)
             if above or below:
                 test = self._bound_test(index[d], bound, below)
                 guard = test if guard is None else self.b.pure("and.pred", guard, test)

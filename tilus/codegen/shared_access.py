@@ -10,42 +10,23 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
-from tilus.codegen.access import MAX_VECTOR_NBITS, shared_vector_size
+from tilus.codegen.access import MAX_VECTOR_NBITS, shared_vector_size, unit_nbits
+from tilus.codegen.matrix_forms import MATRIX_ROW_NBITS, MATRIX_ROWS, Matrices, matrix_forms
 from tilus.dtypes import DataType
 from tilus.ir.expr import Const, Expr
 from tilus.ir.ranges import bounds, divisor
 from tilus.ir.tensor import SharedTensor
-from tilus.layout import RegisterLayout, SharedLayout, spatial
-from tilus.layout.atoms import ldmatrix
+from tilus.layout import RegisterLayout, SharedLayout
 from tilus.layout.banks import BANK_NBYTES, NUM_BANKS, WARP_SIZE, wavefronts
 
-MATRIX_ROWS = 8
-MATRIX_ROW_NBITS = 128
-MATRICES_AT_ONCE = (4, 2, 1)
 PHASE_NBYTES = NUM_BANKS * BANK_NBYTES
 
 Ints = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Matrices:
-    """A tile as 8x8 matrices that a warp moves by rows of 16 bytes.
-
-    rows: who gives the address of which row, 8 "threads" a warp; a run of slots is a row. starts: tile index at which each of
-    a warp's matrices begins. groups: how many of them each instruction moves. row_axis: the tile axis along which the rows of
-    a matrix follow each other. transposed: whether lanes get columns.
-    """
-
-    rows: RegisterLayout
-    starts: tuple[tuple[int, ...], ...]
-    groups: tuple[int, ...]
-    row_axis: int
-    transposed: bool
 
 
 @dataclass(frozen=True)
@@ -108,9 +89,9 @@ class SharedAccess:
 
     dtype, shape: of the tensor. layout: which thread moves which element of the tile; None when no thread does (wgmma, TMA).
     starts: for each dim of the tensor, the indices at which the tile may start. dims: the tensor dims that the tile's axes run
-    along. writes: then only one of several owners of an element acts. by_matrices: whether ldmatrix may do it. widest: most
-    elements that a thread may move at once. least_nbytes: fewest bytes that it may (4 for cp.async). legal: the layouts that the
-    instruction can work with; None for all.
+    along. writes: then only one of several owners of an element acts. by_matrices: whether ldmatrix (or stmatrix) may do it.
+    widest: most elements that a thread may move at once. least_nbytes: fewest bytes that it may (4 for cp.async). legal: the
+    layouts that the instruction can work with; None for all.
     """
 
     dtype: DataType
@@ -126,47 +107,26 @@ class SharedAccess:
 
     # How it is done under a layout.
 
-    @cached_property
-    def _divisors(self) -> tuple[int, ...]:
-        return tuple(math.gcd(s.start, s.step if len(s) > 1 else 0) if s else 1 for s in self.starts)
-
     def vector_size(self, memory: SharedLayout) -> int:
         """Elements that a thread moves at once."""
         if self.layout is None:
             return 1
-        return math.gcd(self.widest, shared_vector_size(memory, self.dtype, self.layout, self._divisors, self.dims))
+        return math.gcd(self.widest, shared_vector_size(memory, self.dtype, self.layout, self.starts, self.dims))
 
     def moves_whole_units(self, memory: SharedLayout) -> bool:
         """Whether vectors are whole bytes, and of sizes that the instruction has."""
-        nbits = self.vector_size(memory) * self.dtype.nbits
-        return nbits % 8 == 0 and (self.least_nbytes == 1 or nbits // 8 in (4, 8, 16))
+        nbits = unit_nbits(self.dtype, self.vector_size(memory))
+        return nbits % 8 == 0 and nbits // 8 >= self.least_nbytes
 
     def matrices(self, memory: SharedLayout) -> Matrices | None:
         """The tile as matrices, if all their rows are 16 aligned bytes of memory and lanes want what ldmatrix gives them."""
-        for form in self._matrix_forms:
-            size = shared_vector_size(memory, self.dtype, form.rows, self._divisors, self.dims)
+        if not self.by_matrices or self.layout is None:
+            return None
+        for form in matrix_forms(self.layout, self.dtype.nbits):
+            size = shared_vector_size(memory, self.dtype, form.rows, self.starts, self.dims)
             if size * self.dtype.nbits == MATRIX_ROW_NBITS:
                 return form
         return None
-
-    @cached_property
-    def _matrix_forms(self) -> tuple[Matrices, ...]:
-        """For rows of matrices along the last axis of the tile, or the one before it: the division by the atom."""
-        layout, nbits = self.layout, self.dtype.nbits
-        if not self.by_matrices or layout is None or layout.rank < 2 or nbits not in (8, 16):
-            return ()
-        last, forms = layout.rank - 1, list[Matrices]()
-        row = spatial(MATRIX_ROWS, 1).local(1, MATRIX_ROW_NBITS // nbits)
-        for row_axis in (last - 1, last):
-            for transposed in (False, True) if nbits == 16 else (False,):
-                # A lane's neighbouring elements lie along a row, or across rows when the matrix is transposed.
-                atom = ldmatrix(nbits) if (row_axis == last) == transposed else ldmatrix(nbits).permute((1, 0))
-                outer = layout.try_divide(_of_rank(atom, layout.rank))
-                if outer is not None:
-                    rows = outer * _of_rank(row if row_axis < last else row.permute((1, 0)), layout.rank)
-                    starts = tuple(map(tuple, rows.table()[0, :: MATRIX_ROW_NBITS // nbits].tolist()))
-                    forms.append(Matrices(rows, starts, _groups(starts), row_axis, transposed))
-        return tuple(forms)
 
     # What it costs.
 
@@ -189,16 +149,15 @@ class SharedAccess:
     def _moves(self, memory: SharedLayout) -> _Moves | None:
         matrices, nbits = self.matrices(memory), self.dtype.nbits
         if matrices is not None:
-            warps, row = matrices.rows.num_threads // MATRIX_ROWS, MATRIX_ROW_NBITS // nbits
+            active = self._active(matrices.rows).reshape(-1, MATRIX_ROWS)
+            warps, row = int(active[:, 0].sum()), MATRIX_ROW_NBITS // nbits
             instructions, phases = warps * len(matrices.groups), warps * len(matrices.starts)
-            everyone = np.ones((1, MATRIX_ROWS), np.bool_)
-            return _Moves(matrices.rows, everyone, row, MATRIX_ROW_NBITS // 8, 1, True, instructions, phases)
+            return _Moves(matrices.rows, active, row, MATRIX_ROW_NBITS // 8, 1, True, instructions, phases)
         if self.layout is None or not self.moves_whole_units(memory):
             return None
         size = self.vector_size(memory)
-        nbytes = size * nbits // 8
-        # Vectors of 3-, 5-, 6- and 7-bit types move byte by byte.
-        pieces, nbytes = (1, nbytes) if nbytes & (nbytes - 1) == 0 else (nbytes, 1)
+        nbytes = unit_nbits(self.dtype, size) // 8
+        pieces = size * nbits // (8 * nbytes)  # vectors of 3-, 5-, 6- and 7-bit types move in parts
         times = pieces * self.layout.num_locals // size
         active = self._active(self.layout)
         instructions = times * _any(active, WARP_SIZE)
@@ -220,8 +179,8 @@ class SharedAccess:
         addresses = nbits[positions[:, None, None, None] + warps] // 8
         active = None if moves.active.all() else moves.active[:, None]
         found = np.zeros(len(positions), np.int64)
-        for byte in range(moves.pieces):
-            found += wavefronts(addresses + byte, moves.nbytes, active).sum(axis=(1, 2))
+        for piece in range(moves.pieces):
+            found += wavefronts(addresses + piece * moves.nbytes, moves.nbytes, active).sum(axis=(1, 2))
         return list(zip(found.tolist(), repeats.tolist(), strict=True))
 
     def _active(self, layout: RegisterLayout) -> npt.NDArray[np.bool_]:
@@ -315,26 +274,3 @@ def _distinct(nbits: Ints, positions: Ints, repeats: Ints, tile: Ints, unit: int
         first.setdefault(key, position)
         total[key] = total.get(key, 0) + times
     return np.fromiter(first.values(), np.int64), np.fromiter(total.values(), np.int64)
-
-
-def _groups(starts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """How many matrices each instruction moves: four whose starts are sums of two independent steps, else two or one."""
-    groups: list[int] = []
-    at = 0
-    while at < len(starts):
-        groups.append(next(count for count in MATRICES_AT_ONCE if _is_grid(starts[at : at + count], count)))
-        at += groups[-1]
-    return tuple(groups)
-
-
-def _is_grid(starts: Sequence[tuple[int, ...]], count: int) -> bool:
-    if len(starts) < count:
-        return False
-    return count < 4 or all(d == b + c - a for a, b, c, d in zip(*starts, strict=True))
-
-
-def _of_rank(layout: RegisterLayout, rank: int) -> RegisterLayout:
-    """The same layout for the last two of `rank` axes."""
-    while layout.rank < rank:
-        layout = layout.unsqueeze(0)
-    return layout

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tilus.codegen.context import EmitContext
-from tilus.dtypes import DataType, bf16, f16, f32
+from tilus.dtypes import DataType, bf16, f16, f32, tf32
 from tilus.errors import TilusError
 from tilus.ir.expr import Const, Expr, cast
 from tilus.ptx.module import Imm, Reg, RegClass
@@ -22,6 +22,8 @@ def splat_word(ctx: EmitContext, dtype: DataType, value: Expr) -> Reg:
     if dtype in (f16, bf16):
         single = ctx.scalars.value(cast(value, f32))
         return b.pure(f"cvt.rn.{dtype.name}x2.f32", single, single, out=RegClass.B32)
+    if dtype == tf32:
+        return b.pure("cvt.rna.tf32.f32", ctx.scalars.value(cast(value, f32)), out=RegClass.B32)
     if dtype.nbits == 64:
         return b.pure("cvt.s64.s32", ctx.integer(value))
     if dtype.nbits == 32:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tilus.codegen.access import global_vector_size, vectors
+from tilus.codegen.access import global_vector_size, unit_nbits, vectors
 from tilus.codegen.context import EmitContext
 from tilus.codegen.shared_access import SharedAccess, shared_access
 from tilus.errors import TilusError
-from tilus.instructions.memory import check_access, coalesced, tile_index, vectors_note
+from tilus.instructions.memory import check_access, coalesced, offset_by, tile_index, vectors_note
 from tilus.instructions.shared import SharedOperand, full_offsets, placed
 from tilus.ir.builder import IRBuilder, builtin
 from tilus.ir.evaluation import Evaluation
@@ -18,6 +18,7 @@ from tilus.ir.instruction import Effects, Instruction
 from tilus.ir.tensor import GlobalTensor, SharedTensor
 from tilus.layout import RegisterLayout
 from tilus.ptx.module import Imm, Operand
+from tilus.target import Target
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +60,7 @@ class CopyAsync(Instruction):
         value = env.load(self.src, self.src_offsets, self.shape, self.src_dims, checked=self.checked)
         env.store(self.dst, self.dst_offsets, self.dst_dims, value, checked=False)
 
-    def shared_accesses(self, num_threads: int) -> tuple[tuple[SharedTensor, SharedAccess], ...]:
+    def shared_accesses(self, num_threads: int, target: Target) -> tuple[tuple[SharedTensor, SharedAccess], ...]:
         return ((self.dst, self._access(coalesced(self.src, self.shape, self.src_dims, num_threads))),)
 
     def _access(self, layout: RegisterLayout) -> SharedAccess:
@@ -73,10 +74,11 @@ class CopyAsync(Instruction):
         layout = coalesced(self.src, self.shape, self.src_dims, ctx.num_threads)
         access, memory = self._access(layout), placed(self.dst)
         size = access.vector_size(memory)
-        nbytes = size * self.src.dtype.nbits // 8
+        nbits = unit_nbits(self.src.dtype, size)
+        nbytes = nbits // 8
         if not access.moves_whole_units(memory):
             raise TilusError(
-                f"copy_async from {self.src.name}: alignment and masks allow copies of {size * self.src.dtype.nbits} bits, "
+                f"copy_async from {self.src.name}: alignment and masks allow copies of {nbits} bits, "
                 "cp.async moves 4, 8 or 16 bytes",
                 hint="make the contiguous dim a multiple of 16 bytes, or use tilus.load and tilus.store_shared",
             )
@@ -91,10 +93,12 @@ class CopyAsync(Instruction):
                 inside = ctx.in_bounds(self.src, self.src_offsets, self.src_dims, self.shape, index)
             dst = ctx.shared_address(self.dst, dst_index(vector.slot))
             src = ctx.global_address(self.src, index)
-            operands: list[Operand] = [dst, src, Imm(nbytes)]
+            tail: list[Operand] = [Imm(nbytes)]
             if inside is not None:  # a source size of 0 fills the destination with zeros and reads nothing
-                operands.append(ctx.b.pure("selp.b32", Imm(nbytes), Imm(0), inside))
-            ctx.b.emit_to(f"cp.async.{cache}.shared.global", *operands, guard=ctx.guard(owner))
+                tail.append(ctx.b.pure("selp.b32", Imm(nbytes), Imm(0), inside))
+            for at in range(0, size * self.src.dtype.nbits // 8, nbytes):
+                places = offset_by(dst, at), offset_by(src, at)
+                ctx.b.emit_to(f"cp.async.{cache}.shared.global", *places, *tail, guard=ctx.guard(owner))
         ctx.note(self, f"copy_async {self.src.name}: {vectors_note(self.src.dtype, size, layout.num_locals)}")
 
 

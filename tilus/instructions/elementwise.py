@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tilus.codegen.context import EmitContext
-from tilus.dtypes import DataType, bf16, boolean, f16, f32
+from tilus.dtypes import DataType, bf16, boolean, f16, f32, tf32
 from tilus.errors import TilusError
 from tilus.instructions.arithmetic import (
     FLOAT_FUNCTIONS,
@@ -249,6 +249,10 @@ def _check_op(op: str, dtype: DataType) -> None:
         raise TilusError(
             f"{op} on tiles of {dtype.name}: arithmetic is done in 16 or more bits",
             hint="cast to f16, f32 or int32 first, and back afterwards",
+        )
+    if dtype == tf32:
+        raise TilusError(
+            f"{op} on tiles of tf32, which tensor cores multiply", hint="cast to f32 first, and back afterwards"
         )
     if dtype == boolean and op not in ("&", "|", "^", "not"):
         raise TilusError(f"{op} on boolean tiles, expected & | ^ or not")

@@ -7,10 +7,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tilus.codegen.access import MAX_VECTOR_NBITS, global_vector_size, vectors
+from tilus.codegen.access import MAX_VECTOR_NBITS, global_vector_size, unit_nbits, vectors
 from tilus.codegen.context import EmitContext
 from tilus.codegen.linear import Linear, of_const
-from tilus.dtypes import DataType, boolean, uint8
+from tilus.dtypes import DataType, boolean
 from tilus.errors import TilusError
 from tilus.ir.builder import IRBuilder, builtin
 from tilus.ir.evaluation import Evaluation
@@ -186,11 +186,10 @@ def coalesced(tensor: GlobalTensor, shape: tuple[int, ...], dims: Sequence[int],
     inner = next((a for a, s in enumerate(strides) if isinstance(s, Const) and s.value == 1), len(shape) - 1)
     order = (inner, *(a for a in reversed(range(len(shape))) if a != inner)) if shape else ()
     whole_bytes = 8 // math.gcd(8, tensor.dtype.nbits)
-    if tensor.dtype.nbits & (tensor.dtype.nbits - 1):
-        return auto(shape, num_threads, whole_bytes, order)
     per_thread = max(1, math.prod(shape) // num_threads)
     widest = max(whole_bytes, 1 << (per_thread.bit_length() - 1))
-    return auto(shape, num_threads, min(MAX_VECTOR_NBITS // tensor.dtype.nbits, widest), order)
+    unit = tensor.dtype.nbits & -tensor.dtype.nbits  # 16 elements of 6 bits move in units of 4 bytes
+    return auto(shape, num_threads, min(MAX_VECTOR_NBITS // unit, widest), order)
 
 
 def tile_index(
@@ -225,31 +224,36 @@ def check_whole_bytes(what: str, tensor: GlobalTensor | SharedTensor, size: int)
 def load_vector(
     ctx: EmitContext, opcode: str, dtype: DataType, size: int, address: Address, guard: Reg | None
 ) -> list[Reg]:
-    """One access of `size` elements; 32-bit registers (64-bit for 64-bit types), the last one zero-extended.
+    """`size` consecutive elements; 32-bit registers (64-bit for 64-bit types), those of units below 32 bits zero-extended.
 
     A guarded access leaves zeros where it does not read.
     """
-    b, nbits = ctx.b, size * dtype.nbits
-    unit = 64 if dtype.nbits == 64 else 32
-    cls = RegClass.B64 if unit == 64 else RegClass.B32
-    if nbits & (nbits - 1):
-        return [
-            byte for i in range(nbits // 8) for byte in load_vector(ctx, opcode, uint8, 1, offset_by(address, i), guard)
-        ]
+    unit = unit_nbits(dtype, size)
+    return [
+        reg
+        for nbits in range(0, size * dtype.nbits, unit)
+        for reg in _load_unit(ctx, opcode, unit, 64 if dtype.nbits == 64 else 32, offset_by(address, nbits // 8), guard)
+    ]
+
+
+def _load_unit(
+    ctx: EmitContext, opcode: str, nbits: int, word_nbits: int, address: Address, guard: Reg | None
+) -> list[Reg]:
+    b = ctx.b
     if nbits < 32:
         narrow = b.reg(RegClass.B16)
         if guard is not None:
             b.mov(narrow, Imm(0))
         b.emit_to(f"{opcode}.{'u8' if nbits == 8 else 'u16'}", narrow, address, guard=ctx.guard(guard))
         return [b.emit("cvt.u32.u16", narrow)]
-    count = nbits // unit
-    regs = [b.reg(cls) for _ in range(count)]
+    count = nbits // word_nbits
+    regs = [b.reg(RegClass.B64 if word_nbits == 64 else RegClass.B32) for _ in range(count)]
     if guard is not None:
         for reg in regs:
             b.mov(reg, Imm(0))
     dst = regs[0] if count == 1 else Vector(tuple(regs))
     vec = "" if count == 1 else f".v{count}"
-    b.emit_to(f"{opcode}{vec}.b{unit}", dst, address, guard=ctx.guard(guard))
+    b.emit_to(f"{opcode}{vec}.b{word_nbits}", dst, address, guard=ctx.guard(guard))
     return regs
 
 
@@ -257,9 +261,7 @@ def assemble(ctx: EmitContext, dtype: DataType, size: int, pieces: Sequence[Reg]
     """A tile's words from the results of `load_vector` in slot order."""
     if dtype == boolean:
         return [ctx.b.emit("setp.ne.u32", piece, Imm(0)) for piece in pieces]
-    nbits = size * dtype.nbits
-    if nbits & (nbits - 1):
-        return ctx.pack(8, pieces)
+    nbits = unit_nbits(dtype, size)
     if nbits >= 32:
         return list(pieces)
     if nbits == 16:
@@ -281,30 +283,29 @@ def store_vector(
     ctx: EmitContext, opcode: str, dtype: DataType, slot: int, size: int, address: Address, words: Sequence[Reg],
     guard: Reg | None,
 ) -> None:  # fmt: skip
-    """Write slots `slot .. slot + size` of a tile in one access."""
-    b, nbits = ctx.b, size * dtype.nbits
-    at = ctx.guard(guard)
+    """Write slots `slot .. slot + size` of a tile to consecutive elements."""
+    b, unit, at = ctx.b, unit_nbits(dtype, size), ctx.guard(guard)
     if dtype == boolean:
         byte = b.emit("selp.b32", Imm(1), Imm(0), words[slot])
         b.emit_to(f"{opcode}.u8", address, b.emit("cvt.u16.u32", byte), guard=at)
-    elif nbits & (nbits - 1):
-        for i in range(nbits // 8):
-            code = ctx.extract(8, words, slot * dtype.nbits // 8 + i)
-            b.emit_to(f"{opcode}.u8", offset_by(address, i), b.emit("cvt.u16.u32", code), guard=at)
-    elif nbits < 32:
-        code = ctx.extract(nbits, words, slot // size)
-        b.emit_to(f"{opcode}.{'u8' if nbits == 8 else 'u16'}", address, b.emit("cvt.u16.u32", code), guard=at)
-    else:
-        unit = 64 if dtype.nbits == 64 else 32
-        first, count = slot * dtype.nbits // unit, nbits // unit
-        src = words[first] if count == 1 else Vector(tuple(words[first : first + count]))
-        vec = "" if count == 1 else f".v{count}"
-        b.emit_to(f"{opcode}{vec}.b{unit}", address, src, guard=at)
+        return
+    word_nbits = 64 if dtype.nbits == 64 else 32
+    count = unit // word_nbits
+    for nbits in range(0, size * dtype.nbits, unit):
+        place, first = offset_by(address, nbits // 8), slot * dtype.nbits + nbits
+        if unit < 32:
+            code = b.emit("cvt.u16.u32", ctx.extract(unit, words, first // unit))
+            b.emit_to(f"{opcode}.{'u8' if unit == 8 else 'u16'}", place, code, guard=at)
+        else:
+            src = tuple(words[first // word_nbits : first // word_nbits + count])
+            vec = "" if count == 1 else f".v{count}"
+            b.emit_to(f"{opcode}{vec}.b{word_nbits}", place, src[0] if count == 1 else Vector(src), guard=at)
 
 
 def vectors_note(dtype: DataType, size: int, num_locals: int) -> str:
-    """The line of the report that says how wide an access is."""
-    return f"{num_locals // size} x {size * dtype.nbits} bits per thread"
+    """The line of the report that says how many accesses of how many bits there are."""
+    unit = unit_nbits(dtype, size)
+    return f"{num_locals * dtype.nbits // unit} x {unit} bits per thread"
 
 
 @builtin

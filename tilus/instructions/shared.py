@@ -1,4 +1,4 @@
-"""Tiles from and to shared memory, ldmatrix included."""
+"""Tiles from and to shared memory, in vectors; the forms that move matrices are in `matrix`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from tilus.codegen.access import MAX_VECTOR_NBITS, vectors
 from tilus.codegen.context import EmitContext
-from tilus.codegen.linear import Linear, of_const
-from tilus.codegen.shared_access import Matrices, SharedAccess, shared_access
+from tilus.codegen.shared_access import SharedAccess, shared_access
 from tilus.dtypes import DataType
 from tilus.errors import TilusError
 from tilus.instructions.memory import assemble, load_vector, store_vector, tile_index, vectors_note
@@ -20,7 +19,7 @@ from tilus.ir.instruction import Effects, Instruction
 from tilus.ir.layout_rules import Access, LayoutPriority, LayoutRule
 from tilus.ir.tensor import RegisterTensor, SharedTensor, SharedView
 from tilus.layout import RegisterLayout, SharedLayout, auto, row_major
-from tilus.ptx.module import Reg, RegClass, Vector
+from tilus.ptx.module import Reg
 from tilus.target import Target
 
 SharedOperand = SharedTensor | SharedView
@@ -56,28 +55,30 @@ class LoadShared(Instruction):
         return Effects(reads=(self.src,))
 
     def verify(self) -> None:
-        _check("load_shared", self.src, self.out, self.offsets, self.dims)
+        check_shared_access("load_shared", self.src, self.out, self.offsets, self.dims)
 
     def layout_rule(self, num_threads: int) -> LayoutRule:
         return _access_rule(self.src, self.out, self.offsets, self.dims, num_threads)
 
-    def shared_accesses(self, num_threads: int) -> tuple[tuple[SharedTensor, SharedAccess], ...]:
-        return ((self.src, _reading(self.out, self.src, self.offsets, self.dims)),)
+    def shared_accesses(self, num_threads: int, target: Target) -> tuple[tuple[SharedTensor, SharedAccess], ...]:
+        return ((self.src, reading(self.out, self.src, self.offsets, self.dims)),)
 
     def specialized(self, target: Target) -> Instruction | None:
-        if self.out.layout is None or self.src.layout is None:
-            return None
-        matrices = _reading(self.out, self.src, self.offsets, self.dims).matrices(self.src.layout)
+        from tilus.instructions.matrix import LdMatrix
+
+        matrices = reading(self.out, self.src, self.offsets, self.dims).matrices(placed(self.src))
         if matrices is None:
             return None
-        return LdMatrix(self.out, self.src, self.offsets, self.dims, matrices.transposed)
+        return LdMatrix(
+            self.out, self.src, self.offsets, self.dims, matrices.row_axis, matrices.transposed, matrices.groups
+        )
 
     def evaluate(self, env: Evaluation) -> None:
         env.set_tile(self.out, env.load(self.src, self.offsets, self.out.shape, self.dims, checked=False))
 
     def emit(self, ctx: EmitContext) -> None:
         layout = ctx.layout(self.out)
-        size = _vector_size("load_shared", self.src, _reading(self.out, self.src, self.offsets, self.dims))
+        size = _vector_size("load_shared", self.src, reading(self.out, self.src, self.offsets, self.dims))
         starts = tile_index(ctx, layout, self.offsets, self.dims)
         pieces: list[Reg] = []
         for vector in vectors(layout, size):
@@ -103,23 +104,33 @@ class StoreShared(Instruction):
         return Effects(writes=(self.dst,))
 
     def verify(self) -> None:
-        _check("store_shared", self.dst, self.src, self.offsets, self.dims)
+        check_shared_access("store_shared", self.dst, self.src, self.offsets, self.dims)
 
     def layout_rule(self, num_threads: int) -> LayoutRule:
         return _access_rule(self.dst, self.src, self.offsets, self.dims, num_threads)
 
-    def shared_accesses(self, num_threads: int) -> tuple[tuple[SharedTensor, SharedAccess], ...]:
-        return ((self.dst, self._access()),)
+    def shared_accesses(self, num_threads: int, target: Target) -> tuple[tuple[SharedTensor, SharedAccess], ...]:
+        return ((self.dst, self._access(target)),)
 
-    def _access(self) -> SharedAccess:
-        return shared_access(self.dst, self.src.layout, self.offsets, self.dims, self.src.shape, writes=True)
+    def _access(self, target: Target) -> SharedAccess:
+        return writing(self.src, self.dst, self.offsets, self.dims, by_matrices=target.sm >= 90)
+
+    def specialized(self, target: Target) -> Instruction | None:
+        from tilus.instructions.matrix import StMatrix
+
+        matrices = self._access(target).matrices(placed(self.dst))
+        if matrices is None:
+            return None
+        return StMatrix(
+            self.dst, self.src, self.offsets, self.dims, matrices.row_axis, matrices.transposed, matrices.groups
+        )
 
     def evaluate(self, env: Evaluation) -> None:
         env.store(self.dst, self.offsets, self.dims, env.tile(self.src), checked=False)
 
     def emit(self, ctx: EmitContext) -> None:
         layout = ctx.layout(self.src)
-        size = _vector_size("store_shared", self.dst, self._access())
+        size = _vector_size("store_shared", self.dst, self._access(ctx.target))
         starts = tile_index(ctx, layout, self.offsets, self.dims)
         owner, words = ctx.first_replica(layout), ctx.words(self.src)
         for vector in vectors(layout, size):
@@ -128,89 +139,14 @@ class StoreShared(Instruction):
         ctx.note(self, f"shared store {self.dst.name}: {vectors_note(self.dst.dtype, size, layout.num_locals)}")
 
 
-@dataclass(frozen=True, eq=False)
-class LdMatrix(Instruction):
-    """A tile of a shared tensor as fragments, eight 16-byte rows a matrix, up to four matrices an instruction.
-
-    Every lane gives the address of one row (PTX ISA, "ldmatrix"). trans: each matrix arrives transposed.
-    """
-
-    mnemonic = "ldmatrix"
-
-    out: RegisterTensor
-    src: SharedTensor
-    offsets: tuple[Expr, ...]
-    dims: tuple[int, ...]
-    trans: bool = False
-
-    def effects(self) -> Effects:
-        return Effects(reads=(self.src,))
-
-    def verify(self) -> None:
-        _check("ldmatrix", self.src, self.out, self.offsets, self.dims)
-
-    def evaluate(self, env: Evaluation) -> None:
-        env.set_tile(self.out, env.load(self.src, self.offsets, self.out.shape, self.dims, checked=False))
-
-    def shared_accesses(self, num_threads: int) -> tuple[tuple[SharedTensor, SharedAccess], ...]:
-        return ((self.src, _reading(self.out, self.src, self.offsets, self.dims)),)
-
-    def emit(self, ctx: EmitContext) -> None:
-        memory = placed(self.src)
-        matrices = _reading(self.out, self.src, self.offsets, self.dims).matrices(memory)
-        if matrices is None or matrices.transposed != self.trans:
-            raise TilusError(
-                f"ldmatrix of {self.src.name} in layout {memory}, expected matrices with rows of 16 aligned bytes",
-                hint="use load_shared, which becomes ldmatrix where that fits",
-            )
-        regs: list[Reg] = []
-        for count in matrices.groups:
-            regs += self._load(ctx, matrices, matrices.starts[len(regs) : len(regs) + count])
-        ctx.note(self, f"ldmatrix {self.src.name}: {len(regs)} matrices per warp{', transposed' if self.trans else ''}")
-        ctx.define(self.out, regs)
-
-    def _load(self, ctx: EmitContext, matrices: Matrices, starts: Sequence[tuple[int, ...]]) -> list[Reg]:
-        """One instruction: lane 8j + r addresses row r of the matrix that begins at `starts[j]`."""
-        count = len(starts)
-        index = [ctx.scalars.linear(e) for e in self.offsets]
-        lane_part = _matrix_index(ctx, starts)
-        for axis, part in enumerate(_warp_index(ctx, ctx.layout(self.out))):
-            index[self.dims[axis]] = index[self.dims[axis]] + part + lane_part[axis]
-        row_dim = self.dims[matrices.row_axis]
-        index[row_dim] = index[row_dim] + ctx.digit(1, 8)
-        address = ctx.shared_address(self.src, index)
-        trans = ".trans" if self.trans else ""
-        regs = [ctx.b.reg(RegClass.B32) for _ in range(count)]
-        ctx.b.emit_to(f"ldmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16", Vector(tuple(regs)), address)
-        return regs
-
-
-def _warp_index(ctx: EmitContext, layout: RegisterLayout) -> list[Linear]:
-    """The part of the tile index that the warp decides."""
-    index = [of_const(0) for _ in layout.shape]
-    for term in layout.thread_terms:
-        # A digit may span lanes and warps: split it at the warp boundary.
-        if term.dim is None or term.stride * term.size <= 32:
-            continue
-        inside = max(1, 32 // term.stride) if term.stride < 32 else 1
-        digit = ctx.digit(term.stride * inside, term.size // inside)
-        index[term.dim] = index[term.dim] + digit.scaled(term.weight * inside)
-    return index
-
-
-def _matrix_index(ctx: EmitContext, starts: Sequence[tuple[int, ...]]) -> list[Linear]:
-    """Where the matrix begins whose row a lane addresses: lanes 8j .. 8j + 7 serve matrix j."""
-    index = [of_const(part) for part in starts[0]]
-    for bit in (1, 2):
-        if bit < len(starts):
-            group = ctx.digit(8 * bit, 2)
-            for axis, (begin, first) in enumerate(zip(starts[bit], starts[0], strict=True)):
-                index[axis] = index[axis] + group.scaled(begin - first)
-    return index
-
-
-def _reading(out: RegisterTensor, src: SharedTensor, offsets: Sequence[Expr], dims: Sequence[int]) -> SharedAccess:
+def reading(out: RegisterTensor, src: SharedTensor, offsets: Sequence[Expr], dims: Sequence[int]) -> SharedAccess:
     return shared_access(src, out.layout, offsets, dims, out.shape, by_matrices=True)
+
+
+def writing(
+    src: RegisterTensor, dst: SharedTensor, offsets: Sequence[Expr], dims: Sequence[int], *, by_matrices: bool
+) -> SharedAccess:
+    return shared_access(dst, src.layout, offsets, dims, src.shape, writes=True, by_matrices=by_matrices)
 
 
 def placed(tensor: SharedTensor) -> SharedLayout:
@@ -265,7 +201,9 @@ def vectorized(tile: RegisterTensor, num_threads: int, dims: Sequence[int]) -> R
     return auto(tile.shape, num_threads, vector, order)
 
 
-def _check(what: str, tensor: SharedTensor, tile: RegisterTensor, offsets: Sequence[Expr], dims: Sequence[int]) -> None:
+def check_shared_access(
+    what: str, tensor: SharedTensor, tile: RegisterTensor, offsets: Sequence[Expr], dims: Sequence[int]
+) -> None:
     if tile.dtype != tensor.dtype:
         raise TilusError(f"{what}: tile of {tile.dtype.name} and {tensor.name} of {tensor.dtype.name}")
     if len(offsets) != tensor.rank or len(dims) != tile.rank:

@@ -105,7 +105,7 @@ class Instruction:
         """The ways in which the instruction can run, as layouts of its tiles; `num_threads` is the block's size."""
         return AnyLayout((*self.register_results, *self.register_operands), num_threads)
 
-    def shared_accesses(self, num_threads: int) -> tuple[tuple[SharedTensor, SharedAccess], ...]:
+    def shared_accesses(self, num_threads: int, target: Target) -> tuple[tuple[SharedTensor, SharedAccess], ...]:
         """What it moves from or to which shared tensors, asked when all register layouts are known."""
         return ()
 

@@ -11,24 +11,14 @@ from tilus.layout.errors import LayoutError
 from tilus.layout.register import RegisterLayout, column_spatial, local, replicated, spatial
 
 
-def mma_a(nbits: int = 16) -> RegisterLayout:
-    """A of mma.m16n8k(256 / nbits): shape [16, 256 / nbits]."""
-    return local(1, 2).local(2, 1).spatial(8, 4).local(1, _per_register(nbits))
+def mma_a(nbits: int = 16, k: int | None = None) -> RegisterLayout:
+    """A of mma.m16n8k{k}: shape [16, k]. k is 256 / nbits (the default) or half of it."""
+    return local(1, _halves(nbits, k)).local(2, 1).spatial(8, 4).local(1, _per_register(nbits))
 
 
-def mma_b(nbits: int = 16) -> RegisterLayout:
-    """B of mma.m16n8k(256 / nbits): shape [256 / nbits, 8]."""
-    return local(2, 1).column_spatial(4, 8).local(_per_register(nbits), 1)
-
-
-def mma_a_half(nbits: int = 16) -> RegisterLayout:
-    """A of mma.m16n8k(128 / nbits), half as deep: shape [16, 128 / nbits]."""
-    return local(2, 1).spatial(8, 4).local(1, _per_register(nbits))
-
-
-def mma_b_half(nbits: int = 16) -> RegisterLayout:
-    """B of mma.m16n8k(128 / nbits), half as deep: shape [128 / nbits, 8]."""
-    return column_spatial(4, 8).local(_per_register(nbits), 1)
+def mma_b(nbits: int = 16, k: int | None = None) -> RegisterLayout:
+    """B of mma.m16n8k{k}: shape [k, 8]. k is 256 / nbits (the default) or half of it."""
+    return local(_halves(nbits, k), 1).column_spatial(4, 8).local(_per_register(nbits), 1)
 
 
 def mma_c() -> RegisterLayout:
@@ -38,7 +28,9 @@ def mma_c() -> RegisterLayout:
 
 def ldmatrix(nbits: int = 16) -> RegisterLayout:
     """One matrix of ldmatrix, 8 rows of 16 bytes: shape [8, 128 / nbits]. Lane 4r + c gets word c of row r."""
-    return spatial(8, 4).local(1, _per_register(nbits))
+    if 32 % nbits:
+        raise LayoutError(f"a word of ldmatrix cannot hold elements of {nbits} bits; expected 1, 2, 4, 8, 16 or 32")
+    return spatial(8, 4).local(1, 32 // nbits)
 
 
 def ldmatrix_trans() -> RegisterLayout:
@@ -80,6 +72,13 @@ def mma_layouts(
         replicated(warps_m, 2) * spatial(1, warps_n) * local(repeat_k, repeat_n) * b,
         spatial(warps_m, warps_n) * local(repeat_m, repeat_n) * c,
     )
+
+
+def _halves(nbits: int, k: int | None) -> int:
+    """How many times k holds the 16 bytes of a row that one register a lane covers."""
+    if k is not None and k * nbits not in (128, 256):
+        raise LayoutError(f"mma.sync has no k = {k} on {nbits} bits; expected {128 // nbits} or {256 // nbits}")
+    return 2 if k is None else k * nbits // 128
 
 
 def _per_register(nbits: int) -> int:

@@ -32,6 +32,8 @@ _INTRODUCED: dict[str, tuple[int, int]] = {
     "cvt.rn.f16x2.e5m2x2": (8, 1),
     "cvt.rn.satfinite.e4m3x2": (8, 1),
     "cvt.rn.satfinite.e5m2x2": (8, 1),
+    "mma.sync.aligned.m16n8k32.row.col.f32.e4m3": (8, 4),
+    "mma.sync.aligned.m16n8k32.row.col.f32.e5m2": (8, 4),
     "elect.sync": (8, 0),
     "red.global.add.v": (8, 1),
     "red.global.add.noftz.v": (8, 1),

@@ -1,4 +1,5 @@
-"""Replace general instructions by the special ones of the target that do the same: shared loads by ldmatrix.
+"""Replace general instructions by the special ones of the target that do the same: products by mma_sync, shared
+loads and stores by ldmatrix and stmatrix.
 
 Each instruction says itself what it may become (`specialized`); the dump shows what was chosen.
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from tilus.errors import TilusError
 from tilus.ir.function import Function
 from tilus.ir.stmt import Inst, Stmt
 from tilus.ir.visit import rewrite
@@ -19,7 +21,10 @@ def select_instructions(function: Function, target: Target) -> Function:
     def select(stmt: Stmt) -> Stmt:
         if not isinstance(stmt, Inst):
             return stmt
-        special = stmt.inst.specialized(target)
+        try:
+            special = stmt.inst.specialized(target)
+        except TilusError as error:
+            raise error.at(stmt.loc) from None
         return stmt if special is None else Inst(special, stmt.loc)
 
     body = rewrite(function.body, select)

@@ -92,6 +92,8 @@ def load_matrices(site: Site) -> Step:
 def store_matrices(site: Site) -> Step:
     """The inverse of ldmatrix."""
     site.allow("sync", "aligned", "m8n8", "x1", "x2", "x4", "trans", "shared", "shared::cta")
+    if "m8n8" not in site.words or site.type() != "b16":
+        raise site.unsupported("a matrix shape other than .m8n8.b16")
     count = _matrix_count(site)
     sources = [site.source(operand, "b32") for operand in _matrices(site, site.operands[1], count)]
     access = Access(site, site.operands[0], "shared", 16)
@@ -131,13 +133,26 @@ _DECODERS: dict[str, Callable[[Array], Array]] = {
     "tf32": lambda bits: (bits & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64),
     "s8": lambda bits: bits.view(np.int8).astype(np.float64),
     "u8": lambda bits: bits.view(np.uint8).astype(np.float64),
+    "s4": lambda bits: ((_nibbles(bits) ^ 8).astype(np.int8) - 8).astype(np.float64),
+    "u4": lambda bits: _nibbles(bits).astype(np.float64),
     "e4m3": lambda bits: decode_fp8(bits.view(np.uint8), 4, 3),
     "e5m2": lambda bits: decode_fp8(bits.view(np.uint8), 5, 2),
     "f32": lambda bits: bits.view(np.float32).astype(np.float64),
     "s32": lambda bits: bits.view(np.int32).astype(np.float64),
 }
-_NBITS = {"f16": 16, "bf16": 16, "tf32": 32, "s8": 8, "u8": 8, "e4m3": 8, "e5m2": 8}
+_NBITS = {"f16": 16, "bf16": 16, "tf32": 32, "s8": 8, "u8": 8, "s4": 4, "u4": 4, "e4m3": 8, "e5m2": 8}
 _MMA_TYPES = (*_NBITS, "f32", "s32")
+# Types of A and B that go together, and of C and D with them (PTX ISA, "mma": the tables of .atype, .btype, .ctype, .dtype).
+_COMBINATIONS = (
+    (("f16",), ("f16", "f32")), (("bf16",), ("f32",)), (("tf32",), ("f32",)),
+    (("s8", "u8"), ("s32",)), (("s4", "u4"), ("s32",)), (("e4m3", "e5m2"), ("f32",)),
+)  # fmt: skip
+
+
+def _nibbles(bits: Array) -> Array:
+    """Four-bit codes, the lowest of a byte first."""
+    octets = bits.view(np.uint8)
+    return np.stack([octets & 15, octets >> 4], axis=-1).reshape(*octets.shape[:-1], -1)
 
 
 @instruction("mma.sync")
@@ -151,14 +166,14 @@ def multiply_accumulate(site: Site) -> Step:
     shape = f"m16n8k{match.group(1)}" if match else ""
     for word in site.words:
         if word not in ("sync", "aligned", "row", "col", "satfinite", shape, *_MMA_TYPES):
-            raise site.unsupported(
-                f"modifier .{word}", "m16n8 shapes of f16, bf16, tf32, s8, u8, e4m3 and e5m2 are modelled"
-            )
-    if match is None or len(words) != 4 or words[1] not in _NBITS or words[2] not in _NBITS:
+            raise site.unsupported(f"modifier .{word}", f"m16n8 shapes of {', '.join(_NBITS)} are modelled")
+    if match is None or len(words) != 4:
         raise site.unsupported("the shape or the types")
     d_type, a_type, b_type, c_type = words
+    if not any({a_type, b_type} <= set(ab) and {c_type, d_type} <= set(cd) for ab, cd in _COMBINATIONS):
+        raise site.unsupported("the combination of types")
     depth, nbits = int(match.group(1)), _NBITS[a_type]
-    if depth * nbits not in (128, 256) or _NBITS[b_type] != nbits:
+    if depth * nbits not in (128, 256):
         raise site.unsupported(f"depth {depth} of .{a_type} and .{b_type}")
     read_a = _operand(site, 1, depth * nbits // 64, fragment_a(16, depth, nbits), a_type)
     read_b = _operand(site, 2, depth * nbits // 128, fragment_b(depth, 8, nbits), b_type)
