@@ -47,7 +47,9 @@ class SharedTensor:
 
     def __post_init__(self) -> None:
         if self.layout is not None and (self.layout.origin or not self.layout.is_injective()):
-            found = f"starts at address {self.layout.origin}" if self.layout.origin else "gives elements the same address"
+            found = (
+                f"starts at address {self.layout.origin}" if self.layout.origin else "gives elements the same address"
+            )
             raise TilusError(
                 f"layout {self.layout} of {self.name} {found}; a buffer starts at 0 and holds every element once",
                 hint="give the buffer the layout of all of its memory, and load or store the part",
