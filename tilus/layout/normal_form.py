@@ -35,7 +35,7 @@ def linear_table(shape: Sequence[int], digits: Digits, origin: int) -> Table:
 
 def form_of_table(table: Table) -> Form | None:
     """The normal form of the function with these addresses; None where no layout has them."""
-    return _first_form(table, before=None)
+    return None if table.min() < 0 else _first_form(table, before=None)
 
 
 @lru_cache(maxsize=4096)

@@ -304,7 +304,9 @@ class SharedLayout:
     def swizzled(self, base: int, bits: int, shift: int) -> SharedLayout:
         """The same addresses through this XOR swizzle (see Swizzle), in elements."""
         if self.swizzle is not None:
-            raise LayoutError(f"{self} already has a swizzle; expected one at most")
+            raise LayoutError(
+                f"{self} already has a swizzle; expected one at most", hint="swizzle a layout of the same strides once"
+            )
         return SharedLayout(self.shape, self.digits, Swizzle(base, bits, shift), self.origin)
 
     def at(self, address: int) -> SharedLayout:
