@@ -151,7 +151,11 @@ class Dot(Instruction):
         }
 
     def layout_rule(self, num_threads: int) -> LayoutRule:
-        return OneOf(lambda known: [(self._way(c), math.prod(c.repeats)) for c in self._candidates(num_threads)])
+        @functools.cache
+        def choices() -> list[tuple[Way, int]]:
+            return [(self._way(c), math.prod(c.repeats)) for c in self._candidates(num_threads)]
+
+        return OneOf(lambda known: choices())
 
     def evaluate(self, env: Evaluation) -> None:
         product = np.matmul(env.tile(self.a), env.tile(self.b))
