@@ -6,8 +6,9 @@ pinned layouts and stores, so that all layout rules take part and some tiles hav
 Output, as JSON:
     python, processor   version and host
     samples             runs a case; the shortest counts, because everything that disturbs a run makes it longer
-    cases               list of {instructions, inference_s, evaluations, pipeline_s}: instructions of the kernel; seconds of
-                        `infer_layouts`; how often it asked a rule (both rounds); seconds of all passes, with the verifier
+    cases               list of {instructions, inference_s, evaluations, pipeline_s}: instructions of the kernel; processor
+                        seconds of `infer_layouts`; how often it asked a rule, in all rounds; processor seconds of all passes,
+                        with the verifier after each
 """
 
 from __future__ import annotations
@@ -98,9 +99,9 @@ def store(b: IRBuilder, y: GlobalTensor, tile: Any) -> None:
 def shortest(samples: int, run: Any) -> float:
     times: list[float] = []
     for _ in range(samples):
-        start = time.perf_counter()
+        start = time.process_time()
         run()
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return min(times)
 
 

@@ -15,6 +15,7 @@ ROWS = auto((64, 64), 128, 4)
 COLUMNS = auto((64, 64), 128, 4, (0, 1))
 
 EXPECTED: dict[str, list[tuple[str, str, str]]] = {
+    "no_tiles": [],
     "elementwise": [],
     "narrow_and_wide": [],
     "bias_before_the_tile": [],
@@ -40,6 +41,12 @@ EXPECTED: dict[str, list[tuple[str, str, str]]] = {
     "three_bits": [("t", "load", ""), ("t", "store", "")],
     "nibbles_through_shared": [("t", "store_shared", ""), ("t_2", "load_shared", ""), ("t_2", "store", "")],
 }
+
+
+@tilus.kernel
+def no_tiles(y: Tensor[int32, 1]):
+    tilus.grid(1, warps=1)
+    tilus.atomic_add(y, [0], 1)
 
 
 @tilus.kernel

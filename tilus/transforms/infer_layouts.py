@@ -29,7 +29,8 @@ from tilus.target import Target
 from tilus.transforms.insert_conversions import insert_conversions
 
 PINNED = "pinned"
-TRIALS = 16  # other choices that are looked at in one function
+TRIALS = 16  # alternatives that are tried in one function,
+BUDGET = 8000  # and instructions in all of them together
 Decisions = dict[RegisterTensor, tuple[RegisterLayout, LayoutOrigin]]
 
 
@@ -53,7 +54,8 @@ def rounds(program: Sequence[Use]) -> Iterator[Inference]:
     """
     best = Inference(program, {})
     yield best
-    for decisions in itertools.islice(best.alternatives(), TRIALS):
+    trials = min(TRIALS, BUDGET // max(1, len(program)))
+    for decisions in itertools.islice(best.alternatives(), trials):
         other = Inference(program, {**best.first, **decisions})
         yield other
         best = other if other.cost < best.cost else best
