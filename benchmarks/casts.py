@@ -31,17 +31,17 @@ from tilus.compiler import compile_function
 from tilus.dtypes import DTYPES, DataType, bf16, f16, f32, float8_e4m3
 from tilus.layout import spatial
 from tilus.ptx.assembler import assemble, find_assembler
-from tilus.ptx.sass import disassemble
+from tilus.ptx.sass import SassInstruction, disassemble
 from tilus.target import TARGETS, Target
 
 CODES = [dtype for dtype in DTYPES.values() if dtype.is_small]
 RESULTS = (f16, bf16, f32, float8_e4m3)
 SLOTS = 32
 TARGET_NAMES = ("sm_80", "sm_90a")
-# Loops, addresses and moves. The disassembler writes some moves of constants as CS2R or as an HFMA2.MMA of zeros.
+# Loops, addresses and moves. Some moves of constants are CS2R; others are an HFMA2 of zeros, see `is_other`.
 OTHERS = (
     "LDG", "STG", "BRA", "ISETP", "UISETP", "PLOP3", "LEA", "ULEA", "IADD3", "UIADD3", "VIADD", "NOP", "S2R", "CS2R", "MOV",
-    "UMOV", "IMAD.MOV", "IMAD.WIDE", "IMAD.X", "IMAD.IADD", "HFMA2.MMA",
+    "UMOV", "IMAD.MOV", "IMAD.WIDE", "IMAD.X", "IMAD.IADD",
 )  # fmt: skip
 
 
@@ -69,12 +69,16 @@ def machine_cost(code: DataType, dst: DataType, target: Target) -> float:
     """Machine instructions a value of the scaled cast, from the disassembly of the loop."""
     cubin = assemble(compile_function(cast_loop.ir(dst=dst, code=code), target).ptx, target).cubin
     (kernel,) = disassemble(cubin)
-    return sum(not is_other(i.opcode) for i in kernel.innermost_loop()) / SLOTS
+    return sum(not is_other(instruction) for instruction in kernel.innermost_loop()) / SLOTS
 
 
-def is_other(opcode: str) -> bool:
+def is_other(instruction: SassInstruction) -> bool:
     """Whether an instruction belongs to the loop and not to the cast. A plain IMAD multiplies strides."""
-    return opcode == "IMAD" or opcode.startswith(OTHERS)
+    return (
+        instruction.opcode == "IMAD"
+        or instruction.opcode.startswith(OTHERS)
+        or (instruction.opcode.startswith("HFMA2") and "-RZ, RZ," in instruction.operands)
+    )
 
 
 def original_cost(src: DataType) -> float:

@@ -118,6 +118,13 @@ def fp8_pair(high: Array, low: Array, dtype: Any, limit: float) -> Array:
     return pair[0] << 8 | pair[1]
 
 
+def fp8_of_lanes(x: Array, dtype: Any, limit: float) -> Array:
+    pair = (
+        np.clip(lanes(x, np.float16), -limit, limit).astype(np.float32).astype(dtype).view(np.uint8).astype(np.uint16)
+    )
+    return pair[..., 1] << 8 | pair[..., 0]
+
+
 def unpack_fp8(x: Array, dtype: Any) -> Array:
     pair = np.stack([x & 255, x >> 8], -1).astype(np.uint8).view(dtype)
     return from_lanes(pair.astype(np.float32), np.float16)
@@ -157,6 +164,8 @@ OPCODES: dict[str, Callable[..., Array]] = {
     "cvt.rn.f16x2.e5m2x2": lambda h: unpack_fp8(h, E5M2),
     "cvt.rn.satfinite.e4m3x2.f32": lambda hi, lo: fp8_pair(hi, lo, E4M3, 448.0),
     "cvt.rn.satfinite.e5m2x2.f32": lambda hi, lo: fp8_pair(hi, lo, E5M2, 57344.0),
+    "cvt.rn.satfinite.e4m3x2.f16x2": lambda x: fp8_of_lanes(x, E4M3, 448.0),
+    "cvt.rn.satfinite.e5m2x2.f16x2": lambda x: fp8_of_lanes(x, E5M2, 57344.0),
     "cvt.rni.s32.f32": lambda x: to_int(np.rint(single(x)), -(2**31), 2**31 - 1),
     "cvt.rni.u32.f32": lambda x: to_int(np.rint(single(x)), 0, 2**32 - 1),
     "cvt.rzi.s32.f32": lambda x: to_int(np.trunc(single(x)), -(2**31), 2**31 - 1),

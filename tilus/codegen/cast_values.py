@@ -117,14 +117,21 @@ class ValueCast(LaneCast):
         return values
 
     def small_floats(self, dst: DataType, slots: Sequence[int]) -> list[Reg]:
+        if self.has_cvt(dst):
+            return [self.op("mov.b32", Vector(pair)) for pair in two_by_two(self.eight_bit_pairs(dst, slots))]
         values = self.singles(slots, exact_sticky=dst == float8_e8m0)
         if dst == float8_e8m0:
             return self.pack([self.exponent(x) for x in values], dst)
-        if not self.has_cvt(dst):
-            return self.pack([self.encode(dst, x) for x in values], dst)
-        opcode = f"cvt.rn.satfinite.{cvt_name(dst)}x2.f32"
-        halves = [self.op(opcode, high, low) for low, high in two_by_two(values)]
-        return [self.op("mov.b32", Vector(pair)) for pair in two_by_two(halves)]
+        return self.pack([self.encode(dst, x) for x in values], dst)
+
+    def eight_bit_pairs(self, dst: DataType, slots: Sequence[int]) -> list[Reg]:
+        """16-bit registers of two results each, by the hardware's cast: from f16 where that holds every value."""
+        opcode = f"cvt.rn.satfinite.{cvt_name(dst)}x2"
+        if self.src.is_small:
+            return [self.op(f"{opcode}.f16x2", pair) for pair in self.halves(f16, slots)]
+        if self.src == f16:
+            return [self.op(f"{opcode}.f16x2", pair) for pair in self.reorder(slots)]
+        return [self.op(f"{opcode}.f32", high, low) for low, high in two_by_two(self.singles(slots))]
 
     def exponent(self, x: Reg) -> Reg:
         """The float8_e8m0 code of an f32: half of the last place is added, which subnormals have elsewhere."""

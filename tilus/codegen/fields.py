@@ -40,16 +40,20 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to bring a pair of slots into lanes: an image, and the pieces that make it, a mask for each source."""
+    """One way to bring a pair of slots into lanes: an image, and the pieces that make it, a mask for each source.
+
+    whole_bytes: instead of pieces, the two bytes of the string that one `prmt` puts beside the pattern's upper byte.
+    """
 
     image: Image
     pieces: dict[Source, int]
     needs: frozenset[Source]
+    whole_bytes: tuple[int, int] | None = None
 
     @property
     def own_cost(self) -> int:
         """Instructions besides those that make the sources."""
-        return len(self.pieces) + self.image.num_steps
+        return len(self.pieces) + (self.whole_bytes is not None) + self.image.num_steps
 
     @property
     def mask(self) -> int:
@@ -65,6 +69,8 @@ def choices(place: Place, pair: tuple[int, int], images: Sequence[Image]) -> lis
     found: list[Choice] = []
     places = [[place(slot, bit) for bit in range(len(images[0].places))] for slot in pair]
     for image in images:
+        if image.mask == 0xFF and not image.pattern & 0xFF and (found_bytes := _bytes_of_one_word(places)):
+            found.append(Choice(image, {}, frozenset(), found_bytes))
         windows: dict[Source, int] = {}
         joined: dict[Source, int] | None = {}
         for bit, target in enumerate(image.places):
@@ -78,6 +84,13 @@ def choices(place: Place, pair: tuple[int, int], images: Sequence[Image]) -> lis
         if joined is not None and joined.keys() != windows.keys():
             found.append(_choice(image, joined))
     return found
+
+
+def _bytes_of_one_word(places: Sequence[Sequence[int]]) -> tuple[int, int] | None:
+    """The numbers of the bytes that two codes are, if they are bytes of the same word."""
+    first, second = (lane[0] for lane in places)
+    whole = all(lane[0] % 8 == 0 and list(lane) == list(range(lane[0], lane[0] + 8)) for lane in places)
+    return (first // 8, second // 8) if whole and first // 32 == second // 32 else None
 
 
 def _joined(pieces: dict[Source, int], low: int, high: int, target: int) -> dict[Source, int] | None:

@@ -178,13 +178,20 @@ class LaneCast(Words):
         for family in together:
             sources = [(self.source(source, uses[source]), mask) for source, mask in family.pieces.items()]
             pattern = _twice(family.first.image.pattern)
-            if len(family.members) == 1:
+            if family.first.whole_bytes is not None:
+                result[family.members[0]] = self.bytes_beside(family.first.whole_bytes, pattern)
+            elif len(family.members) == 1:
                 result[family.members[0]] = self.merge(sources, pattern)
-                continue
-            whole = self.put_together(sources)
-            for member, offset in zip(family.members, family.offsets, strict=True):
-                result[member] = self.merge([(self.shift(whole, offset), family.first.mask)], pattern)
+            else:
+                whole = self.put_together(sources)
+                for member, offset in zip(family.members, family.offsets, strict=True):
+                    result[member] = self.merge([(self.shift(whole, offset), family.first.mask)], pattern)
         return [result[index] for index in range(len(chosen))]
+
+    def bytes_beside(self, places: tuple[int, int], pattern: int) -> Reg:
+        """Each lane a byte of the string below the upper byte of the pattern."""
+        low, high = (place % 4 for place in places)
+        return self.op("prmt.b32", self.words[places[0] // 4], self.b.const(pattern), 0x5050 | high << 8 | low)
 
     # Lanes to f16x2 or bf16x2.
 
