@@ -72,14 +72,14 @@ class Report:
         return _aligned([(place, _times(text, count)) for (place, text), count in counts.items()])
 
     def _shared(self) -> Iterable[str]:
-        found = uses(self.compiled.function)
+        found = uses(self.compiled.function, self.compiled.target)
         return _aligned(
             [(t.name, _tensor(t), f"{t.nbytes} bytes", str(t.layout), _choice(t, a)) for t, a in found.items()]
         )
 
     def _conflicts(self) -> Iterable[str]:
         rows: dict[tuple[str, str, AccessCost], int] = {}
-        for tensor, accesses in uses(self.compiled.function).items():
+        for tensor, accesses in uses(self.compiled.function, self.compiled.target).items():
             for use in accesses:
                 cost = None if tensor.layout is None else use.access.cost(tensor.layout)
                 if cost is not None:

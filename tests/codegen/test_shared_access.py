@@ -108,7 +108,7 @@ def compiled(kernel: Any, **values: Any) -> Compiled:
 def told(code: Compiled) -> dict[bool, list[AccessCost]]:
     """The costs of all reading and of all writing accesses."""
     costs: dict[bool, list[AccessCost]] = {}
-    for tensor, accesses in uses(code.function).items():
+    for tensor, accesses in uses(code.function, DEFAULT_TARGET).items():
         for use in accesses:
             cost = None if tensor.layout is None else use.access.cost(tensor.layout)
             assert cost is not None
@@ -204,7 +204,7 @@ def only_access(kernel: Any, values: dict[str, Any]) -> SharedAccess:
     from tilus.transforms import run_pipeline
 
     function = run_pipeline(kernel.specialize(**values).function, DEFAULT_TARGET, after="infer_layouts")
-    ((use,),) = uses(function).values()
+    ((use,),) = uses(function, DEFAULT_TARGET).values()
     return use.access
 
 
@@ -344,6 +344,20 @@ def test_the_worst_is_what_the_emulator_sees(steps: int, mean: Fraction, worst: 
     assert {(cost.wavefronts, cost.worst) for costs in told(code).values() for cost in costs} == {(mean, worst)}
     stats = run_kernel(code.ptx, code.kernel_name, (1, 1, 1), [], profile=True).stats
     assert {site.worst for site in stats.shared.values()} == {worst}
+
+
+def test_of_warps_with_the_same_matrices_one_writes() -> None:
+    tile = replicated(2, 2) * local(1, 4) * atoms.ldmatrix()
+    costs = [
+        SharedAccess(f16, (8, 32), tile, (range(1), range(1)), (0, 1), writes, by_matrices=True).cost(
+            padded((8, 32), 8)
+        )
+        for writes in (False, True)
+    ]
+    assert [(c.matrices, c.instructions, c.phases, c.wavefronts) for c in costs if c is not None] == [
+        (True, 2, 8, 8),
+        (True, 1, 4, 4),
+    ]
 
 
 def test_where_words_begin_counts() -> None:

@@ -23,7 +23,7 @@ from tilus.layout import (
     wgmma_operand,
     wgmma_operands,
 )
-from tilus.target import DEFAULT_TARGET
+from tilus.target import DEFAULT_TARGET, Target
 from tilus.transforms import run_pipeline
 from tilus.transforms.layout_shared import uses
 
@@ -40,7 +40,7 @@ class Engine(Instruction):
     def effects(self) -> Effects:
         return Effects(reads=(self.src,), other=True)
 
-    def shared_accesses(self, num_threads: int) -> tuple[tuple[SharedTensor, SharedAccess], ...]:
+    def shared_accesses(self, num_threads: int, target: Target) -> tuple[tuple[SharedTensor, SharedAccess], ...]:
         rank = self.src.rank
         offsets = tuple(as_expr(0) for _ in range(rank))
         return ((self.src, shared_access(self.src, None, offsets, range(rank), self.src.shape, legal=self.legal)),)
@@ -63,7 +63,7 @@ def product_of_engines(x: Tensor[f16, 64, 64], *, first: Const, second: Const, m
 
 def engines(first: Any, second: Any, memory: SharedLayout | None = None) -> SharedLayout | None:
     function = product_of_engines.specialize(first=first, second=second, memory=memory).function
-    (tensor,) = uses(run_pipeline(function, DEFAULT_TARGET, after="layout_shared"))
+    (tensor,) = uses(run_pipeline(function, DEFAULT_TARGET, after="layout_shared"), DEFAULT_TARGET)
     return tensor.layout
 
 

@@ -55,7 +55,7 @@ def placed(kernel: Any, target: str = DEFAULT_TARGET.name, **values: Any) -> Fun
 
 
 def layouts(function: Function) -> dict[str, SharedLayout | None]:
-    return {tensor.name: tensor.layout for tensor in uses(function)}
+    return {tensor.name: tensor.layout for tensor in uses(function, DEFAULT_TARGET)}
 
 
 # ---- examples and library
@@ -74,7 +74,9 @@ PAGED = [
 
 
 def check_without_conflicts(function: Function) -> None:
-    found = [(use.access, tensor.layout) for tensor, accesses in uses(function).items() for use in accesses]
+    found = [
+        (use.access, tensor.layout) for tensor, accesses in uses(function, DEFAULT_TARGET).items() for use in accesses
+    ]
     assert found
     for access, layout in found:
         assert layout is not None
@@ -278,7 +280,7 @@ def rows_and_columns(y: Tensor[f32, 64, 64], n: int, *, trips: Const):
 
 def test_accesses_in_loops_count_more() -> None:
     def weights(trips: int | None) -> dict[str, int]:
-        (accesses,) = uses(placed(rows_and_columns, trips=trips)).values()
+        (accesses,) = uses(placed(rows_and_columns, trips=trips), DEFAULT_TARGET).values()
         return {use.mnemonic: use.weight for use in accesses}
 
     assert weights(None) == {"store_shared": 1, "load_shared": 8}

@@ -108,9 +108,9 @@ class SharedAccess:
 
     dtype, shape: of the tensor. layout: which thread moves which element of the tile; None when no thread does (wgmma, TMA).
     starts: for each dim of the tensor, the indices at which the tile may start. dims: the tensor dims that the tile's axes run
-    along. writes: then only one of several owners of an element acts. by_matrices: whether ldmatrix may do it. widest: most
-    elements that a thread may move at once. least_nbytes: fewest bytes that it may (4 for cp.async). legal: the layouts that the
-    instruction can work with; None for all.
+    along. writes: then only one of several owners of an element acts. by_matrices: whether ldmatrix (stmatrix when it writes)
+    may do it. widest: most elements that a thread may move at once. least_nbytes: fewest bytes that it may (4 for cp.async).
+    legal: the layouts that the instruction can work with; None for all.
     """
 
     dtype: DataType
@@ -189,10 +189,10 @@ class SharedAccess:
     def _moves(self, memory: SharedLayout) -> _Moves | None:
         matrices, nbits = self.matrices(memory), self.dtype.nbits
         if matrices is not None:
-            warps, row = matrices.rows.num_threads // MATRIX_ROWS, MATRIX_ROW_NBITS // nbits
+            active = self._active(matrices.rows).reshape(-1, MATRIX_ROWS)
+            warps, row = int(active[:, 0].sum()), MATRIX_ROW_NBITS // nbits
             instructions, phases = warps * len(matrices.groups), warps * len(matrices.starts)
-            everyone = np.ones((1, MATRIX_ROWS), np.bool_)
-            return _Moves(matrices.rows, everyone, row, MATRIX_ROW_NBITS // 8, 1, True, instructions, phases)
+            return _Moves(matrices.rows, active, row, MATRIX_ROW_NBITS // 8, 1, True, instructions, phases)
         if self.layout is None or not self.moves_whole_units(memory):
             return None
         size = self.vector_size(memory)

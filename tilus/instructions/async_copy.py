@@ -18,6 +18,7 @@ from tilus.ir.instruction import Effects, Instruction
 from tilus.ir.tensor import GlobalTensor, SharedTensor
 from tilus.layout import RegisterLayout
 from tilus.ptx.module import Imm, Operand
+from tilus.target import Target
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +60,7 @@ class CopyAsync(Instruction):
         value = env.load(self.src, self.src_offsets, self.shape, self.src_dims, checked=self.checked)
         env.store(self.dst, self.dst_offsets, self.dst_dims, value, checked=False)
 
-    def shared_accesses(self, num_threads: int) -> tuple[tuple[SharedTensor, SharedAccess], ...]:
+    def shared_accesses(self, num_threads: int, target: Target) -> tuple[tuple[SharedTensor, SharedAccess], ...]:
         return ((self.dst, self._access(coalesced(self.src, self.shape, self.src_dims, num_threads))),)
 
     def _access(self, layout: RegisterLayout) -> SharedAccess:

@@ -59,7 +59,7 @@ class LoadShared(Instruction):
     def default_layouts(self, known: Layouts, num_threads: int) -> Layouts:
         return {} if self.out in known else {self.out: vectorized(self.out, num_threads, self.dims)}
 
-    def shared_accesses(self, num_threads: int) -> tuple[tuple[SharedTensor, SharedAccess], ...]:
+    def shared_accesses(self, num_threads: int, target: Target) -> tuple[tuple[SharedTensor, SharedAccess], ...]:
         return ((self.src, _reading(self.out, self.src, self.offsets, self.dims)),)
 
     def specialized(self, target: Target) -> Instruction | None:
@@ -105,7 +105,7 @@ class StoreShared(Instruction):
     def default_layouts(self, known: Layouts, num_threads: int) -> Layouts:
         return {} if self.src in known else {self.src: vectorized(self.src, num_threads, self.dims)}
 
-    def shared_accesses(self, num_threads: int) -> tuple[tuple[SharedTensor, SharedAccess], ...]:
+    def shared_accesses(self, num_threads: int, target: Target) -> tuple[tuple[SharedTensor, SharedAccess], ...]:
         return ((self.dst, self._access()),)
 
     def _access(self) -> SharedAccess:
@@ -149,7 +149,7 @@ class LdMatrix(Instruction):
     def evaluate(self, env: Evaluation) -> None:
         env.set_tile(self.out, env.load(self.src, self.offsets, self.out.shape, self.dims, checked=False))
 
-    def shared_accesses(self, num_threads: int) -> tuple[tuple[SharedTensor, SharedAccess], ...]:
+    def shared_accesses(self, num_threads: int, target: Target) -> tuple[tuple[SharedTensor, SharedAccess], ...]:
         return ((self.src, _reading(self.out, self.src, self.offsets, self.dims)),)
 
     def emit(self, ctx: EmitContext) -> None:

@@ -113,8 +113,11 @@ class Instruction:
         """For each operand whose layout will not do: the layout it must be converted to."""
         return {}
 
-    def shared_accesses(self, num_threads: int) -> tuple[tuple[SharedTensor, SharedAccess], ...]:
-        """What it moves from or to which shared tensors, asked when all register layouts are known."""
+    def shared_accesses(self, num_threads: int, target: Target) -> tuple[tuple[SharedTensor, SharedAccess], ...]:
+        """What it moves from or to which shared tensors, asked when all register layouts are known.
+
+        It describes the special instruction of the target, too, that this one may become under some layout.
+        """
         return ()
 
     def specialized(self, target: Target) -> Instruction | None:

@@ -59,7 +59,7 @@ class Candidate:
 
 
 def layout_shared(function: Function, target: Target) -> Function:
-    found = uses(function)
+    found = uses(function, target)
     for tensor, accesses in found.items():
         _check_pinned(tensor, accesses)
     free = {tensor: accesses for tensor, accesses in found.items() if tensor.layout is None}
@@ -79,14 +79,14 @@ def _place(function: Function, layouts: Mapping[SharedTensor, SharedLayout]) -> 
 # ---- uses
 
 
-def uses(function: Function) -> dict[SharedTensor, list[Use]]:
+def uses(function: Function, target: Target) -> dict[SharedTensor, list[Use]]:
     """The accesses of every shared tensor, in program order."""
     found: dict[SharedTensor, list[Use]] = {}
     for stmt, weight in _weighted(function.body, 1):
         for tensor in stmt.inst.operands:
             if isinstance(tensor, SharedTensor):
                 found.setdefault(tensor, [])
-        for tensor, access in stmt.inst.shared_accesses(function.num_threads):
+        for tensor, access in stmt.inst.shared_accesses(function.num_threads, target):
             found.setdefault(tensor, []).append(Use(access, weight, stmt.inst.mnemonic, stmt.loc))
     return found
 
