@@ -21,6 +21,7 @@ from tilus.transforms.layout_shared import best, candidates, uses
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 REPEATS = 7
+TARGET = get_target("sm_90a")
 
 
 def kernels() -> Iterator[tuple[str, Function]]:
@@ -42,7 +43,7 @@ def kernels() -> Iterator[tuple[str, Function]]:
 def milliseconds(placed: Function) -> list[float]:
     """Of each tensor. New accesses each time: they keep what they have computed."""
     times: list[float] = []
-    for tensor, accesses in uses(placed).items():
+    for tensor, accesses in uses(placed, TARGET).items():
         start = time.process_time()
         best(tensor, accesses)
         times.append(1e3 * (time.process_time() - start))
@@ -50,12 +51,11 @@ def milliseconds(placed: Function) -> list[float]:
 
 
 def main() -> None:
-    target = get_target("sm_90a")
     medians: list[float] = []
     for name, function in kernels():
-        placed = run_pipeline(function, target, after="infer_layouts")
+        placed = run_pipeline(function, TARGET, after="infer_layouts")
         samples = [milliseconds(placed) for _ in range(REPEATS)]
-        for index, (tensor, accesses) in enumerate(uses(placed).items()):
+        for index, (tensor, accesses) in enumerate(uses(placed, TARGET).items()):
             medians.append(statistics.median(sample[index] for sample in samples))
             layout, count = best(tensor, accesses).layout, len(candidates(tensor, accesses))
             print(f"{name:24} {tensor.name:10} {medians[-1]:6.1f} ms  {count:3} candidates  {layout}")

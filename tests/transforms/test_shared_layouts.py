@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import runpy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 from itertools import product
 from math import prod
@@ -17,14 +17,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import tilus
-from tilus import Const, Tensor, TilusError, f16, f32
+from tilus import Const, Tensor, f16, f32
 from tilus.codegen.shared_access import SharedAccess, shared_access
 from tilus.compiler import compile_function
 from tilus.dtypes import DataType
-from tilus.ir.builder import IRBuilder, builtin
 from tilus.ir.expr import as_expr
 from tilus.ir.function import Function
-from tilus.ir.instruction import Effects, Instruction
+from tilus.ir.instruction import Instruction
 from tilus.ir.stmt import EMPTY
 from tilus.ir.tensor import SharedTensor
 from tilus.kernels.attention import paged_attention_kernel
@@ -42,10 +41,9 @@ from tilus.layout import (
     swizzled,
 )
 from tilus.layout.candidates import ELABORATE_KINDS, orders, plain, variants
-from tilus.layout.operands import tma_tiles, wgmma_operand, wgmma_operands
 from tilus.runtime.emulator import run_kernel
 from tilus.runtime.emulator.stats import wavefronts
-from tilus.target import DEFAULT_TARGET, Target, get_target
+from tilus.target import DEFAULT_TARGET, get_target
 from tilus.transforms import run_pipeline
 from tilus.transforms.layout_shared import Candidate, Use, best, candidates, layout_shared, uses
 
@@ -67,12 +65,10 @@ PAGED = [
     {"dtype": dtype, "group": group, "head_dim": head_dim, "page_size": 16, "rows": rows, "kv_tile": kv_tile}
     for dtype, group, head_dim, rows, kv_tile in (
         (f16, 3, 64, 16, 64),
-        (f16, 3, 64, 64, 64),
         (tilus.bf16, 4, 128, 16, 64),
         (tilus.bf16, 4, 128, 64, 32),
         (f16, 1, 96, 64, 32),
         (f16, 1, 80, 16, 64),
-        (f16, 1, 16, 16, 64),
     )
 ]
 
@@ -289,79 +285,6 @@ def test_accesses_in_loops_count_more() -> None:
 
     assert weights(None) == {"store_shared": 1, "load_shared": 8}
     assert weights(5) == {"store_shared": 1, "load_shared": 5}
-
-
-# ---- hardware constraints
-
-
-@dataclass(frozen=True, eq=False)
-class Engine(Instruction):
-    """Something like wgmma or TMA: no thread moves the data, and only some layouts will do."""
-
-    mnemonic = "engine"
-
-    src: SharedTensor
-    legal: tuple[SharedLayout, ...]
-
-    def effects(self) -> Effects:
-        return Effects(reads=(self.src,), other=True)
-
-    def shared_accesses(self, num_threads: int, target: Target) -> tuple[tuple[SharedTensor, SharedAccess], ...]:
-        rank = self.src.rank
-        offsets = tuple(as_expr(0) for _ in range(rank))
-        return ((self.src, shared_access(self.src, None, offsets, range(rank), self.src.shape, legal=self.legal)),)
-
-
-@builtin
-def engine(b: IRBuilder, src: SharedTensor, legal: tuple[SharedLayout, ...]) -> None:
-    b.emit(Engine(src, legal))
-
-
-@tilus.kernel
-def product_of_engines(x: Tensor[f16, 64, 64], *, first: Const, second: Const, memory: Const = None):
-    tilus.grid(1, warps=4)
-    s = tilus.shared(f16, [64, 64], layout=memory)
-    tilus.store_shared(s, tilus.load(x, [0, 0], shape=[64, 64]))
-    tilus.sync()
-    engine(s, first)
-    engine(s, second)
-
-
-def engines(first: Any, second: Any, memory: SharedLayout | None = None) -> SharedLayout | None:
-    function = product_of_engines.specialize(first=first, second=second, memory=memory).function
-    return layouts(run_pipeline(function, DEFAULT_TARGET, after="layout_shared"))["s"]
-
-
-def test_legal_layouts_are_a_constraint() -> None:
-    """TMA and wgmma agree on swizzles; what threads do decides among those."""
-    operands, tiles = wgmma_operands((64, 64), 2), tma_tiles((64, 64), 2)
-    assert engines(tiles, operands) == wgmma_operand((64, 64), 2, 128, "k")
-    assert engines((padded((64, 64), 8), column_major((64, 64))), (column_major((64, 64)),)) == column_major((64, 64))
-    assert engines(operands[4:], operands) in operands[4:]
-
-
-def test_contradicting_constraints_show_both_lines() -> None:
-    with pytest.raises(TilusError) as error:
-        engines((row_major((64, 64)),), wgmma_operands((64, 64), 2))
-    text = str(error.value)
-    lines = [line.partition("| ")[2].strip() for line in text.splitlines() if "| " in line]
-    assert lines == ["engine(s, first)", "engine(s, second)"], text
-    assert text.startswith("no layout of s suits engine, which can work with row_major((64, 64)).swizzled(3, 3, 3), ")
-    assert "hint: give the two accesses shared tensors of their own" in text
-
-
-def test_a_constraint_that_nothing_meets() -> None:
-    with pytest.raises(TilusError, match=r"engine has no layout for s of shape \[64, 64\] and f16"):
-        engines((), ())
-
-
-def test_a_pinned_layout_must_be_legal() -> None:
-    operands = wgmma_operands((64, 64), 2)
-    assert engines(operands, operands, memory=operands[2]) == operands[2]
-    with pytest.raises(
-        TilusError, match=r"engine cannot work with layout row_major\(\(64, 64\)\) of s; expected one of"
-    ):
-        engines(operands, operands, memory=row_major((64, 64)))
 
 
 # ---- memory

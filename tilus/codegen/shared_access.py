@@ -89,9 +89,9 @@ class SharedAccess:
 
     dtype, shape: of the tensor. layout: which thread moves which element of the tile; None when no thread does (wgmma, TMA).
     starts: for each dim of the tensor, the indices at which the tile may start. dims: the tensor dims that the tile's axes run
-    along. writes: then only one of several owners of an element acts. by_matrices: whether ldmatrix (or stmatrix) may do it.
-    widest: most elements that a thread may move at once. least_nbytes: fewest bytes that it may (4 for cp.async). legal: the
-    layouts that the instruction can work with; None for all.
+    along. writes: then only one of several owners of an element acts. by_matrices: whether ldmatrix (stmatrix when it writes)
+    may do it. widest: most elements that a thread may move at once. least_nbytes: fewest bytes that it may (4 for cp.async).
+    legal: the layouts that the instruction can work with; None for all.
     """
 
     dtype: DataType
