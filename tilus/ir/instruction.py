@@ -105,18 +105,6 @@ class Instruction:
         """The ways in which the instruction can run, as layouts of its tiles; `num_threads` is the block's size."""
         return AnyLayout((*self.register_results, *self.register_operands), num_threads)
 
-    def infer_layouts(self, known: Layouts, num_threads: int) -> Layouts:
-        """Layouts of further operands or results that follow from the known ones. Must not contradict `known`."""
-        return {}
-
-    def default_layouts(self, known: Layouts, num_threads: int) -> Layouts:
-        """Layouts for the unknown results, asked when nothing follows from anything any more."""
-        return {t: auto(t.shape, num_threads) for t in self.register_results if t not in known}
-
-    def required_layouts(self, layouts: Layouts, num_threads: int) -> Layouts:
-        """For each operand whose layout will not do: the layout it must be converted to."""
-        return {}
-
     def shared_accesses(self, num_threads: int, target: Target) -> tuple[tuple[SharedTensor, SharedAccess], ...]:
         """What it moves from or to which shared tensors, asked when all register layouts are known.
 
