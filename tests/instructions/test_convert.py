@@ -17,6 +17,9 @@ from tilus import Const, Tensor, f32, int32
 from tilus.codegen.conversion import tile_conversion
 from tilus.compiler import Compiled, compile_function
 from tilus.dtypes import DTYPES, DataType, boolean, int16
+from tilus.errors import TilusError
+from tilus.instructions.convert import Convert
+from tilus.ir.builder import IRBuilder
 from tilus.layout import RegisterLayout, column_spatial, local, replicated, spatial
 from tilus.layout.conversion import ScratchWay
 from tilus.ptx.assembler import assemble
@@ -196,3 +199,11 @@ def test_a_shuffle_reads_any_function_of_the_lane() -> None:
         check_integers(int16, src, dst, 1, "emulator", rng.getrandbits(20))
     check_integers(int16, spatial(96), column_spatial(3, 32).reshape((96,)), 3, "emulator", 4)
     check_integers(int16, replicated(96, 1).local(96), spatial(96), 3, "emulator", 5)
+
+
+def test_a_conversion_keeps_the_type() -> None:
+    b = IRBuilder()
+    with pytest.raises(TilusError, match="convert of a tile of f32 to one of int16, expected the same dtype"):
+        Convert(b.tile(int16, (32,)), b.tile(f32, (32,))).verify()
+    with pytest.raises(TilusError, match=r"convert: shapes \[32\] and \[64\] differ"):
+        Convert(b.tile(f32, (32,)), b.tile(f32, (64,))).verify()

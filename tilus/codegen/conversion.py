@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from tilus.codegen.context import EmitContext
 from tilus.codegen.linear import Linear, address32, of_const, of_reg, register
-from tilus.codegen.word_program import emit_program
+from tilus.codegen.word_program import emit_in_order
 from tilus.dtypes import DataType, boolean
 from tilus.layout import RegisterLayout
 from tilus.layout.conversion import ConversionPlan, RegisterWay, ScratchWay, plan_conversion, words_per_access
@@ -28,11 +29,18 @@ def convert_words(
 
     The scratch memory that the plan names must be reserved: `scratch_nbytes` and `warp_scratch_nbytes` of the instruction.
     """
+    return list(stream_words(ctx, dtype, words, src, dst))
+
+
+def stream_words(
+    ctx: EmitContext, dtype: DataType, words: Sequence[Reg], src: RegisterLayout, dst: RegisterLayout
+) -> Iterator[Reg]:
+    """The same registers in slot order, each emitted when it is asked for; all of them have to be."""
     plan = tile_conversion(dtype, src, dst)
     if plan.slots is not None:
-        return ctx.pick(dtype, words, plan.slots)
+        return iter(ctx.pick(dtype, words, plan.slots))
     if dtype == boolean:
-        return _as_predicates(ctx, _move(ctx, plan, uint8_words(ctx, words)), dst.num_locals)
+        return iter(_as_predicates(ctx, list(_move(ctx, plan, uint8_words(ctx, words))), dst.num_locals))
     return _move(ctx, plan, words)
 
 
@@ -56,28 +64,33 @@ def _as_predicates(ctx: EmitContext, words: Sequence[Reg], count: int) -> list[R
     return [ctx.b.emit("setp.ne.u32", flag, Imm(0)) for flag in flags]
 
 
-def _move(ctx: EmitContext, plan: ConversionPlan, words: Sequence[Reg]) -> list[Reg]:
+def _move(ctx: EmitContext, plan: ConversionPlan, words: Sequence[Reg]) -> Iterator[Reg]:
     match plan.chosen:
         case RegisterWay() as way:
-            return emit_program(ctx.b, way.program, words)
+            return emit_in_order(ctx.b, way.program, words.__getitem__)
         case ScratchWay() as way:
             return _through_scratch(ctx, way, words)
 
 
-def _through_scratch(ctx: EmitContext, way: ScratchWay, words: Sequence[Reg]) -> list[Reg]:
+def _through_scratch(ctx: EmitContext, way: ScratchWay, words: Sequence[Reg]) -> Iterator[Reg]:
     plan = way.scratch
-    stored = emit_program(ctx.b, way.pack, words)
+    stored = emit_in_order(ctx.b, way.pack, words.__getitem__)
     guard = _first_replica(ctx, plan)
     _wait(ctx, plan)  # earlier users of the scratch region are done
-    count = words_per_access(plan, plan.store)
-    for number, address in enumerate(_addresses(ctx, plan, plan.store)):
-        part = stored[number * count : (number + 1) * count]
+    for address in _addresses(ctx, plan, plan.store):
+        part = list(islice(stored, words_per_access(plan, plan.store)))
         _store(ctx, plan.access_nbytes(plan.store), address, part, guard)
     _wait(ctx, plan)
-    loaded: list[Reg] = []
-    for address in _addresses(ctx, plan, plan.load):
-        loaded += _load(ctx, plan, address)
-    return emit_program(ctx.b, way.unpack, loaded)
+    addresses, count = _addresses(ctx, plan, plan.load), words_per_access(plan, plan.load)
+    loaded: dict[int, list[Reg]] = {}
+
+    def word(number: int) -> Reg:
+        access, position = divmod(number, count)
+        if access not in loaded:
+            loaded[access] = _load(ctx, plan, addresses[access])
+        return loaded[access][position]
+
+    yield from emit_in_order(ctx.b, way.unpack, word)
 
 
 def _wait(ctx: EmitContext, plan: ScratchPlan) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import assert_never
 
@@ -19,25 +19,38 @@ PICK_BY_MASK = 0xF0 & ~0xAA | 0xCC & 0xAA
 
 def emit_program(b: Builder, program: Program, words: Sequence[Reg]) -> list[Reg]:
     """The words that a program makes of others, all of 32 bits or (without permutes, rotations and merges) of 64."""
-    values = list(words)
-    for operation in program.operations:
-        values.append(_emit(b, operation, values))
-    return [values[number] for number in program.outputs]
+    return list(emit_in_order(b, program, words.__getitem__))
 
 
-def _emit(b: Builder, operation: Operation, values: Sequence[Reg]) -> Reg:
+def emit_in_order(b: Builder, program: Program, given: Callable[[int], Reg]) -> Iterator[Reg]:
+    """The same word by word: what a word needs is asked of `given`, and emitted, only when its turn comes.
+
+    Whoever uses up the words one by one keeps few registers busy.
+    """
+    values: dict[int, Reg] = {}
+
+    def value(number: int) -> Reg:
+        if number not in values:
+            inside = number - program.num_inputs
+            values[number] = given(number) if inside < 0 else _emit(b, program.operations[inside], value)
+        return values[number]
+
+    for output in program.outputs:
+        yield value(output)
+
+
+def _emit(b: Builder, operation: Operation, value: Callable[[int], Reg]) -> Reg:
     match operation:
         case Permute(low, high, selector):
-            return b.emit("prmt.b32", values[low], values[high], Imm(selector))
-        case Rotate(value, nbits):
-            return b.emit("shf.r.wrap.b32", values[value], values[value], Imm(nbits))
+            return b.emit("prmt.b32", value(low), value(high), Imm(selector))
+        case Rotate(number, nbits):
+            return b.emit("shf.r.wrap.b32", value(number), value(number), Imm(nbits))
         case Merge(mask, first, second):
-            return b.emit("lop3.b32", values[second], values[first], Imm(mask), Imm(PICK_BY_MASK))
+            return b.emit("lop3.b32", value(second), value(first), Imm(mask), Imm(PICK_BY_MASK))
         case Select(bit, one, zero):
-            opcode = f"selp.{values[one].cls.value}"
-            return b.emit(opcode, values[one], values[zero], thread_bit(b, bit))
-        case Shuffle(value, lanes):
-            return _shuffle(b, values[value], lanes)
+            return b.emit(f"selp.{value(one).cls.value}", value(one), value(zero), thread_bit(b, bit))
+        case Shuffle(number, lanes):
+            return _shuffle(b, value(number), lanes)
         case _:
             assert_never(operation)
 

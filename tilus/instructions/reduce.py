@@ -13,11 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
 from tilus.codegen.context import EmitContext
-from tilus.codegen.conversion import convert_words, tile_conversion
+from tilus.codegen.conversion import stream_words, tile_conversion
 from tilus.dtypes import DataType, boolean, f32, int32, uint32
 from tilus.errors import TilusError
 from tilus.instructions.arithmetic import emit_binary
@@ -172,10 +173,10 @@ class Reduce(Instruction):
         return () if conversion.slots is not None else (conversion,)
 
     def _with_parts(self, plan: Plan, out: RegisterLayout) -> RegisterLayout:
-        """The result's layout with the axes of `Plan.partial`; each thread holds all parts, in its outermost slots."""
+        """The result's layout with the axes of `Plan.partial`; each thread holds all parts, in its innermost slots."""
         for axis in () if self.keepdims else sorted(self.axes):
             out = out.unsqueeze(axis)
-        return out.unsqueeze(0).expand(0, plan.parts)
+        return out.unsqueeze(0).local(plan.parts, *(1,) * out.rank)
 
     def emit(self, ctx: EmitContext) -> None:
         plan = plan_reduction(ctx.layout(self.src), self.axes)
@@ -190,9 +191,8 @@ class Reduce(Instruction):
         for mask in plan.lane_masks:
             values = [combine(value, butterfly(ctx, value, mask)) for value in values]
         layout = self._with_parts(plan, ctx.layout(self.out))
-        values = convert_words(ctx, uint32, values, plan.partial, layout)
-        size = layout.num_locals // plan.parts
-        totals = [_tree(values[slot::size], combine) for slot in range(size)]
+        moved = stream_words(ctx, uint32, values, plan.partial, layout)
+        totals = [_tree(list(islice(moved, plan.parts)), combine) for _ in range(0, layout.num_locals, plan.parts)]
         ctx.note(self, self._note(plan))
         ctx.define(self.out, _narrowed(ctx, accumulator, self.out.dtype, totals))
 

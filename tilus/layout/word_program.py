@@ -173,20 +173,36 @@ class ProgramBuilder:
         return found
 
     def _from_bytes(self, found: Sequence[tuple[int, int] | None]) -> int:
-        """Permutes that take two words, then what they made and a third one, and so on."""
+        """Permutes that join the needed values in pairs, the results in pairs again, until a last one is the word."""
+        sources = list(found)
         values = list(dict.fromkeys(source[0] for source in found if source is not None))
-        result, have = values[0], [None if s is None or s[0] != values[0] else s[1] for s in found]
-        if len(values) == 1 and all(at is None or at == byte for byte, at in enumerate(have)):
-            return result
-        for other in values[1:] or values:
-            selector = 0
-            for byte, source in enumerate(found):
-                from_other = source is not None and source[0] == other and other != values[0]
-                at = 4 + source[1] if source is not None and from_other else have[byte]
-                selector |= (byte if at is None else at) << 4 * byte
-                have[byte] = None if at is None else byte
-            result = self.value(Permute(result, other, selector))
-        return result
+        while len(values) > 2:
+            joined = [self._join(sources, a, b) for a, b in zip(values[::2], values[1::2], strict=False)]
+            values = joined + values[2 * len(joined) :]
+        low, high = values[0], values[-1]
+        if low == high and all(source is None or source[1] == byte for byte, source in enumerate(sources)):
+            return low
+        selector = 0
+        for byte, source in enumerate(sources):
+            value, at = (low, byte) if source is None else source
+            selector |= (at if value == low else 4 + at) << 4 * byte
+        return self.value(Permute(low, high, selector))
+
+    def _join(self, sources: list[tuple[int, int] | None], low: int, high: int) -> int:
+        """One value with the bytes that `sources` takes of two; `sources` then takes them from there.
+
+        If it takes two bytes, their neighbours come along, for the word that needs those: the permutes of a transposition are
+        shared in this way.
+        """
+        needed = {
+            source: source[1] + 4 * (source[0] == high) for source in sources if source and source[0] in (low, high)
+        }
+        taken = sorted(set(needed.values()) if len(needed) != 2 else {n ^ k for n in needed.values() for k in (0, 1)})
+        joined = self.value(Permute(low, high, sum(at << 4 * byte for byte, at in enumerate(taken))))
+        for byte, source in enumerate(sources):
+            if source in needed:
+                sources[byte] = (joined, taken.index(needed[source]))
+        return joined
 
 
 @lru_cache(maxsize=4096)
