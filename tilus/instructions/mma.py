@@ -213,7 +213,8 @@ def dot(b: IRBuilder, x: RegisterTensor, y: RegisterTensor, acc: RegisterTensor 
 
     Operands: f16, bf16 or tf32 with the same, float8_e4m3 and float8_e5m2 in any mix, int8 and uint8, int4 and uint4 likewise.
     Accumulators: f32, for integers int32 (sums wrap), with f16 also f16. docs/language.md lists instructions and targets.
-    With a batch dim in front of both, the products are independent. m and n must be multiples of 16 and 8, k of 16 bytes.
+    With a batch dim in front of both, the products are independent. m and n must be multiples of 16 and 8, k of 16 bytes (8-bit
+    floats: 32).
     Products are exact and added up in the accumulator's type, in no promised order; hardware may keep a few bits less.
     """
     from tilus.instructions.convert import Convert
