@@ -17,6 +17,7 @@ from tilus.instructions import (
     lookup,
     memory,
     mma,
+    packed_codes,
     reduce,
     scan,
     shared,
@@ -25,7 +26,24 @@ from tilus.instructions import (
 from tilus.ir.builder import Builtin
 from tilus.ir.instruction import Instruction
 
-FAMILIES = (async_copy, atomic, barrier, cast, debug, elementwise, fill, gather, lookup, memory, mma, reduce, scan, shared, view)
+FAMILIES = (
+    async_copy,
+    atomic,
+    barrier,
+    cast,
+    debug,
+    elementwise,
+    fill,
+    gather,
+    lookup,
+    memory,
+    mma,
+    packed_codes,
+    reduce,
+    scan,
+    shared,
+    view,
+)
 
 
 def _registry() -> dict[str, type[Instruction]]:

@@ -18,8 +18,8 @@ from functools import lru_cache
 from typing import Any
 
 import tilus
-from tilus import Const, Tensor, config, f16, f32, int32, uint8
-from tilus.dtypes import DTYPES, DataType
+from tilus import Const, Tensor, config, f16, f32, int32, uint4, uint8
+from tilus.dtypes import DataType
 from tilus.errors import TilusError
 from tilus.kernels.allocate import counters, empty, is_cuda
 from tilus.kernels.columns import take_columns
@@ -31,7 +31,6 @@ from tilus.kernels.quantize.tiles import (
     activation_layout,
     block_sets,
     byte_layout,
-    code_layout,
     factor_layout,
     fragment_layout,
     parts,
@@ -101,13 +100,10 @@ def piece_of_factors(values, piece: int, step: Step):
 
 def weight_tile(raw, zeros, table, wdtype: DataType, act: DataType, step: Step):
     """The bare numbers [warps, 64, columns] of `act` that a step's codes stand for, zero points subtracted."""
-    layout = fragment_layout(step.warps, step.depth)
-    own = code_layout(wdtype, step.warps, step.depth, lookup=table is not None)
-    shape = [step.warps, TILE, step.columns]
+    layout, shape = fragment_layout(step.warps, step.depth), [step.warps, TILE, step.columns]
     if table is not None:
-        codes = tilus.view(raw, DTYPES[f"uint{wdtype.nbits}"], shape, own)
-        return tilus.lookup(table, codes)
-    numbers = tilus.cast(tilus.view(raw, wdtype, shape, own), act, layout=layout)
+        return tilus.lookup(table, tilus.view(raw, uint4, shape, layout))
+    numbers = tilus.unpack_codes(raw, wdtype, act, shape, layout)
     if zeros is None:
         return numbers
     split = tilus.reshape(numbers, [step.warps // step.sharing, step.sharing, TILE, step.pieces, -1])

@@ -9,8 +9,9 @@ import numpy.typing as npt
 
 import tilus
 from tilus import Const, Tensor, uint8
+from tilus.codegen.packed_order import packed_order
 from tilus.dtypes import DTYPES, DataType, pack_bits, unpack_bits
-from tilus.kernels.quantize.tiles import TILE, activation_layout, byte_layout, code_layout, parts, slots
+from tilus.kernels.quantize.tiles import TILE, activation_layout, byte_layout, fragment_layout, parts, slots
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -22,8 +23,9 @@ def pack_codes(codes: Bytes, dtype: DataType, span: int, lookup: bool) -> Bytes:
     padded = np.zeros((tiles_n * TILE, tiles_k * TILE), np.uint8)
     padded[:n, :k] = codes
     tiles = padded.reshape(tiles_n, TILE, tiles_k, TILE).transpose(0, 2, 1, 3)
-    rows, columns = slots(dtype, span, lookup)
-    strings = pack_bits(tiles[:, :, rows, columns], dtype)
+    rows, columns = slots(span)
+    threads = tiles[:, :, rows, columns]
+    strings = pack_bits(threads, dtype) if lookup else packed_order(dtype).pack(threads)
     chunks = strings.reshape(tiles_n, tiles_k, 32, dtype.nbits, 16).transpose(0, 1, 3, 2, 4)
     return np.ascontiguousarray(chunks).reshape(tiles_n, tiles_k, 512 * dtype.nbits)
 
@@ -33,9 +35,10 @@ def unpack_codes(packed: Bytes, dtype: DataType, span: int, lookup: bool) -> Byt
     tiles_n, tiles_k, _ = packed.shape
     chunks = packed.reshape(tiles_n, tiles_k, dtype.nbits, 32, 16).transpose(0, 1, 3, 2, 4)
     flat = np.ascontiguousarray(chunks).reshape(tiles_n, tiles_k, 32, 16 * dtype.nbits)
-    rows, columns = slots(dtype, span, lookup)
+    threads = unpack_bits(flat, dtype, TILE * TILE // 32) if lookup else packed_order(dtype).unpack(flat)
+    rows, columns = slots(span)
     tiles = np.empty((tiles_n, tiles_k, TILE, TILE), np.uint8)
-    tiles[:, :, rows, columns] = unpack_bits(flat, dtype, TILE * TILE // 32)
+    tiles[:, :, rows, columns] = threads
     return tiles.transpose(0, 2, 1, 3).reshape(tiles_n * TILE, tiles_k * TILE)
 
 
@@ -67,13 +70,21 @@ def pack_codes_kernel(
     span: Const,
     lookup: Const,
 ):
-    """One tile a block of one warp: threads read the bytes that they hold in the packed tile, and write their chunks."""
+    """One tile a block of one warp: threads read the bytes that they hold in the packed tile, and write their chunks.
+
+    Codes are those of finite values.
+    """
     tilus.grid(packed.shape[0], packed.shape[1], warps=1)
     i, j = tilus.block_id(0), tilus.block_id(1)
-    unsigned = DTYPES[f"uint{wdtype.nbits}"]
     tile = tilus.load(codes, [i * TILE, j * TILE], [TILE, TILE], layout=plain_layout(span))
-    ordered = tilus.cast(to_packed_order(tile, span), unsigned, layout=code_layout(wdtype, 1, 1, lookup=lookup))
-    raw = tilus.view(ordered, uint8, [1, 512 * wdtype.nbits], byte_layout(wdtype, 1, 1))
+    # The bits are what matters, so codes of every type are cast as unsigned integers, and then seen as what they are.
+    unsigned = tilus.cast(to_packed_order(tile, span), DTYPES[f"uint{wdtype.nbits}"], layout=fragment_layout(1, 1))
+    shape, layout = [1, 512 * wdtype.nbits], byte_layout(wdtype, 1, 1)
+    if lookup:
+        raw = tilus.view(unsigned, uint8, shape, layout)
+    else:
+        typed = tilus.view(unsigned, wdtype, [1, TILE, TILE], fragment_layout(1, 1))
+        raw = tilus.pack_codes(typed, uint8, shape, layout)
     tilus.store(packed, [i, j, 0], raw)
 
 
@@ -89,9 +100,13 @@ def unpack_codes_kernel(
     """The inverse of `pack_codes_kernel`; what lies beyond N and K is not written."""
     tilus.grid(packed.shape[0], packed.shape[1], warps=1)
     i, j = tilus.block_id(0), tilus.block_id(1)
-    unsigned = DTYPES[f"uint{wdtype.nbits}"]
     raw = tilus.load(packed, [i, j, 0], [1, 512 * wdtype.nbits], layout=byte_layout(wdtype, 1, 1))
-    tile = tilus.view(raw, unsigned, [1, TILE, TILE], code_layout(wdtype, 1, 1, lookup=lookup))
+    shape, layout = [1, TILE, TILE], fragment_layout(1, 1)
+    unsigned = DTYPES[f"uint{wdtype.nbits}"]
+    if lookup:
+        tile = tilus.view(raw, unsigned, shape, layout)
+    else:
+        tile = tilus.view(tilus.unpack_codes(raw, wdtype, wdtype, shape, layout), unsigned, shape, layout)
     plain = to_plain_order(tilus.cast(tile, uint8), span)
     tilus.store(codes, [i * TILE, j * TILE], tilus.with_layout(plain, plain_layout(span)))
 

@@ -1,8 +1,8 @@
 """Packed tiles: which thread of the linear kernel holds what, and where that stands in memory.
 
 A weight [N, K] is cut into tiles of 64 rows by 64 columns. Each tile belongs to one warp, as the left operand of tensor-core
-products; a thread holds 128 codes, its slots in the order that the cast to 16 bits likes best (`code_layout`). Its bits come
-in 16-byte chunks that lie side by side for the 32 threads, so every load of the kernel is 16 bytes a thread and coalesced.
+products; a thread holds 128 codes, whose bits are in the order that the cast to 16 bits likes best (`packed_order`; codes that
+are looked up in a table follow each other). They come in 16-byte chunks that lie side by side for the 32 threads, so every load of the kernel is 16 bytes a thread and coalesced.
 A warp takes `depth` neighbouring tiles at once, so that enough bytes are on their way whatever the width of a code.
 
 The columns of a tile are permuted, in two ways at once. Steps of the tensor core (16 columns) stay inside of a group's columns,
@@ -21,13 +21,11 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from tilus.codegen.cast_plan import preferred_chunk
 from tilus.dtypes import DataType
-from tilus.layout import RegisterLayout, local, reorder_locals, replicated, spatial
+from tilus.layout import RegisterLayout, local, replicated, spatial
 from tilus.layout.atoms import mma_a
 
 TILE = 64
-SLOTS = TILE * TILE // 32
 SMALLEST_GROUP = 16
 WHOLE = 0  # the span of a group that is all of K
 
@@ -45,16 +43,6 @@ def parts(span: int) -> int:
 def fragment_layout(warps: int, depth: int) -> RegisterLayout:
     """Tile [warps, 64, depth * 64] as the left operand of mma.m16n8k16: `depth` tiles of 64 columns a warp."""
     return spatial(warps, 1, 1).local(1, 1, depth).local(1, 4, 4) * mma_a().unsqueeze(0)
-
-
-def code_layout(dtype: DataType, warps: int, depth: int, *, lookup: bool = False) -> RegisterLayout:
-    """The fragment layout with a thread's slots in the order of its packed codes.
-
-    Within each chunk of C slots, slot h * C/2 + r holds what the fragment has in slot 2 r + h: the two halves of a 16-bit pair.
-    Codes that are looked up in a table keep the order of the fragment.
-    """
-    chunk = 2 if lookup else preferred_chunk(dtype, SLOTS)
-    return reorder_locals(fragment_layout(warps, depth), (depth * SLOTS // chunk, chunk // 2, 2), (0, 2, 1))
 
 
 def byte_layout(dtype: DataType, warps: int, depth: int) -> RegisterLayout:
@@ -94,7 +82,7 @@ def column_order(span: int) -> tuple[int, ...]:
 
 
 @lru_cache
-def slots(dtype: DataType, span: int, lookup: bool) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+def slots(span: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
     """Row and column of the weight tile for every (thread, slot), [32, 128] each."""
-    table = code_layout(dtype, 1, 1, lookup=lookup).table()
+    table = fragment_layout(1, 1).table()
     return table[..., 1].astype(np.intp), np.asarray(column_order(span), np.intp)[table[..., 2]]

@@ -1,0 +1,153 @@
+"""Codes in packed order (docs/casts.md): a thread's bits are permuted so that casts find their fields in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from tilus.codegen.cast_plan import emit_cast
+from tilus.codegen.context import EmitContext
+from tilus.codegen.packed_order import packed_order
+from tilus.dtypes import DataType, bf16, f16, pack_bits, unpack_bits
+from tilus.errors import TilusError
+from tilus.instructions.cast import convert_values
+from tilus.ir.builder import IRBuilder, builtin
+from tilus.ir.evaluation import Array, Evaluation
+from tilus.ir.instruction import Instruction
+from tilus.ir.tensor import RegisterTensor
+from tilus.layout import RegisterLayout
+
+
+@dataclass(frozen=True, eq=False)
+class PackCodes(Instruction):
+    """Each thread's codes, in the order of its slots, as the bytes of their packed order. Both tiles have pinned layouts."""
+
+    mnemonic = "pack_codes"
+
+    out: RegisterTensor
+    src: RegisterTensor
+
+    def verify(self) -> None:
+        _check("pack_codes", self.src, self.out, self.src.dtype)
+
+    def evaluate(self, env: Evaluation) -> None:
+        data = packed_order(self.src.dtype).pack(_by_thread(env.tile(self.src), self.src))
+        codes = unpack_bits(data, self.out.dtype, data.shape[-1] * 8 // self.out.dtype.nbits)
+        env.set_tile(self.out, self.out.dtype.decode(_from_threads(codes, self.out)))
+
+    def emit(self, ctx: EmitContext) -> None:
+        order, nbits = packed_order(self.src.dtype), self.src.dtype.nbits
+        places = [order.place(code, 0) // nbits for code in range(ctx.layout(self.src).num_locals)]
+        slots = [places.index(slot) for slot in range(len(places))]
+        ctx.define(self.out, ctx.pick(self.src.dtype, ctx.words(self.src), slots))
+
+
+@dataclass(frozen=True, eq=False)
+class UnpackCodes(Instruction):
+    """The inverse of `pack_codes`, joined with a cast: `out = cast(codes)`, times 2^-residual when `scaled`.
+
+    Both tiles have pinned layouts. The residual is that of the plan (`scale_exponent`).
+    """
+
+    mnemonic = "unpack_codes"
+
+    out: RegisterTensor
+    src: RegisterTensor
+    code: DataType
+    scaled: bool = False
+
+    def verify(self) -> None:
+        _check("unpack_codes", self.out, self.src, self.code)
+        if self.scaled and self.out.dtype not in (f16, bf16):
+            raise TilusError(
+                f"unpack_codes to {self.out.dtype} with scaled=True, expected f16 or bf16",
+                hint="leave scaled away: the cast is then exact by itself",
+            )
+
+    def evaluate(self, env: Evaluation) -> None:
+        data = pack_bits(_by_thread(env.tile(self.src), self.src), self.src.dtype)
+        codes = _from_threads(packed_order(self.code).unpack(data), self.out)
+        value = convert_values(self.code.decode(codes), self.code, self.out.dtype)
+        if self.scaled:
+            value = value * np.float32(2.0 ** -scale_exponent(self.code, self.out.dtype))
+        env.set_tile(self.out, value)
+
+    def emit(self, ctx: EmitContext) -> None:
+        order, nbits = packed_order(self.code), self.code.nbits
+        slots = [order.place(code, 0) // nbits for code in range(ctx.layout(self.out).num_locals)]
+        ctx.define(self.out, emit_cast(ctx.b, ctx.target, self.code, self.out.dtype, ctx.words(self.src), slots))
+
+
+def scale_exponent(code: DataType, dtype: DataType) -> int:
+    """The r of `unpack_codes(..., scaled=True)`: what it gives times 2^r is the value."""
+    return 0
+
+
+def _check(what: str, tile: RegisterTensor, packed: RegisterTensor, code: DataType) -> None:
+    """A thread's codes, the slots of `tile`, must fill its bits of `packed` in whole chunks."""
+    if tile.layout is None or packed.layout is None:
+        raise TilusError(
+            f"{what} needs the layouts of both tiles",
+            hint=f"load the operand with layout=..., and give the result's layout to tilus.{what}",
+        )
+    if tile.layout.num_threads != packed.layout.num_threads:
+        raise TilusError(
+            f"{what} between a layout of {tile.layout.num_threads} threads and one of {packed.layout.num_threads}"
+        )
+    order = packed_order(code)
+    have, want = packed.layout.num_locals * packed.dtype.nbits, tile.layout.num_locals * code.nbits
+    if have != want or tile.layout.num_locals % order.chunk:
+        raise TilusError(
+            f"{what}: a thread holds {have} packed bits and {tile.layout.num_locals} codes of {code} ({want} bits), "
+            f"expected the same bits and a multiple of {order.chunk} codes",
+            hint="the layouts' slots decide how many codes and how many bytes a thread holds",
+        )
+
+
+def _by_thread(value: Array, tile: RegisterTensor) -> npt.NDArray[np.generic]:
+    """Codes of a tile [..., *shape] as [..., thread, slot], dtype `storage`."""
+    codes = value if tile.dtype.kind == "uint" else tile.dtype.encode(value)
+    return codes.reshape(*codes.shape[:3], -1)[..., _positions(tile)]
+
+
+def _from_threads(codes: Array, tile: RegisterTensor) -> Array:
+    """[..., thread, slot] as [..., *shape] of a tile."""
+    flat = np.empty((*codes.shape[:3], tile.size), codes.dtype)
+    flat[..., _positions(tile)] = codes
+    return flat.reshape(*codes.shape[:3], *tile.shape)
+
+
+def _positions(tile: RegisterTensor) -> npt.NDArray[np.intp]:
+    """The row-major position of every (thread, slot)."""
+    if tile.layout is None:
+        raise ValueError("packed codes without layouts passed the verifier")
+    return np.ravel_multi_index(tuple(np.moveaxis(tile.layout.table(), -1, 0)), tile.shape)
+
+
+@builtin
+def pack_codes(
+    b: IRBuilder, x: RegisterTensor, dtype: DataType, shape: Sequence[int], layout: RegisterLayout
+) -> RegisterTensor:
+    """Each thread's codes of `x`, in the order of its slots, as the bits of their packed order: a tile of `dtype` in `layout`.
+
+    The layout of `x` must be pinned, and give each thread whole chunks of codes (`packed_order(x.dtype).chunk`).
+    """
+    return b.emit(PackCodes(b.tile(dtype, tuple(shape), layout), x)).out
+
+
+@builtin
+def unpack_codes(
+    b: IRBuilder, x: RegisterTensor, code: DataType, dtype: DataType, shape: Sequence[int], layout: RegisterLayout, *,
+    scaled: bool = False,
+) -> RegisterTensor:  # fmt: skip
+    """Each thread's bits of `x`, codes of type `code` in packed order, as a tile of `dtype` in `layout`.
+
+    The layout of `x` must be pinned; a thread's codes come in the order of the result's slots. The result is the cast of the
+    codes; dtype `code` itself leaves them as they are. scaled: the result is the cast divided by
+    2^`scale_exponent(code, dtype)`, without a multiplication, for a caller that multiplies by a scale in any case. `dtype` is
+    then f16 or bf16.
+    """
+    return b.emit(UnpackCodes(b.tile(dtype, tuple(shape), layout), x, code, scaled)).out
