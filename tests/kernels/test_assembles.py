@@ -74,18 +74,20 @@ def test_add_rms_norm(target: str) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", [tilus.uint4, tilus.int3, tilus.float6_e3m2, tilus.int8], ids=str)
-@pytest.mark.parametrize("m", [1, 16, 256])
-def test_linear(dtype: tilus.DataType, m: int, target: str) -> None:
-    """Of 4096 x 4096 in groups of 32, with the schedule of an H100; unsigned codes have minimums, few tokens split K."""
+@pytest.mark.parametrize(("m", "group"), [(1, 128), (1, 32), (16, 32), (16, 128), (256, 128), (256, 16)])
+def test_linear(dtype: tilus.DataType, m: int, group: int, target: str) -> None:
+    """Of 4096 x 4096, with the schedule of an H100; unsigned codes have minimums, few tokens split K."""
     plan = schedule(m, 64, 64, dtype.nbits, 132)
     x, codes = torch.empty(m, 4096).half(), torch.empty(64, 64, 512 * dtype.nbits, dtype=torch.uint8)
-    scales = torch.empty(64, 64, 2, 8, 8).half()
+    scales = torch.empty(64, 4096 // group, 8, 16, dtype=torch.uint8)
     partial, tickets = None, None
     if plan.splits > 1:
         partial, tickets = torch.empty(plan.splits, m, 4096), torch.empty(64, dtype=torch.int32)
+    mins = None if dtype.is_signed else scales
     assert_no_spills(
-        quantized_linear, target, x, codes, scales, x, None if dtype.is_signed else scales, partial, tickets,
-        wdtype=dtype, groups=2, tokens=plan.tokens, warps=plan.warps,
+        quantized_linear, target, x, codes, scales, x, 1.0, mins, None, None, None, partial, tickets,
+        wdtype=dtype, scale_dtype=tilus.f16, mins_dtype=tilus.f16, span=group, tokens=plan.tokens, warps=plan.warps,
+        depth=plan.depth,
     )  # fmt: skip
 
 
