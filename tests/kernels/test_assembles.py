@@ -13,9 +13,10 @@ import tilus
 from tilus.kernels.activation import silu_mul_kernel
 from tilus.kernels.attention import paged_attention_kernel
 from tilus.kernels.embedding import dense_embedding_kernel, quantized_embedding_kernel
-from tilus.kernels.linear import quantized_linear, schedule
+from tilus.kernels.linear import quantized_linear
 from tilus.kernels.norm import rms_norm_kernel
 from tilus.kernels.rope import rope_append_kernel
+from tilus.kernels.schedule import schedule
 from tilus.lang.kernel import Kernel
 from tilus.ptx.assembler import assemble
 from tilus.target import get_target
@@ -86,8 +87,8 @@ def test_linear(dtype: tilus.DataType, m: int, group: int, target: str) -> None:
     mins = None if dtype.is_signed else scales
     assert_no_spills(
         quantized_linear, target, x, codes, scales, x, 1.0, mins, None, None, None, partial, tickets,
-        wdtype=dtype, scale_dtype=tilus.f16, mins_dtype=tilus.f16, span=group, tokens=plan.tokens, warps=plan.warps,
-        depth=plan.depth,
+        wdtype=dtype, scale_dtype=tilus.f16, mins_dtype=tilus.f16, span=group, tokens=plan.tokens, rows=plan.rows,
+        warps=plan.warps, depth=plan.depth, blocks_per_sm=plan.blocks_per_sm,
     )  # fmt: skip
 
 

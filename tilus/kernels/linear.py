@@ -14,13 +14,13 @@ scale and the bias follow in f32, and y is rounded once.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import tilus
 from tilus import Const, Tensor, config, f16, f32, int32, uint4, uint8
 from tilus.dtypes import DataType
 from tilus.errors import TilusError
+from tilus.instructions.packed_codes import scale_exponent
 from tilus.kernels.allocate import counters, empty, is_cuda
 from tilus.kernels.columns import take_columns
 from tilus.kernels.quantize.factors import E8M0, factor_dtype
@@ -29,12 +29,12 @@ from tilus.kernels.quantize.tiles import (
     TILE,
     WHOLE,
     activation_layout,
-    block_sets,
     byte_layout,
     factor_layout,
     fragment_layout,
     parts,
 )
+from tilus.kernels.schedule import Schedule, schedule
 from tilus.layout import local, replicated
 
 EMULATED_SMS = 132  # an H100
@@ -44,16 +44,23 @@ EMULATED_SMS = 132  # an H100
 class Step:
     """What a block does in one step along K, as compile-time numbers.
 
-    Each of `warps` warps multiplies `depth` tiles of 64 columns. A step has `pieces` parts per warp with factors of their own; or
-    `sharing` warps have the same factors.
+    It works on `rows` rows of tiles, each by `warps` warps, each of which multiplies `depth` tiles of 64 columns. The columns of a
+    warp have `pieces` sets of factors; or `sharing` warps have the same.
     """
 
     span: int
+    rows: int
     warps: int
     depth: int
 
     @property
+    def batch(self) -> int:
+        """Products that the block's warps work on."""
+        return self.rows * self.warps
+
+    @property
     def tiles(self) -> int:
+        """Along K."""
         return self.warps * self.depth
 
     @property
@@ -63,7 +70,8 @@ class Step:
 
     @property
     def sets(self) -> int:
-        return block_sets(self.span, self.warps, self.depth)
+        """Sets of factors for each row of tiles."""
+        return 1 if self.span == WHOLE else max(1, self.tiles * TILE // self.span)
 
     @property
     def pieces(self) -> int:
@@ -76,75 +84,87 @@ class Step:
 
 def load_codes(codes, row_tile, tile, wdtype: DataType, step: Step):
     """The bytes of a step's tiles."""
-    shape = [step.tiles, TILE * TILE // 8 * wdtype.nbits]
-    return tilus.load(codes, [row_tile, tile, 0], shape=shape, layout=byte_layout(wdtype, step.warps, step.depth))
+    shape = [step.rows, step.tiles, TILE * TILE // 8 * wdtype.nbits]
+    layout = byte_layout(wdtype, step.rows, step.warps, step.depth)
+    return tilus.load(codes, [row_tile, tile, 0], shape=shape, layout=layout)
 
 
 def factor_values(raw, dtype: DataType, compute: DataType, step: Step):
-    """[sets, 64] in the order of rows, as numbers of type `compute`."""
-    layout = factor_layout(step.sets, step.warps, 1)
+    """[rows * sets, 64] in the order of rows, as numbers of type `compute`."""
+    shape, layout = [step.rows, step.sets, 8, 8], factor_layout(step.rows, step.sets, step.warps, 1)
     if dtype == E8M0:  # the exponent of an f32; 2^-127 is a subnormal
         bits = tilus.maximum(tilus.cast(raw, int32) << 23, 1 << 22)
-        values = tilus.view(tilus.with_layout(bits, layout), f32, [step.sets, 8, 8], layout)
+        values = tilus.view(tilus.with_layout(bits, layout), f32, shape, layout)
     else:
-        values = tilus.view(raw, dtype, [step.sets, 8, 8], layout)
-    return tilus.reshape(tilus.transpose(tilus.cast(values, compute), [0, 2, 1]), [step.sets, TILE])
+        values = tilus.view(raw, dtype, shape, layout)
+    return tilus.reshape(tilus.transpose(tilus.cast(values, compute), [0, 1, 3, 2]), [step.rows * step.sets, TILE])
 
 
 def piece_of_factors(values, piece: int, step: Step):
-    """The factors of each warp's piece, to broadcast over accumulators [warps / sharing, sharing, 4, 16, tokens]."""
+    """The factors of each warp's piece, to broadcast over accumulators [batch / sharing, sharing, 4, 16, tokens]."""
     if step.pieces > 1:
-        values = tilus.select(tilus.reshape(values, [step.warps, step.pieces, TILE]), 1, piece)
-    return tilus.reshape(values, [step.warps // step.sharing, 1, 4, 16, 1])
+        values = tilus.select(tilus.reshape(values, [step.batch, step.pieces, TILE]), 1, piece)
+    return tilus.reshape(values, [step.batch // step.sharing, 1, 4, 16, 1])
 
 
 def weight_tile(raw, zeros, table, wdtype: DataType, act: DataType, step: Step):
-    """The bare numbers [warps, 64, columns] of `act` that a step's codes stand for, zero points subtracted."""
-    layout, shape = fragment_layout(step.warps, step.depth), [step.warps, TILE, step.columns]
+    """The bare numbers [batch, 64, columns] of `act` that a step's codes stand for, zero points subtracted.
+
+    Without zero points they are divided by 2^`residual(...)`, so that most casts need no multiplication.
+    """
+    layout, shape = fragment_layout(step.batch, step.depth), [step.batch, TILE, step.columns]
     if table is not None:
         return tilus.lookup(table, tilus.view(raw, uint4, shape, layout))
-    numbers = tilus.unpack_codes(raw, wdtype, act, shape, layout)
+    numbers = tilus.unpack_codes(raw, wdtype, act, shape, layout, scaled=zeros is None)
     if zeros is None:
         return numbers
-    split = tilus.reshape(numbers, [step.warps // step.sharing, step.sharing, TILE, step.pieces, -1])
-    points = tilus.reshape(zeros, [step.warps // step.sharing, step.pieces, TILE])
-    by_row = tilus.reshape(tilus.transpose(points, [0, 2, 1]), [step.warps // step.sharing, 1, TILE, step.pieces, 1])
+    split = tilus.reshape(numbers, [step.batch // step.sharing, step.sharing, TILE, step.pieces, -1])
+    points = tilus.reshape(zeros, [step.batch // step.sharing, step.pieces, TILE])
+    by_row = tilus.reshape(tilus.transpose(points, [0, 2, 1]), [step.batch // step.sharing, 1, TILE, step.pieces, 1])
     return tilus.reshape(split - by_row, shape)
 
 
+def residual(wdtype: DataType, act: DataType, table, zeros) -> int:
+    """The r for which `weight_tile` gives numbers divided by 2^r."""
+    return 0 if table is not None or zeros is not None else scale_exponent(wdtype, act)
+
+
 def activation_tile(x, tokens: int, step: Step):
-    """[tokens, tiles * 64] as the right operand [warps, columns, tokens], its rows in the column order of packed weights."""
+    """[tokens, tiles * 64] as the right operand [batch, columns, tokens], its rows in the column order of packed weights."""
     pieces = parts(step.span)
     split = tilus.reshape(x, [tokens, step.warps, step.depth, pieces, 4, 4 // pieces, 2, 2])
-    return tilus.reshape(tilus.transpose(split, [1, 2, 3, 5, 6, 4, 7, 0]), [step.warps, step.columns, tokens])
+    shape = [1, step.warps, step.columns, tokens]
+    ordered = tilus.reshape(tilus.transpose(split, [1, 2, 3, 5, 6, 4, 7, 0]), shape)
+    shared = tilus.broadcast(ordered, [step.rows, *shape[1:]]) if step.rows > 1 else ordered
+    return tilus.reshape(shared, [step.batch, step.columns, tokens])
 
 
 def piece_of_operands(w, x, piece: int, step: Step):
-    """The columns of one piece: [warps, 64, columns / pieces] and [warps, columns / pieces, tokens]."""
+    """The columns of one piece: [batch, 64, columns / pieces] and [batch, columns / pieces, tokens]."""
     if step.pieces == 1:
         return w, x
     tokens, width = x.shape[2], step.columns // step.pieces
-    left = tilus.select(tilus.reshape(w, [step.warps, TILE, step.pieces, width]), 2, piece)
-    return left, tilus.select(tilus.reshape(x, [step.warps, step.pieces, width, tokens]), 1, piece)
+    left = tilus.select(tilus.reshape(w, [step.batch, TILE, step.pieces, width]), 2, piece)
+    return left, tilus.select(tilus.reshape(x, [step.batch, step.pieces, width, tokens]), 1, piece)
 
 
 def sums_of_activations(x, step: Step, acc=None):
-    """For each token the sum of [warps, columns, tokens] over the columns, in each of 16 rows: a product with ones."""
-    ones = tilus.full([step.warps, 16, x.shape[1]], 1.0, x.dtype)
+    """For each token the sum of [batch, columns, tokens] over the columns, in each of 16 rows: a product with ones."""
+    ones = tilus.full([step.batch, 16, x.shape[1]], 1.0, x.dtype)
     return tilus.dot(ones, x, acc)
 
 
 def scaled_sum(total, part, sums, scales, mins, piece: int, step: Step):
     """total + scales * part + mins * sums, with the factors of one piece."""
     tokens = part.shape[2]
-    shape = [step.warps // step.sharing, step.sharing, 4, 16, tokens]
+    shape = [step.batch // step.sharing, step.sharing, 4, 16, tokens]
     result = tilus.fma(
         tilus.reshape(part, shape), piece_of_factors(scales, piece, step), tilus.reshape(total, shape)
     )
     if mins is not None:
         by_row = tilus.broadcast(piece_of_factors(mins, piece, step), shape)
         result = tilus.fma(by_row, tilus.reshape(sums, [shape[0], shape[1], 1, 16, tokens]), result)
-    return tilus.reshape(result, [step.warps, TILE, tokens])
+    return tilus.reshape(result, [step.batch, TILE, tokens])
 
 
 def add_groups(total, w, x, scales, mins, step: Step):
@@ -178,15 +198,18 @@ class Factors:
     def load(self, array, dtype: DataType, tile):
         step = self.step
         first = 0 if step.span == WHOLE else tile * TILE // step.span
-        layout = factor_layout(step.sets, step.warps, dtype.nbytes)
-        return tilus.load(array, [self.row_tile, first, 0, 0], shape=[step.sets, 8, 8 * dtype.nbytes], layout=layout)
+        shape, layout = [step.rows, step.sets, 8, 8 * dtype.nbytes], factor_layout(step.rows, step.sets, step.warps, dtype.nbytes)
+        return tilus.load(array, [self.row_tile, first, 0, 0], shape=shape, layout=layout)
 
-    def numbers(self):
-        """Scales and minimums [sets, 64] in f32, zero points in the activations' type; None for what is not there."""
+    def numbers(self, exponent: int):
+        """Scales and minimums [rows * sets, 64] in f32, zero points in the activations' type; None for what is not there.
+
+        Minimums are divided by 2^exponent, as the products are that they are added to.
+        """
         _, mins, zeros = self.arrays
         return (
             factor_values(self.scales, self.dtypes[0], f32, self.step),
-            None if mins is None else factor_values(self.mins, self.dtypes[1], f32, self.step),
+            None if mins is None else factor_values(self.mins, self.dtypes[1], f32, self.step) * 2.0**-exponent,
             None if zeros is None else factor_values(self.zeros, f16, self.act, self.step),
         )
 
@@ -210,37 +233,38 @@ def quantized_linear(
     mins_dtype: Const = None,
     span: Const,
     tokens: Const,
+    rows: Const,
     warps: Const,
     depth: Const,
+    blocks_per_sm: Const,
 ):
-    m = y.shape[0]
     splits = 1 if partial is None else partial.shape[0]
-    tilus.grid(codes.shape[0], tilus.cdiv(m, tokens), splits, warps=warps, blocks_per_sm=2 if tokens == 8 else 1)
-    step = Step(span, warps, depth)
-    row_tile = tilus.block_id(0)
+    blocks = (tilus.cdiv(codes.shape[0], rows), tilus.cdiv(y.shape[0], tokens), splits)
+    tilus.grid(*blocks, warps=rows * warps, blocks_per_sm=blocks_per_sm)
+    step = Step(span, rows, warps, depth)
+    row_tile = tilus.block_id(0) * rows
     first_token = tilus.block_id(1) * tokens
     per_split = tilus.cdiv(tilus.cdiv(codes.shape[1], step.tiles), splits) * step.tiles
     begin = tilus.block_id(2) * per_split
     end = min(begin + per_split, codes.shape[1])
     own_codes = tilus.narrow(codes, 1, 0, end)  # the last step asks for tiles behind the end: they are not read
-    lookup_table = None if table is None else load_table(table, x.dtype, warps)
+    lookup_table = None if table is None else load_table(table, x.dtype, step.batch)
+    exponent = residual(wdtype, x.dtype, table, zeros)
 
     factors = Factors((scales, mins, zeros), (scale_dtype, mins_dtype), x.dtype, row_tile, step)
     factors.fetch(begin)
     raw = load_codes(own_codes, row_tile, begin, wdtype, step)
-    total = tilus.zeros([warps, TILE, tokens], f32)
-    sums = tilus.zeros([warps, 16, tokens], f32)
+    total = tilus.zeros([step.batch, TILE, tokens], f32)
+    sums = tilus.zeros([step.batch, 16, tokens], f32)
     for tile in tilus.range(begin, end, step.tiles):
-        columns = tilus.load(
-            x, [first_token, tile * TILE], [tokens, step.tiles * TILE], layout=activation_layout(tokens, span, warps, depth)
-        )
+        shape, layout = [tokens, step.tiles * TILE], activation_layout(tokens, span, rows, warps, depth)
+        right = activation_tile(tilus.load(x, [first_token, tile * TILE], shape, layout=layout), tokens, step)
         raw_now = raw
-        scale, minimum, zero = factors.numbers()
+        scale, minimum, zero = factors.numbers(exponent)
         raw = load_codes(own_codes, row_tile, tile + step.tiles, wdtype, step)
         if span != WHOLE:
             factors.fetch(tile + step.tiles)
         w = weight_tile(raw_now, zero, lookup_table, wdtype, x.dtype, step)
-        right = activation_tile(columns, tokens, step)
         if span != WHOLE:
             total = add_groups(total, w, right, scale, minimum, step)
         else:
@@ -248,35 +272,37 @@ def quantized_linear(
             if mins is not None:
                 sums = sums_of_activations(right, step, sums)
     if span == WHOLE:
-        scale, minimum, zero = factors.numbers()
-        total = scaled_sum(tilus.zeros([warps, TILE, tokens], f32), total, sums, scale, minimum, 0, step)
+        scale, minimum, zero = factors.numbers(exponent)
+        total = scaled_sum(tilus.zeros([step.batch, TILE, tokens], f32), total, sums, scale, minimum, 0, step)
 
-    result = tilus.sum(total, axis=0)
+    by_row = tilus.sum(tilus.reshape(total, [rows, warps, TILE, tokens]), axis=1)
+    result = tilus.reshape(by_row, [rows * TILE, tokens]) * 2.0**exponent
     if partial is None:
-        y_tile = finished(result, global_scale, bias, row_tile, y.dtype, [TILE, 1])
+        y_tile = finished(result, global_scale, bias, row_tile, y.dtype, [rows * TILE, 1])
         tilus.store(y, [first_token, row_tile * TILE], y_tile, dims=[1, 0])
     else:
         tilus.store(partial, [tilus.block_id(2), first_token, row_tile * TILE], result, dims=[2, 1])
-        add_splits(y, partial, tickets, global_scale, bias, first_token, row_tile, tokens, splits)
+        add_splits(y, partial, tickets, global_scale, bias, first_token, row_tile, [tokens, rows * TILE], splits)
 
 
 def finished(result, global_scale, bias, row_tile, dtype: DataType, shape):
     """The sums as they are stored: times the global scale, plus the bias, rounded once. shape: of the bias, to broadcast."""
     scaled = result * global_scale
     if bias is not None:
-        scaled = scaled + tilus.reshape(tilus.cast(tilus.load(bias, [row_tile * TILE], [TILE]), f32), shape)
+        offsets = tilus.cast(tilus.load(bias, [row_tile * TILE], [max(shape)]), f32)
+        scaled = scaled + tilus.reshape(offsets, shape)
     return tilus.cast(scaled, dtype)
 
 
-def add_splits(y, partial, tickets, global_scale, bias, first_token, row_tile, tokens: int, splits):
+def add_splits(y, partial, tickets, global_scale, bias, first_token, row_tile, shape, splits):
     """The block that arrives last adds up the partial sums, always in the same order, and resets the counter."""
-    slot = tilus.block_id(1) * tilus.grid_dim(0) + row_tile
+    slot = tilus.block_id(1) * tilus.grid_dim(0) + tilus.block_id(0)
     arrived = tilus.atomic_add(tickets, [slot], 1)
     if arrived == splits - 1:
-        summed = tilus.load(partial, [0, first_token, row_tile * TILE], shape=[tokens, TILE])
+        summed = tilus.load(partial, [0, first_token, row_tile * TILE], shape=shape)
         for split in tilus.range(1, splits):
-            summed = summed + tilus.load(partial, [split, first_token, row_tile * TILE], shape=[tokens, TILE])
-        y_tile = finished(summed, global_scale, bias, row_tile, y.dtype, [1, TILE])
+            summed = summed + tilus.load(partial, [split, first_token, row_tile * TILE], shape=shape)
+        y_tile = finished(summed, global_scale, bias, row_tile, y.dtype, [1, shape[1]])
         tilus.store(y, [first_token, row_tile * TILE], y_tile)
         tilus.atomic_add(tickets, [slot], -splits)
 
@@ -285,43 +311,6 @@ def load_table(table, act: DataType, warps: int):
     """The entries of a table in every thread, rounded to the activations' type."""
     layout = replicated(32 * warps, 1) * local(16)
     return tilus.cast(tilus.load(table, [0], [16], layout=layout), act)
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How a product is cut: tokens per block, warps along K per block, tiles per warp and step, blocks along K per row of tiles."""
-
-    tokens: int
-    warps: int
-    depth: int
-    splits: int
-
-
-@lru_cache(maxsize=4096)
-def schedule(m: int, tiles_n: int, tiles_k: int, nbits: int, num_sms: int) -> Schedule:
-    """A schedule for a GPU: enough blocks to fill it, at least two steps per warp and split. Chosen from a sweep on an H100.
-
-    num_sms 0 stands for the reference execution, which likes few large tiles.
-    """
-    if num_sms == 0:
-        return Schedule(max(8, min(64, -(-m // 8) * 8)), _power_of_two(min(tiles_k, 32)), 1, 1)
-    if m <= 16:
-        tokens = 8 if m <= 8 else 16
-    else:  # 32 tokens a block read each weight half as often, 16 fill a GPU twice as easily
-        tokens = 32 if 2 * tiles_n * -(-m // 32) >= 3 * num_sms else 16
-    blocks = tiles_n * -(-m // tokens)
-    if tokens == 32:
-        return Schedule(tokens, min(2, _power_of_two(tiles_k)), 1, 1)
-    if blocks >= num_sms:
-        warps = 8 if tokens == 8 and nbits <= 6 else 4  # eight warps of wider codes have too few registers
-        return Schedule(tokens, min(warps, _power_of_two(tiles_k)), 1, 1)
-    warps = min(4, _power_of_two(tiles_k))
-    return Schedule(tokens, warps, 1, max(1, min(2 * num_sms // blocks, tiles_k // (2 * warps), 16)))
-
-
-def _power_of_two(count: int) -> int:
-    """The largest power of two up to `count`: warps that share factors divide their span."""
-    return 1 << (count.bit_length() - 1)
 
 
 def linear(
@@ -364,7 +353,7 @@ def launch(x: Any, weight: QuantizedWeight, y: Any, bias: Any | None, plan: Sche
         x, weight.codes, weight.scales, y, header.global_scale, weight.mins, weight.zeros, weight.table, bias, partial, tickets,
         wdtype=header.dtype, scale_dtype=factor_dtype(header.scale_dtype),
         mins_dtype=None if header.mins_dtype is None else factor_dtype(header.mins_dtype),
-        span=header.span, tokens=plan.tokens, warps=plan.warps, depth=plan.depth,
+        span=header.span, tokens=plan.tokens, rows=plan.rows, warps=plan.warps, depth=plan.depth, blocks_per_sm=plan.blocks_per_sm,
     )  # fmt: skip
 
 

@@ -3,7 +3,8 @@
 A weight [N, K] is cut into tiles of 64 rows by 64 columns. Each tile belongs to one warp, as the left operand of tensor-core
 products; a thread holds 128 codes, whose bits are in the order that the cast to 16 bits likes best (`packed_order`; codes that
 are looked up in a table follow each other). They come in 16-byte chunks that lie side by side for the 32 threads, so every load of the kernel is 16 bytes a thread and coalesced.
-A warp takes `depth` neighbouring tiles at once, so that enough bytes are on their way whatever the width of a code.
+A warp takes `depth` neighbouring tiles at once, so that enough bytes are on their way whatever the width of a code; `rows` rows of
+tiles in a block share its activations.
 
 The columns of a tile are permuted, in two ways at once. Steps of the tensor core (16 columns) stay inside of a group's columns,
 so that a group's scale multiplies a finished sum. Inside of that, a thread's columns are consecutive ones of the activations:
@@ -45,32 +46,27 @@ def fragment_layout(warps: int, depth: int) -> RegisterLayout:
     return spatial(warps, 1, 1).local(1, 1, depth).local(1, 4, 4) * mma_a().unsqueeze(0)
 
 
-def byte_layout(dtype: DataType, warps: int, depth: int) -> RegisterLayout:
-    """Tile [warps * depth, 512 * nbits] of bytes: chunk, thread, byte."""
-    return spatial(warps, 1).local(depth, dtype.nbits).spatial(1, 32).local(1, 16)
+def byte_layout(dtype: DataType, rows: int, warps: int, depth: int) -> RegisterLayout:
+    """Tile [rows, warps * depth, 512 * nbits] of bytes: chunk, thread, byte."""
+    return spatial(rows, warps, 1).local(1, depth, dtype.nbits).spatial(1, 1, 32).local(1, 1, 16)
 
 
-def factor_layout(sets: int, warps: int, nbytes: int) -> RegisterLayout:
-    """Tile [sets, 8, 8 * nbytes] of a block's factors: a thread holds those of its eight rows.
+def factor_layout(rows: int, sets: int, warps: int, nbytes: int) -> RegisterLayout:
+    """Tile [rows, sets, 8, 8 * nbytes] of a block's factors: a thread holds those of its eight rows of the weight.
 
     A warp has one or more sets of its own, or several warps share one.
     """
-    rows = spatial(1, 8, 1) * replicated(4, 3) * local(1, 1, 8 * nbytes)
+    own = spatial(1, 1, 8, 1) * replicated(4, 4) * local(1, 1, 1, 8 * nbytes)
     if sets >= warps:
-        return spatial(warps, 1, 1) * local(sets // warps, 1, 1) * rows
-    return spatial(sets, 1, 1) * replicated(warps // sets, 3) * rows
+        return spatial(rows, warps, 1, 1) * local(1, sets // warps, 1, 1) * own
+    return spatial(rows, sets, 1, 1) * replicated(warps // sets, 4) * own
 
 
-def block_sets(span: int, warps: int, depth: int) -> int:
-    """How many sets of factors the columns of one step of a block need."""
-    return 1 if span == WHOLE else max(1, warps * depth * TILE // span)
-
-
-def activation_layout(tokens: int, span: int, warps: int, depth: int) -> RegisterLayout:
+def activation_layout(tokens: int, span: int, rows: int, warps: int, depth: int) -> RegisterLayout:
     """Tile [tokens, warps * depth * 64] of activations: a thread holds 16 / parts consecutive columns of its tokens."""
     pieces = parts(span)
     own = local(1, depth) * local(tokens // 8, pieces).spatial(8, 4).local(1, 16 // pieces)
-    return spatial(1, warps) * own
+    return replicated(rows, 2) * spatial(1, warps) * own
 
 
 @lru_cache
