@@ -30,9 +30,9 @@ SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
     "embedding.quantized_embedding_kernel": [{"group": 32}],
     "columns.take_columns_kernel": [{}],
     "linear.quantized_linear": [
-        {"wdtype": uint4, "scale_dtype": f16, "span": 128, "tokens": 8, "rows": 2, "warps": 2, "depth": 1, "blocks_per_sm": 1},
-        {"wdtype": int4, "scale_dtype": float8_e4m3, "span": 16, "tokens": 16, "rows": 1, "warps": 2, "depth": 1, "blocks_per_sm": 1},
-        {"wdtype": float6_e3m2, "scale_dtype": f32, "span": 0, "tokens": 8, "rows": 1, "warps": 4, "depth": 2, "blocks_per_sm": 2},
+        {"wdtype": uint4, "scale_dtype": f16, "span": 128, "tokens": 8, "rows": 2, "warps": 2, "stages": 1, "blocks_per_sm": 1},
+        {"wdtype": int4, "scale_dtype": float8_e4m3, "span": 16, "tokens": 16, "rows": 1, "warps": 2, "stages": 1, "blocks_per_sm": 1},
+        {"wdtype": float6_e3m2, "scale_dtype": f32, "span": 0, "tokens": 8, "rows": 1, "warps": 4, "stages": 2, "blocks_per_sm": 2},
     ],
     "norm.rms_norm_kernel": [{"hidden": 768}],
     "quantize.codes.pack_codes_kernel": [{"wdtype": uint4, "span": 32, "lookup": False}],

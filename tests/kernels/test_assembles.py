@@ -88,7 +88,7 @@ def test_linear(dtype: tilus.DataType, m: int, group: int, target: str) -> None:
     assert_no_spills(
         quantized_linear, target, x, codes, scales, x, 1.0, mins, None, None, None, partial, tickets,
         wdtype=dtype, scale_dtype=tilus.f16, mins_dtype=tilus.f16, span=group, tokens=plan.tokens, rows=plan.rows,
-        warps=plan.warps, depth=plan.depth, blocks_per_sm=plan.blocks_per_sm,
+        warps=plan.warps, stages=plan.stages, blocks_per_sm=plan.blocks_per_sm,
     )  # fmt: skip
 
 

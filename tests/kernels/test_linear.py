@@ -104,7 +104,7 @@ def test_bias(device: str, bias: torch.dtype) -> None:
     matrix, x, offset = random_matrix(tilus.int4, 70, 320, 32), activations(9, 320), activations(1, 70)[0].to(bias)
     check(device, x, matrix, torch.float16, offset)
     y = torch.empty(9, 70)
-    launch(x, pack(matrix, "cpu"), y, offset, Schedule(tokens=8, rows=1, warps=2, depth=1, splits=2), device)
+    launch(x, pack(matrix, "cpu"), y, offset, Schedule(tokens=8, rows=1, warps=2, stages=1, splits=2), device)
     assert_exact(y, *exact_and_bound(x, matrix, torch.float32, offset))
 
 
@@ -129,24 +129,24 @@ def test_sizes_of_k(device: str, k: int, group: int) -> None:
 
 @pytest.mark.parametrize("splits", [1, 2, 3])
 @pytest.mark.parametrize(
-    ("rows", "warps", "depth", "group"), [(1, 1, 1, 32), (2, 2, 1, 64), (1, 4, 1, 160), (3, 2, 2, 320), (2, 1, 4, 16)]
+    ("rows", "warps", "stages", "group"), [(1, 1, 1, 32), (2, 2, 1, 64), (1, 4, 1, 160), (3, 2, 2, 320), (2, 1, 4, 16)]
 )
-def test_schedules(device: str, rows: int, warps: int, depth: int, group: int, splits: int) -> None:
+def test_schedules(device: str, rows: int, warps: int, stages: int, group: int, splits: int) -> None:
     """Blocks that share a tile of the result: the last one adds up, and the counters are zero again, so a second launch works."""
     matrix, x = random_matrix(tilus.uint4, 70, 320, group, mins=True), activations(9, 320)
     packed = pack(matrix, "cpu")
     for _ in range(2):
         y = torch.full((9, 70), torch.nan)
-        launch(x, packed, y, None, Schedule(8, rows, warps, depth, splits), device)
+        launch(x, packed, y, None, Schedule(8, rows, warps, stages, splits), device)
         assert_exact(y, *exact_and_bound(x, matrix, torch.float32))
 
 
 def test_groups_longer_than_a_step(device: str) -> None:
     """One set of scales for several steps of a block, for two warps, and for a part of a warp's columns."""
-    for group, rows, warps, depth in ((256, 1, 1, 1), (256, 2, 4, 1), (128, 1, 2, 1), (128, 1, 1, 4)):
+    for group, rows, warps, stages in ((256, 1, 1, 1), (256, 2, 4, 1), (128, 1, 2, 1), (128, 1, 1, 4)):
         matrix, x = random_matrix(tilus.int3, 64, 512, group, mins=True), activations(2, 512)
         y = torch.empty(2, 64)
-        launch(x, pack(matrix, "cpu"), y, None, Schedule(8, rows, warps, depth), device)
+        launch(x, pack(matrix, "cpu"), y, None, Schedule(8, rows, warps, stages), device)
         assert_exact(y, *exact_and_bound(x, matrix, torch.float32))
 
 

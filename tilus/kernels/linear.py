@@ -44,14 +44,13 @@ EMULATED_SMS = 132  # an H100
 class Step:
     """What a block does in one step along K, as compile-time numbers.
 
-    It works on `rows` rows of tiles, each by `warps` warps, each of which multiplies `depth` tiles of 64 columns. The columns of a
-    warp have `pieces` sets of factors; or `sharing` warps have the same.
+    It works on `rows` rows of tiles, each by `warps` warps that multiply a tile of 64 columns. A tile has `pieces` sets of factors;
+    or `sharing` warps have the same.
     """
 
     span: int
     rows: int
     warps: int
-    depth: int
 
     @property
     def batch(self) -> int:
@@ -59,19 +58,9 @@ class Step:
         return self.rows * self.warps
 
     @property
-    def tiles(self) -> int:
-        """Along K."""
-        return self.warps * self.depth
-
-    @property
-    def columns(self) -> int:
-        """Of a warp."""
-        return self.depth * TILE
-
-    @property
     def sets(self) -> int:
         """Sets of factors for each row of tiles."""
-        return 1 if self.span == WHOLE else max(1, self.tiles * TILE // self.span)
+        return 1 if self.span == WHOLE else max(1, self.warps * TILE // self.span)
 
     @property
     def pieces(self) -> int:
@@ -84,8 +73,7 @@ class Step:
 
 def load_codes(codes, row_tile, tile, wdtype: DataType, step: Step):
     """The bytes of a step's tiles."""
-    shape = [step.rows, step.tiles, TILE * TILE // 8 * wdtype.nbits]
-    layout = byte_layout(wdtype, step.rows, step.warps, step.depth)
+    shape, layout = [step.rows, step.warps, TILE * TILE // 8 * wdtype.nbits], byte_layout(wdtype, step.rows, step.warps)
     return tilus.load(codes, [row_tile, tile, 0], shape=shape, layout=layout)
 
 
@@ -108,11 +96,11 @@ def piece_of_factors(values, piece: int, step: Step):
 
 
 def weight_tile(raw, zeros, table, wdtype: DataType, act: DataType, step: Step):
-    """The bare numbers [batch, 64, columns] of `act` that a step's codes stand for, zero points subtracted.
+    """The bare numbers [batch, 64, 64] of `act` that a step's codes stand for, zero points subtracted.
 
     Without zero points they are divided by 2^`residual(...)`, so that most casts need no multiplication.
     """
-    layout, shape = fragment_layout(step.batch, step.depth), [step.batch, TILE, step.columns]
+    layout, shape = fragment_layout(step.batch), [step.batch, TILE, TILE]
     if table is not None:
         return tilus.lookup(table, tilus.view(raw, uint4, shape, layout))
     numbers = tilus.unpack_codes(raw, wdtype, act, shape, layout, scaled=zeros is None)
@@ -130,20 +118,20 @@ def residual(wdtype: DataType, act: DataType, table, zeros) -> int:
 
 
 def activation_tile(x, tokens: int, step: Step):
-    """[tokens, tiles * 64] as the right operand [batch, columns, tokens], its rows in the column order of packed weights."""
+    """[tokens, warps * 64] as the right operand [batch, 64, tokens], its rows in the column order of packed weights."""
     pieces = parts(step.span)
-    split = tilus.reshape(x, [tokens, step.warps, step.depth, pieces, 4, 4 // pieces, 2, 2])
-    shape = [1, step.warps, step.columns, tokens]
-    ordered = tilus.reshape(tilus.transpose(split, [1, 2, 3, 5, 6, 4, 7, 0]), shape)
+    split = tilus.reshape(x, [tokens, step.warps, pieces, 4, 4 // pieces, 2, 2])
+    shape = [1, step.warps, TILE, tokens]
+    ordered = tilus.reshape(tilus.transpose(split, [1, 2, 4, 5, 3, 6, 0]), shape)
     shared = tilus.broadcast(ordered, [step.rows, *shape[1:]]) if step.rows > 1 else ordered
-    return tilus.reshape(shared, [step.batch, step.columns, tokens])
+    return tilus.reshape(shared, [step.batch, TILE, tokens])
 
 
 def piece_of_operands(w, x, piece: int, step: Step):
-    """The columns of one piece: [batch, 64, columns / pieces] and [batch, columns / pieces, tokens]."""
+    """The columns of one piece: [batch, 64, 64 / pieces] and [batch, 64 / pieces, tokens]."""
     if step.pieces == 1:
         return w, x
-    tokens, width = x.shape[2], step.columns // step.pieces
+    tokens, width = x.shape[2], TILE // step.pieces
     left = tilus.select(tilus.reshape(w, [step.batch, TILE, step.pieces, width]), 2, piece)
     return left, tilus.select(tilus.reshape(x, [step.batch, step.pieces, width, tokens]), 1, piece)
 
@@ -176,22 +164,27 @@ def add_groups(total, w, x, scales, mins, step: Step):
     return total
 
 
-class Factors:
-    """The sets of factors of one step, in registers: scales, and where there are any minimums and zero points."""
+class Weights:
+    """The codes and factors of one step, in registers: what is fetched ahead, and read when its turn comes."""
 
-    def __init__(self, arrays, dtypes, act: DataType, row_tile, step: Step):
-        self.arrays = arrays
+    def __init__(self, codes, factors, dtypes, row_tile, step: Step):
+        self.all_codes = codes
+        self.factors = factors
         self.dtypes = dtypes
-        self.act = act
         self.row_tile = row_tile
         self.step = step
 
     def fetch(self, tile):
-        """Load the factors that serve the tiles from `tile` on."""
-        scales, mins, zeros = self.arrays
-        self.scales = self.load(scales, self.dtypes[0], tile)
+        """Load the codes of the tiles from `tile` on, and the factors that serve them; one set for all of K is loaded once."""
+        self.codes = load_codes(self.all_codes, self.row_tile, tile, self.dtypes[0], self.step)
+        if self.step.span != WHOLE:
+            self.fetch_factors(tile)
+
+    def fetch_factors(self, tile):
+        scales, mins, zeros = self.factors
+        self.scales = self.load(scales, self.dtypes[1], tile)
         if mins is not None:
-            self.mins = self.load(mins, self.dtypes[1], tile)
+            self.mins = self.load(mins, self.dtypes[2], tile)
         if zeros is not None:
             self.zeros = self.load(zeros, f16, tile)
 
@@ -201,16 +194,16 @@ class Factors:
         shape, layout = [step.rows, step.sets, 8, 8 * dtype.nbytes], factor_layout(step.rows, step.sets, step.warps, dtype.nbytes)
         return tilus.load(array, [self.row_tile, first, 0, 0], shape=shape, layout=layout)
 
-    def numbers(self, exponent: int):
+    def numbers(self, exponent: int, act: DataType):
         """Scales and minimums [rows * sets, 64] in f32, zero points in the activations' type; None for what is not there.
 
         Minimums are divided by 2^exponent, as the products are that they are added to.
         """
-        _, mins, zeros = self.arrays
+        _, mins, zeros = self.factors
         return (
-            factor_values(self.scales, self.dtypes[0], f32, self.step),
-            None if mins is None else factor_values(self.mins, self.dtypes[1], f32, self.step) * 2.0**-exponent,
-            None if zeros is None else factor_values(self.zeros, f16, self.act, self.step),
+            factor_values(self.scales, self.dtypes[1], f32, self.step),
+            None if mins is None else factor_values(self.mins, self.dtypes[2], f32, self.step) * 2.0**-exponent,
+            None if zeros is None else factor_values(self.zeros, f16, act, self.step),
         )
 
 
@@ -235,44 +228,49 @@ def quantized_linear(
     tokens: Const,
     rows: Const,
     warps: Const,
-    depth: Const,
+    stages: Const,
     blocks_per_sm: Const,
 ):
     splits = 1 if partial is None else partial.shape[0]
     blocks = (tilus.cdiv(codes.shape[0], rows), tilus.cdiv(y.shape[0], tokens), splits)
     tilus.grid(*blocks, warps=rows * warps, blocks_per_sm=blocks_per_sm)
-    step = Step(span, rows, warps, depth)
+    step = Step(span, rows, warps)
     row_tile = tilus.block_id(0) * rows
     first_token = tilus.block_id(1) * tokens
-    per_split = tilus.cdiv(tilus.cdiv(codes.shape[1], step.tiles), splits) * step.tiles
+    per_split = tilus.cdiv(tilus.cdiv(codes.shape[1], warps * stages), splits) * warps * stages
     begin = tilus.block_id(2) * per_split
     end = min(begin + per_split, codes.shape[1])
-    own_codes = tilus.narrow(codes, 1, 0, end)  # the last step asks for tiles behind the end: they are not read
+    own_codes = tilus.narrow(codes, 1, 0, end)  # the last steps ask for tiles behind the end: they are not read
     lookup_table = None if table is None else load_table(table, x.dtype, step.batch)
     exponent = residual(wdtype, x.dtype, table, zeros)
+    dtypes = (wdtype, scale_dtype, mins_dtype)
 
-    factors = Factors((scales, mins, zeros), (scale_dtype, mins_dtype), x.dtype, row_tile, step)
-    factors.fetch(begin)
-    raw = load_codes(own_codes, row_tile, begin, wdtype, step)
+    ahead = [Weights(own_codes, (scales, mins, zeros), dtypes, row_tile, step) for _ in range(stages)]
+    if span == WHOLE:
+        whole = Weights(own_codes, (scales, mins, zeros), dtypes, row_tile, step)
+        whole.fetch_factors(0)
+        scale, minimum, zero = whole.numbers(exponent, x.dtype)
+    for index in range(stages):
+        ahead[index].fetch(begin + index * warps)
     total = tilus.zeros([step.batch, TILE, tokens], f32)
     sums = tilus.zeros([step.batch, 16, tokens], f32)
-    for tile in tilus.range(begin, end, step.tiles):
-        shape, layout = [tokens, step.tiles * TILE], activation_layout(tokens, span, rows, warps, depth)
-        right = activation_tile(tilus.load(x, [first_token, tile * TILE], shape, layout=layout), tokens, step)
-        raw_now = raw
-        scale, minimum, zero = factors.numbers(exponent)
-        raw = load_codes(own_codes, row_tile, tile + step.tiles, wdtype, step)
-        if span != WHOLE:
-            factors.fetch(tile + step.tiles)
-        w = weight_tile(raw_now, zero, lookup_table, wdtype, x.dtype, step)
-        if span != WHOLE:
-            total = add_groups(total, w, right, scale, minimum, step)
-        else:
-            total = tilus.dot(w, right, total)
-            if mins is not None:
-                sums = sums_of_activations(right, step, sums)
+    for first in tilus.range(begin, end, warps * stages):
+        for stage, weights in enumerate(ahead):
+            tile = first + stage * warps
+            shape, layout = [tokens, warps * TILE], activation_layout(tokens, span, rows, warps)
+            right = activation_tile(tilus.load(x, [first_token, tile * TILE], shape, layout=layout), tokens, step)
+            raw = weights.codes
+            if span != WHOLE:
+                scale, minimum, zero = weights.numbers(exponent, x.dtype)
+            weights.fetch(tile + warps * stages)
+            w = weight_tile(raw, zero, lookup_table, wdtype, x.dtype, step)
+            if span != WHOLE:
+                total = add_groups(total, w, right, scale, minimum, step)
+            else:
+                total = tilus.dot(w, right, total)
+                if mins is not None:
+                    sums = sums_of_activations(right, step, sums)
     if span == WHOLE:
-        scale, minimum, zero = factors.numbers(exponent)
         total = scaled_sum(tilus.zeros([step.batch, TILE, tokens], f32), total, sums, scale, minimum, 0, step)
 
     by_row = tilus.sum(tilus.reshape(total, [rows, warps, TILE, tokens]), axis=1)
@@ -353,7 +351,7 @@ def launch(x: Any, weight: QuantizedWeight, y: Any, bias: Any | None, plan: Sche
         x, weight.codes, weight.scales, y, header.global_scale, weight.mins, weight.zeros, weight.table, bias, partial, tickets,
         wdtype=header.dtype, scale_dtype=factor_dtype(header.scale_dtype),
         mins_dtype=None if header.mins_dtype is None else factor_dtype(header.mins_dtype),
-        span=header.span, tokens=plan.tokens, rows=plan.rows, warps=plan.warps, depth=plan.depth, blocks_per_sm=plan.blocks_per_sm,
+        span=header.span, tokens=plan.tokens, rows=plan.rows, warps=plan.warps, stages=plan.stages, blocks_per_sm=plan.blocks_per_sm,
     )  # fmt: skip
 
 

@@ -10,20 +10,20 @@ from functools import lru_cache
 class Schedule:
     """One launch of the linear kernel.
 
-    A block computes `tokens` tokens by `rows` rows of 64 x 64 tiles, each row with `warps` warps along K that take `depth` tiles a
-    step. `splits` blocks share a result along K. blocks_per_sm: how many blocks must fit, which limits registers.
+    A block computes `tokens` tokens by `rows` rows of 64 x 64 tiles, each row with `warps` warps along K; each warp has `stages`
+    tiles on their way. `splits` blocks share a result along K. blocks_per_sm: how many blocks must fit, which limits registers.
     """
 
     tokens: int
     rows: int
     warps: int
-    depth: int
+    stages: int
     splits: int = 1
     blocks_per_sm: int = 1
 
 
-# depth * nbits that eight warps of a multiprocessor need: the next step of each then brings 4 KB, 32 KB in all, which is about
-# what an H100 must have on its way to read at full speed.
+# stages * nbits that eight warps of a multiprocessor need: each waits for 4 KB then, 32 KB in all, which is about what an H100
+# must have on its way to read at full speed.
 BITS_AHEAD = 8
 
 
@@ -46,12 +46,12 @@ def _few_tokens(m: int, tiles_n: int, tiles_k: int, nbits: int, num_sms: int) ->
     tokens = 8 if m <= 8 else 16
     if tiles_n >= num_sms and tokens == 8 and nbits <= 6:
         warps = _power_of_two(min(8, tiles_k))
-        return Schedule(tokens, 1, warps, _depth(nbits, BITS_AHEAD // 2, tiles_k // (2 * warps)), 1, 2)
+        return Schedule(tokens, 1, warps, _stages(nbits, BITS_AHEAD // 2, tiles_k // (2 * warps)), 1, 2)
     rows = 2 if tokens == 16 and tiles_n >= 32 else 1
     warps = _power_of_two(min(8 // rows, tiles_k))
     blocks = -(-tiles_n // rows)
     splits = max(1, min(num_sms // blocks, tiles_k // (2 * warps), 16))
-    return Schedule(tokens, rows, warps, _depth(nbits, BITS_AHEAD, tiles_k // (2 * warps * splits)), splits)
+    return Schedule(tokens, rows, warps, _stages(nbits, BITS_AHEAD, tiles_k // (2 * warps * splits)), splits)
 
 
 def _many_tokens(m: int, tiles_n: int, tiles_k: int, num_sms: int) -> Schedule:
@@ -65,9 +65,9 @@ def _many_tokens(m: int, tiles_n: int, tiles_k: int, num_sms: int) -> Schedule:
     return Schedule(16, 1, warps, 1, max(1, min(2 * num_sms // blocks, tiles_k // (2 * warps), 16)))
 
 
-def _depth(nbits: int, bits_ahead: int, limit: int) -> int:
-    """Tiles a step; `limit` leaves a warp two steps, one to wait for and one to work on."""
-    return _power_of_two(max(1, min(bits_ahead // nbits, limit)))
+def _stages(nbits: int, bits_ahead: int, limit: int) -> int:
+    """Tiles on their way to a warp, at most half of all that it gets."""
+    return max(1, min(-(-bits_ahead // nbits), limit))
 
 
 def _power_of_two(count: int) -> int:

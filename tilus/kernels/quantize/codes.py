@@ -44,7 +44,7 @@ def unpack_codes(packed: Bytes, dtype: DataType, span: int, lookup: bool) -> Byt
 
 def plain_layout(span: int):
     """Tile [64, 64] of unpacked codes: each thread holds the elements that it holds in a packed tile, in runs along the rows."""
-    return activation_layout(TILE, span, 1, 1, 1)
+    return activation_layout(TILE, span, 1, 1)
 
 
 def to_packed_order(tile, span: int):
@@ -78,12 +78,12 @@ def pack_codes_kernel(
     i, j = tilus.block_id(0), tilus.block_id(1)
     tile = tilus.load(codes, [i * TILE, j * TILE], [TILE, TILE], layout=plain_layout(span))
     # The bits are what matters, so codes of every type are cast as unsigned integers, and then seen as what they are.
-    unsigned = tilus.cast(to_packed_order(tile, span), DTYPES[f"uint{wdtype.nbits}"], layout=fragment_layout(1, 1))
-    shape, layout = [1, 1, 512 * wdtype.nbits], byte_layout(wdtype, 1, 1, 1)
+    unsigned = tilus.cast(to_packed_order(tile, span), DTYPES[f"uint{wdtype.nbits}"], layout=fragment_layout(1))
+    shape, layout = [1, 1, 512 * wdtype.nbits], byte_layout(wdtype, 1, 1)
     if lookup:
         raw = tilus.view(unsigned, uint8, shape, layout)
     else:
-        typed = tilus.view(unsigned, wdtype, [1, TILE, TILE], fragment_layout(1, 1))
+        typed = tilus.view(unsigned, wdtype, [1, TILE, TILE], fragment_layout(1))
         raw = tilus.pack_codes(typed, uint8, shape, layout)
     tilus.store(packed, [i, j, 0], raw)
 
@@ -100,8 +100,8 @@ def unpack_codes_kernel(
     """The inverse of `pack_codes_kernel`; what lies beyond N and K is not written."""
     tilus.grid(packed.shape[0], packed.shape[1], warps=1)
     i, j = tilus.block_id(0), tilus.block_id(1)
-    raw = tilus.load(packed, [i, j, 0], [1, 1, 512 * wdtype.nbits], layout=byte_layout(wdtype, 1, 1, 1))
-    shape, layout = [1, TILE, TILE], fragment_layout(1, 1)
+    raw = tilus.load(packed, [i, j, 0], [1, 1, 512 * wdtype.nbits], layout=byte_layout(wdtype, 1, 1))
+    shape, layout = [1, TILE, TILE], fragment_layout(1)
     unsigned = DTYPES[f"uint{wdtype.nbits}"]
     if lookup:
         tile = tilus.view(raw, unsigned, shape, layout)

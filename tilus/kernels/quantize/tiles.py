@@ -3,8 +3,7 @@
 A weight [N, K] is cut into tiles of 64 rows by 64 columns. Each tile belongs to one warp, as the left operand of tensor-core
 products; a thread holds 128 codes, whose bits are in the order that the cast to 16 bits likes best (`packed_order`; codes that
 are looked up in a table follow each other). They come in 16-byte chunks that lie side by side for the 32 threads, so every load of the kernel is 16 bytes a thread and coalesced.
-A warp takes `depth` neighbouring tiles at once, so that enough bytes are on their way whatever the width of a code; `rows` rows of
-tiles in a block share its activations.
+Several rows of tiles in a block share its activations.
 
 The columns of a tile are permuted, in two ways at once. Steps of the tensor core (16 columns) stay inside of a group's columns,
 so that a group's scale multiplies a finished sum. Inside of that, a thread's columns are consecutive ones of the activations:
@@ -41,14 +40,14 @@ def parts(span: int) -> int:
     return TILE // span if 0 < span < TILE else 1
 
 
-def fragment_layout(warps: int, depth: int) -> RegisterLayout:
-    """Tile [warps, 64, depth * 64] as the left operand of mma.m16n8k16: `depth` tiles of 64 columns a warp."""
-    return spatial(warps, 1, 1).local(1, 1, depth).local(1, 4, 4) * mma_a().unsqueeze(0)
+def fragment_layout(warps: int) -> RegisterLayout:
+    """Tile [warps, 64, 64] as the left operand of mma.m16n8k16: one 64x64 tile a warp."""
+    return spatial(warps, 1, 1).local(1, 4, 4) * mma_a().unsqueeze(0)
 
 
-def byte_layout(dtype: DataType, rows: int, warps: int, depth: int) -> RegisterLayout:
-    """Tile [rows, warps * depth, 512 * nbits] of bytes: chunk, thread, byte."""
-    return spatial(rows, warps, 1).local(1, depth, dtype.nbits).spatial(1, 1, 32).local(1, 1, 16)
+def byte_layout(dtype: DataType, rows: int, warps: int) -> RegisterLayout:
+    """Tile [rows, warps, 512 * nbits] of bytes: chunk, thread, byte."""
+    return spatial(rows, warps, 1).local(1, 1, dtype.nbits).spatial(1, 1, 32).local(1, 1, 16)
 
 
 def factor_layout(rows: int, sets: int, warps: int, nbytes: int) -> RegisterLayout:
@@ -62,10 +61,10 @@ def factor_layout(rows: int, sets: int, warps: int, nbytes: int) -> RegisterLayo
     return spatial(rows, sets, 1, 1) * replicated(warps // sets, 4) * own
 
 
-def activation_layout(tokens: int, span: int, rows: int, warps: int, depth: int) -> RegisterLayout:
-    """Tile [tokens, warps * depth * 64] of activations: a thread holds 16 / parts consecutive columns of its tokens."""
+def activation_layout(tokens: int, span: int, rows: int, warps: int) -> RegisterLayout:
+    """Tile [tokens, warps * 64] of activations: a thread holds 16 / parts consecutive columns of its tokens."""
     pieces = parts(span)
-    own = local(1, depth) * local(tokens // 8, pieces).spatial(8, 4).local(1, 16 // pieces)
+    own = local(tokens // 8, pieces).spatial(8, 4).local(1, 16 // pieces)
     return replicated(rows, 2) * spatial(1, warps) * own
 
 
@@ -80,5 +79,5 @@ def column_order(span: int) -> tuple[int, ...]:
 @lru_cache
 def slots(span: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
     """Row and column of the weight tile for every (thread, slot), [32, 128] each."""
-    table = fragment_layout(1, 1).table()
+    table = fragment_layout(1).table()
     return table[..., 1].astype(np.intp), np.asarray(column_order(span), np.intp)[table[..., 2]]
