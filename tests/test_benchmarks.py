@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 from pathlib import Path
 from typing import Any
@@ -49,3 +50,38 @@ def test_compile_time_schema() -> None:
     sample = compile_time["in_new_process"]("uint4", "sm_90a")
     assert list(sample) == ["import_s", "library_s", "frontend_s", "passes_s", "codegen_s", "ptxas_s"]
     assert all(seconds > 0 for seconds in sample.values())
+
+
+@pytest.fixture(scope="module")
+def casts() -> dict[str, Any]:
+    return runpy.run_path(str(BENCHMARKS / "casts.py"))
+
+
+@pytest.fixture(scope="module")
+def recorded() -> dict[str, Any]:
+    return json.loads((BENCHMARKS / "results" / "cpu" / "casts.json").read_text())
+
+
+def test_the_recorded_costs_of_casts_are_those_of_today(casts: dict[str, Any], recorded: dict[str, Any]) -> None:
+    found = casts["measure"]([tilus.dtype(name) for name in ("int3", "uint8", "float6_e3m2", "float8_e4m3")], False)
+    rows = {(row["target"], row["src"], row["dst"]): row for row in recorded["casts"]}
+    for row in found["casts"]:
+        before = rows[row["target"], row["src"], row["dst"]]
+        assert row == before | {"machine": None}
+    assert all(row in recorded["original"] for row in found["original"])
+
+
+def test_the_table_of_casts_is_the_recorded_one(casts: dict[str, Any], recorded: dict[str, Any]) -> None:
+    page = (BENCHMARKS.parent / "docs" / "casts.md").read_text()
+    assert casts["table"](recorded) in page, "paste the table of `python benchmarks/casts.py --table`"
+
+
+def test_the_machine_code_of_a_cast_takes_little_more_than_its_plan(
+    casts: dict[str, Any], recorded: dict[str, Any]
+) -> None:
+    """In every row, and measured again for one: what ptxas adds are constants that it makes again in the loop."""
+    for row in recorded["casts"]:
+        if row["machine"] is not None:
+            assert row["scaled"] <= row["machine"] + 1 / 32 <= row["scaled"] + 0.25
+    again = casts["machine_cost"](tilus.float4_e2m1, tilus.f16, casts["TARGETS"]["sm_90a"])
+    assert 1.125 <= again <= 1.125 + 0.25

@@ -68,7 +68,7 @@ def same(value: float, expected: Fraction | float) -> bool:
 def test_every_type_of_the_family_exists_once() -> None:
     names = {f"float{1 + x + y}_e{x}m{y}" for x in range(1, 6) for y in range(8) if 3 <= 1 + x + y <= 8}
     names |= {f"{kind}{n}" for kind in ("int", "uint") for n in (*range(1, 9), 16, 32, 64)}
-    assert set(DTYPES) == names | {"boolean", "f16", "bf16", "f32"}
+    assert set(DTYPES) == names | {"boolean", "float8_e8m0", "f16", "bf16", "f32"}
     for name, t in DTYPES.items():
         assert t.name == str(t) == name and dtype(name) is t and getattr(dtypes, name) is t
 
@@ -151,6 +151,29 @@ def test_nan_becomes_nan_or_the_largest_value(t: DataType) -> None:
     for nan in (np.float32(np.nan), -np.float32(np.nan), np.uint32(0xFF800001).view(np.float32)):
         (value,) = t.round(np.array([nan])).tolist()
         assert math.isnan(value) if has_nan else value == t.max_value
+
+
+def test_scales_are_powers_of_two() -> None:
+    """OCP E8M0, against ml_dtypes; that makes NaN of what is not positive, here it becomes the smallest value."""
+    t, other = dtypes.float8_e8m0, ml_dtypes.float8_e8m0fnu
+    values = t.decode(all_codes(t))
+    assert [Fraction(value) for value in values[:-1].tolist()] == [Fraction(2) ** (code - 127) for code in range(255)]
+    assert math.isnan(values[-1])
+    np.testing.assert_array_equal(values, all_codes(t).view(other).astype(np.float32))
+    np.testing.assert_array_equal(t.encode(values), all_codes(t))
+    middles = (values[:-2] + values[1:-1]) / 2
+    points = np.concatenate(
+        [middles, np.nextafter(middles, np.float32(0)), np.nextafter(middles, np.float32(math.inf))]
+    )
+    random = np.ldexp(np.random.default_rng(0).uniform(1, 2, 999), np.arange(999) % 253 - 126).astype(np.float32)
+    points = np.concatenate([points, random])
+    points = points[points >= 2.0**-126]  # below, where f32 is subnormal, theirs does not round to nearest
+    np.testing.assert_array_equal(t.encode(points), points.astype(other).view(np.uint8))
+    assert t.encode(np.array([1.499, 1.5, 1.501]) * 2.0**-127).tolist() == [0, 1, 1]
+    assert t.encode(np.array([0.0, -0.0, -3.0, -np.inf, 2.0**-140, 2.0**-149])).tolist() == [0] * 6
+    assert t.encode(np.array([np.inf, 2.0**128, 1.99 * 2.0**127, np.nan])).tolist() == [254, 254, 254, 255]
+    assert (t.is_signed, t.is_small, t.bias, t.max_value, t.min_value) == (False, False, 127, 2.0**127, 2.0**-127)
+    assert (t.smallest_subnormal, t.eps, t.max_code) == (2.0**-127, 1.0, 254)
 
 
 def test_wide_floats_overflow_to_inf_and_keep_nan() -> None:

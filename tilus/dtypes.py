@@ -7,6 +7,7 @@ A *code* is the unsigned integer formed by the bits of one element; a *value* is
   Types of at most 8 bits have no inf or NaN, with two exceptions. 5-bit exponents: those types are the upper bits of
   an f16, so the top exponent stays inf (and NaN where there is a mantissa) and every value fits f16.
   And `float8_e4m3`, which is OCP E4M3 (one NaN per sign, no inf, max 448). `float8_e5m2` is OCP E5M2.
+- `float8_e8m0` is the OCP scale format: no sign, no zero; code c is 2^(c - 127), 255 is NaN.
   Source: OCP 8-bit Floating Point Specification 1.0, OCP Microscaling Formats 1.0.
 """
 
@@ -56,12 +57,12 @@ class DataType:
 
     @property
     def is_signed(self) -> bool:
-        return self.kind in ("int", "float")
+        return self.kind == "int" or (self.is_float and self.nbits > self.exponent_nbits + self.mantissa_nbits)
 
     @property
     def is_small(self) -> bool:
-        """Whether it is an integer or float of at most 8 bits: decoded by table, saturating when encoded."""
-        return self.kind != "bool" and self.nbits <= 8
+        """Whether it is an integer or a float with a sign of at most 8 bits: the types of weights."""
+        return self.nbits <= 8 and (self.is_integer or (self.is_float and self.is_signed))
 
     @property
     def nbytes(self) -> int:
@@ -98,7 +99,7 @@ class DataType:
             case _, "none":
                 return (1 << (self.nbits - 1)) - 1
             case _, "nan":
-                return (1 << (self.nbits - 1)) - 2
+                return (1 << (self.exponent_nbits + self.mantissa_nbits)) - 2
             case _, "ieee":
                 return (((1 << self.exponent_nbits) - 1) << self.mantissa_nbits) - 1
 
@@ -118,14 +119,14 @@ class DataType:
             case "int":
                 return -(1 << (self.nbits - 1))
             case "float":
-                return -self.max_value
+                return -self.max_value if self.is_signed else self.smallest_subnormal
             case "uint" | "bool":
                 return 0
 
     @property
     def smallest_subnormal(self) -> float:
         """The smallest positive value of a float type."""
-        return 2.0 ** (1 - self.bias - self.mantissa_nbits)
+        return 2.0 ** (int(self.is_signed) - self.bias - self.mantissa_nbits)
 
     @property
     def eps(self) -> float:
@@ -162,7 +163,7 @@ class DataType:
         _check_codes(self, codes)
         if self.kind == "bool":
             return codes != 0
-        if self.is_small:
+        if self.nbits <= 8:
             return np.asarray(_value_table(self)[codes])
         match self.name:
             case "f16":
@@ -179,7 +180,8 @@ class DataType:
         Out of range: integers and floats of at most 8 bits saturate to their largest finite value, inf included
         (PTX `cvt.satfinite`); f16, bf16 and f32 overflow to inf (PTX `cvt.rn`). NaN becomes a NaN (which of the NaN
         codes is not promised), the largest value in floats without NaN (as `cvt.satfinite` does), and 0 in integers.
-        A boolean is `value != 0`.
+        A boolean is `value != 0`. In `float8_e8m0` ties go up (the implicit one is the last bit of a number, and odd), and what
+        is below 2^-127, negative or zero becomes 2^-127.
 
         values: any shape, any numeric or boolean dtype. Returns: the same shape, dtype `storage`.
         """
@@ -193,7 +195,7 @@ class DataType:
             return _encode_integer(self, array)
         if array.dtype != np.float32:
             array = _to_float64(array)
-        if self.is_small:
+        if self.nbits <= 8:
             return _encode_small_float(self, array)
         match self.name:
             case "f16":
@@ -238,6 +240,8 @@ def _value_table(dtype: DataType) -> npt.NDArray[Any]:
 
 
 def _float_values(dtype: DataType, codes: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    if not dtype.is_signed:
+        return np.where(codes > dtype.max_code, np.nan, np.ldexp(1.0, codes - dtype.bias))
     magnitude = codes & (dtype.num_codes // 2 - 1)
     exponent, mantissa = np.divmod(magnitude, 1 << dtype.mantissa_nbits)
     significand = mantissa + np.where(exponent > 0, 1 << dtype.mantissa_nbits, 0)
@@ -283,8 +287,11 @@ def _midpoints(dtype: DataType) -> npt.NDArray[np.float64]:
 
 
 def _encode_small_float(dtype: DataType, array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    magnitude = np.abs(array.astype(np.float64))
     midpoints = _midpoints(dtype)
+    if not dtype.is_signed:
+        codes = np.searchsorted(midpoints, array.astype(np.float64), side="right")
+        return np.where(np.isnan(array), dtype.num_codes - 1, codes).astype(np.uint8)
+    magnitude = np.abs(array.astype(np.float64))
     codes = np.searchsorted(midpoints, magnitude, side="left")
     tie = midpoints[np.minimum(codes, midpoints.size - 1)] == magnitude
     codes = codes + (tie & (codes % 2 == 1))
@@ -398,6 +405,7 @@ float7_e1m5, float7_e2m4, float7_e3m3 = _small_float(1, 5), _small_float(2, 4), 
 float7_e4m2, float7_e5m1 = _small_float(4, 2), _small_float(5, 1, "ieee")
 float8_e1m6, float8_e2m5, float8_e3m4 = _small_float(1, 6), _small_float(2, 5), _small_float(3, 4)
 float8_e4m3, float8_e5m2 = _small_float(4, 3, "nan"), _small_float(5, 2, "ieee")
+float8_e8m0 = DataType("float8_e8m0", "float", 8, 8, 0, "nan")
 f16 = DataType("f16", "float", 16, 5, 10, "ieee")
 bf16 = DataType("bf16", "float", 16, 8, 7, "ieee")
 f32 = DataType("f32", "float", 32, 8, 23, "ieee")

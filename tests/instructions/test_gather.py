@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tile_programs import WARP_COUNTS, run_both, values_of
 
-import tilus
-from tilus.dtypes import DataType, bf16, f16, f32, int8, int32, uint4, uint8
+from tilus.dtypes import DataType, bf16, f16, f32, int8, int32, uint4
 from tilus.errors import TilusError
 from tilus.instructions.cast import cast
 from tilus.instructions.gather import gather

@@ -18,7 +18,7 @@ from tilus.instructions.memory import load, store
 from tilus.instructions.view import view
 from tilus.ir.builder import IRBuilder
 from tilus.ir.tensor import GlobalTensor
-from tilus.layout import local, spatial
+from tilus.layout import spatial
 from tilus.ptx.parser import parse
 
 HALVES = pytest.mark.parametrize("dtype", [f16, bf16], ids=str)
@@ -77,7 +77,11 @@ def test_cost(dtype: DataType) -> None:
     """21 instructions for eight codes; the table is taken apart once."""
     from tile_programs import compile_function, function, get_target, tensor
 
-    tensors = {"codes": tensor("codes", uint8, [256]), "table": tensor("table", dtype, [16]), "y": tensor("y", dtype, [512])}
+    tensors = {
+        "codes": tensor("codes", uint8, [256]),
+        "table": tensor("table", dtype, [16]),
+        "y": tensor("y", dtype, [512]),
+    }
     ptx = compile_function(function(packed_program, tensors, 1), get_target("sm_90a")).ptx
     opcodes = [getattr(item, "opcode", "") for item in parse(ptx).kernels[0].body]
     assert opcodes.count("prmt.b32") == 8 + 2 * 16

@@ -36,7 +36,10 @@ def test_select(rng: random.Random, dtype, warps: int) -> None:
     np.testing.assert_array_equal(emulated["y"], expected)
 
 
-@pytest.mark.parametrize(("dim", "index", "message"), [(2, 0, "select along dim 2 of a tile of rank 2"), (1, 4, "select of index 4 along a dim of 4 elements")])
+@pytest.mark.parametrize(
+    ("dim", "index", "message"),
+    [(2, 0, "select along dim 2 of a tile of rank 2"), (1, 4, "select of index 4 along a dim of 4 elements")],
+)
 def test_misfits(dim: int, index: int, message: str) -> None:
     def build(b: IRBuilder, x: GlobalTensor) -> None:
         select.build(b, load.build(b, x, [0, 0], (8, 4)), dim, index)

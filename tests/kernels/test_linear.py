@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from rounding import ABSOLUTE, RELATIVE, Array, float64
-from weights import CODE_TYPES, E8M0, SCHEMES, exact, matrix_of, random_matrix
+from weights import CODE_TYPES, SCHEMES, exact, matrix_of, random_matrix
 
 import tilus
 from tilus import TilusError
@@ -20,7 +20,7 @@ from tilus.dtypes import DataType
 from tilus.kernels import linear
 from tilus.kernels.linear import launch
 from tilus.kernels.quantize import QuantizedMatrix, pack
-from tilus.kernels.schedule import Schedule, schedule
+from tilus.kernels.schedule import Schedule
 
 GROUPS = [16, 32, 48, 64, 128, 192, 0]
 ACTIVATIONS = pytest.mark.parametrize("act", [torch.float16, torch.bfloat16], ids=["f16", "bf16"])
@@ -49,7 +49,11 @@ def assert_exact(y: torch.Tensor, expected: Array, bound: Array) -> None:
 
 
 def check(
-    device: str, x: torch.Tensor, matrix: QuantizedMatrix, out: torch.dtype = torch.float32, bias: torch.Tensor | None = None
+    device: str,
+    x: torch.Tensor,
+    matrix: QuantizedMatrix,
+    out: torch.dtype = torch.float32,
+    bias: torch.Tensor | None = None,
 ) -> None:
     y = linear(x, pack(matrix, "cpu"), bias=bias, out_dtype=out, device=device)
     assert y.dtype == out
@@ -91,7 +95,9 @@ def test_scales_have_the_range_of_floats(device: str, act: torch.dtype) -> None:
     """Powers of two far outside of what f16 holds, the smallest and nearly the largest: still not a bit is lost."""
     codes = np.random.default_rng(0).integers(0, 16, (64, 64), np.uint8)
     exponents = np.stack([np.linspace(-127, 100, 64).astype(int), np.full(64, -127)], -1)
-    matrix = QuantizedMatrix(codes, np.float32(2.0) ** exponents, None, tilus.float4_e2m1, scale_dtype=E8M0)
+    matrix = QuantizedMatrix(
+        codes, np.float32(2.0) ** exponents, None, tilus.float4_e2m1, scale_dtype=tilus.float8_e8m0
+    )
     x = torch.zeros(2, 64, dtype=act)
     x[0, :32], x[1, 40] = 1, -2
     y = linear(x, pack(matrix, "cpu"), out_dtype=torch.float32, device=device)
@@ -172,7 +178,10 @@ def test_output_in_place(device: str) -> None:
 
 
 def test_no_tokens(device: str) -> None:
-    assert linear(activations(0, 64), pack(random_matrix(tilus.int4, 64, 64, 32), "cpu"), device=device).shape == (0, 64)
+    assert linear(activations(0, 64), pack(random_matrix(tilus.int4, 64, 64, 32), "cpu"), device=device).shape == (
+        0,
+        64,
+    )
 
 
 def test_a_token_does_not_depend_on_its_batch(device: str) -> None:
@@ -190,5 +199,7 @@ def test_misfits_are_named_with_both_values() -> None:
         linear(activations(2, 64), weight)
     with pytest.raises(TilusError, match=r"linear: x has dtype torch.float32, expected float16 or bfloat16"):
         linear(activations(2, 96, torch.float32), weight)
-    with pytest.raises(TilusError, match=r"linear: bias has shape \[96\], expected \[64\] for the weight of \[64, 96\]"):
+    with pytest.raises(
+        TilusError, match=r"linear: bias has shape \[96\], expected \[64\] for the weight of \[64, 96\]"
+    ):
         linear(activations(2, 96), weight, bias=torch.zeros(96))

@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tilus.dtypes import DTYPES, DataType, bf16, f16, f32, float4_e2m1, float8_e4m3
+from tilus.dtypes import DTYPES, DataType, bf16, f16, f32, float4_e2m1, float8_e4m3, float8_e8m0
 from tilus.kernels.quantize import QuantizedMatrix
 
-CODE_TYPES = [t for t in DTYPES.values() if t.nbits <= 8 and (t.is_integer or t.is_float)]
+CODE_TYPES = [t for t in DTYPES.values() if t.is_small]
 INTEGERS = [t for t in CODE_TYPES if t.is_integer]
 FLOATS = [t for t in CODE_TYPES if t.is_float]
-E8M0 = DataType("float8_e8m0", "float", 8, 8, 0, "nan")
 Array = npt.NDArray[Any]
 
 # The 16 levels of NF4, from Dettmers et al., "QLoRA" (2023), to the digits of bitsandbytes.
@@ -51,7 +50,11 @@ def exact(matrix: QuantizedMatrix) -> Exact:
     """value[n, columns[j]] = global_scale * scale[n, g] * (number - zero[n, g]) + min[n, g], g = j // group."""
     n, k = matrix.codes.shape
     group = np.arange(k) // (k // matrix.scales.shape[1])
-    numbers = np.float64(matrix.dtype.decode(matrix.codes)) if matrix.table is None else np.float64(matrix.table)[matrix.codes]
+    numbers = (
+        np.float64(matrix.dtype.decode(matrix.codes))
+        if matrix.table is None
+        else np.float64(matrix.table)[matrix.codes]
+    )
     if matrix.zeros is not None:
         numbers = numbers - matrix.zeros[:, group]
     scale = np.float64(np.float32(matrix.global_scale)) * np.float64(matrix.scales)[:, group]
@@ -105,13 +108,19 @@ def with_bfloat16_scales(matrix: QuantizedMatrix, rng: np.random.Generator) -> Q
 def with_powers_of_two(matrix: QuantizedMatrix, rng: np.random.Generator) -> QuantizedMatrix:
     """Block scales of MX formats."""
     exponents = rng.integers(-30, 4, matrix.scales.shape)
-    return replace(matrix, scales=np.float32(2.0**exponents / 2 ** np.ceil(np.log2(largest(matrix.dtype)))), scale_dtype=E8M0)
+    return replace(
+        matrix,
+        scales=np.float32(2.0**exponents / 2 ** np.ceil(np.log2(largest(matrix.dtype)))),
+        scale_dtype=float8_e8m0,
+    )
 
 
 def with_two_levels(matrix: QuantizedMatrix, rng: np.random.Generator) -> QuantizedMatrix:
     """Block scales of NVFP4: e4m3 times a number for the whole weight."""
     scales = float8_e4m3.round(rng.uniform(0, 448, matrix.scales.shape))
-    return replace(matrix, scales=scales, scale_dtype=float8_e4m3, global_scale=float(np.float32(1 / 448 / largest(matrix.dtype))))
+    return replace(
+        matrix, scales=scales, scale_dtype=float8_e4m3, global_scale=float(np.float32(1 / 448 / largest(matrix.dtype)))
+    )
 
 
 Change = Callable[[QuantizedMatrix, np.random.Generator], QuantizedMatrix]
@@ -119,7 +128,10 @@ Change = Callable[[QuantizedMatrix, np.random.Generator], QuantizedMatrix]
 SCHEMES: dict[str, tuple[Change, list[DataType]]] = {
     "symmetric": (lambda matrix, rng: matrix, CODE_TYPES),
     "zero points": (with_zeros, INTEGERS),
-    "minimums": (lambda matrix, rng: replace(matrix, mins=f16.round(rng.standard_normal(matrix.scales.shape))), CODE_TYPES),
+    "minimums": (
+        lambda matrix, rng: replace(matrix, mins=f16.round(rng.standard_normal(matrix.scales.shape))),
+        CODE_TYPES,
+    ),
     "wide factors": (with_wide_factors, CODE_TYPES),
     "bfloat16 scales": (with_bfloat16_scales, CODE_TYPES),
     "powers of two": (with_powers_of_two, FLOATS),

@@ -29,7 +29,9 @@ class TorchKernels:
     def pack(self, matrix: QuantizedMatrix, device: torch.device) -> Tensor:
         """The dense weight, float [N, K]; the model gives scales and minimums that float16 holds."""
         assert matrix.zeros is None and matrix.table is None and matrix.columns is None and matrix.global_scale == 1
-        scales, mins = (None if a is None else torch.from_numpy(a).to(self.compute) for a in (matrix.scales, matrix.mins))
+        scales, mins = (
+            None if a is None else torch.from_numpy(a).to(self.compute) for a in (matrix.scales, matrix.mins)
+        )
         assert scales is not None and torch.equal(scales, scales.half().to(self.compute))
         n, k = matrix.codes.shape
         groups = torch.from_numpy(matrix.dtype.decode(matrix.codes)).to(self.compute).view(n, scales.shape[1], -1)

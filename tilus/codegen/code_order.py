@@ -52,6 +52,23 @@ class CodeOrder:
         chunk, inside = divmod(code, self.chunk)
         return chunk * len(self.bits) + self.places[inside * self.dtype.nbits + bit]
 
+    @cached_property
+    def _partners(self) -> tuple[tuple[int, int], ...]:
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for code in range(self.chunk):
+            alike.setdefault(tuple(self.place(code, bit) % 16 for bit in range(self.dtype.nbits)), []).append(code)
+        found = [(code, code) for code in range(self.chunk)]
+        for codes in alike.values():
+            for low, high in zip(codes[::2], codes[1::2], strict=False):
+                found[low] = found[high] = low, high
+        return tuple(found)
+
+    def partner(self, code: int) -> tuple[int, int]:
+        """This code and another whose bits have the same places in their half-words, in ascending order; or twice this one."""
+        base = code - code % self.chunk
+        low, high = self._partners[code % self.chunk]
+        return base + low, base + high
+
     def __str__(self) -> str:
         """Each word from its top bit down, as runs `code.bits`: `c3[2:0]` are bits 2 to 0 of code 3."""
         words = []

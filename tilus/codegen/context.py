@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from tilus.codegen.cast_plan import emit_cast
+from tilus.codegen.cast_plan import plan_slots
 from tilus.codegen.linear import Linear, address32, materialize, of_const, of_reg, register, widened
 from tilus.codegen.scalar import ScalarLowering
 from tilus.dtypes import DataType, boolean
@@ -183,7 +183,9 @@ class EmitContext:
 
     def cast(self, src: DataType, dst: DataType, words: Sequence[Reg], count: int) -> list[Reg]:
         """Words of another type, slot for slot."""
-        return list(words) if src == dst else emit_cast(self.b, self.target, src, dst, words, range(count))
+        if src == dst:
+            return list(words)
+        return plan_slots(src, dst, self.target, len(words), range(count)).emit(self.b, words)
 
     def integer(self, expr: Expr) -> Reg:
         """An integer scalar in a 32-bit register."""

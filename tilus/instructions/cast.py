@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tilus.codegen.cast_plan import emit_cast
+from tilus.codegen.cast_plan import plan_slots
 from tilus.codegen.context import EmitContext, num_words
 from tilus.dtypes import DataType, boolean, f32, int32
 from tilus.errors import TilusError
@@ -25,8 +25,8 @@ from tilus.ptx.module import FloatImm, Imm, Reg
 class Cast(Pointwise):
     """`out = dtype(src)`: to floats rounded to nearest even; to integers and to floats without infinity also saturated.
 
-    The result may hold a thread's elements in another local order than the operand: the plan of the cast moves fields anyway, so
-    that a weight packed in the plan's preferred order becomes a tensor-core fragment at no extra cost.
+    The result may hold a thread's elements in another local order than the operand. Codes whose order is free are cast for less
+    in packed order: `unpack_codes`.
     """
 
     mnemonic = "cast"
@@ -54,7 +54,10 @@ class Cast(Pointwise):
         elif src == dst:
             ctx.define(self.out, ctx.pick(src, words, slots))
         else:
-            ctx.define(self.out, emit_cast(ctx.b, ctx.target, src, dst, words, slots))
+            plan = plan_slots(src, dst, ctx.target, len(words), slots)
+            ctx.define(self.out, plan.emit(ctx.b, words))
+            if src.nbits <= 8 or dst.nbits <= 8:
+                ctx.note(self, plan.summary())
 
 
 def convert_values(value: Array, src: DataType, dst: DataType) -> Array:
@@ -106,7 +109,7 @@ def cast(
 ) -> RegisterTensor | Expr:
     """A tile or scalar in another type: rounded to nearest even, saturated where the type has no infinity.
 
-    layout: pins the result's layout; another local order than the operand's costs nothing extra.
+    layout: pins the result's layout, which may have another local order than the operand's.
     """
     if not isinstance(x, RegisterTensor):
         return cast_scalar(as_expr(x), dtype)

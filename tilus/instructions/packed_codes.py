@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tilus.codegen.cast_plan import emit_cast
+from tilus.codegen.cast_plan import plan_unpack, scale_exponent
+from tilus.codegen.code_order import CodeOrder
 from tilus.codegen.context import EmitContext
+from tilus.codegen.lanes import emit_permutation
 from tilus.codegen.packed_order import packed_order
 from tilus.dtypes import DataType, bf16, f16, pack_bits, unpack_bits
 from tilus.errors import TilusError
@@ -29,20 +31,23 @@ class PackCodes(Instruction):
 
     out: RegisterTensor
     src: RegisterTensor
+    packed_as: DataType
+    packed_for: DataType
+
+    @property
+    def order(self) -> CodeOrder:
+        return CodeOrder(self.src.dtype, packed_order(self.packed_as, self.packed_for).bits)
 
     def verify(self) -> None:
-        _check("pack_codes", self.src, self.out, self.src.dtype)
+        _check("pack_codes", self.src, self.out, self.src.dtype, self.packed_as, self.packed_for)
 
     def evaluate(self, env: Evaluation) -> None:
-        data = packed_order(self.src.dtype).pack(_by_thread(env.tile(self.src), self.src))
+        data = self.order.pack(_by_thread(env.tile(self.src), self.src))
         codes = unpack_bits(data, self.out.dtype, data.shape[-1] * 8 // self.out.dtype.nbits)
         env.set_tile(self.out, self.out.dtype.decode(_from_threads(codes, self.out)))
 
     def emit(self, ctx: EmitContext) -> None:
-        order, nbits = packed_order(self.src.dtype), self.src.dtype.nbits
-        places = [order.place(code, 0) // nbits for code in range(ctx.layout(self.src).num_locals)]
-        slots = [places.index(slot) for slot in range(len(places))]
-        ctx.define(self.out, ctx.pick(self.src.dtype, ctx.words(self.src), slots))
+        ctx.define(self.out, emit_permutation(ctx.b, ctx.words(self.src), self.order.bits))
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,10 +62,16 @@ class UnpackCodes(Instruction):
     out: RegisterTensor
     src: RegisterTensor
     code: DataType
-    scaled: bool = False
+    packed_as: DataType
+    packed_for: DataType
+    scaled: bool
+
+    @property
+    def order(self) -> CodeOrder:
+        return CodeOrder(self.code, packed_order(self.packed_as, self.packed_for).bits)
 
     def verify(self) -> None:
-        _check("unpack_codes", self.out, self.src, self.code)
+        _check("unpack_codes", self.out, self.src, self.code, self.packed_as, self.packed_for)
         if self.scaled and self.out.dtype not in (f16, bf16):
             raise TilusError(
                 f"unpack_codes to {self.out.dtype} with scaled=True, expected f16 or bf16",
@@ -69,25 +80,28 @@ class UnpackCodes(Instruction):
 
     def evaluate(self, env: Evaluation) -> None:
         data = pack_bits(_by_thread(env.tile(self.src), self.src), self.src.dtype)
-        codes = _from_threads(packed_order(self.code).unpack(data), self.out)
+        codes = _from_threads(self.order.unpack(data), self.out)
         value = convert_values(self.code.decode(codes), self.code, self.out.dtype)
         if self.scaled:
             value = value * np.float32(2.0 ** -scale_exponent(self.code, self.out.dtype))
         env.set_tile(self.out, value)
 
     def emit(self, ctx: EmitContext) -> None:
-        order, nbits = packed_order(self.code), self.code.nbits
-        slots = [order.place(code, 0) // nbits for code in range(ctx.layout(self.out).num_locals)]
-        ctx.define(self.out, emit_cast(ctx.b, ctx.target, self.code, self.out.dtype, ctx.words(self.src), slots))
+        words = ctx.words(self.src)
+        plan = plan_unpack(self.order, self.out.dtype, ctx.target, len(words), scaled=self.scaled)
+        ctx.define(self.out, plan.emit(ctx.b, words))
+        ctx.note(self, plan.summary())
 
 
-def scale_exponent(code: DataType, dtype: DataType) -> int:
-    """The r of `unpack_codes(..., scaled=True)`: what it gives times 2^r is the value."""
-    return 0
-
-
-def _check(what: str, tile: RegisterTensor, packed: RegisterTensor, code: DataType) -> None:
+def _check(
+    what: str, tile: RegisterTensor, packed: RegisterTensor, code: DataType, packed_as: DataType, packed_for: DataType
+) -> None:
     """A thread's codes, the slots of `tile`, must fill its bits of `packed` in whole chunks."""
+    if code.nbits != packed_as.nbits:
+        raise TilusError(
+            f"{what}: codes of {code} ({code.nbits} bits) in the packed order of {packed_as} ({packed_as.nbits} bits)",
+            hint="packed_as must have as many bits as the codes",
+        )
     if tile.layout is None or packed.layout is None:
         raise TilusError(
             f"{what} needs the layouts of both tiles",
@@ -97,7 +111,7 @@ def _check(what: str, tile: RegisterTensor, packed: RegisterTensor, code: DataTy
         raise TilusError(
             f"{what} between a layout of {tile.layout.num_threads} threads and one of {packed.layout.num_threads}"
         )
-    order = packed_order(code)
+    order = packed_order(packed_as, packed_for)
     have, want = packed.layout.num_locals * packed.dtype.nbits, tile.layout.num_locals * code.nbits
     if have != want or tile.layout.num_locals % order.chunk:
         raise TilusError(
@@ -124,30 +138,34 @@ def _positions(tile: RegisterTensor) -> npt.NDArray[np.intp]:
     """The row-major position of every (thread, slot)."""
     if tile.layout is None:
         raise ValueError("packed codes without layouts passed the verifier")
-    return np.ravel_multi_index(tuple(np.moveaxis(tile.layout.table(), -1, 0)), tile.shape)
+    return np.asarray(np.ravel_multi_index(tuple(np.moveaxis(tile.layout.table(), -1, 0)), tile.shape))
 
 
 @builtin
 def pack_codes(
-    b: IRBuilder, x: RegisterTensor, dtype: DataType, shape: Sequence[int], layout: RegisterLayout
-) -> RegisterTensor:
+    b: IRBuilder, x: RegisterTensor, dtype: DataType, shape: Sequence[int], layout: RegisterLayout, *,
+    packed_as: DataType | None = None, packed_for: DataType = f16,
+) -> RegisterTensor:  # fmt: skip
     """Each thread's codes of `x`, in the order of its slots, as the bits of their packed order: a tile of `dtype` in `layout`.
 
-    The layout of `x` must be pinned, and give each thread whole chunks of codes (`packed_order(x.dtype).chunk`).
+    The layout of `x` must be pinned, and give each thread whole chunks of codes. The order is that of
+    `packed_order(packed_as, packed_for)`. packed_as: the type that the codes will be read as, by default that of `x`. packed_for:
+    the type that they will be cast to, f16 or bf16.
     """
-    return b.emit(PackCodes(b.tile(dtype, tuple(shape), layout), x)).out
+    return b.emit(PackCodes(b.tile(dtype, tuple(shape), layout), x, packed_as or x.dtype, packed_for)).out
 
 
 @builtin
 def unpack_codes(
     b: IRBuilder, x: RegisterTensor, code: DataType, dtype: DataType, shape: Sequence[int], layout: RegisterLayout, *,
-    scaled: bool = False,
+    packed_as: DataType | None = None, packed_for: DataType = f16, scaled: bool = False,
 ) -> RegisterTensor:  # fmt: skip
     """Each thread's bits of `x`, codes of type `code` in packed order, as a tile of `dtype` in `layout`.
 
     The layout of `x` must be pinned; a thread's codes come in the order of the result's slots. The result is the cast of the
-    codes; dtype `code` itself leaves them as they are. scaled: the result is the cast divided by
-    2^`scale_exponent(code, dtype)`, without a multiplication, for a caller that multiplies by a scale in any case. `dtype` is
-    then f16 or bf16.
+    codes; dtype `code` itself leaves them as they are. The order is `packed_order(packed_as, packed_for)`, as in `pack_codes`.
+    scaled: the result is the cast divided by 2^`scale_exponent(code, dtype)`, without a multiplication, for a caller that
+    multiplies by a scale in any case; `dtype` is then f16 or bf16.
     """
-    return b.emit(UnpackCodes(b.tile(dtype, tuple(shape), layout), x, code, scaled)).out
+    out = b.tile(dtype, tuple(shape), layout)
+    return b.emit(UnpackCodes(out, x, code, packed_as or code, packed_for, scaled)).out

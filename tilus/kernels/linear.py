@@ -18,12 +18,11 @@ from typing import Any
 
 import tilus
 from tilus import Const, Tensor, config, f16, f32, int32, uint4, uint8
-from tilus.dtypes import DataType
+from tilus.codegen.cast_plan import scale_exponent
+from tilus.dtypes import DTYPES, DataType
 from tilus.errors import TilusError
-from tilus.instructions.packed_codes import scale_exponent
 from tilus.kernels.allocate import counters, empty, is_cuda
 from tilus.kernels.columns import take_columns
-from tilus.kernels.quantize.factors import E8M0, factor_dtype
 from tilus.kernels.quantize.packed import QuantizedWeight
 from tilus.kernels.quantize.tiles import (
     TILE,
@@ -38,6 +37,8 @@ from tilus.kernels.schedule import Schedule, schedule
 from tilus.layout import local, replicated
 
 EMULATED_SMS = 132  # an H100
+# Codes that a cast leaves divided by 2^r must not make products that f32 loses: bf16 has floats with r up to 126.
+LARGEST_RESIDUAL = 16
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,7 @@ def load_codes(codes, row_tile, tile, wdtype: DataType, step: Step):
 def factor_values(raw, dtype: DataType, compute: DataType, step: Step):
     """[rows * sets, 64] in the order of rows, as numbers of type `compute`."""
     shape, layout = [step.rows, step.sets, 8, 8], factor_layout(step.rows, step.sets, step.warps, 1)
-    if dtype == E8M0:  # the exponent of an f32; 2^-127 is a subnormal
-        bits = tilus.maximum(tilus.cast(raw, int32) << 23, 1 << 22)
-        values = tilus.view(tilus.with_layout(bits, layout), f32, shape, layout)
-    else:
-        values = tilus.view(raw, dtype, shape, layout)
+    values = tilus.view(raw, dtype, shape, layout)
     return tilus.reshape(tilus.transpose(tilus.cast(values, compute), [0, 1, 3, 2]), [step.rows * step.sets, TILE])
 
 
@@ -103,7 +100,8 @@ def weight_tile(raw, zeros, table, wdtype: DataType, act: DataType, step: Step):
     layout, shape = fragment_layout(step.batch), [step.batch, TILE, TILE]
     if table is not None:
         return tilus.lookup(table, tilus.view(raw, uint4, shape, layout))
-    numbers = tilus.unpack_codes(raw, wdtype, act, shape, layout, scaled=zeros is None)
+    scaled = residual(wdtype, act, table, zeros) != 0
+    numbers = tilus.unpack_codes(raw, wdtype, act, shape, layout, scaled=scaled)
     if zeros is None:
         return numbers
     split = tilus.reshape(numbers, [step.batch // step.sharing, step.sharing, TILE, step.pieces, -1])
@@ -114,7 +112,10 @@ def weight_tile(raw, zeros, table, wdtype: DataType, act: DataType, step: Step):
 
 def residual(wdtype: DataType, act: DataType, table, zeros) -> int:
     """The r for which `weight_tile` gives numbers divided by 2^r."""
-    return 0 if table is not None or zeros is not None else scale_exponent(wdtype, act)
+    if table is not None or zeros is not None:
+        return 0
+    exponent = scale_exponent(wdtype, act)
+    return exponent if exponent <= LARGEST_RESIDUAL else 0
 
 
 def activation_tile(x, tokens: int, step: Step):
@@ -146,9 +147,7 @@ def scaled_sum(total, part, sums, scales, mins, piece: int, step: Step):
     """total + scales * part + mins * sums, with the factors of one piece."""
     tokens = part.shape[2]
     shape = [step.batch // step.sharing, step.sharing, 4, 16, tokens]
-    result = tilus.fma(
-        tilus.reshape(part, shape), piece_of_factors(scales, piece, step), tilus.reshape(total, shape)
-    )
+    result = tilus.fma(tilus.reshape(part, shape), piece_of_factors(scales, piece, step), tilus.reshape(total, shape))
     if mins is not None:
         by_row = tilus.broadcast(piece_of_factors(mins, piece, step), shape)
         result = tilus.fma(by_row, tilus.reshape(sums, [shape[0], shape[1], 1, 16, tokens]), result)
@@ -191,7 +190,10 @@ class Weights:
     def load(self, array, dtype: DataType, tile):
         step = self.step
         first = 0 if step.span == WHOLE else tile * TILE // step.span
-        shape, layout = [step.rows, step.sets, 8, 8 * dtype.nbytes], factor_layout(step.rows, step.sets, step.warps, dtype.nbytes)
+        shape, layout = (
+            [step.rows, step.sets, 8, 8 * dtype.nbytes],
+            factor_layout(step.rows, step.sets, step.warps, dtype.nbytes),
+        )
         return tilus.load(array, [self.row_tile, first, 0, 0], shape=shape, layout=layout)
 
     def numbers(self, exponent: int, act: DataType):
@@ -246,10 +248,10 @@ def quantized_linear(
     dtypes = (wdtype, scale_dtype, mins_dtype)
 
     ahead = [Weights(own_codes, (scales, mins, zeros), dtypes, row_tile, step) for _ in range(stages)]
+    once = None
     if span == WHOLE:
-        whole = Weights(own_codes, (scales, mins, zeros), dtypes, row_tile, step)
-        whole.fetch_factors(0)
-        scale, minimum, zero = whole.numbers(exponent, x.dtype)
+        ahead[0].fetch_factors(0)
+        once = ahead[0].numbers(exponent, x.dtype)
     for index in range(stages):
         ahead[index].fetch(begin + index * warps)
     total = tilus.zeros([step.batch, TILE, tokens], f32)
@@ -260,18 +262,18 @@ def quantized_linear(
             shape, layout = [tokens, warps * TILE], activation_layout(tokens, span, rows, warps)
             right = activation_tile(tilus.load(x, [first_token, tile * TILE], shape, layout=layout), tokens, step)
             raw = weights.codes
-            if span != WHOLE:
-                scale, minimum, zero = weights.numbers(exponent, x.dtype)
+            scale, minimum, zero = once if once is not None else weights.numbers(exponent, x.dtype)
             weights.fetch(tile + warps * stages)
             w = weight_tile(raw, zero, lookup_table, wdtype, x.dtype, step)
-            if span != WHOLE:
+            if once is None:
                 total = add_groups(total, w, right, scale, minimum, step)
             else:
                 total = tilus.dot(w, right, total)
                 if mins is not None:
                     sums = sums_of_activations(right, step, sums)
-    if span == WHOLE:
-        total = scaled_sum(tilus.zeros([step.batch, TILE, tokens], f32), total, sums, scale, minimum, 0, step)
+    if once is not None:
+        nothing = tilus.zeros([step.batch, TILE, tokens], f32)
+        total = scaled_sum(nothing, total, sums, once[0], once[1], 0, step)
 
     by_row = tilus.sum(tilus.reshape(total, [rows, warps, TILE, tokens]), axis=1)
     result = tilus.reshape(by_row, [rows * TILE, tokens]) * 2.0**exponent
@@ -335,7 +337,9 @@ def linear(
         return y
     tiles_n, tiles_k = int(weight.codes.shape[0]), int(weight.codes.shape[1])
     plan = schedule(m, tiles_n, tiles_k, weight.dtype.nbits, _num_sms(x, device))
-    launch(x if weight.columns is None else take_columns(x, weight.columns, device=device), weight, y, bias, plan, device)
+    launch(
+        x if weight.columns is None else take_columns(x, weight.columns, device=device), weight, y, bias, plan, device
+    )
     return y
 
 
@@ -349,8 +353,8 @@ def launch(x: Any, weight: QuantizedWeight, y: Any, bias: Any | None, plan: Sche
         tickets = counters(x, int(weight.codes.shape[0]) * -(-m // plan.tokens))
     quantized_linear.on(device)(
         x, weight.codes, weight.scales, y, header.global_scale, weight.mins, weight.zeros, weight.table, bias, partial, tickets,
-        wdtype=header.dtype, scale_dtype=factor_dtype(header.scale_dtype),
-        mins_dtype=None if header.mins_dtype is None else factor_dtype(header.mins_dtype),
+        wdtype=header.dtype, scale_dtype=DTYPES[header.scale_dtype],
+        mins_dtype=None if header.mins_dtype is None else DTYPES[header.mins_dtype],
         span=header.span, tokens=plan.tokens, rows=plan.rows, warps=plan.warps, stages=plan.stages, blocks_per_sm=plan.blocks_per_sm,
     )  # fmt: skip
 

@@ -70,21 +70,17 @@ def pack_codes_kernel(
     span: Const,
     lookup: Const,
 ):
-    """One tile a block of one warp: threads read the bytes that they hold in the packed tile, and write their chunks.
-
-    Codes are those of finite values.
-    """
+    """One tile a block of one warp: threads read the bytes that they hold in the packed tile, and write their chunks."""
     tilus.grid(packed.shape[0], packed.shape[1], warps=1)
     i, j = tilus.block_id(0), tilus.block_id(1)
     tile = tilus.load(codes, [i * TILE, j * TILE], [TILE, TILE], layout=plain_layout(span))
-    # The bits are what matters, so codes of every type are cast as unsigned integers, and then seen as what they are.
+    # The bits are what matters, so codes of every type are moved as unsigned integers.
     unsigned = tilus.cast(to_packed_order(tile, span), DTYPES[f"uint{wdtype.nbits}"], layout=fragment_layout(1))
     shape, layout = [1, 1, 512 * wdtype.nbits], byte_layout(wdtype, 1, 1)
     if lookup:
         raw = tilus.view(unsigned, uint8, shape, layout)
     else:
-        typed = tilus.view(unsigned, wdtype, [1, TILE, TILE], fragment_layout(1))
-        raw = tilus.pack_codes(typed, uint8, shape, layout)
+        raw = tilus.pack_codes(unsigned, uint8, shape, layout, packed_as=wdtype)
     tilus.store(packed, [i, j, 0], raw)
 
 
@@ -106,7 +102,7 @@ def unpack_codes_kernel(
     if lookup:
         tile = tilus.view(raw, unsigned, shape, layout)
     else:
-        tile = tilus.view(tilus.unpack_codes(raw, wdtype, wdtype, shape, layout), unsigned, shape, layout)
+        tile = tilus.unpack_codes(raw, unsigned, unsigned, shape, layout, packed_as=wdtype)
     plain = to_plain_order(tilus.cast(tile, uint8), span)
     tilus.store(codes, [i * TILE, j * TILE], tilus.with_layout(plain, plain_layout(span)))
 
@@ -116,6 +112,8 @@ def pack_codes_on(codes: Any, packed: Any, dtype: DataType, span: int, lookup: b
     pack_codes_kernel.on(device)(codes, packed, wdtype=dtype, span=span, lookup=lookup)
 
 
-def unpack_codes_on(packed: Any, codes: Any, dtype: DataType, span: int, lookup: bool, device: str | None = None) -> None:
+def unpack_codes_on(
+    packed: Any, codes: Any, dtype: DataType, span: int, lookup: bool, device: str | None = None
+) -> None:
     """`unpack_codes` by the kernel, cut to the shape of `codes` [N, K]."""
     unpack_codes_kernel.on(device)(packed, codes, wdtype=dtype, span=span, lookup=lookup)

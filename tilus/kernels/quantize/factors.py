@@ -7,35 +7,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tilus.dtypes import DTYPES, DataType
+from tilus.dtypes import DTYPES
 from tilus.errors import TilusError
 from tilus.kernels.quantize.tiles import TILE, WHOLE, span_of
 
 Array = npt.NDArray[Any]
 Bytes = npt.NDArray[np.uint8]
-# A byte e that stands for 2^(e - 127), 255 for NaN: OCP Microscaling Formats 1.0. Its codes are read and written here only.
-E8M0 = DataType("float8_e8m0", "float", 8, 8, 0, "nan")
-
-
-def factor_dtype(name: str) -> DataType:
-    """The type of factors of that name."""
-    return E8M0 if name == E8M0.name else DTYPES[name]
-
-
-def encode(values: Array, dtype: str) -> Array:
-    """Numbers as codes of a type of factors. What is no number of the type gets a code that decodes to something else."""
-    if dtype != E8M0.name:
-        return DTYPES[dtype].encode(values)
-    exponents = np.frexp(np.where(values > 0, values, np.float32(1)))[1] - 1
-    return (np.clip(exponents, -127, 127) + 127).astype(np.uint8)
-
-
-def decode(codes: Array, dtype: str) -> Array:
-    """What codes stand for, float32."""
-    if dtype != E8M0.name:
-        return np.asarray(DTYPES[dtype].decode(codes), np.float32)
-    powers = np.ldexp(np.float32(1), codes.astype(np.int32) - 127).astype(np.float32)
-    return np.where(codes == 255, np.float32(np.nan), powers)
 
 
 def exact_codes(values: Array, dtype: str, name: str) -> Array:
@@ -47,8 +24,8 @@ def exact_codes(values: Array, dtype: str, name: str) -> Array:
     if not finite.all():
         row, group = (int(i) for i in np.argwhere(~finite)[0])
         raise TilusError(f"{name} of row {row}, group {group} is {values[row, group]}, expected a finite number")
-    codes = encode(values, dtype)
-    found = decode(codes, dtype)
+    codes = DTYPES[dtype].encode(values)
+    found = np.asarray(DTYPES[dtype].decode(codes), np.float32)
     if not np.array_equal(found, values):
         row, group = (int(i) for i in np.argwhere(found != values)[0])
         raise TilusError(

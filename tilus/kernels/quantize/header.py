@@ -13,7 +13,7 @@ from tilus.errors import TilusError
 from tilus.kernels.quantize.tiles import SMALLEST_GROUP, TILE, WHOLE, span_of
 
 LAYOUT_VERSION = 2
-# Types of scales by name. e8m0 is a byte e that stands for 2^(e - 127), of OCP Microscaling Formats 1.0.
+# Types of scales and minimums, by name.
 FACTOR_NBYTES = {"f16": 2, "bf16": 2, "f32": 4, "float8_e4m3": 1, "float8_e8m0": 1}
 ZERO_NBYTES = 2  # f16, which holds every zero point
 
@@ -48,7 +48,8 @@ class WeightHeader:
             raise TilusError(f"a weight of shape {[n, k]}, expected at least [1, 1]")
         if self.group != k and (self.group < 1 or self.group % SMALLEST_GROUP or k % self.group):
             raise TilusError(
-                f"groups of {self.group} columns for K = {k}, expected a multiple of {SMALLEST_GROUP} that divides K, or K itself",
+                f"groups of {self.group} columns for K = {k}, "
+                f"expected a multiple of {SMALLEST_GROUP} that divides K, or K itself",
                 hint="quantise in groups of 16, 32, 64, 128 or K",
             )
         for what, name in (("scales", self.scale_dtype), ("minimums", self.mins_dtype)):
@@ -125,7 +126,9 @@ class WeightHeader:
         if set(data) != set(expected):
             raise TilusError(f"the header of a packed weight has fields {sorted(data)}, expected {sorted(expected)}")
         if data["dtype"] not in DTYPES:
-            raise TilusError(f"the header of a packed weight names the type {data['dtype']!r}, expected one of tilus.dtypes")
+            raise TilusError(
+                f"the header of a packed weight names the type {data['dtype']!r}, expected one of tilus.dtypes"
+            )
         for name, kinds in _JSON_TYPES.items():
             if not isinstance(data[name], kinds) or (bool not in kinds and isinstance(data[name], bool)):
                 raise TilusError(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tilus.dtypes import DataType, f16
+from tilus.dtypes import DTYPES, DataType, f16
 from tilus.errors import TilusError
 from tilus.kernels.allocate import is_cuda
 from tilus.kernels.quantize import factors
@@ -50,9 +50,10 @@ class QuantizedWeight:
                 continue
             shape, dtype = tuple(int(extent) for extent in array.shape), str(array.dtype).removeprefix("torch.")
             if (shape, dtype) != expected[name]:
+                header = self.header
                 raise TilusError(
                     f"{name} of a packed weight are {dtype}{list(shape)}, expected {expected[name][1]}"
-                    f"{list(expected[name][0])} for {self.header.dtype} {list(self.header.shape)} in groups of {self.header.group}",
+                    f"{list(expected[name][0])} for {header.dtype} {list(header.shape)} in groups of {header.group}",
                     hint="the array was cut off, or belongs to another weight",
                 )
 
@@ -141,8 +142,8 @@ def unpack(weight: QuantizedWeight) -> QuantizedMatrix:
     n, k = header.shape
 
     def collected(packed: Any, dtype: str) -> Array:
-        codes = factors.collect(_numpy(packed), n, k, header.group, factors.factor_dtype(dtype).storage)
-        return factors.decode(codes, dtype)
+        codes = factors.collect(_numpy(packed), n, k, header.group, DTYPES[dtype].storage)
+        return np.asarray(DTYPES[dtype].decode(codes), np.float32)
 
     zeros = None if weight.zeros is None else collected(weight.zeros, f16.name).astype(np.int16)
     mins = None if weight.mins is None else collected(weight.mins, header.mins_dtype or f16.name)
@@ -155,7 +156,7 @@ def unpack(weight: QuantizedWeight) -> QuantizedMatrix:
         table=None if weight.table is None else _numpy(weight.table),
         columns=None if weight.columns is None else _numpy(weight.columns),
         global_scale=header.global_scale,
-        scale_dtype=factors.factor_dtype(header.scale_dtype),
+        scale_dtype=DTYPES[header.scale_dtype],
     )
 
 
@@ -165,7 +166,7 @@ def _header(matrix: QuantizedMatrix) -> WeightHeader:
     if matrix.mins is not None:
         mins = matrix.mins
         usual = (scale_dtype, "f16") if scale_dtype in ("f16", "bf16") else ("f16",)
-        holding = (name for name in usual if np.array_equal(factors.decode(factors.encode(mins, name), name), mins))
+        holding = (name for name in usual if np.array_equal(DTYPES[name].round(mins), mins))
         mins_dtype = next(holding, "f32")
     return WeightHeader(
         dtype=matrix.dtype,
@@ -187,7 +188,9 @@ def _packed_factors(values: Array, dtype: str, name: str, k: int, group: int) ->
 def _check_codes(matrix: QuantizedMatrix) -> None:
     codes, dtype = matrix.codes, matrix.dtype
     if codes.dtype != np.uint8:
-        raise TilusError(f"codes of dtype {codes.dtype}, expected uint8 [N, K]", hint="codes are raw: view them as uint8")
+        raise TilusError(
+            f"codes of dtype {codes.dtype}, expected uint8 [N, K]", hint="codes are raw: view them as uint8"
+        )
     if int(codes.max()) >= dtype.num_codes:
         raise TilusError(f"code {int(codes.max())}, expected less than {dtype.num_codes} for {dtype.name}")
     if matrix.table is None and dtype.is_float:
