@@ -11,7 +11,7 @@ import pytest
 
 import tilus.kernels
 from tilus.compiler import compile_function
-from tilus.dtypes import f16, float6_e3m2, int4, int8, uint4
+from tilus.dtypes import f16, f32, float6_e3m2, float8_e4m3, int4, int8, uint4
 from tilus.instructions import INSTRUCTIONS
 from tilus.ir import parser
 from tilus.ir.function import Function
@@ -28,12 +28,42 @@ SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
     ],
     "embedding.dense_embedding_kernel": [{}],
     "embedding.quantized_embedding_kernel": [{"group": 32}],
+    "columns.take_columns_kernel": [{}],
     "linear.quantized_linear": [
-        {"wdtype": uint4, "groups": 1, "tokens": 8, "warps": 4, "splits": 1},
-        {"wdtype": int4, "groups": 2, "tokens": 16, "warps": 2, "splits": 1},
-        {"wdtype": float6_e3m2, "groups": 1, "tokens": 8, "warps": 4, "splits": 1},
+        {
+            "wdtype": uint4,
+            "scale_dtype": f16,
+            "span": 128,
+            "tokens": 8,
+            "rows": 2,
+            "warps": 2,
+            "stages": 1,
+            "blocks_per_sm": 1,
+        },
+        {
+            "wdtype": int4,
+            "scale_dtype": float8_e4m3,
+            "span": 16,
+            "tokens": 16,
+            "rows": 1,
+            "warps": 2,
+            "stages": 1,
+            "blocks_per_sm": 1,
+        },
+        {
+            "wdtype": float6_e3m2,
+            "scale_dtype": f32,
+            "span": 0,
+            "tokens": 8,
+            "rows": 1,
+            "warps": 4,
+            "stages": 2,
+            "blocks_per_sm": 2,
+        },
     ],
     "norm.rms_norm_kernel": [{"hidden": 768}],
+    "quantize.codes.pack_codes_kernel": [{"wdtype": uint4, "span": 32, "lookup": False}],
+    "quantize.codes.unpack_codes_kernel": [{"wdtype": int8, "span": 0, "lookup": True}],
     "rope.rope_append_kernel": [{"head_dim": 64, "heads": 9, "q_heads": 3, "kv_heads": 3, "page_size": 16}],
 }
 
@@ -44,12 +74,12 @@ def parse(text: str, **options: Any) -> Function:
 
 def library() -> dict[str, Kernel]:
     found: dict[str, Kernel] = {}
-    for info in pkgutil.iter_modules(tilus.kernels.__path__):
-        module = importlib.import_module(f"tilus.kernels.{info.name}")
+    for info in pkgutil.walk_packages(tilus.kernels.__path__, "tilus.kernels."):
+        module = importlib.import_module(info.name)
         found |= {
-            f"{info.name}.{name}": value
+            f"{info.name.removeprefix('tilus.kernels.')}.{name}": value
             for name, value in vars(module).items()
-            if isinstance(value, Kernel) and not name.startswith("_") and info.name in value.signature.loc.file
+            if isinstance(value, Kernel) and not name.startswith("_") and value.signature.loc.file == module.__file__
         }
     return found
 
@@ -67,7 +97,7 @@ def test_every_kernel_is_here() -> None:
 )
 def test_round_trip(name: str, consts: dict[str, Any]) -> None:
     target = get_target("sm_90a")
-    types = {"act": f16, "out": f16, "dtype": f16, "code": int8}
+    types = {"act": f16, "out": f16, "dtype": f16, "code": int8, "bias_type": f32}
     kernel = library()[name]
     wanted = {t: dtype for t, dtype in types.items() if any(p.type.dtype == t for p in kernel.signature.tensors)}
     function = kernel.ir(**consts, **wanted)

@@ -13,9 +13,10 @@ import tilus
 from tilus.kernels.activation import silu_mul_kernel
 from tilus.kernels.attention import paged_attention_kernel
 from tilus.kernels.embedding import dense_embedding_kernel, quantized_embedding_kernel
-from tilus.kernels.linear import quantized_linear, schedule
+from tilus.kernels.linear import quantized_linear
 from tilus.kernels.norm import rms_norm_kernel
 from tilus.kernels.rope import rope_append_kernel
+from tilus.kernels.schedule import schedule
 from tilus.lang.kernel import Kernel
 from tilus.ptx.assembler import assemble
 from tilus.target import get_target
@@ -74,18 +75,20 @@ def test_add_rms_norm(target: str) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", [tilus.uint4, tilus.int3, tilus.float6_e3m2, tilus.int8], ids=str)
-@pytest.mark.parametrize("m", [1, 16, 256])
-def test_linear(dtype: tilus.DataType, m: int, target: str) -> None:
-    """Of 4096 x 4096 in groups of 32, with the schedule of an H100; unsigned codes have minimums, few tokens split K."""
+@pytest.mark.parametrize(("m", "group"), [(1, 128), (1, 32), (16, 32), (16, 128), (256, 128), (256, 16)])
+def test_linear(dtype: tilus.DataType, m: int, group: int, target: str) -> None:
+    """Of 4096 x 4096, with the schedule of an H100; unsigned codes have minimums, few tokens split K."""
     plan = schedule(m, 64, 64, dtype.nbits, 132)
     x, codes = torch.empty(m, 4096).half(), torch.empty(64, 64, 512 * dtype.nbits, dtype=torch.uint8)
-    scales = torch.empty(64, 64, 2, 8, 8).half()
+    scales = torch.empty(64, 4096 // group, 8, 16, dtype=torch.uint8)
     partial, tickets = None, None
     if plan.splits > 1:
         partial, tickets = torch.empty(plan.splits, m, 4096), torch.empty(64, dtype=torch.int32)
+    mins = None if dtype.is_signed else scales
     assert_no_spills(
-        quantized_linear, target, x, codes, scales, x, None if dtype.is_signed else scales, partial, tickets,
-        wdtype=dtype, groups=2, tokens=plan.tokens, warps=plan.warps,
+        quantized_linear, target, x, codes, scales, x, 1.0, mins, None, None, None, partial, tickets,
+        wdtype=dtype, scale_dtype=tilus.f16, mins_dtype=tilus.f16, span=group, tokens=plan.tokens, rows=plan.rows,
+        warps=plan.warps, stages=plan.stages, blocks_per_sm=plan.blocks_per_sm,
     )  # fmt: skip
 
 

@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 import torch
 from rounding import Array, float64
-from weights import random_weight
+from weights import exact, random_matrix
 
 import tilus
 from tilus.compiler import Compiled, compile_function
 from tilus.kernels import linear, paged_attention
 from tilus.kernels.attention import paged_attention_kernel
 from tilus.kernels.linear import quantized_linear
+from tilus.kernels.quantize import pack
 from tilus.lang.kernel import Kernel
 from tilus.ptx.module import Address, Imm, Instr, Item, Module, Vector
 from tilus.runtime import execute
@@ -63,11 +64,13 @@ def matmul(name: str) -> Subject:
 
 def quantized() -> Subject:
     """Whole tiles: damage to what is cut off at an edge would not be seen."""
-    weight = random_weight(tilus.uint4, 128, 576, 32, mins=True)
-    packed, x = weight.packed(), torch.randn(16, 576, generator=torch.Generator().manual_seed(0)).half()
-    dense = weight.products + weight.offsets
-    bound = 2.0**-10 * np.abs(float64(x)) @ (np.abs(weight.products) + np.abs(weight.offsets)).T
-    return Subject(quantized_linear, lambda: float64(linear(x, packed, device="emulator")), float64(x) @ dense.T, bound)
+    matrix = random_matrix(tilus.uint4, 128, 576, 32, mins=True)
+    packed, x = pack(matrix, "cpu"), torch.randn(16, 576, generator=torch.Generator().manual_seed(0)).half()
+    weight = exact(matrix)
+    bound = 2.0**-10 * np.abs(float64(x)) @ weight.sizes.T
+    return Subject(
+        quantized_linear, lambda: float64(linear(x, packed, device="emulator")), float64(x) @ weight.values.T, bound
+    )
 
 
 def attention() -> Subject:

@@ -3,6 +3,7 @@
 Torch is not imported.
 """
 
+from tilus.kernels.quantize.header import WeightHeader as WeightHeader
 from tilus.kernels.quantize.matrix import QuantizedMatrix as QuantizedMatrix
 from tilus.kernels.quantize.packed import QuantizedWeight as QuantizedWeight
 from tilus.kernels.quantize.packed import pack as pack
