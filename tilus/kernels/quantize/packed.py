@@ -127,33 +127,6 @@ def unpack(weight: QuantizedWeight) -> tuple[Array, Array, Array | None]:
     return codes, _unpack_scales(_numpy(weight.scales), n, groups, weight.group), minimums
 
 
-def quantize(weight: Any, dtype: DataType, group: int | None = None) -> QuantizedWeight:
-    """Round a weight [N, K] to nearest codes of `dtype`, with one f16 scale per group such that the largest magnitude fits.
-
-    Unsigned integer types also get a minimum per group, so that they cover the range of its values.
-    """
-    values = np.asarray(_numpy(weight), np.float32)
-    n, k = values.shape
-    width = k if group is None else group
-    if k % width:
-        raise TilusError(f"groups of {width} do not divide K = {k}", hint="choose a group that divides K, or K itself")
-    grouped = values.reshape(n, k // width, width)
-    if dtype.is_integer and not dtype.is_signed:
-        low, high = grouped.min(-1), grouped.max(-1)
-        scale = ((high - low) / dtype.max_value).astype(np.float16)
-        minimum: Array | None = low.astype(np.float16)
-        centred = grouped - low.astype(np.float16).astype(np.float32)[..., None]
-    else:
-        limit = max(dtype.max_value, 1) if dtype.is_float or dtype.nbits > 1 else 1
-        scale, minimum = (np.abs(grouped).max(-1) / limit).astype(np.float16), None
-        centred = grouped
-    divisor = scale.astype(np.float32)[..., None]
-    ratio = np.divide(centred, divisor, out=np.zeros_like(centred), where=divisor != 0)
-    codes = dtype.encode(ratio).reshape(n, k).astype(np.uint8)
-    mins = None if minimum is None else _like(weight, minimum)
-    return pack(_like(weight, codes), _like(weight, scale), dtype=dtype, mins=mins, group=width)
-
-
 def _check(codes: Array, scales: Array, mins: Array | None, dtype: DataType, group: int | None) -> None:
     if dtype.nbits > 8:
         raise TilusError(f"weights of {dtype.name}, expected a type of 1 to 8 bits")
