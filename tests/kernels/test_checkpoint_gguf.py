@@ -141,7 +141,9 @@ def write_tensor(path: Path, name: str, data: np.ndarray, kind: GGMLQuantization
 
 
 def test_an_unsupported_type_is_named(tmp_path: Path) -> None:
-    path = write_tensor(tmp_path / "q2.gguf", "blk.0.attn_q.weight", np.zeros((1, 84), np.uint8), GGMLQuantizationType.Q2_K)
+    path = write_tensor(
+        tmp_path / "q2.gguf", "blk.0.attn_q.weight", np.zeros((1, 84), np.uint8), GGMLQuantizationType.Q2_K
+    )
     with pytest.raises(TilusError) as caught:
         GGUFFile(path)
     assert str(caught.value) == (

@@ -10,12 +10,12 @@ from tilus.dtypes import DataType
 # Only a name for what scales are exact in: its codes are read and written by the functions below.
 e8m0 = DataType("float8_e8m0", "float", 8, 8, 0, "nan")
 MIN_EXPONENT, MAX_EXPONENT = -127, 127
+_VALUES = np.append(np.ldexp(np.float32(1), np.arange(MIN_EXPONENT, MAX_EXPONENT + 1)), np.float32(np.nan))
 
 
 def decode(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     """The powers of two, float32; NaN for 255."""
-    values = np.ldexp(np.float32(1), codes.astype(np.int32) - 127)
-    return np.where(codes == 255, np.float32(np.nan), values.astype(np.float32))
+    return _VALUES[codes]
 
 
 def encode(scales: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:

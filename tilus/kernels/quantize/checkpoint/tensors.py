@@ -49,7 +49,7 @@ class Tensors(Mapping[str, StoredTensor]):
 
     @staticmethod
     def _shard(path: Path, name: str, file: object) -> Path:
-        if not isinstance(file, str) or Path(file).name != file:
+        if not isinstance(file, str) or not file or Path(file).name != file:
             raise TilusError(
                 f"{path / INDEX}: tensor {name} is in {file!r}, expected the name of a file beside the index"
             )
