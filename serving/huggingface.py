@@ -14,6 +14,7 @@ import numpy.typing as npt
 from serving import tokenizer
 from serving.config import ModelConfig
 from serving.loader import Checkpoint
+from serving.names import full_name
 from serving.quantize import quantize_on_load
 from serving.tokenizer import read_json
 from tilus.dtypes import DataType, int8
@@ -21,18 +22,6 @@ from tilus.errors import TilusError
 from tilus.kernels.quantize import QuantizedMatrix, open_tensors
 
 _ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
-_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 
 
 def open_directory(directory: Path, weight_dtype: DataType) -> Checkpoint:
@@ -94,12 +83,12 @@ class DirectoryWeights:
 
     def has(self, name: str) -> bool:
         # Tied models may still store a head, a copy of the embedding.
-        return _full_name(name) in self._tensors and not (self._tied and name == "output")
+        return full_name(name) in self._tensors and not (self._tied and name == "output")
 
     def vector(self, name: str) -> npt.NDArray[np.float32]:
-        found = self._tensors[_full_name(name)]
+        found = self._tensors[full_name(name)]
         if isinstance(found, QuantizedMatrix):
-            raise TilusError(f"{_full_name(name)} is stored quantised, expected floats")
+            raise TilusError(f"{full_name(name)} is stored quantised, expected floats")
         return _floats(found, name)
 
     def matrix(self, name: str) -> QuantizedMatrix:
@@ -109,25 +98,19 @@ class DirectoryWeights:
         return self._quantized("token_embd", int8)
 
     def _quantized(self, name: str, dtype: DataType) -> QuantizedMatrix:
-        full_name = _full_name(name)
-        bias = full_name.removesuffix("weight") + "bias"
+        stored_name = full_name(name)
+        bias = stored_name.removesuffix("weight") + "bias"
         if bias in self._tensors and np.asarray(self._tensors[bias]).any():  # some GPTQ writers add zeros
             raise TilusError(f"{bias} is not zero, but biases are not supported")
-        found = self._tensors[full_name]
-        return found if isinstance(found, QuantizedMatrix) else quantize_on_load(_floats(found, name), dtype, full_name)
+        found = self._tensors[stored_name]
+        if isinstance(found, QuantizedMatrix):
+            return found
+        return quantize_on_load(_floats(found, name), dtype, stored_name)
 
 
 def _floats(array: npt.NDArray[np.generic], name: str) -> npt.NDArray[np.float32]:
     if array.dtype != np.float32:
         raise TilusError(
-            f"{_full_name(name)} has dtype {array.dtype}, supported are float32, float16, bfloat16 and quantised weights"
+            f"{full_name(name)} has dtype {array.dtype}, supported are float32, float16, bfloat16 and quantised weights"
         )
     return np.asarray(array, np.float32)
-
-
-def _full_name(name: str) -> str:
-    """Hugging Face's name of a tensor: `blk.3.attn_q` is `model.layers.3.self_attn.q_proj.weight`."""
-    if not name.startswith("blk."):
-        return f"{_NAMES[name]}.weight"
-    _, layer, part = name.split(".")
-    return f"model.layers.{layer}.{_LAYER_NAMES[part]}.weight"

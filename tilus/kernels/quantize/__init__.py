@@ -5,6 +5,7 @@ Torch is not imported.
 """
 
 from tilus.kernels.quantize.checkpoint.gguf import GGUFFile as GGUFFile
+from tilus.kernels.quantize.checkpoint.safetensors import StoredTensor as StoredTensor
 from tilus.kernels.quantize.load import FORMATS as FORMATS
 from tilus.kernels.quantize.load import CheckpointTensors as CheckpointTensors
 from tilus.kernels.quantize.load import load as load
@@ -19,3 +20,4 @@ from tilus.kernels.quantize.recipe import Recipe as Recipe
 from tilus.kernels.quantize.recipe import recipe as recipe
 from tilus.kernels.quantize.rounding import SCHEMES as SCHEMES
 from tilus.kernels.quantize.rounding import quantize as quantize
+from tilus.kernels.quantize.save import CheckpointWriter as CheckpointWriter
