@@ -11,8 +11,8 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from tilus.dtypes import DataType
 from tilus.errors import TilusError
+from tilus.kernels.quantize import QuantizedMatrix
 
 # Each library has its own packed form of a weight; the model only carries it from `pack` to `linear`.
 PackedWeight = Any
@@ -21,8 +21,8 @@ PackedWeight = Any
 class Quantize(Protocol):
     """Packing of weights."""
 
-    def pack(self, codes: Tensor, scales: Tensor, *, dtype: DataType, mins: Tensor | None = None) -> PackedWeight:
-        """codes: uint8 [N, K], raw codes. scales, mins: float16 [N, K / group]. Value: scale * decode(code) + min."""
+    def pack(self, matrix: QuantizedMatrix, device: torch.device) -> PackedWeight:
+        """A weight [N, K], whose scales and minimums are numbers of `matrix.scale_dtype`, on a device."""
         ...
 
 

@@ -1,9 +1,9 @@
-"""Quantised linear layers against float64, for every code type.
+"""Quantised linear layers against float64, for every code type and scheme.
 
-The law: each weight `scale * code + minimum` is rounded once to the activations' type (for bfloat16 the f16 scale and minimum
-are, too), products of such numbers are exact in f32, their sum is f32, and the result is rounded once. So
+The law: codes (less their zero points) are exact in the activations' type, so are their products with activations in f32;
+everything is added up and scaled in f32, and the result is rounded once. No weight is rounded, only the entries of tables. So
 
-    |y - exact| <= sum_k |x_k| * r * (|scale_k * code_k| + |minimum_k|) * (1 + f32 work) + rounding of y.
+    |y - exact| <= (K + 8) * 2^-23 * sum_k |x_k| * (|scale_k * number_k| + |minimum_k|) + rounding of tables and of y.
 """
 
 from __future__ import annotations
@@ -12,37 +12,47 @@ import numpy as np
 import pytest
 import torch
 from rounding import ABSOLUTE, RELATIVE, Array, float64
-from weights import CODE_TYPES, Weight, random_weight
+from weights import CODE_TYPES, E8M0, SCHEMES, exact, matrix_of, random_matrix
 
 import tilus
 from tilus import TilusError
 from tilus.dtypes import DataType
 from tilus.kernels import linear
-from tilus.kernels.linear import quantized_linear
+from tilus.kernels.linear import Schedule, launch
+from tilus.kernels.quantize import QuantizedMatrix, pack
 
-GROUPS = [16, 32, 64, 128, 0]
+GROUPS = [16, 32, 48, 64, 128, 192, 0]
+ACTIVATIONS = pytest.mark.parametrize("act", [torch.float16, torch.bfloat16], ids=["f16", "bf16"])
 
 
 def activations(m: int, k: int, dtype: torch.dtype = torch.float16, seed: int = 0) -> torch.Tensor:
     return torch.randn(m, k, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def exact_and_bound(x: torch.Tensor, weight: Weight, out: torch.dtype) -> tuple[Array, Array]:
-    products, offsets = weight.products, weight.offsets
-    exact = float64(x) @ (products + offsets).T
-    roundings = 1 if x.dtype == torch.float16 else 2.1
-    unit = roundings * RELATIVE[x.dtype] + x.shape[1] * 2.0**-23
-    size = np.abs(float64(x)) @ (np.abs(products) + np.abs(offsets)).T
-    underflow = ABSOLUTE[x.dtype] * np.abs(float64(x)).sum(-1, keepdims=True)
-    return exact, (unit * size + underflow) * (1 + RELATIVE[out]) + RELATIVE[out] * np.abs(exact) + ABSOLUTE[out]
+def exact_and_bound(
+    x: torch.Tensor, matrix: QuantizedMatrix, out: torch.dtype, bias: torch.Tensor | None = None
+) -> tuple[Array, Array]:
+    weight, size = exact(matrix), np.abs(float64(x))
+    offset = 0.0 if bias is None else float64(bias)
+    result = float64(x) @ weight.values.T + offset
+    work = (x.shape[1] + 8) * 2.0**-23 * (size @ weight.sizes.T + np.abs(offset))
+    if matrix.table is not None:
+        rounded = RELATIVE[x.dtype] * np.abs(matrix.table).max() + ABSOLUTE[x.dtype]
+        work = work + rounded * size @ weight.from_table.T
+    return result, work * (1 + RELATIVE[out]) + RELATIVE[out] * np.abs(result) + ABSOLUTE[out]
 
 
-def check(device: str, x: torch.Tensor, weight: Weight, out: torch.dtype = torch.float32) -> None:
-    exact, bound = exact_and_bound(x, weight, out)
-    y = linear(x, weight.packed(), out_dtype=out, device=device)
-    assert y.dtype == out
-    wrong = ~(np.abs(float64(y) - exact) <= bound)
+def assert_exact(y: torch.Tensor, expected: Array, bound: Array) -> None:
+    wrong = ~(np.abs(float64(y) - expected) <= bound)
     assert not wrong.any(), f"{wrong.sum()} of {wrong.size} are wrong, the first at {np.argwhere(wrong)[0]}"
+
+
+def check(
+    device: str, x: torch.Tensor, matrix: QuantizedMatrix, out: torch.dtype = torch.float32, bias: torch.Tensor | None = None
+) -> None:
+    y = linear(x, pack(matrix, "cpu"), bias=bias, out_dtype=out, device=device)
+    assert y.dtype == out
+    assert_exact(y, *exact_and_bound(x, matrix, out, bias))
 
 
 @pytest.mark.parametrize("dtype", CODE_TYPES, ids=str)
@@ -50,35 +60,62 @@ def test_every_type(device: str, dtype: DataType) -> None:
     """Ragged in M, N and K; integers with minimums, floats without; groups in turn."""
     index = CODE_TYPES.index(dtype)
     k, group = [(96, 16), (160, 32), (192, 64), (128, 128), (72, 72)][index % 5]
-    weight = random_weight(dtype, 70, k, group, mins=dtype.is_integer, seed=index)
-    check(device, activations(3, k), weight)
+    check(device, activations(3, k), random_matrix(dtype, 70, k, group, mins=dtype.is_integer, seed=index))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", CODE_TYPES, ids=str)
-@pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("act", [torch.float16, torch.bfloat16], ids=["f16", "bf16"])
+@pytest.mark.parametrize("group", [16, 32, 64, 128, 0])
+@ACTIVATIONS
 def test_every_type_with_every_group(device: str, dtype: DataType, group: int, act: torch.dtype) -> None:
     k = 3 * group if group else 200
-    weight = random_weight(dtype, 65, k, group or k, mins=True, seed=group)
-    check(device, activations(9, k, act), weight, act)
+    check(device, activations(9, k, act), random_matrix(dtype, 65, k, group or k, mins=True, seed=group), act)
 
 
-@pytest.mark.parametrize("dtype", [tilus.int4, tilus.uint3, tilus.float6_e3m2, tilus.float5_e4m0], ids=str)
-@pytest.mark.parametrize("out", [torch.bfloat16, torch.float32])
-def test_bfloat16_activations(device: str, dtype: DataType, out: torch.dtype) -> None:
-    check(device, activations(5, 96, torch.bfloat16), random_weight(dtype, 64, 96, 32, mins=True), out)
+@pytest.mark.parametrize("scheme", SCHEMES)
+@ACTIVATIONS
+def test_every_scheme(device: str, scheme: str, act: torch.dtype) -> None:
+    """Several types, groups and numbers of tokens for each, all ragged."""
+    types = SCHEMES[scheme][1]
+    start = list(SCHEMES).index(scheme) * 2 + (act == torch.bfloat16)
+    for i in (start, start + 3):
+        group = GROUPS[i % len(GROUPS)]
+        k = group * (2 if group >= 128 else 3) if group else 72
+        matrix = matrix_of(scheme, types[7 * i % len(types)], (70, 64)[i % 2], k, group or k, seed=i)
+        check(device, activations((1, 9, 17)[i % 3], k, act, seed=i), matrix)
+
+
+@pytest.mark.parametrize("act", [torch.float16, torch.bfloat16], ids=["f16", "bf16"])
+def test_scales_have_the_range_of_floats(device: str, act: torch.dtype) -> None:
+    """Powers of two far outside of what f16 holds, the smallest and nearly the largest: still not a bit is lost."""
+    codes = np.random.default_rng(0).integers(0, 16, (64, 64), np.uint8)
+    exponents = np.stack([np.linspace(-127, 100, 64).astype(int), np.full(64, -127)], -1)
+    matrix = QuantizedMatrix(codes, np.float32(2.0) ** exponents, None, tilus.float4_e2m1, scale_dtype=E8M0)
+    x = torch.zeros(2, 64, dtype=act)
+    x[0, :32], x[1, 40] = 1, -2
+    y = linear(x, pack(matrix, "cpu"), out_dtype=torch.float32, device=device)
+    np.testing.assert_array_equal(float64(y), float64(x) @ exact(matrix).values.T)
+
+
+@pytest.mark.parametrize("bias", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_bias(device: str, bias: torch.dtype) -> None:
+    """Added in f32 before the only rounding; also by the block that adds up splits of K."""
+    matrix, x, offset = random_matrix(tilus.int4, 70, 320, 32), activations(9, 320), activations(1, 70)[0].to(bias)
+    check(device, x, matrix, torch.float16, offset)
+    y = torch.empty(9, 70)
+    launch(x, pack(matrix, "cpu"), y, offset, Schedule(tokens=8, warps=2, depth=1, splits=2), device)
+    assert_exact(y, *exact_and_bound(x, matrix, torch.float32, offset))
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 8, 9, 17, 65])
 def test_numbers_of_tokens(device: str, tokens: int) -> None:
     """Around the tiles of 8, 16, 32 and 64 tokens."""
-    check(device, activations(tokens, 64), random_weight(tilus.int4, 64, 64, 32), torch.float16)
+    check(device, activations(tokens, 64), random_matrix(tilus.int4, 64, 64, 32), torch.float16)
 
 
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 130])
 def test_numbers_of_rows(device: str, n: int) -> None:
-    check(device, activations(2, 64), random_weight(tilus.uint4, n, 64, 32, mins=True), torch.float16)
+    check(device, activations(2, 64), random_matrix(tilus.uint4, n, 64, 32, mins=True), torch.float16)
 
 
 @pytest.mark.parametrize(
@@ -86,59 +123,69 @@ def test_numbers_of_rows(device: str, n: int) -> None:
 )
 def test_sizes_of_k(device: str, k: int, group: int) -> None:
     """Less than a tile of 64 columns, whole tiles, and a rest; more tiles than the warps of a block, too."""
-    check(device, activations(2, k), random_weight(tilus.uint4, 64, k, group, mins=True))
+    check(device, activations(2, k), random_matrix(tilus.uint4, 64, k, group, mins=True))
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3])
-@pytest.mark.parametrize("warps", [1, 2, 4])
-def test_splits_of_k(device: str, warps: int, splits: int) -> None:
+@pytest.mark.parametrize(("warps", "depth", "group"), [(1, 1, 32), (2, 2, 64), (4, 1, 160), (2, 2, 320), (1, 4, 16)])
+def test_schedules(device: str, warps: int, depth: int, group: int, splits: int) -> None:
     """Blocks that share a tile of the result: the last one adds up, and the counters are zero again, so a second launch works."""
-    weight, x = random_weight(tilus.uint4, 70, 320, 32, mins=True), activations(9, 320)
-    packed = weight.packed()
-    y = torch.full((9, 70), torch.nan)
-    partial, tickets = torch.full((splits, 9, 70), torch.nan), torch.zeros(8, dtype=torch.int32)
-    shared = (partial, tickets) if splits > 1 else (None, None)
-    exact, bound = exact_and_bound(x, weight, torch.float32)
+    matrix, x = random_matrix(tilus.uint4, 70, 320, group, mins=True), activations(9, 320)
+    packed = pack(matrix, "cpu")
     for _ in range(2):
-        quantized_linear.on(device)(
-            x, packed.codes, packed.scales, y, packed.minimums, *shared,
-            wdtype=packed.dtype, groups=packed.groups_per_tile, tokens=8, warps=warps,
-        )  # fmt: skip
-        assert (np.abs(float64(y) - exact) <= bound).all()
-        assert not tickets.any()
-        y.fill_(torch.nan)
+        y = torch.full((9, 70), torch.nan)
+        launch(x, packed, y, None, Schedule(8, warps, depth, splits), device)
+        assert_exact(y, *exact_and_bound(x, matrix, torch.float32))
+
+
+def test_groups_longer_than_a_step(device: str) -> None:
+    """One set of scales for several steps of a block, for two warps, and for a part of a warp's columns."""
+    for group, warps, depth in ((256, 1, 1), (256, 4, 1), (128, 2, 1), (128, 1, 4)):
+        matrix, x = random_matrix(tilus.int3, 64, 512, group, mins=True), activations(2, 512)
+        y = torch.empty(2, 64)
+        launch(x, pack(matrix, "cpu"), y, None, Schedule(8, warps, depth, 1), device)
+        assert_exact(y, *exact_and_bound(x, matrix, torch.float32))
+
+
+def test_numpy_arrays(device: str) -> None:
+    matrix, x = matrix_of("activation order", tilus.int4, 70, 96, 32), activations(3, 96)
+    y = linear(x.numpy(), pack(matrix), out_dtype=np.float32, device=device)
+    assert_exact(torch.from_numpy(y), *exact_and_bound(x, matrix, torch.float32))
 
 
 def test_strided_activations(device: str) -> None:
-    """A slice of wider rows, with NaN beside it."""
+    """A slice of wider rows, with NaN beside it; columns are taken from it as well."""
     wide = torch.full((3, 100), torch.nan, dtype=torch.float16)
     wide[:, 10:74] = activations(3, 64)
-    check(device, wide[:, 10:74], random_weight(tilus.int4, 64, 64, 32))
+    check(device, wide[:, 10:74], random_matrix(tilus.int4, 64, 64, 32))
+    check(device, wide[:, 10:74], matrix_of("activation order", tilus.int4, 64, 64, 32))
 
 
 def test_output_in_place(device: str) -> None:
-    weight, x = random_weight(tilus.int4, 64, 64, 32), activations(3, 64)
+    weight, x = pack(random_matrix(tilus.int4, 64, 64, 32), "cpu"), activations(3, 64)
     out = torch.empty(3, 64, dtype=torch.float16)
-    assert linear(x, weight.packed(), out=out, device=device) is out
-    assert torch.equal(out, linear(x, weight.packed(), device=device))
+    assert linear(x, weight, out=out, device=device) is out
+    assert torch.equal(out, linear(x, weight, device=device))
 
 
 def test_no_tokens(device: str) -> None:
-    assert linear(activations(0, 64), random_weight(tilus.int4, 64, 64, 32).packed(), device=device).shape == (0, 64)
+    assert linear(activations(0, 64), pack(random_matrix(tilus.int4, 64, 64, 32), "cpu"), device=device).shape == (0, 64)
 
 
 def test_a_token_does_not_depend_on_its_batch(device: str) -> None:
     """As long as both batches get the same schedule."""
-    weight, x = random_weight(tilus.float4_e2m1, 64, 128, 32).packed(), activations(5, 128)
+    weight, x = pack(random_matrix(tilus.float4_e2m1, 64, 128, 32), "cpu"), activations(5, 128)
     together = linear(x, weight, device=device)
     assert torch.equal(torch.cat([linear(row[None], weight, device=device) for row in x]), together)
 
 
 def test_misfits_are_named_with_both_values() -> None:
-    weight = random_weight(tilus.int4, 64, 96, 32).packed()
+    weight = pack(random_matrix(tilus.int4, 64, 96, 32), "cpu")
     with pytest.raises(
         TilusError, match=r"linear: x has shape \[2, 64\], the weight is \[64, 96\]\n  hint: x must be \[M, 96\]"
     ):
         linear(activations(2, 64), weight)
     with pytest.raises(TilusError, match=r"linear: x has dtype torch.float32, expected float16 or bfloat16"):
         linear(activations(2, 96, torch.float32), weight)
+    with pytest.raises(TilusError, match=r"linear: bias has shape \[96\], expected \[64\] for the weight of \[64, 96\]"):
+        linear(activations(2, 96), weight, bias=torch.zeros(96))

@@ -1,44 +1,64 @@
-"""Packing loses nothing, for any type, shape and group."""
+"""Packing loses nothing, for any type, scheme, shape and group; stored weights and their headers are checked when they come back."""
 
 from __future__ import annotations
+
+import json
+import re
+from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from weights import CODE_TYPES, random_weight
+from weights import CODE_TYPES, SCHEMES, matrix_of, random_matrix
 
 import tilus
 from tilus import TilusError
 from tilus.dtypes import DataType
-from tilus.kernels.quantize import pack, unpack
+from tilus.kernels.quantize import QuantizedMatrix, QuantizedWeight, WeightHeader, pack, unpack
+from tilus.kernels.quantize.codes import pack_codes, pack_codes_on, unpack_codes_on
 
 
 @st.composite
 def group_sizes(draw: st.DrawFn) -> tuple[int, int]:
-    """(K, group): one of the usual groups that divides K, or all of K."""
-    group = draw(st.sampled_from([16, 32, 64, 128, 0]))
+    """(K, group): a multiple of 16, or all of K."""
+    group = draw(st.sampled_from([16, 32, 48, 64, 96, 128, 0]))
     if group == 0:
         k = draw(st.integers(1, 200))
         return k, k
     return group * draw(st.integers(1, 384 // group)), group
 
 
-@given(st.sampled_from(CODE_TYPES), st.integers(1, 140), group_sizes(), st.booleans(), st.integers(0, 2**32))
-def test_unpack_inverts_pack(dtype: DataType, n: int, sizes: tuple[int, int], mins: bool, seed: int) -> None:
+def assert_same(found: QuantizedMatrix, expected: QuantizedMatrix) -> None:
+    for field in fields(QuantizedMatrix):
+        a, b = getattr(found, field.name), getattr(expected, field.name)
+        if isinstance(b, np.ndarray):
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(a, b, field.name)
+        else:
+            assert a == b, field.name
+
+
+@given(
+    st.sampled_from(sorted(SCHEMES)), st.integers(0, 99), st.integers(1, 140), group_sizes(), st.integers(0, 2**32),
+    st.booleans(),
+)  # fmt: skip
+def test_unpack_inverts_pack(
+    scheme: str, index: int, n: int, sizes: tuple[int, int], seed: int, on_torch: bool
+) -> None:
+    """Also through JSON and the bare arrays."""
     k, group = sizes
-    weight = random_weight(dtype, n, k, group, mins=mins, seed=seed)
-    packed = pack(weight.codes, weight.scales, dtype, weight.mins)
-    codes, scales, minimums = unpack(packed)
-    assert packed.shape == (n, k)
-    assert packed.group == group
-    np.testing.assert_array_equal(codes, weight.codes)
-    np.testing.assert_array_equal(scales, weight.scales)
-    if weight.mins is None:
-        assert minimums is None
-    else:
-        np.testing.assert_array_equal(minimums, weight.mins)
+    types = SCHEMES[scheme][1]
+    matrix = matrix_of(scheme, types[index % len(types)], n, k, group, seed)
+    packed = pack(matrix, "cpu" if on_torch else None)
+    assert all(isinstance(array, torch.Tensor if on_torch else np.ndarray) for array in packed.arrays.values())
+    assert (packed.shape, packed.group, packed.dtype) == ((n, k), group, matrix.dtype)
+    assert_same(unpack(packed), matrix)
+    header = WeightHeader.from_json(json.loads(json.dumps(packed.header.to_json())))
+    assert header == packed.header
+    assert_same(unpack(QuantizedWeight.from_arrays(header, packed.arrays)), matrix)
 
 
 @pytest.mark.parametrize("dtype", CODE_TYPES, ids=str)
@@ -46,40 +66,137 @@ def test_every_code_in_every_place(dtype: DataType) -> None:
     """One tile per code, filled with it, beside a tile with all codes: packing mixes up no places and no bits."""
     codes = np.repeat(np.arange(dtype.num_codes, dtype=np.uint8), 64)[:, None].repeat(128, 1)
     codes[:, 64:] = (np.arange(codes.shape[0])[:, None] * 7 + np.arange(64)) % dtype.num_codes
-    packed = pack(codes, np.ones((codes.shape[0], 1), np.float16), dtype)
-    np.testing.assert_array_equal(unpack(packed)[0], codes)
-    assert packed.codes.nbytes * 8 == codes.size * dtype.nbits  # not a bit more than the codes have
+    for span in (16, 32, 64):
+        for lookup in (False, True):
+            packed = pack_codes(codes, dtype, span, lookup)
+            found = np.full_like(codes, 0)
+            unpack_codes_on(packed, found, dtype, span, lookup, "reference")
+            np.testing.assert_array_equal(found, codes)
+            assert packed.nbytes * 8 == codes.size * dtype.nbits  # not a bit more than the codes have
 
 
-def test_torch_tensors_stay_torch_tensors() -> None:
-    packed = random_weight(tilus.uint4, 64, 64, 32, mins=True).packed()
-    assert all(isinstance(part, torch.Tensor) for part in (packed.codes, packed.scales, packed.minimums))
-    assert packed.to("cpu").codes.dtype == torch.uint8
+@pytest.mark.parametrize("dtype", CODE_TYPES, ids=str)
+def test_the_kernel_packs_like_numpy(device: str, dtype: DataType) -> None:
+    """Ragged shapes; and back again."""
+    index = CODE_TYPES.index(dtype)
+    span, lookup = (16, 32, 64, 0)[index % 4], index % 3 == 0
+    codes = np.random.default_rng(index).integers(0, dtype.num_codes, (70, 100), np.uint8)
+    expected = pack_codes(codes, dtype, span, lookup)
+    packed, again = np.full_like(expected, 255), np.full_like(codes, 255)
+    pack_codes_on(codes, packed, dtype, span, lookup, device)
+    np.testing.assert_array_equal(packed, expected)
+    unpack_codes_on(packed, again, dtype, span, lookup, device)
+    np.testing.assert_array_equal(again, codes)
 
 
-CODES = np.zeros((4, 64), np.uint8)
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_packing_on_a_gpu(scheme: str) -> None:
+    """Tensors on the GPU are those of the CPU, and unpack to the matrix."""
+    for dtype in SCHEMES[scheme][1]:
+        matrix = matrix_of(scheme, dtype, 130, 96, 32)
+        on_gpu, on_cpu = pack(matrix, "cuda"), pack(matrix, "cpu")
+        for name, array in on_gpu.arrays.items():
+            assert array.is_cuda and torch.equal(array.cpu(), on_cpu.arrays[name])
+        assert_same(unpack(on_gpu), matrix)
+
+
+def test_weights_move_between_devices() -> None:
+    packed = pack(matrix_of("everything", tilus.uint4, 64, 64, 32), "cpu")
+    moved = packed.to("cpu")
+    assert moved.header == packed.header and all(torch.equal(moved.arrays[n], a) for n, a in packed.arrays.items())
+    assert packed.nbytes == sum(a.numel() * a.element_size() for a in packed.arrays.values())
+
+
+BASE = random_matrix(tilus.uint4, 4, 64, 32)
+FLOAT8 = random_matrix(tilus.float8_e4m3, 4, 64, 32)
+
+
+def with_element(array: np.ndarray, place: tuple[int, ...], value: float) -> np.ndarray:
+    changed = array.copy()
+    changed[place] = value
+    return changed
 
 
 @pytest.mark.parametrize(
-    ("codes", "scales", "options", "message"),
+    ("matrix", "changes", "message"),
     [
-        (
-            CODES,
-            np.ones((4, 3), np.float16),
-            {},
-            r"scales of shape \[4, 3\] .* codes of shape \[4, 64\], expected float16 \[N",
-        ),
-        (CODES, np.ones((4, 2), np.float32), {}, "dtype float32"),
-        (CODES, np.ones((4, 8), np.float16), {}, "groups of 8 columns, expected one of 16, 32, 64, 128 or K = 64"),
-        (CODES, np.ones((4, 2), np.float16), {"group": 16}, r"group is 16, the scales of shape \[4, 2\] imply 32"),
-        (CODES.astype(np.int8), np.ones((4, 2), np.float16), {}, r"dtype int8, expected uint8 \[N, K\]"),
-        (CODES + 16, np.ones((4, 2), np.float16), {}, "code 16, expected less than 16 for uint4"),
-        (CODES, np.ones((4, 2), np.float16), {"mins": np.ones((4, 1), np.float16)}, r"mins of shape \[4, 1\]"),
-        (CODES, np.ones((4, 2), np.float16), {"dtype": tilus.f16}, "weights of f16, expected a type of 1 to 8 bits"),
+        (BASE, {"codes": with_element(BASE.codes, (1, 2), 16)}, "code 16, expected less than 16 for uint4"),
+        (BASE, {"codes": BASE.codes.astype(np.int8)}, r"codes of dtype int8, expected uint8 \[N, K\]"),
+        (FLOAT8, {"codes": with_element(FLOAT8.codes, (1, 2), 255)}, "code 255 of float8_e4m3 in row 1, column 2 is nan, expected finite"),
+        (BASE, {"scales": with_element(BASE.scales, (3, 1), np.inf)}, "scale of row 3, group 1 is inf, expected a finite"),
+        (BASE, {"scales": with_element(BASE.scales, (3, 1), np.nan)}, "scale of row 3, group 1 is nan, expected a finite"),
+        (BASE, {"scales": with_element(BASE.scales, (3, 1), 0.1)}, r"scale 0\.1\d+ of row 3, group 1 is no number of f16; the nearest is 0\.0999"),
+        (BASE, {"scales": with_element(BASE.scales, (3, 1), 1e6)}, "scale 1000000 of row 3, group 1 is no number of f16; the nearest is inf"),
+        (BASE, {"scales": np.full((4, 2), 3, np.float32), "scale_dtype": DataType("float8_e8m0", "float", 8, 8, 0, "nan")},
+         "scale 3 of row 0, group 0 is no number of float8_e8m0; the nearest is 2"),
+        (BASE, {"scales": np.full((4, 2), 0, np.float32), "scale_dtype": DataType("float8_e8m0", "float", 8, 8, 0, "nan")},
+         "scale 0 of row 0, group 0 is no number of float8_e8m0; the nearest is 1"),
+        (BASE, {"scale_dtype": tilus.int8}, "scales of int8, expected one of f16, bf16, f32, float8_e4m3, float8_e8m0"),
+        (BASE, {"mins": with_element(BASE.scales, (0, 0), -np.inf)}, "minimum of row 0, group 0 is -inf, expected a finite"),
+        (BASE, {"zeros": np.full((4, 2), 17, np.int16)}, "zero point 17 of row 0, group 0, expected 0 to 16 for uint4"),
+        (BASE, {"zeros": np.full((4, 2), -1, np.int16)}, "zero point -1 of row 0, group 0, expected 0 to 16 for uint4"),
+        (FLOAT8, {"zeros": np.zeros((4, 2), np.int16)}, "zero points beside codes of float8_e4m3, expected integer codes"),
+        (BASE, {"table": np.full(16, np.nan, np.float32)}, "table entry 0 is not finite, expected 16 finite numbers"),
+        (FLOAT8, {"table": np.ones(256, np.float32)}, "a table for codes of float8_e4m3, expected a type of 4 bits"),
+        (BASE, {"columns": np.zeros(64, np.int32)}, "columns are no permutation of 0 to 63: .* column 0 is there 64 times"),
+        (BASE, {"columns": np.arange(1, 65, dtype=np.int32)}, "they go from 1 to 64, and column 0 is there 0 times"),
+        (BASE, {"global_scale": float("nan")}, "a global scale of nan, expected a finite number other than 0"),
+        (BASE, {"global_scale": 2.0, "mins": BASE.scales}, r"a global scale of 2.0 beside minimums, expected 1"),
+        (BASE, {"scales": np.ones((4, 8), np.float32)}, "groups of 8 columns for K = 64, expected a multiple of 16 that divides K, or K"),
+        (BASE, {"dtype": tilus.f16}, "weights of f16, expected a type of 1 to 8 bits"),
     ],
-)
-def test_misfits_are_named_with_both_values(
-    codes: object, scales: object, options: dict[str, object], message: str
+)  # fmt: skip
+def test_what_cannot_be_packed_is_named_with_both_values(
+    matrix: QuantizedMatrix, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(TilusError, match=message):
-        pack(codes, scales, **{"dtype": tilus.uint4, **options})
+        pack(replace(matrix, **changes))
+
+
+def test_k_that_the_group_does_not_divide() -> None:
+    with pytest.raises(TilusError, match=r"scales of shape \[4, 3\] for codes of \[4, 64\], expected \[N, K / group\]"):
+        replace(BASE, scales=np.ones((4, 3), np.float32))
+
+
+def test_a_scale_of_zero_makes_its_group_zero() -> None:
+    """The minimum stays."""
+    matrix = replace(BASE, scales=np.zeros((4, 2), np.float32), mins=np.full((4, 2), 0.5, np.float32))
+    y = tilus.kernels.linear(np.ones((1, 64), np.float16), pack(matrix), out_dtype=np.float32, device="reference")
+    assert (y == 32).all()
+
+
+def test_arrays_that_do_not_belong_to_the_header() -> None:
+    packed = pack(matrix_of("everything", tilus.uint4, 70, 64, 32))
+    arrays, header = packed.arrays, packed.header
+    for name, array in arrays.items():
+        cut = array.reshape(-1)[:-1] if array.ndim == 1 else array[:-1]
+        for wrong in (cut, array.astype(np.int64)):
+            message = f"{name} of a packed weight are {wrong.dtype}{list(wrong.shape)}, expected"
+            with pytest.raises(TilusError, match=re.escape(message)):
+                QuantizedWeight.from_arrays(header, {**arrays, name: wrong})
+        with pytest.raises(TilusError, match=rf"missing: {name}"):
+            QuantizedWeight.from_arrays(header, {n: a for n, a in arrays.items() if n != name})
+    with pytest.raises(TilusError, match="not of this scheme: more"):
+        QuantizedWeight.from_arrays(header, {**arrays, "more": arrays["codes"]})
+    with pytest.raises(TilusError, match="zeros of a packed weight are there, the header says minimums"):
+        QuantizedWeight(replace(header, has_zeros=False), **arrays)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 1}, "a packed weight of layout version 1, these kernels read version 2"),
+        ({"version": None}, "a packed weight of layout version None"),
+        ({"dtype": "uint9"}, "names the type 'uint9', expected one of"),
+        ({"shape": [64]}, r"field shape .* is \[64\], expected \[N, K\]"),
+        ({"group": "32"}, "field group .* is '32', expected int"),
+        ({"has_zeros": 1}, "field has_zeros .* is 1, expected bool"),
+        ({"more": 1}, r"has fields \[.*'more'.*\], expected \["),
+        ({"group": 24}, "groups of 24 columns for K = 64"),
+        ({"shape": [0, 64]}, r"a weight of shape \[0, 64\], expected at least \[1, 1\]"),
+    ],
+)
+def test_headers_that_are_wrong(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TilusError, match=message):
+        WeightHeader.from_json({**pack(BASE).header.to_json(), **changes})

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from tilus.dtypes import DataType
+from tilus.kernels.quantize import QuantizedMatrix
 
 
 class TorchKernels:
@@ -26,16 +26,18 @@ class TorchKernels:
     def quantize(self) -> TorchKernels:
         return self
 
-    def pack(self, codes: Tensor, scales: Tensor, *, dtype: DataType, mins: Tensor | None = None) -> Tensor:
-        """The dense weight, float [N, K]."""
-        n, k = codes.shape
-        assert codes.dtype == torch.uint8 and scales.dtype == torch.float16
-        groups = torch.from_numpy(dtype.decode(codes.numpy())).to(self.compute).view(n, scales.shape[1], -1)
-        dense = groups * scales.to(self.compute)[..., None]
+    def pack(self, matrix: QuantizedMatrix, device: torch.device) -> Tensor:
+        """The dense weight, float [N, K]; the model gives scales and minimums that float16 holds."""
+        assert matrix.zeros is None and matrix.table is None and matrix.columns is None and matrix.global_scale == 1
+        scales, mins = (None if a is None else torch.from_numpy(a).to(self.compute) for a in (matrix.scales, matrix.mins))
+        assert scales is not None and torch.equal(scales, scales.half().to(self.compute))
+        n, k = matrix.codes.shape
+        groups = torch.from_numpy(matrix.dtype.decode(matrix.codes)).to(self.compute).view(n, scales.shape[1], -1)
+        dense = groups * scales[..., None]
         if mins is not None:
-            assert mins.dtype == torch.float16
-            dense = dense + mins.to(self.compute)[..., None]
-        return dense.view(n, k)
+            assert torch.equal(mins, mins.half().to(self.compute))
+            dense = dense + mins[..., None]
+        return dense.view(n, k).to(device)
 
     def linear(self, x: Tensor, weight: Tensor, *, out_dtype: torch.dtype = torch.float16) -> Tensor:
         assert x.dtype == torch.float16

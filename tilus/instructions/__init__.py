@@ -13,6 +13,8 @@ from tilus.instructions import (
     debug,
     elementwise,
     fill,
+    gather,
+    lookup,
     memory,
     mma,
     reduce,
@@ -23,7 +25,7 @@ from tilus.instructions import (
 from tilus.ir.builder import Builtin
 from tilus.ir.instruction import Instruction
 
-FAMILIES = (async_copy, atomic, barrier, cast, debug, elementwise, fill, memory, mma, reduce, scan, shared, view)
+FAMILIES = (async_copy, atomic, barrier, cast, debug, elementwise, fill, gather, lookup, memory, mma, reduce, scan, shared, view)
 
 
 def _registry() -> dict[str, type[Instruction]]:

@@ -141,6 +141,49 @@ class Permute(Renaming):
 
 
 @dataclass(frozen=True, eq=False)
+class Select(Renaming):
+    """The part of a tile at `index` along `dim`, which vanishes; each thread keeps the part of what it holds."""
+
+    mnemonic = "select"
+
+    out: RegisterTensor
+    src: RegisterTensor
+    dim: int
+    index: int
+
+    def verify(self) -> None:
+        if not 0 <= self.dim < self.src.rank:
+            raise TilusError(f"select along dim {self.dim} of a tile of rank {self.src.rank}")
+        if not 0 <= self.index < self.src.shape[self.dim]:
+            raise TilusError(f"select of index {self.index} along a dim of {self.src.shape[self.dim]} elements")
+        expected = tuple(n for d, n in enumerate(self.src.shape) if d != self.dim)
+        if self.out.shape != expected or self.out.dtype != self.src.dtype:
+            raise TilusError(
+                f"select from {self.src.dtype.name}{list(self.src.shape)} along dim {self.dim} gives "
+                f"{self.src.dtype.name}{list(expected)}, the result is {self.out.dtype.name}{list(self.out.shape)}"
+            )
+
+    def forward(self, layout: RegisterLayout) -> RegisterLayout:
+        if any(digit.dim == self.dim for digit in layout.thread_digits):
+            raise LayoutError(f"{layout} spreads dim {self.dim} over threads")
+        return layout.reduce([self.dim], keepdims=False)
+
+    def backward(self, layout: RegisterLayout) -> RegisterLayout:
+        """Every thread holds the whole dim, in its outermost slots."""
+        return layout.unsqueeze(self.dim).expand(self.dim, self.src.shape[self.dim])
+
+    def evaluate(self, env: Evaluation) -> None:
+        env.set_tile(self.out, np.take(env.tile(self.src), self.index, axis=3 + self.dim))
+
+    def emit(self, ctx: EmitContext) -> None:
+        layout = ctx.layout(self.out)
+        slots = slot_map(self.backward(layout), ctx.layout(self.src))
+        first = self.index * layout.num_locals
+        words = ctx.pick(self.src.dtype, ctx.words(self.src), slots[first : first + layout.num_locals])
+        ctx.define(self.out, words)
+
+
+@dataclass(frozen=True, eq=False)
 class Broadcast(Pointwise):
     """A tile repeated along dims of size 1."""
 
@@ -283,6 +326,13 @@ def transpose(b: IRBuilder, x: RegisterTensor, dims: Sequence[int] | None = None
     if sorted(order) != list(range(x.rank)):
         raise TilusError(f"transpose by {list(order)} of a tile of rank {x.rank}")
     return b.emit(Permute(b.tile(x.dtype, tuple(x.shape[d] for d in order)), x, order)).out
+
+
+@builtin
+def select(b: IRBuilder, x: RegisterTensor, dim: int, index: int) -> RegisterTensor:
+    """The part of a tile at a compile-time index along a dim, which vanishes. Free where each thread holds the whole dim."""
+    shape = tuple(n for d, n in enumerate(x.shape) if d != dim)
+    return b.emit(Select(b.tile(x.dtype, shape), x, dim, index)).out
 
 
 @builtin

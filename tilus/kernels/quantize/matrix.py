@@ -97,15 +97,14 @@ class QuantizedMatrix:
 
     def dequantize(self) -> Floats:
         """The values, float32 [N, K], columns in the order of the model."""
-        numbers: Floats = (
-            self.table[self.codes] if self.table is not None else np.float32(self.dtype.decode(self.codes))
-        )
-        groups = numbers.reshape(*self.scales.shape, self.group)
+        numbers = self.dtype.decode(self.codes) if self.table is None else self.table[self.codes]
+        groups = np.asarray(numbers, np.float32).reshape(*self.scales.shape, self.group)
         if self.zeros is not None:
-            groups = groups - self.zeros[..., None].astype(np.float32)
-        values = groups * (self.scales * np.float32(self.global_scale))[..., None]
+            groups = np.subtract(groups, self.zeros[..., None], dtype=np.float32)
+        factors = np.multiply(self.scales, np.float32(self.global_scale), dtype=np.float32)
+        values = np.multiply(groups, factors[..., None], dtype=np.float32)
         if self.mins is not None:
-            values = values + self.mins[..., None]
+            values = np.add(values, self.mins[..., None], dtype=np.float32)
         values = values.reshape(self.shape)
         if self.columns is None:
             return values

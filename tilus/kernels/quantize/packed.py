@@ -1,216 +1,255 @@
 """Quantised weights in the order in which the linear kernel reads them: one packed layout for every code type and batch size.
 
-A weight [N, K] is cut into tiles of 64 rows by 64 columns. Each tile belongs to one warp, as the left operand of tensor-core
-products; a thread holds 128 codes, its slots in the order that the cast to 16 bits likes best (`code_layout`). Its bits come
-in 16-byte chunks that lie side by side for the 32 threads, so every load of the kernel is 16 bytes a thread and coalesced.
-
-The columns of a tile are permuted so that a thread's columns are 16 consecutive ones of the activations: column
-k = 16 t + 4 j + 2 h + e stands at position 16 j + 8 h + 2 t + e, where t is the thread's place among the four of a row.
-Scales stand beside the tiles, [row % 8][row / 8], so that a thread loads those of its eight rows at once.
+`tiles` says what the order is and why, `header` what is stored beside the arrays.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tilus.codegen.cast_plan import preferred_chunk
-from tilus.dtypes import DataType, pack_bits, unpack_bits
+from tilus.dtypes import DataType, f16
 from tilus.errors import TilusError
-from tilus.layout import RegisterLayout, column_spatial, local, reorder_locals, replicated, spatial
-from tilus.layout.atoms import mma_a
-
-TILE = 64
-SLOTS = TILE * TILE // 32
-GROUPS = (16, 32, 64, 128)
+from tilus.kernels.allocate import is_cuda
+from tilus.kernels.quantize import factors
+from tilus.kernels.quantize.codes import pack_codes, pack_codes_on, unpack_codes, unpack_codes_on
+from tilus.kernels.quantize.header import WeightHeader
+from tilus.kernels.quantize.matrix import QuantizedMatrix
 
 Array = npt.NDArray[Any]
 
 
-def fragment_layout(warps: int) -> RegisterLayout:
-    """Tile [warps, 64, 64] as the left operand of mma.m16n8k16: one 64x64 tile a warp."""
-    return spatial(warps, 1, 1).local(1, 4, 4) * mma_a().unsqueeze(0)
-
-
-def code_layout(dtype: DataType, warps: int) -> RegisterLayout:
-    """The fragment layout with a thread's slots in the order of its packed codes.
-
-    Within each chunk of C slots, slot h * C/2 + r holds what the fragment has in slot 2 r + h: the two halves of a 16-bit pair.
-    """
-    chunk = preferred_chunk(dtype, SLOTS)
-    return reorder_locals(fragment_layout(warps), (SLOTS // chunk, chunk // 2, 2), (0, 2, 1))
-
-
-def byte_layout(dtype: DataType, warps: int) -> RegisterLayout:
-    """Tile [warps, 512 * nbits] of bytes: chunk, thread, byte."""
-    return spatial(warps, 1).local(1, dtype.nbits).spatial(1, 32).local(1, 16)
-
-
-def scale_layout(groups_per_tile: int, warps: int) -> RegisterLayout:
-    """Tile [warps, groups, 8, 8] of scales: a thread holds those of its eight rows in the group that its columns lie in."""
-    spread = column_spatial(1, groups_per_tile, 8, 1) * replicated(4 // groups_per_tile, 4)
-    return spatial(warps, 1, 1, 1) * spread * local(1, 1, 1, 8)
-
-
-def activation_layout(tokens: int, warps: int) -> RegisterLayout:
-    """Tile [tokens, warps * 64] of activations: a thread holds 16 consecutive columns of its tokens."""
-    return spatial(1, warps) * local(tokens // 8, 1).spatial(8, 4).local(1, 16)
-
-
-def groups_per_tile(group: int) -> int:
-    """Scales along the columns of a tile: of the groups shorter than a tile, others than 16 and 32 are all of a narrow K."""
-    return TILE // group if group in (16, 32) else 1
-
-
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
-    """A packed weight: `value[n, k] = scale[n, k // group] * decode(code[n, k]) (+ minimum[n, k // group])`.
+    """A packed weight: a header and the arrays that it describes, all torch tensors of one device or all numpy arrays.
 
-    codes: uint8 [N/64, K/64, 512 * nbits]. scales, minimums: f16 [N/64, K/64, groups per tile, 8, 8]; a group longer than a tile
-    repeats its scale in each. Arrays are torch tensors or numpy arrays. shape: (N, K) as the model has it, without padding.
+    codes: uint8 [ceil(N / 64), ceil(K / 64), 512 * nbits]. scales, mins, zeros: sets of factors, uint8
+    [ceil(N / 64), sets, 8, 8 * bytes of a factor]. table: float32 [16]. columns: int32 [K].
+    Raises: TilusError, with the array's name, where an array is not what the header says.
     """
 
+    header: WeightHeader
     codes: Any
     scales: Any
-    minimums: Any | None
-    dtype: DataType
-    shape: tuple[int, int]
-    group: int
+    mins: Any | None = None
+    zeros: Any | None = None
+    table: Any | None = None
+    columns: Any | None = None
+
+    def __post_init__(self) -> None:
+        expected = self.header.arrays
+        for name, array in self._optional_arrays().items():
+            if (array is not None) != (name in expected):
+                found = "are missing" if array is None else "are there"
+                raise TilusError(f"{name} of a packed weight {found}, the header says {self.header.scheme}")
+            if array is None:
+                continue
+            shape, dtype = tuple(int(extent) for extent in array.shape), str(array.dtype).removeprefix("torch.")
+            if (shape, dtype) != expected[name]:
+                raise TilusError(
+                    f"{name} of a packed weight are {dtype}{list(shape)}, expected {expected[name][1]}"
+                    f"{list(expected[name][0])} for {self.header.dtype} {list(self.header.shape)} in groups of {self.header.group}",
+                    hint="the array was cut off, or belongs to another weight",
+                )
 
     @property
-    def groups_per_tile(self) -> int:
-        return groups_per_tile(self.group)
+    def dtype(self) -> DataType:
+        return self.header.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.header.shape
+
+    @property
+    def group(self) -> int:
+        return self.header.group
+
+    @property
+    def arrays(self) -> dict[str, Any]:
+        """The arrays that there are, by name: with the header, all that has to be stored."""
+        return {name: array for name, array in self._optional_arrays().items() if array is not None}
+
+    @classmethod
+    def from_arrays(cls, header: WeightHeader, arrays: Mapping[str, Any]) -> QuantizedWeight:
+        """The weight whose header and arrays were stored.
+
+        Raises: TilusError, with the array's name, for missing, unknown, cut-off or wrong arrays.
+        """
+        unknown = sorted(set(arrays) - set(header.arrays))
+        missing = sorted(set(header.arrays) - set(arrays))
+        if unknown or missing:
+            raise TilusError(
+                f"a packed weight with arrays {', '.join(sorted(arrays))}, expected {', '.join(sorted(header.arrays))}",
+                hint=f"missing: {', '.join(missing) or 'none'}; not of this scheme: {', '.join(unknown) or 'none'}",
+            )
+        return cls(header, **arrays)
 
     @property
     def nbytes(self) -> int:
         """Bytes that a product with this weight reads."""
-        parts = (self.codes, self.scales) if self.minimums is None else (self.codes, self.scales, self.minimums)
-        return sum(int(part.nbytes) for part in parts)
+        return sum(int(array.nbytes) for array in self.arrays.values())
 
     def to(self, device: Any) -> QuantizedWeight:
         """The weight on another torch device."""
-        minimums = None if self.minimums is None else self.minimums.to(device)
-        return QuantizedWeight(
-            self.codes.to(device), self.scales.to(device), minimums, self.dtype, self.shape, self.group
-        )  # fmt: skip
+        return QuantizedWeight(self.header, **{name: array.to(device) for name, array in self.arrays.items()})
+
+    def _optional_arrays(self) -> dict[str, Any | None]:
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "header"}
 
 
-def pack(
-    codes: Any, scales: Any, dtype: DataType, mins: Any | None = None, *, group: int | None = None
-) -> QuantizedWeight:
-    """Pack a weight for `linear`.
+def pack(matrix: QuantizedMatrix, device: Any = None) -> QuantizedWeight:
+    """Pack a weight for `linear`; `unpack` gives the matrix back, bit for bit.
 
-    codes: uint8 [N, K], the raw codes in the low bits. scales, mins: f16 [N, K / group]. group: 16, 32, 64, 128 or K; by default
-    what the shape of the scales implies. Torch tensors give torch tensors on the same device, numpy arrays numpy arrays.
-    Raises: TilusError for shapes, groups or types that do not fit.
+    device: None for numpy arrays, or a torch device for tensors on it; on a GPU a kernel packs the codes.
+    Scales are stored in `matrix.scale_dtype`; minimums in the first of that type, f16 and f32 that holds them all. A scale of 0
+    makes the weights of its group 0 (plus the minimum).
+    Raises: TilusError, with both values, for codes outside of the type or not finite, factors that are not finite or that their
+    type does not hold, zero points further from the codes than the number of codes, columns that are no permutation,
+    groups that are neither K nor a multiple of 16.
     """
-    code_array, scale_array = _numpy(codes), _numpy(scales)
-    _check(code_array, scale_array, None if mins is None else _numpy(mins), dtype, group)
-    n, k = code_array.shape
-    width = k // scale_array.shape[1]
-    packed = _pack_codes(code_array, dtype)
-    parts = [packed, _pack_scales(scale_array, k, width)]
-    minimums = None if mins is None else _like(mins, _pack_scales(_numpy(mins), k, width))
-    return QuantizedWeight(_like(codes, parts[0]), _like(scales, parts[1]), minimums, dtype, (n, k), width)
+    header = _header(matrix)
+    k = matrix.shape[1]
+    _check_codes(matrix)
+    arrays: dict[str, Array] = {
+        "scales": _packed_factors(matrix.scales, header.scale_dtype, "scale", k, header.group),
+    }
+    if matrix.mins is not None and header.mins_dtype is not None:
+        arrays["mins"] = _packed_factors(matrix.mins, header.mins_dtype, "minimum", k, header.group)
+    if matrix.zeros is not None:
+        _check_zeros(matrix.zeros, matrix.dtype)
+        arrays["zeros"] = _packed_factors(matrix.zeros.astype(np.float32), "f16", "zero point", k, header.group)
+    if matrix.table is not None:
+        arrays["table"] = _checked_table(matrix.table)
+    if matrix.columns is not None:
+        arrays["columns"] = _checked_columns(matrix.columns, k)
+    if device is None:
+        packed: Any = pack_codes(matrix.codes, header.dtype, header.span, header.has_table)
+        return QuantizedWeight(header, codes=packed, **arrays)
+    import torch
+
+    tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+    return QuantizedWeight(header, codes=_codes_on(matrix.codes, header, torch.device(device)), **tensors)
 
 
-def unpack(weight: QuantizedWeight) -> tuple[Array, Array, Array | None]:
-    """codes uint8 [N, K], scales f16 [N, K / group] and minimums as they were given to `pack`, as numpy arrays."""
-    n, k = weight.shape
-    codes = _unpack_codes(_numpy(weight.codes), weight.dtype)[:n, :k]
-    groups = k // weight.group
-    minimums = None if weight.minimums is None else _unpack_scales(_numpy(weight.minimums), n, groups, weight.group)
-    return codes, _unpack_scales(_numpy(weight.scales), n, groups, weight.group), minimums
+def unpack(weight: QuantizedWeight) -> QuantizedMatrix:
+    """The matrix that was packed, in numpy arrays; on a GPU a kernel unpacks the codes."""
+    header = weight.header
+    n, k = header.shape
+
+    def collected(packed: Any, dtype: str) -> Array:
+        codes = factors.collect(_numpy(packed), n, k, header.group, factors.factor_dtype(dtype).storage)
+        return factors.decode(codes, dtype)
+
+    zeros = None if weight.zeros is None else collected(weight.zeros, f16.name).astype(np.int16)
+    mins = None if weight.mins is None else collected(weight.mins, header.mins_dtype or f16.name)
+    return QuantizedMatrix(
+        codes=_unpacked_codes(weight),
+        scales=collected(weight.scales, header.scale_dtype),
+        mins=mins,
+        dtype=header.dtype,
+        zeros=zeros,
+        table=None if weight.table is None else _numpy(weight.table),
+        columns=None if weight.columns is None else _numpy(weight.columns),
+        global_scale=header.global_scale,
+        scale_dtype=factors.factor_dtype(header.scale_dtype),
+    )
 
 
-def _check(codes: Array, scales: Array, mins: Array | None, dtype: DataType, group: int | None) -> None:
-    if dtype.nbits > 8:
-        raise TilusError(f"weights of {dtype.name}, expected a type of 1 to 8 bits")
-    if codes.ndim != 2 or codes.dtype != np.uint8:
-        raise TilusError(f"codes of shape {list(codes.shape)} and dtype {codes.dtype}, expected uint8 [N, K]")
-    n, k = codes.shape
-    if scales.ndim != 2 or scales.shape[0] != n or scales.dtype != np.float16 or k % scales.shape[1]:
-        raise TilusError(
-            f"scales of shape {list(scales.shape)} and dtype {scales.dtype} for codes of shape {[n, k]}, "
-            "expected float16 [N, K / group]"
-        )
-    width = k // scales.shape[1]
-    if group is not None and group != width:
-        raise TilusError(f"group is {group}, the scales of shape {list(scales.shape)} imply {width} for K = {k}")
-    if width not in (*GROUPS, k):
-        raise TilusError(f"groups of {width} columns, expected one of {', '.join(map(str, GROUPS))} or K = {k}")
-    if mins is not None and (mins.shape != scales.shape or mins.dtype != np.float16):
-        raise TilusError(
-            f"mins of shape {list(mins.shape)} and dtype {mins.dtype}, "
-            f"expected those of scales: {list(scales.shape)} float16"
-        )
-    if codes.size and int(codes.max()) >= dtype.num_codes:
+def _header(matrix: QuantizedMatrix) -> WeightHeader:
+    scale_dtype = matrix.scale_dtype.name
+    mins_dtype: str | None = None
+    if matrix.mins is not None:
+        mins = matrix.mins
+        usual = (scale_dtype, "f16") if scale_dtype in ("f16", "bf16") else ("f16",)
+        holding = (name for name in usual if np.array_equal(factors.decode(factors.encode(mins, name), name), mins))
+        mins_dtype = next(holding, "f32")
+    return WeightHeader(
+        dtype=matrix.dtype,
+        shape=matrix.shape,
+        group=matrix.group,
+        scale_dtype=scale_dtype,
+        mins_dtype=mins_dtype,
+        has_zeros=matrix.zeros is not None,
+        has_table=matrix.table is not None,
+        has_columns=matrix.columns is not None,
+        global_scale=float(np.float32(matrix.global_scale)),
+    )
+
+
+def _packed_factors(values: Array, dtype: str, name: str, k: int, group: int) -> Array:
+    return factors.arrange(factors.exact_codes(values, dtype, name), k, group)
+
+
+def _check_codes(matrix: QuantizedMatrix) -> None:
+    codes, dtype = matrix.codes, matrix.dtype
+    if codes.dtype != np.uint8:
+        raise TilusError(f"codes of dtype {codes.dtype}, expected uint8 [N, K]", hint="codes are raw: view them as uint8")
+    if int(codes.max()) >= dtype.num_codes:
         raise TilusError(f"code {int(codes.max())}, expected less than {dtype.num_codes} for {dtype.name}")
+    if matrix.table is None and dtype.is_float:
+        values = np.asarray(dtype.decode(np.arange(dtype.num_codes, dtype=np.uint8)))
+        wrong = ~np.isfinite(values)[codes]
+        if wrong.any():
+            row, column = (int(i) for i in np.argwhere(wrong)[0])
+            code = int(codes[row, column])
+            raise TilusError(
+                f"code {code} of {dtype.name} in row {row}, column {column} is {values[code]}, expected finite weights"
+            )
 
 
-@lru_cache
-def _column_order() -> tuple[int, ...]:
-    """For each position in a packed tile the column of the weight that stands there."""
-    return tuple(int(x) for x in np.arange(TILE).reshape(4, 4, 2, 2).transpose(1, 2, 0, 3).ravel())
+def _check_zeros(zeros: Array, dtype: DataType) -> None:
+    low, high = int(dtype.min_value), int(dtype.max_value) + 1
+    wrong = (zeros < low) | (zeros > high)
+    if wrong.any():
+        row, group = (int(i) for i in np.argwhere(wrong)[0])
+        raise TilusError(
+            f"zero point {int(zeros[row, group])} of row {row}, group {group}, expected {low} to {high} for {dtype.name}",
+            hint="differences of codes and zero points must be exact in bfloat16",
+        )
 
 
-@lru_cache
-def _slots(dtype: DataType) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    """Row and column of the weight tile for every (thread, slot), [32, 128] each."""
-    table = code_layout(dtype, 1).table()
-    return table[..., 1].astype(np.intp), np.asarray(_column_order(), np.intp)[table[..., 2]]
+def _checked_table(table: Array) -> Array:
+    if not np.isfinite(table).all():
+        raise TilusError(f"table entry {int(np.argmin(np.isfinite(table)))} is not finite, expected 16 finite numbers")
+    return np.ascontiguousarray(table, np.float32)
 
 
-def _pack_codes(codes: Array, dtype: DataType) -> npt.NDArray[np.uint8]:
-    n, k = codes.shape
-    tiles_n, tiles_k = -(-n // TILE), -(-k // TILE)
-    padded = np.zeros((tiles_n * TILE, tiles_k * TILE), np.uint8)
-    padded[:n, :k] = codes
-    tiles = padded.reshape(tiles_n, TILE, tiles_k, TILE).transpose(0, 2, 1, 3)
-    rows, columns = _slots(dtype)
-    strings = pack_bits(tiles[:, :, rows, columns], dtype)
-    chunks = strings.reshape(tiles_n, tiles_k, 32, dtype.nbits, 16).transpose(0, 1, 3, 2, 4)
-    return np.ascontiguousarray(chunks).reshape(tiles_n, tiles_k, 512 * dtype.nbits)
+def _checked_columns(columns: Array, k: int) -> Array:
+    counts = np.bincount(np.clip(columns, 0, k - 1), minlength=k)
+    if not np.array_equal(np.sort(columns), np.arange(k)):
+        raise TilusError(
+            f"columns are no permutation of 0 to {k - 1}: they go from {int(columns.min())} to {int(columns.max())}, "
+            f"and column {int(np.argmax(counts != 1))} is there {int(counts[np.argmax(counts != 1)])} times"
+        )
+    return np.ascontiguousarray(columns, np.int32)
 
 
-def _unpack_codes(packed: Array, dtype: DataType) -> npt.NDArray[np.uint8]:
-    tiles_n, tiles_k, _ = packed.shape
-    chunks = packed.reshape(tiles_n, tiles_k, dtype.nbits, 32, 16).transpose(0, 1, 3, 2, 4)
-    codes = unpack_bits(np.ascontiguousarray(chunks).reshape(tiles_n, tiles_k, 32, 16 * dtype.nbits), dtype, SLOTS)
-    rows, columns = _slots(dtype)
-    tiles = np.empty((tiles_n, tiles_k, TILE, TILE), np.uint8)
-    tiles[:, :, rows, columns] = codes
-    return tiles.transpose(0, 2, 1, 3).reshape(tiles_n * TILE, tiles_k * TILE)
+def _codes_on(codes: Array, header: WeightHeader, device: Any) -> Any:
+    import torch
+
+    if device.type != "cuda":
+        return torch.from_numpy(pack_codes(codes, header.dtype, header.span, header.has_table)).to(device)
+    packed = torch.empty(header.arrays["codes"][0], dtype=torch.uint8, device=device)
+    pack_codes_on(torch.from_numpy(codes).to(device), packed, header.dtype, header.span, header.has_table)
+    return packed
 
 
-def _pack_scales(scales: Array, k: int, group: int) -> npt.NDArray[np.float16]:
-    n = scales.shape[0]
-    tiles_n, tiles_k, per_tile = -(-n // TILE), -(-k // TILE), groups_per_tile(group)
-    first = np.arange(tiles_k * per_tile) * (TILE // per_tile)  # the column where each scale of a tile begins to hold
-    inside = first < k
-    padded = np.zeros((tiles_n * TILE, first.size), np.float16)
-    padded[:n, inside] = scales[:, first[inside] // group]
-    return np.ascontiguousarray(padded.reshape(tiles_n, 8, 8, tiles_k, per_tile).transpose(0, 3, 4, 2, 1))
+def _unpacked_codes(weight: QuantizedWeight) -> Array:
+    header = weight.header
+    n, k = header.shape
+    if not is_cuda(weight.codes):
+        codes = unpack_codes(_numpy(weight.codes), header.dtype, header.span, header.has_table)
+        return np.ascontiguousarray(codes[:n, :k])
+    import torch
 
-
-def _unpack_scales(packed: Array, n: int, groups: int, group: int) -> Array:
-    tiles_n, tiles_k, per_tile = packed.shape[:3]
-    rows = packed.transpose(0, 4, 3, 1, 2).reshape(tiles_n * TILE, tiles_k * per_tile)
-    return rows[:n, np.arange(groups) * group * per_tile // TILE]
+    codes = torch.empty((n, k), dtype=torch.uint8, device=weight.codes.device)
+    unpack_codes_on(weight.codes, codes, header.dtype, header.span, header.has_table)
+    return codes.cpu().numpy()
 
 
 def _numpy(value: Any) -> Array:
     return value.detach().cpu().numpy() if hasattr(value, "detach") else np.asarray(value)
-
-
-def _like(original: Any, array: Array) -> Any:
-    """A numpy array as what `original` is: a torch tensor on its device, or the array itself."""
-    if not hasattr(original, "detach"):
-        return array
-    import torch
-
-    return torch.from_numpy(array).to(original.device)
