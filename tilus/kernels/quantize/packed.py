@@ -131,7 +131,7 @@ def pack(matrix: QuantizedMatrix, device: Any = None) -> QuantizedWeight:
         return QuantizedWeight(header, codes=packed, **arrays)
     import torch
 
-    tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+    tensors = {name: torch.tensor(array, device=device) for name, array in arrays.items()}
     return QuantizedWeight(header, codes=_codes_on(matrix.codes, header, torch.device(device)), **tensors)
 
 
