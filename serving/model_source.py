@@ -14,7 +14,7 @@ import numpy.typing as npt
 from serving import tokenizer
 from serving.loader import GGUFWeights, gguf_config
 from serving.names import full_name
-from serving.tokenizer import read_json
+from serving.tokenizer import Tokenizer, read_json
 from tilus.dtypes import f16, f32
 from tilus.errors import TilusError
 from tilus.kernels.quantize import CheckpointWriter, GGUFFile, QuantizedMatrix, open_tensors
@@ -46,6 +46,8 @@ class ModelSource(Protocol):
     def config(self) -> dict[str, Any]:
         """config.json, without what it says about quantisation."""
         ...
+
+    def tokenizer(self) -> Tokenizer: ...
 
     def write_files(self, directory: Path) -> None:
         """The tokenizer and whatever else a model's directory has."""
@@ -94,6 +96,9 @@ class DirectorySource:
     def config(self) -> dict[str, Any]:
         dropped = ("quantization_config", "compression_config")
         return {key: value for key, value in self._config.items() if key not in dropped}
+
+    def tokenizer(self) -> Tokenizer:
+        return tokenizer.from_huggingface(self._path)
 
     def write_files(self, directory: Path) -> None:
         for file in self._path.iterdir():
@@ -146,6 +151,9 @@ class GGUFSource:
             "eos_token_id": self._file.integer("tokenizer.ggml.eos_token_id"),
             "torch_dtype": "float16",
         }
+
+    def tokenizer(self) -> Tokenizer:
+        return self._tokenizer
 
     def write_files(self, directory: Path) -> None:
         self._tokenizer.fast.save(str(directory / "tokenizer.json"))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from serving.model_source import ModelSource, open_source
 from tilus.errors import TilusError
@@ -49,11 +50,10 @@ def quantize_model(
     quantised, and leaves nothing behind then.
     """
     model = open_source(source)
-    ignored = (*USUALLY_IGNORED, *ignore)
-    chosen = [name for name in model.names() if model.is_matrix(name) and not _is_ignored(name, ignored)]
+    chosen = chosen_names(model, ignore)
     if not chosen:
         raise TilusError(f"{source} has no weight that is not ignored, so there is nothing to quantise")
-    totals = _Totals()
+    totals = Totals()
     with CheckpointWriter(target) as writer:
         model.write_files(writer.path)
         calibrated = _calibrated(model, chosen, recipe, calibration, progress)
@@ -69,6 +69,12 @@ def quantize_model(
                 progress(totals.num_matrices, len(chosen))
         format = writer.finish(model.config())
     return totals.report(format, writer.nbytes)
+
+
+def chosen_names(model: ModelSource, ignore: Sequence[str] = ()) -> list[str]:
+    """The tensors that are quantised."""
+    patterns = (*USUALLY_IGNORED, *ignore)
+    return [name for name in model.names() if model.is_matrix(name) and not _is_ignored(name, patterns)]
 
 
 def _is_ignored(name: str, patterns: Sequence[str]) -> bool:
@@ -92,7 +98,9 @@ def _calibrated(
     return calibrate(model, chosen, recipe, text, progress)
 
 
-class _Totals:
+class Totals:
+    """Sums over the matrices of a model."""
+
     def __init__(self) -> None:
         self.num_matrices = 0
         self._num_weights = 0
@@ -100,7 +108,7 @@ class _Totals:
         self._error = 0.0
         self._norm = 0.0
 
-    def add(self, weight: np.ndarray, matrix: QuantizedMatrix) -> None:
+    def add(self, weight: npt.NDArray[np.float32], matrix: QuantizedMatrix) -> None:
         self.num_matrices += 1
         self._num_weights += weight.size
         per_group = matrix.scale_dtype.nbits * (2 if matrix.mins is not None else 1)
@@ -110,5 +118,6 @@ class _Totals:
         self._norm += float(np.square(weight).sum(dtype=np.float64))
 
     def report(self, format: str, nbytes: int) -> Report:
+        """The sums as a report on a model stored in this format and size."""
         error = (self._error / self._norm) ** 0.5 if self._norm else 0.0
         return Report(format, self.num_matrices, nbytes, self._nbits / self._num_weights, error)

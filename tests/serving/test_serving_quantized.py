@@ -6,7 +6,7 @@ Each format's tensors are made here from random codes, with the formula of its d
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -228,7 +228,8 @@ def logits_of(path: Path, kernels: object, dtype: torch.dtype, device: torch.dev
     return model.forward(every_row, pool).cpu()
 
 
-def expected_logits(dense: dict[str, torch.Tensor]) -> torch.Tensor:
+def expected_logits(dense: dict[str, torch.Tensor], tokens: Sequence[int] = TOKENS) -> torch.Tensor:
+    """transformers' logits, float32 [tokens, vocabulary]."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     settings = {key: value for key, value in TINY.items() if key not in ("architectures", "model_type", "torch_dtype")}
@@ -237,7 +238,7 @@ def expected_logits(dense: dict[str, torch.Tensor]) -> torch.Tensor:
     assert set(missing.missing_keys) <= {"lm_head.weight"} and not missing.unexpected_keys
     model.tie_weights()
     with torch.inference_mode():
-        return model(torch.tensor([TOKENS])).logits[0]
+        return model(torch.tensor([tokens])).logits[0]
 
 
 @pytest.mark.parametrize("format", FORMATS)

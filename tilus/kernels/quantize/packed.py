@@ -187,7 +187,9 @@ def _packed_factors(values: Array, dtype: str, name: str, k: int, group: int) ->
 def _check_codes(matrix: QuantizedMatrix) -> None:
     codes, dtype = matrix.codes, matrix.dtype
     if codes.dtype != np.uint8:
-        raise TilusError(f"codes of dtype {codes.dtype}, expected uint8 [N, K]", hint="codes are raw: view them as uint8")
+        raise TilusError(
+            f"codes of dtype {codes.dtype}, expected uint8 [N, K]", hint="codes are raw: view them as uint8"
+        )
     if int(codes.max()) >= dtype.num_codes:
         raise TilusError(f"code {int(codes.max())}, expected less than {dtype.num_codes} for {dtype.name}")
     if matrix.table is None and dtype.is_float:

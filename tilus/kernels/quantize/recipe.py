@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from tilus.dtypes import (
     DTYPES,
     DataType,
@@ -17,6 +20,7 @@ from tilus.dtypes import (
     uint4,
 )
 from tilus.errors import TilusError
+from tilus.kernels.quantize.error_feedback import quantize_for
 from tilus.kernels.quantize.matrix import QuantizedMatrix
 from tilus.kernels.quantize.rounding import SCHEMES, Scheme, quantize
 
@@ -30,8 +34,19 @@ class Recipe:
     group: int | None
     scale_dtype: DataType = f16
 
-    def quantize(self, weight: Any, *, search: bool = True, name: str = "weight") -> QuantizedMatrix:
-        """The weight [N, K], rounded; see `tilus.kernels.quantize.quantize`."""
+    def quantize(
+        self,
+        weight: Any,
+        *,
+        search: bool = True,
+        moments: npt.NDArray[np.float64] | None = None,
+        name: str = "weight",
+    ) -> QuantizedMatrix:
+        """The weight [N, K], rounded: see `quantize`, or, with the second moments [K, K] of its activations, `quantize_for`."""
+        if moments is not None:
+            return quantize_for(
+                weight, moments, self.dtype, self.group, self.scheme, scale_dtype=self.scale_dtype, name=name
+            )
         return quantize(
             weight, self.dtype, self.group, self.scheme, scale_dtype=self.scale_dtype, search=search, name=name
         )
