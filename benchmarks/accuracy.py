@@ -20,10 +20,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ from serving.loader import default_model, open_checkpoint
 from serving.model_source import ModelSource, open_source
 from serving.quantize_model import Totals, chosen_names
 from tilus.dtypes import DTYPES
-from tilus.kernels.quantize import PRESETS, QuantizedMatrix, Recipe, recipe
+from tilus.kernels.quantize import PRESETS, RECIPE_NAMES, QuantizedMatrix, Recipe, recipe
 
 ROOT = Path(__file__).parents[1]
 TEXT = ROOT / "tests" / "data" / "shakespeare.txt"
@@ -55,7 +57,7 @@ class Row:
 
 def all_rows() -> list[Row]:
     """Every type in groups of 32 under its schemes, the presets, and some other groups; int4 in the plain way as well."""
-    small = [dtype for dtype in DTYPES.values() if dtype.is_small]
+    small = [DTYPES[name] for name in RECIPE_NAMES if name not in PRESETS]
     rows = [_row(dtype.name, 32, None) for dtype in small]
     rows += [_row(dtype.name, 32, "zero") for dtype in small if dtype.kind == "uint"]
     rows += [Row(PRESETS[name], name) for name in PRESETS]
@@ -82,8 +84,8 @@ class Subject:
         config = {key: value for key, value in self.source.config().items() if key not in dropped}
         self.device = device
         self.model = LlamaForCausalLM(LlamaConfig(**config)).eval()
-        floats = {name: torch.from_numpy(np.array(self.source.floats(name))) for name in self.source.names()}
-        self.model.load_state_dict(floats, strict=False)
+        self.floats = {name: np.array(self.source.floats(name)) for name in self.source.names()}
+        self.model.load_state_dict({name: torch.from_numpy(x) for name, x in self.floats.items()}, strict=False)
         self.model.tie_weights()
         self.model.to(device)
         self.chosen = chosen_names(self.source)
@@ -91,11 +93,19 @@ class Subject:
         ids = tokenizer.encode(TEXT.read_text())[: WINDOWS * LENGTH]
         self.tokens = torch.tensor(ids, device=device).view(WINDOWS, LENGTH)
 
-    def put(self, weights: Callable[[str], np.ndarray]) -> None:
-        """Set the matrices that are quantised."""
-        parameters = dict(self.model.named_parameters())
-        for name in self.chosen:
-            parameters[name].data.copy_(torch.from_numpy(weights(name)))
+    def put(self, round_one: Callable[[str], QuantizedMatrix]) -> Totals:
+        """Replace the matrices by what a function of their names makes of them."""
+        totals, parameters = Totals(), dict(self.model.named_parameters())
+
+        def work(name: str) -> tuple[QuantizedMatrix, np.ndarray]:
+            matrix = round_one(name)
+            return matrix, matrix.dequantize()
+
+        with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
+            for name, (matrix, rounded) in zip(self.chosen, pool.map(work, self.chosen)):
+                totals.add(self.floats[name], matrix, rounded)
+                parameters[name].data.copy_(torch.from_numpy(rounded))
+        return totals
 
     def perplexity(self) -> float:
         """exp of the mean negative log-likelihood of each window's tokens but the first."""
@@ -107,30 +117,19 @@ class Subject:
         return math.exp(total / (WINDOWS * (LENGTH - 1)))
 
 
-def quantised(subject: Subject, row: Row) -> tuple[Callable[[str], np.ndarray], Totals]:
-    """The weights of a row, made one at a time as they are asked for, and what they amount to then."""
-    totals = Totals()
-    calibrated: dict[str, QuantizedMatrix] = {}
+def rounding(subject: Subject, row: Row) -> Callable[[str], QuantizedMatrix]:
+    """The function that makes a row's matrix of a tensor's name."""
     if row.calibrated:
         from serving.calibrate import calibrate
 
-        calibrated = dict(calibrate(subject.source, subject.chosen, row.recipe, OTHER_TEXT, lambda done, total: None))
-
-    def weight(name: str) -> np.ndarray:
-        values = subject.source.floats(name)
-        matrix = calibrated.get(name) or row.recipe.quantize(values, search=row.search, name=name)
-        totals.add(values, matrix)
-        return matrix.dequantize()
-
-    return weight, totals
+        return calibrate(subject.source, subject.chosen, row.recipe, OTHER_TEXT, lambda done, total: None).__getitem__
+    return lambda name: row.recipe.quantize(subject.floats[name], search=row.search, name=name)
 
 
 def measure(subject: Subject, row: Row, shipped: float) -> dict[str, Any]:
     start = time.perf_counter()
-    weights, totals = quantised(subject, row)
-    subject.put(weights)
+    report = subject.put(rounding(subject, row)).report("", 0)
     perplexity = subject.perplexity()
-    report = totals.report("", 0)
     return {
         "row": row.name,
         "dtype": row.recipe.dtype.name,
@@ -146,13 +145,31 @@ def measure(subject: Subject, row: Row, shipped: float) -> dict[str, Any]:
     }
 
 
+def table(result: dict[str, Any]) -> str:
+    """The rows as the table of docs/quantization.md."""
+    lines = ["| row | scheme | bits a weight | error | perplexity | of the shipped |", "|---|---|---|---|---|---|"]
+    for row in result["rows"]:
+        scheme = row["scheme"] + ("" if row["search"] else ", plain rounding") + (", GPTQ" if row["calibrated"] else "")
+        lines.append(
+            f"| {row['row']} | {scheme} | {row['nbits']:.2f} | {100 * row['error']:.2f} % | {row['perplexity']:.2f} "
+            f"| {row['ratio']:.3f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="perplexity of the default model in every way to quantise it")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--only", nargs="*", metavar="ROW", help="these rows, such as int4-g32 (default: all)")
     parser.add_argument("--threads", type=int, help="threads of torch on the CPU (default: torch's own)")
     parser.add_argument("--out", type=Path, help="a JSON file; rows in it are kept")
+    parser.add_argument(
+        "--table", action="store_true", help="print --out as the table of the documentation, and measure nothing"
+    )
     options = parser.parse_args()
+    if options.table:
+        print(table(json.loads(options.out.read_text())), end="")
+        return
     known = {row.name: row for row in all_rows()}
     unknown = set(options.only or ()) - known.keys()
     if unknown:

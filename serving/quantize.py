@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from tilus.dtypes import DTYPES, DataType
+from tilus.dtypes import DataType
 from tilus.errors import TilusError
-from tilus.kernels.quantize import QuantizedMatrix, quantize
+from tilus.kernels.quantize import PRESETS, RECIPE_NAMES, QuantizedMatrix, quantize
 
 GROUP = 32
 # int1 holds only 0 and -1, which no positive scale makes useful.
-WEIGHT_DTYPES = tuple(name for name, dtype in DTYPES.items() if dtype.is_small and name != "int1")
+WEIGHT_DTYPES = tuple(name for name in RECIPE_NAMES if name not in PRESETS and name != "int1")
 _Floats = npt.NDArray[np.float32]
 
 

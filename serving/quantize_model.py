@@ -18,6 +18,8 @@ from serving.model_source import ModelSource, open_source
 from tilus.errors import TilusError
 from tilus.kernels.quantize import CheckpointWriter, QuantizedMatrix, Recipe
 
+_Floats = npt.NDArray[np.float32]
+
 USUALLY_IGNORED = ("lm_head", r"re:.*embed.*", r"re:.*\.(gate|router)")
 
 
@@ -63,7 +65,7 @@ def quantize_model(
                 continue
             weight = model.floats(name)
             matrix = calibrated[name] if calibrated else recipe.quantize(weight, name=name)
-            totals.add(weight, matrix)
+            totals.add(weight, matrix, matrix.dequantize())
             writer.add_matrix(name.removesuffix(".weight"), matrix)
             if not calibrated:
                 progress(totals.num_matrices, len(chosen))
@@ -108,13 +110,14 @@ class Totals:
         self._error = 0.0
         self._norm = 0.0
 
-    def add(self, weight: npt.NDArray[np.float32], matrix: QuantizedMatrix) -> None:
+    def add(self, weight: _Floats, matrix: QuantizedMatrix, rounded: _Floats) -> None:
+        """A weight, what it became, and the values of that."""
         self.num_matrices += 1
         self._num_weights += weight.size
         per_group = matrix.scale_dtype.nbits * (2 if matrix.mins is not None else 1)
         per_group += matrix.dtype.nbits if matrix.zeros is not None else 0
         self._nbits += weight.size * matrix.dtype.nbits + matrix.scales.size * per_group
-        self._error += float(np.square(matrix.dequantize() - weight).sum(dtype=np.float64))
+        self._error += float(np.square(rounded - weight).sum(dtype=np.float64))
         self._norm += float(np.square(weight).sum(dtype=np.float64))
 
     def report(self, format: str, nbytes: int) -> Report:

@@ -101,8 +101,6 @@ def pack_codes_on(codes: Any, packed: Any, dtype: DataType, span: int, lookup: b
     pack_codes_kernel.on(device)(codes, packed, wdtype=dtype, span=span, lookup=lookup)
 
 
-def unpack_codes_on(
-    packed: Any, codes: Any, dtype: DataType, span: int, lookup: bool, device: str | None = None
-) -> None:
+def unpack_codes_on(packed: Any, codes: Any, dtype: DataType, span: int, lookup: bool, device: str | None = None) -> None:
     """`unpack_codes` by the kernel, cut to the shape of `codes` [N, K]."""
     unpack_codes_kernel.on(device)(packed, codes, wdtype=dtype, span=span, lookup=lookup)

@@ -125,9 +125,7 @@ class WeightHeader:
         if set(data) != set(expected):
             raise TilusError(f"the header of a packed weight has fields {sorted(data)}, expected {sorted(expected)}")
         if data["dtype"] not in DTYPES:
-            raise TilusError(
-                f"the header of a packed weight names the type {data['dtype']!r}, expected one of tilus.dtypes"
-            )
+            raise TilusError(f"the header of a packed weight names the type {data['dtype']!r}, expected one of tilus.dtypes")
         for name, kinds in _JSON_TYPES.items():
             if not isinstance(data[name], kinds) or (bool not in kinds and isinstance(data[name], bool)):
                 raise TilusError(

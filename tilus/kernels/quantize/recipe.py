@@ -20,6 +20,7 @@ from tilus.dtypes import (
     uint4,
 )
 from tilus.errors import TilusError
+from tilus.kernels.quantize import e8m0
 from tilus.kernels.quantize.error_feedback import quantize_for
 from tilus.kernels.quantize.matrix import QuantizedMatrix
 from tilus.kernels.quantize.rounding import SCHEMES, Scheme, quantize
@@ -61,7 +62,8 @@ PRESETS: dict[str, Recipe] = {
     "mxfp8_e5m2": Recipe(float8_e5m2, "mx", 32),
     "nvfp4": Recipe(float4_e2m1, "nv", 16),
 }
-RECIPE_NAMES = (*PRESETS, *(name for name, dtype in DTYPES.items() if dtype.is_small))
+# Powers of two without sign are scales, and no weights.
+RECIPE_NAMES = (*PRESETS, *(name for name, dtype in DTYPES.items() if dtype.is_small and dtype != e8m0.e8m0))
 
 
 def recipe(name: str, group: int | None = None, scheme: str | None = None) -> Recipe:
