@@ -1,7 +1,7 @@
 """A linear layer with weights of 1 to 8 bits, from the library: quantise once, then multiply.
 
 `quantize` rounds a matrix to codes of any small type, with a scale (and, for unsigned integers, a minimum) per group of 32
-columns, and packs it in the order in which the kernel's threads read it. The same packed weight serves every batch size.
+columns; `pack` brings it into the order in which the kernel's threads read it. The same packed weight serves every batch size.
 
 The kernel multiplies by exactly these rounded weights (`unpack` gives them back) and rounds only y. What is printed as the error
 of y is what rounding the weights to so few bits did.
@@ -21,7 +21,7 @@ def main(tokens: int = 5, n: int = 192, k: int = 256) -> None:
     w = rng.standard_normal((n, k)).astype(np.float32)
     exact = x @ w.T
     for dtype in TYPES:
-        weight = quantize.quantize(w, dtype, group=32)
+        weight = quantize.pack(quantize.quantize(w, dtype, group=32))
         y = linear(x, weight)
         rounded = np.float64(quantize.unpack(weight).dequantize())
         bound = 2.0**-10 * (np.abs(np.float64(x)) @ np.abs(rounded).T)  # y is rounded to f16, what was added up to f32

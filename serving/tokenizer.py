@@ -20,8 +20,8 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as FastTokenizer
 
 from serving.errors import RequestError
-from serving.gguf import GGUFFile
 from tilus.errors import TilusError
+from tilus.kernels.quantize import GGUFFile
 
 _REPLACEMENT = "\ufffd"
 _CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type

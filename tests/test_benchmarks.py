@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import tilus
+from tilus.kernels.quantize import PRESETS, RECIPE_NAMES, SCHEMES
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -105,3 +106,23 @@ def test_the_machine_code_of_a_cast_takes_little_more_than_its_plan(
             assert row["scaled"] <= row["machine"] + 1 / 32 <= row["scaled"] + 0.25
     again = casts["machine_cost"](tilus.float4_e2m1, tilus.f16, casts["TARGETS"]["sm_90a"])
     assert 1.125 <= again <= 1.125 + 0.25
+
+
+@pytest.fixture(scope="module")
+def accuracy() -> dict[str, Any]:
+    return runpy.run_path(str(BENCHMARKS / "accuracy.py"))
+
+
+def test_accuracy_rows_have_every_type_and_scheme_once(accuracy: dict[str, Any]) -> None:
+    rows = accuracy["all_rows"]()
+    assert len({row.name for row in rows}) == len(rows)
+    assert {row.recipe.dtype for row in rows} == {tilus.dtype(name) for name in RECIPE_NAMES if name not in PRESETS}
+    assert {row.recipe.scheme for row in rows} == set(SCHEMES)
+
+
+def test_the_accuracy_table_is_what_was_measured(accuracy: dict[str, Any]) -> None:
+    """And 4 bits with a scale and a minimum for 32 weights lose no more than 1 % of perplexity against the model as shipped."""
+    result = json.loads((BENCHMARKS / "results" / "cpu" / "accuracy.json").read_text())
+    assert accuracy["table"](result) in (BENCHMARKS.parent / "docs" / "quantization.md").read_text()
+    ratios = {row["row"]: row["ratio"] for row in result["rows"]}
+    assert ratios["uint4-g32"] <= 1.01

@@ -1,4 +1,4 @@
-"""The command line: `tilus compile`, `tilus run`, `tilus layout` and `tilus doctor`.
+"""The command line: `tilus compile`, `tilus run`, `tilus layout`, `tilus quantize` and `tilus doctor`.
 
 A user's mistake is shown with its line and a way out, and the exit status is 1; a wrong command line gives 2. `--traceback`
 shows the compiler's own frames as well.
@@ -190,6 +190,58 @@ def _shared(what: str, layout: RegisterLayout | SharedLayout) -> SharedLayout:
     if isinstance(layout, SharedLayout):
         return layout
     raise TilusError(f"{what}: {layout} is a register layout, expected a shared layout")
+
+
+@main.command("quantize", cls=_Command)
+@click.argument("model", type=click.Path(path_type=Path), metavar="DIR | FILE.gguf")
+@click.option(
+    "-o", "output", type=click.Path(path_type=Path), required=True, help="The directory to write; must not exist."
+)
+@click.option(
+    "--dtype", "dtype_name", default="int4", show_default=True,
+    help="A type of 1 to 8 bits (int4, uint3, float6_e3m2, ...), or nf4, mxfp4, mxfp6_e2m3, mxfp6_e3m2, mxfp8_e4m3, "
+    "mxfp8_e5m2, nvfp4.",
+)  # fmt: skip
+@click.option(
+    "--group", type=int, help="Weights that share a scale; 0 for a whole row (default: 128, or the preset's)."
+)
+@click.option("--scheme", help="symmetric, zero, minimum, table, mx or nv (default: by the type).")
+@click.option(
+    "--ignore", multiple=True, metavar="NAME", help="A module to leave as it is, or re:PATTERN; may be repeated."
+)
+@click.option(
+    "--calibrate", "calibration", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="FILE",
+    help="Choose codes by GPTQ, for this text (needs torch and transformers).",
+)  # fmt: skip
+def quantize_command(
+    model: Path, output: Path, dtype_name: str, group: int | None, scheme: str | None, ignore: tuple[str, ...],
+    calibration: Path | None,
+) -> None:  # fmt: skip
+    """Quantise a model: a directory in Hugging Face's format, or a GGUF file.
+
+    Scales are searched so that the squared error is least. The result is written as compressed-tensors where that expresses the
+    type, else in tilus' own format; see docs/quantization.md.
+    """
+    from tilus.kernels.quantize import recipe
+
+    try:
+        from serving.quantize_model import quantize_model
+    except ModuleNotFoundError as error:
+        raise TilusError(
+            f"quantising models needs the package {error.name}", hint="pip install 'tilus[serve]'"
+        ) from error
+    chosen = recipe(dtype_name, group, scheme)
+    with click.progressbar(length=1, label="quantising", file=sys.stderr) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.length = total
+            bar.update(done - bar.pos)
+
+        report = quantize_model(model, output, chosen, ignore=ignore, calibration=calibration, progress=progress)
+    click.echo(
+        f"{output}: {report.num_matrices} matrices as {report.format}, {report.nbits:.2f} bits a weight, "
+        f"{report.nbytes / 2**20:.1f} MiB in all, relative error {100 * report.error:.2f} %"
+    )
 
 
 @main.command("doctor", cls=_Command)

@@ -12,10 +12,10 @@ from tiny_llama import byte_tokenizer, write_tiny
 
 from serving import tokenizer as tokenizers_module
 from serving.errors import RequestError
-from serving.gguf import GGUFFile
 from serving.loader import default_model
 from serving.tokenizer import Detokenizer, Tokenizer, from_gguf, from_huggingface
 from tilus.errors import TilusError
+from tilus.kernels.quantize import GGUFFile
 
 FRANCE = (
     "1 9690 198 2683 359 253 5356 5646 11173 3365 3511 308 34519 28 7018 411 407 19712 8182 2 198 1 4093 198 1780 314 "

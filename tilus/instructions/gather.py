@@ -17,11 +17,23 @@ from tilus.instructions.view import reshape
 from tilus.ir.builder import IRBuilder, builtin
 from tilus.ir.evaluation import Evaluation
 from tilus.ir.expr import Expr, Var, as_expr
-from tilus.ir.instruction import Effects, Layouts
+from tilus.ir.instruction import Effects
+from tilus.ir.layout_rules import Elementwise, LayoutPriority, LayoutRule, Way
 from tilus.ir.tensor import GlobalTensor, RegisterTensor
+from tilus.layout import RegisterLayout
 from tilus.ptx.module import Reg
 
 _UNKNOWN = Var("index", int32)  # stands for indices of which nothing is known while compiling
+
+
+@dataclass(frozen=True, eq=False)
+class Coalesced(Elementwise):
+    """Elementwise in the indices; when nothing else decides, neighbouring threads read what may lie side by side."""
+
+    preferred: RegisterLayout
+
+    def defaults(self) -> Sequence[Way]:
+        return [self._way(self.preferred)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +44,7 @@ class Gather(Pointwise):
     """
 
     mnemonic = "gather"
-    layout_priority = 10
+    layout_priority = LayoutPriority.LOAD
 
     out: RegisterTensor
     src: GlobalTensor
@@ -59,10 +71,9 @@ class Gather(Pointwise):
         if broadcast_shapes("gather", self.index.shape, self.out.shape) != self.out.shape:
             raise TilusError(f"gather: indices of shape {list(self.index.shape)} for a tile of {list(self.out.shape)}")
 
-    def default_layouts(self, known: Layouts, num_threads: int) -> Layouts:
-        if self.out in known:
-            return {}
-        return {self.out: coalesced(self.src, self.out.shape, self.dims, num_threads)}
+    def layout_rule(self, num_threads: int) -> LayoutRule:
+        preferred = coalesced(self.src, self.out.shape, self.dims, num_threads)
+        return Coalesced(self.out, (self.index,), num_threads, preferred)
 
     def evaluate(self, env: Evaluation) -> None:
         dim = self.dims[self.axis]

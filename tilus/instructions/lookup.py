@@ -12,9 +12,9 @@ from tilus.errors import TilusError
 from tilus.instructions.elementwise import Pointwise
 from tilus.ir.builder import IRBuilder, builtin
 from tilus.ir.evaluation import Evaluation
-from tilus.ir.instruction import Layouts
+from tilus.ir.layout_rules import Elementwise, LayoutRule, Way
 from tilus.ir.tensor import RegisterTensor
-from tilus.layout import LayoutError, RegisterLayout, local, replicated, slot_map
+from tilus.layout import RegisterLayout, local, replicated
 from tilus.ptx.builder import Builder
 from tilus.ptx.module import Imm, Reg
 
@@ -23,6 +23,16 @@ ENTRIES = 16
 LOW_BYTES, HIGH_BYTES = 0x6420, 0x7531
 FIRST_HALVES, LAST_HALVES = 0x5140, 0x7362
 AND_OR = 0xF0 & 0xCC | 0xAA  # lop3: (a & b) | c
+
+
+@dataclass(frozen=True, eq=False)
+class WithTable(Elementwise):
+    """Elementwise in the codes; every thread holds the whole table."""
+
+    table: RegisterTensor
+
+    def _way(self, layout: RegisterLayout) -> Way:
+        return {**super()._way(layout), self.table: _everywhere(self.num_threads)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,17 +63,8 @@ class Lookup(Pointwise):
                 f"{self.table.dtype.name}{list(self.codes.shape)}"
             )
 
-    def infer_layouts(self, known: Layouts, num_threads: int) -> Layouts:
-        found = {} if self.table in known else {self.table: _everywhere(num_threads)}
-        if self.codes in known and self.out not in known:
-            return {**found, self.out: known[self.codes]}
-        if self.out in known and self.codes not in known:
-            return {**found, self.codes: known[self.out]}
-        return found
-
-    def required_layouts(self, layouts: Layouts, num_threads: int) -> Layouts:
-        wanted = {self.table: _everywhere(num_threads), self.codes: layouts[self.out]}
-        return {t: layout for t, layout in wanted.items() if not _holds(layouts[t], layout)}
+    def layout_rule(self, num_threads: int) -> LayoutRule:
+        return WithTable(self.out, (self.codes,), num_threads, self.table)
 
     def evaluate(self, env: Evaluation) -> None:
         table, codes = env.tile(self.table), env.tile(self.codes)
@@ -83,14 +84,6 @@ class Lookup(Pointwise):
 
 def _everywhere(num_threads: int) -> RegisterLayout:
     return replicated(num_threads, 1) * local(ENTRIES)
-
-
-def _holds(own: RegisterLayout, wanted: RegisterLayout) -> bool:
-    try:
-        slot_map(wanted, own)
-    except LayoutError:
-        return False
-    return True
 
 
 class _Planes:

@@ -18,7 +18,7 @@ from tilus.ir.evaluation import Evaluation
 from tilus.ir.instruction import Instruction, expect_same_shape
 from tilus.ir.layout_rules import LayoutRule, Renamed, Variable
 from tilus.ir.tensor import RegisterTensor
-from tilus.layout import RegisterLayout
+from tilus.layout import LayoutError, RegisterLayout, slot_map
 
 
 @dataclass(frozen=True, eq=False)

@@ -132,7 +132,7 @@ def pack(matrix: QuantizedMatrix, device: Any = None) -> QuantizedWeight:
         return QuantizedWeight(header, codes=packed, **arrays)
     import torch
 
-    tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+    tensors = {name: torch.tensor(array, device=device) for name, array in arrays.items()}
     return QuantizedWeight(header, codes=_codes_on(matrix.codes, header, torch.device(device)), **tensors)
 
 
@@ -256,29 +256,3 @@ def _unpacked_codes(weight: QuantizedWeight) -> Array:
 
 def _numpy(value: Any) -> Array:
     return value.detach().cpu().numpy() if hasattr(value, "detach") else np.asarray(value)
-
-
-def quantize(weight: Any, dtype: DataType, group: int | None = None) -> QuantizedWeight:
-    """Round a weight [N, K] to nearest codes of `dtype`, with one f16 scale per group such that the largest magnitude fits.
-
-    Unsigned integer types also get a minimum per group, so that they cover the range of its values.
-    """
-    values = np.asarray(_numpy(weight), np.float32)
-    n, k = values.shape
-    width = k if group is None else group
-    if k % width:
-        raise TilusError(f"groups of {width} do not divide K = {k}", hint="choose a group that divides K, or K itself")
-    grouped = values.reshape(n, k // width, width)
-    if dtype.is_integer and not dtype.is_signed:
-        low, high = grouped.min(-1), grouped.max(-1)
-        scale = ((high - low) / dtype.max_value).astype(np.float16).astype(np.float32)
-        mins: Array | None = low.astype(np.float16).astype(np.float32)
-        centred = grouped - low.astype(np.float16).astype(np.float32)[..., None]
-    else:
-        limit = max(dtype.max_value, 1) if dtype.is_float or dtype.nbits > 1 else 1
-        scale, mins = (np.abs(grouped).max(-1) / limit).astype(np.float16).astype(np.float32), None
-        centred = grouped
-    divisor = scale[..., None]
-    ratio = np.divide(centred, divisor, out=np.zeros_like(centred), where=divisor != 0)
-    codes = dtype.encode(ratio).reshape(n, k).astype(np.uint8)
-    return pack(QuantizedMatrix(codes, scale, mins, dtype), getattr(weight, "device", None))

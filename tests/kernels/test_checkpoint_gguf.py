@@ -11,12 +11,12 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving import ggml
-from serving.gguf import GGUFFile
 from serving.loader import default_model, open_checkpoint
 from tilus.errors import TilusError
+from tilus.kernels.quantize import GGUFFile, QuantizedMatrix, load
+from tilus.kernels.quantize.checkpoint import ggml
 
-FORMATS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K")
+FORMATS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -130,21 +130,74 @@ def test_other_files_are_refused(written: Path, tmp_path: Path, offset: int, val
     assert str(caught.value) == f"{path} {message}"
 
 
-def test_an_unsupported_type_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "q5.gguf"
+def write_tensor(path: Path, name: str, data: np.ndarray, kind: GGMLQuantizationType) -> Path:
     writer = GGUFWriter(str(path), "llama")
-    writer.add_tensor("blk.0.attn_q.weight", np.zeros((1, 22), np.uint8), raw_dtype=GGMLQuantizationType.Q5_0)
+    writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return path
+
+
+def test_an_unsupported_type_is_named(tmp_path: Path) -> None:
+    path = write_tensor(
+        tmp_path / "q2.gguf", "blk.0.attn_q.weight", np.zeros((1, 84), np.uint8), GGMLQuantizationType.Q2_K
+    )
     with pytest.raises(TilusError) as caught:
         GGUFFile(path)
     assert str(caught.value) == (
-        "tensor blk.0.attn_q.weight has GGUF type Q5_0 (id 6), "
-        "but supported are F32, F16, Q4_0, Q4_1, Q8_0, Q4_K, Q6_K, BF16\n"
+        "tensor blk.0.attn_q.weight has GGUF type Q2_K (id 10), "
+        "but supported are F32, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, BF16\n"
         "  hint: convert the model to one of these with llama-quantize"
     )
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q5_1", "Q8_0"])
+def test_load_reads_what_ggml_quantises(tmp_path: Path, name: str) -> None:
+    kind = GGMLQuantizationType[name]
+    weight = np.random.default_rng(5).normal(0, 1, (6, 64)).astype(np.float32)
+    packed = gguf.quantize(weight, kind)
+    tensors = load(write_tensor(tmp_path / "one.gguf", "blk.0.ffn_up.weight", packed, kind))
+    assert list(tensors) == ["blk.0.ffn_up.weight"] and len(tensors) == 1
+    matrix = tensors["blk.0.ffn_up.weight"]
+    assert isinstance(matrix, QuantizedMatrix) and matrix.group == 32 and matrix.scale_dtype.name == "f16"
+    np.testing.assert_array_equal(matrix.dequantize(), gguf.dequantize(packed, kind))
+
+
+def test_load_refuses_quantised_tensors_that_are_no_matrices_and_scales_that_are_no_numbers(tmp_path: Path) -> None:
+    kind = GGMLQuantizationType.Q8_0
+    path = write_tensor(tmp_path / "3d.gguf", "experts", np.zeros((2, 3, 34), np.uint8), kind)
+    with pytest.raises(TilusError, match=r"experts is stored as Q8_0 with shape \[2, 3, 32\], but .* must be matrices"):
+        load(path)["experts"]
+    path = write_tensor(tmp_path / "nan.gguf", "w", np.full((1, 34), 255, np.uint8), kind)
+    with pytest.raises(TilusError, match="w has scales that are not finite"):
+        load(path)["w"]
+
+
+@pytest.mark.slow
+def test_a_file_with_any_byte_changed_is_read_or_refused(written: Path, tmp_path: Path) -> None:
+    """Damage in the header never ends in another exception, nor in endless work."""
+    whole, path = written.read_bytes(), tmp_path / "damaged.gguf"
+    for place in range(min(len(whole), 1200)):
+        for change in (0x01, 0x80, 0xFF):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ change]) + whole[place + 1 :])
+            try:
+                file = GGUFFile(path)
+                for name in file.tensors:
+                    file.read(name)
+            except TilusError:
+                continue
+
+
+def test_arrays_nested_without_end_are_refused(tmp_path: Path) -> None:
+    key = (1).to_bytes(8, "little") + b"k" + (9).to_bytes(4, "little")
+    nested = ((9).to_bytes(4, "little") + (1).to_bytes(8, "little")) * 5000
+    path = tmp_path / "nested.gguf"
+    counts = (0).to_bytes(8, "little") + (1).to_bytes(8, "little")
+    path.write_bytes(b"GGUF" + (3).to_bytes(4, "little") + counts + key + nested)
+    with pytest.raises(TilusError, match="are nested more than 8 deep"):
+        GGUFFile(path)
 
 
 def test_type_names_are_ggmls() -> None:

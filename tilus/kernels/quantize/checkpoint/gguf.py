@@ -5,6 +5,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 an
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from dataclasses import dataclass
@@ -14,12 +15,15 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from serving.ggml import BlockFormat, block_format
 from tilus.errors import TilusError
+from tilus.kernels.quantize.checkpoint import ggml
+from tilus.kernels.quantize.checkpoint.ggml import BlockFormat, block_format
+from tilus.kernels.quantize.matrix import QuantizedMatrix
 
 _T = TypeVar("_T")
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_DEEPEST_ARRAY = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +58,7 @@ class _Cursor:
     def string(self) -> str:
         return self.take(self.number("Q")).decode("utf-8", errors="replace")
 
-    def value(self, kind: int) -> object:
+    def value(self, kind: int, depth: int = 0) -> object:
         """One metadata value of the given type id; arrays are lists."""
         if kind in _SCALARS:
             return self.number(_SCALARS[kind])
@@ -62,11 +66,13 @@ class _Cursor:
             return self.string()
         if kind != _ARRAY:
             raise TilusError(f"{self._path}: metadata type {kind} at byte {self.offset}, but types go from 0 to 12")
+        if depth == _DEEPEST_ARRAY:
+            raise TilusError(f"{self._path}: arrays at byte {self.offset} are nested more than {depth} deep")
         element, count = self.number("I"), self.number("Q")
         if element in _SCALARS:
-            code = f"<{count}{_SCALARS[element]}"
-            return list(struct.unpack(code, self.take(struct.calcsize(code))))
-        return [self.value(element) for _ in range(count)]
+            data = self.take(count * struct.calcsize("<" + _SCALARS[element]))
+            return list(struct.unpack(f"<{count}{_SCALARS[element]}", data))
+        return [self.value(element, depth + 1) for _ in range(count)]
 
 
 class GGUFFile:
@@ -91,6 +97,8 @@ class GGUFFile:
         self.metadata = {cursor.string(): cursor.value(cursor.number("I")) for _ in range(num_keys)}
         records = [self._record(cursor) for _ in range(num_tensors)]
         alignment = self.integer("general.alignment", 32)
+        if alignment < 1:
+            raise TilusError(f"{path}: general.alignment is {alignment}, expected a positive number")
         data_start = -(-cursor.offset // alignment) * alignment
         self.tensors = {
             name: self._tensor(buffer, name, shape, kind, data_start + offset) for name, shape, kind, offset in records
@@ -110,17 +118,29 @@ class GGUFFile:
                 f"{self.path}: rows of {name} have {width} values, but {format.name} packs {format.block_size} together"
             )
         row_bytes = width // format.block_size * format.block_nbytes
-        num_rows = int(np.prod(shape[:-1], dtype=np.int64))
+        num_rows = math.prod(shape[:-1])
         end = start + num_rows * row_bytes
         if end > len(buffer):
             raise TilusError(f"{self.path} is cut short: {len(buffer)} bytes, but {name} ends at {end}")
-        rows = np.frombuffer(buffer, np.uint8, num_rows * row_bytes, start).reshape(num_rows, row_bytes)
+        rows = np.frombuffer(buffer, np.uint8)[start:end].reshape(num_rows, row_bytes)
         return GGUFTensor(name, shape, format, rows)
 
     def tensor(self, name: str) -> GGUFTensor:
         if name not in self.tensors:
             raise TilusError(f"{self.path} has no tensor {name}; it has {len(self.tensors)} others")
         return self.tensors[name]
+
+    def read(self, name: str) -> QuantizedMatrix | npt.NDArray[np.float32]:
+        """A tensor's codes and scales, or its values as float32 where it is stored as floats."""
+        tensor = self.tensor(name)
+        if tensor.format.is_float:
+            return ggml.to_floats(tensor.rows, tensor.format).reshape(tensor.shape)
+        if len(tensor.shape) != 2:
+            raise TilusError(
+                f"{self.path}: {name} is stored as {tensor.format.name} with shape {list(tensor.shape)}, "
+                "but quantised tensors must be matrices"
+            )
+        return ggml.unpack(tensor.rows, tensor.format)
 
     def integer(self, key: str, default: int | None = None) -> int:
         return self._get(key, int, default)
