@@ -142,11 +142,20 @@ def shared_vector_size(
     memory = tensor.layout
     if memory is None:
         raise ValueError(f"shared tensor {tensor.name} has no layout")
-    places = _shared_places(memory, layout, offsets, dims)
+    extents = [layout.shape[dims.index(d)] if d in dims else 1 for d in range(tensor.rank)]
+    starts = [_starts(*known) for known in zip(offsets, memory.shape, extents, strict=True)]
+    return vector_size_at(memory, tensor.dtype, layout, starts, dims)
+
+
+def vector_size_at(
+    memory: SharedLayout, dtype: DataType, layout: RegisterLayout, starts: Sequence[Ints], dims: Sequence[int]
+) -> int:
+    """The same for a tile that may start at any combination of `starts`, the indices of each dim of the memory."""
     widest = 1
-    if places is None:
+    if not all(len(start) for start in starts):
         return widest
-    for size in _sizes(tensor.dtype, layout.num_locals, MAX_VECTOR_NBITS // 8):
+    places = _shared_places(memory, layout, starts, dims)
+    for size in _sizes(dtype, layout.num_locals, MAX_VECTOR_NBITS // 8):
         groups = [place.reshape(len(place), -1, size) for place in places]
         if not (_consecutive(groups, size) and _unswizzled(memory, groups, size)):
             break
@@ -155,12 +164,11 @@ def shared_vector_size(
 
 
 def _shared_places(
-    memory: SharedLayout, layout: RegisterLayout, offsets: Sequence[Expr], dims: Sequence[int]
-) -> list[Ints] | None:
-    """For each dim of a shared tensor, what its index adds to the address before the swizzle: [start, slot].
+    memory: SharedLayout, layout: RegisterLayout, starts: Sequence[Ints], dims: Sequence[int]
+) -> list[Ints]:
+    """For each dim of a shared tensor, what its index adds to the address before the swizzle: [first, slot].
 
-    A start is an offset plus the part that the thread decides; those of different dims are independent. None when no offset
-    keeps the tile inside of the tensor.
+    A first index is where the tile starts plus the part that the thread decides; those of different dims are independent.
     """
     by_thread = _digits.index_table(layout.thread_digits, layout.rank)
     by_slot = _digits.index_table(layout.local_digits, layout.rank)
@@ -171,16 +179,14 @@ def _shared_places(
         axis = dims.index(d) if d in dims else None
         threads = np.zeros(1, np.int64) if axis is None else np.unique(by_thread[:, axis])
         slots = np.zeros(layout.num_locals, np.int64) if axis is None else by_slot[:, axis]
-        origins = _origins(offsets[d], extent - (1 if axis is None else layout.shape[axis]))
-        if not len(origins):
-            return None
-        starts = np.unique(np.add.outer(origins, threads))
-        result.append(address[starts[:, None] + slots])
+        first = np.unique(np.add.outer(starts[d], threads))
+        result.append(address[first[:, None] + slots])
     return result
 
 
-def _origins(offset: Expr, last: int) -> Ints:
-    """The values of an offset, as far as they are known, from 0 to `last`."""
+def _starts(offset: Expr, extent: int, tile_extent: int) -> Ints:
+    """The values of an offset, as far as they are known, that keep the tile inside."""
+    last = extent - tile_extent
     lower, upper = bounds(offset)
     values = np.arange(0, last + 1, divisor(offset) or last + 1, dtype=np.int64)
     if isinstance(offset, Const):
@@ -189,9 +195,9 @@ def _origins(offset: Expr, last: int) -> Ints:
 
 
 def _consecutive(groups: Sequence[Ints], size: int) -> bool:
-    """Whether vectors, [start, vector, element] of each dim, are runs of elements from multiples of `size` on.
+    """Whether vectors, [first, vector, element] of each dim, are runs of elements from multiples of `size` on.
 
-    The sum over dims must be the same for all combinations of starts, so each dim's part is the same for all of its starts.
+    The sum over dims must be the same for all combinations, so each dim's part is the same for all of its first indices.
     """
     runs = [group - group[:, :, :1] for group in groups]
     begins = [group[:, :, 0] for group in groups]
