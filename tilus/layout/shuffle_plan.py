@@ -7,7 +7,8 @@ every lane needs; it is valid when no lane has to offer two words in one round. 
 square); w = the lane's own u puts what a lane keeps into round 0, which is then no round.
 
 No plan that sends words directly from where they are can have fewer rounds than some lane has words to receive, or distinct
-words to offer: `lower_bound`. Layouts of powers of two without replication reach it.
+words to offer. For layouts of powers of two without replication a schedule reaches this bound; one with a round more may need
+fewer selects, and the cheapest is taken.
 """
 
 from __future__ import annotations
@@ -58,14 +59,6 @@ def _nearest(links: Links, thread: IntArray, reader: IntArray) -> IntArray:
         found = base + other
         thread = np.where(thread // WARP_SIZE != reader // WARP_SIZE, found, thread)
     return thread
-
-
-def lower_bound(traffic: Traffic) -> int:
-    """Rounds that no plan can avoid: the most words that one thread has to receive, or distinct ones it has to offer."""
-    moving = ~traffic.stays
-    receive = int(moving.sum(axis=1).max(initial=0))
-    offered = np.unique(np.stack([traffic.thread[moving], traffic.unit[moving]]), axis=1)[0]
-    return max(receive, int(np.bincount(offered).max(initial=0)) if len(offered) else 0)
 
 
 def schedules(traffic: Traffic) -> Iterator[IntArray]:
@@ -134,16 +127,23 @@ def plan_in_registers(units: Units, traffic: Traffic, nbits: int, num_slots: int
     """
     words_per_value = 2 if nbits == 64 else 1
     candidates = list(schedules(traffic)) or [coloured(traffic)]
-    programs = [program_of(units, traffic, rounds, nbits, num_slots) for rounds in candidates]
+    networks = (False, True) if traffic.stays.any() else (False,)
+    programs = [
+        program_of(units, traffic, rounds, nbits, num_slots, network) for rounds in candidates for network in networks
+    ]
     return min(programs, key=lambda program: program.cycles(words_per_value))
 
 
-def program_of(units: Units, traffic: Traffic, rounds: IntArray, nbits: int, num_slots: int) -> Program:
+def program_of(
+    units: Units, traffic: Traffic, rounds: IntArray, nbits: int, num_slots: int, network: bool = False
+) -> Program:
+    """The program of a schedule. network: words that stay in their thread are selected by rounds like those that move, which
+    shares more selects when there are many."""
     builder = ProgramBuilder(words_of(nbits, num_slots))
     packed = _Packed(builder, units, nbits)
     moving = ~traffic.stays
     choices = np.full(rounds.shape, -1)
-    for number in np.unique(rounds[moving]).tolist():
+    for number in np.unique(rounds if network else rounds[moving]).tolist():
         received, served = _exchange(builder, packed, traffic, (rounds == number), moving)
         choices[served] = received
     for reader, unit in zip(*np.nonzero(choices < 0), strict=True):
@@ -189,7 +189,7 @@ def _exchange(
     keeper, unit = np.nonzero(now & ~moving & (offers < 0)[:, None])
     offers[keeper] = traffic.unit[keeper, unit]
     offered = builder.by_thread([-1 if u < 0 else packed.value(u) for u in offers.tolist()])
-    received = builder.value(Shuffle(offered, tuple((lanes % WARP_SIZE).tolist())))
+    received = builder.value(Shuffle(offered, tuple((lanes % WARP_SIZE).tolist()))) if len(reader) else offered
     keeps = (lanes == np.arange(len(now)))[:, None] & (offers[:, None] == traffic.unit)
     return received, now & (moving | keeps)
 
