@@ -19,6 +19,7 @@ from tilus import TilusError
 from tilus.dtypes import DataType
 from tilus.kernels import linear
 from tilus.kernels.linear import quantized_linear
+from tilus.kernels.quantize import unpack
 
 GROUPS = [16, 32, 64, 128, 0]
 
@@ -37,9 +38,11 @@ def exact_and_bound(x: torch.Tensor, weight: Weight, out: torch.dtype) -> tuple[
     return exact, (unit * size + underflow) * (1 + RELATIVE[out]) + RELATIVE[out] * np.abs(exact) + ABSOLUTE[out]
 
 
-def check(device: str, x: torch.Tensor, weight: Weight, out: torch.dtype = torch.float32) -> None:
+def check(
+    device: str, x: torch.Tensor, weight: Weight, out: torch.dtype = torch.float32, packed_for: DataType = tilus.f16
+) -> None:
     exact, bound = exact_and_bound(x, weight, out)
-    y = linear(x, weight.packed(), out_dtype=out, device=device)
+    y = linear(x, weight.packed(packed_for), out_dtype=out, device=device)
     assert y.dtype == out
     wrong = ~(np.abs(float64(y) - exact) <= bound)
     assert not wrong.any(), f"{wrong.sum()} of {wrong.size} are wrong, the first at {np.argwhere(wrong)[0]}"
@@ -65,9 +68,11 @@ def test_every_type_with_every_group(device: str, dtype: DataType, group: int, a
 
 
 @pytest.mark.parametrize("dtype", [tilus.int4, tilus.uint3, tilus.float6_e3m2, tilus.float5_e4m0], ids=str)
-@pytest.mark.parametrize("out", [torch.bfloat16, torch.float32])
-def test_bfloat16_activations(device: str, dtype: DataType, out: torch.dtype) -> None:
-    check(device, activations(5, 96, torch.bfloat16), random_weight(dtype, 64, 96, 32, mins=True), out)
+@pytest.mark.parametrize(("out", "packed_for"), [(torch.bfloat16, tilus.f16), (torch.float32, tilus.bf16)], ids=str)
+def test_bfloat16_activations(device: str, dtype: DataType, out: torch.dtype, packed_for: DataType) -> None:
+    weight = random_weight(dtype, 64, 96, 32, mins=True)
+    check(device, activations(5, 96, torch.bfloat16), weight, out, packed_for)
+    np.testing.assert_array_equal(unpack(weight.packed(packed_for))[0], weight.codes)
 
 
 @pytest.mark.parametrize("act", [torch.float16, torch.bfloat16], ids=["f16", "bf16"])

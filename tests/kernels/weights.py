@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tilus.dtypes import DTYPES, DataType
+from tilus.dtypes import DTYPES, DataType, f16
 from tilus.kernels.quantize import QuantizedWeight, pack
 
 CODE_TYPES = [t for t in DTYPES.values() if t.is_small]
@@ -45,9 +45,11 @@ class Weight:
             return np.zeros(self.codes.shape)
         return np.repeat(np.float64(self.mins), self.group, axis=1)
 
-    def packed(self) -> QuantizedWeight:
+    def packed(self, packed_for: DataType = f16) -> QuantizedWeight:
         mins = None if self.mins is None else torch.from_numpy(self.mins)
-        return pack(torch.from_numpy(self.codes), torch.from_numpy(self.scales), self.dtype, mins)
+        return pack(
+            torch.from_numpy(self.codes), torch.from_numpy(self.scales), self.dtype, mins, packed_for=packed_for
+        )
 
 
 def random_weight(dtype: DataType, n: int, k: int, group: int, *, mins: bool = False, seed: int = 0) -> Weight:

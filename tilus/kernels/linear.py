@@ -29,12 +29,16 @@ from tilus.kernels.quantize import (
 EMULATED_SMS = 132  # an H100
 
 
-def weight_tile(raw, scales, minimums, wdtype: DataType, act: DataType, groups: int, warps: int, folded: bool):
+def weight_tile(
+    raw, scales, minimums, wdtype: DataType, act: DataType, groups: int, warps: int, folded: bool, packed_for: DataType
+):
     """Dequantise one 64x64 tile per warp: [warps, 64, 64] of `act`, from its bytes and its scales [warps, groups, 8, 8].
 
     folded: the exponent bias of the codes is made up for by the scales, which are few, and not by the codes.
     """
-    values = tilus.unpack_codes(raw, wdtype, act, [warps, TILE, TILE], fragment_layout(warps), scaled=folded)
+    values = tilus.unpack_codes(
+        raw, wdtype, act, [warps, TILE, TILE], fragment_layout(warps), packed_for=packed_for, scaled=folded
+    )
     # Packed columns are [j, h, t, e]; t // (4 / groups) is the group.
     split = tilus.reshape(values, [warps, TILE, 4, 2, groups, 4 // groups, 2])
     scale = row_factors(scales, act, groups, warps)
@@ -74,6 +78,7 @@ def quantized_linear(
     tokens: Const,
     warps: Const,
     folded: Const = False,
+    packed_for: Const = f16,
 ):
     m = y.shape[0]
     splits = 1 if partial is None else partial.shape[0]
@@ -103,7 +108,7 @@ def quantized_linear(
             minimum_now = tilus.load(minimums, [row_tile, tile, 0, 0, 0], shape=factor_shape, layout=factor_layout)
         raw = tilus.load(codes, [row_tile, tile + warps, 0], shape=raw_shape, layout=raw_layout)
         scale = tilus.load(scales, [row_tile, tile + warps, 0, 0, 0], shape=factor_shape, layout=factor_layout)
-        w = weight_tile(raw_now, scale_now, minimum_now, wdtype, x.dtype, groups, warps, folded)
+        w = weight_tile(raw_now, scale_now, minimum_now, wdtype, x.dtype, groups, warps, folded, packed_for)
         acc = tilus.dot(w, activation_tile(act_tile, tokens, warps), acc)
 
     total = tilus.sum(acc, axis=0)
@@ -184,7 +189,7 @@ def linear(
     quantized_linear.on(device)(
         x, weight.codes, weight.scales, y, weight.minimums, partial, tickets,
         wdtype=weight.dtype, groups=weight.groups_per_tile, tokens=plan.tokens, warps=plan.warps,
-        folded=weight.folded,
+        folded=weight.folded, packed_for=weight.packed_for,
     )  # fmt: skip
     return y
 

@@ -11,7 +11,7 @@ Scales stand beside the tiles, [row % 8][row / 8], so that a thread loads those 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tilus.codegen.cast_plan import scale_exponent
+from tilus.codegen.code_order import CodeOrder
 from tilus.codegen.packed_order import packed_order
 from tilus.dtypes import DataType, bf16, f16
 from tilus.errors import TilusError
@@ -64,6 +65,7 @@ class QuantizedWeight:
     codes: uint8 [N/64, K/64, 512 * nbits]. scales, minimums: f16 [N/64, K/64, groups per tile, 8, 8]; a group longer than a tile
     repeats its scale in each. Arrays are torch tensors or numpy arrays. shape: (N, K) as the model has it, without padding.
     folded: the codes are small floats, and all scales times 2 to the difference of exponent biases are finite f16 (and bf16).
+    packed_for: the dtype of activations, f16 or bf16, for which the order of the codes' bits is the best.
     """
 
     codes: Any
@@ -73,6 +75,7 @@ class QuantizedWeight:
     shape: tuple[int, int]
     group: int
     folded: bool = False
+    packed_for: DataType = f16
 
     @property
     def groups_per_tile(self) -> int:
@@ -87,25 +90,30 @@ class QuantizedWeight:
     def to(self, device: Any) -> QuantizedWeight:
         """The weight on another torch device."""
         minimums = None if self.minimums is None else self.minimums.to(device)
-        return QuantizedWeight(
-            self.codes.to(device), self.scales.to(device), minimums, self.dtype, self.shape, self.group, self.folded
-        )  # fmt: skip
+        return replace(self, codes=self.codes.to(device), scales=self.scales.to(device), minimums=minimums)
 
 
 def pack(
-    codes: Any, scales: Any, dtype: DataType, mins: Any | None = None, *, group: int | None = None
+    codes: Any,
+    scales: Any,
+    dtype: DataType,
+    mins: Any | None = None,
+    *,
+    group: int | None = None,
+    packed_for: DataType = f16,
 ) -> QuantizedWeight:
     """Pack a weight for `linear`.
 
     codes: uint8 [N, K], the raw codes in the low bits. scales, mins: f16 [N, K / group]. group: 16, 32, 64, 128 or K; by default
-    what the shape of the scales implies. Torch tensors give torch tensors on the same device, numpy arrays numpy arrays.
+    what the shape of the scales implies. packed_for: the dtype of the activations; others work, but take more instructions for
+    small floats. Torch tensors give torch tensors on the same device, numpy arrays numpy arrays.
     Raises: TilusError for shapes, groups or types that do not fit.
     """
     code_array, scale_array = _numpy(codes), _numpy(scales)
     _check(code_array, scale_array, None if mins is None else _numpy(mins), dtype, group)
     n, k = code_array.shape
     width = k // scale_array.shape[1]
-    packed = _pack_codes(code_array, dtype)
+    packed = _pack_codes(code_array, packed_order(dtype, packed_for))
     parts = [packed, _pack_scales(scale_array, k, width)]
     minimums = None if mins is None else _like(mins, _pack_scales(_numpy(mins), k, width))
     return QuantizedWeight(
@@ -116,6 +124,7 @@ def pack(
         (n, k),
         width,
         _is_foldable(scale_array, dtype),
+        packed_for,
     )
 
 
@@ -130,7 +139,7 @@ def _is_foldable(scales: Array, dtype: DataType) -> bool:
 def unpack(weight: QuantizedWeight) -> tuple[Array, Array, Array | None]:
     """codes uint8 [N, K], scales f16 [N, K / group] and minimums as they were given to `pack`, as numpy arrays."""
     n, k = weight.shape
-    codes = _unpack_codes(_numpy(weight.codes), weight.dtype)[:n, :k]
+    codes = _unpack_codes(_numpy(weight.codes), packed_order(weight.dtype, weight.packed_for))[:n, :k]
     groups = k // weight.group
     minimums = None if weight.minimums is None else _unpack_scales(_numpy(weight.minimums), n, groups, weight.group)
     return codes, _unpack_scales(_numpy(weight.scales), n, groups, weight.group), minimums
@@ -201,25 +210,25 @@ def _slots() -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
     return table[..., 1].astype(np.intp), np.asarray(_column_order(), np.intp)[table[..., 2]]
 
 
-def _pack_codes(codes: Array, dtype: DataType) -> npt.NDArray[np.uint8]:
+def _pack_codes(codes: Array, order: CodeOrder) -> npt.NDArray[np.uint8]:
     n, k = codes.shape
     tiles_n, tiles_k = -(-n // TILE), -(-k // TILE)
     padded = np.zeros((tiles_n * TILE, tiles_k * TILE), np.uint8)
     padded[:n, :k] = codes
     tiles = padded.reshape(tiles_n, TILE, tiles_k, TILE).transpose(0, 2, 1, 3)
     rows, columns = _slots()
-    strings = packed_order(dtype).pack(tiles[:, :, rows, columns])
-    chunks = strings.reshape(tiles_n, tiles_k, 32, dtype.nbits, 16).transpose(0, 1, 3, 2, 4)
-    return np.ascontiguousarray(chunks).reshape(tiles_n, tiles_k, 512 * dtype.nbits)
+    strings = order.pack(tiles[:, :, rows, columns])
+    chunks = strings.reshape(tiles_n, tiles_k, 32, order.dtype.nbits, 16).transpose(0, 1, 3, 2, 4)
+    return np.ascontiguousarray(chunks).reshape(tiles_n, tiles_k, 512 * order.dtype.nbits)
 
 
-def _unpack_codes(packed: Array, dtype: DataType) -> npt.NDArray[np.uint8]:
+def _unpack_codes(packed: Array, order: CodeOrder) -> npt.NDArray[np.uint8]:
     tiles_n, tiles_k, _ = packed.shape
-    chunks = packed.reshape(tiles_n, tiles_k, dtype.nbits, 32, 16).transpose(0, 1, 3, 2, 4)
-    strings = np.ascontiguousarray(chunks).reshape(tiles_n, tiles_k, 32, 16 * dtype.nbits)
+    chunks = packed.reshape(tiles_n, tiles_k, order.dtype.nbits, 32, 16).transpose(0, 1, 3, 2, 4)
+    strings = np.ascontiguousarray(chunks).reshape(tiles_n, tiles_k, 32, 16 * order.dtype.nbits)
     rows, columns = _slots()
     tiles = np.empty((tiles_n, tiles_k, TILE, TILE), np.uint8)
-    tiles[:, :, rows, columns] = packed_order(dtype).unpack(strings)
+    tiles[:, :, rows, columns] = order.unpack(strings)
     return tiles.transpose(0, 2, 1, 3).reshape(tiles_n * TILE, tiles_k * TILE)
 
 
