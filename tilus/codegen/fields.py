@@ -60,7 +60,8 @@ class Choice:
         return sum(self.pieces.values())
 
 
-def _choice(image: Image, pieces: dict[Source, int]) -> Choice:
+def choice_of(image: Image, pieces: dict[Source, int]) -> Choice:
+    """The choice with these pieces."""
     return Choice(image, pieces, frozenset(need for source in pieces for need in source.needs()))
 
 
@@ -80,9 +81,9 @@ def choices(place: Place, pair: tuple[int, int], images: Sequence[Image]) -> lis
                 windows[source] = windows.get(source, 0) | 1 << target + 16 * lane
             if joined is not None:
                 joined = _joined(joined, here[0], here[1], target)
-        found.append(_choice(image, windows))
+        found.append(choice_of(image, windows))
         if joined is not None and joined.keys() != windows.keys():
-            found.append(_choice(image, joined))
+            found.append(choice_of(image, joined))
     return found
 
 

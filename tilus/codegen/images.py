@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
@@ -43,7 +43,7 @@ class Image:
         return len(self.factors) + (0 if self.keeps_nan else 2)
 
 
-@lru_cache
+@cache
 def images(src: DataType, dst: DataType, scaled: bool = False) -> tuple[Image, ...]:
     """All images of a code type in f16 or bf16 that need the fewest instructions, those with high places first.
 

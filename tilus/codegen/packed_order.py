@@ -14,7 +14,7 @@ from collections.abc import Container, Iterator, Sequence
 from functools import lru_cache
 
 from tilus.codegen.code_order import CodeOrder, natural_order
-from tilus.codegen.fields import Choice, Source, arrange, choose, total_cost
+from tilus.codegen.fields import Choice, Source, arrange, choice_of, choose, total_cost
 from tilus.codegen.images import Image, images
 from tilus.dtypes import DataType, bf16, f16, float8_e4m3, float8_e5m2
 from tilus.errors import TilusError
@@ -38,17 +38,13 @@ def packed_order(dtype: DataType, packed_for: DataType = f16) -> CodeOrder:
         )
     if dtype in (float8_e4m3, float8_e5m2):
         return natural_order(dtype)
-    if (
-        dtype.exponent_nbits == f16.exponent_nbits
-    ):  # casts to bf16 go through f16, which these types are the upper bits of
-        packed_for = f16
-    ways = images(dtype, packed_for, scaled=True)
-    if dtype.is_float:
-        candidates = [
-            cells for dst in (f16, bf16) for cells in _whole_images(dtype, images(dtype, dst, scaled=True)[0])
-        ]
-    else:
-        candidates = list(_descent(dtype, ways))
+    # Casts of 5-bit exponents to bf16 go through f16, of which these types are the upper bits.
+    dst = f16 if dtype.exponent_nbits == f16.exponent_nbits else packed_for
+    ways = images(dtype, dst, scaled=True)
+    if dtype.is_integer:
+        return _order(dtype, _descent(dtype.nbits, ways))
+    shapes = [images(dtype, float_type, scaled=True)[0] for float_type in (f16, bf16)]
+    candidates = [cells for image in shapes for cells in _whole_images(dtype.nbits, image)]
     return _order(dtype, min(candidates, key=lambda cells: lane_cost(dtype.nbits, cells, ways)))
 
 
@@ -68,7 +64,7 @@ def lane_choice(image: Image, cells: tuple[int, ...]) -> Choice:
     for cell, target in zip(cells, image.places, strict=True):
         source = Source(cell // LANE * 32 + cell % LANE - target)
         pieces[source] = pieces.get(source, 0) | 1 << target
-    return Choice(image, pieces, frozenset(need for source in pieces for need in source.needs()))
+    return choice_of(image, pieces)
 
 
 def _order(dtype: DataType, cells: Cells) -> CodeOrder:
@@ -84,23 +80,22 @@ def _words(nbits: int) -> int:
     return nbits // math.gcd(nbits, LANE)
 
 
-def _descent(dtype: DataType, ways: Sequence[Image]) -> Iterator[Cells]:
-    """Orders of integers, each no worse than the one before."""
-    nbits, words = dtype.nbits, _words(dtype.nbits)
+def _descent(nbits: int, ways: Sequence[Image]) -> Cells:
+    """An order of integers that no change of one word's cut makes better."""
     whole = LANE // nbits
     cuts = [rest for rest in itertools.combinations(range(LANE), LANE % nbits) if _is_cut(rest, nbits)]
-    chosen = [cuts[-1]] * words
-    best = lane_cost(nbits, _fill(nbits, whole, chosen), ways)
-    yield _fill(nbits, whole, chosen)
+    chosen = [cuts[-1]] * _words(nbits)
+    best = _fill(nbits, whole, chosen)
+    cost = lane_cost(nbits, best, ways)
     improved = len(cuts) > 1
     while improved:
         improved = False
-        for word, cut in itertools.product(range(words), cuts):
+        for word, cut in itertools.product(range(len(chosen)), cuts):
             trial = [*chosen[:word], cut, *chosen[word + 1 :]]
-            cost = lane_cost(nbits, _fill(nbits, whole, trial), ways)
-            if cost < best:
-                best, chosen, improved = cost, trial, True
-                yield _fill(nbits, whole, chosen)
+            cells = _fill(nbits, whole, trial)
+            if (trial_cost := lane_cost(nbits, cells, ways)) < cost:
+                best, cost, chosen, improved = cells, trial_cost, trial, True
+    return best
 
 
 def _is_cut(rest: tuple[int, ...], nbits: int) -> bool:
@@ -122,16 +117,16 @@ def _fill(nbits: int, whole: int, cuts: Sequence[tuple[int, ...]]) -> Cells:
     return cells
 
 
-def _whole_images(dtype: DataType, image: Image) -> Iterator[Cells]:
+def _whole_images(nbits: int, image: Image) -> Iterator[Cells]:
     """Orders of floats: for every set of shifts that keeps images apart, and leaves the first in place."""
     shapes = [{place - shift for place in image.places} for shift in range(LANE)]
     fitting = [shift for shift in range(1, LANE) if min(shapes[shift]) >= 0]
-    for count in range(LANE // dtype.nbits):
+    for count in range(LANE // nbits):
         for others in itertools.combinations(fitting, count):
             shifts = (0, *others)
             union: set[int] = set().union(*(shapes[shift] for shift in shifts))
-            if len(union) == len(shifts) * dtype.nbits:
-                yield _deal(dtype.nbits, image, shifts)
+            if len(union) == len(shifts) * nbits:
+                yield _deal(nbits, image, shifts)
 
 
 def _deal(nbits: int, image: Image, shifts: Sequence[int]) -> Cells:
