@@ -1,13 +1,15 @@
 """The quantised linear on a GPU, beside a pure read of the same bytes and torch's fp16 product.
 
-    python benchmarks/gemm.py --out FILE            one token and 16, 8192 x 8192, weights of 13 types: about two minutes
-    python benchmarks/gemm.py --schemes --out FILE  the same shape, one type each for every scheme
+    python benchmarks/gemm.py --out FILE            one token and 16, 8192 x 8192, weights of all widths
+    python benchmarks/gemm.py --schemes --out FILE  the same shape, one type for every scheme
     python benchmarks/gemm.py --shapes --out FILE   1 to 256 tokens on two shapes of Llama, three types
-    python benchmarks/gemm.py --sweep --out FILE    other schedules for one token and 16: which of them is the fastest
-    (--types int4,uint3 and --tokens 1,16 narrow each of them)
+    python benchmarks/gemm.py --sweep --types int4,uint1 --out FILE
+                                                    other schedules: which of them is the fastest (45 kernels a type)
 
-y [M, N] = x [M, K] times the transpose of a weight [N, K]; activations are f16, codes random, one f16 scale per group of 128 unless
-the scheme says otherwise. A table goes to the terminal, JSON to FILE.
+--types and --tokens narrow each of them. A table goes to the terminal, JSON to FILE.
+
+y [M, N] = x [M, K] times the transpose of a weight [N, K]; activations are f16, codes random, one f16 scale per group of 128
+unless the scheme says otherwise.
 
 Times are medians over replays of a CUDA graph. One replay launches the kernel once for each of several copies of the weight,
 which together exceed three times the L2 cache, so that every launch reads its weight from memory; a time is that of the replay
@@ -18,8 +20,8 @@ Output, as JSON:
     device, torch, cuda, python    what it ran on
     l2_nbytes    the GPU's L2 cache
     replays      replays a case
-    cases        list of {N, K, M, dtype, scheme, group, schedule, us, read_us, ratio, error, cublas_us}: microseconds of one call of
-                 tilus' linear, and of reading as many bytes as the quantised weight has (codes, scales and the like), the floor
+    cases        list of {N, K, M, dtype, scheme, group, schedule, us, read_us, ratio, error, cublas_us}: microseconds of one
+                 call of tilus' linear, and of reading as many bytes as the quantised weight has (codes, scales and the like), the floor
                  for small M; their ratio; the largest error, in parts of the bound; microseconds of torch's fp16 product of the
                  same shape. schedule: null for the library's own choice, otherwise that of the sweep.
 """
@@ -48,8 +50,8 @@ from tilus.kernels.quantize import QuantizedMatrix, QuantizedWeight, pack
 from tilus.kernels.schedule import Schedule
 
 TYPES = (
-    "uint1", "uint2", "int2", "int3", "int4", "uint4", "float4_e2m1", "int5", "float5_e2m2", "float6_e3m2", "int6", "int7", "int8",
-    "float8_e4m3",
+    "uint1", "uint2", "int2", "int3", "int4", "uint4", "float4_e2m1", "int5", "float5_e2m2", "int6", "float6_e3m2", "int7",
+    "int8", "float8_e4m3",
 )  # fmt: skip
 SHAPES = ((4096, 4096), (14336, 4096))  # N, K
 SHAPE_TOKENS = (1, 16, 64, 256)
@@ -121,10 +123,10 @@ def random_matrix(case: Case) -> QuantizedMatrix:
 
 
 class Exact:
-    """The float64 product, on the GPU, of dequantised weights; `dequantize` has its own tests."""
+    """The float64 product of dequantised weights; `dequantize` has its own tests."""
 
-    def __init__(self, matrix: QuantizedMatrix) -> None:
-        self.values = torch.from_numpy(matrix.dequantize()).cuda()
+    def __init__(self, matrix: QuantizedMatrix, device: str = "cuda") -> None:
+        self.values = torch.from_numpy(matrix.dequantize()).to(device)
         spread = np.zeros(1) if matrix.mins is None else np.abs(matrix.mins).max()
         self.offset = float(np.max(spread))
 
@@ -247,29 +249,29 @@ def clone(weight: QuantizedWeight) -> QuantizedWeight:
 
 def sweep_plans() -> list[Schedule]:
     """Schedules that leave 8 to 16 warps on each of 132 multiprocessors for 128 rows of tiles."""
+    shapes = (
+        (1, 8, 1, 1), (1, 16, 1, 1), (1, 4, 2, 2), (1, 8, 2, 2), (2, 4, 2, 1), (2, 8, 2, 1), (2, 4, 4, 2), (4, 2, 4, 1),
+        (4, 4, 4, 1),
+    )  # fmt: skip
     plans = [
         Schedule(tokens, rows, warps, stages, splits, blocks_per_sm)
         for tokens in (8, 16)
-        for rows, warps, splits, blocks_per_sm in (
-            (1, 8, 1, 1), (1, 16, 1, 1), (1, 4, 2, 2), (1, 8, 2, 2), (2, 4, 2, 1), (2, 8, 2, 1), (2, 4, 4, 2), (4, 2, 4, 1), (4, 4, 4, 1),
-        )
+        for rows, warps, splits, blocks_per_sm in shapes
         for stages in (1, 2, 4)
-    ]  # fmt: skip
+    ]
     return [plan for plan in plans if plan.stages < 4 or plan.tokens == 8]
 
 
 def table(entries: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """The same entries; each is printed when it has been measured."""
-    print(
-        f"{'N x K':>13} {'M':>4} {'type':>12} {'scheme':>17} {'group':>6} {'us':>8} {'read':>8} {'ratio':>6} {'cuBLAS':>8}  schedule"
-    )
+    names = ("N x K", "M", "type", "scheme", "group", "us", "read", "ratio", "cuBLAS")
+    widths = (13, 5, 13, 18, 7, 9, 9, 7, 9)
+    print("".join(f"{name:>{width}}" for name, width in zip(names, widths)), " schedule")
     for entry in entries:
         plan = "" if entry["schedule"] is None else Schedule(**entry["schedule"])
-        print(
-            f"{entry['N']:>6} x {entry['K']:<5}{entry['M']:>4} {entry['dtype']:>12} {entry['scheme']:>17} {entry['group']:>6} "
-            f"{entry['us']:8.2f} {entry['read_us']:8.2f} {entry['ratio']:6.2f} {entry['cublas_us']:8.2f}  {plan}",
-            flush=True,
-        )
+        cells = (f"{entry['N']} x {entry['K']}", *(entry[key] for key in ("M", "dtype", "scheme", "group")))
+        numbers = (f"{entry[key]:.2f}" for key in ("us", "read_us", "ratio", "cublas_us"))
+        print("".join(f"{cell:>{width}}" for cell, width in zip((*cells, *numbers), widths)), f" {plan}", flush=True)
         yield entry
 
 
