@@ -43,9 +43,8 @@ def one_compile(dtype: str, target_name: str) -> dict[str, float]:
 
     mark()
     types = {"act": tilus.f16, "out": tilus.f16, "bias_type": tilus.f16, "wdtype": getattr(tilus, dtype)}
-    function = quantized_linear.ir(
-        **types, scale_dtype=tilus.f16, span=128, tokens=16, rows=1, warps=4, stages=1, blocks_per_sm=1
-    )
+    plan = {"tokens": 16, "rows": 1, "warps": 4, "stages": 1, "blocks_per_sm": 1}
+    function = quantized_linear.ir(**types, scale_dtype=tilus.f16, span=128, **plan)
     mark()
     from tilus.target import get_target
     from tilus.transforms import run_pipeline

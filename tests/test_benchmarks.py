@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import tilus
-from tilus.kernels.quantize import PRESETS, RECIPE_NAMES, SCHEMES
+from tilus.kernels import linear
+from tilus.kernels.quantize import PRESETS, RECIPE_NAMES, SCHEMES, pack
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -22,13 +23,27 @@ def gemm() -> dict[str, Any]:
     return runpy.run_path(str(BENCHMARKS / "gemm.py"))
 
 
-@pytest.mark.parametrize("name", ["int4", "int3", "float6_e3m2"])
-@pytest.mark.parametrize("m", [1, 16])
-def test_the_kernel_that_is_timed_is_checked(gemm: dict[str, Any], name: str, m: int) -> None:
-    weight, decoded = gemm["random_weight"](128, 256, tilus.dtype(name), 128, "cpu")
-    gemm["check"](weight, decoded, m)
-    with pytest.raises(SystemExit, match="relative error"):
-        gemm["check"](weight, decoded.roll(1, 0), m)
+def case(gemm: dict[str, Any], dtype: str, scheme: str, group: int) -> Any:
+    return gemm["Case"]((128, 256), (1, 16), dtype, scheme, group)
+
+
+def test_the_kernel_that_is_timed_is_checked(gemm: dict[str, Any]) -> None:
+    """Every scheme and some types; a weight whose rows are displaced by one is refused."""
+    cases = [(c.dtype, c.scheme, min(c.group, 256)) for c in gemm["SCHEMES"]]
+    for dtype, scheme, group in [*cases, ("uint1", "symmetric", 128), ("float6_e3m2", "symmetric", 128)]:
+        matrix = gemm["random_matrix"](case(gemm, dtype, scheme, group))
+        exact = gemm["Exact"](matrix, "cpu")
+        x = torch.randn(16, 256, generator=torch.Generator().manual_seed(0)).half()
+        y = linear(x, pack(matrix, "cpu"), device="reference")
+        assert 0 <= gemm["checked"](exact.error(x, y), scheme) <= 1
+        with pytest.raises(SystemExit, match="an element is off by"):
+            gemm["checked"](exact.error(x, y.roll(1, 1)), scheme)
+
+
+def test_a_sweep_has_schedules_of_both_batches(gemm: dict[str, Any]) -> None:
+    plans = gemm["sweep_plans"]()
+    assert len(set(plans)) == len(plans) == 45
+    assert {plan.tokens for plan in plans} == {8, 16}
 
 
 def test_the_read_kernel_reads_every_byte(gemm: dict[str, Any]) -> None:
@@ -39,9 +54,11 @@ def test_the_read_kernel_reads_every_byte(gemm: dict[str, Any]) -> None:
 
 
 def test_weight_bytes_and_copies(gemm: dict[str, Any]) -> None:
-    weight, _ = gemm["random_weight"](128, 256, tilus.int4, 128, "cpu")
-    assert gemm["weight_nbytes"](weight) == 128 * 256 // 2 + weight.scales.numel() * 2
-    assert isinstance(weight.codes, torch.Tensor)
+    weight = pack(gemm["random_matrix"](case(gemm, "int4", "symmetric", 128)), "cpu")
+    assert weight.nbytes == 128 * 256 // 2 + 128 * 2 * 2  # codes, and two f16 scales a row
+    again = gemm["clone"](weight)
+    assert again.header == weight.header
+    assert all(torch.equal(a, again.arrays[n]) and a is not again.arrays[n] for n, a in weight.arrays.items())
     for nbytes in (1_000, 8 << 20, 200 << 20):
         assert gemm["copies"](nbytes, 50 << 20) * nbytes > 150 << 20
 

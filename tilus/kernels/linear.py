@@ -45,8 +45,8 @@ LARGEST_RESIDUAL = 16
 class Step:
     """What a block does in one step along K, as compile-time numbers.
 
-    It works on `rows` rows of tiles, each by `warps` warps that multiply a tile of 64 columns. A tile has `pieces` sets of factors;
-    or `sharing` warps have the same.
+    It works on `rows` rows of tiles, each by `warps` warps that multiply a tile of 64 columns. A tile has `pieces` sets of
+    factors; or `sharing` warps have the same.
     """
 
     span: int
@@ -336,7 +336,7 @@ def linear(
     if m == 0:
         return y
     tiles_n, tiles_k = int(weight.codes.shape[0]), int(weight.codes.shape[1])
-    plan = schedule(m, tiles_n, tiles_k, weight.dtype.nbits, _num_sms(x, device))
+    plan = schedule(m, tiles_n, tiles_k, weight.dtype.nbits, _num_sms(x, device), weight.header.factor_words)
     launch(
         x if weight.columns is None else take_columns(x, weight.columns, device=device), weight, y, bias, plan, device
     )
@@ -355,7 +355,8 @@ def launch(x: Any, weight: QuantizedWeight, y: Any, bias: Any | None, plan: Sche
         x, weight.codes, weight.scales, y, header.global_scale, weight.mins, weight.zeros, weight.table, bias, partial, tickets,
         wdtype=header.dtype, scale_dtype=DTYPES[header.scale_dtype],
         mins_dtype=None if header.mins_dtype is None else DTYPES[header.mins_dtype],
-        span=header.span, tokens=plan.tokens, rows=plan.rows, warps=plan.warps, stages=plan.stages, blocks_per_sm=plan.blocks_per_sm,
+        span=header.span, tokens=plan.tokens, rows=plan.rows, warps=plan.warps, stages=plan.stages,
+        blocks_per_sm=plan.blocks_per_sm,
     )  # fmt: skip
 
 

@@ -28,30 +28,37 @@ BITS_AHEAD = 8
 
 
 @lru_cache(maxsize=4096)
-def schedule(m: int, tiles_n: int, tiles_k: int, nbits: int, num_sms: int) -> Schedule:
+def schedule(m: int, tiles_n: int, tiles_k: int, nbits: int, num_sms: int, factor_words: int = 4) -> Schedule:
     """A schedule for M tokens and a weight of tiles_n x tiles_k tiles, on a GPU of num_sms multiprocessors.
 
+    factor_words: registers that a thread needs for the factors of a tile; 4 are scales of 16 bits, one for all of its columns.
     num_sms 0 stands for the reference execution, which likes few large tiles.
     """
     if num_sms == 0:
         return Schedule(max(8, min(64, -(-m // 8) * 8)), 1, _power_of_two(min(tiles_k, 32)), 1)
-    return _few_tokens(m, tiles_n, tiles_k, nbits, num_sms) if m <= 16 else _many_tokens(m, tiles_n, tiles_k, num_sms)
+    if m <= 16:
+        return _few_tokens(m, tiles_n, tiles_k, nbits, num_sms, factor_words)
+    return _many_tokens(m, tiles_n, tiles_k, num_sms)
 
 
-def _few_tokens(m: int, tiles_n: int, tiles_k: int, nbits: int, num_sms: int) -> Schedule:
+def _few_tokens(m: int, tiles_n: int, tiles_k: int, nbits: int, num_sms: int, factor_words: int) -> Schedule:
     """Reading the weight is what takes time. One block of eight warps on every multiprocessor, with few splits of K.
 
     16 tokens cost as many bytes from the L2 cache as a tile of 4 bits does from memory, so two rows of tiles share them.
     """
     tokens = 8 if m <= 8 else 16
-    if tiles_n >= num_sms and tokens == 8 and nbits <= 6:
-        warps = _power_of_two(min(8, tiles_k))
-        return Schedule(tokens, 1, warps, _stages(nbits, BITS_AHEAD // 2, tiles_k // (2 * warps)), 1, 2)
+    # More stages would need more registers than there are.
+    most = max(1, (4 if tokens == 8 else 2) // (1 if factor_words <= 4 else 2 if factor_words <= 16 else 4))
+    if tiles_n >= num_sms and tokens == 8:
+        if nbits <= 6 and factor_words <= 4:
+            return Schedule(tokens, 1, _power_of_two(min(8, tiles_k)), 1, 1, 2)
+        return Schedule(tokens, 1, _power_of_two(min(4, tiles_k)), 1)
     rows = 2 if tokens == 16 and tiles_n >= 32 else 1
     warps = _power_of_two(min(8 // rows, tiles_k))
     blocks = -(-tiles_n // rows)
     splits = max(1, min(num_sms // blocks, tiles_k // (2 * warps), 16))
-    return Schedule(tokens, rows, warps, _stages(nbits, BITS_AHEAD, tiles_k // (2 * warps * splits)), splits)
+    stages = max(1, min(BITS_AHEAD // nbits, most, tiles_k // (2 * warps * splits)))
+    return Schedule(tokens, rows, warps, stages, splits)
 
 
 def _many_tokens(m: int, tiles_n: int, tiles_k: int, num_sms: int) -> Schedule:
@@ -63,11 +70,6 @@ def _many_tokens(m: int, tiles_n: int, tiles_k: int, num_sms: int) -> Schedule:
     if blocks >= num_sms:
         return Schedule(16, 1, warps, 1)
     return Schedule(16, 1, warps, 1, max(1, min(2 * num_sms // blocks, tiles_k // (2 * warps), 16)))
-
-
-def _stages(nbits: int, bits_ahead: int, limit: int) -> int:
-    """Tiles on their way to a warp, at most half of all that it gets."""
-    return max(1, min(-(-bits_ahead // nbits), limit))
 
 
 def _power_of_two(count: int) -> int:

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from tilus.dtypes import DTYPES, DataType
 from tilus.errors import TilusError
-from tilus.kernels.quantize.tiles import SMALLEST_GROUP, TILE, WHOLE, span_of
+from tilus.kernels.quantize.tiles import SMALLEST_GROUP, TILE, WHOLE, parts, span_of
 
 LAYOUT_VERSION = 2
 # Types of scales and minimums, by name.
@@ -75,6 +75,13 @@ class WeightHeader:
     def span(self) -> int:
         """Columns that a stored set of factors serves (see tiles)."""
         return span_of(self.group, self.shape[1])
+
+    @property
+    def factor_words(self) -> int:
+        """32-bit words of factors and table that a thread of the linear kernel needs for a tile of 64 columns."""
+        nbytes = FACTOR_NBYTES[self.scale_dtype] + (ZERO_NBYTES if self.has_zeros else 0)
+        nbytes += FACTOR_NBYTES[self.mins_dtype] if self.mins_dtype is not None else 0
+        return parts(self.span) * 8 * nbytes // 4 + (self.dtype.num_codes // 2 if self.has_table else 0)
 
     @property
     def scheme(self) -> str:

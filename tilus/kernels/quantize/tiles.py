@@ -1,9 +1,9 @@
 """Packed tiles: which thread of the linear kernel holds what, and where that stands in memory.
 
 A weight [N, K] is cut into tiles of 64 rows by 64 columns. Each tile belongs to one warp, as the left operand of tensor-core
-products. A thread holds 128 codes, whose bits are in the order that the cast to 16 bits likes best (`packed_order`; codes that are
-looked up in a table follow each other). They come in 16-byte chunks that lie side by side for the 32 threads, so every load of the
-kernel is 16 bytes a thread and coalesced.
+products. A thread holds 128 codes, whose bits are in the order that the cast to 16 bits likes best (`packed_order`; codes that
+are looked up in a table follow each other). They come in 16-byte chunks that lie side by side for the 32 threads, so every load
+of the kernel is 16 bytes a thread and coalesced.
 
 The columns of a tile are permuted, in two ways at once. Steps of the tensor core (16 columns) stay inside of a group's columns,
 so that a group's scale multiplies a finished sum. Inside of that, a thread's columns are consecutive ones of the activations:
