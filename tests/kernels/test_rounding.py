@@ -10,9 +10,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from weights import CODE_TYPES, finite_codes
+from weights import finite_codes
 
 from tilus.dtypes import (
+    DTYPES,
     DataType,
     bf16,
     f32,
@@ -32,8 +33,9 @@ from tilus.errors import TilusError
 from tilus.kernels.quantize import PRESETS, RECIPE_NAMES, Recipe, quantize, recipe
 from tilus.kernels.quantize.rounding import NF4
 
-UNSIGNED = [t for t in CODE_TYPES if t.kind == "uint"]
-OTHERS = [t for t in CODE_TYPES if t.kind != "uint"]
+TYPES = [DTYPES[name] for name in RECIPE_NAMES if name not in PRESETS]
+UNSIGNED = [t for t in TYPES if t.kind == "uint"]
+OTHERS = [t for t in TYPES if t.kind != "uint"]
 CASES = [
     *((dtype, 32, "symmetric") for dtype in OTHERS),
     *((dtype, 32, scheme) for dtype in UNSIGNED for scheme in ("minimum", "zero")),

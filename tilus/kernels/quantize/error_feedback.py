@@ -16,7 +16,7 @@ from tilus.dtypes import DataType, f16
 from tilus.errors import TilusError
 from tilus.kernels.quantize.grid import Floats
 from tilus.kernels.quantize.matrix import QuantizedMatrix
-from tilus.kernels.quantize.rounding import Fit, Rule, Scheme, as_floats, as_matrix, make_rule
+from tilus.kernels.quantize.rounding import Fit, Rule, Scheme, as_floats, as_matrix, group_width, make_rule
 
 _DAMPING = 0.01  # of the mean second moment, so that the inverse exists
 _BLOCK = 128  # columns that are updated one by one; all later ones are updated once a block
@@ -40,11 +40,7 @@ def quantize_for(
     """
     values = as_floats(weight, name)
     n, k = values.shape
-    width = k if group is None else group
-    if width < 1 or k % width:
-        raise TilusError(
-            f"{name}: groups of {width} do not divide K = {k}", hint="choose a group that divides K, or K itself"
-        )
+    width = group_width(k, group, name)
     if moments.shape != (k, k) or not np.isfinite(moments).all():
         raise TilusError(f"{name}: second moments of shape {list(moments.shape)}, expected finite numbers [{k}, {k}]")
     rule, global_scale = make_rule(values, dtype, scheme, None, scale_dtype, True, name)

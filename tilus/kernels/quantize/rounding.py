@@ -229,11 +229,7 @@ def quantize(
     """
     values = as_floats(weight, name)
     n, k = values.shape
-    width = k if group is None else group
-    if width < 1 or k % width:
-        raise TilusError(
-            f"{name}: groups of {width} do not divide K = {k}", hint="choose a group that divides K, or K itself"
-        )
+    width = group_width(k, group, name)
     rule, global_scale = make_rule(values, dtype, scheme, table, scale_dtype, search, name)
     groups = values.reshape(n, k // width, width)
     step = max(1, _PIECE // k)
@@ -298,6 +294,16 @@ def as_matrix(codes: Codes, fits: list[Fit], rule: Rule, global_scale: float) ->
         global_scale=global_scale,
         scale_dtype=rule.scale_dtype,
     )
+
+
+def group_width(k: int, group: int | None, name: str) -> int:
+    """Columns that share a scale; raises TilusError, with the tensor's name, when that does not divide K."""
+    width = k if group is None else group
+    if width < 1 or k % width:
+        raise TilusError(
+            f"{name}: groups of {width} do not divide K = {k}", hint="choose a group that divides K, or K itself"
+        )
+    return width
 
 
 def as_floats(weight: Any, name: str) -> Floats:
