@@ -1,9 +1,10 @@
-"""From one register layout to another: where the value of each element comes from."""
+"""From one register layout to another: where the value of each element comes from, and by which way it gets there."""
 
 from __future__ import annotations
 
 from collections import Counter
 
+from tilus.layout.conversion import plan_conversion
 from tilus.layout.draw.picture import FAINT, Picture, colour, fitting_size
 from tilus.layout.draw.tiles import CELL, MAX_CELLS, WARP_SIZE, ruled
 from tilus.layout.errors import LayoutError
@@ -14,8 +15,9 @@ Owner = tuple[int, int]  # thread and slot
 STAYS, IN_WARP, ACROSS = colour(5), colour(2), colour(1)
 
 
-def conversion_table(src: RegisterLayout, dst: RegisterLayout) -> str:
-    """Where each element is before and afterwards, as `thread:slot>thread:slot`, and how many values travel how far."""
+def conversion_table(src: RegisterLayout, dst: RegisterLayout, nbits: int = 16) -> str:
+    """Where each element is before and afterwards, as `thread:slot>thread:slot`, how many values travel how far, and the ways of
+    `plan_conversion` for `nbits`-bit elements."""
     _check(src, dst)
     cells: list[list[str]] = []
     counts = Counter[int]()
@@ -25,21 +27,22 @@ def conversion_table(src: RegisterLayout, dst: RegisterLayout) -> str:
             (source, from_slot), (thread, slot) = _owners(src, dst, index)
             counts[_distance(source, thread)] += 1
             cells[-1].append(f"{source}:{from_slot}>{thread}:{slot}")
-    ways = ", ".join(
-        f"{counts[distance]} {name}" for distance, name in enumerate(("stay", "in the warp", "across warps"))
-    )
-    return "\n".join([f"from {src}", f"to {dst}", f"elements by how far they travel: {ways}", *ruled(cells)])
+    names = ("stay", "in the warp", "across warps")
+    travel = ", ".join(f"{counts[distance]} {name}" for distance, name in enumerate(names))
+    heading = [*_heading(src, dst, nbits), f"elements by how far they travel: {travel}"]
+    return "\n".join([*heading, *ruled(cells)])
 
 
-def conversion_svg(src: RegisterLayout, dst: RegisterLayout) -> str:
-    """The tile of two layouts, one cell an element: the thread and slot that hold it before and afterwards.
+def conversion_svg(src: RegisterLayout, dst: RegisterLayout, nbits: int = 16) -> str:
+    """The tile of two layouts, one cell an element: the thread and slot that hold it before and afterwards, below the ways of
+    `plan_conversion` for `nbits`-bit elements.
 
     Green values stay in their thread, yellow ones travel within their warp, orange ones to another warp. Of several owners the
     nearest one counts. Raises LayoutError for other shapes than matrices and vectors, and for large ones.
     """
     _check(src, dst)
     picture = Picture()
-    top = picture.lines(6, 4, [f"from {src}", f"to {dst}", "thread:slot before, and afterwards"])
+    top = picture.lines(6, 4, [*_heading(src, dst, nbits), "top: thread:slot before; bottom: afterwards"])
     entries = [(STAYS, "same thread"), (IN_WARP, "same warp"), (ACROSS, "another warp")]
     top = picture.legend(8, top, entries)
     for column in range(src.shape[-1]):
@@ -51,6 +54,16 @@ def conversion_svg(src: RegisterLayout, dst: RegisterLayout) -> str:
             _cell(picture, src, dst, index, CELL * (column + 1), top)
         top += CELL
     return picture.svg()
+
+
+def _heading(src: RegisterLayout, dst: RegisterLayout, nbits: int) -> list[str]:
+    """Both layouts, and the plan of the conversion: the chosen way, then each dearer one."""
+    lines = [f"from {src}", f"to {dst}"]
+    if src.num_threads % WARP_SIZE:
+        return [*lines, f"no plan: {src.num_threads} threads are not whole warps"]
+    chosen, *others = plan_conversion(src, dst, nbits).ways
+    lines.append(f"{nbits}-bit elements, by {chosen.name}: {chosen}")
+    return [*lines, *(f"dearer, by {way.name}: {way}" for way in others)]
 
 
 def _check(src: RegisterLayout, dst: RegisterLayout) -> None:
