@@ -84,6 +84,17 @@ def test_every_element_is_drawn_with_all_its_owners(layout: RegisterLayout) -> N
     assert owners == expected
 
 
+@pytest.mark.parametrize(
+    ("num_threads", "hue"), [(4, "lane"), (12, "group of 2 lanes"), (32, "group of 4 lanes"), (96, "warp")]
+)
+def test_hues_tell_threads_apart(num_threads: int, hue: str) -> None:
+    """Within a warp each lane has a colour of its own; of several warps each has its own four."""
+    image = svg(spatial(num_threads))
+    assert f"top: thread; bottom: slot; a hue is a {hue}" in texts(image)
+    fills = [box.attrib["fill"] for box in ElementTree.fromstring(image).iter(f"{SVG}rect")][1:]
+    assert len(set(fills)) == (num_threads if num_threads <= 32 else num_threads // 8)
+
+
 def test_a_large_tile_is_drawn_by_the_part_that_repeats() -> None:
     repeated = local(8, 4) * atoms.mma_c().spatial(4, 2)
     image = svg(repeated)

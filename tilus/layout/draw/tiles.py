@@ -7,7 +7,7 @@ from itertools import product
 from math import prod
 
 from tilus.layout.banks import BANK_NBYTES, NUM_BANKS
-from tilus.layout.draw.picture import FAINT, Picture, colour, fitting_size
+from tilus.layout.draw.picture import FAINT, HUES, Picture, colour, fitting_size
 from tilus.layout.register import RegisterLayout, local
 from tilus.layout.shared import SharedLayout
 
@@ -19,7 +19,6 @@ MAX_EXTENT = 32
 DOT = 5  # an element in the overview
 MAX_DOTS = 1 << 17
 WARP_SIZE = 32
-LANES_OF_A_HUE = 4
 
 
 def text_table(layout: RegisterLayout | SharedLayout, nbits: int = 16) -> str:
@@ -105,11 +104,16 @@ def bank_colour(bank: int) -> str:
 
 
 def thread_colour(thread: int, num_threads: int) -> str:
-    """One warp: four neighbouring lanes share a hue. Several: a warp has a hue, and every eight lanes a tint."""
-    warp, lane = divmod(thread, WARP_SIZE)
+    """One warp: neighbouring lanes share a hue. Several: a warp has a hue, and every eight lanes a tint."""
     if num_threads <= WARP_SIZE:
-        return colour(lane // LANES_OF_A_HUE, lane % LANES_OF_A_HUE)
+        return colour(*divmod(thread, lanes_of_a_hue(num_threads)))
+    warp, lane = divmod(thread, WARP_SIZE)
     return colour(warp, lane // 8)
+
+
+def lanes_of_a_hue(num_threads: int) -> int:
+    """Of at most one warp: so many that the hues suffice."""
+    return -(-num_threads // len(HUES))
 
 
 def _heading(
@@ -128,8 +132,9 @@ def _heading(
     if isinstance(layout, SharedLayout):
         lines.append("top: offset in elements; bottom: bank; a hue is 16 bytes")
     else:
-        colours = "a hue is a warp" if layout.num_threads > WARP_SIZE else "a hue is four lanes"
-        lines.append(f"top: thread; bottom: slot; {colours}")
+        lanes = lanes_of_a_hue(layout.num_threads)
+        hue = "warp" if layout.num_threads > WARP_SIZE else f"group of {lanes} lanes" if lanes > 1 else "lane"
+        lines.append(f"top: thread; bottom: slot; a hue is a {hue}")
     return lines
 
 
