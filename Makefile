@@ -33,8 +33,9 @@ check: $(VENV)/.dev           ## lint, types and the fast tests
 	$(BIN)/basedpyright
 	$(BIN)/python -m pytest -q -W error -n auto -m "not gpu and not slow"
 
-docs: $(VENV)/.base           ## regenerate docs/instructions.md
+docs: $(VENV)/.base           ## regenerate docs/instructions.md and the pictures of docs/layouts.md
 	$(BIN)/python -m tilus.docs > docs/instructions.md
+	grep "^    tilus layout .*--svg docs/" docs/layouts.md | PATH="$(BIN):$$PATH" sh -e
 
 clean:
 	rm -rf $(VENV) build *.egg-info

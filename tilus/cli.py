@@ -128,10 +128,10 @@ def run_command(device: str | None, wants_times: bool, file: Path, args: tuple[s
 @main.command("layout", cls=_Command)
 @click.argument("expression")
 @click.option("--svg", "picture", type=click.Path(path_type=Path, dir_okay=False), help="Draw it into this file.")
-@click.option("--dtype", "dtype_name", default="f16", show_default=True, help="Element type, for banks and accesses.")
+@click.option("--dtype", "dtype_name", default="f16", show_default=True, help="Element type: decides banks and costs.")
 @click.option("--banks", is_flag=True, help="A shared layout as the memory has it: rows of 32 banks.")
 @click.option("--access", metavar="LAYOUT", help="Wavefronts and bank conflicts of this register layout's accesses.")
-@click.option("--to", "target", metavar="LAYOUT", help="How far values travel from a register layout to this one.")
+@click.option("--to", "target", metavar="LAYOUT", help="The conversion to this register layout: plan and travel.")
 def layout_command(
     expression: str, picture: Path | None, dtype_name: str, banks: bool, access: str | None, target: str | None
 ) -> None:
@@ -169,7 +169,7 @@ def _views(
         return partial(draw.access_table, memory, tile, nbits), partial(draw.access_svg, memory, tile, nbits)
     if target is not None:
         src, dst = _register("--to", layout), _register("the layout after --to", _read_layout(target))
-        return partial(draw.conversion_table, src, dst), partial(draw.conversion_svg, src, dst)
+        return partial(draw.conversion_table, src, dst, nbits), partial(draw.conversion_svg, src, dst, nbits)
     if banks:
         memory = _shared("--banks", layout)
         return partial(draw.bank_table, memory, nbits), partial(draw.bank_svg, memory, nbits)

@@ -20,6 +20,7 @@ from tilus.layout import (
     column_major,
     local,
     padded,
+    plan_conversion,
     replicated,
     row_major,
     spatial,
@@ -83,6 +84,17 @@ def test_every_element_is_drawn_with_all_its_owners(layout: RegisterLayout) -> N
     assert owners == expected
 
 
+@pytest.mark.parametrize(
+    ("num_threads", "hue"), [(4, "lane"), (12, "group of 2 lanes"), (32, "group of 4 lanes"), (96, "warp")]
+)
+def test_hues_tell_threads_apart(num_threads: int, hue: str) -> None:
+    """Within a warp each lane has a colour of its own; of several warps each has its own four."""
+    image = svg(spatial(num_threads))
+    assert f"top: thread; bottom: slot; a hue is a {hue}" in texts(image)
+    fills = [box.attrib["fill"] for box in ElementTree.fromstring(image).iter(f"{SVG}rect")][1:]
+    assert len(set(fills)) == (num_threads if num_threads <= 32 else num_threads // 8)
+
+
 def test_a_large_tile_is_drawn_by_the_part_that_repeats() -> None:
     repeated = local(8, 4) * atoms.mma_c().spatial(4, 2)
     image = svg(repeated)
@@ -136,6 +148,21 @@ def test_bank_columns_have_each_element_where_its_bytes_begin(memory: SharedLayo
     assert found == {word: index for word, (_, index) in expected.items()}
 
 
+def test_a_hue_of_bank_columns_is_a_column_of_the_tile() -> None:
+    """Row-major the columns of 16 bytes keep to four banks, swizzled each of them is in all of them."""
+    for memory, num_banks in ((row_major((8, 64)), 4), (swizzled((8, 64), 2), 32)):
+        places: dict[str, set[str]] = {}
+        columns: dict[str, set[int]] = {}
+        for box in ElementTree.fromstring(bank_svg(memory)).iter(f"{SVG}rect"):
+            held = re.findall(r"\[\d+,(\d+)\]", "".join(box.itertext()))
+            if held:
+                places.setdefault(box.attrib["fill"], set()).add(box.attrib["x"])
+                columns.setdefault(box.attrib["fill"], set()).update(map(int, held))
+        assert {len(banks) for banks in places.values()} == {num_banks}
+        assert sorted(map(sorted, columns.values())) == [list(range(first, first + 8)) for first in range(0, 64, 8)]
+    assert "0,1" in texts(bank_svg(row_major((2, 2, 4)), 32))  # rows of more dimensions
+
+
 def test_bank_columns_name_all_elements_of_a_word() -> None:
     image = bank_svg(swizzled((8, 64), 2))
     drawn = [index for note in notes(image) for index in re.findall(r"\[(\d+),(\d+)\]", note)]
@@ -183,7 +210,7 @@ def test_accesses_are_drawn_bank_by_bank() -> None:
     bad, good = access_svg(row_major((8, 64)), columns), access_svg(swizzled((8, 64), 2), columns)
     assert "8 phases, 64 wavefronts, 56 of them conflicts, at worst 8 in a phase" in texts(bad)
     assert "8 phases, 8 wavefronts, 0 of them conflicts" in texts(good)
-    assert texts(bad).count("8 words") == 8 * 4 and not any("words" in text for text in texts(good)[4:])
+    assert texts(bad).count("x8") == 8 * 4 and "x2" not in texts(good)
     assert notes(bad)[0] == (
         "bank 0: word 0: lanes 0; word 32: lanes 4; word 64: lanes 8; word 96: lanes 12; word 128: lanes 16; "
         "word 160: lanes 20; word 192: lanes 24; word 224: lanes 28"
@@ -200,28 +227,42 @@ def test_accesses_that_cannot_be_are_refused() -> None:
 def test_conversions_say_how_far_values_travel() -> None:
     src, dst = atoms.mma_c(), spatial(16, 2).local(1, 4)
     lines = conversion_table(src, dst).splitlines()
-    assert lines[:3] == [
+    shuffles, memory = plan_conversion(src, dst, 16).ways
+    assert lines[:5] == [
         f"from {src}",
         f"to {dst}",
-        "elements by how far they travel: 4 stay, 124 in the warp, 0 across warps",
+        f"16-bit elements, by shuffles: {shuffles}",
+        f"dearer, by shared memory: {memory}",
+        "where values come from: 4 same thread, 124 same warp, 0 another warp",
     ]
+    assert texts(conversion_svg(src, dst))[:4] == lines[:4]
     for index in np.ndindex(*src.shape):
         (before,), (after,) = src.owner(index), dst.owner(index)
-        cell = lines[5 + index[0]].partition("|")[2].split()[index[1]]
+        cell = lines[7 + index[0]].partition("|")[2].split()[index[1]]
         assert cell == f"{before[0]}:{before[1]}>{after[0]}:{after[1]}"
     assert len(notes(conversion_svg(src, dst))) == 128
-    across = conversion_table(spatial(64).local(2), local(2).spatial(64))
-    assert "2 stay" in across and "across warps" in across
+    across = conversion_table(spatial(64).local(2), local(2).spatial(64), 8)
+    assert "where values come from: 2 same thread, 62 same warp, 64 another warp" in across.splitlines()
+    assert "8-bit elements, by shared memory: 128 bytes of shared memory, " in across
+    assert "no plan: 8 threads are not whole warps" in conversion_table(spatial(8), spatial(8))
     with pytest.raises(LayoutError, match=r"expected the same shape and threads"):
         conversion_table(src, spatial(32, 4))
 
 
-@given(layouts(max_size=64), st.data())
-def test_the_nearest_owner_counts(layout: RegisterLayout, data: st.DataObject) -> None:
+def test_conversions_of_large_tiles_are_cut() -> None:
+    src, dst = atoms.mma_layouts(128, 128, 64, (2, 2))[2], spatial(128, 1).local(1, 128)
+    lines = conversion_table(src, dst).splitlines()
+    assert lines[3] == "drawn: 32 x 32 elements at the start of [128, 128]" and len(lines) == 5 + 2 + 32
+    assert sum(map(int, re.findall(r"\d+", lines[4]))) == src.size
+    image = conversion_svg(src, dst)
+    assert len(notes(image)) == 32 * 32 and lines[3] in texts(image)
+    assert "[1, :, :]" in conversion_table(spatial(2, 4, 4), spatial(2, 4, 4).permute([0, 2, 1])).splitlines()
+
+
+@given(layouts(max_size=64))
+def test_the_nearest_owner_counts(layout: RegisterLayout) -> None:
     """A layout that is converted to itself moves nothing, however often elements are replicated."""
-    if not 1 <= layout.rank <= 2:
-        return
-    assert f": {layout.size} stay, 0 in the warp, 0 across warps" in conversion_table(layout, layout)
+    assert f": {layout.size} same thread, 0 same warp, 0 another warp" in conversion_table(layout, layout)
 
 
 def test_notebooks_show_the_drawing() -> None:

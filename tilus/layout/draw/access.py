@@ -15,7 +15,7 @@ from tilus.layout.errors import LayoutError
 from tilus.layout.register import RegisterLayout
 from tilus.layout.shared import SharedLayout
 
-WIDTH, HEIGHT, GUTTER = 34, 28, 190
+WIDTH, HEIGHT, GUTTER = 26, 26, 150
 WIDEST_NBITS = 128
 MAX_PHASES = 32
 
@@ -105,7 +105,8 @@ def access_svg(memory: SharedLayout, tile: RegisterLayout, nbits: int = 16) -> s
     if len(found) > MAX_PHASES:
         lines.append(f"drawn: the first {MAX_PHASES} of {len(found)} phases")
     top = picture.lines(6, 4, lines)
-    top = picture.legend(8, top, [(colour(0), "one word"), (FEW, "two words"), (MANY, "more"), (IDLE, "idle")])
+    entries = [(colour(0), "one word: its lane"), (FEW, "x2: two words"), (MANY, "xN: N words"), (IDLE, "idle")]
+    top = picture.legend(8, top, entries)
     for bank in range(NUM_BANKS):
         picture.text(GUTTER + WIDTH * (bank + 0.5), top + 14, str(bank), ink=FAINT)
     top += 20
@@ -130,7 +131,7 @@ def _cell(picture: Picture, bank: int, words: dict[int, tuple[int, ...]], x: flo
     picture.box(x + 0.5, y + 0.5, WIDTH - 1, HEIGHT - 1, fill, f"bank {bank}: {note}" if words else "")
     if words:
         lanes = sorted({lane for of_word in words.values() for lane in of_word})
-        label = str(lanes[0]) if len(lanes) == 1 else f"{lanes[0]}.." if len(words) == 1 else f"{len(words)} words"
+        label = str(lanes[0]) if len(lanes) == 1 else f"{lanes[0]}.." if len(words) == 1 else f"x{len(words)}"
         ink = "#FFFFFF" if fill == MANY else INK
         picture.text(x + WIDTH / 2, y + 18, label, size=fitting_size(label, WIDTH, 11), ink=ink)
 

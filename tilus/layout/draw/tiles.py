@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from math import prod
 
 from tilus.layout.banks import BANK_NBYTES, NUM_BANKS
-from tilus.layout.draw.picture import FAINT, Picture, colour, fitting_size
+from tilus.layout.draw.picture import FAINT, HUES, Picture, colour, fitting_size
 from tilus.layout.register import RegisterLayout, local
 from tilus.layout.shared import SharedLayout
+
+Index = tuple[int, ...]
 
 CELL = 44
 MAX_CELLS = 4096  # more are summarised: the repeated part once, or the first rows and columns
@@ -17,7 +19,6 @@ MAX_EXTENT = 32
 DOT = 5  # an element in the overview
 MAX_DOTS = 1 << 17
 WARP_SIZE = 32
-LANES_OF_A_HUE = 4
 
 
 def text_table(layout: RegisterLayout | SharedLayout, nbits: int = 16) -> str:
@@ -26,12 +27,34 @@ def text_table(layout: RegisterLayout | SharedLayout, nbits: int = 16) -> str:
     Rows and columns are the last two dimensions; each index of the others starts a table of its own. Of several owners
     the first is shown, and the heading counts them. nbits: of an element; it matters to banks only.
     """
-    lines = [title(layout, nbits)]
-    for prefix, rows in _pages(layout.shape):
+    lines = table_lines(layout.shape, lambda index: "".join(_label(layout, index, nbits)))
+    return "\n".join([title(layout, nbits), *lines])
+
+
+def table_lines(shape: Sequence[int], label: Callable[[Index], str]) -> list[str]:
+    """A label for each index, in a table for each index of the leading dimensions."""
+    lines: list[str] = []
+    for prefix, rows in _pages(shape):
         if prefix:
-            lines += ["", f"[{', '.join(map(str, prefix))}, :, :]"]
-        lines += ruled([["".join(_label(layout, index, nbits)) for index in row] for row in rows])
-    return "\n".join(lines)
+            lines += ["", _page_name(prefix)]
+        lines += ruled([[label(index) for index in row] for row in rows])
+    return lines
+
+
+def draw_cells(picture: Picture, shape: Sequence[int], top: float, cell: Callable[[Index, float, float], None]) -> None:
+    """The tables of `table_lines`, from `top` down: row and column numbers, and `cell(index, x, y)` for each place."""
+    for prefix, rows in _pages(shape):
+        if prefix:
+            top = picture.lines(6, top, [_page_name(prefix)])
+        for c in range(len(rows[0])):
+            picture.text(CELL * (c + 1.5), top + 14, str(c), ink=FAINT)
+        top += 20
+        for r, row in enumerate(rows):
+            picture.text(CELL * 0.5, top + CELL * 0.6, str(r), ink=FAINT)
+            for c, index in enumerate(row):
+                cell(index, CELL * (c + 1), top)
+            top += CELL
+        top += 12
 
 
 def ruled(cells: Sequence[Sequence[str]], names: Sequence[str] | None = None) -> list[str]:
@@ -52,23 +75,12 @@ def svg(layout: RegisterLayout | SharedLayout, nbits: int = 16) -> str:
     tile the part that repeats is drawn once, or else the first rows and columns.
     """
     shown, repeats = (layout, None) if isinstance(layout, SharedLayout) else _repeated_part(layout)
-    shape, cut = _cut(shown.shape)
+    shape, is_cut = cut(shown.shape)
     picture = Picture()
-    top = picture.lines(6, 4, _heading(layout, shown, repeats, cut, nbits))
-    if cut and isinstance(shown, RegisterLayout):
+    top = picture.lines(6, 4, _heading(layout, shown, repeats, is_cut, nbits))
+    if is_cut and isinstance(shown, RegisterLayout):
         top = _overview(picture, shown, top)
-    for prefix, rows in _pages(shape):
-        if prefix:
-            top = picture.lines(6, top, [f"[{', '.join(map(str, prefix))}, :, :]"])
-        for c in range(len(rows[0])):
-            picture.text(CELL * (c + 1.5), top + 14, str(c), ink=FAINT)
-        top += 20
-        for r, row in enumerate(rows):
-            picture.text(CELL * 0.5, top + CELL * 0.6, str(r), ink=FAINT)
-            for c, index in enumerate(row):
-                _cell(picture, shown, index, nbits, CELL * (c + 1), top)
-            top += CELL
-        top += 12
+    draw_cells(picture, shape, top, lambda index, x, y: _cell(picture, shown, index, nbits, x, y))
     return picture.svg()
 
 
@@ -92,22 +104,27 @@ def bank_colour(bank: int) -> str:
 
 
 def thread_colour(thread: int, num_threads: int) -> str:
-    """One warp: four neighbouring lanes share a hue. Several: a warp has a hue, and every eight lanes a tint."""
-    warp, lane = divmod(thread, WARP_SIZE)
+    """One warp: neighbouring lanes share a hue. Several: a warp has a hue, and every eight lanes a tint."""
     if num_threads <= WARP_SIZE:
-        return colour(lane // LANES_OF_A_HUE, lane % LANES_OF_A_HUE)
+        return colour(*divmod(thread, lanes_of_a_hue(num_threads)))
+    warp, lane = divmod(thread, WARP_SIZE)
     return colour(warp, lane // 8)
+
+
+def lanes_of_a_hue(num_threads: int) -> int:
+    """Of at most one warp: so many that the hues suffice."""
+    return -(-num_threads // len(HUES))
 
 
 def _heading(
     layout: RegisterLayout | SharedLayout, shown: RegisterLayout | SharedLayout, repeats: tuple[int, ...] | None,
-    cut: bool, nbits: int,
+    is_cut: bool, nbits: int,
 ) -> list[str]:  # fmt: skip
     lines = [title(layout, nbits)]
     if repeats is not None:
         times = " x ".join(map(str, repeats))
         lines.append(f"drawn: {shown}, which repeats {times} times with further slots of the same threads")
-    if cut:
+    if is_cut:
         what = (
             "warps of all elements, and " if isinstance(shown, RegisterLayout) and shown.num_threads > WARP_SIZE else ""
         )
@@ -115,8 +132,9 @@ def _heading(
     if isinstance(layout, SharedLayout):
         lines.append("top: offset in elements; bottom: bank; a hue is 16 bytes")
     else:
-        colours = "a hue is a warp" if layout.num_threads > WARP_SIZE else "a hue is four lanes"
-        lines.append(f"top: thread; bottom: slot; {colours}")
+        lanes = lanes_of_a_hue(layout.num_threads)
+        hue = "warp" if layout.num_threads > WARP_SIZE else f"group of {lanes} lanes" if lanes > 1 else "lane"
+        lines.append(f"top: thread; bottom: slot; a hue is a {hue}")
     return lines
 
 
@@ -153,14 +171,18 @@ def _overview(picture: Picture, layout: RegisterLayout, top: float) -> float:
     return top + 12
 
 
-def _cut(shape: Sequence[int]) -> tuple[tuple[int, ...], bool]:
-    """The part of a tile that is drawn, and whether it is not the whole."""
+def cut(shape: Sequence[int]) -> tuple[tuple[int, ...], bool]:
+    """The shape of the part of a tile that is drawn, and whether it is not the whole."""
     if prod(shape) <= MAX_CELLS:
         return tuple(shape), False
     return tuple(min(extent, MAX_EXTENT if dim >= len(shape) - 2 else 1) for dim, extent in enumerate(shape)), True
 
 
-def _pages(shape: Sequence[int]) -> Iterator[tuple[tuple[int, ...], list[list[tuple[int, ...]]]]]:
+def _page_name(prefix: Index) -> str:
+    return f"[{', '.join(map(str, prefix))}, :, :]"
+
+
+def _pages(shape: Sequence[int]) -> Iterator[tuple[Index, list[list[Index]]]]:
     """(index of the leading dimensions, rows of full indices) of each two-dimensional page."""
     page = shape[-2:]
     for prefix in product(*map(range, shape[:-2])):
