@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from gguf import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
 from test_serving_loader import write_gguf
-from test_serving_quantized import DenseKernels, expected_logits, logits_of, write_quantized
+from test_serving_quantized import DenseKernels, dense_model, expected_logits, logits_of, write_quantized
 from tiny_llama import TINY, tiny_tensors, write_tiny
 
 import serving.calibrate
@@ -198,7 +198,7 @@ def test_calibration_changes_outputs_less(tmp_path: Path, tiny_directory: Path) 
 
 
 def test_calibration_sees_the_inputs_of_rounded_layers(tmp_path: Path, tiny_directory: Path, monkeypatch) -> None:
-    """The moments of the first layer's q are those of its normed embeddings, computed here by hand."""
+    """The moments of each layer's q are those of its normed inputs in a model whose layers before are rounded."""
     seen: dict[str, np.ndarray] = {}
     plain = serving.calibrate._moments
 
@@ -211,20 +211,25 @@ def test_calibration_sees_the_inputs_of_rounded_layers(tmp_path: Path, tiny_dire
     (tmp_path / "text").write_text(TEXT)
     source = open_source(tiny_directory)
     names = [name for name in source.names() if "_proj" in name]
-    serving.calibrate.calibrate(source, names, recipe("int4", 32), tmp_path / "text", lambda done, total: None)
+    rounded = serving.calibrate.calibrate(
+        source, names, recipe("int3", 32), tmp_path / "text", lambda done, total: None
+    )
     tokens = source.tokenizer().encode(TEXT)
-    tensors = tiny_tensors()
-    x = tensors["model.embed_tokens.weight"].double()[list(tokens[: len(tokens) // 512 * 512])]
-    x = (
-        x
-        / (x.square().mean(-1, keepdim=True) + TINY["rms_norm_eps"]).sqrt()
-        * tensors["model.layers.0.input_layernorm.weight"]
-    )
-    expected = (x.T @ x).numpy()
-    np.testing.assert_allclose(
-        seen["model.layers.0.self_attn.q_proj.weight"], expected, atol=1e-4 * np.abs(expected).max()
-    )
-    assert set(seen) == set(names)
+    dense = {
+        name: torch.from_numpy(rounded[name].dequantize()) if name in rounded else t
+        for name, t in tiny_tensors().items()
+    }
+    windows = torch.tensor(tokens[: len(tokens) // 512 * 512]).view(-1, 512)
+    with torch.inference_mode():
+        states = dense_model(dense)(windows, output_hidden_states=True).hidden_states
+    assert set(seen) == set(names) == set(rounded)
+    for layer in range(TINY["num_hidden_layers"]):
+        x = states[layer].flatten(0, 1).double()
+        norm = dense[f"model.layers.{layer}.input_layernorm.weight"]
+        x = x / (x.square().mean(-1, keepdim=True) + TINY["rms_norm_eps"]).sqrt() * norm
+        expected = (x.T @ x).numpy()
+        found = seen[f"model.layers.{layer}.self_attn.q_proj.weight"]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
 def run(*args: object) -> Result:

@@ -228,8 +228,8 @@ def logits_of(path: Path, kernels: object, dtype: torch.dtype, device: torch.dev
     return model.forward(every_row, pool).cpu()
 
 
-def expected_logits(dense: dict[str, torch.Tensor], tokens: Sequence[int] = TOKENS) -> torch.Tensor:
-    """transformers' logits, float32 [tokens, vocabulary]."""
+def dense_model(dense: dict[str, torch.Tensor]):
+    """transformers' model in float32."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     settings = {key: value for key, value in TINY.items() if key not in ("architectures", "model_type", "torch_dtype")}
@@ -237,8 +237,13 @@ def expected_logits(dense: dict[str, torch.Tensor], tokens: Sequence[int] = TOKE
     missing = model.load_state_dict(dense, strict=False)
     assert set(missing.missing_keys) <= {"lm_head.weight"} and not missing.unexpected_keys
     model.tie_weights()
+    return model
+
+
+def expected_logits(dense: dict[str, torch.Tensor], tokens: Sequence[int] = TOKENS) -> torch.Tensor:
+    """transformers' logits, float32 [tokens, vocabulary]."""
     with torch.inference_mode():
-        return model(torch.tensor([tokens])).logits[0]
+        return dense_model(dense)(torch.tensor([tokens])).logits[0]
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -44,9 +44,8 @@ def format_of(matrix: QuantizedMatrix) -> str | None:
 def weights_of(matrix: QuantizedMatrix) -> dict[str, Any]:
     """The configuration's description of weights like this one."""
     format = format_of(matrix) or ""
-    is_row = (
-        matrix.group == matrix.shape[1] and "-pack" not in format.removeprefix("pack") and format != "mxfp8-quantized"
-    )
+    # The formats of block scales have one group size, whatever K is.
+    is_row = matrix.group == matrix.shape[1] and format in ("pack-quantized", "float-quantized")
     described: dict[str, Any] = {
         "num_bits": matrix.dtype.nbits,
         "type": "float" if matrix.dtype.is_float else "int",
