@@ -21,9 +21,9 @@ Output, as JSON:
     l2_nbytes    the GPU's L2 cache
     replays      replays a case
     cases        list of {N, K, M, dtype, scheme, group, schedule, us, read_us, ratio, error, cublas_us}: microseconds of one
-                 call of tilus' linear, and of reading as many bytes as the quantised weight has (codes, scales and the
-                 like), the floor for small M; their ratio; the largest error, in parts of the bound; microseconds of torch's
-                 fp16 product of the same shape. schedule: null for the library's own choice, otherwise that of the sweep.
+                 call of tilus' linear, and of reading as many bytes as the quantised weight has (codes, scales and the like),
+                 the floor for small M; their ratio; the largest error, in parts of the bound; microseconds of torch's fp16
+                 product of the same shape. schedule: null for the library's own choice, otherwise that of the sweep.
 """
 
 from __future__ import annotations

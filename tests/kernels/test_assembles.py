@@ -15,6 +15,7 @@ from tilus.kernels.attention import paged_attention_kernel
 from tilus.kernels.embedding import dense_embedding_kernel, quantized_embedding_kernel
 from tilus.kernels.linear import quantized_linear
 from tilus.kernels.norm import rms_norm_kernel
+from tilus.kernels.quantize import WeightHeader
 from tilus.kernels.rope import rope_append_kernel
 from tilus.kernels.schedule import schedule
 from tilus.lang.kernel import Kernel
@@ -73,22 +74,39 @@ def test_add_rms_norm(target: str) -> None:
     assert_no_spills(rms_norm_kernel, target, x, weight, x, 1e-5, residual, hidden=4096)
 
 
+F16, F32 = tilus.f16, tilus.f32
+# Code type, tokens, group, type of scales, minimums, zero points, activations: those with the most registers among them.
+LINEAR = [
+    (tilus.uint1, 1, 128, F16, False, False, torch.float16),
+    (tilus.int4, 1, 128, F16, False, False, torch.float16),
+    (tilus.float6_e3m2, 16, 128, F16, False, False, torch.float16),
+    (tilus.int8, 256, 128, F16, False, False, torch.float16),
+    (tilus.uint4, 16, 32, F16, True, False, torch.float16),
+    (tilus.uint4, 1, 16, F32, True, False, torch.float16),
+    (tilus.uint8, 256, 16, F32, True, False, torch.float16),
+    (tilus.uint8, 16, 32, F16, False, True, torch.bfloat16),
+    (tilus.float4_e2m1, 16, 16, tilus.float8_e4m3, False, False, torch.bfloat16),
+]
+
+
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dtype", [tilus.uint4, tilus.int3, tilus.float6_e3m2, tilus.int8], ids=str)
-@pytest.mark.parametrize(("m", "group"), [(1, 128), (1, 32), (16, 32), (16, 128), (256, 128), (256, 16)])
-def test_linear(dtype: tilus.DataType, m: int, group: int, target: str) -> None:
-    """Of 4096 x 4096, with the schedule of an H100; unsigned codes have minimums, few tokens split K."""
-    plan = schedule(m, 64, 64, dtype.nbits, 132)
-    x, codes = torch.empty(m, 4096).half(), torch.empty(64, 64, 512 * dtype.nbits, dtype=torch.uint8)
-    scales = torch.empty(64, 4096 // group, 8, 16, dtype=torch.uint8)
+@pytest.mark.parametrize(("dtype", "m", "group", "scale", "has_mins", "has_zeros", "act"), LINEAR, ids=str)
+def test_linear(
+    dtype: tilus.DataType, m: int, group: int, scale: tilus.DataType, has_mins: bool, has_zeros: bool, act: torch.dtype,
+    target: str,
+) -> None:  # fmt: skip
+    """Of 8192 x 8192, with the schedule of an H100; few tokens split K."""
+    header = WeightHeader(dtype, (8192, 8192), group, scale.name, scale.name if has_mins else None, has_zeros)
+    plan = schedule(m, 128, 128, dtype.nbits, 132, header.factor_words)
+    arrays = {name: torch.empty(shape, dtype=torch.uint8) for name, (shape, _) in header.arrays.items()}
+    x = torch.empty(m, 8192, dtype=act)
     partial, tickets = None, None
     if plan.splits > 1:
-        partial, tickets = torch.empty(plan.splits, m, 4096), torch.empty(64, dtype=torch.int32)
-    mins = None if dtype.is_signed else scales
+        partial, tickets = torch.empty(plan.splits, m, 8192), torch.empty(4096, dtype=torch.int32)
     assert_no_spills(
-        quantized_linear, target, x, codes, scales, x, 1.0, mins, None, None, None, partial, tickets,
-        wdtype=dtype, scale_dtype=tilus.f16, mins_dtype=tilus.f16, span=group, tokens=plan.tokens, rows=plan.rows,
-        warps=plan.warps, stages=plan.stages, blocks_per_sm=plan.blocks_per_sm,
+        quantized_linear, target, x, arrays["codes"], arrays["scales"], x, 1.0, arrays.get("mins"), arrays.get("zeros"), None,
+        None, partial, tickets, wdtype=dtype, scale_dtype=scale, mins_dtype=scale, span=header.span, tokens=plan.tokens,
+        rows=plan.rows, warps=plan.warps, stages=plan.stages, blocks_per_sm=plan.blocks_per_sm,
     )  # fmt: skip
 
 

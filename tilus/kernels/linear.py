@@ -174,10 +174,20 @@ class Weights:
         self.step = step
 
     def fetch(self, tile):
-        """Load the codes of the tiles from `tile` on, and the factors that serve them; one set for all of K is loaded once."""
+        """Load the codes of the tiles from `tile` on, and the factors that serve them, unless they are many or serve all of K."""
         self.codes = load_codes(self.all_codes, self.row_tile, tile, self.dtypes[0], self.step)
-        if self.step.span != WHOLE:
+        if self.step.span != WHOLE and not self.has_many_factors():
             self.fetch_factors(tile)
+
+    def has_many_factors(self):
+        """Whether registers do not hold a second tile's factors; they are then loaded when their turn comes."""
+        _, mins, zeros = self.factors
+        nbytes = (
+            self.dtypes[1].nbytes
+            + (0 if mins is None else self.dtypes[2].nbytes)
+            + (0 if zeros is None else f16.nbytes)
+        )
+        return self.step.pieces * nbytes > 8
 
     def fetch_factors(self, tile):
         scales, mins, zeros = self.factors
@@ -262,6 +272,8 @@ def quantized_linear(
             shape, layout = [tokens, warps * TILE], activation_layout(tokens, span, rows, warps)
             right = activation_tile(tilus.load(x, [first_token, tile * TILE], shape, layout=layout), tokens, step)
             raw = weights.codes
+            if once is None and weights.has_many_factors():
+                weights.fetch_factors(tile)
             scale, minimum, zero = once if once is not None else weights.numbers(exponent, x.dtype)
             weights.fetch(tile + warps * stages)
             w = weight_tile(raw, zero, lookup_table, wdtype, x.dtype, step)

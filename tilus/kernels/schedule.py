@@ -38,7 +38,7 @@ def schedule(m: int, tiles_n: int, tiles_k: int, nbits: int, num_sms: int, facto
         return Schedule(max(8, min(64, -(-m // 8) * 8)), 1, _power_of_two(min(tiles_k, 32)), 1)
     if m <= 16:
         return _few_tokens(m, tiles_n, tiles_k, nbits, num_sms, factor_words)
-    return _many_tokens(m, tiles_n, tiles_k, num_sms)
+    return _many_tokens(m, tiles_n, tiles_k, num_sms, factor_words)
 
 
 def _few_tokens(m: int, tiles_n: int, tiles_k: int, nbits: int, num_sms: int, factor_words: int) -> Schedule:
@@ -46,7 +46,7 @@ def _few_tokens(m: int, tiles_n: int, tiles_k: int, nbits: int, num_sms: int, fa
 
     16 tokens cost as many bytes from the L2 cache as a tile of 4 bits does from memory, so two rows of tiles share them.
     """
-    tokens = 8 if m <= 8 else 16
+    tokens = 8 if m <= 8 else _most_tokens(factor_words)
     # More stages would need more registers than there are.
     most = max(1, (4 if tokens == 8 else 2) // (1 if factor_words <= 4 else 2 if factor_words <= 16 else 4))
     if tiles_n >= num_sms and tokens == 8:
@@ -61,15 +61,18 @@ def _few_tokens(m: int, tiles_n: int, tiles_k: int, nbits: int, num_sms: int, fa
     return Schedule(tokens, rows, warps, stages, splits)
 
 
-def _many_tokens(m: int, tiles_n: int, tiles_k: int, num_sms: int) -> Schedule:
-    """Every block dequantises its weights again: 32 tokens a block do so half as often, 16 fill a GPU twice as easily."""
-    if 2 * tiles_n * -(-m // 32) >= 3 * num_sms:
-        return Schedule(32, 1, _power_of_two(min(2, tiles_k)), 1)
-    blocks = tiles_n * -(-m // 16)
+def _many_tokens(m: int, tiles_n: int, tiles_k: int, num_sms: int, factor_words: int) -> Schedule:
+    """Every block dequantises its weights again; it has registers for the sums of 16 tokens."""
+    tokens = _most_tokens(factor_words)
+    blocks = tiles_n * -(-m // tokens)
     warps = _power_of_two(min(4, tiles_k))
     if blocks >= num_sms:
-        return Schedule(16, 1, warps, 1)
-    return Schedule(16, 1, warps, 1, max(1, min(2 * num_sms // blocks, tiles_k // (2 * warps), 16)))
+        return Schedule(tokens, 1, warps, 1)
+    return Schedule(tokens, 1, warps, 1, max(1, min(2 * num_sms // blocks, tiles_k // (2 * warps), 16)))
+
+
+def _most_tokens(factor_words: int) -> int:
+    return 16 if factor_words <= 16 else 8
 
 
 def _power_of_two(count: int) -> int:

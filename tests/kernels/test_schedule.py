@@ -1,0 +1,33 @@
+"""Schedules of the quantised linear, for shapes of every kind: what the kernel relies on, and that no multiprocessor idles."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tilus.kernels.schedule import schedule
+
+counts = st.integers(1, 2000)
+
+
+@given(counts, counts, st.integers(1, 600), st.integers(1, 8), st.sampled_from([0, 1, 108, 132]), st.integers(1, 80))
+def test_what_the_kernel_relies_on(m: int, tiles_n: int, tiles_k: int, nbits: int, num_sms: int, words: int) -> None:
+    """Warps that share factors divide their span, fragments have 8 columns, and no warp is without a tile."""
+    plan = schedule(m, tiles_n, tiles_k, nbits, num_sms, words)
+    assert plan.warps & (plan.warps - 1) == 0
+    assert plan.tokens % 8 == 0
+    assert min(plan.rows, plan.warps, plan.stages, plan.splits, plan.blocks_per_sm) >= 1
+    assert plan.warps * plan.splits <= max(tiles_k, plan.warps)
+    if num_sms:
+        assert plan.rows * plan.warps <= 16
+        assert plan.tokens <= (16 if words <= 16 else 8)  # more would spill registers
+
+
+def test_one_block_for_each_multiprocessor() -> None:
+    """At few tokens, for shapes of 128 tiles: nearly all of 132 have one, and 16 KB or more on their way."""
+    for nbits in range(1, 9):
+        for m in (1, 16):
+            plan = schedule(m, 128, 128, nbits, 132)
+            blocks = -(-128 // plan.rows) * plan.splits
+            assert 0.9 * 132 <= blocks <= 132
+            assert plan.rows * plan.warps * plan.stages * 512 * nbits >= (8 << 10) * (2 if nbits > 1 else 1)
