@@ -16,7 +16,7 @@ from tile_programs import emulate, function, tensor
 from tilus.compiler import compile_function
 from tilus.dtypes import DataType
 from tilus.errors import TilusError
-from tilus.instructions.view import Convert
+from tilus.instructions.convert import Convert
 from tilus.ir.function import Function
 from tilus.ir.visit import instructions
 from tilus.runtime.reference import run_reference

@@ -63,6 +63,12 @@ class MmaAtom:
         """Multiplications and additions of one instruction; of atoms with the same dtypes the larger one is better."""
         return M * N * self.k
 
+    @property
+    def cycles(self) -> int:
+        """For which a warp occupies the tensor core of its quarter: on sm_80 and 16-bit operands 256 multiplications and additions
+        take one, and as many bytes of other types (NVIDIA A100 Tensor Core GPU Architecture, whitepaper, 2020)."""
+        return self.num_macs * self.a.nbits // (256 * 16)
+
     @cached_property
     def layouts(self) -> tuple[RegisterLayout, RegisterLayout, RegisterLayout]:
         """The fragments of A, B and C of one warp."""

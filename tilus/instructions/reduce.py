@@ -18,7 +18,7 @@ from itertools import islice
 import numpy as np
 
 from tilus.codegen.context import EmitContext
-from tilus.codegen.conversion import stream_words, tile_conversion
+from tilus.codegen.conversion import stream_words
 from tilus.dtypes import DataType, boolean, f32, int32, uint32
 from tilus.errors import TilusError
 from tilus.instructions.arithmetic import emit_binary
@@ -26,7 +26,7 @@ from tilus.instructions.cast import convert_values
 from tilus.ir.builder import IRBuilder, builtin
 from tilus.ir.evaluation import Array, Evaluation
 from tilus.ir.instruction import Instruction
-from tilus.ir.layout_rules import Derived, LayoutRule
+from tilus.ir.layout_rules import Derived, LayoutRule, tile_conversion
 from tilus.ir.tensor import RegisterTensor
 from tilus.layout import Digit, RegisterLayout
 from tilus.layout.conversion import ConversionPlan
