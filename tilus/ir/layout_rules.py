@@ -164,13 +164,17 @@ class Renamed(LayoutRule):
 
 @dataclass(frozen=True, eq=False)
 class Derived(LayoutRule):
-    """The result's layout follows from the operand's; the instruction itself moves its result into any other layout."""
+    """The result's layout follows from the operand's; the instruction itself moves its result into any other layout.
+
+    exchange: cycles in which threads exchange what they have of the result, from the layouts of the operand and the result.
+    """
 
     propagates = True
 
     out: RegisterTensor
     src: RegisterTensor
     forward: Callable[[RegisterLayout], RegisterLayout]
+    exchange: Callable[[RegisterLayout, RegisterLayout], int]
     num_threads: int
 
     def ways(self, known: Layouts) -> Sequence[Way]:
@@ -180,7 +184,7 @@ class Derived(LayoutRule):
         return ({self.out: out, self.src: known[self.src]},)
 
     def cost(self, way: Layouts) -> int:
-        return num_words(self.src, way[self.src])
+        return num_words(self.src, way[self.src]) + self.exchange(way[self.src], way[self.out])
 
     def defaults(self) -> Sequence[Way]:
         return self.ways({self.src: auto(self.src.shape, self.num_threads)})
