@@ -14,7 +14,6 @@ from layout_pairs import pair_within_warps, random_pair
 
 import tilus
 from tilus import Const, Tensor, f32, int32
-from tilus.codegen.conversion import tile_conversion
 from tilus.compiler import Compiled, compile_function
 from tilus.dtypes import DTYPES, DataType, boolean, int16
 from tilus.errors import TilusError

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tile_programs import random_layout
 
-from tilus.ir.layout_rules import same_owners
+from tilus.dtypes import f32
+from tilus.ir.layout_rules import conversion_cost, same_owners
 from tilus.layout import LayoutError, RegisterLayout, slot_map
 
 
@@ -32,3 +33,4 @@ def test_same_owners_are_those_between_which_registers_are_renamed(seed: int) ->
     held = [{a.index(t, i) for i in range(a.num_locals)} for t in range(a.num_threads)]
     others = [{b.index(t, i) for i in range(b.num_locals)} for t in range(b.num_threads)]
     assert same_owners(a, b) == (held == others)
+    assert (conversion_cost(f32, a, b) == 0) == (held == others)  # whole registers only get new numbers

@@ -9,17 +9,13 @@ from tilus.codegen.context import EmitContext
 from tilus.codegen.linear import Linear, address32, of_const, of_reg, register
 from tilus.codegen.word_program import emit_in_order
 from tilus.dtypes import DataType, boolean
+from tilus.ir.layout_rules import tile_conversion
 from tilus.layout import RegisterLayout
-from tilus.layout.conversion import ConversionPlan, RegisterWay, ScratchWay, plan_conversion, words_per_access
+from tilus.layout.conversion import ConversionPlan, RegisterWay, ScratchWay, words_per_access
 from tilus.layout.scratch_plan import ScratchPlan, Side
 from tilus.ptx.module import Address, Guard, Imm, Reg, RegClass, Vector
 
 FLAGS_PER_WORD = 4
-
-
-def tile_conversion(dtype: DataType, src: RegisterLayout, dst: RegisterLayout) -> ConversionPlan:
-    """The plan for a tile of `dtype`. Predicates travel as bytes, so that prmt and narrow accesses can move them."""
-    return plan_conversion(src, dst, 8 if dtype == boolean else dtype.nbits)
 
 
 def convert_words(

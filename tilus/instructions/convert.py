@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tilus.codegen.context import EmitContext
-from tilus.codegen.conversion import convert_words, tile_conversion
+from tilus.codegen.conversion import convert_words
 from tilus.errors import TilusError
 from tilus.ir.builder import IRBuilder, builtin
 from tilus.ir.evaluation import Evaluation
 from tilus.ir.instruction import Instruction, expect_same_shape
-from tilus.ir.layout_rules import LayoutPriority, LayoutRule, Moved
+from tilus.ir.layout_rules import LayoutPriority, LayoutRule, Moved, tile_conversion
 from tilus.ir.tensor import RegisterTensor
 from tilus.layout import RegisterLayout
 from tilus.layout.conversion import ConversionPlan

@@ -43,7 +43,7 @@ def choose(atoms: tuple[MmaAtom, ...], extents: Extents, num_warps: int, known: 
         found |= {candidate(atom, blocks, extents.k): None for blocks in (*warp_grids(extents, num_warps), *derived)}
 
     def rank(way: Candidate) -> tuple[int, ...]:
-        wanted = zip((way.a, way.b, way.c, way.c), known, strict=True)
+        wanted = zip((*way.layouts, way.layouts[2]), known, strict=True)
         a, b, acc, out = (own is not None and not same_owners(layout, own) for layout, own in wanted)
         return int(out), a + b + acc + out, -way.atom.num_macs, way.blocks.num_replicas, way.num_loads
 
@@ -104,16 +104,17 @@ class Dot(Instruction):
     def _rank3(self, layout: RegisterLayout | None) -> RegisterLayout | None:
         return layout if layout is None or layout.rank == 3 else layout.unsqueeze(0)
 
-    def own_rank(self, layout: RegisterLayout) -> RegisterLayout:
-        return layout if self.a.rank == 3 else layout.squeeze(0)
+    def layouts(self, chosen: Candidate) -> tuple[RegisterLayout, RegisterLayout, RegisterLayout]:
+        """What a way to compute it asks of a, b and acc."""
+        return chosen.layouts if self.a.rank == 3 else chosen.layouts_of_one
 
     def way(self, chosen: Candidate) -> Way:
         """The layouts of its tiles in one way to compute it."""
-        tiles = zip((self.a, self.b, self.acc, self.out), (chosen.a, chosen.b, chosen.c, chosen.c), strict=True)
-        return {tile: self.own_rank(layout) for tile, layout in tiles}
+        a, b, c = self.layouts(chosen)
+        return {self.a: a, self.b: b, self.acc: c, self.out: c}
 
     def layout_rule(self, num_threads: int) -> LayoutRule:
-        return OneOf(lambda known: [(self.way(c), c.num_products) for c in self.ways(known, num_threads)])
+        return OneOf(lambda known: [(self.way(c), c.num_products * c.atom.cycles) for c in self.ways(known, num_threads)])
 
     def specialized(self, target: Target) -> Instruction | None:
         """The largest atom that the target has and k is a multiple of."""
@@ -155,10 +156,8 @@ class Mma(Dot):
     def emit(self, ctx: EmitContext) -> None:
         layouts = {t: ctx.layout(t) for t in (self.out, self.a, self.b, self.acc)}
         way = self.ways(layouts, ctx.num_threads)[0]
-        a, b, acc = (
-            ctx.aligned_words(tile, self.own_rank(layout))
-            for tile, layout in ((self.a, way.a), (self.b, way.b), (self.acc, way.c))
-        )
+        tiles = zip((self.a, self.b, self.acc), self.layouts(way), strict=True)
+        a, b, acc = (ctx.aligned_words(tile, layout) for tile, layout in tiles)
         in_place = self.out is self.acc
         result = acc if in_place else [ctx.b.reg(RegClass.B32) for _ in acc]
         a_slots, b_slots = slots_by_index(way.a_blocks), slots_by_index(way.b_blocks)
@@ -172,7 +171,7 @@ class Mma(Dot):
         count = way.blocks.num_locals * depth
         ctx.note(self, f"dot: {count} x mma.m{M}n{N}k{way.atom.k} per warp")
         if not in_place:
-            order = slot_map(layouts[self.out], self.own_rank(way.c))
+            order = slot_map(layouts[self.out], self.layouts(way)[2])
             ctx.define(self.out, ctx.pick(self.out.dtype, result, order))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import gcd
 
 from tilus.instructions.mma_atoms import M, MmaAtom, N
@@ -29,8 +30,8 @@ class Extents:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to compute a product. a, b, c: layouts [batch, m, k], [batch, k, n] and [batch, m, n] in elements;
-    a_blocks, b_blocks, blocks: the same in whole fragments over warps."""
+    """A way to compute a product. a_blocks, b_blocks, blocks: layouts [batch, m, k], [batch, k, n] and [batch, m, n] of whole
+    fragments over warps; `layouts` are those of the elements."""
 
     atom: MmaAtom
     blocks: RegisterLayout
@@ -47,17 +48,17 @@ class Candidate:
         """Instructions of a warp."""
         return self.blocks.num_locals * self.a_blocks.shape[2]
 
-    @property
-    def a(self) -> RegisterLayout:
-        return self.a_blocks * self.atom.layouts[0].unsqueeze(0)
+    @cached_property
+    def layouts(self) -> tuple[RegisterLayout, RegisterLayout, RegisterLayout]:
+        """Of A, B and C as batches, in elements."""
+        a, b, c = (fragment.unsqueeze(0) for fragment in self.atom.layouts)
+        return self.a_blocks * a, self.b_blocks * b, self.blocks * c
 
-    @property
-    def b(self) -> RegisterLayout:
-        return self.b_blocks * self.atom.layouts[1].unsqueeze(0)
-
-    @property
-    def c(self) -> RegisterLayout:
-        return self.blocks * self.atom.layouts[2].unsqueeze(0)
+    @cached_property
+    def layouts_of_one(self) -> tuple[RegisterLayout, RegisterLayout, RegisterLayout]:
+        """The same without a batch dim, for a batch of 1."""
+        a, b, c = self.layouts
+        return a.squeeze(0), b.squeeze(0), c.squeeze(0)
 
 
 def candidate(atom: MmaAtom, blocks: RegisterLayout, k: int) -> Candidate:

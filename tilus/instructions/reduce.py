@@ -13,12 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 
 import numpy as np
 
 from tilus.codegen.context import EmitContext
-from tilus.codegen.conversion import stream_words, tile_conversion
+from tilus.codegen.conversion import stream_words
 from tilus.dtypes import DataType, boolean, f32, int32, uint32
 from tilus.errors import TilusError
 from tilus.instructions.arithmetic import emit_binary
@@ -26,10 +27,11 @@ from tilus.instructions.cast import convert_values
 from tilus.ir.builder import IRBuilder, builtin
 from tilus.ir.evaluation import Array, Evaluation
 from tilus.ir.instruction import Instruction
-from tilus.ir.layout_rules import Derived, LayoutRule
+from tilus.ir.layout_rules import Derived, LayoutRule, tile_conversion
 from tilus.ir.tensor import RegisterTensor
 from tilus.layout import Digit, RegisterLayout
 from tilus.layout.conversion import ConversionPlan
+from tilus.layout.word_program import SHUFFLE_CYCLES
 from tilus.ptx.module import Imm, Reg
 
 WARP = 32
@@ -75,7 +77,8 @@ class Plan:
         return self.partial.shape[0]
 
 
-def plan_reduction(layout: RegisterLayout, axes: Sequence[int]) -> Plan:
+@lru_cache(maxsize=1024)
+def plan_reduction(layout: RegisterLayout, axes: tuple[int, ...]) -> Plan:
     """Split the digits of the reduced axes into slots, lanes that a butterfly reaches, and the rest."""
     threads: list[Digit] = []
     masks: list[int] = []
@@ -147,7 +150,7 @@ class Reduce(Instruction):
             )
 
     def layout_rule(self, num_threads: int) -> LayoutRule:
-        return Derived(self.out, self.src, self._natural, num_threads)
+        return Derived(self.out, self.src, self._natural, self._exchange_cycles, num_threads)
 
     def _natural(self, layout: RegisterLayout) -> RegisterLayout:
         """The result's layout that needs no exchange beyond the reduction itself; no thread holds a value twice."""
@@ -168,9 +171,16 @@ class Reduce(Instruction):
         """How partial results reach the threads that combine or hold them; none where these have them."""
         if self.src.layout is None or self.out.layout is None:
             return ()
-        plan = plan_reduction(self.src.layout, self.axes)
-        conversion = tile_conversion(uint32, plan.partial, self._with_parts(plan, self.out.layout))
+        conversion = self._exchange(plan_reduction(self.src.layout, self.axes), self.out.layout)
         return () if conversion.slots is not None else (conversion,)
+
+    def _exchange(self, plan: Plan, out: RegisterLayout) -> ConversionPlan:
+        return tile_conversion(uint32, plan.partial, self._with_parts(plan, out))
+
+    def _exchange_cycles(self, src: RegisterLayout, out: RegisterLayout) -> int:
+        plan = plan_reduction(src, self.axes)
+        shuffles = len(plan.lane_masks) * len(plan.groups)
+        return SHUFFLE_CYCLES * shuffles + math.ceil(self._exchange(plan, out).chosen.cycles)
 
     def _with_parts(self, plan: Plan, out: RegisterLayout) -> RegisterLayout:
         """The result's layout with the axes of `Plan.partial`; each thread holds all parts, in its innermost slots."""

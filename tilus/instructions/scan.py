@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tilus.codegen.context import EmitContext
-from tilus.codegen.conversion import convert_words, tile_conversion
+from tilus.codegen.conversion import convert_words
 from tilus.codegen.linear import register
 from tilus.dtypes import DataType, boolean, f32, int32, uint32
 from tilus.errors import TilusError
@@ -27,6 +27,7 @@ from tilus.instructions.reduce import accumulator_dtype, butterfly, lanes_of, re
 from tilus.ir.builder import IRBuilder, builtin
 from tilus.ir.evaluation import Array, Evaluation
 from tilus.ir.instruction import expect_same_shape
+from tilus.ir.layout_rules import tile_conversion
 from tilus.ir.tensor import RegisterTensor
 from tilus.layout import Digit, RegisterLayout, Term
 from tilus.layout.conversion import ConversionPlan

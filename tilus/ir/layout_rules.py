@@ -14,15 +14,25 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import ClassVar
 
+from tilus.dtypes import DataType, boolean
 from tilus.ir.tensor import RegisterTensor
-from tilus.layout import LayoutError, RegisterLayout, auto, broadcast_operand, replicated
+from tilus.layout import (
+    ConversionPlan,
+    LayoutError,
+    RegisterLayout,
+    auto,
+    broadcast_operand,
+    plan_conversion,
+    replicated,
+)
+from tilus.layout.conversion import WAVEFRONT_CYCLES
+from tilus.layout.word_program import ALU_CYCLES, WORD_NBITS
 
 Layouts = Mapping[RegisterTensor, RegisterLayout]
 Way = dict[RegisterTensor, RegisterLayout]
 
-# Instructions of a thread, roughly: an access computes an address and tests bounds; two barriers wait for the slowest warp.
-ACCESS = 3
-BARRIERS = 16
+# An access of memory takes an addition for its address and a test of its bounds.
+OPERATIONS_PER_ACCESS = 2
 
 
 class LayoutPriority(IntEnum):
@@ -57,7 +67,8 @@ class LayoutRule:
         return self.ways({})
 
     def cost(self, way: Layouts) -> int:
-        """How many instructions of a thread it takes to run in this way, without conversions: an estimate to compare ways."""
+        """Cycles in which a warp occupies its quarter of a multiprocessor (see layout.conversion) to run in this way, without
+        conversions: an estimate to compare ways."""
         return 0
 
     def insists(self, known: Layouts) -> Way:
@@ -153,13 +164,17 @@ class Renamed(LayoutRule):
 
 @dataclass(frozen=True, eq=False)
 class Derived(LayoutRule):
-    """The result's layout follows from the operand's; the instruction itself moves its result into any other layout."""
+    """The result's layout follows from the operand's; the instruction itself moves its result into any other layout.
+
+    exchange: cycles in which threads exchange what they have of the result, from the layouts of the operand and the result.
+    """
 
     propagates = True
 
     out: RegisterTensor
     src: RegisterTensor
     forward: Callable[[RegisterLayout], RegisterLayout]
+    exchange: Callable[[RegisterLayout, RegisterLayout], int]
     num_threads: int
 
     def ways(self, known: Layouts) -> Sequence[Way]:
@@ -169,7 +184,7 @@ class Derived(LayoutRule):
         return ({self.out: out, self.src: known[self.src]},)
 
     def cost(self, way: Layouts) -> int:
-        return num_words(self.src, way[self.src])
+        return num_words(self.src, way[self.src]) + self.exchange(way[self.src], way[self.out])
 
     def defaults(self) -> Sequence[Way]:
         return self.ways({self.src: auto(self.src.shape, self.num_threads)})
@@ -190,7 +205,7 @@ class Moved(LayoutRule):
         return ({self.out: known.get(self.out, same), self.src: same},)
 
     def cost(self, way: Layouts) -> int:
-        return conversion_cost(way[self.src], way[self.out])
+        return conversion_cost(self.out.dtype, way[self.src], way[self.out])
 
     def defaults(self) -> Sequence[Way]:
         return self.ways({self.src: auto(self.src.shape, self.num_threads)})
@@ -220,7 +235,10 @@ class Access(LayoutRule):
 
     def cost(self, way: Layouts) -> int:
         layout = way[self.tile]
-        return ACCESS * -(-layout.num_locals * self.tile.dtype.nbits // self.access_nbits(layout))
+        nbits = self.access_nbits(layout)
+        count = -(-layout.num_locals * self.tile.dtype.nbits // nbits)
+        operations = OPERATIONS_PER_ACCESS + (nbits < WORD_NBITS)  # what is narrow is put into a register by one more
+        return count * (ALU_CYCLES * operations + WAVEFRONT_CYCLES * max(1, nbits // WORD_NBITS))
 
     def insists(self, known: Layouts) -> Way:
         """Single bytes, where the preferred layout has words."""
@@ -275,9 +293,14 @@ def num_words(tile: RegisterTensor, layout: RegisterLayout) -> int:
     return -(-layout.num_locals * tile.dtype.nbits // 32)
 
 
-def conversion_cost(src: RegisterLayout, dst: RegisterLayout) -> int:
-    """Instructions of a thread for a conversion: every slot is written to and read from shared memory, between barriers."""
-    return 0 if same_owners(src, dst) else src.num_locals + dst.num_locals + BARRIERS
+def tile_conversion(dtype: DataType, src: RegisterLayout, dst: RegisterLayout) -> ConversionPlan:
+    """The plan for a tile of `dtype`. Predicates travel as bytes, so that prmt and narrow accesses can move them."""
+    return plan_conversion(src, dst, 8 if dtype == boolean else dtype.nbits)
+
+
+def conversion_cost(dtype: DataType, src: RegisterLayout, dst: RegisterLayout) -> int:
+    """Cycles of a warp for the conversion of a tile of `dtype`: what the cheapest way of its plan takes."""
+    return math.ceil(tile_conversion(dtype, src, dst).chosen.cycles)
 
 
 def _or_none(function: Callable[[RegisterLayout], RegisterLayout], layout: RegisterLayout) -> RegisterLayout | None:

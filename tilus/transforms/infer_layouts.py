@@ -179,10 +179,10 @@ class Inference:
 
     @functools.cached_property
     def cost(self) -> int:
-        """Instructions of a thread, by the estimates of the rules; a loop is taken to make eight trips."""
+        """Cycles of a warp, by the plans of conversions and the estimates of the rules; a loop is taken to make eight trips."""
         total = 0
         for use, (way, converted) in zip(self.program, self._runs, strict=True):
-            conversions = sum(conversion_cost(self.known[tile], way[tile]) for tile in converted)
+            conversions = sum(conversion_cost(tile.dtype, self.known[tile], way[tile]) for tile in converted)
             total += (use.rule.cost(way) + conversions) << 3 * use.depth
         return total
 
