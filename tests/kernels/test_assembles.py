@@ -89,13 +89,10 @@ LINEAR = [
 ]
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(("dtype", "m", "group", "scale", "has_mins", "has_zeros", "act"), LINEAR, ids=str)
-def test_linear(
-    dtype: tilus.DataType, m: int, group: int, scale: tilus.DataType, has_mins: bool, has_zeros: bool, act: torch.dtype,
-    target: str,
-) -> None:  # fmt: skip
-    """Of 8192 x 8192, with the schedule of an H100; few tokens split K."""
+def linear_call(
+    dtype: tilus.DataType, m: int, group: int, scale: tilus.DataType, has_mins: bool, has_zeros: bool, act: torch.dtype
+) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments of a product with a weight of 8192 x 8192, with the schedule of an H100; few tokens split K."""
     header = WeightHeader(dtype, (8192, 8192), group, scale.name, scale.name if has_mins else None, has_zeros)
     plan = schedule(m, 128, 128, dtype.nbits, 132, header.factor_words)
     arrays = {name: torch.empty(shape, dtype=torch.uint8) for name, (shape, _) in header.arrays.items()}
@@ -103,11 +100,29 @@ def test_linear(
     partial, tickets = None, None
     if plan.splits > 1:
         partial, tickets = torch.empty(plan.splits, m, 8192), torch.empty(4096, dtype=torch.int32)
-    assert_no_spills(
-        quantized_linear, target, x, arrays["codes"], arrays["scales"], x, 1.0, arrays.get("mins"), arrays.get("zeros"), None,
-        None, partial, tickets, wdtype=dtype, scale_dtype=scale, mins_dtype=scale, span=header.span, tokens=plan.tokens,
-        rows=plan.rows, warps=plan.warps, stages=plan.stages, blocks_per_sm=plan.blocks_per_sm,
-    )  # fmt: skip
+    args = [
+        x,
+        arrays["codes"],
+        arrays["scales"],
+        x,
+        1.0,
+        arrays.get("mins"),
+        arrays.get("zeros"),
+        None,
+        None,
+        partial,
+        tickets,
+    ]
+    values = {"wdtype": dtype, "scale_dtype": scale, "mins_dtype": scale, "span": header.span, "tokens": plan.tokens}
+    rest = {"rows": plan.rows, "warps": plan.warps, "stages": plan.stages, "blocks_per_sm": plan.blocks_per_sm}
+    return args, values | rest
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("case", LINEAR, ids=lambda case: f"{case[0]}-{case[1]}-{case[2]}-{case[3]}")
+def test_linear(case: tuple[Any, ...], target: str) -> None:
+    args, values = linear_call(*case)
+    assert_no_spills(quantized_linear, target, *args, **values)
 
 
 @pytest.mark.parametrize("target", TARGETS)

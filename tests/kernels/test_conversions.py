@@ -7,13 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
-from test_assembles import EXAMPLES, LIBRARY
+from test_assembles import EXAMPLES, LIBRARY, LINEAR, linear_call
 
-import tilus
 from tilus.compiler import compile_function
 from tilus.ir.visit import instructions
-from tilus.kernels.linear import quantized_linear, schedule
+from tilus.kernels.linear import quantized_linear
 from tilus.lang.kernel import Specialization
 from tilus.layout.conversion import ConversionPlan, ScratchWay
 from tilus.report import make_report
@@ -22,24 +20,16 @@ from tilus.target import get_target
 NAMES = [*(f"matmul_v{v}" for v in range(5)), "vector_add", "attention"]
 
 
-def linear(dtype: tilus.DataType, m: int) -> Specialization:
-    plan = schedule(m, 64, 64, dtype.nbits, 132)
-    x, codes = torch.empty(m, 4096).half(), torch.empty(64, 64, 512 * dtype.nbits, dtype=torch.uint8)
-    scales = torch.empty(64, 64, 2, 8, 8).half()
-    partial, tickets = None, None
-    if plan.splits > 1:
-        partial, tickets = torch.empty(plan.splits, m, 4096), torch.empty(64, dtype=torch.int32)
-    return quantized_linear.specialize(
-        x, codes, scales, x, None if dtype.is_signed else scales, partial, tickets,
-        wdtype=dtype, groups=2, tokens=plan.tokens, warps=plan.warps,
-    )  # fmt: skip
+def linear(case: tuple[Any, ...]) -> Specialization:
+    args, values = linear_call(*case)
+    return quantized_linear.specialize(*args, **values)
 
 
 def library() -> Iterator[tuple[str, Any]]:
     for kernel, values in LIBRARY:
         yield f"{kernel.__name__} {values}", lambda kernel=kernel, values=values: kernel.specialize(**values)
-    for m in (1, 16, 256):
-        yield f"linear of {m} tokens", lambda m=m: linear(tilus.uint4, m)
+    for case in LINEAR:
+        yield f"linear of {case[0]} with {case[1]} tokens in groups of {case[2]}", lambda case=case: linear(case)
     for name in NAMES:
         module = runpy.run_path(str(EXAMPLES / f"{name}.py"))
         kernel = module[name.split("_v")[0]]
