@@ -19,6 +19,7 @@ from tilus.dtypes import DTYPES, DataType, boolean, int16
 from tilus.errors import TilusError
 from tilus.instructions.convert import Convert
 from tilus.ir.builder import IRBuilder
+from tilus.ir.layout_rules import tile_conversion
 from tilus.layout import RegisterLayout, column_spatial, local, replicated, spatial
 from tilus.layout.conversion import ScratchWay
 from tilus.ptx.assembler import assemble

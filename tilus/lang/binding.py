@@ -224,7 +224,7 @@ def make_launcher(kernel: Kernel, device: str | None) -> Callable[..., None]:
         pointers = [0 if a is None else a.pointer for a in call.arrays]
         run(pointers, scalars, [values[p.name] for p in signature.tensors])
 
-    namespace: dict[str, Any] = {"prepared": prepared, "slow": slow}
+    namespace: dict[str, Any] = {"prepared": prepared, "slow": slow, "typed": typed}
     parameters: list[str] = []
     for parameter in signature.python.parameters.values():
         if parameter.kind is parameter.KEYWORD_ONLY and "*" not in parameters:
