@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 from test_assembles import EXAMPLES, LIBRARY
+from test_convert import check_counts
 
 import tilus
 from tilus.compiler import compile_function
+from tilus.ir.layout_rules import tile_conversion
 from tilus.ir.visit import instructions
 from tilus.kernels.linear import quantized_linear, schedule
 from tilus.lang.kernel import Specialization
+from tilus.layout import RegisterLayout
 from tilus.layout.conversion import ConversionPlan, ScratchWay
 from tilus.report import make_report
 from tilus.target import get_target
@@ -71,6 +74,36 @@ def test_the_report_shows_every_conversion(name: str) -> None:
     assert len(section) == max(1, len(plans))
     shown = map(str, plans) if plans else ["none"]
     assert all(line.endswith(text) for line, text in zip(section, shown, strict=True))
+    start, end = lines.index("bank conflicts (extra wavefronts of a block)"), lines.index("layouts") - 1
+    claimed = [
+        f"{repeats * side.extra} in {repeats * side.wavefronts} wavefronts"
+        for scratch in (plan.chosen.scratch for plan in plans if isinstance(plan.chosen, ScratchWay))
+        for repeats in (compiled.function.num_threads // scratch.num_threads,)
+        for side in (scratch.store, scratch.load)
+    ]
+    conflicts = lines[start + 1 : end]
+    assert all(
+        line.endswith(text) for line, text in zip(conflicts[len(conflicts) - len(claimed) :], claimed, strict=True)
+    )
+
+
+def test_the_emulator_counts_what_the_plans_claim(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the pairs of layouts that are converted somewhere in a kernel, in a kernel of their own."""
+    found: dict[tuple[tilus.DataType, RegisterLayout, RegisterLayout], None] = {}
+
+    def recorded(dtype: tilus.DataType, src: RegisterLayout, dst: RegisterLayout) -> ConversionPlan:
+        plan = tile_conversion(dtype, src, dst)
+        if plan.slots is None:
+            found[dtype, src.reshape((src.size,)), dst.reshape((dst.size,))] = None
+        return plan
+
+    monkeypatch.setattr("tilus.codegen.conversion.tile_conversion", recorded)
+    for case in CASES.values():
+        compile_function(case().function, get_target("sm_90a"))
+    monkeypatch.undo()
+    assert len(found) >= 5
+    for dtype, src, dst in found:
+        check_counts(dtype, src, dst, src.num_threads // 32)
 
 
 def test_attention_reduces_its_rows_inside_of_warps() -> None:

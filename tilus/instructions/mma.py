@@ -114,7 +114,9 @@ class Dot(Instruction):
         return {self.a: a, self.b: b, self.acc: c, self.out: c}
 
     def layout_rule(self, num_threads: int) -> LayoutRule:
-        return OneOf(lambda known: [(self.way(c), c.num_products * c.atom.cycles) for c in self.ways(known, num_threads)])
+        return OneOf(
+            lambda known: [(self.way(c), c.num_products * c.atom.cycles) for c in self.ways(known, num_threads)]
+        )
 
     def specialized(self, target: Target) -> Instruction | None:
         """The largest atom that the target has and k is a multiple of."""
