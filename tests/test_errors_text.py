@@ -66,11 +66,10 @@ layout spatial(4, 8) has shape [4, 8], tile t [16, 16]
   at FILE:10:28
    10 |     tilus.store(x, [0, 0], tilus.with_layout(a, spatial(4, 8)))
                                    ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
-  hint: a layout covers the whole tile: repeat it with .local(...) or .spatial(...)
-layout spatial(4, 8) has shape [4, 8], tile t [16, 16]
-  at FILE:10:5
-   10 |     tilus.store(x, [0, 0], tilus.with_layout(a, spatial(4, 8)))
-            ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
+  note: a has shape [16, 16] here
+  at FILE:9:9
+    9 |     a = tilus.load(x, [0, 0], shape=[16, 16])
+                ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
   hint: a layout covers the whole tile: repeat it with .local(...) or .spatial(...)
 """,
     ),
