@@ -178,7 +178,7 @@ def _tensor(tensor: RegisterTensor | SharedTensor) -> str:
 
 def _origin(tile: RegisterTensor) -> str:
     """Which instruction the layout follows from."""
-    return f"{tile.origin.choice} {_place(tile.origin.loc)}" if tile.origin is not None else "-"
+    return "-" if tile.origin is None else str(tile.origin)
 
 
 def _place(loc: Loc | None) -> str:

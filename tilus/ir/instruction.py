@@ -95,6 +95,10 @@ class Instruction:
         }
         return dataclasses.replace(self, **changes) if changes else self
 
+    def remark(self) -> str:
+        """What the dump says behind the instruction; the text form skips it."""
+        return ""
+
     def effects(self) -> Effects:
         return PURE
 
