@@ -6,6 +6,7 @@ import runpy
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_assembles import EXAMPLES, LIBRARY
@@ -19,6 +20,7 @@ from tilus.kernels.linear import quantized_linear, schedule
 from tilus.lang.kernel import Specialization
 from tilus.layout import RegisterLayout
 from tilus.layout.conversion import ConversionPlan, ScratchWay
+from tilus.ptx.assembler import assemble
 from tilus.report import make_report
 from tilus.target import get_target
 
@@ -48,13 +50,27 @@ def library() -> Iterator[tuple[str, Any]]:
         kernel = module[name.split("_v")[0]]
         yield name, kernel.specialize
 
+    yield "softmax", lambda: runpy.run_path(str(EXAMPLES / "softmax.py"))["softmax"].specialize(width=1024)
+    for dtype, out in ((np.int8, np.int32), (np.float32, np.float32)):
+        yield f"matmul of {dtype.__name__}", lambda dtype=dtype, out=out: matmul_types(dtype, out)
+
+
+def matmul_types(dtype: type[np.generic], out: type[np.generic]) -> Specialization:
+    kernel = runpy.run_path(str(EXAMPLES / "matmul_types.py"))["matmul"]
+    a, b, c = np.zeros((100, 160), dtype), np.zeros((72, 160), dtype), np.zeros((100, 72), out)
+    return kernel.specialize(a, b, c, operand=tilus.int8 if dtype is np.int8 else tilus.tf32)
+
 
 CASES = dict(library())
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90a"])
 @pytest.mark.parametrize("name", CASES)
-def test_no_bank_conflicts(name: str) -> None:
-    compiled = compile_function(CASES[name]().function, get_target("sm_90a"))
+def test_no_bank_conflicts_and_no_spills(name: str, target: str) -> None:
+    """And what the library compiles for every target assembles without spills."""
+    compiled = compile_function(CASES[name]().function, get_target(target))
+    (usage,) = assemble(compiled.ptx, get_target(target), allow_spills=True).kernels
+    assert (usage.spill_store_nbytes, usage.spill_load_nbytes, usage.stack_nbytes) == (0, 0, 0), usage
     for stmt in instructions(compiled.function.body):
         for plan in stmt.inst.conversions():
             assert no_conflicts(plan), str(plan)
