@@ -24,6 +24,7 @@ from tilus.layout.errors import LayoutError
 from tilus.layout.inverse import Inverse
 from tilus.layout.printer import register_expression
 from tilus.layout.quotient import quotient_or_raise, register_left, register_right
+from tilus.layout.slicing import sliced_slots
 
 
 @dataclass(frozen=True, repr=False)
@@ -297,27 +298,9 @@ class RegisterLayout:
                 f"{what}; expected 0 <= start < stop <= {self.shape[dim]}",
                 hint="bounds count from 0, `stop` is excluded",
             )
-        slots = _digits.index_table(self.local_digits, self.rank)
-        positions = _digits.index_table(self.thread_digits, self.rank)[:, None, dim] + slots[:, dim]
-        inside = (positions >= start) & (positions < stop)
-        kept = np.flatnonzero(inside[0])
-        if np.any(inside != inside[0]):
-            slot = int(np.flatnonzero(np.any(inside != inside[0], axis=0))[0])
-            held = sorted({int(position) for position in positions[:, slot]})
-            raise LayoutError(
-                f"{what} is no layout: threads hold indices {held[0]}..{held[-1]} in slot {slot}, some inside and some not",
-                hint="slice where no thread digit is cut, or convert to a layout with this dimension in slots",
-            )
-        values = slots[kept]
-        values[:, dim] -= start
-        digits = _digits.fitted(values) if not np.any(values[0]) else None
-        if digits is None:
-            raise LayoutError(
-                f"{what} is no layout: slots {kept.tolist()} are left, whose order is not that of digits",
-                hint="slice at multiples of the digits' sizes, or reorder the slots first",
-            )
+        slots = sliced_slots(self.thread_digits, self.local_digits, self.rank, dim, range(start, stop), what)
         shape = (*self.shape[:dim], stop - start, *self.shape[dim + 1 :])
-        return RegisterLayout(shape, self.thread_digits, digits)
+        return RegisterLayout(shape, self.thread_digits, slots)
 
     def reduce(self, dims: Sequence[int], keepdims: bool = True) -> RegisterLayout:
         """The layout after a reduction over `dims`, which get extent 1, or vanish unless `keepdims`.
