@@ -318,13 +318,6 @@ reshape of (8, 4) (32 elements) to (5, 7) (35 elements)
   hint: give positive extents for as many elements; expand and products with local(...) make larger layouts
 """,
     ),
-    "slice": (
-        lambda f: f.slice(0, 4, 12),
-        """
-slice 4:12 of dimension 0 of spatial(8, 4); expected 0 <= start < stop <= 8
-  hint: bounds count from 0, `stop` is excluded
-""",
-    ),
     "extent 0": (
         lambda _: spatial(8, 0),
         """
