@@ -162,7 +162,7 @@ def test_report_sections(square: Path) -> None:
         r"  spills +none",
         r"  shared memory +8192 bytes static, 0 bytes dynamic",
         r"  square.py:9 +load a: 4 x 128 bits per thread",
-        r"  square.py:11 +ldmatrix s: \d+ matrices per warp(, transposed)?",
+        r"  square.py:11 +ldmatrix s: \d+ matrices per warp, \d+ of x4(, transposed)?",
         r"  s +f16\[64, 64\] +8192 bytes +row_major\(\(64, 64\)\)\.swizzled\(3, 3, 3\) +swizzled: costs \d+; .*row-major \d+.*",
         r"  square.py:9 +store_shared s +16 bytes a lane +0 in 64 wavefronts of 16 instructions",
         r"  square.py:11 +ldmatrix s +16 bytes a lane +0 in \d+ wavefronts of \d+ instructions(, 2 times)?",
@@ -189,7 +189,10 @@ def test_report_shows_a_conversion_and_its_cost(tmp_path: Path) -> None:
     path = tmp_path / "pinned.py"
     path.write_text(PINNED)
     report = output_of("compile", path, "--report")
-    line = next(line for line in report.splitlines() if "rows -> columns" in line)
+    *conflicts, line = (line for line in report.splitlines() if "rows -> columns" in line)
+    assert [re.sub(" +", " ", text) for text in conflicts] == [
+        f" pinned.py:12 {what} rows -> columns 16 bytes a lane 0 in 32 wavefronts" for what in ("store", "load")
+    ]
     assert re.fullmatch(
         r"  pinned.py:12 +rows -> columns  4096 bytes of shared memory a warp, 16-byte stores, 16-byte loads, "
         r"no bank conflicts, 272 cycles; shuffles would cost \d+",

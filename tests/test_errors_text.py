@@ -66,11 +66,10 @@ layout spatial(4, 8) has shape [4, 8], tile t [16, 16]
   at FILE:10:28
    10 |     tilus.store(x, [0, 0], tilus.with_layout(a, spatial(4, 8)))
                                    ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
-  hint: a layout covers the whole tile: repeat it with .local(...) or .spatial(...)
-layout spatial(4, 8) has shape [4, 8], tile t [16, 16]
-  at FILE:10:5
-   10 |     tilus.store(x, [0, 0], tilus.with_layout(a, spatial(4, 8)))
-            ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
+  note: a has shape [16, 16] here
+  at FILE:9:9
+    9 |     a = tilus.load(x, [0, 0], shape=[16, 16])
+                ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
   hint: a layout covers the whole tile: repeat it with .local(...) or .spatial(...)
 """,
     ),
@@ -295,7 +294,20 @@ load: threads hold runs of 1 elements of uint4 of w, which is 4 bits; memory is 
   at FILE:9:9
     9 |     a = tilus.load(w, [0, 0], shape=[32, 1])
                 ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
-  hint: make the contiguous dim of the tile, its offset and the tensor's extent multiples of 2, or move bytes and use tilus.view
+  hint: use multiples of 2 for the contiguous dim of tile, offset and tensor, a layout with longer runs, or tilus.view of bytes
+""",
+    ),
+    "accesses of half bytes of shared memory": (
+        """
+codes = tilus.shared(uint4, [32, 1])
+tilus.store(w, [0, 0], tilus.load_shared(codes))
+""",
+        """
+load_shared: threads hold runs of 1 elements of uint4 of codes, which is 4 bits; memory is accessed in whole bytes
+  at FILE:10:28
+   10 |     tilus.store(w, [0, 0], tilus.load_shared(codes))
+                                   ^^^^^^^^^^^^^^^^^^^^^^^^
+  hint: use multiples of 2 for the contiguous dim of tile, offset and tensor, a layout with longer runs, or tilus.view of bytes
 """,
     ),
     "reshape to another size": (

@@ -297,7 +297,7 @@ def _ir_text(function: Any, target: Any, after: str | None) -> str:
     from tilus.ir.printer import print_function
     from tilus.transforms import run_pipeline
 
-    return print_function(function if after is None else run_pipeline(function, target, after=after))
+    return print_function(function if after is None else run_pipeline(function, target, after=after), remarks=True)
 
 
 def _product(compiled: Any, form: str, allow_spills: bool) -> str | bytes:

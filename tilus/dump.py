@@ -22,7 +22,7 @@ class Dump:
         """The IR in its text form; `stage` is the name of the pass."""
         from tilus.ir.printer import print_function
 
-        self.write(f"{self._count:02}_{stage}.tilus", print_function(function))
+        self.write(f"{self._count:02}_{stage}.tilus", print_function(function, remarks=True))
         self._count += 1
 
     def write(self, name: str, content: str | bytes) -> None:

@@ -12,6 +12,7 @@ from tilus.compiler import Compiled
 from tilus.errors import Loc, TilusError
 from tilus.ir.tensor import RegisterTensor, SharedTensor
 from tilus.ir.visit import instructions
+from tilus.layout.conversion import ConversionPlan, ScratchWay
 from tilus.ptx import sass
 from tilus.ptx.assembler import Cubin
 from tilus.runtime import cache
@@ -84,12 +85,21 @@ class Report:
                 if cost is not None:
                     key = (_place(use.loc), f"{use.mnemonic} {tensor.name}", cost)
                     rows[key] = rows.get(key, 0) + 1
-        return _aligned(
-            [
-                (place, what, f"{cost.nbytes} bytes a lane", _times(_conflicts(cost), count))
-                for (place, what, cost), count in rows.items()
-            ]
-        )
+        accesses = [
+            (place, what, f"{cost.nbytes} bytes a lane", _times(_conflicts(cost), count))
+            for (place, what, cost), count in rows.items()
+        ]
+        return _aligned([*accesses, *self._scratch_conflicts()])
+
+    def _scratch_conflicts(self) -> Iterator[tuple[str, ...]]:
+        """Of the stores and loads of conversions; both are executed by every warp, or once by all warps together."""
+        for place, names, plan in self._plans():
+            if isinstance(plan.chosen, ScratchWay):
+                scratch = plan.chosen.scratch
+                repeats = self.compiled.function.num_threads // scratch.num_threads
+                for what, side in (("store", scratch.store), ("load", scratch.load)):
+                    count = f"{repeats * side.extra} in {repeats * side.wavefronts} wavefronts"
+                    yield place, f"{what} {names}", f"{scratch.access_nbytes(side)} bytes a lane", count
 
     def _layouts(self) -> Iterable[str]:
         tiles: dict[RegisterTensor, None] = {}
@@ -99,13 +109,13 @@ class Report:
 
     def _conversions(self) -> Iterable[str]:
         """Every way that a tile could take, the chosen one first; costs in cycles of a warp (see tilus.layout.conversion)."""
-        rows: list[tuple[str, ...]] = []
+        return _aligned((place, names, str(plan)) for place, names, plan in self._plans())
+
+    def _plans(self) -> Iterator[tuple[str, str, ConversionPlan]]:
         for stmt in instructions(self.compiled.function.body):
-            inst = stmt.inst
-            for plan in inst.conversions():
-                names = f"{inst.register_operands[0].name} -> {inst.register_results[0].name}"
-                rows.append((_place(stmt.loc), names, str(plan)))
-        return _aligned(rows)
+            for plan in stmt.inst.conversions():
+                names = f"{stmt.inst.register_operands[0].name} -> {stmt.inst.register_results[0].name}"
+                yield _place(stmt.loc), names, plan
 
     def _mix(self) -> Iterator[str]:
         if self.sass is None:
@@ -168,7 +178,7 @@ def _tensor(tensor: RegisterTensor | SharedTensor) -> str:
 
 def _origin(tile: RegisterTensor) -> str:
     """Which instruction the layout follows from."""
-    return f"{tile.origin.choice} {_place(tile.origin.loc)}" if tile.origin is not None else "-"
+    return "-" if tile.origin is None else str(tile.origin)
 
 
 def _place(loc: Loc | None) -> str:

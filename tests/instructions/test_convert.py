@@ -143,9 +143,11 @@ def run(kernel: Compiled, x: npt.NDArray[Any], y: npt.NDArray[Any], seed: int = 
 @given(st.randoms(use_true_random=False), st.sampled_from([1, 2, 3, 4]))
 @settings(max_examples=25)
 def test_the_emulator_counts_what_the_plan_claims(rng: random.Random, num_warps: int) -> None:
+    check_counts(rng.choice(WHOLE), *some_pair(rng, num_warps), num_warps)
+
+
+def check_counts(dtype: DataType, src: RegisterLayout, dst: RegisterLayout, num_warps: int) -> None:
     """Wavefronts and conflicts of both sides, shuffles, selects, permutes and barriers."""
-    dtype = rng.choice(WHOLE)
-    src, dst = some_pair(rng, num_warps)
     kernel = compiled(dtype, src, dst, num_warps)
     bits = random_bits(dtype, src.size, 1)
     stats = run(kernel, bits, np.zeros_like(bits))

@@ -7,7 +7,7 @@ import random
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from random_programs import Programs
 
@@ -237,7 +237,12 @@ def test_cut_texts_never_crash() -> None:
         assert 1 <= caught.value.loc.line <= AXPY[:length].count("\n") + 1
 
 
-@given(st.text(alphabet=st.sampled_from('%xk(){}[]=:,. "0123-+*/<>ain\n#'), max_size=40), st.integers(0, len(AXPY)))
+@example(damage="\n", place=AXPY.index('"') + 1)
+@example(damage="\\q", place=AXPY.index('"') + 1)
+@given(
+    damage=st.text(alphabet=st.sampled_from('%xk(){}[]=:,. "0123-+*/<>ain\n#'), max_size=40),
+    place=st.integers(0, len(AXPY)),
+)
 def test_damaged_texts_never_crash(damage: str, place: int) -> None:
     try:
         parse(AXPY[:place] + damage + AXPY[place:])

@@ -6,14 +6,19 @@ import runpy
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 from test_assembles import EXAMPLES, LIBRARY, LINEAR, linear_call
+from test_convert import check_counts
 
 from tilus.compiler import compile_function
+from tilus.ir.layout_rules import tile_conversion
 from tilus.ir.visit import instructions
 from tilus.kernels.linear import quantized_linear
 from tilus.lang.kernel import Specialization
+from tilus.layout import RegisterLayout
 from tilus.layout.conversion import ConversionPlan, ScratchWay
+from tilus.ptx.assembler import assemble
 from tilus.report import make_report
 from tilus.target import get_target
 
@@ -35,13 +40,27 @@ def library() -> Iterator[tuple[str, Any]]:
         kernel = module[name.split("_v")[0]]
         yield name, kernel.specialize
 
+    yield "softmax", lambda: runpy.run_path(str(EXAMPLES / "softmax.py"))["softmax"].specialize(width=1024)
+    for dtype, out in ((np.int8, np.int32), (np.float32, np.float32)):
+        yield f"matmul of {dtype.__name__}", lambda dtype=dtype, out=out: matmul_types(dtype, out)
+
+
+def matmul_types(dtype: type[np.generic], out: type[np.generic]) -> Specialization:
+    kernel = runpy.run_path(str(EXAMPLES / "matmul_types.py"))["matmul"]
+    a, b, c = np.zeros((100, 160), dtype), np.zeros((72, 160), dtype), np.zeros((100, 72), out)
+    return kernel.specialize(a, b, c, operand=tilus.int8 if dtype is np.int8 else tilus.tf32)
+
 
 CASES = dict(library())
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90a"])
 @pytest.mark.parametrize("name", CASES)
-def test_no_bank_conflicts(name: str) -> None:
-    compiled = compile_function(CASES[name]().function, get_target("sm_90a"))
+def test_no_bank_conflicts_and_no_spills(name: str, target: str) -> None:
+    """And what the library compiles for every target assembles without spills."""
+    compiled = compile_function(CASES[name]().function, get_target(target))
+    (usage,) = assemble(compiled.ptx, get_target(target), allow_spills=True).kernels
+    assert (usage.spill_store_nbytes, usage.spill_load_nbytes, usage.stack_nbytes) == (0, 0, 0), usage
     for stmt in instructions(compiled.function.body):
         for plan in stmt.inst.conversions():
             assert no_conflicts(plan), str(plan)
@@ -61,6 +80,36 @@ def test_the_report_shows_every_conversion(name: str) -> None:
     assert len(section) == max(1, len(plans))
     shown = map(str, plans) if plans else ["none"]
     assert all(line.endswith(text) for line, text in zip(section, shown, strict=True))
+    start, end = lines.index("bank conflicts (extra wavefronts of a block)"), lines.index("layouts") - 1
+    claimed = [
+        f"{repeats * side.extra} in {repeats * side.wavefronts} wavefronts"
+        for scratch in (plan.chosen.scratch for plan in plans if isinstance(plan.chosen, ScratchWay))
+        for repeats in (compiled.function.num_threads // scratch.num_threads,)
+        for side in (scratch.store, scratch.load)
+    ]
+    conflicts = lines[start + 1 : end]
+    assert all(
+        line.endswith(text) for line, text in zip(conflicts[len(conflicts) - len(claimed) :], claimed, strict=True)
+    )
+
+
+def test_the_emulator_counts_what_the_plans_claim(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the pairs of layouts that are converted somewhere in a kernel, in a kernel of their own."""
+    found: dict[tuple[tilus.DataType, RegisterLayout, RegisterLayout], None] = {}
+
+    def recorded(dtype: tilus.DataType, src: RegisterLayout, dst: RegisterLayout) -> ConversionPlan:
+        plan = tile_conversion(dtype, src, dst)
+        if plan.slots is None:
+            found[dtype, src.reshape((src.size,)), dst.reshape((dst.size,))] = None
+        return plan
+
+    monkeypatch.setattr("tilus.codegen.conversion.tile_conversion", recorded)
+    for case in CASES.values():
+        compile_function(case().function, get_target("sm_90a"))
+    monkeypatch.undo()
+    assert len(found) >= 5
+    for dtype, src, dst in found:
+        check_counts(dtype, src, dst, src.num_threads // 32)
 
 
 def test_attention_reduces_its_rows_inside_of_warps() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from itertools import product
 from math import gcd, prod
 
@@ -260,19 +261,76 @@ def test_auto_examples() -> None:
         auto((4, 4), 32, order=(1, 1))
 
 
-def test_wrong_dimensions_are_refused() -> None:
-    f = spatial(8, 4)
-    with pytest.raises(LayoutError, match=r"expected each of 0\.\.1 once"):
-        f.permute([0, 0])
-    with pytest.raises(LayoutError, match="squeeze of dimension 0 with extent 8"):
-        f.squeeze(0)
-    with pytest.raises(LayoutError, match=r"expected 0\.\.2"):
-        f.unsqueeze(3)
-    with pytest.raises(LayoutError, match="dimension 2 of a layout of rank 2"):
-        f.reduce([2])
-    with pytest.raises(LayoutError, match="expand of dimension 1 with extent 4"):
-        f.expand(1, 8)
-    with pytest.raises(LayoutError, match=r"to \(-4, -8\)"):
-        f.reshape((-4, -8))
-    with pytest.raises(LayoutError, match=r"\(32 elements\) to \(5, 7\) \(35 elements\)"):
-        f.reshape((5, 7))
+REFUSED: dict[str, tuple[Callable[[RegisterLayout], object], str]] = {
+    "index": (
+        lambda f: f.index(32, 0),
+        """
+thread 32, slot 0 of a layout with 32 threads and 1 slots
+  hint: both count from 0; table() has the indices of all of them
+""",
+    ),
+    "permute": (
+        lambda f: f.permute([0, 0]),
+        """
+permute got dims (0, 0); expected each of 0..1 once
+  hint: list all of them: permute([1, 0]) reverses their order
+""",
+    ),
+    "squeeze": (
+        lambda f: f.squeeze(0),
+        """
+squeeze of dimension 0 with extent 8; expected extent 1
+  hint: reduce([0], keepdims=False) drops it after a reduction, reshape joins it with its neighbour
+""",
+    ),
+    "unsqueeze": (
+        lambda f: f.unsqueeze(3),
+        """
+unsqueeze at 3 of a layout of rank 2; expected 0..2
+  hint: unsqueeze(2) appends a dimension
+""",
+    ),
+    "reduce": (
+        lambda f: f.reduce([2]),
+        """
+dimension 2 of a layout of rank 2 and shape (8, 4)
+  hint: dimensions are -2..1; unsqueeze inserts further ones
+""",
+    ),
+    "expand": (
+        lambda f: f.expand(1, 8),
+        """
+expand of dimension 1 with extent 4; expected extent 1
+  hint: repeat the tile with a product: local(...) * layout
+""",
+    ),
+    "reshape to negative extents": (
+        lambda f: f.reshape((-4, -8)),
+        """
+reshape of (8, 4) (32 elements) to (-4, -8) (32 elements)
+  hint: give positive extents for as many elements; expand and products with local(...) make larger layouts
+""",
+    ),
+    "reshape to another size": (
+        lambda f: f.reshape((5, 7)),
+        """
+reshape of (8, 4) (32 elements) to (5, 7) (35 elements)
+  hint: give positive extents for as many elements; expand and products with local(...) make larger layouts
+""",
+    ),
+    "extent 0": (
+        lambda _: spatial(8, 0),
+        """
+a layout got shape (8, 0); expected positive extents
+  hint: a dim that is not there has extent 1
+""",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_wrong_dimensions_are_refused(case: str) -> None:
+    refused, message = REFUSED[case]
+    with pytest.raises(LayoutError) as error:
+        refused(spatial(8, 4))
+    assert str(error.value) == message.strip()

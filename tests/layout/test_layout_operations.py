@@ -237,7 +237,10 @@ def test_refused_slices_say_why() -> None:
     )
     with pytest.raises(LayoutError) as error:
         local(8).slice(0, 4, 9)
-    assert str(error.value) == "slice 4:9 of dimension 0 of local(8); expected 0 <= start < stop <= 8"
+    assert str(error.value) == (
+        "slice 4:9 of dimension 0 of local(8); expected 0 <= start < stop <= 8\n"
+        "  hint: bounds count from 0, `stop` is excluded"
+    )
     with pytest.raises(LayoutError) as error:
         replicated(4, 1).left_inverse()
     assert str(error.value) == (

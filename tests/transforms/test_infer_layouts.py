@@ -20,10 +20,13 @@ from tile_programs import tensor
 
 import tilus
 from tilus.dtypes import DataType, f16, f32
+from tilus.instructions import INSTRUCTIONS
 from tilus.instructions.cast import cast
 from tilus.instructions.memory import load, store
 from tilus.instructions.mma import dot
 from tilus.ir.function import Function
+from tilus.ir.parser import parse_function
+from tilus.ir.printer import print_function
 from tilus.ir.stmt import For, If, Inst, Seq, Stmt
 from tilus.ir.tensor import RegisterTensor
 from tilus.ir.visit import instructions
@@ -141,6 +144,10 @@ def test_a_second_time_nothing_changes(name: str) -> None:
     assert infer_layouts(function, TARGET) is function
 
 
+LOAD_OF_CODES = "codes = tilus.load(w, [0, k], [64, 64])"
+PRODUCT = "acc = tilus.dot(tilus.load(x, [0, k], [32, 64]), turned, acc)"
+
+
 def test_every_layout_tells_where_it_comes_from() -> None:
     """The codes are as their load wants them, the converted copy is as the product wants it, the rest follows."""
     function = KERNELS["bytes_for_a_product"].ir(after="infer_layouts")
@@ -152,13 +159,24 @@ def test_every_layout_tells_where_it_comes_from() -> None:
         assert origin is not None and origin.loc is not None
         return origin.choice, source[origin.loc.line - 1].strip()
 
-    load = ("load", "codes = tilus.load(w, [0, k], [64, 64])")
-    dot = ("dot", "acc = tilus.dot(tilus.load(x, [0, k], [32, 64]), turned, acc)")
+    load, dot = ("load", LOAD_OF_CODES), ("dot", PRODUCT)
     assert origin("codes") == origin("turned") == load
     assert origin("turned_converted_1") == origin("acc") == origin("x_1") == dot
     pinned = KERNELS["pinned_accumulator"].ir(after="infer_layouts")
     acc = next(t for s in instructions(pinned.body) for t in s.inst.register_results if t.name == "acc")
     assert acc.origin is not None and acc.origin.choice == "pinned"
+
+
+def test_the_dump_says_what_a_conversion_is_for() -> None:
+    """In a comment, which is no part of the program."""
+    function = KERNELS["bytes_for_a_product"].ir(after="infer_layouts")
+    text = print_function(function, remarks=True)
+    source = Path(small_kernels.__file__).read_text().splitlines()
+    load, dot = (1 + next(i for i, line in enumerate(source) if code in line) for code in (LOAD_OF_CODES, PRODUCT))
+    (line,) = (line for line in text.splitlines() if "convert(" in line)
+    assert line.endswith(f"convert(src=%turned)  # load small_kernels.py:{load} -> dot small_kernels.py:{dot}")
+    plain = print_function(function)
+    assert "#" not in plain and print_function(parse_function(text, INSTRUCTIONS)) == plain
 
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "inference.py"

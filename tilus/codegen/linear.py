@@ -94,14 +94,6 @@ def register(b: Builder, form: Linear) -> Reg:
     return value if isinstance(value, Reg) else b.const(value.value)
 
 
-def address64(b: Builder, base: Reg, form: Linear) -> Address:
-    """`[base + form]` in bytes, with 64-bit sums and the constant as the immediate offset."""
-    total = base
-    for reg, coefficient in _outermost_first(b, form):
-        total = b.pure("mad.wide.s32", reg, Imm(coefficient), total)
-    return Address(total, form.const)
-
-
 def address32(b: Builder, base: Reg, form: Linear) -> Address:
     """`[base + form]` in bytes within shared memory."""
     total = base

@@ -30,6 +30,10 @@ class Convert(Instruction):
     out: RegisterTensor
     src: RegisterTensor
 
+    def remark(self) -> str:
+        """Whose layouts the two are."""
+        return "" if self.src.origin is None or self.out.origin is None else f"{self.src.origin} -> {self.out.origin}"
+
     def verify(self) -> None:
         expect_same_shape("convert", self.out, self.src)
         if self.out.dtype != self.src.dtype:

@@ -7,15 +7,16 @@ Source: PTX ISA, "Warp-level matrix instructions: ldmatrix" and "stmatrix".
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from tilus.codegen.context import EmitContext
 from tilus.codegen.linear import Linear, of_const, of_reg, register
 from tilus.codegen.matrix_forms import Matrices
 from tilus.codegen.shared_access import SharedAccess
 from tilus.errors import TilusError
-from tilus.instructions.shared import check_shared_access, placed, reading, writing
+from tilus.instructions.shared import check_shared_access, moving, placed
 from tilus.ir.evaluation import Evaluation
 from tilus.ir.expr import Expr
 from tilus.ir.instruction import Effects, Instruction
@@ -25,8 +26,63 @@ from tilus.ptx.module import Address, Imm, Reg, RegClass, Vector
 from tilus.target import Target
 
 
+class MatrixMove(Instruction):
+    """What `ldmatrix` and `stmatrix` have in common."""
+
+    offsets: tuple[Expr, ...]
+    dims: tuple[int, ...]
+    rows: int
+    trans: bool
+    groups: tuple[int, ...]
+
+    def sides(self) -> tuple[RegisterTensor, SharedTensor]:
+        """The tile and the tensor."""
+        raise NotImplementedError(f"{type(self).__name__}.sides")
+
+    def verify(self) -> None:
+        tile, tensor = self.sides()
+        check_shared_access(self.mnemonic, tensor, tile, self.offsets, self.dims)
+        words = 0 if tile.layout is None else tile.layout.num_locals * tile.dtype.nbits // 32
+        if tile.layout is not None and (sum(self.groups) != words or not set(self.groups) <= {1, 2, 4}):
+            raise TilusError(
+                f"{self.mnemonic}: groups {list(self.groups)} for {words} matrices of {tile.name}, expected 1, 2 or 4 each"
+            )
+
+    def shared_accesses(self, num_threads: int, target: Target) -> tuple[tuple[SharedTensor, SharedAccess], ...]:
+        return ((self.sides()[1], self._access()),)
+
+    def _access(self) -> SharedAccess:
+        tile, tensor = self.sides()
+        return moving(tile, tensor, self.offsets, self.dims, writes=bool(self.effects().writes), by_matrices=True)
+
+    def addresses(self, ctx: EmitContext) -> Iterator[Address]:
+        """The rows that a lane addresses in each instruction; the text form of a kernel may name matrices that do not exist."""
+        tile, tensor = self.sides()
+        found = self._access().matrices(placed(tensor))
+        if found is None or (found.row_axis, found.transposed, found.groups) != (self.rows, self.trans, self.groups):
+            raise TilusError(
+                f"{self.mnemonic} of {tensor.name} in layout {tensor.layout}, expected matrices with rows of 16 aligned bytes",
+                hint="use load_shared and store_shared, which become matrix instructions where that fits",
+            )
+        rows, done = _RowAddresses(ctx, tensor, ctx.layout(tile), self.offsets, self.dims, found), 0
+        for count in self.groups:
+            yield rows.address(done, count)
+            done += count
+        ctx.note(self, f"{self.mnemonic} {tensor.name}: {self._summary()}")
+
+    def opcode(self, count: int) -> str:
+        return f"{self.mnemonic}.sync.aligned.m8n8.x{count}{'.trans' if self.trans else ''}.shared.b16"
+
+    def _summary(self) -> str:
+        """`6 matrices per warp, 1 of x4, 1 of x2, transposed`."""
+        kinds = ", ".join(
+            f"{number} of x{count}" for count, number in sorted(Counter(self.groups).items(), reverse=True)
+        )
+        return f"{sum(self.groups)} matrices per warp, {kinds}{', transposed' if self.trans else ''}"
+
+
 @dataclass(frozen=True, eq=False)
-class LdMatrix(Instruction):
+class LdMatrix(MatrixMove):
     """A tile of a shared tensor as fragments, eight 16-byte rows a matrix; every lane gives the address of one row.
 
     rows: the tile's axis along which the rows of a matrix follow each other. trans: each matrix arrives transposed.
@@ -43,34 +99,26 @@ class LdMatrix(Instruction):
     trans: bool
     groups: tuple[int, ...]
 
+    def sides(self) -> tuple[RegisterTensor, SharedTensor]:
+        return self.out, self.src
+
     def effects(self) -> Effects:
         return Effects(reads=(self.src,))
-
-    def verify(self) -> None:
-        check_shared_access("ldmatrix", self.src, self.out, self.offsets, self.dims)
-        _check_groups("ldmatrix", self.out, self.groups)
 
     def evaluate(self, env: Evaluation) -> None:
         env.set_tile(self.out, env.load(self.src, self.offsets, self.out.shape, self.dims, checked=False))
 
-    def shared_accesses(self, num_threads: int, target: Target) -> tuple[tuple[SharedTensor, SharedAccess], ...]:
-        return ((self.src, reading(self.out, self.src, self.offsets, self.dims)),)
-
     def emit(self, ctx: EmitContext) -> None:
-        access = reading(self.out, self.src, self.offsets, self.dims)
-        rows = _RowAddresses(ctx, self.src, ctx.layout(self.out), self.offsets, self.dims, _matrices(self, access))
         regs: list[Reg] = []
-        for count in self.groups:
-            address = rows.address(len(regs), count)
+        for count, address in zip(self.groups, self.addresses(ctx), strict=True):
             group = [ctx.b.reg(RegClass.B32) for _ in range(count)]
-            ctx.b.emit_to(f"ldmatrix.{_suffix(count, self.trans)}", Vector(tuple(group)), address)
+            ctx.b.emit_to(self.opcode(count), Vector(tuple(group)), address)
             regs += group
-        ctx.note(self, f"ldmatrix {self.src.name}: {_summary(self.groups, self.trans)}")
         ctx.define(self.out, regs)
 
 
 @dataclass(frozen=True, eq=False)
-class StMatrix(Instruction):
+class StMatrix(MatrixMove):
     """Write a tile to a shared tensor as matrices of eight 16-byte rows; the fields are those of `ldmatrix` (sm_90 and later).
 
     Of several warps that hold the same elements one writes.
@@ -86,29 +134,19 @@ class StMatrix(Instruction):
     trans: bool
     groups: tuple[int, ...]
 
+    def sides(self) -> tuple[RegisterTensor, SharedTensor]:
+        return self.src, self.dst
+
     def effects(self) -> Effects:
         return Effects(writes=(self.dst,))
-
-    def verify(self) -> None:
-        check_shared_access("stmatrix", self.dst, self.src, self.offsets, self.dims)
-        _check_groups("stmatrix", self.src, self.groups)
 
     def evaluate(self, env: Evaluation) -> None:
         env.store(self.dst, self.offsets, self.dims, env.tile(self.src), checked=False)
 
-    def shared_accesses(self, num_threads: int, target: Target) -> tuple[tuple[SharedTensor, SharedAccess], ...]:
-        return ((self.dst, writing(self.src, self.dst, self.offsets, self.dims, by_matrices=True)),)
-
     def emit(self, ctx: EmitContext) -> None:
-        layout, access = ctx.layout(self.src), writing(self.src, self.dst, self.offsets, self.dims, by_matrices=True)
-        rows = _RowAddresses(ctx, self.dst, layout, self.offsets, self.dims, _matrices(self, access))
-        owner, words = ctx.guard(ctx.first_replica(layout)), ctx.words(self.src)
-        done = 0
-        for count in self.groups:
-            source = Vector(tuple(words[done : done + count]))
-            ctx.b.emit_to(f"stmatrix.{_suffix(count, self.trans)}", rows.address(done, count), source, guard=owner)
-            done += count
-        ctx.note(self, f"stmatrix {self.dst.name}: {_summary(self.groups, self.trans)}")
+        owner, words = ctx.guard(ctx.first_replica(ctx.layout(self.src))), iter(ctx.words(self.src))
+        for count, address in zip(self.groups, self.addresses(ctx), strict=True):
+            ctx.b.emit_to(self.opcode(count), address, Vector(tuple(islice(words, count))), guard=owner)
 
 
 @dataclass(frozen=True)
@@ -157,34 +195,3 @@ class _RowAddresses:
                     earlier = self.ctx.b.pure("xor.b32", register(self.ctx.b, later), Imm(1))
                     index[axis] = index[axis] + of_const(begin - first) + of_reg(earlier).scaled(first - begin)
         return index
-
-
-def _matrices(inst: LdMatrix | StMatrix, access: SharedAccess) -> Matrices:
-    """The matrices that the instruction names; the text form of a kernel may name others than its layouts allow."""
-    tensor = inst.src if isinstance(inst, LdMatrix) else inst.dst
-    found = access.matrices(placed(tensor))
-    if found is None or (found.row_axis, found.transposed, found.groups) != (inst.rows, inst.trans, inst.groups):
-        raise TilusError(
-            f"{inst.mnemonic} of {tensor.name} in layout {tensor.layout}, expected matrices with rows of 16 aligned bytes",
-            hint="use load_shared and store_shared, which become matrix instructions where that fits",
-        )
-    return found
-
-
-def _suffix(count: int, trans: bool) -> str:
-    return f"sync.aligned.m8n8.x{count}{'.trans' if trans else ''}.shared.b16"
-
-
-def _summary(groups: Sequence[int], trans: bool) -> str:
-    """`6 matrices per warp, 1 of x4, 1 of x2, transposed`."""
-    counts = sorted(Counter(groups).items(), reverse=True)
-    kinds = ", ".join(f"{number} of x{count}" for count, number in counts)
-    return f"{sum(groups)} matrices per warp, {kinds}{', transposed' if trans else ''}"
-
-
-def _check_groups(what: str, tile: RegisterTensor, groups: Sequence[int]) -> None:
-    if tile.layout is None:
-        return
-    words = tile.layout.num_locals * tile.dtype.nbits // 32
-    if sum(groups) != words or not set(groups) <= {1, 2, 4}:
-        raise TilusError(f"{what}: groups {list(groups)} for {words} matrices of {tile.name}, expected 1, 2 or 4 each")

@@ -216,8 +216,8 @@ def check_whole_bytes(what: str, tensor: GlobalTensor | SharedTensor, size: int)
         raise TilusError(
             f"{what}: threads hold runs of {size} elements of {tensor.dtype.name} of {tensor.name}, "
             f"which is {size * tensor.dtype.nbits} bits; memory is accessed in whole bytes",
-            hint=f"make the contiguous dim of the tile, its offset and the tensor's extent multiples of {whole}, "
-            "or move bytes and use tilus.view",
+            hint=f"use multiples of {whole} for the contiguous dim of tile, offset and tensor, a layout with longer runs, "
+            "or tilus.view of bytes",
         )
 
 

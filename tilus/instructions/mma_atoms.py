@@ -65,11 +65,8 @@ class MmaAtom:
 
     @property
     def cycles(self) -> int:
-        """For which a warp occupies the tensor core of its quarter.
-
-        On sm_80 one takes 256 multiplications and additions of 16-bit operands, and of others as many as have as many bits
-        (NVIDIA A100 Tensor Core GPU Architecture, whitepaper, 2020).
-        """
+        """For which a warp occupies the tensor core of its quarter. On sm_80 a cycle takes 256 products of 16-bit operands, and
+        of others as many as have as many bits (NVIDIA A100 Tensor Core GPU Architecture, whitepaper, 2020)."""
         return self.num_macs * self.a.nbits // (256 * 16)
 
     @cached_property

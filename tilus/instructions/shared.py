@@ -11,7 +11,7 @@ from tilus.codegen.context import EmitContext
 from tilus.codegen.shared_access import SharedAccess, shared_access
 from tilus.dtypes import DataType
 from tilus.errors import TilusError
-from tilus.instructions.memory import assemble, load_vector, store_vector, tile_index, vectors_note
+from tilus.instructions.memory import assemble, check_whole_bytes, load_vector, store_vector, tile_index, vectors_note
 from tilus.ir.builder import IRBuilder, builtin
 from tilus.ir.evaluation import Evaluation
 from tilus.ir.expr import Expr, as_expr
@@ -61,12 +61,15 @@ class LoadShared(Instruction):
         return _access_rule(self.src, self.out, self.offsets, self.dims, num_threads)
 
     def shared_accesses(self, num_threads: int, target: Target) -> tuple[tuple[SharedTensor, SharedAccess], ...]:
-        return ((self.src, reading(self.out, self.src, self.offsets, self.dims)),)
+        return ((self.src, self._access()),)
+
+    def _access(self) -> SharedAccess:
+        return moving(self.out, self.src, self.offsets, self.dims, writes=False, by_matrices=True)
 
     def specialized(self, target: Target) -> Instruction | None:
         from tilus.instructions.matrix import LdMatrix
 
-        matrices = reading(self.out, self.src, self.offsets, self.dims).matrices(placed(self.src))
+        matrices = self._access().matrices(placed(self.src))
         if matrices is None:
             return None
         return LdMatrix(
@@ -78,7 +81,8 @@ class LoadShared(Instruction):
 
     def emit(self, ctx: EmitContext) -> None:
         layout = ctx.layout(self.out)
-        size = _vector_size("load_shared", self.src, reading(self.out, self.src, self.offsets, self.dims))
+        size = self._access().vector_size(placed(self.src))
+        check_whole_bytes("load_shared", self.src, size)
         starts = tile_index(ctx, layout, self.offsets, self.dims)
         pieces: list[Reg] = []
         for vector in vectors(layout, size):
@@ -113,7 +117,7 @@ class StoreShared(Instruction):
         return ((self.dst, self._access(target)),)
 
     def _access(self, target: Target) -> SharedAccess:
-        return writing(self.src, self.dst, self.offsets, self.dims, by_matrices=target.sm >= 90)
+        return moving(self.src, self.dst, self.offsets, self.dims, writes=True, by_matrices=target.sm >= 90)
 
     def specialized(self, target: Target) -> Instruction | None:
         from tilus.instructions.matrix import StMatrix
@@ -130,7 +134,8 @@ class StoreShared(Instruction):
 
     def emit(self, ctx: EmitContext) -> None:
         layout = ctx.layout(self.src)
-        size = _vector_size("store_shared", self.dst, self._access(ctx.target))
+        size = self._access(ctx.target).vector_size(placed(self.dst))
+        check_whole_bytes("store_shared", self.dst, size)
         starts = tile_index(ctx, layout, self.offsets, self.dims)
         owner, words = ctx.first_replica(layout), ctx.words(self.src)
         for vector in vectors(layout, size):
@@ -139,14 +144,12 @@ class StoreShared(Instruction):
         ctx.note(self, f"shared store {self.dst.name}: {vectors_note(self.dst.dtype, size, layout.num_locals)}")
 
 
-def reading(out: RegisterTensor, src: SharedTensor, offsets: Sequence[Expr], dims: Sequence[int]) -> SharedAccess:
-    return shared_access(src, out.layout, offsets, dims, out.shape, by_matrices=True)
-
-
-def writing(
-    src: RegisterTensor, dst: SharedTensor, offsets: Sequence[Expr], dims: Sequence[int], *, by_matrices: bool
-) -> SharedAccess:
-    return shared_access(dst, src.layout, offsets, dims, src.shape, writes=True, by_matrices=by_matrices)
+def moving(
+    tile: RegisterTensor, tensor: SharedTensor, offsets: Sequence[Expr], dims: Sequence[int], *, writes: bool,
+    by_matrices: bool,
+) -> SharedAccess:  # fmt: skip
+    """The access of a tile, in the layout that it has, to a shared tensor."""
+    return shared_access(tensor, tile.layout, offsets, dims, tile.shape, writes=writes, by_matrices=by_matrices)
 
 
 def placed(tensor: SharedTensor) -> SharedLayout:
@@ -154,18 +157,6 @@ def placed(tensor: SharedTensor) -> SharedLayout:
     if tensor.layout is None:
         raise TilusError(f"shared tensor {tensor.name} has no layout")
     return tensor.layout
-
-
-def _vector_size(what: str, tensor: SharedTensor, access: SharedAccess) -> int:
-    memory = placed(tensor)
-    size = access.vector_size(memory)
-    if not access.moves_whole_units(memory):
-        raise TilusError(
-            f"{what}: threads hold runs of {size} elements of {tensor.dtype.name} of {tensor.name}, "
-            f"which is {size * tensor.dtype.nbits} bits; memory is accessed in whole bytes",
-            hint="give the tile a layout with longer runs along the contiguous dim, or move bytes and use tilus.view",
-        )
-    return size
 
 
 def _access_rule(

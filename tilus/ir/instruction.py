@@ -95,6 +95,10 @@ class Instruction:
         }
         return dataclasses.replace(self, **changes) if changes else self
 
+    def remark(self) -> str:
+        """What the dump says behind the instruction; the text form skips it."""
+        return ""
+
     def effects(self) -> Effects:
         return PURE
 
@@ -184,8 +188,3 @@ def _replaced(value: Any, tensors: Mapping[Tensor, Tensor], exprs: Mapping[Expr,
 def expect_same_shape(what: str, a: RegisterTensor, b: RegisterTensor) -> None:
     if a.shape != b.shape:
         raise TilusError(f"{what}: shapes {list(a.shape)} and {list(b.shape)} differ")
-
-
-def expect_dtype(what: str, tensor: Tensor, expected: Sequence[str]) -> None:
-    if tensor.dtype.name not in expected:
-        raise TilusError(f"{what}: dtype is {tensor.dtype.name}, expected {' or '.join(expected)}")

@@ -44,17 +44,18 @@ PRECEDENCE = {
 }  # fmt: skip
 
 
-def print_function(function: Function) -> str:
-    """The text form of a function, ending with a newline.
+def print_function(function: Function, *, remarks: bool = False) -> str:
+    """The text form of a function, ending with a newline. remarks: whether to add comments of instructions, for people to read.
 
     Raises: TilusError for a tensor whose pointer is no parameter.
     """
-    return _Printer(function).text()
+    return _Printer(function, remarks).text()
 
 
 class _Printer:
-    def __init__(self, function: Function) -> None:
+    def __init__(self, function: Function, remarks: bool) -> None:
         self.function = function
+        self.remarks = remarks
         self.names: dict[Named, str] = {}
         self.taken: set[str] = set()
         self.lines: list[str] = []
@@ -173,7 +174,8 @@ class _Printer:
     def _instruction(self, inst: Instruction) -> str:
         fields = [f"{name}={self.value(value)}" for name, value in inst.fields() if not is_out(name) or value is None]
         targets = ", ".join(self._declared(result) for result in inst.results)
-        return f"{targets}{' = ' if targets else ''}{inst.mnemonic}({', '.join(fields)})"
+        remark = f"  # {inst.remark()}" if self.remarks and inst.remark() else ""
+        return f"{targets}{' = ' if targets else ''}{inst.mnemonic}({', '.join(fields)}){remark}"
 
     # Values.
 

@@ -119,13 +119,3 @@ def divisor(expr: Expr) -> int:
             return divisor(lhs) << int(value)
         case _:
             return 1
-
-
-def is_multiple(expr: Expr, factor: int) -> bool:
-    return divisor(expr) % factor == 0
-
-
-def proves_less(a: Expr, b: Expr) -> bool:
-    """Whether a < b is certain."""
-    upper, lower = bounds(a)[1], bounds(b)[0]
-    return upper is not None and lower is not None and upper < lower

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from tilus.dtypes import DataType
 from tilus.errors import Loc, TilusError
@@ -20,6 +21,10 @@ class LayoutOrigin:
 
     choice: str
     loc: Loc | None
+
+    def __str__(self) -> str:
+        """`dot kernel.py:12`"""
+        return self.choice if self.loc is None else f"{self.choice} {Path(self.loc.file).name}:{self.loc.line}"
 
 
 @dataclass(frozen=True, eq=False)

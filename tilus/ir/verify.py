@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tilus.errors import Loc, TilusError, raise_all
+from tilus.errors import Loc, Note, TilusError, raise_all
 from tilus.ir.expr import Expr, Var, walk
 from tilus.ir.function import Function
 from tilus.ir.instruction import Instruction
@@ -23,7 +23,7 @@ class _Checker:
         self.errors: list[TilusError] = []
         self.num_threads = function.num_threads
         self.scalars: set[Var] = set(function.kernel_params())
-        self.tiles: set[RegisterTensor] = set()
+        self.tiles: dict[RegisterTensor, Loc | None] = {}  # with the line that defines each
 
     def exprs(self, exprs: tuple[Expr, ...], loc: Loc | None) -> None:
         for expr in exprs:
@@ -65,19 +65,21 @@ class _Checker:
         for tile in inst.register_operands:
             if tile not in self.tiles:
                 self.errors.append(TilusError(f"tile {tile.name} is read before it has a value", loc=loc))
-        for tile in (*inst.register_operands, *inst.register_results):
-            self._layout(tile, loc)
+        for tile in inst.register_results:
+            if tile not in self.tiles:
+                self._layout(tile, inst, loc)
         try:
             inst.verify()
         except TilusError as error:
             self.errors.append(error.at(loc))
         for result in inst.results:
             if isinstance(result, RegisterTensor):
-                self.tiles.add(result)
+                self.tiles.setdefault(result, loc)
             else:
                 self.scalars.add(result)
 
-    def _layout(self, tile: RegisterTensor, loc: Loc | None) -> None:
+    def _layout(self, tile: RegisterTensor, inst: Instruction, loc: Loc | None) -> None:
+        """Whether a pinned layout fits the tile that `inst` defines; an error shows where the tile has its shape from, too."""
         if tile.layout is None:
             return
         if tile.layout.shape != tile.shape:
@@ -85,6 +87,11 @@ class _Checker:
                 TilusError(
                     f"layout {tile.layout} has shape {list(tile.layout.shape)}, tile {tile.name} {list(tile.shape)}",
                     loc=loc,
+                    notes=[
+                        Note(f"{operand.name} has shape {list(operand.shape)} here", self.tiles.get(operand))
+                        for operand in inst.register_operands
+                        if operand.shape == tile.shape
+                    ],
                     hint="a layout covers the whole tile: repeat it with .local(...) or .spatial(...)",
                 )
             )

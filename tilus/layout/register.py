@@ -24,6 +24,7 @@ from tilus.layout.errors import LayoutError
 from tilus.layout.inverse import Inverse
 from tilus.layout.printer import register_expression
 from tilus.layout.quotient import quotient_or_raise, register_left, register_right
+from tilus.layout.slicing import sliced_slots
 
 
 @dataclass(frozen=True, repr=False)
@@ -105,7 +106,8 @@ class RegisterLayout:
         """The index of the element that `thread` holds in slot `local`."""
         if not 0 <= thread < self.num_threads or not 0 <= local < self.num_locals:
             raise LayoutError(
-                f"thread {thread}, slot {local} of a layout with {self.num_threads} threads and {self.num_locals} slots"
+                f"thread {thread}, slot {local} of a layout with {self.num_threads} threads and {self.num_locals} slots",
+                hint="both count from 0; table() has the indices of all of them",
             )
         result = [0] * self.rank
         for number, number_terms in ((thread, self.thread_terms), (local, self.local_terms)):
@@ -221,7 +223,10 @@ class RegisterLayout:
     def permute(self, dims: Sequence[int]) -> RegisterLayout:
         """Reorder the dimensions: dimension k of the result is dimension dims[k] of this layout."""
         if sorted(dims) != list(range(self.rank)):
-            raise LayoutError(f"permute got dims {tuple(dims)}; expected each of 0..{self.rank - 1} once")
+            raise LayoutError(
+                f"permute got dims {tuple(dims)}; expected each of 0..{self.rank - 1} once",
+                hint=f"list all of them: permute({list(reversed(range(self.rank)))}) reverses their order",
+            )
         place = {dim: k for k, dim in enumerate(dims)}
         return self._redirect(tuple(self.shape[dim] for dim in dims), place)
 
@@ -229,13 +234,19 @@ class RegisterLayout:
         """Drop a dimension of extent 1."""
         dim = self._require_dim(dim)
         if self.shape[dim] != 1:
-            raise LayoutError(f"squeeze of dimension {dim} with extent {self.shape[dim]}; expected extent 1")
+            raise LayoutError(
+                f"squeeze of dimension {dim} with extent {self.shape[dim]}; expected extent 1",
+                hint=f"reduce([{dim}], keepdims=False) drops it after a reduction, reshape joins it with its neighbour",
+            )
         return self.reduce([dim], keepdims=False)
 
     def unsqueeze(self, dim: int) -> RegisterLayout:
         """Insert a dimension of extent 1 before dimension `dim` (`dim == rank` appends)."""
         if not 0 <= dim <= self.rank:
-            raise LayoutError(f"unsqueeze at {dim} of a layout of rank {self.rank}; expected 0..{self.rank}")
+            raise LayoutError(
+                f"unsqueeze at {dim} of a layout of rank {self.rank}; expected 0..{self.rank}",
+                hint=f"unsqueeze({self.rank}) appends a dimension",
+            )
         place = {k: k if k < dim else k + 1 for k in range(self.rank)}
         return self._redirect((*self.shape[:dim], 1, *self.shape[dim:]), place)
 
@@ -244,7 +255,8 @@ class RegisterLayout:
         two of the new dimensions."""
         if prod(shape) != self.size or min(shape, default=1) < 1:
             raise LayoutError(
-                f"reshape of {self.shape} ({self.size} elements) to {tuple(shape)} ({prod(shape)} elements)"
+                f"reshape of {self.shape} ({self.size} elements) to {tuple(shape)} ({prod(shape)} elements)",
+                hint="give positive extents for as many elements; expand and products with local(...) make larger layouts",
             )
         strides = _digits.row_major_strides(self.shape)
 
@@ -282,28 +294,13 @@ class RegisterLayout:
         dim = self._require_dim(dim)
         what = f"slice {start}:{stop} of dimension {dim} of {self}"
         if not 0 <= start < stop <= self.shape[dim]:
-            raise LayoutError(f"{what}; expected 0 <= start < stop <= {self.shape[dim]}")
-        slots = _digits.index_table(self.local_digits, self.rank)
-        positions = _digits.index_table(self.thread_digits, self.rank)[:, None, dim] + slots[:, dim]
-        inside = (positions >= start) & (positions < stop)
-        kept = np.flatnonzero(inside[0])
-        if np.any(inside != inside[0]):
-            slot = int(np.flatnonzero(np.any(inside != inside[0], axis=0))[0])
-            held = sorted({int(position) for position in positions[:, slot]})
             raise LayoutError(
-                f"{what} is no layout: threads hold indices {held[0]}..{held[-1]} in slot {slot}, some inside and some not",
-                hint="slice where no thread digit is cut, or convert to a layout with this dimension in slots",
+                f"{what}; expected 0 <= start < stop <= {self.shape[dim]}",
+                hint="bounds count from 0, `stop` is excluded",
             )
-        values = slots[kept]
-        values[:, dim] -= start
-        digits = _digits.fitted(values) if not np.any(values[0]) else None
-        if digits is None:
-            raise LayoutError(
-                f"{what} is no layout: slots {kept.tolist()} are left, whose order is not that of digits",
-                hint="slice at multiples of the digits' sizes, or reorder the slots first",
-            )
+        slots = sliced_slots(self.thread_digits, self.local_digits, self.rank, dim, range(start, stop), what)
         shape = (*self.shape[:dim], stop - start, *self.shape[dim + 1 :])
-        return RegisterLayout(shape, self.thread_digits, digits)
+        return RegisterLayout(shape, self.thread_digits, slots)
 
     def reduce(self, dims: Sequence[int], keepdims: bool = True) -> RegisterLayout:
         """The layout after a reduction over `dims`, which get extent 1, or vanish unless `keepdims`.
@@ -324,7 +321,10 @@ class RegisterLayout:
         """
         dim = self._require_dim(dim)
         if self.shape[dim] != 1:
-            raise LayoutError(f"expand of dimension {dim} with extent {self.shape[dim]}; expected extent 1")
+            raise LayoutError(
+                f"expand of dimension {dim} with extent {self.shape[dim]}; expected extent 1",
+                hint="repeat the tile with a product: local(...) * layout",
+            )
         return local(*(size if k == dim else 1 for k in range(self.rank))) * self
 
     def _redirect(self, shape: tuple[int, ...], place: dict[int, int]) -> RegisterLayout:
@@ -334,7 +334,10 @@ class RegisterLayout:
 
     def _require_dim(self, dim: int) -> int:
         if not -self.rank <= dim < self.rank:
-            raise LayoutError(f"dimension {dim} of a layout of rank {self.rank} and shape {self.shape}")
+            raise LayoutError(
+                f"dimension {dim} of a layout of rank {self.rank} and shape {self.shape}",
+                hint=f"dimensions are {-self.rank}..{self.rank - 1}; unsqueeze inserts further ones",
+            )
         return dim % self.rank
 
     def _require_rank(self, other: RegisterLayout) -> None:
@@ -358,7 +361,10 @@ def _replica_offsets(terms: Sequence[Term]) -> list[int]:
 def _one_digit_a_dim(shape: Sequence[int], order: Sequence[int]) -> tuple[Digit, ...]:
     for extent in shape:
         if extent < 1:
-            raise LayoutError(f"a layout got shape {tuple(shape)}; expected positive extents")
+            raise LayoutError(
+                f"a layout got shape {tuple(shape)}; expected positive extents",
+                hint="a dim that is not there has extent 1",
+            )
     return tuple(Digit(shape[dim], dim, 1) for dim in order)
 
 

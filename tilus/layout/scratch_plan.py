@@ -19,7 +19,7 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 
-from tilus.layout.banks import BANK_NBYTES, NUM_BANKS
+from tilus.layout.banks import BANK_NBYTES, NUM_BANKS, wavefronts
 from tilus.layout.links import WARP_SIZE, IntArray, Link, Place, Units
 from tilus.layout.shared import Swizzle
 
@@ -326,17 +326,9 @@ def _width(order: Order, of_source: bool, room: int) -> int:
 
 
 def count_wavefronts(addresses_nbytes: IntArray, access_nbytes: int, active: npt.NDArray[np.bool_]) -> tuple[int, int]:
-    """(wavefronts, those beyond what the size needs) of accesses [access, thread] by all warps; inactive threads take no part.
-
-    The rules are those of `bank_conflicts`, for all accesses at once.
-    """
-    nbytes = max(BANK_NBYTES, access_nbytes)
-    lanes = WARP_SIZE * BANK_NBYTES // nbytes
-    blocks = (addresses_nbytes // nbytes).reshape(-1, lanes)
-    active = np.broadcast_to(active, addresses_nbytes.shape).reshape(-1, lanes)
-    blocks = np.sort(np.where(active, blocks, -1), axis=1)
-    counted = (blocks >= 0) & np.concatenate([np.ones((len(blocks), 1), np.bool_), np.diff(blocks) > 0], axis=1)
-    banks = NUM_BANKS * BANK_NBYTES // nbytes
-    rows = np.broadcast_to(np.arange(len(blocks))[:, None] * banks, blocks.shape)
-    busy = np.bincount((rows + blocks % banks)[counted], minlength=len(blocks) * banks).reshape(-1, banks).max(axis=1)
-    return int(busy.sum()), int((busy - 1)[busy > 0].sum())
+    """(wavefronts, those beyond what the size needs) of accesses [access, thread] by all warps; inactive threads take no part."""
+    by_warp = addresses_nbytes.reshape(len(addresses_nbytes), -1, WARP_SIZE)
+    total = int(wavefronts(by_warp, access_nbytes, active.reshape(-1, WARP_SIZE)).sum())
+    lanes = WARP_SIZE * BANK_NBYTES // max(BANK_NBYTES, access_nbytes)
+    phases = len(addresses_nbytes) * int(active.reshape(-1, lanes).any(axis=1).sum())
+    return total, total - phases
