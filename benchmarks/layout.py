@@ -61,7 +61,8 @@ from tilus.target import get_target
 from tilus.transforms import run_pipeline
 
 ATTENTION = {"dtype": f16, "page_size": 16, "stages": 2}
-LINEAR = {"act": f16, "out": f16, "groups": 1, "warps": 4}
+PLAN = {"rows": 1, "warps": 4, "stages": 1, "blocks_per_sm": 1}
+LINEAR = {"act": f16, "out": f16, "bias_type": f16, "scale_dtype": f16, "span": 128, **PLAN}
 LIBRARY: list[tuple[Kernel, dict[str, Any]]] = [
     (silu_mul_kernel, {"dtype": f16}),
     (dense_embedding_kernel, {"dtype": f16}),
@@ -71,7 +72,7 @@ LIBRARY: list[tuple[Kernel, dict[str, Any]]] = [
     (paged_attention_kernel, {**ATTENTION, "group": 3, "head_dim": 64, "rows": 16, "kv_tile": 64}),
     (paged_attention_kernel, {**ATTENTION, "group": 4, "head_dim": 128, "rows": 64, "kv_tile": 64}),
     (quantized_linear, {**LINEAR, "wdtype": uint4, "tokens": 16}),
-    (quantized_linear, {**LINEAR, "wdtype": uint4, "tokens": 128}),
+    (quantized_linear, {**LINEAR, "wdtype": uint4, "tokens": 32}),
 ]
 
 

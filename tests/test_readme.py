@@ -51,11 +51,11 @@ def test_the_transcript_is_what_the_command_prints(program: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", re.findall(r"(?:^    |`)tilus ((?:compile|layout|doctor)\b[^`\n]*)", TEXT, re.MULTILINE)
+    "command", re.findall(r"(?:^    |`)tilus ((?:compile|layout|doctor)\b(?:\\\n|[^`\n])*)", TEXT, re.MULTILINE)
 )
 def test_the_commands_work(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    arguments = shlex.split(command)
+    arguments = shlex.split(command.replace("\\\n", " "))
     result = CliRunner().invoke(main, arguments if arguments != ["compile"] else ["compile", "--help"])
     assert result.exit_code == 0, result.output
 

@@ -11,6 +11,7 @@ import pytest
 from test_assembles import EXAMPLES, LIBRARY, LINEAR, linear_call
 from test_convert import check_counts
 
+import tilus
 from tilus.compiler import compile_function
 from tilus.ir.layout_rules import tile_conversion
 from tilus.ir.visit import instructions
