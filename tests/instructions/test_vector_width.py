@@ -203,16 +203,16 @@ def test_types_of_odd_widths_move_in_words(name: str, run: int, nbits: int) -> N
     assert (x == y).all()
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", ["uint3", "float6_e3m2", "uint7"])
-def test_types_of_odd_widths_on_a_gpu(name: str) -> None:
+def test_types_of_odd_widths_as_arguments(name: str, device: str) -> None:
     dtype = dtypes.dtype(name)
     layout = auto((16, 256), 32, 128 // (dtype.nbits & -dtype.nbits))
     codes = np.random.default_rng(0).integers(0, dtype.num_codes, layout.shape).astype(dtype.storage)
     x = pack_bits(codes, dtype).reshape(-1)
     y = np.zeros_like(x)
     arguments = [tilus.packed(array, dtype, layout.shape) for array in (x, y)]
-    around.on("cuda")(*arguments, shape=layout.shape, layout=layout)
+    around.on(device)(*arguments, shape=layout.shape, layout=layout)
     assert (x == y).all()
 
 

@@ -14,11 +14,14 @@ from hypothesis import strategies as st
 from written import write
 
 import tilus
+from tilus import Tensor
 from tilus.ir.expr import Const as IrConst
 from tilus.ir.expr import Var, evaluate
+from tilus.ir.function import TensorParam
+from tilus.ir.ranges import divisor
 from tilus.lang.arguments import CPU, describe_argument
 from tilus.lang.binding import checked
-from tilus.lang.facts import facts_of, power_of_two_part
+from tilus.lang.facts import facts_of, largest_divisor, power_of_two_part
 from tilus.runtime import arrays
 
 TEXT = """\
@@ -196,10 +199,28 @@ def test_facts_hold_and_strides_are_reproduced(shape: list[int], order: Any, ste
     assert all(isinstance(e, IrConst) == (s == 1) for e, s in zip(tensor.shape, array.shape, strict=True))
 
 
-@given(value=st.integers(0, 2**31 - 1))
-def test_power_of_two_part(value: int) -> None:
-    part = power_of_two_part(value)
-    assert part == max(d for d in (1, 2, 4, 8, 16) if value % d == 0)
+@tilus.kernel
+def product_of_packed(x: Tensor[tilus.f16, "m", "k"], w: Tensor[tilus.uint4, "n", "k"]):
+    tilus.grid(1, warps=1)
+
+
+@given(value=st.integers(0, 2**31 - 1), largest=st.sampled_from([16, 32, 64, 128]))
+def test_power_of_two_part(value: int, largest: int) -> None:
+    part = power_of_two_part(value, largest)
+    assert part == max(d for d in (1, 2, 4, 8, 16, 32, 64, 128) if value % d == 0 and d <= largest)
+
+
+def test_small_types_are_looked_at_for_whole_vectors() -> None:
+    """16 bytes of 4-bit elements are 32 of them; and what one tensor says of a dim, all know that have it."""
+    assert [largest_divisor(t) for t in (tilus.uint1, tilus.uint3, tilus.uint4, tilus.int6)] == [128, 128, 32, 64]
+    assert {largest_divisor(t) for t in (tilus.int8, tilus.f16, tilus.boolean, tilus.int64)} == {16}
+    for k, known in ((64, 32), (96, 32), (48, 16), (40, 8)):
+        dims = facts_of(tilus.uint4, (5, k), (k, 1), 0).dims
+        assert [size.multiple_of for size in dims] == [1, known]
+        function = product_of_packed.specialize(
+            np.zeros((4, k), np.float16), tilus.packed(np.zeros(4 * k, np.uint8), tilus.uint4, [8, k])
+        ).function
+        assert [divisor(p.tensor.shape[1]) for p in function.params if isinstance(p, TensorParam)] == [known, known]
 
 
 def test_numpy_and_torch_are_described_alike() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,14 @@ MAX_EXTENT = 2**31 - 1
 MAX_DIVISOR = 16
 
 
-def power_of_two_part(value: int) -> int:
-    """The largest power of two up to 16 that divides a number (16 for 0)."""
-    return (value | MAX_DIVISOR) & -(value | MAX_DIVISOR)
+def largest_divisor(dtype: DataType) -> int:
+    """The largest power of two that is looked for in the sizes of a tensor: more of its elements never move at once."""
+    return MAX_DIVISOR if dtype.nbits >= 8 else 128 // (dtype.nbits & -dtype.nbits)
+
+
+def power_of_two_part(value: int, largest: int = MAX_DIVISOR) -> int:
+    """The largest power of two up to `largest` that divides a number (`largest` for 0)."""
+    return (value | largest) & -(value | largest)
 
 
 @dataclass(frozen=True)
@@ -29,8 +34,8 @@ class Size:
     multiple_of: int = 1
 
     @staticmethod
-    def of(value: int) -> Size:
-        return Size(1) if value == 1 else Size(None, power_of_two_part(value))
+    def of(value: int, largest: int) -> Size:
+        return Size(1) if value == 1 else Size(None, power_of_two_part(value, largest))
 
 
 @dataclass(frozen=True)
@@ -46,16 +51,16 @@ class TensorFacts:
 
 def facts_of(dtype: DataType, shape: Sequence[int], strides: Sequence[int], pointer: int) -> TensorFacts:
     """The facts of one argument; strides are in elements. The stride of a dim of extent 1 does not matter."""
-    packed: list[Size | None] = []
+    packed, largest = list[Size | None](), largest_divisor(dtype)
     inner = 1  # what the stride of the next outer dim must be to need no parameter
     for extent, stride in zip(reversed(shape), reversed(strides)):
         if extent == 1 or stride == inner:
             packed.append(None)
             stride = inner
         else:
-            packed.append(Size.of(stride))
+            packed.append(Size.of(stride, largest))
         inner = extent * stride
-    dims = tuple(Size.of(extent) for extent in shape)
+    dims = tuple(Size.of(extent, largest) for extent in shape)
     return TensorFacts(dtype, power_of_two_part(pointer), dims, tuple(reversed(packed)))
 
 
@@ -79,15 +84,24 @@ def typed(value: Any) -> Any:
 
 
 class Sizes:
-    """The variables of a specialisation: one for each named dim, unnamed extent and stride that is not a constant."""
+    """The variables of a specialisation: one for each named dim, unnamed extent and stride that is not a constant.
 
-    def __init__(self) -> None:
+    Of a dim that several tensors have, the most is known that one of them says.
+    """
+
+    def __init__(self, tensors: Iterable[tuple[TensorParameter, TensorFacts]]) -> None:
         self._named: dict[str, Expr] = {}
+        self._known: dict[str, Size] = {}
+        for parameter, facts in tensors:
+            for dim, size in zip(parameter.type.dims, facts.dims):
+                known = self._known.get(str(dim))
+                if known is None or size.multiple_of > known.multiple_of:
+                    self._known[str(dim)] = size
 
     def tensor(self, parameter: TensorParameter, facts: TensorFacts, consts: Mapping[str, Any]) -> GlobalTensor:
         """The view that stands for a tensor argument."""
         name = parameter.name
-        shape = tuple(self._dim(d, size, consts) for d, size in zip(parameter.type.dims, facts.dims))
+        shape = tuple(self._dim(dim, consts) for dim in parameter.type.dims)
         strides: list[Expr] = []
         inner: Expr = as_expr(1)
         for dim in reversed(range(len(shape))):
@@ -98,11 +112,11 @@ class Sizes:
         base = Var(f"{name}_ptr", int64, multiple_of=facts.alignment)
         return GlobalTensor(facts.dtype, shape, tuple(reversed(strides)), base, alignment=facts.alignment, name=name)
 
-    def _dim(self, dim: str | int, size: Size, consts: Mapping[str, Any]) -> Expr:
+    def _dim(self, dim: str | int, consts: Mapping[str, Any]) -> Expr:
         if isinstance(dim, int):
             return as_expr(dim)
         if dim not in self._named:
-            self._named[dim] = as_expr(consts[dim]) if dim in consts else _variable(dim, size)
+            self._named[dim] = as_expr(consts[dim]) if dim in consts else _variable(dim, self._known[dim])
         return self._named[dim]
 
 
@@ -115,7 +129,8 @@ def _variable(name: str, size: Size) -> Expr:
 def assumed_facts(
     signature: Signature, dtypes: Mapping[str, Any], sizes: Mapping[str, Any]
 ) -> tuple[TensorFacts | None, ...]:
-    """Facts for looking at a kernel without arguments: aligned, contiguous, and all sizes multiples of 16 except those given.
+    """Facts for looking at a kernel without arguments: aligned, contiguous, and all sizes multiples of 16 (of as many elements
+    as fill whole vectors, for types below a byte) except those given.
 
     Raises: TilusError when a dtype name has no value, or a size is none.
     """
@@ -133,6 +148,6 @@ def assumed_facts(
                     hint=f"give it by name: {dtype}=tilus.uint4",
                 )
             dtype = dtypes[dtype]
-        dims = tuple(Size(sizes.get(str(dim)), MAX_DIVISOR) for dim in parameter.type.dims)
+        dims = tuple(Size(sizes.get(str(dim)), largest_divisor(dtype)) for dim in parameter.type.dims)
         result.append(None if parameter.optional else TensorFacts(dtype, MAX_DIVISOR, dims, (None,) * len(dims)))
     return tuple(result)

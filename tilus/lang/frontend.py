@@ -53,7 +53,8 @@ def _parameters(
     builder: KernelBuilder, signature: Signature, facts: Mapping[str, TensorFacts | None], consts: Mapping[str, Any]
 ) -> tuple[tuple[Param, ...], dict[str, Value]]:
     """The IR's parameters, and what each of the user's parameters stands for in the body."""
-    sizes, params = Sizes(), list[Param]()
+    known_facts = ((p, known) for p in signature.tensors if (known := facts[p.name]) is not None)
+    sizes, params = Sizes(known_facts), list[Param]()
     values: dict[str, Value] = {}
     for parameter in signature.parameters:
         name = parameter.name
