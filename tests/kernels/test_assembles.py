@@ -17,7 +17,7 @@ from tilus.kernels.linear import quantized_linear
 from tilus.kernels.norm import rms_norm_kernel
 from tilus.kernels.quantize import WeightHeader
 from tilus.kernels.rope import rope_append_kernel
-from tilus.kernels.schedule import schedule
+from tilus.kernels.schedule import MOST_FACTOR_WORDS, schedule
 from tilus.lang.kernel import Kernel
 from tilus.ptx.assembler import assemble
 from tilus.target import get_target
@@ -75,44 +75,42 @@ def test_add_rms_norm(target: str) -> None:
 
 
 F16, F32 = tilus.f16, tilus.f32
-# Code type, tokens, group, type of scales, minimums, zero points, activations: those with the most registers among them.
+# Code type, tokens, group, type of scales, minimums, zero points, activations, table: those with the most registers among them.
 LINEAR = [
-    (tilus.uint1, 1, 128, F16, False, False, torch.float16),
-    (tilus.int4, 1, 128, F16, False, False, torch.float16),
-    (tilus.float6_e3m2, 16, 128, F16, False, False, torch.float16),
-    (tilus.int8, 256, 128, F16, False, False, torch.float16),
-    (tilus.uint4, 16, 32, F16, True, False, torch.float16),
+    (tilus.uint4, 1, 128, F16, False, False, torch.float16),
+    (tilus.uint6, 1, 128, F16, False, False, torch.bfloat16),
     (tilus.uint4, 1, 16, F32, True, False, torch.float16),
-    (tilus.uint8, 256, 16, F32, True, False, torch.float16),
-    (tilus.uint8, 16, 32, F16, False, True, torch.bfloat16),
+    (tilus.uint3, 16, 128, F16, False, False, torch.float16),
+    (tilus.uint7, 16, 128, F16, False, False, torch.bfloat16),
+    (tilus.uint4, 16, 32, F16, True, False, torch.float16),
+    (tilus.uint8, 16, 32, F16, True, False, torch.bfloat16),
     (tilus.float4_e2m1, 16, 16, tilus.float8_e4m3, False, False, torch.bfloat16),
+    (tilus.uint4, 16, 64, F16, True, False, torch.bfloat16, True),
+    (tilus.uint8, 256, 16, F32, True, False, torch.float16),
 ]
 
 
 def linear_call(
-    dtype: tilus.DataType, m: int, group: int, scale: tilus.DataType, has_mins: bool, has_zeros: bool, act: torch.dtype
+    dtype: tilus.DataType,
+    m: int,
+    group: int,
+    scale: tilus.DataType,
+    has_mins: bool,
+    has_zeros: bool,
+    act: torch.dtype,
+    has_table: bool = False,
+    n: int = 8192,
 ) -> tuple[list[Any], dict[str, Any]]:
-    """The arguments of a product with a weight of 8192 x 8192, with the schedule of an H100; few tokens split K."""
-    header = WeightHeader(dtype, (8192, 8192), group, scale.name, scale.name if has_mins else None, has_zeros)
-    plan = schedule(m, 128, 128, dtype.nbits, 132, header.factor_words)
-    arrays = {name: torch.empty(shape, dtype=torch.uint8) for name, (shape, _) in header.arrays.items()}
-    x = torch.empty(m, 8192, dtype=act)
+    """The arguments of a product with a weight of N x 8192, with the schedule of an H100; few tokens may split K."""
+    header = WeightHeader(dtype, (n, 8192), group, scale.name, scale.name if has_mins else None, has_zeros, has_table)
+    plan = schedule(m, n // 64, 128, dtype.nbits, 132, header.factor_words, group == 8192)
+    arrays = {name: torch.empty(shape, dtype=getattr(torch, kind)) for name, (shape, kind) in header.arrays.items()}
+    x, y = torch.empty(m, 8192, dtype=act), torch.empty(m, n, dtype=act)
     partial, tickets = None, None
     if plan.splits > 1:
-        partial, tickets = torch.empty(plan.splits, m, 8192), torch.empty(4096, dtype=torch.int32)
-    args = [
-        x,
-        arrays["codes"],
-        arrays["scales"],
-        x,
-        1.0,
-        arrays.get("mins"),
-        arrays.get("zeros"),
-        None,
-        None,
-        partial,
-        tickets,
-    ]
+        partial, tickets = torch.empty(plan.splits, m, n), torch.empty(4096, dtype=torch.int32)
+    optional = (arrays.get(name) for name in ("mins", "zeros", "table"))
+    args = [x, arrays["codes"], arrays["scales"], y, 1.0, *optional, None, partial, tickets]
     values = {"wdtype": dtype, "scale_dtype": scale, "mins_dtype": scale, "span": header.span, "tokens": plan.tokens}
     rest = {"rows": plan.rows, "warps": plan.warps, "stages": plan.stages, "blocks_per_sm": plan.blocks_per_sm}
     return args, values | rest
@@ -122,6 +120,50 @@ def linear_call(
 @pytest.mark.parametrize("case", LINEAR, ids=lambda case: f"{case[0]}-{case[1]}-{case[2]}-{case[3]}")
 def test_linear(case: tuple[Any, ...], target: str) -> None:
     args, values = linear_call(*case)
+    assert_no_spills(quantized_linear, target, *args, **values)
+
+
+# Group, type of scales, minimums, zero points: for each limit of factor words the scheme that needs the most registers.
+SCHEME_AT_LIMIT = {
+    12: (128, F16, False, False),
+    24: (128, F16, True, False),
+    40: (32, tilus.float8_e8m0, True, False),
+    48: (16, F16, False, False),
+    160: (16, F32, True, True),
+}
+UNSIGNED = [tilus.uint1, tilus.uint2, tilus.uint3, tilus.uint4, tilus.uint5, tilus.uint6, tilus.uint7, tilus.uint8]
+
+
+LIMITS = [
+    (tokens, stages, dtype, words)
+    for (tokens, stages), limits in MOST_FACTOR_WORDS.items()
+    for dtype, words in zip(UNSIGNED, limits, strict=True)
+    if words
+]
+
+
+@pytest.mark.parametrize(("tokens", "stages", "dtype", "words"), LIMITS, ids=str)
+def test_the_most_factors(tokens: int, stages: int, dtype: tilus.DataType, words: int) -> None:
+    """At every limit of the schedules, each on one target, with one type of activations."""
+    act = (torch.float16, torch.bfloat16)[dtype.nbits // 4 % 2]
+    args, values = linear_call(dtype, tokens, *SCHEME_AT_LIMIT[words], act)
+    assert values["tokens"] == tokens
+    assert_no_spills(quantized_linear, TARGETS[dtype.nbits % 4], *args, **values | {"stages": stages})
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_two_blocks_on_a_multiprocessor(target: str) -> None:
+    """More rows of tiles than multiprocessors: half as many registers."""
+    args, values = linear_call(tilus.uint6, 1, 128, F16, False, False, torch.bfloat16, n=16384)
+    assert values["blocks_per_sm"] == 2
+    assert_no_spills(quantized_linear, target, *args, **values)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_one_set_of_factors(target: str) -> None:
+    """32 tokens in a block."""
+    args, values = linear_call(tilus.uint8, 256, 8192, F16, True, False, torch.bfloat16)
+    assert values["tokens"] == 32
     assert_no_spills(quantized_linear, target, *args, **values)
 
 

@@ -135,7 +135,7 @@ def test_sizes_of_k(device: str, k: int, group: int) -> None:
 
 @pytest.mark.parametrize("splits", [1, 2, 3])
 @pytest.mark.parametrize(
-    ("rows", "warps", "stages", "group"), [(1, 1, 1, 32), (2, 2, 1, 64), (1, 4, 1, 160), (3, 2, 2, 320), (2, 1, 4, 16)]
+    ("rows", "warps", "stages", "group"), [(1, 1, 1, 32), (2, 2, 1, 64), (1, 4, 1, 160), (3, 2, 2, 320), (2, 1, 2, 16)]
 )
 def test_schedules(device: str, rows: int, warps: int, stages: int, group: int, splits: int) -> None:
     """Blocks that share a tile of the result: the last one adds up, and the counters are zero again, so a second launch works."""
@@ -149,7 +149,7 @@ def test_schedules(device: str, rows: int, warps: int, stages: int, group: int, 
 
 def test_groups_longer_than_a_step(device: str) -> None:
     """One set of scales for several steps of a block, for two warps, and for a part of a warp's columns."""
-    for group, rows, warps, stages in ((256, 1, 1, 1), (256, 2, 4, 1), (128, 1, 2, 1), (128, 1, 1, 4)):
+    for group, rows, warps, stages in ((256, 1, 1, 1), (256, 2, 4, 1), (128, 1, 2, 1), (128, 1, 1, 2)):
         matrix, x = random_matrix(tilus.int3, 64, 512, group, mins=True), activations(2, 512)
         y = torch.empty(2, 64)
         launch(x, pack(matrix, "cpu"), y, None, Schedule(8, rows, warps, stages), device)

@@ -22,48 +22,59 @@ class Schedule:
     blocks_per_sm: int = 1
 
 
-# stages * nbits that eight warps of a multiprocessor need: each waits for 4 KB then, 32 KB in all, which is about what an H100
-# must have on its way to read at full speed.
-BITS_AHEAD = 8
+# For (tokens, stages) and each width of the codes from 1 to 8 bits the most `factor_words` with which no kernel spills
+# registers. A thread of up to eight warps has 255, and what ptxas makes of them is no sum of what is live: these limits were
+# found by assembling kernels with the types and schemes that need the most. At 16 tokens two stages are only for codes of up to
+# 3 bits; codes of 4 bits are faster with one.
+MOST_FACTOR_WORDS = {
+    (8, 1): (160, 160, 160, 160, 160, 160, 160, 160),  # every scheme
+    (8, 2): (24, 24, 24, 24, 12, 12, 0, 0),
+    (16, 1): (48, 48, 48, 48, 48, 40, 40, 40),
+    (16, 2): (12, 12, 12, 0, 0, 0, 0, 0),
+}
+# The same for blocks of eight warps that share a multiprocessor with another: 128 registers.
+MOST_FACTOR_WORDS_OF_TWO_BLOCKS = (12, 12, 12, 12, 12, 12, 0, 0)
 
 
 @lru_cache(maxsize=4096)
-def schedule(m: int, tiles_n: int, tiles_k: int, nbits: int, num_sms: int, factor_words: int = 4) -> Schedule:
+def schedule(
+    m: int, tiles_n: int, tiles_k: int, nbits: int, num_sms: int, factor_words: int = 12, whole: bool = False
+) -> Schedule:
     """A schedule for M tokens and a weight of tiles_n x tiles_k tiles, on a GPU of num_sms multiprocessors.
 
-    factor_words: registers that a thread needs for the factors of a tile; 4 are scales of 16 bits, one for all of its columns.
-    num_sms 0 stands for the reference execution, which likes few large tiles.
+    factor_words: of the weight's header; 12 are scales of 16 bits, one for all columns of a tile. whole: whether one set of
+    factors serves all of K. num_sms 0 stands for the reference execution, which likes few large tiles.
     """
     if num_sms == 0:
         return Schedule(max(8, min(64, -(-m // 8) * 8)), 1, _power_of_two(min(tiles_k, 32)), 1)
-    if m <= 16:
-        return _few_tokens(m, tiles_n, tiles_k, nbits, num_sms, factor_words)
-    return _many_tokens(m, tiles_n, tiles_k, num_sms, factor_words)
+    tokens = 16 if m > 8 and _fits(16, 1, nbits, factor_words) else 8
+    if m > 16:
+        return _many_tokens(m, 32 if whole else tokens, tiles_n, tiles_k, num_sms)
+    return _few_tokens(tokens, tiles_n, tiles_k, nbits, num_sms, factor_words)
 
 
-def _few_tokens(m: int, tiles_n: int, tiles_k: int, nbits: int, num_sms: int, factor_words: int) -> Schedule:
-    """Reading the weight is what takes time. One block of eight warps on every multiprocessor, with few splits of K.
+def _few_tokens(tokens: int, tiles_n: int, tiles_k: int, nbits: int, num_sms: int, factor_words: int) -> Schedule:
+    """Reading the weight is what takes time. Eight warps on every multiprocessor, with few splits of K.
 
-    16 tokens cost as many bytes from the L2 cache as a tile of 4 bits does from memory, so two rows of tiles share them.
+    Two tiles of each warp are on their way where registers hold them: at 8 tokens that was 4 to 13 % faster than one for codes of
+    1, 2 and 4 bits, and faster than four. Two rows of tiles in a block, which share activations, were slower than one. Where
+    there are more rows of tiles than multiprocessors, two blocks share one, of half as many warps or half as many registers.
     """
-    tokens = 8 if m <= 8 else _most_tokens(factor_words)
-    # More stages would need more registers than there are.
-    most = max(1, (4 if tokens == 8 else 2) // (1 if factor_words <= 4 else 2 if factor_words <= 16 else 4))
-    if tiles_n >= num_sms and tokens == 8:
-        if nbits <= 6 and factor_words <= 4:
-            return Schedule(tokens, 1, _power_of_two(min(8, tiles_k)), 1, 1, 2)
-        return Schedule(tokens, 1, _power_of_two(min(4, tiles_k)), 1)
-    rows = 2 if tokens == 16 and tiles_n >= 32 else 1
-    warps = _power_of_two(min(8 // rows, tiles_k))
-    blocks = -(-tiles_n // rows)
-    splits = max(1, min(num_sms // blocks, tiles_k // (2 * warps), 16))
-    stages = max(1, min(BITS_AHEAD // nbits, most, tiles_k // (2 * warps * splits)))
-    return Schedule(tokens, rows, warps, stages, splits)
+    many_rows = tiles_n >= num_sms
+    if many_rows and tokens == 8 and factor_words <= MOST_FACTOR_WORDS_OF_TWO_BLOCKS[nbits - 1]:
+        return Schedule(tokens, 1, _power_of_two(min(8, tiles_k)), 1, 1, 2)
+    warps = _power_of_two(min(4 if many_rows else 8, tiles_k))
+    splits = max(1, min(num_sms // tiles_n, tiles_k // (2 * warps), 16))
+    two = _fits(tokens, 2, nbits, factor_words) and tiles_k >= 4 * warps * splits
+    return Schedule(tokens, 1, warps, 2 if two else 1, splits)
 
 
-def _many_tokens(m: int, tiles_n: int, tiles_k: int, num_sms: int, factor_words: int) -> Schedule:
-    """Every block dequantises its weights again; it has registers for the sums of 16 tokens."""
-    tokens = _most_tokens(factor_words)
+def _many_tokens(m: int, tokens: int, tiles_n: int, tiles_k: int, num_sms: int) -> Schedule:
+    """Every block dequantises its weights again, for as many tokens as there are registers for their sums.
+
+    Those are two sums for each token, that of a group and that of all groups. Where one set of factors serves all of K there is
+    only the latter, and registers hold the sums of 32 tokens for every type.
+    """
     blocks = tiles_n * -(-m // tokens)
     warps = _power_of_two(min(4, tiles_k))
     if blocks >= num_sms:
@@ -71,8 +82,8 @@ def _many_tokens(m: int, tiles_n: int, tiles_k: int, num_sms: int, factor_words:
     return Schedule(tokens, 1, warps, 1, max(1, min(2 * num_sms // blocks, tiles_k // (2 * warps), 16)))
 
 
-def _most_tokens(factor_words: int) -> int:
-    return 16 if factor_words <= 16 else 8
+def _fits(tokens: int, stages: int, nbits: int, factor_words: int) -> bool:
+    return factor_words <= MOST_FACTOR_WORDS[tokens, stages][nbits - 1]
 
 
 def _power_of_two(count: int) -> int:

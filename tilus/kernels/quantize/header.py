@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-from tilus.dtypes import DTYPES, DataType
+from tilus.dtypes import DTYPES, DataType, f32
 from tilus.errors import TilusError
 from tilus.kernels.quantize.tiles import SMALLEST_GROUP, TILE, WHOLE, parts, span_of
 
@@ -78,10 +78,17 @@ class WeightHeader:
 
     @property
     def factor_words(self) -> int:
-        """32-bit words of factors and table that a thread of the linear kernel needs for a tile of 64 columns."""
-        nbytes = FACTOR_NBYTES[self.scale_dtype] + (ZERO_NBYTES if self.has_zeros else 0)
-        nbytes += FACTOR_NBYTES[self.mins_dtype] if self.mins_dtype is not None else 0
-        return parts(self.span) * 8 * nbytes // 4 + (self.dtype.num_codes // 2 if self.has_table else 0)
+        """32-bit words of factors and table that a thread of the linear kernel has for the 8 rows of its tile of 64 columns.
+
+        Factors count twice, as they are stored and as the numbers that they become: scales and minimums in f32, zero points in
+        16 bits.
+        """
+        stored = FACTOR_NBYTES[self.scale_dtype] + (ZERO_NBYTES if self.has_zeros else 0)
+        numbers = f32.nbytes + (ZERO_NBYTES if self.has_zeros else 0)
+        if self.mins_dtype is not None:
+            stored, numbers = stored + FACTOR_NBYTES[self.mins_dtype], numbers + f32.nbytes
+        table = self.dtype.num_codes // 2 if self.has_table else 0
+        return parts(self.span) * 8 * (stored + numbers) // 4 + table
 
     @property
     def scheme(self) -> str:
