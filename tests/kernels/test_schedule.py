@@ -30,7 +30,8 @@ def test_what_the_kernel_relies_on(
     assert plan.warps * plan.splits <= max(tiles_k, plan.warps)
     if num_sms:
         assert plan.rows * plan.warps * plan.blocks_per_sm <= 16
-        assert words <= MOST_FACTOR_WORDS.get((plan.tokens, plan.stages), [160 if whole else 0] * 8)[nbits - 1]
+        assert words <= MOST_FACTOR_WORDS[plan.tokens, plan.stages][nbits - 1]
+        assert plan.tokens <= (32 if whole else 16)
 
 
 def test_one_block_for_each_multiprocessor() -> None:

@@ -31,6 +31,7 @@ MOST_FACTOR_WORDS = {
     (8, 2): (24, 24, 24, 24, 12, 12, 0, 0),
     (16, 1): (48, 48, 48, 48, 48, 40, 40, 40),
     (16, 2): (12, 12, 12, 0, 0, 0, 0, 0),
+    (32, 1): (24, 24, 24, 24, 24, 24, 24, 24),  # where one set of factors serves all of K
 }
 # The same for blocks of eight warps that share a multiprocessor with another: 128 registers.
 MOST_FACTOR_WORDS_OF_TWO_BLOCKS = (12, 12, 12, 12, 12, 12, 0, 0)
@@ -49,7 +50,8 @@ def schedule(
         return Schedule(max(8, min(64, -(-m // 8) * 8)), 1, _power_of_two(min(tiles_k, 32)), 1)
     tokens = 16 if m > 8 and _fits(16, 1, nbits, factor_words) else 8
     if m > 16:
-        return _many_tokens(m, 32 if whole else tokens, tiles_n, tiles_k, num_sms)
+        most = 32 if whole and _fits(32, 1, nbits, factor_words) else tokens
+        return _many_tokens(m, most, tiles_n, tiles_k, num_sms)
     return _few_tokens(tokens, tiles_n, tiles_k, nbits, num_sms, factor_words)
 
 
@@ -73,7 +75,7 @@ def _many_tokens(m: int, tokens: int, tiles_n: int, tiles_k: int, num_sms: int) 
     """Every block dequantises its weights again, for as many tokens as there are registers for their sums.
 
     Those are two sums for each token, that of a group and that of all groups. Where one set of factors serves all of K there is
-    only the latter, and registers hold the sums of 32 tokens for every type.
+    only the latter, and registers hold the sums of 32 tokens.
     """
     blocks = tiles_n * -(-m // tokens)
     warps = _power_of_two(min(4, tiles_k))
