@@ -101,16 +101,16 @@ def linear_call(
     has_table: bool = False,
     n: int = 8192,
 ) -> tuple[list[Any], dict[str, Any]]:
-    """The arguments of a product with a weight of N x 8192, with the schedule of an H100; few tokens may split K."""
+    """The arguments of a product with a weight of N x 8192 and a bias, with the schedule of an H100; few tokens may split K."""
     header = WeightHeader(dtype, (n, 8192), group, scale.name, scale.name if has_mins else None, has_zeros, has_table)
-    plan = schedule(m, n // 64, 128, dtype.nbits, 132, header.factor_words, group == 8192)
+    plan = schedule(m, n // 64, 128, dtype.nbits, 132, header.factor_words)
     arrays = {name: torch.empty(shape, dtype=getattr(torch, kind)) for name, (shape, kind) in header.arrays.items()}
     x, y = torch.empty(m, 8192, dtype=act), torch.empty(m, n, dtype=act)
     partial, tickets = None, None
     if plan.splits > 1:
         partial, tickets = torch.empty(plan.splits, m, n), torch.empty(4096, dtype=torch.int32)
     optional = (arrays.get(name) for name in ("mins", "zeros", "table"))
-    args = [x, arrays["codes"], arrays["scales"], y, 1.0, *optional, None, partial, tickets]
+    args = [x, arrays["codes"], arrays["scales"], y, 1.0, *optional, torch.empty(n, dtype=act), partial, tickets]
     values = {"wdtype": dtype, "scale_dtype": scale, "mins_dtype": scale, "span": header.span, "tokens": plan.tokens}
     rest = {"rows": plan.rows, "warps": plan.warps, "stages": plan.stages, "blocks_per_sm": plan.blocks_per_sm}
     return args, values | rest
@@ -125,11 +125,11 @@ def test_linear(case: tuple[Any, ...], target: str) -> None:
 
 # Group, type of scales, minimums, zero points: for each limit of factor words the scheme that needs the most registers.
 SCHEME_AT_LIMIT = {
-    12: (128, F16, False, False),
-    24: (128, F16, True, False),
-    40: (32, tilus.float8_e8m0, True, False),
-    48: (16, F16, False, False),
-    160: (16, F32, True, True),
+    13: (128, F16, False, False),
+    25: (128, F16, True, False),
+    44: (16, tilus.float8_e4m3, False, False),
+    50: (32, F16, True, False),
+    164: (16, F32, True, True),
 }
 UNSIGNED = [tilus.uint1, tilus.uint2, tilus.uint3, tilus.uint4, tilus.uint5, tilus.uint6, tilus.uint7, tilus.uint8]
 
@@ -146,8 +146,7 @@ LIMITS = [
 def test_the_most_factors(tokens: int, stages: int, dtype: tilus.DataType, words: int) -> None:
     """At every limit of the schedules, each on one target, with one type of activations."""
     act = (torch.float16, torch.bfloat16)[dtype.nbits // 4 % 2]
-    group, *factors = SCHEME_AT_LIMIT[words]
-    args, values = linear_call(dtype, tokens, 8192 if tokens == 32 else group, *factors, act)
+    args, values = linear_call(dtype, tokens, *SCHEME_AT_LIMIT[words], act)
     assert values["tokens"] == tokens
     assert_no_spills(quantized_linear, TARGETS[dtype.nbits % 4], *args, **values | {"stages": stages})
 

@@ -348,10 +348,7 @@ def linear(
     if m == 0:
         return y
     tiles_n, tiles_k = int(weight.codes.shape[0]), int(weight.codes.shape[1])
-    header = weight.header
-    plan = schedule(
-        m, tiles_n, tiles_k, header.dtype.nbits, _num_sms(x, device), header.factor_words, header.span == WHOLE
-    )
+    plan = schedule(m, tiles_n, tiles_k, weight.dtype.nbits, _num_sms(x, device), weight.header.factor_words)
     launch(
         x if weight.columns is None else take_columns(x, weight.columns, device=device), weight, y, bias, plan, device
     )

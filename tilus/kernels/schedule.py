@@ -27,31 +27,27 @@ class Schedule:
 # found by assembling kernels with the types and schemes that need the most. At 16 tokens two stages are only for codes of up to
 # 3 bits; codes of 4 bits are faster with one.
 MOST_FACTOR_WORDS = {
-    (8, 1): (160, 160, 160, 160, 160, 160, 160, 160),  # every scheme
-    (8, 2): (24, 24, 24, 24, 12, 12, 0, 0),
-    (16, 1): (48, 48, 48, 48, 48, 40, 40, 40),
-    (16, 2): (12, 12, 12, 0, 0, 0, 0, 0),
-    (32, 1): (24, 24, 24, 24, 24, 24, 24, 24),  # where one set of factors serves all of K
+    (8, 1): (164, 164, 164, 164, 164, 164, 164, 164),  # every scheme
+    (8, 2): (25, 25, 25, 25, 13, 13, 0, 0),
+    (16, 1): (50, 50, 50, 50, 44, 44, 44, 44),
+    (16, 2): (13, 13, 13, 0, 0, 0, 0, 0),
 }
 # The same for blocks of eight warps that share a multiprocessor with another: 128 registers.
-MOST_FACTOR_WORDS_OF_TWO_BLOCKS = (12, 12, 12, 12, 12, 12, 0, 0)
+MOST_FACTOR_WORDS_OF_TWO_BLOCKS = (13, 13, 13, 13, 13, 13, 0, 0)
 
 
 @lru_cache(maxsize=4096)
-def schedule(
-    m: int, tiles_n: int, tiles_k: int, nbits: int, num_sms: int, factor_words: int = 12, whole: bool = False
-) -> Schedule:
+def schedule(m: int, tiles_n: int, tiles_k: int, nbits: int, num_sms: int, factor_words: int = 13) -> Schedule:
     """A schedule for M tokens and a weight of tiles_n x tiles_k tiles, on a GPU of num_sms multiprocessors.
 
-    factor_words: of the weight's header; 12 are scales of 16 bits, one for all columns of a tile. whole: whether one set of
-    factors serves all of K. num_sms 0 stands for the reference execution, which likes few large tiles.
+    factor_words: of the weight's header; 13 are scales of 16 bits, one for all columns of a tile. num_sms 0 stands for the
+    reference execution, which likes few large tiles.
     """
     if num_sms == 0:
         return Schedule(max(8, min(64, -(-m // 8) * 8)), 1, _power_of_two(min(tiles_k, 32)), 1)
     tokens = 16 if m > 8 and _fits(16, 1, nbits, factor_words) else 8
     if m > 16:
-        most = 32 if whole and _fits(32, 1, nbits, factor_words) else tokens
-        return _many_tokens(m, most, tiles_n, tiles_k, num_sms)
+        return _many_tokens(m, tokens, tiles_n, tiles_k, num_sms)
     return _few_tokens(tokens, tiles_n, tiles_k, nbits, num_sms, factor_words)
 
 
@@ -74,8 +70,7 @@ def _few_tokens(tokens: int, tiles_n: int, tiles_k: int, nbits: int, num_sms: in
 def _many_tokens(m: int, tokens: int, tiles_n: int, tiles_k: int, num_sms: int) -> Schedule:
     """Every block dequantises its weights again, for as many tokens as there are registers for their sums.
 
-    Those are two sums for each token, that of a group and that of all groups. Where one set of factors serves all of K there is
-    only the latter, and registers hold the sums of 32 tokens.
+    Sums of 32 tokens, one for the group and one for all groups, spill with most types.
     """
     blocks = tiles_n * -(-m // tokens)
     warps = _power_of_two(min(4, tiles_k))

@@ -81,14 +81,14 @@ class WeightHeader:
         """32-bit words of factors and table that a thread of the linear kernel has for the 8 rows of its tile of 64 columns.
 
         Factors count twice, as they are stored and as the numbers that they become: scales and minimums in f32, zero points in
-        16 bits.
+        16 bits. Each set of them counts one more.
         """
         stored = FACTOR_NBYTES[self.scale_dtype] + (ZERO_NBYTES if self.has_zeros else 0)
         numbers = f32.nbytes + (ZERO_NBYTES if self.has_zeros else 0)
         if self.mins_dtype is not None:
             stored, numbers = stored + FACTOR_NBYTES[self.mins_dtype], numbers + f32.nbytes
         table = self.dtype.num_codes // 2 if self.has_table else 0
-        return parts(self.span) * 8 * (stored + numbers) // 4 + table
+        return parts(self.span) * (8 * (stored + numbers) // 4 + 1) + table
 
     @property
     def scheme(self) -> str:
