@@ -184,19 +184,30 @@ def _mentioned(function: FunctionType, code: CodeType) -> Iterator[Any]:
     """The values of the global and closure names, and of the module attributes, that code refers to."""
     closure = free_names(function)
     value: Any = None
-    for instruction in dis.get_instructions(code):
-        name = instruction.argval
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_FROM_DICT_OR_DEREF"):
+    for is_attribute, name in _references(code):
+        if not is_attribute:
             value = closure.get(name)
-        elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(value, ModuleType):
-            value = getattr(value, name, None)
         else:
-            value = None
+            value = getattr(value, name, None) if isinstance(value, ModuleType) else None
         if value is not None:
             yield value
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _mentioned(function, constant)
+
+
+@functools.lru_cache(maxsize=4096)
+def _references(code: CodeType) -> tuple[tuple[bool, str], ...]:
+    """(is an attribute, name) of what code refers to: global and closure names, and attributes straight behind one of them."""
+    found: list[tuple[bool, str]] = []
+    follows = False
+    for instruction in dis.get_instructions(code):
+        is_name = instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_FROM_DICT_OR_DEREF")
+        is_attribute = follows and instruction.opname in ("LOAD_ATTR", "LOAD_METHOD")
+        follows = is_name or is_attribute
+        if follows:
+            found.append((is_attribute, str(instruction.argval)))
+    return tuple(found)
 
 
 def free_names(function: FunctionType) -> dict[str, Value]:

@@ -11,7 +11,6 @@ import functools
 import linecache
 from dataclasses import dataclass
 from types import CodeType, FunctionType
-from typing import TypeGuard
 
 from tilus.errors import Loc, TilusError
 
@@ -42,8 +41,16 @@ def _characters(text: str, nbytes: int) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def _parse(lines: tuple[str, ...], file: str) -> ast.Module:
-    return ast.parse("".join(lines), file)
+def _functions(lines: tuple[str, ...], file: str) -> dict[tuple[str, int], list[Code]]:
+    """All functions of a file, by what their code objects know: name and first line, decorators included."""
+    found: dict[tuple[str, int], list[Code]] = {}
+    for node in ast.walk(ast.parse("".join(lines), file)):
+        if isinstance(node, ast.FunctionDef):
+            first = node.decorator_list[0].lineno if node.decorator_list else node.lineno
+            found.setdefault((node.name, first), []).append(node)
+        elif isinstance(node, ast.Lambda):
+            found.setdefault(("<lambda>", node.lineno), []).append(node)
+    return found
 
 
 def source_of(function: FunctionType) -> Source:
@@ -58,24 +65,14 @@ def source_of(function: FunctionType) -> Source:
             f"the source of {function.__qualname__} is not available ({code.co_filename})",
             hint="kernels and helpers are read from their source: put the function into a file",
         )
-    found = [node for node in ast.walk(_parse(lines, code.co_filename)) if _is_code_of(node, code)]
+    candidates = _functions(lines, code.co_filename).get((code.co_name, code.co_firstlineno), [])
+    found = [node for node in candidates if not isinstance(node, ast.Lambda) or _covers(node.body, code)]
     if len(found) != 1:
         raise TilusError(
             f"found {len(found)} functions named {code.co_name} at {code.co_filename}:{code.co_firstlineno}, expected 1",
             hint="write one function a line; if the file changed since it was imported, start Python again",
         )
     return Source(code.co_filename, found[0], lines)
-
-
-def _is_code_of(node: ast.AST, code: CodeType) -> TypeGuard[Code]:
-    match node:
-        case ast.FunctionDef():
-            first = node.decorator_list[0].lineno if node.decorator_list else node.lineno
-            return node.name == code.co_name and first == code.co_firstlineno
-        case ast.Lambda():
-            return code.co_name == "<lambda>" and node.lineno == code.co_firstlineno and _covers(node.body, code)
-        case _:
-            return False
 
 
 def _covers(body: ast.expr, code: CodeType) -> bool:
