@@ -29,7 +29,7 @@ class Schedule:
 MOST_FACTOR_WORDS = {
     (8, 1): (164, 164, 164, 164, 164, 164, 164, 164),  # every scheme
     (8, 2): (25, 25, 25, 25, 13, 13, 0, 0),
-    (16, 1): (50, 50, 50, 50, 42, 42, 42, 42),
+    (16, 1): (50, 50, 50, 50, 34, 34, 26, 26),
     (16, 2): (13, 13, 13, 0, 0, 0, 0, 0),
 }
 # The same for blocks of eight warps that share a multiprocessor with another: 128 registers.
