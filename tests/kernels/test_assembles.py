@@ -126,10 +126,10 @@ def test_linear(case: tuple[Any, ...], target: str) -> None:
 # Group, type of scales, minimums, zero points: for each limit of factor words the scheme that needs the most registers.
 SCHEME_AT_LIMIT = {
     13: (128, F16, False, False),
-    25: (128, F16, True, False),
-    44: (16, tilus.float8_e4m3, False, False),
+    26: (32, F16, False, False),
+    34: (32, F32, False, False),
     50: (32, F16, True, False),
-    164: (16, F32, True, True),
+    172: (16, F32, True, True),
 }
 UNSIGNED = [tilus.uint1, tilus.uint2, tilus.uint3, tilus.uint4, tilus.uint5, tilus.uint6, tilus.uint7, tilus.uint8]
 

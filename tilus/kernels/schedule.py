@@ -27,9 +27,9 @@ class Schedule:
 # found by assembling kernels with the types and schemes that need the most. At 16 tokens two stages are only for codes of up to
 # 3 bits; codes of 4 bits are faster with one.
 MOST_FACTOR_WORDS = {
-    (8, 1): (164, 164, 164, 164, 164, 164, 164, 164),  # every scheme
-    (8, 2): (25, 25, 25, 25, 13, 13, 0, 0),
-    (16, 1): (50, 50, 50, 50, 44, 44, 44, 44),
+    (8, 1): (172, 172, 172, 172, 172, 172, 172, 172),  # every scheme
+    (8, 2): (26, 26, 26, 26, 13, 13, 0, 0),
+    (16, 1): (50, 50, 50, 50, 34, 34, 26, 26),
     (16, 2): (13, 13, 13, 0, 0, 0, 0, 0),
 }
 # The same for blocks of eight warps that share a multiprocessor with another: 128 registers.

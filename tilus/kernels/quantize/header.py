@@ -81,14 +81,15 @@ class WeightHeader:
         """32-bit words of factors and table that a thread of the linear kernel has for the 8 rows of its tile of 64 columns.
 
         Factors count twice, as they are stored and as the numbers that they become: scales and minimums in f32, zero points in
-        16 bits. Each set of them counts one more.
+        16 bits. Powers of two count one byte more, for their cast. Each set of factors counts another word, and two for bounds
+        where the last tile is not whole.
         """
-        stored = FACTOR_NBYTES[self.scale_dtype] + (ZERO_NBYTES if self.has_zeros else 0)
-        numbers = f32.nbytes + (ZERO_NBYTES if self.has_zeros else 0)
-        if self.mins_dtype is not None:
-            stored, numbers = stored + FACTOR_NBYTES[self.mins_dtype], numbers + f32.nbytes
+        names = [name for name in (self.scale_dtype, self.mins_dtype) if name is not None]
+        nbytes = sum(FACTOR_NBYTES[name] + f32.nbytes + (name == "float8_e8m0") for name in names)
+        nbytes += 2 * ZERO_NBYTES if self.has_zeros else 0
+        other = 3 if self.shape[1] % TILE else 1
         table = self.dtype.num_codes // 2 if self.has_table else 0
-        return parts(self.span) * (8 * (stored + numbers) // 4 + 1) + table
+        return parts(self.span) * (8 * nbytes // 4 + other) + table
 
     @property
     def scheme(self) -> str:
