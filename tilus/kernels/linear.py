@@ -35,6 +35,7 @@ from tilus.kernels.quantize.tiles import (
 )
 from tilus.kernels.schedule import Schedule, schedule
 from tilus.layout import local, replicated
+from tilus.ptx.assembler import SpillError
 
 EMULATED_SMS = 132  # an H100
 # Codes that a cast leaves divided by 2^r must not make products that f32 loses: bf16 has floats with r up to 126.
@@ -349,10 +350,29 @@ def linear(
         return y
     tiles_n, tiles_k = int(weight.codes.shape[0]), int(weight.codes.shape[1])
     plan = schedule(m, tiles_n, tiles_k, weight.dtype.nbits, _num_sms(x, device), weight.header.factor_words)
-    launch(
-        x if weight.columns is None else take_columns(x, weight.columns, device=device), weight, y, bias, plan, device
-    )
+    ordered = x if weight.columns is None else take_columns(x, weight.columns, device=device)
+    _launch_without_spills(ordered, weight, y, bias, plan, device)
     return y
+
+
+# Schedules in place of those whose kernels spilled registers when they were assembled.
+_easier: dict[tuple[Any, ...], Schedule] = {}
+
+
+def _launch_without_spills(
+    x: Any, weight: QuantizedWeight, y: Any, bias: Any | None, plan: Schedule, device: str | None
+) -> None:
+    """`launch` with this schedule, or with the first easier one that the registers suffice for."""
+    key = (weight.header, str(x.dtype), str(y.dtype), bias is None, plan)
+    while True:
+        chosen = _easier.get(key, plan)
+        try:
+            return launch(x, weight, y, bias, chosen, device)
+        except SpillError:
+            easier = chosen.easier()
+            if easier is None:
+                raise
+            _easier[key] = easier
 
 
 def launch(x: Any, weight: QuantizedWeight, y: Any, bias: Any | None, plan: Schedule, device: str | None) -> None:

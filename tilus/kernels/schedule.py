@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 
@@ -21,10 +21,19 @@ class Schedule:
     splits: int = 1
     blocks_per_sm: int = 1
 
+    def easier(self) -> Schedule | None:
+        """The next one that needs fewer registers; None when there is none."""
+        if self.blocks_per_sm > 1:
+            return replace(self, blocks_per_sm=1)
+        if self.stages > 1:
+            return replace(self, stages=1)
+        return replace(self, tokens=8) if self.tokens > 8 else None
+
 
 # For (tokens, stages) and each width of the codes from 1 to 8 bits the most `factor_words` with which no kernel spills
 # registers. A thread of up to eight warps has 255, and what ptxas makes of them is no sum of what is live: these limits were
-# found by assembling kernels with the types and schemes that need the most. At 16 tokens two stages are only for codes of up to
+# found by assembling kernels with the types and schemes that need the most; a kernel that needs more all the same gets an easier
+# schedule when it is first launched (`linear`). At 16 tokens two stages are only for codes of up to
 # 3 bits; codes of 4 bits are faster with one.
 MOST_FACTOR_WORDS = {
     (8, 1): (172, 172, 172, 172, 172, 172, 172, 172),  # every scheme

@@ -135,11 +135,15 @@ def assemble(
     return cubin
 
 
+class SpillError(TilusError):
+    """A kernel needs more registers than it can have."""
+
+
 def require_no_spills(cubin: Cubin) -> None:
-    """Raise a TilusError when a kernel keeps registers in local memory."""
+    """Raise a SpillError when a kernel keeps registers in local memory."""
     for usage in cubin.kernels:
         if usage.spill_store_nbytes or usage.spill_load_nbytes:
-            raise TilusError(
+            raise SpillError(
                 f"kernel {usage.name!r} spills: {usage.spill_store_nbytes} bytes of stores and "
                 f"{usage.spill_load_nbytes} bytes of loads a thread with {usage.registers} registers, "
                 f"expected none\n{cubin.log.rstrip()}",

@@ -237,7 +237,13 @@ def _codes_on(codes: Array, header: WeightHeader, device: Any) -> Any:
     if device.type != "cuda":
         return torch.from_numpy(pack_codes(codes, header.dtype, header.span, header.has_table)).to(device)
     packed = torch.empty(header.arrays["codes"][0], dtype=torch.uint8, device=device)
-    pack_codes_on(torch.from_numpy(codes).to(device), packed, header.dtype, header.span, header.has_table)
+    pack_codes_on(
+        torch.from_numpy(np.require(codes, requirements="W")).to(device),
+        packed,
+        header.dtype,
+        header.span,
+        header.has_table,
+    )
     return packed
 
 
