@@ -15,11 +15,11 @@ $(VENV)/.base: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base
-	$(PIP) -e '.[serve,test,sass]'
+	$(PIP) -e '.[serve,test,sass,interop]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.test
-	$(PIP) -e '.[serve,test,sass,dev]'
+	$(PIP) -e '.[serve,test,sass,interop,dev]'
 	touch $@
 
 serve: $(VENV)/.base          ## start the server on whatever device there is
