@@ -20,7 +20,6 @@ from tilus.dtypes import (
     uint4,
 )
 from tilus.errors import TilusError
-from tilus.kernels.quantize import e8m0
 from tilus.kernels.quantize.error_feedback import quantize_for
 from tilus.kernels.quantize.matrix import QuantizedMatrix
 from tilus.kernels.quantize.rounding import SCHEMES, Scheme, quantize
@@ -63,7 +62,7 @@ PRESETS: dict[str, Recipe] = {
     "nvfp4": Recipe(float4_e2m1, "nv", 16),
 }
 # Powers of two without sign are scales, and no weights.
-RECIPE_NAMES = (*PRESETS, *(name for name, dtype in DTYPES.items() if dtype.is_small and dtype != e8m0.e8m0))
+RECIPE_NAMES = (*PRESETS, *(name for name, dtype in DTYPES.items() if dtype.is_small))
 
 
 def recipe(name: str, group: int | None = None, scheme: str | None = None) -> Recipe:

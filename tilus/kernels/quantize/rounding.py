@@ -18,14 +18,14 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from tilus.dtypes import DataType, f16, f32, float8_e4m3
+from tilus.dtypes import DataType, f16, f32, float8_e4m3, float8_e8m0
 from tilus.errors import TilusError
-from tilus.kernels.quantize import e8m0
 from tilus.kernels.quantize.grid import Codes, Floats, Grid
 from tilus.kernels.quantize.matrix import QuantizedMatrix
 
 Scheme = Literal["symmetric", "zero", "minimum", "table", "mx", "nv"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
+MIN_EXPONENT, MAX_EXPONENT = -127, 127  # of float8_e8m0
 
 # The quantiles of a normal distribution that QLoRA (Dettmers et al., 2023) calls NormalFloat4.
 NF4 = (
@@ -183,9 +183,9 @@ def _mx(rule: Rule, groups: Floats) -> Iterator[Fit]:
     """The exponent that OCP Microscaling prescribes, then its neighbours."""
     largest = np.abs(groups).max(-1)
     exponents = np.frexp(largest)[1] - int(np.frexp(rule.grid.high)[1])
-    exponents = np.where(largest > 0, exponents, e8m0.MIN_EXPONENT)
+    exponents = np.where(largest > 0, exponents, MIN_EXPONENT)
     for step in (0, 1, -1):
-        clipped = np.clip(exponents + step, e8m0.MIN_EXPONENT, e8m0.MAX_EXPONENT)
+        clipped = np.clip(exponents + step, MIN_EXPONENT, MAX_EXPONENT)
         yield Fit(np.ldexp(np.float32(1), clipped).astype(np.float32))
 
 
@@ -267,7 +267,7 @@ def make_rule(
             )
     grid, global_scale = Grid(dtype, entries), 1.0
     if chosen == "mx":
-        scale_dtype = e8m0.e8m0
+        scale_dtype = float8_e8m0
     elif chosen == "nv":
         scale_dtype = float8_e4m3
         # Its reciprocal is what NVFP4 files store, so that one is a float32.

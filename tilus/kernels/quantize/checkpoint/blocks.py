@@ -11,9 +11,8 @@ from functools import partial
 
 import numpy as np
 
-from tilus.dtypes import float8_e4m3
+from tilus.dtypes import float8_e4m3, float8_e8m0
 from tilus.errors import TilusError
-from tilus.kernels.quantize import e8m0
 from tilus.kernels.quantize.checkpoint.safetensors import FLOAT_DTYPES
 from tilus.kernels.quantize.checkpoint.tensors import Module, Settings, Tensors
 from tilus.kernels.quantize.matrix import Floats, QuantizedMatrix
@@ -40,7 +39,7 @@ def _read(tensors: Tensors, name: str, block: tuple[int, int], powers: bool) -> 
     weight = tensors.take(f"{name}.weight", ("F8_E4M3",), (None, None))
     n, k = weight.shape
     stored = tensors.take(name + _SUFFIX, ("F32", "BF16", "F8_E8M0"), (-(-n // block[0]), -(-k // block[1])))
-    exact_in = e8m0.e8m0 if powers else FLOAT_DTYPES[stored.dtype]
+    exact_in = float8_e8m0 if powers else FLOAT_DTYPES[stored.dtype]
     return QuantizedMatrix(
         weight.codes(), spread(stored.array(), (n, k), block), None, float8_e4m3, scale_dtype=exact_in
     )

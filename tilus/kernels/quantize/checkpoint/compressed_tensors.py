@@ -23,9 +23,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from tilus.dtypes import DataType, float4_e2m1, float6_e2m3, float8_e4m3, unpack_bits
+from tilus.dtypes import DataType, float4_e2m1, float6_e2m3, float8_e4m3, float8_e8m0, unpack_bits
 from tilus.errors import TilusError
-from tilus.kernels.quantize import e8m0
 from tilus.kernels.quantize.checkpoint.blocks import spread
 from tilus.kernels.quantize.checkpoint.integer import integer_matrix, stored_order, unpack_words, words_for
 from tilus.kernels.quantize.checkpoint.safetensors import FLOAT_DTYPES
@@ -170,7 +169,7 @@ def _microscaling(dtype: DataType, tensors: Tensors, weight: str, args: Settings
         tensors.take(weight, ("F8_E4M3",), (None, None)).codes() if is_plain else _bit_stream(tensors, weight, dtype)
     )
     exponents = tensors.take(f"{weight}_scale", ("U8",), (codes.shape[0], codes.shape[1] // 32)).codes()
-    return QuantizedMatrix(codes, e8m0.decode(exponents), None, dtype, scale_dtype=e8m0.e8m0)
+    return QuantizedMatrix(codes, float8_e8m0.decode(exponents), None, dtype, scale_dtype=float8_e8m0)
 
 
 def _bit_stream(tensors: Tensors, weight: str, dtype: DataType) -> Any:

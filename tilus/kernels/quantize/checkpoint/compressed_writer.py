@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tilus.dtypes import bf16, f16, f32, float4_e2m1, float6_e2m3, float8_e4m3, pack_bits
-from tilus.kernels.quantize import e8m0
+from tilus.dtypes import bf16, f16, f32, float4_e2m1, float6_e2m3, float8_e4m3, float8_e8m0, pack_bits
 from tilus.kernels.quantize.checkpoint.integer import pack_words
 from tilus.kernels.quantize.checkpoint.native import as_bytes, store_floats
 from tilus.kernels.quantize.checkpoint.safetensors import Array, StoredTensor
@@ -17,9 +16,9 @@ from tilus.kernels.quantize.matrix import QuantizedMatrix
 _PACKED_NBITS = (2, 4, 8)
 _BLOCKS = {
     (float4_e2m1, float8_e4m3, 16): "nvfp4-pack-quantized",
-    (float4_e2m1, e8m0.e8m0, 32): "mxfp4-pack-quantized",
-    (float6_e2m3, e8m0.e8m0, 32): "mxfp6-pack-quantized",
-    (float8_e4m3, e8m0.e8m0, 32): "mxfp8-quantized",
+    (float4_e2m1, float8_e8m0, 32): "mxfp4-pack-quantized",
+    (float6_e2m3, float8_e8m0, 32): "mxfp6-pack-quantized",
+    (float8_e4m3, float8_e8m0, 32): "mxfp8-quantized",
 }
 
 

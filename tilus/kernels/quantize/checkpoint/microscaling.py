@@ -11,8 +11,7 @@ from functools import partial
 
 import numpy as np
 
-from tilus.dtypes import float4_e2m1, unpack_bits
-from tilus.kernels.quantize import e8m0
+from tilus.dtypes import float4_e2m1, float8_e8m0, unpack_bits
 from tilus.kernels.quantize.checkpoint.tensors import Module, Settings, Tensors
 from tilus.kernels.quantize.matrix import QuantizedMatrix
 
@@ -33,5 +32,5 @@ def _read(tensors: Tensors, name: str, expert: int) -> QuantizedMatrix:
     n, num_groups = blocks.shape[1:3]
     exponents = tensors.take(f"{name}_scales", ("U8",), blocks.shape[:3]).codes()[expert]
     codes = unpack_bits(blocks[expert].reshape(n, num_groups * 16), float4_e2m1, num_groups * 32)
-    scales = np.ascontiguousarray(e8m0.decode(exponents))
-    return QuantizedMatrix(codes, scales, None, float4_e2m1, scale_dtype=e8m0.e8m0)
+    scales = np.ascontiguousarray(float8_e8m0.decode(exponents))
+    return QuantizedMatrix(codes, scales, None, float4_e2m1, scale_dtype=float8_e8m0)

@@ -16,16 +16,15 @@ from typing import Any, cast
 
 import numpy as np
 
-from tilus.dtypes import DTYPES, DataType, bf16, f16, f32, float8_e4m3, pack_bits, unpack_bits
+from tilus.dtypes import DTYPES, DataType, bf16, f16, f32, float8_e4m3, float8_e8m0, pack_bits, unpack_bits
 from tilus.errors import TilusError
-from tilus.kernels.quantize import e8m0
 from tilus.kernels.quantize.checkpoint.safetensors import Array, Bytes, StoredTensor
 from tilus.kernels.quantize.checkpoint.tensors import Module, Settings, Tensors, integer_setting
 from tilus.kernels.quantize.matrix import Codes, Floats, QuantizedMatrix
 
 METHOD, VERSION = "tilus", 1
-_SCALE_DTYPES = {dtype.name: dtype for dtype in (f16, bf16, f32, float8_e4m3, e8m0.e8m0)}
-_STORED_AS = {f16: "F16", bf16: "BF16", f32: "F32", float8_e4m3: "F8_E4M3", e8m0.e8m0: "U8"}
+_SCALE_DTYPES = {dtype.name: dtype for dtype in (f16, bf16, f32, float8_e4m3, float8_e8m0)}
+_STORED_AS = {f16: "F16", bf16: "BF16", f32: "F32", float8_e4m3: "F8_E4M3", float8_e8m0: "U8"}
 _OPTIONAL = ("min", "zero_point", "table", "columns")
 
 
@@ -86,12 +85,12 @@ def _permutation(columns: Array | None, name: str) -> Array | None:
 
 def _floats(tensors: Tensors, name: str, dtype: DataType, shape: tuple[int | None, ...]) -> Floats:
     stored = tensors.take(name, (_STORED_AS[dtype],), shape)
-    return e8m0.decode(stored.codes()) if dtype == e8m0.e8m0 else stored.array()
+    return float8_e8m0.decode(stored.codes()) if dtype == float8_e8m0 else stored.array()
 
 
 def store_floats(name: str, values: Floats, dtype: DataType) -> StoredTensor:
     """Numbers of `dtype` (f16, bf16, f32, float8_e4m3, float8_e8m0) as a tensor to write."""
-    encoded: Array = e8m0.encode(values) if dtype == e8m0.e8m0 else dtype.encode(values)
+    encoded: Array = dtype.encode(values)
     return StoredTensor(name, _STORED_AS[dtype], values.shape, as_bytes(encoded))
 
 

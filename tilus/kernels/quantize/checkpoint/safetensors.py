@@ -17,9 +17,8 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from tilus.dtypes import DataType, bf16, f16, f32, float8_e4m3, float8_e5m2
+from tilus.dtypes import DataType, bf16, f16, f32, float8_e4m3, float8_e5m2, float8_e8m0
 from tilus.errors import TilusError
-from tilus.kernels.quantize import e8m0
 
 Array = npt.NDArray[Any]
 Bytes = npt.NDArray[np.uint8]
@@ -33,7 +32,7 @@ _NBYTES = {name: np.dtype(code).itemsize for name, code in _PLAIN.items()} | {
 }  # fmt: skip
 # The type in which numbers stored so are exact.
 FLOAT_DTYPES: dict[str, DataType] = {
-    "F16": f16, "BF16": bf16, "F32": f32, "F8_E4M3": float8_e4m3, "F8_E5M2": float8_e5m2, "F8_E8M0": e8m0.e8m0,
+    "F16": f16, "BF16": bf16, "F32": f32, "F8_E4M3": float8_e4m3, "F8_E5M2": float8_e5m2, "F8_E8M0": float8_e8m0,
 }  # fmt: skip
 
 
@@ -54,7 +53,7 @@ class StoredTensor:
             case "F8_E4M3" | "F8_E5M2":
                 flat = FLOAT_DTYPES[self.dtype].decode(self.data)
             case "F8_E8M0":
-                flat = e8m0.decode(self.data)
+                flat = float8_e8m0.decode(self.data)
             case "F16":
                 flat = self.data.view("<f2").astype(np.float32)
             case _:
