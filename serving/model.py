@@ -6,7 +6,7 @@ Activations are float16; the residual stream is float32, so that it does not los
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +16,8 @@ from torch import Tensor
 from serving.config import ModelConfig
 from serving.kernels import Kernels, PackedWeight
 from serving.loader import Checkpoint
-from serving.quantize import fit_float16
-from tilus.dtypes import f16, f32, int8
+from serving.quantize import fit_float16, with_short_scales
+from tilus.dtypes import int8
 from tilus.kernels.quantize import QuantizedMatrix
 
 
@@ -174,11 +174,7 @@ class _Loading:
         return Embedding(self._half(table.dequantize(), "token_embd"), None)
 
     def _pack(self, matrix: QuantizedMatrix, name: str) -> PackedWeight:
-        """Scales and minimums of 32 bits are rounded to float16: they would cost a fifth more of the time of a 4-bit weight."""
-        if matrix.scale_dtype in (f16, f32):
-            mins = None if matrix.mins is None else fit_float16(matrix.mins, name)
-            matrix = replace(matrix, scales=fit_float16(matrix.scales, name), mins=mins, scale_dtype=f16)
-        return self._kernels.quantize.pack(matrix, self._device)
+        return self._kernels.quantize.pack(with_short_scales(matrix, name), self._device)
 
     def _half(self, values: npt.NDArray[np.float32], name: str) -> Tensor:
         return self._tensor(fit_float16(values, name)).half()
