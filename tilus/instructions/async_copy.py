@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tilus.codegen.access import global_vector_size, unit_nbits, vectors
+from tilus.codegen.c import shared as c_shared
+from tilus.codegen.c.context import CContext
+from tilus.codegen.c.memory import Access, load_into
 from tilus.codegen.context import EmitContext
 from tilus.codegen.shared_access import SharedAccess, shared_access
 from tilus.errors import TilusError
@@ -101,6 +104,14 @@ class CopyAsync(Instruction):
                 ctx.b.emit_to(f"cp.async.{cache}.shared.global", *places, *tail, guard=ctx.guard(owner))
         ctx.note(self, f"copy_async {self.src.name}: {vectors_note(self.src.dtype, size, layout.num_locals)}")
 
+    def emit_c(self, ctx: CContext) -> None:
+        """The copy happens where it is started."""
+        ctx.settle(self.dst)
+        layout = c_shared.part_layout(self.dst, self.shape, self.dst_dims)
+        access = Access(ctx, self.src, self.src_offsets, self.shape, self.src_dims, layout)
+        start = ctx.let("int64_t", "to", c_shared.first_element(ctx, self.dst, self.dst_offsets))
+        load_into(access, c_shared.array_of(ctx, self.dst), start, self.checked, None)
+
 
 @dataclass(frozen=True, eq=False)
 class CommitGroup(Instruction):
@@ -113,6 +124,9 @@ class CommitGroup(Instruction):
 
     def evaluate(self, env: Evaluation) -> None:
         """Copies of the reference execution land at once."""
+
+    def emit_c(self, ctx: CContext) -> None:
+        """Copies have happened already."""
 
     def emit(self, ctx: EmitContext) -> None:
         ctx.b.emit_to("cp.async.commit_group")
@@ -135,6 +149,9 @@ class WaitGroup(Instruction):
 
     def evaluate(self, env: Evaluation) -> None:
         """Copies of the reference execution have landed already."""
+
+    def emit_c(self, ctx: CContext) -> None:
+        """Copies have happened already."""
 
     def emit(self, ctx: EmitContext) -> None:
         ctx.b.emit_to("cp.async.wait_group", Imm(self.pending))

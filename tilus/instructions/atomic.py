@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from tilus.codegen.access import Vector as Run
 from tilus.codegen.access import global_vector_size, vectors
+from tilus.codegen.c.context import CContext
+from tilus.codegen.c.scattered import update_scalar, update_tile
 from tilus.codegen.context import EmitContext
 from tilus.codegen.linear import of_const
 from tilus.dtypes import DataType, bf16, f16, f32, int32, uint32
@@ -102,6 +104,9 @@ class AtomicTile(Instruction):
             _red(ctx, self.op, dtype, run, address, words, ctx.both(owner, inside))
         ctx.note(self, f"atomic {self.op} {self.dst.name}: {vectors_note(dtype, size, layout.num_locals)}")
 
+    def emit_c(self, ctx: CContext) -> None:
+        update_tile(ctx, self.op, self.dst, self.src, self.offsets, self.dims, self.checked)
+
 
 def _widest(dtype: DataType, target: Target) -> int:
     """Elements that one red may update: vectors are for floats, and since sm_90."""
@@ -184,6 +189,9 @@ class AtomicScalar(Instruction):
         ctx.barrier()
         ctx.scalars.variables[self.out] = b.emit("ld.shared.b32", mailbox)
 
+    def emit_c(self, ctx: CContext) -> None:
+        update_scalar(ctx, self.op, self.out, self.dst, self.index, self.value)
+
 
 @dataclass(frozen=True, eq=False)
 class Fence(Instruction):
@@ -199,6 +207,9 @@ class Fence(Instruction):
 
     def emit(self, ctx: EmitContext) -> None:
         ctx.b.emit_to("fence.acq_rel.gpu")
+
+    def emit_c(self, ctx: CContext) -> None:
+        ctx.writer.line("__atomic_thread_fence(__ATOMIC_ACQ_REL);")
 
 
 def _build(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tilus.codegen.c.context import CContext
 from tilus.codegen.context import EmitContext
 from tilus.ir.builder import IRBuilder, builtin
 from tilus.ir.evaluation import Evaluation
@@ -21,6 +22,9 @@ class Sync(Instruction):
 
     def evaluate(self, env: Evaluation) -> None:
         """A block of the reference execution is one sequential program."""
+
+    def emit_c(self, ctx: CContext) -> None:
+        """A block is one sequential program."""
 
     def emit(self, ctx: EmitContext) -> None:
         ctx.barrier()

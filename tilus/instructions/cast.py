@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from tilus.codegen.cast_plan import plan_slots
+from tilus.codegen.c.context import CContext
+from tilus.codegen.c.numbers import converted
+from tilus.codegen.c.tile import Tile, first, joined
 from tilus.codegen.context import EmitContext, num_words
 from tilus.dtypes import DataType, boolean, f32, int32
 from tilus.errors import TilusError
@@ -58,6 +61,19 @@ class Cast(Pointwise):
             ctx.define(self.out, plan.emit(ctx.b, words))
             if src.nbits <= 8 or dst.nbits <= 8:
                 ctx.note(self, plan.summary())
+
+    def emit_c(self, ctx: CContext) -> None:
+        ctx.define(self.out, cast_tile(ctx, ctx.read(self.src), self.out.dtype))
+
+
+def cast_tile(ctx: CContext, tile: Tile, dtype: DataType) -> Tile:
+    """A tile's values as those of another type, while C is written."""
+    ctx.needs_values_of(dtype)
+    src = tile.dtype
+    unrounded = converted(src, dtype, "")[1]
+    if src.is_float and dtype.is_float and not unrounded:  # floats of all types look alike
+        return joined(dtype, tile.shape, [tile], first) if tile.unrounded else replace(tile, dtype=dtype)
+    return joined(dtype, tile.shape, [tile], lambda e: converted(src, dtype, e[0])[0], unrounded=unrounded)
 
 
 def convert_values(value: Array, src: DataType, dst: DataType) -> Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tilus.codegen.c.context import CContext
 from tilus.codegen.context import EmitContext
 from tilus.codegen.conversion import convert_words
 from tilus.errors import TilusError
@@ -52,6 +53,9 @@ class Convert(Instruction):
         if self.src.layout is None or self.out.layout is None:
             return ()
         return (tile_conversion(self.src.dtype, self.src.layout, self.out.layout),)
+
+    def emit_c(self, ctx: CContext) -> None:
+        ctx.define(self.out, ctx.read(self.src))
 
     def emit(self, ctx: EmitContext) -> None:
         words = convert_words(ctx, self.src.dtype, ctx.words(self.src), ctx.layout(self.src), ctx.layout(self.out))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from tilus.codegen.c.context import CContext
+from tilus.codegen.c.threads import address
 from tilus.codegen.context import EmitContext
 from tilus.codegen.linear import of_const, register
 from tilus.dtypes import DataType, boolean, f32, int32, uint32
@@ -115,6 +118,31 @@ class Print(Instruction):
             seen.add(local)
             index = [t + of_const(i) for t, i in zip(ctx.thread_index(layout), local, strict=True)]
             self._call(ctx, owner, [*(register(ctx.b, i) for i in index), word])
+
+    def emit_c(self, ctx: CContext) -> None:
+        tile = self.tile
+        if tile is None:
+            self._print_c(ctx, [], "")
+            return
+        leaf = ctx.read_array(tile)
+        with ctx.writer.loops(tile.shape) as counters:
+            self._print_c(ctx, counters, leaf.source.element(address(leaf.layout, *counters)))
+
+    def _print_c(self, ctx: CContext, index: Sequence[str], element: str) -> None:
+        places, values = list[str](), list[str]()
+        for arg in self.args:
+            kind = "%g" if arg.dtype.is_float else "%lld"
+            wide = "double" if arg.dtype.is_float else "long long"
+            if isinstance(arg, RegisterTensor):
+                places.append(f"[{', '.join(['%lld'] * len(index))}] {kind}")
+                values += [*(f"(long long)({i})" for i in index), f"({wide})({element})"]
+            else:
+                places.append(kind)
+                values.append(f"({wide})({ctx.scalar(arg)})")
+        parts = [json.dumps(part.replace("%", "%%"))[1:-1] for part in literals(self.format)]
+        text = parts[0] + "".join(place + part for place, part in zip(places, parts[1:], strict=True))
+        quoted = f'"{text}\\n"'
+        ctx.writer.line(f"printf({', '.join([quoted, *values])}); fflush(stdout);")
 
     def _call(self, ctx: EmitContext, guard: Reg | None, element: Sequence[Reg]) -> None:
         """One call of vprintf by the threads where `guard` holds; `element`: index and value of the tile's element."""

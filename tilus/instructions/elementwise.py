@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tilus.codegen.c.arithmetic import binary_text, compare_text, unary_text
+from tilus.codegen.c.context import CContext
+from tilus.codegen.c.tile import joined
 from tilus.codegen.context import EmitContext
 from tilus.dtypes import DataType, bf16, boolean, f16, f32, tf32
 from tilus.errors import TilusError
@@ -104,6 +107,11 @@ class BinaryTile(Pointwise):
         a, c = operand_words(ctx, self.lhs, layout), operand_words(ctx, self.rhs, layout)
         ctx.define(self.out, emit_binary(ctx, self.op, self.out.dtype, a, c, layout.num_locals))
 
+    def emit_c(self, ctx: CContext) -> None:
+        op, dtype, operands = self.op, self.out.dtype, [ctx.read(self.lhs), ctx.read(self.rhs)]
+        combine = lambda e: binary_text(op, dtype, e[0], e[1])
+        ctx.define(self.out, joined(dtype, self.out.shape, operands, combine, unrounded=dtype.is_float))
+
 
 @dataclass(frozen=True, eq=False)
 class CompareTile(Pointwise):
@@ -129,6 +137,10 @@ class CompareTile(Pointwise):
         layout = ctx.layout(self.out)
         a, c = operand_words(ctx, self.lhs, layout), operand_words(ctx, self.rhs, layout)
         ctx.define(self.out, emit_compare(ctx, self.op, self.lhs.dtype, a, c, layout.num_locals))
+
+    def emit_c(self, ctx: CContext) -> None:
+        op, operands = self.op, [ctx.read(self.lhs), ctx.read(self.rhs)]
+        ctx.define(self.out, joined(boolean, self.out.shape, operands, lambda e: compare_text(op, e[0], e[1])))
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,6 +169,11 @@ class UnaryTile(Pointwise):
         layout = ctx.layout(self.out)
         words = operand_words(ctx, self.src, layout)
         ctx.define(self.out, emit_unary(ctx, self.op, self.out.dtype, words, layout.num_locals))
+
+    def emit_c(self, ctx: CContext) -> None:
+        op, dtype, operands = self.op, self.out.dtype, [ctx.read(self.src)]
+        combine = lambda e: unary_text(op, dtype, e[0])
+        ctx.define(self.out, joined(dtype, self.out.shape, operands, combine, unrounded=dtype.is_float))
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,6 +204,11 @@ class FusedMultiplyAdd(Pointwise):
         words = [ctx.b.emit(f"fma.rn.{kind}", x, y, z) for x, y, z in zip(*sources, strict=True)]
         ctx.define(self.out, words)
 
+    def emit_c(self, ctx: CContext) -> None:
+        operands = [ctx.read(t) for t in (self.x, self.y, self.z)]
+        combine = lambda e: f"__builtin_fmaf({e[0]}, {e[1]}, {e[2]})"
+        ctx.define(self.out, joined(self.out.dtype, self.out.shape, operands, combine, unrounded=True))
+
 
 @dataclass(frozen=True, eq=False)
 class Where(Pointwise):
@@ -213,6 +235,11 @@ class Where(Pointwise):
         preds = operand_words(ctx, self.cond, layout)
         a, c = operand_words(ctx, self.on_true, layout), operand_words(ctx, self.on_false, layout)
         ctx.define(self.out, select_words(ctx, dtype, preds, a, c))
+
+    def emit_c(self, ctx: CContext) -> None:
+        operands = [ctx.read(t) for t in (self.cond, self.on_true, self.on_false)]
+        combine = lambda e: f"({e[0]} ? {e[1]} : {e[2]})"
+        ctx.define(self.out, joined(self.out.dtype, self.out.shape, operands, combine))
 
 
 def select_words(

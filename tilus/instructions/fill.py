@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tilus.codegen.c.context import CContext
+from tilus.codegen.c.numbers import literal, rounded, value_type
+from tilus.codegen.c.tile import Counter, constant, plain
 from tilus.codegen.context import EmitContext, num_words
 from tilus.codegen.linear import materialize, of_const
 from tilus.codegen.splat import splat_word
@@ -14,11 +17,11 @@ from tilus.dtypes import DataType, boolean, f32, int32
 from tilus.errors import TilusError
 from tilus.ir.builder import IRBuilder, builtin
 from tilus.ir.evaluation import Evaluation
-from tilus.ir.expr import Expr, Number, as_expr
+from tilus.ir.expr import Const, Expr, Number, as_expr
 from tilus.ir.instruction import Instruction
 from tilus.ir.layout_rules import LayoutPriority
 from tilus.ir.tensor import RegisterTensor
-from tilus.layout import RegisterLayout
+from tilus.layout import RegisterLayout, strided
 from tilus.ptx.module import Reg
 
 
@@ -47,6 +50,17 @@ class Full(Instruction):
             return
         word = splat_word(ctx, dtype, self.value)
         ctx.define(self.out, [b.emit(f"mov.{word.cls.value}", word, out=word.cls) for _ in range(count)])
+
+    def emit_c(self, ctx: CContext) -> None:
+        dtype = self.out.dtype
+        if isinstance(self.value, Const):
+            ctx.needs_values_of(dtype)
+            values = dtype.decode(dtype.encode(np.asarray([self.value.value])))
+            text = literal(dtype, float(values[0]) if dtype.is_float else int(values[0]))
+        else:
+            value = f"({value_type(dtype)})({ctx.scalar(self.value)})"
+            text = ctx.let(value_type(dtype), "value", rounded(dtype, value) if dtype.is_float else value)
+        ctx.define(self.out, constant(dtype, self.out.shape, text))
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +94,11 @@ class Arange(Instruction):
             value = materialize(b, form + of_const(ctx.local_index(layout, slot)[self.axis]))
             words.append(value if isinstance(value, Reg) else b.const(value.value))
         ctx.define(self.out, words)
+
+    def emit_c(self, ctx: CContext) -> None:
+        start = ctx.fixed(self.start, "start")
+        steps = [int(d == self.axis) for d in range(self.out.rank)]
+        ctx.define(self.out, plain(int32, self.out.shape, Counter(start), strided(self.out.shape, steps)))
 
 
 @builtin

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tilus.codegen.c.context import CContext
+from tilus.codegen.c.scattered import gather_tile
 from tilus.codegen.context import EmitContext
 from tilus.codegen.linear import of_const, of_reg
 from tilus.dtypes import int32
@@ -111,6 +113,9 @@ class Gather(Pointwise):
             pieces += load_vector(ctx, f"ld.global{cache}", dtype, 1, ctx.global_address(self.src, place), guard)
         ctx.note(self, f"gather {self.src.name}: {layout.num_locals} x {dtype.nbits} bits per thread")
         ctx.define(self.out, assemble(ctx, dtype, 1, pieces))
+
+    def emit_c(self, ctx: CContext) -> None:
+        gather_tile(ctx, self.out, self.src, self.index, self.offsets, self.dims, self.axis)
 
 
 @builtin

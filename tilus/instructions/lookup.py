@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from tilus.codegen.c.codes import Codes, table_of_32
+from tilus.codegen.c.context import CContext
+from tilus.codegen.c.tile import joined, plain
 from tilus.codegen.context import EmitContext
 from tilus.dtypes import bf16, f16, uint4
 from tilus.errors import TilusError
@@ -80,6 +83,16 @@ class Lookup(Pointwise):
         halves = -(-layout.num_locals // 2)
         found = [half for word in words for half in planes.lookup(word)]
         ctx.define(self.out, found[:halves])
+
+    def emit_c(self, ctx: CContext) -> None:
+        """Packed codes stay packed: the product that reads them looks them up."""
+        table = table_of_32(ctx, ctx.read_array(self.table))
+        codes = ctx.read(self.codes)
+        if codes.is_plain and isinstance(codes.leaves[0].source, Codes):
+            source = replace(codes.leaves[0].source, dtype=self.out.dtype, table=table)
+            ctx.define(self.out, plain(self.out.dtype, self.out.shape, source, codes.leaves[0].layout))
+        else:
+            ctx.define(self.out, joined(self.out.dtype, self.out.shape, [codes], lambda e: f"{table}[{e[0]}]"))
 
 
 def _everywhere(num_threads: int) -> RegisterLayout:

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+from tilus.codegen.c import shared as c_shared
+from tilus.codegen.c.context import CContext
 from tilus.codegen.context import EmitContext
 from tilus.codegen.linear import Linear, of_const, of_reg, register
 from tilus.codegen.matrix_forms import Matrices
@@ -108,6 +110,9 @@ class LdMatrix(MatrixMove):
     def evaluate(self, env: Evaluation) -> None:
         env.set_tile(self.out, env.load(self.src, self.offsets, self.out.shape, self.dims, checked=False))
 
+    def emit_c(self, ctx: CContext) -> None:
+        ctx.define(self.out, c_shared.load(ctx, self.src, self.offsets, self.out.shape, self.dims))
+
     def emit(self, ctx: EmitContext) -> None:
         regs: list[Reg] = []
         for count, address in zip(self.groups, self.addresses(ctx), strict=True):
@@ -142,6 +147,9 @@ class StMatrix(MatrixMove):
 
     def evaluate(self, env: Evaluation) -> None:
         env.store(self.dst, self.offsets, self.dims, env.tile(self.src), checked=False)
+
+    def emit_c(self, ctx: CContext) -> None:
+        c_shared.store(ctx, self.dst, self.offsets, self.dims, ctx.read(self.src))
 
     def emit(self, ctx: EmitContext) -> None:
         owner, words = ctx.guard(ctx.first_replica(ctx.layout(self.src))), iter(ctx.words(self.src))

@@ -7,6 +7,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from tilus.codegen.c.context import CContext
+from tilus.codegen.c.memory import Access, borrowed, load_into, store_from
+from tilus.codegen.c.tile import Array, plain
 from tilus.codegen.access import MAX_VECTOR_NBITS, global_vector_size, unit_nbits, vectors
 from tilus.codegen.context import EmitContext
 from tilus.codegen.linear import Linear, of_const
@@ -16,7 +19,8 @@ from tilus.ir.builder import IRBuilder, builtin
 from tilus.ir.evaluation import Evaluation
 from tilus.ir.expr import Const, Expr, Var, as_expr
 from tilus.ir.instruction import Effects, Instruction
-from tilus.ir.layout_rules import Access, LayoutPriority, LayoutRule
+from tilus.ir.layout_rules import Access as AccessRule
+from tilus.ir.layout_rules import LayoutPriority, LayoutRule
 from tilus.ir.tensor import GlobalTensor, RegisterTensor, SharedTensor
 from tilus.layout import RegisterLayout, auto
 from tilus.ptx.module import Address, Imm, Reg, RegClass, Vector
@@ -86,6 +90,14 @@ class LoadGlobal(Instruction):
         ctx.note(self, f"load {self.src.name}: {vectors_note(self.src.dtype, size, layout.num_locals)}")
         ctx.define(self.out, assemble(ctx, self.src.dtype, size, pieces))
 
+    def emit_c(self, ctx: CContext) -> None:
+        access = Access(ctx, self.src, self.offsets, self.out.shape, self.dims)
+        name = borrowed(access, self.checked)
+        if name is None:
+            name = ctx.array(self.src.dtype, self.out.size, self.out.name).name
+            load_into(access, name, "0", self.checked, self.out.size)
+        ctx.define(self.out, plain(self.out.dtype, self.out.shape, Array(name), access.layout))
+
 
 @dataclass(frozen=True, eq=False)
 class StoreGlobal(Instruction):
@@ -133,6 +145,14 @@ class StoreGlobal(Instruction):
             store_vector(ctx, "st.global", self.dst.dtype, vector.slot, size, address, words, ctx.both(owner, inside))
         ctx.note(self, f"store {self.dst.name}: {vectors_note(self.dst.dtype, size, layout.num_locals)}")
 
+    def emit_c(self, ctx: CContext) -> None:
+        access = Access(ctx, self.dst, self.offsets, self.src.shape, self.dims)
+        tile = ctx.read(self.src)
+        leaf = tile.array
+        if leaf is None or leaf.layout != access.layout:
+            leaf = ctx.computed(tile, self.src.name, access.layout).leaves[0]
+        store_from(access, leaf.name, "0", self.checked)
+
 
 @dataclass(frozen=True, eq=False)
 class LoadScalar(Instruction):
@@ -166,6 +186,10 @@ class LoadScalar(Instruction):
         address = ctx.global_address(self.src, index)
         ctx.scalars.variables[self.out] = ctx.b.emit(f"ld.global{cache}.b32", address)
 
+    def emit_c(self, ctx: CContext) -> None:
+        access = Access(ctx, self.src, self.index, (), ())
+        ctx.define_scalar(self.out, f"{access.pointer}[{access.start}]")
+
 
 def global_access(
     tensor: GlobalTensor, tile: RegisterTensor, offsets: Sequence[Expr], dims: Sequence[int], checked: bool,
@@ -177,7 +201,7 @@ def global_access(
     def access_nbits(layout: RegisterLayout) -> int:
         return global_vector_size(tensor, layout, offsets, dims, checked) * tensor.dtype.nbits
 
-    return Access(tile, coalesced(tensor, tile.shape, dims, num_threads), access_nbits, loads)
+    return AccessRule(tile, coalesced(tensor, tile.shape, dims, num_threads), access_nbits, loads)
 
 
 def coalesced(tensor: GlobalTensor, shape: tuple[int, ...], dims: Sequence[int], num_threads: int) -> RegisterLayout:

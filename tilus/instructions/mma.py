@@ -13,9 +13,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tilus.codegen.c.context import CContext
+from tilus.codegen.c.product import Product
+from tilus.codegen.c.tile import Leaf, Tile
 from tilus.codegen.context import EmitContext
-from tilus.dtypes import DataType, f32, int32
+from tilus.dtypes import DataType, f16, f32, int32
 from tilus.errors import TilusError
+from tilus.instructions.cast import cast_tile
 from tilus.instructions.fill import zeros
 from tilus.instructions.mma_atoms import MMA_ATOMS, M, MmaAtom, N, atoms_of
 from tilus.instructions.mma_blocks import Candidate, Extents, blocks_of_operand, candidate, slots_by_index, warp_grids
@@ -133,6 +137,24 @@ class Dot(Instruction):
     def evaluate(self, env: Evaluation) -> None:
         env.set_tile(self.out, product(env.tile(self.a), env.tile(self.b), env.tile(self.acc), self.out.dtype))
 
+    def emit_c(self, ctx: CContext) -> None:
+        a, b, acc = (_batched(ctx.read(t)) for t in (self.a, self.b, self.acc))
+        target = None
+        if self.out.mutable and self.out.dtype != f16:
+            storage = ctx.storage(self.out)
+            if storage.layout.is_injective():
+                target = Leaf(storage.source, storage.layout if self.a.rank == 3 else storage.layout.unsqueeze(0))
+            ctx.settle(self.out)
+        total = Product(ctx, a, b, acc, target).result()
+        if self.a.rank == 2:
+            total = total.renamed(self.out.shape, lambda layout: layout.squeeze(0))
+        if self.out.dtype == f16:
+            total = cast_tile(ctx, total, f16)
+        if self.out.mutable and total.array == ctx.storage(self.out):
+            ctx.note_layout(self.out, total.leaves[0].layout)
+        else:
+            ctx.define(self.out, total)
+
 
 @dataclass(frozen=True, eq=False)
 class Mma(Dot):
@@ -175,6 +197,11 @@ class Mma(Dot):
         if not in_place:
             order = slot_map(layouts[self.out], self.layouts(way)[2])
             ctx.define(self.out, ctx.pick(self.out.dtype, result, order))
+
+
+def _batched(tile: Tile) -> Tile:
+    """A matrix as a batch of one."""
+    return tile if len(tile.shape) == 3 else tile.renamed((1, *tile.shape), lambda layout: layout.unsqueeze(0))
 
 
 def _fragment(words: Sequence[Reg], slot: int, blocks: RegisterLayout) -> Vector:

@@ -8,6 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from tilus.codegen.c.codes import Codes
+from tilus.codegen.c.context import CContext
+from tilus.codegen.c.numbers import converted
+from tilus.codegen.c.threads import from_threads, pack, thread_bytes
+from tilus.codegen.c.tile import plain
 from tilus.codegen.cast_plan import plan_unpack, scale_exponent
 from tilus.codegen.code_order import CodeOrder
 from tilus.codegen.context import EmitContext
@@ -15,12 +20,12 @@ from tilus.codegen.lanes import emit_permutation
 from tilus.codegen.packed_order import packed_order
 from tilus.dtypes import DataType, bf16, f16, pack_bits, unpack_bits
 from tilus.errors import TilusError
-from tilus.instructions.cast import convert_values
+from tilus.instructions.cast import cast_tile, convert_values
 from tilus.ir.builder import IRBuilder, builtin
 from tilus.ir.evaluation import Array, Evaluation
 from tilus.ir.instruction import Instruction
 from tilus.ir.tensor import RegisterTensor
-from tilus.layout import RegisterLayout
+from tilus.layout import RegisterLayout, row_major
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +53,13 @@ class PackCodes(Instruction):
 
     def emit(self, ctx: EmitContext) -> None:
         ctx.define(self.out, emit_permutation(ctx.b, ctx.words(self.src), self.order.bits))
+
+    def emit_c(self, ctx: CContext) -> None:
+        if self.src.layout is None or self.out.layout is None:
+            raise ValueError("packed codes without layouts passed the verifier")
+        ctx.define(
+            self.out, pack(ctx, ctx.read(self.src), self.src.layout, self.order, self.out.dtype, self.out.layout)
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +103,23 @@ class UnpackCodes(Instruction):
         plan = plan_unpack(self.order, self.out.dtype, ctx.target, len(words), scaled=self.scaled)
         ctx.define(self.out, plan.emit(ctx.b, words))
         ctx.note(self, plan.summary())
+
+    def emit_c(self, ctx: CContext) -> None:
+        if self.src.layout is None or self.out.layout is None:
+            raise ValueError("packed codes without layouts passed the verifier")
+        factor = 2.0 ** -scale_exponent(self.code, self.out.dtype) if self.scaled else 1.0
+        slots = self.out.layout.num_locals
+        shape, registers = (self.out.layout.num_threads, slots), self.src.layout
+        packed = thread_bytes(ctx, ctx.read(self.src), registers, 4)
+        ctx.needs_values_of(self.code)
+        if converted(self.code, self.out.dtype, "")[1] or not self.out.dtype.is_float:
+            codes = Codes.of(*packed, self.code, self.order, slots)
+            numbers = plain(self.code, shape, codes, row_major(shape))
+            numbers = cast_tile(ctx, numbers, self.out.dtype)
+        else:
+            codes = Codes.of(*packed, self.code, self.order, slots, self.out.dtype, factor)
+            numbers = plain(self.out.dtype, shape, codes, row_major(shape))
+        ctx.define(self.out, from_threads(ctx, numbers, self.out.layout))
 
 
 def _check(

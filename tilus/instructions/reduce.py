@@ -18,6 +18,10 @@ from itertools import islice
 
 import numpy as np
 
+from tilus.codegen.c import reduction as c_reduction
+from tilus.codegen.c.context import CContext
+from tilus.codegen.c.numbers import converted
+from tilus.codegen.c.tile import joined
 from tilus.codegen.context import EmitContext
 from tilus.codegen.conversion import stream_words
 from tilus.dtypes import DataType, boolean, f32, int32, uint32
@@ -205,6 +209,20 @@ class Reduce(Instruction):
         totals = [_tree(list(islice(moved, plan.parts)), combine) for _ in range(0, layout.num_locals, plan.parts)]
         ctx.note(self, self._note(plan))
         ctx.define(self.out, _narrowed(ctx, accumulator, self.out.dtype, totals))
+
+    def emit_c(self, ctx: CContext) -> None:
+        dtype = boolean if self.src.dtype == boolean else accumulator_dtype(self.src.dtype)
+        total = c_reduction.reduce(ctx, self.op, ctx.read(self.src), dtype, self.axes)
+        if not self.keepdims:
+            total = total.renamed(self.out.shape, lambda layout: layout.reshape(self.out.shape))
+        unrounded = converted(dtype, self.out.dtype, "")[1]
+        combine = lambda e: converted(dtype, self.out.dtype, e[0])[0]
+        ctx.define(
+            self.out,
+            total
+            if dtype == self.out.dtype
+            else joined(self.out.dtype, self.out.shape, [total], combine, unrounded=unrounded),
+        )
 
     def _note(self, plan: Plan) -> str:
         steps = [f"{len(plan.groups[0])} values in a thread", f"{len(plan.lane_masks)} shuffles"]

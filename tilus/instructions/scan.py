@@ -15,6 +15,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from tilus.codegen.c import reduction as c_reduction
+from tilus.codegen.c.context import CContext
+from tilus.codegen.c.numbers import converted
+from tilus.codegen.c.tile import joined
 from tilus.codegen.context import EmitContext
 from tilus.codegen.conversion import convert_words
 from tilus.codegen.linear import register
@@ -126,6 +130,18 @@ class Scan(Pointwise):
         ctx.note(self, f"cumulative {self.op} of {self.src.name}: {kinds}")
         values = scan.finish()
         ctx.define(self.out, ctx.cast(accumulator, self.out.dtype, values, len(values)))
+
+    def emit_c(self, ctx: CContext) -> None:
+        dtype = accumulator_dtype(self.src.dtype)
+        total = c_reduction.scan(ctx, self.op, ctx.read(self.src), dtype, self.axis)
+        unrounded = converted(dtype, self.out.dtype, "")[1]
+        combine = lambda e: converted(dtype, self.out.dtype, e[0])[0]
+        ctx.define(
+            self.out,
+            total
+            if dtype == self.out.dtype
+            else joined(self.out.dtype, self.out.shape, [total], combine, unrounded=unrounded),
+        )
 
 
 @dataclass

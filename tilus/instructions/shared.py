@@ -6,6 +6,8 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tilus.codegen.c import shared as c_shared
+from tilus.codegen.c.context import CContext
 from tilus.codegen.access import MAX_VECTOR_NBITS, vectors
 from tilus.codegen.context import EmitContext
 from tilus.codegen.shared_access import SharedAccess, shared_access
@@ -91,6 +93,9 @@ class LoadShared(Instruction):
         ctx.note(self, f"shared load {self.src.name}: {vectors_note(self.src.dtype, size, layout.num_locals)}")
         ctx.define(self.out, assemble(ctx, self.src.dtype, size, pieces))
 
+    def emit_c(self, ctx: CContext) -> None:
+        ctx.define(self.out, c_shared.load(ctx, self.src, self.offsets, self.out.shape, self.dims))
+
 
 @dataclass(frozen=True, eq=False)
 class StoreShared(Instruction):
@@ -142,6 +147,9 @@ class StoreShared(Instruction):
             address = ctx.shared_address(self.dst, starts(vector.slot))
             store_vector(ctx, "st.shared", self.dst.dtype, vector.slot, size, address, words, owner)
         ctx.note(self, f"shared store {self.dst.name}: {vectors_note(self.dst.dtype, size, layout.num_locals)}")
+
+    def emit_c(self, ctx: CContext) -> None:
+        c_shared.store(ctx, self.dst, self.offsets, self.dims, ctx.read(self.src))
 
 
 def moving(

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tilus.codegen.c.context import CContext
+from tilus.codegen.c.threads import view as c_view
+from tilus.codegen.c.tile import broadcast as c_broadcast
 from tilus.codegen.context import EmitContext
 from tilus.dtypes import DataType, boolean
 from tilus.errors import TilusError
@@ -18,7 +21,7 @@ from tilus.ir.evaluation import Evaluation
 from tilus.ir.instruction import Instruction, expect_same_shape
 from tilus.ir.layout_rules import LayoutRule, Renamed, Variable
 from tilus.ir.tensor import RegisterTensor
-from tilus.layout import LayoutError, RegisterLayout, slot_map
+from tilus.layout import LayoutError, RegisterLayout, SharedLayout, row_major, slot_map
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +50,9 @@ class Assign(Pointwise):
     def emit(self, ctx: EmitContext) -> None:
         ctx.define(self.out, operand_words(ctx, self.src, ctx.layout(self.out)))
 
+    def emit_c(self, ctx: CContext) -> None:
+        ctx.define(self.out, ctx.read(self.src))
+
 
 class Renaming(Instruction):
     """Instructions whose result holds the operand's elements under other indices: registers stay where they are."""
@@ -67,6 +73,19 @@ class Renaming(Instruction):
 
     def emit(self, ctx: EmitContext) -> None:
         ctx.define(self.out, ctx.aligned_words(self.src, self.backward(ctx.layout(self.out))))
+
+    def memory(self, layout: SharedLayout) -> SharedLayout:
+        """The layout of the same memory under the result's indices; may raise LayoutError."""
+        raise NotImplementedError(f"{type(self).__name__}.memory")
+
+    def emit_c(self, ctx: CContext) -> None:
+        tile = ctx.read(self.src)
+        try:
+            renamed = tile.renamed(self.out.shape, self.memory)
+        except LayoutError:  # digits that the new dims would cut
+            compact = ctx.computed(tile, self.src.name, row_major(tile.shape))
+            renamed = compact.renamed(self.out.shape, self.memory)
+        ctx.define(self.out, renamed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +109,9 @@ class Reshape(Renaming):
 
     def backward(self, layout: RegisterLayout) -> RegisterLayout:
         return layout.reshape(self.src.shape)
+
+    def memory(self, layout: SharedLayout) -> SharedLayout:
+        return layout.reshape(self.out.shape)
 
     def evaluate(self, env: Evaluation) -> None:
         value = env.tile(self.src)
@@ -115,6 +137,9 @@ class Permute(Renaming):
 
     def backward(self, layout: RegisterLayout) -> RegisterLayout:
         return layout.permute([self.dims.index(d) for d in range(len(self.dims))])
+
+    def memory(self, layout: SharedLayout) -> SharedLayout:
+        return layout.permute(self.dims)
 
     def evaluate(self, env: Evaluation) -> None:
         value = env.tile(self.src)
@@ -153,6 +178,9 @@ class Select(Renaming):
         """Every thread holds the whole dim, in its outermost slots."""
         return layout.unsqueeze(self.dim).expand(self.dim, self.src.shape[self.dim])
 
+    def memory(self, layout: SharedLayout) -> SharedLayout:
+        return layout.slice(self.dim, self.index, self.index + 1).squeeze(self.dim)
+
     def evaluate(self, env: Evaluation) -> None:
         env.set_tile(self.out, np.take(env.tile(self.src), self.index, axis=3 + self.dim))
 
@@ -182,6 +210,9 @@ class Broadcast(Pointwise):
         pad = (1,) * (self.out.rank - self.src.rank)
         value = value.reshape(*value.shape[:3], *pad, *value.shape[3:])
         env.set_tile(self.out, np.broadcast_to(value, (*value.shape[:3], *self.out.shape)))
+
+    def emit_c(self, ctx: CContext) -> None:
+        ctx.define(self.out, c_broadcast(ctx.read(self.src), self.out.shape))
 
     def emit(self, ctx: EmitContext) -> None:
         ctx.define(self.out, operand_words(ctx, self.src, ctx.layout(self.out)))
@@ -223,6 +254,11 @@ class View(Instruction):
         if boolean in (self.src.dtype, self.out.dtype) or 64 in (self.src.dtype.nbits, self.out.dtype.nbits):
             raise TilusError(f"view between {self.src.dtype.name} and {self.out.dtype.name} is not supported")
         ctx.define(self.out, ctx.words(self.src))
+
+    def emit_c(self, ctx: CContext) -> None:
+        if self.src.layout is None or self.out.layout is None:
+            raise ValueError("view without layouts passed the verifier")
+        ctx.define(self.out, c_view(ctx, ctx.read(self.src), self.src.layout, self.out.dtype, self.out.layout))
 
 
 @builtin

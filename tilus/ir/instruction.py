@@ -1,7 +1,7 @@
 """The base class of tile instructions: one instruction is one class that knows everything about itself.
 
 A subclass is a frozen dataclass. Its fields are its operands and attributes; every other fact is a method on it:
-`effects`, `verify`, `layout_rule`, `evaluate` (its numpy meaning) and `emit` (its PTX). Passes ask; they hold no lists.
+`effects`, `verify`, `layout_rule`, `evaluate` (its numpy meaning), `emit` (its PTX) and `emit_c` (its C). Passes ask; they hold no lists.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from tilus.layout.conversion import ConversionPlan
 from tilus.target import Target
 
 if TYPE_CHECKING:
+    from tilus.codegen.c.context import CContext
     from tilus.codegen.context import EmitContext
     from tilus.codegen.shared_access import SharedAccess
     from tilus.ir.evaluation import Evaluation
@@ -137,6 +138,10 @@ class Instruction:
     def emit(self, ctx: EmitContext) -> None:
         """Emit PTX: read operand registers from `ctx`, define the results."""
         raise NotImplementedError(f"{type(self).__name__}.emit")
+
+    def emit_c(self, ctx: CContext) -> None:
+        """Write C for a CPU: read operand tiles from `ctx`, define the results."""
+        raise NotImplementedError(f"{type(self).__name__}.emit_c")
 
 
 def is_out(name: str) -> bool:
