@@ -67,7 +67,9 @@ def float64(x: torch.Tensor) -> Any:
     return x.to(torch.float64).numpy()
 
 
-PACKED = [(code, packed_for) for code in CODE_TYPES for packed_for in (f16, f32)] + [(code, bf16) for code in CODE_TYPES if code.is_float]
+PACKED = [(code, packed_for) for code in CODE_TYPES for packed_for in (f16, f32)] + [
+    (code, bf16) for code in CODE_TYPES if code.is_float
+]
 
 
 @pytest.mark.parametrize(("code", "packed_for"), PACKED, ids=str)

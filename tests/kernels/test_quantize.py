@@ -81,8 +81,9 @@ def test_every_code_in_every_place(dtype: DataType, order: TileOrder) -> None:
 @pytest.mark.parametrize("span", [16, 32, 64, 128, WHOLE])
 @pytest.mark.parametrize("dtype", CODE_TYPES, ids=str)
 def test_where_each_bit_of_the_order_rows_stands(dtype: DataType, span: int) -> None:
-    """Bit j of the code in row r, column c of a tile is bit (c nbits + j) % 32 of word (c nbits + j) / 32 of that row, and of each
-    word come first those of rows 0 to 31, then of rows 32 to 63 after all of theirs; tables change nothing."""
+    """Bit j of the code in row r, column c of a tile is bit (c nbits + j) % 32 of word (c nbits + j) / 32 of that row. Rows 0 to
+    31 come first, word by word; then rows 32 to 63. Tables change nothing.
+    """
     nbits = dtype.nbits
     codes = np.random.default_rng(nbits).integers(0, dtype.num_codes, (70, 100), np.uint8)
     n, k, j = np.ix_(np.arange(70), np.arange(100), np.arange(nbits))

@@ -28,8 +28,8 @@ Cells = dict[tuple[int, int], int]
 def packed_order(dtype: DataType, packed_for: DataType = f16) -> CodeOrder:
     """The order in which codes of a type are packed: the best one for casts to `packed_for`, f16, bf16 or f32, and right for all.
 
-    For f32 it is the little-endian order: values of 32 bits have no lanes to share. Types that hardware converts two at a time keep
-    their bytes in order for f16 and bf16, too.
+    For f32 it is the little-endian order: values of 32 bits have no lanes to share. Types that hardware converts two at a time
+    keep their bytes in order for f16 and bf16, too.
     Raises: TilusError for other types.
     """
     if not dtype.is_small or packed_for not in (f16, bf16, f32):

@@ -112,8 +112,8 @@ class QuantizedWeight:
 def pack(matrix: QuantizedMatrix, device: Any = None, order: str | None = None) -> QuantizedWeight:
     """Pack a weight for `linear`; `unpack` gives the matrix back, bit for bit.
 
-    device: None for numpy arrays, or a torch device for tensors on it; on a GPU a kernel packs the codes. order: of the tiles, "mma"
-    for GPUs or "rows" for CPUs; by default "rows" for tensors on a CPU, else "mma".
+    device: None for numpy arrays, or a torch device for tensors on it; on a GPU a kernel packs the codes. order: of the tiles,
+    "mma" for GPUs or "rows" for CPUs; by default "rows" for tensors on a CPU, else "mma".
     Scales are stored in `matrix.scale_dtype`; minimums in the first of that type, f16 and f32 that holds them all. A scale of 0
     makes the weights of its group 0 (plus the minimum).
     Raises: TilusError, with both values, for codes outside of the type or not finite, factors that are not finite or that their

@@ -8,17 +8,17 @@ There are two orders of tiles. They take as many bytes, in arrays of the same sh
 
 **mma** is for tensor cores: a tile is the left operand of their products. The bits of a thread's codes are in the order that the
 cast to 16 bits likes best (`packed_order`; codes that are looked up in a table follow each other). They come in 16-byte chunks
-that lie side by side for the 32 threads, so every load of the kernel is 16 bytes a thread and coalesced. The columns of a tile are
-permuted, in two ways at once. Steps of the tensor core (16 columns) stay inside of a group's columns, so that a group's scale
+that lie side by side for the 32 threads, so every load of the kernel is 16 bytes a thread and coalesced. The columns of a tile
+are permuted, in two ways at once. Steps of the tensor core (16 columns) stay inside of a group's columns, so that a group's scale
 multiplies a finished sum. Inside of that, a thread's columns are consecutive ones of the activations: with P = `parts(span)`
-groups in a tile, column k = (64 / P) J + (16 / P) t + 4 j + 2 h + e stands at position 16 (4 / P J + j) + 8 h + 2 t + e, where t is
-the thread's place among the four of a row. A set of factors is [row % 8][row / 8], so that a thread loads those of its eight rows
-at once.
+groups in a tile, column k = (64 / P) J + (16 / P) t + 4 j + 2 h + e stands at position 16 (4 / P J + j) + 8 h + 2 t + e, where
+t is the thread's place among the four of a row. A set of factors is [row % 8][row / 8], so that a thread loads those of its eight
+rows at once.
 
 **rows** is for CPUs, whose vector lanes are rows of the weight: thread t of the 32 holds rows t and t + 32, all else is natural.
 The 64 codes of a row are a little-endian string of 2 * nbits words of 32 bits; word w of row r stands at byte
-((r / 32 * 2 * nbits + w) * 32 + r % 32) * 4 of the tile, beside the same word of the neighbouring rows. Factors are in the order of
-the rows.
+((r / 32 * 2 * nbits + w) * 32 + r % 32) * 4 of the tile, beside the same word of the neighbouring rows. Factors are in the order
+of the rows.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def parts(span: int) -> int:
 
 
 class TileOrder(ABC):
-    """An order of tiles; `MMA` and `ROWS` are all that there are.
+    """An order of the codes and factors of tiles: `MMA` or `ROWS`.
 
     name: in headers. packed_for: the order of bits of a thread's codes (`packed_order`). chunk_nbytes: how many bytes of a thread
     lie side by side. factor_axes: a set of factors is the rows as [row / 8, row % 8], with its axes in this order.
