@@ -24,7 +24,7 @@ def pack_codes(codes: Bytes, dtype: DataType, span: int, lookup: bool, order: Ti
     padded[:n, :k] = codes
     tiles = padded.reshape(tiles_n, TILE, tiles_k, TILE).transpose(0, 2, 1, 3)
     rows, columns = slots(order, span)
-    strings = packed_order(dtype, order.code_type_for(lookup)).pack(tiles[:, :, rows, columns])
+    strings = packed_order(dtype, order.codes_packed_for(lookup)).pack(tiles[:, :, rows, columns])
     chunks = strings.reshape(tiles_n, tiles_k, 32, -1, order.chunk_nbytes).transpose(0, 1, 3, 2, 4)
     return np.ascontiguousarray(chunks).reshape(tiles_n, tiles_k, 512 * dtype.nbits)
 
@@ -36,7 +36,7 @@ def unpack_codes(packed: Bytes, dtype: DataType, span: int, lookup: bool, order:
     strings = np.ascontiguousarray(chunks).reshape(tiles_n, tiles_k, 32, 16 * dtype.nbits)
     rows, columns = slots(order, span)
     tiles = np.empty((tiles_n, tiles_k, TILE, TILE), np.uint8)
-    tiles[:, :, rows, columns] = packed_order(dtype, order.code_type_for(lookup)).unpack(strings)
+    tiles[:, :, rows, columns] = packed_order(dtype, order.codes_packed_for(lookup)).unpack(strings)
     return tiles.transpose(0, 2, 1, 3).reshape(tiles_n * TILE, tiles_k * TILE)
 
 
@@ -73,7 +73,7 @@ def pack_codes_kernel(
     ordered, unsigned = to_packed_order(tile, span, order), DTYPES[f"uint{wdtype.nbits}"]
     fragments = tilus.cast(ordered, unsigned, layout=order.fragment_layout(1))
     shape, layout = [1, 1, 512 * wdtype.nbits], order.byte_layout(wdtype, 1, 1)
-    packed_for = order.code_type_for(lookup)
+    packed_for = order.codes_packed_for(lookup)
     raw = tilus.pack_codes(fragments, uint8, shape, layout, packed_as=wdtype, packed_for=packed_for)
     tilus.store(packed, [i, j, 0], raw)
 
@@ -93,7 +93,7 @@ def unpack_codes_kernel(
     i, j = tilus.block_id(0), tilus.block_id(1)
     raw = tilus.load(packed, [i, j, 0], [1, 1, 512 * wdtype.nbits], layout=order.byte_layout(wdtype, 1, 1))
     shape, layout = [1, TILE, TILE], order.fragment_layout(1)
-    unsigned, packed_for = DTYPES[f"uint{wdtype.nbits}"], order.code_type_for(lookup)
+    unsigned, packed_for = DTYPES[f"uint{wdtype.nbits}"], order.codes_packed_for(lookup)
     tile = tilus.unpack_codes(raw, unsigned, unsigned, shape, layout, packed_as=wdtype, packed_for=packed_for)
     plain = to_plain_order(tilus.cast(tile, uint8), span, order)
     tilus.store(codes, [i * TILE, j * TILE], tilus.with_layout(plain, order.plain_layout(span)))

@@ -102,7 +102,7 @@ class TileOrder(ABC):
             return spatial(rows, warps, 1, 1) * local(1, sets // warps, 1, 1) * own
         return spatial(rows, sets, 1, 1) * replicated(warps // sets, 4) * own
 
-    def code_type_for(self, lookup: bool) -> DataType:
+    def codes_packed_for(self, lookup: bool) -> DataType:
         """What a tile's codes are packed for: those that are looked up in a table are little-endian in every order."""
         return f32 if lookup else self.packed_for
 
