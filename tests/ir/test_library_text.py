@@ -16,6 +16,7 @@ from tilus.instructions import INSTRUCTIONS
 from tilus.ir import parser
 from tilus.ir.function import Function
 from tilus.ir.printer import print_function
+from tilus.kernels.quantize.tiles import ROWS
 from tilus.lang.kernel import Kernel
 from tilus.target import get_target
 
@@ -60,9 +61,23 @@ SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
             "stages": 2,
             "blocks_per_sm": 2,
         },
+        {
+            "wdtype": int4,
+            "scale_dtype": f16,
+            "span": 32,
+            "tokens": 8,
+            "rows": 1,
+            "warps": 1,
+            "stages": 0,
+            "blocks_per_sm": 1,
+            "order": ROWS,
+        },
     ],
     "norm.rms_norm_kernel": [{"hidden": 768}],
-    "quantize.codes.pack_codes_kernel": [{"wdtype": uint4, "span": 32, "lookup": False}],
+    "quantize.codes.pack_codes_kernel": [
+        {"wdtype": uint4, "span": 32, "lookup": False},
+        {"wdtype": int4, "span": 32, "lookup": False, "order": ROWS},
+    ],
     "quantize.codes.unpack_codes_kernel": [{"wdtype": int8, "span": 0, "lookup": True}],
     "rope.rope_append_kernel": [{"head_dim": 64, "heads": 9, "q_heads": 3, "kv_heads": 3, "page_size": 16}],
 }

@@ -8,6 +8,8 @@ everything is added up and scaled in f32, and the result is rounded once. No wei
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -16,11 +18,11 @@ from weights import CODE_TYPES, SCHEMES, exact, matrix_of, random_matrix
 
 import tilus
 from tilus import TilusError
-from tilus.dtypes import DataType
+from tilus.dtypes import DTYPES, DataType
 from tilus.kernels import linear
 from tilus.kernels.linear import launch
 from tilus.kernels.quantize import QuantizedMatrix, pack
-from tilus.kernels.schedule import Schedule
+from tilus.kernels.schedule import Schedule, cpu_schedule
 
 GROUPS = [16, 32, 48, 64, 128, 192, 0]
 ACTIVATIONS = pytest.mark.parametrize("act", [torch.float16, torch.bfloat16], ids=["f16", "bf16"])
@@ -54,8 +56,9 @@ def check(
     matrix: QuantizedMatrix,
     out: torch.dtype = torch.float32,
     bias: torch.Tensor | None = None,
+    order: str = "mma",
 ) -> None:
-    y = linear(x, pack(matrix, "cpu"), bias=bias, out_dtype=out, device=device)
+    y = linear(x, pack(matrix, "cpu", order), bias=bias, out_dtype=out, device=device)
     assert y.dtype == out
     assert_exact(y, *exact_and_bound(x, matrix, out, bias))
 
@@ -101,7 +104,7 @@ def test_scales_have_the_range_of_floats(device: str, act: torch.dtype) -> None:
     )
     x = torch.zeros(2, 64, dtype=act)
     x[0, :32], x[1, 40] = 1, -2
-    y = linear(x, pack(matrix, "cpu"), out_dtype=torch.float32, device=device)
+    y = linear(x, pack(matrix, "cpu", "mma"), out_dtype=torch.float32, device=device)
     np.testing.assert_array_equal(float64(y), float64(x) @ exact(matrix).values.T)
 
 
@@ -111,7 +114,7 @@ def test_bias(device: str, bias: torch.dtype) -> None:
     matrix, x, offset = random_matrix(tilus.int4, 70, 320, 32), activations(9, 320), activations(1, 70)[0].to(bias)
     check(device, x, matrix, torch.float16, offset)
     y = torch.empty(9, 70)
-    launch(x, pack(matrix, "cpu"), y, offset, Schedule(tokens=8, rows=1, warps=2, stages=1, splits=2), device)
+    launch(x, pack(matrix, "cpu", "mma"), y, offset, Schedule(tokens=8, rows=1, warps=2, stages=1, splits=2), device)
     assert_exact(y, *exact_and_bound(x, matrix, torch.float32, offset))
 
 
@@ -136,12 +139,13 @@ def test_sizes_of_k(device: str, k: int, group: int) -> None:
 
 @pytest.mark.parametrize("splits", [1, 2, 3])
 @pytest.mark.parametrize(
-    ("rows", "warps", "stages", "group"), [(1, 1, 1, 32), (2, 2, 1, 64), (1, 4, 1, 160), (3, 2, 2, 320), (2, 1, 2, 16)]
+    ("rows", "warps", "stages", "group"),
+    [(1, 1, 1, 32), (2, 2, 1, 64), (1, 4, 1, 160), (3, 2, 2, 320), (2, 1, 2, 16), (1, 1, 0, 32), (1, 2, 0, 320)],
 )
 def test_schedules(device: str, rows: int, warps: int, stages: int, group: int, splits: int) -> None:
     """Blocks that share a tile of the result: the last one adds up, and the counters are zero again, so a second launch works."""
     matrix, x = random_matrix(tilus.uint4, 70, 320, group, mins=True), activations(9, 320)
-    packed = pack(matrix, "cpu")
+    packed = pack(matrix, "cpu", "mma")
     for _ in range(2):
         y = torch.full((9, 70), torch.nan)
         launch(x, packed, y, None, Schedule(8, rows, warps, stages, splits), device)
@@ -153,8 +157,73 @@ def test_groups_longer_than_a_step(device: str) -> None:
     for group, rows, warps, stages in ((256, 1, 1, 1), (256, 2, 4, 1), (128, 1, 2, 1), (128, 1, 1, 2)):
         matrix, x = random_matrix(tilus.int3, 64, 512, group, mins=True), activations(2, 512)
         y = torch.empty(2, 64)
-        launch(x, pack(matrix, "cpu"), y, None, Schedule(8, rows, warps, stages), device)
+        launch(x, pack(matrix, "cpu", "mma"), y, None, Schedule(8, rows, warps, stages), device)
         assert_exact(y, *exact_and_bound(x, matrix, torch.float32))
+
+
+ORDERS = pytest.mark.parametrize("order", [pytest.param("mma", marks=pytest.mark.slow), "rows"])
+SPANS = [(16, 80), (32, 96), (64, 192), (128, 256), (0, 100)]
+
+
+@ORDERS
+@pytest.mark.parametrize("dtype", CODE_TYPES, ids=str)
+def test_every_type_in_both_orders(dtype: DataType, order: str) -> None:
+    """With sets of factors for 16, 32, 64, 128 and all columns, with minimums and without; N and most K end inside of a tile."""
+    for i, (group, k) in enumerate(SPANS):
+        m = (1, 2, 3, 7, 8, 9, 17, 40)[(CODE_TYPES.index(dtype) + i) % 8]
+        matrix = random_matrix(dtype, 70, k, group or k, mins=i % 2 == 0, seed=i)
+        check("reference", activations(m, k), matrix, order=order)
+
+
+@ORDERS
+@ACTIVATIONS
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_in_both_orders(scheme: str, act: torch.dtype, order: str) -> None:
+    types = SCHEMES[scheme][1]
+    for i, (group, k) in enumerate(SPANS):
+        matrix = matrix_of(scheme, types[5 * i % len(types)], (70, 64, 130)[i % 3], k, group or k, seed=i)
+        check("reference", activations((40, 9, 3, 17, 1)[i], k, act), matrix, order=order)
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 7, 8, 9, 17, 40])
+@pytest.mark.parametrize(("group", "k"), SPANS)
+def test_schedules_for_cpus(m: int, group: int, k: int) -> None:
+    """Any number of tokens up to eight, with nothing fetched ahead, and with K split."""
+    matrix, x = random_matrix(tilus.uint4, 70, k, group or k, mins=True), activations(m, k)
+    packed = pack(matrix, "cpu")
+    plan = cpu_schedule(m, *packed.codes.shape[:2], 4, num_threads=4)
+    for splits in (plan.splits, 2):
+        y = torch.full((m, 70), torch.nan)
+        launch(x, packed, y, None, replace(plan, splits=splits), "reference")
+        assert_exact(y, *exact_and_bound(x, matrix, torch.float32))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("scheme", "dtype", "group", "k"),
+    [
+        ("minimums", tilus.uint4, 32, 96), ("wide factors", tilus.int3, 16, 80), ("table", tilus.uint4, 64, 192),
+        ("powers of two", DTYPES["float6_e3m2"], 128, 256), ("everything", tilus.uint5, 0, 100),
+        ("symmetric", tilus.float8_e4m3, 48, 96), ("zero points", tilus.int1, 64, 192),
+    ],
+)  # fmt: skip
+def test_the_order_for_cpus_on_the_emulator(scheme: str, dtype: DataType, group: int, k: int) -> None:
+    """Its layouts are such as any other, so GPU code is right with it, if not fast; with the same sums as the reference's."""
+    matrix, x = matrix_of(scheme, dtype, 70, k, group or k), activations(9, k)
+    check("emulator", x, matrix, order="rows")
+    columns = slice(None) if matrix.columns is None else torch.from_numpy(matrix.columns).long()
+    packed = pack(matrix, "cpu", "rows")
+    for plan in (Schedule(8, 1, 1, 0), Schedule(16, 2, 2, 0, 2)):
+        y = torch.full((9, 70), torch.nan)
+        launch(x[:, columns], packed, y, None, plan, "emulator")
+        assert_exact(y, *exact_and_bound(x, matrix, torch.float32))
+
+
+def test_a_weight_for_cpus_on_a_gpu_is_refused() -> None:
+    weight = pack(random_matrix(tilus.int4, 64, 96, 32), "cpu")
+    message = r'in the order rows, expected mma\n  hint: pack it again: weight.to\("cuda"\)'
+    with pytest.raises(TilusError, match=message):
+        linear(activations(2, 96), weight, device="cuda")
 
 
 def test_numpy_arrays(device: str) -> None:
@@ -172,14 +241,16 @@ def test_strided_activations(device: str) -> None:
 
 
 def test_output_in_place(device: str) -> None:
-    weight, x = pack(random_matrix(tilus.int4, 64, 64, 32), "cpu"), activations(3, 64)
+    weight, x = pack(random_matrix(tilus.int4, 64, 64, 32), "cpu", "mma"), activations(3, 64)
     out = torch.empty(3, 64, dtype=torch.float16)
     assert linear(x, weight, out=out, device=device) is out
     assert torch.equal(out, linear(x, weight, device=device))
 
 
 def test_no_tokens(device: str) -> None:
-    assert linear(activations(0, 64), pack(random_matrix(tilus.int4, 64, 64, 32), "cpu"), device=device).shape == (
+    assert linear(
+        activations(0, 64), pack(random_matrix(tilus.int4, 64, 64, 32), "cpu", "mma"), device=device
+    ).shape == (
         0,
         64,
     )
@@ -187,13 +258,13 @@ def test_no_tokens(device: str) -> None:
 
 def test_a_token_does_not_depend_on_its_batch(device: str) -> None:
     """As long as both batches get the same schedule."""
-    weight, x = pack(random_matrix(tilus.float4_e2m1, 64, 128, 32), "cpu"), activations(5, 128)
+    weight, x = pack(random_matrix(tilus.float4_e2m1, 64, 128, 32), "cpu", "mma"), activations(5, 128)
     together = linear(x, weight, device=device)
     assert torch.equal(torch.cat([linear(row[None], weight, device=device) for row in x]), together)
 
 
 def test_misfits_are_named_with_both_values() -> None:
-    weight = pack(random_matrix(tilus.int4, 64, 96, 32), "cpu")
+    weight = pack(random_matrix(tilus.int4, 64, 96, 32), "cpu", "mma")
     with pytest.raises(
         TilusError, match=r"linear: x has shape \[2, 64\], the weight is \[64, 96\]\n  hint: x must be \[M, 96\]"
     ):

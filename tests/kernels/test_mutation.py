@@ -65,7 +65,7 @@ def matmul(name: str) -> Subject:
 def quantized() -> Subject:
     """Whole tiles: damage to what is cut off at an edge would not be seen."""
     matrix = random_matrix(tilus.uint4, 128, 576, 32, mins=True)
-    packed, x = pack(matrix, "cpu"), torch.randn(16, 576, generator=torch.Generator().manual_seed(0)).half()
+    packed, x = pack(matrix, "cpu", "mma"), torch.randn(16, 576, generator=torch.Generator().manual_seed(0)).half()
     weight = exact(matrix)
     bound = 2.0**-10 * np.abs(float64(x)) @ weight.sizes.T
     return Subject(

@@ -67,7 +67,9 @@ def float64(x: torch.Tensor) -> Any:
     return x.to(torch.float64).numpy()
 
 
-PACKED = [(code, f16) for code in CODE_TYPES] + [(code, bf16) for code in CODE_TYPES if code.is_float]
+PACKED = [(code, packed_for) for code in CODE_TYPES for packed_for in (f16, f32)] + [
+    (code, bf16) for code in CODE_TYPES if code.is_float
+]
 
 
 @pytest.mark.parametrize(("code", "packed_for"), PACKED, ids=str)
@@ -91,6 +93,13 @@ def test_every_code_in_every_place(device: str, code: DataType, packed_for: Data
     np.testing.assert_array_equal(again.numpy(), packed.numpy())
 
 
+@pytest.mark.parametrize("code", CODE_TYPES, ids=str)
+def test_the_order_for_f32_is_little_endian(code: DataType) -> None:
+    codes = (np.arange(64) * 7 % code.num_codes).astype(np.uint8)
+    bits = (codes[:, None] >> np.arange(code.nbits) & 1).reshape(-1)
+    np.testing.assert_array_equal(packed_order(code, f32).pack(codes), np.packbits(bits, bitorder="little"))
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -112,8 +121,8 @@ def test_every_code_in_every_place(device: str, code: DataType, packed_for: Data
             "unpack_codes: codes of int4 (4 bits) in the packed order of uint8 (8 bits)",
         ),
         (
-            "tilus.unpack_codes(raw, int4, f16, [32, 32], spatial(32, 1).local(1, 32), packed_for=f32)",
-            "codes of int4 packed for f32, expected a type of 1 to 8 bits and f16 or bf16",
+            "tilus.unpack_codes(raw, int4, f16, [32, 32], spatial(32, 1).local(1, 32), packed_for=uint8)",
+            "codes of int4 packed for uint8, expected a type of 1 to 8 bits and f16, bf16 or f32",
         ),
         (
             "tilus.pack_codes(raw, uint8, [64, 8], spatial(64, 1).local(1, 8))",

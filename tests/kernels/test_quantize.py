@@ -19,6 +19,9 @@ from tilus import TilusError
 from tilus.dtypes import DataType
 from tilus.kernels.quantize import QuantizedMatrix, QuantizedWeight, WeightHeader, pack, unpack
 from tilus.kernels.quantize.codes import pack_codes, pack_codes_on, unpack_codes, unpack_codes_on
+from tilus.kernels.quantize.tiles import MMA, ROWS, WHOLE, TileOrder
+
+EVERY_ORDER = pytest.mark.parametrize("order", [MMA, ROWS], ids=str)
 
 
 @st.composite
@@ -43,16 +46,17 @@ def assert_same(found: QuantizedMatrix, expected: QuantizedMatrix) -> None:
 
 @given(
     st.sampled_from(sorted(SCHEMES)), st.integers(0, 99), st.integers(1, 140), group_sizes(), st.integers(0, 2**32),
-    st.booleans(),
+    st.booleans(), st.sampled_from([None, "mma", "rows"]),
 )  # fmt: skip
 def test_unpack_inverts_pack(
-    scheme: str, index: int, n: int, sizes: tuple[int, int], seed: int, on_torch: bool
+    scheme: str, index: int, n: int, sizes: tuple[int, int], seed: int, on_torch: bool, order: str | None
 ) -> None:
     """Also through JSON and the bare arrays."""
     k, group = sizes
     types = SCHEMES[scheme][1]
     matrix = matrix_of(scheme, types[index % len(types)], n, k, group, seed)
-    packed = pack(matrix, "cpu" if on_torch else None)
+    packed = pack(matrix, "cpu" if on_torch else None, order)
+    assert packed.header.order.name == (order or ("rows" if on_torch else "mma"))
     assert all(isinstance(array, torch.Tensor if on_torch else np.ndarray) for array in packed.arrays.values())
     assert (packed.shape, packed.group, packed.dtype) == ((n, k), group, matrix.dtype)
     assert_same(unpack(packed), matrix)
@@ -61,29 +65,62 @@ def test_unpack_inverts_pack(
     assert_same(unpack(QuantizedWeight.from_arrays(header, packed.arrays)), matrix)
 
 
+@EVERY_ORDER
 @pytest.mark.parametrize("dtype", CODE_TYPES, ids=str)
-def test_every_code_in_every_place(dtype: DataType) -> None:
+def test_every_code_in_every_place(dtype: DataType, order: TileOrder) -> None:
     """One tile per code, filled with it, beside a tile with all codes: packing mixes up no places and no bits."""
     all_codes = np.arange(dtype.num_codes, dtype=np.uint8)
     codes = np.repeat(all_codes, 64)[:, None].repeat(128, 1)
     codes[:, 64:] = all_codes[(np.arange(codes.shape[0])[:, None] * 7 + np.arange(64)) % all_codes.size]
     span, lookup = (16, 32, 64)[CODE_TYPES.index(dtype) % 3], CODE_TYPES.index(dtype) % 2 == 0
-    packed = pack_codes(codes, dtype, span, lookup)
-    np.testing.assert_array_equal(unpack_codes(packed, dtype, span, lookup), codes)
+    packed = pack_codes(codes, dtype, span, lookup, order)
+    np.testing.assert_array_equal(unpack_codes(packed, dtype, span, lookup, order), codes)
     assert packed.nbytes * 8 == codes.size * dtype.nbits  # not a bit more than the codes have
 
 
+@pytest.mark.parametrize("span", [16, 32, 64, 128, WHOLE])
 @pytest.mark.parametrize("dtype", CODE_TYPES, ids=str)
-def test_the_kernel_packs_like_numpy(device: str, dtype: DataType) -> None:
+def test_where_each_bit_of_the_order_rows_stands(dtype: DataType, span: int) -> None:
+    """Bit j of the code in row r, column c of a tile is bit (c nbits + j) % 32 of word (c nbits + j) / 32 of that row. Rows 0 to
+    31 come first, word by word; then rows 32 to 63. Tables change nothing.
+    """
+    nbits = dtype.nbits
+    codes = np.random.default_rng(nbits).integers(0, dtype.num_codes, (70, 100), np.uint8)
+    n, k, j = np.ix_(np.arange(70), np.arange(100), np.arange(nbits))
+    row, place = n % 64, k % 64 * nbits + j
+    word = ((row // 32) * 2 * nbits + place // 32) * 32 + row % 32
+    for lookup in (False, True):
+        packed = pack_codes(codes, dtype, span, lookup, ROWS)
+        assert packed.shape == (2, 2, 512 * nbits)
+        words = packed.view("<u4")[n // 64, k // 64, word]
+        np.testing.assert_array_equal(words >> (place % 32).astype(np.uint32) & 1, codes[n, k] >> j & 1)
+
+
+def test_where_each_factor_of_the_order_rows_stands() -> None:
+    """Row r of a tile at place r of its set, for every kind of factor; rows beyond N are zero."""
+    for group, span in ((16, 16), (48, 16), (64, 64), (192, WHOLE)):
+        matrix = matrix_of("everything", tilus.uint4, 70, 192, group)
+        packed = pack(matrix, "cpu", "rows")
+        assert matrix.zeros is not None
+        for array, values, dtype in ((packed.scales, matrix.scales, "<f4"), (packed.zeros, matrix.zeros, "<f2")):
+            for column in range(0, 192, span or 192):
+                found = array.numpy()[:, column // (span or 192)].reshape(2, -1).view(dtype).reshape(-1)
+                np.testing.assert_array_equal(found[:70], values[:, column // group])
+                assert not found[70:].any()
+
+
+@EVERY_ORDER
+@pytest.mark.parametrize("dtype", CODE_TYPES, ids=str)
+def test_the_kernel_packs_like_numpy(device: str, dtype: DataType, order: TileOrder) -> None:
     """Ragged shapes; and back again."""
     index = CODE_TYPES.index(dtype)
     span, lookup = (16, 32, 64, 0)[index % 4], index % 3 == 0
     codes = np.random.default_rng(index).integers(0, dtype.num_codes, (70, 100), np.uint8)
-    expected = pack_codes(codes, dtype, span, lookup)
+    expected = pack_codes(codes, dtype, span, lookup, order)
     packed, again = np.full_like(expected, 255), np.full_like(codes, 255)
-    pack_codes_on(codes, packed, dtype, span, lookup, device)
+    pack_codes_on(codes, packed, dtype, span, lookup, order, device)
     np.testing.assert_array_equal(packed, expected)
-    unpack_codes_on(packed, again, dtype, span, lookup, device)
+    unpack_codes_on(packed, again, dtype, span, lookup, order, device)
     np.testing.assert_array_equal(again, codes)
 
 
@@ -93,10 +130,15 @@ def test_packing_on_a_gpu(scheme: str) -> None:
     """Tensors on the GPU are those of the CPU, and unpack to the matrix."""
     for dtype in SCHEMES[scheme][1]:
         matrix = matrix_of(scheme, dtype, 130, 96, 32)
-        on_gpu, on_cpu = pack(matrix, "cuda"), pack(matrix, "cpu")
+        on_gpu, on_cpu = pack(matrix, "cuda"), pack(matrix, "cpu", "mma")
         for name, array in on_gpu.arrays.items():
             assert array.is_cuda and torch.equal(array.cpu(), on_cpu.arrays[name])
         assert_same(unpack(on_gpu), matrix)
+        moved, back = pack(matrix, "cpu").to("cuda"), on_gpu.to("cpu")
+        assert (moved.header.order, back.header.order) == (MMA, ROWS)
+        for name, array in moved.arrays.items():
+            assert torch.equal(array, on_gpu.arrays[name])
+        assert_same(unpack(back), matrix)
 
 
 def test_weights_move_between_devices() -> None:
@@ -104,6 +146,28 @@ def test_weights_move_between_devices() -> None:
     moved = packed.to("cpu")
     assert moved.header == packed.header and all(torch.equal(moved.arrays[n], a) for n, a in packed.arrays.items())
     assert packed.nbytes == sum(a.numel() * a.element_size() for a in packed.arrays.values())
+
+
+def test_weights_get_the_order_of_the_device_that_they_move_to() -> None:
+    """From numpy arrays, and from tensors that were packed for a GPU."""
+    matrix = matrix_of("everything", tilus.uint3, 70, 96, 32)
+    expected = pack(matrix, "cpu", "rows")
+    for packed in (pack(matrix), pack(matrix, order="rows"), pack(matrix, "cpu", "mma")):
+        moved = packed.to("cpu")
+        assert moved.header == expected.header
+        assert all(torch.equal(moved.arrays[name], array) for name, array in expected.arrays.items())
+
+
+def test_an_unknown_order() -> None:
+    with pytest.raises(TilusError, match="a packed weight in the order 'columns', expected mma or rows"):
+        pack(BASE, order="columns")
+
+
+def test_headers_without_an_order_are_those_of_older_weights() -> None:
+    header = pack(BASE).header
+    data = header.to_json()
+    assert data.pop("order") == "mma"
+    assert WeightHeader.from_json(data) == header
 
 
 BASE = random_matrix(tilus.uint4, 4, 64, 32)
@@ -192,6 +256,8 @@ def test_arrays_that_do_not_belong_to_the_header() -> None:
         ({"has_zeros": 1}, "field has_zeros .* is 1, expected bool"),
         ({"more": 1}, r"has fields \[.*'more'.*\], expected \["),
         ({"group": 24}, "groups of 24 columns for K = 64"),
+        ({"order": "columns"}, "a packed weight in the order 'columns', expected mma or rows"),
+        ({"order": None}, "field order .* is None, expected str"),
         ({"shape": [0, 64]}, r"a weight of shape \[0, 64\], expected at least \[1, 1\]"),
     ],
 )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tilus.dtypes import uint4
 from tilus.kernels.quantize import pack, quantize
-from tilus.kernels.schedule import MOST_FACTOR_WORDS, Schedule, schedule
+from tilus.kernels.schedule import MOST_FACTOR_WORDS, Schedule, cpu_schedule, schedule
 from tilus.ptx.assembler import SpillError
 
 counts = st.integers(1, 2000)
@@ -29,6 +29,28 @@ def test_what_the_kernel_relies_on(m: int, tiles_n: int, tiles_k: int, nbits: in
     if num_sms:
         assert plan.rows * plan.warps * plan.blocks_per_sm <= 16
         assert words <= MOST_FACTOR_WORDS[plan.tokens, plan.stages][nbits - 1]
+
+
+@given(counts, counts, st.integers(1, 600), st.integers(1, 8), st.integers(1, 128))
+def test_schedules_for_cpus(m: int, tiles_n: int, tiles_k: int, nbits: int, num_threads: int) -> None:
+    """Few tokens are one block without padding, of many at most a half is padding; K is split only for threads that would idle,
+    and into parts that are worth it.
+    """
+    plan = cpu_schedule(m, tiles_n, tiles_k, nbits, num_threads)
+    assert (plan.rows, plan.warps, plan.stages, plan.blocks_per_sm) == (1, 1, 0, 1)
+    assert plan.tokens == m if m <= 8 else plan.tokens in (16, 32, 64)
+    blocks = tiles_n * -(-m // plan.tokens)
+    assert m <= -(-m // plan.tokens) * plan.tokens < max(2 * m, m + 1)
+    if blocks >= 2 * num_threads or num_threads == 1:
+        assert plan.splits == 1
+    assert plan.splits == 1 or tiles_k * 512 * nbits >= plan.splits << 15
+
+
+def test_how_cpus_share_out_tokens() -> None:
+    """A whole block of 64 tokens before two of 32, two of 32 before four of 16; little padding before few blocks."""
+    shared = {9: 16, 16: 16, 17: 32, 32: 32, 33: 64, 64: 64, 65: 32, 80: 32, 128: 64, 1000: 64}
+    assert {m: cpu_schedule(m, 128, 128, 4, 8).tokens for m in shared} == shared
+    assert [cpu_schedule(1, tiles_n, 128, 4, 8).splits for tiles_n in (1, 4, 15, 16)] == [8, 4, 2, 1]
 
 
 def test_one_block_for_each_multiprocessor() -> None:
@@ -68,3 +90,13 @@ def test_a_kernel_that_spills_gets_an_easier_schedule_and_keeps_it(monkeypatch: 
     monkeypatch.setattr(module, "launch", lambda *_: (_ for _ in ()).throw(SpillError("kernel spills")))
     with pytest.raises(SpillError, match="kernel spills"):
         module.linear(np.ones((16, 64), np.float16), weight, device="reference")
+
+
+def test_cpus_have_schedules_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("tilus.kernels.linear")
+    plans: list[Schedule] = []
+    monkeypatch.setattr(module, "launch", lambda *args: plans.append(args[4]))
+    monkeypatch.setattr(module.os, "cpu_count", lambda: 4)
+    weight = pack(quantize(np.ones((130, 8192), np.float32), uint4, 64), order="rows")
+    module.linear(np.ones((3, 8192), np.float16), weight, device="cpu")
+    assert plans == [cpu_schedule(3, 3, 128, 4, num_threads=4)] == [Schedule(3, 1, 1, 0, 3)]

@@ -16,7 +16,7 @@ from functools import lru_cache
 from tilus.codegen.code_order import CodeOrder, natural_order
 from tilus.codegen.fields import Choice, Source, arrange, choice_of, choose, total_cost
 from tilus.codegen.images import Image, images
-from tilus.dtypes import DataType, bf16, f16, float8_e4m3, float8_e5m2
+from tilus.dtypes import DataType, bf16, f16, f32, float8_e4m3, float8_e5m2
 from tilus.errors import TilusError
 
 LANE = 16
@@ -26,17 +26,18 @@ Cells = dict[tuple[int, int], int]
 
 @lru_cache
 def packed_order(dtype: DataType, packed_for: DataType = f16) -> CodeOrder:
-    """The order in which codes of a type are packed: the best one for casts to `packed_for`, f16 or bf16, and right for all.
+    """The order in which codes of a type are packed: the best one for casts to `packed_for`, f16, bf16 or f32, and right for all.
 
-    Types that hardware converts two at a time keep their bytes in order.
+    For f32 it is the little-endian order: values of 32 bits have no lanes to share. Types that hardware converts two at a time
+    keep their bytes in order for f16 and bf16, too.
     Raises: TilusError for other types.
     """
-    if not dtype.is_small or packed_for not in (f16, bf16):
+    if not dtype.is_small or packed_for not in (f16, bf16, f32):
         raise TilusError(
-            f"codes of {dtype} packed for {packed_for}, expected a type of 1 to 8 bits and f16 or bf16",
+            f"codes of {dtype} packed for {packed_for}, expected a type of 1 to 8 bits and f16, bf16 or f32",
             hint="what is packed for f16 can be cast to any type",
         )
-    if dtype in (float8_e4m3, float8_e5m2):
+    if packed_for == f32 or dtype in (float8_e4m3, float8_e5m2):
         return natural_order(dtype)
     # Casts of 5-bit exponents to bf16 go through f16, of which these types are the upper bits.
     dst = f16 if dtype.exponent_nbits == f16.exponent_nbits else packed_for

@@ -179,7 +179,8 @@ def pack_codes(
 
     The layout of `x` must be pinned, and give each thread whole chunks of codes. The order is that of
     `packed_order(packed_as, packed_for)`. packed_as: the type that the codes will be read as, by default that of `x`. packed_for:
-    the type that they will be cast to, f16 or bf16.
+    the type that they will be cast to, f16 or bf16; f32 stands for the little-endian order, as values of 32 bits have no lanes to
+    share.
     """
     return b.emit(PackCodes(b.tile(dtype, tuple(shape), layout), x, packed_as or x.dtype, packed_for)).out
 
@@ -192,7 +193,8 @@ def unpack_codes(
     """Each thread's bits of `x`, codes of type `code` in packed order, as a tile of `dtype` in `layout`.
 
     The layout of `x` must be pinned; a thread's codes come in the order of the result's slots. The result is the cast of the
-    codes; dtype `code` itself leaves them as they are. The order is `packed_order(packed_as, packed_for)`, as in `pack_codes`.
+    codes; dtype `code` itself leaves them as they are. The order is `packed_order(packed_as, packed_for)`, as in `pack_codes`:
+    little-endian for f32.
     scaled: the result is the cast divided by 2^`scale_exponent(code, dtype)`, without a multiplication, for a caller that
     multiplies by a scale in any case; `dtype` is then f16 or bf16.
     """

@@ -1,4 +1,4 @@
-"""How a quantised product is cut into blocks: chosen by shape and width of the codes, for a number of multiprocessors."""
+"""How a quantised product is cut into blocks: by shape and width of the codes, for a number of multiprocessors or threads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ class Schedule:
     """One launch of the linear kernel.
 
     A block computes `tokens` tokens by `rows` rows of 64 x 64 tiles, each row with `warps` warps along K; each warp has `stages`
-    tiles on their way. `splits` blocks share a result along K. blocks_per_sm: how many blocks must fit, which limits registers.
+    tiles on their way: with none, a tile is loaded when its turn comes. `splits` blocks share a result along K. blocks_per_sm:
+    how many blocks must fit, which limits registers.
     """
 
     tokens: int
@@ -58,6 +59,26 @@ def schedule(m: int, tiles_n: int, tiles_k: int, nbits: int, num_sms: int, facto
     if m > 16:
         return _many_tokens(m, tokens, tiles_n, tiles_k, num_sms)
     return _few_tokens(tokens, tiles_n, tiles_k, nbits, num_sms, factor_words)
+
+
+# Unpacking a tile of codes on a CPU costs about as much as multiplying it by this many tokens.
+UNPACKING_TOKENS = 8
+# Bytes of codes that a block has to read to be worth its start.
+LEAST_SPLIT_NBYTES = 1 << 15
+
+
+@lru_cache(maxsize=4096)
+def cpu_schedule(m: int, tiles_n: int, tiles_k: int, nbits: int, num_threads: int) -> Schedule:
+    """A schedule for M tokens and a weight of tiles_n x tiles_k tiles of nbits-bit codes, on a CPU of num_threads threads.
+
+    Up to eight tokens are one block of just as many. Of more, a block has 16, 32 or 64: every block unpacks its weights, and the
+    tokens that the last one lacks are multiplied all the same. K is split only where threads would idle. Nothing is fetched
+    ahead: the processor does that by itself.
+    """
+    tokens = m if m <= 8 else min((64, 32, 16), key=lambda size: -(-m // size) * (UNPACKING_TOKENS + size))
+    blocks, wanted = tiles_n * -(-m // tokens), 2 * num_threads if num_threads > 1 else 1
+    splits = max(1, min(-(-wanted // blocks), tiles_k * 512 * nbits // LEAST_SPLIT_NBYTES))
+    return Schedule(tokens, 1, 1, 0, splits)
 
 
 def _few_tokens(tokens: int, tiles_n: int, tiles_k: int, nbits: int, num_sms: int, factor_words: int) -> Schedule:

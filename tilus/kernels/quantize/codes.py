@@ -10,55 +10,49 @@ import numpy.typing as npt
 import tilus
 from tilus import Const, Tensor, uint8
 from tilus.codegen.packed_order import packed_order
-from tilus.dtypes import DTYPES, DataType, pack_bits, unpack_bits
-from tilus.kernels.quantize.tiles import TILE, activation_layout, byte_layout, fragment_layout, parts, slots
+from tilus.dtypes import DTYPES, DataType
+from tilus.kernels.quantize.tiles import MMA, TILE, TileOrder, slots
 
 Bytes = npt.NDArray[np.uint8]
 
 
-def pack_codes(codes: Bytes, dtype: DataType, span: int, lookup: bool) -> Bytes:
+def pack_codes(codes: Bytes, dtype: DataType, span: int, lookup: bool, order: TileOrder) -> Bytes:
     """Codes [N, K] as [ceil(N / 64), ceil(K / 64), 512 * nbits] bytes; what lies beyond N and K is 0."""
     n, k = codes.shape
     tiles_n, tiles_k = -(-n // TILE), -(-k // TILE)
     padded = np.zeros((tiles_n * TILE, tiles_k * TILE), np.uint8)
     padded[:n, :k] = codes
     tiles = padded.reshape(tiles_n, TILE, tiles_k, TILE).transpose(0, 2, 1, 3)
-    rows, columns = slots(span)
-    threads = tiles[:, :, rows, columns]
-    strings = pack_bits(threads, dtype) if lookup else packed_order(dtype).pack(threads)
-    chunks = strings.reshape(tiles_n, tiles_k, 32, dtype.nbits, 16).transpose(0, 1, 3, 2, 4)
+    rows, columns = slots(order, span)
+    strings = packed_order(dtype, order.codes_packed_for(lookup)).pack(tiles[:, :, rows, columns])
+    chunks = strings.reshape(tiles_n, tiles_k, 32, -1, order.chunk_nbytes).transpose(0, 1, 3, 2, 4)
     return np.ascontiguousarray(chunks).reshape(tiles_n, tiles_k, 512 * dtype.nbits)
 
 
-def unpack_codes(packed: Bytes, dtype: DataType, span: int, lookup: bool) -> Bytes:
+def unpack_codes(packed: Bytes, dtype: DataType, span: int, lookup: bool, order: TileOrder) -> Bytes:
     """All codes [ceil(N / 64) * 64, ceil(K / 64) * 64], the padding too."""
     tiles_n, tiles_k, _ = packed.shape
-    chunks = packed.reshape(tiles_n, tiles_k, dtype.nbits, 32, 16).transpose(0, 1, 3, 2, 4)
-    flat = np.ascontiguousarray(chunks).reshape(tiles_n, tiles_k, 32, 16 * dtype.nbits)
-    threads = unpack_bits(flat, dtype, TILE * TILE // 32) if lookup else packed_order(dtype).unpack(flat)
-    rows, columns = slots(span)
+    chunks = packed.reshape(tiles_n, tiles_k, -1, 32, order.chunk_nbytes).transpose(0, 1, 3, 2, 4)
+    strings = np.ascontiguousarray(chunks).reshape(tiles_n, tiles_k, 32, 16 * dtype.nbits)
+    rows, columns = slots(order, span)
     tiles = np.empty((tiles_n, tiles_k, TILE, TILE), np.uint8)
-    tiles[:, :, rows, columns] = threads
+    tiles[:, :, rows, columns] = packed_order(dtype, order.codes_packed_for(lookup)).unpack(strings)
     return tiles.transpose(0, 2, 1, 3).reshape(tiles_n * TILE, tiles_k * TILE)
 
 
-def plain_layout(span: int):
-    """Tile [64, 64] of unpacked codes: each thread holds the elements that it holds in a packed tile, in runs along the rows."""
-    return activation_layout(TILE, span, 1, 1)
-
-
-def to_packed_order(tile, span: int):
+def to_packed_order(tile, span: int, order: TileOrder):
     """[64, 64] as the model has it, with the columns in the order of packed tiles."""
-    pieces = parts(span)
-    split = tilus.reshape(tile, [TILE, pieces, 4, 4 // pieces, 2, 2])
-    return tilus.reshape(tilus.transpose(split, [0, 1, 3, 4, 2, 5]), [1, TILE, TILE])
+    shape, axes = order.column_axes(span)
+    split = tilus.reshape(tile, [TILE, *shape])
+    return tilus.reshape(tilus.transpose(split, [0, *(1 + axis for axis in axes)]), [1, TILE, TILE])
 
 
-def to_plain_order(tile, span: int):
+def to_plain_order(tile, span: int, order: TileOrder):
     """The inverse of `to_packed_order`."""
-    pieces = parts(span)
-    split = tilus.reshape(tile, [TILE, pieces, 4 // pieces, 2, 4, 2])
-    return tilus.reshape(tilus.transpose(split, [0, 1, 4, 2, 3, 5]), [TILE, TILE])
+    shape, axes = order.column_axes(span)
+    split = tilus.reshape(tile, [TILE, *(shape[axis] for axis in axes)])
+    inverse = [axes.index(axis) for axis in range(len(axes))]
+    return tilus.reshape(tilus.transpose(split, [0, *(1 + axis for axis in inverse)]), [TILE, TILE])
 
 
 @tilus.kernel
@@ -69,18 +63,18 @@ def pack_codes_kernel(
     wdtype: Const,
     span: Const,
     lookup: Const,
+    order: Const = MMA,
 ):
     """One tile a block of one warp: threads read the bytes that they hold in the packed tile, and write their chunks."""
     tilus.grid(packed.shape[0], packed.shape[1], warps=1)
     i, j = tilus.block_id(0), tilus.block_id(1)
-    tile = tilus.load(codes, [i * TILE, j * TILE], [TILE, TILE], layout=plain_layout(span))
+    tile = tilus.load(codes, [i * TILE, j * TILE], [TILE, TILE], layout=order.plain_layout(span))
     # The bits are what matters, so codes of every type are moved as unsigned integers.
-    unsigned = tilus.cast(to_packed_order(tile, span), DTYPES[f"uint{wdtype.nbits}"], layout=fragment_layout(1))
-    shape, layout = [1, 1, 512 * wdtype.nbits], byte_layout(wdtype, 1, 1)
-    if lookup:
-        raw = tilus.view(unsigned, uint8, shape, layout)
-    else:
-        raw = tilus.pack_codes(unsigned, uint8, shape, layout, packed_as=wdtype)
+    ordered, unsigned = to_packed_order(tile, span, order), DTYPES[f"uint{wdtype.nbits}"]
+    fragments = tilus.cast(ordered, unsigned, layout=order.fragment_layout(1))
+    shape, layout = [1, 1, 512 * wdtype.nbits], order.byte_layout(wdtype, 1, 1)
+    packed_for = order.codes_packed_for(lookup)
+    raw = tilus.pack_codes(fragments, uint8, shape, layout, packed_as=wdtype, packed_for=packed_for)
     tilus.store(packed, [i, j, 0], raw)
 
 
@@ -92,28 +86,28 @@ def unpack_codes_kernel(
     wdtype: Const,
     span: Const,
     lookup: Const,
+    order: Const = MMA,
 ):
     """The inverse of `pack_codes_kernel`; what lies beyond N and K is not written."""
     tilus.grid(packed.shape[0], packed.shape[1], warps=1)
     i, j = tilus.block_id(0), tilus.block_id(1)
-    raw = tilus.load(packed, [i, j, 0], [1, 1, 512 * wdtype.nbits], layout=byte_layout(wdtype, 1, 1))
-    shape, layout = [1, TILE, TILE], fragment_layout(1)
-    unsigned = DTYPES[f"uint{wdtype.nbits}"]
-    if lookup:
-        tile = tilus.view(raw, unsigned, shape, layout)
-    else:
-        tile = tilus.unpack_codes(raw, unsigned, unsigned, shape, layout, packed_as=wdtype)
-    plain = to_plain_order(tilus.cast(tile, uint8), span)
-    tilus.store(codes, [i * TILE, j * TILE], tilus.with_layout(plain, plain_layout(span)))
+    raw = tilus.load(packed, [i, j, 0], [1, 1, 512 * wdtype.nbits], layout=order.byte_layout(wdtype, 1, 1))
+    shape, layout = [1, TILE, TILE], order.fragment_layout(1)
+    unsigned, packed_for = DTYPES[f"uint{wdtype.nbits}"], order.codes_packed_for(lookup)
+    tile = tilus.unpack_codes(raw, unsigned, unsigned, shape, layout, packed_as=wdtype, packed_for=packed_for)
+    plain = to_plain_order(tilus.cast(tile, uint8), span, order)
+    tilus.store(codes, [i * TILE, j * TILE], tilus.with_layout(plain, order.plain_layout(span)))
 
 
-def pack_codes_on(codes: Any, packed: Any, dtype: DataType, span: int, lookup: bool, device: str | None = None) -> None:
+def pack_codes_on(
+    codes: Any, packed: Any, dtype: DataType, span: int, lookup: bool, order: TileOrder, device: str | None = None
+) -> None:
     """`pack_codes` by the kernel, from uint8 arrays [N, K] into `packed`."""
-    pack_codes_kernel.on(device)(codes, packed, wdtype=dtype, span=span, lookup=lookup)
+    pack_codes_kernel.on(device)(codes, packed, wdtype=dtype, span=span, lookup=lookup, order=order)
 
 
 def unpack_codes_on(
-    packed: Any, codes: Any, dtype: DataType, span: int, lookup: bool, device: str | None = None
+    packed: Any, codes: Any, dtype: DataType, span: int, lookup: bool, order: TileOrder, device: str | None = None
 ) -> None:
     """`unpack_codes` by the kernel, cut to the shape of `codes` [N, K]."""
-    unpack_codes_kernel.on(device)(packed, codes, wdtype=dtype, span=span, lookup=lookup)
+    unpack_codes_kernel.on(device)(packed, codes, wdtype=dtype, span=span, lookup=lookup, order=order)

@@ -1,4 +1,4 @@
-"""Scales, minimums and zero points as packed weights store them: sets of 64 in the order of the kernel's threads (see tiles)."""
+"""Scales, minimums and zero points as packed weights store them: sets of 64, one for each row of a tile (see tiles)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from tilus.dtypes import DTYPES
 from tilus.errors import TilusError
-from tilus.kernels.quantize.tiles import TILE, WHOLE, span_of
+from tilus.kernels.quantize.tiles import TILE, WHOLE, TileOrder, span_of
 
 Array = npt.NDArray[Any]
 Bytes = npt.NDArray[np.uint8]
@@ -36,21 +36,22 @@ def exact_codes(values: Array, dtype: str, name: str) -> Array:
     return codes
 
 
-def arrange(codes: Array, k: int, group: int) -> Bytes:
+def arrange(codes: Array, k: int, group: int, order: TileOrder) -> Bytes:
     """Codes [N, G] as bytes [ceil(N / 64), sets, 8, 8 * nbytes]; rows beyond N are zero."""
     n = codes.shape[0]
     tiles_n = -(-n // TILE)
     groups = _group_of_set(k, group)
     padded = np.zeros((tiles_n * TILE, groups.size), codes.dtype)
     padded[:n] = codes[:, groups]
-    sets = padded.reshape(tiles_n, 8, 8, groups.size).transpose(0, 3, 2, 1)
+    sets = padded.reshape(tiles_n, 8, 8, groups.size).transpose(0, 3, *(1 + axis for axis in order.factor_axes))
     return np.ascontiguousarray(sets).view(np.uint8)
 
 
-def collect(packed: Bytes, n: int, k: int, group: int, storage: np.dtype[Any]) -> Array:
+def collect(packed: Bytes, n: int, k: int, group: int, storage: np.dtype[Any], order: TileOrder) -> Array:
     """Codes [N, G] from what `arrange` made."""
     sets = np.ascontiguousarray(packed).view(storage)
-    rows = sets.transpose(0, 3, 2, 1).reshape(sets.shape[0] * TILE, sets.shape[1])
+    # The order of two axes is its own inverse.
+    rows = sets.transpose(0, *(2 + axis for axis in order.factor_axes), 1).reshape(sets.shape[0] * TILE, sets.shape[1])
     _, first = np.unique(_group_of_set(k, group), return_index=True)
     return np.ascontiguousarray(rows[:n, first])
 

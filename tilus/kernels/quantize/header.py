@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from tilus.dtypes import DTYPES, DataType, f32
 from tilus.errors import TilusError
-from tilus.kernels.quantize.tiles import SMALLEST_GROUP, TILE, WHOLE, parts, span_of
+from tilus.kernels.quantize.tiles import MMA, SMALLEST_GROUP, TILE, WHOLE, TileOrder, order_named, parts, span_of
 
 LAYOUT_VERSION = 2
 # Types of scales and minimums, by name.
@@ -25,7 +25,7 @@ class WeightHeader:
     dtype: of the codes. shape: (N, K) as the model has it, without padding. group: columns that share a scale. scale_dtype,
     mins_dtype: names of the types that scales and minimums are stored in; None where there are no minimums. has_zeros, has_table,
     has_columns: whether there are zero points, a table that gives codes their meaning, a permutation of the columns.
-    global_scale: multiplies every weight, in f32. version: of the layout of the bytes.
+    global_scale: multiplies every weight, in f32. order: of the codes and factors of a tile. version: of the layout of the bytes.
     Raises: TilusError for what no packed weight can be.
     """
 
@@ -38,6 +38,7 @@ class WeightHeader:
     has_table: bool = False
     has_columns: bool = False
     global_scale: float = 1.0
+    order: TileOrder = MMA
     version: int = LAYOUT_VERSION
 
     def __post_init__(self) -> None:
@@ -124,11 +125,12 @@ class WeightHeader:
 
     def to_json(self) -> dict[str, Any]:
         """The header as values that `json.dumps` takes."""
-        return {**dataclasses.asdict(self), "dtype": self.dtype.name, "shape": list(self.shape)}
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return fields | {"dtype": self.dtype.name, "shape": list(self.shape), "order": self.order.name}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> WeightHeader:
-        """The header that `to_json` wrote.
+        """The header that `to_json` wrote; those without an order are older, and of the order mma.
 
         Raises: TilusError for another layout version, and for missing, unknown or wrong fields.
         """
@@ -137,6 +139,7 @@ class WeightHeader:
                 f"a packed weight of layout version {data.get('version')}, these kernels read version {LAYOUT_VERSION}",
                 hint="pack the weight again with this version of tilus",
             )
+        data = {"order": MMA.name, **data}
         expected = {f.name: f.type for f in dataclasses.fields(cls)}
         if set(data) != set(expected):
             raise TilusError(f"the header of a packed weight has fields {sorted(data)}, expected {sorted(expected)}")
@@ -151,12 +154,12 @@ class WeightHeader:
                     f"expected {' or '.join(kind.__name__ for kind in kinds)}"
                 )
         n, k = _two_integers(data["shape"])
-        return cls(**{**data, "dtype": DTYPES[data["dtype"]], "shape": (n, k)})
+        return cls(**{**data, "dtype": DTYPES[data["dtype"]], "shape": (n, k), "order": order_named(data["order"])})
 
 
 _JSON_TYPES: dict[str, tuple[type, ...]] = {
     "shape": (list, tuple), "group": (int,), "scale_dtype": (str,), "mins_dtype": (str, type(None)), "has_zeros": (bool,),
-    "has_table": (bool,), "has_columns": (bool,), "global_scale": (float, int),
+    "has_table": (bool,), "has_columns": (bool,), "global_scale": (float, int), "order": (str,),
 }  # fmt: skip
 
 

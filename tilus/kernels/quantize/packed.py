@@ -1,6 +1,7 @@
-"""Quantised weights in the order in which the linear kernel reads them: one packed layout for every code type and batch size.
+"""Quantised weights in the order in which the linear kernel reads them: for every code type and batch size one order for GPUs and
+one for CPUs.
 
-`tiles` says what the order is and why, `header` what is stored beside the arrays.
+`tiles` says what the orders are and why, `header` what is stored beside the arrays.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import numpy.typing as npt
 
 from tilus.dtypes import DTYPES, DataType, f16
 from tilus.errors import TilusError
-from tilus.kernels.allocate import is_cuda
+from tilus.kernels.allocate import is_cuda, is_torch
 from tilus.kernels.quantize import factors
 from tilus.kernels.quantize.codes import pack_codes, pack_codes_on, unpack_codes, unpack_codes_on
 from tilus.kernels.quantize.header import WeightHeader
 from tilus.kernels.quantize.matrix import QuantizedMatrix
+from tilus.kernels.quantize.tiles import MMA, ROWS, TileOrder, order_named
 
 Array = npt.NDArray[Any]
 
@@ -95,40 +97,43 @@ class QuantizedWeight:
         return sum(int(array.nbytes) for array in self.arrays.values())
 
     def to(self, device: Any) -> QuantizedWeight:
-        """The weight on another torch device."""
+        """The weight in tensors on a torch device, in the order for that device: "mma" for GPUs, "rows" for CPUs.
+
+        Where that is another order, the weight is unpacked and packed again.
+        """
+        if self.header.order != _order_for(device) or not is_torch(self.codes):
+            return pack(unpack(self), device)
         return QuantizedWeight(self.header, **{name: array.to(device) for name, array in self.arrays.items()})
 
     def _optional_arrays(self) -> dict[str, Any | None]:
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "header"}
 
 
-def pack(matrix: QuantizedMatrix, device: Any = None) -> QuantizedWeight:
+def pack(matrix: QuantizedMatrix, device: Any = None, order: str | None = None) -> QuantizedWeight:
     """Pack a weight for `linear`; `unpack` gives the matrix back, bit for bit.
 
-    device: None for numpy arrays, or a torch device for tensors on it; on a GPU a kernel packs the codes.
+    device: None for numpy arrays, or a torch device for tensors on it; on a GPU a kernel packs the codes. order: of the tiles,
+    "mma" for GPUs or "rows" for CPUs; by default "rows" for tensors on a CPU, else "mma".
     Scales are stored in `matrix.scale_dtype`; minimums in the first of that type, f16 and f32 that holds them all. A scale of 0
     makes the weights of its group 0 (plus the minimum).
     Raises: TilusError, with both values, for codes outside of the type or not finite, factors that are not finite or that their
     type does not hold, zero points further from the codes than the number of codes, columns that are no permutation,
-    groups that are neither K nor a multiple of 16.
+    groups that are neither K nor a multiple of 16, and an unknown order.
     """
-    header = _header(matrix)
-    k = matrix.shape[1]
+    header = _header(matrix, _order_for(device) if order is None else order_named(order))
     _check_codes(matrix)
-    arrays: dict[str, Array] = {
-        "scales": _packed_factors(matrix.scales, header.scale_dtype, "scale", k, header.group),
-    }
+    arrays = {"scales": _packed_factors(matrix.scales, header.scale_dtype, "scale", header)}
     if matrix.mins is not None and header.mins_dtype is not None:
-        arrays["mins"] = _packed_factors(matrix.mins, header.mins_dtype, "minimum", k, header.group)
+        arrays["mins"] = _packed_factors(matrix.mins, header.mins_dtype, "minimum", header)
     if matrix.zeros is not None:
         _check_zeros(matrix.zeros, matrix.dtype)
-        arrays["zeros"] = _packed_factors(matrix.zeros.astype(np.float32), "f16", "zero point", k, header.group)
+        arrays["zeros"] = _packed_factors(matrix.zeros.astype(np.float32), "f16", "zero point", header)
     if matrix.table is not None:
         arrays["table"] = _checked_table(matrix.table)
     if matrix.columns is not None:
-        arrays["columns"] = _checked_columns(matrix.columns, k)
+        arrays["columns"] = _checked_columns(matrix.columns, matrix.shape[1])
     if device is None:
-        packed: Any = pack_codes(matrix.codes, header.dtype, header.span, header.has_table)
+        packed: Any = pack_codes(matrix.codes, header.dtype, header.span, header.has_table, header.order)
         return QuantizedWeight(header, codes=packed, **arrays)
     import torch
 
@@ -142,7 +147,7 @@ def unpack(weight: QuantizedWeight) -> QuantizedMatrix:
     n, k = header.shape
 
     def collected(packed: Any, dtype: str) -> Array:
-        codes = factors.collect(_numpy(packed), n, k, header.group, DTYPES[dtype].storage)
+        codes = factors.collect(_numpy(packed), n, k, header.group, DTYPES[dtype].storage, header.order)
         return np.asarray(DTYPES[dtype].decode(codes), np.float32)
 
     zeros = None if weight.zeros is None else collected(weight.zeros, f16.name).astype(np.int16)
@@ -160,7 +165,16 @@ def unpack(weight: QuantizedWeight) -> QuantizedMatrix:
     )
 
 
-def _header(matrix: QuantizedMatrix) -> WeightHeader:
+def _order_for(device: Any) -> TileOrder:
+    """The order that kernels on a torch device like best; of numpy arrays that of GPUs, as they are at home on no device."""
+    if device is None:
+        return MMA
+    import torch
+
+    return MMA if torch.device(device).type == "cuda" else ROWS
+
+
+def _header(matrix: QuantizedMatrix, order: TileOrder) -> WeightHeader:
     scale_dtype = matrix.scale_dtype.name
     mins_dtype: str | None = None
     if matrix.mins is not None:
@@ -178,11 +192,12 @@ def _header(matrix: QuantizedMatrix) -> WeightHeader:
         has_table=matrix.table is not None,
         has_columns=matrix.columns is not None,
         global_scale=float(np.float32(matrix.global_scale)),
+        order=order,
     )
 
 
-def _packed_factors(values: Array, dtype: str, name: str, k: int, group: int) -> Array:
-    return factors.arrange(factors.exact_codes(values, dtype, name), k, group)
+def _packed_factors(values: Array, dtype: str, name: str, header: WeightHeader) -> Array:
+    return factors.arrange(factors.exact_codes(values, dtype, name), header.shape[1], header.group, header.order)
 
 
 def _check_codes(matrix: QuantizedMatrix) -> None:
@@ -235,15 +250,11 @@ def _codes_on(codes: Array, header: WeightHeader, device: Any) -> Any:
     import torch
 
     if device.type != "cuda":
-        return torch.from_numpy(pack_codes(codes, header.dtype, header.span, header.has_table)).to(device)
+        packed = pack_codes(codes, header.dtype, header.span, header.has_table, header.order)
+        return torch.from_numpy(packed).to(device)
     packed = torch.empty(header.arrays["codes"][0], dtype=torch.uint8, device=device)
-    pack_codes_on(
-        torch.from_numpy(np.require(codes, requirements="W")).to(device),
-        packed,
-        header.dtype,
-        header.span,
-        header.has_table,
-    )
+    plain = torch.from_numpy(np.require(codes, requirements="W")).to(device)
+    pack_codes_on(plain, packed, header.dtype, header.span, header.has_table, header.order)
     return packed
 
 
@@ -251,12 +262,12 @@ def _unpacked_codes(weight: QuantizedWeight) -> Array:
     header = weight.header
     n, k = header.shape
     if not is_cuda(weight.codes):
-        codes = unpack_codes(_numpy(weight.codes), header.dtype, header.span, header.has_table)
+        codes = unpack_codes(_numpy(weight.codes), header.dtype, header.span, header.has_table, header.order)
         return np.ascontiguousarray(codes[:n, :k])
     import torch
 
     codes = torch.empty((n, k), dtype=torch.uint8, device=weight.codes.device)
-    unpack_codes_on(weight.codes, codes, header.dtype, header.span, header.has_table)
+    unpack_codes_on(weight.codes, codes, header.dtype, header.span, header.has_table, header.order)
     return codes.cpu().numpy()
 
 
