@@ -162,7 +162,7 @@ class Product:
             whole, rest = divmod(shape.columns, columns)
             parts = [(whole, columns, 0), (1, rest, whole * columns)] if rest else [(whole, columns, 0)]
             for count, width, start in parts:
-                with writer.loops([count]) as (part,):
+                with writer.block(), writer.loops([count]) as (part,):
                     column = f"({part} * {width} + {start})" if part != "0" else str(start)
                     tile = Block(self.ctx, lanes, vectors, width, batch, first, column, target)
                     tile.open(reads)
