@@ -89,8 +89,8 @@ class Launcher:
             try:
                 struct.pack("=" + parameter.format, value)
             except (struct.error, OverflowError, TypeError):
+                expected = f"a value of {parameter.dtype}" if parameter.dtype else "an address"
                 return TilusError(
-                    f"argument {parameter.name} of kernel {self.name!r} is {value!r}, "
-                    f"expected a value of {parameter.dtype or 'an address'}"
+                    f"argument {parameter.name} of kernel {self.name!r} is {value!r}, expected {expected}"
                 )
         return TilusError(f"grid of kernel {self.name!r} is {grid}, expected 0 to {2**31 - 1} in each axis: {reason}")
