@@ -14,7 +14,7 @@ from cpu_programs import COUNTING, kernel, python
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tilus.dtypes import boolean, bf16, f16, f32, int8, int64, uint8, uint64
+from tilus.dtypes import bf16, boolean, f16, f32, int8, int64, uint8, uint64
 from tilus.errors import TilusError
 from tilus.runtime.cpu import build, pool
 from tilus.runtime.cpu.pool import Launcher, Parameter
@@ -114,7 +114,7 @@ def test_launches_from_many_threads_do_not_mix() -> None:
     assert failures == [] and not any(thread.is_alive() for thread in running)
 
 
-FORKS = f"""
+FORKS = """
 import os, threading, time, warnings
 import numpy as np
 from cpu_programs import COUNTING

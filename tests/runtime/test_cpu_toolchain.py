@@ -113,7 +113,7 @@ def test_ziglang_is_the_last_resort(places: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_run_has_an_end_and_leaves_nothing_behind(tmp_path: Path) -> None:
     slow = script(tmp_path / "slow", f"sleep 60 & echo $! > {tmp_path}/child; wait")
     start = time.monotonic()
-    with pytest.raises(TilusError, match="slow ran for more than 0.5 s and was stopped"):
+    with pytest.raises(TilusError, match=r"slow ran for more than 0.5 s and was stopped"):
         toolchain.run([str(slow)], timeout_s=0.5)
     assert time.monotonic() - start < 30
     child = int((tmp_path / "child").read_text())
