@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tilus import config
 from tilus.errors import TilusError
-from tilus.runtime.cpu import features, threads, toolchain
+from tilus.runtime.cpu import features, temporary, threads, toolchain
 from tilus.runtime.cpu.toolchain import CCompiler, find_compiler
 
 REAL = find_compiler()
@@ -104,6 +104,10 @@ def test_ziglang_is_the_last_resort(places: Path, monkeypatch: pytest.MonkeyPatc
     found = find_compiler()
     assert found.command == (sys.executable, "-m", "ziglang", "cc") and found.is_zig
     assert found.version == f"clang ['cc', '--version'] {tmp_path / 'cache' / 'cpu' / 'zig'}"
+    toolchain._find.cache_clear()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TILUS_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    assert find_compiler().version == f"clang ['cc', '--version'] {temporary.directory() / 'zig'}"
     assert features.native_flags(found) == ("-mcpu=native",)
     answering(places / "clang", "clang 1.0")
     toolchain._find.cache_clear()

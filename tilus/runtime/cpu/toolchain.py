@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tilus import config
 from tilus.errors import TilusError
+from tilus.runtime.cpu import temporary
 
 INSTALL_HINT = "install gcc or clang, `pip install ziglang`, or set TILUS_CC to a C compiler"
 _NAMES = ("cc", "gcc", "clang")
@@ -90,7 +91,7 @@ def run(command: Sequence[str], *, timeout_s: float, cwd: Path | None = None, st
         process = subprocess.Popen(
             command,
             cwd=cwd,
-            env=_environment(),
+            env=_environment(command),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -114,7 +115,19 @@ def run(command: Sequence[str], *, timeout_s: float, cwd: Path | None = None, st
     return process.returncode, output
 
 
-def _environment() -> dict[str, str]:
-    """Messages in English, and a place for zig's own cache, without which it refuses to run where there is no home."""
-    zig = str(config.cache_dir() / "cpu" / "zig")
-    return {"ZIG_GLOBAL_CACHE_DIR": zig, "ZIG_LOCAL_CACHE_DIR": zig, **os.environ, "LC_ALL": "C"}
+def _environment(command: Sequence[str]) -> dict[str, str]:
+    """Messages in English; for zig a place for its own cache, without which it does not run."""
+    environment = {**os.environ, "LC_ALL": "C"}
+    if "ziglang" in command:
+        for variable in ("ZIG_GLOBAL_CACHE_DIR", "ZIG_LOCAL_CACHE_DIR"):
+            environment.setdefault(variable, str(_zig_cache()))
+    return environment
+
+
+def _zig_cache() -> Path:
+    path = config.cache_dir() / "cpu" / "zig"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError:  # where kernels cannot be kept either
+        return temporary.directory() / "zig"
+    return path if os.access(path, os.W_OK) else temporary.directory() / "zig"
