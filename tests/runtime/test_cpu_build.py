@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -246,6 +247,16 @@ def test_processes_that_build_the_same_at_once(compiler: Compiler) -> None:
     assert len(list((config.cache_dir() / "cpu").iterdir())) == 1  # and no temporary file
     assert 1 <= compiler.runs <= 3
     assert build.is_whole(entries()[0], HOST)
+
+
+def test_no_reader_sees_part_of_an_entry(compiler: Compiler) -> None:
+    path = build.build(COUNTING)
+    library = path.read_bytes()
+    writers = [threading.Thread(target=lambda: [build._write(path, library) for _ in range(200)]) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        assert build.is_whole(path, HOST)
 
 
 def test_many_at_once_with_progress(compiler: Compiler) -> None:

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 
 from tilus.dtypes import bf16, boolean, f16, f32, int8, int64, uint8, uint64
 from tilus.errors import TilusError
+from tilus.ir.expr import Var
 from tilus.runtime.cpu import build, pool
-from tilus.runtime.cpu.pool import Launcher, Parameter
+from tilus.runtime.cpu.pool import Launcher
 
-POINTER = Parameter("x", None)
+POINTER = Var("x", int64)
 SEEING = kernel(
     "int32_t *seen = (int32_t *)args[0] + 4 * block;"
     "seen[0] += 1; seen[1] = grid[0]; seen[2] = grid[1]; seen[3] = grid[2];"
@@ -42,7 +43,7 @@ DEEP = kernel(
 SLOW = kernel("usleep(args[1]); ((int64_t *)args[0])[block] += 1;", "#include <unistd.h>")
 
 
-def launcher(source: str, num_threads: int, parameters: Sequence[Parameter] = (POINTER,)) -> Launcher:
+def launcher(source: str, num_threads: int, parameters: Sequence[Var] = (POINTER,)) -> Launcher:
     return Launcher("k", build.load(source), parameters, num_threads)
 
 
@@ -90,6 +91,37 @@ def test_python_goes_on_meanwhile() -> None:
     while thread.is_alive():
         steps += 1
     assert steps > 1000 and (counts == 1).all()
+
+
+# Blocks that run on other threads than the caller's end after args[2] microseconds, those of the caller at once.
+LATE = kernel(
+    "if (pthread_self() != args[1]) usleep(args[2]); ((int64_t *)args[0])[block] += 1;",
+    "#include <pthread.h>\n#include <unistd.h>",
+)
+# Leaves the id of the thread that runs it.
+NAMED = kernel(
+    "((uint64_t *)args[0])[block] = pthread_self(); usleep(100);", "#include <pthread.h>\n#include <unistd.h>"
+)
+
+
+@pytest.mark.parametrize("late_us", [5, 50_000])  # the caller spins, the caller sleeps
+def test_the_caller_waits_for_the_last_block(late_us: int) -> None:
+    late = launcher(LATE, 3, [POINTER] * 3)
+    for _ in range(5):
+        counts = np.zeros(64, np.int64)
+        late.launch(64, 1, 1, counts.ctypes.data, threading.get_ident(), late_us)
+        assert (counts == 1).all()
+
+
+@pytest.mark.parametrize("num_threads", [4, 2, 3])
+def test_no_more_threads_than_asked_for(num_threads: int) -> None:
+    """Also when an earlier launch, a moment ago, had more."""
+    few, many = launcher(NAMED, num_threads), launcher(NAMED, 6)
+    for _ in range(20):
+        threads = np.zeros(100, np.uint64)
+        many.launch(100, 1, 1, threads.ctypes.data)
+        few.launch(100, 1, 1, threads.ctypes.data)
+        assert 1 <= len(np.unique(threads)) <= num_threads
 
 
 def test_launches_from_many_threads_do_not_mix() -> None:
@@ -199,7 +231,7 @@ VALUES = st.tuples(
 @given(VALUES)
 def test_every_type_arrives_in_its_slot(values: tuple[float, int, int, bool, int, int, float]) -> None:
     dtypes = [f32, int64, uint64, boolean, int8, uint8, bf16]
-    parameters = [POINTER, *(Parameter(str(dtype), dtype) for dtype in dtypes)]
+    parameters = [POINTER, *(Var(str(dtype), dtype) for dtype in dtypes)]
     slots = np.zeros(8, np.uint64)
     launcher(COPYING, 1, parameters).launch(1, 1, 1, slots.ctypes.data, *values)
     assert struct.unpack("=Qdq", slots[:3].tobytes()) == (slots.ctypes.data, *values[:2])
@@ -210,7 +242,7 @@ def test_every_type_arrives_in_its_slot(values: tuple[float, int, int, bool, int
     ("grid", "values", "message"),
     [
         ((1, 1, 1), (0,), "kernel 'k' got 1 arguments, expected 2"),
-        ((1, 1, 1), (-1, 1.0), "argument x of kernel 'k' is -1, expected an address"),
+        ((1, 1, 1), (2**63, 1.0), "argument x of kernel 'k' is 9.*, expected a value of int64"),
         ((1, 1, 1), (0, "a"), "argument a of kernel 'k' is 'a', expected a value of f16"),
         ((1, 1, 1), (0, 10**400), "argument a of kernel 'k' is 1000.*, expected a value of f16"),
         ((2**31, 1, 1), (0, 1), r"grid of kernel 'k' is \(2147483648, 1, 1\), expected 0 to 2147483647"),
@@ -218,7 +250,7 @@ def test_every_type_arrives_in_its_slot(values: tuple[float, int, int, bool, int
 )
 def test_what_does_not_fit_is_named(grid: tuple[int, int, int], values: tuple[object, ...], message: str) -> None:
     with pytest.raises(TilusError, match=message):
-        launcher(COUNTING, 1, [POINTER, Parameter("a", f16)]).launch(*grid, *values)
+        launcher(COUNTING, 1, [POINTER, Var("a", f16)]).launch(*grid, *values)
 
 
 def test_the_pool_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -231,9 +231,7 @@ def _cpu(function: Function, call: Call) -> Run:
     from tilus.runtime.cpu import build, features, pool, threads
 
     kernel = build.load(lower_c(function, features.host_target()))
-    pointers = {param.tensor.base for param in function.params if isinstance(param, TensorParam)}
-    parameters = [pool.Parameter(var.name, None if var in pointers else var.dtype) for var in function.kernel_params()]
-    launcher = pool.Launcher(function.name, kernel, parameters, threads.num_threads())
+    launcher = pool.Launcher(function.name, kernel, function.kernel_params(), threads.num_threads())
     return _submitting(call, launcher.launch, _Values(function, call.sizes))
 
 

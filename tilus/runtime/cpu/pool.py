@@ -7,31 +7,16 @@ import functools
 import struct
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tilus.dtypes import DataType
 from tilus.errors import TilusError
+from tilus.ir.expr import Var
 from tilus.runtime.cpu import build
 
 # `struct launch` in pool.c: what stays the same, then the grid and a slot for each argument.
 _FIXED, _GRID, _SLOT_NBYTES = struct.Struct("=Qq"), "=iii4x", 8
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One kernel parameter. dtype: None for a pointer; floats are passed as doubles, all others as 64-bit integers."""
-
-    name: str
-    dtype: DataType | None
-
-    @property
-    def format(self) -> str:
-        """Of its slot, in the words of `struct`."""
-        if self.dtype is None:
-            return "Q"
-        return {"uint": "Q", "int": "q", "float": "d", "bool": "?7x"}[self.dtype.kind]
+_FORMATS = {"int": "q", "uint": "Q", "float": "d", "bool": "?7x"}  # by the kind of a parameter's type
 
 
 @functools.cache
@@ -56,18 +41,19 @@ class _ThreadState(threading.local):
 class Launcher:
     """Launches the function `tilus_blocks` of a kernel's library with values in the order of `parameters`.
 
+    parameters: integers and addresses are passed in 64 bits, floats as doubles, whatever the width of their type.
     num_threads: how many threads run the blocks, the calling one among them.
 
     Raises: as `build.load` when the pool cannot be built.
     """
 
-    def __init__(self, name: str, kernel: ctypes.CDLL, parameters: Sequence[Parameter], num_threads: int) -> None:
+    def __init__(self, name: str, kernel: ctypes.CDLL, parameters: Sequence[Var], num_threads: int) -> None:
         self.name = name
         self.parameters = tuple(parameters)
         self.num_threads = num_threads
         self.blocks = ctypes.cast(kernel.tilus_blocks, ctypes.c_void_p).value  # ctypes never unloads a library
         self._run = library().tilus_launch
-        self._pack_into = struct.Struct(_GRID + "".join(parameter.format for parameter in parameters)).pack_into
+        self._pack_into = struct.Struct(_GRID + "".join(_FORMATS[var.dtype.kind] for var in parameters)).pack_into
         self._thread = _ThreadState(self)
 
     def launch(self, grid_x: int, grid_y: int, grid_z: int, *values: Any) -> None:
@@ -85,12 +71,11 @@ class Launcher:
     def _explain(self, grid: tuple[int, int, int], values: Sequence[Any], reason: str) -> TilusError:
         if len(values) != len(self.parameters):
             return TilusError(f"kernel {self.name!r} got {len(values)} arguments, expected {len(self.parameters)}")
-        for parameter, value in zip(self.parameters, values):
+        for var, value in zip(self.parameters, values):
             try:
-                struct.pack("=" + parameter.format, value)
+                struct.pack("=" + _FORMATS[var.dtype.kind], value)
             except (struct.error, OverflowError, TypeError):
-                expected = f"a value of {parameter.dtype}" if parameter.dtype else "an address"
                 return TilusError(
-                    f"argument {parameter.name} of kernel {self.name!r} is {value!r}, expected {expected}"
+                    f"argument {var.name} of kernel {self.name!r} is {value!r}, expected a value of {var.dtype}"
                 )
         return TilusError(f"grid of kernel {self.name!r} is {grid}, expected 0 to {2**31 - 1} in each axis: {reason}")
