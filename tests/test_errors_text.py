@@ -388,7 +388,7 @@ def test_unknown_target_device_and_pass() -> None:
     assert text_of(caught) == "unknown target 'sm_75'\n  hint: known targets: sm_80, sm_86, sm_89, sm_90a, sm_100a"
     with pytest.raises(tilus.TilusError) as caught:
         copy.on("gpu")
-    assert text_of(caught) == "unknown device 'gpu'\n  hint: expected one of auto, reference, emulator, cuda"
+    assert text_of(caught) == "unknown device 'gpu'\n  hint: expected one of auto, reference, emulator, cpu, cuda"
     with pytest.raises(tilus.TilusError) as caught:
         copy.ir(after="inline")
     assert text_of(caught).startswith("no pass is called 'inline'\n  hint: passes: eliminate_dead_code, unroll, ")
@@ -399,7 +399,7 @@ def test_a_bad_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     x = np.zeros(4, np.float32)
     with pytest.raises(tilus.TilusError) as caught:
         copy(x, x)
-    assert text_of(caught) == "TILUS_DEVICE is 'tpu', expected one of auto, reference, emulator, cuda"
+    assert text_of(caught) == "TILUS_DEVICE is 'tpu', expected one of auto, reference, emulator, cpu, cuda"
 
 
 def test_no_assembler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -431,5 +431,5 @@ def test_no_driver(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
         "error: no CUDA driver found (libcuda.so.1)\n"
-        "  hint: run `tilus doctor`, or use device='reference' or device='emulator', which need no GPU\n"
+        "  hint: run `tilus doctor`, or use device='cpu', 'reference' or 'emulator', which need no GPU\n"
     )

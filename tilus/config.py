@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 from tilus.errors import TilusError
 
-DEVICES = ("auto", "reference", "emulator", "cuda")
+DEVICES = ("auto", "reference", "emulator", "cpu", "cuda")
+MAX_THREADS = 1024
 
 
 def device() -> str:
-    """TILUS_DEVICE: where kernels run when the call does not say: auto (default), reference, emulator or cuda."""
+    """TILUS_DEVICE: where kernels run when the call does not say: auto (default), reference, emulator, cpu or cuda."""
     value = os.environ.get("TILUS_DEVICE", "auto")
     if value not in DEVICES:
         raise TilusError(f"TILUS_DEVICE is {value!r}, expected one of {', '.join(DEVICES)}")
@@ -34,6 +36,34 @@ def ptxas() -> str | None:
             f"TILUS_PTXAS is {value!r}, which is not a file", hint="unset it or point it at a ptxas binary"
         )
     return value or None
+
+
+def cc() -> str | None:
+    """TILUS_CC: the C compiler to use instead of the one that is found, a path or a name on PATH; must exist."""
+    value = os.environ.get("TILUS_CC")
+    if not value:
+        return None
+    found = shutil.which(value)
+    if found is None:
+        raise TilusError(
+            f"TILUS_CC is {value!r}, expected a program",
+            hint="unset it or point it at a C compiler, such as gcc or clang",
+        )
+    return str(Path(found).absolute())
+
+
+def num_threads() -> int | None:
+    """TILUS_NUM_THREADS: how many threads run a kernel on the CPU, 1 to 1024; None: as many as there are usable CPUs."""
+    value = os.environ.get("TILUS_NUM_THREADS")
+    if not value:
+        return None
+    is_short_number = value.isascii() and value.isdigit() and len(value) <= len(str(MAX_THREADS))
+    if not is_short_number or not 1 <= int(value) <= MAX_THREADS:
+        raise TilusError(
+            f"TILUS_NUM_THREADS is {value!r}, expected a whole number from 1 to {MAX_THREADS}",
+            hint="unset it to use every CPU that this process may use",
+        )
+    return int(value)
 
 
 def dump_dir() -> Path | None:

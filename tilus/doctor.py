@@ -15,6 +15,7 @@ from tilus import config
 from tilus.errors import TilusError
 from tilus.ptx import assembler, sass
 from tilus.runtime import cuda
+from tilus.runtime.cpu import features, threads, toolchain
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,14 @@ def report() -> list[Finding]:
         _look(
             "cuda-bindings", lambda: importlib.metadata.version("cuda-bindings"), "pip install 'cuda-python>=13,<14'"
         ),
-        _look("driver", _driver, "install the NVIDIA driver; without one use device='reference' or device='emulator'"),
+        _look("driver", _driver, "install the NVIDIA driver; without one use device='cpu', 'reference' or 'emulator'"),
     ]
     findings += _gpus()
     return [
         *findings,
+        _look("c-compiler", lambda: str(toolchain.find_compiler()), f"{toolchain.INSTALL_HINT} (for device='cpu')"),
+        _look("cpu", _cpu, f"{toolchain.INSTALL_HINT}: it says what the CPU can do"),
+        _look("threads", _threads, "unset TILUS_NUM_THREADS to use every CPU that this process may use"),
         _look("torch", _torch, "pip install torch (needed for serving, optional for kernels)"),
         _look("cache", _cache_directory, "set TILUS_CACHE_DIR to a writeable directory"),
     ]
@@ -82,7 +86,7 @@ def _gpus() -> list[Finding]:
     except Exception:  # the driver's own finding says why
         count = 0
     if count == 0:
-        return [Finding("gpu", False, "none", "every kernel also runs on device='reference' and device='emulator'")]
+        return [Finding("gpu", False, "none", "every kernel also runs on device='cpu', 'reference' and 'emulator'")]
     return [
         _look(f"gpu {index}", lambda index=index: _gpu(index), "check CUDA_VISIBLE_DEVICES") for index in range(count)
     ]
@@ -92,6 +96,17 @@ def _gpu(index: int) -> str:
     device = cuda.device(index)
     major, minor = device.capability
     return f"{device.name}, capability {major}.{minor}, {device.num_sms} SMs, target {device.target}"
+
+
+def _cpu() -> str:
+    target = features.host_target()
+    names = sorted(macro.removeprefix("__ARM_FEATURE_").strip("_") for macro in target.features)
+    return f"{target.arch}, vectors of {target.lanes} float32, {' '.join(names)}"
+
+
+def _threads() -> str:
+    usable = threads.usable_cpus()
+    return f"{threads.num_threads()} for device='cpu' ({usable} usable CPU{'s' if usable > 1 else ''})"
 
 
 def _torch() -> str:

@@ -1,4 +1,4 @@
-"""The GPUs that code is generated for: one frozen table of capabilities and limits."""
+"""What code is generated for: one frozen table of GPUs with their capabilities and limits, and the CPU."""
 
 from __future__ import annotations
 
@@ -25,6 +25,23 @@ class Target:
     registers_per_sm: int = 65536
     shared_nbytes_per_sm: int = 0
     arch_specific: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class CpuTarget:
+    """A CPU that C is generated for.
+
+    arch: `x86_64`, `aarch64` or what the system calls it. lanes: float32 elements of its widest vectors. features: the
+    compiler's macros for the instruction set extensions that it has (`__AVX2__`, `__ARM_NEON`).
+    """
+
+    name: str
+    arch: str
+    lanes: int
+    features: frozenset[str]
 
     def __str__(self) -> str:
         return self.name

@@ -25,7 +25,7 @@ def silu_mul(gate_up: Any, *, device: str | None = None) -> Any:
     """`silu(gate) * up` with `silu(x) = x / (1 + exp(-x))`.
 
     gate_up: float16 or bfloat16 [M, 2 F], in each row F gates, then F factors; a torch tensor or numpy array. device: where to
-    run (reference, emulator, cuda), by default as the argument says.
+    run (reference, emulator, cpu, cuda), by default as the argument says.
 
     Returns: [M, F] in the dtype of gate_up. Computed in f32 and rounded once.
     Raises: TilusError when the shape or dtype does not fit.

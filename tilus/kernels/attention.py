@@ -186,7 +186,7 @@ def paged_attention(
     of the same dtype, keys at index 0, values at 1; a strided view (one layer of a pool, say) is fine. block_tables: int32
     [S, max_pages], the pages of each sequence in order. q_start: int32 [S + 1], where each sequence's queries start in q.
     kv_lens: int32 [S], tokens in the cache, those of the queries included. scale: what scores are multiplied with. Torch
-    tensors. device: where to run (reference, emulator, cuda), by default as the arguments say.
+    tensors. device: where to run (reference, emulator, cpu, cuda), by default as the arguments say.
 
     Query j of a sequence with q_len queries sees the first kv_len - q_len + j + 1 tokens of the cache; one that sees none gets
     zeros. Nothing beyond kv_len is looked at. The host reads no tensor, so launches can be captured in a CUDA graph.

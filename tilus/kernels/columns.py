@@ -29,7 +29,7 @@ def take_columns(x: Any, columns: Any, *, device: str | None = None) -> Any:
     """x[:, columns].
 
     x: float16, bfloat16 or float32 [M, S], rows may be strided. columns: int32 [K], each less than S; an index outside gives
-    zeros. Torch tensors or numpy arrays. device: where to run (reference, emulator, cuda), by default as the arguments say.
+    zeros. Torch tensors or numpy arrays. device: where to run (reference, emulator, cpu, cuda), by default as the arguments say.
     Returns: [M, K] in the dtype of x.
     Raises: TilusError when shapes, dtypes or devices do not fit together.
     """

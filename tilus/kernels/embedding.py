@@ -46,7 +46,7 @@ def embedding(ids: Any, table: Any, scales: Any | None = None, *, device: str | 
 
     ids: int32 [M]; an id outside of the table gives a row of zeros. table: float16 or bfloat16 [V, H], or int8 codes [V, H] with
     scales float16 or bfloat16 [V, H / group], the group being a power of two up to 1024. Torch tensors or numpy arrays. device:
-    where to run (reference, emulator, cuda), by default as the arguments say.
+    where to run (reference, emulator, cpu, cuda), by default as the arguments say.
 
     Returns: [M, H] in the dtype of the scales, or of the table where there are none. Rounded once.
     Raises: TilusError when shapes, dtypes or devices do not fit together.

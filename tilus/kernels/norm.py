@@ -45,7 +45,7 @@ def rms_norm(x: Any, weight: Any, eps: float, *, device: str | None = None) -> A
     """`x / sqrt(mean(x^2) + eps) * weight` along the rows of x.
 
     x: float16 or bfloat16 [M, H], rows may be strided. weight: float32 [H]. Torch tensors or numpy arrays. device: where to
-    run (reference, emulator, cuda), by default as the arguments say.
+    run (reference, emulator, cpu, cuda), by default as the arguments say.
 
     Returns: [M, H] in the dtype of x. Computed in f32 and rounded once.
     Raises: TilusError when shapes, dtypes or devices do not fit together.

@@ -66,7 +66,7 @@ def rope_append(qkv: Any, positions: Any, cos_sin: Any, slots: Any, kv_cache: An
     positions: int32 [M]. cos_sin: float32 [max_positions, D], the D/2 cosines, then the D/2 sines of each position.
     slots: int32 [M], page * page_size + offset; a token whose slot is outside of the cache (a negative one, say) is not
     written to it. kv_cache: [pages, 2, page_size, Hkv, D] of qkv's dtype, keys at index 0, values at 1; may be strided.
-    Torch tensors. device: where to run (reference, emulator, cuda), by default as the arguments say.
+    Torch tensors. device: where to run (reference, emulator, cpu, cuda), by default as the arguments say.
 
     Returns: the rotated queries [M, Hq, D]. Rotations are computed in f32 and rounded once.
     Raises: TilusError when shapes, dtypes or devices do not fit together.

@@ -73,7 +73,7 @@ class Kernel:
             raise
 
     def on(self, device: str | None) -> Callable[..., None]:
-        """The kernel's launches on a device: reference, emulator or cuda; None for the default."""
+        """The kernel's launches on a device: reference, emulator, cpu or cuda; None for the default."""
         if device is not None and device not in config.DEVICES:
             raise TilusError(f"unknown device {device!r}", hint=f"expected one of {', '.join(config.DEVICES)}")
         if device not in self._launchers:

@@ -17,7 +17,7 @@ from typing import Any
 from tilus.errors import TilusError
 from tilus.target import Target, target_of_capability
 
-NO_DRIVER_HINT = "run `tilus doctor`, or use device='reference' or device='emulator', which need no GPU"
+NO_DRIVER_HINT = "run `tilus doctor`, or use device='cpu', 'reference' or 'emulator', which need no GPU"
 
 _HINTS = {
     "CUDA_ERROR_NO_DEVICE": NO_DRIVER_HINT,

@@ -1,9 +1,11 @@
-"""Prepares launches: a checked call becomes a function that runs its kernel on the reference, the emulator or a GPU."""
+"""Prepares launches: a checked call becomes a function that runs its kernel on one of the devices."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+import functools
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,7 +34,7 @@ def prepare(call: Call) -> Run:
     """
     function = call.specialization.function
     device = _device(call)
-    ways = {"reference": _reference, "emulator": _emulator, "cuda": _cuda}
+    ways = {"reference": _reference, "emulator": _emulator, "cpu": _cpu, "cuda": _cuda}
     return watched(function.name, device, ways[device](function, call))
 
 
@@ -40,13 +42,31 @@ def _device(call: Call) -> str:
     on_gpu = any(array is not None and array.device >= 0 for array in call.arrays)
     wanted = call.device or config.device()
     if wanted == "auto":
-        return "cuda" if on_gpu else "reference"
+        return "cuda" if on_gpu else _cpu_or_reference()
     if on_gpu and wanted != "cuda":
         raise TilusError(
             f"{function_name(call)}: its arguments are on a GPU, the device asked for is {wanted}",
             hint="move them to the CPU, or use device 'cuda'",
         )
     return wanted
+
+
+@functools.cache
+def _cpu_or_reference() -> str:
+    """Where arrays on the CPU go by default; says once why that is slow."""
+    from tilus.runtime.cpu import pool, toolchain
+
+    config.cc()  # a bad setting is a mistake, not a machine without a compiler
+    try:
+        pool.library()  # a compiler that cannot build it, for want of its headers, is none
+    except TilusError as error:
+        warnings.warn(
+            f"kernels run on the reference, which is slow: {error.message.splitlines()[0]}\n"
+            f"  hint: {toolchain.INSTALL_HINT}; TILUS_DEVICE=reference silences this",
+            stacklevel=2,
+        )
+        return "reference"
+    return "cpu"
 
 
 def function_name(call: Call) -> str:
@@ -187,7 +207,11 @@ def _cuda(function: Function, call: Call) -> Run:
     values = _Values(function, call.sizes)
     if not ordinals:
         return _staged(call, launcher, values, device)
-    submit = launcher.launch
+    return _submitting(call, launcher.launch, values)
+
+
+def _submitting(call: Call, submit: Callable[..., None], values: _Values) -> Run:
+    """Launches by `submit(grid x, grid y, grid z, *kernel parameters)`."""
     if values.fixed_grid is not None and values.leading_sizes is not None and None not in call.arrays:
         grid, sizes = values.fixed_grid, values.leading_sizes
 
@@ -200,6 +224,15 @@ def _cuda(function: Function, call: Call) -> Run:
         submit(*values.grid(scalars), *_present(call, pointers), *values.after_pointers(scalars))
 
     return run
+
+
+def _cpu(function: Function, call: Call) -> Run:
+    from tilus.codegen.c.lower import lower_c
+    from tilus.runtime.cpu import build, features, pool, threads
+
+    kernel = build.load(lower_c(function, features.host_target()))
+    launcher = pool.Launcher(function.name, kernel, function.kernel_params(), threads.num_threads())
+    return _submitting(call, launcher.launch, _Values(function, call.sizes))
 
 
 def _staged(call: Call, launcher: Any, values: _Values, device: Any) -> Run:
