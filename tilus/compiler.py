@@ -1,4 +1,4 @@
-"""From an IR function to a cubin: the passes, code generation and the assembler, with everything a report wants to show."""
+"""From an IR function to PTX or C: the passes and code generation, with everything a report wants to show."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from tilus import config
+from tilus.codegen.c.lower import lower_c
 from tilus.codegen.lower import Lowered, lower
 from tilus.dump import Dump
 from tilus.ir.function import Function
 from tilus.ptx.printer import print_module
-from tilus.target import Target
-from tilus.transforms import run_pipeline
+from tilus.target import DEFAULT_TARGET, CpuTarget, Target
+from tilus.transforms import WITHOUT_LAYOUTS, run_pipeline
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +46,23 @@ def compile_function(function: Function, target: Target, dump: Dump | None = Non
     if files is not None:
         files.write("kernel.ptx", compiled.ptx)
     return compiled
+
+
+def compile_for_cpu(function: Function, target: CpuTarget, dump: Dump | None = None) -> str:
+    """Run the passes that need no layouts and write C (see `tilus.codegen.c.lower`). `dump` as in `compile_function`.
+
+    Raises: TilusError with the user's line for a mistake in the program.
+    """
+    files = dump or _default_dump(function)
+    observe = None
+    if files is not None:
+        files.function("translated", function)
+        observe = files.function
+    # The passes themselves are the same for every GPU.
+    source = lower_c(run_pipeline(function, DEFAULT_TARGET, passes=WITHOUT_LAYOUTS, observe=observe), target)
+    if files is not None:
+        files.write("kernel.c", source)
+    return source
 
 
 def _default_dump(function: Function) -> Dump | None:

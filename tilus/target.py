@@ -87,14 +87,3 @@ def target_of_capability(major: int, minor: int) -> Target:
             hint=f"tilus supports {', '.join(TARGETS)}; use device='reference' to run without this GPU",
         )
     return max(runnable, key=lambda t: t.sm)
-
-
-@dataclass(frozen=True)
-class CpuTarget:
-    """A CPU that C is generated for. arch: as `platform.machine()` says. lanes: f32 of the widest vectors. features: macros that
-    the C compiler predefines for it."""
-
-    arch: str
-    lanes: int
-    features: frozenset[str]
-    name: str = "cpu"

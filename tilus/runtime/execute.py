@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tilus import config
-from tilus.compiler import Compiled, compile_function
+from tilus.compiler import Compiled, compile_for_cpu, compile_function
 from tilus.dtypes import DataType, boolean
 from tilus.errors import TilusError
 from tilus.ir.expr import Expr, Number, Var, evaluate, walk
@@ -227,10 +227,9 @@ def _submitting(call: Call, submit: Callable[..., None], values: _Values) -> Run
 
 
 def _cpu(function: Function, call: Call) -> Run:
-    from tilus.codegen.c.lower import lower_c
     from tilus.runtime.cpu import build, features, pool, threads
 
-    kernel = build.load(lower_c(function, features.host_target()))
+    kernel = build.load(compile_for_cpu(function, features.host_target()))
     launcher = pool.Launcher(function.name, kernel, function.kernel_params(), threads.num_threads())
     return _submitting(call, launcher.launch, _Values(function, call.sizes))
 

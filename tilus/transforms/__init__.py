@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tilus.errors import TilusError
@@ -25,10 +25,15 @@ class Pass:
     run: Callable[[Function, Target], Function]
 
 
-PIPELINE: tuple[Pass, ...] = (
+# What code for CPUs starts from: no tile has a layout but those that the program pins.
+WITHOUT_LAYOUTS: tuple[Pass, ...] = (
     Pass("eliminate_dead_code", eliminate_dead_code),
     Pass("unroll", unroll),
     Pass("accumulate_in_place", accumulate_in_place),
+)
+
+PIPELINE: tuple[Pass, ...] = (
+    *WITHOUT_LAYOUTS,
     Pass("infer_layouts", infer_layouts),
     Pass("layout_shared", layout_shared),
     Pass("select_instructions", select_instructions),
@@ -40,18 +45,19 @@ def run_pipeline(
     function: Function,
     target: Target,
     *,
+    passes: Sequence[Pass] = PIPELINE,
     after: str | None = None,
     observe: Callable[[str, Function], None] | None = None,
 ) -> Function:
-    """Run all passes, or those up to and including `after`. `observe` sees the function after each one (dumps).
+    """Run passes, all of them or those up to and including `after`. `observe` sees the function after each one (dumps).
 
     Raises: TilusError for a mistake in the program, or when `after` names no pass.
     """
-    names = [p.name for p in PIPELINE]
+    names = [p.name for p in passes]
     if after is not None and after not in names:
         raise TilusError(f"no pass is called {after!r}", hint=f"passes: {', '.join(names)}")
     verify(function)
-    for step in PIPELINE:
+    for step in passes:
         function = step.run(function, target)
         verify(function)
         if observe is not None:
