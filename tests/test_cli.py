@@ -318,7 +318,7 @@ def run_tilus(*args: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("device", ["reference", "emulator"])
+@pytest.mark.parametrize("device", ["reference", "cpu", "emulator"])
 def test_run_a_program_on_a_device(square: Path, device: str) -> None:
     program = square.with_name("program.py")
     program.write_text(RUN)

@@ -35,7 +35,7 @@ def program(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("device", ["reference", "emulator"])
+@pytest.mark.parametrize("device", ["reference", "cpu", "emulator"])
 def test_the_program_runs_as_printed(program: Path, device: str) -> None:
     command = [sys.executable, "-W", "error", "-m", "tilus.cli", "run", "--device", device, "--time", program]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -49,6 +49,10 @@ class DataType:
     def __repr__(self) -> str:
         return self.name
 
+    def __hash__(self) -> int:
+        """Types are part of every launch's key."""
+        return hash(self.name)
+
     @property
     def is_float(self) -> bool:
         return self.kind == "float"

@@ -26,7 +26,7 @@ from tilus.ptx.assembler import assemble
 from tilus.runtime.emulator import run_kernel
 from tilus.target import get_target
 
-DEVICES = ["emulator", pytest.param("cuda", marks=pytest.mark.gpu)]
+DEVICES = ["emulator", "cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 INTEGERS = [dtype for dtype in DTYPES.values() if dtype.is_integer and dtype.nbits < 32]
 WHOLE = [dtype for dtype in DTYPES.values() if dtype.nbits in (8, 16, 32, 64) and dtype != boolean]
 

@@ -50,7 +50,7 @@ def check_product(device: str, shape: tuple[int, int, int], warps: int, **layout
     assert np.array_equal(z, x.astype(np.float32) @ y.astype(np.float32))  # integers: exact in any order
 
 
-@pytest.mark.parametrize("device", ["reference", "emulator"])
+@pytest.mark.parametrize("device", ["reference", "cpu", "emulator"])
 def test_both_operands_are_one_tile(device: str) -> None:
     a = np.random.default_rng(0).integers(-8, 8, (32, 32)).astype(np.float16)
     c = np.zeros((32, 32), np.float32)

@@ -47,7 +47,7 @@ def test_gather(rng: random.Random, dtype: DataType, warps: int, axis: int, offs
         np.testing.assert_array_equal(found["y"], expected.astype(x.dtype))
 
 
-@pytest.mark.parametrize("device", ["reference", "emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", ["reference", "cpu", "emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_take_columns(device: str, dtype: type) -> None:
     """Ragged in both directions, from rows that are strided."""

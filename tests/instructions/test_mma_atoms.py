@@ -83,7 +83,7 @@ EVERY_ATOM = pytest.mark.parametrize("atom", MMA_ATOMS, ids=lambda atom: atom.na
 
 
 @EVERY_ATOM
-@pytest.mark.parametrize("device", ["reference", "emulator"])
+@pytest.mark.parametrize("device", ["reference", "cpu", "emulator"])
 def test_every_atom(atom: MmaAtom, device: str) -> None:
     """k is an odd multiple, so that no deeper atom fits; two warps and several repeats along every dim."""
     check_on(device, atom, (32, 16, 3 * atom.k), 2)

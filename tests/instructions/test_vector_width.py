@@ -203,7 +203,7 @@ def test_types_of_odd_widths_move_in_words(name: str, run: int, nbits: int) -> N
     assert (x == y).all()
 
 
-@pytest.mark.parametrize("device", ["emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", ["emulator", "cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", ["uint3", "float6_e3m2", "uint7"])
 def test_types_of_odd_widths_as_arguments(name: str, device: str) -> None:
     dtype = dtypes.dtype(name)

@@ -7,7 +7,12 @@ import torch
 
 
 @pytest.fixture(
-    params=["reference", pytest.param("emulator", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)]
+    params=[
+        "reference",
+        "cpu",
+        pytest.param("emulator", marks=pytest.mark.slow),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ]
 )
 def device(request: pytest.FixtureRequest) -> str:
     """The name of an execution. Arguments may stay on the CPU in all of them: `cuda` copies them there and back."""

@@ -27,7 +27,7 @@ from tilus.target import get_target
 
 Array = npt.NDArray[np.float64]
 NO_PAGE = 2**20
-EXECUTIONS = ["reference", "emulator", pytest.param("cuda", marks=pytest.mark.gpu)]
+EXECUTIONS = ["reference", "cpu", "emulator", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from tilus.kernels.rope import rope_append_kernel
 from tilus.runtime.execute import build
 from tilus.target import get_target
 
-EXECUTIONS = ["reference", "emulator", pytest.param("cuda", marks=pytest.mark.gpu)]
+EXECUTIONS = ["reference", "cpu", "emulator", pytest.param("cuda", marks=pytest.mark.gpu)]
 MAX_POSITIONS = 40
 
 

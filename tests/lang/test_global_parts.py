@@ -48,7 +48,7 @@ def ragged(x: Tensor[int32, "n", 4], starts: Tensor[int32, "s"], y: Tensor[int32
     tilus.store(y[begin:end], [0, 0], rows + same)
 
 
-@pytest.mark.parametrize("device", ["reference", "emulator"])
+@pytest.mark.parametrize("device", ["reference", "cpu", "emulator"])
 def test_parts_of_blocks_do_not_overlap(device: str) -> None:
     starts = np.array([0, 3, 3, 10, 11, 20], np.int32)
     x = np.arange(96, dtype=np.int32).reshape(24, 4)
@@ -61,7 +61,7 @@ def test_parts_of_blocks_do_not_overlap(device: str) -> None:
 @given(begin=st.integers(0, 12), end=st.integers(0, 12))
 def test_run_time_bounds_are_cut_to_the_tensor(begin: int, end: int) -> None:
     x = np.arange(1, 9, dtype=np.int32)
-    for device in ("reference", "emulator"):
+    for device in ("reference", "cpu", "emulator"):
         y = np.full(16, -1, np.int32)
         run_time_slice.on(device)(x, y, begin, end)
         part = x[begin:end]
@@ -86,7 +86,7 @@ def ring(x: Tensor[f16, "n", 64], y: Tensor[f16, "n", 64], *, stages: Const):
         tilus.sync()
 
 
-@pytest.mark.parametrize("device", ["reference", "emulator"])
+@pytest.mark.parametrize("device", ["reference", "cpu", "emulator"])
 @pytest.mark.parametrize("stages", [2, 3, 4])
 def test_remainders_index_shared_memory_from_inside(stages: int, device: str) -> None:
     x: Any = np.random.default_rng(stages).standard_normal((80, 64)).astype(np.float16)

@@ -26,7 +26,7 @@ def words(x: Tensor[uint8, "n"], out: Tensor[uint16, "m"]):
 
 def test_a_loop_variable_can_be_viewed() -> None:
     x = np.random.default_rng(0).integers(0, 256, 384).astype(np.uint8)
-    for device in ("reference", "emulator"):
+    for device in ("reference", "cpu", "emulator"):
         out = np.zeros(192, np.uint16)
         words.on(device)(x, out)
         np.testing.assert_array_equal(out, x.view(np.uint16))

@@ -196,7 +196,7 @@ def doubled(x: Tensor["t", "m", "n"], y: Tensor["t", "m", "n"]):
     tilus.store(y, [0, 0], tile + tile)
 
 
-@pytest.mark.parametrize("device", ["reference", "emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", ["reference", "cpu", "emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
 def test_any_array_that_shares_its_memory_is_an_argument(device: str, dtype: str) -> None:
     import torch

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tilus.codegen.cast_plan import plan_slots
 from tilus.codegen.c.context import CContext
 from tilus.codegen.c.numbers import converted
 from tilus.codegen.c.tile import Tile, first, joined
+from tilus.codegen.cast_plan import plan_slots
 from tilus.codegen.context import EmitContext, num_words
 from tilus.dtypes import DataType, boolean, f32, int32
 from tilus.errors import TilusError

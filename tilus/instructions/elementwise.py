@@ -109,8 +109,10 @@ class BinaryTile(Pointwise):
 
     def emit_c(self, ctx: CContext) -> None:
         op, dtype, operands = self.op, self.out.dtype, [ctx.read(self.lhs), ctx.read(self.rhs)]
-        combine = lambda e: binary_text(op, dtype, e[0], e[1])
-        ctx.define(self.out, joined(dtype, self.out.shape, operands, combine, unrounded=dtype.is_float))
+        tile = joined(
+            dtype, self.out.shape, operands, lambda e: binary_text(op, dtype, e[0], e[1]), unrounded=dtype.is_float
+        )
+        ctx.define(self.out, tile)
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,8 +174,8 @@ class UnaryTile(Pointwise):
 
     def emit_c(self, ctx: CContext) -> None:
         op, dtype, operands = self.op, self.out.dtype, [ctx.read(self.src)]
-        combine = lambda e: unary_text(op, dtype, e[0])
-        ctx.define(self.out, joined(dtype, self.out.shape, operands, combine, unrounded=dtype.is_float))
+        tile = joined(dtype, self.out.shape, operands, lambda e: unary_text(op, dtype, e[0]), unrounded=dtype.is_float)
+        ctx.define(self.out, tile)
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,8 +208,10 @@ class FusedMultiplyAdd(Pointwise):
 
     def emit_c(self, ctx: CContext) -> None:
         operands = [ctx.read(t) for t in (self.x, self.y, self.z)]
-        combine = lambda e: f"__builtin_fmaf({e[0]}, {e[1]}, {e[2]})"
-        ctx.define(self.out, joined(self.out.dtype, self.out.shape, operands, combine, unrounded=True))
+        tile = joined(
+            self.out.dtype, self.out.shape, operands, lambda e: f"__builtin_fmaf({', '.join(e)})", unrounded=True
+        )
+        ctx.define(self.out, tile)
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,8 +242,8 @@ class Where(Pointwise):
 
     def emit_c(self, ctx: CContext) -> None:
         operands = [ctx.read(t) for t in (self.cond, self.on_true, self.on_false)]
-        combine = lambda e: f"({e[0]} ? {e[1]} : {e[2]})"
-        ctx.define(self.out, joined(self.out.dtype, self.out.shape, operands, combine))
+        tile = joined(self.out.dtype, self.out.shape, operands, lambda e: f"({e[0]} ? {e[1]} : {e[2]})")
+        ctx.define(self.out, tile)
 
 
 def select_words(

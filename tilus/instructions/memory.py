@@ -7,10 +7,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from tilus.codegen.access import MAX_VECTOR_NBITS, global_vector_size, unit_nbits, vectors
 from tilus.codegen.c.context import CContext
 from tilus.codegen.c.memory import Access, borrowed, load_into, store_from
 from tilus.codegen.c.tile import Array, plain
-from tilus.codegen.access import MAX_VECTOR_NBITS, global_vector_size, unit_nbits, vectors
 from tilus.codegen.context import EmitContext
 from tilus.codegen.linear import Linear, of_const
 from tilus.dtypes import DataType, boolean

@@ -20,14 +20,12 @@ import numpy as np
 
 from tilus.codegen.c import reduction as c_reduction
 from tilus.codegen.c.context import CContext
-from tilus.codegen.c.numbers import converted
-from tilus.codegen.c.tile import joined
 from tilus.codegen.context import EmitContext
 from tilus.codegen.conversion import stream_words
 from tilus.dtypes import DataType, boolean, f32, int32, uint32
 from tilus.errors import TilusError
 from tilus.instructions.arithmetic import emit_binary
-from tilus.instructions.cast import convert_values
+from tilus.instructions.cast import cast_tile, convert_values
 from tilus.ir.builder import IRBuilder, builtin
 from tilus.ir.evaluation import Array, Evaluation
 from tilus.ir.instruction import Instruction
@@ -215,14 +213,7 @@ class Reduce(Instruction):
         total = c_reduction.reduce(ctx, self.op, ctx.read(self.src), dtype, self.axes)
         if not self.keepdims:
             total = total.renamed(self.out.shape, lambda layout: layout.reshape(self.out.shape))
-        unrounded = converted(dtype, self.out.dtype, "")[1]
-        combine = lambda e: converted(dtype, self.out.dtype, e[0])[0]
-        ctx.define(
-            self.out,
-            total
-            if dtype == self.out.dtype
-            else joined(self.out.dtype, self.out.shape, [total], combine, unrounded=unrounded),
-        )
+        ctx.define(self.out, cast_tile(ctx, total, self.out.dtype))
 
     def _note(self, plan: Plan) -> str:
         steps = [f"{len(plan.groups[0])} values in a thread", f"{len(plan.lane_masks)} shuffles"]

@@ -17,15 +17,13 @@ import numpy as np
 
 from tilus.codegen.c import reduction as c_reduction
 from tilus.codegen.c.context import CContext
-from tilus.codegen.c.numbers import converted
-from tilus.codegen.c.tile import joined
 from tilus.codegen.context import EmitContext
 from tilus.codegen.conversion import convert_words
 from tilus.codegen.linear import register
 from tilus.dtypes import DataType, boolean, f32, int32, uint32
 from tilus.errors import TilusError
 from tilus.instructions.arithmetic import emit_binary
-from tilus.instructions.cast import convert_values
+from tilus.instructions.cast import cast_tile, convert_values
 from tilus.instructions.elementwise import Pointwise, operand_words
 from tilus.instructions.reduce import accumulator_dtype, butterfly, lanes_of, result_dtype
 from tilus.ir.builder import IRBuilder, builtin
@@ -134,14 +132,7 @@ class Scan(Pointwise):
     def emit_c(self, ctx: CContext) -> None:
         dtype = accumulator_dtype(self.src.dtype)
         total = c_reduction.scan(ctx, self.op, ctx.read(self.src), dtype, self.axis)
-        unrounded = converted(dtype, self.out.dtype, "")[1]
-        combine = lambda e: converted(dtype, self.out.dtype, e[0])[0]
-        ctx.define(
-            self.out,
-            total
-            if dtype == self.out.dtype
-            else joined(self.out.dtype, self.out.shape, [total], combine, unrounded=unrounded),
-        )
+        ctx.define(self.out, cast_tile(ctx, total, self.out.dtype))
 
 
 @dataclass

@@ -6,9 +6,9 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tilus.codegen.access import MAX_VECTOR_NBITS, vectors
 from tilus.codegen.c import shared as c_shared
 from tilus.codegen.c.context import CContext
-from tilus.codegen.access import MAX_VECTOR_NBITS, vectors
 from tilus.codegen.context import EmitContext
 from tilus.codegen.shared_access import SharedAccess, shared_access
 from tilus.dtypes import DataType

@@ -1,7 +1,8 @@
 """The base class of tile instructions: one instruction is one class that knows everything about itself.
 
 A subclass is a frozen dataclass. Its fields are its operands and attributes; every other fact is a method on it:
-`effects`, `verify`, `layout_rule`, `evaluate` (its numpy meaning), `emit` (its PTX) and `emit_c` (its C). Passes ask; they hold no lists.
+`effects`, `verify`, `layout_rule`, `evaluate` (its numpy meaning), `emit` (its PTX) and `emit_c` (its C). Passes ask; they
+hold no lists.
 """
 
 from __future__ import annotations

@@ -14,11 +14,10 @@ scale and the bias follow in f32, and y is rounded once.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import tilus
-from tilus import Const, Tensor, config, f32, int32, uint8
+from tilus import Const, Tensor, f32, int32, uint8
 from tilus.dtypes import DTYPES, DataType
 from tilus.errors import TilusError
 from tilus.kernels.allocate import counters, empty, is_cuda
@@ -39,6 +38,8 @@ from tilus.kernels.quantize.tiles import MMA, TILE, WHOLE
 from tilus.kernels.schedule import Schedule, cpu_schedule, schedule
 from tilus.layout import local, replicated
 from tilus.ptx.assembler import SpillError
+from tilus.runtime.cpu.threads import num_threads
+from tilus.runtime.execute import place
 
 EMULATED_SMS = 132  # an H100
 
@@ -176,30 +177,26 @@ def linear(
     y = empty(x, (m, n), out_dtype) if out is None else out
     if m == 0:
         return y
-    plan = _schedule(m, x, weight, device)
     ordered = x if weight.columns is None else take_columns(x, weight.columns, device=device)
-    _launch_without_spills(ordered, weight, y, bias, plan, device)
+    _launch_without_spills(ordered, weight, y, bias, device)
     return y
 
 
-# Schedules in place of those whose kernels spilled registers when they were assembled.
-_easier: dict[tuple[Any, ...], Schedule] = {}
-
-
-def _launch_without_spills(
-    x: Any, weight: QuantizedWeight, y: Any, bias: Any | None, plan: Schedule, device: str | None
-) -> None:
-    """`launch` with this schedule, or with the first easier one that the registers suffice for."""
-    key = (weight.header, str(x.dtype), str(y.dtype), bias is None, plan)
+def _launch_without_spills(x: Any, weight: QuantizedWeight, y: Any, bias: Any | None, device: str | None) -> None:
+    """`launch` with the schedule of the device, or with the first easier one that the registers suffice for."""
+    m, where = int(x.shape[0]), place(device, is_cuda(x))
+    key = (m, x.dtype, y.dtype, bias is None, where, is_cuda(x) and x.get_device())
     while True:
-        chosen = _easier.get(key, plan)
+        chosen = weight.schedules.get(key)
+        if chosen is None:
+            chosen = weight.schedules[key] = _schedule(m, x, weight, where)
         try:
             return launch(x, weight, y, bias, chosen, device)
         except SpillError:
             easier = chosen.easier()
             if easier is None:
                 raise
-            _easier[key] = easier
+            weight.schedules[key] = easier
 
 
 def launch(x: Any, weight: QuantizedWeight, y: Any, bias: Any | None, plan: Schedule, device: str | None) -> None:
@@ -219,23 +216,23 @@ def launch(x: Any, weight: QuantizedWeight, y: Any, bias: Any | None, plan: Sche
     )  # fmt: skip
 
 
-def _schedule(m: int, x: Any, weight: QuantizedWeight, device: str | None) -> Schedule:
-    """For the device that the product is made for."""
-    place, header = "cuda" if is_cuda(x) else device or config.device(), weight.header
+def _schedule(m: int, x: Any, weight: QuantizedWeight, where: str) -> Schedule:
+    """For the device that runs the product."""
+    header = weight.header
     tiles_n, tiles_k = (-(-extent // TILE) for extent in weight.shape)
-    if place == "cpu":
-        return cpu_schedule(m, tiles_n, tiles_k, header.dtype.nbits, os.cpu_count() or 1)
-    if place == "cuda" and header.order != MMA:
+    if where == "cpu":
+        return cpu_schedule(m, tiles_n, tiles_k, header.dtype.nbits, num_threads())
+    if where == "cuda" and header.order != MMA:
         raise TilusError(
             f"linear on a GPU with a weight packed in the order {header.order}, expected {MMA}",
             hint='pack it again: weight.to("cuda"), or pack(matrix, device, order="mma")',
         )
-    return schedule(m, tiles_n, tiles_k, header.dtype.nbits, _num_sms(x, place), header.factor_words)
+    return schedule(m, tiles_n, tiles_k, header.dtype.nbits, _num_sms(x, where), header.factor_words)
 
 
-def _num_sms(x: Any, place: str) -> int:
+def _num_sms(x: Any, where: str) -> int:
     """Of the GPU that runs it, or that the emulator stands for."""
-    match place:
+    match where:
         case "cuda":
             from tilus.runtime import cuda
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -40,15 +41,21 @@ def prepare(call: Call) -> Run:
 
 def _device(call: Call) -> str:
     on_gpu = any(array is not None and array.device >= 0 for array in call.arrays)
-    wanted = call.device or config.device()
-    if wanted == "auto":
-        return "cuda" if on_gpu else _cpu_or_reference()
-    if on_gpu and wanted != "cuda":
+    found = place(call.device, on_gpu)
+    if on_gpu and found != "cuda":
         raise TilusError(
-            f"{function_name(call)}: its arguments are on a GPU, the device asked for is {wanted}",
+            f"{function_name(call)}: its arguments are on a GPU, the device asked for is {found}",
             hint="move them to the CPU, or use device 'cuda'",
         )
-    return wanted
+    return found
+
+
+def place(asked: str | None, on_gpu: bool) -> str:
+    """Where a kernel runs: the device asked for, else TILUS_DEVICE, else where its arguments are."""
+    wanted = asked or config.device()
+    if wanted != "auto":
+        return wanted
+    return "cuda" if on_gpu else _cpu_or_reference()
 
 
 @functools.cache
@@ -85,11 +92,6 @@ class _Values:
         self.fixed_grid: Grid | None = None
         if not any(var in self.scalar_vars for extent in function.grid for var in walk(extent)):
             self.fixed_grid = self.grid([0] * len(self.scalar_vars))
-        # Usually the sizes come first and the scalars follow in order, so that a launch only has to join two tuples.
-        self.leading_sizes: tuple[int, ...] | None = None
-        count = len(self.order) - len(self.scalar_vars)
-        if list(self.order[count:]) == self.scalar_vars:
-            self.leading_sizes = tuple(self.sizes[var] for var in self.order[:count])
 
     def known(self, scalars: Sequence[Any]) -> dict[Expr, Number]:
         return {**self.sizes, **dict(zip(self.scalar_vars, scalars, strict=True))}
@@ -212,18 +214,29 @@ def _cuda(function: Function, call: Call) -> Run:
 
 def _submitting(call: Call, submit: Callable[..., None], values: _Values) -> Run:
     """Launches by `submit(grid x, grid y, grid z, *kernel parameters)`."""
-    if values.fixed_grid is not None and values.leading_sizes is not None and None not in call.arrays:
-        grid, sizes = values.fixed_grid, values.leading_sizes
+    if values.fixed_grid is None:
 
-        def run_fixed(pointers: Sequence[int], scalars: Sequence[Any], tensors: Sequence[Any]) -> None:
+        def run(pointers: Sequence[int], scalars: Sequence[Any], tensors: Sequence[Any]) -> None:
+            submit(*values.grid(scalars), *_present(call, pointers), *values.after_pointers(scalars))
+
+        return run
+    grid, arrays = values.fixed_grid, len(call.arrays)
+    given = [index for index, array in enumerate(call.arrays) if array is not None]
+    sizes = tuple(values.sizes.values())
+    places = {var: arrays + index for index, var in enumerate([*values.sizes, *values.scalar_vars])}
+    chosen = [*given, *(places[var] for var in values.order)]
+    if chosen == list(range(arrays + len(sizes) + len(values.scalar_vars))):
+
+        def run_all(pointers: Sequence[int], scalars: Sequence[Any], tensors: Sequence[Any]) -> None:
             submit(*grid, *pointers, *sizes, *scalars)
 
-        return run_fixed
+        return run_all
+    pick = operator.itemgetter(*chosen, chosen[0])  # one more, since of a single one it would make no tuple
 
-    def run(pointers: Sequence[int], scalars: Sequence[Any], tensors: Sequence[Any]) -> None:
-        submit(*values.grid(scalars), *_present(call, pointers), *values.after_pointers(scalars))
+    def run_chosen(pointers: Sequence[int], scalars: Sequence[Any], tensors: Sequence[Any]) -> None:
+        submit(*grid, *pick((*pointers, *sizes, *scalars))[:-1])
 
-    return run
+    return run_chosen
 
 
 def _cpu(function: Function, call: Call) -> Run:

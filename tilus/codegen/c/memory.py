@@ -11,11 +11,23 @@ from tilus.codegen.c.numbers import code_of_value, is_plain, value_nbytes, value
 from tilus.dtypes import DataType, f16
 from tilus.errors import TilusError
 from tilus.ir.expr import Const, Expr, Var
+from tilus.ir.ranges import bounds
 from tilus.ir.tensor import GlobalTensor
 from tilus.layout import SharedLayout, strided
 
 if TYPE_CHECKING:
     from tilus.codegen.c.context import CContext
+
+
+def _is_natural(expr: Expr) -> bool:
+    lowest = bounds(expr)[0]
+    return lowest is not None and lowest >= 0
+
+
+def _is_inside(first: Expr, size: int, extent: Expr) -> bool:
+    """Whether `size` indices from `first` on are known to be below `extent`."""
+    last, least = bounds(first)[1], bounds(extent)[0]
+    return _is_natural(first) and last is not None and least is not None and last + size <= least
 
 
 Run = Callable[[str, str, str], None]
@@ -97,18 +109,32 @@ class Access:
 
     def bounds(self) -> Bounds:
         ctx, whole, some, ranges = self.ctx, list[str](), list[str](), list[tuple[str, str]]()
+        sizes = {d: axis.size for d, axis in zip(self.dims, self.axes, strict=True)}
         for d, (offset, extent) in enumerate(zip(self.offsets, self.tensor.shape, strict=True)):
-            if d not in self.dims:
-                inside = f"{ctx.scalar(offset)} >= 0 && {ctx.scalar(offset)} < {ctx.scalar(extent)}"
-                whole.append(inside)
-                some.append(inside)
+            if sizes.get(d, 1) == 1:
+                inside = self._inside(offset, extent)
+                whole += inside
+                some += inside
         for axis in self.axes:
-            first, extent = ctx.scalar(axis.first), ctx.scalar(axis.extent)
-            low = ctx.let("int64_t", "low", f"tl_max(0, -({first}))")
-            high = ctx.let("int64_t", "high", f"tl_max({low}, tl_min({axis.size}, {extent} - ({first})))")
-            whole.append(f"{low} == 0 && {high} == {axis.size}")
+            if axis.size == 1 or _is_inside(axis.first, axis.size, axis.extent):
+                ranges.append(("0", str(axis.size)))
+                continue
+            first, low = ctx.scalar(axis.first), "0"
+            if not _is_natural(axis.first):
+                low = ctx.let("int64_t", "low", f"tl_max(0, -({first}))")
+                whole.append(f"{low} == 0")
+            high = ctx.let(
+                "int64_t", "high", f"tl_max({low}, tl_min({axis.size}, {ctx.scalar(axis.extent)} - ({first})))"
+            )
+            whole.append(f"{high} == {axis.size}")
             ranges.append((low, high))
         return Bounds(" && ".join(whole) or "1", " && ".join(some) or "1", tuple(ranges))
+
+    def _inside(self, index: Expr, extent: Expr) -> list[str]:
+        if _is_inside(index, 1, extent):
+            return []
+        tests = [f"{self.ctx.scalar(index)} < {self.ctx.scalar(extent)}"]
+        return tests if _is_natural(index) else [f"{self.ctx.scalar(index)} >= 0", *tests]
 
     def each_run(self, ranges: Sequence[tuple[str, str]] | None, run: Run) -> None:
         """Call `run` in loops over the tile (or the part in `ranges`)."""
@@ -169,16 +195,16 @@ def load_into(access: Access, array: str, start: str, checked: bool, size: int |
     if not checked:
         access.each_run(None, run)
         return
-    bounds = access.bounds()
-    with writer.block(f"if ({bounds.whole})"):
+    part = access.bounds()
+    with writer.block(f"if ({part.whole})"):
         access.each_run(None, run)
     with writer.block("else"):
         if size is not None:
             writer.line(f"memset({array}, 0, {size} * sizeof *{array});")
         else:
             _clear(access, array, start)
-        with writer.block(f"if ({bounds.some})"):
-            access.each_run(bounds.ranges, run)
+        with writer.block(f"if ({part.some})"):
+            access.each_run(part.ranges, run)
 
 
 def _clear(access: Access, array: str, start: str) -> None:
@@ -219,11 +245,11 @@ def store_from(access: Access, array: str, start: str, checked: bool) -> None:
     if not checked:
         access.each_run(None, run)
         return
-    bounds = access.bounds()
-    with writer.block(f"if ({bounds.whole})"):
+    part = access.bounds()
+    with writer.block(f"if ({part.whole})"):
         access.each_run(None, run)
-    with writer.block(f"else if ({bounds.some})"):
-        access.each_run(bounds.ranges, run)
+    with writer.block(f"else if ({part.some})"):
+        access.each_run(part.ranges, run)
 
 
 def _store_run(ctx: CContext, dtype: DataType, pointer: str, memory: str, array: str, local: str, count: str) -> None:
@@ -255,17 +281,19 @@ def borrowed(access: Access, checked: bool) -> str | None:
     tensor, ctx = access.tensor, access.ctx
     if not is_plain(tensor.dtype) or tensor.base not in ctx.memory.read_only:
         return None
-    for axis in access.axes:
-        if axis.size > 1 and not (isinstance(axis.stride, Const) and axis.stride.value == axis.local):
-            return None
+    strides = [(axis.stride, axis.local) for axis in access.axes if axis.size > 1]
+    if any(isinstance(stride, Const) and stride.value != local for stride, local in strides):
+        return None
+    dense = [f"{ctx.scalar(stride)} == {local}" for stride, local in strides if not isinstance(stride, Const)]
     kind, name = value_type(tensor.dtype), ctx.writer.name(tensor.name)
-    if not checked:
+    if not checked and not dense:
         ctx.writer.line(f"const {kind} *const {name} = {access.pointer} + {access.start};")
         return name
-    bounds, size = access.bounds(), prod(axis.size for axis in access.axes)
+    part = access.bounds() if checked else Bounds("1", "1", tuple(("0", str(axis.size)) for axis in access.axes))
+    size = prod(axis.size for axis in access.axes)
     edge = ctx.array(tensor.dtype, size, "edge").name
     ctx.writer.line(f"const {kind} *{name} = {edge};")
-    with ctx.writer.block(f"if ({bounds.whole})"):
+    with ctx.writer.block(f"if ({' && '.join([part.whole, *dense])})"):
         ctx.writer.line(f"{name} = {access.pointer} + {access.start};")
     with ctx.writer.block("else"):
         ctx.writer.line(f"memset({edge}, 0, {size * value_nbytes(tensor.dtype)});")
@@ -273,6 +301,6 @@ def borrowed(access: Access, checked: bool) -> str | None:
         def run(memory: str, local: str, count: str) -> None:
             _load_run(ctx, tensor.dtype, access.pointer, memory, edge, local, count)
 
-        with ctx.writer.block(f"if ({bounds.some})"):
-            access.each_run(bounds.ranges, run)
+        with ctx.writer.block(f"if ({part.some})"):
+            access.each_run(part.ranges, run)
     return name

@@ -1,7 +1,7 @@
 """Matrix products of tiles: blocks of vector accumulators in registers.
 
-Vectors run along rows or columns of the result, where one operand's elements follow each other; the other operand's are broadcast.
-Where both operands follow each other along k only, vectors run along k and are added up at the end. Packed codes become
+Vectors run along rows or columns of the result, where one operand's elements follow each other; the other operand's are
+broadcast. Where both operands follow each other along k only, vectors run along k and are added up at the end. Packed codes become
 numbers on their way into the product while it is narrow; a wide one unpacks them once.
 """
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from tilus.codegen.c.codes import Codes, split_address, vector_lanes, vector_number
 from tilus.codegen.c.nest import compacted, stride
-from tilus.codegen.c.tile import Array, Constant, Leaf, Tile, plain
+from tilus.codegen.c.tile import Constant, Leaf, Tile, plain
 from tilus.dtypes import f32, int32
 from tilus.layout import LayoutError, SharedLayout, row_major
 
@@ -298,7 +298,7 @@ class CodeBlocks:
         return divmod(self.layout.offset((batch, row, k)), self.codes.slots)
 
     def emit(self) -> None:
-        batch, m, k = self.a.shape
+        batch, m, _ = self.a.shape
         vectors = max(v for v in (4, 2, 1) if (m // self.lanes) % v == 0 and v * self.columns <= _registers(self.ctx))
         writer = self.ctx.writer
         step = 0

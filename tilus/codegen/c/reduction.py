@@ -94,7 +94,7 @@ def scan(ctx: CContext, op: str, tile: Tile, dtype: DataType, axis: int) -> Tile
     steps = [layout.terms[d][0].stride if layout.terms[d] else 0 for d in range(layout.rank)]
     order = [*(d for d in range(layout.rank) if d != axis), axis]
     with ctx.writer.loops([tile.shape[d] for d in order]) as counters:
-        index = {d: c for d, c in zip(order, counters, strict=True)}
+        index = dict(zip(order, counters, strict=True))
         place = linear(0, steps, [index[d] for d in range(layout.rank)])
         parts = [
             f"({index[d]}) / {t.weight} % {t.size} * {t.stride}"

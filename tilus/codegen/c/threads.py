@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from tilus.codegen.c.numbers import code_of_value, value_of_code
 from tilus.codegen.c.nest import compacted, nest
+from tilus.codegen.c.numbers import code_of_value, value_of_code
 from tilus.codegen.c.tile import Array, Leaf, Tile, joined, plain
 from tilus.codegen.code_order import CodeOrder, natural_order
 from tilus.dtypes import DataType, f16, uint8

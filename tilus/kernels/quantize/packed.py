@@ -7,7 +7,7 @@ one for CPUs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,8 @@ class QuantizedWeight:
     zeros: Any | None = None
     table: Any | None = None
     columns: Any | None = None
+    # Schedules of the linear kernel for this weight, by what else they depend on: found once.
+    schedules: dict[Any, Any] = field(default_factory=dict[Any, Any], repr=False)
 
     def __post_init__(self) -> None:
         expected = self.header.arrays
@@ -106,7 +108,7 @@ class QuantizedWeight:
         return QuantizedWeight(self.header, **{name: array.to(device) for name, array in self.arrays.items()})
 
     def _optional_arrays(self) -> dict[str, Any | None]:
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "header"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("header", "schedules")}
 
 
 def pack(matrix: QuantizedMatrix, device: Any = None, order: str | None = None) -> QuantizedWeight:
