@@ -17,6 +17,8 @@ from tilus.dtypes import DataType, boolean
 from tilus.errors import TilusError
 from tilus.ir.expr import Expr, Number, Var, evaluate, walk
 from tilus.ir.function import Function, ScalarParam, TensorParam
+from tilus.ir.tensor import GlobalTensor
+from tilus.ir.visit import instructions
 from tilus.runtime.launch_times import Run, watched
 from tilus.target import DEFAULT_TARGET, Target
 
@@ -85,11 +87,6 @@ class _Values:
         self.fixed_grid: Grid | None = None
         if not any(var in self.scalar_vars for extent in function.grid for var in walk(extent)):
             self.fixed_grid = self.grid([0] * len(self.scalar_vars))
-        # Usually the sizes come first and the scalars follow in order, so that a launch only has to join two tuples.
-        self.leading_sizes: tuple[int, ...] | None = None
-        count = len(self.order) - len(self.scalar_vars)
-        if list(self.order[count:]) == self.scalar_vars:
-            self.leading_sizes = tuple(self.sizes[var] for var in self.order[:count])
 
     def known(self, scalars: Sequence[Any]) -> dict[Expr, Number]:
         return {**self.sizes, **dict(zip(self.scalar_vars, scalars, strict=True))}
@@ -211,19 +208,14 @@ def _cuda(function: Function, call: Call) -> Run:
 
 
 def _submitting(call: Call, submit: Callable[..., None], values: _Values) -> Run:
-    """Launches by `submit(grid x, grid y, grid z, *kernel parameters)`."""
-    if values.fixed_grid is not None and values.leading_sizes is not None and None not in call.arrays:
-        grid, sizes = values.fixed_grid, values.leading_sizes
-
-        def run_fixed(pointers: Sequence[int], scalars: Sequence[Any], tensors: Sequence[Any]) -> None:
-            submit(*grid, *pointers, *sizes, *scalars)
-
-        return run_fixed
-
-    def run(pointers: Sequence[int], scalars: Sequence[Any], tensors: Sequence[Any]) -> None:
-        submit(*values.grid(scalars), *_present(call, pointers), *values.after_pointers(scalars))
-
-    return run
+    """Launches by `submit(grid x, grid y, grid z, *kernel parameters)`: generated, so that a launch decides nothing."""
+    scalar = {var: f"s[{index}]" for index, var in enumerate(values.scalar_vars)}
+    arguments = [
+        *(map(str, values.fixed_grid) if values.fixed_grid is not None else ["*grid(s)"]),
+        *(f"p[{index}]" for index, array in enumerate(call.arrays) if array is not None),
+        *(scalar.get(var) or str(values.sizes[var]) for var in values.order),
+    ]
+    return eval(f"lambda p, s, tensors: submit({', '.join(arguments)})", {"submit": submit, "grid": values.grid})
 
 
 def _cpu(function: Function, call: Call) -> Run:
@@ -232,7 +224,25 @@ def _cpu(function: Function, call: Call) -> Run:
 
     kernel = build.load(lower_c(function, features.host_target()))
     launcher = pool.Launcher(function.name, kernel, function.kernel_params(), threads.num_threads())
-    return _submitting(call, launcher.launch, _Values(function, call.sizes))
+    run = _submitting(call, launcher.launch, _Values(function, call.sizes))
+    present = [index for index, array in enumerate(call.arrays) if array is not None]
+    params = [param for param in function.params if isinstance(param, TensorParam)]
+    written = [(index, param) for index, param in zip(present, params, strict=True) if _is_written(function, param)]
+
+    def run_checked(pointers: Sequence[int], scalars: Sequence[Any], tensors: Sequence[Any]) -> None:
+        for index, param in written:  # native code would not notice, or end the process where memory is mapped so
+            tensor = tensors[index]
+            array = tensor if param.tensor.dtype.nbits >= 8 else tensor.storage
+            if isinstance(array, np.ndarray) and not array.flags.writeable:
+                raise TilusError(f"{function.name}: the kernel writes to argument {param.name!r}, which is read-only")
+        run(pointers, scalars, tensors)
+
+    return run_checked
+
+
+def _is_written(function: Function, param: TensorParam) -> bool:
+    writes = (tensor for stmt in instructions(function.body) for tensor in stmt.inst.effects().writes)
+    return any(isinstance(tensor, GlobalTensor) and tensor.base is param.tensor.base for tensor in writes)
 
 
 def _staged(call: Call, launcher: Any, values: _Values, device: Any) -> Run:
