@@ -144,3 +144,12 @@ def test_the_accuracy_table_is_what_was_measured(accuracy: dict[str, Any]) -> No
     assert accuracy["table"](result) in (BENCHMARKS.parent / "docs" / "quantization.md").read_text()
     ratios = {row["row"]: row["ratio"] for row in result["rows"]}
     assert ratios["uint4-g32"] <= 1.01
+
+
+def test_launches_on_the_cpu_are_measured() -> None:
+    measure = runpy.run_path(str(BENCHMARKS / "cpu_launch.py"), {"__name__": "benchmark"})["measure"]
+    measure.__globals__["LAUNCHES"] = 5
+    result = measure(2, 64, 1)
+    recorded = json.loads((BENCHMARKS / "results" / "cpu" / "cpu_launch.json").read_text())
+    assert all(case.keys() == result.keys() for case in recorded["cases"])
+    assert 0 < result["min_us"] <= result["median_us"]

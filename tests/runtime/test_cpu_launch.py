@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 import threading
-import types
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,7 +59,7 @@ class Generator:
         self.source = scaled_source
         self.asked: list[tuple[Function, CpuTarget]] = []
 
-    def lower_c(self, function: Function, target: CpuTarget) -> str:
+    def compile_for_cpu(self, function: Function, target: CpuTarget) -> str:
         self.asked.append((function, target))
         return self.source(function)
 
@@ -69,13 +67,11 @@ class Generator:
 @pytest.fixture
 def generator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Generator]:
     generator = Generator()
-    for name in ("tilus.codegen.c", "tilus.codegen.c.lower"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setattr(sys.modules["tilus.codegen.c.lower"], "lower_c", generator.lower_c, raising=False)
+    monkeypatch.setattr(execute, "compile_for_cpu", generator.compile_for_cpu)
     monkeypatch.delenv("TILUS_DEVICE", raising=False)
     monkeypatch.delenv("TILUS_CC", raising=False)
     execute._cpu_or_reference.cache_clear()
-    for each in (scaled, fixed):
+    for each in (scaled, fixed, packs):
         each._launchers.clear()
         each._launch = each.on(None)
     yield generator
@@ -108,6 +104,34 @@ def test_an_absent_tensor_has_no_slot(generator: Generator, with_y: bool) -> Non
         fixed(x, 2**64 - 1, yes, y)
         pointers = [x.data_ptr()] if y is None else [x.data_ptr(), y.data_ptr()]
         assert x.numpy().view(np.uint64)[:count].tolist() == [*pointers, 2**64 - 1, int(yes)]
+
+
+@tilus.kernel
+def packs(x: tilus.Tensor[tilus.uint4, 64], y: tilus.Tensor[tilus.uint4, 64]):
+    tilus.grid(1, warps=1)
+    tilus.store(y, [0], tilus.load(x, [0], shape=[64]))
+
+
+def read_only(array: Any) -> Any:
+    array.flags.writeable = False
+    return array
+
+
+def test_read_only_memory_is_read_and_not_written(generator: Generator) -> None:
+    x, y = read_only(np.arange(64, dtype=np.float32)), np.zeros(64, np.float32)
+    for _ in range(2):
+        scaled(x, y, 2.0, 1)
+        assert (y == 2 * x).all()
+        with pytest.raises(TilusError, match="scaled: the kernel writes to argument 'y', which is read-only"):
+            scaled(y, x, 2.0, 1)
+    generator.source = lambda function: kernel("for (int i = 0; i < 32; i++) ((char *)args[1])[i] = 7;")
+    locked, free = read_only(np.zeros(32, np.uint8)), np.zeros(32, np.uint8)
+    packs(tilus.packed(locked, tilus.uint4, [64]), tilus.packed(free, tilus.uint4, [64]))
+    assert (free == 7).all()
+    for _ in range(2):
+        with pytest.raises(TilusError, match="packs: the kernel writes to argument 'y', which is read-only"):
+            packs(tilus.packed(free, tilus.uint4, [64]), tilus.packed(locked, tilus.uint4, [64]))
+    assert (locked == 0).all()
 
 
 def test_it_is_launched_once_prepared_from_several_threads(generator: Generator) -> None:

@@ -293,7 +293,7 @@ def test_a_missing_driver_is_explained(tmp_path: Path) -> None:
     )
     out = run_python(code, tmp_path)
     assert out.startswith("TilusError no CUDA driver found (libcuda.so.1)")
-    assert "tilus doctor" in out and "device='reference'" in out
+    assert "tilus doctor" in out and "device='cpu'" in out
 
 
 def test_importing_the_runtime_loads_neither_driver_nor_torch(tmp_path: Path) -> None:

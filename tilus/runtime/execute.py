@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,8 @@ from tilus.dtypes import DataType, boolean
 from tilus.errors import TilusError
 from tilus.ir.expr import Expr, Number, Var, evaluate, walk
 from tilus.ir.function import Function, ScalarParam, TensorParam
+from tilus.ir.tensor import GlobalTensor
+from tilus.ir.visit import instructions
 from tilus.runtime.launch_times import Run, watched
 from tilus.target import DEFAULT_TARGET, Target
 
@@ -213,30 +214,14 @@ def _cuda(function: Function, call: Call) -> Run:
 
 
 def _submitting(call: Call, submit: Callable[..., None], values: _Values) -> Run:
-    """Launches by `submit(grid x, grid y, grid z, *kernel parameters)`."""
-    if values.fixed_grid is None:
-
-        def run(pointers: Sequence[int], scalars: Sequence[Any], tensors: Sequence[Any]) -> None:
-            submit(*values.grid(scalars), *_present(call, pointers), *values.after_pointers(scalars))
-
-        return run
-    grid, arrays = values.fixed_grid, len(call.arrays)
-    given = [index for index, array in enumerate(call.arrays) if array is not None]
-    sizes = tuple(values.sizes.values())
-    places = {var: arrays + index for index, var in enumerate([*values.sizes, *values.scalar_vars])}
-    chosen = [*given, *(places[var] for var in values.order)]
-    if chosen == list(range(arrays + len(sizes) + len(values.scalar_vars))):
-
-        def run_all(pointers: Sequence[int], scalars: Sequence[Any], tensors: Sequence[Any]) -> None:
-            submit(*grid, *pointers, *sizes, *scalars)
-
-        return run_all
-    pick = operator.itemgetter(*chosen, chosen[0])  # one more, since of a single one it would make no tuple
-
-    def run_chosen(pointers: Sequence[int], scalars: Sequence[Any], tensors: Sequence[Any]) -> None:
-        submit(*grid, *pick((*pointers, *sizes, *scalars))[:-1])
-
-    return run_chosen
+    """Launches by `submit(grid x, grid y, grid z, *kernel parameters)`: generated, so that a launch decides nothing."""
+    scalar = {var: f"s[{index}]" for index, var in enumerate(values.scalar_vars)}
+    arguments = [
+        *(map(str, values.fixed_grid) if values.fixed_grid is not None else ["*grid(s)"]),
+        *(f"p[{index}]" for index, array in enumerate(call.arrays) if array is not None),
+        *(scalar.get(var) or str(values.sizes[var]) for var in values.order),
+    ]
+    return eval(f"lambda p, s, tensors: submit({', '.join(arguments)})", {"submit": submit, "grid": values.grid})
 
 
 def _cpu(function: Function, call: Call) -> Run:
@@ -244,7 +229,25 @@ def _cpu(function: Function, call: Call) -> Run:
 
     kernel = build.load(compile_for_cpu(function, features.host_target()))
     launcher = pool.Launcher(function.name, kernel, function.kernel_params(), threads.num_threads())
-    return _submitting(call, launcher.launch, _Values(function, call.sizes))
+    run = _submitting(call, launcher.launch, _Values(function, call.sizes))
+    present = [index for index, array in enumerate(call.arrays) if array is not None]
+    params = [param for param in function.params if isinstance(param, TensorParam)]
+    written = [(index, param) for index, param in zip(present, params, strict=True) if _is_written(function, param)]
+
+    def run_checked(pointers: Sequence[int], scalars: Sequence[Any], tensors: Sequence[Any]) -> None:
+        for index, param in written:  # native code would not notice, or end the process where memory is mapped so
+            tensor = tensors[index]
+            array = tensor if param.tensor.dtype.nbits >= 8 else tensor.storage
+            if isinstance(array, np.ndarray) and not array.flags.writeable:
+                raise TilusError(f"{function.name}: the kernel writes to argument {param.name!r}, which is read-only")
+        run(pointers, scalars, tensors)
+
+    return run_checked
+
+
+def _is_written(function: Function, param: TensorParam) -> bool:
+    writes = (tensor for stmt in instructions(function.body) for tensor in stmt.inst.effects().writes)
+    return any(isinstance(tensor, GlobalTensor) and tensor.base is param.tensor.base for tensor in writes)
 
 
 def _staged(call: Call, launcher: Any, values: _Values, device: Any) -> Run:
