@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -130,14 +130,22 @@ class GGUFFile:
             raise TilusError(f"{self.path} has no tensor {name}; it has {len(self.tensors)} others")
         return self.tensors[name]
 
+    def first_row(self, name: str) -> QuantizedMatrix | npt.NDArray[np.float32]:
+        """`read` of a matrix, but only its first row: how the tensor is stored, at no cost."""
+        tensor = self.tensor(name)
+        row = replace(tensor, shape=(1, *tensor.shape[1:]), rows=tensor.rows[:1])
+        return self._values(row)
+
     def read(self, name: str) -> QuantizedMatrix | npt.NDArray[np.float32]:
         """A tensor's codes and scales, or its values as float32 where it is stored as floats."""
-        tensor = self.tensor(name)
+        return self._values(self.tensor(name))
+
+    def _values(self, tensor: GGUFTensor) -> QuantizedMatrix | npt.NDArray[np.float32]:
         if tensor.format.is_float:
             return ggml.to_floats(tensor.rows, tensor.format).reshape(tensor.shape)
         if len(tensor.shape) != 2:
             raise TilusError(
-                f"{self.path}: {name} is stored as {tensor.format.name} with shape {list(tensor.shape)}, "
+                f"{self.path}: {tensor.name} is stored as {tensor.format.name} with shape {list(tensor.shape)}, "
                 "but quantised tensors must be matrices"
             )
         return ggml.unpack(tensor.rows, tensor.format)
