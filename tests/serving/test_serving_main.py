@@ -79,7 +79,7 @@ def ready(tiny_directory: Path) -> Iterator[tuple[Process, str]]:
 def test_the_printed_curl_line_works(ready: tuple[Process, str]) -> None:
     server, url = ready
     assert "loading tiny on cpu\n" in server.text
-    assert "layer 2 of 2\n" in server.text
+    assert "packing weights: layer 2 of 2\n" in server.text
     assert "context 256 tokens, 64 pages, up to 4 requests at once" in server.text
     command = shlex.split(server.wait_for(r"  (curl .*)\n").group(1))
     assert command[:2] == ["curl", f"{url}/v1/chat/completions"]
