@@ -24,6 +24,7 @@ _T = TypeVar("_T")
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _DEEPEST_ARRAY = 8
+_LENGTH = struct.Struct("<Q")
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +59,20 @@ class _Cursor:
     def string(self) -> str:
         return self.take(self.number("Q")).decode("utf-8", errors="replace")
 
+    def strings(self, count: int) -> list[str]:
+        """As many calls of `string`: vocabularies have a hundred thousand, and a server waits for them."""
+        length_at, buffer, size, start = _LENGTH.unpack_from, self._buffer, len(self._buffer), self.offset
+        found: list[str] = []
+        for _ in range(count):
+            begin = start + 8
+            end = begin + length_at(buffer, start)[0] if begin <= size else begin
+            if end > size:
+                self.take(end - self.offset)  # refuses what is cut short
+            found.append(buffer[begin:end].decode("utf-8", errors="replace"))
+            start = end
+        self.offset = start
+        return found
+
     def value(self, kind: int, depth: int = 0) -> object:
         """One metadata value of the given type id; arrays are lists."""
         if kind in _SCALARS:
@@ -72,6 +87,8 @@ class _Cursor:
         if element in _SCALARS:
             data = self.take(count * struct.calcsize("<" + _SCALARS[element]))
             return list(struct.unpack(f"<{count}{_SCALARS[element]}", data))
+        if element == _STRING:
+            return self.strings(count)
         return [self.value(element, depth + 1) for _ in range(count)]
 
 
