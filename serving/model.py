@@ -40,8 +40,9 @@ class Linear:
     parts: tuple[PackedWeight, ...]
 
     def __call__(self, kernels: Kernels, x: Tensor) -> Tensor:
-        outputs = [kernels.linear(x, part) for part in self.parts]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        if len(self.parts) == 1:
+            return kernels.linear(x, self.parts[0])
+        return torch.cat([kernels.linear(x, part) for part in self.parts], dim=-1)
 
 
 @dataclass(frozen=True, eq=False)
