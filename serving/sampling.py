@@ -53,7 +53,7 @@ def _draws(params: Sequence[SamplingParams]) -> Iterator[tuple[_Draw, list[int]]
     if unlimited:
         yield _draw_from_all, unlimited
     if limited:
-        yield _draw, limited
+        yield _draw_from_best, limited
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
@@ -68,20 +68,48 @@ def _draw_from_all(logits: Tensor, params: Sequence[SamplingParams], uniform: Se
     return torch.searchsorted(gathered, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
-def _draw(logits: Tensor, params: Sequence[SamplingParams], uniform: Sequence[float]) -> Tensor:
-    """Inverse-transform sampling from each row's distribution after temperature, top_k and top_p. int64 [S]."""
+def _draw_from_best(logits: Tensor, params: Sequence[SamplingParams], uniform: Sequence[float]) -> Tensor:
+    """Inverse-transform sampling, best token first, after temperature, top_k and top_p. int64 [S]."""
     scaled = logits.double() / _column([p.temperature for p in params], logits)
-    ordered, token_ids = scaled.sort(dim=-1, descending=True, stable=True)
-    probabilities = ordered.softmax(dim=-1)
-    ranks = torch.arange(logits.shape[-1], device=logits.device)
-    allowed = ranks < _column([p.top_k or logits.shape[-1] for p in params], logits)
-    # top_p keeps the shortest list of best tokens that reaches it: those before whom less than top_p has gathered.
+    probabilities = scaled.softmax(dim=-1)
+    return _draw_sorted(*_candidates(probabilities, params), params, uniform)
+
+
+def _candidates(probabilities: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, Tensor]:
+    """Probabilities and ids, [S, C], of all tokens that top_k and top_p can leave, best first and ties in the vocabulary's order.
+
+    To sort the whole vocabulary takes longer than a step of a small model. Tokens with less than (1 - top_p) / V each have less
+    than 1 - top_p together, so that all others reach top_p without them; half of that leaves room for rounding.
+    """
+    size = probabilities.shape[-1]
+    top_k = [min(p.top_k, size) for p in params]
+    bound = _column([(1 - p.top_p) / (2 * size) for p in params], probabilities)
+    if any(top_k):
+        best = probabilities.topk(max(top_k), dim=-1).values
+        last = torch.tensor([[max(k, 1) - 1] for k in top_k], device=probabilities.device)
+        limited = torch.tensor([[k > 0] for k in top_k], device=probabilities.device)
+        bound = torch.where(limited, best.gather(-1, last), bound)
+    candidates = probabilities.where(probabilities >= bound, 0.0)
+    count = int((candidates > 0).sum(dim=-1).max())
+    token_ids = candidates.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
+    best, order = candidates.gather(-1, token_ids).sort(dim=-1, descending=True, stable=True)
+    return best, token_ids.gather(-1, order)
+
+
+def _draw_sorted(
+    probabilities: Tensor, token_ids: Tensor, params: Sequence[SamplingParams], uniform: Sequence[float]
+) -> Tensor:
+    size = probabilities.shape[-1]
+    top_k = _column([p.top_k for p in params], probabilities)
+    allowed = (torch.arange(size, device=probabilities.device) < top_k) | (top_k == 0)
     probabilities = probabilities * allowed
-    probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
+    # Without top_k the others, which are not here, count too: then the sum of all is 1.
+    probabilities = probabilities / torch.where(top_k > 0, probabilities.sum(dim=-1, keepdim=True), 1.0)
+    # top_p keeps the shortest list of best tokens that reaches it: those before whom less than top_p has gathered.
     gathered = probabilities.cumsum(dim=-1)
-    kept = allowed & (gathered - probabilities < _column([p.top_p for p in params], logits))
+    kept = allowed & (gathered - probabilities < _column([p.top_p for p in params], probabilities))
     gathered = (probabilities * kept).cumsum(dim=-1)
-    target = _column(uniform, logits) * gathered[:, -1:]
+    target = _column(uniform, probabilities) * gathered[:, -1:]
     rank = (gathered <= target).sum(dim=-1).clamp(max=kept.sum(dim=-1) - 1)
     return token_ids.gather(-1, rank[:, None])[:, 0]
 
