@@ -11,7 +11,7 @@ from typing import Any
 from serving.quantize import WEIGHT_DTYPES
 from tilus.errors import TilusError
 
-DEVICES = ("auto", "cpu", "cuda")
+DEVICES = ("auto", "cpu", "cuda", "reference")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,12 @@ class ServerConfig:
     )
     host: str = _option("127.0.0.1", "the address to listen on; 0.0.0.0 for all of this machine's", "ADDRESS")
     port: int = _option(8000, "the port to listen on; 0 picks a free one", "PORT")
-    device: str = _option("auto", "where the model runs; auto takes CUDA when there is a GPU", choices=DEVICES)
+    device: str = _option(
+        "auto",
+        "where the model runs: cpu is native code for this machine where it can be compiled, reference the slow meaning of "
+        "the kernels on numpy; auto does as TILUS_DEVICE says, or takes CUDA when there is a GPU",
+        choices=DEVICES,
+    )
     weight_dtype: str = _option(
         "int8",
         "how weights that are stored as floats are quantised while loading, in groups of 32; "
@@ -107,7 +112,7 @@ class ServerConfig:
     num_pages: int | None = _option(
         None,
         "pages of 16 tokens in the key-value cache; default: enough for --max-batch requests of full length, but at "
-        "most 1 GiB on a CPU or nine tenths of the free memory of a GPU",
+        "most 1 GiB and half of what is left on a CPU, or nine tenths of what is left on a GPU",
         "N",
     )
     request_timeout: float = _option(3600.0, "seconds after which an unfinished request is given up", "SECONDS")

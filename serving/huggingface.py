@@ -97,6 +97,21 @@ class DirectoryWeights:
     def table(self) -> QuantizedMatrix:
         return self._quantized("token_embd", int8)
 
+    def is_float(self, name: str) -> bool:
+        return not self._tensors.is_quantized(full_name(name))
+
+    def first_row(self, name: str) -> QuantizedMatrix | None:
+        if not self.is_float(name):
+            return None
+        row = np.zeros((1, self._tensors.stored(full_name(name)).shape[-1]), np.float32)
+        return quantize_on_load(row, int8 if name == "token_embd" else self._weight_dtype, full_name(name))
+
+    def num_rows(self, name: str) -> int:
+        return self._tensors.stored(full_name(name)).shape[0]
+
+    def stored_nbytes(self, name: str) -> int:
+        return self._tensors.stored_nbytes(full_name(name))
+
     def _quantized(self, name: str, dtype: DataType) -> QuantizedMatrix:
         stored_name = full_name(name)
         bias = stored_name.removesuffix("weight") + "bias"

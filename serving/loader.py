@@ -42,6 +42,21 @@ class Weights(Protocol):
         """The token embedding, [vocabulary, H]."""
         ...
 
+    def is_float(self, name: str) -> bool:
+        """Whether a matrix is stored as floats, and quantised on the way."""
+        ...
+
+    def first_row(self, name: str) -> QuantizedMatrix | None:
+        """The first row of a matrix, or one that is quantised like it: says how much memory the matrix needs, before it is
+        read. None when only reading all of it would tell."""
+        ...
+
+    def num_rows(self, name: str) -> int: ...
+
+    def stored_nbytes(self, name: str) -> int:
+        """Bytes of a tensor in its file."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
@@ -146,6 +161,21 @@ class GGUFWeights:
     def table(self) -> QuantizedMatrix:
         found = self._file.read("token_embd.weight")
         return found if isinstance(found, QuantizedMatrix) else quantize_on_load(found, int8, "token_embd")
+
+    def is_float(self, name: str) -> bool:
+        return self._file.tensor(f"{name}.weight").format.is_float
+
+    def first_row(self, name: str) -> QuantizedMatrix | None:
+        found = self._file.first_row(f"{name}.weight")
+        if isinstance(found, QuantizedMatrix):
+            return found
+        return quantize_on_load(found, int8 if name == "token_embd" else self._weight_dtype, name)
+
+    def num_rows(self, name: str) -> int:
+        return self._file.tensor(f"{name}.weight").shape[0]
+
+    def stored_nbytes(self, name: str) -> int:
+        return self._file.tensor(f"{name}.weight").rows.nbytes
 
     def floats(self, name: str) -> npt.NDArray[np.float32]:
         """Any tensor's values, rows in Hugging Face's order."""

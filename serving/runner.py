@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import mmap
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -20,7 +23,7 @@ class TorchRunner:
     def __init__(self, model: Model, num_pages: int, page_size: int, device: torch.device) -> None:
         config = model.config
         shape = (num_pages, config.num_layers, 2, page_size, config.num_kv_heads, config.head_dim)
-        self.kv_pool = torch.zeros(shape, dtype=torch.float16, device=device)
+        self.kv_pool = _zero_pool(shape, device)
         self._model = model
         self._page_size = page_size
         self._device = device
@@ -29,6 +32,14 @@ class TorchRunner:
     def execute(self, batch: Batch) -> StepOutput:
         logits = self._model.forward(step_tensors(batch, self._page_size, self._device), self.kv_pool)
         return StepOutput(sampling.sample(logits, batch.sampled))
+
+
+def _zero_pool(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """float16 zeros. On the CPU the system makes them when a page is first touched: no start waits for a pool of a GiB."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=torch.float16, device=device)
+    memory = mmap.mmap(-1, math.prod(shape) * 2, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=torch.float16).view(shape)
 
 
 def step_tensors(batch: Batch, page_size: int, device: torch.device) -> StepTensors:

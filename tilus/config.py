@@ -21,7 +21,7 @@ def device() -> str:
 
 
 def cache_dir() -> Path:
-    """TILUS_CACHE_DIR: where compiled kernels are kept; default ~/.cache/tilus (or under XDG_CACHE_HOME)."""
+    """TILUS_CACHE_DIR: where compiled kernels and packed weights are kept; default ~/.cache/tilus (or under XDG_CACHE_HOME)."""
     value = os.environ.get("TILUS_CACHE_DIR")
     if value:
         return Path(value)

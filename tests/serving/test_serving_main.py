@@ -23,17 +23,19 @@ from serving.config import ServerConfig, build_parser, parse_args
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
+ORACLE = (str(Path(__file__).parent / "serve_with_torch.py"),)
+REAL = ("-m", "serving")
 
 
 class Process:
-    """The server on oracle kernels; stderr is collected while it runs."""
+    """The server, on oracle kernels unless another program is named; stderr is collected while it runs."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, program: tuple[str, ...] = ORACLE, **variables: str) -> None:
         environment = os.environ | {"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}", "PYTHONWARNINGS": "error"}
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).parent / "serve_with_torch.py"), *arguments],
+            [sys.executable, *program, *arguments],
             cwd=ROOT,
-            env=environment,
+            env=environment | variables,
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -79,7 +81,7 @@ def ready(tiny_directory: Path) -> Iterator[tuple[Process, str]]:
 def test_the_printed_curl_line_works(ready: tuple[Process, str]) -> None:
     server, url = ready
     assert "loading tiny on cpu\n" in server.text
-    assert "layer 2 of 2\n" in server.text
+    assert "packing weights: layer 2 of 2\n" in server.text
     assert "context 256 tokens, 64 pages, up to 4 requests at once" in server.text
     command = shlex.split(server.wait_for(r"  (curl .*)\n").group(1))
     assert command[:2] == ["curl", f"{url}/v1/chat/completions"]
@@ -144,6 +146,40 @@ def test_limits_that_contradict_the_model(tiny_directory: Path) -> None:
     server = Process("--port", "0", "--model", str(tiny_directory), "--max-model-len", "300")
     assert server.finish() == 1
     assert server.text == "error: --max-model-len is 300, but the model was made for at most 256 tokens\n"
+
+
+def start_and_stop(model: Path, cache: Path) -> str:
+    """What the real server says on its reference kernels, until it is ready."""
+    arguments = ("--model", str(model), "--port", "0", "--device", "reference", "--max-batch", "2")
+    server = Process(*arguments, program=REAL, TILUS_CACHE_DIR=str(cache))
+    server.wait_for("curl .*\n")
+    server.process.terminate()
+    assert server.finish() == 0
+    return server.text
+
+
+def test_the_second_start_finds_the_weights(tiny_directory: Path, tmp_path: Path) -> None:
+    first, second = (start_and_stop(tiny_directory, tmp_path / "cache") for _ in range(2))
+    assert "packing weights" in first and "packing weights" not in second
+    assert [line for line in first.splitlines() if line.startswith("  weights")] == [
+        line for line in second.splitlines() if line.startswith("  weights")
+    ]
+    assert "kernels are interpreted (reference), which is slow\n" in first
+    assert "warming up: step 2 of 2\n" in second
+
+
+def test_a_cache_directory_that_is_none_costs_one_warning(tiny_directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    text = start_and_stop(tiny_directory, tmp_path / "file")
+    assert text.count("cannot keep the packed weights in ") == 1
+    assert "Traceback" not in text
+
+
+def test_a_model_that_does_not_fit_is_refused(tiny_directory: Path) -> None:
+    server = Process("--port", "0", "--model", str(tiny_directory), "--device", "cpu", "--num-pages", str(2**40))
+    assert server.finish() == 1
+    assert re.search(r"\nerror: the model needs \d+ MiB, but \d+ MiB are available\nmemory in MiB\n", server.text)
+    assert "Traceback" not in server.text
 
 
 def test_every_option_is_explained() -> None:

@@ -130,6 +130,35 @@ def test_a_step_inside_prompts_has_no_logits(tiny_model: Model) -> None:
     assert found.shape == (0, TINY["vocab_size"])
 
 
+def test_a_prompt_longer_than_a_step_goes_in_chunks(tiny_checkpoint: Checkpoint, tiny_model: Model) -> None:
+    """The same answer as in one piece, and the head sees only rows whose token is wanted."""
+
+    class Watching(TorchKernels):
+        def linear(self, x, weight, *, out_dtype=torch.float16):
+            if out_dtype == torch.float32:
+                head_rows.append(x.shape[0])
+            return super().linear(x, weight, out_dtype=out_dtype)
+
+        def rms_norm(self, x, weight, eps):
+            step_rows.add(x.shape[0])
+            return super().rms_norm(x, weight, eps)
+
+    head_rows: list[int] = []
+    step_rows: set[int] = set()
+    answers = []
+    for model, budget in ((load_model(tiny_checkpoint, Watching(), CPU), 8), (tiny_model, 64)):
+        engine = tiny_engine(model, tiny_checkpoint, max_step_tokens=budget, max_batch=2)
+        engine.add(Request("r", tuple(prompt(45)), SamplingParams(max_tokens=5, temperature=0, ignore_eos=True)))
+        outputs = []
+        while engine.has_work:
+            outputs += engine.step()
+            engine.check()
+        answers.append([token for output in outputs for token in output.tokens])
+    assert answers[0] == answers[1] and len(answers[0]) == 5
+    assert step_rows == {8, 5, 1}  # 45 tokens are five chunks of 8 and one of 5
+    assert head_rows == [1] * 5
+
+
 def test_step_tensors_place_every_token() -> None:
     items = (
         BatchItem("a", (7, 8, 9), 3, (5, 2), GREEDY, 0),

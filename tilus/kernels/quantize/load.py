@@ -69,6 +69,11 @@ class CheckpointTensors(Mapping[str, "QuantizedMatrix | Array"]):
     def is_quantized(self, name: str) -> bool:
         return name in self._modules
 
+    def stored_nbytes(self, name: str) -> int:
+        """Bytes that a tensor takes in its files, which are not read: of a quantised one, with its scales and all else."""
+        parts = self._modules[name].parts if name in self._modules else (name,)
+        return sum(self._tensors[part].data.nbytes for part in parts)
+
     def __contains__(self, name: object) -> bool:
         return name in self._modules or name in self._tensors
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,6 +24,7 @@ _T = TypeVar("_T")
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _DEEPEST_ARRAY = 8
+_LENGTH = struct.Struct("<Q")
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +59,20 @@ class _Cursor:
     def string(self) -> str:
         return self.take(self.number("Q")).decode("utf-8", errors="replace")
 
+    def strings(self, count: int) -> list[str]:
+        """As many calls of `string`: vocabularies have a hundred thousand, and a server waits for them."""
+        length_at, buffer, size, start = _LENGTH.unpack_from, self._buffer, len(self._buffer), self.offset
+        found: list[str] = []
+        for _ in range(count):
+            begin = start + 8
+            end = begin + length_at(buffer, start)[0] if begin <= size else begin
+            if end > size:
+                self.take(end - self.offset)  # refuses what is cut short
+            found.append(buffer[begin:end].decode("utf-8", errors="replace"))
+            start = end
+        self.offset = start
+        return found
+
     def value(self, kind: int, depth: int = 0) -> object:
         """One metadata value of the given type id; arrays are lists."""
         if kind in _SCALARS:
@@ -72,6 +87,8 @@ class _Cursor:
         if element in _SCALARS:
             data = self.take(count * struct.calcsize("<" + _SCALARS[element]))
             return list(struct.unpack(f"<{count}{_SCALARS[element]}", data))
+        if element == _STRING:
+            return self.strings(count)
         return [self.value(element, depth + 1) for _ in range(count)]
 
 
@@ -130,14 +147,22 @@ class GGUFFile:
             raise TilusError(f"{self.path} has no tensor {name}; it has {len(self.tensors)} others")
         return self.tensors[name]
 
+    def first_row(self, name: str) -> QuantizedMatrix | npt.NDArray[np.float32]:
+        """`read` of a matrix, but only its first row: how the tensor is stored, at no cost."""
+        tensor = self.tensor(name)
+        row = replace(tensor, shape=(1, *tensor.shape[1:]), rows=tensor.rows[:1])
+        return self._values(row)
+
     def read(self, name: str) -> QuantizedMatrix | npt.NDArray[np.float32]:
         """A tensor's codes and scales, or its values as float32 where it is stored as floats."""
-        tensor = self.tensor(name)
+        return self._values(self.tensor(name))
+
+    def _values(self, tensor: GGUFTensor) -> QuantizedMatrix | npt.NDArray[np.float32]:
         if tensor.format.is_float:
             return ggml.to_floats(tensor.rows, tensor.format).reshape(tensor.shape)
         if len(tensor.shape) != 2:
             raise TilusError(
-                f"{self.path}: {name} is stored as {tensor.format.name} with shape {list(tensor.shape)}, "
+                f"{self.path}: {tensor.name} is stored as {tensor.format.name} with shape {list(tensor.shape)}, "
                 "but quantised tensors must be matrices"
             )
         return ggml.unpack(tensor.rows, tensor.format)

@@ -1,0 +1,74 @@
+"""From a checkpoint to an engine: memory planned, weights from the cache or packed, everything put together."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from serving.config import EngineConfig, ServerConfig
+from serving.core import MonotonicClock
+from serving.engine import Engine
+from serving.execution import Execution
+from serving.kernels import Kernels
+from serving.loader import Checkpoint
+from serving.memory import PAGE_SIZE, Wishes, expected_size, free_nbytes, plan, size_of
+from serving.model import build_model
+from serving.packing import PackedWeights, pack_weights
+from serving.progress import progress
+from serving.runner import TorchRunner
+from serving.weight_cache import WeightCache, packed_form
+from tilus.errors import TilusError
+
+
+def build_engine(
+    config: ServerConfig, path: Path, checkpoint: Checkpoint, kernels: Kernels, execution: Execution
+) -> Engine:
+    """The engine that serves a checkpoint, read from `path`. Says on stderr what happens and what it takes of the memory.
+
+    Raises: TilusError when the model does not fit, or --max-model-len is more than it was made for.
+    """
+    model_limit = checkpoint.config.max_positions
+    max_model_len = config.max_model_len or model_limit
+    if max_model_len > model_limit:
+        raise TilusError(f"--max-model-len is {max_model_len}, but the model was made for at most {model_limit} tokens")
+    device = execution.device
+    _say(f"loading {checkpoint.name} on {device.type}")
+    if not execution.is_compiled:
+        _say(f"kernels are interpreted ({execution.way}), which is slow")
+    cache = _cache(path, config.weight_dtype, kernels, device)
+    packed = cache.load() if cache is not None else None
+    size = expected_size(checkpoint, kernels, device) if packed is None else size_of(packed)
+    wishes = Wishes(config.max_batch, config.max_step_tokens, config.max_model_len, config.num_pages)
+    memory = plan(checkpoint.config, size, wishes, free_nbytes(device), device)
+    _say(memory.table())
+    if packed is None:
+        packed = _pack(checkpoint, kernels, device, cache)
+    limits = EngineConfig(
+        num_pages=memory.num_pages,
+        max_model_len=max_model_len,
+        page_size=PAGE_SIZE,
+        max_batch=config.max_batch,
+        max_step_tokens=config.max_step_tokens,
+        request_timeout=config.request_timeout,
+    )
+    model = build_model(checkpoint.config, kernels, packed)
+    runner = TorchRunner(model, limits.num_pages, limits.page_size, device)
+    return Engine(runner, checkpoint.tokenizer, limits, MonotonicClock())
+
+
+def _cache(path: Path, weight_dtype: str, kernels: Kernels, device: torch.device) -> WeightCache | None:
+    """A GPU packs faster than a disk reads, and its weights cannot be mapped."""
+    form = packed_form(kernels, device) if device.type == "cpu" else None
+    return None if form is None else WeightCache(path, weight_dtype, form)
+
+
+def _pack(checkpoint: Checkpoint, kernels: Kernels, device: torch.device, cache: WeightCache | None) -> PackedWeights:
+    with progress("packing weights", "layer") as show:
+        packed = pack_weights(checkpoint, kernels, device, show)
+    return packed if cache is None else cache.store(packed)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,62 @@
+"""How much memory this process may still take: what the machine has, and what its control groups allow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+
+def available_nbytes(root: Path = Path("/")) -> int:
+    """Bytes that can be allocated without swapping: MemAvailable, or less where a control group (version 1 or 2) of this
+    process or one above it allows less. root: where /proc and /sys are."""
+    amounts = [_machine(root / "proc/meminfo")]
+    amounts += [amount for group in _groups(root) if (amount := _left_in(group)) is not None]
+    return max(0, min(amounts))
+
+
+def _machine(meminfo: Path) -> int:
+    for line in meminfo.read_text().splitlines():
+        name, _, amount = line.partition(":")
+        if name == "MemAvailable":
+            return int(amount.split()[0]) * 1024
+    return 0
+
+
+def _groups(root: Path) -> Iterator[Path]:
+    """Directories of the control groups that limit this process's memory."""
+    membership = root / "proc/self/cgroup"
+    for line in membership.read_text().splitlines() if membership.is_file() else ():
+        _, controllers, group = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        mount = root / "sys/fs/cgroup" / controllers
+        relative = PurePosixPath(group.lstrip("/"))
+        yield from (mount / parent for parent in (relative, *relative.parents))
+
+
+def _left_in(group: Path) -> int | None:
+    """What a group has left; None where it sets no limit. Pages of files count as used, but give way."""
+    for limit_name, usage_name, prefix in (
+        ("memory.max", "memory.current", ""),
+        (
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_",
+        ),  # in version 1, names without it leave out children
+    ):
+        limit = _text(group / limit_name)
+        usage = _text(group / usage_name)
+        if limit.isdigit() and usage.isdigit():
+            entries = (line.split() for line in _text(group / "memory.stat").splitlines())
+            files = sum(
+                int(value) for name, value in entries if name in (f"{prefix}inactive_file", f"{prefix}active_file")
+            )
+            return int(limit) - int(usage) + files
+    return None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,187 @@
+"""What a model will take of the memory, known from shapes before anything is loaded; refused when it cannot fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from serving.config import ModelConfig
+from serving.host_memory import available_nbytes
+from serving.kernels import Kernels, PackedWeight
+from serving.loader import Checkpoint, Weights
+from serving.packing import FUSED, HEAD, NORMS, TABLE, TABLE_SCALES, PackedWeights, keeps_codes
+from serving.quantize import with_short_scales
+from tilus.errors import TilusError
+from tilus.kernels.quantize import QuantizedMatrix, QuantizedWeight
+
+PAGE_SIZE = 16
+_CPU_CACHE_NBYTES = 2**30
+_CPU_CACHE_SHARE = 0.5
+_GPU_CACHE_SHARE = 0.9
+_LEAST_CONTEXT = 512  # tokens: with less, a server is of no use
+_SAMPLING_NBYTES = 72  # a logit's in float32, and what sampling makes of it in float64 and int64
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Bytes of a model's packed weights (norms and rotary table included) and of its token embedding."""
+
+    weights: int
+    embedding: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by purpose. available: what may be taken altogether. num_pages: of the key-value cache."""
+
+    model: ModelSize
+    activations: int
+    num_pages: int
+    page_nbytes: int
+    available: int
+
+    @property
+    def cache(self) -> int:
+        return self.num_pages * self.page_nbytes
+
+    @property
+    def total(self) -> int:
+        return self.model.weights + self.model.embedding + self.cache + self.activations
+
+    def table(self) -> str:
+        """A line for each purpose, in MiB."""
+        pages = f"{self.num_pages} pages of {PAGE_SIZE} tokens, {self.page_nbytes} bytes each"
+        rows = (
+            ("weights", self.model.weights, "packed"),
+            ("embedding", self.model.embedding, ""),
+            ("key-value cache", self.cache, pages),
+            ("activations", self.activations, "at most, about"),
+            ("total", self.total, f"of {self.available / 2**20:.1f} available"),
+        )
+        lines = (f"  {name:<16}{nbytes / 2**20:10.1f}  {note}".rstrip() for name, nbytes, note in rows)
+        return "\n".join(["memory in MiB", *lines])
+
+
+def size_of(packed: PackedWeights) -> ModelSize:
+    """The size of weights that are there."""
+    tensors = {name: tensor.nbytes for name, tensor in packed.tensors.items()}
+    embedding = tensors.pop(TABLE) + tensors.pop(TABLE_SCALES, 0)
+    linears = sum(int(part.nbytes) for parts in packed.linears.values() for part in parts)
+    return ModelSize(sum(tensors.values()) + linears, embedding)
+
+
+def expected_size(checkpoint: Checkpoint, kernels: Kernels, device: torch.device) -> ModelSize:
+    """The size that a checkpoint's weights will have on a device. Exact, but for weights that are stored quantised in
+    safetensors, which count as they are stored, and those whose scales turn out to be too small for float16."""
+    config = checkpoint.config
+    sizing = _Sizing(checkpoint.weights, kernels, device)
+    linears = sum(
+        sizing.packed_nbytes([f"blk.{index}.{part}" for part in parts])
+        for index in range(config.num_layers)
+        for parts in FUSED.values()
+    )
+    head = sizing.packed_nbytes([HEAD if checkpoint.weights.has(HEAD) else TABLE])
+    norms = (config.num_layers * len(NORMS) + 1) * config.hidden_size
+    rope = config.max_positions * config.head_dim
+    return ModelSize(linears + head + 4 * (norms + rope), sizing.embedding_nbytes(config))
+
+
+def activation_nbytes(config: ModelConfig, max_step_tokens: int, max_batch: int) -> int:
+    """About what a step needs besides: float16 values of one layer's tensors, the float32 residual, logits and sampling."""
+    heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    of_token = 2 * (3 * config.hidden_size + 2 * heads + 3 * config.ffn_size) + 4 * config.hidden_size
+    return max_step_tokens * of_token + max_batch * config.vocab_size * _SAMPLING_NBYTES
+
+
+def free_nbytes(device: torch.device) -> int:
+    """What may be taken of the memory of a device."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_nbytes()
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user asked for: None where the memory decides."""
+
+    max_batch: int
+    max_step_tokens: int
+    max_model_len: int | None
+    num_pages: int | None
+
+
+def plan(config: ModelConfig, size: ModelSize, wishes: Wishes, available: int, device: torch.device) -> MemoryPlan:
+    """Share the memory out. By default the cache holds every request at full length as far as the memory goes, and at least
+    one request: of `max_model_len` tokens where that was asked for, else of 512.
+
+    Raises: TilusError with the numbers when that does not fit.
+    """
+    page_nbytes = PAGE_SIZE * config.kv_values_per_token * 2
+    activations = activation_nbytes(config, wishes.max_step_tokens, wishes.max_batch)
+    left = available - size.weights - size.embedding - activations
+    full = -(-(wishes.max_model_len or config.max_positions) // PAGE_SIZE)
+    least = full if wishes.max_model_len else min(full, _LEAST_CONTEXT // PAGE_SIZE)
+    if device.type == "cuda":
+        share = int(left * _GPU_CACHE_SHARE)
+    else:
+        share = min(_CPU_CACHE_NBYTES, int(left * _CPU_CACHE_SHARE))
+    num_pages = wishes.num_pages or max(least, min(wishes.max_batch * full, share // page_nbytes))
+    found = MemoryPlan(size, activations, num_pages, page_nbytes, available)
+    if found.total > available:
+        raise _refusal(found)
+    return found
+
+
+def _refusal(plan: MemoryPlan) -> TilusError:
+    return TilusError(
+        f"the model needs {plan.total / 2**20:.0f} MiB, but {plan.available / 2**20:.0f} MiB are available\n{plan.table()}",
+        hint="take fewer bits with --weight-dtype (weights that are stored as floats), a smaller cache with --num-pages or "
+        "--max-model-len, smaller steps with --max-step-tokens and --max-batch, or end other programs",
+    )
+
+
+class _Sizing:
+    """Packs single rows, once for each kind, to see what a whole matrix will take."""
+
+    def __init__(self, weights: Weights, kernels: Kernels, device: torch.device) -> None:
+        self._weights = weights
+        self._kernels = kernels
+        self._device = device
+        self._known: dict[tuple[object, ...], int] = {}
+
+    def packed_nbytes(self, names: Sequence[str]) -> int:
+        """Bytes of matrices that are fused where they are quantised alike."""
+        total, previous, num_rows = 0, None, 0
+        for name in names:
+            row = self._weights.first_row(name)
+            if row is None:
+                total += self._weights.stored_nbytes(name)
+                continue
+            if previous is not None and not previous.stacks_with(row):
+                total += self._nbytes(previous, num_rows)
+                num_rows = 0
+            previous, num_rows = row, num_rows + self._weights.num_rows(name)
+        return total + (self._nbytes(previous, num_rows) if previous is not None else 0)
+
+    def embedding_nbytes(self, config: ModelConfig) -> int:
+        row = self._weights.first_row(TABLE)
+        if row is not None and keeps_codes(row):
+            return config.vocab_size * (config.hidden_size + 2 * row.scales.shape[1])
+        return config.vocab_size * config.hidden_size * 2
+
+    def _nbytes(self, row: QuantizedMatrix, num_rows: int) -> int:
+        parts = (row.mins, row.zeros, row.table, row.columns)
+        kind = (num_rows, row.shape[1], row.dtype, row.group, row.scale_dtype, *(part is None for part in parts))
+        if kind not in self._known:
+            packed = self._kernels.quantize.pack(with_short_scales(row, "a row"), self._device)
+            self._known[kind] = _scaled_nbytes(packed, num_rows)
+        return self._known[kind]
+
+
+def _scaled_nbytes(packed: PackedWeight, num_rows: int) -> int:
+    """Bytes of a weight of many rows, given one of a single row."""
+    if not isinstance(packed, QuantizedWeight):
+        return int(packed.nbytes) * num_rows
+    arrays = replace(packed.header, shape=(num_rows, packed.shape[1])).arrays
+    return sum(math.prod(shape) * getattr(torch, dtype).itemsize for shape, dtype in arrays.values())

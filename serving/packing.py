@@ -1,0 +1,121 @@
+"""From a checkpoint's arrays to the tensors of a model: linear layers fused and packed, the embedding, norms, rotary table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from serving.config import ModelConfig
+from serving.kernels import Kernels, PackedWeight
+from serving.loader import Checkpoint
+from serving.quantize import fit_float16, with_short_scales
+from tilus.dtypes import int8
+from tilus.kernels.quantize import QuantizedMatrix
+
+TABLE, TABLE_SCALES, NORM, ROPE, HEAD = "token_embd", "token_embd.scales", "output_norm", "cos_sin", "output"
+# The linear layers of a block, and the matrices that each is made of.
+FUSED: Mapping[str, tuple[str, ...]] = {
+    "attn_qkv": ("attn_q", "attn_k", "attn_v"),
+    "attn_output": ("attn_output",),
+    "ffn_gate_up": ("ffn_gate", "ffn_up"),
+    "ffn_down": ("ffn_down",),
+}
+NORMS = ("attn_norm", "ffn_norm")
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeights:
+    """All that a model's computation needs besides its configuration, by name.
+
+    tensors: `token_embd` (int8 [V, H] with float16 `token_embd.scales` [V, H / 32], or float16 [V, H] without), norms
+    (`blk.3.attn_norm`, ..., `output_norm`; float32 [H]), `cos_sin` (float32 [positions, D]). linears: `blk.3.attn_qkv`, ...,
+    `output`; a fused layer is one weight where its parts are quantised alike, else several.
+    """
+
+    tensors: Mapping[str, Tensor]
+    linears: Mapping[str, tuple[PackedWeight, ...]]
+
+
+def pack_weights(
+    checkpoint: Checkpoint,
+    kernels: Kernels,
+    device: torch.device,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> PackedWeights:
+    """Pack a checkpoint's weights on a device. progress is called with (layers done, layers in all)."""
+    packing = _Packing(checkpoint, kernels, device)
+    count = checkpoint.config.num_layers
+    for index in range(count):
+        progress(index, count)
+        packing.add_layer(f"blk.{index}.")
+    packing.add_ends()
+    progress(count, count)
+    return PackedWeights(packing.tensors, packing.linears)
+
+
+def rope_table(config: ModelConfig, num_positions: int) -> npt.NDArray[np.float32]:
+    """float32 [positions, D]: cosines, then sines, of position / theta^(2 i / D) for i < D / 2."""
+    exponents = np.arange(0, config.head_dim, 2) / config.head_dim
+    angles = np.outer(np.arange(num_positions), config.rope_theta**-exponents)
+    return np.concatenate([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
+
+
+def stack_alike(matrices: Sequence[QuantizedMatrix]) -> list[QuantizedMatrix]:
+    """The matrices, neighbours that are quantised alike stacked into one."""
+    stacked: list[QuantizedMatrix] = []
+    for matrix in matrices:
+        if stacked and stacked[-1].stacks_with(matrix):
+            stacked[-1] = stacked[-1].stack(matrix)
+        else:
+            stacked.append(matrix)
+    return stacked
+
+
+def keeps_codes(table: QuantizedMatrix) -> bool:
+    """Whether the embedding kernel reads the table's codes; else it gets float16 values."""
+    return table.dtype == int8 and table.group == 32
+
+
+class _Packing:
+    def __init__(self, checkpoint: Checkpoint, kernels: Kernels, device: torch.device) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self.linears: dict[str, tuple[PackedWeight, ...]] = {}
+        self._config = checkpoint.config
+        self._weights = checkpoint.weights
+        self._kernels = kernels
+        self._device = device
+
+    def add_layer(self, prefix: str) -> None:
+        for norm in NORMS:
+            self.tensors[prefix + norm] = self._tensor(self._weights.vector(prefix + norm))
+        for fused, parts in FUSED.items():
+            matrices = [self._weights.matrix(prefix + part) for part in parts]
+            self.linears[prefix + fused] = self._packed(matrices, prefix + parts[0])
+
+    def add_ends(self) -> None:
+        """What comes before and after the layers."""
+        table = self._weights.table()
+        if keeps_codes(table):
+            self.tensors[TABLE] = self._tensor(table.codes.view(np.int8))
+            self.tensors[TABLE_SCALES] = self._half(table.scales)
+        else:
+            self.tensors[TABLE] = self._half(table.dequantize())
+        head = self._weights.matrix(HEAD) if self._weights.has(HEAD) else table
+        self.linears[HEAD] = self._packed([head], HEAD)
+        self.tensors[NORM] = self._tensor(self._weights.vector(NORM))
+        self.tensors[ROPE] = self._tensor(rope_table(self._config, self._config.max_positions))
+
+    def _packed(self, matrices: Sequence[QuantizedMatrix], name: str) -> tuple[PackedWeight, ...]:
+        pack = self._kernels.quantize.pack
+        return tuple(pack(with_short_scales(matrix, name), self._device) for matrix in stack_alike(matrices))
+
+    def _half(self, values: npt.NDArray[np.float32]) -> Tensor:
+        return self._tensor(fit_float16(values, TABLE)).half()
+
+    def _tensor(self, array: npt.NDArray[np.generic]) -> Tensor:
+        return torch.tensor(array, device=self._device)

@@ -1,0 +1,111 @@
+"""The server's life: choose a device, bind the port, build the engine, answer until told to stop."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shlex
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+import torch
+import uvicorn
+
+from serving.api import create_app
+from serving.async_engine import AsyncEngine
+from serving.build import build_engine
+from serving.config import ServerConfig
+from serving.engine import Engine
+from serving.execution import Execution, choose_execution
+from serving.kernels import Kernels, default_kernels
+from serving.loader import default_model, open_checkpoint
+from serving.progress import progress
+from serving.warm_up import warm_up
+from tilus.dtypes import dtype
+from tilus.errors import TilusError
+
+
+class _Server(uvicorn.Server):
+    """Says when it is ready."""
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()
+
+
+def serve(config: ServerConfig, kernels: Callable[[], Kernels] | None = None) -> None:
+    """Serve until SIGTERM or SIGINT. kernels: another library than `tilus.kernels`.
+
+    Raises: TilusError when the port is taken, the model is not supported or does not fit, the device is not there.
+    """
+    execution = choose_execution(config.device)
+    library = (kernels or default_kernels)()
+    if execution.device.type == "cpu":
+        torch.set_num_threads(1)  # what torch does here is small; its threads would only take the kernels' cores away
+    with _bind(config.host, config.port) as listener:  # before minutes of loading, not after
+        path = Path(config.model) if config.model else default_model()
+        checkpoint = open_checkpoint(path, dtype(config.weight_dtype))
+        name = config.model_name or checkpoint.name
+        engine = build_engine(config, path, checkpoint, library, execution)
+        with progress("compiling kernels" if execution.is_compiled else "warming up", "step") as show:
+            warm_up(engine, execution.is_compiled, show)
+        app = create_app(AsyncEngine(engine, config.max_waiting), checkpoint.tokenizer, name)
+        port = int(listener.getsockname()[1])
+        server = _Server(
+            uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=max(1, round(config.drain_timeout))),
+            ready=lambda: _ready(config.host, port, name, engine, execution),
+        )
+        # uvicorn drains on these signals, then raises them again for whoever was there before: that is us, satisfied.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _satisfied)
+        server.run(sockets=[listener])
+    _say("stopped")
+
+
+def _satisfied(number: int, frame: FrameType | None) -> None:
+    """A signal handler that has nothing left to do."""
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise TilusError(
+            f"cannot listen on {host} port {port}: {error.strerror or error}",
+            hint="choose another with --port, or let the system choose with --port 0",
+        ) from error
+    return listener
+
+
+def _ready(host: str, port: int, name: str, engine: Engine, execution: Execution) -> None:
+    gc.freeze()  # what was loaded stays: collections need not look at it
+    gc.enable()
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    url = f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+    message = {"role": "user", "content": "What is the capital of France?"}
+    body = json.dumps({"model": name, "messages": [message], "temperature": 0})
+    _say(
+        f"ready: {name} on {execution.device.type} at {url}\n"
+        f"  context {engine.max_model_len} tokens, {engine.config.num_pages} pages, "
+        f"up to {engine.config.max_batch} requests at once; stop with Ctrl-C\n"
+        f"try:\n  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}"
+    )
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,41 @@
+"""Running every shape that will occur before the first client comes, so that kernels are compiled and known to work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from serving.core import Request, SamplingParams
+from serving.engine import Engine
+
+_LARGEST_SMALL_BATCH = 8
+
+
+def warm_up(engine: Engine, thoroughly: bool, progress: Callable[[int, int], None]) -> None:
+    """Answer a few requests. thoroughly: batches of 8, 7, ..., 1 decoding sequences, then a chunk of a prompt that is as large
+    as they come; else one short answer. progress is called with (steps done, steps in all).
+
+    Raises what the kernels raise.
+    """
+    width = min(_LARGEST_SMALL_BATCH, engine.config.max_batch, engine.max_model_len - 1)
+    chunk = min(engine.config.max_step_tokens, engine.max_model_len - 1)
+    if thoroughly:
+        total = width + 1
+        # The first step has all of them; one finishes in each step.
+        rounds = [[_request(index, 1, index + 1) for index in range(width)], [_request(width, chunk, 1)]]
+    else:
+        total = 2
+        rounds = [[_request(0, min(2, chunk), min(2, engine.max_model_len - 1))]]
+    done = 0
+    progress(done, total)
+    for requests in rounds:
+        for request in requests:
+            engine.add(request)
+        while engine.has_work:
+            engine.step()
+            done = min(done + 1, total)  # a small cache makes requests wait, which takes more steps
+            progress(done, total)
+    engine.check()
+
+
+def _request(index: int, prompt: int, answer: int) -> Request:
+    return Request(f"warm-up {index}", (0,) * prompt, SamplingParams(max_tokens=answer, temperature=0, ignore_eos=True))

@@ -1,0 +1,102 @@
+"""Packed weights that are kept between starts: one file a model in the cache directory, rebuilt when anything changed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from serving import weight_file
+from serving.kernels import Kernels
+from serving.packing import PackedWeights
+from tilus import config
+from tilus.dtypes import f16, int8
+from tilus.errors import TilusError
+from tilus.kernels.quantize import QuantizedMatrix, QuantizedWeight
+
+_LOG = logging.getLogger("serving")
+_SUFFIX = ".weights"
+_DIGITS = 24
+
+
+class WeightCache:
+    """The entry of one model, packed in one way, in `config.cache_dir() / "weights"`.
+
+    Its name says the model's path and, as a hash, all that decides the packed form: the model's files with sizes and times of
+    change, the type that floats are rounded to, the format of the file, what the kernels make of a small weight, tilus'
+    version. A model has one entry: writing it removes the others of the same path.
+    """
+
+    def __init__(self, model: Path, weight_dtype: str, form: str) -> None:
+        self.directory = config.cache_dir() / "weights"
+        model = model.resolve()
+        parts = {
+            "files": _files(model),
+            "weight_dtype": weight_dtype,
+            "format": weight_file.FORMAT_VERSION,
+            "form": form,
+            "tilus": importlib.metadata.version("tilus"),
+        }
+        self.key = _hash(json.dumps(parts))
+        self._prefix = _hash(str(model)) + "-"
+        self.path = self.directory / f"{self._prefix}{self.key}{_SUFFIX}"
+
+    def load(self) -> PackedWeights | None:
+        """The weights, mapped into memory; None when they must be packed: there is no entry, or it is of no use."""
+        try:
+            return weight_file.read(self.path, self.key)
+        except OSError:  # absent or unreadable: `store` will say so if it matters
+            return None
+        except (TilusError, LookupError, TypeError, ValueError) as error:
+            # A header with the right hash can still come from a version of tilus that is under development.
+            _LOG.warning("packing the weights again: %s", error)
+            return None
+
+    def store(self, weights: PackedWeights) -> PackedWeights:
+        """Write the entry. What comes back is mapped from it, or `weights` when it cannot be written, which is logged."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            weight_file.write(self.path, self.key, weights)
+        except OSError as error:
+            _LOG.warning(
+                "cannot keep the packed weights in %s (%s): they are packed at every start; set TILUS_CACHE_DIR to a "
+                "directory that can be written and has room",
+                self.directory,
+                error.strerror,
+            )
+            return weights
+        self._remove_others()
+        return self.load() or weights
+
+    def _remove_others(self) -> None:
+        for path in self.directory.glob(f"{self._prefix}*"):
+            if path == self.path or (path.suffix == weight_file.TEMPORARY and not weight_file.is_abandoned(path)):
+                continue
+            with contextlib.suppress(OSError):  # another server removed it, or it belongs to another user
+                path.unlink()
+
+
+def packed_form(kernels: Kernels, device: torch.device) -> str | None:
+    """What a library makes of a small weight on a device, in words: its layout. None for a form of its own, which no cache
+    can keep."""
+    codes = np.zeros((1, 32), np.uint8)
+    small = QuantizedMatrix(codes, np.ones((1, 1), np.float32), None, int8, scale_dtype=f16)
+    weight = kernels.quantize.pack(small, device)
+    return json.dumps(weight.header.to_json()) if isinstance(weight, QuantizedWeight) else None
+
+
+def _files(model: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of change (ns) of what the weights are read from."""
+    kinds = (".safetensors", ".json")
+    files = sorted(path for path in model.iterdir() if path.suffix in kinds) if model.is_dir() else [model]
+    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]

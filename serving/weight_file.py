@@ -1,0 +1,146 @@
+"""Packed weights in one file that is mapped into memory, not read: a server starts at once, and several share the pages.
+
+    magic, size of the header, sha256 of the header | header: JSON | arrays, each at a multiple of a page
+
+The header names the arrays and holds what the packed weights say of themselves, as they write it. Written whole under another
+name and then renamed, so that no reader sees part of a file.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from serving.packing import PackedWeights
+from tilus.errors import TilusError
+from tilus.kernels.quantize import QuantizedWeight, WeightHeader
+
+FORMAT_VERSION = 1
+TEMPORARY = ".part"
+_MAGIC = f"tilusW{FORMAT_VERSION:02}".encode()
+_PREFIX = struct.Struct("<8sQ32s")
+_PAGE = 4096  # arrays begin at multiples of it, so that every alignment that a kernel may want is met
+_Bytes = npt.NDArray[np.uint8]
+
+
+def write(path: Path, key: str, weights: PackedWeights) -> None:
+    """Create or replace a file of packed weights, whose linear layers are QuantizedWeight, all on the CPU. key: what a reader
+    must ask for. Raises: OSError."""
+    layout = _Layout()
+    tensors = {name: layout.place(tensor) for name, tensor in weights.tensors.items()}
+    linears = {
+        name: [
+            {
+                "header": part.header.to_json(),
+                "arrays": {key: layout.place(array) for key, array in part.arrays.items()},
+            }
+            for part in parts
+        ]
+        for name, parts in weights.linears.items()
+    }
+    entries = {"key": key, "sum": layout.sum, "nbytes": layout.nbytes, "tensors": tensors, "linears": linears}
+    header = json.dumps(entries).encode()
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
+    try:
+        with temporary.open("wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # says that the writer lives: see `is_abandoned`
+            file.write(_PREFIX.pack(_MAGIC, len(header), hashlib.sha256(header).digest()) + header)
+            layout.write(file)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave the name without the bytes
+            os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def is_abandoned(temporary: Path) -> bool:
+    """Whether the process that was writing a temporary file is gone."""
+    try:
+        with temporary.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:  # locked by its writer, or renamed just now
+        return False
+    return True
+
+
+def read(path: Path, key: str) -> PackedWeights:
+    """The weights in a file, mapped: pages are shared with other processes until somebody writes to them.
+
+    Raises: TilusError for a file that is damaged, cut short, of another key, or no file of packed weights; OSError.
+    """
+    if path.stat().st_size < _PREFIX.size:
+        raise TilusError(f"{path} has {path.stat().st_size} bytes, expected at least {_PREFIX.size}")
+    # Copy-on-write, since torch has no tensors of memory that must not be written.
+    mapped = np.asarray(np.memmap(path, np.uint8, mode="c"))
+    magic, size, digest = _PREFIX.unpack(mapped[: _PREFIX.size].tobytes())
+    header = mapped[_PREFIX.size : _PREFIX.size + size].tobytes()
+    if magic != _MAGIC or hashlib.sha256(header).digest() != digest:
+        raise TilusError(f"{path} is no file of packed weights of format {FORMAT_VERSION}, or its header is damaged")
+    entries = json.loads(header)
+    if entries["key"] != key:
+        raise TilusError(f"{path} has weights with key {entries['key']}, expected {key}")
+    data = mapped[_round_up(_PREFIX.size + size) :]
+    if data.nbytes != entries["nbytes"] or _word_sum(data) != entries["sum"]:
+        raise TilusError(f"{path} is damaged: its arrays are cut short or not what was written")
+    return _weights(data, entries)
+
+
+def _weights(data: _Bytes, entries: dict[str, Any]) -> PackedWeights:
+    def tensor(place: tuple[str, list[int], int]) -> Tensor:
+        dtype, shape, start = place
+        array = np.ndarray(shape, dtype, data, start)
+        return torch.from_numpy(array)
+
+    def weight(part: dict[str, Any]) -> QuantizedWeight:
+        header = WeightHeader.from_json(part["header"])
+        return QuantizedWeight.from_arrays(header, {name: tensor(place) for name, place in part["arrays"].items()})
+
+    tensors = {name: tensor(place) for name, place in entries["tensors"].items()}
+    linears = {name: tuple(weight(part) for part in parts) for name, parts in entries["linears"].items()}
+    return PackedWeights(tensors, linears)
+
+
+class _Layout:
+    """Gives arrays their places in the file, one after the other."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self.sum = 0
+        self._arrays: list[_Bytes] = []
+
+    def place(self, tensor: Tensor) -> tuple[str, list[int], int]:
+        """numpy's dtype, the shape and the first byte of a tensor."""
+        array = tensor.contiguous().numpy()
+        flat = array.reshape(-1).view(np.uint8)
+        start, self.nbytes = self.nbytes, self.nbytes + _round_up(flat.nbytes)
+        self.sum = (self.sum + _word_sum(flat)) % 2**64
+        self._arrays.append(flat)
+        return array.dtype.str, list(array.shape), start
+
+    def write(self, file: BinaryIO) -> None:
+        for chunk in self._arrays:
+            file.write(bytes(-file.tell() % _PAGE))
+            file.write(chunk.data)
+        file.write(bytes(-file.tell() % _PAGE))
+
+
+def _round_up(nbytes: int) -> int:
+    return -(-nbytes // _PAGE) * _PAGE
+
+
+def _word_sum(flat: _Bytes) -> int:
+    """The sum of 64-bit words, modulo 2^64: notices flipped bits and pages that were lost, at the speed of the memory."""
+    words = flat[: flat.nbytes // 8 * 8].view(np.uint64)
+    rest = flat[words.nbytes :].tobytes()
+    return (int(words.sum()) + int.from_bytes(rest, "little")) % 2**64

@@ -1,0 +1,71 @@
+"""The warm-up runs every shape that is to come, and says how far it is."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+from serving_fakes import FakeRunner, FakeVocabulary, ManualClock
+
+from serving.config import EngineConfig
+from serving.engine import Engine
+from serving.progress import progress
+from serving.warm_up import warm_up
+
+
+def run(thoroughly: bool, **limits: int) -> tuple[list[list[int]], list[tuple[int, int]]]:
+    """Tokens of each sequence in each step; what progress was called with."""
+    config = EngineConfig(**({"num_pages": 100, "max_model_len": 200, "page_size": 4} | limits))
+    runner, calls = FakeRunner(config.page_size), []
+    engine = Engine(runner, FakeVocabulary(), config, ManualClock())
+    warm_up(engine, thoroughly, lambda done, total: calls.append((done, total)))
+    assert not engine.has_work and engine.pages.num_free == config.num_pages
+    return [[len(item.token_ids) for item in batch.items] for batch in runner.batches], calls
+
+
+@pytest.mark.parametrize(
+    ("limits", "width", "chunk"),
+    [
+        ({"max_step_tokens": 64}, 8, 64),
+        ({"max_step_tokens": 512}, 8, 199),
+        ({"max_step_tokens": 64, "max_batch": 3}, 3, 64),
+        ({"max_step_tokens": 64, "max_model_len": 2}, 1, 1),
+        ({"max_step_tokens": 64, "num_pages": 8}, 8, 31),
+    ],
+)
+def test_all_shapes(limits: dict[str, int], width: int, chunk: int) -> None:
+    steps, calls = run(True, **limits)
+    assert steps == [*([1] * batch for batch in range(width, 0, -1)), [chunk]]
+    assert calls == [(done, width + 1) for done in range(width + 2)]
+
+
+def test_a_cache_too_small_for_all_at_once() -> None:
+    steps, calls = run(True, num_pages=3, max_model_len=12, max_step_tokens=64)
+    assert max(len(step) for step in steps) == 3
+    assert calls[-1] == (9, 9) and all(done <= 9 for done, _ in calls)
+
+
+def test_one_short_answer() -> None:
+    assert run(False) == ([[2], [1]], [(0, 2), (1, 2), (2, 2)])
+
+
+def test_a_log_gets_a_line_for_each_quarter(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress("packing weights", "layer") as show:
+        for done in range(9):
+            show(done, 8)
+    assert capsys.readouterr().err == "".join(f"packing weights: layer {done} of 8\n" for done in (2, 4, 6, 8))
+
+
+def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with progress("packing weights", "layer") as show:
+        for done in range(9):
+            show(done, 8)
+    assert "packing weights" in terminal.getvalue()
+    assert "8/8" in terminal.getvalue()

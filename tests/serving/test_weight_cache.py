@@ -1,0 +1,267 @@
+"""Packed weights on disk: the same bits at the next start, and never anything else than what was written."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_llama import CPU, write_tiny
+from torch_kernels import TorchKernels
+
+import tilus.kernels
+from serving import weight_file
+from serving.loader import open_checkpoint
+from serving.packing import PackedWeights, pack_weights
+from serving.quantize import WEIGHT_DTYPES
+from serving.weight_cache import WeightCache, packed_form
+from tilus.dtypes import dtype
+
+FORM = packed_form(tilus.kernels, CPU)
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TILUS_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "weights"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_tiny(tmp_path / "tiny")
+
+
+@pytest.fixture(scope="module")
+def packed(tiny_directory: Path) -> PackedWeights:
+    return pack_weights(open_checkpoint(tiny_directory), tilus.kernels, CPU)
+
+
+def arrays(weights: PackedWeights) -> dict[str, torch.Tensor]:
+    parts = {
+        f"{name}.{index}.{kind}": array
+        for name, linear in weights.linears.items()
+        for index, part in enumerate(linear)
+        for kind, array in part.arrays.items()
+    }
+    return {**weights.tensors, **parts}
+
+
+def headers(weights: PackedWeights) -> dict[str, list[object]]:
+    return {name: [part.header for part in parts] for name, parts in weights.linears.items()}
+
+
+def assert_same(found: PackedWeights, expected: PackedWeights) -> None:
+    assert headers(found) == headers(expected)
+    mine, theirs = arrays(found), arrays(expected)
+    assert mine.keys() == theirs.keys()
+    for name, array in mine.items():
+        assert (array.dtype, array.shape) == (theirs[name].dtype, theirs[name].shape)
+        bits = [a.contiguous().reshape(-1).view(torch.uint8) for a in (array, theirs[name])]
+        assert torch.equal(*bits), name
+
+
+@pytest.mark.parametrize("name", WEIGHT_DTYPES)
+def test_the_same_bits_come_back(cache_dir: Path, tiny_directory: Path, name: str) -> None:
+    expected = pack_weights(open_checkpoint(tiny_directory, dtype(name)), tilus.kernels, CPU)
+    cache = WeightCache(tiny_directory, name, FORM)
+    assert cache.load() is None
+    stored = cache.store(expected)
+    assert stored is not expected
+    for found in (stored, WeightCache(tiny_directory, name, FORM).load()):
+        assert_same(found, expected)
+        assert {array.data_ptr() % 4096 for array in arrays(found).values()} == {0}
+    assert os.listdir(cache_dir) == [cache.path.name]
+
+
+def test_what_is_written_to_a_mapped_array_stays_out_of_the_file(
+    cache_dir: Path, tiny_directory: Path, packed: PackedWeights
+) -> None:
+    cache = WeightCache(tiny_directory, "int8", FORM)
+    cache.store(packed).tensors["output_norm"].zero_()
+    assert_same(cache.load(), packed)
+
+
+def test_no_entry_is_no_warning(cache_dir: Path, tiny_directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert WeightCache(tiny_directory, "int8", FORM).load() is None
+    assert caplog.messages == []
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.data())
+def test_a_damaged_entry_is_not_used(
+    cache_dir: Path, tiny_directory: Path, packed: PackedWeights, data: st.DataObject
+) -> None:
+    """Any flipped bit, outside of the padding after the header, and any other length."""
+    cache = WeightCache(tiny_directory, "int8", FORM)
+    cache.store(packed)
+    whole = bytearray(cache.path.read_bytes())
+    header_end = 48 + int.from_bytes(whole[8:16], "little")
+    padding = range(header_end, -(-header_end // 4096) * 4096)
+    if data.draw(st.booleans()):
+        position = data.draw(st.integers(0, len(whole) - 1).filter(lambda i: i not in padding))
+        whole[position] ^= 1 << data.draw(st.integers(0, 7))
+    else:
+        size = data.draw(st.integers(0, len(whole) - 1))
+        whole = whole[:size] if data.draw(st.booleans()) else whole + bytes(1 + size)
+    cache.path.write_bytes(whole)
+    assert cache.load() is None
+    assert_same(cache.store(packed), packed)  # built again
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"tilusW01" + bytes(100), bytes(5000)])
+def test_foreign_files_are_not_used(
+    cache_dir: Path, tiny_directory: Path, caplog: pytest.LogCaptureFixture, content: bytes
+) -> None:
+    cache = WeightCache(tiny_directory, "int8", FORM)
+    cache_dir.mkdir(parents=True)
+    cache.path.write_bytes(content)
+    assert cache.load() is None
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith(f"packing the weights again: {cache.path} ")
+
+
+def test_an_entry_of_another_key_or_layout_is_not_used(
+    cache_dir: Path, tiny_directory: Path, packed: PackedWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, other = (WeightCache(tiny_directory, name, FORM) for name in ("int8", "uint4"))
+    mine.store(packed)
+    mine.path.rename(other.path)
+    assert other.load() is None
+    mine.store(packed)
+    monkeypatch.setattr("tilus.kernels.quantize.header.LAYOUT_VERSION", 99)
+    assert mine.load() is None
+
+
+def test_everything_that_decides_the_form_is_in_the_key(cache_dir: Path, model: Path) -> None:
+    first = WeightCache(model, "int8", FORM)
+    assert WeightCache(model, "int8", FORM).path == first.path
+    assert WeightCache(model.parent / "." / "tiny", "int8", FORM).path == first.path
+    others = [WeightCache(model, "uint4", FORM), WeightCache(model, "int8", "another")]
+    os.utime(model / "model.safetensors", ns=(1, 1))
+    others.append(WeightCache(model, "int8", FORM))
+    (model / "config.json").write_text(json.dumps({}))
+    others.append(WeightCache(model, "int8", FORM))
+    assert len({cache.key for cache in (first, *others)}) == 5
+
+
+def test_a_changed_model_gets_a_new_entry_and_loses_the_old_one(
+    cache_dir: Path, model: Path, tiny_directory: Path, packed: PackedWeights
+) -> None:
+    another_model = WeightCache(tiny_directory, "int8", FORM)
+    another_model.store(packed)
+    old = WeightCache(model, "int8", FORM)
+    mapped = old.store(packed)
+    os.utime(model / "model.safetensors", ns=(5, 5))
+    new = WeightCache(model, "int8", FORM)
+    assert new.load() is None
+    new.store(packed)
+    assert sorted(os.listdir(cache_dir)) == sorted([new.path.name, another_model.path.name])
+    assert_same(mapped, packed)  # who still uses the old one is not harmed
+
+
+def test_a_dead_writers_file_is_removed_and_a_living_ones_kept(
+    cache_dir: Path, tiny_directory: Path, packed: PackedWeights
+) -> None:
+    cache = WeightCache(tiny_directory, "int8", FORM)
+    cache_dir.mkdir(parents=True)
+    dead, living = (cache.path.with_name(f"{cache.path.name}.{n}{weight_file.TEMPORARY}") for n in (1, 2))
+    dead.touch()
+    with living.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        cache.store(packed)
+        assert sorted(os.listdir(cache_dir)) == sorted([cache.path.name, living.name])
+
+
+def test_a_directory_that_cannot_be_written_costs_one_warning(
+    tmp_path: Path,
+    tiny_directory: Path,
+    packed: PackedWeights,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TILUS_CACHE_DIR", str(tmp_path / "file"))
+    cache = WeightCache(tiny_directory, "int8", FORM)
+    if (found := cache.load()) is None:
+        found = cache.store(packed)
+    assert found is packed
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert caplog.messages == [
+        f"cannot keep the packed weights in {tmp_path}/file/weights (Not a directory): they are packed at every start; "
+        "set TILUS_CACHE_DIR to a directory that can be written and has room"
+    ]
+
+
+def test_a_full_disk_leaves_nothing_behind(
+    cache_dir: Path,
+    tiny_directory: Path,
+    packed: PackedWeights,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert WeightCache(tiny_directory, "int8", FORM).store(packed) is packed
+    assert "(No space left on device)" in caplog.messages[0]
+    assert os.listdir(cache_dir) == []
+
+
+def test_kernels_with_a_form_of_their_own_have_no_cache() -> None:
+    assert packed_form(TorchKernels(), CPU) is None
+
+
+_PROGRAM = """
+import sys
+from pathlib import Path
+import torch
+import tilus.kernels
+from serving.loader import open_checkpoint
+from serving.packing import pack_weights
+from serving.weight_cache import WeightCache, packed_form
+
+model, cpu = Path(sys.argv[1]), torch.device("cpu")
+packed = pack_weights(open_checkpoint(model), tilus.kernels, cpu)
+cache = WeightCache(model, "int8", packed_form(tilus.kernels, cpu))
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(20):
+    assert cache.store(packed) is not packed
+    assert cache.load() is not None
+"""
+
+
+def test_two_processes_at_once(cache_dir: Path, tiny_directory: Path, packed: PackedWeights) -> None:
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", _PROGRAM, str(tiny_directory)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in processes:
+        assert process.communicate(timeout=120) == ("", "")
+        assert process.returncode == 0
+    cache = WeightCache(tiny_directory, "int8", FORM)
+    assert os.listdir(cache_dir) == [cache.path.name]
+    assert_same(cache.load(), packed)
