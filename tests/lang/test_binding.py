@@ -289,6 +289,16 @@ def test_dtype_variables_without_arguments_are_given_by_name() -> None:
     assert caught.value.hint == "give it by name: wt=tilus.uint4"
 
 
+def test_other_buffers_of_the_same_kind_take_the_prepared_launch(executions: Executions) -> None:
+    kernel, w = make(), np.zeros((32, 64), np.int8)
+    buffers = [np.zeros((4, 32), np.float32) for _ in range(5)]
+    assert len({buffer.ctypes.data for buffer in buffers}) == 5
+    for buffer in buffers:
+        kernel(buffer, w, 1.0)
+    assert len(executions.calls) == 1
+    assert len(executions.launches) == 5
+
+
 def test_devices_have_launchers_of_their_own(executions: Executions) -> None:
     kernel, w = make(), torch.zeros(32, 64, dtype=torch.int8)
     kernel.on("emulator")(torch.zeros(4, 32), w, 1.0)

@@ -76,12 +76,13 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
 @dataclass(frozen=True)
 class Array:
     """What a launch needs of a tensor argument. strides in elements; device: the CUDA ordinal, or CPU; owner: keeps memory
-    alive that was shared for this call only."""
+    alive that was shared for this call only. Arrays that differ only in where they are serve the same prepared launch, so
+    `pointer` is not compared; its alignment is part of the specialisation."""
 
     dtype: DataType
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    pointer: int
+    pointer: int = field(compare=False)
     device: int
     owner: object = field(default=None, compare=False, repr=False)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,8 +17,8 @@ from tilus.codegen.c.numbers import literal, value_of_code
 from tilus.codegen.c.threads import address
 from tilus.codegen.c.tile import Leaf
 from tilus.codegen.code_order import CodeOrder
-from tilus.dtypes import DataType, f32
-from tilus.layout import Digit, LayoutError, SharedLayout
+from tilus.dtypes import DataType, f32, uint8
+from tilus.layout import Digit, LayoutError, SharedLayout, row_major
 
 if TYPE_CHECKING:
     from tilus.codegen.c.context import CContext
@@ -124,11 +124,23 @@ def unpack(ctx: CContext, codes: Codes, leaf: Leaf) -> Leaf:
     words = SharedLayout.try_from_table(codes.words.table()[used_threads])
     if layout is None or words is None:
         raise LayoutError("packed codes in an order that is no layout")
+    if codes.dtype.is_float and vector_lanes(ctx, words, count) == 1:
+        codes, words = _gathered(ctx, codes, words)
     array = ctx.array(codes.dtype, len(used_slots) * count, "numbers")
     ctx.needs_values_of(codes.code)
     for slot, index in place.items():
         _unpack_slot(ctx, codes, slot, words, f"{array.name} + {index * count}", count)
     return Leaf(array, layout)
+
+
+def _gathered(ctx: CContext, codes: Codes, words: SharedLayout) -> tuple[Codes, SharedLayout]:
+    """The same codes with the words of neighbouring threads side by side."""
+    threads, count = words.shape
+    name = ctx.array(uint8, 4 * threads * count, "words").name
+    with ctx.writer.loops([count, threads]) as (word, thread):
+        place = f"4 * (({word}) * {threads} + {thread})"
+        ctx.writer.line(f"memcpy({name} + {place}, {codes.array} + {address(words, thread, word)}, 4);")
+    return replace(codes, array=name), row_major((count, threads, 4)).slice(2, 0, 1).squeeze(2).permute((1, 0))
 
 
 def _unpack_slot(ctx: CContext, codes: Codes, slot: int, words: SharedLayout, target: str, count: int) -> None:

@@ -129,15 +129,18 @@ class MmaOrder(TileOrder):
     def own_factors(self, nbytes: int) -> RegisterLayout:
         return spatial(1, 1, 8, 1) * replicated(4, 4) * local(1, 1, 1, 8 * nbytes)
 
-    def activation_layout(self, tokens: int, span: int, rows: int, warps: int) -> RegisterLayout:
-        """A thread holds 16 / parts consecutive columns of its tokens."""
+    def activation_layout(self, tokens: int, span: int, rows: int, warps: int) -> RegisterLayout | None:
+        """A thread holds 16 / parts consecutive columns of its tokens; None for numbers of tokens that no tensor core takes."""
+        return None if tokens % 8 else self._activations(tokens, span, rows, warps)
+
+    def _activations(self, tokens: int, span: int, rows: int, warps: int) -> RegisterLayout:
         pieces = parts(span)
         own = local(tokens // 8, pieces).spatial(8, 4).local(1, 16 // pieces)
         return replicated(rows, 2) * spatial(1, warps) * own
 
     def plain_layout(self, span: int) -> RegisterLayout:
         """In runs along the rows."""
-        return self.activation_layout(TILE, span, 1, 1)
+        return self._activations(TILE, span, 1, 1)
 
 
 @dataclass(frozen=True)
