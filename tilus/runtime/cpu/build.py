@@ -171,8 +171,9 @@ def _compile(source: str, name: str, compiler: CCompiler, *stop_at: str) -> byte
         if status == 0 and output.is_file():
             return output.read_bytes()
     kept = _keep(source, name)
+    expected = "assembly" if stop_at else "a library"
     raise TilusError(
-        f"{compiler} failed with exit status {status} on {kept}, expected a library:\n{log.rstrip()[-_OUTPUT_TAIL:]}",
+        f"{compiler} failed with exit status {status} on {kept}, expected {expected}:\n{log.rstrip()[-_OUTPUT_TAIL:]}",
         hint=f"to see it again: {' '.join(compiler.command)} {' '.join(flags(compiler))} {kept} -o /dev/null -lm",
     )
 
