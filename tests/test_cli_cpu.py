@@ -128,3 +128,22 @@ def test_wrong_command_lines(square: Path) -> None:
         expected = f"--emit {form} with --target sm_90a, which has ir, ptx, cubin, sass; {form} goes with --target cpu"
         assert expected in refusal
     assert "--allow-spills goes with a GPU" in refusal_of("compile", square, *on_cpu, "--allow-spills", exit_code=2)
+
+
+def test_the_page_shows_what_is_written(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "cpu.md").read_text()
+    program, shown = (
+        re.findall(rf"^```{language}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[0] for language in ("python", "c")
+    )
+    path = tmp_path / "scaled.py"
+    path.write_text(program)
+    assert without_numbers(shown) in without_numbers(output_of("compile", path, "--target", "cpu"))
+    commands = re.findall(r"^    tilus (compile .*?)(?: +#.*)?$", page, re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        assert output_of(*command.replace("examples/", f"{Path(__file__).parents[1]}/examples/").split())
+
+
+def without_numbers(code: str) -> str:
+    """Without what makes names unique."""
+    return re.sub(r"_\d+\b", "", code)
