@@ -9,48 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from cli_programs import KERNELS, ONE_KERNEL, output_of, refusal_of, tilus_
 
-from tilus.cli import FORMS, main
+from tilus.cli import GPU_FORMS
 from tilus.errors import TilusError
 from tilus.transforms import PIPELINE
 
-KERNELS = """\
-import sys
-
-import tilus
-from tilus import Const, Tensor, f16, f32
-
-LENGTH = len(sys.argv)  # 1: the command line of `tilus` is not this file's
-
-
-@tilus.kernel
-def axpy(x: Tensor[f32, "n"], y: Tensor[f32, "n"], a: f32, *, block: Const = 1024):
-    tilus.grid(tilus.cdiv(x.shape[0], block), warps=4)
-    i = tilus.block_id(0) * block
-    xs = tilus.load(x, [i], shape=[block])
-    tilus.store(y, [i], a * xs + tilus.load(y, [i], shape=[block]))
-
-
-@tilus.kernel
-def widen(x: Tensor["t", "n"], y: Tensor[f32, "n"], *, layout: Const = None):
-    tilus.grid(1, warps=1)
-    tilus.store(y, [0], tilus.cast(tilus.load(x, [0], shape=[256], layout=layout), f32))
-"""
-ONE_KERNEL = """\
-import tilus
-from tilus import Tensor, f16, f32
-
-
-@tilus.kernel
-def square(a: Tensor[f16, "n", "n"], c: Tensor[f32, "n", "n"]):
-    tilus.grid(1, warps=4)
-    s = tilus.shared(f16, [64, 64])
-    tilus.store_shared(s, tilus.load(a, [0, 0], shape=[64, 64]))
-    tilus.sync()
-    tile = tilus.load_shared(s)
-    tilus.store(c, [0, 0], tilus.dot(tile, tilus.load_shared(s), tilus.zeros([64, 64], f32)))
-"""
 PINNED = """\
 import tilus
 from tilus import Tensor, f32
@@ -83,25 +47,9 @@ def square(tmp_path: Path) -> Path:
     return path
 
 
-def tilus_(*args: object) -> Result:
-    return CliRunner().invoke(main, [str(arg) for arg in args])
-
-
-def output_of(*args: object) -> str:
-    result = tilus_(*args)
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def refusal_of(*args: object, exit_code: int = 1) -> str:
-    result = tilus_(*args)
-    assert (result.exit_code, result.stdout) == (exit_code, ""), result.output
-    return result.stderr
-
-
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_form_for_every_target(square: Path, tmp_path: Path, target: str) -> None:
-    forms = {form: tmp_path / f"out.{form}" for form in FORMS}
+    forms = {form: tmp_path / f"out.{form}" for form in GPU_FORMS}
     for form, path in forms.items():
         assert output_of("compile", square, "--emit", form, "--target", target, "-o", path) == ""
     assert f".target {target}\n" in forms["ptx"].read_text()
@@ -260,7 +208,8 @@ def test_definitions_that_are_none(kernels: Path) -> None:
 
 def test_unknown_target_and_pass(square: Path) -> None:
     assert refusal_of("compile", square, "--target", "sm_70") == (
-        "error: unknown target 'sm_70'\n  hint: known targets: sm_80, sm_86, sm_89, sm_90a, sm_100a\n"
+        "error: unknown target 'sm_70'\n  hint: known targets: sm_80, sm_86, sm_89, sm_90a, sm_100a; "
+        "`tilus compile` also knows cpu\n"
     )
     names = ", ".join(step.name for step in PIPELINE)
     assert refusal_of("compile", square, "--emit", "ir", "--after", "vectorise") == (

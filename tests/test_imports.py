@@ -24,6 +24,7 @@ LAYERS = (
     ("compiler",),
     ("runtime",),
     ("report", "doctor"),
+    ("forms",),
     ("lang",),
     ("kernels",),
     ("cli", "docs", "interop"),

@@ -20,11 +20,15 @@ from tilus.errors import TilusError
 from tilus.target import DEFAULT_TARGET, TARGETS
 
 if TYPE_CHECKING:
+    from tilus.dump import Dump
+    from tilus.forms import CpuKernel, GpuKernel
     from tilus.layout import RegisterLayout, SharedLayout
 
 _View = Callable[[], str]
 
-FORMS = ("ir", "ptx", "cubin", "sass")
+GPU_FORMS = ("ir", "ptx", "cubin", "sass")
+CPU_FORMS = ("ir", "c", "asm")
+CPU = "cpu"
 TEXT_FORM = ".tilus"
 _DEVICES = tuple(device for device in config.DEVICES if device != "auto")
 
@@ -50,19 +54,27 @@ class _Command(click.Command):
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="tilus")
 def main() -> None:
-    """GPU kernels for any bit width: compile them, run them, look at their layouts."""
+    """Kernels for any bit width, for GPUs and CPUs: compile them, run them, look at their layouts."""
 
 
 @main.command("compile", cls=_Command)
 @click.argument("source", metavar="FILE.py[:KERNEL] | FILE.tilus")
-@click.option("--emit", type=click.Choice(FORMS), help="What to write (default: ptx, nothing with --report alone).")
-@click.option("--target", default=DEFAULT_TARGET.name, show_default=True, help=f"One of {', '.join(TARGETS)}.")
+@click.option(
+    "--emit", type=click.Choice(dict.fromkeys(GPU_FORMS + CPU_FORMS)),
+    help=f"What to write: {', '.join(GPU_FORMS)} for a GPU (default: ptx), {', '.join(CPU_FORMS)} for the CPU (default: c); "
+    "nothing with --report alone.",
+)  # fmt: skip
+@click.option(
+    "--target", default=DEFAULT_TARGET.name, show_default=True, help=f"One of {', '.join(TARGETS)}, or {CPU}: this machine's."
+)  # fmt: skip
 @click.option(
     "-D", "definitions", multiple=True, metavar="NAME=VALUE",
     help="A compile-time argument, a dtype (-D wdtype=uint4) or the size of a dim (-D k=4096).",
 )  # fmt: skip
 @click.option("-o", "output", type=click.Path(path_type=Path, dir_okay=False), help="Write to a file.")
-@click.option("--report", "wants_report", is_flag=True, help="Registers, accesses, bank conflicts, layouts, SASS.")
+@click.option(
+    "--report", "wants_report", is_flag=True, help="What it costs: registers, conflicts, arrays, instructions."
+)
 @click.option("--after", metavar="PASS", help="With --emit ir: the IR after this pass (default: before all passes).")
 @click.option("--dump", type=click.Path(path_type=Path, file_okay=False), help="Write every stage into this directory.")
 @click.option("--allow-spills", is_flag=True, help="Let a kernel keep registers in local memory.")
@@ -70,34 +82,52 @@ def compile_command(
     source: str, emit: str | None, target: str, definitions: tuple[str, ...], output: Path | None, wants_report: bool,
     after: str | None, dump: Path | None, allow_spills: bool,
 ) -> None:  # fmt: skip
-    """Compile a kernel; no GPU, driver or CUDA toolkit is needed.
+    """Compile a kernel, for a GPU without GPU, driver or CUDA toolkit, for the CPU with the system's C compiler.
 
     Sizes that are not given with -D are unknown multiples of 16; tensors are contiguous and aligned.
     """
-    from tilus.compiler import compile_function
     from tilus.dump import Dump
-    from tilus.target import get_target
 
-    form = emit or (None if wants_report else "ptx")
+    form = emit or (None if wants_report else "c" if target == CPU else "ptx")
+    _check_form(form, target, after, output, allow_spills)
+    files = Dump(dump) if dump else None
+    kernel = _kernel(source, definitions, target, files, allow_spills)
+    if files is not None:
+        kernel.dump(files)
+    if form is not None:
+        _write(kernel.ir(after) if form == "ir" else kernel.product(form), output)
+    if wants_report:
+        click.echo(kernel.report(), err=form is not None and output is None)
+
+
+def _check_form(form: str | None, target: str, after: str | None, output: Path | None, allow_spills: bool) -> None:
+    """Raises: UsageError for options that do not go together."""
+    forms = CPU_FORMS if target == CPU else GPU_FORMS
+    if form is not None and form not in forms:
+        other = f"a GPU, as in --target {DEFAULT_TARGET}" if target == CPU else f"--target {CPU}"
+        raise click.UsageError(
+            f"--emit {form} with --target {target}, which has {', '.join(forms)}; {form} goes with {other}"
+        )
     if after is not None and form != "ir":
         raise click.UsageError("--after goes with --emit ir")
     if form == "cubin" and output is None:
         raise click.UsageError("--emit cubin writes machine code: give a file with -o")
-    chosen = get_target(target)
-    function = _read_function(source, definitions)
-    if form == "ir" and not wants_report and dump is None:
-        _write(_ir_text(function, chosen, after), output)
-        return
-    compiled = compile_function(function, chosen, Dump(dump) if dump else None)
-    if dump:
-        _dump_machine_code(compiled, Dump(dump))
-    if form is not None:
-        text = _ir_text(function, chosen, after) if form == "ir" else _product(compiled, form, allow_spills)
-        _write(text, output)
-    if wants_report:
-        from tilus.report import make_report
+    if allow_spills and target == CPU:
+        raise click.UsageError(f"--allow-spills goes with a GPU; with --target {CPU} the C compiler allots registers")
 
-        click.echo(make_report(compiled).render(), err=form is not None and output is None)
+
+def _kernel(
+    source: str, definitions: tuple[str, ...], target: str, files: Dump | None, allow_spills: bool
+) -> GpuKernel | CpuKernel:
+    from tilus.forms import CpuKernel, GpuKernel
+    from tilus.target import get_target
+
+    if target == CPU:
+        from tilus.runtime.cpu.features import host_target
+
+        return CpuKernel(_read_function(source, definitions), host_target(), files)
+    chosen = get_target(target)
+    return GpuKernel(_read_function(source, definitions), chosen, files, allow_spills=allow_spills)
 
 
 @main.command("run", cls=_Command, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -291,38 +321,6 @@ def _definition(text: str) -> tuple[str, Any]:
             f"-D {text}: {value!r} is no value, expected a dtype, a Python literal or a layout",
             hint=f"text needs quotes of its own: -D \"{name}='{value}'\"",
         ) from None
-
-
-def _ir_text(function: Any, target: Any, after: str | None) -> str:
-    from tilus.ir.printer import print_function
-    from tilus.transforms import run_pipeline
-
-    return print_function(function if after is None else run_pipeline(function, target, after=after), remarks=True)
-
-
-def _product(compiled: Any, form: str, allow_spills: bool) -> str | bytes:
-    """PTX text, machine code or its disassembly."""
-    from tilus.ptx import sass
-    from tilus.runtime import cache
-
-    if form == "ptx":
-        return compiled.ptx
-    machine_code = cache.assemble(compiled.ptx, compiled.target, allow_spills=allow_spills).cubin
-    if form == "cubin":
-        return machine_code
-    return "\n".join(str(line) for kernel in sass.disassemble(machine_code) for line in kernel.instructions) + "\n"
-
-
-def _dump_machine_code(compiled: Any, files: Any) -> None:
-    """The last stages of --dump, which compile_function does not make."""
-    from tilus.report import make_report
-
-    report = make_report(compiled)
-    files.write("kernel.cubin", report.cubin.cubin)
-    files.write("ptxas.log", report.cubin.log)
-    files.write("report.txt", report.render() + "\n")
-    if report.sass is not None:
-        files.write("kernel.sass", "\n".join(map(str, report.sass.instructions)) + "\n")
 
 
 def _read_layout(expression: str) -> RegisterLayout | SharedLayout:

@@ -67,6 +67,6 @@ def num_threads() -> int | None:
 
 
 def dump_dir() -> Path | None:
-    """TILUS_DUMP_DIR: when set, the IR after each pass and the PTX of every kernel are written under it."""
+    """TILUS_DUMP_DIR: when set, the IR after each pass and the PTX or C of every kernel are written under it."""
     value = os.environ.get("TILUS_DUMP_DIR")
     return Path(value) if value else None

@@ -67,7 +67,9 @@ def get_target(name: str) -> Target:
     Raises: TilusError naming the known targets.
     """
     if name not in TARGETS:
-        raise TilusError(f"unknown target {name!r}", hint=f"known targets: {', '.join(TARGETS)}")
+        raise TilusError(
+            f"unknown target {name!r}", hint=f"known targets: {', '.join(TARGETS)}; `tilus compile` also knows cpu"
+        )
     return TARGETS[name]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import subprocess
 import sys
 import threading
@@ -149,6 +150,13 @@ def test_another_machine_on_the_same_disk_builds_its_own(compiler: Compiler, mon
     theirs.replace(mine)  # whatever put it there
     assert build.build(COUNTING) == mine and compiler.runs == 3
     assert build.is_whole(mine, HOST)
+
+
+def test_assembly_is_what_the_compiler_writes_and_is_not_kept(compiler: Compiler) -> None:
+    assert re.search(r"^answer:$", build.assembly(answer(42)), re.MULTILINE)
+    assert compiler.runs == 1 and entries() == []
+    with pytest.raises(TilusError, match=r"failed with exit status 1 on \S+\.c, expected assembly:"):
+        build.assembly("int f(void) { return nothing; }\n")
 
 
 def test_a_refused_text_is_kept_and_shown(compiler: Compiler) -> None:

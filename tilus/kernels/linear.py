@@ -162,7 +162,7 @@ def linear(
     """x [M, K] of f16 or bf16 times the transpose of a packed weight (N, K), plus a bias [N]: [M, N] of `out_dtype`.
 
     x, bias, out: torch tensors or numpy arrays, on the weight's device. bias: f16, bf16 or f32, added in f32. out_dtype: by
-    default that of x. out: written in place when given. device: where to run (reference, emulator, cuda), by default as the
+    default that of x. out: written in place when given. device: where to run (reference, emulator, cpu, cuda), by default as the
     arguments say.
     Raises: TilusError when K, dtypes or devices do not fit, and for a weight that is packed for CPUs on a GPU.
     """

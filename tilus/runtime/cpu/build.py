@@ -152,17 +152,28 @@ def is_whole(path: Path, host: HostCpu) -> bool:
     return header["arch"] == host.arch and host.macros.issuperset(header["features"])
 
 
-def _compile(source: str, name: str, compiler: CCompiler) -> bytes:
+def assembly(source: str) -> str:
+    """The machine code that `build` makes of this C text, as the compiler writes it down. Nothing is kept.
+
+    Raises: as `build`.
+    """
+    compiler = toolchain.find_compiler()
+    return _compile(source, key(source, compiler, host_cpu(compiler)), compiler, "-S").decode()
+
+
+def _compile(source: str, name: str, compiler: CCompiler, *stop_at: str) -> bytes:
+    """A library, or what the compiler has when it is told to stop earlier (`-S`)."""
     with tempfile.TemporaryDirectory(prefix="tilus-") as work:
-        text, output = Path(work, "kernel.c"), Path(work, "kernel.so")
+        text, output = Path(work, "kernel.c"), Path(work, "kernel.out")
         text.write_text(source)
-        command = [*compiler.command, *flags(compiler), text.name, "-o", output.name, "-lm"]
+        command = [*compiler.command, *flags(compiler), *stop_at, text.name, "-o", output.name, "-lm"]
         status, log = toolchain.run(command, timeout_s=COMPILE_TIMEOUT_S, cwd=Path(work))
         if status == 0 and output.is_file():
             return output.read_bytes()
     kept = _keep(source, name)
+    expected = "assembly" if stop_at else "a library"
     raise TilusError(
-        f"{compiler} failed with exit status {status} on {kept}, expected a library:\n{log.rstrip()[-_OUTPUT_TAIL:]}",
+        f"{compiler} failed with exit status {status} on {kept}, expected {expected}:\n{log.rstrip()[-_OUTPUT_TAIL:]}",
         hint=f"to see it again: {' '.join(compiler.command)} {' '.join(flags(compiler))} {kept} -o /dev/null -lm",
     )
 

@@ -1,4 +1,4 @@
-"""The compile report: what a kernel costs (registers, memory accesses, bank conflicts, conversions) and what it became."""
+"""The report of a GPU kernel: what it costs (registers, memory accesses, bank conflicts, conversions) and what it became."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from tilus.ir.visit import instructions
 from tilus.layout.conversion import ConversionPlan, ScratchWay
 from tilus.ptx import sass
 from tilus.ptx.assembler import Cubin
+from tilus.report.text import aligned, render_mix, render_sections
 from tilus.runtime import cache
 from tilus.transforms.layout_shared import Use, candidates, total_cost, uses, weights
-
-SHOWN_OPCODES = 12
 
 
 @dataclass(frozen=True)
@@ -43,18 +42,14 @@ class Report:
             ("conversions", self._conversions()),
             ("machine code", self._mix()),
         ]
-        lines = [head]
-        for title, body in sections:
-            rows = list(body)
-            lines += ["", title, *(f"  {row}" for row in rows or ["none"])]
-        return "\n".join(lines)
+        return render_sections(head, sections)
 
     def _resources(self) -> Iterator[str]:
         usage = self.cubin.kernel(self.compiled.kernel_name)
         lowered = self.compiled.lowered
         dynamic = lowered.shared_nbytes if lowered.dynamic_shared else 0
         spills = f"{usage.spill_store_nbytes} bytes stored, {usage.spill_load_nbytes} bytes loaded"
-        yield from _aligned(
+        yield from aligned(
             [
                 ("registers", f"{usage.registers} a thread"),
                 ("spills", spills if usage.spill_store_nbytes or usage.spill_load_nbytes else "none"),
@@ -69,11 +64,11 @@ class Report:
         for note in self.compiled.lowered.notes:
             key = (_place(note.loc), note.text)
             counts[key] = counts.get(key, 0) + 1
-        return _aligned([(place, _times(text, count)) for (place, text), count in counts.items()])
+        return aligned([(place, _times(text, count)) for (place, text), count in counts.items()])
 
     def _shared(self) -> Iterable[str]:
         found = uses(self.compiled.function, self.compiled.target)
-        return _aligned(
+        return aligned(
             [(t.name, _tensor(t), f"{t.nbytes} bytes", str(t.layout), _choice(t, a)) for t, a in found.items()]
         )
 
@@ -89,7 +84,7 @@ class Report:
             (place, what, f"{cost.nbytes} bytes a lane", _times(_conflicts(cost), count))
             for (place, what, cost), count in rows.items()
         ]
-        return _aligned([*accesses, *self._scratch_conflicts()])
+        return aligned([*accesses, *self._scratch_conflicts()])
 
     def _scratch_conflicts(self) -> Iterator[tuple[str, ...]]:
         """Of the stores and loads of conversions; both are executed by every warp, or once by all warps together."""
@@ -105,11 +100,11 @@ class Report:
         tiles: dict[RegisterTensor, None] = {}
         for stmt in instructions(self.compiled.function.body):
             tiles.update(dict.fromkeys((*stmt.inst.register_results, *stmt.inst.register_operands)))
-        return _aligned([(t.name, _tensor(t), _origin(t), str(t.layout)) for t in tiles])
+        return aligned([(t.name, _tensor(t), _origin(t), str(t.layout)) for t in tiles])
 
     def _conversions(self) -> Iterable[str]:
         """Every way that a tile could take, the chosen one first; costs in cycles of a warp (see tilus.layout.conversion)."""
-        return _aligned((place, names, str(plan)) for place, names, plan in self._plans())
+        return aligned((place, names, str(plan)) for place, names, plan in self._plans())
 
     def _plans(self) -> Iterator[tuple[str, str, ConversionPlan]]:
         for stmt in instructions(self.compiled.function.body):
@@ -122,7 +117,11 @@ class Report:
             yield self.no_sass
             return
         loop = self.sass.innermost_loop()
-        yield from _aligned([("all", _counts(self.sass.instructions)), *([("loop", _counts(loop))] if loop else [])])
+        yield from aligned(
+            (which, render_mix(sass.instruction_mix(code)))
+            for which, code in (("all", self.sass.instructions), ("loop", loop))
+            if code
+        )
 
 
 def make_report(compiled: Compiled) -> Report:
@@ -137,13 +136,6 @@ def make_report(compiled: Compiled) -> Report:
         return Report(compiled, cubin, None, f"{error.message}: {error.hint}")
     kernels = {kernel.name: kernel for kernel in sass.disassemble(cubin.cubin, tool)}
     return Report(compiled, cubin, kernels[compiled.kernel_name])
-
-
-def _counts(code: Sequence[sass.SassInstruction]) -> str:
-    mix = sass.instruction_mix(code)
-    shown = ", ".join(f"{count} {kind}" for kind, count in mix.most_common(SHOWN_OPCODES))
-    rest = sum(mix.values()) - sum(count for _, count in mix.most_common(SHOWN_OPCODES))
-    return f"{sum(mix.values())} instructions: {shown}" + (f", {rest} others" if rest else "")
 
 
 def _conflicts(cost: AccessCost) -> str:
@@ -187,12 +179,3 @@ def _place(loc: Loc | None) -> str:
 
 def _times(text: str, count: int) -> str:
     return text if count == 1 else f"{text}, {count} times"
-
-
-def _aligned(rows: Iterable[tuple[str, ...]]) -> list[str]:
-    """Rows of columns as lines; all columns but the last are padded to the same width."""
-    table = list(rows)
-    if not table:
-        return []
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]) - 1)] + [0]
-    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
