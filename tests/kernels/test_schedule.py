@@ -96,7 +96,7 @@ def test_cpus_have_schedules_of_their_own(monkeypatch: pytest.MonkeyPatch) -> No
     module = importlib.import_module("tilus.kernels.linear")
     plans: list[Schedule] = []
     monkeypatch.setattr(module, "launch", lambda *args: plans.append(args[4]))
-    monkeypatch.setattr(module.os, "cpu_count", lambda: 4)
+    monkeypatch.setenv("TILUS_NUM_THREADS", "4")
     weight = pack(quantize(np.ones((130, 8192), np.float32), uint4, 64), order="rows")
     module.linear(np.ones((3, 8192), np.float16), weight, device="cpu")
     assert plans == [cpu_schedule(3, 3, 128, 4, num_threads=4)] == [Schedule(3, 1, 1, 0, 3)]

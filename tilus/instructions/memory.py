@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tilus.codegen.access import MAX_VECTOR_NBITS, global_vector_size, unit_nbits, vectors
 from tilus.codegen.c.context import CContext
@@ -147,7 +147,7 @@ class StoreGlobal(Instruction):
 
     def emit_c(self, ctx: CContext) -> None:
         access = Access(ctx, self.dst, self.offsets, self.src.shape, self.dims)
-        tile = ctx.read(self.src)
+        tile = replace(ctx.read(self.src), unrounded=False)  # codes are rounded when they are made
         leaf = tile.array
         if leaf is None or leaf.layout != access.layout:
             leaf = ctx.computed(tile, self.src.name, access.layout).leaves[0]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from tilus.codegen.c.numbers import literal, value_of_code
 from tilus.codegen.c.threads import address
@@ -112,25 +113,42 @@ def _cut(digit: Digit, slots: int) -> list[Digit]:
     return [Digit(digit.size // inner, digit.dim, slots), Digit(inner, digit.dim, digit.weight)]
 
 
-def unpack(ctx: CContext, codes: Codes, leaf: Leaf) -> Leaf:
-    """One loop over threads for each slot; the array has the threads innermost."""
-    threads, slots = split_address(leaf.layout, codes.slots)
-    used_threads, used_slots = (sorted(set(x.table().reshape(-1).tolist())) for x in (threads, slots))
-    place = {slot: index for index, slot in enumerate(used_slots)}
-    rank = {thread: index for index, thread in enumerate(used_threads)}
+def unpack(ctx: CContext, codes: Codes, leaf: Leaf, layout: SharedLayout | None = None) -> Leaf:
+    """All codes of a leaf as values, one loop over threads for each slot.
+
+    layout: of the array, where neighbouring threads' values can follow each other in it; else threads are innermost.
+    """
+    threads, slots = (x.table().reshape(-1) for x in split_address(leaf.layout, codes.slots))
+    used_threads, rank = np.unique(threads, return_inverse=True)
+    used_slots, place = np.unique(slots, return_inverse=True)
     count = len(used_threads)
-    table = np.vectorize(place.get)(slots.table()) * count + np.vectorize(rank.get)(threads.table())
-    layout = SharedLayout.try_from_table(np.asarray(table, np.int64))
     words = SharedLayout.try_from_table(codes.words.table()[used_threads])
-    if layout is None or words is None:
+    plain_order = SharedLayout.try_from_table((place * count + rank).reshape(leaf.layout.shape))
+    if plain_order is None or words is None:
         raise LayoutError("packed codes in an order that is no layout")
     if codes.dtype.is_float and vector_lanes(ctx, words, count) == 1:
         codes, words = _gathered(ctx, codes, words)
-    array = ctx.array(codes.dtype, len(used_slots) * count, "numbers")
-    ctx.needs_values_of(codes.code)
-    for slot, index in place.items():
-        _unpack_slot(ctx, codes, slot, words, f"{array.name} + {index * count}", count)
-    return Leaf(array, layout)
+    target, steps = plain_order, row_major((count,))
+    places = np.arange(len(used_slots) * count, dtype=np.int64).reshape(-1, count)
+    if layout is not None:
+        wanted = np.zeros_like(places)
+        wanted[place, rank] = layout.table().reshape(-1)
+        found = _thread_steps(wanted, vector_lanes(ctx, words, count))
+        if found is not None:
+            target, steps, places = layout, found, wanted
+    array = ctx.array(codes.dtype, target.size, "numbers")
+    for slot, first in zip(used_slots.tolist(), places[:, 0].tolist(), strict=True):
+        _unpack_slot(ctx, codes, slot, words, f"{array.name} + {first}", steps)
+    return Leaf(array, target)
+
+
+def _thread_steps(places: npt.NDArray[np.int64], lanes: int) -> SharedLayout | None:
+    """Where a slot's values are, from the first thread's on: the same for all slots and in whole vectors, or None."""
+    steps = places - places[:, :1]
+    runs = steps[0].reshape(-1, lanes)
+    if (steps != steps[0]).any() or (runs != runs[:, :1] + np.arange(lanes)).any():
+        return None
+    return SharedLayout.try_from_table(steps[0])
 
 
 def _gathered(ctx: CContext, codes: Codes, words: SharedLayout) -> tuple[Codes, SharedLayout]:
@@ -143,22 +161,22 @@ def _gathered(ctx: CContext, codes: Codes, words: SharedLayout) -> tuple[Codes, 
     return replace(codes, array=name), row_major((count, threads, 4)).slice(2, 0, 1).squeeze(2).permute((1, 0))
 
 
-def _unpack_slot(ctx: CContext, codes: Codes, slot: int, words: SharedLayout, target: str, count: int) -> None:
+def _unpack_slot(
+    ctx: CContext, codes: Codes, slot: int, words: SharedLayout, target: str, steps: SharedLayout
+) -> None:  # fmt: skip
+    count = words.shape[0]
     lanes = vector_lanes(ctx, words, count) if codes.dtype.is_float else 1
-    if lanes > 1:
-        with ctx.writer.block(f"for (int64_t t = 0; t < {count}; t += {lanes})"):
+    with ctx.writer.block(f"for (int64_t t = 0; t < {count}; t += {lanes})"):
 
-            def load(word: int) -> str:
-                return f"tl_load_u32x{lanes}({codes.array} + {word_address(words, 't', word)})"
+        def word(index: int) -> str:
+            place = f"{codes.array} + {word_address(words, 't', index)}"
+            return f"tl_load_u32x{lanes}({place})" if lanes > 1 else f"tl_u32({place})"
 
-            ctx.writer.line(f"tl_store_f32x{lanes}({target} + t, {vector_number(ctx, codes, slot, lanes, load)});")
-        return
-    with ctx.writer.block(f"for (int64_t t = 0; t < {count}; t++)"):
-
-        def word_of(word: int) -> str:
-            return f"tl_u32({codes.array} + {word_address(words, 't', word)})"
-
-        ctx.writer.line(f"({target})[t] = {_number(codes, slot, word_of)};")
+        to = f"{target} + {address(steps, 't')}"
+        if lanes > 1:
+            ctx.writer.line(f"tl_store_f32x{lanes}({to}, {vector_number(ctx, codes, slot, lanes, word)});")
+        else:
+            ctx.writer.line(f"*({to}) = {_number(codes, slot, word)};")
 
 
 def word_address(words: SharedLayout, thread: str, word: int) -> str:

@@ -88,6 +88,8 @@ class CContext:
         return self.as_array(self.read(tensor), tensor.name)
 
     def as_array(self, tile: Tile, hint: str = "t") -> Leaf:
+        if tile.is_plain:
+            tile = self.simplified(tile)
         return tile.array or self.computed(tile, hint).leaves[0]
 
     def define(self, tensor: RegisterTensor, tile: Tile) -> None:
@@ -101,6 +103,7 @@ class CContext:
 
     def computed(self, tile: Tile, hint: str = "t", layout: SharedLayout | None = None) -> Tile:
         """The tile as a new array; by default in the order of its first leaf, so that it is read in runs."""
+        tile = self.simplified(tile)
         target = layout or compact_like(tile)
         array = self.array(tile.dtype, target.size, hint)
         self.copy(Leaf(array, target), tile)

@@ -154,6 +154,13 @@ TL_INLINE float tl_exp(float x) { /* x log2(e) in two parts: one product would l
 TL_INLINE float tl_rsqrt(float x) { return 1.0f / sqrtf(x); }
 TL_INLINE float tl_rcp(float x) { return 1.0f / x; }
 
+/* Keeps a vector in a register: compilers like to load operands again and again, which takes more than the products do. */
+#if defined(__AVX512F__)
+#define TL_KEEP(x) __asm__("" : "+v"(x))
+#else
+#define TL_KEEP(x) (void)0
+#endif
+
 /* Vectors: the compiler splits those that are wider than the machine's. The types with a u may stand anywhere. */
 #define TL_VECTORS(n) \
     typedef float tl_f32x##n __attribute__((vector_size(4 * n))); \

@@ -1,8 +1,8 @@
 """Matrix products of tiles: blocks of vector accumulators in registers.
 
 Vectors run along rows or columns of the result, where one operand's elements follow each other; the other operand's are
-broadcast. Where both operands follow each other along k only, vectors run along k and are added up at the end. Packed codes become
-numbers on their way into the product while it is narrow; a wide one unpacks them once.
+broadcast. Where both operands follow each other along k only, vectors run along k and are added up at the end. Packed codes
+become numbers on their way into the product while it is narrow; a wide one unpacks them once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tilus.codegen.c.codes import Codes, split_address, vector_lanes, vector_number
+from tilus.codegen.c.codes import Codes, split_address, unpack, vector_lanes, vector_number
 from tilus.codegen.c.nest import compacted, stride
 from tilus.codegen.c.tile import Constant, Leaf, Tile, plain
 from tilus.dtypes import f32, int32
@@ -77,6 +77,11 @@ class Product:
         codes = self._codes()
         if codes is not None and self.b.shape[2] <= NARROW:
             return self._by_codes(codes)
+        if codes is not None:
+            batch, m, k = self.a.shape
+            order = row_major((batch, k, m)).permute((0, 2, 1))
+            leaf = unpack(self.ctx, codes, self.a.leaves[0], order)
+            self.a = plain(self.a.dtype, self.a.shape, leaf.source, leaf.layout)
         a, b = self._linear(self.a), self._linear(self.b)
         run_m, run_n = _run(a.layout, M), _run(b.layout, N)
         lanes = self.ctx.target.lanes
@@ -170,7 +175,9 @@ class Product:
                     with writer.block(f"for (int64_t {k} = 0; {k} < {shape.k}; {k}++)"):
                         for i in range(vectors):
                             place = wide.at(batch, f"{first} + {i * lanes}", k)
-                            writer.line(f"const tl_f32x{lanes} w{i} = tl_load_f32x{lanes}(&{place});")
+                            writer.line(f"tl_f32x{lanes} w{i} = tl_load_f32x{lanes}(&{place});")
+                            if width > 1 and lanes > 1:
+                                writer.line(f"TL_KEEP(w{i});")
                         for j in range(width):
                             tile.add(j, narrow.at(batch, f"{column} + {j}", k), [f"w{i}" for i in range(vectors)])
                     tile.close()

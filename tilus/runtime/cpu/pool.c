@@ -1,6 +1,7 @@
 // The threads that run the blocks of kernels, shared by all kernels of a process.
 //
-// One launch at a time is open. A worker joins it, takes chunks of blocks from one counter until none is left, and leaves.
+// One launch at a time is open. Each thread has a share of the blocks, neighbours, so that it reads memory in long runs. A
+// worker joins the launch, takes chunks of its share until none is left, then of the others' shares, and leaves.
 // The caller takes part, then closes the launch and waits for those that joined: a worker that was too slow to wake up
 // costs nothing. Idle workers spin for SPIN_NS, so that one launch after the other finds them awake, and then sleep.
 
@@ -49,10 +50,15 @@ static struct {
     blocks_fn blocks;
     const uint64_t *args;
     const int32_t *grid;
-    int64_t num_blocks, chunk, num_helpers;
+    int64_t chunk, num_shares;
     _Alignas(128) _Atomic uint64_t state;
-    _Alignas(128) _Atomic int64_t next;
 } pool;
+
+// The blocks from `next` to `end` that nobody has taken yet. The caller's share is the first.
+static struct share {
+    _Alignas(128) _Atomic int64_t next;
+    int64_t end;
+} shares[MAX_WORKERS + 1];
 
 static struct worker workers[MAX_WORKERS];
 
@@ -70,13 +76,16 @@ static int64_t now_ns(void) {
     return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
 }
 
-static void take_blocks(void) {
-    const int64_t num_blocks = pool.num_blocks, chunk = pool.chunk;
-    for (;;) {
-        const int64_t first = atomic_fetch_add_explicit(&pool.next, chunk, memory_order_relaxed);
-        if (first >= num_blocks) return;
-        const int64_t last = first + chunk < num_blocks ? first + chunk : num_blocks;
-        pool.blocks(pool.args, pool.grid, first, last);
+static void take_blocks(int64_t own) {
+    const int64_t chunk = pool.chunk, num_shares = pool.num_shares;
+    for (int64_t offset = 0; offset < num_shares; offset++) {
+        struct share *share = &shares[(own + offset) % num_shares];
+        for (;;) {
+            const int64_t first = atomic_fetch_add_explicit(&share->next, chunk, memory_order_relaxed);
+            if (first >= share->end) break;
+            const int64_t last = first + chunk < share->end ? first + chunk : share->end;
+            pool.blocks(pool.args, pool.grid, first, last);
+        }
     }
 }
 
@@ -129,7 +138,7 @@ static void *work(void *argument) {
         const uint64_t state = next_launch(self, last_number);
         last_number = NUMBER(state);
         if (!join(state)) continue;
-        if (self->index < pool.num_helpers) take_blocks();
+        if (self->index + 1 < pool.num_shares) take_blocks(self->index + 1);
         leave();
     }
     return 0;
@@ -201,14 +210,18 @@ void tilus_run(blocks_fn blocks, const uint64_t *args, const int32_t *grid, int6
     pool.blocks = blocks;
     pool.args = args;
     pool.grid = grid;
-    pool.num_blocks = num_blocks;
     pool.chunk = chunk > 1 ? chunk : 1;
-    pool.num_helpers = num_threads - 1 < pool.num_workers ? num_threads - 1 : pool.num_workers;
-    atomic_store_explicit(&pool.next, 0, memory_order_relaxed);
+    pool.num_shares = 1 + (num_threads - 1 < pool.num_workers ? num_threads - 1 : pool.num_workers);
+    const int64_t size = num_blocks / pool.num_shares, rest = num_blocks % pool.num_shares;
+    for (int64_t index = 0, first = 0; index < pool.num_shares; index++) {
+        atomic_store_explicit(&shares[index].next, first, memory_order_relaxed);
+        first += size + (index < rest);
+        shares[index].end = first;
+    }
     const uint64_t number = NUMBER(atomic_load_explicit(&pool.state, memory_order_relaxed)) + 1;
     atomic_store(&pool.state, number << 32 | OPEN);
-    wake_workers(pool.num_helpers);
-    take_blocks();
+    wake_workers(pool.num_shares - 1);
+    take_blocks(0);
     atomic_fetch_and(&pool.state, ~OPEN);
     wait_for_workers();
     pthread_mutex_unlock(&pool.launching);
