@@ -79,7 +79,6 @@ def test_a_kernel_that_spills_gets_an_easier_schedule_and_keeps_it(monkeypatch: 
             raise SpillError("kernel spills")
 
     monkeypatch.setattr(module, "launch", launch)
-    monkeypatch.setattr(module, "_easier", {})
     first = Schedule(16, 1, 8, 2)
     monkeypatch.setattr(module, "schedule", lambda *_: first)
     weight = pack(quantize(np.ones((64, 64), np.float32), uint4, 64))

@@ -11,12 +11,14 @@ from typing import Any
 
 import tilus
 from tilus import Const, Tensor, TilusError, int32
-from tilus.kernels.allocate import empty
+from tilus.kernels.allocate import empty, is_cuda
 from tilus.layout import RegisterLayout, local, spatial
 from tilus.layout.atoms import mma_c
+from tilus.runtime.execute import place
 
 WARPS = 4
 FRAGMENT_ROWS = 16  # rows of a tensor-core product, of which a warp takes one
+CPU_ROWS = 48  # rows of a block that does not decode, about
 KV_TILE = 64  # tokens of the cache per iteration, at most
 MAX_GROUP = 16
 MAX_HEAD_DIM = 128
@@ -39,6 +41,8 @@ def paged_attention_kernel(
     rows: Const,
     kv_tile: Const,
     stages: Const = 2,
+    heads: Const = None,
+    parts: Const = None,
 ):
     """A block computes `rows` rows, a row being a query token and a head of the group, for one kv head.
 
@@ -46,11 +50,12 @@ def paged_attention_kernel(
     quarter of every kv tile. In both cases a warp's softmax is its own business: warps meet only to share loaded tiles, and
     at the end, when the parts of the softmax (axis 0 of all tiles) are merged.
 
-    kv_tile: tokens of the cache per iteration. stages: kv tiles in shared memory; one is used while the others arrive.
+    kv_tile: tokens of the cache per iteration. stages: kv tiles in shared memory; one is used while the others arrive. heads: rows
+    of a token, those of its group first; by default a power of two. parts: of a kv tile; by default as many as the warps need.
     """
-    heads = power_of_two(group)
+    heads = power_of_two(group) if heads is None else heads
+    parts = FRAGMENT_ROWS * WARPS // rows if parts is None else parts
     tokens = rows // heads
-    parts = FRAGMENT_ROWS * WARPS // rows
     keys = kv_tile // parts
     sequences = kv_lens.shape[0]
     tilus.grid((q.shape[0] + sequences * (tokens - 1)) // tokens, q.shape[1], warps=WARPS)
@@ -77,7 +82,7 @@ def paged_attention_kernel(
     for tile in tilus.range(tiles):
         following = tile + (stages - 1)
         pages = kv.pages(following)  # before the wait: the copies need them
-        tilus.wait(stages - 2)
+        tilus.wait(max(stages - 2, 0))
         tilus.sync()
         if following < tiles:
             kv.fetch(following, pages)
@@ -171,8 +176,10 @@ def power_of_two(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-def rows_by_warp(parts: int, rows: int, columns: int) -> RegisterLayout:
-    """The accumulator of `parts` products [rows, columns] in which every row belongs to one warp."""
+def rows_by_warp(parts: int, rows: int, columns: int) -> RegisterLayout | None:
+    """The accumulator of `parts` products [rows, columns] in which every row belongs to one warp; None for tiles of CPUs."""
+    if parts * rows != FRAGMENT_ROWS * WARPS:
+        return None
     fragments = local(1, 1, columns // 8) * mma_c().unsqueeze(0)
     return spatial(parts, 1, 1) * spatial(1, WARPS // parts, 1) * fragments
 
@@ -197,14 +204,29 @@ def paged_attention(
     group = _check(q, kv_cache, q_start, kv_lens)
     page_size, kv_heads, head_dim = kv_cache.shape[2:]
     out = empty(q, tuple(q.shape))
-    few = q.shape[0] <= kv_lens.shape[0] * (FRAGMENT_ROWS // power_of_two(group))  # as many as decoding has
+    on_cpu = place(device, is_cuda(q)) == "cpu"
+    tiles = _cpu_tiles if on_cpu else _tensor_core_tiles
     paged_attention_kernel.on(device)(
         q.unflatten(1, (kv_heads, group)), kv_cache, block_tables, q_start, kv_lens, out.unflatten(1, (kv_heads, group)),
         scale * math.log2(math.e), group=group, head_dim=head_dim, page_size=page_size,
-        rows=FRAGMENT_ROWS if few else FRAGMENT_ROWS * WARPS,
-        kv_tile=KV_TILE if few or head_dim <= 64 else KV_TILE // 2,  # more would not fit into the registers
+        **tiles(q.shape[0], kv_lens.shape[0], group, head_dim),
     )  # fmt: skip
     return out
+
+
+def _tensor_core_tiles(queries: int, sequences: int, group: int, head_dim: int) -> dict[str, int]:
+    """Rows that fill the tensor cores' 16, or 16 for each warp."""
+    few = queries <= sequences * (FRAGMENT_ROWS // power_of_two(group))  # as many as decoding has
+    return {
+        "rows": FRAGMENT_ROWS if few else FRAGMENT_ROWS * WARPS,
+        "kv_tile": KV_TILE if few or head_dim <= 64 else KV_TILE // 2,  # more would not fit into the registers
+    }
+
+
+def _cpu_tiles(queries: int, sequences: int, group: int, head_dim: int) -> dict[str, int]:
+    """No row that is not needed, and one kv tile at a time: copies do not run ahead."""
+    tokens = 1 if queries <= sequences else max(1, CPU_ROWS // group)
+    return {"heads": group, "rows": tokens * group, "parts": 1, "kv_tile": KV_TILE, "stages": 1}
 
 
 def _check(q: Any, kv_cache: Any, q_start: Any, kv_lens: Any) -> int:
