@@ -29,8 +29,8 @@ class CContext:
     """State of the code of one kernel.
 
     uses: how often each tile is still to be read. layouts: of the storage of mutable tiles. found: in which layouts they were
-    assigned, with weights (see `lower`). hoisted: declarations at the top of the block's function. tables: definitions outside
-    of it.
+    assigned, with weights (see `lower`). borrowed: pointers to tiles where they are in global memory. hoisted: declarations
+    at the top of the block's function. tables: definitions outside of it.
     """
 
     target: CpuTarget
@@ -47,6 +47,7 @@ class CContext:
     hoisted: list[str] = field(default_factory=list[str])
     tables: dict[str, str] = field(default_factory=dict[str, str])
     shared: dict[SharedTensor, str] = field(default_factory=dict[SharedTensor, str])
+    borrowed: set[str] = field(default_factory=set[str])
     loop_depth: int = 0
 
     # ---- scalars

