@@ -34,6 +34,9 @@ Run = Callable[[str, str, str], None]
 """Writes the code for a run: element in memory, element of the array, count."""
 
 
+CODES = 256  # below a byte, that are unpacked together
+
+
 @dataclass(frozen=True)
 class GlobalMemory:
     """The pointers of a kernel. read_only: those through which nothing is written."""
@@ -222,9 +225,26 @@ def _load_run(ctx: CContext, dtype: DataType, pointer: str, memory: str, array: 
         writer.line(f"tl_load_f16({array} + {local}, {pointer} + {memory}, {count});")
     elif is_plain(dtype):
         writer.line(f"memcpy({array} + {local}, {pointer} + {memory}, {count} * sizeof({value_type(dtype)}));")
+    elif dtype.nbits < 8:
+        _load_codes(ctx, dtype, pointer, memory, array, local, count)
     else:
         with writer.block(f"for (int64_t i = 0; i < {count}; i++)"):
             writer.line(f"{array}[{local} + i] = {_value(dtype, pointer, f'{memory} + i')};")
+
+
+def _load_codes(ctx: CContext, dtype: DataType, pointer: str, memory: str, array: str, local: str, count: str) -> None:
+    """A run of codes below a byte; what is left to do with floats and signed integers is a loop that vectorises."""
+    writer, nbits = ctx.writer, dtype.nbits
+    bit = f"({memory}) * {nbits}"
+    if dtype.kind == "uint":
+        writer.line(f"tl_load_codes({array} + {local}, {pointer}, {bit}, {nbits}, {count});")
+        return
+    with writer.block(f"for (int64_t done = 0; done < {count}; done += {CODES})"):
+        writer.line(f"uint8_t codes[{CODES}];")
+        writer.line(f"const int64_t left = tl_min({CODES}, {count} - done);")
+        writer.line(f"tl_load_codes(codes, {pointer}, {bit} + done * {nbits}, {nbits}, left);")
+        with writer.block("for (int64_t i = 0; i < left; i++)"):
+            writer.line(f"{array}[{local} + done + i] = {value_of_code(dtype, 'codes[i]')};")
 
 
 def _value(dtype: DataType, pointer: str, place: str) -> str:

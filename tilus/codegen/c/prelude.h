@@ -237,6 +237,43 @@ TL_HALVES(8)
 #endif
 TL_HALVES(4)
 
+/* Four products of bytes in each lane, added to it: unsigned by signed on x86, signed by signed on Arm. */
+TL_INLINE tl_i32x4 tl_load_i32x4(const uint8_t *p) { return (tl_i32x4)tl_load_u32x4(p); }
+TL_INLINE tl_i32x8 tl_load_i32x8(const uint8_t *p) { return (tl_i32x8)tl_load_u32x8(p); }
+TL_INLINE tl_i32x16 tl_load_i32x16(const uint8_t *p) { return (tl_i32x16)tl_load_u32x16(p); }
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+TL_INLINE tl_i32x16 tl_dot_i32x16(tl_i32x16 sum, uint32_t four, tl_i32x16 bytes) {
+    return (tl_i32x16)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32((int32_t)four), (__m512i)bytes);
+}
+TL_INLINE tl_i32x8 tl_dot_i32x8(tl_i32x8 sum, uint32_t four, tl_i32x8 bytes) {
+    return (tl_i32x8)_mm256_dpbusd_epi32((__m256i)sum, _mm256_set1_epi32((int32_t)four), (__m256i)bytes);
+}
+TL_INLINE tl_i32x4 tl_dot_i32x4(tl_i32x4 sum, uint32_t four, tl_i32x4 bytes) {
+    return (tl_i32x4)_mm_dpbusd_epi32((__m128i)sum, _mm_set1_epi32((int32_t)four), (__m128i)bytes);
+}
+#elif defined(__AVXVNNI__)
+TL_INLINE tl_i32x8 tl_dot_i32x8(tl_i32x8 sum, uint32_t four, tl_i32x8 bytes) {
+    return (tl_i32x8)_mm256_dpbusd_avx_epi32((__m256i)sum, _mm256_set1_epi32((int32_t)four), (__m256i)bytes);
+}
+#elif defined(__ARM_FEATURE_DOTPROD)
+TL_INLINE tl_i32x4 tl_dot_i32x4(tl_i32x4 sum, uint32_t four, tl_i32x4 bytes) {
+    return (tl_i32x4)vdotq_s32((int32x4_t)sum, vreinterpretq_s8_u32(vdupq_n_u32(four)), (int8x16_t)bytes);
+}
+#endif
+
+/* Runs of codes of 1 to 7 bits: eight of them are a whole number of bytes. */
+TL_INLINE void tl_load_codes(uint8_t *restrict to, const uint8_t *restrict from, int64_t bit, int nbits, int64_t count) {
+    int64_t i = 0;
+    const uint8_t *bytes = from + (bit >> 3);
+    if ((bit & 7) == 0)
+        for (; i + 8 <= count; i += 8, bytes += nbits) {
+            uint64_t word = 0;
+            memcpy(&word, bytes, nbits);
+            for (int j = 0; j < 8; j++) to[i + j] = (uint8_t)(word >> (j * nbits)) & (uint8_t)((1 << nbits) - 1);
+        }
+    for (; i < count; i++) to[i] = (uint8_t)tl_field(from, bit + i * nbits, nbits);
+}
+
 /* Runs of f16. */
 TL_INLINE void tl_load_f16(float *restrict to, const uint16_t *restrict from, int64_t count) {
     int64_t i = 0;
