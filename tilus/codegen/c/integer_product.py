@@ -80,12 +80,18 @@ class _ByFours:
             with writer.block(f"for (int64_t i = 0; i < {self.m}; i++) for (int64_t j = 0; j < {self.k}; j++)"):
                 writer.line(f"const int32_t x = {x} - ({self.p});")
                 writer.line(f"{left}[i * {self.k} + j] = (uint8_t)x; {by_row}[i] += x;")
-            y = operand(self.b.leaf, (0, 1, 2)).at(at, "j", "i")
-            with writer.block(f"for (int64_t j = 0; j < {self.k}; j++) for (int64_t i = 0; i < {self.n}; i++)"):
-                writer.line(f"const int32_t y = {y} - {self.q};")
-                place = f"j / {FOUR} * {FOUR * self.n} + i * {FOUR} + j % {FOUR}"
-                writer.line(f"{right}[{place}] = (uint8_t)y; {by_column}[i] += y;")
+            self._interleave(at, right, by_column)
             self._blocks(at, left, right, by_row, by_column)
+
+    def _interleave(self, at: str, right: str, by_column: str) -> None:
+        """The right operand as [k / 4, n, 4]: words of four bytes, which vectorise."""
+        writer, y = self.ctx.writer, operand(self.b.leaf, (0, 1, 2))
+        with writer.block(f"for (int64_t j = 0; j < {self.k // FOUR}; j++) for (int64_t i = 0; i < {self.n}; i++)"):
+            for part in range(FOUR):
+                writer.line(f"const int32_t y{part} = {y.at(at, f'(j * {FOUR} + {part})', 'i')} - {self.q};")
+            word = " | ".join(f"(uint32_t)(uint8_t)y{part} << {8 * part}" for part in range(FOUR))
+            writer.line(f"((uint32_t *){right})[j * {self.n} + i] = {word};")
+            writer.line(f"{by_column}[i] += {' + '.join(f'y{part}' for part in range(FOUR))};")
 
     def _blocks(self, at: str, left: str, right: str, by_row: str, by_column: str) -> None:
         writer, kind = self.ctx.writer, f"tl_i32x{self.lanes}"
