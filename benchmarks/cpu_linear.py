@@ -1,8 +1,8 @@
-"""Quantised linear layers on the CPU against what its memory and its arithmetic give: `python benchmarks/cpu_linear.py --out FILE`.
+"""Quantised linear layers on the CPU against the bandwidth of its memory: `python benchmarks/cpu_linear.py --out FILE`.
 
 Every launch takes another copy of the weight, together more than four times the largest cache, so that weights come from memory
-as they do between the layers of a model. All results are checked against float64. Limits are measured in the same run: reading
-by a kernel that adds up integers of as many bytes, products by one of f32 accumulators that stay in registers.
+as they do between the layers of a model. All results are checked against float64. The bandwidth is measured in the same run, by a
+kernel that adds up integers.
 
 Output, as JSON:
     processor, compiler, threads, lanes     of this machine

@@ -50,8 +50,9 @@ def paged_attention_kernel(
     quarter of every kv tile. In both cases a warp's softmax is its own business: warps meet only to share loaded tiles, and
     at the end, when the parts of the softmax (axis 0 of all tiles) are merged.
 
-    kv_tile: tokens of the cache per iteration. stages: kv tiles in shared memory; one is used while the others arrive. heads: rows
-    of a token, those of its group first; by default a power of two. parts: of a kv tile; by default as many as the warps need.
+    kv_tile: tokens of the cache per iteration. stages: kv tiles in shared memory; one is used while the others arrive.
+    heads: rows of a token, those of its group first; by default a power of two. parts: of a kv tile; by default as many as
+    the warps need.
     """
     heads = power_of_two(group) if heads is None else heads
     parts = FRAGMENT_ROWS * WARPS // rows if parts is None else parts
