@@ -1,7 +1,7 @@
 """The real model through the real kernels against transformers' own loading of the same file, on real text.
 
 The law: over 2,000 tokens, teacher-forced, the most likely next token is the same at 97 % of positions or more, and the
-perplexity differs by 1 % or less. On the CPU the kernels run on the reference execution, with `-m gpu` on a GPU.
+perplexity differs by 1 % or less. On the CPU the kernels are native code, with `-m gpu` they run on a GPU.
 """
 
 from __future__ import annotations
