@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+import re
+import runpy
 import threading
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,6 +53,15 @@ def ones(value: float = 1) -> torch.Tensor:
 
 
 STEPS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(-2, 2), st.booleans()), max_size=12)
+
+
+def test_the_example_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TILUS_DEVICE", raising=False)
+    page = (Path(__file__).parents[2] / "docs" / "cpu.md").read_text()
+    (program,) = re.findall(r"^```python\n((?:(?!^```).)*tilus\.capture.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "example.py").write_text(program)
+    names = runpy.run_path(str(tmp_path / "example.py"))
+    assert (names["y"] == 6).all() and (names["z"] == 7).all()
 
 
 @settings(max_examples=50, deadline=None)
