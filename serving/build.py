@@ -11,7 +11,7 @@ from serving.config import EngineConfig, ServerConfig
 from serving.core import MonotonicClock
 from serving.engine import Engine
 from serving.execution import Execution
-from serving.kernels import Kernels
+from serving.kernels import Kernels, default_kernels
 from serving.loader import Checkpoint
 from serving.memory import PAGE_SIZE, Wishes, expected_size, free_nbytes, plan, size_of
 from serving.model import build_model
@@ -54,7 +54,10 @@ def build_engine(
         request_timeout=config.request_timeout,
     )
     model = build_model(checkpoint.config, kernels, packed)
-    runner = TorchRunner(model, limits.num_pages, limits.page_size, device)
+    pages = min(limits.num_pages, -(-max_model_len // PAGE_SIZE))
+    # A capture sees no launches but those of tilus.
+    graph_pages = pages if execution.way == "cpu" and kernels is default_kernels() else None
+    runner = TorchRunner(model, limits.num_pages, limits.page_size, device, graph_pages=graph_pages)
     return Engine(runner, checkpoint.tokenizer, limits, MonotonicClock())
 
 

@@ -8,6 +8,7 @@ from typing import Literal, cast
 
 import torch
 
+import tilus
 from tilus import config
 from tilus.errors import TilusError
 
@@ -45,6 +46,5 @@ def choose_execution(choice: str) -> Execution:
     if choice != "auto":
         # For tensors on the CPU, auto is native code where it can be compiled, and the reference where it cannot.
         os.environ["TILUS_DEVICE"] = "auto" if choice == "cpu" else choice
-    native = "cpu" in set[str](config.DEVICES)
-    way = "reference" if wanted == "cpu" and not native else wanted
+    way = tilus.default_device() if wanted == "cpu" else wanted
     return Execution(torch.device("cuda" if wanted == "cuda" else "cpu"), cast(Way, way))

@@ -14,7 +14,7 @@ from torch import Tensor
 from tilus.errors import TilusError
 from tilus.kernels.quantize import QuantizedMatrix
 
-# Each library has its own packed form of a weight; the model only carries it from `pack` to `linear`.
+# Each library has its own packed form of a weight; the model carries it from `pack` to `linear`, and asks it for `shape`, (N, K).
 PackedWeight = Any
 
 
@@ -30,12 +30,14 @@ class Kernels(Protocol):
     @property
     def quantize(self) -> Quantize: ...
 
-    def linear(self, x: Tensor, weight: PackedWeight, *, out_dtype: torch.dtype = ...) -> Tensor:
-        """x [M, K] by weight [N, K] -> [M, N] in out_dtype, float16 by default."""
+    def linear(
+        self, x: Tensor, weight: PackedWeight, *, out_dtype: torch.dtype = ..., out: Tensor | None = None
+    ) -> Tensor:
+        """x [M, K] by weight [N, K] -> [M, N] in out_dtype, float16 by default. out: columns that it is written to."""
         ...
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x float16 [M, H], weight float32 [H] -> float16 [M, H]."""
+    def start_rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """x float16 [M, H], weight float32 [H] -> its norm, float16 [M, H], and the residual stream that begins with x."""
         ...
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from serving.config import ModelConfig
+from serving.decode_graph import LARGEST_BATCH
 from serving.host_memory import available_nbytes
 from serving.kernels import Kernels, PackedWeight
 from serving.loader import Checkpoint, Weights
@@ -89,11 +90,14 @@ def expected_size(checkpoint: Checkpoint, kernels: Kernels, device: torch.device
     return ModelSize(linears + head + 4 * (norms + rope), sizing.embedding_nbytes(config))
 
 
-def activation_nbytes(config: ModelConfig, max_step_tokens: int, max_batch: int) -> int:
-    """About what a step needs besides: float16 values of one layer's tensors, the float32 residual, logits and sampling."""
+def activation_nbytes(config: ModelConfig, max_step_tokens: int, max_batch: int, device: torch.device) -> int:
+    """About what a step needs besides: float16 values of one layer's tensors, the float32 residual, logits and sampling; on a
+    CPU also what captured decode steps keep, which is all layers' tensors and the logits."""
     heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     of_token = 2 * (3 * config.hidden_size + 2 * heads + 3 * config.ffn_size) + 4 * config.hidden_size
-    return max_step_tokens * of_token + max_batch * config.vocab_size * _SAMPLING_NBYTES
+    rows_kept = sum(range(1, min(LARGEST_BATCH, max_batch) + 1)) if device.type == "cpu" else 0
+    kept = rows_kept * (config.num_layers * of_token + config.vocab_size * 4)
+    return max_step_tokens * of_token + max_batch * config.vocab_size * _SAMPLING_NBYTES + kept
 
 
 def free_nbytes(device: torch.device) -> int:
@@ -118,7 +122,7 @@ def plan(config: ModelConfig, size: ModelSize, wishes: Wishes, available: int, d
     Raises: TilusError with the numbers when that does not fit.
     """
     page_nbytes = PAGE_SIZE * config.kv_values_per_token * 2
-    activations = activation_nbytes(config, wishes.max_step_tokens, wishes.max_batch)
+    activations = activation_nbytes(config, wishes.max_step_tokens, wishes.max_batch, device)
     left = available - size.weights - size.embedding - activations
     full = -(-(wishes.max_model_len or config.max_positions) // PAGE_SIZE)
     least = full if wishes.max_model_len else min(full, _LEAST_CONTEXT // PAGE_SIZE)

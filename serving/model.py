@@ -21,7 +21,7 @@ class StepTensors:
     """A batch on the device. M tokens of S sequences, all int32.
 
     token_ids, positions, slots: [M]. block_tables: [S, max_pages]. q_start: [S + 1]. kv_lens: [S]. last: [L], the rows
-    whose logits are wanted.
+    whose logits are wanted; None for all.
     """
 
     token_ids: Tensor
@@ -30,7 +30,7 @@ class StepTensors:
     block_tables: Tensor
     q_start: Tensor
     kv_lens: Tensor
-    last: Tensor
+    last: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,11 @@ class Linear:
     def __call__(self, kernels: Kernels, x: Tensor) -> Tensor:
         if len(self.parts) == 1:
             return kernels.linear(x, self.parts[0])
-        return torch.cat([kernels.linear(x, part) for part in self.parts], dim=-1)
+        widths = [int(part.shape[0]) for part in self.parts]
+        out = torch.empty((x.shape[0], sum(widths)), dtype=x.dtype, device=x.device)
+        for part, columns in zip(self.parts, out.split(widths, dim=1)):
+            kernels.linear(x, part, out=columns)
+        return out
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,23 +80,25 @@ class Model:
     cos_sin: Tensor
 
     def forward(self, step: StepTensors, kv_pool: Tensor) -> Tensor:
-        """Logits float32 [L, vocabulary] of the rows `step.last`.
+        """Logits float32 [L, vocabulary] of the rows `step.last`. Where these are all rows, only kernels compute, so that the
+        step may be captured.
 
         kv_pool: float16 [pages, layers, 2, page_size, Hkv, D], so that a page of all layers is contiguous.
         """
         kernels, eps = self.kernels, self.config.rms_eps
         x = kernels.embedding(step.token_ids, self.embedding.table, self.embedding.scales)
-        residual = x.float()
-        x = kernels.rms_norm(x, self.layers[0].attn_norm, eps)
+        x, residual = kernels.start_rms_norm(x, self.layers[0].attn_norm, eps)
         next_norms = [*(layer.attn_norm for layer in self.layers[1:]), self.norm]
         for layer, next_norm, kv_cache in zip(self.layers, next_norms, kv_pool.unbind(1)):
             x = self._attention(layer, x, step, kv_cache)
             x = kernels.add_rms_norm(x, residual, layer.ffn_norm, eps)
             x = layer.down(kernels, kernels.silu_mul(layer.gate_up(kernels, x)))
             x = kernels.add_rms_norm(x, residual, next_norm, eps)
-        if step.last.numel() == 0:  # only chunks inside prompts
+        if step.last is not None:
+            x = x[step.last.long()]
+        if x.shape[0] == 0:  # only chunks inside prompts
             return torch.empty((0, self.config.vocab_size), dtype=torch.float32, device=x.device)
-        return kernels.linear(x[step.last.long()], self.head, out_dtype=torch.float32)
+        return kernels.linear(x, self.head, out_dtype=torch.float32)
 
     def _attention(self, layer: Layer, x: Tensor, step: StepTensors, kv_cache: Tensor) -> Tensor:
         kernels = self.kernels

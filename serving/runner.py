@@ -12,26 +12,38 @@ from torch import Tensor
 
 from serving import sampling
 from serving.core import Batch, StepOutput
+from serving.decode_graph import DecodeGraphs
 from serving.model import Model, StepTensors
 
 _ALIGNMENT = 16  # int32 values: arrays and table rows start at multiples of 64 bytes, so that kernels see one alignment
 
 
 class TorchRunner:
-    """Owns the key-value pool. Keys and values of a page that nobody owns are left as they are, and never read."""
+    """Owns the key-value pool. Keys and values of a page that nobody owns are left as they are, and never read.
 
-    def __init__(self, model: Model, num_pages: int, page_size: int, device: torch.device) -> None:
+    graph_pages: when decode steps are to be captured and replayed, which kernels of tilus as native code on the CPU allow, how
+    many pages a sequence may have; None to launch each step's kernels.
+    """
+
+    def __init__(
+        self, model: Model, num_pages: int, page_size: int, device: torch.device, *, graph_pages: int | None = None
+    ) -> None:
         config = model.config
         shape = (num_pages, config.num_layers, 2, page_size, config.num_kv_heads, config.head_dim)
         self.kv_pool = _zero_pool(shape, device)
         self._model = model
         self._page_size = page_size
         self._device = device
+        self._graphs = None if graph_pages is None else DecodeGraphs(model, self.kv_pool, page_size, graph_pages)
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> StepOutput:
-        logits = self._model.forward(step_tensors(batch, self._page_size, self._device), self.kv_pool)
-        return StepOutput(sampling.sample(logits, batch.sampled))
+        return StepOutput(sampling.sample(self._logits(batch), batch.sampled))
+
+    def _logits(self, batch: Batch) -> Tensor:
+        if self._graphs is not None and self._graphs.fits(batch):
+            return self._graphs.forward(batch)
+        return self._model.forward(step_tensors(batch, self._page_size, self._device), self.kv_pool)
 
 
 def _zero_pool(shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -61,7 +73,8 @@ def step_tensors(batch: Batch, page_size: int, device: torch.device) -> StepTens
         np.array([item.kv_len for item in batch.items]),
         np.array([end - 1 for item, end in zip(batch.items, q_start[1:]) if item.params is not None], np.int64),
     )
-    return StepTensors(*_move(arrays, device))
+    *step, last = _move(arrays, device)
+    return StepTensors(*step, last=None if last.shape == step[0].shape else last)
 
 
 def _move(arrays: tuple[npt.NDArray[np.int64], ...], device: torch.device) -> list[Tensor]:

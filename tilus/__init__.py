@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from tilus.dtypes import *  # noqa: F403
     from tilus.lang.annotations import Const as Const
     from tilus.lang.annotations import Tensor as Tensor
+    from tilus.runtime.capture import LaunchGraph as LaunchGraph
+    from tilus.runtime.capture import capture as capture
+    from tilus.runtime.execute import default_device as default_device
 
 # Names of the language by the module that has them. They are imported when they are first used, so that `import tilus`
 # is quick and needs neither a driver nor torch.
@@ -19,6 +22,8 @@ _MODULES = {
     "tilus.lang.arguments": ("PackedTensor", "packed"),
     "tilus.lang.builtins": ("block_id", "cdiv", "grid", "grid_dim", "inline", "range", "static_range"),
     "tilus.lang.kernel": ("Kernel", "kernel"),
+    "tilus.runtime.capture": ("LaunchGraph", "capture"),
+    "tilus.runtime.execute": ("default_device",),
     "tilus.target": ("Target", "get_target"),
 }
 _OWNER = {name: module for module, names in _MODULES.items() for name in names}

@@ -8,7 +8,7 @@ import torch
 from rounding import Array, assert_rounded_once, float64
 
 from tilus import TilusError
-from tilus.kernels import add_rms_norm, rms_norm
+from tilus.kernels import add_rms_norm, rms_norm, start_rms_norm
 
 SIZES = [1, 2, 100, 255, 256, 257, 576, 2048, 2049, 4096]  # 256: one warp's tile; 2048: eight warps'
 EPS = 1e-5
@@ -37,6 +37,15 @@ def test_add_rms_norm(device: str, hidden: int) -> None:
     out = add_rms_norm(x, residual, weight, EPS, device=device)
     assert torch.equal(residual, total)
     assert_rounded_once(out, exact_norm(float64(total), weight))
+
+
+@pytest.mark.parametrize("hidden", [100, 576, 2049])
+def test_start_rms_norm(device: str, hidden: int) -> None:
+    """The stream is x in f32; its norm is that of `rms_norm`, bit by bit."""
+    x, weight = normal(3, hidden, dtype=torch.float16), normal(hidden, seed=1)
+    out, residual = start_rms_norm(x, weight, EPS, device=device)
+    assert residual.dtype == torch.float32 and torch.equal(residual, x.float())
+    assert torch.equal(out, rms_norm(x, weight, EPS, device=device))
 
 
 def test_bfloat16(device: str) -> None:
@@ -68,6 +77,8 @@ def test_numpy_arrays(device: str) -> None:
     x, weight = normal(3, 100, dtype=torch.float16), normal(100, seed=1)
     out = rms_norm(x.numpy(), weight.numpy(), EPS, device=device)
     assert_rounded_once(torch.from_numpy(out), exact_norm(float64(x), weight))
+    _, residual = start_rms_norm(x.numpy(), weight.numpy(), EPS, device=device)
+    assert residual.dtype == np.float32 and (residual == x.numpy()).all()
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,28 @@ def test_python_goes_on_meanwhile() -> None:
     assert steps > 1000 and (counts == 1).all()
 
 
+def test_prepared_launches_run_in_order_and_python_goes_on_meanwhile() -> None:
+    """Each launch finds what the one before it has left, though its first block is quick and its last one slow."""
+    next_step = kernel(
+        "atomic_long *steps = (atomic_long *)args[0]; if (block) usleep(2000);"
+        "if (atomic_load(steps) / 4 == args[1]) atomic_fetch_add(steps, 1);",
+        "#include <stdatomic.h>\n#include <unistd.h>",
+    )
+    steps, step = np.zeros(1, np.int64), launcher(next_step, 3, [POINTER] * 2)
+    launches = []
+    for index in range(50):
+        steps[0] = 4 * index
+        step.launch(4, 1, 1, steps.ctypes.data, index)
+        launches.append(step.last_launch())
+    steps[0] = 0
+    thread = threading.Thread(target=pool.run_all(launches))
+    thread.start()
+    turns = 0
+    while thread.is_alive():
+        turns += 1
+    assert steps[0] == 4 * 50 and turns > 1000
+
+
 # Blocks that run on other threads than the caller's end after args[2] microseconds, those of the caller at once.
 LATE = kernel(
     "if (pthread_self() != args[1]) usleep(args[2]); ((int64_t *)args[0])[block] += 1;",

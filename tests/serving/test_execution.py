@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from serving.execution import choose_execution
-from tilus import config
 from tilus.errors import TilusError
+from tilus.runtime import execute
 
 CHOICES = [
     # --device, TILUS_DEVICE, a GPU is there; device, way with native code, TILUS_DEVICE afterwards
@@ -50,14 +50,11 @@ def test_choices(
     way: str,
     afterwards: str | None,
 ) -> None:
-    ways = ("auto", "reference", "emulator", "cuda")
-    monkeypatch.setattr(config, "DEVICES", (*ways, "cpu") if native else ways)
-    if variable == "cpu" and not native:
-        with pytest.raises(TilusError, match="TILUS_DEVICE is 'cpu', expected one of auto"):
-            choose(monkeypatch, choice, variable, gpu)
-        return
+    """Without a compiler, native code is taken only where it is named: there, the first kernel says what is missing."""
+    monkeypatch.setattr(execute, "_cpu_or_reference", lambda: "cpu" if native else "reference")
     found = choose(monkeypatch, choice, variable, gpu)
-    expected = "reference" if way == "cpu" and not native else way
+    is_named = (choice, variable) == ("auto", "cpu")
+    expected = "reference" if way == "cpu" and not native and not is_named else way
     assert (found.device.type, found.way) == (device, expected)
     assert found.is_compiled == (expected in ("cpu", "cuda"))
     assert os.environ.get("TILUS_DEVICE") == afterwards

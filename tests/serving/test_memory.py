@@ -108,7 +108,7 @@ def test_a_plan_fits_or_is_refused(
     config, size = tiny_checkpoint.config, ModelSize(weights, embedding)
     least = wishes.num_pages or -(-(wishes.max_model_len or 256) // 16)
     page = 16 * config.kv_values_per_token * 2
-    activations = activation_nbytes(config, wishes.max_step_tokens, wishes.max_batch)
+    activations = activation_nbytes(config, wishes.max_step_tokens, wishes.max_batch, device)
     left = available - weights - embedding - activations
     if left < least * page:
         with pytest.raises(TilusError, match="MiB are available"):
@@ -128,7 +128,7 @@ def test_the_table_and_the_refusal() -> None:
     config = open_checkpoint(default_model()).config
     size = ModelSize(100 * MIB, 30 * MIB)
     found = plan(config, size, Wishes(1, 512, None, None), 1000 * MIB, CPU)
-    assert found == MemoryPlan(size, activation_nbytes(config, 512, 1), 512, 368640, 1000 * MIB)
+    assert found == MemoryPlan(size, activation_nbytes(config, 512, 1, CPU), 512, 368640, 1000 * MIB)
     assert found.table() == (
         "memory in MiB\n"
         "  weights              100.0  packed\n"
@@ -140,7 +140,7 @@ def test_the_table_and_the_refusal() -> None:
     with pytest.raises(TilusError) as caught:
         plan(config, size, Wishes(1, 512, None, 4000), 1000 * MIB, CPU)
     assert str(caught.value).startswith(
-        "the model needs 1550 MiB, but 1000 MiB are available\nmemory in MiB\n  weights"
+        "the model needs 1551 MiB, but 1000 MiB are available\nmemory in MiB\n  weights"
     )
     assert str(caught.value).endswith(
         "\n  hint: take fewer bits with --weight-dtype (weights that are stored as floats), a smaller cache with --num-pages "

@@ -176,13 +176,13 @@ class ShapeKernels:
         assert x.device == weight.device == META and x.dtype == torch.float16
         return torch.empty(x.shape[0], weight.shape[0], dtype=out_dtype, device=META)
 
-    def rms_norm(self, x, weight, eps):
+    def start_rms_norm(self, x, weight, eps):
         assert x.device == weight.device == META and weight.dtype == torch.float32
-        return torch.empty_like(x, dtype=torch.float16)
+        return torch.empty_like(x, dtype=torch.float16), torch.empty_like(x, dtype=torch.float32)
 
     def add_rms_norm(self, x, residual, weight, eps):
         assert residual.device == META and residual.dtype == torch.float32 and residual.shape == x.shape
-        return self.rms_norm(x, weight, eps)
+        return torch.empty_like(x, dtype=torch.float16)
 
     def rope_append(self, qkv, positions, cos_sin, slots, kv_cache):
         assert {t.device for t in (qkv, positions, cos_sin, slots, kv_cache)} == {META}

@@ -232,17 +232,20 @@ def test_an_untied_head_is_used(tmp_path: Path) -> None:
     assert torch.equal(model.head, -torch.as_tensor(tensors["model.embed_tokens.weight"].double()))
 
 
-def test_parts_that_are_quantised_differently_stay_apart(tiny_checkpoint: Checkpoint, tiny_model: Model) -> None:
+def mixed_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
+    """The same model with the values' projection quantised in another way."""
+
     class Mixed:
         def __init__(self, weights, other) -> None:
             self.has, self.vector, self.table = weights.has, weights.vector, weights.table
             self.matrix = lambda name: (other if name.endswith("attn_v") else weights).matrix(name)
 
-    other = open_checkpoint(tiny_checkpoint.weights._tensors.path, dtype("uint8"))
-    mixed = Checkpoint(
-        "mixed", tiny_checkpoint.config, tiny_checkpoint.tokenizer, Mixed(tiny_checkpoint.weights, other.weights)
-    )
-    model = load_model(mixed, TorchKernels(), CPU)
+    other = open_checkpoint(checkpoint.weights._tensors.path, dtype("uint8"))
+    return Checkpoint("mixed", checkpoint.config, checkpoint.tokenizer, Mixed(checkpoint.weights, other.weights))
+
+
+def test_parts_that_are_quantised_differently_stay_apart(tiny_checkpoint: Checkpoint, tiny_model: Model) -> None:
+    model = load_model(mixed_checkpoint(tiny_checkpoint), TorchKernels(), CPU)
     assert [len(layer.qkv.parts) for layer in model.layers] == [2, 2]
     assert [len(layer.qkv.parts) for layer in tiny_model.layers] == [1, 1]
     found, exact = (logits_of(m, prompt(9), [9], list(range(3)), new_pool(torch.float16)) for m in (model, tiny_model))

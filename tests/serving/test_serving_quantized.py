@@ -53,8 +53,9 @@ class DenseKernels(TorchKernels):
             dense = torch.empty_like(dense).index_copy_(1, torch.from_numpy(matrix.columns.astype(np.int64)), dense)
         return dense
 
-    def linear(self, x, weight, *, out_dtype=torch.float32):
-        return (x.to(self.compute) @ weight.T).to(torch.float32)
+    def linear(self, x, weight, *, out_dtype=torch.float32, out=None):
+        y = (x.to(self.compute) @ weight.T).to(torch.float32)
+        return y if out is None else out.copy_(y)
 
     def round(self, values):
         return values.float()

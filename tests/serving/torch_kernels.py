@@ -41,13 +41,19 @@ class TorchKernels:
             dense = dense + mins[..., None]
         return dense.view(n, k).to(device)
 
-    def linear(self, x: Tensor, weight: Tensor, *, out_dtype: torch.dtype = torch.float16) -> Tensor:
+    def linear(
+        self, x: Tensor, weight: Tensor, *, out_dtype: torch.dtype = torch.float16, out: Tensor | None = None
+    ) -> Tensor:
         assert x.dtype == torch.float16
-        return (x.to(self.compute) @ weight.T).to(out_dtype)
+        y = (x.to(self.compute) @ weight.T).to(out_dtype)
+        return y if out is None else out.copy_(y)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.to(self.compute)
         return self.round(wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt() * weight)
+
+    def start_rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return self.rms_norm(x, weight, eps), x.float()
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         assert residual.dtype == torch.float32

@@ -10,5 +10,6 @@ from tilus.kernels.embedding import embedding as embedding
 from tilus.kernels.linear import linear as linear
 from tilus.kernels.norm import add_rms_norm as add_rms_norm
 from tilus.kernels.norm import rms_norm as rms_norm
+from tilus.kernels.norm import start_rms_norm as start_rms_norm
 from tilus.kernels.quantize import QuantizedWeight as QuantizedWeight
 from tilus.kernels.rope import rope_append as rope_append

@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation, alone or fused with the addition to the residual stream.
+"""Root-mean-square normalisation, alone or fused with the start of the residual stream or the addition to it.
 
 B. Zhang and R. Sennrich, "Root Mean Square Layer Normalization", arXiv 1910.07467.
 """
@@ -24,8 +24,10 @@ def rms_norm_kernel(
     residual: Tensor[f32, "rows", "hidden"] = None,
     *,
     hidden: Const,
+    starts: Const = False,
 ):
-    """One row a block; every thread holds its part of the row from the load to the store."""
+    """One row a block; every thread holds its part of the row from the load to the store. starts: x begins the residual stream,
+    instead of being added to it."""
     warps = min(MAX_WARPS, tilus.cdiv(hidden, 32 * VECTOR))
     step = 32 * VECTOR * warps
     width = tilus.cdiv(hidden, step) * step
@@ -33,7 +35,8 @@ def rms_norm_kernel(
     row = tilus.block_id(0)
     values = tilus.load(x, [row, 0], [width]).to(f32)
     if residual is not None:
-        values = values + tilus.load(residual, [row, 0], [width])
+        if not starts:
+            values = values + tilus.load(residual, [row, 0], [width])
         tilus.store(residual, [row, 0], values)
     # Elements beyond the row are zeros and add nothing.
     inverse = tilus.rsqrt(tilus.sum(values * values, 0, keepdims=True) / hidden + eps)
@@ -54,6 +57,21 @@ def rms_norm(x: Any, weight: Any, eps: float, *, device: str | None = None) -> A
     out = empty(x, tuple(x.shape))
     rms_norm_kernel.on(device)(x, weight, out, eps, hidden=int(x.shape[1]))
     return out
+
+
+def start_rms_norm(x: Any, weight: Any, eps: float, *, device: str | None = None) -> tuple[Any, Any]:
+    """Begin a residual stream with x, and normalise it: `rms_norm(x, weight, eps), x.float()`.
+
+    x: float16 or bfloat16 [M, H], rows may be strided. weight: float32 [H]. Torch tensors or numpy arrays. device: where to
+    run (reference, emulator, cpu, cuda), by default as the arguments say.
+
+    Returns: the norm, [M, H] in the dtype of x, and the residual stream, float32 [M, H], for `add_rms_norm`.
+    Raises: TilusError when shapes, dtypes or devices do not fit together.
+    """
+    _check_rank("start_rms_norm", x)
+    out, residual = empty(x, tuple(x.shape)), empty(x, tuple(x.shape), "float32")
+    rms_norm_kernel.on(device)(x, weight, out, eps, residual, hidden=int(x.shape[1]), starts=True)
+    return out, residual
 
 
 def add_rms_norm(x: Any, residual: Any, weight: Any, eps: float, *, device: str | None = None) -> Any:

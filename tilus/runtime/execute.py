@@ -19,6 +19,7 @@ from tilus.ir.expr import Expr, Number, Var, evaluate, walk
 from tilus.ir.function import Function, ScalarParam, TensorParam
 from tilus.ir.tensor import GlobalTensor
 from tilus.ir.visit import instructions
+from tilus.runtime.capture import graph_in_capture, refused_in_capture
 from tilus.runtime.launch_times import Run, watched
 from tilus.target import DEFAULT_TARGET, Target
 
@@ -37,7 +38,10 @@ def prepare(call: Call) -> Run:
     function = call.specialization.function
     device = _device(call)
     ways = {"reference": _reference, "emulator": _emulator, "cpu": _cpu, "cuda": _cuda}
-    return watched(function.name, device, ways[device](function, call))
+    run = ways[device](function, call)
+    if device != "cpu":
+        run = refused_in_capture(function.name, device, run)
+    return watched(function.name, device, run)
 
 
 def _device(call: Call) -> str:
@@ -57,6 +61,15 @@ def place(asked: str | None, on_gpu: bool) -> str:
     if wanted != "auto":
         return wanted
     return "cuda" if on_gpu else _cpu_or_reference()
+
+
+def default_device() -> str:
+    """Where kernels run by default when their arguments are in the memory of the CPU: `cpu`, or what TILUS_DEVICE says, or
+    `reference`, with a warning, where no C compiler is found.
+
+    Raises: TilusError for a bad setting.
+    """
+    return place(None, on_gpu=False)
 
 
 @functools.cache
@@ -241,6 +254,9 @@ def _cpu(function: Function, call: Call) -> Run:
             if isinstance(array, np.ndarray) and not array.flags.writeable:
                 raise TilusError(f"{function.name}: the kernel writes to argument {param.name!r}, which is read-only")
         run(pointers, scalars, tensors)
+        graph = graph_in_capture()
+        if graph is not None:
+            graph.record(launcher.last_launch(), tensors)
 
     return run_checked
 

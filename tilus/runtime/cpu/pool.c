@@ -235,6 +235,11 @@ void tilus_launch(const struct launch *launch) {
     tilus_run(launch->blocks, launch->args, grid, num_blocks, launch->num_threads);
 }
 
+// Launches one after the other.
+void tilus_launch_all(const struct launch *const *launches, int64_t count) {
+    for (int64_t index = 0; index < count; index++) tilus_launch(launches[index]);
+}
+
 // A forked child has none of the workers, and whatever was locked stays so: it starts anew.
 static void reset(void) {
     pthread_mutex_init(&pool.launching, 0);

@@ -6,7 +6,7 @@ import ctypes
 import functools
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,21 @@ def library() -> ctypes.CDLL:
     loaded = build.load(Path(__file__).with_name("pool.c").read_text())
     loaded.tilus_launch.argtypes = [ctypes.c_size_t]
     loaded.tilus_launch.restype = None
+    loaded.tilus_launch_all.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    loaded.tilus_launch_all.restype = None
     return loaded
+
+
+def run_all(launches: Sequence[ctypes.Array[ctypes.c_char]]) -> Callable[[], None]:
+    """A function that runs launches, from `Launcher.last_launch`, one after the other in one call. It keeps them alive."""
+    kept = tuple(launches)
+    addresses = (ctypes.c_void_p * len(kept))(*map(ctypes.addressof, kept))
+    run = library().tilus_launch_all
+
+    def run_kept() -> None:
+        run(addresses, len(kept))
+
+    return run_kept
 
 
 class _ThreadState(threading.local):
@@ -67,6 +81,11 @@ class Launcher:
         except (struct.error, OverflowError, TypeError) as error:
             raise self._explain((grid_x, grid_y, grid_z), values, str(error)) from error
         self._run(thread.address)
+
+    def last_launch(self) -> ctypes.Array[ctypes.c_char]:
+        """A copy of this thread's latest launch, for `run_all`."""
+        buffer = self._thread.buffer
+        return type(buffer).from_buffer_copy(buffer)
 
     def _explain(self, grid: tuple[int, int, int], values: Sequence[Any], reason: str) -> TilusError:
         if len(values) != len(self.parameters):

@@ -1,0 +1,188 @@
+"""Captured decode steps compute the bits of the plain way, whatever their inputs become."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from serving_fakes import ManualClock
+from test_serving_model import mixed_checkpoint
+from tiny_llama import CPU, TINY
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch_kernels import TorchKernels
+
+import tilus.kernels
+from serving import build
+from serving.config import EngineConfig, ServerConfig
+from serving.core import Batch, BatchItem, Request, SampledToken, SamplingParams
+from serving.decode_graph import LARGEST_BATCH, DecodeGraphs
+from serving.engine import Engine
+from serving.execution import Execution
+from serving.kernels import Kernels
+from serving.loader import Checkpoint
+from serving.model import Model, load_model
+from serving.runner import TorchRunner, step_tensors
+from tilus.errors import TilusError
+
+PAGE = 16
+MAX_PAGES = 5
+GREEDY = SamplingParams(temperature=0)
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TILUS_DEVICE", raising=False)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint: Checkpoint) -> Model:
+    return load_model(tiny_checkpoint, tilus.kernels, CPU)
+
+
+@pytest.fixture(scope="module")
+def mixed_model(tiny_checkpoint: Checkpoint) -> Model:
+    """q and k apart from v."""
+    return load_model(mixed_checkpoint(tiny_checkpoint), tilus.kernels, CPU)
+
+
+def random_pool(rng: np.random.Generator, pages: int) -> torch.Tensor:
+    shape = (pages, TINY["num_hidden_layers"], 2, PAGE, TINY["num_key_value_heads"], TINY["head_dim"])
+    return torch.from_numpy(rng.normal(size=shape).astype(np.float16))
+
+
+def random_batch(rng: np.random.Generator, starts: Sequence[int], num_pages: int) -> Batch:
+    """A token for each sequence, whose length is given, with new pages each time: other sequences have come."""
+    free = rng.permutation(num_pages).tolist()
+    tables = [tuple(free.pop() for _ in range(start // PAGE + 1)) for start in starts]
+    return Batch(
+        tuple(
+            BatchItem(str(row), (int(rng.integers(256)),), start, table, GREEDY, 0)
+            for row, (start, table) in enumerate(zip(starts, tables))
+        )
+    )
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("kind", ["fused", "parts"])
+@torch.inference_mode()
+def test_logits_and_cache_are_the_same_bits(model: Model, mixed_model: Model, kind: str, size: int) -> None:
+    """All inputs change from step to step, over page borders; whatever were computed outside of the kernels would not."""
+    rng, chosen, num_pages = np.random.default_rng(size), model if kind == "fused" else mixed_model, 5 * MAX_PAGES
+    pool = random_pool(rng, num_pages)
+    plain = pool.clone()
+    graphs = DecodeGraphs(chosen, pool, PAGE, MAX_PAGES)
+    lengths = rng.integers(0, PAGE * MAX_PAGES - 12, size)
+    for step in range(12):
+        batch = random_batch(rng, (lengths + step).tolist(), num_pages)
+        assert graphs.fits(batch)
+        found = graphs.forward(batch)
+        expected = chosen.forward(step_tensors(batch, PAGE, CPU), plain)
+        assert torch.equal(found, expected)
+        assert torch.equal(pool, plain)
+    assert len(graphs._graphs) == 1
+
+
+class Watching(TorchDispatchMode):
+    """Collects the names of torch's operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.add(func._overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_torch_computes_nothing_in_a_step_whose_rows_are_all_wanted(mixed_model: Model) -> None:
+    rng = np.random.default_rng(1)
+    pool, step = random_pool(rng, 10), step_tensors(random_batch(rng, [3, 20], 10), PAGE, CPU)
+    assert step.last is None
+    with Watching() as watching:
+        mixed_model.forward(step, pool)
+    assert watching.seen <= {"empty", "view", "unbind", "split", "split_with_sizes"}
+
+
+def new_engine(model: Model, checkpoint: Checkpoint, *, graphs: bool, num_pages: int) -> Engine:
+    config = EngineConfig(num_pages=num_pages, max_model_len=80, page_size=PAGE, max_batch=5, max_step_tokens=24)
+    runner = TorchRunner(model, num_pages, PAGE, CPU, graph_pages=MAX_PAGES if graphs else None)
+    return Engine(runner, checkpoint.tokenizer, config, ManualClock())
+
+
+def answers(engine: Engine) -> dict[str, list[SampledToken]]:
+    """Requests that come one by one, some random, some aborted."""
+    rng, found = np.random.default_rng(3), {}
+    for step in range(400):
+        if step < 60 and step % 4 == 0:
+            prompt = tuple(rng.integers(0, 256, rng.integers(1, 40)).tolist())
+            params = SamplingParams(
+                max_tokens=int(rng.integers(1, 40)), temperature=step % 3 / 2, seed=step, logprobs=3, ignore_eos=True
+            )
+            engine.add(Request(str(step), prompt, params))
+        if step == 30:
+            engine.abort("20")
+        for output in engine.step():
+            assert output.finish_reason in (None, "length")
+            found.setdefault(output.request_id, []).extend(output.tokens)
+        engine.check()
+        if step > 60 and not engine.has_work:
+            return found
+    raise AssertionError("requests do not end")
+
+
+@pytest.mark.parametrize("num_pages", [25, 8])  # enough for all, or too few: sequences lose theirs and compute again
+def test_requests_that_come_and_go(model: Model, tiny_checkpoint: Checkpoint, num_pages: int) -> None:
+    plain = new_engine(model, tiny_checkpoint, graphs=False, num_pages=num_pages)
+    captured = new_engine(model, tiny_checkpoint, graphs=True, num_pages=num_pages)
+    expected = answers(plain)
+    assert len(expected) >= 14
+    assert answers(captured) == expected  # logarithms of probabilities, too
+    runner = captured._runner
+    assert isinstance(runner, TorchRunner) and runner._graphs is not None
+    assert runner._graphs._graphs.keys() >= {1, 2, 3}
+
+
+def test_which_batches_fit(model: Model) -> None:
+    graphs = DecodeGraphs(model, torch.zeros(1), PAGE, MAX_PAGES)
+    decode = BatchItem("a", (1,), 4, (0,), GREEDY, 0)
+    assert graphs.fits(Batch((decode,) * LARGEST_BATCH))
+    assert not graphs.fits(Batch((decode,) * (LARGEST_BATCH + 1)))
+    assert not graphs.fits(Batch((decode, BatchItem("b", (1, 2), 0, (1,), GREEDY, 0))))
+    assert not graphs.fits(Batch((decode, BatchItem("b", (1,), 0, (1,), None, 0))))
+
+
+@torch.inference_mode()
+def test_a_capture_that_failed_is_tried_again(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(4)
+    pool = random_pool(rng, 10)
+    graphs, batch = DecodeGraphs(model, pool, PAGE, MAX_PAGES), random_batch(rng, [5, 18], 10)
+
+    def fails(*args: object) -> None:
+        raise TilusError("the compiler is gone")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(tilus.kernels, "silu_mul", fails)
+        with pytest.raises(TilusError, match="the compiler is gone"):
+            graphs.forward(batch)
+    expected = model.forward(step_tensors(batch, PAGE, CPU), pool.clone())
+    for _ in range(2):
+        assert torch.equal(graphs.forward(batch), expected)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "way", "captures"),
+    [(tilus.kernels, "cpu", True), (tilus.kernels, "reference", False), (TorchKernels(), "cpu", False)],
+)
+def test_only_native_kernels_of_tilus_are_captured(
+    tiny_checkpoint: Checkpoint, tmp_path, monkeypatch: pytest.MonkeyPatch, kernels: Kernels, way, captures: bool
+) -> None:
+    monkeypatch.setenv("TILUS_CACHE_DIR", str(tmp_path))
+    path = tiny_checkpoint.weights._tensors.path
+    config = ServerConfig(max_batch=2, num_pages=6)
+    engine = build.build_engine(config, path, tiny_checkpoint, kernels, Execution(CPU, way))
+    runner = engine._runner
+    assert isinstance(runner, TorchRunner) and (runner._graphs is not None) == captures
+    if runner._graphs is not None:
+        assert runner._graphs._max_pages == 6
