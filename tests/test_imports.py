@@ -91,7 +91,7 @@ def test_nothing_needs_the_bridges_to_other_libraries() -> None:
 
 def test_code_generation_knows_no_instruction() -> None:
     """Not even for type checkers."""
-    for path in (ROOT / "tilus" / "codegen").glob("*.py"):
+    for path in (ROOT / "tilus" / "codegen").rglob("*.py"):
         assert "tilus.instructions" not in path.read_text(), path
 
 
