@@ -15,6 +15,7 @@ from types import FrameType
 import torch
 import uvicorn
 
+import tilus
 from serving.api import create_app
 from serving.async_engine import AsyncEngine
 from serving.build import build_engine
@@ -55,8 +56,11 @@ def serve(config: ServerConfig, kernels: Callable[[], Kernels] | None = None) ->
         checkpoint = open_checkpoint(path, dtype(config.weight_dtype))
         name = config.model_name or checkpoint.name
         engine = build_engine(config, path, checkpoint, library, execution)
-        with progress("compiling kernels" if execution.is_compiled else "warming up", "step") as show:
-            warm_up(engine, execution.is_compiled, show)
+        with progress("warming up", "step") as show:
+            warm_up(engine, False, show)
+        if tilus.num_compilations():  # nothing of it was on the disk, so the rest is not either
+            with progress("compiling kernels", "step") as show:
+                warm_up(engine, execution.is_compiled, show)
         app = create_app(AsyncEngine(engine, config.max_waiting), checkpoint.tokenizer, name)
         port = int(listener.getsockname()[1])
         server = _Server(

@@ -8,11 +8,12 @@ from serving.core import Request, SamplingParams
 from serving.engine import Engine
 
 _LARGEST_SMALL_BATCH = 8
+_QUESTION = 40  # tokens of a short question in a chat's template
 
 
 def warm_up(engine: Engine, thoroughly: bool, progress: Callable[[int, int], None]) -> None:
     """Answer a few requests. thoroughly: batches of 8, 7, ..., 1 decoding sequences, then a chunk of a prompt that is as large
-    as they come; else one short answer. progress is called with (steps done, steps in all).
+    as they come; else one short answer to a question. progress is called with (steps done, steps in all).
 
     Raises what the kernels raise.
     """
@@ -24,7 +25,8 @@ def warm_up(engine: Engine, thoroughly: bool, progress: Callable[[int, int], Non
         rounds = [[_request(index, 1, index + 1) for index in range(width)], [_request(width, chunk, 1)]]
     else:
         total = 2
-        rounds = [[_request(0, min(2, chunk), min(2, engine.max_model_len - 1))]]
+        question = max(1, min(_QUESTION, chunk - 1))
+        rounds = [[_request(0, question, min(2, engine.max_model_len - question))]]
     done = 0
     progress(done, total)
     for requests in rounds:

@@ -23,6 +23,7 @@ _MODULES = {
     "tilus.lang.builtins": ("block_id", "cdiv", "grid", "grid_dim", "inline", "range", "static_range"),
     "tilus.lang.kernel": ("Kernel", "kernel"),
     "tilus.runtime.capture": ("LaunchGraph", "capture"),
+    "tilus.runtime.compilations": ("num_compilations",),
     "tilus.runtime.execute": ("default_device",),
     "tilus.target": ("Target", "get_target"),
 }

@@ -47,7 +47,7 @@ def test_a_cache_too_small_for_all_at_once() -> None:
 
 
 def test_one_short_answer() -> None:
-    assert run(False) == ([[2], [1]], [(0, 2), (1, 2), (2, 2)])
+    assert run(False) == ([[40], [1]], [(0, 2), (1, 2), (2, 2)])
 
 
 def test_a_log_gets_a_line_for_each_quarter(capsys: pytest.CaptureFixture[str]) -> None:

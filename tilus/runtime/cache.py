@@ -20,6 +20,7 @@ from tilus import config
 from tilus.ptx import assembler
 from tilus.ptx.assembler import Cubin, KernelUsage
 from tilus.ptx.toolchain import Tool
+from tilus.runtime import compilations
 from tilus.target import Target
 
 # Part of the key and of the checksum, so that entries of another layout are never read.
@@ -40,6 +41,7 @@ def assemble(ptx: str, target: Target, *, options: Sequence[str] = (), allow_spi
     if cubin is None:
         cubin = assembler.assemble(ptx, target, options=options, allow_spills=True, assembler=tool)
         store(path, cubin)
+        compilations.note()
     if not allow_spills:
         assembler.require_no_spills(cubin)
     return cubin

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tilus import config
 from tilus.errors import TilusError, raise_all
+from tilus.runtime import compilations
 from tilus.runtime.cache import write_atomically
 from tilus.runtime.cpu import temporary, toolchain
 from tilus.runtime.cpu.features import HostCpu, host_cpu, native_flags
@@ -82,6 +83,7 @@ def build(source: str) -> Path:
     if is_whole(path, host):
         return path
     library = seal(_compile(source, name, compiler), host)
+    compilations.note()
     try:
         return _write(path, library)
     except OSError as error:
