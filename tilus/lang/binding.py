@@ -163,10 +163,14 @@ def _device_name(device: int) -> str:
     return "the CPU" if device < 0 else f"cuda:{device}"
 
 
-def specification(binder: Binder, arrays: Sequence[Array | None]) -> Specification:
+def specification(binder: Binder, arrays: Sequence[Array | None], device: str | None) -> Specification:
     """The specialisation key of checked arguments."""
+    from tilus.runtime.execute import place
+
+    on_gpu = any(a is not None and a.device >= 0 for a in arrays)
+    vectors = place(device, on_gpu) != "cpu"
     tensors: list[TensorFacts | None] = [
-        None if a is None else facts_of(a.dtype, a.shape, a.strides, a.pointer) for a in arrays
+        None if a is None else facts_of(a.dtype, a.shape, a.strides, a.pointer, vectors=vectors) for a in arrays
     ]
     return Specification(tuple(tensors), tuple(typed(binder.const(p)) for p in binder.signature.consts))
 
@@ -183,7 +187,7 @@ def checked(kernel: Kernel, values: Mapping[str, Any], device: str | None) -> tu
     arrays = tuple(binder.array(p) for p in signature.tensors)
     binder.device(arrays)
     scalars = tuple(binder.scalar(p) for p in signature.scalars)
-    specialization = kernel.specialization(specification(binder, arrays), binder.consts)
+    specialization = kernel.specialization(specification(binder, arrays, device), binder.consts)
     return Call(specialization, arrays, _sizes(specialization, arrays), device), scalars
 
 

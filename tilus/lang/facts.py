@@ -49,9 +49,15 @@ class TensorFacts:
     strides: tuple[Size | None, ...]
 
 
-def facts_of(dtype: DataType, shape: Sequence[int], strides: Sequence[int], pointer: int) -> TensorFacts:
-    """The facts of one argument; strides are in elements. The stride of a dim of extent 1 does not matter."""
-    packed, largest = list[Size | None](), largest_divisor(dtype)
+def facts_of(
+    dtype: DataType, shape: Sequence[int], strides: Sequence[int], pointer: int, *, vectors: bool = True
+) -> TensorFacts:
+    """The facts of one argument; strides are in elements. The stride of a dim of extent 1 does not matter.
+
+    vectors: whether accesses may become wider by what alignment and divisors say, as on a GPU; else these are not looked at, so
+    that one specialisation serves all of them.
+    """
+    packed, largest = list[Size | None](), largest_divisor(dtype) if vectors else 1
     inner = 1  # what the stride of the next outer dim must be to need no parameter
     for extent, stride in zip(reversed(shape), reversed(strides)):
         if extent == 1 or stride == inner:
@@ -61,7 +67,8 @@ def facts_of(dtype: DataType, shape: Sequence[int], strides: Sequence[int], poin
             packed.append(Size.of(stride, largest))
         inner = extent * stride
     dims = tuple(Size.of(extent, largest) for extent in shape)
-    return TensorFacts(dtype, power_of_two_part(pointer), dims, tuple(reversed(packed)))
+    alignment = power_of_two_part(pointer) if vectors else 1
+    return TensorFacts(dtype, alignment, dims, tuple(reversed(packed)))
 
 
 @dataclass(frozen=True)

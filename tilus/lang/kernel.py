@@ -88,10 +88,10 @@ class Kernel:
         return found
 
     def specialize(self, *args: Any, **kwargs: Any) -> Specialization:
-        """The specialisation that a call with these arguments runs; without arrays, the usual one (see the class)."""
+        """The specialisation that a call with these arguments runs on a GPU; without arrays, the usual one (see the class)."""
         given = {p.name for p in (*self.signature.tensors, *self.signature.scalars)}
         if args or given & kwargs.keys():
-            return checked(self, self._match(args, kwargs), None)[0].specialization
+            return checked(self, self._match(args, kwargs), "cuda")[0].specialization
         dtypes = {p.type.dtype for p in self.signature.tensors if isinstance(p.type.dtype, str)}
         consts = {p.name: kwargs.pop(p.name, p.default) for p in self.signature.consts}
         names = {name: kwargs.pop(name) for name in dtypes & kwargs.keys()}

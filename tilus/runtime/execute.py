@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 Grid = tuple[int, int, int]
 
+MAX_KERNELS = 1024  # that are kept ready in memory
+
 
 def prepare(call: Call) -> Run:
     """A launch of this call's kernel: `run(pointers, scalars, tensors)` with the arguments of a call with the same key.
@@ -203,8 +205,10 @@ def _bytes_at(pointer: int, nbytes: int) -> npt.NDArray[np.uint8]:
     return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(pointer))
 
 
+@functools.lru_cache(maxsize=MAX_KERNELS)
 def build(function: Function, target: Target) -> tuple[Compiled, bytes]:
-    """Compile and assemble, the latter from the disk cache when possible."""
+    """Compile and assemble, the latter from the disk cache when possible. A specialisation serves arguments of many sizes; it is
+    built for the first of them."""
     from tilus.runtime import cache
 
     compiled = compile_function(function, target)
@@ -237,10 +241,18 @@ def _submitting(call: Call, submit: Callable[..., None], values: _Values) -> Run
     return eval(f"lambda p, s, tensors: submit({', '.join(arguments)})", {"submit": submit, "grid": values.grid})
 
 
-def _cpu(function: Function, call: Call) -> Run:
-    from tilus.runtime.cpu import build, features, pool, threads
+@functools.lru_cache(maxsize=MAX_KERNELS)
+def _native(function: Function) -> ctypes.CDLL:
+    """The kernel as native code. Functions are compared by identity: each specialisation is compiled once."""
+    from tilus.runtime.cpu import build, features
 
-    kernel = build.load(compile_for_cpu(function, features.host_target()))
+    return build.load(compile_for_cpu(function, features.host_target()))
+
+
+def _cpu(function: Function, call: Call) -> Run:
+    from tilus.runtime.cpu import pool, threads
+
+    kernel = _native(function)
     launcher = pool.Launcher(function.name, kernel, function.kernel_params(), threads.num_threads())
     run = _submitting(call, launcher.launch, _Values(function, call.sizes))
     present = [index for index, array in enumerate(call.arrays) if array is not None]
