@@ -20,8 +20,10 @@ from tilus.ir.tensor import RegisterTensor, SharedTensor
 from tilus.layout import SharedLayout, row_major
 from tilus.target import CpuTarget
 
-# Larger arrays than this would not fit many times on a stack.
-MAX_STACK_NBYTES = 1 << 18
+# The thread that launches may have a small stack. Larger arrays than the first, and what would make all of them together larger
+# than the second, are static.
+MAX_ARRAY_NBYTES = 1 << 18
+MAX_STACK_NBYTES = 1 << 21
 
 
 @dataclass
@@ -49,6 +51,7 @@ class CContext:
     shared: dict[SharedTensor, str] = field(default_factory=dict[SharedTensor, str])
     borrowed: set[str] = field(default_factory=set[str])
     loop_depth: int = 0
+    stack_nbytes: int = 0
 
     # ---- scalars
 
@@ -123,7 +126,12 @@ class CContext:
         return Array(name, storage)
 
     def _declaration(self, dtype: DataType, size: int, name: str) -> str:
-        where = "static _Thread_local " if size * value_nbytes(dtype) > MAX_STACK_NBYTES else ""
+        nbytes = size * value_nbytes(dtype)
+        where = ""
+        if nbytes > MAX_ARRAY_NBYTES or self.stack_nbytes + nbytes > MAX_STACK_NBYTES:
+            where = "static _Thread_local "
+        else:
+            self.stack_nbytes += nbytes
         return f"{where}{value_type(dtype)} {name}[{max(1, size)}] __attribute__((aligned(64)));"
 
     def storage(self, tensor: RegisterTensor) -> Leaf:
