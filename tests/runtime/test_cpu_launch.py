@@ -246,3 +246,27 @@ def test_the_command_line_offers_it(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text("import os; print(os.environ['TILUS_DEVICE'])")
     arguments = ["run", "--device", "cpu", str(tmp_path / "program.py")]
     assert python(f"from tilus.cli import main; main({arguments!r}, standalone_mode=False)") == "cpu\n"
+
+
+@tilus.kernel
+def many_arrays(x: tilus.Tensor[tilus.f32, "m", "n"], y: tilus.Tensor[tilus.f32, "k", "n"]):
+    """Sixteen tiles of 256 KiB, all alive at once."""
+    tilus.grid(1, warps=4)
+    parts = [tilus.load(x, [part * 256, 0], [256, 256]) * 2.0 for part in range(16)]
+    total = tilus.zeros([256, 256], tilus.f32)
+    for part in parts:
+        total = total + part + parts[0]
+    tilus.store(y, [0, 0], total)
+
+
+def test_a_small_stack_is_enough() -> None:
+    x = np.random.default_rng(0).integers(-9, 9, (16, 256, 256)).astype(np.float32)
+    y = np.zeros((256, 256), np.float32)
+    default = threading.stack_size(1 << 20)
+    try:
+        thread = threading.Thread(target=lambda: many_arrays.on("cpu")(x.reshape(-1, 256), y))
+        thread.start()
+    finally:
+        threading.stack_size(default)
+    thread.join(60)
+    assert (y == 2 * (x.sum(0) + 16 * x[0])).all()

@@ -22,8 +22,8 @@ from tilus.target import CpuTarget
 
 # The thread that launches may have a small stack. Larger arrays than the first, and what would make all of them together larger
 # than the second, are static.
-MAX_ARRAY_NBYTES = 1 << 18
-MAX_STACK_NBYTES = 1 << 21
+MAX_ARRAY_NBYTES = 1 << 17
+MAX_STACK_NBYTES = 1 << 19
 
 
 @dataclass
