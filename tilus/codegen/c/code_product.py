@@ -88,11 +88,12 @@ class CodeBlocks:
         period, step = self.period()
         with writer.loops([k // period]) as (part,):
             loaded: dict[tuple[int, int], str] = {}
+            shared: dict[tuple[int, tuple[int, int]], str] = {}
             for column in range(period):
                 numbers: list[str] = []
                 for i in range(vectors):
                     name = writer.name("w")
-                    value = self.number(words, part, step, first + i * self.lanes, column, i, loaded)
+                    value = self.number(words, part, step, first + i * self.lanes, column, i, loaded, shared)
                     writer.line(f"const tl_f32x{self.lanes} {name} = {value};")
                     numbers.append(name)
                 for j in range(self.columns):
@@ -101,8 +102,9 @@ class CodeBlocks:
         tile.close()
 
     def number(
-        self, words: str, part: str, step: int, row: int, column: int, vector: int, loaded: dict[tuple[int, int], str]
-    ) -> str:
+        self, words: str, part: str, step: int, row: int, column: int, vector: int, loaded: dict[tuple[int, int], str],
+        shared: dict[tuple[int, tuple[int, int]], str],
+    ) -> str:  # fmt: skip
         """A vector of numbers; words that are not loaded yet are."""
         slot = self.place(0, row, column)[1]
 
@@ -116,4 +118,10 @@ class CodeBlocks:
                 self.ctx.writer.line(f"const tl_u32x{self.lanes} {name} = tl_load_u32x{self.lanes}({place});")
             return loaded[vector, index]
 
-        return vector_number(self.ctx, self.codes, slot, self.lanes, word)
+        def keep(key: tuple[int, int], text: str) -> str:
+            if (vector, key) not in shared:
+                name = shared[vector, key] = self.ctx.writer.name("p")
+                self.ctx.writer.line(f"const tl_u32x{self.lanes} {name} = {text};")
+            return shared[vector, key]
+
+        return vector_number(self.ctx, self.codes, slot, self.lanes, word, keep)

@@ -18,13 +18,13 @@ from tilus.codegen.c.numbers import literal, value_of_code
 from tilus.codegen.c.threads import address
 from tilus.codegen.c.tile import Leaf
 from tilus.codegen.code_order import CodeOrder
-from tilus.dtypes import DataType, f32, uint8
+from tilus.dtypes import DataType, bf16, f32, uint8
 from tilus.layout import Digit, LayoutError, SharedLayout, row_major
 
 if TYPE_CHECKING:
     from tilus.codegen.c.context import CContext
 
-WORD = 32
+WORD, BYTE = 32, 8
 TABLE_NBITS = 5  # of codes whose values two vector registers hold
 
 
@@ -223,9 +223,18 @@ def _number(codes: Codes, slot: int, word: Callable[[int], str]) -> str:
     return f"(float)({value})" if codes.dtype.is_float else value
 
 
-def vector_number(ctx: CContext, codes: Codes, slot: int, lanes: int, word: Callable[[int], str]) -> str:
-    """A vector of the floats that a slot's codes stand for. word: gives a vector of words (a name that may be repeated)."""
+Keep = Callable[[tuple[int, int], str], str]
+"""Gives a name to what an expression of words is, once for each key."""
+
+
+def vector_number(
+    ctx: CContext, codes: Codes, slot: int, lanes: int, word: Callable[[int], str], keep: Keep | None = None
+) -> str:
+    """A vector of the floats that a slot's codes stand for. word: gives a vector of words (a name that may be repeated).
+    keep: where several slots are asked for, keeps what they have in common."""
     code, pieces = codes.code, codes.pieces(slot)
+    if keep is not None and _has_byte_floats(ctx, codes, pieces, lanes):
+        return _byte_float(ctx, codes, pieces[0], word, keep)
     if codes.table or (code.nbits <= TABLE_NBITS and lanes == 16 and "__AVX512F__" in ctx.target.features):
         table = codes.table or lookup_table(ctx, codes)
         wide = "" if code.nbits == TABLE_NBITS else "16"
@@ -237,6 +246,25 @@ def vector_number(ctx: CContext, codes: Codes, slot: int, lanes: int, word: Call
     else:
         number = _small_float(codes, pieces, word, lanes)
     return number if codes.factor == 1.0 else f"({number} * {literal(f32, codes.factor)})"
+
+
+def _has_byte_floats(ctx: CContext, codes: Codes, pieces: list[Piece], lanes: int) -> bool:
+    """Whether codes are whole bytes of words, floats, and looked up in tables of 16 bits by the processor."""
+    is_byte = codes.code.is_small and codes.code.is_float and codes.code.nbits == BYTE
+    whole = len(pieces) == 1 and pieces[0].position % BYTE == 0
+    return is_byte and whole and not codes.table and lanes == 16 and "__AVX512BW__" in ctx.target.features
+
+
+def _byte_float(ctx: CContext, codes: Codes, piece: Piece, word: Callable[[int], str], keep: Keep) -> str:
+    """Two of a word's four codes become bf16 at once, in both halves; each half is then the upper half of a float."""
+    values = codes.code.decode(np.arange(codes.code.num_codes // 2, dtype=np.uint8)) * np.float32(codes.factor)
+    entries = ", ".join(map(str, bf16.encode(values).tolist()))
+    name = f"halves_{codes.code.name}_{round(-math.log2(codes.factor))}"
+    ctx.table(name, f"static const uint16_t {name}[128] __attribute__((aligned(64))) = {{{entries}}};")
+    half, odd = divmod(piece.position // BYTE, 2)
+    shifted = f"({word(piece.word)} >> {BYTE})" if odd else word(piece.word)
+    pair = keep((piece.word, odd), f"tl_byte_floats_u32x16({name}, {shifted})")
+    return f"(tl_f32x16)({pair} & 0xffff0000u)" if half else f"(tl_f32x16)({pair} << 16)"
 
 
 def _index(codes: Codes, pieces: list[Piece], word: Callable[[int], str]) -> str:

@@ -213,6 +213,18 @@ TL_LOOKUP(16)
 #define tl_lookup16_f32x8 tl_lookup_f32x8
 #define tl_lookup16_f32x4 tl_lookup_f32x4
 
+/* Floats of 8 bits with a sign in both halves of lanes, as bf16. table: the bf16 of 128 magnitudes. */
+#if defined(__AVX512BW__)
+TL_INLINE tl_u32x16 tl_byte_floats_u32x16(const uint16_t *table, tl_u32x16 codes) {
+    const __m512i index = (__m512i)codes;
+    __m512i low = _mm512_permutex2var_epi16(_mm512_loadu_si512(table), index, _mm512_loadu_si512(table + 32));
+    __m512i high = _mm512_permutex2var_epi16(_mm512_loadu_si512(table + 64), index, _mm512_loadu_si512(table + 96));
+    __m512i magnitude = _mm512_mask_mov_epi16(low, _mm512_test_epi16_mask(index, _mm512_set1_epi16(64)), high);
+    __m512i sign = _mm512_slli_epi16(index, 8); /* or-and below: a | b & c */
+    return (tl_u32x16)_mm512_ternarylogic_epi32(magnitude, sign, _mm512_set1_epi16((int16_t)0x8000), 0xf8);
+}
+#endif
+
 /* The low halves of lanes as f16. */
 #define TL_HALVES(n) \
     TL_INLINE tl_f32x##n tl_halves_f32x##n(tl_u32x##n code) { \
