@@ -3,6 +3,14 @@
 #include <stdint.h>
 #include <stdio.h>
 #include <string.h>
+#if defined(TL_NO_INTRINSICS) /* their headers take the compiler longer than a small kernel */
+#undef __AVX512F__
+#undef __AVX512VNNI__
+#undef __AVXVNNI__
+#undef __AVX2__
+#undef __ARM_NEON
+#undef __ARM_FEATURE_DOTPROD
+#endif
 #if defined(__AVX2__)
 #include <immintrin.h>
 #elif defined(__ARM_NEON)
