@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -50,6 +51,15 @@ def cc() -> str | None:
             hint="unset it or point it at a C compiler, such as gcc or clang",
         )
     return str(Path(found).absolute())
+
+
+def cflags() -> tuple[str, ...]:
+    """TILUS_CFLAGS: flags for the C compiler behind those of tilus, in a shell's words; the last of several -O counts."""
+    value = os.environ.get("TILUS_CFLAGS", "")
+    try:
+        return tuple(shlex.split(value))
+    except ValueError as error:
+        raise TilusError(f"TILUS_CFLAGS is {value!r}, expected flags in a shell's words: {error}") from error
 
 
 def num_threads() -> int | None:

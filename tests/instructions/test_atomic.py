@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tile_programs import WARP_COUNTS, Array, Build, assembles, function, random_layout, run_both, tensor, values_of
+from tile_programs import WARP_COUNTS, Array, Build, assembles, function, random_layout, run_all, tensor, values_of
 
 from tilus.compiler import compile_function
 from tilus.dtypes import DataType, bf16, f16, f32, int8, int32, uint32
@@ -65,7 +65,7 @@ def check(op: str, dtype: DataType, layout: RegisterLayout, num_warps: int, rng:
                 want[place] = NUMPY[op](want[place], x[block][index])
     arrays = {"x": (dtype, x), "y": (dtype, y)}
     build = tile_program(layout, op, start)
-    for found in run_both(build, arrays, num_warps, GRID, seed=rng.getrandbits(16), target=target):
+    for found in run_all(build, arrays, num_warps, GRID, seed=rng.getrandbits(16), target=target):
         np.testing.assert_array_equal(found["y"], want)
 
 
@@ -104,7 +104,7 @@ def test_vectors_where_the_target_has_them(dtype: DataType, slots: int, target: 
     assert f" {opcode} " in compile_function(fn, get_target(target)).ptx
     x = small_values(random.Random(slots), dtype, (GRID, *layout.shape))
     values = {"x": (dtype, x), "y": (dtype, np.ones(layout.shape, dtype.compute))}
-    for found in run_both(tile_program(layout, "add", (0,)), values, 1, GRID, target=target):
+    for found in run_all(tile_program(layout, "add", (0,)), values, 1, GRID, target=target):
         np.testing.assert_array_equal(found["y"], 1 + x.sum(axis=0, dtype=x.dtype))
 
 
@@ -130,7 +130,7 @@ def test_scalar(op: str, dtype: DataType) -> None:
 
     y = np.array([100, 6, 100], dtype.compute)
     arrays = {"y": (dtype, y), "seen": (dtype, np.zeros((grid, 64), dtype.compute))}
-    for found in run_both(build, arrays, 2, grid, seed=7):
+    for found in run_all(build, arrays, 2, grid, seed=7):
         assert (found["seen"] == found["seen"][:, :1]).all()
         assert found["y"][0] == found["y"][2] == 100
         old = found["seen"][:, 0].tolist()
@@ -195,7 +195,7 @@ def split_arrays() -> dict[str, tuple[DataType, Array]]:
 @pytest.mark.parametrize("seed", range(5))
 def test_the_last_block_sees_what_all_wrote(seed: int) -> None:
     arrays = split_arrays()
-    for found in run_both(split_program(True), arrays, 2, GRID, seed=seed):
+    for found in run_all(split_program(True), arrays, 2, GRID, seed=seed):
         np.testing.assert_array_equal(found["y"], arrays["x"][1].sum(axis=0, dtype=np.int32))
         assert found["count"][0] == GRID
 
@@ -204,7 +204,7 @@ def test_without_the_counter_parts_are_missing() -> None:
     """Some schedule must show the difference, or the test above shows nothing."""
     arrays = split_arrays()
     want = arrays["x"][1].sum(axis=0, dtype=np.int32)
-    runs = [run_both(split_program(False), arrays, 2, GRID, seed=seed)[1] for seed in range(8)]
+    runs = [run_all(split_program(False), arrays, 2, GRID, seed=seed)[1] for seed in range(8)]
     assert any((found["y"] != want).any() for found in runs)
 
 
@@ -246,7 +246,7 @@ def test_fence() -> None:
         store.build(b, y, [0], tile)
 
     x = np.arange(32, dtype=np.int32)
-    for found in run_both(build, {"x": (int32, x), "y": (int32, np.zeros(32, np.int32))}):
+    for found in run_all(build, {"x": (int32, x), "y": (int32, np.zeros(32, np.int32))}):
         np.testing.assert_array_equal(found["y"], x)
     tensors = {name: tensor(name, int32, (32,)) for name in "xy"}
     assert "fence.acq_rel.gpu;" in compile_function(function(build, tensors, 1), get_target("sm_80")).ptx

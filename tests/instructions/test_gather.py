@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tile_programs import WARP_COUNTS, run_both, values_of
+from tile_programs import WARP_COUNTS, run_all, values_of
 
 from tilus.dtypes import DataType, bf16, f16, f32, int8, int32, uint4
 from tilus.errors import TilusError
@@ -43,7 +43,7 @@ def test_gather(rng: random.Random, dtype: DataType, warps: int, axis: int, offs
         store.build(b, y, [0, 0], gather.build(b, x, offsets, at, shape, axis=axis))
 
     arrays = {"x": (dtype, x), "index": (int32, index), "y": (dtype, np.zeros(shape, x.dtype))}
-    for found in run_both(build, arrays, warps):
+    for found in run_all(build, arrays, warps):
         np.testing.assert_array_equal(found["y"], expected.astype(x.dtype))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tile_programs import WARP_COUNTS, Array, assembles, random_layout, run_both
+from tile_programs import WARP_COUNTS, Array, assembles, random_layout, run_all
 
 from tilus.dtypes import DataType, bf16, f16, f32, uint4, uint8
 from tilus.errors import TilusError
@@ -51,7 +51,7 @@ def test_every_code_in_every_place(dtype: DataType, target: str) -> None:
             "table": (dtype, table),
             "y": (dtype, np.zeros(512, np.float32)),
         }
-        for found in run_both(packed_program, arrays, target=target):
+        for found in run_all(packed_program, arrays, target=target):
             np.testing.assert_array_equal(found["y"], table[nibbles])
 
 
@@ -68,7 +68,7 @@ def test_any_layout_and_table(dtype: DataType, rng: random.Random, warps: int) -
         store.build(b, y, [0, 0], lookup.build(b, load.build(b, table, [0], [16]), small))
 
     arrays = {"codes": (uint8, codes), "table": (dtype, table), "y": (dtype, np.zeros(layout.shape, np.float32))}
-    for found in run_both(build, arrays, warps):
+    for found in run_all(build, arrays, warps):
         np.testing.assert_array_equal(found["y"], table[codes])
 
 
@@ -102,4 +102,4 @@ def test_misfits(code: DataType, table: DataType, size: int, message: str) -> No
         lookup.build(b, load.build(b, table, [0], [size]), cast.build(b, load.build(b, codes, [0], [64]), code))
 
     with pytest.raises(TilusError, match=message):
-        run_both(build, {"codes": (uint8, np.zeros(64, np.uint8)), "table": (table, np.zeros(size, np.float32))})
+        run_all(build, {"codes": (uint8, np.zeros(64, np.uint8)), "table": (table, np.zeros(size, np.float32))})

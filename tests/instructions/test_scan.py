@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tile_programs import WARP_COUNTS, Array, assembles, random_layout, run_both, values_of
+from tile_programs import WARP_COUNTS, Array, assembles, random_layout, run_all, values_of
 
 from tilus.dtypes import DTYPES, DataType, bf16, boolean, f16, f32, float8_e4m3, int8, int32, int64, uint8, uint32
 from tilus.errors import TilusError
@@ -65,7 +65,7 @@ def check(
         store.build(b, y, [0] * y.rank, result)
 
     arrays = {"x": (dtype, x), "y": (out_dtype, np.zeros(x.shape, out_dtype.compute))}
-    for found in run_both(build, arrays, num_warps, seed=rng.getrandbits(16)):
+    for found in run_all(build, arrays, num_warps, seed=rng.getrandbits(16)):
         want = expected(op, dtype, x, axis)
         if op == "sum" and dtype.is_float:
             assert (np.abs(found["y"].astype(np.float64) - want) <= error_bound(dtype, x, axis)).all()
@@ -145,7 +145,7 @@ def test_neutral_values_change_nothing() -> None:
         store.build(b, y, [0, 0], scan.cummax.build(b, tile))
 
     arrays = {"x": (f32, x), "y": (f32, np.zeros(x.shape, np.float32))}
-    for found in run_both(build, arrays):
+    for found in run_all(build, arrays):
         np.testing.assert_array_equal(found["y"], np.fmax.accumulate(x, axis=1))
 
 
@@ -157,7 +157,7 @@ def test_negative_zero_is_kept() -> None:
         store.build(b, y, [0], scan.cumsum.build(b, tile))
 
     arrays = {"x": (f32, x), "y": (f32, np.zeros(64, np.float32))}
-    for found in run_both(build, arrays, 2):
+    for found in run_all(build, arrays, 2):
         assert np.signbit(found["y"]).all()
 
 
@@ -172,7 +172,7 @@ def test_bytes(name: str) -> None:
         store.build(b, y, [0], scan.cummax.build(b, tile))
 
     arrays = {"x": (dtype, x), "y": (dtype, np.zeros(128, dtype.compute))}
-    for found in run_both(build, arrays):
+    for found in run_all(build, arrays):
         np.testing.assert_array_equal(found["y"], np.fmax.accumulate(x))
 
 

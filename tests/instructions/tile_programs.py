@@ -1,7 +1,8 @@
-"""What the tests of instructions share: kernels built by hand, run by both executions, over layouts of any kind."""
+"""What the tests of instructions share: kernels built by hand, run by all executions, over layouts of any kind."""
 
 from __future__ import annotations
 
+import ctypes
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tilus.compiler import Compiled, compile_function
+from tilus.compiler import Compiled, compile_for_cpu, compile_function
 from tilus.dtypes import DataType, int64
 from tilus.ir.builder import IRBuilder
 from tilus.ir.expr import Var, as_expr
@@ -18,6 +19,8 @@ from tilus.ir.function import Function, TensorParam
 from tilus.ir.tensor import GlobalTensor
 from tilus.layout import Digit, RegisterLayout
 from tilus.ptx.assembler import assemble
+from tilus.runtime.cpu.build import load
+from tilus.runtime.cpu.features import host_target
 from tilus.runtime.emulator import run_kernel
 from tilus.runtime.reference import run_reference
 from tilus.runtime.reference.buffer import storage_dtype
@@ -50,7 +53,7 @@ def function(build: Build, tensors: Mapping[str, GlobalTensor], num_warps: int, 
     return Function("program", params, (as_expr(grid),), num_warps, b.body())
 
 
-def run_both(
+def run_all(
     build: Build,
     arrays: Mapping[str, tuple[DataType, Array]],
     num_warps: int = 1,
@@ -58,21 +61,30 @@ def run_both(
     *,
     seed: int = 0,
     target: str = "sm_90a",
-) -> tuple[dict[str, Array], dict[str, Array]]:
-    """The values of all arrays after the kernel ran on the reference, and after its PTX ran on the emulator."""
+) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:
+    """The values of all arrays after the kernel ran on the reference, its PTX on the emulator, and its C on this CPU."""
     tensors = {name: tensor(name, dtype, values.shape) for name, (dtype, values) in arrays.items()}
     fn = function(build, tensors, num_warps, grid)
     compiled = compile_function(fn, get_target(target))
     reference = {
         n: np.asarray(dtype.encode(values)).view(storage_dtype(dtype)) for n, (dtype, values) in arrays.items()
     }
-    emulated = {name: array.copy() for name, array in reference.items()}
+    emulated, native = ({name: array.copy() for name, array in reference.items()} for _ in range(2))
     run_reference(fn, reference, (grid, 1, 1))
     emulate(compiled, list(emulated.values()), grid, seed)
-    results: list[dict[str, Array]] = []
-    for found in (reference, emulated):
-        results.append({n: arrays[n][0].decode(a.view(arrays[n][0].storage)) for n, a in found.items()})
-    return results[0], results[1]
+    run_c(fn, list(native.values()), grid)
+
+    def decoded(found: Mapping[str, Array]) -> dict[str, Array]:
+        return {n: arrays[n][0].decode(a.view(arrays[n][0].storage)) for n, a in found.items()}
+
+    return decoded(reference), decoded(emulated), decoded(native)
+
+
+def run_c(program: Function, arguments: Sequence[Array], grid: int = 1) -> None:
+    """Run all blocks as C, one after the other, in this thread."""
+    blocks = load(compile_for_cpu(program, host_target())).tilus_blocks
+    slots = (ctypes.c_uint64 * len(arguments))(*(array.ctypes.data for array in arguments))
+    blocks(slots, (ctypes.c_int32 * 3)(grid, 1, 1), ctypes.c_int64(0), ctypes.c_int64(grid))
 
 
 def assembles(build: Build, types: Mapping[str, tuple[DataType, Sequence[int]]], num_warps: int, target: str) -> None:

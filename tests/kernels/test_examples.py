@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimized_c")]
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 KERNELS = [

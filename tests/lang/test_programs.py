@@ -1,6 +1,6 @@
 """What Python says is what happens: random programs mean in a kernel what Python makes of the same text.
 
-The text is run by CPython once per block, with numbers and tuples of numbers, and as a kernel by the reference execution.
+The text is run by CPython once per block, with numbers and tuples of numbers, and as a kernel by the reference and as C.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from written import write
 
 import tilus
-from tilus.runtime.reference import run_reference
 
 pytestmark = pytest.mark.slow
 
@@ -220,20 +219,20 @@ def statement(draw: st.DrawFn, depth: int, loop: bool, k: str | None = None) -> 
             return [f"{count} = 0", f"while {count} < 3 and {draw(condition(k=k))}:", *indented(body)]
 
 
-def run_both(body: list[str], p: int, q: int) -> tuple[np.ndarray, np.ndarray]:
+def check(body: list[str], p: int, q: int) -> None:
     size = SCALARS + TILES * WIDTH
     text = "\n".join(indented([*INIT, *body]))
     oracle = write(HEADER + PYTHON.format(body=text), {"rng": range, "c": 1})["program"]
     expected = [oracle(p, q, b, Vec(range(WIDTH)), Vec([b] * WIDTH)) for b in range(BLOCKS)]
     source = HEADER + KERNEL.format(body=text, blocks=BLOCKS, width=WIDTH, size=size, scalars=SCALARS)
     kernel = write(source, {"tilus": tilus, "rng": tilus.range, "c": 1})["program"]
-    out = np.full(BLOCKS * size, -1, np.int32)
-    run_reference(kernel.specialize(out, p, q).function, {"out": out, "p": p, "q": q}, (BLOCKS, 1, 1))
-    return np.array(expected, np.int64), out.reshape(BLOCKS, size)
+    for device in ("reference", "cpu"):
+        out = np.full(BLOCKS * size, -1, np.int32)
+        kernel.on(device)(out, p, q)
+        np.testing.assert_array_equal(out.reshape(BLOCKS, size), np.array(expected, np.int64), err_msg="\n".join(body))
 
 
 @settings(max_examples=100)
 @given(body=block(depth=3, loop=False), p=st.integers(-20, 20), q=st.integers(-9, 9))
 def test_random_programs_mean_what_python_says(body: list[str], p: int, q: int) -> None:
-    expected, found = run_both(body, p, q)
-    np.testing.assert_array_equal(found, expected, err_msg="\n".join(body))
+    check(body, p, q)

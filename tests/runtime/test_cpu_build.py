@@ -96,9 +96,23 @@ def test_everything_in_the_key_distinguishes(monkeypatch: pytest.MonkeyPatch) ->
         build.key(COUNTING, REAL, replace(HOST, arch="aarch64")),
         build.key(COUNTING, REAL, replace(HOST, fingerprint="0" * 64)),
     ]
+    monkeypatch.setenv("TILUS_CFLAGS", "-g -DNAME='a b'")
+    keys.append(build.key(COUNTING, REAL, HOST))
     monkeypatch.setattr(build.platform, "libc_ver", lambda: ("glibc", "9.99"))
     keys.append(build.key(COUNTING, REAL, HOST))
     assert all(a != b for a, b in combinations(keys, 2))
+
+
+def test_flags_of_the_user_come_last(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So they win, and one word of a shell is one argument."""
+    text = "#ifdef __OPTIMIZE__\nint fast(void) { return 1; }\n#else\nint fast(void) { return ANSWER; }\n#endif\n"
+    monkeypatch.setenv("TILUS_CFLAGS", "-O0 '-DANSWER=40 + 2'")
+    assert build.flags(REAL)[-2:] == ("-O0", "-DANSWER=40 + 2") and build.load(text).fast() == 42
+    monkeypatch.delenv("TILUS_CFLAGS")
+    assert build.load(text).fast() == 1 and compiler.runs == 2
+    monkeypatch.setenv("TILUS_CFLAGS", "-DNAME='a")
+    with pytest.raises(TilusError, match="TILUS_CFLAGS is \"-DNAME='a\", expected flags in a shell's words"):
+        build.load(text)
 
 
 def test_any_damage_rebuilds_the_entry_silently(compiler: Compiler) -> None:

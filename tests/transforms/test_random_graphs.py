@@ -1,4 +1,4 @@
-"""Random programs with random pins: either every instruction can run and both executions agree, or the error shows both lines."""
+"""Random programs with random pins: either every instruction can run and all executions agree, or the error shows both lines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layout_checker import check, holds
 from tile_graphs import BOUND, DTYPES, SIDE, Graph
-from tile_programs import emulate, function, tensor
+from tile_programs import emulate, function, run_c, tensor
 
 from tilus.compiler import compile_function
 from tilus.dtypes import DataType
@@ -76,11 +76,13 @@ def executions_agree(seed: int) -> None:
         assert len(error.notes) == 2, str(error)
         return
     arrays = {name: memory(data, dtype) for name, dtype in DTYPES.items()}
-    emulated = {name: array.copy() for name, array in arrays.items()}
+    emulated, native = ({name: array.copy() for name, array in arrays.items()} for _ in range(2))
     run_reference(program, arrays, (1, 1, 1))
     emulate(compiled, list(emulated.values()), 1, seed)
+    run_c(program, list(native.values()))
     for name, array in arrays.items():
         np.testing.assert_array_equal(array, emulated[name])
+        np.testing.assert_array_equal(array, native[name])
 
 
 def memory(data: np.random.Generator, dtype: DataType) -> np.ndarray:

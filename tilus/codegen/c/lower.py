@@ -7,6 +7,7 @@ time their storage has that order.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from importlib.resources import files
@@ -26,6 +27,8 @@ from tilus.layout import SharedLayout
 from tilus.target import CpuTarget
 
 ENTRY = "tilus_blocks"
+# What in the prelude is written with the machine's intrinsics.
+INTRINSIC = re.compile(r"\b(tl_(load|store)_f16|tl_lookup\w*|tl_halves\w*|tl_dot\w*|TL_KEEP)\b")
 
 _SIGNATURE = f"void {ENTRY}(const uint64_t *args, const int32_t *grid, int64_t first, int64_t last)"
 _BLOCK = """
@@ -78,6 +81,8 @@ class _Lowering:
         )
         hoisted = ["    " + line for line in ctx.hoisted]
         body = "\n".join([head, *hoisted, *ctx.writer.lines, "}"])
+        if INTRINSIC.search(body) is None:
+            prelude = "#define TL_NO_INTRINSICS\n" + prelude
         return "\n\n".join([prelude, "\n".join(ctx.tables.values()), body, f"{_SIGNATURE} {{{_BLOCK}}}\n"])
 
     def _arguments(self) -> None:

@@ -3,6 +3,14 @@
 #include <stdint.h>
 #include <stdio.h>
 #include <string.h>
+#if defined(TL_NO_INTRINSICS) /* their headers take the compiler longer than a small kernel */
+#undef __AVX512F__
+#undef __AVX512VNNI__
+#undef __AVXVNNI__
+#undef __AVX2__
+#undef __ARM_NEON
+#undef __ARM_FEATURE_DOTPROD
+#endif
 #if defined(__AVX2__)
 #include <immintrin.h>
 #elif defined(__ARM_NEON)
@@ -93,12 +101,13 @@ TL_INLINE float tl_round_tf32(float x) { return tl_float(tl_tf32_code(x)); }
 TL_INLINE uint8_t tl_small_code(float x, int exponent_nbits, int mantissa_nbits, int max_code, int nan_code, int over_code) {
     int bias = (1 << (exponent_nbits - 1)) - 1, sign = tl_bits(x) >> 31 << (exponent_nbits + mantissa_nbits);
     float magnitude = fabsf(x);
-    if (magnitude != magnitude) return (uint8_t)(sign | nan_code);
+    if (magnitude != magnitude) return (uint8_t)nan_code;
     int exponent = (int)(tl_bits(magnitude) >> 23) - 127, lowest = 1 - bias;
     int unit = (exponent < lowest ? lowest : exponent) - mantissa_nbits;
-    double steps = rint(ldexp((double)magnitude, -unit));
+    /* Ties go to even codes, which without a mantissa are not even numbers of steps. */
+    double steps = rint(ldexp((double)magnitude, -unit) + (exponent > lowest ? (exponent - lowest) << mantissa_nbits : 0));
     if (!(steps <= 1 << 12)) return (uint8_t)(sign | over_code);
-    int code = (int)steps + (exponent > lowest ? (exponent - lowest) << mantissa_nbits : 0);
+    int code = (int)steps;
     return (uint8_t)(sign | (code > max_code ? over_code : code));
 }
 TL_INLINE uint8_t tl_e8m0_code(float x) { /* ties go up */

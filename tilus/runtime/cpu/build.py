@@ -120,7 +120,7 @@ def compile_many(sources: Iterable[str], progress: Callable[[int, int], None] | 
 
 def flags(compiler: CCompiler) -> tuple[str, ...]:
     """All flags but the file names, in order."""
-    return (*_FLAGS, *native_flags(compiler), *(_ZIG_FLAGS if compiler.is_zig else ()))
+    return (*_FLAGS, *native_flags(compiler), *(_ZIG_FLAGS if compiler.is_zig else ()), *config.cflags())
 
 
 def key(source: str, compiler: CCompiler, host: HostCpu) -> str:
