@@ -5,6 +5,7 @@
 #include <string.h>
 #if defined(TL_NO_INTRINSICS) /* their headers take the compiler longer than a small kernel */
 #undef __AVX512F__
+#undef __AVX512BW__
 #undef __AVX512VNNI__
 #undef __AVXVNNI__
 #undef __AVX2__
