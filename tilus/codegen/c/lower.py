@@ -28,7 +28,9 @@ from tilus.target import CpuTarget
 
 ENTRY = "tilus_blocks"
 # What in the prelude is written with the machine's intrinsics.
-INTRINSIC = re.compile(r"\b(tl_(load|store)_f16|tl_lookup\w*|tl_halves\w*|tl_byte_floats\w*|tl_dot\w*|TL_KEEP)\b")
+INTRINSIC = re.compile(
+    r"\b(tl_(load|store)_f16|tl_lookup\w*|tl_halves\w*|tl_total\w*|tl_sum_row|tl_byte_floats\w*|tl_dot\w*|TL_KEEP)\b"
+)
 
 _SIGNATURE = f"void {ENTRY}(const uint64_t *args, const int32_t *grid, int64_t first, int64_t last)"
 _BLOCK = """

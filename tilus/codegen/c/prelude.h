@@ -184,16 +184,32 @@ TL_INLINE float tl_rcp(float x) { return 1.0f / x; }
     TL_INLINE tl_f32x##n tl_number_f32x##n(tl_i32x##n x) { return __builtin_convertvector(x, tl_f32x##n); } \
     TL_INLINE tl_f32x##n tl_nan_where_f32x##n(tl_f32x##n x, tl_i32x##n mask) { \
         return (tl_f32x##n)((tl_i32x##n)x | (mask & 0x7fc00000)); \
-    } \
+    }
+TL_VECTORS(4)
+TL_VECTORS(8)
+TL_VECTORS(16)
+/* The sum of the lanes, halves added to each other. */
+#define TL_TOTAL(n) \
     TL_INLINE float tl_total_f32x##n(tl_f32x##n x) { \
         float part[n]; \
         memcpy(part, &x, sizeof part); \
         for (int step = n / 2; step; step /= 2) for (int i = 0; i < step; i++) part[i] += part[i + step]; \
         return part[0]; \
     }
-TL_VECTORS(4)
-TL_VECTORS(8)
-TL_VECTORS(16)
+TL_TOTAL(4)
+#if defined(__AVX2__)
+TL_INLINE float tl_total_f32x8(tl_f32x8 x) {
+    __m128 sum = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    return tl_total_f32x4((tl_f32x4)sum);
+}
+#else
+TL_TOTAL(8)
+#endif
+#if defined(__AVX512F__)
+TL_INLINE float tl_total_f32x16(tl_f32x16 x) { return _mm512_reduce_add_ps((__m512)x); }
+#else
+TL_TOTAL(16)
+#endif
 typedef float tl_f32x1;
 TL_INLINE float tl_load_f32x1(const float *p) { return *p; }
 TL_INLINE void tl_store_f32x1(float *p, float x) { *p = x; }
