@@ -24,7 +24,7 @@ def sample(logits: Tensor, items: Sequence[BatchItem]) -> tuple[SampledToken | N
     params = [item.params or SamplingParams() for item in items]
     # The largest and the smallest are finite only where all are: NaN is propagated. Much cheaper than to look at each.
     broken = ~(logits.amax(dim=-1).isfinite() & logits.amin(dim=-1).isfinite())
-    choice = logits.argmax(dim=-1)
+    choice = _largest(logits)
     for draw, rows in _draws(params):
         index = torch.tensor(rows, device=logits.device)
         finite = logits[index].masked_fill(broken[index, None], 0.0)
@@ -35,6 +35,11 @@ def sample(logits: Tensor, items: Sequence[BatchItem]) -> tuple[SampledToken | N
     return tuple(
         None if is_broken[row] else SampledToken(token_id, logprobs.get(row)) for row, token_id in enumerate(token_ids)
     )
+
+
+def _largest(logits: Tensor) -> Tensor:
+    """The place of each row's largest element; on a CPU numpy finds it in a tenth of torch's time."""
+    return torch.from_numpy(logits.numpy().argmax(-1)) if logits.device.type == "cpu" else logits.argmax(dim=-1)
 
 
 def uniform_number(seed: int, draw: int) -> float:
