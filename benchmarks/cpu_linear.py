@@ -66,7 +66,7 @@ def seconds(launches: Sequence[Callable[[], Any]]) -> float:
 
 def read_bandwidth() -> float:
     """Bytes a second."""
-    x = torch.zeros(READ_NBYTES // 4, dtype=torch.int32)
+    x = torch.ones(READ_NBYTES // 4, dtype=torch.int32)  # zeros would all be one page
     sums = torch.zeros(x.numel() >> 16, dtype=torch.int32)
     return READ_NBYTES / seconds([lambda: read.on("cpu")(x, sums)])
 
