@@ -153,3 +153,36 @@ def test_launches_on_the_cpu_are_measured() -> None:
     recorded = json.loads((BENCHMARKS / "results" / "cpu" / "cpu_launch.json").read_text())
     assert all(case.keys() == result.keys() for case in recorded["cases"])
     assert 0 < result["min_us"] <= result["median_us"]
+
+
+@pytest.fixture(scope="module")
+def cpu_linear() -> dict[str, Any]:
+    return runpy.run_path(str(BENCHMARKS / "cpu_linear.py"))
+
+
+def test_what_is_timed_on_a_cpu_is_checked(cpu_linear: dict[str, Any]) -> None:
+    """A result whose columns are displaced by one is refused; copies are more than the caches hold, each its own memory."""
+    matrix = cpu_linear["random_matrix"]("uint4", 128, 256, 32, True)
+    weight = pack(matrix, torch.device("cpu"))
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0)).half()
+    y = linear(x, weight, device="reference")
+    cpu_linear["check"](matrix, x, y)
+    with pytest.raises(SystemExit, match="the result is off by"):
+        cpu_linear["check"](matrix, x, y.roll(1, 1))
+
+
+def test_the_read_kernel_of_a_cpu_reads_every_byte(cpu_linear: dict[str, Any]) -> None:
+    x = torch.randint(-100, 100, (150_000,), dtype=torch.int32)
+    sums = torch.zeros(3, dtype=torch.int32)
+    cpu_linear["read"].on("cpu")(x, sums)
+    assert sums.tolist() == [int(x[i : i + 65536].sum()) for i in (0, 65536, 131072)]
+
+
+def test_the_servers_rates_are_medians_beside_the_peers() -> None:
+    row = runpy.run_path(str(BENCHMARKS / "cpu_serving.py"))["row"]
+    assert row("decode", [3.0, 9.0, 6.0], [2.0, 4.0, 3.0]) == {
+        "case": "decode", "unit": "tokens/s", "ours": 6.0, "peer": 3.0, "ratio": 2.0,
+    }  # fmt: skip
+    assert row("decode", [3.0, 9.0, 6.0], []) | {"ours": None} == {
+        "case": "decode", "unit": "tokens/s", "ours": None, "peer": None, "ratio": None,
+    }  # fmt: skip

@@ -385,7 +385,10 @@ def text_of(error: pytest.ExceptionInfo[tilus.TilusError]) -> str:
 def test_unknown_target_device_and_pass() -> None:
     with pytest.raises(tilus.TilusError) as caught:
         copy.ptx(target="sm_75")
-    assert text_of(caught) == "unknown target 'sm_75'\n  hint: known targets: sm_80, sm_86, sm_89, sm_90a, sm_100a"
+    assert (
+        text_of(caught)
+        == "unknown target 'sm_75'\n  hint: known targets: sm_80, sm_86, sm_89, sm_90a, sm_100a; `tilus compile` also knows cpu"
+    )
     with pytest.raises(tilus.TilusError) as caught:
         copy.on("gpu")
     assert text_of(caught) == "unknown device 'gpu'\n  hint: expected one of auto, reference, emulator, cpu, cuda"

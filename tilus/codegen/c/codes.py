@@ -166,6 +166,7 @@ def _unpack_slot(
 ) -> None:  # fmt: skip
     count = words.shape[0]
     lanes = vector_lanes(ctx, words, count) if codes.dtype.is_float else 1
+    ctx.writer.line('_Pragma("GCC unroll 1")')  # there is a loop for each slot: unrolled, they take minutes to compile
     with ctx.writer.block(f"for (int64_t t = 0; t < {count}; t += {lanes})"):
 
         def word(index: int) -> str:
