@@ -41,7 +41,7 @@ class WeightCache:
             "weight_dtype": weight_dtype,
             "format": weight_file.FORMAT_VERSION,
             "form": form,
-            "tilus": importlib.metadata.version("tilus"),
+            "tilus": _version(),
         }
         self.key = _hash(json.dumps(parts))
         self._prefix = _hash(str(model)) + "-"
@@ -89,6 +89,14 @@ def packed_form(kernels: Kernels, device: torch.device) -> str | None:
     small = QuantizedMatrix(codes, np.ones((1, 1), np.float32), None, int8, scale_dtype=f16)
     weight = kernels.quantize.pack(small, device)
     return json.dumps(weight.header.to_json()) if isinstance(weight, QuantizedWeight) else None
+
+
+def _version() -> str:
+    """Of tilus, where it is installed; a checkout that is only on the path has none."""
+    try:
+        return importlib.metadata.version("tilus")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _files(model: Path) -> list[tuple[str, int, int]]:
