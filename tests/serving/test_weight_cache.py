@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import importlib.metadata
 import json
 import logging
 import os
@@ -265,3 +266,16 @@ def test_two_processes_at_once(cache_dir: Path, tiny_directory: Path, packed: Pa
     cache = WeightCache(tiny_directory, "int8", FORM)
     assert os.listdir(cache_dir) == [cache.path.name]
     assert_same(cache.load(), packed)
+
+
+def test_a_checkout_that_is_not_installed_has_a_cache_too(
+    cache_dir: Path, model: Path, packed: PackedWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    installed = WeightCache(model, "int8", FORM or "").key
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    cache = WeightCache(model, "int8", FORM or "")
+    assert cache.key != installed
+    assert headers(cache.store(packed)) == headers(packed)

@@ -13,7 +13,7 @@ from tilus.layout import SharedLayout
 if TYPE_CHECKING:
     from tilus.codegen.c.context import CContext
 
-BATCH, M, N = 0, 1, 2
+M, N = 1, 2
 
 
 @dataclass(frozen=True)
