@@ -194,10 +194,6 @@ class CContext:
         self.tables[name] = definition
         return name
 
-    def kind_of(self, dtype: DataType) -> str:
-        """The C type of a tile's elements."""
-        return value_type(dtype)
-
     def needs_values_of(self, dtype: DataType) -> None:
         """Define the table of a small float type's values, which conversions look up."""
         if dtype.is_float and dtype.nbits <= 8:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING
 
+from tilus.codegen.c.numbers import value_type
 from tilus.codegen.c.tile import Array, Leaf, Tile, plain
 from tilus.ir.expr import Const, Expr
 from tilus.ir.tensor import SharedTensor
@@ -46,7 +47,7 @@ def part(
     """A tile of a shared tensor where it is."""
     name = ctx.writer.name(tensor.name)
     array = array_of(ctx, tensor)
-    kind = ctx.kind_of(tensor.dtype)
+    kind = value_type(tensor.dtype)
     ctx.writer.line(f"{kind} *const {name} = {array} + ({first_element(ctx, tensor, offsets)});")
     return Leaf(Array(name, tensor), part_layout(tensor, shape, dims))
 
