@@ -72,6 +72,7 @@ def quantized_linear(
     splits = 1 if partial is None else partial.shape[0]
     blocks = (tilus.cdiv(codes.shape[0], rows), tilus.cdiv(y.shape[0], tokens), splits)
     tilus.grid(*blocks, warps=rows * warps, blocks_per_sm=blocks_per_sm)
+    tilus.launch_dependents()
     step = Step(order, span, rows, warps)
     row_tile = tilus.block_id(0) * rows
     first_token = tilus.block_id(1) * tokens
@@ -91,6 +92,7 @@ def quantized_linear(
         once = ahead[0].numbers(exponent, x.dtype)
     for index in range(stages):
         ahead[index].fetch(begin + index * warps)
+    tilus.wait_dependencies(constant=[codes, scales, mins, zeros, table, bias])
     total = tilus.zeros([step.batch, TILE, tokens], f32)
     sums = tilus.zeros([step.batch, sum_rows(step), tokens], f32)
     for first in tilus.range(begin, end, tiles):
