@@ -247,7 +247,6 @@ class _StmtLowering:
                     self.lower(stmt.orelse)
                 b.place(end)
 
-
     def _roles(self, roles: Sequence[Role]) -> None:
         """One chain of branches on the warp's number, the form in which the assembler honours setmaxnreg."""
         b, ctx = self.b, self.ctx

@@ -1,8 +1,8 @@
 """Barriers in shared memory (mbarrier): roles tell each other what is filled and what is free, stage by stage.
 
-A barrier has phases. A phase is complete when all groups of threads have arrived that the barrier waits for, and all bytes have
-landed that they announced; then the next one begins. `wait_barrier(b, p)` waits until the phase of parity p is complete: the first
-phase has parity 0, and the one before it, which always is complete, has parity 1.
+A barrier has phases. A phase is complete when all groups of threads have arrived that the barrier waits for, and all bytes
+have landed that they announced; then the next one begins. `wait_barrier(b, p)` waits until the phase of parity p is complete:
+the first phase has parity 0, and the one before it, which always is complete, has parity 1.
 
 Every warp of a group arrives by itself, so the hardware counts warps: code generation knows how many a group has.
 """
@@ -164,9 +164,7 @@ def one_barrier(what: str, barrier: SharedOperand) -> tuple[SharedTensor, Expr]:
         return barrier.tensor, barrier.prefix[0]
     if isinstance(barrier, SharedTensor) and barrier.shape == (1,):
         return barrier, as_expr(0)
-    raise TilusError(
-        f"{what}: {list(barrier.shape)} barriers, expected one", hint="pick one by its index: full[stage]"
-    )
+    raise TilusError(f"{what}: {list(barrier.shape)} barriers, expected one", hint="pick one by its index: full[stage]")
 
 
 @builtin

@@ -90,9 +90,7 @@ class Evaluation(Protocol):
         """Make the elements of a shared tensor barriers, whose phases wait for so many arrivals of groups."""
         ...
 
-    def barrier_arrive(
-        self, barrier: SharedTensor, index: Expr, *, count: int = 1, nbytes: Expr | None = None
-    ) -> None:
+    def barrier_arrive(self, barrier: SharedTensor, index: Expr, *, count: int = 1, nbytes: Expr | None = None) -> None:
         """`count` groups arrive, and the open phase also waits for `nbytes` more bytes of copies."""
         ...
 

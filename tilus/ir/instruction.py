@@ -118,7 +118,8 @@ class Instruction:
         """Raise TilusError when shapes, dtypes or attributes do not fit; the caller adds the location."""
 
     def layout_rule(self, num_threads: int) -> LayoutRule:
-        """The ways in which the instruction can run, as layouts of its tiles; `num_threads` is the number of threads that run it: the block's, or those of a role."""
+        """The ways in which the instruction can run, as layouts of its tiles; `num_threads` of the block or
+        the role run it."""
         return AnyLayout((*self.register_results, *self.register_operands), num_threads)
 
     def shared_accesses(self, num_threads: int, target: Target) -> tuple[tuple[SharedTensor, SharedAccess], ...]:

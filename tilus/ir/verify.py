@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 
 from tilus.errors import Loc, Note, TilusError, raise_all
@@ -11,8 +11,8 @@ from tilus.ir.function import Function
 from tilus.ir.instruction import Instruction
 from tilus.ir.stmt import Break, Continue, For, If, Inst, Return, Role, Seq, SetScalar, Stmt, While
 from tilus.ir.tensor import RegisterTensor
-from tilus.ir.visit import side_by_side, walk as walk_statements
-
+from tilus.ir.visit import side_by_side
+from tilus.ir.visit import walk as walk_statements
 
 # Warps that set their registers together, and how many a thread may have then (PTX ISA, setmaxnreg).
 WARPGROUP = 4
@@ -33,8 +33,8 @@ class _Checker:
         self.errors: list[TilusError] = []
         self.num_warps = function.num_warps
         self.body = function.body
-        self.scalars: set[Var] = set(function.kernel_params())
-        self.tiles: dict[RegisterTensor, Loc | None] = {}  # with the line that defines each
+        self.scalars: set[Var | RegisterTensor] = set(function.kernel_params())
+        self.tiles: dict[Var | RegisterTensor, Loc | None] = {}  # with the line that defines each
         self.elsewhere: dict[Var | RegisterTensor, str] = {}  # what only other warps know, with an explanation
         self.role: Role | None = None
         self.loops = 0  # of the role, or of the block outside of roles
@@ -101,10 +101,11 @@ class _Checker:
         for role in roles:
             for result in _assigned(role):
                 self.elsewhere[result] = f"behind the role of {role} that assigns it: other warps do not know the value"
-                self.scalars.discard(result) if isinstance(result, Var) else self.tiles.pop(result, None)
+                self.scalars.discard(result)
+                self.tiles.pop(result, None)
 
     @contextmanager
-    def _inside(self, role: Role) -> Iterator[None]:
+    def _inside(self, role: Role) -> Generator[None]:
         scalars, tiles, elsewhere = self.scalars, self.tiles, self.elsewhere
         outside = "in a role and was made outside of it: its layout is for other threads"
         self.scalars, self.tiles, self.elsewhere = set(scalars), {}, elsewhere | dict.fromkeys(tiles, outside)
@@ -131,7 +132,9 @@ class _Checker:
         if role.registers is not None:
             self._role_registers(role, last)
         if not last and any(isinstance(stmt, Return) for stmt in walk_statements(role.body)):
-            refuse(f"the role of {role} returns, and statements follow the roles", "make the roles the end of the kernel")
+            refuse(
+                f"the role of {role} returns, and statements follow the roles", "make the roles the end of the kernel"
+            )
 
     def _role_registers(self, role: Role, last: bool) -> None:
         registers = role.registers
@@ -208,7 +211,7 @@ class _Checker:
                     f"layout {tile.layout} of {tile.name} is for {tile.layout.num_threads} threads, "
                     f"the {group} has {32 * num_warps}",
                     loc=loc,
-                    hint=f"change `warps` in tilus.grid, or the layout"
+                    hint="change `warps` in tilus.grid, or the layout"
                     if self.role is None
                     else "change the number of warps in tilus.warps, or the layout",
                 )

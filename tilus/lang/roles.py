@@ -1,7 +1,7 @@
 """`with tilus.warps(...)`: what only some warps of a block do, and which names they share with the others.
 
-A role starts with the names as they are in front of it. What it assigns are variables of its own: other warps, and the code behind
-the roles, do not know those values, so a name that a role assigns has none behind it.
+A role starts with the names as they are in front of it. What it assigns are variables of its own: other warps, and the code
+behind the roles, do not know those values, so a name that a role assigns has none behind it.
 """
 
 from __future__ import annotations

@@ -14,7 +14,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from tilus.errors import Loc
-from tilus.ptx.module import Call, Comment, Guard, Imm, Instr, Item, Label, LabelRef, Operand, Pair, Reg, RegClass, Special
+from tilus.ptx.module import (
+    Call,
+    Comment,
+    Guard,
+    Imm,
+    Instr,
+    Item,
+    Label,
+    LabelRef,
+    Operand,
+    Pair,
+    Reg,
+    RegClass,
+    Special,
+)
 
 _CLASS_OF_TYPE = {
     "pred": RegClass.PRED,

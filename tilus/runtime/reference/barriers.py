@@ -67,7 +67,9 @@ class Barriers:
         """
         made = self._made.get(tensor)
         if made is None:
-            raise TilusError(f"{tensor.name} is no barrier", hint="make it with tilus.mbarrier(stages) before the roles")
+            raise TilusError(
+                f"{tensor.name} is no barrier", hint="make it with tilus.mbarrier(stages) before the roles"
+            )
         if not 0 <= index < len(made):
             raise TilusError(f"barrier {tensor.name}[{index}], expected an index from 0 to {len(made) - 1}")
         return made[index]

@@ -37,7 +37,8 @@ class Program:
 
     scalars: closures of the instructions' scalar operands, by id. fixed: tensors whose place and shape are the same for
     the whole launch. written: pointers that it writes through. ordered: blocks may talk to each other, so that chunks
-    must not run side by side. alone: it has roles or barriers, so that each block runs by itself. tiles: shape and numpy dtype of every tile. tile_nbytes: the largest tile of one block.
+    must not run side by side. alone: it has roles or barriers, so that each block runs by itself. tiles: shape and numpy
+    dtype of every tile. tile_nbytes: the largest tile of one block.
     """
 
     run: Runner

@@ -20,7 +20,7 @@ class _Cancelled(BaseException):
 
 
 class Turn:
-    """A role on its way. name: its warps. ready: what it waits for. error: how it ended, when not at its end."""
+    """A role on its way. name: its warps. ready: whether it can go on. error: how it ended, when not at its end."""
 
     def __init__(self, name: str, run: Callable[[Turn], None]) -> None:
         self.name = name
@@ -28,10 +28,9 @@ class Turn:
         self.ready: Callable[[], bool] = lambda: True
         self.error: BaseException | None = None
         self._run = run
-        self._refusal: BaseException | None = None
+        self._stuck = self._cancelled = False
         self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
-        self._thread = threading.Thread(target=self._main, name=f"tilus-role-{name}", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._main, name=f"tilus {name}", daemon=True).start()
 
     def wait(self, ready: Callable[[], bool], what: Callable[[], str]) -> None:
         """Called by the role: let others run until `ready`.
@@ -41,26 +40,34 @@ class Turn:
         self.ready = ready
         self._back.release()
         self._go.acquire()
-        if isinstance(self._refusal, TilusError):
-            self._refusal = TilusError(what())
-        if self._refusal is not None:
-            raise self._refusal
+        if self._cancelled:
+            raise _Cancelled
+        if self._stuck:
+            raise TilusError(what())
 
     def resume(self) -> None:
         """Called by the block: let the role run until it waits or ends."""
         self._go.release()
         self._back.acquire()
 
-    def end(self, refusal: BaseException) -> None:
-        """Called by the block: make the role's wait, or its start, raise."""
+    def give_up(self) -> TilusError:
+        """Called by the block: what the role waits for, when that never comes."""
+        self._stuck = True
+        self.resume()
+        if isinstance(self.error, TilusError):
+            return self.error
+        raise self.error or TilusError(f"{self.name} ended without what it waited for")
+
+    def cancel(self) -> None:
+        """Called by the block: end the role."""
         if not self.finished:
-            self._refusal = refusal
+            self._cancelled = True
             self.resume()
 
     def _main(self) -> None:
         self._go.acquire()
         try:
-            if self._refusal is None:
+            if not self._cancelled:
                 with np.errstate(all="ignore"):  # a setting of each thread
                     self._run(self)
         except BaseException as error:  # which the block's thread raises
@@ -87,23 +94,19 @@ def run_side_by_side(roles: Sequence[tuple[str, Callable[[Turn], None]]]) -> Non
                     raise turn.error
     finally:
         for turn in turns:
-            turn.end(_Cancelled())
+            turn.cancel()
 
 
 def _deadlock(turns: Sequence[Turn]) -> TilusError:
-    waits: list[Note] = []
+    notes: list[Note] = []
     for turn in turns:
         if turn.finished:
-            waits.append(Note(f"{turn.name}: at the end", None))
-            continue
-        turn.end(TilusError("waits"))
-        if not isinstance(turn.error, TilusError):
-            raise turn.error or TilusError(f"{turn.name} ended without an error")
-        waits.append(Note(f"{turn.name}: {turn.error.message}", turn.error.loc))
-    where = next(note.loc for note in waits if note.loc is not None) if any(note.loc for note in waits) else None
+            notes.append(Note(f"{turn.name}: at the end", None))
+        else:
+            error = turn.give_up()
+            notes.append(Note(f"{turn.name}: {error.message}", error.loc))
     return TilusError(
         "the roles wait for each other, and nobody can go on",
-        loc=where,
-        notes=waits,
-        hint="every phase needs its arrivals: a consumer starts with phase 0, a producer that waits for free stages with 1",
+        notes=notes,
+        hint="every phase needs its arrivals; a consumer starts with phase 0, a producer that waits for free stages with 1",
     )

@@ -43,9 +43,10 @@ class Compilation(Protocol):
 
 
 class BlockState:
-    """Blocks `first` to `first + extents` of a grid in lock step; a block that has barriers runs alone.
+    """Blocks `first` to `first + extents` of a grid in lock step; one that has barriers runs alone.
 
-    num_threads: of the block, or of the role that runs. turn: of that role. mask: which of them are active. broken, continued: those that left the innermost loop, or its current iteration.
+    num_threads: of the block, or of the role that runs. turn: of that role. mask: which of the blocks are active. broken,
+    continued: those that left the innermost loop, or its current iteration.
     """
 
     def __init__(
