@@ -60,8 +60,8 @@ class EmitContext:
     """State of lowering one kernel.
 
     warps: that run the code: the block's, or those of a role. plan: where everything is in the block's shared memory.
-    read_only: pointers that the kernel never writes through. barriers: the hardware barrier of each group of warps.
-    arriving_warps: of one arrival at each mbarrier. entry_registers: of a thread at launch, where roles change their number.
+    read_only: pointers to memory that nobody writes while the kernel runs. barriers: the hardware barrier of each group of
+    warps. arriving_warps: of one arrival at each mbarrier. entry_registers: of a thread at launch, where roles change it.
     """
 
     b: Builder
@@ -198,12 +198,14 @@ class EmitContext:
         is_other = self.b.pure("setp.ge.u32", self.thread_id(), Imm(32))
         return self.b.pure("and.pred", is_other, self.elected())
 
+    def in_first_warp(self) -> Reg | None:
+        """True in the first warp of the threads that run the code; None where there is no other."""
+        return None if self.num_threads == 32 else self.b.pure("setp.lt.u32", self.thread_id(), Imm(32))
+
     def elected_in_group(self) -> Reg:
         """True in one of the threads that run the code: the elected one of their first warp."""
-        if len(self.warps) == 1:
-            return self.elected()
-        is_first = self.b.pure("setp.lt.u32", self.thread_id(), Imm(32))
-        return self.b.pure("and.pred", is_first, self.elected())
+        first = self.in_first_warp()
+        return self.elected() if first is None else self.b.pure("and.pred", first, self.elected())
 
     def digit(self, stride: int, size: int) -> Linear:
         """`(thread // stride) % size`."""

@@ -94,7 +94,7 @@ class Evaluation(Protocol):
         """`count` groups arrive, and the open phase also waits for `nbytes` more bytes of copies."""
         ...
 
-    def barrier_complete_bytes(self, barrier: SharedTensor, index: Expr, nbytes: int) -> None:
+    def barrier_complete_bytes(self, barrier: SharedTensor, index: Expr, nbytes: Expr) -> None:
         """Bytes of an asynchronous copy have landed."""
         ...
 

@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 
 from tilus.errors import Loc, Note, TilusError, raise_all
+from tilus.ir.dependencies import check_dependencies
 from tilus.ir.expr import Expr, Var, walk
 from tilus.ir.function import Function
 from tilus.ir.instruction import Instruction
@@ -25,7 +26,7 @@ def verify(function: Function) -> None:
     checker = _Checker(function)
     checker.exprs(function.grid, function.loc)
     checker.statement(function.body)
-    raise_all(checker.errors)
+    raise_all([*checker.errors, *check_dependencies(function)])
 
 
 class _Checker:

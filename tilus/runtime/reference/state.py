@@ -158,8 +158,8 @@ class BlockState:
     ) -> None:  # fmt: skip
         self._barrier(barrier, index).arrive(count, 0 if nbytes is None else int(self.value(nbytes)))
 
-    def barrier_complete_bytes(self, barrier: SharedTensor, index: Expr, nbytes: int) -> None:
-        self._barrier(barrier, index).land(nbytes)
+    def barrier_complete_bytes(self, barrier: SharedTensor, index: Expr, nbytes: Expr) -> None:
+        self._barrier(barrier, index).land(int(self.value(nbytes)))
 
     def barrier_wait(self, barrier: SharedTensor, index: Expr, phase: Expr) -> None:
         place, parity = int(self.value(index)), int(self.value(phase))
