@@ -8,18 +8,23 @@ from tilus.ir.function import Function
 from tilus.ir.tensor import SharedTensor
 from tilus.ir.visit import instructions
 
-ALIGNMENT = 128  # a full swizzle row; TMA and ldmatrix need 128 and 16
+ALIGNMENT = 128  # TMA and ldmatrix need 128 and 16
+MAX_ALIGNMENT = 1024  # the longest pattern of a swizzle that TMA and wgmma know: they apply it to addresses, not to offsets
 
 
 @dataclass(frozen=True)
 class SharedPlan:
-    """Offsets in bytes. Behind the tensors: the block's scratch memory, then `warp_scratch_nbytes` for each warp."""
+    """Offsets in bytes. Behind the tensors: the block's scratch memory, then `warp_scratch_nbytes` for each warp.
+
+    alignment: of offset 0.
+    """
 
     offsets: dict[SharedTensor, int]
     scratch_offset: int
     warp_scratch_offset: int
     warp_scratch_nbytes: int
     nbytes: int
+    alignment: int
 
 
 def plan_shared(function: Function) -> SharedPlan:
@@ -30,14 +35,22 @@ def plan_shared(function: Function) -> SharedPlan:
     for stmt in instructions(function.body):
         for tensor in stmt.inst.operands:
             if isinstance(tensor, SharedTensor) and tensor not in offsets:
-                offsets[tensor] = end
-                end += _aligned(tensor.nbytes)
+                offsets[tensor] = _aligned(end, _alignment(tensor))
+                end = _aligned(offsets[tensor] + tensor.nbytes)
         scratch = max(scratch, stmt.inst.scratch_nbytes(function.num_threads))
         warp_scratch = max(warp_scratch, *(plan.warp_scratch_nbytes for plan in stmt.inst.conversions()), 0)
     warps_start = end + _aligned(scratch)
     warp_nbytes = _aligned(warp_scratch)
-    return SharedPlan(offsets, end, warps_start, warp_nbytes, warps_start + warp_nbytes * function.num_warps)
+    alignment = max(map(_alignment, offsets), default=ALIGNMENT)
+    return SharedPlan(offsets, end, warps_start, warp_nbytes, warps_start + warp_nbytes * function.num_warps, alignment)
 
 
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+def _alignment(tensor: SharedTensor) -> int:
+    """In bytes: of a swizzled tensor, the pattern that repeats."""
+    swizzle = None if tensor.layout is None else tensor.layout.swizzle
+    period_nbytes = 0 if swizzle is None else swizzle.period * tensor.dtype.nbits // 8
+    return max(ALIGNMENT, min(period_nbytes, MAX_ALIGNMENT))
+
+
+def _aligned(nbytes: int, alignment: int = ALIGNMENT) -> int:
+    return -(-nbytes // alignment) * alignment

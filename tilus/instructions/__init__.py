@@ -24,6 +24,7 @@ from tilus.instructions import (
     scan,
     shared,
     view,
+    wgmma,
 )
 from tilus.ir.builder import Builtin
 from tilus.ir.instruction import Instruction
@@ -47,6 +48,7 @@ FAMILIES = (
     scan,
     shared,
     view,
+    wgmma,
 )
 
 

@@ -62,8 +62,15 @@ class Instruction:
     # Whether `verify` looks at pinned layouts: a mistake is then shown with the lines that pin them.
     reads_layouts: ClassVar[bool] = False
 
+    # Whether it means something on a GPU only, so that there is no C of it.
+    needs_gpu: ClassVar[bool] = False
+
     # Whether `out` may be the storage of an operand that the instruction adds to.
     accumulates: ClassVar[bool] = False
+
+    # Whether it goes on while the program does: until an instruction that awaits it, its results are not there, and what it reads
+    # may not be overwritten.
+    asynchronous: ClassVar[bool] = False
 
     def fields(self) -> Iterator[tuple[str, Any]]:
         for field in dataclasses.fields(self):
@@ -103,6 +110,14 @@ class Instruction:
 
     def effects(self) -> Effects:
         return PURE
+
+    def accumulator(self) -> RegisterTensor | None:
+        """The operand whose registers the result must share, as an asynchronous instruction may still add to it."""
+        return None
+
+    def awaits(self) -> int | None:
+        """How many of the latest asynchronous instructions may go on behind this one; None where it waits for none."""
+        return None
 
     def verify(self) -> None:
         """Raise TilusError when shapes, dtypes or attributes do not fit; the caller adds the location."""

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from tilus.errors import Loc
-from tilus.ptx.module import Call, Comment, Guard, Imm, Instr, Item, Label, LabelRef, Operand, Reg, RegClass
+from tilus.ptx.module import Call, Comment, Guard, Imm, Instr, Item, Label, LabelRef, Operand, Reg, RegClass, Vector
 
 _CLASS_OF_TYPE = {
     "pred": RegClass.PRED,
@@ -74,6 +74,8 @@ class Builder:
         return reg
 
     def level_of(self, operand: Operand) -> int:
+        if isinstance(operand, Vector):
+            return max(map(self.level_of, operand.elements))
         return self._levels[operand] if isinstance(operand, Reg) else 0
 
     def emit(self, opcode: str, *srcs: Operand, guard: Guard | None = None, out: RegClass | None = None) -> Reg:
