@@ -17,93 +17,33 @@ import numpy as np
 
 from tilus.codegen.context import EmitContext
 from tilus.codegen.linear import Linear, of_const
-from tilus.codegen.matrix_descriptor import descriptor
-from tilus.codegen.shared_access import SharedAccess, shared_access
+from tilus.codegen.shared_access import SharedAccess
 from tilus.dtypes import f32, int32
 from tilus.errors import TilusError
 from tilus.instructions.mma import product
 from tilus.instructions.mma_blocks import COLUMNS, ROWS, Extents
-from tilus.instructions.shared import SharedOperand, full_offsets, placed
+from tilus.instructions.shared import SharedOperand, full_offsets
 from tilus.instructions.wgmma_atoms import ROWS as INSTRUCTION_ROWS
-from tilus.instructions.wgmma_atoms import WARPS, WGMMA_ATOMS, WgmmaAtom, wgmma_atom
+from tilus.instructions.wgmma_atoms import WARPS, WgmmaAtom, wgmma_atom
 from tilus.instructions.wgmma_blocks import FRAGMENT_COLUMNS, FRAGMENT_ROWS, Part, WgmmaWay, wgmma_ways
+from tilus.instructions.wgmma_matrix import SharedMatrix
 from tilus.ir.builder import IRBuilder, builtin
-from tilus.ir.evaluation import Array, Evaluation
+from tilus.ir.evaluation import Evaluation
 from tilus.ir.expr import Expr
 from tilus.ir.instruction import Effects, Instruction
 from tilus.ir.layout_rules import LayoutPriority, LayoutRule, Layouts, OneOf, Way
-from tilus.ir.ranges import divisor
 from tilus.ir.tensor import RegisterTensor, SharedTensor
-from tilus.layout import SharedLayout, WgmmaForm, slot_map, wgmma_forms
-from tilus.ptx.module import Imm, Operand, Vector
+from tilus.layout import SharedLayout, WgmmaForm, slot_map
+from tilus.ptx.module import Imm, Operand, Reg, Vector
 from tilus.target import Target
-
-
-@dataclass(frozen=True)
-class SharedMatrix:
-    """The operand [rows, k] of a product in shared memory; `rows` are those of A or the columns of B.
-
-    offsets: where it starts in the tensor, whose last two dims are [rows, k], or [k, rows] if it is transposed.
-    """
-
-    tensor: SharedTensor
-    offsets: tuple[Expr, ...]
-    rows: int
-    k: int
-    transposed: bool
-
-    @property
-    def dims(self) -> tuple[int, int]:
-        """The tensor's dims of rows and k."""
-        last = self.tensor.rank - 1
-        return (last, last - 1) if self.transposed else (last - 1, last)
-
-    def value(self, env: Evaluation) -> Array:
-        return env.load(self.tensor, self.offsets, (self.rows, self.k), self.dims, checked=False)
-
-    def forms(self, atom: WgmmaAtom, starts: int, most: int) -> dict[SharedLayout, WgmmaForm]:
-        """The layouts of the tensor from which instructions can read their rows: at multiples of `starts` from the first one (0:
-        only there), `most` or fewer. Rows that are contiguous must start a block for each instruction, or lie in one."""
-        order = (*range(self.tensor.rank - 2), *self.dims)
-        step = math.gcd(starts, divisor(self.offsets[self.dims[0]]))
-        found = wgmma_forms(tuple(self.tensor.shape[d] for d in order), atom.a.nbits // 8)
-        return {
-            layout.permute(order): form
-            for layout, form in found.items()
-            if form.major == "k" or step % form.width == 0 or (form.width % step == 0 and most <= step)
-        }
-
-    def index(self, ctx: EmitContext, row: Linear, k: int) -> list[Linear]:
-        """An element relative to the start as an index of the tensor, with rows and k last."""
-        rows, depth = self.dims
-        index = [ctx.scalars.linear(offset) for offset in self.offsets]
-        return [*index[:-2], index[rows] + row, index[depth] + of_const(k)]
-
-    def access(self, legal: Sequence[SharedLayout]) -> SharedAccess:
-        extents = (self.rows, self.k)
-        return shared_access(self.tensor, None, self.offsets, self.dims, extents, legal=tuple(legal))
-
-    def verify(self, name: str, atom: WgmmaAtom) -> None:
-        tensor = self.tensor
-        if tensor.rank < 2 or len(self.offsets) != tensor.rank:
-            raise TilusError(f"wgmma: {len(self.offsets)} offsets for {name}, {tensor.name} of rank {tensor.rank}")
-        for what, extent, unit, d in zip(("rows", "k"), (self.rows, self.k), (8, atom.k), self.dims, strict=True):
-            if extent > tensor.shape[d]:
-                raise TilusError(
-                    f"wgmma: {name} has {extent} {what}, dim {d} of {tensor.name} only {tensor.shape[d]}",
-                    hint=f"{name} is [{'k, ' * self.transposed}rows{', k' * (not self.transposed)}] here",
-                )
-            if divisor(self.offsets[d]) % unit:
-                raise TilusError(
-                    f"wgmma: {name} starts at {self.offsets[d]} of dim {d} of {tensor.name}, expected a multiple of {unit}",
-                    hint="let the offset be a product with that number",
-                )
 
 
 @dataclass(frozen=True, eq=False)
 class Wgmma(Instruction):
-    """`out = a @ b^T + acc`, begun: `shape` is (m, n, k). a: a tile [m, k], or a shared tensor at `a_offsets`; b: a shared tensor at
-    `b_offsets`. Their last two dims are [m, k] and [n, k], transposed [k, m] and [k, n]. Without acc the sum starts at zero.
+    """`out = a @ b^T + acc`, begun: `shape` is (m, n, k).
+
+    a: a tile [m, k], or a shared tensor at `a_offsets`; b: a shared tensor at `b_offsets`. The last two dims of shared tensors
+    are [m, k] and [n, k], transposed [k, m] and [k, n]. Without acc the sum starts at zero.
     """
 
     mnemonic = "wgmma"
@@ -130,20 +70,18 @@ class Wgmma(Instruction):
 
     @property
     def atom(self) -> WgmmaAtom:
-        found = wgmma_atom(self.a.dtype, self.b.dtype, self.out.dtype)
-        if found is None:
-            raise _no_atom(self.a, self.b, self.out)
-        return found
+        return wgmma_atom(self.a.dtype, self.b.dtype, self.out.dtype)
 
     @property
-    def matrix_a(self) -> SharedMatrix | None:
+    def left(self) -> RegisterTensor | SharedMatrix:
+        """A as a tile or a part of a shared tensor."""
         if isinstance(self.a, RegisterTensor):
-            return None
-        return SharedMatrix(self.a, self.a_offsets, self.shape[0], self.shape[2], self.a_transposed)
+            return self.a
+        return SharedMatrix("a", self.a, self.a_offsets, self.shape[0], self.shape[2], self.a_transposed)
 
     @property
-    def matrix_b(self) -> SharedMatrix:
-        return SharedMatrix(self.b, self.b_offsets, *self.shape[1:], self.b_transposed)
+    def right(self) -> SharedMatrix:
+        return SharedMatrix("b", self.b, self.b_offsets, *self.shape[1:], self.b_transposed)
 
     def verify(self) -> None:
         atom, (m, n, k) = self.atom, self.shape
@@ -160,9 +98,9 @@ class Wgmma(Instruction):
                 raise TilusError(
                     f"wgmma: the accumulator is {tile.dtype.name}{list(tile.shape)}, the product {self.out.dtype.name}{[m, n]}"
                 )
-        for name, matrix in (("a", self.matrix_a), ("b", self.matrix_b)):
-            if matrix is not None:
-                matrix.verify(name, atom)
+        for matrix in (self.left, self.right):
+            if isinstance(matrix, SharedMatrix):
+                matrix.verify(atom)
 
     # Layouts.
 
@@ -198,37 +136,38 @@ class Wgmma(Instruction):
 
     def shared_accesses(self, num_threads: int, target: Target) -> tuple[tuple[SharedTensor, SharedAccess], ...]:
         way = self._way(num_threads)
-        forms = ((self.matrix_a, self.a_forms(way)), (self.matrix_b, self.b_forms(way)))
-        return tuple((matrix.tensor, matrix.access(tuple(legal))) for matrix, legal in forms if matrix is not None)
+        b = (self.b, self.right.access(self.b_forms(way)))
+        a = self.left
+        return ((a.tensor, a.access(self.a_forms(a, way))), b) if isinstance(a, SharedMatrix) else (b,)
 
-    def a_forms(self, way: WgmmaWay) -> dict[SharedLayout, WgmmaForm]:
-        return {} if self.matrix_a is None else self.matrix_a.forms(way.atom, INSTRUCTION_ROWS, INSTRUCTION_ROWS)
+    def a_forms(self, matrix: SharedMatrix, way: WgmmaWay) -> Mapping[SharedLayout, WgmmaForm]:
+        """How A can be read from shared memory."""
+        return matrix.forms(way.atom, INSTRUCTION_ROWS, INSTRUCTION_ROWS)
 
-    def b_forms(self, way: WgmmaWay) -> dict[SharedLayout, WgmmaForm]:
+    def b_forms(self, way: WgmmaWay) -> Mapping[SharedLayout, WgmmaForm]:
+        """How B can be read from shared memory."""
         columns = [part.column for part in way.parts()]
         starts = math.gcd(*columns, way.num_columns if way.num_columns < self.shape[1] else 0)
-        return self.matrix_b.forms(way.atom, starts, max(part.width for part in way.parts()))
+        return self.right.forms(way.atom, starts, max(part.width for part in way.parts()))
 
     # Meaning.
 
     def evaluate(self, env: Evaluation) -> None:
-        a = env.tile(self.a) if isinstance(self.a, RegisterTensor) else None
-        left = a if self.matrix_a is None else self.matrix_a.value(env)
-        if left is None:
-            raise ValueError("wgmma without a left operand passed the verifier")
+        a = self.left
+        left = a.value(env) if isinstance(a, SharedMatrix) else env.tile(a)
         total = np.zeros((), self.out.dtype.compute) if self.acc is None else env.tile(self.acc)
-        env.set_tile(self.out, product(left, self.matrix_b.value(env).swapaxes(-1, -2), total, self.out.dtype))
+        env.set_tile(self.out, product(left, self.right.value(env).swapaxes(-1, -2), total, self.out.dtype))
 
     def emit(self, ctx: EmitContext) -> None:
         _require_sm_90a(ctx, "wgmma")
         way = self._way(ctx.num_threads)
         sums, operands = _Sums(ctx, self.out, self.acc, way), _Operands(ctx, self, way)
         steps = [(part, step) for part in way.parts() for step in range(way.num_steps)]
-        code = [(operands.a(part, step), operands.b(part, step)) for part, step in steps]
+        sources = [operands.of(part, step) for part, step in steps]
         ctx.b.emit_to("wgmma.fence.sync.aligned")
-        for (part, step), sources in zip(steps, code, strict=True):
+        for (part, step), (a, b) in zip(steps, sources, strict=True):
             adds = ctx.b.pure("setp.ne.s32", ctx.b.const(int(step > 0 or self.acc is not None)), Imm(0))
-            ctx.b.emit_to(way.atom.opcode(part.width), sums.registers(part), *sources, adds, *operands.modes)
+            ctx.b.emit_to(way.atom.opcode(part.width), sums.registers(part), a, b, adds, *operands.modes)
         ctx.b.emit_to("wgmma.commit_group.sync.aligned")
         sizes = Counter(part.width for part in way.parts() for _ in range(way.num_steps))
         kinds = ", ".join(f"{count} x m{INSTRUCTION_ROWS}n{n}k{way.atom.k}" for n, count in sizes.items())
@@ -248,7 +187,9 @@ class _Sums:
         per_word = 32 // out.dtype.nbits
         order = slot_map(way.layouts[1], layout)
         if any(slot % per_word != place % per_word for place, slot in enumerate(order)):
-            raise TilusError(f"wgmma: layout {layout} of {out.name} tears words apart", hint=f"pin it to {way.layouts[1]}")
+            raise TilusError(
+                f"wgmma: layout {layout} of {out.name} tears words apart", hint=f"pin it to {way.layouts[1]}"
+            )
         self.words = [words[slot // per_word] for slot in order[::per_word]]
         self.per_word = per_word
 
@@ -260,12 +201,14 @@ class _Operands:
     """The fragments or descriptors of A, and the descriptors of B."""
 
     def __init__(self, ctx: EmitContext, inst: Wgmma, way: WgmmaWay) -> None:
-        self.ctx, self.inst, self.way = ctx, inst, way
-        self.b_form = _form(inst.matrix_b, inst.b_forms(way))
-        self.a_form = None if inst.matrix_a is None else _form(inst.matrix_a, inst.a_forms(way))
-        self.a_words = None
-        if isinstance(inst.a, RegisterTensor):
-            self.a_words = ctx.aligned_words(inst.a, way.layouts[0])
+        self.ctx, self.way = ctx, way
+        a, b = inst.left, inst.right
+        self.a: list[Reg] | tuple[SharedMatrix, WgmmaForm]
+        if isinstance(a, SharedMatrix):
+            self.a = a, a.form(inst.a_forms(a, way))
+        else:
+            self.a = ctx.aligned_words(a, way.layouts[0])
+        self.b = b, b.form(inst.b_forms(way))
         self.first_row = self._warpgroup_index(ROWS, FRAGMENT_ROWS)
         self.first_column = self._warpgroup_index(COLUMNS, FRAGMENT_COLUMNS)
 
@@ -279,35 +222,28 @@ class _Operands:
                 index = index + digit.scaled(term.weight * inside * size)
         return index
 
-    def a(self, part: Part, step: int) -> Operand:
-        if self.a_words is not None:
-            per_word = 32 // self.way.atom.a.nbits
-            return Vector(tuple(self.a_words[slot // per_word] for slot in self.way.a_slots(part, step)[::per_word]))
-        matrix, form = self.inst.matrix_a, self.a_form
-        row = self.first_row + of_const(FRAGMENT_ROWS * self.way.rows[part.row])
-        return descriptor(self.ctx, matrix.tensor, form, matrix.index(self.ctx, row, step * self.way.atom.k))
+    def of(self, part: Part, step: int) -> tuple[Operand, Operand]:
+        """A and B of one instruction."""
+        column = self.first_column + of_const(part.column)
+        matrix, form = self.b
+        return self._a(part, step), matrix.descriptor(self.ctx, form, column, step * self.way.atom.k)
 
-    def b(self, part: Part, step: int) -> Operand:
-        matrix, column = self.inst.matrix_b, self.first_column + of_const(part.column)
-        return descriptor(self.ctx, matrix.tensor, self.b_form, matrix.index(self.ctx, column, step * self.way.atom.k))
+    def _a(self, part: Part, step: int) -> Operand:
+        atom = self.way.atom
+        if isinstance(self.a, list):
+            per_word = 32 // atom.a.nbits
+            return Vector(tuple(self.a[slot // per_word] for slot in self.way.a_slots(part, step)[::per_word]))
+        matrix, form = self.a
+        row = self.first_row + of_const(FRAGMENT_ROWS * self.way.rows[part.row])
+        return matrix.descriptor(self.ctx, form, row, step * atom.k)
 
     @property
     def modes(self) -> list[Operand]:
-        """What follows the predicate: floats may be negated, operands of 16 bits in shared memory have a contiguous dim."""
+        """What follows the predicate: floats may be negated, 16-bit operands in shared memory say which dim is contiguous."""
         if self.way.atom.a.is_integer:
             return []
-        forms = [form for form in (self.a_form, self.b_form) if form is not None] if self.way.atom.may_transpose else []
-        return [Imm(1), Imm(1), *(Imm(int(form.major == "mn")) for form in forms)]
-
-
-def _form(matrix: SharedMatrix, forms: Mapping[SharedLayout, WgmmaForm]) -> WgmmaForm:
-    found = forms.get(placed(matrix.tensor))
-    if found is None:
-        raise TilusError(
-            f"wgmma cannot read {matrix.tensor.name} in layout {matrix.tensor.layout}",
-            hint="leave the layout of the shared tensor to the compiler",
-        )
-    return found
+        matrices = [m for m in (self.a, self.b) if isinstance(m, tuple) and self.way.atom.may_transpose]
+        return [Imm(1), Imm(1), *(Imm(int(form.major == "mn")) for _, form in matrices)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -323,8 +259,8 @@ class WgmmaWait(Instruction):
         return Effects(barrier=True)
 
     def verify(self) -> None:
-        if not 0 <= self.pending <= 7:
-            raise TilusError(f"wgmma_wait({self.pending}): expected 0 to 7 products under way")
+        if self.pending < 0:
+            raise TilusError(f"wgmma_wait({self.pending}): expected 0 or more products under way")
 
     def awaits(self) -> int | None:
         return self.pending
@@ -346,38 +282,24 @@ def _require_sm_90a(ctx: EmitContext, what: str) -> None:
         )
 
 
-def _no_atom(a: RegisterTensor | SharedTensor, b: SharedTensor, out: RegisterTensor) -> TilusError:
-    sums = dict.fromkeys(atom.d.name for atom in WGMMA_ATOMS if (atom.a, atom.b) == (a.dtype, b.dtype))
-    if sums:
-        return TilusError(
-            f"wgmma of {a.dtype.name} and {b.dtype.name} adds up in {' or '.join(sums)}, not in {out.dtype.name}"
-        )
-    partners = dict.fromkeys(atom.b.name for atom in WGMMA_ATOMS if atom.a == a.dtype)
-    every = dict.fromkeys(atom.a.name for atom in WGMMA_ATOMS)
-    expected = f"{a.dtype.name} with {' or '.join(partners)}" if partners else f"operands of {', '.join(every)}"
-    return TilusError(
-        f"wgmma of {a.dtype.name} and {b.dtype.name}, expected {expected}",
-        hint="cast a tile in registers: tilus.cast(x, tilus.f16)",
-    )
-
-
 @builtin
 def wgmma(
     b: IRBuilder, x: RegisterTensor | SharedOperand, y: SharedOperand, acc: RegisterTensor | None = None, *,
-    shape: Sequence[int] | None = None, x_offsets: Sequence[Expr | int] | None = None, y_offsets: Sequence[Expr | int] | None = None,
-    x_transposed: bool = False, y_transposed: bool = False,
+    shape: Sequence[int] | None = None, x_offsets: Sequence[Expr | int] | None = None,
+    y_offsets: Sequence[Expr | int] | None = None, x_transposed: bool = False, y_transposed: bool = False,
 ) -> RegisterTensor:  # fmt: skip
     """Begin `x @ y^T + acc` on the tensor cores of warpgroups (sm_90a): x [m, k], y [n, k], acc [m, n] (zero when not given).
 
     x: a tile, or a shared tensor like y. y: a shared tensor or `tensor[i]`. Of these, all is taken, or the part at x_offsets and
-    y_offsets of the extents `shape` = (m, n, k). transposed: it is indexed [k, m] or [k, n]; with 16-bit elements any dim may be
-    contiguous, else k must be.
-    Types: f16 or bf16 with the same, float8_e4m3 and float8_e5m2 in any mix, int8 and uint8 in any mix. Sums: f32, for integers int32,
-    and f16 where acc is f16 (not with bf16). m is a multiple of 64, n of 8, k of 32 bytes; the number of warps one of 4.
+    y_offsets of the extents `shape` = (m, n, k). transposed: it is indexed [k, m] or [k, n]; either dim may be contiguous in
+    memory where elements have 16 bits, else k must be. m is a multiple of 64, n of 8, k of 32 bytes.
+    Types: f16 or bf16 with the same, float8_e4m3 and float8_e5m2 in any mix, int8 and uint8 in any mix. Sums: f32, for integers
+    int32, and f16 where acc is f16 (not with bf16). Products are exact and added up in no promised order.
+    The block or role that runs it has a multiple of 4 warps.
 
     The product is under way until a `wgmma_wait` that covers it: only then may the result be read, x and y be overwritten. Assign
-    the result to the variable of acc, so that it stays in its registers. Before, `fence_async()` and a barrier make what threads
-    wrote to x and y visible.
+    the result to the variable of acc at once, so that it stays in its registers. What threads wrote to x and y is visible to it
+    after `fence_async()` and a barrier.
     """
     extents = tuple(shape) if shape is not None else _extents(x, y, x_transposed, y_transposed)
     if len(extents) != 3:
@@ -410,5 +332,5 @@ def _extents(
 
 @builtin
 def wgmma_wait(b: IRBuilder, pending: int = 0) -> None:
-    """Wait until at most `pending` of the last `wgmma` are under way. The results of earlier ones may be read, their operands reused."""
+    """Wait until at most `pending` of the last `wgmma` are under way; results of earlier ones may be read, operands reused."""
     b.emit(WgmmaWait(pending))

@@ -1,9 +1,9 @@
 """How the warps of a group share a `wgmma`: which rows and columns are whose, and which instructions that makes.
 
 As for mma.sync (see `mma_blocks`), a partition is a layout [1, m / 16, n / 8] whose "threads" are warps. The four warps of a
-warpgroup run each instruction together, so they have the same columns. An instruction takes the rows of one slot of each warp: if A
-is in registers, these are any 16 rows a warp, since D has the same ones; if A is in shared memory, warp w has rows 16 w to 16 w + 15
-of 64 neighbours.
+warpgroup run each instruction together, so they have the same columns. An instruction takes the rows of one slot of each warp: if
+A is in registers, these are any 16 rows a warp, since D has the same ones; if A is in shared memory, warp w has rows 16 w to
+16 w + 15 of 64 neighbours.
 """
 
 from __future__ import annotations
@@ -15,7 +15,15 @@ from functools import cached_property
 
 import numpy as np
 
-from tilus.instructions.mma_blocks import COLUMNS, ROWS, Candidate, Extents, blocks_of_operand, candidate, slots_by_index
+from tilus.instructions.mma_blocks import (
+    COLUMNS,
+    ROWS,
+    Candidate,
+    Extents,
+    blocks_of_operand,
+    candidate,
+    slots_by_index,
+)
 from tilus.instructions.wgmma_atoms import MAX_COLUMNS, WARPS, WgmmaAtom
 from tilus.instructions.wgmma_atoms import ROWS as INSTRUCTION_ROWS
 from tilus.layout import RegisterLayout, local, replicated, spatial
@@ -82,15 +90,23 @@ class WgmmaWay:
 
     def d_slots(self, part: Part) -> list[int]:
         """The slots of D's layout that the instruction's registers are, in the instruction's order."""
-        places, first = slots_by_index(self.blocks), part.column // FRAGMENT_COLUMNS
-        blocks = (places[0, self.rows[part.row], first + j] for j in range(part.width // FRAGMENT_COLUMNS))
+        columns = range(part.column // FRAGMENT_COLUMNS, (part.column + part.width) // FRAGMENT_COLUMNS)
+        blocks = (self._block_slots[0, self.rows[part.row], column] for column in columns)
         return [4 * block + slot for block in blocks for slot in range(4)]
 
     def a_slots(self, part: Part, step: int) -> range:
         """The slots of A's layout that the instruction's registers are."""
         count = FRAGMENT_ROWS * self.atom.k // 32
-        first = slots_by_index(self.candidate.a_blocks)[0, self.rows[part.row], step] * count
+        first = self._a_block_slots[0, self.rows[part.row], step] * count
         return range(first, first + count)
+
+    @cached_property
+    def _block_slots(self) -> dict[tuple[int, ...], int]:
+        return slots_by_index(self.blocks)
+
+    @cached_property
+    def _a_block_slots(self) -> dict[tuple[int, ...], int]:
+        return slots_by_index(self.candidate.a_blocks)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -33,8 +33,8 @@ SOURCE_BIT = 7  # the lowest bit of the byte address that is XORed into another,
 class WgmmaForm:
     """A way in which wgmma reads an operand [..., M or N, K] from shared memory.
 
-    swizzle_nbytes, major: as in `wgmma_operand`. width: elements of the contiguous dim in a row of a block. linear: the addresses
-    before the swizzle, in elements. leading_nbytes, stride_nbytes: the two distances that a matrix descriptor has (see `_distances`).
+    swizzle_nbytes, major: as in `wgmma_operand`. width: elements of the contiguous dim in a row of a block. linear: the
+    addresses before the swizzle, in elements. leading_nbytes, stride_nbytes: the two distances of a matrix descriptor.
     """
 
     swizzle_nbytes: int

@@ -1,7 +1,7 @@
 """Let accumulating instructions write their variable's storage directly.
 
-`t = dot(a, b, acc); acc = t` becomes one dot. A result that must share the registers of its accumulator (`accumulator`, wgmma) does
-so where nothing else uses the accumulator: both become one mutable tile.
+`t = dot(a, b, acc); acc = t` becomes one dot. A result that must share the registers of its accumulator (`accumulator`, wgmma)
+does so where nothing else uses the accumulator: both become one mutable tile.
 
 Requires: a verified function. Ensures: no instruction with `accumulates` is followed by a copy of its only use.
 """

@@ -1,9 +1,9 @@
 """Refuse programs that touch what an asynchronous instruction (wgmma) still works on, where that is certain.
 
-Its results may be read, and written by others, only behind an instruction that awaits it; its operands may not be written before that.
-Only another asynchronous instruction that adds to the same registers may go in between, as the hardware runs them in order.
-Loops are looked at as if they ran twice, so that what a trip leaves under way meets the next one. At the end of a branch, what both
-sides leave under way is. What is not certain is left to the assembler, which refuses to wait by itself.
+Its results may be read, and written by others, only behind an instruction that awaits it, and its operands may not be written
+before that. Only another asynchronous instruction that adds to the same registers may go in between, as the hardware runs them in
+order. Loops are looked at as if they ran twice, so that what a trip leaves under way meets the next one; behind a branch, what
+both sides leave under way is. What is not certain is left to the assembler, which then says that it would have to wait.
 
 Requires: conversions are inserted. Ensures: the same function.
 """
@@ -69,10 +69,14 @@ class _Checker:
             results, operands = work.inst.register_results, work.inst.register_operands
             for tile in inst.register_operands:
                 if tile in results and not (tile is acc and tile in in_order):
-                    yield _mistake(stmt, work, f"{inst.mnemonic} reads {tile.name} while {work.inst.mnemonic} still adds to it")
+                    yield _mistake(
+                        stmt, work, f"{inst.mnemonic} reads {tile.name} while {work.inst.mnemonic} still adds to it"
+                    )
             for tile in inst.register_results:
                 if tile in (*results, *operands) and tile not in in_order:
-                    yield _mistake(stmt, work, f"{inst.mnemonic} writes {tile.name}, on which {work.inst.mnemonic} still works")
+                    yield _mistake(
+                        stmt, work, f"{inst.mnemonic} writes {tile.name}, on which {work.inst.mnemonic} still works"
+                    )
 
 
 def _mistake(stmt: Inst, work: Inst, message: str) -> TilusError:
