@@ -73,7 +73,7 @@ def lower(function: Function, target: Target) -> Lowered:
         scalars.variables[var] = _load_param(b, var, name, var in pointers)
     _StmtLowering(ctx).lower_body(function.body)
     dynamic = plan.nbytes > MAX_STATIC_SHARED_NBYTES
-    shared = (SharedArray(SHARED_SYMBOL, plan.nbytes, 128, dynamic),) if plan.nbytes else ()
+    shared = (SharedArray(SHARED_SYMBOL, plan.nbytes, plan.alignment, dynamic),) if plan.nbytes else ()
     kernel = Kernel(
         name=_identifier(function.name),
         params=tuple(Param(name, "u64" if var in pointers else _param_type(var.dtype)) for var, name in names.items()),

@@ -26,6 +26,7 @@ from tilus.instructions import (
     scan,
     shared,
     view,
+    wgmma,
 )
 from tilus.ir.builder import Builtin
 from tilus.ir.instruction import Instruction
@@ -51,6 +52,7 @@ FAMILIES = (
     scan,
     shared,
     view,
+    wgmma,
 )
 
 
