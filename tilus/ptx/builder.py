@@ -13,7 +13,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from tilus.errors import Loc
-from tilus.ptx.module import Call, Comment, Guard, Imm, Instr, Item, Label, LabelRef, Operand, Reg, RegClass
+from tilus.ptx.module import (
+    Call,
+    Comment,
+    Guard,
+    Imm,
+    Instr,
+    Item,
+    Label,
+    LabelRef,
+    Operand,
+    Pair,
+    Reg,
+    RegClass,
+    Special,
+)  # fmt: skip
 
 _CLASS_OF_TYPE = {
     "pred": RegClass.PRED,
@@ -95,6 +109,15 @@ class Builder:
             dst = self.reg(out or result_class(opcode), level)
             scope.items.append(Instr(opcode, (dst, *srcs), None, self.loc))
             scope.values[key] = dst
+        return scope.values[key]
+
+    def elect(self) -> Reg:
+        """A predicate that holds in one thread of every warp: chosen once, at the kernel's top, where all threads are."""
+        scope, key = self._scopes[0], ("elect.sync", ())
+        if key not in scope.values:
+            scope.values[key] = self.reg(RegClass.PRED, 0)
+            operands = (Pair(Special("_"), scope.values[key]), Imm(0xFFFFFFFF))
+            scope.items.append(Instr("elect.sync", operands, None, self.loc))
         return scope.values[key]
 
     def comment(self, text: str) -> None:

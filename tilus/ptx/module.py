@@ -70,6 +70,14 @@ class Address:
 
 
 @dataclass(frozen=True)
+class TensorAddress:
+    """Where a box of a tensor map starts: `[map, {x, y}]`. coordinates: element indices, the innermost dim first."""
+
+    base: Reg | Symbol
+    coordinates: Vector
+
+
+@dataclass(frozen=True)
 class Vector:
     """A brace-enclosed operand such as `{%r0, %r1}`."""
 
@@ -97,7 +105,7 @@ class Guard:
     negated: bool = False
 
 
-Operand = Reg | Imm | FloatImm | Special | Symbol | Address | Vector | LabelRef | Pair | Guard
+Operand = Reg | Imm | FloatImm | Special | Symbol | Address | TensorAddress | Vector | LabelRef | Pair | Guard
 
 
 @dataclass(frozen=True)
