@@ -13,6 +13,7 @@ from tilus.codegen.access import may_leave
 from tilus.codegen.cast_plan import plan_slots
 from tilus.codegen.linear import Linear, address32, materialize, of_const, of_reg, register, widened
 from tilus.codegen.scalar import ScalarLowering
+from tilus.codegen.tensor_map import TensorMap
 from tilus.codegen.word_program import emit_program
 from tilus.dtypes import DataType, boolean
 from tilus.errors import Loc, TilusError
@@ -22,11 +23,12 @@ from tilus.ir.tensor import GlobalTensor, RegisterTensor, SharedTensor
 from tilus.layout import RegisterLayout, SharedLayout, slot_map
 from tilus.layout.word_program import pick_fields
 from tilus.ptx.builder import Builder
-from tilus.ptx.module import Address, Guard, Imm, Reg, RegClass, Special, Symbol
+from tilus.ptx.module import Address, FloatImm, Guard, Imm, Reg, RegClass, Special, Symbol
 from tilus.target import Target
 
 SHARED_SYMBOL = "smem"
 LOCAL_SYMBOL = "local_memory"
+_ONE = 0x3F800000  # 1.0: all lines
 
 
 def word_class(dtype: DataType) -> RegClass:
@@ -58,7 +60,8 @@ class EmitContext:
 
     shared_offsets: byte offset of every shared tensor in the block's shared memory; `scratch_offset` that of the region
     which instructions may use between two barriers of their own; from `warp_scratch_offset` on, each warp has
-    `warp_scratch_nbytes` of its own. read_only: pointers that the kernel never writes through.
+    `warp_scratch_nbytes` of its own. read_only: pointers that the kernel never writes through. parameters: what the launcher
+    knows.
     """
 
     b: Builder
@@ -70,9 +73,11 @@ class EmitContext:
     warp_scratch_offset: int
     warp_scratch_nbytes: int
     read_only: frozenset[Var]
+    parameters: frozenset[Expr]
     tiles: dict[RegisterTensor, list[Reg]] = field(default_factory=dict[RegisterTensor, list[Reg]])
     notes: list[Note] = field(default_factory=list[Note])
     strings: dict[str, str] = field(default_factory=dict[str, str])
+    tensor_maps: dict[TensorMap, str] = field(default_factory=dict[TensorMap, str])
     local_nbytes: int = 0
 
     # Tiles.
@@ -210,6 +215,15 @@ class EmitContext:
                 is_zero = self.b.pure("setp.eq.s32", digit, Imm(0))
                 guard = is_zero if guard is None else self.b.pure("and.pred", guard, is_zero)
         return guard
+
+    def first_warp(self) -> Reg | None:
+        """True in the group's first warp; None when it has no other."""
+        return None if self.num_threads <= 32 else self.b.pure("setp.lt.u32", self.thread_id(), Imm(32))
+
+    def leader(self) -> Reg:
+        """True in one thread of the group, always the same: the elected one of the first warp."""
+        elected, first = self.b.elect(), self.first_warp()
+        return elected if first is None else self.b.pure("and.pred", elected, first)
 
     # Addresses and masks.
 
@@ -374,6 +388,26 @@ class EmitContext:
         """The name of a zero-terminated UTF-8 string in global memory."""
         name = self.strings.setdefault(text, f"string_{len(self.strings)}")
         return Symbol(name)
+
+    def tensor_map(self, tensor_map: TensorMap) -> Reg:
+        """The generic address of a tensor map, which becomes a parameter of the kernel.
+
+        Raises: TilusError when the map depends on more than the parameters, which is all that the launcher knows.
+        """
+        unknown = sorted(str(e) for e in tensor_map.variables() if e not in self.parameters)
+        if unknown:
+            raise TilusError(
+                f"a tensor copy of {tensor_map.name}: where the view lies depends on {', '.join(unknown)}; expected a tensor "
+                "that is known when the kernel is launched",
+                hint="copy from the whole tensor, and say by the offsets where: copy_tensor(dst, x, [i, j, k], ...)",
+            )
+        stem = "".join(c if c.isalnum() else "_" for c in tensor_map.name)
+        name = self.tensor_maps.setdefault(tensor_map, f"tensor_map_{len(self.tensor_maps)}_{stem}")
+        return self.b.pure("cvta.param.u64", self.b.pure("mov.u64", Symbol(name)))
+
+    def cache_policy(self, evict: str) -> Reg:
+        """What the L2 cache shall do with lines of an access: drop them `first`, or `last`."""
+        return self.b.pure(f"createpolicy.fractional.L2::evict_{evict}.b64", FloatImm(_ONE))
 
     def local_memory(self, nbytes: int) -> Symbol:
         """The name of each thread's own memory, at least this large; instructions take turns in it."""

@@ -8,6 +8,7 @@ from tilus.codegen.context import LOCAL_SYMBOL, SHARED_SYMBOL, EmitContext, Note
 from tilus.codegen.linear import materialize
 from tilus.codegen.scalar import ScalarLowering
 from tilus.codegen.shared_plan import SharedPlan, plan_shared
+from tilus.codegen.tensor_map import MAP_ALIGNMENT, MAP_NBYTES, TensorMap
 from tilus.dtypes import DataType, boolean
 from tilus.errors import TilusError
 from tilus.ir.expr import Var
@@ -37,12 +38,13 @@ MAX_STATIC_SHARED_NBYTES = 48 * 1024
 
 @dataclass(frozen=True)
 class Lowered:
-    """A PTX module and what the launcher must know about it."""
+    """A PTX module and what the launcher must know about it. tensor_maps: parameters behind those of the function."""
 
     module: Module
     shared_nbytes: int
     dynamic_shared: bool
     notes: tuple[Note, ...]
+    tensor_maps: tuple[TensorMap, ...] = ()
 
 
 def lower(function: Function, target: Target) -> Lowered:
@@ -58,7 +60,7 @@ def lower(function: Function, target: Target) -> Lowered:
     names = {var: f"param_{index}_{_identifier(var.name)}" for index, var in enumerate(params)}
     ctx = EmitContext(
         b, target, function.num_threads, scalars, plan.offsets, plan.scratch_offset, plan.warp_scratch_offset,
-        plan.warp_scratch_nbytes, _read_only(function),
+        plan.warp_scratch_nbytes, _read_only(function), frozenset(params),
     )  # fmt: skip
     pointers = {param.tensor.base for param in function.params if isinstance(param, TensorParam)}
     for var, name in names.items():
@@ -66,9 +68,11 @@ def lower(function: Function, target: Target) -> Lowered:
     _StmtLowering(ctx).lower_body(function.body)
     dynamic = plan.nbytes > MAX_STATIC_SHARED_NBYTES
     shared = (SharedArray(SHARED_SYMBOL, plan.nbytes, 128, dynamic),) if plan.nbytes else ()
+    ordinary = [Param(name, "u64" if var in pointers else _param_type(var.dtype)) for var, name in names.items()]
+    maps = [Param(name, "b8", MAP_NBYTES, MAP_ALIGNMENT) for name in ctx.tensor_maps.values()]
     kernel = Kernel(
         name=_identifier(function.name),
-        params=tuple(Param(name, "u64" if var in pointers else _param_type(var.dtype)) for var, name in names.items()),
+        params=(*ordinary, *maps),
         body=b.finish(),
         shared=shared,
         num_threads=function.num_threads,
@@ -77,7 +81,7 @@ def lower(function: Function, target: Target) -> Lowered:
         local=(LocalArray(LOCAL_SYMBOL, ctx.local_nbytes),) if ctx.local_nbytes else (),
     )
     strings = tuple(GlobalBytes(name, text.encode() + b"\0") for text, name in ctx.strings.items())
-    return Lowered(Module(target, (kernel,), strings), plan.nbytes, dynamic, tuple(ctx.notes))
+    return Lowered(Module(target, (kernel,), strings), plan.nbytes, dynamic, tuple(ctx.notes), tuple(ctx.tensor_maps))
 
 
 def _check_limits(function: Function, plan: SharedPlan, target: Target) -> None:

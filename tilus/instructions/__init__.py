@@ -9,6 +9,7 @@ from tilus.instructions import (
     async_copy,
     atomic,
     barrier,
+    bulk_copy,
     cast,
     convert,
     debug,
@@ -23,6 +24,7 @@ from tilus.instructions import (
     reduce,
     scan,
     shared,
+    tensor_copy,
     view,
 )
 from tilus.ir.builder import Builtin
@@ -32,6 +34,7 @@ FAMILIES = (
     async_copy,
     atomic,
     barrier,
+    bulk_copy,
     cast,
     convert,
     debug,
@@ -46,6 +49,7 @@ FAMILIES = (
     reduce,
     scan,
     shared,
+    tensor_copy,
     view,
 )
 
