@@ -216,14 +216,18 @@ class EmitContext:
                 guard = is_zero if guard is None else self.b.pure("and.pred", guard, is_zero)
         return guard
 
-    def first_warp(self) -> Reg | None:
-        """True in the group's first warp; None when it has no other."""
-        return None if self.num_threads <= 32 else self.b.pure("setp.lt.u32", self.thread_id(), Imm(32))
+    def elected(self) -> Reg:
+        """True in one thread of every warp."""
+        return self.b.second("elect.sync", Imm(0xFFFFFFFF))
 
-    def leader(self) -> Reg:
-        """True in one thread of the group, always the same: the elected one of the first warp."""
-        elected, first = self.b.elect(), self.first_warp()
-        return elected if first is None else self.b.pure("and.pred", elected, first)
+    def in_first_warp(self) -> Reg | None:
+        """True in the first warp of the threads that run the code; None where there is no other."""
+        return None if self.num_threads == 32 else self.b.pure("setp.lt.u32", self.thread_id(), Imm(32))
+
+    def elected_in_group(self) -> Reg:
+        """True in one of the threads that run the code: the elected one of their first warp."""
+        first = self.in_first_warp()
+        return self.elected() if first is None else self.b.pure("and.pred", first, self.elected())
 
     # Addresses and masks.
 
@@ -374,6 +378,14 @@ class EmitContext:
     def warp_barrier(self) -> None:
         """Wait for all threads of the warp."""
         self.b.emit_to("bar.warp.sync", Imm(0xFFFFFFFF))
+
+    def require_sm_90a(self, what: str) -> None:
+        """Refuse targets that do not know what the code needs."""
+        if self.target.sm < 90 or not self.target.arch_specific:
+            raise TilusError(
+                f"{what} needs sm_90a or a later GPU, the target is {self.target}",
+                hint='compile for sm_90a, or run it on device "reference" or "emulator"',
+            )
 
     def both(self, first: Reg | None, second: Reg | None) -> Reg | None:
         """Conjunction of two predicates, where None is true."""

@@ -10,21 +10,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tilus.codegen.c.context import CContext
 from tilus.codegen.context import EmitContext
 from tilus.codegen.linear import Linear, of_const
 from tilus.errors import TilusError
+from tilus.instructions.mbarrier import one_barrier
 from tilus.instructions.memory import check_access
 from tilus.instructions.shared import SharedOperand
 from tilus.instructions.shared_copy import (
     CopyFromShared,
     CopyToShared,
     SharedCopy,
-    barrier_of,
     cache_hint,
-    gpu_only,
     policy,
-    require_bulk_copies,
     tile_of,
 )
 from tilus.ir.builder import IRBuilder, builtin
@@ -57,7 +54,7 @@ class CopyBulk(CopyToShared):
         return (row_major(self.dst.shape),)
 
     def emit(self, ctx: EmitContext) -> None:
-        require_bulk_copies(ctx, self.mnemonic)
+        ctx.require_sm_90a(f"tilus.{self.mnemonic}")
         opcode, tail = f"cp.async.bulk.shared::cluster.global{self.modifiers()}", self.tail(ctx)
         for run in _emitted_runs(ctx, self):
             ctx.b.emit_to(opcode, run.shared, run.memory, Imm(run.nbytes), *tail, guard=ctx.guard(run.guard))
@@ -96,7 +93,7 @@ class StoreBulk(CopyFromShared):
         return None
 
     def emit(self, ctx: EmitContext) -> None:
-        require_bulk_copies(ctx, self.mnemonic)
+        ctx.require_sm_90a(f"tilus.{self.mnemonic}")
         opcode = f"cp.{'reduce.' if self.add else ''}async.bulk.global.shared::cta.bulk_group{cache_hint(self.evict)}"
         opcode += ".add.f32" if self.add else ""
         tail = policy(ctx, self.evict)
@@ -109,6 +106,7 @@ class PrefetchBulk(Instruction):
     """Start bringing a tile of contiguous runs of a global tensor into the L2 cache."""
 
     mnemonic = "prefetch_bulk"
+    needs_gpu = True
 
     src: GlobalTensor
     offsets: tuple[Expr, ...]
@@ -127,16 +125,13 @@ class PrefetchBulk(Instruction):
         env.load(self.src, self.offsets, self.shape, self.dims, checked=False)
 
     def emit(self, ctx: EmitContext) -> None:
-        require_bulk_copies(ctx, self.mnemonic)
+        ctx.require_sm_90a(f"tilus.{self.mnemonic}")
         outer = len(self.shape) - contiguous_axes(self.src, self.shape, self.dims)
         guard, places = _spread(ctx, self.shape[:outer])
         nbytes = Imm(math.prod(self.shape[outer:]) * self.src.dtype.nbits // 8)
         for place in places:
             address = ctx.global_address(self.src, _moved(ctx, self.offsets, self.dims[:outer], place))
             ctx.b.emit_to("cp.async.bulk.prefetch.L2.global", address, nbytes, guard=ctx.guard(guard))
-
-    def emit_c(self, ctx: CContext) -> None:
-        raise gpu_only(self.mnemonic)
 
 
 # ---- groups of stores, and the order of the two proxies
@@ -147,6 +142,7 @@ class CommitStores(Instruction):
     """Close the group of all copies out of shared memory started since the last commit."""
 
     mnemonic = "commit_stores"
+    needs_gpu = True
 
     def effects(self) -> Effects:
         return Effects(barrier=True)
@@ -155,11 +151,8 @@ class CommitStores(Instruction):
         """Copies of the reference execution land at once."""
 
     def emit(self, ctx: EmitContext) -> None:
-        require_bulk_copies(ctx, self.mnemonic)
+        ctx.require_sm_90a(f"tilus.{self.mnemonic}")
         ctx.b.emit_to("cp.async.bulk.commit_group")
-
-    def emit_c(self, ctx: CContext) -> None:
-        raise gpu_only(self.mnemonic)
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,6 +160,7 @@ class WaitStores(Instruction):
     """Wait until at most `pending` groups are still under way. reads_only: or have not yet read their shared memory."""
 
     mnemonic = "wait_stores"
+    needs_gpu = True
 
     pending: int
     reads_only: bool
@@ -182,11 +176,8 @@ class WaitStores(Instruction):
         """Copies of the reference execution have landed already."""
 
     def emit(self, ctx: EmitContext) -> None:
-        require_bulk_copies(ctx, self.mnemonic)
+        ctx.require_sm_90a(f"tilus.{self.mnemonic}")
         ctx.b.emit_to(f"cp.async.bulk.wait_group{'.read' if self.reads_only else ''}", Imm(self.pending))
-
-    def emit_c(self, ctx: CContext) -> None:
-        raise gpu_only(self.mnemonic)
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,6 +185,7 @@ class FenceAsync(Instruction):
     """Let asynchronous accesses to shared memory that are started after this see the thread's ordinary ones before it."""
 
     mnemonic = "fence_async"
+    needs_gpu = True
 
     def effects(self) -> Effects:
         return Effects(barrier=True)
@@ -202,11 +194,8 @@ class FenceAsync(Instruction):
         """The reference execution has one view of memory."""
 
     def emit(self, ctx: EmitContext) -> None:
-        require_bulk_copies(ctx, self.mnemonic)
+        ctx.require_sm_90a(f"tilus.{self.mnemonic}")
         ctx.b.emit_to("fence.proxy.async.shared::cta")
-
-    def emit_c(self, ctx: CContext) -> None:
-        raise gpu_only(self.mnemonic)
 
 
 # ---- runs
@@ -300,12 +289,12 @@ def _emitted_runs(ctx: EmitContext, copy: SharedCopy) -> list[_Run]:
 def _spread(ctx: EmitContext, outer: Sequence[int]) -> tuple[Reg | None, list[list[Linear]]]:
     """Which threads copy (None: all), and for each of their copies its index along the axes `outer`."""
     if math.prod(outer) == 1:
-        return ctx.leader(), [[of_const(0) for _ in outer]]
+        return ctx.elected_in_group(), [[of_const(0) for _ in outer]]
     layout = auto(outer, 32)
     thread = ctx.thread_index(layout)
     slots = [ctx.local_index(layout, slot) for slot in range(layout.num_locals)]
     places = [[lane + of_const(part) for lane, part in zip(thread, slot, strict=True)] for slot in slots]
-    return ctx.both(ctx.first_warp(), ctx.first_replica(layout)), places
+    return ctx.both(ctx.in_first_warp(), ctx.first_replica(layout)), places
 
 
 def _moved(ctx: EmitContext, offsets: Sequence[Expr], dims: Sequence[int], place: Sequence[Linear]) -> list[Linear]:
@@ -334,7 +323,7 @@ def copy_bulk(
     the cluster that all get the tile, at the same place and counted at the same barrier.
     """
     tile, axes, tensor, starts = tile_of(src, dst, shape, dims)
-    bar, index = barrier_of("copy_bulk", barrier)
+    bar, index = one_barrier("copy_bulk", barrier)
     mask = None if multicast is None else as_expr(multicast)
     src_offsets = tuple(as_expr(o) for o in offsets)
     b.emit(CopyBulk(tile, axes, evict, tensor, src, bar, index, starts, src_offsets, mask))
@@ -359,7 +348,10 @@ def prefetch_bulk(
     b: IRBuilder, src: GlobalTensor, offsets: Sequence[Expr | int], shape: Sequence[int], *,
     dims: Sequence[int] | None = None,
 ) -> None:  # fmt: skip
-    """Start bringing the tile of `shape` at `offsets` of a global tensor into the L2 cache. It is made of runs as for `copy_bulk`."""
+    """Start bringing the tile of `shape` at `offsets` of a global tensor into the L2 cache.
+
+    It lies inside of the tensor and is made of runs, as for `copy_bulk`.
+    """
     axes = tuple(range(src.rank - len(shape), src.rank)) if dims is None else tuple(dims)
     b.emit(PrefetchBulk(src, tuple(as_expr(o) for o in offsets), tuple(shape), axes))
 

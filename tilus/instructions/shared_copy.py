@@ -11,16 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tilus.codegen.c.context import CContext
 from tilus.codegen.context import EmitContext
 from tilus.codegen.shared_access import SharedAccess, shared_access
 from tilus.errors import TilusError
+from tilus.instructions.mbarrier import barrier_address, check_barrier, check_index
 from tilus.instructions.memory import check_access
 from tilus.instructions.shared import SharedOperand, full_offsets
 from tilus.ir.evaluation import Evaluation
 from tilus.ir.expr import Expr, as_expr
 from tilus.ir.instruction import Effects, Instruction
-from tilus.ir.tensor import GlobalTensor, SharedTensor, SharedView
+from tilus.ir.tensor import GlobalTensor, SharedTensor
 from tilus.layout import SharedLayout
 from tilus.ptx.module import Operand
 from tilus.target import Target
@@ -35,6 +35,8 @@ class SharedCopy(Instruction):
     Axis a runs along dim `dims[a]` of the global tensor, and along the last dims of the shared one, of which it takes all but
     perhaps the first. evict: what the L2 cache drops `first` or `last`; None leaves it to the cache.
     """
+
+    needs_gpu = True
 
     shape: tuple[int, ...]
     dims: tuple[int, ...]
@@ -93,13 +95,8 @@ class SharedCopy(Instruction):
             raise TilusError(f"{what}: evict={self.evict!r}, expected 'first', 'last' or None")
 
     def shared_accesses(self, num_threads: int, target: Target) -> tuple[tuple[SharedTensor, SharedAccess], ...]:
-        access = shared_access(
-            self.buffer, None, self.starts, self.shared_dims, self.shape, legal=self.legal_layouts()
-        )
+        access = shared_access(self.buffer, None, self.starts, self.shared_dims, self.shape, legal=self.legal_layouts())
         return ((self.buffer, access),)
-
-    def emit_c(self, ctx: CContext) -> None:
-        raise gpu_only(self.mnemonic)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,11 +136,8 @@ class CopyToShared(SharedCopy):
 
     def verify(self) -> None:
         super().verify()
-        if self.barrier.dtype.nbits != 64 or self.barrier.rank != 1:
-            raise TilusError(
-                f"{self.mnemonic}: the barrier is element of {self.barrier.name}, a shared tensor of "
-                f"{self.barrier.dtype.name}{list(self.barrier.shape)}; expected one of tilus.mbarrier(stages)"
-            )
+        check_barrier(self.mnemonic, self.barrier)
+        check_index(self.mnemonic, self.barrier, self.barrier_index)
 
     def evaluate(self, env: Evaluation) -> None:
         """Copies of the reference execution land at once."""
@@ -158,7 +152,7 @@ class CopyToShared(SharedCopy):
 
     def tail(self, ctx: EmitContext) -> list[Operand]:
         """The last operands: barrier, mask of blocks, cache policy."""
-        operands: list[Operand] = [ctx.shared_address(self.barrier, [ctx.scalars.linear(self.barrier_index)])]
+        operands: list[Operand] = [barrier_address(ctx, self.barrier, self.barrier_index)]
         if self.multicast is not None:
             operands.append(ctx.b.pure("cvt.u16.u32", ctx.integer(self.multicast)))
         return [*operands, *policy(ctx, self.evict)]
@@ -208,17 +202,6 @@ def tile_of(
     return tile, axes, tensor, starts
 
 
-def barrier_of(what: str, barrier: SharedOperand) -> tuple[SharedTensor, Expr]:
-    """The tensor and the index of one mbarrier."""
-    if not isinstance(barrier, SharedView) or barrier.rank != 0:
-        found = barrier.tensor.name if isinstance(barrier, SharedView) else barrier.name
-        raise TilusError(
-            f"{what}: the barrier is {found} with {list(barrier.shape)} elements, expected one of them",
-            hint=f"say which: barrier={found}[stage]",
-        )
-    return barrier.tensor, barrier.prefix[-1]
-
-
 def cache_hint(evict: str | None) -> str:
     """The modifier of an access with a cache policy."""
     return "" if evict is None else ".L2::cache_hint"
@@ -227,13 +210,3 @@ def cache_hint(evict: str | None) -> str:
 def policy(ctx: EmitContext, evict: str | None) -> list[Operand]:
     """The operand of an access with a cache policy."""
     return [] if evict is None else [ctx.cache_policy(evict)]
-
-
-def require_bulk_copies(ctx: EmitContext, what: str) -> None:
-    if ctx.target.sm < 90:
-        raise TilusError(f"{what} needs sm_90a or later, the target is {ctx.target}", hint="use tilus.copy_async")
-
-
-def gpu_only(what: str) -> TilusError:
-    return TilusError(f"{what} exists on GPUs only", hint="run the kernel with device='reference' or 'emulator'")
-

@@ -15,15 +15,14 @@ from tilus.codegen.context import EmitContext
 from tilus.codegen.linear import materialize, of_const
 from tilus.codegen.tensor_map import MAX_BOX, MAX_RANK, UNIT_NBYTES, TensorMap
 from tilus.errors import TilusError
+from tilus.instructions.mbarrier import one_barrier
 from tilus.instructions.shared import SharedOperand, placed
 from tilus.instructions.shared_copy import (
     CopyFromShared,
     CopyToShared,
     SharedCopy,
-    barrier_of,
     cache_hint,
     policy,
-    require_bulk_copies,
     tile_of,
 )
 from tilus.ir.builder import IRBuilder, builtin
@@ -53,9 +52,9 @@ class CopyTensor(CopyToShared):
         return tuple(_swizzles(self))
 
     def emit(self, ctx: EmitContext) -> None:
-        require_bulk_copies(ctx, self.mnemonic)
+        ctx.require_sm_90a(f"tilus.{self.mnemonic}")
         opcode = f"cp.async.bulk.tensor.{self.src.rank}d.shared::cluster.global.tile{self.modifiers()}"
-        guard, tail = ctx.guard(ctx.leader()), self.tail(ctx)
+        guard, tail = ctx.guard(ctx.elected_in_group()), self.tail(ctx)
         for place, box in _boxes(ctx, self):
             ctx.b.emit_to(opcode, place, box, *tail, guard=guard)
 
@@ -75,9 +74,9 @@ class StoreTensor(CopyFromShared):
         return tuple(_swizzles(self))
 
     def emit(self, ctx: EmitContext) -> None:
-        require_bulk_copies(ctx, self.mnemonic)
+        ctx.require_sm_90a(f"tilus.{self.mnemonic}")
         opcode = f"cp.async.bulk.tensor.{self.dst.rank}d.global.shared::cta.tile.bulk_group{cache_hint(self.evict)}"
-        guard, tail = ctx.guard(ctx.leader()), policy(ctx, self.evict)
+        guard, tail = ctx.guard(ctx.elected_in_group()), policy(ctx, self.evict)
         for place, box in _boxes(ctx, self):
             ctx.b.emit_to(opcode, box, place, *tail, guard=guard)
 
@@ -178,7 +177,7 @@ def copy_tensor(
     rows of the tile multiples of 16 bytes. barrier, evict, multicast: as for `copy_bulk`.
     """
     tile, axes, tensor, starts = tile_of(src, dst, shape, dims)
-    bar, index = barrier_of("copy_tensor", barrier)
+    bar, index = one_barrier("copy_tensor", barrier)
     mask = None if multicast is None else as_expr(multicast)
     src_offsets = tuple(as_expr(o) for o in offsets)
     b.emit(CopyTensor(tile, axes, evict, tensor, src, bar, index, starts, src_offsets, mask))

@@ -62,6 +62,9 @@ class Instruction:
     # Whether `verify` looks at pinned layouts: a mistake is then shown with the lines that pin them.
     reads_layouts: ClassVar[bool] = False
 
+    # Whether it means something on a GPU only, so that there is no C of it.
+    needs_gpu: ClassVar[bool] = False
+
     # Whether `out` may be the storage of an operand that the instruction adds to.
     accumulates: ClassVar[bool] = False
 

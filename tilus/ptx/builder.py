@@ -27,7 +27,7 @@ from tilus.ptx.module import (
     Reg,
     RegClass,
     Special,
-)  # fmt: skip
+)
 
 _CLASS_OF_TYPE = {
     "pred": RegClass.PRED,
@@ -102,22 +102,20 @@ class Builder:
 
     def pure(self, opcode: str, *srcs: Operand, out: RegClass | None = None) -> Reg:
         """The result of a pure operation, emitted once in the outermost scope where its operands live."""
-        level = max((self.level_of(src) for src in srcs), default=0)
-        scope = self._scopes[level]
-        key = (opcode, srcs)
-        if key not in scope.values:
-            dst = self.reg(out or result_class(opcode), level)
-            scope.items.append(Instr(opcode, (dst, *srcs), None, self.loc))
-            scope.values[key] = dst
-        return scope.values[key]
+        return self._once(opcode, srcs, out or result_class(opcode), None)
 
-    def elect(self) -> Reg:
-        """A predicate that holds in one thread of every warp: chosen once, at the kernel's top, where all threads are."""
-        scope, key = self._scopes[0], ("elect.sync", ())
+    def second(self, opcode: str, *srcs: Operand) -> Reg:
+        """The predicate that a pure operation has as its second result, emitted like `pure`."""
+        return self._once(opcode, srcs, RegClass.PRED, Special("_"))
+
+    def _once(self, opcode: str, srcs: tuple[Operand, ...], out: RegClass, first: Special | None) -> Reg:
+        level = max((self.level_of(src) for src in srcs), default=0)
+        scope, key = self._scopes[level], (opcode, srcs)
         if key not in scope.values:
-            scope.values[key] = self.reg(RegClass.PRED, 0)
-            operands = (Pair(Special("_"), scope.values[key]), Imm(0xFFFFFFFF))
-            scope.items.append(Instr("elect.sync", operands, None, self.loc))
+            dst = self.reg(out, level)
+            target = dst if first is None else Pair(first, dst)
+            scope.items.append(Instr(opcode, (target, *srcs), None, self.loc))
+            scope.values[key] = dst
         return scope.values[key]
 
     def comment(self, text: str) -> None:

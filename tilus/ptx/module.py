@@ -70,18 +70,18 @@ class Address:
 
 
 @dataclass(frozen=True)
-class TensorAddress:
-    """Where a box of a tensor map starts: `[map, {x, y}]`. coordinates: element indices, the innermost dim first."""
-
-    base: Reg | Symbol
-    coordinates: Vector
-
-
-@dataclass(frozen=True)
 class Vector:
     """A brace-enclosed operand such as `{%r0, %r1}`."""
 
     elements: tuple[Reg | Imm | FloatImm | Special, ...]
+
+
+@dataclass(frozen=True)
+class TensorAddress:
+    """A place in a tensor, `[map, {c0, c1}]`: the address of its tensor map and the coordinates, innermost first."""
+
+    map: Reg | Symbol
+    coordinates: Vector
 
 
 @dataclass(frozen=True)

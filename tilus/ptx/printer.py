@@ -104,7 +104,7 @@ def _registers(operands: Iterable[Operand]) -> Iterable[Reg]:
                 yield operand
             case Address(base=Reg() as base):
                 yield base
-            case TensorAddress(base, coordinates):
+            case TensorAddress(map=base, coordinates=coordinates):
                 yield from _registers((base, coordinates))
             case Vector(elements=elements):
                 yield from (element for element in elements if isinstance(element, Reg))
