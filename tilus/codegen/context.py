@@ -60,8 +60,8 @@ class EmitContext:
 
     shared_offsets: byte offset of every shared tensor in the block's shared memory; `scratch_offset` that of the region
     which instructions may use between two barriers of their own; from `warp_scratch_offset` on, each warp has
-    `warp_scratch_nbytes` of its own. read_only: pointers that the kernel never writes through. parameters: what the launcher
-    knows.
+    `warp_scratch_nbytes` of its own. read_only: pointers to memory that nobody writes while the kernel runs. parameters: what
+    the launcher knows.
     """
 
     b: Builder

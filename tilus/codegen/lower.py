@@ -11,6 +11,7 @@ from tilus.codegen.shared_plan import SharedPlan, plan_shared
 from tilus.codegen.tensor_map import MAP_ALIGNMENT, MAP_NBYTES, TensorMap
 from tilus.dtypes import DataType, boolean
 from tilus.errors import TilusError
+from tilus.ir.dependencies import constants, waits_for_kernels
 from tilus.ir.expr import Var
 from tilus.ir.function import Function, TensorParam
 from tilus.ir.stmt import Break, Continue, For, If, Inst, Return, Seq, SetScalar, Stmt, While
@@ -22,6 +23,7 @@ from tilus.ptx.module import (
     GlobalBytes,
     Guard,
     Imm,
+    Instr,
     Kernel,
     LocalArray,
     Module,
@@ -38,11 +40,16 @@ MAX_STATIC_SHARED_NBYTES = 48 * 1024
 
 @dataclass(frozen=True)
 class Lowered:
-    """A PTX module and what the launcher must know about it. tensor_maps: parameters behind those of the function."""
+    """A PTX module and what the launcher must know about it.
+
+    waits_for_kernels: it may start before the kernel in front of it ends (programmatic dependent launch). tensor_maps:
+    parameters behind those of the function.
+    """
 
     module: Module
     shared_nbytes: int
     dynamic_shared: bool
+    waits_for_kernels: bool
     notes: tuple[Note, ...]
     tensor_maps: tuple[TensorMap, ...] = ()
 
@@ -80,8 +87,9 @@ def lower(function: Function, target: Target) -> Lowered:
         min_blocks_per_sm=function.blocks_per_sm,
         local=(LocalArray(LOCAL_SYMBOL, ctx.local_nbytes),) if ctx.local_nbytes else (),
     )
+    waits = any(isinstance(item, Instr) and item.opcode == "griddepcontrol.wait" for item in kernel.body)
     strings = tuple(GlobalBytes(name, text.encode() + b"\0") for text, name in ctx.strings.items())
-    return Lowered(Module(target, (kernel,), strings), plan.nbytes, dynamic, tuple(ctx.notes), tuple(ctx.tensor_maps))
+    return Lowered(Module(target, (kernel,), strings), plan.nbytes, dynamic, waits, tuple(ctx.notes), tuple(ctx.tensor_maps))
 
 
 def _check_limits(function: Function, plan: SharedPlan, target: Target) -> None:
@@ -122,6 +130,13 @@ def _load_param(b: Builder, var: Var, name: str, pointer: bool) -> Reg:
 
 
 def _read_only(function: Function) -> frozenset[Var]:
+    """Pointers to memory that does not change while the kernel runs.
+
+    Earlier kernels may still write what a kernel that waits for them has not been promised to be constant; the assembler
+    moves read-only loads over the wait.
+    """
+    if waits_for_kernels(function):
+        return constants(function)
     bases = {param.tensor.base for param in function.params if isinstance(param, TensorParam)}
     for stmt in instructions(function.body):
         bases -= {t.base for t in stmt.inst.effects().writes if isinstance(t, GlobalTensor)}

@@ -31,12 +31,16 @@ class Effects:
     """What an instruction touches besides its register results. An instruction without effects may be removed when unused.
 
     reads, writes: tensors in memory. barrier: waits for other threads or for asynchronous copies. other: prints and the like.
+    waits_for_kernels: waits for the end of the earlier kernels of the stream; constants: tensors that none of them which may
+    still be running writes.
     """
 
     reads: tuple[Tensor, ...] = ()
     writes: tuple[Tensor, ...] = ()
     barrier: bool = False
     other: bool = False
+    waits_for_kernels: bool = False
+    constants: tuple[Tensor, ...] = ()
 
     @property
     def removable(self) -> bool:

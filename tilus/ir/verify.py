@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tilus.errors import Loc, Note, TilusError, raise_all
+from tilus.ir.dependencies import check_dependencies
 from tilus.ir.expr import Expr, Var, walk
 from tilus.ir.function import Function
 from tilus.ir.instruction import Instruction
@@ -15,7 +16,7 @@ def verify(function: Function) -> None:
     checker = _Checker(function)
     checker.exprs(function.grid, function.loc)
     checker.statement(function.body, 0)
-    raise_all(checker.errors)
+    raise_all([*checker.errors, *check_dependencies(function)])
 
 
 class _Checker:

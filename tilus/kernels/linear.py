@@ -96,7 +96,7 @@ def quantized_linear(
     for first in tilus.range(begin, end, tiles):
         for stage, weights in enumerate(ahead):
             tile = first + stage * warps
-            shape, layout = [tokens, warps * TILE], order.activation_layout(tokens, span, rows, warps)
+            shape, layout = [tokens, warps * TILE], order.activation_layout(tokens, rows, warps)
             right = activation_tile(tilus.load(x, [first_token, tile * TILE], shape, layout=layout), tokens, step)
             if stages == 0:
                 weights.fetch(tile)

@@ -223,7 +223,8 @@ def _cuda(function: Function, call: Call) -> Run:
     compiled, cubin = build(function, device.target)
     dynamic = compiled.lowered.shared_nbytes if compiled.lowered.dynamic_shared else 0
     kernel = cuda.load_kernel(cubin, compiled.kernel_name, device, dynamic)
-    launcher = launch.Launcher(kernel, _parameters(function), function.num_threads)
+    early = compiled.lowered.waits_for_kernels and config.dependent_launch()
+    launcher = launch.Launcher(kernel, _parameters(function), function.num_threads, programmatic=early)
     values = _Values(function, call.sizes)
     if not ordinals:
         return _staged(call, launcher, values, device)

@@ -274,3 +274,9 @@ def warp_sync(site: Site) -> Step:
 @instruction("nanosleep")
 def nanosleep(site: Site) -> Step:
     return lambda mask: None
+
+
+@instruction("griddepcontrol.wait", "griddepcontrol.launch_dependents")
+def dependent_launch(site: Site) -> Step:
+    """One kernel runs after the other."""
+    return lambda mask: None
