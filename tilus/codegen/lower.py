@@ -89,7 +89,9 @@ def lower(function: Function, target: Target) -> Lowered:
     )
     waits = any(isinstance(item, Instr) and item.opcode == "griddepcontrol.wait" for item in kernel.body)
     strings = tuple(GlobalBytes(name, text.encode() + b"\0") for text, name in ctx.strings.items())
-    return Lowered(Module(target, (kernel,), strings), plan.nbytes, dynamic, waits, tuple(ctx.notes), tuple(ctx.tensor_maps))
+    return Lowered(
+        Module(target, (kernel,), strings), plan.nbytes, dynamic, waits, tuple(ctx.notes), tuple(ctx.tensor_maps)
+    )
 
 
 def _check_limits(function: Function, plan: SharedPlan, target: Target) -> None:

@@ -14,14 +14,12 @@ from tilus.codegen.context import EmitContext
 from tilus.codegen.linear import Linear, of_const
 from tilus.errors import TilusError
 from tilus.instructions.mbarrier import one_barrier
-from tilus.instructions.memory import check_access
+from tilus.instructions.memory import cache_hint, check_access, policy
 from tilus.instructions.shared import SharedOperand
 from tilus.instructions.shared_copy import (
     CopyFromShared,
     CopyToShared,
     SharedCopy,
-    cache_hint,
-    policy,
     tile_of,
 )
 from tilus.ir.builder import IRBuilder, builtin

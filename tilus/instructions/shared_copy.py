@@ -15,7 +15,7 @@ from tilus.codegen.context import EmitContext
 from tilus.codegen.shared_access import SharedAccess, shared_access
 from tilus.errors import TilusError
 from tilus.instructions.mbarrier import barrier_address, check_barrier, check_index
-from tilus.instructions.memory import check_access
+from tilus.instructions.memory import cache_hint, check_access, check_eviction, policy
 from tilus.instructions.shared import SharedOperand, full_offsets
 from tilus.ir.evaluation import Evaluation
 from tilus.ir.expr import Expr, as_expr
@@ -24,8 +24,6 @@ from tilus.ir.tensor import GlobalTensor, SharedTensor
 from tilus.layout import SharedLayout
 from tilus.ptx.module import Operand
 from tilus.target import Target
-
-EVICTIONS = ("first", "last")
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,8 +89,7 @@ class SharedCopy(Instruction):
                 "shape, but for a first dim that may be smaller",
                 hint="give the shared tensor the shape of what is copied",
             )
-        if self.evict is not None and self.evict not in EVICTIONS:
-            raise TilusError(f"{what}: evict={self.evict!r}, expected 'first', 'last' or None")
+        check_eviction(what, self.evict)
 
     def shared_accesses(self, num_threads: int, target: Target) -> tuple[tuple[SharedTensor, SharedAccess], ...]:
         access = shared_access(self.buffer, None, self.starts, self.shared_dims, self.shape, legal=self.legal_layouts())
@@ -200,13 +197,3 @@ def tile_of(
     tensor, starts = full_offsets(place, None, len(tile))
     axes = tuple(range(memory.rank - len(tile), memory.rank)) if dims is None else tuple(dims)
     return tile, axes, tensor, starts
-
-
-def cache_hint(evict: str | None) -> str:
-    """The modifier of an access with a cache policy."""
-    return "" if evict is None else ".L2::cache_hint"
-
-
-def policy(ctx: EmitContext, evict: str | None) -> list[Operand]:
-    """The operand of an access with a cache policy."""
-    return [] if evict is None else [ctx.cache_policy(evict)]

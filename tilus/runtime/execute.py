@@ -239,9 +239,7 @@ def _cuda(function: Function, call: Call) -> Run:
     return _submitting(call, launcher.launch, values, encoded)
 
 
-def _submitting(
-    call: Call, submit: Callable[..., None], values: _Values, maps: Sequence[EncodedMaps] = ()
-) -> Run:
+def _submitting(call: Call, submit: Callable[..., None], values: _Values, maps: Sequence[EncodedMaps] = ()) -> Run:
     """Launches by `submit(grid x, grid y, grid z, *kernel parameters)`: generated, so that a launch decides nothing."""
     if maps and values.fixed_grid is not None and 0 in values.fixed_grid:
         return _nothing  # there may be no tensor map of an empty tensor

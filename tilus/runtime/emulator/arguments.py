@@ -19,7 +19,6 @@ GLOBAL_BASE = 0x7F_4000_0000_00
 _PAGE = 256
 
 
-
 @dataclass(frozen=True, eq=False)
 class MapArgument:
     """A tensor map of an array that is an argument, too. placed: the map by host addresses."""
