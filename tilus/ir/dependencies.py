@@ -2,18 +2,21 @@
 
 A kernel that waits nowhere starts after the end of the one before it, and may do everything. In one that waits, every path
 of a block must pass a wait before its first access to memory that other kernels write, and before the block ends: the
-end of a kernel tells the next one that all earlier ones have ended, too.
+end of a kernel tells the next one that all earlier ones have ended, too. A wait in a role is one of its warps: it keeps the
+block from ending, and lets these warps do everything.
 """
 
 from __future__ import annotations
+
+from enum import IntEnum
 
 from tilus.errors import Loc, TilusError
 from tilus.ir.expr import Var
 from tilus.ir.function import Function, TensorParam
 from tilus.ir.instruction import Instruction
-from tilus.ir.stmt import Break, Continue, For, If, Inst, Return, Seq, SetScalar, Stmt, While
+from tilus.ir.stmt import Break, Continue, For, If, Inst, Return, Role, Seq, SetScalar, Stmt, While
 from tilus.ir.tensor import GlobalTensor, Tensor
-from tilus.ir.visit import instructions
+from tilus.ir.visit import instructions, side_by_side
 
 
 def waits_for_kernels(function: Function) -> bool:
@@ -31,40 +34,65 @@ def check_dependencies(function: Function) -> list[TilusError]:
     if not waits_for_kernels(function):
         return []
     checker = _Checker(function)
-    if not checker.waited_after(function.body, False):
+    if checker.after(function.body, Waited.NONE) == Waited.NONE:
         checker.ends(function.loc)
     return checker.errors
 
 
+class Waited(IntEnum):
+    """Which of the warps at a place have waited for certain."""
+
+    NONE = 0
+    SOME = 1
+    ALL = 2
+
+
 class _Checker:
+    """role_returns: where the role that is open is left, if one is."""
+
     def __init__(self, function: Function) -> None:
         self.errors: list[TilusError] = []
+        self.role_returns: list[Waited] | None = None
         self.constants = constants(function)
         self.names = {p.tensor.base: p.name for p in function.params if isinstance(p, TensorParam)}
 
-    def waited_after(self, stmt: Stmt, waited: bool) -> bool:
-        """Whether a block has waited for certain when it comes out of a statement; `waited`: when it comes to it."""
+    def after(self, stmt: Stmt, waited: Waited) -> Waited:
+        """Who has waited for certain when a block, or a role, comes out of a statement; `waited`: when it comes to it."""
         match stmt:
             case Seq(stmts):
-                for child in stmts:
-                    waited = self.waited_after(child, waited)
+                for item in side_by_side(stmts):
+                    waited = self._roles(item, waited) if isinstance(item, tuple) else self.after(item, waited)
                 return waited
+            case Role():
+                return self._roles((stmt,), waited)
             case Inst(inst, loc):
-                self.instruction(inst, waited, loc)
-                return waited or inst.effects().waits_for_kernels
+                self.instruction(inst, waited == Waited.ALL, loc)
+                return Waited.ALL if inst.effects().waits_for_kernels else waited
             case For() | While():
-                self.waited_after(stmt.body, waited)  # which may run never
+                self.after(stmt.body, waited)  # which may run never
                 return waited
             case If(_, then, orelse):
-                return self.waited_after(then, waited) & self.waited_after(orelse, waited)
+                return min(self.after(then, waited), self.after(orelse, waited))
             case Return(loc):
-                if not waited:
+                if self.role_returns is not None:
+                    self.role_returns.append(waited)
+                elif waited == Waited.NONE:
                     self.ends(loc)
-                return True  # nothing comes out of it
+                return Waited.ALL  # nothing comes out of it
             case Break() | Continue():
-                return True
+                return Waited.ALL
             case SetScalar():
                 return waited
+
+    def _roles(self, roles: tuple[Role, ...], waited: Waited) -> Waited:
+        """Each role does its own waiting, as nobody knows here whom the barriers between them make wait for whom."""
+        for role in roles:
+            self.role_returns = []
+            last = self.after(role.body, Waited.ALL if waited == Waited.ALL else Waited.NONE)
+            if min(last, *self.role_returns, Waited.ALL) == Waited.ALL:
+                waited = max(waited, Waited.SOME)
+            self.role_returns = None
+        return waited
 
     def instruction(self, inst: Instruction, waited: bool, loc: Loc | None) -> None:
         effects = inst.effects()

@@ -22,6 +22,7 @@ _INTRODUCED: dict[str, tuple[int, int]] = {
     "cp.reduce.async.bulk": (8, 0),
     "createpolicy": (7, 4),
     "fence.proxy.async": (8, 0),
+    "fence.mbarrier_init": (8, 0),
     "ld.global.L1::no_allocate": (7, 4),
     "ld.global.L2::cache_hint": (7, 4),
     "ld.global.nc.L1::no_allocate": (7, 4),

@@ -105,7 +105,7 @@ class QuantizedWeight:
         """
         if self.header.order != _order_for(device) or not is_torch(self.codes):
             return pack(unpack(self), device)
-        return QuantizedWeight(self.header, **{name: array.to(device) for name, array in self.arrays.items()})
+        return _settled(QuantizedWeight(self.header, **{name: array.to(device) for name, array in self.arrays.items()}))
 
     def _optional_arrays(self) -> dict[str, Any | None]:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("header", "schedules")}
@@ -140,7 +140,16 @@ def pack(matrix: QuantizedMatrix, device: Any = None, order: str | None = None) 
     import torch
 
     tensors = {name: torch.tensor(array, device=device) for name, array in arrays.items()}
-    return QuantizedWeight(header, codes=_codes_on(matrix.codes, header, torch.device(device)), **tensors)
+    return _settled(QuantizedWeight(header, codes=_codes_on(matrix.codes, header, torch.device(device)), **tensors))
+
+
+def _settled(weight: QuantizedWeight) -> QuantizedWeight:
+    """The weight, once it is in the memory of its GPU: kernels that start early read it before they wait for what is in front."""
+    if is_cuda(weight.codes):
+        import torch
+
+        torch.cuda.synchronize(weight.codes.device)
+    return weight
 
 
 def unpack(weight: QuantizedWeight) -> QuantizedMatrix:
