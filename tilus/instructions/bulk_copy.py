@@ -1,13 +1,14 @@
 """Bulk copies: contiguous bytes between global and shared memory (PTX ISA, cp.async.bulk; sm_90 and later).
 
-A tile is cut into runs that are contiguous in global memory; each is one copy. A single run is copied by the elected thread
-of the first warp; of several runs, every lane of that warp copies its share.
+A tile is cut into runs that are contiguous in global memory; each is one copy. All are started by one thread, one after the
+other: the hardware takes the operands from registers that a warp has in common, so lanes would only wait for each other.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from tilus.codegen.context import EmitContext
@@ -28,8 +29,8 @@ from tilus.ir.expr import Const, Expr, as_expr, binary
 from tilus.ir.instruction import Effects, Instruction
 from tilus.ir.ranges import divisor
 from tilus.ir.tensor import GlobalTensor
-from tilus.layout import SharedLayout, auto, row_major
-from tilus.ptx.module import Address, Imm, Reg
+from tilus.layout import SharedLayout, row_major
+from tilus.ptx.module import Address, Imm
 
 UNIT_NBITS = 128  # addresses and sizes of bulk copies are multiples of 16 bytes
 
@@ -54,8 +55,9 @@ class CopyBulk(CopyToShared):
     def emit(self, ctx: EmitContext) -> None:
         ctx.require_sm_90a(f"tilus.{self.mnemonic}")
         opcode, tail = f"cp.async.bulk.shared::cluster.global{self.modifiers()}", self.tail(ctx)
-        for run in _emitted_runs(ctx, self):
-            ctx.b.emit_to(opcode, run.shared, run.memory, Imm(run.nbytes), *tail, guard=ctx.guard(run.guard))
+        guard = ctx.guard(ctx.elected_in_group())
+        for memory, buffer, nbytes in _runs(ctx, self):
+            ctx.b.emit_to(opcode, buffer, memory, nbytes, *tail, guard=guard)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,9 +96,9 @@ class StoreBulk(CopyFromShared):
         ctx.require_sm_90a(f"tilus.{self.mnemonic}")
         opcode = f"cp.{'reduce.' if self.add else ''}async.bulk.global.shared::cta.bulk_group{cache_hint(self.evict)}"
         opcode += ".add.f32" if self.add else ""
-        tail = policy(ctx, self.evict)
-        for run in _emitted_runs(ctx, self):
-            ctx.b.emit_to(opcode, run.memory, run.shared, Imm(run.nbytes), *tail, guard=ctx.guard(run.guard))
+        guard, tail = ctx.guard(ctx.elected_in_group()), policy(ctx, self.evict)
+        for memory, buffer, nbytes in _runs(ctx, self):
+            ctx.b.emit_to(opcode, memory, buffer, nbytes, *tail, guard=guard)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,12 +126,11 @@ class PrefetchBulk(Instruction):
 
     def emit(self, ctx: EmitContext) -> None:
         ctx.require_sm_90a(f"tilus.{self.mnemonic}")
-        outer = len(self.shape) - contiguous_axes(self.src, self.shape, self.dims)
-        guard, places = _spread(ctx, self.shape[:outer])
-        nbytes = Imm(math.prod(self.shape[outer:]) * self.src.dtype.nbits // 8)
-        for place in places:
-            address = ctx.global_address(self.src, _moved(ctx, self.offsets, self.dims[:outer], place))
-            ctx.b.emit_to("cp.async.bulk.prefetch.L2.global", address, nbytes, guard=ctx.guard(guard))
+        outer = self.shape[: len(self.shape) - contiguous_axes(self.src, self.shape, self.dims)]
+        nbytes = Imm(math.prod(self.shape) // math.prod(outer) * self.src.dtype.nbits // 8)
+        guard = ctx.guard(ctx.elected_in_group())
+        for index in _places(ctx, self.offsets, self.dims, outer):
+            ctx.b.emit_to("cp.async.bulk.prefetch.L2.global", ctx.global_address(self.src, index), nbytes, guard=guard)
 
 
 # ---- groups of stores, and the order of the two proxies
@@ -257,49 +258,31 @@ def _amount(nbits: int) -> str:
     return f"{nbits // 8} bytes" if nbits % 8 == 0 else f"{nbits} bits"
 
 
-@dataclass(frozen=True)
-class _Run:
-    """The copies of one instruction: a run in each of the threads of the guard."""
-
-    memory: Address
-    shared: Address
-    nbytes: int
-    guard: Reg | None
-
-
-def _emitted_runs(ctx: EmitContext, copy: SharedCopy) -> list[_Run]:
-    outer = len(copy.shape) - contiguous_axes(copy.memory, copy.shape, copy.dims)
-    guard, places = _spread(ctx, copy.shape[:outer])
-    nbytes = math.prod(copy.shape[outer:]) * copy.memory.dtype.nbits // 8
-    count = math.prod(copy.shape[:outer])
-    ctx.note(copy, f"{copy.mnemonic} {copy.memory.name}: {count} x {nbytes} bytes, {len(places)} a thread")
-    return [
-        _Run(
-            ctx.global_address(copy.memory, _moved(ctx, copy.offsets, copy.dims[:outer], place)),
-            ctx.shared_address(copy.buffer, _moved(ctx, copy.starts, copy.shared_dims[:outer], place)),
-            nbytes,
-            guard,
+def _runs(ctx: EmitContext, copy: SharedCopy) -> Iterator[tuple[Address, Address, Imm]]:
+    """Global address, shared address and bytes of each run of a copy."""
+    outer = copy.shape[: len(copy.shape) - contiguous_axes(copy.memory, copy.shape, copy.dims)]
+    count = math.prod(outer)
+    ctx.note(copy, f"{copy.mnemonic} {copy.memory.name}: {count} x {copy.nbytes // count} bytes")
+    memory = _places(ctx, copy.offsets, copy.dims, outer)
+    buffer = _places(ctx, copy.starts, copy.shared_dims, outer)
+    for index, place in zip(memory, buffer, strict=True):
+        yield (
+            ctx.global_address(copy.memory, index),
+            ctx.shared_address(copy.buffer, place),
+            Imm(copy.nbytes // count),
         )
-        for place in places
-    ]
 
 
-def _spread(ctx: EmitContext, outer: Sequence[int]) -> tuple[Reg | None, list[list[Linear]]]:
-    """Which threads copy (None: all), and for each of their copies its index along the axes `outer`."""
-    if math.prod(outer) == 1:
-        return ctx.elected_in_group(), [[of_const(0) for _ in outer]]
-    layout = auto(outer, 32)
-    thread = ctx.thread_index(layout)
-    slots = [ctx.local_index(layout, slot) for slot in range(layout.num_locals)]
-    places = [[lane + of_const(part) for lane, part in zip(thread, slot, strict=True)] for slot in slots]
-    return ctx.both(ctx.in_first_warp(), ctx.first_replica(layout)), places
-
-
-def _moved(ctx: EmitContext, offsets: Sequence[Expr], dims: Sequence[int], place: Sequence[Linear]) -> list[Linear]:
-    index = [ctx.scalars.linear(offset) for offset in offsets]
-    for d, part in zip(dims, place, strict=True):
-        index[d] = index[d] + part
-    return index
+def _places(
+    ctx: EmitContext, offsets: Sequence[Expr], dims: Sequence[int], outer: Sequence[int]
+) -> Iterator[list[Linear]]:
+    """The index of the first element of each run of a tile, whose axes `outer` are along the first of `dims`."""
+    start = [ctx.scalars.linear(offset) for offset in offsets]
+    for place in itertools.product(*map(range, outer)):
+        index = list(start)
+        for d, part in zip(dims, place):
+            index[d] = index[d] + of_const(part)
+        yield index
 
 
 # ---- the language
