@@ -25,7 +25,7 @@ from tilus.instructions.shared_copy import (
 )
 from tilus.ir.builder import IRBuilder, builtin
 from tilus.ir.evaluation import Evaluation
-from tilus.ir.expr import Const, Expr, as_expr, binary
+from tilus.ir.expr import Expr, as_expr
 from tilus.ir.instruction import Effects, Instruction
 from tilus.ir.ranges import divisor
 from tilus.ir.tensor import GlobalTensor
@@ -47,7 +47,12 @@ class CopyBulk(CopyToShared):
 
     def verify(self) -> None:
         super().verify()
-        check_runs(self)
+        check_runs(self.mnemonic, self.src, self.shape, self.dims)
+        check_shared_start(self)
+
+    def evaluate(self, env: Evaluation) -> None:
+        check_starts(self.mnemonic, self.src, self.src_offsets, self.shape, self.dims)
+        super().evaluate(env)
 
     def legal_layouts(self) -> tuple[SharedLayout, ...]:
         return (row_major(self.dst.shape),)
@@ -75,7 +80,8 @@ class StoreBulk(CopyFromShared):
 
     def verify(self) -> None:
         super().verify()
-        check_runs(self)
+        check_runs(self.mnemonic, self.dst, self.shape, self.dims)
+        check_shared_start(self)
         if self.add and self.dst.dtype.name != "f32":
             raise TilusError(
                 f"store_bulk: adds to {self.dst.name} of {self.dst.dtype.name}, expected f32",
@@ -86,11 +92,12 @@ class StoreBulk(CopyFromShared):
         return (row_major(self.src.shape),)
 
     def evaluate(self, env: Evaluation) -> None:
-        if not self.add:
-            return super().evaluate(env)
-        value = env.load(self.src, self.src_offsets, self.shape, self.shared_dims, checked=False)
-        env.update(self.dst, self.dst_offsets, self.dims, value, "add", checked=False)
-        return None
+        check_starts(self.mnemonic, self.dst, self.dst_offsets, self.shape, self.dims)
+        if self.add:
+            value = env.load(self.src, self.src_offsets, self.shape, self.shared_dims, checked=False)
+            env.update(self.dst, self.dst_offsets, self.dims, value, "add", checked=False)
+        else:
+            super().evaluate(env)
 
     def emit(self, ctx: EmitContext) -> None:
         ctx.require_sm_90a(f"tilus.{self.mnemonic}")
@@ -118,14 +125,16 @@ class PrefetchBulk(Instruction):
 
     def verify(self) -> None:
         check_access(self.mnemonic, self.src, self.offsets, self.shape, self.dims)
-        _check_memory(self.mnemonic, self.src, self.offsets, self.shape, self.dims)
+        check_runs(self.mnemonic, self.src, self.shape, self.dims)
 
     def evaluate(self, env: Evaluation) -> None:
         """The tile must lie inside of the tensor, as for a copy."""
+        check_starts(self.mnemonic, self.src, self.offsets, self.shape, self.dims)
         env.load(self.src, self.offsets, self.shape, self.dims, checked=False)
 
     def emit(self, ctx: EmitContext) -> None:
         ctx.require_sm_90a(f"tilus.{self.mnemonic}")
+        check_starts(self.mnemonic, self.src, self.offsets, self.shape, self.dims)
         outer = self.shape[: len(self.shape) - contiguous_axes(self.src, self.shape, self.dims)]
         nbytes = Imm(math.prod(self.shape) // math.prod(outer) * self.src.dtype.nbits // 8)
         guard = ctx.guard(ctx.elected_in_group())
@@ -201,49 +210,32 @@ class FenceAsync(Instruction):
 
 
 def contiguous_axes(tensor: GlobalTensor, shape: Sequence[int], dims: Sequence[int]) -> int:
-    """How many of a tile's last axes together are one run of memory, as far as strides and extents prove it."""
-    stride: Expr | None = as_expr(1)  # of an axis that goes on where the axes inside of it end
+    """How many of a tile's last axes together are one run of memory, as far as strides are known."""
+    step = 1
     for axis in reversed(range(len(shape))):
-        extent, found = tensor.shape[dims[axis]], tensor.strides[dims[axis]]
-        if shape[axis] > 1 and (stride is None or not _equal(found, stride)):
-            return len(shape) - 1 - axis
-        if not _equal(extent, as_expr(shape[axis])):
-            stride = None  # elements outside of the tile lie between its next axis' steps
-        elif shape[axis] > 1:
-            stride = binary("*", extent, found)
+        if shape[axis] > 1:
+            if tensor.strides[dims[axis]] != as_expr(step):
+                return len(shape) - 1 - axis
+            step *= shape[axis]
     return len(shape)
 
 
-def _equal(a: Expr, b: Expr) -> bool:
-    if isinstance(a, Const) and isinstance(b, Const):
-        return a.value == b.value
-    return a == b
-
-
-def check_runs(copy: SharedCopy) -> None:
-    """Raise unless all runs of a copy are known to be multiples of 16 bytes that start at multiples of 16 bytes."""
-    _check_memory(copy.mnemonic, copy.memory, copy.offsets, copy.shape, copy.dims)
-    nbits, buffer = copy.memory.dtype.nbits, copy.buffer
-    steps = [math.prod(buffer.shape[d + 1 :]) * nbits for d in range(buffer.rank)]
-    known = math.gcd(*(divisor(start) * step for start, step in zip(copy.starts, steps, strict=True)))
-    if known % UNIT_NBITS:
-        raise TilusError(
-            f"{copy.mnemonic}: the tile starts at multiples of {_amount(known)} of {buffer.name}, expected 16 bytes",
-            hint="make the parts of the shared tensor multiples of 16 bytes",
-        )
-
-
-def _check_memory(
-    what: str, tensor: GlobalTensor, offsets: Sequence[Expr], shape: Sequence[int], dims: Sequence[int]
-) -> None:
-    nbits, outer = tensor.dtype.nbits, len(shape) - contiguous_axes(tensor, shape, dims)
-    run = math.prod(shape[outer:]) * nbits
+def check_runs(what: str, tensor: GlobalTensor, shape: Sequence[int], dims: Sequence[int]) -> None:
+    """Raise unless all runs of a tile are multiples of 16 bytes."""
+    run = math.prod(shape[len(shape) - contiguous_axes(tensor, shape, dims) :]) * tensor.dtype.nbits
     if run % UNIT_NBITS:
         raise TilusError(
             f"{what}: a tile of shape {list(shape)} of {tensor.name} has contiguous runs of {_amount(run)}, expected a "
             "multiple of 16 bytes",
             hint="take whole rows of a tensor whose extents are known to the compiler (Const), or use tilus.copy_tensor",
         )
+
+
+def check_starts(
+    what: str, tensor: GlobalTensor, offsets: Sequence[Expr], shape: Sequence[int], dims: Sequence[int]
+) -> None:
+    """Raise unless all runs of a tile are known to start at multiples of 16 bytes. Kernels for a CPU know no such facts."""
+    nbits, outer = tensor.dtype.nbits, len(shape) - contiguous_axes(tensor, shape, dims)
     parts = [divisor(tensor.offset), *(divisor(o) * divisor(s) for o, s in zip(offsets, tensor.strides, strict=True))]
     parts += [divisor(tensor.strides[dims[axis]]) for axis in range(outer) if shape[axis] > 1]
     known = math.gcd(8 * tensor.alignment, *(part * nbits for part in parts))
@@ -254,12 +246,25 @@ def _check_memory(
         )
 
 
+def check_shared_start(copy: SharedCopy) -> None:
+    """Raise unless the tile is known to start at a multiple of 16 bytes of its shared tensor."""
+    nbits, buffer = copy.memory.dtype.nbits, copy.buffer
+    steps = [math.prod(buffer.shape[d + 1 :]) * nbits for d in range(buffer.rank)]
+    known = math.gcd(*(divisor(start) * step for start, step in zip(copy.starts, steps, strict=True)))
+    if known % UNIT_NBITS:
+        raise TilusError(
+            f"{copy.mnemonic}: the tile starts at multiples of {_amount(known)} of {buffer.name}, expected 16 bytes",
+            hint="make the parts of the shared tensor multiples of 16 bytes",
+        )
+
+
 def _amount(nbits: int) -> str:
     return f"{nbits // 8} bytes" if nbits % 8 == 0 else f"{nbits} bits"
 
 
 def _runs(ctx: EmitContext, copy: SharedCopy) -> Iterator[tuple[Address, Address, Imm]]:
     """Global address, shared address and bytes of each run of a copy."""
+    check_starts(copy.mnemonic, copy.memory, copy.offsets, copy.shape, copy.dims)
     outer = copy.shape[: len(copy.shape) - contiguous_axes(copy.memory, copy.shape, copy.dims)]
     count = math.prod(outer)
     ctx.note(copy, f"{copy.mnemonic} {copy.memory.name}: {count} x {copy.nbytes // count} bytes")
