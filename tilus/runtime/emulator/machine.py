@@ -97,10 +97,6 @@ class Machine:
         self.bulk_copies.reset()
         self.alive = (block >= 0) & (self.thread_of < self.num_threads)
 
-    def hesitate(self) -> bool:
-        """A choice between two things that hardware may do."""
-        return bool(self.rng.random() < 0.5)
-
     def clocks_moved(self) -> None:
         """Bring what depends on the clocks of the warps up to date."""
         live = np.logical_or.reduce(self.alive.reshape(self.slots, -1, WARP), axis=2)
