@@ -16,6 +16,7 @@ from tilus.runtime.emulator import (
     mbarrier_instructions,
     memory,
     predicates,
+    tensor_instructions,
     warp,
 )
 from tilus.runtime.emulator.decode import HANDLERS, Handler, Site, Step
@@ -24,7 +25,7 @@ from tilus.runtime.emulator.machine import Machine
 
 FAMILIES = (
     alu, async_instructions, atomics, bits, bulk_instructions, control, convert, floating, hints, matrix,
-    mbarrier_instructions, memory, predicates, warp,
+    mbarrier_instructions, memory, predicates, tensor_instructions, warp,
 )  # fmt: skip
 
 
@@ -40,7 +41,7 @@ def decode(machine: Machine, pc: int) -> Step:
 
 def _handler(site: Site) -> Handler:
     words = [site.name, *site.words]
-    for count in (4, 3, 2, 1):
+    for count in (5, 4, 3, 2, 1):
         handler = HANDLERS.get(".".join(words[:count]))
         if handler is not None:
             return handler
