@@ -5,7 +5,6 @@ Functions named `in_stub_*` run in a process whose driver is a stub, which store
 
 from __future__ import annotations
 
-import struct
 import timeit
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -17,10 +16,6 @@ from libcuda_stub import Stub, failure
 
 import tilus
 from tilus import Const, Tensor, f16, f32, int32, uint64
-from tilus.codegen.tensor_map import PlacedMap
-from tilus.ptx.module import Kernel, Param
-from tilus.runtime.emulator import MapArgument
-from tilus.runtime.emulator.arguments import load_arguments
 
 Run = Callable[..., Any]
 UINT16, UINT32 = 1, 2  # CU_TENSOR_MAP_DATA_TYPE
@@ -203,24 +198,3 @@ def in_stub_microseconds() -> float:
 
 def test_a_launch_with_maps_costs_less_than_3_us_of_python(in_stub: Run) -> None:
     assert in_stub(in_stub_microseconds) < 3.0
-
-
-def test_the_emulators_own_map_of_128_bytes() -> None:
-    """Fields in the order that the emulator documents; the address is that of the array in emulated memory."""
-    array = np.zeros(4096, np.uint8)
-    host = array.ctypes.data
-    kernel = Kernel("k", (Param("x", "u64"), Param("m", "b8", 128, 64)), (), (), 32)
-    placed = PlacedMap(host + 32, 2, (40, 10, 3), (96, 960), (8, 4, 1), 128)
-    found = load_arguments(kernel, [array, MapArgument(array, placed)]).params
-    (address,) = struct.unpack_from("<Q", found, 0)
-    assert len(found) == 64 + 128  # the map is aligned to 64 bytes
-    assert struct.unpack_from("<Q4I5Q4Q5I12s", found, 64) == (
-        address + 32, 3, 2, 128, 0, 40, 10, 3, 0, 0, 96, 960, 0, 0, 8, 4, 1, 0, 0, bytes(12),
-    )  # fmt: skip
-
-
-def test_a_map_of_an_array_that_is_no_argument() -> None:
-    kernel = Kernel("k", (Param("m", "b8", 128, 64),), (), (), 32)
-    placed = PlacedMap(0, 2, (8,), (), (8,), 0)
-    message = failure(lambda: load_arguments(kernel, [MapArgument(np.zeros(16, np.uint8), placed)]))
-    assert message == "the tensor map 'm' is of an array that is no argument of the launch"

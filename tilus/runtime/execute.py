@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tilus import config
-from tilus.codegen.tensor_map import TensorMap
+from tilus.codegen.tensor_map import PlacedMap, TensorMap
 from tilus.compiler import Compiled, compile_for_cpu, compile_function
 from tilus.dtypes import DataType, boolean
 from tilus.errors import TilusError
@@ -176,7 +176,7 @@ def _reference(function: Function, call: Call) -> Run:
 
 
 def _emulator(function: Function, call: Call) -> Run:
-    from tilus.runtime.emulator import MapArgument, run_kernel
+    from tilus.runtime.emulator import run_kernel
 
     compiled = compile_function(function, DEFAULT_TARGET)
     values = _Values(function, call.sizes)
@@ -191,11 +191,27 @@ def _emulator(function: Function, call: Call) -> Run:
             return
         present, known = _present(call, pointers), values.known(scalars)
         memory = [_bytes_at(p, n) for p, n in zip(present, spans, strict=True)]
-        placed = [MapArgument(memory[i], tensor_map.at(present[i], known)) for i, tensor_map in maps]
-        args = [*memory, *values.after_pointers(scalars), *placed]
+        mapped = [_emulated_map(i, tensor_map.at(present[i], known), present[i]) for i, tensor_map in maps]
+        args = [*memory, *values.after_pointers(scalars), *mapped]
         run_kernel(compiled.ptx, compiled.kernel_name, grid, args, dynamic_shared_nbytes=dynamic)
 
     return run
+
+
+def _emulated_map(param: int, placed: PlacedMap, pointer: int) -> Any:
+    """The emulator's tensor map of the tensor that is argument `param`, at `pointer`."""
+    from tilus.runtime.emulator import TensorMap
+
+    return TensorMap(
+        param,
+        placed.address - pointer,
+        len(placed.shape),
+        placed.element_nbytes,
+        placed.swizzle_nbytes,
+        placed.shape,
+        placed.strides_nbytes,
+        placed.box,
+    )
 
 
 def _span_nbytes(array: Array) -> int:

@@ -5,19 +5,12 @@ barriers are detected, warps run in random order. It shares no code with what it
 meanings come from the PTX ISA text.
 """
 
-from tilus.runtime.emulator.arguments import Argument, MapArgument
+from tilus.runtime.emulator.arguments import Argument
 from tilus.runtime.emulator.errors import DeadlockError, EmulatorError, RaceError
 from tilus.runtime.emulator.run import Result, run_kernel
 from tilus.runtime.emulator.stats import AccessStats, Stats
+from tilus.runtime.emulator.tensor_map import TensorMap
 
 __all__ = [
-    "AccessStats",
-    "Argument",
-    "DeadlockError",
-    "EmulatorError",
-    "MapArgument",
-    "RaceError",
-    "Result",
-    "Stats",
-    "run_kernel",
-]
+    "AccessStats", "Argument", "DeadlockError", "EmulatorError", "RaceError", "Result", "Stats", "TensorMap", "run_kernel",
+]  # fmt: skip

@@ -1,38 +1,27 @@
-"""Kernel arguments: arrays become buffers of emulated global memory, and all arguments the bytes of parameter space."""
+"""Kernel arguments: arrays become buffers of emulated global memory, and all arguments the bytes of parameter space.
+
+A tensor-map parameter (`.param .align 64 .b8 name[128]`) takes a `TensorMap`, which names its array by position.
+"""
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tilus.codegen.tensor_map import PlacedMap
 from tilus.errors import TilusError
 from tilus.ptx.module import Kernel, Param
 from tilus.runtime.emulator.memory_space import MemorySpace
+from tilus.runtime.emulator.tensor_map import TENSOR_MAP_NBYTES, TensorMap
 
 GLOBAL_BASE = 0x7F_4000_0000_00
 _PAGE = 256
 
-
-@dataclass(frozen=True, eq=False)
-class MapArgument:
-    """A tensor map of an array that is an argument, too. placed: the map by host addresses."""
-
-    array: npt.NDArray[Any]
-    placed: PlacedMap
-
-
-Argument = int | float | npt.NDArray[Any] | MapArgument
-
-# The emulator's own encoding of a tensor map: u64 address; u32 rank, bytes of an element, bytes of the swizzle (0, 32, 64 or 128)
-# and 0 for no interleave; then, innermost first and filled up with zeros, 5 x u64 elements of each dim, 4 x u64 bytes from one
-# element to the next in all dims but the innermost, 5 x u32 elements of a box.
-_MAP = struct.Struct("<Q4I5Q4Q5I12x")
+Argument = int | float | npt.NDArray[Any] | TensorMap
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,38 +65,17 @@ def load_arguments(kernel: Kernel, args: Sequence[Argument]) -> Arguments:
     placed = [(name, array, _offset(array, buffers, memory)) for name, array in arrays]
     for _, array, offset in placed:
         memory.data[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
-    by_host = {_host_address(array): memory.base + offset for _, array, offset in placed}
+    addresses = {name: memory.base + offset for name, _, offset in placed}
     params = bytearray()
     for param, position, value in zip(kernel.params, param_offsets(kernel), args, strict=True):
         params.extend(bytes(position - len(params)))
-        params += _bytes(param, value, by_host)
+        if isinstance(value, np.ndarray):
+            params += struct.pack("<Q", addresses[param.name])
+        elif isinstance(value, TensorMap):
+            params += _tensor_map_bytes(kernel, param, value, addresses)
+        else:
+            params += _scalar_bytes(param, value)
     return Arguments(memory, bytes(params), tuple(placed))
-
-
-def _bytes(param: Param, value: Argument, by_host: Mapping[int, int]) -> bytes:
-    """A parameter as it lies in parameter space. by_host: addresses of arrays in emulated memory, by those of the host."""
-    if isinstance(value, np.ndarray):
-        return struct.pack("<Q", by_host[_host_address(value)])
-    if isinstance(value, MapArgument):
-        return _map_bytes(param, value, by_host)
-    return _scalar_bytes(param, value)
-
-
-def _map_bytes(param: Param, value: MapArgument, by_host: Mapping[int, int]) -> bytes:
-    if param.type != "b8" or param.count != _MAP.size:
-        raise TilusError(f"parameter {param.name!r} of type .{param.type} got a tensor map, expected {_MAP.size} x .b8")
-    placed, host = value.placed, _host_address(value.array)
-    if host not in by_host:
-        raise TilusError(f"the tensor map {param.name!r} is of an array that is no argument of the launch")
-
-    def filled(numbers: tuple[int, ...], count: int) -> tuple[int, ...]:
-        return numbers + (0,) * (count - len(numbers))
-
-    return _MAP.pack(
-        placed.address - host + by_host[host],
-        len(placed.shape), placed.element_nbytes, placed.swizzle_nbytes, 0,
-        *filled(placed.shape, 5), *filled(placed.strides_nbytes, 4), *filled(placed.box, 5),
-    )  # fmt: skip
 
 
 def _checked_array(param: Param, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -119,6 +87,16 @@ def _checked_array(param: Param, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
             hint="pass numpy.ascontiguousarray(...)",
         )
     return array
+
+
+def _tensor_map_bytes(kernel: Kernel, param: Param, value: TensorMap, addresses: dict[str, int]) -> bytes:
+    if (param.type, param.count) != ("b8", TENSOR_MAP_NBYTES) or (param.align or 1) % 64:
+        raise TilusError(f"parameter {param.name!r} got a tensor map, expected .align 64 .b8 [{TENSOR_MAP_NBYTES}]")
+    names = [other.name for other in kernel.params]
+    name = names[value.param] if 0 <= value.param < len(names) else None
+    if name not in addresses:
+        raise TilusError(f"{value}: argument {value.param} is no array, expected one of those of {sorted(addresses)}")
+    return value.encode(addresses[name] + value.offset_nbytes)
 
 
 def _host_address(array: npt.NDArray[Any]) -> int:
