@@ -76,7 +76,7 @@ def lower(function: Function, target: Target) -> Lowered:
         scalars.variables[var] = _load_param(b, var, name, var in pointers)
     _StmtLowering(ctx).lower_body(function.body)
     dynamic = plan.nbytes > MAX_STATIC_SHARED_NBYTES
-    shared = (SharedArray(SHARED_SYMBOL, plan.nbytes, 128, dynamic),) if plan.nbytes else ()
+    shared = (SharedArray(SHARED_SYMBOL, plan.nbytes, plan.alignment, dynamic),) if plan.nbytes else ()
     ordinary = [Param(name, "u64" if var in pointers else _param_type(var.dtype)) for var, name in names.items()]
     maps = [Param(name, "b8", MAP_NBYTES, MAP_ALIGNMENT) for name in ctx.tensor_maps.values()]
     kernel = Kernel(
