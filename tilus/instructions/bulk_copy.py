@@ -21,6 +21,7 @@ from tilus.instructions.shared_copy import (
     CopyFromShared,
     CopyToShared,
     SharedCopy,
+    amount,
     tile_of,
 )
 from tilus.ir.builder import IRBuilder, builtin
@@ -48,7 +49,7 @@ class CopyBulk(CopyToShared):
     def verify(self) -> None:
         super().verify()
         check_runs(self.mnemonic, self.src, self.shape, self.dims)
-        check_shared_start(self)
+        self.check_shared_start(UNIT_NBITS)
 
     def evaluate(self, env: Evaluation) -> None:
         check_starts(self.mnemonic, self.src, self.src_offsets, self.shape, self.dims)
@@ -81,7 +82,7 @@ class StoreBulk(CopyFromShared):
     def verify(self) -> None:
         super().verify()
         check_runs(self.mnemonic, self.dst, self.shape, self.dims)
-        check_shared_start(self)
+        self.check_shared_start(UNIT_NBITS)
         if self.add and self.dst.dtype.name != "f32":
             raise TilusError(
                 f"store_bulk: adds to {self.dst.name} of {self.dst.dtype.name}, expected f32",
@@ -225,7 +226,7 @@ def check_runs(what: str, tensor: GlobalTensor, shape: Sequence[int], dims: Sequ
     run = math.prod(shape[len(shape) - contiguous_axes(tensor, shape, dims) :]) * tensor.dtype.nbits
     if run % UNIT_NBITS:
         raise TilusError(
-            f"{what}: a tile of shape {list(shape)} of {tensor.name} has contiguous runs of {_amount(run)}, expected a "
+            f"{what}: a tile of shape {list(shape)} of {tensor.name} has contiguous runs of {amount(run)}, expected a "
             "multiple of 16 bytes",
             hint="take whole rows of a tensor whose extents are known to the compiler (Const), or use tilus.copy_tensor",
         )
@@ -241,25 +242,9 @@ def check_starts(
     known = math.gcd(8 * tensor.alignment, *(part * nbits for part in parts))
     if known % UNIT_NBITS:
         raise TilusError(
-            f"{what}: runs of {tensor.name} are known to start at multiples of {_amount(known)}, expected 16 bytes",
+            f"{what}: runs of {tensor.name} are known to start at multiples of {amount(known)}, expected 16 bytes",
             hint="use offsets, strides and an address that are multiples of 16 bytes, or tilus.copy_async",
         )
-
-
-def check_shared_start(copy: SharedCopy) -> None:
-    """Raise unless the tile is known to start at a multiple of 16 bytes of its shared tensor."""
-    nbits, buffer = copy.memory.dtype.nbits, copy.buffer
-    steps = [math.prod(buffer.shape[d + 1 :]) * nbits for d in range(buffer.rank)]
-    known = math.gcd(*(divisor(start) * step for start, step in zip(copy.starts, steps, strict=True)))
-    if known % UNIT_NBITS:
-        raise TilusError(
-            f"{copy.mnemonic}: the tile starts at multiples of {_amount(known)} of {buffer.name}, expected 16 bytes",
-            hint="make the parts of the shared tensor multiples of 16 bytes",
-        )
-
-
-def _amount(nbits: int) -> str:
-    return f"{nbits // 8} bytes" if nbits % 8 == 0 else f"{nbits} bits"
 
 
 def _runs(ctx: EmitContext, copy: SharedCopy) -> Iterator[tuple[Address, Address, Imm]]:

@@ -20,6 +20,7 @@ from tilus.instructions.shared import SharedOperand, full_offsets
 from tilus.ir.evaluation import Evaluation
 from tilus.ir.expr import Expr, as_expr
 from tilus.ir.instruction import Effects, Instruction
+from tilus.ir.ranges import divisor
 from tilus.ir.tensor import GlobalTensor, SharedTensor
 from tilus.layout import SharedLayout
 from tilus.ptx.module import Operand
@@ -90,6 +91,17 @@ class SharedCopy(Instruction):
                 hint="give the shared tensor the shape of what is copied",
             )
         check_eviction(what, self.evict)
+
+    def check_shared_start(self, nbits: int) -> None:
+        """Raise unless the tile is known to start at a multiple of so many bits of its shared tensor."""
+        buffer = self.buffer
+        steps = [math.prod(buffer.shape[d + 1 :]) * buffer.dtype.nbits for d in range(buffer.rank)]
+        known = math.gcd(*(divisor(start) * step for start, step in zip(self.starts, steps, strict=True)))
+        if known % nbits:
+            raise TilusError(
+                f"{self.mnemonic}: the tile starts at multiples of {amount(known)} of {buffer.name}, expected {nbits // 8} bytes",
+                hint=f"make the parts of the shared tensor multiples of {nbits // 8} bytes",
+            )
 
     def shared_accesses(self, num_threads: int, target: Target) -> tuple[tuple[SharedTensor, SharedAccess], ...]:
         access = shared_access(self.buffer, None, self.starts, self.shared_dims, self.shape, legal=self.legal_layouts())
@@ -197,3 +209,8 @@ def tile_of(
     tensor, starts = full_offsets(place, None, len(tile))
     axes = tuple(range(memory.rank - len(tile), memory.rank)) if dims is None else tuple(dims)
     return tile, axes, tensor, starts
+
+
+def amount(nbits: int) -> str:
+    """Bits in words; in bytes where they are whole."""
+    return f"{nbits // 8} bytes" if nbits % 8 == 0 else f"{nbits} bits"

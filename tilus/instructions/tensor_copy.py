@@ -31,6 +31,8 @@ from tilus.layout import SharedLayout
 from tilus.layout.operands import CORE_ROWS, SWIZZLES_NBYTES, tma_tile
 from tilus.ptx.module import Address, TensorAddress, Vector
 
+START_NBITS = 1024  # a tile starts at a multiple of 128 bytes of shared memory
+
 
 @dataclass(frozen=True, eq=False)
 class CopyTensor(CopyToShared):
@@ -95,6 +97,7 @@ def check_boxes(copy: SharedCopy) -> None:
             f"{what}: a tile along dims {list(copy.dims)} of {memory.name}, expected ascending dims, the last one included",
             hint="give the shared tensor's dims the order of the global tensor's",
         )
+    copy.check_shared_start(START_NBITS)
     _check_strides(copy)
     if not _swizzles(copy):
         row = copy.shape[-1] * memory.dtype.nbytes
