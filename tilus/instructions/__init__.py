@@ -9,6 +9,7 @@ from tilus.instructions import (
     async_copy,
     atomic,
     barrier,
+    bulk_copy,
     cast,
     convert,
     debug,
@@ -25,6 +26,7 @@ from tilus.instructions import (
     reduce,
     scan,
     shared,
+    tensor_copy,
     view,
     wgmma,
 )
@@ -35,6 +37,7 @@ FAMILIES = (
     async_copy,
     atomic,
     barrier,
+    bulk_copy,
     cast,
     convert,
     debug,
@@ -51,6 +54,7 @@ FAMILIES = (
     reduce,
     scan,
     shared,
+    tensor_copy,
     view,
     wgmma,
 )
