@@ -60,7 +60,8 @@ def test_a_pipeline_without_one_instruction_is_an_error_in_every_schedule(instru
     [
         ("expect_tx.shared::cta.b64 _, [%r13], 256", "expect_tx.shared::cta.b64 _, [%r13], 240", "16 bytes more than"),
         ("expect_tx.shared::cta.b64 _, [%r13], 256", "expect_tx.shared::cta.b64 _, [%r13], 272", "and 16 bytes"),
-        ("arrive.expect_tx.shared::cta.b64 _, [%r13], 256", "arrive.shared::cta.b64 _, [%r13]", r"reads shared memory(.|\n)*(by an asynchronous copy|is in flight)(.|\n)*cp\.async\.bulk"),
+        ("arrive.expect_tx.shared::cta.b64 _, [%r13], 256", "arrive.shared::cta.b64 _, [%r13]",
+         r"reads shared memory(.|\n)*(by an asynchronous copy|is in flight)(.|\n)*cp\.async\.bulk"),
         ("[bars+64], 2;", "[bars+64], 3;", "phase 0 lacks 1 of 3 arrivals"),
         ("[bars+64], 2;", "[bars+64], 1;", "race: (arrives|writes|reads shared memory)|it has missed phase|is in flight"),
         ("mov.u32 %r12, 1;", "mov.u32 %r12, 0;", r"mbarrier bars\+64: warps \[0\] wait for phase 0 .parity 0."),

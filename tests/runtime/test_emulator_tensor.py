@@ -200,9 +200,9 @@ def test_a_map_that_does_not_fit() -> None:
         run(body, np.zeros(128, np.uint8), array, tensor_map(array, (64, 1), 0, 1), params=PARAMS)
     with pytest.raises(EmulatorError, match="reaches outside of every buffer"):
         load(array, (64, 8), (0, 20), 0, dims=(64, 25))
-    with pytest.raises(EmulatorError, match="misaligned access .not a multiple of 128"):
+    with pytest.raises(EmulatorError, match=r"misaligned access .not a multiple of 128"):
         load(array, (64, 8), (0, 0), 0, at=64)
-    with pytest.raises(EmulatorError, match="expected the address of a .align 64"):
+    with pytest.raises(EmulatorError, match=r"expected the address of a .align 64"):
         body = LOAD.format(rank=2, nbytes=1024, at=0, **coordinates((0, 0))).replace(
             "mov.b64 %d1, map;", "mov.b64 %d1, out;"
         )
