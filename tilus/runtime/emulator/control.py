@@ -9,8 +9,15 @@ import numpy.typing as npt
 
 from tilus.ptx.module import LabelRef, Operand
 from tilus.runtime.emulator.decode import Array, Mask, Site, Step, instruction
-from tilus.runtime.emulator.guards import guard_row, initialisation_check, mark_initialised
+from tilus.runtime.emulator.guards import (
+    guard_registers,
+    guard_row,
+    initialisation_check,
+    mark_initialised,
+    source_registers,
+)  # fmt: skip
 from tilus.runtime.emulator.machine import WARP, Machine
+from tilus.runtime.emulator.wgmma import decode_wgmma
 
 Lanes = npt.NDArray[np.bool_]
 Successors = list[tuple[int, Lanes]]
@@ -28,6 +35,8 @@ def decode_control(machine: Machine, barriers: Barriers, pc: int) -> Terminator:
             end = _exit(site, barriers)
         case "trap":
             end = _trap(site)
+        case "wgmma":
+            end = decode_wgmma(site)
         case _:
             end = _barrier(site, barriers)
     return _guarded(site, end)
@@ -35,8 +44,8 @@ def decode_control(machine: Machine, barriers: Barriers, pc: int) -> Terminator:
 
 def _guarded(site: Site, end: Terminator) -> Terminator:
     guard = guard_row(site)
-    check = initialisation_check(site)
-    guard_check = initialisation_check(site, guard_only=True)
+    check = initialisation_check(site, source_registers(site))
+    guard_check = initialisation_check(site, guard_registers(site))
     following = site.pc + 1
 
     def guarded(mask: Lanes) -> Successors:

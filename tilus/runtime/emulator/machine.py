@@ -18,6 +18,7 @@ from tilus.runtime.emulator.memory_space import MemorySpace
 from tilus.runtime.emulator.program import Program, read, written
 from tilus.runtime.emulator.shadow import GlobalShadow, SharedShadow, WarpClocks
 from tilus.runtime.emulator.stats import Profile
+from tilus.runtime.emulator.wgmma_pending import Wgmmas
 
 WARP = 32
 SHARED_BASE = 0x400
@@ -41,8 +42,10 @@ class Machine:
         dynamic_shared_nbytes: int,
         granules: tuple[int, int],
         rng: np.random.Generator,
+        random_times: bool,
     ) -> None:
-        """granules: bytes per unit in which (shared, global) accesses are tracked."""
+        """granules: bytes per unit in which (shared, global) accesses are tracked. random_times: whether asynchronous
+        operations happen at random times or when they are waited for."""
         self.program, self.memory, self.params, self.grid = program, memory, params, grid
         self.num_threads, self.slots, self.rng = num_threads, slots, rng
         self.warps = -(-num_threads // WARP)
@@ -61,6 +64,7 @@ class Machine:
         self.shared_shadow = SharedShadow(self, granules[0])
         self.global_shadow = GlobalShadow(self, granules[1])
         self.async_copies = AsyncCopies(self)
+        self.wgmmas = Wgmmas(self, random_times=random_times)
         self.profile: Profile | None = None
         self.special = self._special_registers()
         self.regs = {cls: np.zeros((count, self.lanes), dtype) for cls, count, dtype in _register_files(program)}
@@ -86,6 +90,7 @@ class Machine:
         self.shared_shadow.reset()
         self.global_shadow.next_wave()
         self.async_copies.reset()
+        self.wgmmas.reset()
         self.alive = (block >= 0) & (self.thread_of < self.num_threads)
 
     def _special_registers(self) -> dict[str, Array]:

@@ -68,7 +68,10 @@ def run_kernel(
     slots = max(1, min(total, max_lanes // lanes_per_block, _SHADOW_NBYTES // shadow_nbytes))
     rng = np.random.default_rng(seed)
     with np.errstate(all="ignore"):
-        machine = Machine(program, memory, arguments.params, grid, threads, slots, dynamic_shared_nbytes, granules, rng)
+        machine = Machine(
+            program, memory, arguments.params, grid, threads, slots, dynamic_shared_nbytes, granules, rng,
+            random_times=seed is not None,
+        )  # fmt: skip
         machine.profile = Profile() if profile else None
         scheduler = Scheduler(machine, interleave=seed is not None, max_blocks=max_blocks)
         order = np.arange(total) if seed is None else rng.permutation(total)

@@ -81,7 +81,10 @@ class Scheduler:
             self._run_team(int(self.machine.rng.choice(teams)) if len(teams) > 1 else teams[0])
         if self.machine.alive.any():
             raise DeadlockError(
-                "deadlock: no thread can go on\n" + self.barriers.deadlock_report(),
+                "deadlock: no thread can go on\n"
+                + "\n".join(
+                    filter(None, (self.barriers.deadlock_report(), self.machine.wgmmas.groups.deadlock_report()))
+                ),
                 hint="every thread of the block (or as many as the barrier says) must reach the same barrier",
             )
 
@@ -153,6 +156,7 @@ class Scheduler:
 
     def _spend(self, block: Block) -> None:
         self.budget -= 1
+        self.machine.wgmmas.advance(1)
         self.machine.advance_clock(block.end - block.start)
         if self.budget < 0:
             raise self.machine.fault(

@@ -112,6 +112,25 @@ class SharedShadow:
         if not strong:
             self._remember_readers(pc, where, lanes, collective=collective)
 
+    def check_async_read(self, pc: int, flat: Lanes, lanes: Lanes) -> None:
+        """Check an asynchronous read of 16-byte pieces on behalf of the warps of these lanes; remembered later."""
+        where = self.granules(flat, 16)
+        stamps = self.writer[where]
+        if int(np.maximum.reduce(stamps - _ONE, axis=None, initial=0)) >> 32 < self.machine.clocks.floor:
+            return
+        if (stamps == stamps[0, 0]).all():
+            where, stamps = where[:1], stamps[:1]
+        for lane in lanes:
+            who = np.full(len(where), lane)
+            self._check_present(pc, where, stamps, who)
+            self._check_order(pc, stamps, who, None, "reads")
+
+    def read_by_warps(self, pc: int, flat: Lanes, lanes: Lanes) -> None:
+        """Remember that the warps of these lanes have read 16-byte pieces."""
+        where = self.granules(flat, 16)
+        for lane in lanes:
+            self._remember_readers(pc, where, np.full(len(where), lane), collective=True)
+
     def _remember_readers(self, pc: int, where: Lanes, lanes: Lanes, *, collective: bool) -> None:
         cell = where * self.warps + self.machine.warp_of[lanes][:, None]
         stamp = (self.now[lanes] | np.uint64(pc))[:, None]
@@ -137,6 +156,8 @@ class SharedShadow:
         atomic: bool = False,
     ) -> None:
         """Check a write and remember it. changes: the new bytes [accesses, nbytes], to tell a write of equal bytes."""
+        if self.machine.wgmmas.pending:
+            self.machine.wgmmas.check_write(pc, flat, nbytes, lanes)
         where = self.granules(flat, nbytes)
         writers = self.writer[where]
         if atomic:
