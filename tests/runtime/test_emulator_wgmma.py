@@ -8,8 +8,22 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from wgmma_kernels import (
-    A, D, DONE, DTYPES, FENCE, Layout, a_words, braces, descriptor, fill, load_rows, matrix_of, run_wgmma, store_rows,
-    wgmma, words_of,
+    DONE,
+    DTYPES,
+    FENCE,
+    A,
+    D,
+    Layout,
+    a_words,
+    braces,
+    descriptor,
+    fill,
+    load_rows,
+    matrix_of,
+    run_wgmma,
+    store_rows,
+    wgmma,
+    words_of,
 )  # fmt: skip
 
 from tilus.runtime.emulator import EmulatorError
@@ -34,7 +48,7 @@ def multiply(
     setup: str = "",
 ) -> npt.NDArray[Any]:  # fmt: skip
     """a b^T (plus c) by one wgmma; A in registers when it has no layout. types: as in the opcode, D first."""
-    d_type, a_type = types.removeprefix("satfinite.").split(".")[:2]
+    d_type = types.removeprefix("satfinite.").partition(".")[0]
     dtype = DTYPES[d_type]
     image = layout_b.image(b)
     fields_a = 0

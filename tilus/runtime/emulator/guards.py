@@ -45,7 +45,8 @@ def source_registers(site: Site) -> frozenset[Reg]:
 def initialisation_check(site: Site, sources: frozenset[Reg]) -> Step | None:
     """A step that raises when an executing lane reads one of these registers and has not written it; None when none
     can."""
-    regs = site.machine.program.unproven.get(site.pc, frozenset()) & sources
+    unproven = site.machine.program.unproven.get(site.pc, frozenset())
+    regs = sorted(unproven & sources, key=lambda reg: (reg.cls.value, reg.index))
     if not regs:
         return None
     flags = [(reg, site.machine.initialised[reg]) for reg in regs]

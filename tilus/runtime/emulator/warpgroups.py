@@ -57,7 +57,7 @@ class Warpgroups:
             return []
         action(np.flatnonzero(met).tolist())
         leaving = np.zeros_like(mask)
-        for group in np.flatnonzero(met):
+        for group in np.flatnonzero(met).tolist():
             leaving[self.lanes(group)] = True
             self.at[self.warps(group)] = 0
         return [(site.pc + 1, leaving)]
