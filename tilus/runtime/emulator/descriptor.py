@@ -8,7 +8,6 @@ PTX ISA, "Matrix Descriptor Format" and "Canonical Layouts" of the asynchronous 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -48,7 +47,6 @@ def decode_descriptor(bits: int) -> Descriptor:
     return Descriptor(field(0), field(16), field(32), bits >> 49 & 7, _SWIZZLE_NBYTES[bits >> 62 & 3])
 
 
-@lru_cache(maxsize=1024)
 def piece_addresses(descriptor: Descriptor, mn: int, element_nbytes: int, *, k_major: bool) -> Pieces:
     """Shared addresses of the pieces of a matrix of `mn` rows (of A) or columns (of B) that is 32 bytes deep in k.
 
@@ -71,6 +69,4 @@ def piece_addresses(descriptor: Descriptor, mn: int, element_nbytes: int, *, k_m
             offsets = groups * descriptor.stride + ks % 8 * PIECE_NBYTES + ks // 8 * descriptor.leading
     addresses = descriptor.start + offsets
     mask = max(1, descriptor.swizzle_nbytes // PIECE_NBYTES) - 1
-    addresses ^= (addresses >> 7 & mask) << 4
-    addresses.setflags(write=False)
-    return addresses
+    return addresses ^ (addresses >> 7 & mask) << 4

@@ -19,7 +19,7 @@ from tilus.runtime.emulator.matrix_elements import NBITS
 from tilus.runtime.emulator.program import accumulators
 from tilus.runtime.emulator.warpgroups import WARP, Action, Mask
 from tilus.runtime.emulator.wgmma_pending import Lanes
-from tilus.runtime.emulator.wgmma_product import M, Multiply
+from tilus.runtime.emulator.wgmma_product import M, Multiply, SharedMatrix
 
 Arrive = Callable[[Mask], list[tuple[int, Mask]]]
 # Types of A and B that go together, and of D with them.
@@ -65,7 +65,7 @@ def _multiply(site: Site) -> Action:
     """mma_async.sync.aligned.m64nNkK{.satfinite}.dtype.atype.btype d, a | a-desc, b-desc, scale-d{, imm-scale-a,
     imm-scale-b{, imm-trans-a}{, imm-trans-b}}; the transpositions only for 16-bit types."""
     op = _operation(site)
-    a = None if op.a is not None else _MatrixOperand(site, 1, M, op.a_type, op.k_major_a)
+    a = None if op.a.size else _MatrixOperand(site, 1, M, op.a_type, op.k_major_a)
     b = _MatrixOperand(site, 2, op.n, op.b_type, op.k_major_b)
     scale_d = site.predicate(site.operands[3])
     # D is read only when scale-d is true.
@@ -80,8 +80,7 @@ def _multiply(site: Site) -> Action:
             mask[lanes] = True
             if add and check_d is not None:
                 check_d(mask)
-            a_pieces = a.pieces(group) if a is not None else None
-            wgmmas.issue(op, group, add=add, a_pieces=a_pieces, b_pieces=b.pieces(group))
+            wgmmas.issue(op, group, a.find(group) if a is not None else None, b.find(group), add=add)
             if mark_d is not None:
                 mark_d(mask)
 
@@ -99,7 +98,7 @@ def _operation(site: Site) -> Multiply:
     return Multiply(
         pc=site.pc, n=n, d_type=d_type, a_type=a_type, b_type=b_type,
         d=_registers(site, 0, n // 4 if d_type == "f16" else n // 2),
-        a=_registers(site, 1, 4) if in_registers else None,
+        a=_registers(site, 1, 4) if in_registers else np.zeros(0, np.int64),
         k_major_a=not trans_a, k_major_b=not trans_b, sign=scale_a * scale_b, saturate=site.has("satfinite"),
     )  # fmt: skip
 
@@ -160,11 +159,20 @@ class _MatrixOperand:
         if not isinstance(operand, Reg) or operand.cls is not RegClass.B64:
             raise site.fault(f"operand {index} is {operand}, expected a matrix descriptor in a 64-bit register")
         self.row = site.row(operand)
+        self.found: dict[tuple[int, int], SharedMatrix] = {}  # by descriptor and slot
 
-    def pieces(self, group: int) -> Lanes:
-        """Indices of the 16-byte pieces in the shared data (see `piece_addresses`)."""
-        machine, lanes = self.site.machine, self.site.machine.wgmmas.groups.lanes(group)
-        descriptor = decode_descriptor(_uniform(self.site, self.row, lanes, f"descriptor (operand {self.index})"))
+    def find(self, group: int) -> SharedMatrix:
+        """The matrix that the descriptor of a warpgroup means now."""
+        groups = self.site.machine.wgmmas.groups
+        lanes = groups.lanes(group)
+        bits = _uniform(self.site, self.row, lanes, f"descriptor (operand {self.index})")
+        key = (bits, groups.slot(group))
+        if key not in self.found:
+            self.found[key] = self._locate(decode_descriptor(bits), lanes)
+        return self.found[key]
+
+    def _locate(self, descriptor: Descriptor, lanes: slice) -> SharedMatrix:
+        machine = self.site.machine
         self._check(descriptor, lanes.start)
         offsets = piece_addresses(descriptor, self.mn, self.element_nbytes, k_major=self.k_major) - machine.shared.base
         outside = machine.shared.outside(offsets, PIECE_NBYTES)
@@ -175,7 +183,8 @@ class _MatrixOperand:
                 f"  {descriptor}\n  {machine.shared.describe(address)}",
                 lanes.start,
             )
-        return (offsets + machine.shared_origin[lanes.start]) >> 4
+        pieces = (offsets + machine.shared_origin[lanes.start]) // PIECE_NBYTES
+        return SharedMatrix(pieces, np.unique(pieces))
 
     def _check(self, descriptor: Descriptor, lane: int) -> None:
         if descriptor.base_offset:

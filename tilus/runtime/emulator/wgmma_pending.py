@@ -17,7 +17,7 @@ from tilus.ptx.module import Instr, Reg, RegClass, Vector
 from tilus.runtime.emulator.errors import EmulatorError, RaceError
 from tilus.runtime.emulator.program import read, written
 from tilus.runtime.emulator.warpgroups import WARP, Warpgroups
-from tilus.runtime.emulator.wgmma_product import Multiply, multiply
+from tilus.runtime.emulator.wgmma_product import Multiply, SharedMatrix, multiply
 
 if TYPE_CHECKING:
     from tilus.runtime.emulator.machine import Machine
@@ -29,8 +29,8 @@ _NEVER_FENCED = -1
 
 @dataclass(eq=False)
 class Pending:
-    """One operation of one warpgroup. Pieces are indices of 16 bytes in the shared data; `commit` is the number of
-    groups its warpgroup had committed before; it is computed when the time is `due`."""
+    """One operation of one warpgroup. `commit` is the number of groups that its warpgroup had committed before; it is
+    computed when the time is `due`."""
 
     op: Multiply
     group: int
@@ -38,15 +38,13 @@ class Pending:
     commit: int
     due: float
     add: bool
-    a_pieces: Lanes | None
-    b_pieces: Lanes
+    a: SharedMatrix | None
+    b: SharedMatrix
     done: bool = False
 
     @property
-    def pieces(self) -> Lanes:
-        """All pieces that it reads, each once."""
-        parts = [self.b_pieces] if self.a_pieces is None else [self.a_pieces, self.b_pieces]
-        return np.unique(np.concatenate([part.reshape(-1) for part in parts]))
+    def matrices(self) -> list[SharedMatrix]:
+        return [self.b] if self.a is None else [self.a, self.b]
 
 
 class Wgmmas:
@@ -55,6 +53,8 @@ class Wgmmas:
         self.machine, self.random_times = machine, random_times
         self.groups = Warpgroups(machine)
         self.row_of = _registers_of(machine)
+        self.row_of_index = np.zeros(max(self.row_of, default=0) + 1, np.int64)
+        self.row_of_index[list(self.row_of)] = list(self.row_of.values())
         shape = (len(self.row_of), machine.lanes // WARP)
         # By register and warp: the instruction (pc + 1) other than wgmma that touched it since the last fence, and the
         # sequence numbers of the last operations that use it as accumulator and as A.
@@ -80,19 +80,19 @@ class Wgmmas:
         for group in groups:
             self.touched[:, self.groups.warps(group)] = 0
 
-    def issue(self, op: Multiply, group: int, *, add: bool, a_pieces: Lanes | None, b_pieces: Lanes) -> None:
-        """Start an operation; pieces: indices of 16-byte pieces in the shared data."""
+    def issue(self, op: Multiply, group: int, a: SharedMatrix | None, b: SharedMatrix, *, add: bool) -> None:
+        """Start an operation of a warpgroup. a: None when A is in registers."""
         self._check_registers(op, group)
         self.sequence += 1
         queue = self.pending.setdefault(group, [])
         due = max(self._due(), queue[-1].due if queue else 0.0)
-        new = Pending(op, group, self.sequence, int(self.commits[group]), due, add, a_pieces, b_pieces)
+        new = Pending(op, group, self.sequence, int(self.commits[group]), due, add, a, b)
         self._check_memory(new)
         warps = self.groups.warps(group)
         self.as_d[self._rows(op.d), warps] = self.sequence
-        if op.a is not None:
-            self.as_a[self._rows(op.a), warps] = self.sequence
-        self.reading[group % self.groups.per_block, new.pieces] = self.sequence
+        self.as_a[self._rows(op.a), warps] = self.sequence
+        for matrix in new.matrices:
+            self.reading[group % self.groups.per_block, matrix.distinct] = self.sequence
         queue.append(new)
         self.next_due = min(self.next_due, due)
         self.advance(0)
@@ -118,7 +118,7 @@ class Wgmmas:
     def _compute(self, item: Pending) -> None:
         machine, op = self.machine, item.op
         lanes = self.groups.lanes(item.group)
-        multiply(op, machine.regs[RegClass.B32], lanes, machine.shared.views[4], item.a_pieces, item.b_pieces, item.add)
+        multiply(op, machine.regs[RegClass.B32], lanes, machine.shared.views[4], item.a, item.b, add=item.add)
         item.done = True
 
     def commit(self, groups: list[int]) -> None:
@@ -140,7 +140,8 @@ class Wgmmas:
     def _forget(self, item: Pending) -> None:
         """Its reads of shared memory count as reads of all four warps at the time of the wait."""
         leaders = np.arange(*self.groups.lanes(item.group).indices(self.machine.lanes))[::WARP]
-        self.machine.shared_shadow.read_by_warps(item.op.pc, item.pieces << _PIECE_SHIFT, leaders)
+        for matrix in item.matrices:
+            self.machine.shared_shadow.read_by_warps(item.op.pc, matrix.distinct << _PIECE_SHIFT, leaders)
 
     # Registers.
     def rows_of(self, instr: Instr) -> Lanes:
@@ -150,18 +151,18 @@ class Wgmmas:
         return np.array(sorted(row for row in rows if row is not None), np.int64)
 
     def _rows(self, registers: Lanes) -> Lanes:
-        return np.array([self.row_of[index] for index in registers.tolist()])
+        return self.row_of_index[registers]
 
     def _check_registers(self, op: Multiply, group: int) -> None:
         warps = self.groups.warps(group)
-        d = self._rows(op.d)
-        rows = d if op.a is None else np.concatenate([d, self._rows(op.a)])
+        d, a = self._rows(op.d), self._rows(op.a)
+        rows = np.concatenate([d, a])
         touched = self.touched[rows, warps]
         if touched.any():
             self._fail_unfenced(op, group, rows, touched)
         waited = self.waited[warps.start]
         busy = self.as_d[d, warps.start]
-        for sequence in np.unique(busy[busy > waited]).tolist():
+        for sequence in sorted(set(busy[busy > waited].tolist())):
             other = self._find(group, sequence)
             if other.op.n != op.n or other.op.k != op.k or not np.array_equal(other.op.d, op.d):
                 raise self._overlap(
@@ -170,7 +171,8 @@ class Wgmmas:
         sequence = int(self.as_a[d, warps.start].max())
         if sequence > waited:
             raise self._overlap(op, self._find(group, sequence), group, "accumulates into A registers of", "")
-        if op.a is not None and (sequence := int(self.as_d[self._rows(op.a), warps.start].max())) > waited:
+        sequence = int(self.as_d[a, warps.start].max(initial=0))
+        if sequence > waited:
             raise self._overlap(op, self._find(group, sequence), group, "has accumulators as A of", "")
 
     def _find(self, group: int, sequence: int) -> Pending:
@@ -222,7 +224,8 @@ class Wgmmas:
     # Shared memory.
     def _check_memory(self, item: Pending) -> None:
         leaders = np.arange(*self.groups.lanes(item.group).indices(self.machine.lanes))[::WARP]
-        self.machine.shared_shadow.check_async_read(item.op.pc, item.pieces << _PIECE_SHIFT, leaders)
+        for matrix in item.matrices:
+            self.machine.shared_shadow.check_async_read(item.op.pc, matrix.distinct << _PIECE_SHIFT, leaders)
 
     def check_write(self, pc: int, flat: Lanes, nbytes: int, lanes: Lanes) -> None:
         """Bytes of the shared data are about to be written: no operation in flight may read them."""
