@@ -7,10 +7,13 @@ from tilus.runtime.emulator import (
     async_instructions,
     atomics,
     bits,
+    bulk_instructions,
     control,
     convert,
     floating,
+    hints,
     matrix,
+    mbarrier_instructions,
     memory,
     predicates,
     warp,
@@ -21,7 +24,8 @@ from tilus.runtime.emulator.machine import Machine
 from tilus.runtime.emulator.wgmma import with_wgmma_registers
 
 FAMILIES = (
-    alu, async_instructions, atomics, bits, control, convert, floating, matrix, memory, predicates, warp
+    alu, async_instructions, atomics, bits, bulk_instructions, control, convert, floating, hints, matrix,
+    mbarrier_instructions, memory, predicates, warp,
 )  # fmt: skip
 
 
@@ -37,7 +41,7 @@ def decode(machine: Machine, pc: int) -> Step:
 
 def _handler(site: Site) -> Handler:
     words = [site.name, *site.words]
-    for count in (3, 2, 1):
+    for count in (4, 3, 2, 1):
         handler = HANDLERS.get(".".join(words[:count]))
         if handler is not None:
             return handler

@@ -13,10 +13,13 @@ import numpy.typing as npt
 
 from tilus.ptx.module import Kernel, RegClass
 from tilus.runtime.emulator.async_copy import AsyncCopies
+from tilus.runtime.emulator.bulk_copy import BulkCopies
+from tilus.runtime.emulator.clocks import WarpClocks
 from tilus.runtime.emulator.errors import EmulatorError
+from tilus.runtime.emulator.mbarrier import Mbarriers
 from tilus.runtime.emulator.memory_space import MemorySpace
 from tilus.runtime.emulator.program import Program, read, written
-from tilus.runtime.emulator.shadow import GlobalShadow, SharedShadow, WarpClocks
+from tilus.runtime.emulator.shadow import GlobalShadow, SharedShadow
 from tilus.runtime.emulator.stats import Profile
 from tilus.runtime.emulator.wgmma_pending import Wgmmas
 
@@ -64,6 +67,10 @@ class Machine:
         self.shared_shadow = SharedShadow(self, granules[0])
         self.global_shadow = GlobalShadow(self, granules[1])
         self.async_copies = AsyncCopies(self)
+        self.mbarriers = Mbarriers(self)
+        self.bulk_copies = BulkCopies(self)
+        self.leadership = rng.spawn(1)[0].permuted(np.tile(np.arange(WARP), (self.lanes // WARP, 1)), axis=1)
+        """[warps, 32]: of the lanes that take part in an election, the one with the highest number leads."""
         self.wgmmas = Wgmmas(self, random_times=random_times)
         self.profile: Profile | None = None
         self.special = self._special_registers()
@@ -90,8 +97,20 @@ class Machine:
         self.shared_shadow.reset()
         self.global_shadow.next_wave()
         self.async_copies.reset()
+        self.mbarriers.reset()
+        self.bulk_copies.reset()
         self.wgmmas.reset()
         self.alive = (block >= 0) & (self.thread_of < self.num_threads)
+
+    def hesitate(self) -> bool:
+        """A choice between two things that hardware may do."""
+        return bool(self.rng.random() < 0.5)
+
+    def clocks_moved(self) -> None:
+        """Bring what depends on the clocks of the warps up to date."""
+        live = np.logical_or.reduce(self.alive.reshape(self.slots, -1, WARP), axis=2)
+        self.clocks.refresh(live)
+        self.shared_shadow.step()
 
     def _special_registers(self) -> dict[str, Array]:
         lane = (self.thread_of % WARP).astype(np.uint32)

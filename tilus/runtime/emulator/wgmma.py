@@ -183,8 +183,9 @@ class _MatrixOperand:
                 f"  {descriptor}\n  {machine.shared.describe(address)}",
                 lanes.start,
             )
-        pieces = (offsets + machine.shared_origin[lanes.start]) // PIECE_NBYTES
-        return SharedMatrix(pieces, np.unique(pieces))
+        flat = offsets + machine.shared_origin[lanes.start]
+        granules = machine.shared_shadow.granules(np.unique(flat), PIECE_NBYTES)
+        return SharedMatrix(flat // PIECE_NBYTES, granules.reshape(-1))
 
     def _check(self, descriptor: Descriptor, lane: int) -> None:
         if descriptor.base_offset:

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from tilus.runtime.emulator.machine import Machine
 
 Lanes = npt.NDArray[np.int64]
-_PIECE_SHIFT = 4
 _NEVER_FENCED = -1
 
 
@@ -60,8 +59,6 @@ class Wgmmas:
         # sequence numbers of the last operations that use it as accumulator and as A.
         self.touched = np.full(shape, _NEVER_FENCED, np.int64)
         self.as_d, self.as_a = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        pieces = machine.shared.data.size >> _PIECE_SHIFT if self.row_of else 0
-        self.reading = np.zeros((self.groups.per_block, pieces), np.int64)  # sequence numbers of the last readers
         self.waited = np.zeros(machine.lanes // WARP, np.int64)  # sequence number that each warp has waited for
         self.pending: dict[int, list[Pending]] = {}
         self.commits = np.zeros(self.groups.count, np.int64)
@@ -70,7 +67,7 @@ class Wgmmas:
     def reset(self) -> None:
         self.groups.reset()
         self.touched[:] = _NEVER_FENCED
-        for array in (self.as_d, self.as_a, self.reading, self.waited, self.commits):
+        for array in (self.as_d, self.as_a, self.waited, self.commits):
             array[:] = 0
         self.pending.clear()
         self.sequence, self.next_due = 0, np.inf
@@ -87,12 +84,11 @@ class Wgmmas:
         queue = self.pending.setdefault(group, [])
         due = max(self._due(), queue[-1].due if queue else 0.0)
         new = Pending(op, group, self.sequence, int(self.commits[group]), due, add, a, b)
-        self._check_memory(new)
+        for matrix in new.matrices:
+            self.machine.shared_shadow.issue_wgmma_read(op.pc, matrix.granules, self._leaders(group))
         warps = self.groups.warps(group)
         self.as_d[self._rows(op.d), warps] = self.sequence
         self.as_a[self._rows(op.a), warps] = self.sequence
-        for matrix in new.matrices:
-            self.reading[group % self.groups.per_block, matrix.distinct] = self.sequence
         queue.append(new)
         self.next_due = min(self.next_due, due)
         self.advance(0)
@@ -132,16 +128,15 @@ class Wgmmas:
             for item in covered:
                 if not item.done:
                     self._compute(item)
-                self._forget(item)
+                for matrix in item.matrices:
+                    self.machine.shared_shadow.end_wgmma_read(item.op.pc, matrix.granules, self._leaders(group))
             if covered:
                 self.waited[self.groups.warps(group)] = covered[-1].sequence
                 self.pending[group] = queue[len(covered) :]
 
-    def _forget(self, item: Pending) -> None:
-        """Its reads of shared memory count as reads of all four warps at the time of the wait."""
-        leaders = np.arange(*self.groups.lanes(item.group).indices(self.machine.lanes))[::WARP]
-        for matrix in item.matrices:
-            self.machine.shared_shadow.read_by_warps(item.op.pc, matrix.distinct << _PIECE_SHIFT, leaders)
+    def _leaders(self, group: int) -> Lanes:
+        """The first lane of each warp."""
+        return np.arange(*self.groups.lanes(group).indices(self.machine.lanes))[::WARP]
 
     # Registers.
     def rows_of(self, instr: Instr) -> Lanes:
@@ -220,33 +215,6 @@ class Wgmmas:
             hint="wait for it first (wgmma.commit_group, then wgmma.wait_group)",
             kind=RaceError,
         )
-
-    # Shared memory.
-    def _check_memory(self, item: Pending) -> None:
-        leaders = np.arange(*self.groups.lanes(item.group).indices(self.machine.lanes))[::WARP]
-        for matrix in item.matrices:
-            self.machine.shared_shadow.check_async_read(item.op.pc, matrix.distinct << _PIECE_SHIFT, leaders)
-
-    def check_write(self, pc: int, flat: Lanes, nbytes: int, lanes: Lanes) -> None:
-        """Bytes of the shared data are about to be written: no operation in flight may read them."""
-        pieces = (flat >> _PIECE_SHIFT)[:, None] + np.arange(max(1, nbytes >> _PIECE_SHIFT))
-        slots = self.machine.slot_of[lanes]
-        for number, reading in enumerate(self.reading):
-            sequences = reading[pieces]
-            first_warp = slots * self.machine.warps + 4 * number
-            flying = sequences > self.waited[first_warp][:, None]
-            if flying.any():
-                row, column = np.argwhere(flying)[0]
-                item = self._find(int(slots[row]) * self.groups.per_block + number, int(sequences[row, column]))
-                raise self.machine.fault(
-                    pc,
-                    "race: writes shared memory that a wgmma in flight reads"
-                    f"\n  in flight: {self.machine.site_text(item.op.pc)}, issued by warpgroup {number} of the block"
-                    "\n  written by:",
-                    int(lanes[row]),
-                    hint="wait for it (wgmma.wait_group) and let the writer know (a barrier)",
-                    kind=RaceError,
-                )
 
 
 def _registers_of(machine: Machine) -> dict[int, int]:

@@ -22,11 +22,11 @@ _K_NBITS = 256
 
 @dataclass(frozen=True, eq=False)
 class SharedMatrix:
-    """A matrix in the shared data: indices of its 16-byte pieces, as `descriptor.piece_addresses` arranges them and
-    each once."""
+    """A matrix in the shared data: indices of its 16-byte pieces, arranged as by `descriptor.piece_addresses`, and the
+    granules (of `SharedShadow`) that they cover, each once."""
 
     pieces: Indices
-    distinct: Indices
+    granules: Indices
 
 
 @dataclass(frozen=True, eq=False)
