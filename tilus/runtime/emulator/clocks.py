@@ -23,6 +23,12 @@ PHASE_ZERO = 1 << 31
 """Clock of phase 0 of an mbarrier: above all clocks of warps, so that `floor` never takes it for old."""
 
 
+def join(first: Clock, second: Clock) -> Clock:
+    """The later of two clocks in every column; one may lack columns that were added since."""
+    longer, shorter = (first, second) if len(first) >= len(second) else (second, first)
+    return np.maximum(longer, np.pad(shorter, (0, len(longer) - len(shorter))))
+
+
 class WarpClocks:
     """clock[slot, w, v]: how far warp w of the block in `slot` has seen agent v.
 
@@ -61,10 +67,16 @@ class WarpClocks:
         seen = self.clock[slots, warps, columns]
         return np.maximum(seen, self.lane_clock[lanes, columns]) if self.lanes_ahead else seen
 
-    def barrier(self, slots: Lanes, arriving: npt.NDArray[np.bool_], leaving: npt.NDArray[np.bool_]) -> None:
+    def barrier(
+        self,
+        slots: Lanes,
+        arriving: npt.NDArray[np.bool_],
+        leaving: npt.NDArray[np.bool_],
+        handed: dict[int, Clock],
+    ) -> None:
         """All that the arriving warps did becomes ordered before what the leaving warps do next.
 
-        slots: the blocks; arriving and leaving: [slots, warps].
+        slots: the blocks; arriving and leaving: [slots, warps]. handed: by slot, what others have released before.
         """
         if self.lanes_ahead:
             row, warps = np.nonzero(arriving)
@@ -72,6 +84,9 @@ class WarpClocks:
         clock = self.clock[slots]
         clock[:, self.own, self.own] += arriving
         seen = np.where(arriving[:, :, None], clock, 0).max(axis=1, keepdims=True)
+        for row, slot in enumerate(slots.tolist()):
+            if slot in handed:
+                seen[row, 0] = join(seen[row, 0], handed[slot])
         self.clock[slots] = np.where(leaving[:, :, None], np.maximum(clock, seen), clock)
 
     def warp_barrier(self, slots: Lanes, warps: Lanes) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tilus.ptx.module import LabelRef, Operand
+from tilus.runtime.emulator.clocks import Clock, join
 from tilus.runtime.emulator.decode import Array, Mask, Site, Step, instruction
 from tilus.runtime.emulator.guards import (
     guard_registers,
@@ -155,6 +156,8 @@ class Barriers:
         self.arrived = np.zeros((16, machine.slots), np.int64)
         self.arrived_warps = np.zeros((16, machine.slots, machine.warps), np.bool_)
         self.expected = np.zeros((16, machine.slots), np.int64)  # 0: all live threads of the block
+        self.handed: dict[tuple[int, int], Clock] = {}
+        """By barrier and slot: what warps that have arrived without waiting hand on."""
         self.resume = np.zeros(machine.lanes, np.int64)
         self.released: Successors = []
         """Lanes that barriers have let go since the scheduler last looked, with the pc where each goes on."""
@@ -165,6 +168,7 @@ class Barriers:
         self.arrived[:] = 0
         self.arrived_warps[:] = False
         self.expected[:] = 0
+        self.handed.clear()
         self.machine.clocks_moved()
 
     def by_slot(self, mask: Lanes) -> npt.NDArray[np.int64]:
@@ -187,15 +191,25 @@ class Barriers:
             lanes = mask if ids.ndim == 0 else mask & (ids == barrier)
             self._expect(site, barrier, lanes, counts)
             self.arrived[barrier] += self.by_slot(lanes)
-            self.arrived_warps[barrier] |= lanes.reshape(self.machine.slots, -1, WARP).any(axis=2)
             if waits:
+                self.arrived_warps[barrier] |= lanes.reshape(self.machine.slots, -1, WARP).any(axis=2)
                 self.waiting[barrier] |= lanes
                 self.resume[lanes] = site.pc + 1
             else:
+                self._hand_on(barrier, lanes)
                 onward.append((site.pc + 1, lanes))
             self._complete(barrier, reduction, site)
         self.machine.clocks_moved()
         return onward
+
+    def _hand_on(self, barrier: int, mask: Lanes) -> None:
+        """What these threads do after their arrival is no part of what the barrier orders."""
+        machine = self.machine
+        lanes = np.flatnonzero(mask)
+        for warp in np.unique(lanes // WARP).tolist():
+            handed = machine.hand_on(lanes[lanes // WARP == warp])
+            before = self.handed.get((barrier, warp // machine.warps))
+            self.handed[barrier, warp // machine.warps] = handed if before is None else join(before, handed)
 
     def _expect(self, site: Site, barrier: int, lanes: Lanes, counts: Array | None) -> None:
         if counts is None:
@@ -228,7 +242,8 @@ class Barriers:
         lanes = self.waiting[barrier] & full[self.machine.slot_of]
         leaving = lanes.reshape(self.machine.slots, -1, WARP).any(axis=2)
         slots = np.flatnonzero(full)
-        self.machine.clocks.barrier(slots, self.arrived_warps[barrier, slots], leaving[slots])
+        handed = {slot: self.handed.pop((barrier, slot)) for slot in slots.tolist() if (barrier, slot) in self.handed}
+        self.machine.clocks.barrier(slots, self.arrived_warps[barrier, slots], leaving[slots], handed)
         if reduction is not None:
             for slot in slots:
                 reduction(lanes & (self.machine.slot_of == slot))

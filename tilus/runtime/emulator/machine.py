@@ -14,7 +14,7 @@ import numpy.typing as npt
 from tilus.ptx.module import Kernel, RegClass
 from tilus.runtime.emulator.async_copy import AsyncCopies
 from tilus.runtime.emulator.bulk_copy import BulkCopies
-from tilus.runtime.emulator.clocks import WarpClocks
+from tilus.runtime.emulator.clocks import Clock, WarpClocks
 from tilus.runtime.emulator.errors import EmulatorError
 from tilus.runtime.emulator.mbarrier import Mbarriers
 from tilus.runtime.emulator.memory_space import MemorySpace
@@ -105,6 +105,12 @@ class Machine:
     def hesitate(self) -> bool:
         """A choice between two things that hardware may do."""
         return bool(self.rng.random() < 0.5)
+
+    def hand_on(self, lanes: npt.NDArray[np.int64]) -> Clock:
+        """The clock that these threads of one warp release: what is ordered before this moment for them."""
+        slot, warp = int(self.slot_of[lanes[0]]), int(self.warp_of[lanes[0]])
+        self.shared_shadow.hold_back(slot, warp, lanes)
+        return self.clocks.release(slot, warp, lanes)
 
     def clocks_moved(self) -> None:
         """Bring what depends on the clocks of the warps up to date."""

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from tilus.ptx.module import Operand
 from tilus.runtime.emulator.clocks import PHASE_ZERO
-from tilus.runtime.emulator.decode import Array, Mask, Site, Step, instruction
+from tilus.runtime.emulator.decode import Mask, Site, Step, instruction
 from tilus.runtime.emulator.guards import mark_initialised
 from tilus.runtime.emulator.mbarrier import MAX_COUNT, Mbarrier, Waiter
 from tilus.runtime.emulator.memory import Access
@@ -81,7 +81,7 @@ def arrive(site: Site) -> Step:
     def one(place: int, lanes: Lanes) -> None:
         barrier = machine.mbarriers.find(pc, int(lanes[0]), place)
         out[lanes] = np.uint64(barrier.phase | place << 32)
-        clock = _hand_on(site, lanes) if releases else None
+        clock = machine.hand_on(lanes) if releases else None
         values = np.broadcast_to(numbers, machine.lanes)[lanes]
         if not expects and (values == values[0]).all():
             machine.mbarriers.arrive(pc, lanes, barrier, _count(site, int(values[0]), lanes), clock)
@@ -103,14 +103,6 @@ def _count(site: Site, count: int, lanes: Lanes) -> int:
     if not 1 <= count <= MAX_COUNT:
         raise site.fault(f"arrives {count} times, expected 1 to {MAX_COUNT}", int(lanes[0]))
     return count
-
-
-def _hand_on(site: Site, lanes: Lanes) -> npt.NDArray[np.int64]:
-    """The clock that these threads of one warp release."""
-    machine = site.machine
-    slot, warp = int(machine.slot_of[lanes[0]]), int(machine.warp_of[lanes[0]])
-    machine.shared_shadow.hold_back(slot, warp, lanes)
-    return machine.clocks.release(slot, warp, lanes)
 
 
 @instruction("mbarrier.expect_tx", "mbarrier.complete_tx")
