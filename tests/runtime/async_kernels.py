@@ -30,7 +30,9 @@ ret;
 """
 
 
-def kernel(body: str, *, params: str = ".param .u64 out, .param .u64 in0", threads: int = 32, shared: int = 4096) -> str:
+def kernel(
+    body: str, *, params: str = ".param .u64 out, .param .u64 in0", threads: int = 32, shared: int = 4096
+) -> str:
     """%r0 is the thread, %r1 its warp, %p0 whether it is thread 0; `smem` and `bars` are shared arrays."""
     return HEADER.format(params=params, threads=threads, shared=shared, body=body)
 

@@ -16,6 +16,7 @@ from tilus.runtime.emulator import (
     mbarrier_instructions,
     memory,
     predicates,
+    tensor_instructions,
     warp,
 )
 from tilus.runtime.emulator.decode import HANDLERS, Handler, Site, Step
@@ -25,7 +26,7 @@ from tilus.runtime.emulator.wgmma import with_wgmma_registers
 
 FAMILIES = (
     alu, async_instructions, atomics, bits, bulk_instructions, control, convert, floating, hints, matrix,
-    mbarrier_instructions, memory, predicates, warp,
+    mbarrier_instructions, memory, predicates, tensor_instructions, warp,
 )  # fmt: skip
 
 
@@ -41,7 +42,7 @@ def decode(machine: Machine, pc: int) -> Step:
 
 def _handler(site: Site) -> Handler:
     words = [site.name, *site.words]
-    for count in (4, 3, 2, 1):
+    for count in (5, 4, 3, 2, 1):
         handler = HANDLERS.get(".".join(words[:count]))
         if handler is not None:
             return handler

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tilus.ptx.module import Kernel, RegClass
+from tilus.runtime.emulator.arguments import param_offsets
 from tilus.runtime.emulator.async_copy import AsyncCopies
 from tilus.runtime.emulator.bulk_copy import BulkCopies
 from tilus.runtime.emulator.clocks import Clock, WarpClocks
@@ -27,6 +28,8 @@ WARP = 32
 SHARED_BASE = 0x400
 # Where the shared window appears in the generic address space; any place that global buffers never reach.
 SHARED_WINDOW = 0x7F00_0000_0000_0000
+PARAM_WINDOW = 0x7E00_0000_0000_0000
+"""Where the parameters appear in the generic address space."""
 _REGISTER_DTYPE = {RegClass.B16: np.uint16, RegClass.B32: np.uint32, RegClass.B64: np.uint64}
 Array = npt.NDArray[Any]
 
@@ -60,6 +63,10 @@ class Machine:
         self.all_lanes = lane
         self.alive = np.zeros(self.lanes, np.bool_)
         self.block_ids = np.full(slots, -1, np.int64)
+        self.param_symbols = {
+            param.name: PARAM_WINDOW + offset
+            for param, offset in zip(program.kernel.params, param_offsets(program.kernel), strict=True)
+        }
         self.shared_symbols, sizes = _place_shared(program.kernel, dynamic_shared_nbytes)
         self.shared = MemorySpace(SHARED_BASE, 16, sizes, copies=slots)
         self.shared_origin = self.slot_of * self.shared.nbytes
@@ -101,10 +108,6 @@ class Machine:
         self.bulk_copies.reset()
         self.wgmmas.reset()
         self.alive = (block >= 0) & (self.thread_of < self.num_threads)
-
-    def hesitate(self) -> bool:
-        """A choice between two things that hardware may do."""
-        return bool(self.rng.random() < 0.5)
 
     def hand_on(self, lanes: npt.NDArray[np.int64]) -> Clock:
         """The clock that these threads of one warp release: what is ordered before this moment for them."""

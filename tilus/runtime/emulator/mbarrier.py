@@ -1,8 +1,8 @@
 """mbarrier objects (PTX ISA, "Parallel Synchronization and Communication Instructions: mbarrier").
 
 An object counts the arrivals and the bytes that its current phase still waits for; when both are zero the phase
-completes and the next one begins. A thread that tests an incomplete phase is told "not yet" or kept waiting, at random:
-both are what hardware does. Threads that wait cost nothing until the phase completes.
+completes and the next one begins. A warp that tests an incomplete phase is first told "not yet", so that it must come
+back, and then kept waiting: both are what hardware does. Threads that wait cost nothing until the phase completes.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ class Mbarrier:
     landing: list[int] = field(default_factory=list[int])
     known_to: set[int] = field(default_factory=set[int])
     """Warps that are ordered after the initialisation."""
+    told: dict[int, int] = field(default_factory=dict[int, int])
+    """For each warp, the last phase of which it has been told that it is incomplete."""
 
 
 @dataclass(eq=False)
@@ -272,8 +274,13 @@ class Mbarriers:
             whole = len(mine) == int(machine.alive[mine[0] & ~31 : (mine[0] & ~31) + 32].sum())
             machine.clocks.acquire(barrier.slot, warp, mine, barrier.completed, whole_warp=whole)
 
-    def wait(self, waiter: Waiter) -> None:
+    def wait(self, waiter: Waiter, warp: int) -> bool:
+        """Threads of one warp find a phase incomplete. False: they are told so and go on."""
+        if waiter.barrier.told.get(warp) != waiter.phase:
+            waiter.barrier.told[warp] = waiter.phase
+            return False
         self.waiters.append(waiter)
+        return True
 
     def parked(self) -> Mask | None:
         """The lanes that wait; None when there are none."""

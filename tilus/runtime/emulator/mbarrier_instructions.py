@@ -141,12 +141,12 @@ def wait_for_phase(site: Site) -> Callable[[Flags], list[tuple[int, Flags]]]:
         """Whether the lanes go on."""
         barrier = machine.mbarriers.find(pc, int(lanes[0]), place)
         phase = _phase_by_parity(site, lanes, barrier, value) if by_parity else _phase(site, lanes, barrier, value)
-        if phase < barrier.phase:
+        done = phase < barrier.phase
+        if done:
             machine.mbarriers.acquire(mask, barrier)
-        elif machine.hesitate():
-            machine.mbarriers.wait(Waiter(mask, barrier, phase, pc, resume))
+        elif machine.mbarriers.wait(Waiter(mask, barrier, phase, pc, resume), int(machine.warp_of[lanes[0]])):
             return False
-        resume(mask, phase < barrier.phase)
+        resume(mask, done)
         return True
 
     def wait(mask: Flags) -> list[tuple[int, Flags]]:

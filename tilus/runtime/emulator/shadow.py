@@ -220,17 +220,17 @@ class SharedShadow:
         warp's last barrier no part of it, by dating it one step later."""
         machine = self.machine
         first = (slot * self.warps + warp) * 32
-        others = np.setdiff1d(np.arange(first, first + 32), lanes)
         clock = np.uint64(machine.clocks.clock[slot, warp, warp])
-        recent = others[self.touched[others] >> _CLOCK == clock]
-        if not recent.size:
+        recent = self.touched[first : first + 32] >> _CLOCK == clock
+        recent[lanes - first] = False
+        if not recent.any():
             return
         per_slot = machine.shared.nbytes >> self.shift
         span = slice(slot * per_slot, (slot + 1) * per_slot)
         keep = machine.thread_of[lanes].astype(np.uint64)
         self._date_later(self.writer[span], clock, warp, keep)
         self._date_later(self.readers.reshape(-1, self.warps)[span, warp], clock, warp, keep)
-        self.touched[recent] += np.uint64(1) << _CLOCK
+        self.touched[first : first + 32][recent] += np.uint64(1) << _CLOCK
 
     def _date_later(self, stamps: Stamps, clock: np.uint64, warp: int, keep: Stamps) -> None:
         agents = stamps >> _AGENT & _AGENT_MASK
