@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from tilus.ptx.module import LabelRef, Operand
 from tilus.runtime.emulator.clocks import Clock, join
+from tilus.runtime.emulator.cluster_instructions import cluster_barrier
 from tilus.runtime.emulator.decode import Array, Mask, Site, Step, instruction
 from tilus.runtime.emulator.guards import (
     guard_registers,
@@ -41,6 +42,8 @@ def decode_control(machine: Machine, barriers: Barriers, pc: int) -> Terminator:
             end = wait_for_phase(site)
         case "wgmma":
             end = decode_wgmma(site)
+        case "barrier" if site.words[:1] == ["cluster"]:
+            end = cluster_barrier(site)
         case _:
             end = _barrier(site, barriers)
     return _guarded(site, end)
@@ -256,10 +259,14 @@ class Barriers:
 
     def leave(self, mask: Lanes) -> Successors:
         """Threads exit: barriers that wait for all live threads may complete."""
-        self.machine.alive &= ~mask
+        machine = self.machine
+        machine.alive &= ~mask
         for barrier in np.flatnonzero(self.arrived.any(axis=1)).tolist():
             self._complete(barrier, None, None)
-        self.machine.clocks_moved()
+        if machine.cluster > 1:
+            machine.clusters.check_exit(mask)
+            machine.clusters.complete()
+        machine.clocks_moved()
         return []
 
     def deadlock_report(self) -> str:

@@ -8,6 +8,7 @@ from tilus.runtime.emulator import (
     atomics,
     bits,
     bulk_instructions,
+    cluster_instructions,
     control,
     convert,
     floating,
@@ -25,7 +26,7 @@ from tilus.runtime.emulator.machine import Machine
 from tilus.runtime.emulator.wgmma import with_wgmma_registers
 
 FAMILIES = (
-    alu, async_instructions, atomics, bits, bulk_instructions, control, convert, floating, hints, matrix,
+    alu, async_instructions, atomics, bits, bulk_instructions, cluster_instructions, control, convert, floating, hints, matrix,
     mbarrier_instructions, memory, predicates, tensor_instructions, warp,
 )  # fmt: skip
 
