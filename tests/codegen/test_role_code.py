@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any
 
@@ -72,7 +73,7 @@ def test_scratch_memory_is_not_shared() -> None:
     regions += [(offset, tensor.nbytes) for tensor, offset in plan.offsets.items()]
     regions += [(plan.warp_scratch_offset, plan.warp_scratch_nbytes * function.num_warps), (plan.nbytes, 0)]
     regions.sort()
-    assert all(start + nbytes <= after for (start, nbytes), (after, _) in zip(regions, regions[1:], strict=False))
+    assert all(start + nbytes <= after for (start, nbytes), (after, _) in itertools.pairwise(regions))
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90a", "sm_100a"])
@@ -142,7 +143,7 @@ def test_no_registers_are_moved_on_older_targets() -> None:
             pass
 
     assert "setmaxnreg.dec.sync.aligned.u32 24;" in plain.ptx()
-    with pytest.raises(tilus.TilusError, match="tilus.warps with registers= needs sm_90a or a later GPU"):
+    with pytest.raises(tilus.TilusError, match=r"tilus.warps with registers= needs sm_90a or a later GPU"):
         plain.ptx(target="sm_80")
 
 

@@ -205,9 +205,8 @@ def test_what_is_no_use_of_a_barrier(mistake: str, message: str) -> None:
             tilus.arrive(full[2])
         if mistake == "constant phase":
             tilus.wait_barrier(full[0], 2)
-        if mistake == "in a branch":
-            if n > 0:
-                tilus.mbarrier()
+        if mistake == "in a branch" and n > 0:
+            tilus.mbarrier()
         if mistake == "in a role":
             with tilus.warps(0, 1):
                 tilus.mbarrier()
