@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 import tilus
-from tilus import Const, Tensor, f32
+from tilus import Const, Tensor, f16, f32
 from tilus.codegen.shared_plan import plan_shared
 from tilus.compiler import compile_function
 from tilus.ir.visit import by_warps
 from tilus.layout import spatial
 from tilus.ptx.assembler import assemble
 from tilus.target import get_target
+from tilus.transforms.layout_shared import uses
 
 SM_90A = get_target("sm_90a")
 
@@ -74,6 +75,77 @@ def test_scratch_memory_is_not_shared() -> None:
     regions += [(plan.warp_scratch_offset, plan.warp_scratch_nbytes * function.num_warps), (plan.nbytes, 0)]
     regions.sort()
     assert all(start + nbytes <= after for (start, nbytes), (after, _) in itertools.pairwise(regions))
+
+
+@tilus.kernel
+def turned(x: Tensor[f32, "m", "n"], y: Tensor[f32, "m", "n"]):
+    """Two roles whose warps turn tiles in the scratch memory of each warp."""
+    tilus.grid(1, warps=6)
+    with tilus.warps(0, 2):
+        _turn(x, y, 0, 2)
+    with tilus.warps(2, 4):
+        _turn(x, y, 64, 4)
+
+
+@tilus.inline
+def _turn(x: Any, y: Any, row: int, warps: int) -> None:
+    for _ in tilus.range(3):
+        t = tilus.load(x, [row, 0], [32 * warps, 32], layout=spatial(warps, 1) * spatial(32, 1).local(1, 32))
+        tilus.store(y, [row, 0], tilus.with_layout(t, spatial(warps, 1) * spatial(1, 32).local(32, 1)))
+
+
+@pytest.mark.parametrize("device", ["reference", "emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_warps_of_roles_do_not_meet(device: str) -> None:
+    assert plan_shared(compile_function(turned.ir(), SM_90A).function).warp_scratch_nbytes > 0
+    x = np.arange(192 * 32, dtype=np.float32).reshape(192, 32)
+    y = np.zeros_like(x)
+    turned.on(device)(x, y)
+    np.testing.assert_array_equal(y, x)
+
+
+@tilus.kernel
+def product(a: Tensor[f16, "m", "k"], b: Tensor[f16, "k", "n"], y: Tensor[f32, "m", "n"], *, pinned: Const = False):
+    tilus.grid(1, warps=6)
+    s = tilus.shared(f16, [32, 64])
+    loaded = tilus.mbarrier()
+    with tilus.warps(0, 2):
+        tilus.copy_async(b, [0, 0], s)
+        tilus.commit()
+        tilus.wait(0)
+        tilus.arrive(loaded)
+    with tilus.warps(2, 4):
+        rows = tilus.load(a, [0, 0], shape=[64, 32])
+        tilus.wait_barrier(loaded, 0)
+        tilus.store(y, [0, 0], tilus.dot(rows, tilus.load_shared(s)))
+        if pinned:  # so that all of them must be converted, to fragments of these four warps
+            left = tilus.load(a, [0, 0], shape=[64, 32], layout=spatial(64, 2).local(1, 16))
+            right = tilus.load(b, [0, 0], shape=[32, 64], layout=spatial(32, 4).local(1, 16))
+            total = tilus.zeros([64, 64], f32, layout=spatial(64, 2).local(1, 32))
+            for _ in tilus.range(2):
+                total = tilus.dot(left, right, total)
+            tilus.store(y, [0, 0], total * 0.5)
+
+
+@pytest.mark.parametrize("device", ["reference", "emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("pinned", [False, True])
+def test_products_and_copies_of_roles(device: str, pinned: bool) -> None:
+    """Fragments and the accesses that shared layouts are chosen for are those of the role's threads."""
+    a, b = (np.random.default_rng(0).integers(-3, 4, shape).astype(np.float16) for shape in ((64, 32), (32, 64)))
+    y = np.zeros((64, 64), np.float32)
+    product.on(device)(a, b, y, pinned=pinned)
+    np.testing.assert_array_equal(y, a.astype(np.float32) @ b.astype(np.float32))
+    function = compile_function(product.ir(), SM_90A).function
+    threads = {
+        use.mnemonic: use.access.layout.num_threads for found in uses(function, SM_90A).values() for use in found
+    }
+    assert threads == {"copy_async": 64, "ldmatrix": 128}
+
+
+def test_nothing_that_a_role_needs_is_computed_in_front_of_it() -> None:
+    """Where others would keep it in registers."""
+    front = three.ptx().split("bra.uni")[0]
+    assert not re.findall(r"\b(mad|mul|shl|and)\.", front)
+    assert len(re.findall(r"\b(mad|mul|shl|and)\.", three.ptx())) > 10
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90a", "sm_100a"])

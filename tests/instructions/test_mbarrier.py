@@ -102,6 +102,36 @@ def test_roles_in_a_row(device: str, stages: tuple[int, int]) -> None:
     np.testing.assert_array_equal(y.reshape(9, 2, 32), ((x + 1) * 3).reshape(9, 2, 32) - np.array([0, 1])[:, None])
 
 
+@tilus.kernel
+def uneven(x: Tensor[int32, "n"], *, size: Const = 32):
+    """Every block has its own number of steps, and a stage of its own to begin with."""
+    tilus.grid(5, warps=2)
+    ring = tilus.shared(int32, [2, size])
+    full, empty = tilus.mbarrier(2), tilus.mbarrier(2)
+    first = tilus.block_id(0)
+    steps = (first * 3) % 5
+    with tilus.warps(0, 1):
+        for k in tilus.range(steps):
+            tilus.wait_barrier(empty[(first + k) % 2], (k // 2 + 1) % 2)
+            tilus.store_shared(ring[(first + k) % 2], tilus.arange(size) + k)
+            tilus.arrive(full[(first + k) % 2])
+    with tilus.warps(1, 1):
+        total = tilus.zeros([size], int32)
+        for k in tilus.range(steps):
+            tilus.wait_barrier(full[(first + k) % 2], k // 2 % 2)
+            total += tilus.load_shared(ring[(first + k) % 2])
+            tilus.arrive(empty[(first + k) % 2])
+        tilus.store(x, [tilus.block_id(0) * size], total)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_blocks_go_their_own_ways(device: str) -> None:
+    x = np.zeros((5, 32), np.int32)
+    uneven.on(device)(x.reshape(-1))
+    steps = [0, 3, 1, 4, 2]
+    np.testing.assert_array_equal(x, [[sum(range(s)) + s * i for i in range(32)] for s in steps])
+
+
 # What does not work is reported.
 
 

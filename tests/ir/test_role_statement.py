@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
+from tilus.compiler import compile_function
 from tilus.errors import TilusError
 from tilus.instructions import INSTRUCTIONS
 from tilus.ir.parser import parse_function
@@ -11,6 +13,8 @@ from tilus.ir.printer import print_function
 from tilus.ir.stmt import Role
 from tilus.ir.verify import verify
 from tilus.ir.visit import by_warps, walk
+from tilus.runtime.emulator.run import run_kernel
+from tilus.runtime.reference import run_reference
 from tilus.target import get_target
 from tilus.transforms import run_pipeline
 
@@ -56,6 +60,21 @@ def test_a_sound_program() -> None:
         for tile in (*stmt.inst.register_results, *stmt.inst.register_operands):
             assert tile.layout is not None
             assert tile.layout.num_threads == 32 * len(warps)
+
+
+def test_each_role_starts_with_the_variables_in_front_of_it() -> None:
+    body = "mut %m: int32 = 1"
+    for role in range(3):
+        store = f"store(dst=%x, src=%t{role}, offsets=[{32 * role}], dims=[0], checked=true)"
+        body += f" warps {role}, 1 {{ %m = %m + {role} %t{role}: f32[32] = full(value=%m) {store} }}"
+    function = parsed(body)
+    verify(function)
+    found = np.zeros(96, np.float32), np.zeros(96, np.float32)
+    run_reference(function, {"x": found[0]}, (1, 1, 1))
+    compiled = compile_function(function, get_target("sm_90a"))
+    run_kernel(compiled.ptx, compiled.kernel_name, (1, 1, 1), [found[1], 96])
+    for values in found:
+        np.testing.assert_array_equal(values, np.repeat([1, 2, 3], 32))
 
 
 def test_a_role_without_effect_goes_away_but_for_its_registers() -> None:
