@@ -294,11 +294,13 @@ class EmitContext:
         limit = limit + of_const(-index.const)
         return self.b.pure("setp.lt.s32", register(self.b, index.without_const()), materialize(self.b, limit))
 
-    def shared_base(self) -> Reg:
-        return self.b.pure("mov.u32", Symbol(SHARED_SYMBOL))
+    def shared_base(self, block: Expr | None = None) -> Reg:
+        """Where shared memory starts: the block's own, or that of another block of the cluster (in the window of the cluster)."""
+        own = self.b.pure("mov.u32", Symbol(SHARED_SYMBOL))
+        return own if block is None else self.b.pure("mapa.shared::cluster.u32", own, self.integer(block))
 
-    def shared_address(self, tensor: SharedTensor, index: Sequence[Linear]) -> Address:
-        """Where the element at `index` of a shared tensor starts."""
+    def shared_address(self, tensor: SharedTensor, index: Sequence[Linear], block: Expr | None = None) -> Address:
+        """Where the element at `index` of a shared tensor starts; with `block`, in that block of the cluster."""
         layout = tensor.layout
         if layout is None:
             raise TilusError(f"shared tensor {tensor.name} has no layout")
@@ -308,7 +310,7 @@ class EmitContext:
             bits = register(self.b, elements.scaled(nbits))
             elements, nbits = of_reg(self.b.pure("shr.s32", bits, Imm(3))), 8
         form = elements.scaled(nbits // 8) + of_const(self.shared_offsets[tensor])
-        return address32(self.b, self.shared_base(), form)
+        return address32(self.b, self.shared_base(block), form)
 
     def _shared_offset(self, layout: SharedLayout, index: Sequence[Linear]) -> Linear:
         b = self.b
@@ -356,6 +358,11 @@ class EmitContext:
     def barrier(self) -> None:
         """Wait for all threads of the block."""
         self.b.emit_to("bar.sync", Imm(0))
+
+    def cluster_barrier(self) -> None:
+        """Wait for all threads of all blocks of the cluster, whose memory accesses before it are then visible to each other."""
+        self.b.emit_to("barrier.cluster.arrive.release.aligned")
+        self.b.emit_to("barrier.cluster.wait.acquire.aligned")
 
     def warp_barrier(self) -> None:
         """Wait for all threads of the warp."""

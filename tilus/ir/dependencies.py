@@ -11,7 +11,7 @@ from tilus.errors import Loc, TilusError
 from tilus.ir.expr import Var
 from tilus.ir.function import Function, TensorParam
 from tilus.ir.instruction import Instruction
-from tilus.ir.stmt import Break, Continue, For, If, Inst, Return, Seq, SetScalar, Stmt, While
+from tilus.ir.order import Order
 from tilus.ir.tensor import GlobalTensor, Tensor
 from tilus.ir.visit import instructions
 
@@ -31,8 +31,7 @@ def check_dependencies(function: Function) -> list[TilusError]:
     if not waits_for_kernels(function):
         return []
     checker = _Checker(function)
-    if not checker.waited_after(function.body, False):
-        checker.ends(function.loc)
+    Order(lambda inst: inst.effects().waits_for_kernels, checker.instruction, checker.ends).follow(function)
     return checker.errors
 
 
@@ -41,30 +40,6 @@ class _Checker:
         self.errors: list[TilusError] = []
         self.constants = constants(function)
         self.names = {p.tensor.base: p.name for p in function.params if isinstance(p, TensorParam)}
-
-    def waited_after(self, stmt: Stmt, waited: bool) -> bool:
-        """Whether a block has waited for certain when it comes out of a statement; `waited`: when it comes to it."""
-        match stmt:
-            case Seq(stmts):
-                for child in stmts:
-                    waited = self.waited_after(child, waited)
-                return waited
-            case Inst(inst, loc):
-                self.instruction(inst, waited, loc)
-                return waited or inst.effects().waits_for_kernels
-            case For() | While():
-                self.waited_after(stmt.body, waited)  # which may run never
-                return waited
-            case If(_, then, orelse):
-                return self.waited_after(then, waited) & self.waited_after(orelse, waited)
-            case Return(loc):
-                if not waited:
-                    self.ends(loc)
-                return True  # nothing comes out of it
-            case Break() | Continue():
-                return True
-            case SetScalar():
-                return waited
 
     def instruction(self, inst: Instruction, waited: bool, loc: Loc | None) -> None:
         effects = inst.effects()
@@ -96,7 +71,9 @@ class _Checker:
                     )
                 )
 
-    def ends(self, loc: Loc | None) -> None:
+    def ends(self, waited: bool, loc: Loc | None) -> None:
+        if waited:
+            return
         self.errors.append(
             TilusError(
                 "a block may end before tilus.wait_dependencies, expected a wait on every path: the next kernel takes the end "

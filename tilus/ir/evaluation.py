@@ -52,10 +52,12 @@ class Evaluation(Protocol):
         dims: tuple[int, ...],
         *,
         checked: bool,
+        block: Expr | None = None,
     ) -> Array:
         """The tile of `shape` that starts at `offsets` (one per dim of the tensor) and extends along `dims`.
 
         checked: elements outside of the tensor read as zero; otherwise such an access is an error. Inactive blocks read nothing.
+        block: of the cluster, in whose shared memory the tile is; None is each block's own.
         """
         ...
 
@@ -67,8 +69,12 @@ class Evaluation(Protocol):
         value: Array,
         *,
         checked: bool,
+        block: Expr | None = None,
     ) -> None:
-        """Write a tile; elements outside of the tensor are dropped when `checked`. Later blocks win over earlier ones."""
+        """Write a tile; elements outside of the tensor are dropped when `checked`. Later blocks win over earlier ones.
+
+        block: as in `load`.
+        """
         ...
 
     def update(

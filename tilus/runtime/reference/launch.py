@@ -36,10 +36,12 @@ class Program:
     scalars: closures of the instructions' scalar operands, by id. fixed: tensors whose place and shape are the same for
     the whole launch. written: pointers that it writes through. ordered: blocks may talk to each other, so that chunks
     must not run side by side. tiles: shape and numpy dtype of every tile. tile_nbytes: the largest tile of one block.
+    cluster: blocks along x that see each other's shared memory.
     """
 
     run: Runner
     num_threads: int
+    cluster: int
     scalars: Mapping[int, tuple[Expr, Compiled]]
     fixed: frozenset[GlobalTensor]
     written: frozenset[Var]
@@ -64,6 +66,7 @@ def run_reference(
 
     Raises: TilusError for unfit arguments and for mistakes in the kernel, at the user's line.
     """
+    fn.check_grid(grid)
     program = _programs.get(fn)
     if program is None:
         program = _programs[fn] = _compile(fn)
@@ -74,7 +77,7 @@ def run_reference(
         with np.errstate(all="ignore"):  # GPUs do not trap: inf and NaN are values
             program.run(BlockState(program, binding, views, grid, *chunk))
 
-    chunks = list(_chunks(grid, max(1, max_chunk_nbytes // program.tile_nbytes)))
+    chunks = list(_chunks(grid, max(1, max_chunk_nbytes // program.tile_nbytes), fn.cluster))
     threads = min(len(chunks), max_threads or _cpu_count())
     if threads <= 1 or program.ordered:
         for chunk in chunks:
@@ -98,13 +101,16 @@ def _cpu_count() -> int:
     return os.cpu_count() or 1
 
 
-def _chunks(grid: Extents, max_blocks: int) -> Iterator[tuple[Extents, Extents]]:
-    """First block and extents of each part of the grid; every part is a range of the block order (x slowest)."""
+def _chunks(grid: Extents, max_blocks: int, cluster: int) -> Iterator[tuple[Extents, Extents]]:
+    """First block and extents of each part of the grid, of whole clusters.
+
+    Every part is a range of the block order (x slowest), unless its clusters make it more than one block wide.
+    """
     if 0 in grid:
         return
     z = _even(grid[2], max_blocks)
     y = _even(grid[1], max_blocks // grid[2])
-    x = _even(grid[0], max_blocks // (grid[2] * grid[1]))
+    x = cluster * _even(grid[0] // cluster, max_blocks // (cluster * grid[2] * grid[1]))
     for first in itertools.product(range(0, grid[0], x), range(0, grid[1], y), range(0, grid[2], z)):
         yield first, (min(x, grid[0] - first[0]), min(y, grid[1] - first[1]), min(z, grid[2] - first[2]))
 
@@ -137,6 +143,7 @@ def _compile(fn: Function) -> Program:
     return Program(
         run=compile_body(fn.body),
         num_threads=fn.num_threads,
+        cluster=fn.cluster,
         scalars=scalars,
         fixed=frozenset(t for t in tensors if _is_fixed(t, given)),
         written=frozenset(written),

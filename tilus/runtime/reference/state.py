@@ -27,6 +27,9 @@ class Compilation(Protocol):
     def num_threads(self) -> int: ...
 
     @property
+    def cluster(self) -> int: ...
+
+    @property
     def scalars(self) -> Mapping[int, tuple[Expr, Compiled]]: ...
 
     @property
@@ -114,20 +117,20 @@ class BlockState:
 
     def load(
         self, tensor: GlobalTensor | SharedTensor, offsets: Sequence[Expr], shape: tuple[int, ...],
-        dims: tuple[int, ...], *, checked: bool,
+        dims: tuple[int, ...], *, checked: bool, block: Expr | None = None,
     ) -> Array:  # fmt: skip
         tile = self._tile(offsets, shape, dims, checked)
         if isinstance(tensor, SharedTensor):
-            return self._shared_memory(tensor).load(tile)
+            return self._shared_memory(tensor).load(tile, self._owner(block))
         return read(self._view(tensor), tile)
 
     def store(
         self, tensor: GlobalTensor | SharedTensor, offsets: Sequence[Expr], dims: tuple[int, ...], value: Array, *,
-        checked: bool,
+        checked: bool, block: Expr | None = None,
     ) -> None:  # fmt: skip
         tile = self._tile(offsets, value.shape[3:], dims, checked)
         if isinstance(tensor, SharedTensor):
-            self._shared_memory(tensor).store(tile, value)
+            self._shared_memory(tensor).store(tile, value, self._owner(block))
         else:
             write(self._writable_view(tensor), tile, value)
 
@@ -145,6 +148,18 @@ class BlockState:
 
     def _tile(self, offsets: Sequence[Expr], shape: tuple[int, ...], dims: tuple[int, ...], checked: bool) -> Tile:
         return Tile([self.value(offset) for offset in offsets], shape, dims, checked, self.mask, self._first)
+
+    def _owner(self, block: Expr | None) -> Array | None:
+        """Which of the blocks along x has the shared memory of rank `block` in each one's cluster; None for the own memory."""
+        if block is None:
+            return None
+        rank, size = to_array(self.value(block)), self._program.cluster
+        outside = ((rank < 0) | (rank >= size)) & to_array(self.mask)
+        if outside.any():
+            bad = np.broadcast_to(rank, outside.shape)[outside][0]
+            raise TilusError(f"block {bad} of a cluster of {size} blocks, expected 0 to {size - 1}")
+        x = to_array(self.block_ids[0])
+        return np.clip(rank, 0, size - 1) + (x // size * size - self._first[0])
 
     def _shared_memory(self, tensor: SharedTensor) -> SharedMemory:
         memory = self._shared.get(tensor)
