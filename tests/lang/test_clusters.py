@@ -79,6 +79,59 @@ def test_every_block_finds_the_sum_of_its_cluster(c: int, device: str) -> None:
     assert np.array_equal(by_cluster(y, c), np.broadcast_to(sums, (6, c, 128)))
 
 
+@tilus.kernel
+def relay(
+    x: Tensor[int32, "rounds", "blocks", 64], y: Tensor[int32, "rounds", "blocks", 64], *, c: Const, lost: Const = False
+):
+    """Sums along a chain of blocks: each waits for the block before it, adds its own rows and hands on. A stage is written
+    again when its reader has said that it is free. lost: the last round is not handed on."""
+    tilus.grid(x.shape[1], warps=2, cluster=c)
+    inbox = tilus.shared(int32, [2, 64])
+    full, free = tilus.mbarrier(2), tilus.mbarrier(2)
+    rank, block, rounds = tilus.cluster_rank(), tilus.block_id(0), x.shape[0]
+    tilus.cluster_sync()
+    with tilus.warps(0, 1):
+        for k in tilus.range(rounds):
+            total = tilus.load(x, [k, block, 0], [64])
+            if rank > 0:
+                tilus.wait_barrier(full[k % 2], k // 2 % 2)
+                total += tilus.load_shared(inbox[k % 2])
+                tilus.arrive(free[k % 2], block=rank - 1)
+            tilus.store(y, [k, block, 0], total)
+            if rank < c - 1:
+                tilus.wait_barrier(free[k % 2], (k // 2 + 1) % 2)
+                tilus.store_shared(inbox[k % 2], total, block=rank + 1)
+                if not lost or k < rounds - 1:
+                    tilus.arrive(full[k % 2], block=rank + 1)
+
+
+@pytest.mark.parametrize("c", SIZES)
+@pytest.mark.parametrize("device", ["reference", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_blocks_hand_on_through_barriers(c: int, device: str) -> None:
+    x = np.random.default_rng(c).integers(-1000, 1000, (5, 2 * c, 64), np.int32)
+    y = np.zeros_like(x)
+    relay.on(device)(x, y, c=c)
+    assert np.array_equal(y.reshape(5, 2, c, 64), x.reshape(5, 2, c, 64).cumsum(2))
+
+
+def test_barriers_of_other_blocks() -> None:
+    """An arrival there is one in the scope of the cluster, and so is a wait where others may arrive."""
+    ptx = relay.ptx(c=4)
+    assert ptx.count("mbarrier.arrive.release.cluster.shared::cluster.b64 _,") == 2
+    assert ptx.count("mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64") == 2
+    assemble(ptx, get_target("sm_90a"))
+    alone = relay.ptx(c=1)
+    assert "shared::cluster" not in alone and "acquire.cluster" not in alone
+
+
+def test_a_lost_arrival_names_who_waits_in_which_block() -> None:
+    x = np.zeros((3, 4, 64), np.int32)
+    with pytest.raises(tilus.TilusError, match="the blocks of a cluster wait for each other") as caught:
+        relay.on("reference")(x, x.copy(), c=4, lost=True)
+    text = str(caught.value)
+    assert "block 0: at the end" in text and "block 1: warp 0: waits for phase 1 of full[0]" in text
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("c", SIZES)
 def test_gpu_exchange(c: int) -> None:

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 from tilus.codegen.context import EmitContext
 from tilus.codegen.shared_access import SharedAccess
-from tilus.errors import TilusError
 from tilus.instructions.barrier import Sync
 from tilus.instructions.shared import LoadShared, StoreShared, moving
 from tilus.ir.builder import IRBuilder, builtin
 from tilus.ir.evaluation import Evaluation
-from tilus.ir.expr import BlockId, Const, Expr, as_expr, binary
+from tilus.ir.expr import BlockId, Expr, binary
 from tilus.ir.instruction import Effects, Instruction
 from tilus.target import Target
 
@@ -22,12 +21,13 @@ class ClusterSync(Instruction):
     """Wait for all threads of all blocks of the cluster; what they wrote is then visible to each other."""
 
     mnemonic = "cluster_sync"
+    needs_gpu = True
 
     def effects(self) -> Effects:
         return Effects(barrier=True, cluster_barrier=True)
 
     def evaluate(self, env: Evaluation) -> None:
-        """The blocks of a cluster run in lock step."""
+        env.cluster_sync()
 
     def emit(self, ctx: EmitContext) -> None:
         ctx.cluster_barrier()
@@ -38,6 +38,7 @@ class LoadCluster(LoadShared):
     """A tile of a shared tensor of block `block` of the cluster (see `load_shared`)."""
 
     mnemonic = "load_cluster"
+    needs_gpu = True
 
     block: Expr
 
@@ -63,6 +64,7 @@ class StoreCluster(StoreShared):
     """Write a tile to a shared tensor of block `block` of the cluster; it must lie inside."""
 
     mnemonic = "store_cluster"
+    needs_gpu = True
 
     block: Expr
 
@@ -80,22 +82,6 @@ class StoreCluster(StoreShared):
 
     def emit(self, ctx: EmitContext) -> None:
         self.move(ctx, "st.shared::cluster", self.block)
-
-
-def block_of_cluster(b: IRBuilder, block: Expr | int) -> Expr | None:
-    """The user's `block=` as a rank; None where blocks are alone, so that it can only mean the block itself.
-
-    Raises: TilusError for a constant outside of the cluster, or what is no integer.
-    """
-    rank = as_expr(block)
-    if not rank.dtype.is_integer:
-        raise TilusError(f"block is {rank} of {rank.dtype.name}, expected the rank of a block in its cluster")
-    if isinstance(rank, Const) and not 0 <= rank.value < b.cluster:
-        raise TilusError(
-            f"block is {rank}, expected 0 to {b.cluster - 1}: the cluster has {b.cluster} blocks",
-            hint="tilus.grid(..., cluster=n) says how many blocks make a cluster",
-        )
-    return None if b.cluster == 1 else rank
 
 
 @builtin

@@ -16,7 +16,7 @@ from tilus.errors import TilusError
 from tilus.instructions.memory import assemble, check_whole_bytes, load_vector, store_vector, tile_index, vectors_note
 from tilus.ir.builder import IRBuilder, builtin
 from tilus.ir.evaluation import Evaluation
-from tilus.ir.expr import Expr, as_expr
+from tilus.ir.expr import Const, Expr, as_expr
 from tilus.ir.instruction import Effects, Instruction
 from tilus.ir.layout_rules import Access, LayoutPriority, LayoutRule
 from tilus.ir.tensor import RegisterTensor, SharedTensor, SharedView
@@ -225,6 +225,22 @@ def check_shared_access(
             )
 
 
+def rank_in_cluster(b: IRBuilder, block: Expr | int) -> Expr | None:
+    """The user's `block=` as a rank; None where blocks are alone, so that it can only mean the block itself.
+
+    Raises: TilusError for a constant outside of the cluster, or what is no integer.
+    """
+    rank = as_expr(block)
+    if not rank.dtype.is_integer:
+        raise TilusError(f"block is {rank} of {rank.dtype.name}, expected the rank of a block in its cluster")
+    if isinstance(rank, Const) and not 0 <= rank.value < b.cluster:
+        raise TilusError(
+            f"block is {rank}, expected 0 to {b.cluster - 1}: the cluster has {b.cluster} blocks",
+            hint="tilus.grid(..., cluster=n) says how many blocks make a cluster",
+        )
+    return None if b.cluster == 1 else rank
+
+
 @builtin
 def shared(
     b: IRBuilder, dtype: DataType, shape: Sequence[int], *, layout: SharedLayout | None = None, name: str = "shared"
@@ -248,16 +264,16 @@ def load_shared(
     dims: the dims of the whole tensor that the tile's axes run along; by default the last ones. block: in whose shared memory
     it is, a rank in the cluster (0 to cluster - 1); by default this block's own.
     """
-    from tilus.instructions.cluster import LoadCluster, block_of_cluster
+    from tilus.instructions.cluster import LoadCluster
 
     rank = src.rank if shape is None else len(shape)
     tensor, starts = full_offsets(src, offsets, rank)
     tile_shape = tuple(src.shape) if shape is None else tuple(shape)
     axes = tuple(range(tensor.rank - rank, tensor.rank)) if dims is None else tuple(dims)
     out = b.tile(tensor.dtype, tile_shape, layout)
-    rank_in_cluster = None if block is None else block_of_cluster(b, block)
-    if rank_in_cluster is not None:
-        return b.emit(LoadCluster(out, tensor, starts, axes, rank_in_cluster)).out
+    owner = None if block is None else rank_in_cluster(b, block)
+    if owner is not None:
+        return b.emit(LoadCluster(out, tensor, starts, axes, owner)).out
     return b.emit(LoadShared(out, tensor, starts, axes)).out
 
 
@@ -271,12 +287,12 @@ def store_shared(
     block: to whose shared memory, a rank in the cluster (0 to cluster - 1); by default this block's own. That block sees it after
     `tilus.cluster_sync()`.
     """
-    from tilus.instructions.cluster import StoreCluster, block_of_cluster
+    from tilus.instructions.cluster import StoreCluster
 
     tensor, starts = full_offsets(dst, offsets, value.rank)
     axes = tuple(range(tensor.rank - value.rank, tensor.rank)) if dims is None else tuple(dims)
-    rank_in_cluster = None if block is None else block_of_cluster(b, block)
-    if rank_in_cluster is not None:
-        b.emit(StoreCluster(tensor, value, starts, axes, rank_in_cluster))
+    owner = None if block is None else rank_in_cluster(b, block)
+    if owner is not None:
+        b.emit(StoreCluster(tensor, value, starts, axes, owner))
     else:
         b.emit(StoreShared(tensor, value, starts, axes))

@@ -36,5 +36,5 @@ def check_cluster(function: Function) -> list[TilusError]:
                 )
             )
 
-    Order(lambda inst: inst.effects().cluster_barrier, sees, lambda together, loc: None).follow(function)
+    Order(lambda inst: inst.effects().cluster_barrier, sees, lambda loc: None).follow(function)
     return errors

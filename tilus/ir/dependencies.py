@@ -2,7 +2,8 @@
 
 A kernel that waits nowhere starts after the end of the one before it, and may do everything. In one that waits, every path
 of a block must pass a wait before its first access to memory that other kernels write, and before the block ends: the
-end of a kernel tells the next one that all earlier ones have ended, too.
+end of a kernel tells the next one that all earlier ones have ended, too. A wait in a role is one of its warps: it keeps the
+block from ending, and lets these warps do everything.
 """
 
 from __future__ import annotations
@@ -71,9 +72,7 @@ class _Checker:
                     )
                 )
 
-    def ends(self, waited: bool, loc: Loc | None) -> None:
-        if waited:
-            return
+    def ends(self, loc: Loc | None) -> None:
         self.errors.append(
             TilusError(
                 "a block may end before tilus.wait_dependencies, expected a wait on every path: the next kernel takes the end "

@@ -48,6 +48,10 @@ class Function:
     def num_threads(self) -> int:
         return 32 * self.num_warps
 
+    @property
+    def warps(self) -> range:
+        return range(self.num_warps)
+
     def check_grid(self, grid: tuple[int, int, int]) -> None:
         """Raise TilusError unless the blocks of a grid make whole clusters."""
         if grid[0] % self.cluster:

@@ -68,6 +68,12 @@ class Instruction:
     # Whether `verify` looks at pinned layouts: a mistake is then shown with the lines that pin them.
     reads_layouts: ClassVar[bool] = False
 
+    # Whether it means something on a GPU only, so that there is no C of it.
+    needs_gpu: ClassVar[bool] = False
+
+    # Whether it may only stand where the whole block passes exactly once.
+    once: ClassVar[bool] = False
+
     # Whether `out` may be the storage of an operand that the instruction adds to.
     accumulates: ClassVar[bool] = False
 
@@ -110,11 +116,16 @@ class Instruction:
     def effects(self) -> Effects:
         return PURE
 
+    def arrivals(self) -> tuple[SharedTensor, ...]:
+        """The mbarriers at which the threads that run it arrive, once for each of their warps."""
+        return ()
+
     def verify(self) -> None:
         """Raise TilusError when shapes, dtypes or attributes do not fit; the caller adds the location."""
 
     def layout_rule(self, num_threads: int) -> LayoutRule:
-        """The ways in which the instruction can run, as layouts of its tiles; `num_threads` is the block's size."""
+        """The ways in which the instruction can run, as layouts of its tiles; `num_threads` of the block or
+        the role run it."""
         return AnyLayout((*self.register_results, *self.register_operands), num_threads)
 
     def shared_accesses(self, num_threads: int, target: Target) -> tuple[tuple[SharedTensor, SharedAccess], ...]:

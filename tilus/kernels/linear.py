@@ -166,6 +166,8 @@ def linear(
     x, bias, out: torch tensors or numpy arrays, on the weight's device. bias: f16, bf16 or f32, added in f32. out_dtype: by
     default that of x. out: written in place when given. device: where to run (reference, emulator, cpu, cuda), by default as the
     arguments say.
+    The kernel may start while the one in front of it runs, and then reads the weight and the bias, but not x: nothing that is
+    still on its way in the stream may write those two.
     Raises: TilusError when K, dtypes or devices do not fit, and for a weight that is packed for CPUs on a GPU.
     """
     n, k = weight.shape

@@ -20,6 +20,7 @@ _INTRODUCED: dict[str, tuple[int, int]] = {
     "mbarrier.arrive.expect_tx": (8, 0),
     "cp.async.bulk": (8, 0),
     "fence.proxy.async": (8, 0),
+    "fence.mbarrier_init": (8, 0),
     "griddepcontrol": (7, 8),
     "barrier.cluster": (7, 8),
     "mapa": (7, 8),

@@ -16,11 +16,15 @@ import numpy as np
 
 from tilus.ir.expr import BlockId, Expr, Var, walk
 from tilus.ir.function import Function
+from tilus.ir.instruction import Instruction
+from tilus.ir.stmt import Inst, Role
 from tilus.ir.tensor import GlobalTensor, RegisterTensor
 from tilus.ir.visit import instructions
+from tilus.ir.visit import walk as walk_statements
 from tilus.runtime.reference.access import View
 from tilus.runtime.reference.affine import Extents
 from tilus.runtime.reference.arguments import bind
+from tilus.runtime.reference.cluster import Cluster
 from tilus.runtime.reference.control import Runner, compile_body
 from tilus.runtime.reference.scalars import Compiled, compile_scalar
 from tilus.runtime.reference.state import BlockState, TileType
@@ -35,17 +39,17 @@ class Program:
 
     scalars: closures of the instructions' scalar operands, by id. fixed: tensors whose place and shape are the same for
     the whole launch. written: pointers that it writes through. ordered: blocks may talk to each other, so that chunks
-    must not run side by side. tiles: shape and numpy dtype of every tile. tile_nbytes: the largest tile of one block.
-    cluster: blocks along x that see each other's shared memory.
+    must not run side by side. alone: it has roles or barriers, or reaches other blocks, so that each block runs by
+    itself. tiles: shape and numpy dtype of every tile. tile_nbytes: the largest tile of one block.
     """
 
     run: Runner
     num_threads: int
-    cluster: int
     scalars: Mapping[int, tuple[Expr, Compiled]]
     fixed: frozenset[GlobalTensor]
     written: frozenset[Var]
     ordered: bool
+    alone: bool
     tiles: Mapping[RegisterTensor, TileType]
     tile_nbytes: int
 
@@ -75,9 +79,20 @@ def run_reference(
 
     def run(chunk: tuple[Extents, Extents]) -> None:
         with np.errstate(all="ignore"):  # GPUs do not trap: inf and NaN are values
-            program.run(BlockState(program, binding, views, grid, *chunk))
+            first, extents = chunk
+            if program.alone and fn.cluster > 1:
+                x, y, z = first
+                places = [(x * fn.cluster + rank, y, z) for rank in range(fn.cluster)]
+                Cluster([BlockState(program, binding, views, grid, place, extents) for place in places]).run(
+                    program.run
+                )
+            else:
+                program.run(BlockState(program, binding, views, grid, first, extents))
 
-    chunks = list(_chunks(grid, max(1, max_chunk_nbytes // program.tile_nbytes), fn.cluster))
+    if program.alone:  # each block, or those of a cluster
+        chunks = list(_chunks((grid[0] // fn.cluster, *grid[1:]), 1))
+    else:
+        chunks = list(_chunks(grid, max(1, max_chunk_nbytes // program.tile_nbytes)))
     threads = min(len(chunks), max_threads or _cpu_count())
     if threads <= 1 or program.ordered:
         for chunk in chunks:
@@ -101,16 +116,13 @@ def _cpu_count() -> int:
     return os.cpu_count() or 1
 
 
-def _chunks(grid: Extents, max_blocks: int, cluster: int) -> Iterator[tuple[Extents, Extents]]:
-    """First block and extents of each part of the grid, of whole clusters.
-
-    Every part is a range of the block order (x slowest), unless its clusters make it more than one block wide.
-    """
+def _chunks(grid: Extents, max_blocks: int) -> Iterator[tuple[Extents, Extents]]:
+    """First block and extents of each part of the grid; every part is a range of the block order (x slowest)."""
     if 0 in grid:
         return
     z = _even(grid[2], max_blocks)
     y = _even(grid[1], max_blocks // grid[2])
-    x = cluster * _even(grid[0] // cluster, max_blocks // (cluster * grid[2] * grid[1]))
+    x = _even(grid[0], max_blocks // (grid[2] * grid[1]))
     for first in itertools.product(range(0, grid[0], x), range(0, grid[1], y), range(0, grid[2], z)):
         yield first, (min(x, grid[0] - first[0]), min(y, grid[1] - first[1]), min(z, grid[2] - first[2]))
 
@@ -143,14 +155,22 @@ def _compile(fn: Function) -> Program:
     return Program(
         run=compile_body(fn.body),
         num_threads=fn.num_threads,
-        cluster=fn.cluster,
         scalars=scalars,
         fixed=frozenset(t for t in tensors if _is_fixed(t, given)),
         written=frozenset(written),
         ordered=ordered,
+        alone=any(
+            isinstance(s, Role) or (isinstance(s, Inst) and _meets_others(s.inst)) for s in walk_statements(fn.body)
+        ),
         tiles=tiles,
         tile_nbytes=max([1, *(math.prod(shape) * dtype.itemsize for shape, dtype in tiles.values())]),
     )
+
+
+def _meets_others(inst: Instruction) -> bool:
+    """Whether it needs others, roles or blocks, that come to it at a time of their own."""
+    effects = inst.effects()
+    return bool(inst.arrivals()) or effects.remote or effects.cluster_barrier
 
 
 def _is_fixed(tensor: GlobalTensor, given: frozenset[Var]) -> bool:

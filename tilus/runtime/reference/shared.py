@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -14,9 +13,6 @@ from tilus.ir.tensor import SharedTensor
 from tilus.runtime.reference.access import Tile, View, block_of, elements, read, update, write
 from tilus.runtime.reference.affine import Affine, Array, Extents, Scalar, to_array
 from tilus.runtime.reference.buffer import Buffer
-
-# A value that differs between blocks along x.
-_EVERY_X = np.zeros((2, 1, 1))
 
 
 class SharedMemory:
@@ -29,35 +25,31 @@ class SharedMemory:
         self._written = _Blocks(tensor, boolean, extents)
         self._complete = False
 
-    def load(self, tile: Tile, owner: Array | None) -> Array:
-        """owner: along x, the block whose memory each block reads; None: its own."""
-        self._require_written(tile, owner)
-        return read(self._data.view_of(owner), tile)
+    def load(self, tile: Tile) -> Array:
+        self._require_written(tile)
+        return read(self._data.view, tile)
 
-    def store(self, tile: Tile, values: Array, owner: Array | None) -> None:
-        """owner: along x, the block whose memory each block writes; None: its own."""
-        target = () if owner is None else (_EVERY_X,)
-        self._data.separate(_varying([values, *tile.offsets, tile.mask, *target]))
-        write(self._data.view_of(owner), tile, values)
+    def store(self, tile: Tile, values: Array) -> None:
+        self._data.separate(_varying([values, *tile.offsets, tile.mask]))
+        write(self._data.view, tile, values)
         if not self._complete:
-            self._written.separate(_varying([*tile.offsets, tile.mask, *target]))
-            write(self._written.view_of(owner), tile, np.ones((1, 1, 1, *tile.shape), np.bool_))
+            self._written.separate(_varying([*tile.offsets, tile.mask]))
+            write(self._written.view, tile, np.ones((1, 1, 1, *tile.shape), np.bool_))
             self._complete = bool(self._written.view.buffer.flat.all())
 
     def update(self, tile: Tile, values: Array, op: str) -> Array:
-        self._require_written(tile, None)
+        self._require_written(tile)
         self._data.separate((True, True, True))
         return update(self._data.view, tile, values, op, self._extents, self._tensor.dtype)
 
-    def _require_written(self, tile: Tile, owner: Array | None) -> None:
+    def _require_written(self, tile: Tile) -> None:
         """Raise unless all elements of a tile inside of the tensor were written in the blocks that read them."""
         if self._complete:
             return
-        view = self._written.view_of(owner)
-        written = read(view, tile)
+        written = read(self._written.view, tile)
         if written.all():
             return
-        _, wanted = elements(view, tile, "load")
+        _, wanted = elements(self._written.view, tile, "load")
         unknown = wanted & ~written
         if unknown.any():
             at = np.unravel_index(int(unknown.argmax()), unknown.shape)
@@ -84,15 +76,6 @@ class _Blocks:
             old = buffer.flat.reshape(*self._axes, *self._tensor.shape)
             self._axes = (x, y, z)
             self._fill(buffer.dtype, np.broadcast_to(old, (x, y, z, *self._tensor.shape)).copy())
-
-    def view_of(self, owner: Array | None) -> View:
-        """The array as each block sees it; with `owner` that of another block along x."""
-        if owner is None or self._axes[0] == 1:
-            return self.view
-        size = math.prod(self._tensor.shape)
-        _, y, z = self._axes
-        own = Affine(0, (0, size * z if y > 1 else 0, size if z > 1 else 0), self._extents)
-        return replace(self.view, base=own.array() + owner * (size * y * z))
 
     def _fill(self, dtype: DataType, array: Array) -> None:
         buffer = Buffer(dtype, array.reshape(-1), array.size, frozen=False)
