@@ -15,6 +15,7 @@ from tilus.codegen.cast_plan import plan_slots
 from tilus.codegen.linear import Linear, address32, materialize, of_const, of_reg, register, widened
 from tilus.codegen.scalar import ScalarLowering
 from tilus.codegen.shared_plan import SharedPlan
+from tilus.codegen.tensor_map import TensorMap
 from tilus.codegen.word_program import emit_program
 from tilus.dtypes import DataType, boolean
 from tilus.errors import Loc, TilusError
@@ -24,12 +25,13 @@ from tilus.ir.tensor import GlobalTensor, RegisterTensor, SharedTensor
 from tilus.layout import RegisterLayout, SharedLayout, slot_map
 from tilus.layout.word_program import pick_fields
 from tilus.ptx.builder import Builder
-from tilus.ptx.module import Address, Guard, Imm, Reg, RegClass, Symbol
+from tilus.ptx.module import Address, FloatImm, Guard, Imm, Reg, RegClass, Symbol
 from tilus.target import Target
 
 NUM_BARRIERS = 16  # of a block, for all of its threads or some of its warps
 SHARED_SYMBOL = "smem"
 LOCAL_SYMBOL = "local_memory"
+_ONE = 0x3F800000  # 1.0: all lines
 
 
 def word_class(dtype: DataType) -> RegClass:
@@ -62,7 +64,7 @@ class EmitContext:
     warps: that run the code: the block's, or those of a role. plan: where everything is in the block's shared memory.
     read_only: pointers to memory that nobody writes while the kernel runs. barriers: the hardware barrier of each group of
     warps. arriving_warps: of one arrival at each mbarrier. entry_registers: of a thread at launch, where roles change it.
-    cluster: how many blocks make one.
+    cluster: how many blocks make one. parameters: what the launcher knows.
     """
 
     b: Builder
@@ -71,6 +73,7 @@ class EmitContext:
     scalars: ScalarLowering
     plan: SharedPlan
     read_only: frozenset[Var]
+    parameters: frozenset[Expr]
     barriers: dict[range, int]
     arriving_warps: Mapping[SharedTensor, int]
     entry_registers: int | None
@@ -78,6 +81,7 @@ class EmitContext:
     tiles: dict[RegisterTensor, list[Reg]] = field(default_factory=dict[RegisterTensor, list[Reg]])
     notes: list[Note] = field(default_factory=list[Note])
     strings: dict[str, str] = field(default_factory=dict[str, str])
+    tensor_maps: dict[TensorMap, str] = field(default_factory=dict[TensorMap, str])
     local_nbytes: int = 0
 
     @property
@@ -355,13 +359,17 @@ class EmitContext:
         form = elements.scaled(nbits // 8) + of_const(self.plan.offsets[tensor])
         return address32(self.b, self.shared_base(block), form)
 
-    def _shared_offset(self, layout: SharedLayout, index: Sequence[Linear]) -> Linear:
-        b = self.b
+    def linear_offset(self, layout: SharedLayout, index: Sequence[Linear]) -> Linear:
+        """The address of an element before the swizzle, in elements."""
         form = of_const(0)
         for position, extent, terms in zip(index, layout.shape, layout.terms, strict=True):
             for term in terms:
                 form = form + self._index_digit(position, term.weight, term.size, extent).scaled(term.stride)
-        swizzle = layout.swizzle
+        return form
+
+    def _shared_offset(self, layout: SharedLayout, index: Sequence[Linear]) -> Linear:
+        b = self.b
+        form, swizzle = self.linear_offset(layout, index), layout.swizzle
         if swizzle is None:
             return form
         # Whole periods pass through the XOR unchanged, so only the part below one period is materialised.
@@ -453,6 +461,26 @@ class EmitContext:
         """The name of a zero-terminated UTF-8 string in global memory."""
         name = self.strings.setdefault(text, f"string_{len(self.strings)}")
         return Symbol(name)
+
+    def tensor_map(self, tensor_map: TensorMap) -> Reg:
+        """The generic address of a tensor map, which becomes a parameter of the kernel.
+
+        Raises: TilusError when the map depends on more than the parameters, which is all that the launcher knows.
+        """
+        unknown = sorted(str(e) for e in tensor_map.variables() if e not in self.parameters)
+        if unknown:
+            raise TilusError(
+                f"a tensor copy of {tensor_map.name}: where the view lies depends on {', '.join(unknown)}; expected a tensor "
+                "that is known when the kernel is launched",
+                hint="copy from the whole tensor, and say by the offsets where: copy_tensor(dst, x, [i, j, k], ...)",
+            )
+        stem = "".join(c if c.isalnum() else "_" for c in tensor_map.name)
+        name = self.tensor_maps.setdefault(tensor_map, f"tensor_map_{len(self.tensor_maps)}_{stem}")
+        return self.b.pure("cvta.param.u64", self.b.pure("mov.u64", Symbol(name)))
+
+    def cache_policy(self, evict: str) -> Reg:
+        """What the L2 cache shall do with lines of an access: drop them `first`, or `last`."""
+        return self.b.pure(f"createpolicy.fractional.L2::evict_{evict}.b64", FloatImm(_ONE))
 
     def local_memory(self, nbytes: int) -> Symbol:
         """The name of each thread's own memory, at least this large; instructions take turns in it."""

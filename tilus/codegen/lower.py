@@ -10,6 +10,7 @@ from tilus.codegen.linear import materialize
 from tilus.codegen.roles import arriving_warps, entry_registers, set_registers
 from tilus.codegen.scalar import ScalarLowering
 from tilus.codegen.shared_plan import SharedPlan, plan_shared
+from tilus.codegen.tensor_map import MAP_ALIGNMENT, MAP_NBYTES, TensorMap
 from tilus.dtypes import DataType, boolean
 from tilus.errors import TilusError
 from tilus.ir.dependencies import constants, waits_for_kernels
@@ -43,7 +44,8 @@ MAX_STATIC_SHARED_NBYTES = 48 * 1024
 class Lowered:
     """A PTX module and what the launcher must know about it.
 
-    waits_for_kernels: it may start before the kernel in front of it ends (programmatic dependent launch).
+    waits_for_kernels: it may start before the kernel in front of it ends (programmatic dependent launch). tensor_maps:
+    parameters behind those of the function.
     """
 
     module: Module
@@ -51,6 +53,7 @@ class Lowered:
     dynamic_shared: bool
     waits_for_kernels: bool
     notes: tuple[Note, ...]
+    tensor_maps: tuple[TensorMap, ...] = ()
 
 
 def lower(function: Function, target: Target) -> Lowered:
@@ -65,7 +68,7 @@ def lower(function: Function, target: Target) -> Lowered:
     scalars = ScalarLowering(b)
     names = {var: f"param_{index}_{_identifier(var.name)}" for index, var in enumerate(params)}
     ctx = EmitContext(
-        b, target, function.warps, scalars, plan, _read_only(function), {function.warps: 0},
+        b, target, function.warps, scalars, plan, _read_only(function), frozenset(params), {function.warps: 0},
         arriving_warps(function), entry_registers(function, target), function.cluster,
     )  # fmt: skip
     pointers = {param.tensor.base for param in function.params if isinstance(param, TensorParam)}
@@ -73,10 +76,12 @@ def lower(function: Function, target: Target) -> Lowered:
         scalars.variables[var] = _load_param(b, var, name, var in pointers)
     _StmtLowering(ctx).lower_body(function.body)
     dynamic = plan.nbytes > MAX_STATIC_SHARED_NBYTES
-    shared = (SharedArray(SHARED_SYMBOL, plan.nbytes, 128, dynamic),) if plan.nbytes else ()
+    shared = (SharedArray(SHARED_SYMBOL, plan.nbytes, plan.alignment, dynamic),) if plan.nbytes else ()
+    ordinary = [Param(name, "u64" if var in pointers else _param_type(var.dtype)) for var, name in names.items()]
+    maps = [Param(name, "b8", MAP_NBYTES, MAP_ALIGNMENT) for name in ctx.tensor_maps.values()]
     kernel = Kernel(
         name=_identifier(function.name),
-        params=tuple(Param(name, "u64" if var in pointers else _param_type(var.dtype)) for var, name in names.items()),
+        params=(*ordinary, *maps),
         body=b.finish(),
         shared=shared,
         num_threads=function.num_threads,
@@ -88,7 +93,9 @@ def lower(function: Function, target: Target) -> Lowered:
     )
     waits = any(isinstance(item, Instr) and item.opcode == "griddepcontrol.wait" for item in kernel.body)
     strings = tuple(GlobalBytes(name, text.encode() + b"\0") for text, name in ctx.strings.items())
-    return Lowered(Module(target, (kernel,), strings), plan.nbytes, dynamic, waits, tuple(ctx.notes))
+    return Lowered(
+        Module(target, (kernel,), strings), plan.nbytes, dynamic, waits, tuple(ctx.notes), tuple(ctx.tensor_maps)
+    )
 
 
 def _check_limits(function: Function, plan: SharedPlan, target: Target) -> None:

@@ -9,6 +9,7 @@ from tilus.instructions import (
     async_copy,
     atomic,
     barrier,
+    bulk_copy,
     cast,
     cluster,
     convert,
@@ -26,7 +27,9 @@ from tilus.instructions import (
     reduce,
     scan,
     shared,
+    tensor_copy,
     view,
+    wgmma,
 )
 from tilus.ir.builder import Builtin
 from tilus.ir.instruction import Instruction
@@ -35,6 +38,7 @@ FAMILIES = (
     async_copy,
     atomic,
     barrier,
+    bulk_copy,
     cast,
     cluster,
     convert,
@@ -52,7 +56,9 @@ FAMILIES = (
     reduce,
     scan,
     shared,
+    tensor_copy,
     view,
+    wgmma,
 )
 
 
