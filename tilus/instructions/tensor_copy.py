@@ -91,7 +91,10 @@ def check_boxes(copy: SharedCopy) -> None:
             hint="copy the bytes of packed elements: with tilus.copy_bulk, or from a tensor of uint8",
         )
     if memory.rank > MAX_RANK:
-        raise TilusError(f"{what}: {memory.name} has rank {memory.rank}, expected at most {MAX_RANK}")
+        raise TilusError(
+            f"{what}: {memory.name} has rank {memory.rank}, expected at most {MAX_RANK}",
+            hint="pass a view in which neighbouring dims are one",
+        )
     if copy.dims != tuple(sorted(copy.dims)) or copy.dims[-1:] != (memory.rank - 1,):
         raise TilusError(
             f"{what}: a tile along dims {list(copy.dims)} of {memory.name}, expected ascending dims, the last one included",
