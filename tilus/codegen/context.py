@@ -356,13 +356,17 @@ class EmitContext:
         form = elements.scaled(nbits // 8) + of_const(self.plan.offsets[tensor])
         return address32(self.b, self.shared_base(), form)
 
-    def _shared_offset(self, layout: SharedLayout, index: Sequence[Linear]) -> Linear:
-        b = self.b
+    def linear_offset(self, layout: SharedLayout, index: Sequence[Linear]) -> Linear:
+        """The address of an element before the swizzle, in elements."""
         form = of_const(0)
         for position, extent, terms in zip(index, layout.shape, layout.terms, strict=True):
             for term in terms:
                 form = form + self._index_digit(position, term.weight, term.size, extent).scaled(term.stride)
-        swizzle = layout.swizzle
+        return form
+
+    def _shared_offset(self, layout: SharedLayout, index: Sequence[Linear]) -> Linear:
+        b = self.b
+        form, swizzle = self.linear_offset(layout, index), layout.swizzle
         if swizzle is None:
             return form
         # Whole periods pass through the XOR unchanged, so only the part below one period is materialised.

@@ -28,6 +28,7 @@ from tilus.instructions import (
     shared,
     tensor_copy,
     view,
+    wgmma,
 )
 from tilus.ir.builder import Builtin
 from tilus.ir.instruction import Instruction
@@ -55,6 +56,7 @@ FAMILIES = (
     shared,
     tensor_copy,
     view,
+    wgmma,
 )
 
 
