@@ -267,8 +267,8 @@ def mistaken(
     if case == "block":
         tilus.copy_tensor(tile[0], tilus.narrow(x, 0, tilus.block_id(0) * 8, 8), [0, 0], barrier=full[0])
     if case == "pinned":
-        padded = tilus.shared(f16, [8, 64], layout=tilus.layout.padded([8, 64], 8), name="wide")
-        tilus.store_tensor(x, [0, 0], padded)
+        wide = tilus.shared(f16, [8, 64], layout=tilus.layout.padded([8, 64], 8))
+        tilus.store_tensor(x, [0, 0], wide)
 
 
 @pytest.mark.parametrize(

@@ -9,18 +9,13 @@ from tilus.ir.tensor import SharedTensor
 from tilus.ir.visit import by_warps
 
 ALIGNMENT = 128  # TMA and ldmatrix need 128 and 16
-MAX_ALIGNMENT = (
-    1024  # the longest pattern of a swizzle that TMA and wgmma know: they apply it to addresses, not to offsets
-)
+MAX_ALIGNMENT = 1024  # the longest pattern of a swizzle that TMA and wgmma know: they apply it to addresses, not to offsets
 
 
 @dataclass(frozen=True)
 class SharedPlan:
     """Offsets in bytes. Behind the tensors: scratch memory of the block, and of each role, whose barriers are its own; then
-    `warp_scratch_nbytes` for each warp.
-
-    alignment: of offset 0.
-    """
+    `warp_scratch_nbytes` for each warp. alignment: of offset 0."""
 
     offsets: dict[SharedTensor, int]
     scratch_offsets: dict[range, int]

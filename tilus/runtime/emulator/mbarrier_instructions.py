@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from tilus.ptx.module import Operand
 from tilus.runtime.emulator.clocks import PHASE_ZERO
-from tilus.runtime.emulator.decode import Array, Mask, Site, Step, instruction
+from tilus.runtime.emulator.decode import Mask, Site, Step, instruction
 from tilus.runtime.emulator.guards import mark_initialised
 from tilus.runtime.emulator.mbarrier import MAX_COUNT, Mbarrier, Waiter
 from tilus.runtime.emulator.memory import Access

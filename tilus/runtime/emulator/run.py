@@ -48,9 +48,9 @@ def run_kernel(
     ptx: text or a module (which is printed first: the text is what runs). kernel_name: None for the only kernel.
     args: one per parameter; a C-contiguous array for a pointer (one allocation, together with the arrays it overlaps;
     written back when the kernel ends), a number for a scalar, a `TensorMap` for a tensor map. num_threads: block size
-    when the kernel does not say `.reqntid`. seed: of the random schedule; None runs all warps in lockstep, which is fastest. max_lanes: threads that
-    run as one numpy axis. max_blocks: basic blocks to execute before the kernel counts as stuck. profile: count bank
-    conflicts and sectors, too.
+    when the kernel does not say `.reqntid`. seed: of the random schedule; None runs all warps in lockstep, which is
+    fastest. max_lanes: threads that run as one numpy axis. max_blocks: basic blocks to execute before the kernel counts
+    as stuck. profile: count bank conflicts and sectors, too.
 
     Raises: EmulatorError (RaceError, DeadlockError) for what the kernel does wrong; TilusError for a bad launch.
     """
