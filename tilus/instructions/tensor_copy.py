@@ -22,6 +22,7 @@ from tilus.instructions.shared_copy import (
     CopyFromShared,
     CopyToShared,
     SharedCopy,
+    mask_of,
     tile_of,
 )
 from tilus.ir.builder import IRBuilder, builtin
@@ -183,7 +184,7 @@ def copy_tensor(
     """
     tile, axes, tensor, starts = tile_of(src, dst, shape, dims)
     bar, index = one_barrier("copy_tensor", barrier)
-    mask = None if multicast is None else as_expr(multicast)
+    mask = mask_of(b, "copy_tensor", multicast)
     src_offsets = tuple(as_expr(o) for o in offsets)
     b.emit(CopyTensor(tile, axes, evict, tensor, src, bar, index, starts, src_offsets, mask))
 
