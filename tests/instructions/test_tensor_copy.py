@@ -236,6 +236,48 @@ def test_the_layout_suits_all_copies(device: str) -> None:
     np.testing.assert_array_equal(y, x)
 
 
+@tilus.kernel
+def product(
+    x: Tensor[f16, "m", "k"], w: Tensor[f16, "n", "k"], y: Tensor[f32, "m", "n"], *, bm: Const = 64, bn: Const = 32, bk: Const = 64,
+    stages: Const = 3,
+):  # fmt: skip
+    """x w^T: a warp copies the tiles of both operands, a warpgroup multiplies them where they land."""
+    tilus.grid(tilus.cdiv(x.shape[0], bm), tilus.cdiv(w.shape[0], bn), warps=5)
+    xs = tilus.shared(f16, [stages, bm, bk])
+    ws = tilus.shared(f16, [stages, bn, bk])
+    full = tilus.mbarrier(stages)
+    empty = tilus.mbarrier(stages)
+    i, j = tilus.block_id(0) * bm, tilus.block_id(1) * bn
+    steps = tilus.cdiv(x.shape[1], bk)
+    with tilus.warps(4, 1):
+        for t in tilus.range(steps):
+            s = t % stages
+            tilus.wait_barrier(empty[s], 1 - t // stages % 2)
+            tilus.arrive(full[s], nbytes=xs[s].nbytes + ws[s].nbytes)
+            tilus.copy_tensor(xs[s], x, [i, t * bk], barrier=full[s])
+            tilus.copy_tensor(ws[s], w, [j, t * bk], barrier=full[s], evict="last")
+    with tilus.warps(0, 4):
+        acc = tilus.zeros([bm, bn])
+        for t in tilus.range(steps):
+            s = t % stages
+            tilus.wait_barrier(full[s], t // stages % 2)
+            acc = tilus.wgmma(xs[s], ws[s], acc)
+            tilus.wgmma_wait(0)
+            tilus.arrive(empty[s])
+        tilus.store(y, [i, j], acc)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bk", [32, 64, 128])
+def test_products_of_tiles_that_copies_bring(device: str, bk: int) -> None:
+    """Swizzles of 64 and 128 bytes, one and two boxes; all edges are inside of tiles. Sums of whole numbers are exact."""
+    rng = np.random.default_rng(10)
+    x, w = (rng.integers(-4, 5, (rows, 200)).astype(np.float16) for rows in (70, 40))
+    y = np.zeros((70, 40), np.float32)
+    product.on(device)(x, w, y, bk=bk)
+    np.testing.assert_array_equal(y, x.astype(np.float32) @ w.T.astype(np.float32))
+
+
 # ---- refusals
 
 
