@@ -175,6 +175,15 @@ def test_the_layout_of_the_sums_decides(blocks: RegisterLayout, registers: bool,
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("blocks", ROWS, ids=str)
+def test_rows_of_a_in_shared_memory_are_where_the_hardware_has_them(blocks: RegisterLayout, device: str) -> None:
+    """So the accumulator, which is pinned to other rows, is converted before."""
+    options: dict[str, Any] = {"d_layout": blocks * mma_c(), "warps": 8}
+    check(device, HALF, (256, 64, 32), **options)
+    assert the_product(compiled_for(HALF, (256, 64, 32), **options)).out.layout in [b * mma_c() for b in GROUPS]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("a_blocks", "d_blocks"),
     [
@@ -279,6 +288,31 @@ def test_a_loop(scaled: bool, device: str) -> None:
     out = np.zeros((128, 32), np.float32)
     pipelined.on(device)(x, y, out, shape=(128, 32, 32), scaled=scaled)
     np.testing.assert_array_equal(out, x.astype(np.float32) @ y.astype(np.float32).T * (2 if scaled else 1))
+
+
+@tilus.kernel
+def columns_from(x: Tensor[f16, 64, 64], *, n: Const, start: Const, memory: Const):
+    tilus.grid(1, warps=4)
+    xs, ys = tilus.shared(f16, [64, 64]), tilus.shared(f16, [256, 64], layout=memory)
+    tilus.wgmma(xs, ys, shape=(64, n, 64), y_offsets=[start, 0])
+    tilus.wgmma_wait()
+
+
+@pytest.mark.parametrize(
+    ("n", "start", "swizzle", "fits"),
+    [
+        (128, 64, 128, True), (128, 0, 128, True), (24, 128, 128, True), (128, 32, 128, False), (32, 32, 128, True),
+        (64, 32, 128, False), (64, 32, 64, True), (8, 8, 128, True), (16, 8, 128, False), (16, 8, 0, True),
+    ],
+)  # fmt: skip
+def test_contiguous_columns_start_a_block_or_lie_in_one(n: int, start: int, swizzle: int, fits: bool) -> None:
+    """Blocks of 128 bytes along n do not follow each other, and an instruction counts from where it starts."""
+    specialization = columns_from.specialize(n=n, start=start, memory=wgmma_operand((256, 64), 2, swizzle, "mn"))
+    if fits:
+        compile_function(specialization.function, get_target("sm_90a"))
+        return
+    with pytest.raises(TilusError, match="wgmma cannot work with layout .* of shared_1"):
+        compile_function(specialization.function, get_target("sm_90a"))
 
 
 MACHINE = {"f16": "HGMMA", "bf16": "HGMMA", "int8": "IGMMA", "uint8": "IGMMA"}
