@@ -31,7 +31,7 @@ def descriptor(ctx: EmitContext, tensor: SharedTensor, form: WgmmaForm, index: S
     """
     b = ctx.b
     elements = ctx.linear_offset(form.linear, index)
-    nbytes = elements.scaled(tensor.dtype.nbits // 8) + of_const(ctx.shared_offsets[tensor])
+    nbytes = elements.scaled(tensor.dtype.nbits // 8) + of_const(ctx.plan.offsets[tensor])
     units, rest = nbytes.multiples_of(UNIT_NBYTES)
     if not rest.is_const:
         units = units + of_reg(b.pure("shr.u32", register(b, rest), Imm(UNIT_NBITS)))

@@ -77,6 +77,14 @@ class Vector:
 
 
 @dataclass(frozen=True)
+class TensorAddress:
+    """A place in a tensor, `[map, {c0, c1}]`: the address of its tensor map and the coordinates, innermost first."""
+
+    map: Reg | Symbol
+    coordinates: Vector
+
+
+@dataclass(frozen=True)
 class LabelRef:
     name: str
 
@@ -97,7 +105,7 @@ class Guard:
     negated: bool = False
 
 
-Operand = Reg | Imm | FloatImm | Special | Symbol | Address | Vector | LabelRef | Pair | Guard
+Operand = Reg | Imm | FloatImm | Special | Symbol | Address | TensorAddress | Vector | LabelRef | Pair | Guard
 
 
 @dataclass(frozen=True)

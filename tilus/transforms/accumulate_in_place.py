@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from tilus.instructions.view import Assign
 from tilus.ir.function import Function
-from tilus.ir.stmt import For, If, Inst, Seq, Stmt, While
+from tilus.ir.stmt import For, If, Inst, Role, Seq, Stmt, While
 from tilus.ir.tensor import RegisterTensor, Tensor
 from tilus.ir.visit import instructions, walk
 from tilus.ir.visit import replace as replace_tensors
@@ -62,7 +62,7 @@ def _rewrite(stmt: Stmt, uses: Counter[RegisterTensor]) -> Stmt:
             merged = _merge([_rewrite(child, uses) for child in stmts], uses)
             same = len(merged) == len(stmts) and all(a is b for a, b in zip(merged, stmts, strict=True))
             return stmt if same else Seq(tuple(merged))
-        case For(body=body) | While(body=body):
+        case For(body=body) | While(body=body) | Role(body=body):
             new = _rewrite(body, uses)
             return stmt if new is body else replace(stmt, body=new)
         case If(_, then, orelse):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from tilus.errors import Note, TilusError, raise_all
 from tilus.ir.function import Function
-from tilus.ir.stmt import For, If, Inst, Seq, Stmt, While
+from tilus.ir.stmt import For, If, Inst, Role, Seq, Stmt, While
 from tilus.ir.tensor import RegisterTensor
 from tilus.target import Target
 
@@ -44,6 +44,8 @@ class _Checker:
                     state = self.after(child, state)
             case For(body=body) | While(body=body):
                 state = self.after(body, self.after(body, state))
+            case Role(body=body):  # other warps than those that run what is around it
+                self.after(body, ())
             case If(_, then, orelse):
                 sides = self.after(then, state), self.after(orelse, state)
                 state = tuple(work for work in sides[0] if work in sides[1])

@@ -225,7 +225,8 @@ def convert_address(site: Site) -> Step:
     site.allow("to", "global", "shared", "shared::cta", "const", "local", "param")
     out = site.target(0, site.type())
     source = site.operands[1]
-    value = site.source(source, "u32" if isinstance(source, Symbol) else site.type())
+    is_shared = isinstance(source, Symbol) and source.name in site.machine.shared_symbols
+    value = site.source(source, "u32" if is_shared else site.type())
     window = np.uint64(SHARED_WINDOW if site.one_of("shared", "shared::cta") else 0)
     if site.has("to"):
         return site.elementwise(lambda a: (a.astype(np.uint64) - window).astype(out.dtype), out, value)

@@ -11,6 +11,7 @@ from tilus.ptx.module import LabelRef, Operand
 from tilus.runtime.emulator.decode import Array, Mask, Site, Step, instruction
 from tilus.runtime.emulator.guards import guard_row, initialisation_check, mark_initialised
 from tilus.runtime.emulator.machine import WARP, Machine
+from tilus.runtime.emulator.mbarrier_instructions import wait_for_phase
 
 Lanes = npt.NDArray[np.bool_]
 Successors = list[tuple[int, Lanes]]
@@ -28,6 +29,8 @@ def decode_control(machine: Machine, barriers: Barriers, pc: int) -> Terminator:
             end = _exit(site, barriers)
         case "trap":
             end = _trap(site)
+        case "mbarrier":
+            end = wait_for_phase(site)
         case _:
             end = _barrier(site, barriers)
     return _guarded(site, end)
@@ -77,7 +80,9 @@ def _branch(site: Site) -> Terminator:
 
 def _exit(site: Site, barriers: Barriers) -> Terminator:
     def leave(mask: Lanes) -> Successors:
-        return barriers.leave(mask)
+        onward = barriers.leave(mask)
+        site.machine.bulk_copies.check_exit(site.pc, mask)
+        return onward
 
     return leave
 
@@ -151,7 +156,7 @@ class Barriers:
         self.arrived[:] = 0
         self.arrived_warps[:] = False
         self.expected[:] = 0
-        self._refresh()
+        self.machine.clocks_moved()
 
     def by_slot(self, mask: Lanes) -> npt.NDArray[np.int64]:
         return np.add.reduce(mask.reshape(self.machine.slots, -1), axis=1, dtype=np.int64)
@@ -180,7 +185,7 @@ class Barriers:
             else:
                 onward.append((site.pc + 1, lanes))
             self._complete(barrier, reduction, site)
-        self._refresh()
+        self.machine.clocks_moved()
         return onward
 
     def _expect(self, site: Site, barrier: int, lanes: Lanes, counts: Array | None) -> None:
@@ -230,13 +235,8 @@ class Barriers:
         self.machine.alive &= ~mask
         for barrier in np.flatnonzero(self.arrived.any(axis=1)).tolist():
             self._complete(barrier, None, None)
-        self._refresh()
+        self.machine.clocks_moved()
         return []
-
-    def _refresh(self) -> None:
-        live = np.logical_or.reduce(self.machine.alive.reshape(self.machine.slots, -1, WARP), axis=2)
-        self.machine.clocks.refresh(live)
-        self.machine.shared_shadow.step()
 
     def deadlock_report(self) -> str:
         """Who waits for what, one line for each barrier and block."""
@@ -269,8 +269,3 @@ def warp_sync(site: Site) -> Step:
         machine.shared_shadow.step()
 
     return step
-
-
-@instruction("nanosleep")
-def nanosleep(site: Site) -> Step:
-    return lambda mask: None

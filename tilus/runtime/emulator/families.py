@@ -7,12 +7,16 @@ from tilus.runtime.emulator import (
     async_instructions,
     atomics,
     bits,
+    bulk_instructions,
     control,
     convert,
     floating,
+    hints,
     matrix,
+    mbarrier_instructions,
     memory,
     predicates,
+    tensor_instructions,
     warp,
 )
 from tilus.runtime.emulator.decode import HANDLERS, Handler, Site, Step
@@ -20,7 +24,8 @@ from tilus.runtime.emulator.guards import with_guard, with_initialisation
 from tilus.runtime.emulator.machine import Machine
 
 FAMILIES = (
-    alu, async_instructions, atomics, bits, control, convert, floating, matrix, memory, predicates, warp
+    alu, async_instructions, atomics, bits, bulk_instructions, control, convert, floating, hints, matrix,
+    mbarrier_instructions, memory, predicates, tensor_instructions, warp,
 )  # fmt: skip
 
 
@@ -36,7 +41,7 @@ def decode(machine: Machine, pc: int) -> Step:
 
 def _handler(site: Site) -> Handler:
     words = [site.name, *site.words]
-    for count in (3, 2, 1):
+    for count in (5, 4, 3, 2, 1):
         handler = HANDLERS.get(".".join(words[:count]))
         if handler is not None:
             return handler

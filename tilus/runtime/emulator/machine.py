@@ -12,17 +12,23 @@ import numpy as np
 import numpy.typing as npt
 
 from tilus.ptx.module import Kernel, RegClass
+from tilus.runtime.emulator.arguments import param_offsets
 from tilus.runtime.emulator.async_copy import AsyncCopies
+from tilus.runtime.emulator.bulk_copy import BulkCopies
+from tilus.runtime.emulator.clocks import WarpClocks
 from tilus.runtime.emulator.errors import EmulatorError
+from tilus.runtime.emulator.mbarrier import Mbarriers
 from tilus.runtime.emulator.memory_space import MemorySpace
 from tilus.runtime.emulator.program import Program, read, written
-from tilus.runtime.emulator.shadow import GlobalShadow, SharedShadow, WarpClocks
+from tilus.runtime.emulator.shadow import GlobalShadow, SharedShadow
 from tilus.runtime.emulator.stats import Profile
 
 WARP = 32
 SHARED_BASE = 0x400
 # Where the shared window appears in the generic address space; any place that global buffers never reach.
 SHARED_WINDOW = 0x7F00_0000_0000_0000
+PARAM_WINDOW = 0x7E00_0000_0000_0000
+"""Where the parameters appear in the generic address space."""
 _REGISTER_DTYPE = {RegClass.B16: np.uint16, RegClass.B32: np.uint32, RegClass.B64: np.uint64}
 Array = npt.NDArray[Any]
 
@@ -54,6 +60,10 @@ class Machine:
         self.all_lanes = lane
         self.alive = np.zeros(self.lanes, np.bool_)
         self.block_ids = np.full(slots, -1, np.int64)
+        self.param_symbols = {
+            param.name: PARAM_WINDOW + offset
+            for param, offset in zip(program.kernel.params, param_offsets(program.kernel), strict=True)
+        }
         self.shared_symbols, sizes = _place_shared(program.kernel, dynamic_shared_nbytes)
         self.shared = MemorySpace(SHARED_BASE, 16, sizes, copies=slots)
         self.shared_origin = self.slot_of * self.shared.nbytes
@@ -61,6 +71,10 @@ class Machine:
         self.shared_shadow = SharedShadow(self, granules[0])
         self.global_shadow = GlobalShadow(self, granules[1])
         self.async_copies = AsyncCopies(self)
+        self.mbarriers = Mbarriers(self)
+        self.bulk_copies = BulkCopies(self)
+        self.leadership = rng.spawn(1)[0].permuted(np.tile(np.arange(WARP), (self.lanes // WARP, 1)), axis=1)
+        """[warps, 32]: of the lanes that take part in an election, the one with the highest number leads."""
         self.profile: Profile | None = None
         self.special = self._special_registers()
         self.regs = {cls: np.zeros((count, self.lanes), dtype) for cls, count, dtype in _register_files(program)}
@@ -86,7 +100,15 @@ class Machine:
         self.shared_shadow.reset()
         self.global_shadow.next_wave()
         self.async_copies.reset()
+        self.mbarriers.reset()
+        self.bulk_copies.reset()
         self.alive = (block >= 0) & (self.thread_of < self.num_threads)
+
+    def clocks_moved(self) -> None:
+        """Bring what depends on the clocks of the warps up to date."""
+        live = np.logical_or.reduce(self.alive.reshape(self.slots, -1, WARP), axis=2)
+        self.clocks.refresh(live)
+        self.shared_shadow.step()
 
     def _special_registers(self) -> dict[str, Array]:
         lane = (self.thread_of % WARP).astype(np.uint32)

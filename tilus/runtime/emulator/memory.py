@@ -32,10 +32,14 @@ def access_nbytes(instr: Instr) -> tuple[tuple[str, ...], int]:
     base, *words = instr.opcode.split(".")
     if base in ("ldmatrix", "stmatrix"):
         return ("shared",), 16
+    if base == "mbarrier" or "mbarrier" in words:
+        return ("shared",), 8
     if base == "cp" and "async" in words and "bulk" not in words:
         size = instr.operands[2] if len(instr.operands) > 2 else None
         nbytes = getattr(size, "value", 4)
         return ("shared",), nbytes if nbytes in (4, 8, 16) else 4
+    if base == "cp" and "bulk" in words:
+        return ("shared", "global"), 16
     if base not in ("ld", "ldu", "st", "atom", "red"):
         return (), 16
     nbits = [int(match.group(1)) for word in words if (match := re.fullmatch(r"[busf](8|16|32|64|128)", word))]
@@ -47,13 +51,25 @@ def access_nbytes(instr: Instr) -> tuple[tuple[str, ...], int]:
 
 
 class Access:
-    """Where a memory operand points, for the lanes of a mask, checked for bounds and alignment."""
+    """Where a memory operand points, for the lanes of a mask, checked for bounds and alignment.
 
-    def __init__(self, site: Site, operand: Operand, space: str | None, nbytes: int, align: int | None = None) -> None:
+    by_warp: whether it is an access of a warp, as the statistics count them.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        operand: Operand,
+        space: str | None,
+        nbytes: int,
+        align: int | None = None,
+        *,
+        by_warp: bool = True,
+    ) -> None:
         if not isinstance(operand, Address):
             raise site.fault(f"memory operand {operand}, expected an address in brackets")
         self.site, self.space, self.nbytes, self.align = site, space, nbytes, align or nbytes
-        self.offset = operand.offset
+        self.offset, self.by_warp = operand.offset, by_warp
         self.base = self._base(operand.base)
 
     def _base(self, base: Reg | Symbol) -> Array:
@@ -104,7 +120,7 @@ class Access:
             index = int(np.flatnonzero(outside)[0])
             self._fail(space, int(addresses[index]), int(lanes[index]), "access outside of every buffer")
         machine = self.site.machine
-        if machine.profile is not None and len(lanes):
+        if machine.profile is not None and self.by_warp and len(lanes):
             machine.profile.add(self.site.pc, offsets, self.nbytes, lanes, shared=shared)
         return offsets + machine.shared_origin[lanes] if shared else offsets
 
@@ -157,8 +173,10 @@ def load(site: Site) -> Step:
         for shared, lanes, where in access.split(site.lanes(mask)):
             if shared:
                 machine.shared_shadow.read(pc, where, size * count, lanes, strong=strong)
-            elif acquire:
-                machine.global_shadow.acquire(lanes)
+            else:
+                machine.bulk_copies.check_read(pc, where, size * count, lanes)
+                if acquire:
+                    machine.global_shadow.acquire(lanes)
             data = (machine.shared if shared else machine.memory).views[size]
             first = where >> shift
             for index, write in enumerate(writers):
@@ -273,10 +291,25 @@ def prefetch(site: Site) -> Step:
 
 @instruction("membar", "fence")
 def fence(site: Site) -> Step:
-    """Fences order this thread's accesses, which here happen in order anyway; they let a block acquire."""
+    """Fences order this thread's accesses, which here happen in order anyway; they let a block acquire.
+
+    A proxy fence makes what this thread has stored to shared memory visible to bulk copies and wgmma;
+    fence.mbarrier_init and proxy fences do so for the mbarriers it has initialised.
+    """
     site.allow(
-        "cta", "gl", "sys", "gpu", "cluster", "sc", "acq_rel", "acquire", "release", "proxy", "async", "async::generic",
-        "async::shared::cta", "async::global", "shared::cta", "alias", "mbarrier_init",
+        "cta", "gl", "sys", "gpu", "cluster", "sc", "acq_rel", "acquire", "release", "proxy", "async", "shared::cta",
+        "shared::cluster", "global", "alias", "mbarrier_init",
     )  # fmt: skip
     machine = site.machine
-    return lambda mask: machine.global_shadow.acquire(site.lanes(mask))
+    publishes = site.has("async") or site.has("mbarrier_init")
+    reaches_shared = site.has("async") and not site.has("global")
+
+    def step(mask: Mask) -> None:
+        lanes = site.lanes(mask)
+        machine.global_shadow.acquire(lanes)
+        if reaches_shared:
+            machine.shared_shadow.proxy.fence(lanes)
+        if publishes:
+            machine.mbarriers.publish(lanes)
+
+    return step

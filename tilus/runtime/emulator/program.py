@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tilus.errors import TilusError
-from tilus.ptx.module import Address, Guard, Instr, Kernel, Label, LabelRef, Operand, Pair, Reg, Vector
+from tilus.ptx.module import Address, Guard, Instr, Kernel, Label, LabelRef, Operand, Pair, Reg, TensorAddress, Vector
 from tilus.ptx.parser import Source
 
 # Opcodes (without modifiers) that end a basic block.
@@ -78,7 +78,9 @@ def _find(source: Source, name: str | None) -> Kernel:
 
 
 def is_control(instr: Instr) -> bool:
-    """Whether an instruction ends a basic block."""
+    """Whether an instruction ends a basic block: it jumps, or its threads may have to wait there."""
+    if instr.opcode.startswith(("mbarrier.test_wait", "mbarrier.try_wait")):
+        return True
     return instr.opcode.partition(".")[0] in CONTROL and not instr.opcode.startswith("bar.warp")
 
 
@@ -109,6 +111,8 @@ def _registers(operands: Iterable[Operand]) -> Iterable[Reg]:
                 yield operand
             case Address(base=Reg() as reg) | Guard(reg=reg):
                 yield reg
+            case TensorAddress(map=base, coordinates=coordinates):
+                yield from _registers((base, coordinates))
             case Vector(elements=elements):
                 yield from (element for element in elements if isinstance(element, Reg))
             case Pair(first=first, second=second):

@@ -18,6 +18,7 @@ from tilus.runtime.emulator.memory import access_nbytes
 from tilus.runtime.emulator.program import Program, load_program
 from tilus.runtime.emulator.schedule import Scheduler
 from tilus.runtime.emulator.stats import Profile, Stats
+from tilus.runtime.emulator.tensor_map import TensorMap
 
 _SHADOW_NBYTES = 128 << 20
 
@@ -46,10 +47,10 @@ def run_kernel(
 
     ptx: text or a module (which is printed first: the text is what runs). kernel_name: None for the only kernel.
     args: one per parameter; a C-contiguous array for a pointer (one allocation, together with the arrays it overlaps;
-    written back when the kernel ends), a number for a scalar. num_threads: block size when the kernel does not say
-    `.reqntid`. seed: of the random schedule; None runs all warps in lockstep, which is fastest. max_lanes: threads that
-    run as one numpy axis. max_blocks: basic blocks to execute before the kernel counts as stuck. profile: count bank
-    conflicts and sectors, too.
+    written back when the kernel ends), a number for a scalar, a `TensorMap` for a tensor map. num_threads: block size
+    when the kernel does not say `.reqntid`. seed: of the random schedule; None runs all warps in lockstep, which is
+    fastest. max_lanes: threads that run as one numpy axis. max_blocks: basic blocks to execute before the kernel counts
+    as stuck. profile: count bank conflicts and sectors, too.
 
     Raises: EmulatorError (RaceError, DeadlockError) for what the kernel does wrong; TilusError for a bad launch.
     """
@@ -60,7 +61,7 @@ def run_kernel(
     _check_shared(source.module, kernel, dynamic_shared_nbytes)
     arguments = load_arguments(kernel, args)
     memory = arguments.memory
-    granules = _granules(program)
+    granules = _granules(program, args)
     total = grid[0] * grid[1] * grid[2]
     lanes_per_block = -(-threads // WARP) * WARP
     shared_nbytes = dynamic_shared_nbytes + sum(array.nbytes for array in kernel.shared)
@@ -99,9 +100,13 @@ def _check_shared(module: Module, kernel: Kernel, dynamic_nbytes: int) -> None:
         )
 
 
-def _granules(program: Program) -> tuple[int, int]:
-    """The smallest number of bytes that any instruction accesses in (shared, global) memory; 16 when none does."""
-    shared, globals_ = 16, 16
+def _granules(program: Program, args: Sequence[Argument]) -> tuple[int, int]:
+    """The smallest number of bytes that any instruction accesses in (shared, global) memory; 16 when none does.
+
+    A copy of a box may begin and end at any element of its tensor.
+    """
+    elements = [arg.element_nbytes for arg in args if isinstance(arg, TensorMap)]
+    shared, globals_ = 16, min([16, *elements])
     for instr in program.instrs:
         spaces, nbytes = access_nbytes(instr)
         shared = min(shared, nbytes) if "shared" in spaces else shared
