@@ -161,6 +161,12 @@ def result_in_another_layout(xs, n, out):
     tilus.store(out, [0, 0], acc)
 
 
+def read_in_a_role(xs, n, out):
+    with tilus.warps(0, 4):
+        acc = tilus.wgmma(xs[0], xs[0])
+        tilus.store(out, [0, 0], acc)  # here
+
+
 def line_marked(body: Callable[..., None]) -> int:
     import inspect
 
@@ -172,6 +178,7 @@ def line_marked(body: Callable[..., None]) -> int:
     ("body", "message"),
     [
         (read_at_once, "store reads acc_1 while wgmma still adds to it"),
+        (read_in_a_role, "store reads acc_1 while wgmma still adds to it"),
         (wait_covers_too_little, "store reads b while wgmma still adds to it"),
         (read_in_the_next_trip, "store reads acc while wgmma still adds to it"),
         (operand_is_loaded_again, "load_shared writes a, on which wgmma still works"),
