@@ -184,7 +184,11 @@ class LocalArray:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One `.entry`. `num_threads` becomes `.reqntid`; `min_blocks_per_sm` and `max_registers` are optional caps."""
+    """One `.entry`. `num_threads` becomes `.reqntid`; `min_blocks_per_sm` and `max_registers` are optional caps.
+
+    cluster: blocks along x that make a cluster (`.reqnctapercluster`). explicit_cluster: the launch must say how many
+    (`.explicitcluster`).
+    """
 
     name: str
     params: tuple[Param, ...]
@@ -194,6 +198,8 @@ class Kernel:
     min_blocks_per_sm: int | None = None
     max_registers: int | None = None
     local: tuple[LocalArray, ...] = ()
+    cluster: int = 1
+    explicit_cluster: bool = False
 
 
 @dataclass(frozen=True)
