@@ -1,7 +1,7 @@
 """Matrix product, step 5: Hopper's way (sm_90a). Copies and products run by themselves; threads only start and wait for them.
 
-One warp is the *producer*: it starts tensor copies (TMA), which bring whole tiles into shared memory, zeros where a tile leaves the
-matrix, in the order of bytes that tensor cores want. Two warpgroups are the *consumers*: `wgmma` reads both tiles from shared
+One warp is the *producer*: it starts tensor copies (TMA), which bring whole tiles into shared memory, zeros where a tile leaves
+the matrix, in the order of bytes that tensor cores want. Two warpgroups are the *consumers*: `wgmma` reads both tiles from shared
 memory, so nothing passes through registers but the sums.
 
 The two sides meet at barriers in shared memory, two for each stage. `full` counts the bytes that have landed, `empty` says that
