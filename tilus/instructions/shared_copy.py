@@ -141,7 +141,7 @@ class CopyToShared(SharedCopy):
         return self.dst_offsets
 
     def effects(self) -> Effects:
-        return Effects(reads=(self.src,), writes=(self.dst, self.barrier))
+        return Effects(reads=(self.src,), writes=(self.dst, self.barrier), remote=self.multicast is not None)
 
     def verify(self) -> None:
         super().verify()
@@ -151,8 +151,16 @@ class CopyToShared(SharedCopy):
     def evaluate(self, env: Evaluation) -> None:
         """Copies of the reference execution land at once."""
         value = env.load(self.src, self.src_offsets, self.shape, self.dims, checked=self.clipped)
-        env.store(self.dst, self.dst_offsets, self.shared_dims, value, checked=False)
-        env.barrier_complete_bytes(self.barrier, self.barrier_index, as_expr(self.nbytes))
+        for block in self._blocks(env):
+            env.store(self.dst, self.dst_offsets, self.shared_dims, value, checked=False, block=block)
+            env.barrier_complete_bytes(self.barrier, self.barrier_index, as_expr(self.nbytes), block=block)
+
+    def _blocks(self, env: Evaluation) -> list[Expr | None]:
+        """Who gets the tile."""
+        if self.multicast is None:
+            return [None]
+        mask = int(env.scalar(self.multicast).item())
+        return [as_expr(rank) for rank in range(mask.bit_length()) if mask >> rank & 1]
 
     def modifiers(self) -> str:
         """The end of the opcode."""

@@ -17,7 +17,7 @@ from tilus.codegen.tensor_map import MAX_BOX, MAX_RANK, UNIT_NBYTES, TensorMap
 from tilus.errors import TilusError
 from tilus.instructions.mbarrier import one_barrier
 from tilus.instructions.memory import cache_hint, policy
-from tilus.instructions.shared import SharedOperand, placed
+from tilus.instructions.shared import SharedOperand, blocks_of_cluster, placed
 from tilus.instructions.shared_copy import (
     CopyFromShared,
     CopyToShared,
@@ -180,7 +180,7 @@ def copy_tensor(
     """
     tile, axes, tensor, starts = tile_of(src, dst, shape, dims)
     bar, index = one_barrier("copy_tensor", barrier)
-    mask = None if multicast is None else as_expr(multicast)
+    mask = None if multicast is None else blocks_of_cluster(b, multicast)
     src_offsets = tuple(as_expr(o) for o in offsets)
     b.emit(CopyTensor(tile, axes, evict, tensor, src, bar, index, starts, src_offsets, mask))
 
