@@ -210,7 +210,10 @@ class CopyFromShared(SharedCopy):
 
 
 def tile_of(
-    memory: GlobalTensor, place: SharedOperand, shape: Sequence[int] | None, dims: Sequence[int] | None,
+    memory: GlobalTensor,
+    place: SharedOperand,
+    shape: Sequence[int] | None,
+    dims: Sequence[int] | None,
     offsets: Sequence[Expr | int] | None = None,
 ) -> tuple[tuple[int, ...], tuple[int, ...], SharedTensor, tuple[Expr, ...]]:
     """Shape and dims of the tile that fills a shared tensor or a view of one, or its part at `offsets`; the tensor, and where the
