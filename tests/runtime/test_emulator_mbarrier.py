@@ -7,9 +7,11 @@ import time
 
 import numpy as np
 import pytest
-from async_kernels import INIT, pipeline, pipeline_result, run
+from async_kernels import INIT, kernel, pipeline, pipeline_result, run
 
+from tilus.ptx.assembler import assemble
 from tilus.runtime.emulator import DeadlockError, EmulatorError, RaceError
+from tilus.target import TARGETS
 
 STEPS, STAGES, NBYTES, CONSUMERS = 9, 3, 256, 2
 SOURCE = np.random.default_rng(1).integers(0, 1 << 30, STEPS * NBYTES // 4).astype(np.uint32)
@@ -28,6 +30,10 @@ def run_pipeline(body: str, seed: int | None, grid: int = 1) -> list[int]:
 def test_a_pipeline_gives_what_it_should_in_every_schedule(seed: int | None) -> None:
     assert run_pipeline(PIPELINE, seed) == WANT
     assert run_pipeline(PIPELINE, seed, grid=3) == WANT
+
+
+def test_ptxas_reads_the_pipeline() -> None:
+    assemble(kernel(PIPELINE, threads=32 * (CONSUMERS + 1), shared=STAGES * NBYTES), TARGETS["sm_90a"])
 
 
 MISSING = {
