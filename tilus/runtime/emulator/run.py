@@ -67,7 +67,7 @@ def run_kernel(
     shared_nbytes = dynamic_shared_nbytes + sum(array.nbytes for array in kernel.shared)
     shadow_nbytes = (shared_nbytes // granules[0] + 64) * 8 * (lanes_per_block // WARP + 1)
     slots = max(1, min(total, max_lanes // lanes_per_block, _SHADOW_NBYTES // shadow_nbytes))
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed or 0)
     with np.errstate(all="ignore"):
         machine = Machine(program, memory, arguments.params, grid, threads, slots, dynamic_shared_nbytes, granules, rng)
         machine.profile = Profile() if profile else None
