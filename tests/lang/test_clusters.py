@@ -132,6 +132,57 @@ def test_a_lost_arrival_names_who_waits_in_which_block() -> None:
     assert "block 0: at the end" in text and "block 1: warp 0: waits for phase 1 of full[0]" in text
 
 
+@tilus.kernel
+def share(x: Tensor[int32, "rounds", "parts", 64], y: Tensor[int32, "rounds", "blocks", "parts", 64], *, c: Const):
+    """Each block of a cluster fetches one part of a tile for all of them, round after round, in two stages of buffers. A stage is
+    filled again when every block has said that it is free."""
+    tilus.grid(y.shape[1], warps=3, cluster=c)
+    tile = tilus.shared(int32, [2, c, 64])
+    full, free = tilus.mbarrier(2), tilus.mbarrier(2, arrivals=c)
+    rank, rounds = tilus.cluster_rank(), x.shape[0]
+    tilus.cluster_sync()
+    with tilus.warps(0, 1):
+        for k in tilus.range(rounds):
+            tilus.wait_barrier(free[k % 2], (k // 2 + 1) % 2)
+            tilus.arrive(full[k % 2], nbytes=c * 256)
+            tilus.copy_bulk(tile[k % 2, rank], x, [k, rank, 0], barrier=full[k % 2], multicast=(1 << c) - 1)
+    with tilus.warps(1, 2):
+        for k in tilus.range(rounds):
+            tilus.wait_barrier(full[k % 2], k // 2 % 2)
+            tilus.store(y, [k, tilus.block_id(0), 0, 0], tilus.load_shared(tile[k % 2]), dims=[2, 3])
+            for r in tilus.static_range(c):
+                tilus.arrive(free[k % 2], block=r)
+
+
+@pytest.mark.parametrize("c", SIZES)
+@pytest.mark.parametrize("device", ["reference", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_part_that_one_block_fetches_lands_in_all(c: int, device: str) -> None:
+    x = np.random.default_rng(c).integers(0, 2**31, (5, c, 64), np.int32)
+    y = np.zeros((5, 3 * c, c, 64), np.int32)
+    share.on(device)(x, y, c=c)
+    assert np.array_equal(y, np.broadcast_to(x[:, None], y.shape))
+
+
+def test_multicast_is_a_copy_to_other_blocks() -> None:
+    ptx = share.ptx(c=2)
+    assert ptx.count(".multicast::cluster [") == 1 and "barrier.cluster" in ptx
+    assemble(ptx, get_target("sm_90a"))
+    assert "multicast" not in share.ptx(c=1)
+
+
+@pytest.mark.parametrize("mask", [0, 4, -1, 0.5])
+def test_masks_are_checked(mask: Any) -> None:
+    @tilus.kernel
+    def masked(x: Tensor[int32, 64]):
+        tilus.grid(2, warps=1, cluster=2)
+        tile, full = tilus.shared(int32, [64]), tilus.mbarrier()
+        tilus.cluster_sync()
+        tilus.copy_bulk(tile, x, [0], barrier=full, multicast=mask)
+
+    with pytest.raises(tilus.TilusError, match="the mask of blocks is"):
+        masked.ir()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("c", SIZES)
 def test_gpu_exchange(c: int) -> None:
@@ -192,7 +243,7 @@ def test_older_targets_have_no_clusters(target: str) -> None:
 
 @tilus.kernel
 def wrong(x: Tensor[f32, "n"], *, mistake: Const, cluster: Const = 2):
-    tilus.grid(2, warps=1, cluster=cluster)
+    tilus.grid(2, warps=2, cluster=cluster)
     s = tilus.shared(f32, [32])
     rank = 2 if mistake == "constant rank" else 0.5 if mistake == "float" else x.shape[0]
     if mistake != "unwritten":
@@ -202,6 +253,9 @@ def wrong(x: Tensor[f32, "n"], *, mistake: Const, cluster: Const = 2):
             tilus.cluster_sync()
     elif mistake != "no barrier":
         tilus.cluster_sync()
+    if mistake == "role":
+        with tilus.warps(0, 1):
+            tilus.cluster_sync()
     if mistake == "store":
         tilus.store_shared(s, tilus.zeros([32]), block=rank)
     else:
@@ -215,6 +269,7 @@ def wrong(x: Tensor[f32, "n"], *, mistake: Const, cluster: Const = 2):
     [
         ("no barrier", "load_cluster touches another block of the cluster before tilus.cluster_sync"),
         ("one path", "load_cluster touches another block of the cluster before tilus.cluster_sync"),
+        ("role", "cluster_sync in a role, which only some warps would come to"),
         ("constant rank", "block is 2, expected 0 to 1: the cluster has 2 blocks"),
         ("float", "block is 0.5 of f32, expected the rank"),
         ("load", "block 32 of a cluster of 2 blocks, expected 0 to 1"),

@@ -209,11 +209,16 @@ class CopyFromShared(SharedCopy):
 
 
 def tile_of(
-    memory: GlobalTensor, place: SharedOperand, shape: Sequence[int] | None, dims: Sequence[int] | None
+    memory: GlobalTensor,
+    place: SharedOperand,
+    shape: Sequence[int] | None,
+    dims: Sequence[int] | None,
+    offsets: Sequence[Expr | int] | None = None,
 ) -> tuple[tuple[int, ...], tuple[int, ...], SharedTensor, tuple[Expr, ...]]:
-    """Shape and dims of the tile that fills a shared tensor or a view of one; the tensor, and where the tile starts in it."""
+    """Shape and dims of the tile that fills a shared tensor or a view of one, or its part at `offsets`; the tensor, and where the
+    tile starts in it."""
     tile = tuple(place.shape) if shape is None else tuple(shape)
-    tensor, starts = full_offsets(place, None, len(tile))
+    tensor, starts = full_offsets(place, offsets, len(tile))
     axes = tuple(range(memory.rank - len(tile), memory.rank)) if dims is None else tuple(dims)
     return tile, axes, tensor, starts
 

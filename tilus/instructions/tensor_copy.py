@@ -171,18 +171,18 @@ def _boxes(ctx: EmitContext, copy: SharedCopy) -> list[tuple[Address, TensorAddr
 @builtin
 def copy_tensor(
     b: IRBuilder, dst: SharedOperand, src: GlobalTensor, offsets: Sequence[Expr | int], *, barrier: SharedOperand,
-    shape: Sequence[int] | None = None, dims: Sequence[int] | None = None, evict: str | None = None,
-    multicast: Expr | int | None = None,
+    shape: Sequence[int] | None = None, dst_offsets: Sequence[Expr | int] | None = None, dims: Sequence[int] | None = None,
+    evict: str | None = None, multicast: Expr | int | None = None,
 ) -> None:  # fmt: skip
     """Start copying the tile at `offsets` of a global tensor into shared memory by a tensor map (TMA).
 
-    dst: a shared tensor or `tensor[i]`, filled whole, or its first rows when `shape` says so; it gets a layout that the hardware
-    can write, the same as other accesses (wgmma) need. dims: the dims of `src` that the tile's axes run along, ascending; by
-    default the last ones. Elements outside of `src` arrive as zeros, and count as bytes all the same.
+    dst: a shared tensor or `tensor[i]`, filled whole, or its first rows when `shape` says so, or rows from `dst_offsets` on; it
+    gets a layout that the hardware can write, the same as other accesses (wgmma) need. dims: the dims of `src` that the tile's
+    axes run along, ascending; by default the last ones. Elements outside of `src` arrive as zeros, and count as bytes all the same.
     The last dim of `src` must be contiguous, its address and its other strides multiples of 16 bytes (checked at the launch), and
     rows of the tile multiples of 16 bytes. barrier, evict, multicast: as for `copy_bulk`.
     """
-    tile, axes, tensor, starts = tile_of(src, dst, shape, dims)
+    tile, axes, tensor, starts = tile_of(src, dst, shape, dims, dst_offsets)
     bar, index = one_barrier("copy_tensor", barrier)
     mask = mask_of(b, "copy_tensor", multicast)
     src_offsets = tuple(as_expr(o) for o in offsets)

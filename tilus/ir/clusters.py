@@ -6,10 +6,11 @@ from tilus.errors import Loc, TilusError
 from tilus.ir.function import Function
 from tilus.ir.instruction import Instruction
 from tilus.ir.order import Order
+from tilus.ir.visit import by_warps
 
 
 def check_cluster(function: Function) -> list[TilusError]:
-    """Accesses to other blocks that no barrier of the cluster precedes, or in a kernel without clusters, in program order.
+    """Barriers of the cluster in roles; accesses to other blocks that no such barrier precedes, or in a kernel without clusters.
 
     Before such a barrier other blocks may not have started yet, and have no shared memory. At the end of a kernel with such
     accesses code generation puts one.
@@ -36,5 +37,14 @@ def check_cluster(function: Function) -> list[TilusError]:
                 )
             )
 
+    for stmt, warps in by_warps(function.body, function.warps):
+        if stmt.inst.effects().cluster_barrier and warps != function.warps:
+            errors.append(
+                TilusError(
+                    "tilus.cluster_sync in a role, which only some warps would come to; it waits for all threads of the cluster",
+                    loc=stmt.loc,
+                    hint="put it before or behind the roles; inside, arrive at an mbarrier of the other block",
+                )
+            )
     Order(lambda inst: inst.effects().cluster_barrier, sees, lambda loc: None).follow(function)
     return errors
