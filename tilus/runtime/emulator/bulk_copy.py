@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from tilus.runtime.emulator.async_copy import Arrival
+from tilus.runtime.emulator.errors import RaceError
 from tilus.runtime.emulator.mbarrier import Mbarrier
 
 if TYPE_CHECKING:
@@ -81,7 +83,7 @@ class BulkCopies:
         self.machine = machine
         self.loads: list[Load] = []
         self.stores: list[Store] = []
-        """Those whose thread has not waited for them to land."""
+        """Those that have not landed, or whose loan is not returned."""
         self.commits = np.zeros(machine.lanes, np.int64)
 
     def reset(self) -> None:
@@ -111,6 +113,7 @@ class BulkCopies:
             agent = machine.mbarriers.agent(barrier)
             machine.shared_shadow.land_in_phase(load.pc, place, transfer.nbytes, agent, barrier.phase)
             barrier.landing.remove(load.pc)
+            barrier.landed = (barrier.phase, load.pc)
             machine.mbarriers.complete_bytes(load.pc, load.lane, barrier, transfer.nbytes)
 
     # Stores.
@@ -126,6 +129,7 @@ class BulkCopies:
     def _write(self, store: Store) -> None:
         machine, transfer, values = self.machine, store.transfer, store.values
         store.landed = True
+        self._forget(store)
         if values is None:
             raise ValueError("a store lands before it has read")
         at = transfer.global_at
@@ -155,26 +159,42 @@ class BulkCopies:
             if not store.returned:
                 store.returned = True
                 self.machine.shared_shadow.end_bulk_read(store.pc, store.loan, store.lane)
-            if not read:
-                if not store.landed:
-                    self._write(store)
-                self.stores.remove(store)
+                self._forget(store)
+            if not read and not store.landed:
+                self._write(store)
+
+    def _forget(self, store: Store) -> None:
+        if store.landed and store.returned:
+            self.stores.remove(store)
+
+    def check_read(self, pc: int, offsets: Lanes, nbytes: int, lanes: Lanes) -> None:
+        """Threads read global memory: a store of their block to these bytes must have landed."""
+        machine = self.machine
+        for store in self.stores:
+            at = store.transfer.global_at
+            if store.landed or offsets.max() + nbytes <= at.min() or offsets.min() >= at.max() + store.transfer.size:
+                continue
+            written = at if store.transfer.inside is None else at[store.transfer.inside]
+            touched = np.isin(offsets[:, None] + np.arange(nbytes), written[:, None] + np.arange(store.transfer.size))
+            stale = touched.any(axis=1) & (machine.slot_of[lanes] == machine.slot_of[store.lane])
+            if stale.any():
+                raise machine.fault(
+                    pc,
+                    "race: reads global memory that a bulk copy of this block has perhaps not yet written\n  copied at "
+                    + machine.site_text(store.pc),
+                    int(lanes[stale][0]),
+                    hint="cp.async.bulk.wait_group without .read waits until the results are there",
+                    kind=RaceError,
+                )
 
     # Time.
-    def _step(self, effect: Load | Store) -> None:
-        if isinstance(effect, Load):
-            self._land(effect)
-        elif effect.values is None:
-            self._read(effect)
-        else:
-            self._write(effect)
-
-    def _outstanding(self) -> list[Load | Store]:
-        return [*self.loads, *(store for store in self.stores if not store.landed)]
+    def _outstanding(self) -> list[Load | Store | Arrival]:
+        stores = (store for store in self.stores if not store.landed)
+        return [*self.loads, *stores, *self.machine.async_copies.arrivals]
 
     def pass_time(self) -> None:
         """After a basic block: perhaps something happens."""
-        if (self.loads or self.stores) and self.machine.rng.random() < _CHANCE:
+        if (self.loads or self.stores or self.machine.async_copies.arrivals) and self.machine.rng.random() < _CHANCE:
             self.land_one()
 
     def land_one(self) -> bool:
@@ -182,7 +202,15 @@ class BulkCopies:
         outstanding = self._outstanding()
         if not outstanding:
             return False
-        self._step(outstanding[int(self.machine.rng.integers(len(outstanding)))])
+        match outstanding[int(self.machine.rng.integers(len(outstanding)))]:
+            case Load() as load:
+                self._land(load)
+            case Arrival() as arrival:
+                self.machine.async_copies.arrive(arrival)
+            case Store(values=None) as store:
+                self._read(store)
+            case Store() as store:
+                self._write(store)
         return True
 
     def check_exit(self, pc: int, mask: npt.NDArray[np.bool_]) -> None:
@@ -197,13 +225,16 @@ class BulkCopies:
                     store.lane,
                     hint="cp.async.bulk.commit_group and cp.async.bulk.wait_group.read 0 come first",
                 )
-        for load in self.loads:
-            slots = {landing.barrier.slot for landing in load.landings}
-            if any(not machine.alive[machine.slot_of == slot].any() for slot in slots):
+        for slot in np.unique(machine.slot_of[mask]).tolist():
+            if machine.alive[machine.slot_of == slot].any():
+                continue
+            flying = [load.pc for load in self.loads if any(at.barrier.slot == slot for at in load.landings)]
+            copy = flying[0] if flying else machine.mbarriers.unseen_copy(slot)
+            if copy is not None:
                 raise machine.fault(
                     pc,
-                    "the last thread of a block exits while a bulk copy into its shared memory is in flight\n  copied "
-                    f"at {machine.site_text(load.pc)}",
+                    "the last thread of a block exits while a bulk copy into its shared memory may be in flight\n  copied "
+                    f"at {machine.site_text(copy)}",
                     int(np.flatnonzero(mask)[0]),
                     hint="wait for the mbarrier of every copy",
                 )

@@ -77,6 +77,11 @@ class WarpClocks:
         seen = self.clock[slots, warps, columns]
         return np.maximum(seen, self.lane_clock[lanes, columns]) if self.lanes_ahead else seen
 
+    def most_seen(self, slot: int, column: int) -> int:
+        """How far that thread of a block which has seen the most has seen the agent of a column."""
+        lanes = self.lane_clock.reshape(len(self.clock), -1, self.columns)[slot, :, column]
+        return max(int(self.clock[slot, :, column].max()), int(lanes.max()))
+
     def barrier(
         self,
         slots: Lanes,

@@ -46,6 +46,8 @@ class Mbarrier:
     visible: bool = False
     """Whether a fence has made the initialisation visible to the asynchronous proxy."""
     landing: list[int] = field(default_factory=list[int])
+    landed: tuple[int, int] | None = None
+    """Phase and pc of the last copy that has landed here."""
     known_to: set[int] = field(default_factory=set[int])
     """Warps that are ordered after the initialisation."""
     told: dict[int, int] = field(default_factory=dict[int, int])
@@ -151,6 +153,16 @@ class Mbarriers:
             )
         barrier.known_to.add(warp)
         return barrier
+
+    def unseen_copy(self, slot: int) -> int | None:
+        """The pc of a copy into a block for whose phase no thread has waited, if there is one."""
+        for barrier in self.table.values():
+            if barrier.slot != slot or barrier.landed is None:
+                continue
+            phase, pc = barrier.landed
+            if self.machine.clocks.most_seen(slot, barrier.column) <= PHASE_ZERO + phase:
+                return pc
+        return None
 
     def agent(self, barrier: Mbarrier) -> int:
         return FIRST_BARRIER + barrier.column - self.machine.clocks.all_warps

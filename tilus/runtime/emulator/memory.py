@@ -34,12 +34,12 @@ def access_nbytes(instr: Instr) -> tuple[tuple[str, ...], int]:
     base, *words = instr.opcode.split(".")
     if base in ("ldmatrix", "stmatrix"):
         return ("shared",), 16
+    if base == "mbarrier" or "mbarrier" in words:
+        return ("shared",), 8
     if base == "cp" and "async" in words and "bulk" not in words:
         size = instr.operands[2] if len(instr.operands) > 2 else None
         nbytes = getattr(size, "value", 4)
         return ("shared",), nbytes if nbytes in (4, 8, 16) else 4
-    if base == "mbarrier":
-        return ("shared",), 8
     if base == "cp" and "bulk" in words:
         return ("shared", "global"), 16
     if base not in ("ld", "ldu", "st", "atom", "red"):
@@ -189,8 +189,10 @@ def load(site: Site) -> Step:
         for shared, lanes, where in access.split(site.lanes(mask)):
             if shared:
                 machine.shared_shadow.read(pc, where, size * count, lanes, strong=strong)
-            elif acquire:
-                machine.global_shadow.acquire(lanes)
+            else:
+                machine.bulk_copies.check_read(pc, where, size * count, lanes)
+                if acquire:
+                    machine.global_shadow.acquire(lanes)
             data = (machine.shared if shared else machine.memory).views[size]
             first = where >> shift
             for index, write in enumerate(writers):

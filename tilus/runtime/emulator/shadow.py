@@ -312,7 +312,7 @@ class SharedShadow:
 
     def _missing_order(self, agent: int, lane: int) -> str:
         if agent >= FIRST_BARRIER:
-            return "the reader itself, or a thread that a barrier orders before it, waits for the copy's mbarrier"
+            return "wait for the copy's mbarrier (or meet one who has), with its bytes announced by expect_tx"
         if agent >> 5 == int(self.machine.agent_of[lane]) >> 5:
             return "put bar.warp.sync (or a barrier) between the two"
         return "put a barrier between the two"

@@ -37,12 +37,15 @@ class TensorPlace:
     def box(self, lane: int) -> Box:
         address = int(self.maps if self.maps.ndim == 0 else self.maps[lane])
         if address not in self.boxes:
-            params, start = self.site.machine.params, address - PARAM_WINDOW
-            if not 0 <= start <= len(params) - TENSOR_MAP_NBYTES or start % 64:
+            machine, start = self.site.machine, address - PARAM_WINDOW
+            params = {
+                machine.param_symbols[p.name] for p in machine.program.kernel.params if p.count == TENSOR_MAP_NBYTES
+            }
+            if address not in params:
                 raise self.site.fault(
                     f"tensor map at {address:#x}, expected the address of a .align 64 .b8 [128] parameter", lane
                 )
-            box = decode(params[start : start + TENSOR_MAP_NBYTES])
+            box = decode(machine.params[start : start + TENSOR_MAP_NBYTES])
             if box.rank != self.rank:
                 raise self.site.fault(f"a tensor map of rank {box.rank}, expected {self.rank}", lane)
             if box.swizzle_nbytes and box.box[0] * box.element_nbytes != box.swizzle_nbytes:

@@ -11,7 +11,6 @@ the row's number, bits 7 and up of the address, is XORed onto the piece's number
 
 from __future__ import annotations
 
-import itertools
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -115,9 +114,7 @@ class Box:
 
 
 def decode(data: bytes) -> Box:
-    """Raises: TilusError when the bytes are not a tensor map."""
-    address, rank, element_nbytes, swizzle, interleave, *rest = _FORMAT.unpack(data)
-    if not 1 <= rank <= 5 or element_nbytes not in (1, 2, 4, 8) or swizzle not in _SWIZZLE_MASK or interleave:
-        raise TilusError(f"no tensor map: rank {rank}, {element_nbytes} bytes an element, swizzle {swizzle}")
-    dims, strides, box = (tuple(itertools.islice(part, rank)) for part in (rest[:5], rest[5:9], rest[9:]))
+    """The tensor map in the 128 bytes of a parameter."""
+    address, rank, element_nbytes, swizzle, _, *rest = _FORMAT.unpack(data)
+    dims, strides, box = (tuple(part[:count]) for part, count in ((rest, rank), (rest[5:], rank - 1), (rest[9:], rank)))
     return Box(address, rank, element_nbytes, swizzle, dims, strides, box)
