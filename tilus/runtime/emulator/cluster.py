@@ -171,12 +171,12 @@ class Clusters:
         pairs = np.unique(np.stack([lanes[foreign] // WARP, slots[foreign], lanes[foreign]]), axis=1)
         firsts = np.flatnonzero(np.any(np.diff(pairs[:2], axis=1, prepend=-1) != 0, axis=0))
         for _, slot, lane in pairs[:, firsts].T.tolist():
-            self._check_running(pc, lane, slot)
+            self.check_running(pc, lane, slot)
             column = machine.column_of[lane]
             self.touched[slot, column] = clocks.own_clock(machine.slot_of[lane], machine.warp_of[lane])
             self.touched_at[slot, column] = pc
 
-    def _check_running(self, pc: int, lane: int, slot: int) -> None:
+    def check_running(self, pc: int, lane: int, slot: int) -> None:
         """The accessed block is known to have started and has not exited."""
         machine = self.machine
         of_block = np.flatnonzero(machine.slot_of == slot)

@@ -190,7 +190,11 @@ class SharedShadow:
         self.proxy.give_back(granules)
         self._remember_readers(pc, granules[None], np.array([lane]), collective=False)
 
-    def issue_wgmma_read(self, pc: int, granules: Lanes, leaders: Lanes) -> None:
+    def mark_swizzle(self, flat: Lanes, nbytes: int, swizzle_nbytes: int | None) -> None:
+        """A bulk copy has landed; swizzle_nbytes: None unless it is a tensor copy."""
+        self.proxy.swizzles[self.granules(flat, nbytes)] = 0 if swizzle_nbytes is None else swizzle_nbytes + 1
+
+    def issue_wgmma_read(self, pc: int, granules: Lanes, swizzle_nbytes: int, leaders: Lanes) -> None:
         """A wgmma starts to read these granules, each named once. leaders: a lane of every warp that takes part."""
         where, stamps = granules[None], self.writer[granules][None]
         if (stamps == stamps[0, 0]).all():
@@ -199,6 +203,7 @@ class SharedShadow:
             self._check_present(pc, where, stamps, np.array([lane]))
             self._check_order(pc, stamps, np.array([lane]), None, "reads")
         self.proxy.check_fenced(pc, granules, self._agents(self.writer[granules]), int(leaders[0]), "reads")
+        self.proxy.check_swizzle(pc, granules, swizzle_nbytes, int(leaders[0]))
         self.proxy.lend(pc, granules)
 
     def end_wgmma_read(self, pc: int, granules: Lanes, leaders: Lanes) -> None:
