@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 from wgmma_kernels import (
+    COMMIT,
     FENCE,
+    WAIT,
     A,
     D,
     Layout,
@@ -30,7 +32,6 @@ MATRIX_B = RNG.integers(-7, 8, (N, 16)).astype(np.float16)
 LAYOUT = Layout(N, 2, 128)
 SYNC = f"{FENCE}\nbar.sync 0;\n"
 FENCED = "wgmma.fence.sync.aligned;\n"
-COMMIT, WAIT = "wgmma.commit_group.sync.aligned;\n", "wgmma.wait_group.sync.aligned 0;\n"
 ZERO = "".join(f"mov.b32 %r{D + i}, 0;\n" for i in range(N // 2))
 OUT = store_rows("%d0", D, N // 2)
 
@@ -135,6 +136,11 @@ def test_a_barrier_before_the_wait_does_not_free_the_shared_operands() -> None:
     give = "bar.arrive 1, 256;\n"
     right(head + FENCED + mma() + COMMIT + WAIT + give + tail, threads=256)
     wrong(head + FENCED + mma() + COMMIT + give + WAIT + tail, "shared memory", RaceError, threads=256)
+
+
+def test_stores_need_a_proxy_fence_by_the_storing_threads() -> None:
+    wrong(without(FENCE + "\n"), "without a fence.proxy.async")
+    wrong(RIGHT.replace(SYNC, "setp.ne.u32 %p7, %r0, 9;\n@%p7 " + SYNC), "without a fence.proxy.async")
 
 
 def test_operands_must_be_there() -> None:

@@ -52,7 +52,7 @@ class BulkRange:
         """The position of its first byte in the data of its space, after the checks of bounds and alignment."""
         access = self.accesses.get(nbytes)
         if access is None:
-            access = Access(self.site, self.operand, self.space, nbytes, align=16, by_warp=False)
+            access = Access(self.site, self.operand, self.space, nbytes, align=16, by_warp=False, asynchronous=True)
             self.accesses[nbytes] = access
         return int(access.split(np.array([lane]))[0][2][0])
 

@@ -19,7 +19,7 @@ class Landings:
 
     def __init__(self, site: Site, index: int) -> None:
         """index: of the mbarrier among the operands."""
-        self.site, self.barriers = site, barrier_access(site, site.operands[index])
+        self.site, self.barriers = site, barrier_access(site, site.operands[index], asynchronous=True)
         self.masks = site.source(index + 1, "u16") if site.has("multicast::cluster") else None
 
     def of(self, lane: int, place: int) -> tuple[Landing, ...]:

@@ -80,7 +80,9 @@ class BoxInShared:
         nbytes = self.tensor.box(lane).nbytes
         if nbytes not in self.accesses:
             space = "shared::cluster" if self.site.has("shared::cluster") else "shared"
-            self.accesses[nbytes] = Access(self.site, self.operand, space, nbytes, _SHARED_ALIGN, by_warp=False)
+            self.accesses[nbytes] = Access(
+                self.site, self.operand, space, nbytes, _SHARED_ALIGN, by_warp=False, asynchronous=True
+            )
         return int(self.accesses[nbytes].split(np.array([lane]))[0][2][0])
 
 
