@@ -90,13 +90,10 @@ def consumer() -> str:
     return text + store_rows("%d0", D, N // 2)
 
 
-def text(change: Any = lambda part: part) -> str:
+def text() -> str:
     inits = "".join(f"mbarrier.init.shared::cta.b64 [%r51+{8 * s}], 1;\n" for s in range(STAGES))
     inits += "".join(f"mbarrier.init.shared::cta.b64 [%r51+{EMPTY + 8 * s}], 8;\n" for s in range(STAGES))
-    whole = HEADER.format(
-        shared=STAGES * STAGE, bars=16 * STAGES, inits=inits, consumer=consumer(), producer=producer()
-    )
-    return change(whole)
+    return HEADER.format(shared=STAGES * STAGE, bars=16 * STAGES, inits=inits, consumer=consumer(), producer=producer())
 
 
 def run(source: str | Module, seed: int | None, swizzle: int = 128) -> tuple[Any, Any]:
@@ -121,14 +118,10 @@ def test_the_kernel(seed: int | None) -> None:
 EXPECT = f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r51+0], {STAGE};\n"
 
 
-def take_out(part: str) -> Any:
-    """Of what stands there for every tile of a stage, the first one."""
-
-    def change(whole: str) -> str:
-        assert whole.count(part) == (-(-TILES // STAGES) if part == EXPECT else 1), part
-        return whole.replace(part, "", 1)
-
-    return change
+def without(part: str) -> str:
+    """Of what stands there for every tile of a stage, the first one goes."""
+    assert text().count(part) == (-(-TILES // STAGES) if part == EXPECT else 1), part
+    return text().replace(part, "", 1)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +137,7 @@ def take_out(part: str) -> Any:
     ],
 )  # fmt: skip
 def test_the_kernel_without_one_instruction(part: str, message: str) -> None:
-    wrong = text(take_out(part))
+    wrong = without(part)
     for seed in (None, *range(4)):
         with pytest.raises(EmulatorError, match=message):
             run(wrong, seed)
@@ -152,7 +145,7 @@ def test_the_kernel_without_one_instruction(part: str, message: str) -> None:
 
 def test_tensor_maps_and_descriptors_name_the_same_swizzle() -> None:
     """Tiles of 64-byte rows, half as many bytes, read as if they had 128."""
-    halves = text(lambda whole: whole.replace(f"], {STAGE};", f"], {STAGE // 2};"))
+    halves = text().replace(f"], {STAGE};", f"], {STAGE // 2};")
     for seed in (None, 0, 1):
         with pytest.raises(
             EmulatorError, match=r"with a swizzle of 128 bytes, expected that of the tensor copy into it, 64"

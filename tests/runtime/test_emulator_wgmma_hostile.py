@@ -143,6 +143,19 @@ def test_stores_need_a_proxy_fence_by_the_storing_threads() -> None:
     wrong(RIGHT.replace(SYNC, "setp.ne.u32 %p7, %r0, 9;\n@%p7 " + SYNC), "without a fence.proxy.async")
 
 
+def test_copies_by_cp_async_are_stores_of_threads_at_their_wait() -> None:
+    copy = (
+        "mov.u32 %r2, smem;\nshl.b32 %r1, %r0, 4;\nadd.u32 %r3, %r2, %r1;\nmad.wide.u32 %d20, %r0, 16, %d1;\n"
+        "cp.async.cg.shared.global [%r3], [%d20], 16;\n"
+    )
+    assert LAYOUT.size == 16 * 128
+    wait = "cp.async.wait_all;\n"
+    body = RIGHT.replace(fill(LAYOUT.size), copy + "{wait}").replace(FENCE, "{fence}")
+    right(body.replace("{wait}", wait).replace("{fence}", FENCE))
+    wrong(body.replace("{wait}", "").replace("{fence}", FENCE + "\n" + wait), "without a fence.proxy.async")
+    wrong(body.replace("{wait}", "").replace("{fence}", FENCE), "asynchronous copy into it is in flight", RaceError)
+
+
 def test_operands_must_be_there() -> None:
     wrong(without("bar.sync 0;\n"), r"race|uninitialised")
     wrong(RIGHT.replace(fill(LAYOUT.size), fill(LAYOUT.size - 1024)), "uninitialised shared memory")
