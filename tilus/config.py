@@ -76,6 +76,14 @@ def num_threads() -> int | None:
     return int(value)
 
 
+def dependent_launch() -> bool:
+    """TILUS_DEPENDENT_LAUNCH: 0 lets every kernel start after the end of the one before it, to measure the gain; default 1."""
+    value = os.environ.get("TILUS_DEPENDENT_LAUNCH", "1")
+    if value not in ("0", "1"):
+        raise TilusError(f"TILUS_DEPENDENT_LAUNCH is {value!r}, expected 0 or 1")
+    return value == "1"
+
+
 def dump_dir() -> Path | None:
     """TILUS_DUMP_DIR: when set, the IR after each pass and the PTX or C of every kernel are written under it."""
     value = os.environ.get("TILUS_DUMP_DIR")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import fields, replace
 from typing import Any
@@ -72,15 +73,37 @@ def test_every_code_in_every_place(dtype: DataType, order: TileOrder) -> None:
     all_codes = np.arange(dtype.num_codes, dtype=np.uint8)
     codes = np.repeat(all_codes, 64)[:, None].repeat(128, 1)
     codes[:, 64:] = all_codes[(np.arange(codes.shape[0])[:, None] * 7 + np.arange(64)) % all_codes.size]
-    span, lookup = (16, 32, 64)[CODE_TYPES.index(dtype) % 3], CODE_TYPES.index(dtype) % 2 == 0
-    packed = pack_codes(codes, dtype, span, lookup, order)
-    np.testing.assert_array_equal(unpack_codes(packed, dtype, span, lookup, order), codes)
+    lookup = CODE_TYPES.index(dtype) % 2 == 0
+    packed = pack_codes(codes, dtype, lookup, order)
+    np.testing.assert_array_equal(unpack_codes(packed, dtype, lookup, order), codes)
     assert packed.nbytes * 8 == codes.size * dtype.nbits  # not a bit more than the codes have
 
 
-@pytest.mark.parametrize("span", [16, 32, 64, 128, WHOLE])
 @pytest.mark.parametrize("dtype", CODE_TYPES, ids=str)
-def test_where_each_bit_of_the_order_rows_stands(dtype: DataType, span: int) -> None:
+def test_where_each_bit_of_the_order_mma_stands(dtype: DataType) -> None:
+    """Thread 4 (r % 8) + c % 8 / 2 holds the code in row r, column c of a block of 16 rows, in register (PTX ISA, fragment A of
+    mma.m16n8k16) 2 (c / 8 % 2) + r / 8 of step c / 16. Of its `nbits` words of the block, u = gcd(nbits, 4) at a time lie in a
+    chunk of 16 bytes, those of 4 / u blocks side by side.
+    """
+    nbits = dtype.nbits
+    together = math.gcd(nbits, 4)
+    codes = np.random.default_rng(nbits).integers(0, dtype.num_codes, (70, 100), np.uint8)
+    n, k, j = np.ix_(np.arange(70), np.arange(100), np.arange(nbits))
+    block, row, column = n % 64 // 16, n % 16, k % 64
+    thread = row % 8 * 4 + column % 8 // 2
+    code = (column // 16 * 4 + column // 8 % 2 * 2 + row // 8) * 2 + column % 2
+    word, bit = np.divmod(code * nbits + j, 32)
+    piece = word // together * 4 + block
+    chunk, place = np.divmod(piece, 4 // together)
+    address = (chunk * 32 + thread) * 4 + place * together + word % together
+    packed = pack_codes(codes, dtype, True, MMA)
+    assert packed.shape == (2, 2, 512 * nbits)
+    words = packed.view("<u4")[n // 64, k // 64, address]
+    np.testing.assert_array_equal(words >> bit.astype(np.uint32) & 1, codes[n, k] >> j & 1)
+
+
+@pytest.mark.parametrize("dtype", CODE_TYPES, ids=str)
+def test_where_each_bit_of_the_order_rows_stands(dtype: DataType) -> None:
     """Bit j of the code in row r, column c of a tile is bit (c nbits + j) % 32 of word (c nbits + j) / 32 of that row. Rows 0 to
     31 come first, word by word; then rows 32 to 63. Tables change nothing.
     """
@@ -90,7 +113,7 @@ def test_where_each_bit_of_the_order_rows_stands(dtype: DataType, span: int) -> 
     row, place = n % 64, k % 64 * nbits + j
     word = ((row // 32) * 2 * nbits + place // 32) * 32 + row % 32
     for lookup in (False, True):
-        packed = pack_codes(codes, dtype, span, lookup, ROWS)
+        packed = pack_codes(codes, dtype, lookup, ROWS)
         assert packed.shape == (2, 2, 512 * nbits)
         words = packed.view("<u4")[n // 64, k // 64, word]
         np.testing.assert_array_equal(words >> (place % 32).astype(np.uint32) & 1, codes[n, k] >> j & 1)
@@ -123,13 +146,13 @@ KERNELS = [
 def test_the_kernel_packs_like_numpy(device: str, dtype: DataType, order: TileOrder) -> None:
     """Ragged shapes; and back again."""
     index = CODE_TYPES.index(dtype)
-    span, lookup = (16, 32, 64, 0)[index % 4], index % 3 == 0
+    lookup = index % 3 == 0
     codes = np.random.default_rng(index).integers(0, dtype.num_codes, (70, 100), np.uint8)
-    expected = pack_codes(codes, dtype, span, lookup, order)
+    expected = pack_codes(codes, dtype, lookup, order)
     packed, again = np.full_like(expected, 255), np.full_like(codes, 255)
-    pack_codes_on(codes, packed, dtype, span, lookup, order, device)
+    pack_codes_on(codes, packed, dtype, lookup, order, device)
     np.testing.assert_array_equal(packed, expected)
-    unpack_codes_on(packed, again, dtype, span, lookup, order, device)
+    unpack_codes_on(packed, again, dtype, lookup, order, device)
     np.testing.assert_array_equal(again, codes)
 
 
@@ -257,7 +280,7 @@ def test_arrays_that_do_not_belong_to_the_header() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 1}, "a packed weight of layout version 1, these kernels read version 2"),
+        ({"version": 1}, "a packed weight of layout version 1, these kernels read version 3"),
         ({"version": None}, "a packed weight of layout version None"),
         ({"dtype": "uint9"}, "names the type 'uint9', expected one of"),
         ({"shape": [64]}, r"field shape .* is \[64\], expected \[N, K\]"),

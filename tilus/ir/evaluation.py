@@ -24,7 +24,9 @@ IntArray = npt.NDArray[np.int64]
 
 class Evaluation(Protocol):
     @property
-    def num_threads(self) -> int: ...
+    def num_threads(self) -> int:
+        """Of the block, or of the role that runs."""
+        ...
 
     def tile(self, tensor: RegisterTensor) -> Array:
         """The value of a tile."""
@@ -82,6 +84,22 @@ class Evaluation(Protocol):
         checked: bool,
     ) -> Array:
         """Atomic read-modify-write by `op` (add, min, max, and, or, xor, exch) block after block; returns the old values."""
+        ...
+
+    def barrier_init(self, barrier: SharedTensor, arrivals: int) -> None:
+        """Make the elements of a shared tensor barriers, whose phases wait for so many arrivals of groups."""
+        ...
+
+    def barrier_arrive(self, barrier: SharedTensor, index: Expr, *, count: int = 1, nbytes: Expr | None = None) -> None:
+        """`count` groups arrive, and the open phase also waits for `nbytes` more bytes of copies."""
+        ...
+
+    def barrier_complete_bytes(self, barrier: SharedTensor, index: Expr, nbytes: Expr) -> None:
+        """Bytes of an asynchronous copy have landed."""
+        ...
+
+    def barrier_wait(self, barrier: SharedTensor, index: Expr, phase: Expr) -> None:
+        """Let other roles run until the phase of this parity is complete."""
         ...
 
     def print(self, text: str) -> None: ...

@@ -46,6 +46,10 @@ class Function:
     def num_threads(self) -> int:
         return 32 * self.num_warps
 
+    @property
+    def warps(self) -> range:
+        return range(self.num_warps)
+
     def kernel_params(self) -> tuple[Var, ...]:
         """The scalars passed to the kernel, in order: pointers, then each dim and stride variable once, then scalars."""
         ordered: dict[Var, None] = {}

@@ -28,7 +28,7 @@ from tilus.ir.expr import (
 )
 from tilus.ir.function import Function, ScalarParam, TensorParam
 from tilus.ir.instruction import Instruction, is_out
-from tilus.ir.stmt import Break, Continue, For, If, Inst, Return, Seq, SetScalar, Stmt, While
+from tilus.ir.stmt import Break, Continue, For, If, Inst, Return, Role, Seq, SetScalar, Stmt, While
 from tilus.ir.tensor import GlobalTensor, RegisterTensor, SharedTensor
 from tilus.ir.visit import instructions
 from tilus.layout import RegisterLayout, SharedLayout
@@ -155,6 +155,9 @@ class _Printer:
                 if not _is_empty(orelse):
                     self.lines.pop()
                     self._block(depth, "} else", orelse)
+            case Role(first, count, body, registers):
+                limit = "" if registers is None else f" registers {registers}"
+                self._block(depth, f"warps {first}, {count}{limit}", body)
             case Break() | Continue() | Return():
                 self._line(depth, type(stmt).__name__.lower())
 

@@ -15,6 +15,8 @@ def silu_mul_kernel(
 ):
     """A block computes `block` elements of one row."""
     tilus.grid(gate_up.shape[0], tilus.cdiv(out.shape[1], block), warps=4)
+    tilus.launch_dependents()
+    tilus.wait_dependencies()
     row, first = tilus.block_id(0), tilus.block_id(1) * block
     gate = tilus.load(gate_up, [row, 0, first], [block]).to(f32)
     up = tilus.load(gate_up, [row, 1, first], [block]).to(f32)

@@ -60,6 +60,8 @@ def paged_attention_kernel(
     keys = kv_tile // parts
     sequences = kv_lens.shape[0]
     tilus.grid((q.shape[0] + sequences * (tokens - 1)) // tokens, q.shape[1], warps=WARPS)
+    tilus.launch_dependents()
+    tilus.wait_dependencies()
     head = tilus.block_id(1)
     sequence, first = find_queries(q_start, sequences, tokens)
     begin, end = q_start[sequence], q_start[sequence + 1]

@@ -20,6 +20,8 @@ def take_columns_kernel(
     out: Tensor["dtype", "m", "k"],
 ):
     tilus.grid(tilus.cdiv(out.shape[1], COLUMNS), tilus.cdiv(out.shape[0], ROWS), warps=4)
+    tilus.launch_dependents()
+    tilus.wait_dependencies()
     first, row = tilus.block_id(0) * COLUMNS, tilus.block_id(1) * ROWS
     index = tilus.load(columns, [first], [COLUMNS])
     tilus.store(out, [row, first], tilus.gather(x, [row, 0], index, [ROWS, COLUMNS]))

@@ -18,6 +18,8 @@ def dense_embedding_kernel(
     out: Tensor["dtype", "tokens", "hidden"],
 ):
     tilus.grid(ids.shape[0], tilus.cdiv(out.shape[1], BLOCK), warps=4)
+    tilus.launch_dependents()
+    tilus.wait_dependencies()
     token, first = tilus.block_id(0), tilus.block_id(1) * BLOCK
     tilus.store(out, [token, first], tilus.load(table, [ids[token], first], [BLOCK]))
 
@@ -34,6 +36,8 @@ def quantized_embedding_kernel(
     """The product of a code and a scale is exact in f32, so it is rounded once."""
     rows = BLOCK // group
     tilus.grid(ids.shape[0], tilus.cdiv(scales.shape[1], rows), warps=4)
+    tilus.launch_dependents()
+    tilus.wait_dependencies()
     token, first = tilus.block_id(0), tilus.block_id(1) * rows
     row = ids[token]
     values = tilus.load(codes, [row, first, 0], [rows, group]).to(f32)

@@ -72,6 +72,7 @@ def quantized_linear(
     splits = 1 if partial is None else partial.shape[0]
     blocks = (tilus.cdiv(codes.shape[0], rows), tilus.cdiv(y.shape[0], tokens), splits)
     tilus.grid(*blocks, warps=rows * warps, blocks_per_sm=blocks_per_sm)
+    tilus.launch_dependents()
     step = Step(order, span, rows, warps)
     row_tile = tilus.block_id(0) * rows
     first_token = tilus.block_id(1) * tokens
@@ -91,12 +92,13 @@ def quantized_linear(
         once = ahead[0].numbers(exponent, x.dtype)
     for index in range(stages):
         ahead[index].fetch(begin + index * warps)
+    tilus.wait_dependencies(constant=[codes, scales, mins, zeros, table, bias])
     total = tilus.zeros([step.batch, TILE, tokens], f32)
     sums = tilus.zeros([step.batch, sum_rows(step), tokens], f32)
     for first in tilus.range(begin, end, tiles):
         for stage, weights in enumerate(ahead):
             tile = first + stage * warps
-            shape, layout = [tokens, warps * TILE], order.activation_layout(tokens, span, rows, warps)
+            shape, layout = [tokens, warps * TILE], order.activation_layout(tokens, rows, warps)
             right = activation_tile(tilus.load(x, [first_token, tile * TILE], shape, layout=layout), tokens, step)
             if stages == 0:
                 weights.fetch(tile)
@@ -164,6 +166,8 @@ def linear(
     x, bias, out: torch tensors or numpy arrays, on the weight's device. bias: f16, bf16 or f32, added in f32. out_dtype: by
     default that of x. out: written in place when given. device: where to run (reference, emulator, cpu, cuda), by default as the
     arguments say.
+    The kernel may start while the one in front of it runs, and then reads the weight and the bias, but not x: nothing that is
+    still on its way in the stream may write those two.
     Raises: TilusError when K, dtypes or devices do not fit, and for a weight that is packed for CPUs on a GPU.
     """
     n, k = weight.shape

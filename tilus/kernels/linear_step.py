@@ -47,10 +47,11 @@ class Step:
 
 
 def load_codes(codes, row_tile, tile, wdtype: DataType, step: Step):
-    """The bytes of a step's tiles."""
+    """The bytes of a step's tiles, each thread's in the order of its codes."""
     shape = [step.rows, step.warps, TILE * TILE // 8 * wdtype.nbits]
     layout = step.order.byte_layout(wdtype, step.rows, step.warps)
-    return tilus.load(codes, [row_tile, tile, 0], shape=shape, layout=layout)
+    raw = tilus.load(codes, [row_tile, tile, 0], shape=shape, layout=layout)
+    return tilus.with_layout(raw, step.order.string_layout(wdtype, step.rows, step.warps))
 
 
 def factor_values(raw, dtype: DataType, compute: DataType, step: Step):
@@ -95,12 +96,9 @@ def residual(wdtype: DataType, act: DataType, table, zeros, order: TileOrder) ->
 
 
 def activation_tile(x, tokens: int, step: Step):
-    """[tokens, warps * 64] as the right operand [batch, 64, tokens], its rows in the column order of packed weights."""
-    columns, axes = step.order.column_axes(step.span)
-    split = tilus.reshape(x, [tokens, step.warps, *columns])
-    shape = [1, step.warps, TILE, tokens]
-    ordered = tilus.reshape(tilus.transpose(split, [1, *(2 + axis for axis in axes), 0]), shape)
-    shared = tilus.broadcast(ordered, [step.rows, *shape[1:]]) if step.rows > 1 else ordered
+    """[tokens, warps * 64] as the right operand [batch, 64, tokens]."""
+    ordered = tilus.transpose(tilus.reshape(x, [1, tokens, step.warps, TILE]), [0, 2, 3, 1])
+    shared = tilus.broadcast(ordered, [step.rows, step.warps, TILE, tokens]) if step.rows > 1 else ordered
     return tilus.reshape(shared, [step.batch, TILE, tokens])
 
 

@@ -32,6 +32,8 @@ def rms_norm_kernel(
     step = 32 * VECTOR * warps
     width = tilus.cdiv(hidden, step) * step
     tilus.grid(x.shape[0], warps=warps)
+    tilus.launch_dependents()
+    tilus.wait_dependencies()
     row = tilus.block_id(0)
     values = tilus.load(x, [row, 0], [width]).to(f32)
     if residual is not None:

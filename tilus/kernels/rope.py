@@ -30,6 +30,8 @@ def rope_append_kernel(
 ):
     """One token a block. Tiles hold a power of two of heads: those beyond the last read zeros and are not written."""
     tilus.grid(qkv.shape[0], warps=4)
+    tilus.launch_dependents()
+    tilus.wait_dependencies()
     token = tilus.block_id(0)
     half = head_dim // 2
     position, slot = positions[token], slots[token]

@@ -12,7 +12,7 @@ from tilus.dtypes import DTYPES, DataType, f32
 from tilus.errors import TilusError
 from tilus.kernels.quantize.tiles import MMA, SMALLEST_GROUP, TILE, WHOLE, TileOrder, order_named, parts, span_of
 
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 # Types of scales and minimums, by name.
 FACTOR_NBYTES = {"f16": 2, "bf16": 2, "f32": 4, "float8_e4m3": 1, "float8_e8m0": 1}
 ZERO_NBYTES = 2  # f16, which holds every zero point

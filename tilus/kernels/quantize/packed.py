@@ -105,7 +105,7 @@ class QuantizedWeight:
         """
         if self.header.order != _order_for(device) or not is_torch(self.codes):
             return pack(unpack(self), device)
-        return QuantizedWeight(self.header, **{name: array.to(device) for name, array in self.arrays.items()})
+        return _settled(QuantizedWeight(self.header, **{name: array.to(device) for name, array in self.arrays.items()}))
 
     def _optional_arrays(self) -> dict[str, Any | None]:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("header", "schedules")}
@@ -135,12 +135,21 @@ def pack(matrix: QuantizedMatrix, device: Any = None, order: str | None = None) 
     if matrix.columns is not None:
         arrays["columns"] = _checked_columns(matrix.columns, matrix.shape[1])
     if device is None:
-        packed: Any = pack_codes(matrix.codes, header.dtype, header.span, header.has_table, header.order)
+        packed: Any = pack_codes(matrix.codes, header.dtype, header.has_table, header.order)
         return QuantizedWeight(header, codes=packed, **arrays)
     import torch
 
     tensors = {name: torch.tensor(array, device=device) for name, array in arrays.items()}
-    return QuantizedWeight(header, codes=_codes_on(matrix.codes, header, torch.device(device)), **tensors)
+    return _settled(QuantizedWeight(header, codes=_codes_on(matrix.codes, header, torch.device(device)), **tensors))
+
+
+def _settled(weight: QuantizedWeight) -> QuantizedWeight:
+    """The weight, once it is in the memory of its GPU: kernels that start early read it before they wait for what is in front."""
+    if is_cuda(weight.codes):
+        import torch
+
+        torch.cuda.synchronize(weight.codes.device)
+    return weight
 
 
 def unpack(weight: QuantizedWeight) -> QuantizedMatrix:
@@ -252,11 +261,11 @@ def _codes_on(codes: Array, header: WeightHeader, device: Any) -> Any:
     import torch
 
     if device.type != "cuda":
-        packed = pack_codes(codes, header.dtype, header.span, header.has_table, header.order)
+        packed = pack_codes(codes, header.dtype, header.has_table, header.order)
         return torch.from_numpy(packed).to(device)
     packed = torch.empty(header.arrays["codes"][0], dtype=torch.uint8, device=device)
     plain = torch.from_numpy(np.require(codes, requirements="W")).to(device)
-    pack_codes_on(plain, packed, header.dtype, header.span, header.has_table, header.order)
+    pack_codes_on(plain, packed, header.dtype, header.has_table, header.order)
     return packed
 
 
@@ -264,12 +273,12 @@ def _unpacked_codes(weight: QuantizedWeight) -> Array:
     header = weight.header
     n, k = header.shape
     if not is_cuda(weight.codes):
-        codes = unpack_codes(_numpy(weight.codes), header.dtype, header.span, header.has_table, header.order)
+        codes = unpack_codes(_numpy(weight.codes), header.dtype, header.has_table, header.order)
         return np.ascontiguousarray(codes[:n, :k])
     import torch
 
     codes = torch.empty((n, k), dtype=torch.uint8, device=weight.codes.device)
-    unpack_codes_on(weight.codes, codes, header.dtype, header.span, header.has_table, header.order)
+    unpack_codes_on(weight.codes, codes, header.dtype, header.has_table, header.order)
     return codes.cpu().numpy()
 
 

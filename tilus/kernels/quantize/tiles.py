@@ -6,13 +6,13 @@ divides the group, or all of K.
 
 There are two orders of tiles. They take as many bytes, in arrays of the same shapes.
 
-**mma** is for tensor cores: a tile is the left operand of their products. The bits of a thread's codes are in the order that the
-cast to 16 bits likes best (`packed_order`; codes that are looked up in a table follow each other). They come in 16-byte chunks
-that lie side by side for the 32 threads, so every load of the kernel is 16 bytes a thread and coalesced. The columns of a tile
-are permuted, in two ways at once. Steps of the tensor core (16 columns) stay inside of a group's columns, so that a group's scale
-multiplies a finished sum. Inside of that, a thread's columns are consecutive ones of the activations: with P = `parts(span)`
-groups in a tile, column k = (64 / P) J + (16 / P) t + 4 j + 2 h + e stands at position 16 (4 / P J + j) + 8 h + 2 t + e, where
-t is the thread's place among the four of a row. A set of factors is [row % 8][row / 8], so that a thread loads those of its eight
+**mma** is for tensor cores: a tile is the left operand of their products, four blocks of 16 rows by 64 columns. A thread's
+codes of a block are `nbits` words of 32 bits, in which the bits have the order that the cast to 16 bits likes best
+(`packed_order`; codes that are looked up in a table follow each other). The words of the four blocks are interleaved in chunks of
+16 bytes that lie side by side for the 32 threads: with u = gcd(nbits, 4), a chunk has u words of one block, then u of the next.
+So one packed weight serves two kinds of readers with aligned and coalesced accesses: a warp that owns the tile loads chunks of 16
+bytes, and the four warps of a warpgroup that own a block each (wgmma) load pieces of 4 u bytes. Columns are in their natural
+order, since TMA brings activations in no other. A set of factors is [row % 8][row / 8], so that a thread loads those of its eight
 rows at once.
 
 **rows** is for CPUs, whose vector lanes are rows of the weight: thread t of the 32 holds rows t and t + 32, all else is natural.
@@ -26,6 +26,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
+from math import gcd
 from typing import ClassVar
 
 import numpy as np
@@ -33,8 +34,8 @@ import numpy.typing as npt
 
 from tilus.dtypes import DataType, f16, f32
 from tilus.errors import TilusError
-from tilus.layout import RegisterLayout, local, replicated, spatial
-from tilus.layout.atoms import mma_a
+from tilus.layout import Digit, RegisterLayout, local, replicated, spatial
+from tilus.layout.atoms import mma_a, mma_b
 
 TILE = 64
 SMALLEST_GROUP = 16
@@ -65,30 +66,26 @@ class TileOrder(ABC):
 
     @abstractmethod
     def tile_layout(self) -> RegisterLayout:
-        """Tile [64, 64] of a warp: rows, and columns as they stand in the packed tile."""
-
-    @abstractmethod
-    def column_axes(self, span: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """A shape of 64 columns, and the order of its axes that brings them to where they stand in a packed tile."""
+        """Tile [64, 64] of a warp."""
 
     @abstractmethod
     def own_factors(self, nbytes: int) -> RegisterLayout:
         """Tile [1, 1, 8, 8 * nbytes] of a set of factors: a thread holds those of its rows of the weight."""
 
     @abstractmethod
-    def activation_layout(self, tokens: int, span: int, rows: int, warps: int) -> RegisterLayout | None:
+    def activation_layout(self, tokens: int, rows: int, warps: int) -> RegisterLayout | None:
         """Tile [tokens, warps * 64] of activations, None for any layout."""
 
     @abstractmethod
-    def plain_layout(self, span: int) -> RegisterLayout:
-        """Tile [64, 64] of unpacked codes: each thread holds the elements that it holds in a packed tile."""
+    def string_layout(self, dtype: DataType, rows: int, warps: int) -> RegisterLayout:
+        """The tile of `byte_layout` with a thread's bytes in the order of its codes."""
 
     def fragment_layout(self, warps: int) -> RegisterLayout:
         """Tile [warps, 64, 64]: one 64x64 tile a warp."""
         return spatial(warps, 1, 1) * self.tile_layout().unsqueeze(0)
 
     def byte_layout(self, dtype: DataType, rows: int, warps: int) -> RegisterLayout:
-        """Tile [rows, warps, 512 * nbits] of bytes: chunk, thread, byte."""
+        """Tile [rows, warps, 512 * nbits] of bytes as they are loaded: chunk, thread, byte."""
         chunks = 16 * dtype.nbits // self.chunk_nbytes
         return spatial(rows, warps, 1).local(1, 1, chunks).spatial(1, 1, 32).local(1, 1, self.chunk_nbytes)
 
@@ -122,25 +119,27 @@ class MmaOrder(TileOrder):
     def tile_layout(self) -> RegisterLayout:
         return local(4, 4) * mma_a()
 
-    def column_axes(self, span: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        pieces = parts(span)
-        return (pieces, 4, 4 // pieces, 2, 2), (0, 2, 3, 1, 4)
-
     def own_factors(self, nbytes: int) -> RegisterLayout:
         return spatial(1, 1, 8, 1) * replicated(4, 4) * local(1, 1, 1, 8 * nbytes)
 
-    def activation_layout(self, tokens: int, span: int, rows: int, warps: int) -> RegisterLayout | None:
-        """A thread holds 16 / parts consecutive columns of its tokens; None for numbers of tokens that no tensor core takes."""
-        return None if tokens % 8 else self._activations(tokens, span, rows, warps)
+    def activation_layout(self, tokens: int, rows: int, warps: int) -> RegisterLayout | None:
+        """The right operand of products; None for numbers of tokens that no tensor core takes."""
+        if tokens % 8:
+            return None
+        return replicated(rows, 2) * spatial(1, warps) * local(tokens // 8, 4) * mma_b().permute((1, 0))
 
-    def _activations(self, tokens: int, span: int, rows: int, warps: int) -> RegisterLayout:
-        pieces = parts(span)
-        own = local(tokens // 8, pieces).spatial(8, 4).local(1, 16 // pieces)
-        return replicated(rows, 2) * spatial(1, warps) * own
-
-    def plain_layout(self, span: int) -> RegisterLayout:
-        """In runs along the rows."""
-        return self._activations(TILE, span, 1, 1)
+    def string_layout(self, dtype: DataType, rows: int, warps: int) -> RegisterLayout:
+        words, blocks = dtype.nbits // _words_together(dtype), 4 // _words_together(dtype)
+        nbytes = self.chunk_nbytes // blocks
+        threads = (Digit(rows, 0, 1), Digit(warps, 1, 1), Digit(32, 2, self.chunk_nbytes))
+        chunk = 32 * self.chunk_nbytes
+        slots = (
+            Digit(4 // blocks, 2, chunk),
+            Digit(blocks, 2, nbytes),
+            Digit(words, 2, chunk * 4 // blocks),
+            Digit(nbytes, 2, 1),
+        )
+        return RegisterLayout((rows, warps, 512 * dtype.nbits), threads, slots)
 
 
 @dataclass(frozen=True)
@@ -155,17 +154,14 @@ class RowsOrder(TileOrder):
     def tile_layout(self) -> RegisterLayout:
         return local(2, 1).spatial(32, 1).local(1, TILE)
 
-    def column_axes(self, span: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return (TILE,), (0,)
-
     def own_factors(self, nbytes: int) -> RegisterLayout:
         return local(2, 1).spatial(32, 1).local(1, nbytes).reshape((1, 1, 8, 8 * nbytes))
 
-    def activation_layout(self, tokens: int, span: int, rows: int, warps: int) -> None:
+    def activation_layout(self, tokens: int, rows: int, warps: int) -> None:
         return None
 
-    def plain_layout(self, span: int) -> RegisterLayout:
-        return self.tile_layout()
+    def string_layout(self, dtype: DataType, rows: int, warps: int) -> RegisterLayout:
+        return self.byte_layout(dtype, rows, warps)
 
 
 MMA, ROWS = MmaOrder(), RowsOrder()
@@ -182,15 +178,19 @@ def order_named(name: str) -> TileOrder:
     return ORDERS[name]
 
 
-@lru_cache
-def column_order(order: TileOrder, span: int) -> tuple[int, ...]:
-    """For each position in a packed tile the column of the weight that stands there."""
-    shape, axes = order.column_axes(span)
-    return tuple(int(x) for x in np.arange(TILE).reshape(shape).transpose(axes).ravel())
+def _words_together(dtype: DataType) -> int:
+    """How many words of a block a chunk has."""
+    return gcd(dtype.nbits, 4)
 
 
 @lru_cache
-def slots(order: TileOrder, span: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+def slots(order: TileOrder) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
     """Row and column of the weight tile for every (thread, slot), [32, 128] each."""
-    table = order.tile_layout().table()
-    return table[..., 0].astype(np.intp), np.asarray(column_order(order, span), np.intp)[table[..., 1]]
+    table = order.tile_layout().table().astype(np.intp)
+    return table[..., 0], table[..., 1]
+
+
+@lru_cache
+def byte_positions(order: TileOrder, dtype: DataType) -> npt.NDArray[np.intp]:
+    """Where the bytes of every thread's codes stand in a packed tile, [32, 16 * nbits]."""
+    return order.string_layout(dtype, 1, 1).table()[..., 2].astype(np.intp)

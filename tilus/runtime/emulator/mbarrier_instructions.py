@@ -29,14 +29,19 @@ def barrier_access(site: Site, operand: Operand, *, asynchronous: bool = False) 
     return Access(site, operand, space, 8, by_warp=False, asynchronous=asynchronous)
 
 
+def _distinct(values: npt.NDArray[np.generic]) -> list[int]:
+    """The different values, ascending: in most warps there is one only, for which this is fast."""
+    return [int(values[0])] if (values == values[0]).all() else np.unique(values).tolist()
+
+
 def by_place(access: Access, lanes: Lanes) -> Iterator[tuple[int, Lanes]]:
     """(place of the object in shared memory, lanes) for each object that these lanes name and each warp of them."""
     for shared, who, where in access.split(lanes):
         if not shared:
             raise access.site.fault("an mbarrier in global memory, expected one in shared memory", int(who[0]))
-        for place in np.unique(where).tolist():
+        for place in _distinct(where):
             here = who[where == place]
-            for warp in np.unique(here // WARP).tolist():
+            for warp in _distinct(here // WARP):
                 yield place, here[here // WARP == warp]
 
 
@@ -80,13 +85,14 @@ def arrive(site: Site) -> Step:
     out = site.target(0, "b64")
     access = barrier_access(site, site.operands[1])
     numbers = site.source(2, "u32") if len(site.operands) > 2 else np.asarray(1, np.uint32)
+    numbers = np.broadcast_to(numbers, site.machine.lanes)
     machine, pc, releases = site.machine, site.pc, not site.has("relaxed")
 
     def one(place: int, lanes: Lanes) -> None:
         barrier = machine.mbarriers.find(pc, int(lanes[0]), place)
         out[lanes] = np.uint64(barrier.phase | place << 32)
         clock = machine.hand_on(lanes) if releases else None
-        values = np.broadcast_to(numbers, machine.lanes)[lanes]
+        values = numbers[lanes]
         if not expects and (values == values[0]).all():
             machine.mbarriers.arrive(pc, lanes, barrier, _count(site, int(values[0]), lanes), clock)
             return
@@ -133,7 +139,7 @@ def wait_for_phase(site: Site) -> Callable[[Flags], list[tuple[int, Flags]]]:
     site.expect_operands(3, 4) if site.has("try_wait") else site.expect_operands(3)
     by_parity = site.has("parity")
     out, access = site.target(0, "pred"), barrier_access(site, site.operands[1])
-    values = site.source(2, "u32" if by_parity else "b64")
+    values = np.broadcast_to(site.source(2, "u32" if by_parity else "b64"), site.machine.lanes)
     machine, pc, mark = site.machine, site.pc, mark_initialised(site)
 
     def resume(lanes: Flags, done: bool) -> None:
@@ -156,8 +162,8 @@ def wait_for_phase(site: Site) -> Callable[[Flags], list[tuple[int, Flags]]]:
     def wait(mask: Flags) -> list[tuple[int, Flags]]:
         parked = np.zeros_like(mask)
         for place, lanes in by_place(access, np.flatnonzero(mask)):
-            wanted = np.broadcast_to(values, machine.lanes)[lanes]
-            for value in np.unique(wanted).tolist():
+            wanted = values[lanes]
+            for value in _distinct(wanted):
                 part = np.zeros_like(mask)
                 part[lanes[wanted == value]] = True
                 if not one(place, lanes[wanted == value], value, part):

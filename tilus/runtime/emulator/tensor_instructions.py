@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from tilus.ptx.module import Operand, TensorAddress
+from tilus.ptx.module import Operand, Reg, TensorAddress
 from tilus.runtime.emulator.bulk_copy import Transfer
 from tilus.runtime.emulator.bulk_instructions import to_shared
 from tilus.runtime.emulator.bulk_landing import Landings
 from tilus.runtime.emulator.decode import Mask, Site, Step, instruction
-from tilus.runtime.emulator.machine import PARAM_WINDOW
+from tilus.runtime.emulator.machine import PARAM_BASE, PARAM_WINDOW
 from tilus.runtime.emulator.memory import Access
 from tilus.runtime.emulator.tensor_map import TENSOR_MAP_NBYTES, Box, decode
 
@@ -25,8 +25,8 @@ class TensorPlace:
 
     def __init__(self, site: Site, operand: Operand) -> None:
         dims = site.one_of(*_DIMS)
-        if not isinstance(operand, TensorAddress) or dims is None:
-            raise site.fault(f"operand {operand}, expected [tensor map, {{coordinates}}] and .1d to .5d")
+        if not isinstance(operand, TensorAddress) or not isinstance(operand.map, Reg) or dims is None:
+            raise site.fault(f"operand {operand}, expected [register, {{coordinates}}] and .1d to .5d")
         self.site, self.rank = site, int(dims[0])
         if len(operand.coordinates.elements) != self.rank:
             raise site.fault(f"{len(operand.coordinates.elements)} coordinates, expected {self.rank}")
@@ -37,13 +37,13 @@ class TensorPlace:
     def box(self, lane: int) -> Box:
         address = int(self.maps if self.maps.ndim == 0 else self.maps[lane])
         if address not in self.boxes:
-            machine, start = self.site.machine, address - PARAM_WINDOW
-            params = {
-                machine.param_symbols[p.name] for p in machine.program.kernel.params if p.count == TENSOR_MAP_NBYTES
-            }
-            if address not in params:
+            machine, start = self.site.machine, address - PARAM_WINDOW - PARAM_BASE
+            maps = [param.name for param in machine.program.kernel.params if param.count == TENSOR_MAP_NBYTES]
+            if address not in [PARAM_WINDOW + machine.param_symbols[name] for name in maps]:
                 raise self.site.fault(
-                    f"tensor map at {address:#x}, expected the address of a .align 64 .b8 [128] parameter", lane
+                    f"tensor map at {address:#x}, expected the generic address of one of the parameters {maps}",
+                    lane,
+                    hint="mov.b64 of a `.param .align 64 .b8 name[128]`, then cvta.param.u64",
                 )
             box = decode(machine.params[start : start + TENSOR_MAP_NBYTES])
             if box.rank != self.rank:

@@ -16,8 +16,10 @@ import numpy as np
 
 from tilus.ir.expr import BlockId, Expr, Var, walk
 from tilus.ir.function import Function
+from tilus.ir.stmt import Inst, Role
 from tilus.ir.tensor import GlobalTensor, RegisterTensor
 from tilus.ir.visit import instructions
+from tilus.ir.visit import walk as walk_statements
 from tilus.runtime.reference.access import View
 from tilus.runtime.reference.affine import Extents
 from tilus.runtime.reference.arguments import bind
@@ -35,7 +37,8 @@ class Program:
 
     scalars: closures of the instructions' scalar operands, by id. fixed: tensors whose place and shape are the same for
     the whole launch. written: pointers that it writes through. ordered: blocks may talk to each other, so that chunks
-    must not run side by side. tiles: shape and numpy dtype of every tile. tile_nbytes: the largest tile of one block.
+    must not run side by side. alone: it has roles or barriers, so that each block runs by itself. tiles: shape and numpy
+    dtype of every tile. tile_nbytes: the largest tile of one block.
     """
 
     run: Runner
@@ -44,6 +47,7 @@ class Program:
     fixed: frozenset[GlobalTensor]
     written: frozenset[Var]
     ordered: bool
+    alone: bool
     tiles: Mapping[RegisterTensor, TileType]
     tile_nbytes: int
 
@@ -74,7 +78,8 @@ def run_reference(
         with np.errstate(all="ignore"):  # GPUs do not trap: inf and NaN are values
             program.run(BlockState(program, binding, views, grid, *chunk))
 
-    chunks = list(_chunks(grid, max(1, max_chunk_nbytes // program.tile_nbytes)))
+    most = 1 if program.alone else max(1, max_chunk_nbytes // program.tile_nbytes)
+    chunks = list(_chunks(grid, most))
     threads = min(len(chunks), max_threads or _cpu_count())
     if threads <= 1 or program.ordered:
         for chunk in chunks:
@@ -141,6 +146,7 @@ def _compile(fn: Function) -> Program:
         fixed=frozenset(t for t in tensors if _is_fixed(t, given)),
         written=frozenset(written),
         ordered=ordered,
+        alone=any(isinstance(s, Role) or (isinstance(s, Inst) and s.inst.arrivals()) for s in walk_statements(fn.body)),
         tiles=tiles,
         tile_nbytes=max([1, *(math.prod(shape) * dtype.itemsize for shape, dtype in tiles.values())]),
     )
