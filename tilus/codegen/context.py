@@ -64,7 +64,7 @@ class EmitContext:
     warps: that run the code: the block's, or those of a role. plan: where everything is in the block's shared memory.
     read_only: pointers to memory that nobody writes while the kernel runs. barriers: the hardware barrier of each group of
     warps. arriving_warps: of one arrival at each mbarrier. entry_registers: of a thread at launch, where roles change it.
-    parameters: what the launcher knows.
+    cluster: how many blocks make one. parameters: what the launcher knows.
     """
 
     b: Builder
@@ -77,6 +77,7 @@ class EmitContext:
     barriers: dict[range, int]
     arriving_warps: Mapping[SharedTensor, int]
     entry_registers: int | None
+    cluster: int
     tiles: dict[RegisterTensor, list[Reg]] = field(default_factory=dict[RegisterTensor, list[Reg]])
     notes: list[Note] = field(default_factory=list[Note])
     strings: dict[str, str] = field(default_factory=dict[str, str])
@@ -340,11 +341,13 @@ class EmitContext:
         limit = limit + of_const(-index.const)
         return self.b.pure("setp.lt.s32", register(self.b, index.without_const()), materialize(self.b, limit))
 
-    def shared_base(self) -> Reg:
-        return self.b.pure("mov.u32", Symbol(SHARED_SYMBOL))
+    def shared_base(self, block: Expr | None = None) -> Reg:
+        """Where shared memory starts: the block's own, or that of another block of the cluster (in the window of the cluster)."""
+        own = self.b.pure("mov.u32", Symbol(SHARED_SYMBOL))
+        return own if block is None else self.b.pure("mapa.shared::cluster.u32", own, self.integer(block))
 
-    def shared_address(self, tensor: SharedTensor, index: Sequence[Linear]) -> Address:
-        """Where the element at `index` of a shared tensor starts."""
+    def shared_address(self, tensor: SharedTensor, index: Sequence[Linear], block: Expr | None = None) -> Address:
+        """Where the element at `index` of a shared tensor starts; with `block`, in that block of the cluster."""
         layout = tensor.layout
         if layout is None:
             raise TilusError(f"shared tensor {tensor.name} has no layout")
@@ -354,7 +357,7 @@ class EmitContext:
             bits = register(self.b, elements.scaled(nbits))
             elements, nbits = of_reg(self.b.pure("shr.s32", bits, Imm(3))), 8
         form = elements.scaled(nbits // 8) + of_const(self.plan.offsets[tensor])
-        return address32(self.b, self.shared_base(), form)
+        return address32(self.b, self.shared_base(block), form)
 
     def linear_offset(self, layout: SharedLayout, index: Sequence[Linear]) -> Linear:
         """The address of an element before the swizzle, in elements."""
@@ -427,6 +430,11 @@ class EmitContext:
                 f"this is the barrier of group {number + 1} of warps, a block has {NUM_BARRIERS}",
                 hint="let several roles have the same warps, or do without tilus.sync in some",
             )
+
+    def cluster_barrier(self) -> None:
+        """Wait for all threads of all blocks of the cluster, whose memory accesses before it are then visible to each other."""
+        self.b.emit_to("barrier.cluster.arrive.release.aligned")
+        self.b.emit_to("barrier.cluster.wait.acquire.aligned")
 
     def warp_barrier(self) -> None:
         """Wait for all threads of the warp."""

@@ -69,7 +69,7 @@ def lower(function: Function, target: Target) -> Lowered:
     names = {var: f"param_{index}_{_identifier(var.name)}" for index, var in enumerate(params)}
     ctx = EmitContext(
         b, target, function.warps, scalars, plan, _read_only(function), frozenset(params), {function.warps: 0},
-        arriving_warps(function), entry_registers(function, target),
+        arriving_warps(function), entry_registers(function, target), function.cluster,
     )  # fmt: skip
     pointers = {param.tensor.base for param in function.params if isinstance(param, TensorParam)}
     for var, name in names.items():
@@ -89,6 +89,7 @@ def lower(function: Function, target: Target) -> Lowered:
         min_blocks_per_sm=function.blocks_per_sm,
         max_registers=ctx.entry_registers,
         local=(LocalArray(LOCAL_SYMBOL, ctx.local_nbytes),) if ctx.local_nbytes else (),
+        cluster=function.cluster,
     )
     waits = any(isinstance(item, Instr) and item.opcode == "griddepcontrol.wait" for item in kernel.body)
     strings = tuple(GlobalBytes(name, text.encode() + b"\0") for text, name in ctx.strings.items())
@@ -111,6 +112,12 @@ def _check_limits(function: Function, plan: SharedPlan, target: Target) -> None:
             f"kernel {function.name} has {function.num_warps} warps, at most {target.max_threads_per_block // 32} fit in a block",
             loc=function.loc,
             hint="lower `warps` in tilus.grid",
+        )
+    if function.cluster > 1 and target.sm < 90:
+        raise TilusError(
+            f"kernel {function.name} has clusters of {function.cluster} blocks, {target.name} has none",
+            loc=function.loc,
+            hint="compile it for sm_90a, or with `cluster=1` in tilus.grid",
         )
 
 
@@ -169,6 +176,8 @@ class _StmtLowering:
             self.lower(body)
         if self.exit_label:
             self.b.place(self.exit_label)
+        if any(stmt.inst.effects().remote for stmt in instructions(body)):
+            self.ctx.cluster_barrier()  # a block's shared memory lives as long as others may touch it
         self.b.emit_to("ret")
 
     def lower(self, stmt: Stmt) -> None:

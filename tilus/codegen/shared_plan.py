@@ -9,7 +9,9 @@ from tilus.ir.tensor import SharedTensor
 from tilus.ir.visit import by_warps
 
 ALIGNMENT = 128  # TMA and ldmatrix need 128 and 16
-MAX_ALIGNMENT = 1024  # the longest pattern of a swizzle that TMA and wgmma know: they apply it to addresses, not to offsets
+MAX_ALIGNMENT = (
+    1024  # the longest pattern of a swizzle that TMA and wgmma know: they apply it to addresses, not to offsets
+)
 
 
 @dataclass(frozen=True)

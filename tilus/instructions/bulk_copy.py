@@ -22,6 +22,7 @@ from tilus.instructions.shared_copy import (
     CopyToShared,
     SharedCopy,
     amount,
+    mask_of,
     tile_of,
 )
 from tilus.ir.builder import IRBuilder, builtin
@@ -295,7 +296,7 @@ def copy_bulk(
     """
     tile, axes, tensor, starts = tile_of(src, dst, shape, dims)
     bar, index = one_barrier("copy_bulk", barrier)
-    mask = None if multicast is None else as_expr(multicast)
+    mask = mask_of(b, "copy_bulk", multicast)
     src_offsets = tuple(as_expr(o) for o in offsets)
     b.emit(CopyBulk(tile, axes, evict, tensor, src, bar, index, starts, src_offsets, mask))
 

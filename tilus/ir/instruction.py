@@ -32,7 +32,7 @@ class Effects:
 
     reads, writes: tensors in memory. barrier: waits for other threads or for asynchronous copies. other: prints and the like.
     waits_for_kernels: waits for the end of the earlier kernels of the stream; constants: tensors that none of them which may
-    still be running writes.
+    still be running writes. remote: touches shared memory of other blocks of the cluster. cluster_barrier: waits for all of them.
     """
 
     reads: tuple[Tensor, ...] = ()
@@ -41,6 +41,8 @@ class Effects:
     other: bool = False
     waits_for_kernels: bool = False
     constants: tuple[Tensor, ...] = ()
+    remote: bool = False
+    cluster_barrier: bool = False
 
     @property
     def removable(self) -> bool:

@@ -117,7 +117,9 @@ class _Values:
     def grid(self, scalars: Sequence[Any]) -> Grid:
         known = self.known(scalars)
         x, y, z = (*(int(evaluate(extent, known)) for extent in self.function.grid), 1, 1)[:3]
-        return max(0, x), max(0, y), max(0, z)
+        grid = max(0, x), max(0, y), max(0, z)
+        self.function.check_grid(grid)
+        return grid
 
     def after_pointers(self, scalars: Sequence[Any]) -> list[Number]:
         known = self.known(scalars)
