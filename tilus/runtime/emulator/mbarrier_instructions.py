@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import numpy.typing as npt
 
-from tilus.ptx.module import Operand
+from tilus.ptx.module import Operand, Special
 from tilus.runtime.emulator.clocks import PHASE_ZERO
 from tilus.runtime.emulator.decode import Mask, Site, Step, instruction
 from tilus.runtime.emulator.guards import mark_initialised
@@ -22,11 +22,11 @@ _REMOTE = (*_SPACES, "shared::cluster")
 _SCOPES = ("release", "acquire", "cta", "cluster")
 
 
-def barrier_access(site: Site, operand: Operand) -> Access:
-    """The operand that names an mbarrier object."""
+def barrier_access(site: Site, operand: Operand, *, asynchronous: bool = False) -> Access:
+    """The operand that names an mbarrier object; asynchronous: of a copy that completes it later."""
     spaces = [word for word in site.words if word.startswith("shared")]
     space = ("shared::cluster" if "shared::cluster" in spaces else "shared") if spaces else None
-    return Access(site, operand, space, 8, by_warp=False)
+    return Access(site, operand, space, 8, by_warp=False, asynchronous=asynchronous)
 
 
 def _distinct(values: npt.NDArray[np.generic]) -> list[int]:
@@ -80,6 +80,8 @@ def arrive(site: Site) -> Step:
     site.allow("arrive", "expect_tx", "relaxed", *_SCOPES, *_REMOTE)
     expects = site.has("expect_tx")
     site.expect_operands(*((3,) if expects else (2, 3)))
+    if site.has("shared::cluster") and site.operands[0] != Special("_"):
+        raise site.fault("an arrival at an mbarrier in shared::cluster gives no state, expected _ as destination")
     out = site.target(0, "b64")
     access = barrier_access(site, site.operands[1])
     numbers = site.source(2, "u32") if len(site.operands) > 2 else np.asarray(1, np.uint32)
