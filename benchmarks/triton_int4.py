@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.errors import OutOfResources  # what too large a tile raises
 
 GROUP = 128
 BIAS = 8  # what is subtracted from the stored code
@@ -38,7 +39,7 @@ def configs(n: int, k: int, m: int, num_sms: int = 132) -> list[Config]:
     if m <= 64:
         block_m = max(16, triton.next_power_of_2(m))
         found: list[Config] = []
-        for block_n, warps, stages in ((64, 4, 4), (64, 4, 6), (128, 4, 4), (128, 8, 4)):
+        for block_n, warps, stages in ((64, 4, 4), (64, 4, 6), (128, 8, 4), (128, 8, 5)):
             blocks = triton.cdiv(n, block_n)
             for per_sm in (2, 4):
                 splits = max(1, min(per_sm * num_sms // blocks, k // 256, 8))
@@ -47,10 +48,10 @@ def configs(n: int, k: int, m: int, num_sms: int = 132) -> list[Config]:
     if m <= 256:
         splits = max(1, min(num_sms // (triton.cdiv(n, 128) * triton.cdiv(m, 128)), 4))
         return [
-            Config(256, 128, 64, splits, 4, 4), Config(256, 128, 128, splits, 8, 3), Config(128, 128, 128, splits, 8, 4),
+            Config(256, 128, 64, splits, 4, 4), Config(256, 128, 128, splits, 8, 2), Config(128, 128, 128, splits, 8, 4),
             Config(128, 64, 128, splits, 4, 4),
         ]  # fmt: skip
-    return [Config(128, 128, 256, 1, 8, 3), Config(128, 128, 128, 1, 8, 4), Config(128, 128, 128, 1, 4, 4)]
+    return [Config(128, 128, 256, 1, 8, 3), Config(128, 128, 128, 1, 8, 4), Config(128, 64, 256, 1, 4, 3)]
 
 
 def pack(codes: torch.Tensor, step: int) -> torch.Tensor:
@@ -117,23 +118,19 @@ def product(
     per_split = (steps + splits - 1) // splits
     first = split * per_split
     word_at = words + rows_n[:, None] * words_of_row + lanes[None, :]
-    scale_at = scales + rows_n
+    scale_at = scales + rows_n[:, None] * (k // 128)
     total = tl.zeros([block_n, block_m], tl.float32)
-    scale0 = tl.load(scale_at + groups * first * n, mask=in_n, other=0.0)
-    scale1 = tl.load(scale_at + (groups * first + groups - 1) * n, mask=in_n, other=0.0)
     for step in range(first, min(first + per_split, steps)):
         raw = tl.load(word_at + step * quarter, mask=in_n[:, None], other=0)
-        # Those of the next iteration are on their way meanwhile; Triton does so by itself for operands of products only.
-        ahead = groups * min(step + 1, steps - 1)
-        next0 = tl.load(scale_at + ahead * n, mask=in_n, other=0.0)
-        next1 = tl.load(scale_at + (ahead + groups - 1) * n, mask=in_n, other=0.0)
+        # A row's scales lie side by side, so most of these loads find them in the L1 cache: their latency is not hidden.
+        scale0 = tl.load(scale_at + groups * step, mask=in_n[:, None], other=0.0)
+        scale1 = tl.load(scale_at + groups * step + (groups - 1), mask=in_n[:, None], other=0.0)
         w0, w1, w2, w3 = unpacked(raw)
         columns = step * columns_of_step + lanes
-        total = add_quarter(total, w0 * scale0[:, None], x, rows_m, in_m, columns, k)
-        total = add_quarter(total, w1 * scale0[:, None], x, rows_m, in_m, columns + quarter, k)
-        total = add_quarter(total, w2 * scale1[:, None], x, rows_m, in_m, columns + 2 * quarter, k)
-        total = add_quarter(total, w3 * scale1[:, None], x, rows_m, in_m, columns + 3 * quarter, k)
-        scale0, scale1 = next0, next1
+        total = add_quarter(total, w0 * scale0, x, rows_m, in_m, columns, k)
+        total = add_quarter(total, w1 * scale0, x, rows_m, in_m, columns + quarter, k)
+        total = add_quarter(total, w2 * scale1, x, rows_m, in_m, columns + 2 * quarter, k)
+        total = add_quarter(total, w3 * scale1, x, rows_m, in_m, columns + 3 * quarter, k)
 
     place = rows_m[None, :] * n + rows_n[:, None]
     inside = in_n[:, None] & in_m[None, :]
@@ -155,7 +152,7 @@ def product(
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """words: int16 [N, K / 4], packed for `step`. scales: f16 [K / 128, N]."""
+    """words: int16 [N, K / 4], packed for `step`. scales: f16 [N, K / 128]."""
 
     step: int
     words: torch.Tensor
@@ -171,7 +168,7 @@ class Weight:
 
 def weight(codes: torch.Tensor, scales: torch.Tensor, step: int) -> Weight:
     """Two's complement codes -8 to 7 as uint8 [N, K], and scales [N, K / 128] that are numbers of f16."""
-    return Weight(step, pack(codes ^ BIAS, step), scales.T.contiguous().half())
+    return Weight(step, pack(codes ^ BIAS, step), scales.half())
 
 
 def launcher(config: Config, m: int, w: Weight) -> Callable[[torch.Tensor, Weight, torch.Tensor], None]:

@@ -153,7 +153,9 @@ class Expected:
         if not error <= 1:
             raise WrongResult(f"{what}: an element is off by {error:.3g} times what rounding explains")
         if not rms <= self.rms:
-            raise WrongResult(f"{what}: off by {rms:.3g} of the product in the root mean square, expected {self.rms:.3g}")
+            raise WrongResult(
+                f"{what}: off by {rms:.3g} of the product in the root mean square, expected {self.rms:.3g}"
+            )
         return {"error": round(error, 4), "rms": float(f"{rms:.3g}")}
 
 

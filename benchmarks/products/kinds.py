@@ -1,0 +1,96 @@
+"""Every type of codes, and every scheme, at one shape and few tokens: how close the product comes to a pure read of its weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import tilus
+from products.limits import read_bar
+from products.run import Run, activations, products_with
+from products.weights import Case, random_weight
+
+TYPES = (
+    "uint1", "uint2", "int2", "int3", "int4", "uint4", "float4_e2m1", "int5", "float5_e2m2", "int6", "float6_e3m2", "int7",
+    "int8", "float8_e4m3",
+)  # fmt: skip
+SHAPE = (8192, 8192)
+TOKENS = (1, 16)
+COLUMNS = {
+    "N x K": 13, "M": 6, "type": 13, "scheme": 18, "group": 7, "us": 9, "plain": 9, "read": 9, "plain read": 12, "ratio": 7,
+    "plain ratio": 13, "bar": 6, "cuBLAS": 9,
+}  # fmt: skip
+
+
+def type_cases(shapes: Sequence[tuple[int, int]]) -> list[Case]:
+    """Symmetric; integers with zero points, too."""
+    cases = [Case(shape, name) for shape in shapes for name in TYPES]
+    integers = [case for case in cases if tilus.dtype(case.dtype).is_integer]
+    return cases + [replace(case, scheme="zero points") for case in integers]
+
+
+def scheme_cases(shapes: Sequence[tuple[int, int]]) -> list[Case]:
+    """Scheme, type and group as checkpoints have them."""
+    kinds = (
+        ("uint4", "zero points", 128),  # AWQ, GPTQ
+        ("uint4", "activation order", 128),  # GPTQ with desc_act
+        ("uint4", "minimums", 32),  # Q4_1, Q4_K
+        ("int8", "symmetric", 32),  # Q8_0
+        ("int4", "symmetric", None),  # one scale for a row
+        ("float4_e2m1", "powers of two", 32),  # MXFP4
+        ("float4_e2m1", "two levels", 16),  # NVFP4
+        ("uint4", "table", 64),  # NF4
+    )
+    return [
+        Case(shape, name, scheme, shape[1] if group is None else group)
+        for shape in shapes
+        for name, scheme, group in kinds
+    ]
+
+
+def rows(run: Run, cases: Sequence[Case], tokens: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """A row for each case and M; see gemm.py for its keys."""
+    dense: dict[tuple[int, int], Any] = {}  # weights of cuBLAS, for the last shape
+    cublas: dict[tuple[tuple[int, int], int], float | None] = {}
+    for case in cases:
+        if run.budget.exhausted:
+            return
+        weight = random_weight(case)
+        packed = run.packed_copies(weight)
+        for m in tokens:
+            if run.budget.exhausted:
+                return
+            xs = activations(m, case.shape[1])
+            what = f"{case}, M = {m}"
+            found = run.linear_us(xs, packed, products_with(weight, xs), what)
+            if (case.shape, m) not in cublas:
+                if case.shape not in dense:
+                    dense = {case.shape: run.copies_of(weight.rounded(xs[0].dtype))}
+                cublas[case.shape, m] = run.attempt(
+                    "cublas_fp16_us", lambda x=xs, w=dense[case.shape]: run.torch_us(x, w, f"cuBLAS, {what}")
+                )
+            yield entry(case, m, found, run.reads.us(packed[0].nbytes), cublas[case.shape, m], run.taken_failures())
+
+
+def entry(
+    case: Case, m: int, found: dict[str, Any], reads: tuple[float, float], cublas_us: float | None, failures: dict[str, str]
+) -> dict[str, Any]:  # fmt: skip
+    """The ratios are of like to like: both kernels with dependent launch, or none."""
+    read_us, plain_read_us = reads
+    bar = read_bar(tilus.dtype(case.dtype).nbits)
+    ratio = None if found["us"] is None else round(found["us"] / read_us, 3)
+    plain = None if found["plain_us"] is None else round(found["plain_us"] / plain_read_us, 3)
+    return {
+        "N": case.shape[0], "K": case.shape[1], "M": m, "dtype": case.dtype, "scheme": case.scheme, "group": case.group,
+        **found, "read_us": read_us, "plain_read_us": plain_read_us, "ratio": ratio, "plain_ratio": plain,
+        "bar": bar, "met": ratio is not None and ratio <= bar, "cublas_fp16_us": cublas_us, "failures": failures,
+    }  # fmt: skip
+
+
+def cells(row: dict[str, Any]) -> list[Any]:
+    keys = (
+        "M", "dtype", "scheme", "group", "us", "plain_us", "read_us", "plain_read_us", "ratio", "plain_ratio", "bar",
+        "cublas_fp16_us",
+    )  # fmt: skip
+    return [f"{row['N']} x {row['K']}", *(row[key] for key in keys)]
