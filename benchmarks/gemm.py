@@ -7,18 +7,18 @@
     python benchmarks/gemm.py dense                 products without quantisation, where tilus.kernels.gemm exists
     python benchmarks/gemm.py sweep --types int4    other schedules than the library's (45 kernels a type)
 
-Without a suite it is int4; with several they run one after the other. --shapes 4096x4096,14336x4096 (N x K), --tokens 1,16 and --types
-int4,uint1 take others than the usual ones. --budget SECONDS stops before the first row that would start later; rows come in an
-order in which those measured so far cover the range, and the file is whole after each one.
+Without a suite it is int4; with several they run one after the other. --shapes 4096x4096,14336x4096 (N x K), --tokens 1,16 and
+--types int4,uint1 take others than the usual ones. --budget SECONDS stops before the first row that would start later; rows come
+in an order in which those measured so far cover the range, and the file is whole after each one.
 
 y [M, N] = x [M, K] times the transpose of a weight [N, K]; f16 activations, random codes, all equally likely, and one f16 scale
 for each group of 128 unless the scheme says otherwise.
 
-Times are medians over replays of a CUDA graph in microseconds of one call. A graph goes through copies of the weight that add up to more
-than four times the L2 cache, so that every call reads its weight from memory; activations alternate between two. What
-is compared runs in the same process. Before and after it is timed, every product is compared with float64 (products/weights.py has the
-bound), in outputs that held NaN before; a wrong one ends the run. A kernel that cannot be compiled or launched leaves null, and its
-message in `failures`.
+Times are medians over replays of a CUDA graph, in microseconds of one call. A graph goes through copies of the weight that add up
+to more than four times the L2 cache, so that every call reads its weight from memory; activations alternate between two. What is
+compared runs in the same process. Before and after it is timed, every product is compared with float64 (products/weights.py has
+the bound), in outputs that held NaN before; a wrong one ends the run. A kernel that cannot be compiled or launched leaves null,
+and its message in `failures`.
 
 Output, as JSON; times in microseconds, null where there is none:
     device, torch, cuda, triton, python    what it ran on; triton: null where it is missing
@@ -32,9 +32,10 @@ Every row has M, N, K and
     read_us, plain_read_us    a pure read of the weight's bytes, likewise
     error, rms             the largest difference in parts of its bound; relative, in the root mean square
     failures               {what is null: why}
-int4: cublas_fp16_us, cublas_bf16_us; triton_us, triton_config: the fastest of a handful; limit_us, plain_limit_us: the larger of the
-    read (likewise) and the arithmetic at `tflops`. summary: see `by_tokens` in products/limits.py.
-types, schemes: dtype, scheme, group; ratio, plain_ratio: us / read_us, plain_us / plain_read_us; bar, met: for ratio; cublas_fp16_us.
+int4: cublas_fp16_us, cublas_bf16_us; triton_us, triton_config: the fastest of a handful; limit_us, plain_limit_us: the larger of
+    the read (likewise) and the arithmetic at `tflops`. summary: see `by_tokens` in products/limits.py.
+types, schemes: dtype, scheme, group; ratio, plain_ratio: us / read_us, plain_us / plain_read_us; bar, met: for ratio;
+    cublas_fp16_us.
 sweep: dtype, ratio, schedule; neither plain times nor errors.
 dense: dtype, torch_us, ratio: torch_us / us, tflops, limit_us; no reads and no plain times.
 chain: layers; us: of one layer; no error, rms: of the last layer against a float64 chain.
@@ -52,7 +53,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from products import chain, dense, int4, kinds, sweep
 from products.limits import by_tokens
 from products.report import Report
@@ -189,7 +189,7 @@ def main() -> None:
         raise SystemExit("no GPU: `tilus doctor` says what is missing")
     run = Run(options.replays, Budget(options.budget))
     report = Report(options.out, machine(run))
-    with torch.cuda.stream(torch.cuda.Stream()), torch.inference_mode():
+    with torch.cuda.stream(torch.cuda.Stream()):
         for name in options.suites:
             suite = SUITES[name]
             report.suite(

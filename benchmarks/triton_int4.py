@@ -1,9 +1,9 @@
-"""A Triton kernel to compare with: y = x W^T of f16 activations and symmetric 4-bit codes with an f16 scale for each group of 128.
+"""A Triton kernel to compare with: y = x W^T of f16 activations and symmetric 4-bit codes, one f16 scale for each group of 128.
 
-The weight is the left operand, so that few tokens waste no rows of the tensor cores. One iteration of the loop takes 128 or 256 columns
-(`step`): a 16-bit word of the packed weight holds one code of each quarter of them, so that unpacked quarters are whole operands,
-without shuffling. Codes become f16 by the bits of 1024 + code (and 1024 + 16 * code) and are multiplied by their scale in f16. For few tokens
-blocks split K; the last one to arrive adds up the partial sums in f32.
+The weight is the left operand, so that few tokens waste no rows of the tensor cores. One iteration of the loop takes 128 or 256
+columns (`step`): a 16-bit word of the packed weight holds one code of each quarter of them, so that unpacked quarters are whole
+operands, without shuffling. Codes become f16 by the bits of 1024 + code (and 1024 + 16 * code) and are multiplied by their scale
+in f16. For few tokens blocks split K; the last one to arrive adds up the partial sums in f32.
 
 Needs triton; the rest of the benchmarks does not.
 """
@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from triton.runtime.errors import OutOfResources  # what too large a tile raises
+from triton.runtime import errors
 
-GROUP = 128
+TooLarge = errors.OutOfResources  # what a tile raises that is too large for the GPU
 BIAS = 8  # what is subtracted from the stored code
 
 
@@ -182,8 +182,8 @@ def launcher(config: Config, m: int, w: Weight) -> Callable[[torch.Tensor, Weigh
 
     def launch(x: torch.Tensor, w: Weight, y: torch.Tensor) -> None:
         product[grid](
-            x, w.words, w.scales, y, partial, tickets, m, n, k, k // 4, config.splits, config.step, config.block_n, config.block_m,
-            config.splits > 1,
+            x, w.words, w.scales, y, partial, tickets, m, n, k, k // 4, config.splits,
+            config.step, config.block_n, config.block_m, config.splits > 1,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 

@@ -10,7 +10,7 @@ import torch
 
 from products.limits import product_us
 from products.run import Run, outputs_like
-from products.timing import Action
+from products.timing import ACTIVATIONS, in_turn
 from products.weights import Expected, expected
 
 SHAPES = ((8192, 8192, 8192), (4096, 4096, 4096), (1000, 4104, 4104), (333, 1000, 3000))  # M, N, K: the last two ragged
@@ -38,7 +38,7 @@ def row(run: Run, m: int, n: int, k: int, name: str) -> dict[str, Any]:
 
     dtype = DTYPES[name]
     out = torch.bfloat16 if dtype.itemsize == 1 else dtype
-    xs = [torch.randn(m, k, device="cuda").to(dtype) for _ in range(2)]
+    xs = [torch.randn(m, k, device="cuda").to(dtype) for _ in range(ACTIVATIONS)]
     weights = run.copies_of((torch.randn(n, k, device="cuda") / k**0.5).to(dtype))
     values = weights[0].float()
     what = f"{name} {m} x {n} x {k}"
@@ -48,10 +48,7 @@ def row(run: Run, m: int, n: int, k: int, name: str) -> dict[str, Any]:
             expected(x, lambda a, b: values[a:b].double(), n, out, roundings=roundings) for x in xs
         ]
         outputs = outputs_like(wanted, out)
-        actions: list[Action] = [
-            lambda w=w, x=xs[i % 2], y=outputs[i % 2]: product(x, w, y) for i, w in enumerate(weights)
-        ]
-        return run.timer.checked_us(actions, outputs, wanted, f"{who}, {what}")
+        return run.timer.checked_us(in_turn(product, xs, weights, outputs), outputs, wanted, f"{who}, {what}")
 
     ours = run.attempt("us", lambda: timed(lambda x, w, y: gemm(x, w, out=y), 1, "tilus"))
     peer = run.attempt("torch_us", lambda: timed(_torch_product(dtype), 4, "torch"))

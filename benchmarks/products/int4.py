@@ -11,6 +11,7 @@ import torch
 
 from products.limits import limit_us, speedup
 from products.run import Run, activations, outputs_like, products_with
+from products.timing import Action, in_turn
 from products.weights import Case, Expected, RandomWeight, random_weight
 from tilus.kernels.quantize import QuantizedWeight
 
@@ -96,18 +97,15 @@ class Operands:
         n, k = self.shape
         outputs = outputs_like(wanted, torch.float16)
 
-        def actions(config: Any) -> list[Any]:
+        def actions(config: Any) -> list[Action]:
             weights = self.triton(config.step)
-            launch = kernel.launcher(config, xs[0].shape[0], weights[0])
-            return [
-                lambda w=w, x=xs[i % len(xs)], y=outputs[i % len(xs)]: launch(x, w, y) for i, w in enumerate(weights)
-            ]
+            return in_turn(kernel.launcher(config, xs[0].shape[0], weights[0]), xs, weights, outputs)
 
         times: dict[Any, float] = {}
         for config in kernel.configs(n, k, xs[0].shape[0]):
             try:
                 times[config] = self.run.timer.us(actions(config), TUNING_REPLAYS)
-            except kernel.OutOfResources:  # too large a tile for this GPU: the others remain
+            except kernel.TooLarge:  # too large a tile for this GPU: the others remain
                 continue
         if not times:
             raise RuntimeError("no configuration of the Triton kernel fits this GPU")

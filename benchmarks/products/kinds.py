@@ -1,10 +1,12 @@
-"""Every type of codes, and every scheme, at one shape and few tokens: how close the product comes to a pure read of its weight."""
+"""Every type of codes, and every scheme, at one shape and few tokens: how close products come to a pure read of their weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
+
+import torch
 
 import tilus
 from products.limits import read_bar
@@ -51,8 +53,7 @@ def scheme_cases(shapes: Sequence[tuple[int, int]]) -> list[Case]:
 
 def rows(run: Run, cases: Sequence[Case], tokens: Sequence[int]) -> Iterator[dict[str, Any]]:
     """A row for each case and M; see gemm.py for its keys."""
-    dense: dict[tuple[int, int], Any] = {}  # weights of cuBLAS, for the last shape
-    cublas: dict[tuple[tuple[int, int], int], float | None] = {}
+    cublas = Cublas(run)
     for case in cases:
         if run.budget.exhausted:
             return
@@ -62,15 +63,27 @@ def rows(run: Run, cases: Sequence[Case], tokens: Sequence[int]) -> Iterator[dic
             if run.budget.exhausted:
                 return
             xs = activations(m, case.shape[1])
-            what = f"{case}, M = {m}"
-            found = run.linear_us(xs, packed, products_with(weight, xs), what)
-            if (case.shape, m) not in cublas:
-                if case.shape not in dense:
-                    dense = {case.shape: run.copies_of(weight.rounded(xs[0].dtype))}
-                cublas[case.shape, m] = run.attempt(
-                    "cublas_fp16_us", lambda x=xs, w=dense[case.shape]: run.torch_us(x, w, f"cuBLAS, {what}")
-                )
-            yield entry(case, m, found, run.reads.us(packed[0].nbytes), cublas[case.shape, m], run.taken_failures())
+            found = run.linear_us(xs, packed, products_with(weight, xs), f"{case}, M = {m}")
+            peer = cublas.us(case.shape, m)
+            yield entry(case, m, found, run.reads.us(packed[0].nbytes), peer, run.taken_failures())
+
+
+class Cublas:
+    """fp16 products, measured once for each shape and M."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._found: dict[tuple[tuple[int, int], int], float | None] = {}
+
+    def us(self, shape: tuple[int, int], m: int) -> float | None:
+        if (shape, m) not in self._found:
+            self._found[shape, m] = self._run.attempt("cublas_fp16_us", lambda: self._measured(shape, m))
+        return self._found[shape, m]
+
+    def _measured(self, shape: tuple[int, int], m: int) -> float:
+        n, k = shape
+        weights = self._run.copies_of((torch.randn(n, k, device="cuda") / k**0.5).half())
+        return self._run.torch_us(activations(m, k), weights, f"cuBLAS fp16 {n} x {k}, M = {m}")
 
 
 def entry(

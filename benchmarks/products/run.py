@@ -10,7 +10,7 @@ import torch
 
 from products.limits import PEAK_TFLOPS
 from products.reads import Reads
-from products.timing import ACTIVATIONS, Budget, Timer, one_after_the_other
+from products.timing import ACTIVATIONS, Budget, Timer, in_turn, one_after_the_other
 from products.weights import Expected, RandomWeight, expected
 from tilus.kernels import linear
 from tilus.kernels.quantize import QuantizedWeight
@@ -59,10 +59,7 @@ class Run:
         outputs = outputs_like(wanted, torch.float16)
 
         def timed(device: str | None) -> tuple[float, dict[str, float]]:
-            actions = [
-                lambda w=w, x=xs[i % len(xs)], y=outputs[i % len(xs)]: linear(x, w, out=y, device=device)
-                for i, w in enumerate(weights)
-            ]
+            actions = in_turn(lambda x, w, y: linear(x, w, out=y, device=device), xs, weights, outputs)
             return self.timer.checked_us(actions, outputs, wanted, what)
 
         dependent = self.attempt("us", lambda: timed(None))
@@ -73,15 +70,12 @@ class Run:
         return {"us": dependent and dependent[0], "plain_us": plain and plain[0], **worst}
 
     def torch_us(self, xs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], what: str) -> float:
-        """torch.mm of activations [M, K] and weights [N, K] that are all the same, checked; cuBLAS may add partial sums in the type of
-        the result."""
+        """torch.mm of activations [M, K] and weights [N, K] that are all the same, checked; cuBLAS may add partial sums in the
+        type of the result."""
         weight = weights[0]
         wanted = [expected(x, lambda a, b: weight[a:b].double(), weight.shape[0], x.dtype, roundings=4) for x in xs]
         outputs = outputs_like(wanted, weight.dtype)
-        actions = [
-            lambda w=w, x=xs[i % len(xs)], y=outputs[i % len(xs)]: torch.mm(x, w.T, out=y)
-            for i, w in enumerate(weights)
-        ]
+        actions = in_turn(lambda x, w, y: torch.mm(x, w.T, out=y), xs, weights, outputs)
         return self.timer.checked_us(actions, outputs, wanted, what)[0]
 
     def copies_of(self, weight: torch.Tensor) -> list[torch.Tensor]:

@@ -6,9 +6,13 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+
 from products.run import Run, activations, outputs_like, products_with
-from products.weights import Case, random_weight
+from products.timing import in_turn
+from products.weights import Case, Expected, random_weight
 from tilus.kernels.linear import launch
+from tilus.kernels.quantize import QuantizedWeight
 from tilus.kernels.schedule import Schedule
 
 COLUMNS = {"N x K": 13, "M": 6, "type": 13, "us": 9, "read": 9, "ratio": 7, "schedule": 100}
@@ -34,30 +38,28 @@ def rows(run: Run, cases: Sequence[Case], tokens: Sequence[int]) -> Iterator[dic
     for case in cases:
         weight = random_weight(case)
         packed = run.packed_copies(weight)
-        read_us = run.reads.us(packed[0].nbytes)[0]
         for m in tokens:
             xs = activations(m, case.shape[1])
             wanted = products_with(weight, xs)
-            outputs = outputs_like(wanted, xs[0].dtype)
             for plan in plans():
                 if run.budget.exhausted:
                     return
-                if plan.tokens != (8 if m <= 8 else 16):
-                    continue
-                actions = [
-                    lambda w=w, x=xs[i % len(xs)], y=outputs[i % len(xs)], plan=plan: launch(x, w, y, None, plan, None)
-                    for i, w in enumerate(packed)
-                ]
-                what = f"{case}, M = {m}, {plan}"
-                found = run.attempt(
-                    "us", lambda a=actions, what=what: run.timer.checked_us(a, outputs, wanted, what)
-                )  # fmt: skip
-                us = found and found[0]
-                yield {
-                    "N": case.shape[0], "K": case.shape[1], "M": m, "dtype": case.dtype, "us": us, "read_us": read_us,
-                    "ratio": us and round(us / read_us, 3), "schedule": dataclasses.asdict(plan),
-                    "failures": run.taken_failures(),
-                }  # fmt: skip
+                if plan.tokens == (8 if m <= 8 else 16):
+                    yield row(run, case, xs, packed, wanted, plan)
+
+
+def row(
+    run: Run, case: Case, xs: Sequence[torch.Tensor], packed: Sequence[QuantizedWeight], wanted: Sequence[Expected],
+    plan: Schedule,
+) -> dict[str, Any]:  # fmt: skip
+    m, outputs = xs[0].shape[0], outputs_like(wanted, xs[0].dtype)
+    actions = in_turn(lambda x, w, y: launch(x, w, y, None, plan, None), xs, packed, outputs)
+    found = run.attempt("us", lambda: run.timer.checked_us(actions, outputs, wanted, f"{case}, M = {m}, {plan}"))
+    us, read_us = found and found[0], run.reads.us(packed[0].nbytes)[0]
+    return {
+        "N": case.shape[0], "K": case.shape[1], "M": m, "dtype": case.dtype, "us": us, "read_us": read_us,
+        "ratio": us and round(us / read_us, 3), "schedule": dataclasses.asdict(plan), "failures": run.taken_failures(),
+    }  # fmt: skip
 
 
 def cells(row: dict[str, Any]) -> list[Any]:

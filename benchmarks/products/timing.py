@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -82,7 +85,7 @@ class Timer:
             action()
             event.record()
         torch.cuda.current_stream().synchronize()
-        return [1e3 * start.elapsed_time(stop) for start, stop in zip(events, events[1:])]
+        return [1e3 * start.elapsed_time(stop) for start, stop in itertools.pairwise(events)]
 
     def checked_us(
         self, actions: Sequence[Action], outputs: Sequence[torch.Tensor], wanted: Sequence[Expected], what: str
@@ -101,6 +104,14 @@ class Timer:
         us = self.us(actions)
         found += check("after the replays")
         return us, {key: max(errors[key] for errors in found) for key in found[0]}
+
+
+def in_turn(
+    product: Callable[..., object], xs: Sequence[torch.Tensor], weights: Sequence[Any], outputs: Sequence[torch.Tensor]
+) -> list[Action]:  # fmt: skip
+    """`product(x, weight, output)` for each of the weights; activations take turns, each with an output of its own."""
+    pairs = itertools.cycle(zip(xs, outputs, strict=True))
+    return [functools.partial(product, x, w, y) for w, (x, y) in zip(weights, pairs)]
 
 
 def poison(outputs: Sequence[torch.Tensor]) -> None:
