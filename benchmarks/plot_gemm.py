@@ -1,4 +1,4 @@
-"""The results of `gemm.py int4` as a picture: the speed-up over the faster cuBLAS by tokens, a panel for each shape and their mean.
+"""The results of `gemm.py int4` as a picture: the speed-up over the faster cuBLAS by tokens, one panel a shape and their mean.
 
     python benchmarks/plot_gemm.py RESULTS.json --out FILE.svg
 
@@ -19,10 +19,9 @@ import matplotlib
 matplotlib.use("svg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
-from products.limits import SPEEDUP_BARS, geomean, speedup
+from products.limits import SPEEDUP_BARS, speedups
 
 Row = Mapping[str, Any]
-Series = dict[int, float]  # speed-up by tokens
 
 # Key of a row, label, colour, style. Colours differ in lightness, too.
 LINES = (
@@ -33,19 +32,10 @@ LINES = (
 LIMITS = ("limit_us", "plain_limit_us")
 
 
-def series(rows: Sequence[Row], key: str) -> Series:
-    """The geometric mean of the speed-ups over the shapes, for each M that every shape has."""
-    shapes = {(row["N"], row["K"]) for row in rows}
-    found: dict[int, list[float]] = {}
-    for row in rows:
-        if (ratio := speedup(row, key)) is not None:
-            found.setdefault(row["M"], []).append(ratio)
-    return {m: geomean(ratios) for m, ratios in sorted(found.items()) if len(ratios) == len(shapes)}
-
-
 def draw(axes: Axes, rows: Sequence[Row], title: str, *, bars: bool) -> None:
     """One panel. Limits fill the room between them; cuBLAS is the line at 1."""
-    best, plain = (series(rows, key) for key in LIMITS)
+    shapes = len({(row["N"], row["K"]) for row in rows})
+    best, plain = (speedups(rows, key, shapes) for key in LIMITS)
     common = [m for m in best if m in plain]
     low, high = [plain[m] for m in common], [best[m] for m in common]
     axes.fill_between(
@@ -54,7 +44,7 @@ def draw(axes: Axes, rows: Sequence[Row], title: str, *, bars: bool) -> None:
     axes.plot(common, low, color="#888888", linewidth=0.8, linestyle="--")
     axes.plot(common, high, color="#888888", linewidth=0.8)
     for key, label, color, style in LINES:
-        points = series(rows, key)
+        points = speedups(rows, key, shapes)
         axes.plot(
             list(points),
             list(points.values()),

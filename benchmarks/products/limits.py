@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -45,26 +46,28 @@ def speedup(row: Mapping[str, Any], key: str) -> float | None:
     return None if not peers or row[key] is None else min(peers) / row[key]
 
 
-def by_tokens(rows: Iterable[Mapping[str, Any]], shapes: int) -> list[dict[str, Any]]:
+def speedups(rows: Iterable[Mapping[str, Any]], key: str, shapes: int) -> dict[int, float]:
+    """The geometric mean of `speedup` over the shapes, by M: of each M for which all shapes have one."""
+    found: dict[int, list[float]] = {}
+    for row in rows:
+        if (ratio := speedup(row, key)) is not None:
+            found.setdefault(row["M"], []).append(ratio)
+    return {m: geomean(ratios) for m, ratios in sorted(found.items()) if len(ratios) == shapes}
+
+
+def by_tokens(rows: Sequence[Mapping[str, Any]], shapes: int) -> list[dict[str, Any]]:
     """One entry for each M of which all shapes are measured, in order of M.
 
     {M, speedup, speedup_plain, speedup_triton, speedup_limit, bar, met}: geometric means of speed-ups over the faster cuBLAS;
     None where a row has no time. met: None where there is no bar, and False where a row has no time.
     """
-    groups: dict[int, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(row["M"], []).append(row)
+    counts = Counter(row["M"] for row in rows)
+    keys = {"": "us", "_plain": "plain_us", "_triton": "triton_us", "_limit": "limit_us"}
+    means = {f"speedup{suffix}": speedups(rows, key, shapes) for suffix, key in keys.items()}
     summary: list[dict[str, Any]] = []
-    for m, members in sorted(groups.items()):
-        if len(members) < shapes:
-            continue
-        entry: dict[str, Any] = {"M": m}
-        keys = {"": "us", "_plain": "plain_us", "_triton": "triton_us", "_limit": "limit_us"}
-        for suffix, key in keys.items():
-            found = [ratio for row in members if (ratio := speedup(row, key)) is not None]
-            entry[f"speedup{suffix}"] = round(geomean(found), 3) if len(found) == len(members) else None
-        bar, reached = SPEEDUP_BARS.get(m), entry["speedup"]
-        entry["bar"] = bar
-        entry["met"] = None if bar is None else reached is not None and reached >= bar
+    for m in sorted(m for m, count in counts.items() if count == shapes):
+        entry = {"M": m} | {name: round(found[m], 3) if m in found else None for name, found in means.items()}
+        bar, reached = SPEEDUP_BARS.get(m), means["speedup"].get(m)
+        entry |= {"bar": bar, "met": None if bar is None else reached is not None and reached >= bar}
         summary.append(entry)
     return summary

@@ -123,9 +123,11 @@ def _scales(
 ) -> tuple[np.ndarray, tilus.dtypes.DataType, float]:
     """Scales of about 1 / size: float32 numbers of their type, the type, and the global scale."""
     if scheme == "powers of two":
-        return np.float32(2.0) ** rng.integers(-11, -8, groups), tilus.float8_e8m0, 1.0
+        powers = rng.integers(-1, 2, groups) - round(math.log2(size))
+        return np.float32(2.0) ** powers, tilus.float8_e8m0, 1.0
     if scheme == "two levels":
-        return tilus.float8_e4m3.round(rng.uniform(1, 448, groups)), tilus.float8_e4m3, 2.0**-18
+        levels = tilus.float8_e4m3.round(rng.uniform(1, 448, groups))
+        return levels, tilus.float8_e4m3, 2.0 ** -round(math.log2(224 * size))
     return tilus.f16.round(rng.uniform(0.5, 1.5, groups) / size), tilus.f16, 1.0
 
 
