@@ -50,10 +50,7 @@ def test_a_random_weight_is_what_it_packs() -> None:
     kinds_of_weights = [replace(case, group=min(case.group, 256)) for case in kinds.scheme_cases([(128, 256)])]
     for case in [*kinds_of_weights, Case((128, 256), "uint1"), Case((128, 256), "float8_e4m3")]:
         weight = random_weight(case, "cpu")
-        finite = np.isfinite(
-            np.float64(tilus.dtype(case.dtype).decode(np.arange(256, dtype=np.uint8)[: len(weight.numbers)]))
-        )
-        assert len(weight.codes.unique()) == finite.sum() >= 2
+        assert len(weight.codes.unique()) == int(weight.numbers.isfinite().sum()) >= 2
         values = unpack(weight.pack()).dequantize()
         np.testing.assert_allclose(weight.rows(0, 128).numpy(), values, rtol=2**-23, atol=0)
         np.testing.assert_array_equal(weight.rows(64, 128).numpy(), weight.rows(0, 128)[64:].numpy())
