@@ -17,7 +17,7 @@ import torch
 from products import chain, int4, kinds, limits, run, sweep
 from products.reads import read
 from products.report import Report
-from products.timing import Action, Budget, Timer, copies, in_turn, one_after_the_other
+from products.timing import Action, Budget, Timer, copies, in_turn, one_after_the_other, poison
 from products.weights import Case, WrongResult, expected, random_weight
 
 import tilus
@@ -79,8 +79,13 @@ class CpuTimer(Timer):
     def __init__(self) -> None:
         self.l2_nbytes = 50 << 20
 
-    def us(self, actions: Sequence[Action], replays: int | None = None) -> float:
-        for action in [*actions, *actions]:
+    def us(
+        self, actions: Sequence[Action], outputs: Sequence[torch.Tensor] = (), replays: int | None = None
+    ) -> float:  # fmt: skip
+        for action in actions:
+            action()
+        poison(outputs)
+        for action in actions:
             action()
         return 1.0
 
@@ -103,7 +108,7 @@ def test_results_are_checked_before_and_after_timing() -> None:
 
     assert CpuTimer().checked_us(product(100), outputs, wanted, "good")[1]["error"] <= 1
     assert calls == 2 + 2 * 3
-    for good, when in ((1, "one call"), (2, "after the replays")):
+    for good, when in ((1, "one call"), (2, "after the replays"), (2 + 3, "after the replays")):
         calls = 0
         with pytest.raises(WrongResult, match=when):
             CpuTimer().checked_us(product(good), outputs, wanted, "bad")
@@ -153,9 +158,9 @@ def test_a_sweep_has_schedules_of_both_batches() -> None:
 def test_the_read_kernel_reads_every_byte(dependent: bool) -> None:
     x = np.random.default_rng(0).integers(-100, 100, 20_000).astype(np.int32)
     sums = np.zeros(3, np.int32)
-    read.on("emulator")(x, sums, dependent=dependent)
+    read.on("emulator")(x, sums, block=8192, dependent=dependent)
     assert sums.tolist() == [int(x[i : i + 8192].sum()) for i in (0, 8192, 16384)]
-    assert ("griddepcontrol.wait" in read.ptx(dependent=dependent)) == dependent
+    assert ("griddepcontrol.wait" in read.ptx(block=8192, dependent=dependent)) == dependent
 
 
 def test_weight_bytes_and_copies() -> None:

@@ -73,8 +73,7 @@ def row(run: Run, chain: Chain, size: int, m: int) -> dict[str, Any]:
         for action in chain.actions(device):
             action()
         chain.check(f"{what}, one call")
-        poison(chain.states[1:])
-        us = run.timer.us(chain.actions(device))
+        us = run.timer.us(chain.actions(device), chain.states[1:])
         return us, chain.check(f"{what}, after the replays")
 
     dependent = run.attempt("us", lambda: timed(None))

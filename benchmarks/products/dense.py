@@ -55,7 +55,7 @@ def row(run: Run, m: int, n: int, k: int, name: str) -> dict[str, Any]:
     us, torch_us = ours and ours[0], peer and peer[0]
     return {
         "M": m, "N": n, "K": k, "dtype": name, "us": us, **(ours[1] if ours else {"error": None, "rms": None}),
-        "torch_us": torch_us, "ratio": torch_us / us if us and torch_us else None,
+        "torch_us": torch_us, "ratio": round(torch_us / us, 3) if us and torch_us else None,
         "tflops": us and round(2 * m * n * k / us * 1e-6, 1),
         "limit_us": round(product_us(n, k, m, run.tflops * PEAK_FACTOR[name]), 3), "failures": run.taken_failures(),
     }  # fmt: skip

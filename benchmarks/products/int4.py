@@ -104,7 +104,7 @@ class Operands:
         times: dict[Any, float] = {}
         for config in kernel.configs(n, k, xs[0].shape[0]):
             try:
-                times[config] = self.run.timer.us(actions(config), TUNING_REPLAYS)
+                times[config] = self.run.timer.us(actions(config), replays=TUNING_REPLAYS)
             except kernel.TooLarge:  # too large a tile for this GPU: the others remain
                 continue
         if not times:

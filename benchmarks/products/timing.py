@@ -56,11 +56,13 @@ class Timer:
     def copies(self, nbytes: int) -> int:
         return copies(nbytes, self.l2_nbytes)
 
-    def us(self, actions: Sequence[Action], replays: int | None = None) -> float:
+    def us(
+        self, actions: Sequence[Action], outputs: Sequence[torch.Tensor] = (), replays: int | None = None
+    ) -> float:  # fmt: skip
         """Median microseconds of one action when all run in turn, over and over, with nothing between them.
 
         Replays are submitted without waiting for each other, so that the GPU never waits for the CPU; events between them
-        give each one's time.
+        give each one's time. outputs: hold NaN again before the replays.
         """
         for action in actions:  # compile, load and allocate before the capture
             action()
@@ -73,6 +75,7 @@ class Timer:
                     action()
         most = self.replays if replays is None else replays
         count = min(most, max(FEWEST_REPLAYS, round(MEASURED_US / (once * passes))))
+        poison(outputs)
         times = self._intervals(graph.replay, count + 1)[1:]
         return round(statistics.median(times) / (passes * len(actions)), 3)
 
@@ -100,8 +103,7 @@ class Timer:
         for action in actions[: len(outputs)]:
             action()
         found = check("one call")
-        poison(outputs)
-        us = self.us(actions)
+        us = self.us(actions, outputs)
         found += check("after the replays")
         return us, {key: max(errors[key] for errors in found) for key in found[0]}
 
