@@ -34,8 +34,8 @@ Every row has M, N, K and
     failures               {what is null: why}
 int4: cublas_fp16_us, cublas_bf16_us; triton_us, triton_config: the fastest of a handful; limit_us, plain_limit_us: the larger of
     the read (likewise) and the arithmetic at `tflops`. summary: see `by_tokens` in products/limits.py.
-types, schemes: dtype, scheme, group; ratio, plain_ratio: us / read_us, plain_us / plain_read_us; bar, met: for ratio;
-    cublas_fp16_us.
+types, schemes: dtype, scheme, group; ratio, plain_ratio: us / read_us, plain_us / plain_read_us; bar, met: for ratio,
+    null for schemes without a bar; cublas_fp16_us.
 sweep: dtype, ratio, schedule; neither plain times nor errors.
 dense: dtype, torch_us, ratio: torch_us / us, tflops, limit_us; no reads and no plain times.
 chain: layers; us: of one layer; no error, rms: of the last layer against a float64 chain.

@@ -222,6 +222,8 @@ def test_a_ratio_is_of_like_to_like() -> None:
     assert (entry["ratio"], entry["plain_ratio"], entry["bar"], entry["met"]) == (1.2, 1.273, 1.25, True)
     missing = kinds.entry(Case((128, 256), "int3"), 1, found | {"us": None}, (10.0, 11.0), None, {"us": "why"})
     assert (missing["ratio"], missing["met"], missing["failures"]) == (None, False, {"us": "why"})
+    table = kinds.entry(Case((128, 256), "uint4", "table"), 1, found, (10.0, 11.0), 40.0, {})
+    assert (table["bar"], table["met"]) == (None, None)
 
 
 def test_a_report_is_whole_after_each_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -259,6 +261,20 @@ def test_a_budget_ends() -> None:
     assert not budget.exhausted
     now = 15.0
     assert budget.exhausted and budget.used == 5 and not Budget(None, lambda: now).exhausted
+
+
+@pytest.mark.gpu
+def test_rows_are_measured_on_a_gpu() -> None:
+    """Two shapes whose results are right, with every peer; reads and products take time, and nothing fails."""
+    with torch.cuda.stream(torch.cuda.Stream()):
+        some = run.Run(5, Budget(None))
+        some.timer.l2_nbytes = 1 << 18  # few copies: times do not matter
+        rows = list(int4.rows(some, [(256, 512), (192, 1024)], [1, 100]))
+        (layers,) = chain.rows(some, [256], [3])
+    assert [(row["N"], row["M"]) for row in rows] == [(256, 1), (192, 1), (256, 100), (192, 100)]
+    for row in [*rows, layers]:
+        assert row["failures"] == {}
+        assert all(value > 0 for key, value in row.items() if key.endswith("_us") or key == "us")
 
 
 def test_compile_time_schema() -> None:
