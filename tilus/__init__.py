@@ -22,6 +22,7 @@ _MODULES = {
     "tilus.lang.arguments": ("PackedTensor", "packed"),
     "tilus.lang.builtins": ("block_id", "cdiv", "grid", "grid_dim", "inline", "range", "static_range"),
     "tilus.lang.kernel": ("Kernel", "kernel"),
+    "tilus.lang.roles": ("warps",),
     "tilus.runtime.capture": ("LaunchGraph", "capture"),
     "tilus.runtime.compilations": ("num_compilations",),
     "tilus.runtime.execute": ("default_device",),

@@ -670,7 +670,7 @@ with gobj: pass""",
   at kernel.py:5:5
     5 |     with gobj: pass
             ^^^^^^^^^^^^^^^
-  hint: only constructs such as tilus.warps(...) open a block""",
+  hint: only tilus.warps(...) opens a block""",
     ),
     (
         "decor",

@@ -137,7 +137,7 @@ def _address(ctx: EmitContext, plan: ScratchPlan, thread: Linear, offset_nbytes:
         region = of_const(ctx.warp_scratch_offset)
         if ctx.num_threads > plan.num_threads:
             warp = ctx.digit(plan.num_threads, ctx.num_threads // plan.num_threads)
-            region = region + warp.scaled(ctx.warp_scratch_nbytes)
+            region = region + warp.scaled(ctx.plan.warp_scratch_nbytes)
     return address32(ctx.b, ctx.shared_base(), thread + region + of_const(offset_nbytes))
 
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tilus.codegen.context import LOCAL_SYMBOL, SHARED_SYMBOL, EmitContext, Note
 from tilus.codegen.linear import materialize
+from tilus.codegen.roles import arriving_warps, entry_registers, set_registers
 from tilus.codegen.scalar import ScalarLowering
 from tilus.codegen.shared_plan import SharedPlan, plan_shared
+from tilus.codegen.tensor_map import MAP_ALIGNMENT, MAP_NBYTES, TensorMap
 from tilus.dtypes import DataType, boolean
 from tilus.errors import TilusError
 from tilus.ir.dependencies import constants, waits_for_kernels
 from tilus.ir.expr import Var
 from tilus.ir.function import Function, TensorParam
-from tilus.ir.stmt import Break, Continue, For, If, Inst, Return, Seq, SetScalar, Stmt, While
+from tilus.ir.stmt import Break, Continue, For, If, Inst, Return, Role, Seq, SetScalar, Stmt, While
 from tilus.ir.tensor import GlobalTensor
-from tilus.ir.visit import instructions, walk
+from tilus.ir.visit import instructions, side_by_side, walk
 from tilus.ptx.builder import Builder
 from tilus.ptx.module import (
     Address,
@@ -41,7 +44,8 @@ MAX_STATIC_SHARED_NBYTES = 48 * 1024
 class Lowered:
     """A PTX module and what the launcher must know about it.
 
-    waits_for_kernels: it may start before the kernel in front of it ends (programmatic dependent launch).
+    waits_for_kernels: it may start before the kernel in front of it ends (programmatic dependent launch). tensor_maps:
+    parameters behind those of the function.
     """
 
     module: Module
@@ -49,6 +53,7 @@ class Lowered:
     dynamic_shared: bool
     waits_for_kernels: bool
     notes: tuple[Note, ...]
+    tensor_maps: tuple[TensorMap, ...] = ()
 
 
 def lower(function: Function, target: Target) -> Lowered:
@@ -63,28 +68,34 @@ def lower(function: Function, target: Target) -> Lowered:
     scalars = ScalarLowering(b)
     names = {var: f"param_{index}_{_identifier(var.name)}" for index, var in enumerate(params)}
     ctx = EmitContext(
-        b, target, function.num_threads, scalars, plan.offsets, plan.scratch_offset, plan.warp_scratch_offset,
-        plan.warp_scratch_nbytes, _read_only(function),
+        b, target, function.warps, scalars, plan, _read_only(function), frozenset(params), {function.warps: 0},
+        arriving_warps(function), entry_registers(function, target), function.cluster,
     )  # fmt: skip
     pointers = {param.tensor.base for param in function.params if isinstance(param, TensorParam)}
     for var, name in names.items():
         scalars.variables[var] = _load_param(b, var, name, var in pointers)
     _StmtLowering(ctx).lower_body(function.body)
     dynamic = plan.nbytes > MAX_STATIC_SHARED_NBYTES
-    shared = (SharedArray(SHARED_SYMBOL, plan.nbytes, 128, dynamic),) if plan.nbytes else ()
+    shared = (SharedArray(SHARED_SYMBOL, plan.nbytes, plan.alignment, dynamic),) if plan.nbytes else ()
+    ordinary = [Param(name, "u64" if var in pointers else _param_type(var.dtype)) for var, name in names.items()]
+    maps = [Param(name, "b8", MAP_NBYTES, MAP_ALIGNMENT) for name in ctx.tensor_maps.values()]
     kernel = Kernel(
         name=_identifier(function.name),
-        params=tuple(Param(name, "u64" if var in pointers else _param_type(var.dtype)) for var, name in names.items()),
+        params=(*ordinary, *maps),
         body=b.finish(),
         shared=shared,
         num_threads=function.num_threads,
         # Left to itself the assembler spills a little to fit more blocks; an explicit 1 makes it use what it needs.
         min_blocks_per_sm=function.blocks_per_sm,
+        max_registers=ctx.entry_registers,
         local=(LocalArray(LOCAL_SYMBOL, ctx.local_nbytes),) if ctx.local_nbytes else (),
+        cluster=function.cluster,
     )
     waits = any(isinstance(item, Instr) and item.opcode == "griddepcontrol.wait" for item in kernel.body)
     strings = tuple(GlobalBytes(name, text.encode() + b"\0") for text, name in ctx.strings.items())
-    return Lowered(Module(target, (kernel,), strings), plan.nbytes, dynamic, waits, tuple(ctx.notes))
+    return Lowered(
+        Module(target, (kernel,), strings), plan.nbytes, dynamic, waits, tuple(ctx.notes), tuple(ctx.tensor_maps)
+    )
 
 
 def _check_limits(function: Function, plan: SharedPlan, target: Target) -> None:
@@ -101,6 +112,12 @@ def _check_limits(function: Function, plan: SharedPlan, target: Target) -> None:
             f"kernel {function.name} has {function.num_warps} warps, at most {target.max_threads_per_block // 32} fit in a block",
             loc=function.loc,
             hint="lower `warps` in tilus.grid",
+        )
+    if function.cluster > 1 and target.sm < 90:
+        raise TilusError(
+            f"kernel {function.name} has clusters of {function.cluster} blocks, {target.name} has none",
+            loc=function.loc,
+            hint="compile it for sm_90a, or with `cluster=1` in tilus.grid",
         )
 
 
@@ -159,13 +176,20 @@ class _StmtLowering:
             self.lower(body)
         if self.exit_label:
             self.b.place(self.exit_label)
+        if any(stmt.inst.effects().remote for stmt in instructions(body)):
+            self.ctx.cluster_barrier()  # a block's shared memory lives as long as others may touch it
         self.b.emit_to("ret")
 
     def lower(self, stmt: Stmt) -> None:
         match stmt:
             case Seq():
-                for child in stmt.stmts:
-                    self.lower(child)
+                for item in side_by_side(stmt.stmts):
+                    if isinstance(item, tuple):
+                        self._roles(item)
+                    else:
+                        self.lower(item)
+            case Role():
+                self._roles((stmt,))
             case Inst():
                 self._instruction(stmt)
             case SetScalar():
@@ -241,16 +265,44 @@ class _StmtLowering:
         cond = self.scalars.pred(stmt.cond)
         has_else = not (isinstance(stmt.orelse, Seq) and not stmt.orelse.stmts)
         otherwise, end = b.label("else"), b.label("endif")
+        with b.scope():  # around both sides, so that what is hoisted out of the second lands in front of the first, too
+            with b.scope():
+                b.branch(otherwise if has_else else end, Guard(cond, negated=True))
+                self.lower(stmt.then)
+                if has_else:
+                    b.branch(end)
+            with b.scope():
+                if has_else:
+                    b.place(otherwise)
+                    self.lower(stmt.orelse)
+                b.place(end)
+
+    def _roles(self, roles: Sequence[Role]) -> None:
+        """One chain of branches on the warp's number, the form in which the assembler honours setmaxnreg."""
+        b, ctx = self.b, self.ctx
+        end = b.label("end_of_roles")
+        warp = b.pure("shr.u32", b.thread_id(), Imm(5))
         with b.scope():
-            b.branch(otherwise if has_else else end, Guard(cond, negated=True))
-            self.lower(stmt.then)
-            if has_else:
+            tests = [_is_one_of(b, warp, role.warps, ctx.warps) for role in roles]
+            for role, test in zip(roles, tests, strict=True):
+                otherwise = b.label("next_role")
+                b.loc = role.loc
+                if test is not None:
+                    b.branch(otherwise, Guard(test, negated=True))
+                with ctx.role(role.warps):
+                    set_registers(ctx, role)
+                    self.lower(role.body)
                 b.branch(end)
-        with b.scope():
-            if has_else:
                 b.place(otherwise)
-                self.lower(stmt.orelse)
             b.place(end)
+
+
+def _is_one_of(b: Builder, warp: Reg, warps: range, block: range) -> Reg | None:
+    """Whether a warp of the block is one of `warps`; None when it always is."""
+    if warps == block:
+        return None
+    number = b.pure("sub.u32", warp, Imm(warps.start)) if warps.start else warp
+    return b.pure("setp.lt.u32", number, Imm(len(warps)))
 
 
 def _scalar_class(dtype: DataType) -> RegClass:

@@ -9,7 +9,7 @@ from typing import assert_never
 from tilus.layout.links import WARP_SIZE
 from tilus.layout.word_program import Merge, Operation, Permute, Program, ProgramBuilder, Rotate, Select, Shuffle
 from tilus.ptx.builder import Builder
-from tilus.ptx.module import Imm, Reg, RegClass, Special, Vector
+from tilus.ptx.module import Imm, Reg, RegClass, Vector
 
 FULL_MASK = 0xFFFFFFFF
 LAST_LANE = Imm(WARP_SIZE - 1)
@@ -55,13 +55,9 @@ def _emit(b: Builder, operation: Operation, value: Callable[[int], Reg]) -> Reg:
             assert_never(operation)
 
 
-def thread_id(b: Builder) -> Reg:
-    return b.pure("mov.u32", Special("%tid.x"))
-
-
 def thread_bit(b: Builder, bit: int) -> Reg:
     """A predicate: whether the thread number has this bit set."""
-    return b.pure("setp.ne.u32", b.pure("and.b32", thread_id(b), Imm(1 << bit)), Imm(0))
+    return b.pure("setp.ne.u32", b.pure("and.b32", b.thread_id(), Imm(1 << bit)), Imm(0))
 
 
 def _shuffle(b: Builder, value: Reg, lanes: tuple[int, ...]) -> Reg:
@@ -95,7 +91,7 @@ def _linear(b: Builder, first: int, weights: Sequence[int]) -> Reg | Imm:
                 moves[to - bit] = moves.get(to - bit, 0) | 1 << bit
     result: Reg | None = None
     for distance, mask in sorted(moves.items()):
-        part = b.pure("and.b32", thread_id(b), Imm(mask))
+        part = b.pure("and.b32", b.thread_id(), Imm(mask))
         if distance:
             part = b.pure("shl.b32" if distance > 0 else "shr.u32", part, Imm(abs(distance)))
         result = part if result is None else b.pure("xor.b32", result, part)

@@ -9,7 +9,9 @@ from tilus.instructions import (
     async_copy,
     atomic,
     barrier,
+    bulk_copy,
     cast,
+    cluster,
     convert,
     debug,
     dependent_launch,
@@ -18,13 +20,16 @@ from tilus.instructions import (
     gather,
     lookup,
     matrix,
+    mbarrier,
     memory,
     mma,
     packed_codes,
     reduce,
     scan,
     shared,
+    tensor_copy,
     view,
+    wgmma,
 )
 from tilus.ir.builder import Builtin
 from tilus.ir.instruction import Instruction
@@ -33,7 +38,9 @@ FAMILIES = (
     async_copy,
     atomic,
     barrier,
+    bulk_copy,
     cast,
+    cluster,
     convert,
     debug,
     dependent_launch,
@@ -42,13 +49,16 @@ FAMILIES = (
     gather,
     lookup,
     matrix,
+    mbarrier,
     memory,
     mma,
     packed_codes,
     reduce,
     scan,
     shared,
+    tensor_copy,
     view,
+    wgmma,
 )
 
 

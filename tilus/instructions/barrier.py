@@ -1,4 +1,4 @@
-"""Synchronisation of a block's threads."""
+"""Synchronisation of the threads of a block or role."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tilus.ir.instruction import Effects, Instruction
 
 @dataclass(frozen=True, eq=False)
 class Sync(Instruction):
-    """Wait for all threads of the block; their writes to shared and global memory are then visible to each other."""
+    """Wait for all threads of the block, or of the role; what they wrote to memory is then visible to each other."""
 
     mnemonic = "sync"
 
@@ -32,5 +32,5 @@ class Sync(Instruction):
 
 @builtin
 def sync(b: IRBuilder) -> None:
-    """Barrier of the block: what its threads wrote before, all of them may read afterwards."""
+    """Barrier of the block, in a role of the role: what its threads wrote before, all of them may read afterwards."""
     b.emit(Sync())

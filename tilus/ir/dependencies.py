@@ -2,7 +2,8 @@
 
 A kernel that waits nowhere starts after the end of the one before it, and may do everything. In one that waits, every path
 of a block must pass a wait before its first access to memory that other kernels write, and before the block ends: the
-end of a kernel tells the next one that all earlier ones have ended, too.
+end of a kernel tells the next one that all earlier ones have ended, too. A wait in a role is one of its warps: it keeps the
+block from ending, and lets these warps do everything.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from tilus.errors import Loc, TilusError
 from tilus.ir.expr import Var
 from tilus.ir.function import Function, TensorParam
 from tilus.ir.instruction import Instruction
-from tilus.ir.stmt import Break, Continue, For, If, Inst, Return, Seq, SetScalar, Stmt, While
+from tilus.ir.order import Order
 from tilus.ir.tensor import GlobalTensor, Tensor
 from tilus.ir.visit import instructions
 
@@ -31,8 +32,7 @@ def check_dependencies(function: Function) -> list[TilusError]:
     if not waits_for_kernels(function):
         return []
     checker = _Checker(function)
-    if not checker.waited_after(function.body, False):
-        checker.ends(function.loc)
+    Order(lambda inst: inst.effects().waits_for_kernels, checker.instruction, checker.ends).follow(function)
     return checker.errors
 
 
@@ -41,30 +41,6 @@ class _Checker:
         self.errors: list[TilusError] = []
         self.constants = constants(function)
         self.names = {p.tensor.base: p.name for p in function.params if isinstance(p, TensorParam)}
-
-    def waited_after(self, stmt: Stmt, waited: bool) -> bool:
-        """Whether a block has waited for certain when it comes out of a statement; `waited`: when it comes to it."""
-        match stmt:
-            case Seq(stmts):
-                for child in stmts:
-                    waited = self.waited_after(child, waited)
-                return waited
-            case Inst(inst, loc):
-                self.instruction(inst, waited, loc)
-                return waited or inst.effects().waits_for_kernels
-            case For() | While():
-                self.waited_after(stmt.body, waited)  # which may run never
-                return waited
-            case If(_, then, orelse):
-                return self.waited_after(then, waited) & self.waited_after(orelse, waited)
-            case Return(loc):
-                if not waited:
-                    self.ends(loc)
-                return True  # nothing comes out of it
-            case Break() | Continue():
-                return True
-            case SetScalar():
-                return waited
 
     def instruction(self, inst: Instruction, waited: bool, loc: Loc | None) -> None:
         effects = inst.effects()

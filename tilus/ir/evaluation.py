@@ -24,7 +24,9 @@ IntArray = npt.NDArray[np.int64]
 
 class Evaluation(Protocol):
     @property
-    def num_threads(self) -> int: ...
+    def num_threads(self) -> int:
+        """Of the block, or of the role that runs."""
+        ...
 
     def tile(self, tensor: RegisterTensor) -> Array:
         """The value of a tile."""
@@ -52,10 +54,12 @@ class Evaluation(Protocol):
         dims: tuple[int, ...],
         *,
         checked: bool,
+        block: Expr | None = None,
     ) -> Array:
         """The tile of `shape` that starts at `offsets` (one per dim of the tensor) and extends along `dims`.
 
         checked: elements outside of the tensor read as zero; otherwise such an access is an error. Inactive blocks read nothing.
+        block: of the cluster, in whose shared memory the tile is; None is each block's own.
         """
         ...
 
@@ -67,8 +71,12 @@ class Evaluation(Protocol):
         value: Array,
         *,
         checked: bool,
+        block: Expr | None = None,
     ) -> None:
-        """Write a tile; elements outside of the tensor are dropped when `checked`. Later blocks win over earlier ones."""
+        """Write a tile; elements outside of the tensor are dropped when `checked`. Later blocks win over earlier ones.
+
+        block: as in `load`.
+        """
         ...
 
     def update(
@@ -82,6 +90,36 @@ class Evaluation(Protocol):
         checked: bool,
     ) -> Array:
         """Atomic read-modify-write by `op` (add, min, max, and, or, xor, exch) block after block; returns the old values."""
+        ...
+
+    def barrier_init(self, barrier: SharedTensor, arrivals: int) -> None:
+        """Make the elements of a shared tensor barriers, whose phases wait for so many arrivals of groups."""
+        ...
+
+    def barrier_arrive(
+        self,
+        barrier: SharedTensor,
+        index: Expr,
+        *,
+        count: int = 1,
+        nbytes: Expr | None = None,
+        block: Expr | None = None,
+    ) -> None:
+        """`count` groups arrive, and the open phase also waits for `nbytes` more bytes of copies. block: as in `load`."""
+        ...
+
+    def barrier_complete_bytes(
+        self, barrier: SharedTensor, index: Expr, nbytes: Expr, *, block: Expr | None = None
+    ) -> None:
+        """Bytes of an asynchronous copy have landed. block: as in `load`."""
+        ...
+
+    def barrier_wait(self, barrier: SharedTensor, index: Expr, phase: Expr) -> None:
+        """Let other roles run until the phase of this parity is complete."""
+        ...
+
+    def cluster_sync(self) -> None:
+        """Let the other blocks of the cluster run until all have come here."""
         ...
 
     def print(self, text: str) -> None: ...

@@ -30,7 +30,7 @@ from tilus.ir.expr import (
 from tilus.ir.field_types import Unfit, converted, described, field_types, type_name
 from tilus.ir.function import Function, Param, ScalarParam, TensorParam
 from tilus.ir.instruction import Instruction, is_out
-from tilus.ir.stmt import Break, Continue, For, If, Inst, Return, Seq, SetScalar, Stmt, While
+from tilus.ir.stmt import Break, Continue, For, If, Inst, Return, Role, Seq, SetScalar, Stmt, While
 from tilus.ir.tensor import GlobalTensor, RegisterTensor, SharedTensor
 from tilus.layout import LayoutError, parse_layout, parse_shared_layout
 
@@ -119,7 +119,7 @@ class _Reader:
     # The header.
 
     def function(self, tree: Node) -> Function:
-        name, params, where, grid, warps, blocks, block = tree.children
+        name, params, where, grid, warps, blocks, cluster, block = tree.children
         for dim in where.children if where is not None else ():
             self.declare(dim.children[0], self.scalar(*dim.children))
         listed = [param for param in params.children if param is not None]
@@ -134,6 +134,7 @@ class _Reader:
             self.block(block),
             self.source(name),
             1 if blocks is None else self.integer(blocks),
+            1 if cluster is None else self.integer(cluster),
         )
 
     def scalar_param(self, tree: Node) -> ScalarParam:
@@ -232,6 +233,10 @@ class _Reader:
                 cond, then, orelse = tree.children
                 test = self.expr(cond)
                 return If(test, self.block(then), Seq(()) if orelse is None else self.block(orelse), loc)
+            case "role":
+                first, count, registers, body = tree.children
+                limit = None if registers is None else self.integer(registers)
+                return Role(self.integer(first), self.integer(count), self.block(body), limit, loc)
             case "break_loop":
                 return Break(loc)
             case "continue_loop":

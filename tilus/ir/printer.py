@@ -28,7 +28,7 @@ from tilus.ir.expr import (
 )
 from tilus.ir.function import Function, ScalarParam, TensorParam
 from tilus.ir.instruction import Instruction, is_out
-from tilus.ir.stmt import Break, Continue, For, If, Inst, Return, Seq, SetScalar, Stmt, While
+from tilus.ir.stmt import Break, Continue, For, If, Inst, Return, Role, Seq, SetScalar, Stmt, While
 from tilus.ir.tensor import GlobalTensor, RegisterTensor, SharedTensor
 from tilus.ir.visit import instructions
 from tilus.layout import RegisterLayout, SharedLayout
@@ -102,7 +102,8 @@ class _Printer:
         where = f" where {', '.join(dims)}" if dims else ""
         grid = ", ".join(map(self.expr, function.grid))
         blocks = "" if function.blocks_per_sm == 1 else f" blocks_per_sm({function.blocks_per_sm})"
-        return f"kernel {function.name}({params}\n){where} grid({grid}) warps({function.num_warps}){blocks} {{"
+        cluster = "" if function.cluster == 1 else f" cluster({function.cluster})"
+        return f"kernel {function.name}({params}\n){where} grid({grid}) warps({function.num_warps}){blocks}{cluster} {{"
 
     def _dims(self) -> Iterator[Var]:
         """Variables of the parameters' shapes and strides that are no parameters themselves."""
@@ -155,6 +156,9 @@ class _Printer:
                 if not _is_empty(orelse):
                     self.lines.pop()
                     self._block(depth, "} else", orelse)
+            case Role(first, count, body, registers):
+                limit = "" if registers is None else f" registers {registers}"
+                self._block(depth, f"warps {first}, {count}{limit}", body)
             case Break() | Continue() | Return():
                 self._line(depth, type(stmt).__name__.lower())
 

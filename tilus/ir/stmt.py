@@ -67,6 +67,34 @@ class If:
 
 
 @dataclass(frozen=True, eq=False)
+class Role:
+    """Warps `first_warp` to `first_warp + num_warps - 1` run the body, the others pass it by.
+
+    Roles that follow each other in one sequence run side by side, in warps of their own. Inside of a role, threads are counted
+    from its first one, and a barrier waits for its threads only. What the body assigns is known to these warps alone.
+    registers: that each of the role's threads may use from here on (setmaxnreg); None leaves what the block was launched with.
+    """
+
+    first_warp: int
+    num_warps: int
+    body: Stmt
+    registers: int | None = None
+    loc: Loc | None = None
+
+    @property
+    def num_threads(self) -> int:
+        return 32 * self.num_warps
+
+    @property
+    def warps(self) -> range:
+        return range(self.first_warp, self.first_warp + self.num_warps)
+
+    def __str__(self) -> str:
+        last = self.warps[-1]
+        return f"warp {last}" if self.num_warps == 1 else f"warps {self.first_warp} to {last}"
+
+
+@dataclass(frozen=True, eq=False)
 class Break:
     loc: Loc | None = None
 
@@ -78,11 +106,11 @@ class Continue:
 
 @dataclass(frozen=True, eq=False)
 class Return:
-    """Ends the block."""
+    """Ends the block, or in a role (where nothing may follow the roles) its warps."""
 
     loc: Loc | None = None
 
 
-Stmt = Seq | Inst | SetScalar | For | While | If | Break | Continue | Return
+Stmt = Seq | Inst | SetScalar | For | While | If | Role | Break | Continue | Return
 
 EMPTY = Seq(())

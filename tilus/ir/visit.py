@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from tilus.ir.expr import Expr, substitute
-from tilus.ir.stmt import Break, Continue, For, If, Inst, Return, Seq, SetScalar, Stmt, While
+from tilus.ir.stmt import Break, Continue, For, If, Inst, Return, Role, Seq, SetScalar, Stmt, While
 from tilus.ir.tensor import Tensor
 
 
@@ -17,7 +18,7 @@ def walk(stmt: Stmt) -> Iterator[Stmt]:
         case Seq():
             for child in stmt.stmts:
                 yield from walk(child)
-        case For() | While():
+        case For() | While() | Role():
             yield from walk(stmt.body)
         case If():
             yield from walk(stmt.then)
@@ -30,13 +31,41 @@ def instructions(stmt: Stmt) -> Iterator[Inst]:
     return (s for s in walk(stmt) if isinstance(s, Inst))
 
 
+def by_warps(stmt: Stmt, warps: range) -> Iterator[tuple[Inst, range]]:
+    """All instructions with the warps that run them; `warps` run the statement itself."""
+    match stmt:
+        case Seq():
+            for child in stmt.stmts:
+                yield from by_warps(child, warps)
+        case Role():
+            yield from by_warps(stmt.body, stmt.warps)
+        case For() | While():
+            yield from by_warps(stmt.body, warps)
+        case If():
+            yield from by_warps(stmt.then, warps)
+            yield from by_warps(stmt.orelse, warps)
+        case Inst():
+            yield stmt, warps
+        case SetScalar() | Break() | Continue() | Return():
+            pass
+
+
+def side_by_side(stmts: Sequence[Stmt]) -> Iterator[Stmt | tuple[Role, ...]]:
+    """The statements of a sequence, where roles that follow each other, and so run at the same time, are one item."""
+    for is_role, group in itertools.groupby(stmts, lambda stmt: isinstance(stmt, Role)):
+        if is_role:
+            yield tuple(stmt for stmt in group if isinstance(stmt, Role))
+        else:
+            yield from group
+
+
 def rewrite(stmt: Stmt, leaf: Callable[[Stmt], Stmt]) -> Stmt:
     """Rebuild a statement with `leaf` applied to every statement that is not a Seq, children first."""
     match stmt:
         case Seq():
             stmts = tuple(rewrite(child, leaf) for child in stmt.stmts)
             return stmt if all(a is b for a, b in zip(stmts, stmt.stmts, strict=True)) else seq(*stmts)
-        case For() | While():
+        case For() | While() | Role():
             body = rewrite(stmt.body, leaf)
             return leaf(stmt if body is stmt.body else dataclasses.replace(stmt, body=body))
         case If():

@@ -117,14 +117,15 @@ class NotUnrollable(Exception):
 class Translation:
     """One kernel on its way from Python to IR.
 
-    level: how many run-time loops and branches are open. owned: objects and containers made by the kernel, which may be
-    changed, with the level of their birth. attributes: those that the kernel set; journal: what to restore when the code
-    of a loop is translated again. calls: functions being inlined, outermost first.
+    level: how many run-time loops and branches are open. role_level: that of the body of the role that is open. owned: objects
+    and containers made by the kernel, which may be changed, with the level of their birth. attributes: those that the kernel
+    set; journal: what to restore when the code of a loop is translated again. calls: functions being inlined, outermost first.
     """
 
     builder: KernelBuilder
     storage: Storage
     level: int = 0
+    role_level: int | None = None
     owned: dict[int, Binding] = field(default_factory=dict[int, Binding])
     attributes: dict[tuple[int, str], Binding] = field(default_factory=dict[tuple[int, str], Binding])
     journal: list[tuple[Any, str, Binding | None]] = field(default_factory=list[tuple[Any, str, "Binding | None"]])

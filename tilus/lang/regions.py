@@ -146,6 +146,12 @@ def bind_attribute(frame: Frame, obj: Any, name: str, value: Value) -> None:
 
 
 def _write(frame: Frame, owner: Any, name: str, binding: Binding, value: Value) -> None:
+    role_level = frame.translation.role_level
+    if role_level is not None and binding.level < role_level:
+        raise TilusError(
+            f"{name} is assigned in a role, and belongs to what was made outside of it",
+            hint="make the object in the role: what a role assigns is known to its warps only",
+        )
     if binding.slot:
         frame.storage.write(binding.value, value, name)
     elif is_storable(binding.value):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import enum
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
@@ -19,6 +19,7 @@ from tilus.lang.inlining import bind_arguments, resolve
 from tilus.lang.operators import truth
 from tilus.lang.refusals import refuse
 from tilus.lang.regions import Region, bind, promoting, region
+from tilus.lang.roles import Warps, role
 from tilus.lang.source import assigned_names, is_read_after
 from tilus.lang.storage import is_storable, loop_variable
 from tilus.lang.values import MAX_UNROLLED, LocalFunction, RuntimeRange, Value, describe, is_runtime
@@ -161,22 +162,15 @@ class Body(Frame):
             raise TilusError(
                 "`with` takes one tilus construct and no `as` in a kernel", hint="nest the `with` statements"
             )
-        manager = evaluate(self, node.items[0].context_expr)
-        if not isinstance(manager, AbstractContextManager):
+        warps = evaluate(self, node.items[0].context_expr)
+        if not isinstance(warps, Warps):
             raise TilusError(
-                f"`with` over {describe(manager)}, expected a construct of tilus",
-                hint="only constructs such as tilus.warps(...) open a block",
+                f"`with` over {describe(warps)}, expected a construct of tilus",
+                hint="only tilus.warps(...) opens a block",
             )
-
-        def translate() -> Flow:
-            with manager, region(self) as body:
-                flow = self.block(node.body)
-                for stmt in body.stmts:
-                    self.builder.append(stmt)
-            self._lose(body, f"assigned only in the `with` block at line {node.lineno}")
-            return flow
-
-        return promoting(self, translate, assigned_names(node.body))
+        with role(self, warps, node):
+            self.block(node.body)
+        return Flow.NEXT
 
     # Loops.
 
@@ -307,8 +301,10 @@ class Body(Frame):
         return Flow.STOP if endless else Flow.NEXT
 
     def _jump(self, jump: Break | Continue, flow: Flow) -> Flow:
-        loop = self.loops[-1]
         word = "break" if flow is Flow.BREAK else "continue"
+        if not self.loops:
+            raise TilusError(f"{word} leaves a role, expected a loop inside of it", hint="put the loop into the role")
+        loop = self.loops[-1]
         if loop.runtime:
             self.builder.append(jump)
             return Flow.STOP

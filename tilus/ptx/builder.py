@@ -3,7 +3,8 @@
 A scope is the body of the kernel, of a loop or of an `if`. `emit` appends where the builder stands. `pure` is for index
 arithmetic: the operation goes to the outermost scope in which all its operands live, and equal operations there are
 emitted once. That is common-subexpression elimination, loop-invariant motion (out of guarded code too, which the
-assembler does not do) and needs no later pass; it relies on index arithmetic that does not wrap.
+assembler does not do) and needs no later pass; it relies on index arithmetic that does not wrap. Nothing leaves the scope of
+a `role`, whose threads are not those in front of it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from tilus.errors import Loc
-from tilus.ptx.module import Call, Comment, Guard, Imm, Instr, Item, Label, LabelRef, Operand, Reg, RegClass
+from tilus.ptx.module import (
+    Call,
+    Comment,
+    Guard,
+    Imm,
+    Instr,
+    Item,
+    Label,
+    LabelRef,
+    Operand,
+    Pair,
+    Reg,
+    RegClass,
+    Special,
+    Vector,
+)
 
 _CLASS_OF_TYPE = {
     "pred": RegClass.PRED,
@@ -60,6 +76,8 @@ class Builder:
         self._levels: dict[Reg, int] = {}
         self._counts = dict.fromkeys(RegClass, 0)
         self._labels = 0
+        self._floor = 0  # the level that pure operations do not leave
+        self._first_thread = 0
 
     @property
     def level(self) -> int:
@@ -74,6 +92,8 @@ class Builder:
         return reg
 
     def level_of(self, operand: Operand) -> int:
+        if isinstance(operand, Vector):
+            return max(map(self.level_of, operand.elements))
         return self._levels[operand] if isinstance(operand, Reg) else 0
 
     def emit(self, opcode: str, *srcs: Operand, guard: Guard | None = None, out: RegClass | None = None) -> Reg:
@@ -88,14 +108,29 @@ class Builder:
 
     def pure(self, opcode: str, *srcs: Operand, out: RegClass | None = None) -> Reg:
         """The result of a pure operation, emitted once in the outermost scope where its operands live."""
+        return self._once(opcode, srcs, out or result_class(opcode), None)
+
+    def second(self, opcode: str, *srcs: Operand) -> Reg:
+        """The predicate that a pure operation has as its second result, emitted like `pure`."""
+        return self._once(opcode, srcs, RegClass.PRED, Special("_"))
+
+    def _once(self, opcode: str, srcs: tuple[Operand, ...], out: RegClass, first: Special | None) -> Reg:
         level = max((self.level_of(src) for src in srcs), default=0)
-        scope = self._scopes[level]
         key = (opcode, srcs)
-        if key not in scope.values:
-            dst = self.reg(out or result_class(opcode), level)
-            scope.items.append(Instr(opcode, (dst, *srcs), None, self.loc))
-            scope.values[key] = dst
-        return scope.values[key]
+        for scope in (self._scopes[level], self._scopes[max(level, self._floor)]):
+            if key in scope.values:
+                return scope.values[key]
+        level = max(level, self._floor)
+        dst = self.reg(out, level)
+        target = dst if first is None else Pair(first, dst)
+        self._scopes[level].items.append(Instr(opcode, (target, *srcs), None, self.loc))
+        self._scopes[level].values[key] = dst
+        return dst
+
+    def thread_id(self) -> Reg:
+        """The number of the thread among those that run the code: the block's, or the role's."""
+        thread = self.pure("mov.u32", Special("%tid.x"))
+        return self.pure("sub.u32", thread, Imm(self._first_thread)) if self._first_thread else thread
 
     def comment(self, text: str) -> None:
         self._scopes[-1].items.append(Comment(text))
@@ -125,6 +160,18 @@ class Builder:
         finally:
             inner = self._scopes.pop()
             self._scopes[-1].items.extend(inner.items)
+
+    @contextmanager
+    def role(self, first_thread: int) -> Generator[None]:
+        """The scope of code that only the threads from `first_thread` on run: they are counted from it, and nothing is hoisted
+        out of it."""
+        outer = self._floor, self._first_thread
+        with self.scope():
+            self._floor, self._first_thread = self.level, first_thread
+            try:
+                yield
+            finally:
+                self._floor, self._first_thread = outer
 
     def finish(self) -> tuple[Item, ...]:
         """All items of the kernel body; the builder must be outside of every nested scope."""

@@ -11,7 +11,7 @@ from tilus.codegen.shared_access import AccessCost
 from tilus.compiler import Compiled
 from tilus.errors import Loc, TilusError
 from tilus.ir.tensor import RegisterTensor, SharedTensor
-from tilus.ir.visit import instructions
+from tilus.ir.visit import by_warps, instructions
 from tilus.layout.conversion import ConversionPlan, ScratchWay
 from tilus.ptx import sass
 from tilus.ptx.assembler import Cubin
@@ -88,10 +88,10 @@ class Report:
 
     def _scratch_conflicts(self) -> Iterator[tuple[str, ...]]:
         """Of the stores and loads of conversions; both are executed by every warp, or once by all warps together."""
-        for place, names, plan in self._plans():
+        for place, names, plan, num_threads in self._plans():
             if isinstance(plan.chosen, ScratchWay):
                 scratch = plan.chosen.scratch
-                repeats = self.compiled.function.num_threads // scratch.num_threads
+                repeats = num_threads // scratch.num_threads
                 for what, side in (("store", scratch.store), ("load", scratch.load)):
                     count = f"{repeats * side.extra} in {repeats * side.wavefronts} wavefronts"
                     yield place, f"{what} {names}", f"{scratch.access_nbytes(side)} bytes a lane", count
@@ -104,13 +104,15 @@ class Report:
 
     def _conversions(self) -> Iterable[str]:
         """Every way that a tile could take, the chosen one first; costs in cycles of a warp (see tilus.layout.conversion)."""
-        return aligned((place, names, str(plan)) for place, names, plan in self._plans())
+        return aligned((place, names, str(plan)) for place, names, plan, _ in self._plans())
 
-    def _plans(self) -> Iterator[tuple[str, str, ConversionPlan]]:
-        for stmt in instructions(self.compiled.function.body):
+    def _plans(self) -> Iterator[tuple[str, str, ConversionPlan, int]]:
+        """Conversions, with the number of threads that do each."""
+        function = self.compiled.function
+        for stmt, warps in by_warps(function.body, function.warps):
             for plan in stmt.inst.conversions():
                 names = f"{stmt.inst.register_operands[0].name} -> {stmt.inst.register_results[0].name}"
-                yield _place(stmt.loc), names, plan
+                yield _place(stmt.loc), names, plan, 32 * len(warps)
 
     def _mix(self) -> Iterator[str]:
         if self.sass is None:

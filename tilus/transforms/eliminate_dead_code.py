@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from tilus.ir.expr import Expr, Var, walk
 from tilus.ir.function import Function
-from tilus.ir.stmt import For, If, Inst, Seq, SetScalar, Stmt, While
+from tilus.ir.stmt import For, If, Inst, Role, Seq, SetScalar, Stmt, While
 from tilus.ir.tensor import RegisterTensor
 from tilus.ir.visit import rewrite
 from tilus.ir.visit import walk as walk_stmts
@@ -54,7 +54,7 @@ def _is_dead(stmt: Stmt, used: set[RegisterTensor | Var]) -> bool:
             return inst.effects().removable and not any(result in used for result in inst.results)
         case SetScalar(var):
             return var not in used
-        case If(_, Seq(()), Seq(())):
+        case If(_, Seq(()), Seq(())) | Role(body=Seq(()), registers=None):
             return True
         case _:
             return False

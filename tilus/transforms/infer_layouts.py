@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from tilus.errors import Note, TilusError
 from tilus.ir.function import Function
 from tilus.ir.layout_rules import LayoutRule, Way, conversion_cost, moved, moved_nbits
-from tilus.ir.stmt import For, If, Inst, Seq, Stmt, While
+from tilus.ir.stmt import For, If, Inst, Role, Seq, Stmt, While
 from tilus.ir.tensor import LayoutOrigin, RegisterTensor, Tensor
 from tilus.ir.visit import replace as replace_tensors
 from tilus.layout import RegisterLayout
@@ -221,6 +221,8 @@ def _uses(stmt: Stmt, num_threads: int, depth: int) -> Iterator[Use]:
         case If(_, then, orelse):
             yield from _uses(then, num_threads, depth)
             yield from _uses(orelse, num_threads, depth)
+        case Role(body=body):
+            yield from _uses(body, stmt.num_threads, depth)
         case Inst(inst):
             if tiles := (*inst.register_results, *inst.register_operands):
                 yield Use(stmt, tiles, inst.layout_rule(num_threads), depth)

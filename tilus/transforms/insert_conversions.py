@@ -14,7 +14,7 @@ from tilus.instructions.convert import Convert
 from tilus.ir.function import Function
 from tilus.ir.instruction import Instruction, is_out
 from tilus.ir.layout_rules import Layouts, moved_nbits, same_owners
-from tilus.ir.stmt import For, If, Inst, Seq, Stmt, While
+from tilus.ir.stmt import For, If, Inst, Role, Seq, Stmt, While
 from tilus.ir.tensor import LayoutOrigin, RegisterTensor, Tensor
 from tilus.layout import RegisterLayout
 
@@ -67,6 +67,11 @@ class _Inserter:
                 sides = self.block(then, is_loop=False), self.block(orelse, is_loop=False)
                 same = sides[0] is then and sides[1] is orelse
                 self.open[-1].stmts.append(stmt if same else replace(stmt, then=sides[0], orelse=sides[1]))
+            case Role(body=body):
+                outer, self.num_threads = self.num_threads, stmt.num_threads
+                new = self.block(body, is_loop=False)
+                self.num_threads = outer
+                self.open[-1].stmts.append(stmt if new is body else replace(stmt, body=new))
             case Inst():
                 self.instruction(stmt)
             case _:

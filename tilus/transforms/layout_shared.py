@@ -23,7 +23,7 @@ from tilus.codegen.shared_plan import plan_shared
 from tilus.errors import Loc, TilusError
 from tilus.ir.expr import Const
 from tilus.ir.function import Function
-from tilus.ir.stmt import Break, Continue, For, If, Inst, Return, Seq, SetScalar, Stmt, While
+from tilus.ir.stmt import Break, Continue, For, If, Inst, Return, Role, Seq, SetScalar, Stmt, While
 from tilus.ir.tensor import SharedTensor, Tensor
 from tilus.ir.visit import replace as replace_tensors
 from tilus.layout import SharedLayout, row_major
@@ -82,29 +82,32 @@ def _place(function: Function, layouts: Mapping[SharedTensor, SharedLayout]) -> 
 def uses(function: Function, target: Target) -> dict[SharedTensor, list[Use]]:
     """The accesses of every shared tensor, in program order."""
     found: dict[SharedTensor, list[Use]] = {}
-    for stmt, weight in _weighted(function.body, 1):
+    for stmt, weight, num_threads in _weighted(function.body, 1, function.num_threads):
         for tensor in stmt.inst.operands:
             if isinstance(tensor, SharedTensor):
                 found.setdefault(tensor, [])
-        for tensor, access in stmt.inst.shared_accesses(function.num_threads, target):
+        for tensor, access in stmt.inst.shared_accesses(num_threads, target):
             found.setdefault(tensor, []).append(Use(access, weight, stmt.inst.mnemonic, stmt.loc))
     return found
 
 
-def _weighted(stmt: Stmt, weight: int) -> Iterator[tuple[Inst, int]]:
+def _weighted(stmt: Stmt, weight: int, num_threads: int) -> Iterator[tuple[Inst, int, int]]:
+    """Instructions, how often each runs, and in how many threads."""
     match stmt:
         case Seq():
             for child in stmt.stmts:
-                yield from _weighted(child, weight)
+                yield from _weighted(child, weight, num_threads)
         case Inst():
-            yield stmt, weight
+            yield stmt, weight, num_threads
         case For():
-            yield from _weighted(stmt.body, weight * _trips(stmt))
+            yield from _weighted(stmt.body, weight * _trips(stmt), num_threads)
         case While():
-            yield from _weighted(stmt.body, weight * UNKNOWN_TRIPS)
+            yield from _weighted(stmt.body, weight * UNKNOWN_TRIPS, num_threads)
         case If():
-            yield from _weighted(stmt.then, weight)
-            yield from _weighted(stmt.orelse, weight)
+            yield from _weighted(stmt.then, weight, num_threads)
+            yield from _weighted(stmt.orelse, weight, num_threads)
+        case Role():
+            yield from _weighted(stmt.body, weight, stmt.num_threads)
         case SetScalar() | Break() | Continue() | Return():
             pass
 

@@ -20,9 +20,9 @@ from tilus.codegen.c.writer import Writer
 from tilus.errors import TilusError
 from tilus.ir.expr import Var
 from tilus.ir.function import Function, TensorParam
-from tilus.ir.stmt import Break, Continue, For, If, Inst, Return, Seq, SetScalar, Stmt, While
+from tilus.ir.stmt import Break, Continue, For, If, Inst, Return, Role, Seq, SetScalar, Stmt, While
 from tilus.ir.tensor import GlobalTensor, RegisterTensor
-from tilus.ir.visit import instructions
+from tilus.ir.visit import instructions, walk
 from tilus.layout import SharedLayout
 from tilus.target import CpuTarget
 
@@ -46,6 +46,7 @@ def lower_c(function: Function, target: CpuTarget) -> str:
     fastest. The function must be unrolled; it needs no register layouts but those that the program pins.
     Raises: TilusError, with the user's line, for what has no meaning on a CPU.
     """
+    _refuse_gpu_code(function)
     layouts: Mapping[RegisterTensor, SharedLayout] = {}
     lowering = _Lowering(function, target, layouts)
     lowering.run()
@@ -54,6 +55,22 @@ def lower_c(function: Function, target: CpuTarget) -> str:
         lowering = _Lowering(function, target, found)
         lowering.run()
     return lowering.text()
+
+
+def _refuse_gpu_code(function: Function) -> None:
+    """A block of the CPU is one sequential program, in which nobody could arrive while another waits."""
+    for stmt in walk(function.body):
+        found = None
+        if isinstance(stmt, Role):
+            found = f"tilus.warps ({stmt})"
+        elif isinstance(stmt, Inst) and stmt.inst.needs_gpu:
+            found = f"tilus.{stmt.inst.mnemonic}"
+        if found is not None:
+            raise TilusError(
+                f"kernel {function.name} uses {found}, which needs a GPU: there is no code of it for CPUs",
+                loc=stmt.loc if isinstance(stmt, (Role, Inst)) else None,
+                hint='run it on device "reference" or "emulator", or write a kernel without it for CPUs',
+            )
 
 
 class _Lowering:
@@ -126,6 +143,8 @@ class _Lowering:
                 ctx.writer.line("break;")
             case Continue():
                 ctx.writer.line("continue;")
+            case Role():
+                raise TilusError(f"no C of the role of {stmt}", loc=stmt.loc)  # refused before
             case Return():
                 ctx.writer.line("return;")
 

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from typing import assert_never
 
 from tilus.errors import Loc, TilusError
-from tilus.ir.stmt import Break, Continue, For, If, Inst, Return, Seq, SetScalar, Stmt, While
+from tilus.ir.stmt import Break, Continue, For, If, Inst, Return, Role, Seq, SetScalar, Stmt, While
 from tilus.ir.tensor import RegisterTensor
-from tilus.ir.visit import instructions, walk
+from tilus.ir.visit import instructions, side_by_side, walk
 from tilus.runtime.reference.mask import invert, join, meet
+from tilus.runtime.reference.roles import Turn, run_side_by_side
 from tilus.runtime.reference.scalars import Compiled, compare, compile_condition, compile_scalar
 from tilus.runtime.reference.state import BlockState
 
@@ -42,6 +43,8 @@ def _compile(stmt: Stmt, uses: Uses) -> Runner:
             return _for(stmt, uses)
         case While():
             return _while(stmt, uses)
+        case Role():
+            return _roles((stmt,), uses)
         case Break():
             return _break
         case Continue():
@@ -81,12 +84,13 @@ def _sequence(stmts: tuple[Stmt, ...], uses: Uses) -> Runner:
     runners: list[Runner] = []
     left = _mentions(Seq(stmts))
     local = {tile for tile, count in left.items() if count == uses[tile]}
-    for stmt in stmts:
-        runners.append(_compile(stmt, uses))
-        here = _mentions(stmt)
+    items = list(side_by_side(stmts))
+    for item in items:
+        runners.append(_roles(item, uses) if isinstance(item, tuple) else _compile(item, uses))
+        here = _mentions(Seq(item) if isinstance(item, tuple) else item)
         left -= here
         dead = [tile for tile in here if tile in local and tile not in left]
-        if dead and stmt is not stmts[-1]:
+        if dead and item is not items[-1]:
             runners.append(_drop(tuple(dead)))
     if len(runners) == 1:
         return runners[0]
@@ -175,6 +179,20 @@ def _for(stmt: For, uses: Uses) -> Runner:
 def _while(stmt: While, uses: Uses) -> Runner:
     cond, body = compile_condition(stmt.cond), _compile(stmt.body, uses)
     return _located(lambda s: _loop(s, cond, body, None), stmt.loc)
+
+
+def _roles(roles: tuple[Role, ...], uses: Uses) -> Runner:
+    """Each with variables of its own, which are gone when all are at their end."""
+    compiled = [(role, _compile(role.body, uses)) for role in roles]
+
+    def run(s: BlockState) -> None:
+        run_side_by_side([(str(role), _role(role, body, s)) for role, body in compiled], s.turn)
+
+    return run
+
+
+def _role(role: Role, body: Runner, block: BlockState) -> Callable[[Turn], None]:
+    return lambda turn: body(block.of_role(role.num_threads, turn))
 
 
 def _loop(s: BlockState, cond: Compiled, body: Runner, advance: Runner | None) -> None:

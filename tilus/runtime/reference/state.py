@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -13,9 +14,14 @@ from tilus.ir.tensor import GlobalTensor, RegisterTensor, SharedTensor
 from tilus.runtime.reference.access import Tile, View, read, update, write
 from tilus.runtime.reference.affine import Array, BoolArray, Extents, Scalar, block_index, settle, to_array
 from tilus.runtime.reference.arguments import Binding
+from tilus.runtime.reference.barriers import Barrier, Barriers
 from tilus.runtime.reference.mask import Mask
+from tilus.runtime.reference.roles import Turn
 from tilus.runtime.reference.scalars import Compiled, compile_scalar
 from tilus.runtime.reference.shared import SharedMemory
+
+if TYPE_CHECKING:
+    from tilus.runtime.reference.cluster import Cluster
 
 TileType = tuple[tuple[int, ...], np.dtype[Any]]
 
@@ -40,9 +46,11 @@ class Compilation(Protocol):
 
 
 class BlockState:
-    """Blocks `first` to `first + extents` of a grid in lock step.
+    """Blocks `first` to `first + extents` of a grid in lock step; one that has barriers runs alone.
 
-    mask: which of them are active. broken, continued: those that left the innermost loop, or its current iteration.
+    num_threads: of the block, or of the role that runs. cluster: of the block, where it is not alone. turn: of the role, or of
+    the block in its cluster. mask: which of the blocks are active. broken,
+    continued: those that left the innermost loop, or its current iteration.
     """
 
     def __init__(
@@ -57,6 +65,7 @@ class BlockState:
         self._program = program
         self._binding = binding
         self._views = views
+        self._barriers = Barriers()
         self._shared: dict[SharedTensor, SharedMemory] = {}
         self._first = first
         self.grid = grid
@@ -67,10 +76,16 @@ class BlockState:
         self.mask: Mask = True
         self.broken: Mask = False
         self.continued: Mask = False
+        self.num_threads = program.num_threads
+        self.cluster: Cluster | None = None
+        self.turn: Turn | None = None
 
-    @property
-    def num_threads(self) -> int:
-        return self._program.num_threads
+    def of_role(self, num_threads: int, turn: Turn) -> BlockState:
+        """The block as a role sees it: the same memory, and variables of its own that start as they are now."""
+        state = copy.copy(self)
+        state.num_threads, state.turn = num_threads, turn
+        state.scalars, state.tiles = dict(self.scalars), dict(self.tiles)
+        return state
 
     def tile(self, tensor: RegisterTensor) -> Array:
         try:
@@ -114,20 +129,20 @@ class BlockState:
 
     def load(
         self, tensor: GlobalTensor | SharedTensor, offsets: Sequence[Expr], shape: tuple[int, ...],
-        dims: tuple[int, ...], *, checked: bool,
+        dims: tuple[int, ...], *, checked: bool, block: Expr | None = None,
     ) -> Array:  # fmt: skip
         tile = self._tile(offsets, shape, dims, checked)
         if isinstance(tensor, SharedTensor):
-            return self._shared_memory(tensor).load(tile)
+            return self._block(block)._shared_memory(tensor).load(tile)
         return read(self._view(tensor), tile)
 
     def store(
         self, tensor: GlobalTensor | SharedTensor, offsets: Sequence[Expr], dims: tuple[int, ...], value: Array, *,
-        checked: bool,
+        checked: bool, block: Expr | None = None,
     ) -> None:  # fmt: skip
         tile = self._tile(offsets, value.shape[3:], dims, checked)
         if isinstance(tensor, SharedTensor):
-            self._shared_memory(tensor).store(tile, value)
+            self._block(block)._shared_memory(tensor).store(tile, value)
         else:
             write(self._writable_view(tensor), tile, value)
 
@@ -139,6 +154,53 @@ class BlockState:
         if isinstance(tensor, SharedTensor):
             return self._shared_memory(tensor).update(tile, value, op)
         return update(self._writable_view(tensor), tile, value, op, self.extents, tensor.dtype)
+
+    def barrier_init(self, barrier: SharedTensor, arrivals: int) -> None:
+        self._barriers.make(barrier, arrivals)
+
+    def barrier_arrive(
+        self, barrier: SharedTensor, index: Expr, *, count: int = 1, nbytes: Expr | None = None,
+        block: Expr | None = None,
+    ) -> None:  # fmt: skip
+        self._barrier(barrier, index, block).arrive(count, 0 if nbytes is None else int(self.value(nbytes)))
+
+    def barrier_complete_bytes(
+        self, barrier: SharedTensor, index: Expr, nbytes: Expr, *, block: Expr | None = None
+    ) -> None:
+        self._barrier(barrier, index, block).land(int(self.value(nbytes)))
+
+    def barrier_wait(self, barrier: SharedTensor, index: Expr, phase: Expr) -> None:
+        place, parity = int(self.value(index)), int(self.value(phase))
+        if parity not in (0, 1):
+            raise TilusError(f"wait for phase {parity} of {barrier.name}[{place}], expected its parity, 0 or 1")
+        found = self._barriers.at(barrier, place)
+
+        def what() -> str:
+            return f"waits for phase {parity} of {barrier.name}[{place}], whose {found}"
+
+        if found.is_complete(parity):
+            return
+        if self.turn is None:
+            raise TilusError(
+                f"the block {what()}, and nobody else runs", hint="put the two sides into roles: with tilus.warps(...)"
+            )
+        self.turn.wait(lambda: found.is_complete(parity), what)
+
+    def cluster_sync(self) -> None:
+        if self.cluster is None or self.turn is None:
+            raise TilusError("cluster_sync of a block that is alone, expected one of a cluster")
+        self.cluster.sync(self.turn)
+
+    def _barrier(self, barrier: SharedTensor, index: Expr, block: Expr | None) -> Barrier:
+        return self._block(block)._barriers.at(barrier, int(self.value(index)))
+
+    def _block(self, rank: Expr | None) -> BlockState:
+        """The block of that rank in the cluster; without a rank, this one."""
+        if rank is None:
+            return self
+        if self.cluster is None:
+            raise TilusError(f"access to block {rank} of the cluster of a block that is alone")
+        return self.cluster.block(int(self.value(rank)))
 
     def print(self, text: str) -> None:
         print(text)
