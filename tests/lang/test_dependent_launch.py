@@ -86,6 +86,41 @@ def test_mistakes_are_refused_at_their_line(mistake: str, message: str) -> None:
     assert "test_dependent_launch.py:" in str(caught.value)
 
 
+@tilus.kernel
+def with_roles(x: Tensor[int32, "n"], y: Tensor[int32, "n"], *, waiting: Const):
+    tilus.grid(1, warps=2)
+    if "block" in waiting:
+        tilus.wait_dependencies()
+    with tilus.warps(0, 1):
+        if "first" in waiting or (x.shape[0] > 7 and "perhaps" in waiting):
+            tilus.wait_dependencies()
+        if "reads" in waiting:
+            _ = x[0] + 1
+    with tilus.warps(1, 1):
+        if "second" in waiting:
+            tilus.wait_dependencies()
+        _ = x[1] + 1
+
+
+@pytest.mark.parametrize(
+    ("waiting", "message"),
+    [
+        ("block reads", None),
+        ("first second reads", None),
+        ("second", None),  # the block does not end before the warps that wait
+        ("first", "x is read before"),  # by the other warps
+        ("second reads", "x is read before"),
+        ("perhaps", "x is read before(?s:.*)a block may end before"),
+    ],
+)
+def test_each_role_waits_for_itself(waiting: str, message: str | None) -> None:
+    if message is None:
+        assemble(with_roles.ptx(waiting=waiting), get_target("sm_90a"))
+    else:
+        with pytest.raises(tilus.TilusError, match=message):
+            with_roles.ptx(waiting=waiting)
+
+
 def test_only_tensors_are_constant() -> None:
     @tilus.kernel
     def wrong(a: f32):

@@ -19,11 +19,12 @@ InstructionT = TypeVar("InstructionT", bound=Instruction)
 
 
 class IRBuilder:
-    """Collects statements. `loc` is the user's position that is being compiled; `num_warps` is set by `tilus.grid`."""
+    """Collects statements. `loc` is the user's position that is being compiled; `tilus.grid` sets `num_warps` and `cluster`."""
 
     def __init__(self) -> None:
         self.loc: Loc | None = None
         self.num_warps: int | None = None
+        self.cluster = 1
         self._blocks: list[list[Stmt]] = [[]]
         self._names: dict[str, int] = {}
         self._pins: dict[RegisterTensor, Loc | None] = {}
