@@ -246,6 +246,22 @@ def test_warps_arrive_one_by_one(warps: Any, arrivals: int, count: int, nbytes: 
     assemble(ptx, SM_90A)
 
 
+def test_barriers_that_are_made_together_need_one_barrier_of_the_block() -> None:
+    @tilus.kernel
+    def made(n: tilus.int32):
+        tilus.grid(1, warps=4)
+        full = tilus.mbarrier(2)
+        empty = tilus.mbarrier(2)
+        tilus.arrive(full[0])
+        other = tilus.mbarrier()
+        tilus.arrive(empty[0])
+        tilus.arrive(other)
+
+    steps = re.findall(r"mbarrier\.init|bar\.sync|mbarrier\.arrive", made.ptx())
+    init, sync, arrive = "mbarrier.init", "bar.sync", "mbarrier.arrive"
+    assert steps == [*[init] * 4, sync, arrive, init, sync, arrive, arrive]
+
+
 def test_groups_of_different_sizes_do_not_share_a_barrier() -> None:
     with pytest.raises(tilus.TilusError, match="2 warps arrive at barriers, expected 4 as elsewhere") as caught:
         counted.ptx(warps=(4, 2), arrivals=2)
