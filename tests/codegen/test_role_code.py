@@ -141,6 +141,27 @@ def test_products_and_copies_of_roles(device: str, pinned: bool) -> None:
     assert threads == {"copy_async": 64, "ldmatrix": 128}
 
 
+@tilus.kernel
+def early(a: Tensor[f16, "m", "k"], y: Tensor[f32, "m", "n"], *, waits: Const):
+    tilus.grid(1, warps=8)
+    left, right = tilus.shared(f16, [64, 64]), tilus.shared(f16, [64, 64])
+    with tilus.warps(4, 4):
+        for s in (left, right):
+            tilus.store_shared(s, tilus.load(a, [0, 0], [64, 64]))
+        tilus.fence_async()
+        tilus.sync()
+        total = tilus.wgmma(left, right, None)
+        if waits:
+            tilus.wgmma_wait()
+        tilus.store(y, [0, 0], total)
+
+
+def test_sums_are_awaited_in_roles() -> None:
+    assemble(early.ptx(waits=True), SM_90A)
+    with pytest.raises(tilus.TilusError, match="store reads total while wgmma still adds to it"):
+        early.ptx(waits=False)
+
+
 def test_nothing_that_a_role_needs_is_computed_in_front_of_it() -> None:
     """Where others would keep it in registers."""
     front = three.ptx().split("bra.uni")[0]

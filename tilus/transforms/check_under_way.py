@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from tilus.errors import Note, TilusError, raise_all
 from tilus.ir.function import Function
-from tilus.ir.stmt import For, If, Inst, Seq, Stmt, While
+from tilus.ir.stmt import For, If, Inst, Role, Seq, Stmt, While
 from tilus.ir.tensor import RegisterTensor
 from tilus.target import Target
 
@@ -47,6 +47,8 @@ class _Checker:
             case If(_, then, orelse):
                 sides = self.after(then, state), self.after(orelse, state)
                 state = tuple(work for work in sides[0] if work in sides[1])
+            case Role(body=body):
+                self.after(body, state)  # other warps know nothing of what it leaves under way
             case Inst():
                 return self._after_instruction(stmt, state)
             case _:
