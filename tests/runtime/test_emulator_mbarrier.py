@@ -257,7 +257,8 @@ def test_an_arrival_does_not_hand_on_a_read_of_the_whole_warp(arriving: int, see
     """All of warp 0 reads one word, one thread arrives, warp 1 overwrites the word."""
     body = (
         "@%p0 st.shared.b32 [smem], 6;\nbar.sync 0;\nmov.u32 %r20, 0;\nsetp.ne.u32 %p1, %r1, 0;\n@%p1 bra WRITE;\n"
-        "ld.shared.b32 %r20, [smem];\n{sync}setp.eq.u32 %p7, %r0, {lane};\n@%p7 mbarrier.arrive.shared.b64 _, [bars];\nbra END;\nWRITE:\n"
+        "ld.shared.b32 %r20, [smem];\n{sync}setp.eq.u32 %p7, %r0, {lane};\n@%p7 mbarrier.arrive.shared.b64 _, [bars];\n"
+        "bra END;\nWRITE:\n"
         "WAIT:\nmbarrier.try_wait.parity.shared.b64 %p3, [bars], 0;\n@!%p3 bra WAIT;\nst.shared.b32 [smem], 7;\nEND:\n"
         + OUT
     )
