@@ -186,7 +186,8 @@ class LocalArray:
 class Kernel:
     """One `.entry`. `num_threads` becomes `.reqntid`; `min_blocks_per_sm` and `max_registers` are optional caps.
 
-    cluster: blocks along x that make a cluster (`.reqnctapercluster`).
+    cluster: blocks along x that make a cluster (`.reqnctapercluster`). explicit_cluster: the launch must say how many
+    (`.explicitcluster`).
     """
 
     name: str
@@ -198,6 +199,7 @@ class Kernel:
     max_registers: int | None = None
     local: tuple[LocalArray, ...] = ()
     cluster: int = 1
+    explicit_cluster: bool = False
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,8 @@ def _kernel(kernel: Kernel, files: dict[str, int]) -> list[str]:
     lines.append(f".reqntid {kernel.num_threads}, 1, 1")
     if kernel.cluster > 1:
         lines.append(f".reqnctapercluster {kernel.cluster}, 1, 1")
+    if kernel.explicit_cluster:
+        lines.append(".explicitcluster")
     if kernel.min_blocks_per_sm is not None:
         lines.append(f".minnctapersm {kernel.min_blocks_per_sm}")
     if kernel.max_registers is not None:

@@ -222,12 +222,12 @@ def _pack(site: Site, target: Operand, source: Vector, type_name: str) -> Step:
 @instruction("cvta")
 def convert_address(site: Site) -> Step:
     """cvta{.to}.space: between an address of a space and a generic one."""
-    site.allow("to", "global", "shared", "shared::cta", "const", "local", "param")
+    site.allow("to", "global", "shared", "shared::cta", "shared::cluster", "const", "local", "param")
     out = site.target(0, site.type())
     source = site.operands[1]
     is_shared = isinstance(source, Symbol) and source.name in site.machine.shared_symbols
     value = site.source(source, "u32" if is_shared else site.type())
-    window = np.uint64(SHARED_WINDOW if site.one_of("shared", "shared::cta") else 0)
+    window = np.uint64(SHARED_WINDOW if site.one_of("shared", "shared::cta", "shared::cluster") else 0)
     if site.has("to"):
         return site.elementwise(lambda a: (a.astype(np.uint64) - window).astype(out.dtype), out, value)
     return site.elementwise(lambda a: (a.astype(np.uint64) + window).astype(out.dtype), out, value)

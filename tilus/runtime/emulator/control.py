@@ -8,10 +8,19 @@ import numpy as np
 import numpy.typing as npt
 
 from tilus.ptx.module import LabelRef, Operand
+from tilus.runtime.emulator.clocks import Clock, join
+from tilus.runtime.emulator.cluster_instructions import cluster_barrier
 from tilus.runtime.emulator.decode import Array, Mask, Site, Step, instruction
-from tilus.runtime.emulator.guards import guard_row, initialisation_check, mark_initialised
+from tilus.runtime.emulator.guards import (
+    guard_registers,
+    guard_row,
+    initialisation_check,
+    mark_initialised,
+    source_registers,
+)  # fmt: skip
 from tilus.runtime.emulator.machine import WARP, Machine
 from tilus.runtime.emulator.mbarrier_instructions import wait_for_phase
+from tilus.runtime.emulator.wgmma import decode_wgmma
 
 Lanes = npt.NDArray[np.bool_]
 Successors = list[tuple[int, Lanes]]
@@ -31,6 +40,10 @@ def decode_control(machine: Machine, barriers: Barriers, pc: int) -> Terminator:
             end = _trap(site)
         case "mbarrier":
             end = wait_for_phase(site)
+        case "wgmma":
+            end = decode_wgmma(site)
+        case "barrier" if site.words[:1] == ["cluster"]:
+            end = cluster_barrier(site)
         case _:
             end = _barrier(site, barriers)
     return _guarded(site, end)
@@ -38,8 +51,8 @@ def decode_control(machine: Machine, barriers: Barriers, pc: int) -> Terminator:
 
 def _guarded(site: Site, end: Terminator) -> Terminator:
     guard = guard_row(site)
-    check = initialisation_check(site)
-    guard_check = initialisation_check(site, guard_only=True)
+    check = initialisation_check(site, source_registers(site))
+    guard_check = initialisation_check(site, guard_registers(site))
     following = site.pc + 1
 
     def guarded(mask: Lanes) -> Successors:
@@ -146,6 +159,8 @@ class Barriers:
         self.arrived = np.zeros((16, machine.slots), np.int64)
         self.arrived_warps = np.zeros((16, machine.slots, machine.warps), np.bool_)
         self.expected = np.zeros((16, machine.slots), np.int64)  # 0: all live threads of the block
+        self.handed: dict[tuple[int, int], Clock] = {}
+        """By barrier and slot: what warps that have arrived without waiting hand on."""
         self.resume = np.zeros(machine.lanes, np.int64)
         self.released: Successors = []
         """Lanes that barriers have let go since the scheduler last looked, with the pc where each goes on."""
@@ -156,6 +171,7 @@ class Barriers:
         self.arrived[:] = 0
         self.arrived_warps[:] = False
         self.expected[:] = 0
+        self.handed.clear()
         self.machine.clocks_moved()
 
     def by_slot(self, mask: Lanes) -> npt.NDArray[np.int64]:
@@ -178,15 +194,25 @@ class Barriers:
             lanes = mask if ids.ndim == 0 else mask & (ids == barrier)
             self._expect(site, barrier, lanes, counts)
             self.arrived[barrier] += self.by_slot(lanes)
-            self.arrived_warps[barrier] |= lanes.reshape(self.machine.slots, -1, WARP).any(axis=2)
             if waits:
+                self.arrived_warps[barrier] |= lanes.reshape(self.machine.slots, -1, WARP).any(axis=2)
                 self.waiting[barrier] |= lanes
                 self.resume[lanes] = site.pc + 1
             else:
+                self._hand_on(barrier, lanes)
                 onward.append((site.pc + 1, lanes))
             self._complete(barrier, reduction, site)
         self.machine.clocks_moved()
         return onward
+
+    def _hand_on(self, barrier: int, mask: Lanes) -> None:
+        """What these threads do after their arrival is no part of what the barrier orders."""
+        machine = self.machine
+        lanes = np.flatnonzero(mask)
+        for warp in np.unique(lanes // WARP).tolist():
+            handed = machine.hand_on(lanes[lanes // WARP == warp])
+            before = self.handed.get((barrier, warp // machine.warps))
+            self.handed[barrier, warp // machine.warps] = handed if before is None else join(before, handed)
 
     def _expect(self, site: Site, barrier: int, lanes: Lanes, counts: Array | None) -> None:
         if counts is None:
@@ -219,7 +245,8 @@ class Barriers:
         lanes = self.waiting[barrier] & full[self.machine.slot_of]
         leaving = lanes.reshape(self.machine.slots, -1, WARP).any(axis=2)
         slots = np.flatnonzero(full)
-        self.machine.clocks.barrier(slots, self.arrived_warps[barrier, slots], leaving[slots])
+        handed = {slot: self.handed.pop((barrier, slot)) for slot in slots.tolist() if (barrier, slot) in self.handed}
+        self.machine.clocks.barrier(slots, self.arrived_warps[barrier, slots], leaving[slots], handed)
         if reduction is not None:
             for slot in slots:
                 reduction(lanes & (self.machine.slot_of == slot))
@@ -232,10 +259,14 @@ class Barriers:
 
     def leave(self, mask: Lanes) -> Successors:
         """Threads exit: barriers that wait for all live threads may complete."""
-        self.machine.alive &= ~mask
+        machine = self.machine
+        machine.alive &= ~mask
         for barrier in np.flatnonzero(self.arrived.any(axis=1)).tolist():
             self._complete(barrier, None, None)
-        self.machine.clocks_moved()
+        if machine.cluster > 1:
+            machine.clusters.check_exit(mask)
+            machine.clusters.complete()
+        machine.clocks_moved()
         return []
 
     def deadlock_report(self) -> str:

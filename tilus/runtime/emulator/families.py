@@ -8,6 +8,7 @@ from tilus.runtime.emulator import (
     atomics,
     bits,
     bulk_instructions,
+    cluster_instructions,
     control,
     convert,
     floating,
@@ -22,9 +23,10 @@ from tilus.runtime.emulator import (
 from tilus.runtime.emulator.decode import HANDLERS, Handler, Site, Step
 from tilus.runtime.emulator.guards import with_guard, with_initialisation
 from tilus.runtime.emulator.machine import Machine
+from tilus.runtime.emulator.wgmma import with_wgmma_registers
 
 FAMILIES = (
-    alu, async_instructions, atomics, bits, bulk_instructions, control, convert, floating, hints, matrix,
+    alu, async_instructions, atomics, bits, bulk_instructions, cluster_instructions, control, convert, floating, hints, matrix,
     mbarrier_instructions, memory, predicates, tensor_instructions, warp,
 )  # fmt: skip
 
@@ -36,7 +38,7 @@ def decode(machine: Machine, pc: int) -> Step:
     """
     site = Site(machine, pc)
     handler = _handler(site)
-    return with_guard(site, with_initialisation(site, handler(site)))
+    return with_guard(site, with_wgmma_registers(site, with_initialisation(site, handler(site))))
 
 
 def _handler(site: Site) -> Handler:

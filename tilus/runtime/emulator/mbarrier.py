@@ -101,12 +101,12 @@ class Mbarriers:
         slot, warp = int(machine.slot_of[lane]), int(machine.warp_of[lane])
         column = self._column(pc, place)
         blank = np.zeros(machine.clocks.columns, np.int64)
-        clock = int(machine.clocks.clock[slot, warp, warp])
+        clock = int(machine.clocks.clock[slot, warp, machine.clocks.own[slot, warp]])
         self.table[place] = Mbarrier(place, slot, column, count, pc, lane, clock, count, blank, blank.copy())
 
     def _column(self, pc: int, place: int) -> int:
-        """Objects at one place in different blocks share a column."""
-        offset = place % self.machine.shared.nbytes
+        """Objects at one place in blocks of different clusters share a column."""
+        offset = place % (self.machine.shared.nbytes * self.machine.cluster)
         if offset not in self.columns:
             if len(self.columns) == FIRST_BARRIER:
                 raise self.machine.fault(pc, f"more than {FIRST_BARRIER} mbarriers in a block")
@@ -138,7 +138,7 @@ class Mbarriers:
                 lane,
                 hint="mbarrier.init by one thread and a barrier of the block come first",
             )
-        warp, first = int(machine.warp_of[lane]), int(machine.warp_of[barrier.init_lane])
+        warp, first = lane // 32, int(machine.column_of[barrier.init_lane])
         if warp in barrier.known_to or lane == barrier.init_lane:
             return barrier
         at = np.array([lane])
@@ -165,7 +165,7 @@ class Mbarriers:
         return None
 
     def agent(self, barrier: Mbarrier) -> int:
-        return FIRST_BARRIER + barrier.column - self.machine.warps
+        return FIRST_BARRIER + barrier.column - self.machine.clocks.all_warps
 
     def publish(self, lanes: Lanes) -> None:
         """These threads fence: what they initialised becomes visible to the asynchronous proxy."""

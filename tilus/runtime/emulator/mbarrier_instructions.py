@@ -11,31 +11,33 @@ from tilus.ptx.module import Operand
 from tilus.runtime.emulator.clocks import PHASE_ZERO
 from tilus.runtime.emulator.decode import Mask, Site, Step, instruction
 from tilus.runtime.emulator.guards import mark_initialised
+from tilus.runtime.emulator.machine import WARP
 from tilus.runtime.emulator.mbarrier import MAX_COUNT, Mbarrier, Waiter
 from tilus.runtime.emulator.memory import Access
 
 Lanes = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 _SPACES = ("shared", "shared::cta")
+_REMOTE = (*_SPACES, "shared::cluster")
 _SCOPES = ("release", "acquire", "cta", "cluster")
 
 
 def barrier_access(site: Site, operand: Operand) -> Access:
     """The operand that names an mbarrier object."""
-    explicit = any(word.startswith("shared") for word in site.words)
-    return Access(site, operand, "shared" if explicit else None, 8, by_warp=False)
+    spaces = [word for word in site.words if word.startswith("shared")]
+    space = ("shared::cluster" if "shared::cluster" in spaces else "shared") if spaces else None
+    return Access(site, operand, space, 8, by_warp=False)
 
 
 def by_place(access: Access, lanes: Lanes) -> Iterator[tuple[int, Lanes]]:
     """(place of the object in shared memory, lanes) for each object that these lanes name and each warp of them."""
-    machine = access.site.machine
     for shared, who, where in access.split(lanes):
         if not shared:
             raise access.site.fault("an mbarrier in global memory, expected one in shared memory", int(who[0]))
         for place in np.unique(where).tolist():
             here = who[where == place]
-            for warp in np.unique(machine.warp_of[here]).tolist():
-                yield place, here[machine.warp_of[here] == warp]
+            for warp in np.unique(here // WARP).tolist():
+                yield place, here[here // WARP == warp]
 
 
 @instruction("mbarrier.init")
@@ -70,7 +72,7 @@ def invalidate(site: Site) -> Step:
 @instruction("mbarrier.arrive")
 def arrive(site: Site) -> Step:
     """mbarrier.arrive{.expect_tx}{.sem.scope}{.space}.b64 state|_, [addr]{, count or bytes}."""
-    site.allow("arrive", "expect_tx", "relaxed", *_SCOPES, *_SPACES)
+    site.allow("arrive", "expect_tx", "relaxed", *_SCOPES, *_REMOTE)
     expects = site.has("expect_tx")
     site.expect_operands(*((3,) if expects else (2, 3)))
     out = site.target(0, "b64")
@@ -81,7 +83,7 @@ def arrive(site: Site) -> Step:
     def one(place: int, lanes: Lanes) -> None:
         barrier = machine.mbarriers.find(pc, int(lanes[0]), place)
         out[lanes] = np.uint64(barrier.phase | place << 32)
-        clock = _hand_on(site, lanes) if releases else None
+        clock = machine.hand_on(lanes) if releases else None
         values = np.broadcast_to(numbers, machine.lanes)[lanes]
         if not expects and (values == values[0]).all():
             machine.mbarriers.arrive(pc, lanes, barrier, _count(site, int(values[0]), lanes), clock)
@@ -105,18 +107,10 @@ def _count(site: Site, count: int, lanes: Lanes) -> int:
     return count
 
 
-def _hand_on(site: Site, lanes: Lanes) -> npt.NDArray[np.int64]:
-    """The clock that these threads of one warp release."""
-    machine = site.machine
-    slot, warp = int(machine.slot_of[lanes[0]]), int(machine.warp_of[lanes[0]])
-    machine.shared_shadow.hold_back(slot, warp, lanes)
-    return machine.clocks.release(slot, warp, lanes)
-
-
 @instruction("mbarrier.expect_tx", "mbarrier.complete_tx")
 def count_bytes(site: Site) -> Step:
     """mbarrier.{expect,complete}_tx{.relaxed.scope}{.space}.b64 [addr], bytes."""
-    site.allow("expect_tx", "complete_tx", "relaxed", "cta", "cluster", *_SPACES)
+    site.allow("expect_tx", "complete_tx", "relaxed", "cta", "cluster", *_REMOTE)
     site.expect_operands(2)
     access, numbers = barrier_access(site, site.operands[0]), site.source(1, "u32")
     machine, pc = site.machine, site.pc

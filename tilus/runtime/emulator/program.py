@@ -15,7 +15,7 @@ from tilus.ptx.module import Address, Guard, Instr, Kernel, Label, LabelRef, Ope
 from tilus.ptx.parser import Source
 
 # Opcodes (without modifiers) that end a basic block.
-CONTROL = frozenset({"bra", "bar", "barrier", "exit", "ret", "trap"})
+CONTROL = frozenset({"bra", "bar", "barrier", "exit", "ret", "trap", "wgmma"})
 # Opcodes whose first operand is read although it may be a register.
 _NO_RESULT = frozenset({"bar", "barrier", "bra", "nanosleep", "st", "red", "cp", "setmaxnreg"})
 
@@ -101,7 +101,12 @@ def written(instr: Instr) -> frozenset[Reg]:
 def read(instr: Instr) -> frozenset[Reg]:
     sources = instr.operands if result_operand(instr) is None else instr.operands[1:]
     guards = [instr.guard] if instr.guard else []
-    return frozenset(_registers([*guards, *sources]))
+    return frozenset(_registers([*guards, *sources])) | accumulators(instr)
+
+
+def accumulators(instr: Instr) -> frozenset[Reg]:
+    """Registers that the instruction may read as well as write: D of wgmma."""
+    return written(instr) if instr.opcode.startswith("wgmma.mma_async") else frozenset()
 
 
 def _registers(operands: Iterable[Operand]) -> Iterable[Reg]:

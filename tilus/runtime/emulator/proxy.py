@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from tilus.runtime.emulator.clocks import FIRST_BARRIER
+from tilus.runtime.emulator.clocks import FIRST_BARRIER, MAX_THREADS
 from tilus.runtime.emulator.errors import EmulatorError, RaceError
 from tilus.runtime.emulator.program import Program
 
@@ -61,8 +61,9 @@ class AsyncProxy:
         Raises: EmulatorError naming the store and the missing fence.
         """
         machine = self.machine
-        first_lane = int(machine.slot_of[lane]) * machine.warps * 32
-        writers = first_lane + np.minimum(agents, machine.warps * 32 - 1)
+        first_slot = int(machine.slot_of[lane]) // machine.cluster * machine.cluster
+        threads = np.where(agents < FIRST_BARRIER, agents, 0)
+        writers = (first_slot + threads // MAX_THREADS) * machine.warps * 32 + threads % MAX_THREADS
         missing = (agents < FIRST_BARRIER) & (self.stored[granules] > self.fenced[writers])
         if not missing.any():
             return

@@ -13,6 +13,7 @@ from tilus.ptx.module import Instr, Kernel, Module
 from tilus.ptx.parser import parse_source
 from tilus.ptx.printer import print_module
 from tilus.runtime.emulator.arguments import Argument, load_arguments
+from tilus.runtime.emulator.clocks import MAX_CLUSTER
 from tilus.runtime.emulator.machine import WARP, Machine
 from tilus.runtime.emulator.memory import access_nbytes
 from tilus.runtime.emulator.program import Program, load_program
@@ -42,6 +43,7 @@ def run_kernel(
     max_lanes: int = 8192,
     max_blocks: int = 10_000_000,
     profile: bool = False,
+    cluster: int | None = None,
 ) -> Result:
     """Execute one kernel's PTX on numpy, checking everything that can be checked.
 
@@ -50,7 +52,8 @@ def run_kernel(
     written back when the kernel ends), a number for a scalar, a `TensorMap` for a tensor map. num_threads: block size
     when the kernel does not say `.reqntid`. seed: of the random schedule; None runs all warps in lockstep, which is
     fastest. max_lanes: threads that run as one numpy axis. max_blocks: basic blocks to execute before the kernel counts
-    as stuck. profile: count bank conflicts and sectors, too.
+    as stuck. profile: count bank conflicts and sectors, too. cluster: blocks along x that form a cluster; None: as the
+    kernel says.
 
     Raises: EmulatorError (RaceError, DeadlockError) for what the kernel does wrong; TilusError for a bad launch.
     """
@@ -65,16 +68,22 @@ def run_kernel(
     total = grid[0] * grid[1] * grid[2]
     lanes_per_block = -(-threads // WARP) * WARP
     shared_nbytes = dynamic_shared_nbytes + sum(array.nbytes for array in kernel.shared)
-    shadow_nbytes = (shared_nbytes // granules[0] + 64) * 8 * (lanes_per_block // WARP + 1)
-    slots = max(1, min(total, max_lanes // lanes_per_block, _SHADOW_NBYTES // shadow_nbytes))
+    size = _cluster_size(kernel, cluster, grid)
+    shadow_nbytes = (shared_nbytes // granules[0] + 64) * 8 * (size * lanes_per_block // WARP + 1)
+    slots = min(total, max_lanes // lanes_per_block, _SHADOW_NBYTES // shadow_nbytes) // size * size
+    slots = max(size, slots)
     rng = np.random.default_rng(seed)
     with np.errstate(all="ignore"):
-        machine = Machine(program, memory, arguments.params, grid, threads, slots, dynamic_shared_nbytes, granules, rng)
+        machine = Machine(
+            program, memory, arguments.params, grid, threads, slots, dynamic_shared_nbytes, granules, rng,
+            random_times=seed is not None, cluster=size,
+        )  # fmt: skip
         machine.profile = Profile() if profile else None
         scheduler = Scheduler(machine, interleave=seed is not None, max_blocks=max_blocks)
-        order = np.arange(total) if seed is None else rng.permutation(total)
+        order = np.arange(total // size) if seed is None else rng.permutation(total // size)
+        blocks = (order[:, None] * size + np.arange(size)).reshape(-1)  # of a cluster next to each other
         for first in range(0, total, slots):
-            machine.start(order[first : first + slots])
+            machine.start(blocks[first : first + slots])
             scheduler.run()
     arguments.write_back()
     return Result(_stats(program, scheduler, machine.profile))
@@ -88,6 +97,19 @@ def _block_size(kernel: Kernel, num_threads: int | None) -> int:
         expected = kernel.num_threads or "1 to 1024"
         raise TilusError(f"kernel {kernel.name!r} launched with {threads} threads a block, expected {expected}")
     return threads
+
+
+def _cluster_size(kernel: Kernel, cluster: int | None, grid: tuple[int, int, int]) -> int:
+    """Blocks of a cluster, which lie along x."""
+    if cluster is None and kernel.explicit_cluster and kernel.cluster == 1:
+        raise TilusError(f"kernel {kernel.name!r} needs a cluster size at its launch", hint="pass cluster=")
+    size = kernel.cluster if cluster is None else cluster
+    if not 1 <= size <= MAX_CLUSTER or (kernel.cluster > 1 and size != kernel.cluster):
+        expected = kernel.cluster if kernel.cluster > 1 else f"1 to {MAX_CLUSTER}"
+        raise TilusError(f"kernel {kernel.name!r} launched with clusters of {size} blocks, expected {expected}")
+    if grid[0] % size:
+        raise TilusError(f"grid of {grid[0]} blocks along x, expected a multiple of the cluster's {size}")
+    return size
 
 
 def _check_shared(module: Module, kernel: Kernel, dynamic_nbytes: int) -> None:

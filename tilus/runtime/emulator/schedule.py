@@ -95,6 +95,7 @@ class Scheduler:
 
     def _deadlock(self) -> DeadlockError:
         parts = [self.barriers.deadlock_report(), self.machine.mbarriers.deadlock_report()]
+        parts += [self.machine.wgmmas.groups.deadlock_report(), self.machine.clusters.deadlock_report()]
         for group in self.held:
             warps = sorted(set(self.machine.warp_of[np.flatnonzero(group.mask)].tolist()))
             site = self.machine.site_text(self.blocks[group.pc].end - 1)
@@ -109,9 +110,10 @@ class Scheduler:
     def _release(self) -> None:
         """Make the lanes ready that barriers and mbarriers have let go."""
         mbarriers = self.machine.mbarriers
-        for pc, mask in self.barriers.released:
-            self._draw(pc, mask)
-        self.barriers.released.clear()
+        for released in (self.barriers.released, self.machine.clusters.released):
+            for pc, mask in released:
+                self._draw(pc, mask)
+            released.clear()
         for pc, mask in mbarriers.released:
             self._rejoin(pc, mask)
         if mbarriers.released:
@@ -202,6 +204,7 @@ class Scheduler:
 
     def _spend(self, block: Block) -> None:
         self.budget -= 1
+        self.machine.wgmmas.advance(1)
         self.machine.advance_clock(block.end - block.start)
         if self.budget < 0:
             raise self.machine.fault(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from tilus.runtime.emulator.clocks import FIRST_BARRIER, PHASE_ZERO
+from tilus.runtime.emulator.clocks import FIRST_BARRIER, MAX_THREADS, PHASE_ZERO
 from tilus.runtime.emulator.errors import RaceError
 from tilus.runtime.emulator.proxy import AsyncProxy, uses_async_proxy
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 Lanes = npt.NDArray[np.int64]
 Stamps = npt.NDArray[np.uint64]
-# A stamp: clock in bits 32.., MANY (several threads of the warp) 31, ATOMIC 30, agent (a thread, or FIRST_BARRIER and
-# up: an mbarrier, for what an asynchronous copy wrote) 19-29, pc 0-18. 0 = never; a clock of all ones: an asynchronous
-# copy is in flight, or the bytes are an mbarrier object.
-_CLOCK, _AGENT = np.uint64(32), np.uint64(19)
-_MANY, _ATOMIC = np.uint64(1 << 31), np.uint64(1 << 30)
-_AGENT_MASK, _PC_MASK = np.uint64(2047), (1 << 19) - 1
-_IN_FLIGHT = np.uint64(0xFFFFFFFF << 32)
+# A stamp: clock in bits 35.., MANY (several threads of the warp) 34, ATOMIC 33, agent (a thread of the cluster, or
+# FIRST_BARRIER and up: an mbarrier, for what an asynchronous copy wrote) 19-32, pc 0-18. 0 = never; a clock of all ones:
+# an asynchronous copy is in flight, or the bytes are an mbarrier object.
+_CLOCK, _AGENT = np.uint64(35), np.uint64(19)
+_MANY, _ATOMIC = np.uint64(1 << 34), np.uint64(1 << 33)
+_AGENT_MASK, _PC_MASK = np.uint64((1 << 14) - 1), (1 << 19) - 1
+_IN_FLIGHT = np.uint64(((1 << 29) - 1) << 35)
 _ONE = np.uint64(1)
 
 
@@ -36,7 +36,7 @@ class SharedShadow:
     def __init__(self, machine: Machine, granule: int) -> None:
         self.machine = machine
         self.shift = granule.bit_length() - 1
-        self.warps = machine.warps
+        self.warps = machine.clocks.all_warps
         count = machine.shared.data.size >> self.shift
         self.writer = np.zeros(count, np.uint64)
         self.readers = np.zeros(count * self.warps, np.uint64)
@@ -54,9 +54,9 @@ class SharedShadow:
 
     def step(self) -> None:
         """Take over the clocks after any of them moved."""
-        machine, own = self.machine, self.machine.clocks.own
-        clock = machine.clocks.clock[:, own, own][machine.slot_of, machine.warp_of].astype(np.uint64)
-        self.now = clock << _CLOCK | machine.thread_of.astype(np.uint64) << _AGENT
+        machine = self.machine
+        clock = machine.clocks.own_clock(machine.slot_of, machine.warp_of).astype(np.uint64)
+        self.now = clock << _CLOCK | machine.agent_of.astype(np.uint64) << _AGENT
 
     def granules(self, flat: Lanes, nbytes: int) -> Lanes:
         """Granule indices [accesses, granules of each] of accesses at these bytes of the shared data."""
@@ -75,7 +75,7 @@ class SharedShadow:
         where = self.granules(flat, nbytes)
         stamps = self.writer[where]
         # Zero (uninitialised) wraps to the newest possible stamp, so that one comparison finds all trouble.
-        if int(np.maximum.reduce(stamps - _ONE, axis=None, initial=0)) >> 32 >= self.machine.clocks.floor:
+        if int(np.maximum.reduce(stamps - _ONE, axis=None, initial=0)) >> int(_CLOCK) >= self.machine.clocks.floor:
             self._check_present(pc, where, stamps, lanes)
             if not strong:
                 self._check_order(pc, stamps, lanes, None, "reads")
@@ -83,7 +83,7 @@ class SharedShadow:
             self._remember_readers(pc, where, lanes, collective=collective)
 
     def _remember_readers(self, pc: int, where: Lanes, lanes: Lanes, *, collective: bool) -> None:
-        cell = where * self.warps + self.machine.warp_of[lanes][:, None]
+        cell = where * self.warps + self.machine.column_of[lanes][:, None]
         now = self.now[lanes]
         self.touched[lanes] = now
         stamp = (now | np.uint64(pc))[:, None]
@@ -130,7 +130,7 @@ class SharedShadow:
         newest = max(
             int(np.maximum.reduce(writers, axis=None, initial=0)), int(np.maximum.reduce(readers, axis=None, initial=0))
         )
-        return newest >> 32
+        return newest >> int(_CLOCK)
 
     def _check_free(
         self,
@@ -190,6 +190,24 @@ class SharedShadow:
         self.proxy.give_back(granules)
         self._remember_readers(pc, granules[None], np.array([lane]), collective=False)
 
+    def issue_wgmma_read(self, pc: int, granules: Lanes, leaders: Lanes) -> None:
+        """A wgmma starts to read these granules, each named once. leaders: a lane of every warp that takes part."""
+        where, stamps = granules[None], self.writer[granules][None]
+        if (stamps == stamps[0, 0]).all():
+            where, stamps = where[:, :1], stamps[:, :1]
+        for lane in leaders.tolist():
+            self._check_present(pc, where, stamps, np.array([lane]))
+            self._check_order(pc, stamps, np.array([lane]), None, "reads")
+        self.proxy.check_fenced(pc, granules, self._agents(self.writer[granules]), int(leaders[0]), "reads")
+        self.proxy.lend(pc, granules)
+
+    def end_wgmma_read(self, pc: int, granules: Lanes, leaders: Lanes) -> None:
+        """All threads of these warps know that the read is over."""
+        self.proxy.give_back(granules)
+        for lane in leaders.tolist():
+            cell = granules * self.warps + self.machine.column_of[lane]
+            self.readers[cell] = self.now[lane] | np.uint64(pc) | _MANY
+
     def mark_mbarrier(self, pc: int, flat: int, lane: int) -> None:
         """These 8 bytes become an mbarrier object, which only its own instructions may touch."""
         self.issue_copy(pc, np.array([flat]), 8, np.array([lane]))
@@ -201,22 +219,25 @@ class SharedShadow:
         """These threads are about to hand on what their warp did: make what its other threads have done since the
         warp's last barrier no part of it, by dating it one step later."""
         machine = self.machine
-        first = (slot * self.warps + warp) * 32
-        clock = np.uint64(machine.clocks.clock[slot, warp, warp])
+        first = int(lanes[0]) & ~31
+        column = machine.clocks.own[slot, warp]
+        clock = np.uint64(machine.clocks.clock[slot, warp, column])
         recent = self.touched[first : first + 32] >> _CLOCK == clock
         recent[lanes - first] = False
         if not recent.any():
             return
         per_slot = machine.shared.nbytes >> self.shift
-        span = slice(slot * per_slot, (slot + 1) * per_slot)
-        keep = machine.thread_of[lanes].astype(np.uint64)
-        self._date_later(self.writer[span], clock, warp, keep)
-        self._date_later(self.readers.reshape(-1, self.warps)[span, warp], clock, warp, keep)
+        block = slot // machine.cluster * machine.cluster if machine.clocks.foreign else slot
+        span = slice(block * per_slot, (block + (machine.cluster if machine.clocks.foreign else 1)) * per_slot)
+        keep = machine.agent_of[lanes].astype(np.uint64)
+        self._date_later(self.writer[span], clock, keep)
+        self._date_later(self.readers.reshape(-1, self.warps)[span, column], clock, keep)
         self.touched[first : first + 32][recent] += np.uint64(1) << _CLOCK
 
-    def _date_later(self, stamps: Stamps, clock: np.uint64, warp: int, keep: Stamps) -> None:
+    def _date_later(self, stamps: Stamps, clock: np.uint64, keep: Stamps) -> None:
+        """keep: threads of one warp whose stamps stay."""
         agents = stamps >> _AGENT & _AGENT_MASK
-        recent = (stamps >> _CLOCK == clock) & (agents >> np.uint64(5) == warp)
+        recent = (stamps >> _CLOCK == clock) & (agents >> np.uint64(5) == keep[0] >> np.uint64(5))
         shared_by_many = (stamps & _MANY != 0) & (len(keep) == 1)
         stamps[recent & (~np.isin(agents, keep) | shared_by_many)] += np.uint64(1) << _CLOCK
 
@@ -272,7 +293,7 @@ class SharedShadow:
         agent = self._agents(stamps)
         who = lanes[:, None]
         seen = machine.clocks.seen(machine.slot_of[who], machine.warp_of[who], who, machine.clocks.column_of(agent))
-        own = (agent == machine.thread_of[who]) & (stamps & _MANY == 0)
+        own = (agent == machine.agent_of[who]) & (stamps & _MANY == 0)
         race = ((stamps >> _CLOCK).astype(np.int64) >= seen) & ~own & (stamps != 0)
         if exempt is not None:
             race &= ~exempt
@@ -292,19 +313,21 @@ class SharedShadow:
     def _missing_order(self, agent: int, lane: int) -> str:
         if agent >= FIRST_BARRIER:
             return "wait for the copy's mbarrier (or meet one who has), with its bytes announced by expect_tx"
-        if agent >> 5 == int(self.machine.warp_of[lane]):
+        if agent >> 5 == int(self.machine.agent_of[lane]) >> 5:
             return "put bar.warp.sync (or a barrier) between the two"
         return "put a barrier between the two"
 
     def _stamp_text(self, stamp: int) -> str:
-        thread, many = stamp >> int(_AGENT) & int(_AGENT_MASK), stamp & int(_MANY)
-        if thread >= FIRST_BARRIER:
+        agent, many = stamp >> int(_AGENT) & int(_AGENT_MASK), stamp & int(_MANY)
+        rank, thread = divmod(agent, MAX_THREADS)
+        if agent >= FIRST_BARRIER:
             who = "an asynchronous copy"
         elif many:
             who = f"warp {thread >> 5}"
         else:
             who = f"thread {thread} (warp {thread >> 5})"
-        return f"{who} of the block at {self.machine.site_text(stamp & _PC_MASK)}"
+        block = f"block {rank} of the cluster" if self.machine.cluster > 1 and agent < FIRST_BARRIER else "the block"
+        return f"{who} of {block} at {self.machine.site_text(stamp & _PC_MASK)}"
 
     def writer_text(self, granule: int) -> str:
         return self._stamp_text(int(self.writer[granule]))
