@@ -309,3 +309,22 @@ def test_blocks_that_leave_the_branch_do_not_read() -> None:
     expected = x[1::2].repeat(2, axis=0)
     first_reads.on("reference")(x)
     assert np.array_equal(x, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_barrier_does_not_wait_for_blocks_that_have_ended(device: str) -> None:
+    @tilus.kernel
+    def some_leave(x: Tensor[int32, "blocks", 32]):
+        tilus.grid(x.shape[0], warps=1, cluster=4)
+        s = tilus.shared(int32, [32])
+        block, rank = tilus.block_id(0), tilus.cluster_rank()
+        if rank == 3:
+            return
+        tilus.store_shared(s, tilus.load(x, [block, 0], [32]))
+        tilus.cluster_sync()
+        tilus.store(x, [block, 0], tilus.load_shared(s, block=2 - rank))
+
+    x = np.arange(8 * 32, dtype=np.int32).reshape(8, 32)
+    expected = x[[2, 1, 0, 3, 6, 5, 4, 7]]
+    some_leave.on(device)(x)
+    assert np.array_equal(x, expected)
