@@ -30,7 +30,7 @@ from tilus.target import get_target
 
 Array = npt.NDArray[Any]
 DEVICES = ["reference", "emulator", pytest.param("cuda", marks=pytest.mark.gpu)]
-HALF = WGMMA_ATOMS[0]
+HALF, FP8, INT8 = (next(a for a in WGMMA_ATOMS if a.a == a.b == dtype) for dtype in (f16, float8_e4m3, int8))
 
 
 @tilus.kernel
@@ -108,7 +108,7 @@ def widths_of(compiled: Compiled) -> list[int]:
 @pytest.mark.parametrize("registers", [True, False], ids=["registers", "shared"])
 @pytest.mark.parametrize("atom", WGMMA_ATOMS, ids=lambda atom: f"{atom.a}-{atom.b}-{atom.d}")
 def test_every_atom(atom: WgmmaAtom, registers: bool, device: str) -> None:
-    check(device, atom, (64, 24, 3 * atom.k), registers=registers, adds=registers)
+    check(device, atom, (64, 24, 3 * atom.k), registers=registers, adds=registers or atom.d == f16)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -132,26 +132,24 @@ def test_extents_and_warps(m: int, n: int, warps: int, registers: bool, device: 
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    "atom", [HALF, *(a for a in WGMMA_ATOMS if a.a == a.b and a.a.nbits == 8)], ids=lambda a: f"{a.a}-{a.d}"
-)
+@pytest.mark.parametrize("atom", [HALF, FP8, INT8], ids=lambda atom: atom.a.name)
 def test_every_form(atom: WgmmaAtom, device: str) -> None:
-    """Both operands in every layout from which they can be read, deeper than a block of swizzled rows is wide."""
-    m, n, k = 128, 128, 256 // atom.a.nbytes
+    """Both operands in every layout from which they can be read, deeper than the widest block of swizzled rows."""
+    m, n, k = 64, 128, 256 // atom.a.nbytes
     a_forms, b_forms = (list(wgmma_forms((rows, k), atom.a.nbytes)) for rows in (m, n))
     assert len(a_forms) == len(b_forms) == (8 if atom.a.nbits == 16 else 4)
     for x_memory, y_memory in zip(a_forms, b_forms[1:] + b_forms[:1], strict=True):
         check(device, atom, (m, n, k), x_memory=x_memory, y_memory=y_memory)
 
 
-# Partitions of m = 256 rows and n = 64 columns over 8 warps, as layouts of 16 x 8 blocks whose "threads" are warps: one warpgroup
-# below the other, taking turns, and side by side.
+# Partitions of m = 256 rows and n = 64 columns over 8 warps, as layouts of 16 x 8 blocks whose "threads" are warps: warpgroups
+# one below the other, taking turns, and side by side.
 GROUPS = [
     spatial(2, 1) * local(2, 1) * spatial(4, 1) * local(1, 8),
     local(2, 1) * spatial(2, 1) * spatial(4, 1) * local(1, 8),
     local(4, 1) * spatial(1, 2) * spatial(4, 1) * local(1, 4),
 ]
-# Where A is in registers, a warp's rows may be any: all of its rows together, all warps in turn, columns first, other orders of warps.
+# Where A is in registers, a warp's rows may be any: all of its rows together, all warps in turn, columns first, others.
 ROWS = [
     spatial(8, 1) * local(2, 8),
     local(2, 1) * spatial(8, 1) * local(1, 8),
@@ -174,6 +172,14 @@ def test_the_layout_of_the_sums_decides(blocks: RegisterLayout, registers: bool,
     options: dict[str, Any] = {"registers": registers, "d_layout": blocks * mma_c(), "warps": 8}
     check(device, HALF, (256, 64, 32), **options)
     assert the_product(compiled_for(HALF, (256, 64, 32), **options)).out.layout == blocks * mma_c()
+
+
+@pytest.mark.parametrize("blocks", [ROWS[0], ROWS[3]], ids=str)
+def test_rows_of_a_in_shared_memory_are_where_the_hardware_has_them(blocks: RegisterLayout) -> None:
+    """The sum cannot be pinned to other rows: its conversion would read a product that is under way."""
+    with pytest.raises(TilusError, match=r"convert reads .* while wgmma still adds to it") as caught:
+        compiled_for(HALF, (256, 64, 32), d_layout=blocks * mma_c(), warps=8)
+    assert caught.value.hint is not None and caught.value.hint.startswith("wgmma cannot add in the layout")
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -207,14 +213,9 @@ def test_fragments_of_one_warpgroup_are_those_of_the_isa() -> None:
 
 @tilus.kernel
 def parts_of_operands(
-    x: Tensor[f16, "m", "k"],
-    y: Tensor[f16, "k", "n"],
-    out: Tensor[f32, "bm", "bn"],
-    *,
-    shape: Const,
-    at: Const,
+    x: Tensor[f16, "m", "k"], y: Tensor[f16, "k", "n"], out: Tensor[f32, "bm", "bn"], *, shape: Const, tile: Const, at: Const,
     memory: Const,
-):
+):  # fmt: skip
     """One tile of the whole product, from the middle of two transposed buffers, at offsets that are known at run time."""
     tilus.grid(1, warps=4)
     m, n, k = shape
@@ -226,11 +227,10 @@ def parts_of_operands(
     tilus.fence_async()
     tilus.sync()
     stage = tilus.block_id(0) + 1
-    bm, bn = out.shape
     acc = tilus.wgmma(
         xs[stage],
         ys[stage],
-        shape=(bm, bn, 32),
+        shape=tile,
         x_offsets=[depth, i],
         y_offsets=[depth, j],
         x_transposed=True,
@@ -247,17 +247,17 @@ def test_parts_of_transposed_operands(swizzle: int, device: str) -> None:
     x, y = (rng.integers(-8, 8, shape).astype(np.float16) for shape in ((256, 128), (128, 192)))
     out = np.zeros((128, 64), np.float32)
     memory = wgmma_operand((2, 256, 128), 2, swizzle, "mn").permute((0, 2, 1))
-    parts_of_operands.on(device)(x, y, out, shape=(256, 192, 128), at=(64, 128, 32), memory=memory)
+    parts_of_operands.on(device)(x, y, out, shape=(256, 192, 128), tile=(128, 64, 32), at=(64, 128, 32), memory=memory)
     np.testing.assert_array_equal(out, x[64:192, 32:64].astype(np.float32) @ y[32:64, 128:].astype(np.float32))
 
 
 @tilus.kernel
 def pipelined(
-    x: Tensor[f16, "m", "k"], y: Tensor[f16, "n", "k"], out: Tensor[f32, "m", "n"], *, bk: Const, scaled: Const
+    x: Tensor[f16, "m", "k"], y: Tensor[f16, "n", "k"], out: Tensor[f32, "m", "n"], *, shape: Const, scaled: Const
 ):
     """Two products under way; `scaled`: each is a sum of its own, which is added with a factor afterwards."""
     tilus.grid(1, warps=8)
-    m, n = out.shape
+    m, n, bk = shape
     xs, ys = tilus.shared(f16, [2, m, bk]), tilus.shared(f16, [2, n, bk])
     total = tilus.zeros([m, n])
     part = tilus.zeros([m, n])
@@ -285,44 +285,70 @@ def test_a_loop(scaled: bool, device: str) -> None:
     rng = np.random.default_rng(0)
     x, y = (rng.integers(-8, 8, (rows, 160)).astype(np.float16) for rows in (128, 32))
     out = np.zeros((128, 32), np.float32)
-    pipelined.on(device)(x, y, out, bk=32, scaled=scaled)
+    pipelined.on(device)(x, y, out, shape=(128, 32, 32), scaled=scaled)
     np.testing.assert_array_equal(out, x.astype(np.float32) @ y.astype(np.float32).T * (2 if scaled else 1))
+
+
+@tilus.kernel
+def columns_from(x: Tensor[f16, 64, 64], *, n: Const, start: Const, memory: Const):
+    tilus.grid(1, warps=4)
+    xs, ys = tilus.shared(f16, [64, 64]), tilus.shared(f16, [256, 64], layout=memory)
+    tilus.wgmma(xs, ys, shape=(64, n, 64), y_offsets=[start, 0])
+    tilus.wgmma_wait()
+
+
+@pytest.mark.parametrize(
+    ("n", "start", "swizzle", "fits"),
+    [
+        (128, 64, 128, True), (128, 0, 128, True), (24, 128, 128, True), (128, 32, 128, False), (32, 32, 128, True),
+        (64, 32, 128, False), (64, 32, 64, True), (8, 8, 128, True), (16, 8, 128, False), (16, 8, 0, True),
+    ],
+)  # fmt: skip
+def test_contiguous_columns_start_a_block_or_lie_in_one(n: int, start: int, swizzle: int, fits: bool) -> None:
+    """Blocks of 128 bytes along n do not follow each other, and an instruction counts from where it starts."""
+    specialization = columns_from.specialize(n=n, start=start, memory=wgmma_operand((256, 64), 2, swizzle, "mn"))
+    if fits:
+        compile_function(specialization.function, get_target("sm_90a"))
+        return
+    with pytest.raises(TilusError, match=r"wgmma cannot work with layout .* of ys"):
+        compile_function(specialization.function, get_target("sm_90a"))
 
 
 MACHINE = {"f16": "HGMMA", "bf16": "HGMMA", "int8": "IGMMA", "uint8": "IGMMA"}
 
 
-@pytest.mark.parametrize("registers", [True, False], ids=["registers", "shared"])
 @pytest.mark.parametrize("atom", [a for a in WGMMA_ATOMS if a.a == a.b], ids=lambda atom: f"{atom.a}-{atom.d}")
-def test_machine_instructions(atom: WgmmaAtom, registers: bool) -> None:
+def test_machine_instructions(atom: WgmmaAtom) -> None:
     """As many as the sizes say, no waits between them (the assembler would refuse), and one wait at the end."""
-    compiled = compiled_for(atom, (128, 320, 2 * atom.k), registers=registers, warps=8)
-    widths = [width for width in (192, 128) for _ in range(2)]
-    assert widths_of(compiled) == widths
-    (kernel,) = disassemble(assemble(compiled.ptx, compiled.target).cubin)
-    opcodes = [i.opcode.split(".")[0] for i in kernel.instructions]
-    assert [opcode for opcode in opcodes if "GMMA" in opcode] == [MACHINE.get(atom.a.name, "QGMMA")] * len(widths)
-    assert [i.opcode for i in kernel.instructions if i.opcode.startswith("WARPGROUP.DEPBAR")] == ["WARPGROUP.DEPBAR.LE"]
+    for registers in (True, False) if atom in (HALF, FP8, INT8) else (True,):
+        compiled = compiled_for(atom, (64, 24, 2 * atom.k), registers=registers)
+        (kernel,) = disassemble(assemble(compiled.ptx, compiled.target).cubin)
+        opcodes = [i.opcode for i in kernel.instructions]
+        assert [o.split(".")[0] for o in opcodes if "GMMA" in o] == [MACHINE.get(atom.a.name, "QGMMA")] * 2
+        assert [o for o in opcodes if o.startswith("WARPGROUP.DEPBAR")] == ["WARPGROUP.DEPBAR.LE"]
+
+
+@pytest.mark.parametrize(("n", "widths"), [(256, [256]), (264, [192, 72]), (320, [192, 128]), (512, [256, 256])])
+def test_wide_products_are_cut_at_whole_blocks(n: int, widths: list[int]) -> None:
+    assert widths_of(compiled_for(HALF, (64, n, 32))) == [width for width in widths for _ in range(2)]
 
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_sums_stay_in_their_registers(scaled: bool) -> None:
-    """Within the loop nothing copies a register, and the assembler has no reason to wait."""
-    options: dict[str, Any] = {"m": 128, "n": 256, "k": 256, "bk": 64, "scaled": scaled}
+    """Nothing copies a register while products are under way, and the assembler has no reason to wait."""
+    options: dict[str, Any] = {"m": 128, "n": 128, "k": 256, "shape": (128, 128, 64), "scaled": scaled}
     compiled = compile_function(pipelined.specialize(**options).function, get_target("sm_90a"))
     (kernel,) = disassemble(assemble(compiled.ptx, compiled.target).cubin)
     loop = [i.opcode for i in kernel.innermost_loop()]
-    assert sum(opcode.startswith("HGMMA.64x256x16.F32") for opcode in loop) == 4
-    body = compiled.ptx[compiled.ptx.index("loop_") : compiled.ptx.rindex("next_")]
-    assert "mov.b32" not in body
+    assert sum(opcode.startswith("HGMMA.64x128x16.F32") for opcode in loop) == 4
+    assert "mov.b32" not in compiled.ptx[compiled.ptx.index("wgmma.fence") : compiled.ptx.index("wgmma.wait_group")]
 
 
 def test_integers_have_fewer_widths() -> None:
     """PTX ISA, "Matrix shape": n of 8-bit integers is 8, 24 or a multiple of 16."""
-    integers = next(atom for atom in WGMMA_ATOMS if atom.a == int8)
-    assert widths_of(compiled_for(integers, (64, 40, 32))) == [32, 8]
+    assert widths_of(compiled_for(INT8, (64, 40, 32))) == [32, 8]
     assert widths_of(compiled_for(HALF, (64, 40, 16))) == [40]
-    assert widths_of(compiled_for(integers, (64, 24, 32))) == [24]
+    assert widths_of(compiled_for(INT8, (64, 24, 32))) == [24]
 
 
 def test_the_dump_is_read_back() -> None:
@@ -335,73 +361,48 @@ def test_the_dump_is_read_back() -> None:
 
 @tilus.kernel
 def wrong(
-    x: Tensor[f16, 64, 64],
-    *,
-    a: Const,
-    b: Const,
-    x_shape: Const,
-    y_shape: Const,
-    options: Const,
-    acc: Const,
-    warps: Const,
-):
+    x: Tensor[f16, 64, 64], *, a: Const = f16, b: Const = f16, x_shape: Const = (64, 64), shape: Const = None,
+    start: Const = 0, acc: Const = None, warps: Const = 4,
+):  # fmt: skip
     tilus.grid(1, warps=warps)
-    xs, ys = tilus.shared(a, x_shape), tilus.shared(b, y_shape)
+    xs, ys = tilus.shared(a, x_shape), tilus.shared(b, [64, 64])
     total = None if acc is None else tilus.zeros([64, 64], acc)
-    total = tilus.wgmma(xs, ys, total, **options)
+    tilus.wgmma(xs, ys, total, shape=shape, y_offsets=None if shape is None else [0, start])
     tilus.wgmma_wait()
-    tilus.print("{}", total)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("options", "message"),
     [
         ({"a": f32}, r"wgmma of f32 and f16, expected operands of f16, bf16, float8_e4m3, float8_e5m2, int8, uint8"),
         ({"b": bf16}, r"wgmma of f16 and bf16, expected f16 with f16"),
         ({"acc": int32}, r"wgmma of f16 and f16 adds up in f32 or f16, not in int32"),
         ({"a": int8, "b": int8, "acc": f32}, r"wgmma of int8 and int8 adds up in int32, not in f32"),
-        ({"x_shape": [32, 64]}, r"wgmma of m, n, k = 32, 64, 64 and f16: expected multiples of 64, 8 and 16"),
-        ({"x_shape": [64, 32]}, r"wgmma of shapes \[64, 32\] and \[64, 64\]: k is 32 and 64"),
-        ({"x_shape": [2, 64, 64]}, r"wgmma of operands of rank 3 and 2, expected 2 and 2"),
-        ({"options": {"shape": (64, 64)}}, r"wgmma: shape \[64, 64\], expected \(m, n, k\)"),
-        ({"options": {"shape": (128, 64, 64)}}, r"wgmma: a has 128 rows, dim 0 of shared only 64"),
-        (
-            {"options": {"shape": (64, 64, 16), "y_offsets": [0, 8]}},
-            r"wgmma: b starts at 8 of dim 1 of shared_1, expected a multiple of 16",
-        ),
-        (
-            {"options": {"shape": (64, 32, 64)}, "acc": f32},
-            r"wgmma: the accumulator is f32\[64, 64\], the product f32\[64, 32\]",
-        ),
+        ({"x_shape": (32, 64)}, r"wgmma of m, n, k = 32, 64, 64 and f16: expected multiples of 64, 8 and 16"),
+        ({"x_shape": (64, 32)}, r"wgmma of shapes \[64, 32\] and \[64, 64\]: k is 32 and 64"),
+        ({"x_shape": (2, 64, 64)}, r"wgmma of operands of rank 3 and 2, expected 2 and 2"),
+        ({"shape": (64, 64)}, r"wgmma: shape \[64, 64\], expected \(m, n, k\)"),
+        ({"shape": (128, 64, 64)}, r"wgmma: a has 128 rows, dim 0 of shared only 64"),
+        ({"shape": (64, 64, 16), "start": 8}, r"wgmma: b starts at 8 of dim 1 of shared_1, expected a multiple of 16"),
+        ({"shape": (64, 32, 64), "acc": f32}, r"wgmma: the accumulator is f32\[64, 64\], the product f32\[64, 32\]"),
         ({"warps": 2}, r"wgmma is run by 2 warps, expected a multiple of 4"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_mistakes(change: dict[str, Any], message: str) -> None:
-    options: dict[str, Any] = {
-        "a": f16,
-        "b": f16,
-        "x_shape": [64, 64],
-        "y_shape": [64, 64],
-        "options": {},
-        "acc": None,
-        "warps": 4,
-    }
+def test_mistakes(options: dict[str, Any], message: str) -> None:
     with pytest.raises(TilusError, match=message) as caught:
-        compile_function(wrong.specialize(**{**options, **change}).function, get_target("sm_90a"))
+        compile_function(wrong.specialize(**options).function, get_target("sm_90a"))
     assert caught.value.loc is not None and "tilus.wgmma(" in str(caught.value)
-
-
-def test_bytes_must_have_k_contiguous() -> None:
-    memory = wgmma_operand((64, 64), 2, 128, "mn")
-    fp8 = next(atom for atom in WGMMA_ATOMS if atom.a == float8_e4m3)
-    with pytest.raises(TilusError, match="wgmma cannot work with layout"):
-        compiled_for(fp8, (64, 64, 64), y_memory=memory)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_100a"])
 def test_other_targets_are_refused(target: str) -> None:
-    specialization = pipelined.specialize(m=128, n=64, k=64, bk=64, scaled=False)
     with pytest.raises(TilusError, match=f"wgmma needs sm_90a, the target is {target}") as caught:
-        compile_function(specialization.function, get_target(target))
+        compile_function(wrong.specialize().function, get_target(target))
     assert caught.value.loc is not None and "tilus.dot" in str(caught.value.hint)
+
+
+def test_bytes_must_have_k_contiguous() -> None:
+    memory = wgmma_operand((64, 64), 2, 128, "mn")
+    with pytest.raises(TilusError, match="wgmma cannot work with layout"):
+        compiled_for(FP8, (64, 64, 64), y_memory=memory)

@@ -164,3 +164,9 @@ def test_two_blocks_on_a_multiprocessor(target: str) -> None:
 def test_examples(name: str, target: str) -> None:
     module = runpy.run_path(str(EXAMPLES / f"{name}.py"))
     assert_no_spills(module[name.split("_v")[0]] if "matmul" in name else module[name], target)
+
+
+@pytest.mark.parametrize("name", ["matmul_v5"])
+def test_examples_for_hopper(name: str) -> None:
+    module = runpy.run_path(str(EXAMPLES / f"{name}.py"))
+    assert_no_spills(module[name.split("_v")[0]], "sm_90a")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from tilus.errors import Note, TilusError, raise_all
 from tilus.ir.function import Function
-from tilus.ir.stmt import For, If, Inst, Seq, Stmt, While
+from tilus.ir.stmt import For, If, Inst, Role, Seq, Stmt, While
 from tilus.ir.tensor import RegisterTensor
 from tilus.target import Target
 
@@ -44,6 +44,8 @@ class _Checker:
                     state = self.after(child, state)
             case For(body=body) | While(body=body):
                 state = self.after(body, self.after(body, state))
+            case Role(body=body):  # other warps than those that run what is around it
+                self.after(body, ())
             case If(_, then, orelse):
                 sides = self.after(then, state), self.after(orelse, state)
                 state = tuple(work for work in sides[0] if work in sides[1])
@@ -80,10 +82,10 @@ class _Checker:
 
 
 def _mistake(stmt: Inst, work: Inst, message: str) -> TilusError:
-    return TilusError(
-        message,
-        loc=stmt.loc,
-        notes=[Note(f"{work.inst.mnemonic} is begun here", work.loc)],
-        hint="wait before: tilus.wgmma_wait(n) leaves at most the last n products under way; "
-        "assign the result of wgmma at once to the variable that it adds to",
+    hint = (
+        "wait before: tilus.wgmma_wait(n) leaves at most the last n products under way; "
+        "assign the result of wgmma at once to the variable that it adds to"
     )
+    if stmt is not work and stmt.loc == work.loc:  # a conversion of the result
+        hint = f"{work.inst.mnemonic} cannot add in the layout that its result is pinned to: pin another tile, behind the wait"
+    return TilusError(message, loc=stmt.loc, notes=[Note(f"{work.inst.mnemonic} is begun here", work.loc)], hint=hint)
