@@ -180,7 +180,9 @@ def test_masks_are_checked(mask: Any) -> None:
         tilus.cluster_sync()
         tilus.copy_bulk(tile, x, [0], barrier=full, multicast=mask)
 
-    with pytest.raises(tilus.TilusError, match="the mask of blocks is"):
+    with pytest.raises(
+        tilus.TilusError, match=f"multicast={mask}, expected a mask of the 2 blocks of the cluster, 1 to 3"
+    ):
         masked.ir()
 
 
