@@ -328,3 +328,51 @@ def test_policies_are_made_once() -> None:
         assert text.count(f"createpolicy.fractional.L2::evict_{evict}.b64") == text.count("createpolicy") == 1
         assert text.count("complete_tx::bytes.L2::cache_hint") == 4
     assert "createpolicy" not in fetch.ptx(**options)
+
+
+# ---- what the emulator shows
+
+
+@tilus.kernel
+def careless(x: Tensor[f32, "n", 64], y: Tensor[f32, "n", 64], *, mistake: Const):
+    tilus.grid(1, warps=2)
+    tile = tilus.shared(f32, [4, 64])
+    full = tilus.mbarrier(1)
+    tilus.arrive(full, nbytes=tile.nbytes + (256 if mistake == "too many bytes" else 0))
+    tilus.copy_bulk(tile, x, [0, 0], barrier=full)
+    if mistake != "no wait":
+        tilus.wait_barrier(full, 0)
+    value = tilus.load_shared(tile) * 2
+    tilus.sync()
+    tilus.store_shared(tile, value)
+    if mistake != "no fence":
+        tilus.fence_async()
+    if mistake != "no barrier":
+        tilus.sync()
+    tilus.store_bulk(y, [0, 0], tile)
+    if mistake != "no commit":
+        tilus.commit_stores()
+    if mistake != "no wait for stores":
+        tilus.wait_stores()
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ("too many bytes", "phase 0 lacks 0 of 2 arrivals and 256 bytes"),
+        ("no wait", "while an asynchronous copy into it is in flight"),
+        ("no fence", "which a thread has stored to without a fence.proxy.async"),
+        ("no barrier", "race: reads shared memory that another thread has written"),
+        ("no commit", "exits while a bulk copy of this thread may still read shared memory"),
+        ("no wait for stores", "exits while a bulk copy of this thread may still read shared memory"),
+    ],
+)
+def test_mistakes_show_on_the_emulator(mistake: str, message: str) -> None:
+    x, y = drawn(f32, (4, 64), 9), np.zeros((4, 64), np.float32)
+    assert message in refused(careless.on("emulator"), x, y, mistake=mistake)
+
+
+def test_without_a_mistake_there_is_none() -> None:
+    x, y = drawn(f32, (4, 64), 9), np.zeros((4, 64), np.float32)
+    careless.on("emulator")(x, y, mistake=None)
+    np.testing.assert_array_equal(y, 2 * x)

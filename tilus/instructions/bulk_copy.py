@@ -16,12 +16,13 @@ from tilus.codegen.linear import Linear, of_const
 from tilus.errors import TilusError
 from tilus.instructions.mbarrier import one_barrier
 from tilus.instructions.memory import cache_hint, check_access, policy
-from tilus.instructions.shared import SharedOperand, blocks_of_cluster
+from tilus.instructions.shared import SharedOperand
 from tilus.instructions.shared_copy import (
     CopyFromShared,
     CopyToShared,
     SharedCopy,
     amount,
+    mask_of,
     tile_of,
 )
 from tilus.ir.builder import IRBuilder, builtin
@@ -295,7 +296,7 @@ def copy_bulk(
     """
     tile, axes, tensor, starts = tile_of(src, dst, shape, dims)
     bar, index = one_barrier("copy_bulk", barrier)
-    mask = None if multicast is None else blocks_of_cluster(b, multicast)
+    mask = mask_of(b, "copy_bulk", multicast)
     src_offsets = tuple(as_expr(o) for o in offsets)
     b.emit(CopyBulk(tile, axes, evict, tensor, src, bar, index, starts, src_offsets, mask))
 

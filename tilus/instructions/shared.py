@@ -241,23 +241,6 @@ def rank_in_cluster(b: IRBuilder, block: Expr | int) -> Expr | None:
     return None if b.cluster == 1 else rank
 
 
-def blocks_of_cluster(b: IRBuilder, mask: Expr | int) -> Expr | None:
-    """The user's mask of blocks (bit r: that of rank r); None where blocks are alone, so that it can only mean the block itself.
-
-    Raises: TilusError for a constant that names no block, or blocks outside of the cluster.
-    """
-    blocks = as_expr(mask)
-    if not blocks.dtype.is_integer:
-        raise TilusError(f"the mask of blocks is {blocks} of {blocks.dtype.name}, expected an integer")
-    if isinstance(blocks, Const) and not 1 <= blocks.value < 1 << b.cluster:
-        raise TilusError(
-            f"the mask of blocks is {int(blocks.value):#b}, expected 1 to {(1 << b.cluster) - 1:#b}: "
-            f"the cluster has {b.cluster} blocks",
-            hint="bit r stands for the block of rank r; tilus.grid(..., cluster=n) says how many blocks make a cluster",
-        )
-    return None if b.cluster == 1 else blocks
-
-
 @builtin
 def shared(
     b: IRBuilder, dtype: DataType, shape: Sequence[int], *, layout: SharedLayout | None = None, name: str = "shared"

@@ -17,8 +17,9 @@ from tilus.errors import TilusError
 from tilus.instructions.mbarrier import barrier_address, check_barrier, check_index
 from tilus.instructions.memory import cache_hint, check_access, check_eviction, policy
 from tilus.instructions.shared import SharedOperand, full_offsets
+from tilus.ir.builder import IRBuilder
 from tilus.ir.evaluation import Evaluation
-from tilus.ir.expr import Expr, as_expr
+from tilus.ir.expr import Const, Expr, as_expr
 from tilus.ir.instruction import Effects, Instruction
 from tilus.ir.ranges import divisor
 from tilus.ir.tensor import GlobalTensor, SharedTensor
@@ -141,7 +142,8 @@ class CopyToShared(SharedCopy):
         return self.dst_offsets
 
     def effects(self) -> Effects:
-        return Effects(reads=(self.src,), writes=(self.dst, self.barrier), remote=self.multicast is not None)
+        remote = self.multicast is not None
+        return Effects(reads=(self.src,), writes=(self.dst, self.barrier), remote=remote)
 
     def verify(self) -> None:
         super().verify()
@@ -151,16 +153,13 @@ class CopyToShared(SharedCopy):
     def evaluate(self, env: Evaluation) -> None:
         """Copies of the reference execution land at once."""
         value = env.load(self.src, self.src_offsets, self.shape, self.dims, checked=self.clipped)
-        for block in self._blocks(env):
+        nbytes, blocks = as_expr(self.nbytes), [None]
+        if self.multicast is not None:
+            mask = int(env.scalar(self.multicast).item())  # each block of a cluster runs by itself
+            blocks = [as_expr(rank) for rank in range(mask.bit_length()) if mask >> rank & 1]
+        for block in blocks:
             env.store(self.dst, self.dst_offsets, self.shared_dims, value, checked=False, block=block)
-            env.barrier_complete_bytes(self.barrier, self.barrier_index, as_expr(self.nbytes), block=block)
-
-    def _blocks(self, env: Evaluation) -> list[Expr | None]:
-        """Who gets the tile."""
-        if self.multicast is None:
-            return [None]
-        mask = int(env.scalar(self.multicast).item())
-        return [as_expr(rank) for rank in range(mask.bit_length()) if mask >> rank & 1]
+            env.barrier_complete_bytes(self.barrier, self.barrier_index, nbytes, block=block)
 
     def modifiers(self) -> str:
         """The end of the opcode."""
@@ -227,3 +226,19 @@ def tile_of(
 def amount(nbits: int) -> str:
     """Bits in words; in bytes where they are whole."""
     return f"{nbits // 8} bytes" if nbits % 8 == 0 else f"{nbits} bits"
+
+
+def mask_of(b: IRBuilder, what: str, multicast: Expr | int | None) -> Expr | None:
+    """The user's mask of blocks of the cluster; None where blocks are alone, so that it can only mean the block itself.
+
+    Raises: TilusError for a constant that names no block, or one outside of the cluster.
+    """
+    if multicast is None:
+        return None
+    mask = as_expr(multicast)
+    if not mask.dtype.is_integer or (isinstance(mask, Const) and not 0 < mask.value < 1 << b.cluster):
+        raise TilusError(
+            f"{what}: multicast={mask}, expected a mask of the {b.cluster} blocks of the cluster, 1 to {(1 << b.cluster) - 1}",
+            hint="bit r stands for the block of rank r; tilus.grid(..., cluster=n) says how many blocks make a cluster",
+        )
+    return None if b.cluster == 1 else mask

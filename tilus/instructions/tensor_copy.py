@@ -17,11 +17,12 @@ from tilus.codegen.tensor_map import MAX_BOX, MAX_RANK, UNIT_NBYTES, TensorMap
 from tilus.errors import TilusError
 from tilus.instructions.mbarrier import one_barrier
 from tilus.instructions.memory import cache_hint, policy
-from tilus.instructions.shared import SharedOperand, blocks_of_cluster, placed
+from tilus.instructions.shared import SharedOperand, placed
 from tilus.instructions.shared_copy import (
     CopyFromShared,
     CopyToShared,
     SharedCopy,
+    mask_of,
     tile_of,
 )
 from tilus.ir.builder import IRBuilder, builtin
@@ -91,7 +92,10 @@ def check_boxes(copy: SharedCopy) -> None:
             hint="copy the bytes of packed elements: with tilus.copy_bulk, or from a tensor of uint8",
         )
     if memory.rank > MAX_RANK:
-        raise TilusError(f"{what}: {memory.name} has rank {memory.rank}, expected at most {MAX_RANK}")
+        raise TilusError(
+            f"{what}: {memory.name} has rank {memory.rank}, expected at most {MAX_RANK}",
+            hint="pass a view in which neighbouring dims are one",
+        )
     if copy.dims != tuple(sorted(copy.dims)) or copy.dims[-1:] != (memory.rank - 1,):
         raise TilusError(
             f"{what}: a tile along dims {list(copy.dims)} of {memory.name}, expected ascending dims, the last one included",
@@ -180,7 +184,7 @@ def copy_tensor(
     """
     tile, axes, tensor, starts = tile_of(src, dst, shape, dims, dst_offsets)
     bar, index = one_barrier("copy_tensor", barrier)
-    mask = None if multicast is None else blocks_of_cluster(b, multicast)
+    mask = mask_of(b, "copy_tensor", multicast)
     src_offsets = tuple(as_expr(o) for o in offsets)
     b.emit(CopyTensor(tile, axes, evict, tensor, src, bar, index, starts, src_offsets, mask))
 
