@@ -185,6 +185,8 @@ def test_gemm(act: torch.dtype, weight: torch.dtype, out: torch.dtype, plan: Pla
     given = {"x_scale": torch.empty(m), "w_scale": torch.empty(n), "bias": torch.empty(n)} if factors else {}
     values = {"tokens": plan.tokens, "stages": plan.stages, "cluster": plan.cluster}
     assert_no_spills(gemm_kernel, "sm_90a", x, w, y, 1.0, plan.blocks, **given, **values)
+    ptx = gemm_kernel.ptx(x, w, y, 1.0, plan.blocks, target="sm_90a", **given, **values)
+    assert ("stmatrix.sync.aligned.m8n8.x4.trans" in ptx) == (out.itemsize == 2)  # y^T in rows of y
 
 
 @pytest.mark.parametrize("name", ["matmul_v5"])
