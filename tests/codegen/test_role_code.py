@@ -141,6 +141,27 @@ def test_products_and_copies_of_roles(device: str, pinned: bool) -> None:
     assert threads == {"copy_async": 64, "ldmatrix": 128}
 
 
+@tilus.kernel
+def early(a: Tensor[f16, "m", "k"], y: Tensor[f32, "m", "n"], *, waits: Const):
+    tilus.grid(1, warps=8)
+    left, right = tilus.shared(f16, [64, 64]), tilus.shared(f16, [64, 64])
+    with tilus.warps(4, 4):
+        for s in (left, right):
+            tilus.store_shared(s, tilus.load(a, [0, 0], [64, 64]))
+        tilus.fence_async()
+        tilus.sync()
+        total = tilus.wgmma(left, right, None)
+        if waits:
+            tilus.wgmma_wait()
+        tilus.store(y, [0, 0], total)
+
+
+def test_sums_are_awaited_in_roles() -> None:
+    assemble(early.ptx(waits=True), SM_90A)
+    with pytest.raises(tilus.TilusError, match="store reads total while wgmma still adds to it"):
+        early.ptx(waits=False)
+
+
 def test_nothing_that_a_role_needs_is_computed_in_front_of_it() -> None:
     """Where others would keep it in registers."""
     front = three.ptx().split("bra.uni")[0]
@@ -244,6 +265,22 @@ def test_warps_arrive_one_by_one(warps: Any, arrivals: int, count: int, nbytes: 
     assert announced == (0 if nbytes is None else len(warps))
     assert plain == (len(warps) if nbytes is None or warps[0] > 1 else 0)
     assemble(ptx, SM_90A)
+
+
+def test_barriers_that_are_made_together_need_one_barrier_of_the_block() -> None:
+    @tilus.kernel
+    def made(n: tilus.int32):
+        tilus.grid(1, warps=4)
+        full = tilus.mbarrier(2)
+        empty = tilus.mbarrier(2)
+        tilus.arrive(full[0])
+        other = tilus.mbarrier()
+        tilus.arrive(empty[0])
+        tilus.arrive(other)
+
+    steps = re.findall(r"mbarrier\.init|bar\.sync|mbarrier\.arrive", made.ptx())
+    init, sync, arrive = "mbarrier.init", "bar.sync", "mbarrier.arrive"
+    assert steps == [*[init] * 4, sync, arrive, init, sync, arrive, arrive]
 
 
 def test_groups_of_different_sizes_do_not_share_a_barrier() -> None:

@@ -321,6 +321,25 @@ def test_the_assembler_takes_every_form() -> None:
         assert assemble(text, target).kernels[0].spill_store_nbytes == 0
 
 
+def test_code_is_made_only_for_starts_that_are_known() -> None:
+    """As on the reference, for copies of both directions."""
+    options = {"b": 4, "c": 64, "shape": (2, 1, 16), "offsets": (0, 0, 8)}
+    message = "are known to start at multiples of 8 bytes, expected 16 bytes"
+    assert message in refused(fetch.ptx, T=uint8, **options)
+    assert message in refused(put.ptx, T=uint8, **options)
+
+
+def test_groups_are_waited_for_as_said() -> None:
+    text = packed_rows.ptx(T=dtypes.uint3, k=128, rows=2)
+    order = ["cp.async.bulk.commit_group;", "cp.async.bulk.wait_group.read 0;", "cp.async.bulk.wait_group 0;"]
+    places = [text.index(instruction) for instruction in order]
+    assert places == sorted(places)
+    assert text.count("cp.async.bulk.prefetch.L2.global") == 1
+    assert "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 " in put.ptx(
+        T=f32, add=True, b=4, c=64, shape=(1, 1, 16), offsets=(0, 0, 0)
+    )
+
+
 def test_policies_are_made_once() -> None:
     options = {"T": uint8, "b": 4, "c": 64, "shape": (4, 1, 64), "offsets": (0, 0, 0)}
     for evict in ("first", "last"):

@@ -70,7 +70,11 @@ def sizes(y: Tensor[int32, 4], z: Tensor["T", 4]):
 def test_bytes_of_shared_tensors_and_of_their_parts(name: str) -> None:
     dtype = dtypes.dtype(name)
     y = np.zeros(4, np.int32)
-    z = tilus.packed(np.zeros((dtype.nbits + 1) // 2, np.uint8), dtype, (4,)) if dtype.nbits < 8 else np.zeros(4, dtype.numpy)
+    z = (
+        tilus.packed(np.zeros((dtype.nbits + 1) // 2, np.uint8), dtype, (4,))
+        if dtype.nbits < 8
+        else np.zeros(4, dtype.numpy)
+    )
     sizes.on("reference")(y, z)
     assert y.tolist() == [3 * 4 * 32 * dtype.nbits // 8, 4 * 32 * dtype.nbits // 8, 32 * dtype.nbits // 8, 256]
 

@@ -238,7 +238,7 @@ def test_the_layout_suits_all_copies(device: str) -> None:
 
 @tilus.kernel
 def product(
-    x: Tensor[f16, "m", "k"], w: Tensor[f16, "n", "k"], y: Tensor[f32, "m", "n"], *, bm: Const = 64, bn: Const = 32, bk: Const = 64,
+    x: Tensor[f16, "m", "k"], w: Tensor[f16, "n", "k"], y: Tensor[f32, "m", "n"], *, bk: Const, bm: Const = 64, bn: Const = 32,
     stages: Const = 3,
 ):  # fmt: skip
     """x w^T: a warp copies the tiles of both operands, a warpgroup multiplies them where they land."""

@@ -131,6 +131,51 @@ def test_only_tensors_are_constant() -> None:
         wrong.ir()
 
 
+@tilus.kernel
+def in_roles(
+    x: Tensor[f32, "n"],
+    y: Tensor[f32, "n"],
+    *,
+    first: Const,
+    second: Const,
+    leave: Const = False,
+    behind: Const = False,
+):
+    tilus.grid(1, warps=2)
+    with tilus.warps(0, 1):
+        if leave and x.shape[0] > 7:
+            return
+        if first:
+            tilus.wait_dependencies()
+            tilus.store(y, [0], tilus.zeros([32]))
+    with tilus.warps(1, 1):
+        if second:
+            tilus.wait_dependencies()
+        if not leave:
+            tilus.store(y, [32], tilus.zeros([32]))
+    if behind:
+        tilus.store(y, [64], tilus.zeros([32]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"first": True, "second": True}, None),
+        ({"first": True, "second": False}, "y is written before tilus.wait_dependencies"),
+        ({"first": True, "second": True, "leave": True}, None),
+        ({"first": True, "second": False, "leave": True}, "a block may end before tilus.wait_dependencies"),
+        ({"first": True, "second": True, "behind": True}, "y is written before tilus.wait_dependencies"),
+    ],
+)
+def test_every_role_does_its_own_waiting(options: Any, message: str | None) -> None:
+    """And one that waits on all of its ways keeps the block from ending."""
+    if message is None:
+        in_roles.ptx(**options)
+    else:
+        with pytest.raises(tilus.TilusError, match=message):
+            in_roles.ptx(**options)
+
+
 X = GlobalTensor(int32, (as_expr(8),), (as_expr(1),), Var("x_ptr", int64), name="x")
 FLAG = Var("flag", int32)
 

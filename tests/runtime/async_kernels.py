@@ -37,8 +37,10 @@ def kernel(
     return HEADER.format(params=params, threads=threads, shared=shared, body=body)
 
 
-def run(body: str, *args: Any, seed: int | None = 0, grid: int = 1, **options: Any) -> Result:
-    return run_kernel(kernel(body, **options), None, (grid, 1, 1), args, seed=seed)
+def run(
+    body: str, *args: Any, seed: int | None = 0, grid: int = 1, max_blocks: int = 1_000_000, **options: Any
+) -> Result:
+    return run_kernel(kernel(body, **options), None, (grid, 1, 1), args, seed=seed, max_blocks=max_blocks)
 
 
 INIT = """

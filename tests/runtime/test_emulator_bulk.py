@@ -59,6 +59,18 @@ def test_each_copy_has_its_own_mbarrier(seed: int) -> None:
             words(two_copies(wrong, "bar.sync 0;\n", at) + right, seed=seed)
 
 
+def test_copies_land_in_any_order() -> None:
+    """Thread 0 asks for both copies in turn until one is there: over some seeds each is the first one."""
+    body = (
+        "mov.u32 %r4, 0;\n@!%p0 bra END;\n"
+        + "".join(EXPECT.format(bar=b, nbytes=16) + COPY.format(to=4 * b, at=0, nbytes=16, bar=b) for b in (0, 8))
+        + "ASK:\nmbarrier.test_wait.parity.shared.b64 %p3, [bars], 0;\nmbarrier.test_wait.parity.shared.b64 %p4, [bars+8], 0;\n"
+        "or.pred %p5, %p3, %p4;\n@!%p5 bra ASK;\nselp.u32 %r4, 1, 0, %p3;\nselp.u32 %r5, 2, 0, %p4;\n"
+        "or.b32 %r4, %r4, %r5;\n" + WAIT.format(n=1, at=0) + WAIT.format(n=2, at=8) + "END:\n" + OUT
+    )  # fmt: skip
+    assert {words(body, seed=seed)[0] for seed in range(16)} >= {1, 2}
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_barrier_hands_on_what_one_thread_has_waited_for(seed: int | None) -> None:
     body = (

@@ -7,9 +7,13 @@ import time
 
 import numpy as np
 import pytest
-from async_kernels import INIT, pipeline, pipeline_result, run
+from async_kernels import INIT, kernel, pipeline, pipeline_result, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from tilus.ptx.assembler import assemble
 from tilus.runtime.emulator import DeadlockError, EmulatorError, RaceError
+from tilus.target import TARGETS
 
 STEPS, STAGES, NBYTES, CONSUMERS = 9, 3, 256, 2
 SOURCE = np.random.default_rng(1).integers(0, 1 << 30, STEPS * NBYTES // 4).astype(np.uint32)
@@ -28,6 +32,23 @@ def run_pipeline(body: str, seed: int | None, grid: int = 1) -> list[int]:
 def test_a_pipeline_gives_what_it_should_in_every_schedule(seed: int | None) -> None:
     assert run_pipeline(PIPELINE, seed) == WANT
     assert run_pipeline(PIPELINE, seed, grid=3) == WANT
+
+
+@given(
+    steps=st.integers(1, 12), stages=st.integers(1, 4), nbytes=st.sampled_from((16, 64, 256)),
+    consumers=st.integers(1, 4), seed=st.integers(0, 1 << 30),
+)  # fmt: skip
+@settings(max_examples=30)
+def test_pipelines_of_all_shapes(steps: int, stages: int, nbytes: int, consumers: int, seed: int) -> None:
+    source = np.random.default_rng(seed).integers(0, 1 << 30, steps * nbytes // 4).astype(np.uint32)
+    out = np.zeros(32 * consumers, np.uint32)
+    body = pipeline(steps=steps, stages=stages, nbytes=nbytes, consumers=consumers)
+    run(body, out, source, seed=seed, threads=32 * (consumers + 1), shared=stages * nbytes)
+    assert out.tolist() == pipeline_result(source, steps=steps, nbytes=nbytes, consumers=consumers)
+
+
+def test_ptxas_reads_the_pipeline() -> None:
+    assemble(kernel(PIPELINE, threads=32 * (CONSUMERS + 1), shared=STAGES * NBYTES), TARGETS["sm_90a"])
 
 
 MISSING = {
@@ -254,6 +275,16 @@ def test_lanes_that_wait_keep_their_warp_from_a_warp_wide_instruction() -> None:
         assert one(body, count=1, seed=seed)[32:] == [9] * 32
     with pytest.raises(DeadlockError, match=r"warps \[1\] wait for the other threads of their warp before(.|\n)*"):
         one(body.replace("@%p0 mbarrier.arrive.shared.b64 _, [bars];", ""), count=1)
+
+
+def test_a_kernel_that_does_not_end_tells_who_waits() -> None:
+    """Warp 1 spins on global memory, warp 0 waits at an mbarrier."""
+    body = (
+        "mov.u32 %r20, 0;\nsetp.ne.u32 %p1, %r1, 0;\n@%p1 bra SPIN;\n" + SPIN.format(n=1, wait="try_wait.parity", value=0)
+        + "SPIN:\nld.relaxed.gpu.global.u32 %r3, [%d0];\nsetp.eq.u32 %p4, %r3, 0;\n@%p4 bra SPIN;\n"
+    )  # fmt: skip
+    with pytest.raises(DeadlockError, match=r"does not end(.|\n)*mbarrier bars\+0: warps \[0\] wait for phase 0"):
+        run(ONE.format(count=1) + body, np.zeros(64, np.uint32), params=".param .u64 out", threads=64, max_blocks=2000)
 
 
 def test_hints_change_nothing() -> None:

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from async_kernels import INIT, run
+from async_kernels import INIT, kernel, run
 
 from tilus.errors import TilusError
+from tilus.ptx.assembler import assemble
 from tilus.runtime.emulator import EmulatorError, RaceError, TensorMap
+from tilus.target import TARGETS
 
 PARAMS = ".param .u64 out, .param .u64 in0, .param .align 64 .b8 map[128]"
 LOAD = (
@@ -46,6 +48,8 @@ DONE:
 """
 )
 STORE = """
+mov.b64 %d1, map;
+cvta.param.u64 %d2, %d1;
 ld.param.u64 %d1, [in0];
 {moves}
 mov.u32 %r10, %r0;
@@ -65,7 +69,7 @@ DONE:
 fence.proxy.async.shared::cta;
 bar.sync 0;
 @!%p0 ret;
-cp.async.bulk.tensor.{rank}d.global.shared::cta.tile.bulk_group [map, {coords}], [smem];
+cp.async.bulk.tensor.{rank}d.global.shared::cta.tile.bulk_group [%d2, {coords}], [smem];
 cp.async.bulk.commit_group;
 cp.async.bulk.wait_group.read 0;
 """
@@ -202,11 +206,13 @@ def test_a_map_that_does_not_fit() -> None:
         load(array, (64, 8), (0, 20), 0, dims=(64, 25))
     with pytest.raises(EmulatorError, match=r"misaligned access .not a multiple of 128"):
         load(array, (64, 8), (0, 0), 0, at=64)
-    with pytest.raises(EmulatorError, match=r"expected the address of a .align 64"):
-        body = LOAD.format(rank=2, nbytes=1024, at=0, **coordinates((0, 0))).replace(
-            "mov.b64 %d1, map;", "mov.b64 %d1, out;"
-        )
-        run(body, np.zeros(1024, np.uint8), array, tensor_map(array, (64, 8), 0, 1), params=PARAMS)
+    body = LOAD.format(rank=2, nbytes=1024, at=0, **coordinates((0, 0)))
+    arguments = (np.zeros(1024, np.uint8), array, tensor_map(array, (64, 8), 0, 1))
+    for right, wrong in (("mov.b64 %d1, map;", "mov.b64 %d1, out;"), ("cvta.param.u64 %d2, %d1;", "mov.u64 %d2, %d1;")):
+        with pytest.raises(EmulatorError, match=r"expected the generic address of one of the parameters \['map'\]"):
+            run(body.replace(right, wrong), *arguments, params=PARAMS)
+    with pytest.raises(EmulatorError, match=r"expected .register, .coordinates.."):
+        run(body.replace("[%d2, {", "[map, {"), *arguments, params=PARAMS)
 
 
 @pytest.mark.parametrize(
@@ -264,3 +270,11 @@ def test_prefetches_and_cache_hints() -> None:
     out = np.zeros(1024, np.uint8)
     run(body, out, array, tensor_map(array, (64, 8), 128, 1), params=PARAMS)
     assert out.tolist() == box_bytes(array, (64, 8), (0, 0), 128).tolist()
+
+
+def test_ptxas_reads_what_these_tests_run() -> None:
+    for body in (
+        LOAD.format(rank=2, nbytes=1024, at=0, **coordinates((0, 0))),
+        STORE.format(rank=3, nbytes=1024, **coordinates((0, 0, 0))),
+    ):
+        assemble(kernel(body, params=PARAMS), TARGETS["sm_90a"])

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 from wgmma_kernels import (
+    COMMIT,
     FENCE,
+    WAIT,
     A,
     D,
     Layout,
@@ -30,7 +32,6 @@ MATRIX_B = RNG.integers(-7, 8, (N, 16)).astype(np.float16)
 LAYOUT = Layout(N, 2, 128)
 SYNC = f"{FENCE}\nbar.sync 0;\n"
 FENCED = "wgmma.fence.sync.aligned;\n"
-COMMIT, WAIT = "wgmma.commit_group.sync.aligned;\n", "wgmma.wait_group.sync.aligned 0;\n"
 ZERO = "".join(f"mov.b32 %r{D + i}, 0;\n" for i in range(N // 2))
 OUT = store_rows("%d0", D, N // 2)
 
@@ -135,6 +136,24 @@ def test_a_barrier_before_the_wait_does_not_free_the_shared_operands() -> None:
     give = "bar.arrive 1, 256;\n"
     right(head + FENCED + mma() + COMMIT + WAIT + give + tail, threads=256)
     wrong(head + FENCED + mma() + COMMIT + give + WAIT + tail, "shared memory", RaceError, threads=256)
+
+
+def test_stores_need_a_proxy_fence_by_the_storing_threads() -> None:
+    wrong(without(FENCE + "\n"), "without a fence.proxy.async")
+    wrong(RIGHT.replace(SYNC, "setp.ne.u32 %p7, %r0, 9;\n@%p7 " + SYNC), "without a fence.proxy.async")
+
+
+def test_copies_by_cp_async_are_stores_of_threads_at_their_wait() -> None:
+    copy = (
+        "mov.u32 %r2, smem;\nshl.b32 %r1, %r0, 4;\nadd.u32 %r3, %r2, %r1;\nmad.wide.u32 %d20, %r0, 16, %d1;\n"
+        "cp.async.cg.shared.global [%r3], [%d20], 16;\n"
+    )
+    assert LAYOUT.size == 16 * 128
+    wait = "cp.async.wait_all;\n"
+    body = RIGHT.replace(fill(LAYOUT.size), copy + "{wait}").replace(FENCE, "{fence}")
+    right(body.replace("{wait}", wait).replace("{fence}", FENCE))
+    wrong(body.replace("{wait}", "").replace("{fence}", FENCE + "\n" + wait), "without a fence.proxy.async")
+    wrong(body.replace("{wait}", "").replace("{fence}", FENCE), "asynchronous copy into it is in flight", RaceError)
 
 
 def test_operands_must_be_there() -> None:

@@ -158,7 +158,8 @@ def wgmma(shape: str, d: int, a: str, b: str, tail: str) -> str:
     return f"wgmma.mma_async.sync.aligned.{shape} {braces(D, d)}, {a}, {b}, {tail};\n"
 
 
-DONE = "wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;\n"
+COMMIT, WAIT = "wgmma.commit_group.sync.aligned;\n", "wgmma.wait_group.sync.aligned 0;\n"
+DONE = COMMIT + WAIT
 
 
 def run_wgmma(body: str, out: npt.NDArray[Any], *inputs: npt.NDArray[Any], shared: int, **options: Any) -> Result:

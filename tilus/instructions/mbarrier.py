@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from tilus.codegen.context import EmitContext
 from tilus.dtypes import uint64
 from tilus.errors import TilusError
+from tilus.instructions.barrier import Sync
 from tilus.instructions.shared import SharedOperand, rank_in_cluster
 from tilus.ir.builder import IRBuilder, builtin
 from tilus.ir.evaluation import Evaluation
@@ -28,7 +29,10 @@ DISCARDED = Special("_")
 
 @dataclass(frozen=True, eq=False)
 class MBarrier(Instruction):
-    """Make all elements of a shared tensor barriers, whose phases wait for `arrivals` groups of threads each."""
+    """Make all elements of a shared tensor barriers, whose phases wait for `arrivals_per_phase` groups of threads each.
+
+    One thread does it: the others must wait for it (`sync`) before they use the barriers.
+    """
 
     mnemonic = "mbarrier"
     once = True
@@ -38,7 +42,7 @@ class MBarrier(Instruction):
     arrivals_per_phase: int
 
     def effects(self) -> Effects:
-        return Effects(writes=(self.barrier,), barrier=True)
+        return Effects(writes=(self.barrier,))
 
     def verify(self) -> None:
         check_barrier("mbarrier", self.barrier)
@@ -58,7 +62,6 @@ class MBarrier(Instruction):
             address = barrier_address(ctx, self.barrier, as_expr(index))
             ctx.b.emit_to("mbarrier.init.shared::cta.b64", address, Imm(count), guard=guard)
         ctx.b.emit_to("fence.mbarrier_init.release.cluster", guard=guard)
-        ctx.barrier()
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,7 +177,9 @@ def mbarrier(b: IRBuilder, stages: int = 1, *, arrivals: int = 1) -> SharedTenso
     It stands before the roles, outside of loops and branches. `full[i]` is one of the barriers.
     """
     tensor = SharedTensor(uint64, (stages,), None, b.fresh("mbarrier"))
+    b.take_back(Sync)  # several barriers in a row need one
     b.emit(MBarrier(tensor, arrivals))
+    b.emit(Sync())
     return tensor
 
 

@@ -32,6 +32,12 @@ class IRBuilder:
     def append(self, stmt: Stmt) -> None:
         self._blocks[-1].append(stmt)
 
+    def take_back(self, kind: type[Instruction]) -> None:
+        """Remove the last statement of the open block if it is an instruction of this kind."""
+        stmts = self._blocks[-1]
+        if stmts and isinstance(last := stmts[-1], Inst) and isinstance(last.inst, kind):
+            stmts.pop()
+
     def emit(self, inst: InstructionT) -> InstructionT:
         """Verify and append an instruction; a mistake in it is reported at the current position."""
         try:

@@ -70,10 +70,11 @@ class Order:
 
     def _roles(self, roles: tuple[Role, ...], passed: Passed) -> Passed:
         """Each role passes for itself, as nobody knows here whom the barriers between them make wait for whom."""
+        outer = self._role_returns  # roles that nest are refused elsewhere
         for role in roles:
-            self._role_returns = []
+            returns = self._role_returns = []
             last = self._after(role.body, Passed.ALL if passed == Passed.ALL else Passed.NONE)
-            if min(last, *self._role_returns, Passed.ALL) == Passed.ALL:
+            if min(last, *returns, Passed.ALL) == Passed.ALL:
                 passed = max(passed, Passed.SOME)
-            self._role_returns = None
+        self._role_returns = outer
         return passed

@@ -49,6 +49,8 @@ class _Checker:
             case If(_, then, orelse):
                 sides = self.after(then, state), self.after(orelse, state)
                 state = tuple(work for work in sides[0] if work in sides[1])
+            case Role(body=body):
+                self.after(body, state)  # other warps know nothing of what it leaves under way
             case Inst():
                 return self._after_instruction(stmt, state)
             case _:

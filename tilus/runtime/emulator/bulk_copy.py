@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tilus.runtime.emulator.async_copy import Arrival
+from tilus.runtime.emulator.clocks import Clock, join
 from tilus.runtime.emulator.errors import RaceError
 from tilus.runtime.emulator.mbarrier import Mbarrier
 
@@ -30,7 +31,7 @@ _CHANCE = 0.125
 class Transfer:
     """Which bytes go where: element i is at `shared_at[i]` in the data of shared memory, and at `global_at[i]` in
     global memory where `inside[i]` (None: everywhere). Positions are multiples of the `size` bytes of an element.
-    place, nbytes: the range of shared memory that all of it occupies."""
+    place, nbytes: the range of shared memory that all of it occupies. swizzle_nbytes: of a tensor copy."""
 
     place: int
     nbytes: int
@@ -38,6 +39,7 @@ class Transfer:
     shared_at: Lanes
     global_at: Lanes
     inside: npt.NDArray[np.bool_] | None = None
+    swizzle_nbytes: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,12 +52,16 @@ class Landing:
 
 @dataclass(eq=False)
 class Load:
-    """Global to shared memory, to one block or (multicast) to several."""
+    """Into shared memory of one block or (multicast) of several, from global memory or (`loan`: granules) from shared
+    memory, whose positions are `global_at` then. phases: how far the thread has seen the mbarriers at the issue; who
+    waits for this load has seen them as far."""
 
     pc: int
     lane: int
     transfer: Transfer
     landings: tuple[Landing, ...]
+    loan: Lanes | None
+    phases: Clock
 
 
 Reduce = Callable[[npt.NDArray[Any], npt.NDArray[Any]], npt.NDArray[Any]]
@@ -92,26 +98,36 @@ class BulkCopies:
         self.commits[:] = 0
 
     # Loads.
-    def load(self, pc: int, lane: int, transfer: Transfer, landings: tuple[Landing, ...]) -> None:
+    def load(
+        self, pc: int, lane: int, transfer: Transfer, landings: tuple[Landing, ...], *, from_shared: bool = False
+    ) -> None:
+        loan = None
+        if from_shared:
+            loan = self.machine.shared_shadow.issue_bulk_read(pc, int(transfer.global_at[0]), transfer.nbytes, lane)
         for landing in landings:
             self.machine.shared_shadow.issue_bulk_write(pc, transfer.place + landing.shift, transfer.nbytes, lane)
             landing.barrier.landing.append(pc)
-        self.loads.append(Load(pc, lane, transfer, landings))
+        phases = self.machine.clocks.phases_seen(int(self.machine.slot_of[lane]), int(self.machine.warp_of[lane]), lane)
+        self.loads.append(Load(pc, lane, transfer, landings, loan, phases))
 
     def _land(self, load: Load) -> None:
         machine, transfer = self.machine, load.transfer
         self.loads.remove(load)
-        source = machine.memory.views[transfer.size]
+        source = (machine.memory if load.loan is None else machine.shared).views[transfer.size]
         shift = transfer.size.bit_length() - 1
         values = source.take(transfer.global_at >> shift, mode="clip")
         if transfer.inside is not None:
             values = np.where(transfer.inside, values, source.dtype.type(0))
+        if load.loan is not None:
+            machine.shared_shadow.end_bulk_read(load.pc, load.loan, load.lane)
         for landing in load.landings:
             barrier = landing.barrier
+            barrier.arrived = join(barrier.arrived, load.phases)
             machine.shared.views[transfer.size][(transfer.shared_at + landing.shift) >> shift] = values
             place = np.array([transfer.place + landing.shift])
             agent = machine.mbarriers.agent(barrier)
             machine.shared_shadow.land_in_phase(load.pc, place, transfer.nbytes, agent, barrier.phase)
+            machine.shared_shadow.mark_swizzle(place, transfer.nbytes, transfer.swizzle_nbytes)
             barrier.landing.remove(load.pc)
             barrier.landed = (barrier.phase, load.pc)
             machine.mbarriers.complete_bytes(load.pc, load.lane, barrier, transfer.nbytes)
@@ -228,6 +244,15 @@ class BulkCopies:
         for slot in np.unique(machine.slot_of[mask]).tolist():
             if machine.alive[machine.slot_of == slot].any():
                 continue
+            lent = (load.pc for load in self.loads if load.loan is not None and machine.slot_of[load.lane] == slot)
+            if (reader := next(lent, None)) is not None:
+                raise machine.fault(
+                    pc,
+                    "the last thread of a block exits while a bulk copy may still read its shared memory\n  copied at "
+                    + machine.site_text(reader),
+                    int(np.flatnonzero(mask)[0]),
+                    hint="stay until the block that the copy goes to has waited for it: barrier.cluster before the exit",
+                )
             flying = [load.pc for load in self.loads if any(at.barrier.slot == slot for at in load.landings)]
             copy = flying[0] if flying else machine.mbarriers.unseen_copy(slot)
             if copy is not None:

@@ -10,14 +10,16 @@ import numpy.typing as npt
 
 from tilus.ptx.module import Imm, Operand
 from tilus.runtime.emulator.atomics import addition
-from tilus.runtime.emulator.bulk_copy import Landing, Reduce, Transfer
+from tilus.runtime.emulator.bulk_copy import Reduce, Transfer
+from tilus.runtime.emulator.bulk_landing import Landings
 from tilus.runtime.emulator.decode import DTYPES, Array, Mask, Site, Step, instruction
-from tilus.runtime.emulator.mbarrier import Mbarrier
-from tilus.runtime.emulator.mbarrier_instructions import barrier_access, by_place
 from tilus.runtime.emulator.memory import Access
 
-_LOADS = ("mbarrier::complete_tx::bytes", "shared::cluster", "shared::cta", "global", "L2::cache_hint")
+_LOADS = (
+    "mbarrier::complete_tx::bytes", "multicast::cluster", "shared::cluster", "shared::cta", "global", "L2::cache_hint",
+)  # fmt: skip
 _STORES = ("bulk_group", "shared::cta", "global", "L2::cache_hint")
+_BETWEEN_BLOCKS = ["shared::cluster", "shared::cta"]
 _REDUCED = ("u32", "s32", "u64", "s64", "f16", "bf16", "f32", "f64")
 
 
@@ -39,21 +41,6 @@ def to_shared(site: Site) -> bool:
     return first.startswith("shared")
 
 
-def target_barrier(site: Site, access: Access, lane: int) -> Mbarrier:
-    """The mbarrier of a load, which must be visible to the asynchronous proxy."""
-    machine = site.machine
-    place, _ = next(by_place(access, np.array([lane])))
-    barrier = machine.mbarriers.find(site.pc, lane, place)
-    if not barrier.visible:
-        raise site.fault(
-            f"the mbarrier {machine.mbarriers.name(place)} is not visible to the asynchronous proxy\n  initialised at "
-            + machine.site_text(barrier.init_pc),
-            lane,
-            hint="the initialising thread executes fence.mbarrier_init or fence.proxy.async after mbarrier.init",
-        )
-    return barrier
-
-
 class BulkRange:
     """A range of bytes that a lane names by an address and a size in a register."""
 
@@ -65,7 +52,7 @@ class BulkRange:
         """The position of its first byte in the data of its space, after the checks of bounds and alignment."""
         access = self.accesses.get(nbytes)
         if access is None:
-            access = Access(self.site, self.operand, self.space, nbytes, align=16, by_warp=False)
+            access = Access(self.site, self.operand, self.space, nbytes, align=16, by_warp=False, asynchronous=True)
             self.accesses[nbytes] = access
         return int(access.split(np.array([lane]))[0][2][0])
 
@@ -93,20 +80,23 @@ def _transfer(shared: int, global_: int, nbytes: int, size: int = 8) -> Transfer
 
 
 def _load(site: Site) -> Step:
-    """[destination], [source], bytes, [mbarrier]{, cache policy}."""
+    """[destination], [source], bytes, [mbarrier]{, block mask}{, cache policy}; the source is in global memory, or in
+    the own shared memory when the destination is in that of another block."""
     site.allow("async", "bulk", *_LOADS)
-    _check_operands(site, 4)
-    if not to_shared(site) or not site.has("global"):
+    _check_operands(site, 4 + site.has("multicast::cluster"))
+    spaces = [word for word in site.words if word in ("global", "shared::cta", "shared::cluster")]
+    if len(spaces) != 2 or spaces not in (["shared::cluster", "global"], ["shared::cta", "global"], _BETWEEN_BLOCKS):
         raise site.unsupported("a copy between these spaces")
-    target, source = BulkRange(site, site.operands[0], "shared"), BulkRange(site, site.operands[1], "global")
-    size, barriers = BulkSize(site, site.operands[2]), barrier_access(site, site.operands[3])
-    machine, pc = site.machine, site.pc
+    target, source = (BulkRange(site, operand, space) for operand, space in zip(site.operands, spaces, strict=False))
+    size, landings = BulkSize(site, site.operands[2]), Landings(site, 3)
+    copies, pc = site.machine.bulk_copies, site.pc
 
     def step(mask: Mask) -> None:
         for lane in site.lanes(mask).tolist():
             nbytes = size.of(lane)
-            transfer = _transfer(target.place(lane, nbytes), source.place(lane, nbytes), nbytes)
-            machine.bulk_copies.load(pc, lane, transfer, (Landing(0, target_barrier(site, barriers, lane)),))
+            place = target.place(lane, nbytes)
+            transfer = _transfer(place, source.place(lane, nbytes), nbytes)
+            copies.load(pc, lane, transfer, landings.of(lane, place), from_shared=spaces == _BETWEEN_BLOCKS)
 
     return step
 

@@ -128,6 +128,12 @@ class WarpClocks:
         handed[own] = self.clock[slot, warp, own]
         return handed
 
+    def phases_seen(self, slot: int, warp: int, lane: int) -> Clock:
+        """How far a thread has seen the mbarriers, and nothing of the warps."""
+        seen = np.maximum(self.clock[slot, warp], self.lane_clock[lane])
+        seen[: self.all_warps] = 0
+        return seen
+
     def acquire(self, slot: int, warp: int, lanes: Lanes, handed: Clock, *, whole_warp: bool) -> None:
         """What was handed on is ordered before all that these threads of one warp do next."""
         if whole_warp:

@@ -159,8 +159,9 @@ class Clusters:
         return [(pc + 1, ready if rest.any() else mask)]
 
     # Shared memory of other blocks.
-    def touch(self, pc: int, lanes: Lanes, slots: Lanes) -> None:
-        """Lanes access the shared memory of blocks that may be others of their cluster."""
+    def touch(self, pc: int, lanes: Lanes, slots: Lanes, *, remember: bool) -> None:
+        """Lanes access the shared memory of blocks that may be others of their cluster. remember: these must not exit
+        before they know of it."""
         machine, clocks = self.machine, self.machine.clocks
         foreign = slots != machine.slot_of[lanes]
         if not foreign.any():
@@ -171,12 +172,13 @@ class Clusters:
         pairs = np.unique(np.stack([lanes[foreign] // WARP, slots[foreign], lanes[foreign]]), axis=1)
         firsts = np.flatnonzero(np.any(np.diff(pairs[:2], axis=1, prepend=-1) != 0, axis=0))
         for _, slot, lane in pairs[:, firsts].T.tolist():
-            self._check_running(pc, lane, slot)
-            column = machine.column_of[lane]
-            self.touched[slot, column] = clocks.own_clock(machine.slot_of[lane], machine.warp_of[lane])
-            self.touched_at[slot, column] = pc
+            self.check_running(pc, lane, slot)
+            if remember:
+                column = machine.column_of[lane]
+                self.touched[slot, column] = clocks.own_clock(machine.slot_of[lane], machine.warp_of[lane])
+                self.touched_at[slot, column] = pc
 
-    def _check_running(self, pc: int, lane: int, slot: int) -> None:
+    def check_running(self, pc: int, lane: int, slot: int) -> None:
         """The accessed block is known to have started and has not exited."""
         machine = self.machine
         of_block = np.flatnonzero(machine.slot_of == slot)

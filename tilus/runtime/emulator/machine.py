@@ -29,8 +29,9 @@ WARP = 32
 SHARED_BASE = 0x400
 # Where the shared window appears in the generic address space; any place that global buffers never reach.
 SHARED_WINDOW = 0x7F00_0000_0000_0000
+PARAM_BASE = 0x240
+# Where the parameter space appears in the generic address space.
 PARAM_WINDOW = 0x7E00_0000_0000_0000
-"""Where the parameters appear in the generic address space."""
 _REGISTER_DTYPE = {RegClass.B16: np.uint16, RegClass.B32: np.uint32, RegClass.B64: np.uint64}
 Array = npt.NDArray[Any]
 
@@ -71,7 +72,7 @@ class Machine:
         self.alive = np.zeros(self.lanes, np.bool_)
         self.block_ids = np.full(slots, -1, np.int64)
         self.param_symbols = {
-            param.name: PARAM_WINDOW + offset
+            param.name: PARAM_BASE + offset
             for param, offset in zip(program.kernel.params, param_offsets(program.kernel), strict=True)
         }
         self.shared_symbols, sizes = _place_shared(program.kernel, dynamic_shared_nbytes)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import numpy.typing as npt
 
-from tilus.ptx.module import Operand
+from tilus.ptx.module import Operand, Special
 from tilus.runtime.emulator.clocks import PHASE_ZERO
 from tilus.runtime.emulator.decode import Mask, Site, Step, instruction
 from tilus.runtime.emulator.guards import mark_initialised
@@ -22,11 +22,16 @@ _REMOTE = (*_SPACES, "shared::cluster")
 _SCOPES = ("release", "acquire", "cta", "cluster")
 
 
-def barrier_access(site: Site, operand: Operand) -> Access:
-    """The operand that names an mbarrier object."""
+def barrier_access(site: Site, operand: Operand, *, asynchronous: bool = False) -> Access:
+    """The operand that names an mbarrier object; asynchronous: of a copy that completes it later."""
     spaces = [word for word in site.words if word.startswith("shared")]
     space = ("shared::cluster" if "shared::cluster" in spaces else "shared") if spaces else None
-    return Access(site, operand, space, 8, by_warp=False)
+    return Access(site, operand, space, 8, by_warp=False, asynchronous=asynchronous)
+
+
+def _distinct(values: npt.NDArray[np.generic]) -> list[int]:
+    """The different values, ascending: in most warps there is one only, for which this is fast."""
+    return [int(values[0])] if (values == values[0]).all() else np.unique(values).tolist()
 
 
 def by_place(access: Access, lanes: Lanes) -> Iterator[tuple[int, Lanes]]:
@@ -34,9 +39,9 @@ def by_place(access: Access, lanes: Lanes) -> Iterator[tuple[int, Lanes]]:
     for shared, who, where in access.split(lanes):
         if not shared:
             raise access.site.fault("an mbarrier in global memory, expected one in shared memory", int(who[0]))
-        for place in np.unique(where).tolist():
+        for place in _distinct(where):
             here = who[where == place]
-            for warp in np.unique(here // WARP).tolist():
+            for warp in _distinct(here // WARP):
                 yield place, here[here // WARP == warp]
 
 
@@ -75,16 +80,19 @@ def arrive(site: Site) -> Step:
     site.allow("arrive", "expect_tx", "relaxed", *_SCOPES, *_REMOTE)
     expects = site.has("expect_tx")
     site.expect_operands(*((3,) if expects else (2, 3)))
+    if site.has("shared::cluster") and site.operands[0] != Special("_"):
+        raise site.fault("an arrival at an mbarrier in shared::cluster gives no state, expected _ as destination")
     out = site.target(0, "b64")
     access = barrier_access(site, site.operands[1])
     numbers = site.source(2, "u32") if len(site.operands) > 2 else np.asarray(1, np.uint32)
+    numbers = np.broadcast_to(numbers, site.machine.lanes)
     machine, pc, releases = site.machine, site.pc, not site.has("relaxed")
 
     def one(place: int, lanes: Lanes) -> None:
         barrier = machine.mbarriers.find(pc, int(lanes[0]), place)
         out[lanes] = np.uint64(barrier.phase | place << 32)
         clock = machine.hand_on(lanes) if releases else None
-        values = np.broadcast_to(numbers, machine.lanes)[lanes]
+        values = numbers[lanes]
         if not expects and (values == values[0]).all():
             machine.mbarriers.arrive(pc, lanes, barrier, _count(site, int(values[0]), lanes), clock)
             return
@@ -131,7 +139,7 @@ def wait_for_phase(site: Site) -> Callable[[Flags], list[tuple[int, Flags]]]:
     site.expect_operands(3, 4) if site.has("try_wait") else site.expect_operands(3)
     by_parity = site.has("parity")
     out, access = site.target(0, "pred"), barrier_access(site, site.operands[1])
-    values = site.source(2, "u32" if by_parity else "b64")
+    values = np.broadcast_to(site.source(2, "u32" if by_parity else "b64"), site.machine.lanes)
     machine, pc, mark = site.machine, site.pc, mark_initialised(site)
 
     def resume(lanes: Flags, done: bool) -> None:
@@ -154,8 +162,8 @@ def wait_for_phase(site: Site) -> Callable[[Flags], list[tuple[int, Flags]]]:
     def wait(mask: Flags) -> list[tuple[int, Flags]]:
         parked = np.zeros_like(mask)
         for place, lanes in by_place(access, np.flatnonzero(mask)):
-            wanted = np.broadcast_to(values, machine.lanes)[lanes]
-            for value in np.unique(wanted).tolist():
+            wanted = values[lanes]
+            for value in _distinct(wanted):
                 part = np.zeros_like(mask)
                 part[lanes[wanted == value]] = True
                 if not one(place, lanes[wanted == value], value, part):

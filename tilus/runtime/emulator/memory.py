@@ -55,7 +55,8 @@ def access_nbytes(instr: Instr) -> tuple[tuple[str, ...], int]:
 class Access:
     """Where a memory operand points, for the lanes of a mask, checked for bounds and alignment.
 
-    by_warp: whether it is an access of a warp, as the statistics count them.
+    by_warp: whether it is an access of a warp, as the statistics count them. asynchronous: whether it happens later; who
+    waits for it is checked elsewhere.
     """
 
     def __init__(
@@ -67,11 +68,12 @@ class Access:
         align: int | None = None,
         *,
         by_warp: bool = True,
+        asynchronous: bool = False,
     ) -> None:
         if not isinstance(operand, Address):
             raise site.fault(f"memory operand {operand}, expected an address in brackets")
         self.site, self.space, self.nbytes, self.align = site, space, nbytes, align or nbytes
-        self.offset, self.by_warp = operand.offset, by_warp
+        self.offset, self.by_warp, self.asynchronous = operand.offset, by_warp, asynchronous
         self.base = self._base(operand.base)
 
     def _base(self, base: Reg | Symbol) -> Array:
@@ -120,7 +122,7 @@ class Access:
         offsets = self._locate(machine.shared, addresses & (1 << RANK_SHIFT) - 1, lanes, shared=True)
         own = machine.slot_of[lanes]
         slots = np.where(ranks > 0, own - own % machine.cluster + ranks - 1, own)
-        machine.clusters.touch(self.site.pc, lanes, slots)
+        machine.clusters.touch(self.site.pc, lanes, slots, remember=not self.asynchronous)
         return offsets + slots * machine.shared.nbytes
 
     def _locate(self, space: MemorySpace, addresses: Lanes, lanes: Lanes, *, shared: bool) -> Lanes:

@@ -27,7 +27,8 @@ def uses_async_proxy(program: Program) -> bool:
 
 
 class AsyncProxy:
-    """When each granule of shared memory was last stored to, when each thread last fenced, and what is on loan.
+    """When each granule of shared memory was last stored to, when each thread last fenced, what is on loan, and with
+    which swizzle tensor copies have landed (bytes plus 1; 0: something else has written since).
 
     Granules are numbered as in `SharedShadow`. Times count stores and fences of the whole machine.
     """
@@ -40,8 +41,10 @@ class AsyncProxy:
         self.loans = np.zeros(granules if enabled else 0, np.int32)
         self.lender = np.zeros(granules if enabled else 0, np.int32)  # pc of the reading instruction
         self.num_loans = 0
+        self.swizzles = np.zeros(granules if enabled else 0, np.uint8)
 
     def reset(self) -> None:
+        self.swizzles[:] = 0
         self.loans[:] = 0
         self.num_loans = 0
 
@@ -49,6 +52,24 @@ class AsyncProxy:
         """Threads have stored to these granules."""
         self.time += 1
         self.stored[granules] = self.time
+        self.swizzles[granules] = 0
+
+    def check_swizzle(self, pc: int, granules: Lanes, swizzle_nbytes: int, lane: int) -> None:
+        """Granules are about to be read as a matrix with this swizzle."""
+        found = self.swizzles[granules]
+        other = (found != 0) & (found != swizzle_nbytes + 1)
+        if not other.any():
+            return
+        granule = int(granules[other][0])
+        shadow = self.machine.shared_shadow
+        raise self.machine.fault(
+            pc,
+            f"reads shared memory at {shadow.place_text(granule)} with a swizzle of {swizzle_nbytes} bytes, expected "
+            f"that of the tensor copy into it, {int(self.swizzles[granule]) - 1} bytes\n  copied by "
+            + shadow.writer_text(granule),
+            lane,
+            hint="the matrix descriptor and the tensor map must name the same swizzle",
+        )
 
     def fence(self, lanes: Lanes) -> None:
         """All that these threads have stored is visible to the asynchronous proxy."""

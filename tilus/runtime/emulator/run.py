@@ -72,7 +72,7 @@ def run_kernel(
     shadow_nbytes = (shared_nbytes // granules[0] + 64) * 8 * (size * lanes_per_block // WARP + 1)
     slots = min(total, max_lanes // lanes_per_block, _SHADOW_NBYTES // shadow_nbytes) // size * size
     slots = max(size, slots)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed or 0)
     with np.errstate(all="ignore"):
         machine = Machine(
             program, memory, arguments.params, grid, threads, slots, dynamic_shared_nbytes, granules, rng,

@@ -29,6 +29,9 @@ SPIN_LIMIT = 64
 FAIR_TURNS = 256
 """Basic blocks that a team runs in random order, after spinning, before the lowest pc goes first again."""
 
+_IMPATIENCE = 0.125
+"""How often waits at mbarriers reach their time limit before the next copy lands, when no thread can run."""
+
 
 @dataclass(frozen=True, eq=False)
 class Block:
@@ -87,21 +90,32 @@ class Scheduler:
             while self.groups:
                 teams = sorted({group.team for group in self.groups})
                 self._run_team(int(machine.rng.choice(teams)) if len(teams) > 1 else teams[0])
-            if not machine.bulk_copies.land_one() and not machine.mbarriers.expire():
+            if not self._pass_idle_time():
                 break
             self._release()
         if machine.alive.any():
             raise self._deadlock()
 
-    def _deadlock(self) -> DeadlockError:
+    def _pass_idle_time(self) -> bool:
+        """No thread can run: a copy lands, or waits at mbarriers reach their time limit. False when nothing is left."""
+        copies, mbarriers = self.machine.bulk_copies, self.machine.mbarriers
+        if mbarriers.waiters and self.machine.rng.random() < _IMPATIENCE and mbarriers.expire():
+            return True
+        return copies.land_one() or mbarriers.expire()
+
+    def _waiting(self) -> str:
+        """Who waits for what, a line for each."""
         parts = [self.barriers.deadlock_report(), self.machine.mbarriers.deadlock_report()]
         parts += [self.machine.wgmmas.groups.deadlock_report(), self.machine.clusters.deadlock_report()]
         for group in self.held:
             warps = sorted(set(self.machine.warp_of[np.flatnonzero(group.mask)].tolist()))
             site = self.machine.site_text(self.blocks[group.pc].end - 1)
             parts.append(f"  threads of warps {warps} wait for the other threads of their warp before {site}")
+        return "\n".join(part for part in parts if part)
+
+    def _deadlock(self) -> DeadlockError:
         return DeadlockError(
-            "deadlock: no thread can go on\n" + "\n".join(part for part in parts if part),
+            "deadlock: no thread can go on\n" + self._waiting(),
             hint="every thread of the block (or as many as the barrier says) must reach the same barrier"
             if not self.machine.mbarriers.waiters
             else "every arrival and every byte that the mbarrier counts must come",
@@ -209,7 +223,7 @@ class Scheduler:
         if self.budget < 0:
             raise self.machine.fault(
                 block.end - 1,
-                "the kernel does not end: the limit of executed basic blocks is reached",
+                "the kernel does not end: the limit of executed basic blocks is reached\n" + self._waiting(),
                 hint="a loop that waits for another thread or block, or raise max_blocks",
                 kind=DeadlockError,
             )

@@ -158,7 +158,10 @@ class SharedShadow:
 
     def land_copy(self, pc: int, flat: Lanes, nbytes: int, lanes: Lanes) -> None:
         """The thread that issued the copy has waited for it."""
-        self.writer[self.granules(flat, nbytes)] = (self.now[lanes] | np.uint64(pc))[:, None]
+        where = self.granules(flat, nbytes)
+        self.writer[where] = (self.now[lanes] | np.uint64(pc))[:, None]
+        if self.proxy.enabled:
+            self.proxy.store(where)
 
     def land_in_phase(self, pc: int, flat: Lanes, nbytes: int, agent: int, phase: int) -> None:
         """A copy has landed that belongs to this phase of an mbarrier: who waits for it may touch the bytes."""
@@ -190,15 +193,23 @@ class SharedShadow:
         self.proxy.give_back(granules)
         self._remember_readers(pc, granules[None], np.array([lane]), collective=False)
 
-    def issue_wgmma_read(self, pc: int, granules: Lanes, leaders: Lanes) -> None:
+    def mark_swizzle(self, flat: Lanes, nbytes: int, swizzle_nbytes: int | None) -> None:
+        """A bulk copy has landed; swizzle_nbytes: None unless it is a tensor copy."""
+        self.proxy.swizzles[self.granules(flat, nbytes)] = 0 if swizzle_nbytes is None else swizzle_nbytes + 1
+
+    def issue_wgmma_read(self, pc: int, granules: Lanes, swizzle_nbytes: int, leaders: Lanes) -> None:
         """A wgmma starts to read these granules, each named once. leaders: a lane of every warp that takes part."""
-        where, stamps = granules[None], self.writer[granules][None]
-        if (stamps == stamps[0, 0]).all():
-            where, stamps = where[:, :1], stamps[:, :1]
-        for lane in leaders.tolist():
-            self._check_present(pc, where, stamps, np.array([lane]))
-            self._check_order(pc, stamps, np.array([lane]), None, "reads")
+        where, stamps = granules, self.writer[granules]
+        if (stamps == stamps[0]).all():
+            where, stamps = where[:1], stamps[:1]
+        lanes = (leaders[:, None] + np.arange(32)).reshape(-1)  # single threads may have seen more than their warp
+        who = lanes if self.machine.clocks.lane_clock[lanes].any() else leaders
+        shape = (len(who), len(stamps))
+        where, stamps = np.broadcast_to(where, shape), np.broadcast_to(stamps, shape)
+        self._check_present(pc, where, stamps, who)
+        self._check_order(pc, stamps, who, None, "reads")
         self.proxy.check_fenced(pc, granules, self._agents(self.writer[granules]), int(leaders[0]), "reads")
+        self.proxy.check_swizzle(pc, granules, swizzle_nbytes, int(leaders[0]))
         self.proxy.lend(pc, granules)
 
     def end_wgmma_read(self, pc: int, granules: Lanes, leaders: Lanes) -> None:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from tilus.ptx.module import Operand, TensorAddress
-from tilus.runtime.emulator.bulk_copy import Landing, Transfer
-from tilus.runtime.emulator.bulk_instructions import target_barrier, to_shared
+from tilus.ptx.module import Operand, Reg, TensorAddress
+from tilus.runtime.emulator.bulk_copy import Transfer
+from tilus.runtime.emulator.bulk_instructions import to_shared
+from tilus.runtime.emulator.bulk_landing import Landings
 from tilus.runtime.emulator.decode import Mask, Site, Step, instruction
-from tilus.runtime.emulator.machine import PARAM_WINDOW
-from tilus.runtime.emulator.mbarrier_instructions import barrier_access
+from tilus.runtime.emulator.machine import PARAM_BASE, PARAM_WINDOW
 from tilus.runtime.emulator.memory import Access
 from tilus.runtime.emulator.tensor_map import TENSOR_MAP_NBYTES, Box, decode
 
@@ -25,8 +25,8 @@ class TensorPlace:
 
     def __init__(self, site: Site, operand: Operand) -> None:
         dims = site.one_of(*_DIMS)
-        if not isinstance(operand, TensorAddress) or dims is None:
-            raise site.fault(f"operand {operand}, expected [tensor map, {{coordinates}}] and .1d to .5d")
+        if not isinstance(operand, TensorAddress) or not isinstance(operand.map, Reg) or dims is None:
+            raise site.fault(f"operand {operand}, expected [register, {{coordinates}}] and .1d to .5d")
         self.site, self.rank = site, int(dims[0])
         if len(operand.coordinates.elements) != self.rank:
             raise site.fault(f"{len(operand.coordinates.elements)} coordinates, expected {self.rank}")
@@ -37,13 +37,13 @@ class TensorPlace:
     def box(self, lane: int) -> Box:
         address = int(self.maps if self.maps.ndim == 0 else self.maps[lane])
         if address not in self.boxes:
-            machine, start = self.site.machine, address - PARAM_WINDOW
-            params = {
-                machine.param_symbols[p.name] for p in machine.program.kernel.params if p.count == TENSOR_MAP_NBYTES
-            }
-            if address not in params:
+            machine, start = self.site.machine, address - PARAM_WINDOW - PARAM_BASE
+            maps = [param.name for param in machine.program.kernel.params if param.count == TENSOR_MAP_NBYTES]
+            if address not in [PARAM_WINDOW + machine.param_symbols[name] for name in maps]:
                 raise self.site.fault(
-                    f"tensor map at {address:#x}, expected the address of a .align 64 .b8 [128] parameter", lane
+                    f"tensor map at {address:#x}, expected the generic address of one of the parameters {maps}",
+                    lane,
+                    hint="mov.b64 of a `.param .align 64 .b8 name[128]`, then cvta.param.u64",
                 )
             box = decode(machine.params[start : start + TENSOR_MAP_NBYTES])
             if box.rank != self.rank:
@@ -57,7 +57,7 @@ class TensorPlace:
         """place: where the box begins in the data of shared memory."""
         machine, box = self.site.machine, self.box(lane)
         start = tuple(int(values if values.ndim == 0 else values[lane]) for values in self.coordinates)
-        address = machine.shared.base + place - int(machine.shared_origin[lane])
+        address = machine.shared.base + place % machine.shared.nbytes
         transfer = box.transfer(start, place, address, machine.memory.base)
         at = transfer.global_at if transfer.inside is None else transfer.global_at[transfer.inside]
         outside = machine.memory.outside(at, transfer.size)
@@ -79,7 +79,10 @@ class BoxInShared:
     def place(self, lane: int) -> int:
         nbytes = self.tensor.box(lane).nbytes
         if nbytes not in self.accesses:
-            self.accesses[nbytes] = Access(self.site, self.operand, "shared", nbytes, _SHARED_ALIGN, by_warp=False)
+            space = "shared::cluster" if self.site.has("shared::cluster") else "shared"
+            self.accesses[nbytes] = Access(
+                self.site, self.operand, space, nbytes, _SHARED_ALIGN, by_warp=False, asynchronous=True
+            )
         return int(self.accesses[nbytes].split(np.array([lane]))[0][2][0])
 
 
@@ -87,21 +90,23 @@ class BoxInShared:
 def tensor_copy(site: Site) -> Step:
     """Load: [destination], [map, {c..}], [mbarrier]. Store: [map, {c..}], [source]. Both {, cache policy}."""
     loads = to_shared(site)
-    words = ("mbarrier::complete_tx::bytes", "shared::cluster") if loads else ("bulk_group",)
+    multicasts = site.has("multicast::cluster")
+    words = ("mbarrier::complete_tx::bytes", "multicast::cluster", "shared::cluster") if loads else ("bulk_group",)
     site.allow("async", "bulk", "tensor", "tile", "shared::cta", "global", "L2::cache_hint", *_DIMS, *words)
-    site.expect_operands((3 if loads else 2) + site.has("L2::cache_hint"))
+    site.expect_operands((3 if loads else 2) + multicasts + site.has("L2::cache_hint"))
     tensor = TensorPlace(site, site.operands[1 if loads else 0])
     shared = BoxInShared(site, site.operands[0 if loads else 1], tensor)
     copies, pc = site.machine.bulk_copies, site.pc
-    barriers = barrier_access(site, site.operands[2]) if loads else None
+    landings = Landings(site, 2) if loads else None
 
     def step(mask: Mask) -> None:
         for lane in site.lanes(mask).tolist():
-            transfer = tensor.transfer(lane, shared.place(lane))
-            if barriers is None:
+            place = shared.place(lane)
+            transfer = tensor.transfer(lane, place)
+            if landings is None:
                 copies.store(pc, lane, transfer, None)
             else:
-                copies.load(pc, lane, transfer, (Landing(0, target_barrier(site, barriers, lane)),))
+                copies.load(pc, lane, transfer, landings.of(lane, place))
 
     return step
 

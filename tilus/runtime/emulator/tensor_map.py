@@ -110,7 +110,15 @@ class Box:
         linear = address + np.arange(0, self.nbytes, size)
         swizzled = linear ^ (linear >> 3 & _SWIZZLE_MASK[self.swizzle_nbytes])
         everywhere = None if inside.all() else inside
-        return Transfer(place, self.nbytes, size, swizzled - address + place, at + self.address - origin, everywhere)
+        return Transfer(
+            place,
+            self.nbytes,
+            size,
+            swizzled - address + place,
+            at + self.address - origin,
+            everywhere,
+            self.swizzle_nbytes,
+        )
 
 
 def decode(data: bytes) -> Box:

@@ -185,7 +185,7 @@ class _MatrixOperand:
             )
         flat = offsets + machine.shared_origin[lanes.start]
         granules = machine.shared_shadow.granules(np.unique(flat), PIECE_NBYTES)
-        return SharedMatrix(flat // PIECE_NBYTES, granules.reshape(-1))
+        return SharedMatrix(flat // PIECE_NBYTES, granules.reshape(-1), descriptor.swizzle_nbytes)
 
     def _check(self, descriptor: Descriptor, lane: int) -> None:
         if descriptor.base_offset:

@@ -85,7 +85,9 @@ class Wgmmas:
         due = max(self._due(), queue[-1].due if queue else 0.0)
         new = Pending(op, group, self.sequence, int(self.commits[group]), due, add, a, b)
         for matrix in new.matrices:
-            self.machine.shared_shadow.issue_wgmma_read(op.pc, matrix.granules, self._leaders(group))
+            self.machine.shared_shadow.issue_wgmma_read(
+                op.pc, matrix.granules, matrix.swizzle_nbytes, self._leaders(group)
+            )
         warps = self.groups.warps(group)
         self.as_d[self._rows(op.d), warps] = self.sequence
         self.as_a[self._rows(op.a), warps] = self.sequence

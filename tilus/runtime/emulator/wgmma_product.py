@@ -22,11 +22,12 @@ _K_NBITS = 256
 
 @dataclass(frozen=True, eq=False)
 class SharedMatrix:
-    """A matrix in the shared data: indices of its 16-byte pieces, arranged as by `descriptor.piece_addresses`, and the
-    granules (of `SharedShadow`) that they cover, each once."""
+    """A matrix in the shared data: indices of its 16-byte pieces, arranged as by `descriptor.piece_addresses`, the
+    granules (of `SharedShadow`) that they cover, each once, and its swizzle."""
 
     pieces: Indices
     granules: Indices
+    swizzle_nbytes: int
 
 
 @dataclass(frozen=True, eq=False)
