@@ -178,7 +178,7 @@ def copy_tensor(
 
     dst: a shared tensor or `tensor[i]`, filled whole, or its first rows when `shape` says so, or rows from `dst_offsets` on; it
     gets a layout that the hardware can write, the same as other accesses (wgmma) need. dims: the dims of `src` that the tile's
-    axes run along, ascending; by default the last ones. Elements outside of `src` arrive as zeros, and count as bytes all the same.
+    axes run along, ascending; by default the last ones. Elements outside of `src` arrive as zeros, and count as bytes, too.
     The last dim of `src` must be contiguous, its address and its other strides multiples of 16 bytes (checked at the launch), and
     rows of the tile multiples of 16 bytes. barrier, evict, multicast: as for `copy_bulk`.
     """

@@ -30,8 +30,8 @@ MOST_STAGES = 8
 
 @tilus.kernel
 def gemm_kernel(
-    x: Tensor["x_type", "m", "k"],
-    w: Tensor["w_type", "n", "k"],
+    x: Tensor["act", "m", "k"],
+    w: Tensor["weight", "n", "k"],
     y: Tensor["out", "m", "n"],
     scale: f32,
     blocks: int32,
