@@ -1,327 +1,207 @@
-"""The quantised linear on a GPU, beside a pure read of the same bytes and torch's fp16 product.
+"""Products on a GPU: quantised linears beside pure reads of their weights, torch's products (cuBLAS) and a Triton kernel.
 
-    python benchmarks/gemm.py --out FILE            one token and 16, 8192 x 8192, weights of all widths
-    python benchmarks/gemm.py --schemes --out FILE  the same shape, one type for every scheme
-    python benchmarks/gemm.py --shapes --out FILE   1 to 256 tokens on two shapes of Llama, three types
-    python benchmarks/gemm.py --sweep --types int4,uint1 --out FILE
-                                                    other schedules: which of them is the fastest (45 kernels a type)
+    python benchmarks/gemm.py int4 --out FILE       4 bits in groups of 128: five shapes, 1 to 4096 tokens, all peers and limits
+    python benchmarks/gemm.py types                 every type of codes at 8192 x 8192, 1 and 16 tokens
+    python benchmarks/gemm.py schemes               every scheme, likewise
+    python benchmarks/gemm.py chain                 layers that depend on each other
+    python benchmarks/gemm.py dense                 products without quantisation, where tilus.kernels.gemm exists
+    python benchmarks/gemm.py sweep --types int4    other schedules than the library's (45 kernels a type)
 
---types and --tokens narrow each of them. A table goes to the terminal, JSON to FILE.
+Without a suite it is int4; with several they run one after the other. --shapes 4096x4096,14336x4096 (N x K), --tokens 1,16 and
+--types int4,uint1 take others than the usual ones. --budget SECONDS stops before the first row that would start later; rows come
+in an order in which those measured so far cover the range, and the file is whole after each one.
 
-y [M, N] = x [M, K] times the transpose of a weight [N, K]; activations are f16, codes random, one f16 scale per group of 128
-unless the scheme says otherwise.
+y [M, N] = x [M, K] times the transpose of a weight [N, K]; f16 activations, random codes, all equally likely, and one f16 scale
+for each group of 128 unless the scheme says otherwise.
 
-Times are medians over replays of a CUDA graph. One replay launches the kernel once for each of several copies of the weight,
-which together exceed three times the L2 cache, so that every launch reads its weight from memory; a time is that of the replay
-divided by the copies. Before a kernel is timed, its result is compared on the spot with the float64 product of the dequantised
-weight: each element may differ by f32's work and one rounding to f16, no more.
+Times are medians over replays of a CUDA graph, in microseconds of one call. A graph goes through copies of the weight that add up
+to more than four times the L2 cache, so that every call reads its weight from memory; activations alternate between two. What is
+compared runs in the same process. Before and after it is timed, every product is compared with float64 (products/weights.py has
+the bound), in outputs that held NaN before; a wrong one ends the run. A kernel that cannot be compiled or launched leaves null,
+and its message in `failures`.
 
-Output, as JSON:
-    device, torch, cuda, python    what it ran on
-    l2_nbytes    the GPU's L2 cache
-    replays      replays a case
-    cases        list of {N, K, M, dtype, scheme, group, schedule, us, read_us, ratio, error, cublas_us}: microseconds of one
-                 call of tilus' linear, and of reading as many bytes as the quantised weight has (codes, scales and the like),
-                 the floor for small M; their ratio; the largest error, in parts of the bound; microseconds of torch's fp16
-                 product of the same shape. schedule: null for the library's own choice, otherwise that of the sweep.
+Output, as JSON; times in microseconds, null where there is none:
+    device, torch, cuda, triton, python    what it ran on; triton: null where it is missing
+    l2_nbytes, replays     the GPU's L2 cache; the most replays of a graph
+    seconds                since the start, when the last row was done
+    measured_tflops        of torch's bf16 product of 8192^3, where a suite needs it
+    tflops                 the larger of that and products/limits.py's: what limits are computed from
+    suites                 by name {rows, and summary for int4}
+Every row has M, N, K and
+    us, plain_us           tilus, kernels in a row with dependent launch and without
+    read_us, plain_read_us    a pure read of the weight's bytes, likewise
+    error, rms             the largest difference in parts of its bound; relative, in the root mean square
+    failures               {what is null: why}
+int4: cublas_fp16_us, cublas_bf16_us; triton_us, triton_config: the fastest of a handful; limit_us, plain_limit_us: the larger of
+    the read (likewise) and the arithmetic at `tflops`. summary: see `by_tokens` in products/limits.py.
+types, schemes: dtype, scheme, group; ratio, plain_ratio: us / read_us, plain_us / plain_read_us; bar, met: for ratio,
+    null for schemes without a bar; cublas_fp16_us.
+sweep: dtype, ratio, schedule; neither plain times nor errors.
+dense: dtype, torch_us, ratio: torch_us / us, tflops, limit_us; no reads and no plain times.
+chain: layers; us: of one layer; no error, rms: of the last layer against a float64 chain.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
+import importlib.metadata
+import importlib.util
 import platform
-import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-
-import tilus
-from tilus import Const, Tensor, TilusError, int32
-from tilus.dtypes import DataType
-from tilus.kernels import linear
-from tilus.kernels.linear import launch
-from tilus.kernels.quantize import QuantizedMatrix, QuantizedWeight, pack
-from tilus.kernels.schedule import Schedule
-
-TYPES = (
-    "uint1", "uint2", "int2", "int3", "int4", "uint4", "float4_e2m1", "int5", "float5_e2m2", "int6", "float6_e3m2", "int7",
-    "int8", "float8_e4m3",
-)  # fmt: skip
-SHAPES = ((4096, 4096), (14336, 4096))  # N, K
-SHAPE_TOKENS = (1, 16, 64, 256)
-SHAPE_TYPES = ("int4", "int3", "float6_e3m2")
-SQUARE = (8192, 8192)
-SQUARE_TOKENS = (1, 16)
-GROUP = 128
-L2_MULTIPLE = 3
+from products import chain, dense, int4, kinds, sweep
+from products.limits import by_tokens
+from products.report import Report
+from products.run import Run
+from products.timing import Budget
+from products.weights import Case
 
 
 @dataclass(frozen=True)
-class Case:
-    """One weight and the batches that it is multiplied with."""
+class Suite:
+    """rows: given the run and the options. table: the module that has its columns and cells."""
 
-    shape: tuple[int, int]
-    tokens: tuple[int, ...]
-    dtype: str
-    scheme: str = "symmetric"
-    group: int = GROUP
+    rows: Callable[[Run, argparse.Namespace], Iterator[dict[str, Any]]]
+    table: Any
 
 
-# Scheme, type and group as checkpoints have them.
-SCHEMES = (
-    Case(SQUARE, SQUARE_TOKENS, "uint4", "zero points", 128),  # AWQ, GPTQ
-    Case(SQUARE, SQUARE_TOKENS, "uint4", "activation order", 128),  # GPTQ with desc_act
-    Case(SQUARE, SQUARE_TOKENS, "uint4", "minimums", 32),  # Q4_1, Q4_K
-    Case(SQUARE, SQUARE_TOKENS, "int8", "symmetric", 32),  # Q8_0
-    Case(SQUARE, SQUARE_TOKENS, "int4", "symmetric", 8192),
-    Case(SQUARE, SQUARE_TOKENS, "float4_e2m1", "powers of two", 32),  # MXFP4
-    Case(SQUARE, SQUARE_TOKENS, "float4_e2m1", "two levels", 16),  # NVFP4
-    Case(SQUARE, SQUARE_TOKENS, "uint4", "table", 64),  # NF4
-)
+def int4_rows(run: Run, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    return int4.rows(run, options.shapes or int4.SHAPES, options.tokens or int4.TOKENS)
 
 
-@tilus.kernel
-def read(x: Tensor[int32, "n"], sums: Tensor[int32, "blocks"], *, block: Const = 8192):
-    """One sum per block, so that every byte must arrive."""
-    tilus.grid(sums.shape[0], warps=8)
-    tile = tilus.load(x, [tilus.block_id(0) * block], shape=[block])
-    tilus.store(sums, [tilus.block_id(0)], tilus.reshape(tilus.sum(tile, axis=0), [1]))
+def type_rows(run: Run, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    cases = kinds.type_cases(options.shapes or [kinds.SHAPE])
+    return kinds.rows(run, chosen(cases, options), options.tokens or kinds.TOKENS)
 
 
-def random_matrix(case: Case) -> QuantizedMatrix:
-    """Random finite codes; scales such that y is about 1."""
-    rng = np.random.default_rng(0)
-    dtype: DataType = tilus.dtype(case.dtype)
-    n, k = case.shape
-    codes = np.arange(dtype.num_codes, dtype=np.uint8)
-    codes = rng.choice(codes[np.isfinite(np.float64(dtype.decode(codes)))], (n, k))
-    groups = (n, k // case.group)
-    scales = tilus.f16.round(rng.uniform(0.5, 1.5, groups) / (max(1.0, float(dtype.max_value)) * np.sqrt(k)))
-    matrix = QuantizedMatrix(codes, scales, None, dtype)
-    if case.scheme in ("zero points", "activation order"):
-        zeros = rng.integers(0, dtype.num_codes, groups, np.int16)
-        columns = rng.permutation(k).astype(np.int32) if case.scheme == "activation order" else None
-        return dataclasses.replace(matrix, zeros=zeros, columns=columns)
-    if case.scheme == "minimums":
-        return dataclasses.replace(matrix, mins=tilus.f16.round(-scales * np.float32(dtype.max_value / 2)))
-    if case.scheme == "powers of two":
-        powers = np.float32(2.0) ** rng.integers(-11, -8, groups)
-        return dataclasses.replace(matrix, scales=powers, scale_dtype=tilus.float8_e8m0)
-    if case.scheme == "two levels":
-        levels = tilus.float8_e4m3.round(rng.uniform(1, 448, groups))
-        return dataclasses.replace(matrix, scales=levels, scale_dtype=tilus.float8_e4m3, global_scale=2.0**-18)
-    if case.scheme == "table":
-        table = tilus.f16.round(np.sort(rng.uniform(-1, 1, 16)))  # in the activations' type, so that nothing is rounded
-        return dataclasses.replace(matrix, table=table, scales=scales * np.float32(8))
-    return matrix
+def scheme_rows(run: Run, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    cases = kinds.scheme_cases(options.shapes or [kinds.SHAPE])
+    return kinds.rows(run, chosen(cases, options), options.tokens or kinds.TOKENS)
 
 
-class Exact:
-    """The float64 product of dequantised weights; `dequantize` has its own tests."""
-
-    def __init__(self, matrix: QuantizedMatrix, device: str = "cuda") -> None:
-        self.values = torch.from_numpy(matrix.dequantize()).to(device)
-        spread = np.zeros(1) if matrix.mins is None else np.abs(matrix.mins).max()
-        self.offset = float(np.max(spread))
-
-    def error(self, x: torch.Tensor, y: torch.Tensor) -> float:
-        """The largest difference, in parts of what f32's additions and the rounding of y to f16 explain."""
-        wide, rows = x.double(), 1024
-        worst = 0.0
-        for first in range(0, self.values.shape[0], rows):
-            part = self.values[first : first + rows].double()
-            exact = wide @ part.T
-            size = wide.abs() @ (part.abs() + 2 * self.offset).T
-            bound = (x.shape[1] + 8) * 2.0**-23 * size + 2.0**-11 * exact.abs() + 2.0**-25
-            worst = max(worst, float(((y[:, first : first + rows].double() - exact).abs() / bound).max()))
-        return worst
+def sweep_rows(run: Run, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    cases = [Case(shape, name) for shape in options.shapes or [kinds.SHAPE] for name in kinds.TYPES]
+    return sweep.rows(run, chosen(cases, options), options.tokens or kinds.TOKENS)
 
 
-def checked(error: float, what: str) -> float:
-    """Refuse to time a wrong kernel."""
-    if not error <= 1:
-        raise SystemExit(f"{what}: an element is off by {error:.3g} times what rounding explains")
-    return round(error, 4)
+def dense_rows(run: Run, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    shapes = [(m, n, k) for n, k in options.shapes or () for m in options.tokens or (4096,)]
+    return dense.rows(run, shapes or dense.SHAPES)
 
 
-def copies(nbytes: int, l2_nbytes: int) -> int:
-    """How many operands of this size exceed the cache L2_MULTIPLE times; at least 2."""
-    return max(2, L2_MULTIPLE * l2_nbytes // nbytes + 1)
+def chain_rows(run: Run, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    sizes = [n for n, k in options.shapes or () if n == k]
+    return chain.rows(run, sizes or chain.SIZES, options.tokens or chain.TOKENS)
 
 
-def graph_us(actions: Sequence[Callable[[], object]], replays: int) -> float:
-    """Median microseconds of one action, from replays of a graph of all of them."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for action in actions:  # compile, load and allocate before the capture
-            action()
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for action in actions:
-                action()
-        times: list[float] = []
-        for _ in range(replays + 2):
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record(stream)
-            graph.replay()
-            stop.record(stream)
-            stream.synchronize()
-            times.append(1e3 * start.elapsed_time(stop) / len(actions))
-    return round(statistics.median(times[2:]), 3)
+SUITES = {
+    "int4": Suite(int4_rows, int4),
+    "types": Suite(type_rows, kinds),
+    "schemes": Suite(scheme_rows, kinds),
+    "chain": Suite(chain_rows, chain),
+    "dense": Suite(dense_rows, dense),
+    "sweep": Suite(sweep_rows, sweep),
+}
 
 
-class Bench:
-    """Measurements on the current GPU; floors and fp16 products are measured once for each size."""
-
-    def __init__(self, replays: int) -> None:
-        self.replays = replays
-        self.l2_nbytes = torch.cuda.get_device_properties(0).L2_cache_size
-        self._reads: dict[int, float] = {}
-        self._products: dict[tuple[int, int, int], float] = {}
-
-    def read_us(self, nbytes: int) -> float:
-        if nbytes not in self._reads:
-            count = -(-nbytes // 4)
-            buffers = [
-                torch.zeros(count, dtype=torch.int32, device="cuda") for _ in range(copies(nbytes, self.l2_nbytes))
-            ]
-            sums = torch.empty(-(-count // 8192), dtype=torch.int32, device="cuda")
-            self._reads[nbytes] = graph_us([lambda x=x: read(x, sums) for x in buffers], self.replays)
-        return self._reads[nbytes]
-
-    def cublas_us(self, n: int, k: int, m: int) -> float:
-        if (n, k, m) not in self._products:
-            x = torch.randn(m, k, device="cuda").half()
-            out = torch.empty(m, n, dtype=torch.half, device="cuda")
-            weights = [torch.randn(n, k, device="cuda").half() for _ in range(copies(2 * n * k, self.l2_nbytes))]
-            self._products[n, k, m] = graph_us([lambda w=w: torch.mm(x, w.T, out=out) for w in weights], self.replays)
-        return self._products[n, k, m]
-
-    def measure(self, case: Case, plans: Iterable[Schedule | None] = (None,)) -> Iterator[dict[str, Any]]:
-        """One entry for each batch and schedule; a schedule whose kernel would spill registers is left out."""
-        matrix = random_matrix(case)
-        weight, exact = pack(matrix, "cuda"), Exact(matrix)
-        count = copies(weight.nbytes, self.l2_nbytes)
-        weights = [weight] + [clone(weight) for _ in range(count - 1)]
-        for m in case.tokens:
-            for plan in plans:
-                if plan is not None and plan.tokens != (8 if m <= 8 else 16):
-                    continue
-                try:
-                    yield self._entry(case, m, plan, weights, exact)
-                except TilusError as error:
-                    if "spill" not in str(error):
-                        raise
-
-    def _entry(
-        self, case: Case, m: int, plan: Schedule | None, weights: Sequence[QuantizedWeight], exact: Exact
-    ) -> dict[str, Any]:
-        n, k = case.shape
-        x = torch.randn(m, k, device="cuda").half()
-        y = torch.empty(m, n, dtype=torch.half, device="cuda")
-
-        def product(weight: QuantizedWeight) -> None:
-            if plan is None:
-                linear(x, weight, out=y)
-            else:
-                launch(x, weight, y, None, plan, None)
-
-        product(weights[0])
-        error = checked(exact.error(x, y), f"{case} M={m} {plan}")
-        us, floor = graph_us([lambda w=w: product(w) for w in weights], self.replays), self.read_us(weights[0].nbytes)
-        return {
-            "N": n, "K": k, "M": m, "dtype": case.dtype, "scheme": case.scheme, "group": case.group,
-            "schedule": None if plan is None else dataclasses.asdict(plan), "us": us, "read_us": floor,
-            "ratio": round(us / floor, 3), "error": error, "cublas_us": self.cublas_us(n, k, m),
-        }  # fmt: skip
+def chosen(cases: Sequence[Case], options: argparse.Namespace) -> list[Case]:
+    return [case for case in cases if not options.types or case.dtype in options.types]
 
 
-def clone(weight: QuantizedWeight) -> QuantizedWeight:
-    return QuantizedWeight(weight.header, **{name: array.clone() for name, array in weight.arrays.items()})
+def shapes_in(text: str) -> list[tuple[int, int]]:
+    """`NxK,NxK`."""
+    shapes: list[tuple[int, int]] = []
+    for part in text.split(","):
+        n, separator, k = part.partition("x")
+        if not (separator and n.isdigit() and k.isdigit() and int(n) and int(k)):
+            raise argparse.ArgumentTypeError(f"{part!r} is no shape, expected NxK, such as 14336x4096")
+        shapes.append((int(n), int(k)))
+    return shapes
 
 
-def sweep_plans() -> list[Schedule]:
-    """Schedules that leave 8 to 16 warps on each of 132 multiprocessors for 128 rows of tiles."""
-    shapes = (
-        (1, 8, 1, 1), (1, 16, 1, 1), (1, 4, 2, 2), (1, 8, 2, 2), (2, 4, 2, 1), (2, 8, 2, 1), (2, 4, 4, 2), (4, 2, 4, 1),
-        (4, 4, 4, 1),
-    )  # fmt: skip
-    plans = [
-        Schedule(tokens, rows, warps, stages, splits, blocks_per_sm)
-        for tokens in (8, 16)
-        for rows, warps, splits, blocks_per_sm in shapes
-        for stages in (1, 2, 4)
-    ]
-    return [plan for plan in plans if plan.stages < 4 or plan.tokens == 8]
+def tokens_in(text: str) -> list[int]:
+    """`M,M`."""
+    parts = text.split(",")
+    wrong = [part for part in parts if not part.isdigit() or int(part) == 0]
+    if wrong:
+        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is no number of tokens")
+    return [int(part) for part in parts]
 
 
-def table(entries: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The same entries; each is printed when it has been measured."""
-    names = ("N x K", "M", "type", "scheme", "group", "us", "read", "ratio", "cuBLAS")
-    widths = (13, 5, 13, 18, 7, 9, 9, 7, 9)
-    print("".join(f"{name:>{width}}" for name, width in zip(names, widths)), " schedule")
-    for entry in entries:
-        plan = "" if entry["schedule"] is None else Schedule(**entry["schedule"])
-        cells = (f"{entry['N']} x {entry['K']}", *(entry[key] for key in ("M", "dtype", "scheme", "group")))
-        numbers = (f"{entry[key]:.2f}" for key in ("us", "read_us", "ratio", "cublas_us"))
-        print("".join(f"{cell:>{width}}" for cell, width in zip((*cells, *numbers), widths)), f" {plan}", flush=True)
-        yield entry
+def types_in(text: str) -> list[str]:
+    known = {case.dtype for case in (*kinds.type_cases([kinds.SHAPE]), *kinds.scheme_cases([kinds.SHAPE]))}
+    names = text.split(",")
+    wrong = [name for name in names if name not in known]
+    if wrong:
+        raise argparse.ArgumentTypeError(
+            f"{wrong[0]!r} is no type that is measured, expected some of {', '.join(sorted(known))}"
+        )
+    return names
 
 
-def chosen(options: argparse.Namespace) -> list[Case]:
-    if options.schemes:
-        cases = list(SCHEMES)
-    elif options.shapes:
-        cases = [Case(shape, SHAPE_TOKENS, name) for shape in SHAPES for name in SHAPE_TYPES]
-    else:
-        cases = [Case(SQUARE, SQUARE_TOKENS, name) for name in TYPES]
-    if options.types:
-        cases = [case for case in cases if case.dtype in options.types.split(",")]
-    if options.tokens:
-        tokens = tuple(int(m) for m in options.tokens.split(","))
-        cases = [dataclasses.replace(case, tokens=tokens) for case in cases]
-    return cases
+def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suites", nargs="*", metavar="suite", help=f"of {', '.join(SUITES)} (default int4)")
+    parser.add_argument("--out", type=Path, help="write the JSON here")
+    parser.add_argument("--replays", type=int, default=30, help="at most so many graph replays a time (default 30)")
+    parser.add_argument("--budget", type=float, help="seconds after which no row starts")
+    parser.add_argument("--shapes", type=shapes_in, help="NxK, separated by commas")
+    parser.add_argument("--tokens", type=tokens_in, help="numbers of tokens, separated by commas")
+    parser.add_argument("--types", type=types_in, help="types of codes, separated by commas")
+    options = parser.parse_args(arguments)
+    for name in options.suites:
+        if name not in SUITES:
+            parser.error(f"unknown suite {name!r}, expected some of {', '.join(SUITES)}")
+    options.suites = options.suites or ["int4"]
+    if "dense" in options.suites and not dense.is_available():
+        parser.error("suite dense: this version of tilus has no tilus.kernels.gemm")
+    return options
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    bench = Bench(options.replays)
-    plans: Sequence[Schedule | None] = sweep_plans() if options.sweep else (None,)
-    entries = table(entry for case in chosen(options) for entry in bench.measure(case, plans))
+def machine(run: Run) -> dict[str, Any]:
+    has_triton = importlib.util.find_spec("triton") is not None
     return {
         "device": torch.cuda.get_device_name(0),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
+        "triton": importlib.metadata.version("triton") if has_triton else None,
         "python": platform.python_version(),
-        "l2_nbytes": bench.l2_nbytes,
-        "replays": options.replays,
-        "cases": list(entries),
+        "l2_nbytes": run.timer.l2_nbytes,
+        "replays": run.timer.replays,
     }
 
 
+def facts_of(run: Run) -> Mapping[str, Any]:
+    """What is known only later."""
+    facts: dict[str, Any] = {"seconds": round(run.budget.used, 1)}
+    if "measured_tflops" in vars(run):  # cached: it was needed
+        facts |= {"measured_tflops": run.measured_tflops, "tflops": run.tflops}
+    return facts
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the JSON here")
-    parser.add_argument("--replays", type=int, default=30, help="graph replays a case (default 30)")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--schemes", action="store_true", help="every scheme at 8192 x 8192")
-    what.add_argument("--shapes", action="store_true", help="two shapes of Llama at 1 to 256 tokens")
-    what.add_argument("--sweep", action="store_true", help="other schedules at 8192 x 8192")
-    parser.add_argument("--types", help="only these code types, separated by commas")
-    parser.add_argument("--tokens", help="only these numbers of tokens, separated by commas")
-    options = parser.parse_args()
+    options = options_of()
     if not torch.cuda.is_available():
         raise SystemExit("no GPU: `tilus doctor` says what is missing")
-    text = json.dumps(measure(options), indent=2)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text + "\n")
+    run = Run(options.replays, Budget(options.budget))
+    report = Report(options.out, machine(run))
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for name in options.suites:
+            suite = SUITES[name]
+            report.suite(
+                name, suite.rows(run, options), suite.table.COLUMNS, suite.table.cells,
+                by_summary(options) if name == "int4" else None, lambda: facts_of(run),
+            )  # fmt: skip
+    print(f"{run.budget.used:.0f} s" + (", the budget is used up" if run.budget.exhausted else ""))
+
+
+def by_summary(options: argparse.Namespace) -> Callable[[Sequence[dict[str, Any]]], list[dict[str, Any]]]:
+    count = len(options.shapes or int4.SHAPES)
+    return lambda rows: by_tokens(rows, count)
 
 
 if __name__ == "__main__":

@@ -3,64 +3,278 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gemm
 import numpy as np
 import pytest
 import torch
+from products import chain, int4, kinds, limits, run, sweep
+from products.reads import read
+from products.report import Report
+from products.timing import Action, Budget, Timer, copies, in_turn, one_after_the_other, poison
+from products.weights import Case, WrongResult, expected, random_weight
 
 import tilus
+from tilus import config
 from tilus.kernels import linear
-from tilus.kernels.quantize import PRESETS, RECIPE_NAMES, SCHEMES, pack
+from tilus.kernels.quantize import PRESETS, RECIPE_NAMES, SCHEMES, pack, unpack
+from tilus.ptx.assembler import SpillError
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-@pytest.fixture(scope="module")
-def gemm() -> dict[str, Any]:
-    return runpy.run_path(str(BENCHMARKS / "gemm.py"))
+def test_the_command_needs_no_gpu_to_say_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["gemm.py"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="no GPU"):
+        gemm.main()
+    options = gemm.options_of(["types", "int4", "--shapes", "128x256,64x512", "--tokens", "1,3", "--types", "int4"])
+    assert (options.suites, options.shapes, options.tokens) == (["types", "int4"], [(128, 256), (64, 512)], [1, 3])
+    assert {case.dtype for case in gemm.chosen(kinds.type_cases(options.shapes), options)} == {"int4"}
+    for wrong in (["--shapes", "128"], ["--tokens", "0"], ["--types", "int9"], ["everything"]):
+        with pytest.raises(SystemExit, match="2"):
+            gemm.options_of(wrong)
+    assert "'128' is no shape" in capsys.readouterr().err
 
 
-def case(gemm: dict[str, Any], dtype: str, scheme: str, group: int) -> Any:
-    return gemm["Case"]((128, 256), (1, 16), dtype, scheme, group)
+def test_a_random_weight_is_what_it_packs() -> None:
+    """Every scheme, some types: its rows in float64 are the values of the packed weight, and all finite codes occur."""
+    kinds_of_weights = [replace(case, group=min(case.group, 256)) for case in kinds.scheme_cases([(128, 256)])]
+    for case in [*kinds_of_weights, Case((128, 256), "uint1"), Case((128, 256), "float8_e4m3")]:
+        weight = random_weight(case, "cpu")
+        assert len(weight.codes.unique()) == int(weight.numbers.isfinite().sum()) >= 2
+        values = unpack(weight.pack()).dequantize()
+        np.testing.assert_allclose(weight.rows(0, 128).numpy(), values, rtol=2**-23, atol=0)
+        np.testing.assert_array_equal(weight.rows(64, 128).numpy(), weight.rows(0, 128)[64:].numpy())
+        y = torch.randn(8, 256).double() @ weight.rows(0, 128).T
+        assert 0.2 < float(y.std()) < 4, "results are far from f16's limits"
 
 
-def test_the_kernel_that_is_timed_is_checked(gemm: dict[str, Any]) -> None:
-    """Every scheme and some types; a weight whose rows are displaced by one is refused."""
-    cases = [(c.dtype, c.scheme, min(c.group, 256)) for c in gemm["SCHEMES"]]
-    for dtype, scheme, group in [*cases, ("uint1", "symmetric", 128), ("float6_e3m2", "symmetric", 128)]:
-        matrix = gemm["random_matrix"](case(gemm, dtype, scheme, group))
-        exact = gemm["Exact"](matrix, "cpu")
+def test_the_kernel_that_is_timed_is_checked() -> None:
+    """Every scheme; a weight whose rows are displaced by one is refused, and so is what is a little too large everywhere."""
+    for case in kinds.scheme_cases([(128, 256)]):
+        weight = random_weight(case, "cpu")
         x = torch.randn(16, 256, generator=torch.Generator().manual_seed(0)).half()
-        y = linear(x, pack(matrix, "cpu"), device="reference")
-        assert 0 <= gemm["checked"](exact.error(x, y), scheme) <= 1
-        with pytest.raises(SystemExit, match="an element is off by"):
-            gemm["checked"](exact.error(x, y.roll(1, 1)), scheme)
+        y = linear(x, weight.pack(), device="reference")
+        (wanted,) = run.products_with(weight, [x])
+        found = wanted.check(y, case.scheme)
+        assert 0 < found["error"] <= 1 and 0 < found["rms"] <= 2**-11
+        with pytest.raises(WrongResult, match="an element is off by"):
+            wanted.check(y.roll(1, 1), case.scheme)
+        with pytest.raises(WrongResult, match="root mean square"):
+            replace(wanted, bound=torch.ones_like(wanted.bound)).check(wanted.exact * (1 + 2**-10), case.scheme)
 
 
-def test_a_sweep_has_schedules_of_both_batches(gemm: dict[str, Any]) -> None:
-    plans = gemm["sweep_plans"]()
+class CpuTimer(Timer):
+    """Calls all actions twice, and says that they took a microsecond each."""
+
+    def __init__(self) -> None:
+        self.l2_nbytes = 50 << 20
+
+    def us(
+        self, actions: Sequence[Action], outputs: Sequence[torch.Tensor] = (), replays: int | None = None
+    ) -> float:  # fmt: skip
+        for action in actions:
+            action()
+        poison(outputs)
+        for action in actions:
+            action()
+        return 1.0
+
+
+def test_results_are_checked_before_and_after_timing() -> None:
+    """What is not written, or wrong from some call on, is refused."""
+    xs, weight = [torch.randn(2, 64).half() for _ in range(2)], torch.randn(32, 64).half()
+    wanted = [expected(x, lambda a, b: weight[a:b].double(), 32, torch.float16) for x in xs]
+    outputs = run.outputs_like(wanted, torch.float16)
+    calls = 0
+
+    def product(good: int) -> list[Action]:
+        def call(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> None:
+            nonlocal calls
+            calls += 1
+            if calls <= good:
+                y.copy_((x.double() @ w.double().T).half())
+
+        return in_turn(call, xs, [weight] * 3, outputs)
+
+    assert CpuTimer().checked_us(product(100), outputs, wanted, "good")[1]["error"] <= 1
+    assert calls == 2 + 2 * 3
+    for good, when in ((1, "one call"), (2, "after the replays"), (2 + 3, "after the replays")):
+        calls = 0
+        with pytest.raises(WrongResult, match=when):
+            CpuTimer().checked_us(product(good), outputs, wanted, "bad")
+
+
+def test_activations_take_turns() -> None:
+    seen: list[tuple[int, int, int]] = []
+    actions = in_turn(lambda x, w, y: seen.append((x, w, y)), [1, 2], [10, 11, 12], [5, 6])
+    for action in actions:
+        action()
+    assert seen == [(1, 10, 5), (2, 11, 6), (1, 12, 5)]
+
+
+def test_a_chain_is_checked_layer_by_layer() -> None:
+    weights = [random_weight(Case((128, 128), "int4"), "cpu", seed) for seed in range(3)]
+    layers = chain.Chain(weights, [weight.pack() for weight in weights], torch.randn(4, 128).half())
+    for action in layers.actions("reference"):
+        action()
+    assert 0 < layers.check("good")["rms"] <= 3 * 2**-11
+    layers.states[2].copy_(layers.states[2].roll(1, 1))
+    with pytest.raises(WrongResult, match="layer 1"):
+        layers.check("bad")
+
+
+def test_a_failure_becomes_a_line_but_a_wrong_result_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    some = run.Run.__new__(run.Run)
+    some.failures = {}
+
+    def fails(error: BaseException) -> Any:
+        raise error
+
+    assert some.attempt("us", lambda: 2.0) == 2.0
+    assert some.attempt("us", lambda: fails(SpillError("two words\nand more"))) is None
+    assert some.taken_failures() == {"us": "SpillError: two words"} and some.failures == {}
+    with pytest.raises(WrongResult):
+        some.attempt("us", lambda: fails(WrongResult("wrong")))
+
+
+def test_a_sweep_has_schedules_of_both_batches() -> None:
+    plans = sweep.plans()
     assert len(set(plans)) == len(plans) == 45
     assert {plan.tokens for plan in plans} == {8, 16}
 
 
-def test_the_read_kernel_reads_every_byte(gemm: dict[str, Any]) -> None:
+@pytest.mark.parametrize("dependent", [False, True])
+def test_the_read_kernel_reads_every_byte(dependent: bool) -> None:
     x = np.random.default_rng(0).integers(-100, 100, 20_000).astype(np.int32)
     sums = np.zeros(3, np.int32)
-    gemm["read"].on("emulator")(x, sums)
+    read.on("emulator")(x, sums, block=8192, dependent=dependent)
     assert sums.tolist() == [int(x[i : i + 8192].sum()) for i in (0, 8192, 16384)]
+    assert ("griddepcontrol.wait" in read.ptx(block=8192, dependent=dependent)) == dependent
 
 
-def test_weight_bytes_and_copies(gemm: dict[str, Any]) -> None:
-    weight = pack(gemm["random_matrix"](case(gemm, "int4", "symmetric", 128)), "cpu")
+def test_weight_bytes_and_copies() -> None:
+    weight = random_weight(Case((128, 256), "int4"), "cpu").pack()
     assert weight.nbytes == 128 * 256 // 2 + 128 * 2 * 2  # codes, and two f16 scales a row
-    again = gemm["clone"](weight)
+    again = run.clone(weight)
     assert again.header == weight.header
     assert all(torch.equal(a, again.arrays[n]) and a is not again.arrays[n] for n, a in weight.arrays.items())
-    for nbytes in (1_000, 8 << 20, 200 << 20):
-        assert gemm["copies"](nbytes, 50 << 20) * nbytes > 150 << 20
+    for nbytes in (1_000, 8 << 20, 150 << 20, 300 << 20):
+        assert copies(nbytes, 50 << 20) * nbytes > 200 << 20 and copies(nbytes, 50 << 20) >= 2
+
+
+def test_launches_one_after_the_other_leave_the_setting_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    for before in (None, "1"):
+        if before is not None:
+            monkeypatch.setenv("TILUS_DEPENDENT_LAUNCH", before)
+        with one_after_the_other():
+            assert not config.dependent_launch()
+        assert os.environ.get("TILUS_DEPENDENT_LAUNCH") == before
+
+
+def test_limits() -> None:
+    assert limits.geomean([1, 4]) == pytest.approx(2) and limits.geomean([3.0]) == pytest.approx(3)
+    with pytest.raises(ValueError, match="geometric mean"):
+        limits.geomean([])
+    assert limits.product_us(8192, 8192, 8192, 758) == pytest.approx(1450.54, abs=0.01)
+    assert limits.limit_us(4096, 4096, 1, 4.2, 758) == 4.2
+    assert limits.limit_us(4096, 4096, 4096, 4.2, 758) == pytest.approx(2 * 4096**3 / 758e6)
+    assert [limits.read_bar(nbits) for nbits in (1, 2, 3, 4, 8)] == [1.7, 1.7, 1.45, 1.25, 1.25]
+
+
+def times(m: int, us: float | None, fp16: float | None, bf16: float | None) -> dict[str, Any]:
+    return {
+        "M": m, "us": us, "plain_us": 10.0, "triton_us": None, "cublas_fp16_us": fp16, "cublas_bf16_us": bf16, "limit_us": 4.0,
+    }  # fmt: skip
+
+
+def test_speedups_by_tokens() -> None:
+    """Over the faster cuBLAS; an M waits for all its shapes, and a shape without a time misses the bar."""
+    rows = [
+        times(16, 5, 20, 30),
+        times(1, 5, 20, 18),
+        times(1, 10, None, 40),
+        times(4, None, 9, 9),
+        times(4, 5, 90, 90),
+    ]
+    one, four = limits.by_tokens(rows, 2)
+    assert one == {
+        "M": 1, "speedup": 3.795, "speedup_plain": 2.683, "speedup_triton": None, "speedup_limit": 6.708, "bar": 3.6, "met": True,
+    }  # fmt: skip
+    assert (four["M"], four["speedup"], four["met"]) == (4, None, False)
+    assert limits.by_tokens([times(2, 5, 5, 5)], 1)[0]["met"] is None
+    assert not limits.by_tokens([times(1, 5, 17.9, 20)], 1)[0]["met"]
+
+
+def test_a_ratio_is_of_like_to_like() -> None:
+    found = {"us": 12.0, "plain_us": 14.0, "error": 0.5, "rms": 1e-4}
+    entry = kinds.entry(Case((128, 256), "int4"), 1, found, (10.0, 11.0), 40.0, {})
+    assert (entry["ratio"], entry["plain_ratio"], entry["bar"], entry["met"]) == (1.2, 1.273, 1.25, True)
+    missing = kinds.entry(Case((128, 256), "int3"), 1, found | {"us": None}, (10.0, 11.0), None, {"us": "why"})
+    assert (missing["ratio"], missing["met"], missing["failures"]) == (None, False, {"us": "why"})
+    table = kinds.entry(Case((128, 256), "uint4", "table"), 1, found, (10.0, 11.0), 40.0, {})
+    assert (table["bar"], table["met"]) == (None, None)
+
+
+def test_a_report_is_whole_after_each_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "results" / "gemm.json"
+    report = Report(path, {"device": "some"})
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for m in (1, 4):
+            yield times(m, 5.0, 20.0, 30.0) | {
+                "N": 64,
+                "K": 128,
+                "read_us": 3.0,
+                "plain_read_us": 4.0,
+                "failures": {"triton_us": "why"},
+            }
+            assert [row["M"] for row in json.loads(path.read_text())["suites"]["int4"]["rows"]][-1] == m
+
+    report.suite(
+        "int4", rows(), int4.COLUMNS, int4.cells, lambda found: limits.by_tokens(found, 1), lambda: {"seconds": 3}
+    )
+    written = json.loads(path.read_text())
+    assert written == report.data and written["device"] == "some" and written["seconds"] == 3
+    assert [entry["M"] for entry in written["suites"]["int4"]["summary"]] == [1, 4]
+    assert list(path.parent.iterdir()) == [path]
+    lines = capsys.readouterr().out.splitlines()
+    assert next(line for line in lines if "64 x 128" in line).split() == (
+        ["64", "x", "128", "1", "5.00", "10.00", "-", "20.00", "30.00", "3.00", "4.00", "4.00", "4.00", "5.00"]
+    )
+    assert lines.count("    no triton_us: why") == 2 and lines[-1].split()[-1] == "met"
+
+
+def test_a_budget_ends() -> None:
+    now = 10.0
+    budget = Budget(5, lambda: now)
+    assert not budget.exhausted
+    now = 15.0
+    assert budget.exhausted and budget.used == 5 and not Budget(None, lambda: now).exhausted
+
+
+@pytest.mark.gpu
+def test_rows_are_measured_on_a_gpu() -> None:
+    """Two shapes whose results are right, with every peer; reads and products take time, and nothing fails."""
+    with torch.cuda.stream(torch.cuda.Stream()):
+        some = run.Run(5, Budget(None))
+        some.timer.l2_nbytes = 1 << 18  # few copies: times do not matter
+        rows = list(int4.rows(some, [(256, 512), (192, 1024)], [1, 100]))
+        (layers,) = chain.rows(some, [256], [3])
+    assert [(row["N"], row["M"]) for row in rows] == [(256, 1), (192, 1), (256, 100), (192, 100)]
+    for row in [*rows, layers]:
+        assert row["failures"] == {}
+        assert all(value > 0 for key, value in row.items() if key.endswith("_us") or key == "us")
 
 
 def test_compile_time_schema() -> None:

@@ -13,7 +13,7 @@ from tilus.instructions import INSTRUCTIONS
 from tilus.ir.expr import BlockId, Const, Expr, GridDim, Var, binary, cast, const, select, unary
 from tilus.ir.function import Function, Param, ScalarParam, TensorParam
 from tilus.ir.instruction import Instruction, is_out
-from tilus.ir.stmt import Break, Continue, For, If, Inst, Return, Seq, SetScalar, Stmt, While
+from tilus.ir.stmt import Break, Continue, For, If, Inst, Return, Role, Seq, SetScalar, Stmt, While
 from tilus.ir.tensor import GlobalTensor, RegisterTensor, SharedTensor
 from tilus.layout import RegisterLayout, SharedLayout, column_major, local, replicated, row_major, spatial
 
@@ -135,7 +135,7 @@ class Programs:
 
     def statement(self, depth: int) -> Stmt:
         rng = self.rng
-        kind = rng.randrange(10 if depth else 6)
+        kind = rng.randrange(11 if depth else 6)
         if kind == 0:
             return rng.choice([Break(), Continue(), Return()])
         if kind == 1:
@@ -152,6 +152,8 @@ class Programs:
             return For(var, start, stop, rng.choice([1, 64]), self.block(depth - 1), rng.choice([1, 4]))
         if kind == 7:
             return While(self.expr(2), self.block(depth - 1))
+        if kind == 8:
+            return Role(rng.randrange(9), rng.randrange(1, 5), self.block(depth - 1), rng.choice([None, 40]))
         return If(self.expr(2), self.block(depth - 1), self.block(depth - 1) if rng.random() < 0.5 else Seq(()))
 
     def instruction(self, cls: type[Instruction]) -> Instruction:

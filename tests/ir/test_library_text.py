@@ -30,6 +30,7 @@ SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
     "embedding.dense_embedding_kernel": [{}],
     "embedding.quantized_embedding_kernel": [{"group": 32}],
     "columns.take_columns_kernel": [{}],
+    "gemm.gemm_kernel": [{"tokens": 32, "stages": 2}, {"tokens": 256, "cluster": 2}],
     "linear.quantized_linear": [
         {
             "wdtype": uint4,
@@ -112,7 +113,7 @@ def test_every_kernel_is_here() -> None:
 )
 def test_round_trip(name: str, consts: dict[str, Any]) -> None:
     target = get_target("sm_90a")
-    types = {"act": f16, "out": f16, "dtype": f16, "code": int8, "bias_type": f32}
+    types = {"act": f16, "weight": f16, "out": f16, "dtype": f16, "code": int8, "bias_type": f32}
     kernel = library()[name]
     wanted = {t: dtype for t, dtype in types.items() if any(p.type.dtype == t for p in kernel.signature.tensors)}
     function = kernel.ir(**consts, **wanted)

@@ -13,6 +13,7 @@ import tilus
 from tilus.kernels.activation import silu_mul_kernel
 from tilus.kernels.attention import paged_attention_kernel
 from tilus.kernels.embedding import dense_embedding_kernel, quantized_embedding_kernel
+from tilus.kernels.gemm import Plan, gemm_kernel
 from tilus.kernels.linear import quantized_linear
 from tilus.kernels.norm import rms_norm_kernel
 from tilus.kernels.quantize import WeightHeader
@@ -164,3 +165,31 @@ def test_two_blocks_on_a_multiprocessor(target: str) -> None:
 def test_examples(name: str, target: str) -> None:
     module = runpy.run_path(str(EXAMPLES / f"{name}.py"))
     assert_no_spills(module[name.split("_v")[0]] if "matmul" in name else module[name], target)
+
+
+@pytest.mark.parametrize("factors", [False, True], ids=["plain", "factors"])
+@pytest.mark.parametrize(
+    ("act", "weight", "out", "plan"),
+    [
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16, Plan(256, 4, 2, 132)),
+        (torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, Plan(256, 4, 1, 132)),
+        (torch.float16, torch.float16, torch.float32, Plan(16, 8, 1, 132)),
+        (torch.float16, torch.float16, torch.float32, Plan(128, 5, 2, 132)),
+    ],
+    ids=str,
+)
+def test_gemm(act: torch.dtype, weight: torch.dtype, out: torch.dtype, plan: Plan, factors: bool) -> None:
+    """No waits between products, too: the assembler would say so. With factors: everything that a plain product does without."""
+    m, n, k = 512, 1024, 4096
+    x, w, y = torch.empty(m, k, dtype=act), torch.empty(n, k, dtype=weight), torch.empty(m, n, dtype=out)
+    given = {"x_scale": torch.empty(m), "w_scale": torch.empty(n), "bias": torch.empty(n)} if factors else {}
+    values = {"tokens": plan.tokens, "stages": plan.stages, "cluster": plan.cluster}
+    assert_no_spills(gemm_kernel, "sm_90a", x, w, y, 1.0, plan.blocks, **given, **values)
+    ptx = gemm_kernel.ptx(x, w, y, 1.0, plan.blocks, target="sm_90a", **given, **values)
+    assert ("stmatrix.sync.aligned.m8n8.x4.trans" in ptx) == (out.itemsize == 2)  # y^T in rows of y
+
+
+@pytest.mark.parametrize("name", ["matmul_v5"])
+def test_examples_for_hopper(name: str) -> None:
+    module = runpy.run_path(str(EXAMPLES / f"{name}.py"))
+    assert_no_spills(module[name.split("_v")[0]], "sm_90a")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tilus import TilusError
+
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimized_c")]
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -14,12 +16,13 @@ KERNELS = [
     "attention", "matmul_v0", "matmul_v1", "matmul_v2", "matmul_v3", "matmul_v4", "matmul_types", "quantized_linear",
     "softmax", "vector_add",
 ]  # fmt: skip
+HOPPER = ["matmul_v5"]  # there is no C of them
 SERVERS = ["serve"]
 
 
 def test_all_examples_are_listed_here() -> None:
     assert sorted(path.name for path in EXAMPLES.iterdir() if path.suffix) == sorted(
-        f"{n}.py" for n in KERNELS + SERVERS
+        f"{n}.py" for n in KERNELS + HOPPER + SERVERS
     )
 
 
@@ -27,6 +30,22 @@ def test_all_examples_are_listed_here() -> None:
 def test_example(device: str, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("TILUS_DEVICE", device)
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("name", HOPPER)
+def test_example_for_hopper(
+    device: str, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With sizes below a tile, of whole tiles and beyond; a single step of k, and more than there are stages."""
+    monkeypatch.setenv("TILUS_DEVICE", device)
+    main = runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]
+    if device == "cpu":
+        with pytest.raises(TilusError, match="which needs a GPU: there is no code of it for CPUs"):
+            main()
+        return
+    for size in [(1, 8, 8), (128, 128, 64), (200, 136, 320)]:
+        main(*size)
     assert capsys.readouterr().out.strip()
 
 

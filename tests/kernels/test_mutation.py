@@ -1,8 +1,8 @@
 """The tests of kernels notice wrong code: the PTX of kernels is damaged in one place at a time, and every mutant must fail.
 
 A mutant is killed when the emulator raises or the result is outside of the bound that the right kernel keeps. Kinds of damage:
-a barrier deleted, a wait that waits for one group less, a commit left out, two registers of a tensor-core fragment or of a vector
-load swapped, a shared-memory address that is 16 bytes off.
+a barrier deleted, a wait that waits for one group less, a commit, fence, arrival or copy left out, two registers of a tensor-core
+fragment or of a vector load swapped, a shared-memory address that is 16 bytes off.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ class Subject:
         return bool((np.abs(self.launch() - self.exact) <= self.bound).all())
 
 
-def matmul(name: str) -> Subject:
+def matmul(name: str, **options: int) -> Subject:
     kernel: Kernel = runpy.run_path(str(EXAMPLES / f"{name}.py"))["matmul"]
     rng = np.random.default_rng(0)
     a, b = (rng.standard_normal(shape).astype(np.float16) for shape in ((136, 168), (168, 136)))
 
     def launch() -> Array:
         c = np.full((136, 136), np.nan, np.float16)
-        kernel.on("emulator")(a, b, c, bm=64, bn=64)
+        kernel.on("emulator")(a, b, c, bm=64, bn=64, **options)
         return float64(c)
 
     exact = float64(a) @ float64(b)
@@ -101,6 +101,7 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "matmul_v1": lambda: matmul("matmul_v1"),
     "matmul_v3": lambda: matmul("matmul_v3"),
     "matmul_v4": lambda: matmul("matmul_v4"),
+    "matmul_v5": lambda: matmul("matmul_v5", stages=2),
     "quantized_linear": quantized,
     "paged_attention": attention,
 }
@@ -123,6 +124,22 @@ def waits_for_less(instr: Instr) -> tuple[Instr, ...] | None:
 
 def without_commit(instr: Instr) -> tuple[Instr, ...] | None:
     return () if instr.opcode == "cp.async.commit_group" else None
+
+
+def without(prefix: str) -> Damage:
+    return lambda instr: () if instr.opcode.startswith(prefix) else None
+
+
+def waits_for_fewer_products(instr: Instr) -> tuple[Instr, ...] | None:
+    if not instr.opcode.startswith("wgmma.wait_group"):
+        return None
+    (pending,) = instr.operands
+    assert isinstance(pending, Imm)
+    return (replace(instr, operands=(Imm(pending.value + 1),)),)
+
+
+def with_swapped_sums(instr: Instr) -> tuple[Instr, ...] | None:
+    return (swapped(instr, 0),) if instr.opcode.startswith("wgmma.mma_async") else None
 
 
 def with_swapped_fragment(operand: int) -> Damage:
@@ -153,7 +170,9 @@ def with_shifted_shared_address(instr: Instr) -> tuple[Instr, ...] | None:
     """The first address operand of a shared access (for cp.async that is the destination)."""
     if ".shared" not in instr.opcode:
         return None
-    position = next(i for i, operand in enumerate(instr.operands) if isinstance(operand, Address))
+    position = next((i for i, operand in enumerate(instr.operands) if isinstance(operand, Address)), None)
+    if position is None:  # a fence
+        return None
     address = instr.operands[position]
     assert isinstance(address, Address)
     operands = list(instr.operands)
@@ -162,18 +181,30 @@ def with_shifted_shared_address(instr: Instr) -> tuple[Instr, ...] | None:
 
 
 PIPELINED = ("matmul_v3", "matmul_v4", "paged_attention")
+OF_WARPS = ("matmul_v1", *PIPELINED, "quantized_linear")
+HOPPER = ("matmul_v5",)
 KINDS: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "no barrier": (without_barrier, tuple(SUBJECTS)),
     "short wait": (waits_for_less, PIPELINED),
     "no commit": (without_commit, PIPELINED),
-    "swapped d": (with_swapped_fragment(0), tuple(SUBJECTS)),
-    "swapped a": (with_swapped_fragment(1), tuple(SUBJECTS)),
-    "swapped b": (with_swapped_fragment(2), tuple(SUBJECTS)),
-    "swapped load": (with_swapped_vector_load, tuple(SUBJECTS)),
+    "swapped d": (with_swapped_fragment(0), OF_WARPS),
+    "swapped a": (with_swapped_fragment(1), OF_WARPS),
+    "swapped b": (with_swapped_fragment(2), OF_WARPS),
+    "swapped load": (with_swapped_vector_load, OF_WARPS),
     "shifted address": (with_shifted_shared_address, tuple(SUBJECTS)),
+    "no wgmma fence": (without("wgmma.fence"), HOPPER),
+    "no wgmma commit": (without("wgmma.commit_group"), HOPPER),
+    "short wgmma wait": (waits_for_fewer_products, HOPPER),
+    "swapped sums": (with_swapped_sums, HOPPER),
+    "no proxy fence": (without("fence.proxy.async"), HOPPER),
+    "no arrival": (without("mbarrier.arrive"), HOPPER),
+    "no copy": (without("cp.async.bulk.tensor"), HOPPER),
+    "no wait at a barrier": (without("mbarrier.try_wait"), HOPPER),
 }
 # How many mutants are right all the same.
 HARMLESS = {
+    # The threads of a warp go the same way here, so those of one that arrives need not wait for each other.
+    ("no barrier", "matmul_v5"): 2,
     # Reductions wait for earlier users of the scratch memory; this one has none before it.
     ("no barrier", "quantized_linear"): 1,
     # The last wait is for copies that nobody reads.

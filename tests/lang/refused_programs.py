@@ -547,7 +547,7 @@ tilus.load: missing a required argument: 'shape'
   at kernel.py:5:9
     5 |     v = tilus.load(x, [0], size=[4])
                 ^^^^^^^^^^^^^^^^^^^^^^^^^^^^
-  hint: its signature is load(src, offsets, shape, *, dims=None, layout=None, checked=True)""",
+  hint: its signature is load(src, offsets, shape, *, dims=None, layout=None, checked=True, evict=None)""",
     ),
     (
         "wronghelper",

@@ -86,6 +86,41 @@ def test_mistakes_are_refused_at_their_line(mistake: str, message: str) -> None:
     assert "test_dependent_launch.py:" in str(caught.value)
 
 
+@tilus.kernel
+def with_roles(x: Tensor[int32, "n"], y: Tensor[int32, "n"], *, waiting: Const):
+    tilus.grid(1, warps=2)
+    if "block" in waiting:
+        tilus.wait_dependencies()
+    with tilus.warps(0, 1):
+        if "first" in waiting or (x.shape[0] > 7 and "perhaps" in waiting):
+            tilus.wait_dependencies()
+        if "reads" in waiting:
+            _ = x[0] + 1
+    with tilus.warps(1, 1):
+        if "second" in waiting:
+            tilus.wait_dependencies()
+        _ = x[1] + 1
+
+
+@pytest.mark.parametrize(
+    ("waiting", "message"),
+    [
+        ("block reads", None),
+        ("first second reads", None),
+        ("second", None),  # the block does not end before the warps that wait
+        ("first", "x is read before"),  # by the other warps
+        ("second reads", "x is read before"),
+        ("perhaps", "x is read before(?s:.*)a block may end before"),
+    ],
+)
+def test_each_role_waits_for_itself(waiting: str, message: str | None) -> None:
+    if message is None:
+        assemble(with_roles.ptx(waiting=waiting), get_target("sm_90a"))
+    else:
+        with pytest.raises(tilus.TilusError, match=message):
+            with_roles.ptx(waiting=waiting)
+
+
 def test_only_tensors_are_constant() -> None:
     @tilus.kernel
     def wrong(a: f32):
@@ -94,6 +129,51 @@ def test_only_tensors_are_constant() -> None:
 
     with pytest.raises(tilus.TilusError, match="constant has a Var, expected tensor parameters"):
         wrong.ir()
+
+
+@tilus.kernel
+def in_roles(
+    x: Tensor[f32, "n"],
+    y: Tensor[f32, "n"],
+    *,
+    first: Const,
+    second: Const,
+    leave: Const = False,
+    behind: Const = False,
+):
+    tilus.grid(1, warps=2)
+    with tilus.warps(0, 1):
+        if leave and x.shape[0] > 7:
+            return
+        if first:
+            tilus.wait_dependencies()
+            tilus.store(y, [0], tilus.zeros([32]))
+    with tilus.warps(1, 1):
+        if second:
+            tilus.wait_dependencies()
+        if not leave:
+            tilus.store(y, [32], tilus.zeros([32]))
+    if behind:
+        tilus.store(y, [64], tilus.zeros([32]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"first": True, "second": True}, None),
+        ({"first": True, "second": False}, "y is written before tilus.wait_dependencies"),
+        ({"first": True, "second": True, "leave": True}, None),
+        ({"first": True, "second": False, "leave": True}, "a block may end before tilus.wait_dependencies"),
+        ({"first": True, "second": True, "behind": True}, "y is written before tilus.wait_dependencies"),
+    ],
+)
+def test_every_role_does_its_own_waiting(options: Any, message: str | None) -> None:
+    """And one that waits on all of its ways keeps the block from ending."""
+    if message is None:
+        in_roles.ptx(**options)
+    else:
+        with pytest.raises(tilus.TilusError, match=message):
+            in_roles.ptx(**options)
 
 
 X = GlobalTensor(int32, (as_expr(8),), (as_expr(1),), Var("x_ptr", int64), name="x")

@@ -8,7 +8,7 @@ from math import prod
 import pytest
 
 from tilus.layout import LayoutError, row_major
-from tilus.layout.operands import Major, tma_tile, tma_tiles, wgmma_operand, wgmma_operands
+from tilus.layout.operands import Major, tma_tile, tma_tiles, wgmma_forms, wgmma_operand, wgmma_operands
 
 SWIZZLES = (0, 32, 64, 128)
 
@@ -52,6 +52,32 @@ def test_wgmma_operands(shape: tuple[int, int], nbytes: int, major: Major, swizz
     assert layout.shape == shape and layout.is_compact()
     for mn, k in product(*map(range, shape)):
         assert layout.offset((mn, k)) * nbytes == operand_address(mn, k, shape, nbytes, swizzle, major)
+
+
+@pytest.mark.parametrize("nbytes", [1, 2, 4])
+@pytest.mark.parametrize("shape", [(64, 64), (2, 8, 256), (192, 128)], ids=str)
+def test_forms_say_what_a_descriptor_needs(shape: tuple[int, ...], nbytes: int) -> None:
+    """PTX ISA, "Strides": the matrix that one instruction reads (32 bytes of k, any multiple of 8 along m or n) is found from its
+    start by the two distances and the width of swizzled rows."""
+    mn, k = shape[-2:]
+    for layout, form in wgmma_forms(shape, nbytes).items():
+        depth, unit = 32 // nbytes, 16 // nbytes
+        for start in product(*(range(n) for n in shape[:-2]), range(0, mn, 64), range(0, k, depth)):
+            first = form.linear.offset(start) * nbytes
+            for i, j in product(range(min(64, mn)), range(depth)):
+                leading, stride = form.leading_nbytes, form.stride_nbytes
+                if form.major == "k":
+                    row = max(16, form.swizzle_nbytes)
+                    along_k = j // unit * (leading if form.swizzle_nbytes == 0 else 16) + j % unit * nbytes
+                    address = first + i // 8 * stride + i % 8 * row + along_k
+                elif form.swizzle_nbytes == 0:
+                    address = first + i // unit * stride + i % unit * nbytes + j // 8 * leading + j % 8 * 16
+                else:
+                    width = form.swizzle_nbytes // nbytes
+                    in_block = j // 8 * stride + j % 8 * form.swizzle_nbytes
+                    address = first + i // width * leading + i % width * nbytes + in_block
+                index = (*start[:-2], start[-2] + i, start[-1] + j)
+                assert layout.offset(index) * nbytes == swizzled_address(address, form.swizzle_nbytes)
 
 
 @pytest.mark.parametrize("swizzle", SWIZZLES)

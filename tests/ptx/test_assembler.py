@@ -74,16 +74,36 @@ def test_spills_are_refused_unless_allowed() -> None:
     assert usage.spill_store_nbytes > 0 and usage.spill_load_nbytes > 0 and usage.stack_nbytes > 0
 
 
-def test_serialised_wgmma_is_refused() -> None:
-    accumulators = ", ".join(f"%r{i}" for i in range(4))
-    wgmma = f"wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {{{accumulators}}}, %d0, %d0, %p0, 1, 1, 0, 0;"
-    start = [*(f"mov.b32 %r{i}, 0;" for i in range(4)), "setp.ne.u64 %p0, %d0, 0;", "wgmma.fence.sync.aligned;", wgmma]
-    wait = ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;"]
-    touch = ["add.f32 %r0, %r0, %r1;"]
-    store = [f"st.global.b32 [%d0+{4 * i}], %r{i};" for i in range(4)]
-    assemble(kernel([*start, *wait, *touch, *store]), SM90)
-    with pytest.raises(TilusError, match=r"(?s)waits between wgmma.*\(C75\d\d\).*same registers"):
-        assemble(kernel([*start, *touch, *wait, *store]), SM90)
+WGMMA = (
+    "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%r0, %r1, %r2, %r3}, {%r4, %r5, %r6, %r7}, %d0, %p0, 1, 1, 0;"
+)
+BEGIN = [*(f"mov.b32 %r{i}, 0;" for i in range(8)), "setp.ne.u64 %p0, %d0, 0;", "wgmma.fence.sync.aligned;", WGMMA]
+COMMIT, WAIT = "wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;"
+END = [COMMIT, WAIT, *(f"st.global.b32 [%d0+{4 * i}], %r{i};" for i in range(8))]
+
+
+@pytest.mark.parametrize(
+    ("body", "hint"),
+    [
+        ([*BEGIN, "add.f32 %r0, %r0, %r1;", *END], "wait for a product before its result is read: tilus.wgmma_wait()"),
+        ([*BEGIN, "ld.global.b32 %r4, [%d0];", WGMMA, *END], "nothing may write to registers of products"),
+        (["setmaxnreg.inc.sync.aligned.u32 240;"], "the registers at launch must be known"),
+    ],
+    ids=["result", "operand", "registers"],
+)
+def test_performance_losses_are_refused(body: list[str], hint: str) -> None:
+    any_number = "setmaxnreg" in body[0]
+    ptx = kernel(body).replace(".reqntid 128, 1, 1\n", "" if any_number else ".reqntid 128, 1, 1\n")
+    with pytest.raises(
+        TilusError, match=r"(?s)^ptxas .*, expected machine code as the PTX says:.*\(C75\d\d\)"
+    ) as caught:
+        assemble(ptx, SM90)
+    assert ("does not set registers" in str(caught.value)) == any_number
+    assert caught.value.hint is not None and caught.value.hint.startswith(hint)
+
+
+def test_wgmma_with_its_waits_is_assembled() -> None:
+    assemble(kernel([*BEGIN, COMMIT, WAIT, "add.f32 %r0, %r0, %r1;", *END]), SM90)
 
 
 def test_a_refusal_shows_ptx_and_the_users_line(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from tilus.ptx.module import (
     SharedArray,
     Special,
     Symbol,
+    TensorAddress,
     Vector,
 )  # fmt: skip
 from tilus.ptx.parser import parse, parse_source
@@ -52,6 +53,11 @@ operands: st.SearchStrategy[Operand] = st.one_of(
     st.builds(Symbol, names),
     st.builds(Address, st.one_of(registers, st.builds(Symbol, names)), st.integers(-5000, 5000)),
     st.builds(Vector, st.lists(st.one_of(registers, immediates, floats), min_size=1, max_size=8).map(tuple)),
+    st.builds(
+        TensorAddress,
+        st.one_of(registers, st.builds(Symbol, names)),
+        st.builds(Vector, st.lists(st.one_of(registers, immediates), min_size=1, max_size=5).map(tuple)),
+    ),
     st.builds(Pair, registers, st.one_of(predicates, st.just(Special("_")))),
     st.builds(Guard, predicates, st.just(True)),
 )

@@ -14,22 +14,23 @@ _LETTER = {1: "h", 2: "h", 4: "r", 8: "d"}
 
 
 def kernel_text(
-    body: str, params: Sequence[str] = ("u64 out",), *, threads: int = 32, shared: int = 0, extern: bool = False
-) -> str:
+    body: str, params: Sequence[str] = ("u64 out",), *, threads: int = 32, shared: int = 0, extern: bool = False,
+    alignment: int = 128,
+) -> str:  # fmt: skip
     """A one-kernel module. params: 'type name'. Registers %p %h %r %d and a shared array `smem` are declared."""
     declared = ", ".join(f".param .{param.split()[0]} {param.split()[1]}" for param in params)
-    array = f".shared .align 128 .b8 smem[{shared}];" if shared else ""
+    array = f".shared .align {alignment} .b8 smem[{shared}];" if shared else ""
     dynamic = ".extern .shared .align 128 .b8 dyn[];\n" if extern else ""
     return (
         f".version 8.1\n.target sm_90a\n.address_size 64\n{dynamic}.visible .entry kernel({declared})\n"
-        f".reqntid {threads}, 1, 1\n{{\n.reg .pred %p<20>;\n.reg .b16 %h<60>;\n.reg .b32 %r<120>;\n.reg .b64 %d<60>;\n"
+        f".reqntid {threads}, 1, 1\n{{\n.reg .pred %p<20>;\n.reg .b16 %h<60>;\n.reg .b32 %r<400>;\n.reg .b64 %d<60>;\n"
         f"{array}\n{body}\nret;\n}}\n"
     )
 
 
 def run_body(body: str, out: npt.NDArray[Any], *args: Any, **options: Any) -> Result:
     """Run a body with parameters `out` and `in0`, `in1`... and %r0 = thread, %d0 = out, %d1.. = the inputs."""
-    shape = {name: options.pop(name) for name in ("threads", "shared", "extern") if name in options}
+    shape = {name: options.pop(name) for name in ("threads", "shared", "extern", "alignment") if name in options}
     grid = options.pop("grid", (1, 1, 1))
     params = ["u64 out", *(f"u64 in{index}" for index in range(len(args)))]
     loads = "".join(f"ld.param.u64 %d{index}, [{param.split()[1]}];\n" for index, param in enumerate(params))

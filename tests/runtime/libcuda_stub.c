@@ -10,12 +10,12 @@ enum { INVALID_VALUE = 1, INVALID_IMAGE = 200, INVALID_CONTEXT = 201, NOT_FOUND 
 
 /* What the tests read and set through ctypes. */
 struct launch { uint64_t function, stream, context, count; uint32_t grid[3], block[3], shared; int attribute, attribute_value;
-                uint64_t args[16]; };
+                uint64_t args[16], map[16]; }; /* map: the last parameter of 128 bytes */
 struct launch stub_launch;
 static __thread struct launch own_launch; /* the last one of the calling thread */
 void stub_own_launch(struct launch *out) { *out = own_launch; }
 int stub_delay_us, stub_devices = 1, stub_params = 0, stub_sizes[16];
-int64_t stub_live_allocations, stub_shared_limit, stub_waits, stub_context_switches, stub_syncs;
+int64_t stub_live_allocations, stub_shared_limit, stub_waits, stub_context_switches, stub_syncs, stub_encodes;
 static char fail_name[64];
 static int fail_code;
 static __thread void *current;
@@ -60,7 +60,7 @@ CUresult cuLaunchKernelEx(const struct config *c, void *f, void **params, void *
     l->function = (uint64_t)f; l->stream = (uint64_t)c->stream; l->context = (uint64_t)current;
     memcpy(l->grid, c->grid, 12); memcpy(l->block, c->block, 12);
     l->shared = c->shared; l->attribute = c->n ? c->attrs[0].id : -1; l->attribute_value = c->n ? c->attrs[0].value[0] : 0;
-    for (int i = 0; i < stub_params; i++) memcpy(&l->args[i], params[i], stub_sizes[i]);
+    for (int i = 0; i < stub_params; i++) memcpy(stub_sizes[i] == 128 ? l->map : &l->args[i], params[i], stub_sizes[i]);
     stub_launch = own_launch = launch;
     if ((int64_t)f == 0xF1) /* increment(ptr, i32 stride, i32 count): adds one to every stride-th byte */
         for (int i = 0; i < (int)l->args[2]; i++) (*(uint8_t **)params[0])[(int64_t)i * (int32_t)l->args[1]]++;
@@ -71,6 +71,20 @@ CUresult cuLaunchKernel(void *f, unsigned gx, unsigned gy, unsigned gz, unsigned
                         unsigned shared, void *stream, void **params, void **extra) {
     struct config config = {{gx, gy, gz}, {bx, by, bz}, shared, stream, 0, 0};
     return cuLaunchKernelEx(&config, f, params, extra);
+}
+
+/* A map as the numbers that it was made from, each in a word of its own but for the boxes, which share words in pairs. */
+CUresult cuTensorMapEncodeTiled(uint64_t *map, int type, uint32_t rank, void *address, const uint64_t *shape, const uint64_t *strides,
+                                const uint32_t *box, const uint32_t *steps, int interleave, int swizzle, int promotion, int fill) {
+    CALL
+    for (uint32_t i = 0; i < rank; i++) if (steps[i] != 1 || !shape[i] || !box[i]) return INVALID_VALUE;
+    memset(map, 0, 128);
+    map[0] = (uint64_t)address; map[1] = type; map[2] = rank; map[3] = swizzle; map[4] = interleave | fill << 8;
+    memcpy(&map[5], shape, 8 * rank);
+    if (rank > 1) memcpy(&map[10], strides, 8 * (rank - 1));
+    memcpy(&map[14], box, 4 * (rank < 4 ? rank : 4)); /* the fifth does not fit */
+    stub_encodes++;
+    return 0;
 }
 
 CUresult cuMemAlloc_v2(uint64_t *p, size_t n) {

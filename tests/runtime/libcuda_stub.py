@@ -17,7 +17,7 @@ from tilus.runtime.launch import Launcher, Parameter
 
 SOURCE = Path(__file__).with_suffix(".c")
 CUBIN = b"\x7fELF and the rest"  # the stub looks at no more than the magic number
-PARAMETER_NBYTES = {"ptr": 8, "i32": 4, "i64": 8, "f32": 4}
+PARAMETER_NBYTES = {"ptr": 8, "i32": 4, "i64": 8, "f32": 4, "map": 128}
 
 
 def build(directory: Path) -> Path:
@@ -37,6 +37,7 @@ class Launch(ctypes.Structure):
         ("attribute", ctypes.c_int),
         ("attribute_value", ctypes.c_int),
         ("args", ctypes.c_uint64 * 16),
+        ("map", ctypes.c_uint64 * 16),
     ]
 
 

@@ -82,9 +82,29 @@ def test_active_mask_and_election() -> None:
     out = np.zeros(32, np.uint32)
     run_body(body, out)
     assert out.tolist() == [0] * 7 + [0xFFFFFF80] * 25
-    out = np.zeros(64, np.uint32)
-    run_body("elect.sync %r1|%p1, -1;\nselp.u32 %r6, 100, %r1, %p1;\n" + TO_OUT, out, threads=64)
-    assert out.tolist() == ([100] + [0] * 31) * 2
+
+
+def test_an_election_has_one_leader_a_warp_and_the_same_one_each_time() -> None:
+    """Which lane leads is open: over some seeds it is not always the same, and never one that does not take part."""
+    body = (
+        "setp.ge.u32 %p3, %r0, 7;\nmov.u32 %r7, 200;\n{guard}elect.sync %r1|%p1, {members};\n"
+        "{guard}elect.sync %r2|%p2, {members};\n{guard}selp.u32 %r6, 1, 0, %p1;\n{guard}selp.u32 %r3, 1, 0, %p2;\n"
+        "{guard}shl.b32 %r4, %r3, 1;\n{guard}add.u32 %r6, %r6, %r4;\n{guard}shl.b32 %r1, %r1, 8;\n"
+        "{guard}add.u32 %r7, %r6, %r1;\nmov.u32 %r6, %r7;\n" + TO_OUT
+    )
+    leaders: set[int] = set()
+    for seed in range(6):
+        out = np.zeros(64, np.uint32)
+        run_body(body.format(guard="", members=-1), out, threads=64, seed=seed)
+        for warp in out.reshape(2, 32):
+            leader = int(warp[0]) >> 8
+            assert warp.tolist() == [leader << 8 | (3 if lane == leader else 0) for lane in range(32)]
+            leaders.add(leader)
+        out = np.zeros(32, np.uint32)
+        run_body(body.format(guard="@%p3 ", members=0xFFFFFF80), out, seed=seed)
+        assert out[:7].tolist() == [200] * 7
+        assert sorted(out[7:].tolist() & np.uint32(3)) == [0] * 24 + [3]
+    assert len(leaders) > 1
 
 
 @pytest.mark.parametrize(

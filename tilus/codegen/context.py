@@ -15,6 +15,7 @@ from tilus.codegen.cast_plan import plan_slots
 from tilus.codegen.linear import Linear, address32, materialize, of_const, of_reg, register, widened
 from tilus.codegen.scalar import ScalarLowering
 from tilus.codegen.shared_plan import SharedPlan
+from tilus.codegen.tensor_map import TensorMap
 from tilus.codegen.word_program import emit_program
 from tilus.dtypes import DataType, boolean
 from tilus.errors import Loc, TilusError
@@ -24,12 +25,13 @@ from tilus.ir.tensor import GlobalTensor, RegisterTensor, SharedTensor
 from tilus.layout import RegisterLayout, SharedLayout, slot_map
 from tilus.layout.word_program import pick_fields
 from tilus.ptx.builder import Builder
-from tilus.ptx.module import Address, Guard, Imm, Reg, RegClass, Symbol
+from tilus.ptx.module import Address, FloatImm, Guard, Imm, Reg, RegClass, Symbol
 from tilus.target import Target
 
 NUM_BARRIERS = 16  # of a block, for all of its threads or some of its warps
 SHARED_SYMBOL = "smem"
 LOCAL_SYMBOL = "local_memory"
+_ONE = 0x3F800000  # 1.0: all lines
 
 
 def word_class(dtype: DataType) -> RegClass:
@@ -62,6 +64,7 @@ class EmitContext:
     warps: that run the code: the block's, or those of a role. plan: where everything is in the block's shared memory.
     read_only: pointers to memory that nobody writes while the kernel runs. barriers: the hardware barrier of each group of
     warps. arriving_warps: of one arrival at each mbarrier. entry_registers: of a thread at launch, where roles change it.
+    cluster: how many blocks make one. parameters: what the launcher knows.
     """
 
     b: Builder
@@ -70,12 +73,15 @@ class EmitContext:
     scalars: ScalarLowering
     plan: SharedPlan
     read_only: frozenset[Var]
+    parameters: frozenset[Expr]
     barriers: dict[range, int]
     arriving_warps: Mapping[SharedTensor, int]
     entry_registers: int | None
+    cluster: int
     tiles: dict[RegisterTensor, list[Reg]] = field(default_factory=dict[RegisterTensor, list[Reg]])
     notes: list[Note] = field(default_factory=list[Note])
     strings: dict[str, str] = field(default_factory=dict[str, str])
+    tensor_maps: dict[TensorMap, str] = field(default_factory=dict[TensorMap, str])
     local_nbytes: int = 0
 
     @property
@@ -335,11 +341,17 @@ class EmitContext:
         limit = limit + of_const(-index.const)
         return self.b.pure("setp.lt.s32", register(self.b, index.without_const()), materialize(self.b, limit))
 
-    def shared_base(self) -> Reg:
-        return self.b.pure("mov.u32", Symbol(SHARED_SYMBOL))
+    def shared_base(self, block: Expr | None = None) -> Reg:
+        """Where shared memory starts: the block's own, or that of another block of the cluster (in the window of the cluster)."""
+        own = self.b.pure("mov.u32", Symbol(SHARED_SYMBOL))
+        if block is None:
+            return own
+        # In front of a branch around it, a rank that is computed may be that of no block.
+        place = self.b.pure if isinstance(block, Const) else self.b.emit
+        return place("mapa.shared::cluster.u32", own, self.integer(block))
 
-    def shared_address(self, tensor: SharedTensor, index: Sequence[Linear]) -> Address:
-        """Where the element at `index` of a shared tensor starts."""
+    def shared_address(self, tensor: SharedTensor, index: Sequence[Linear], block: Expr | None = None) -> Address:
+        """Where the element at `index` of a shared tensor starts; with `block`, in that block of the cluster."""
         layout = tensor.layout
         if layout is None:
             raise TilusError(f"shared tensor {tensor.name} has no layout")
@@ -349,15 +361,19 @@ class EmitContext:
             bits = register(self.b, elements.scaled(nbits))
             elements, nbits = of_reg(self.b.pure("shr.s32", bits, Imm(3))), 8
         form = elements.scaled(nbits // 8) + of_const(self.plan.offsets[tensor])
-        return address32(self.b, self.shared_base(), form)
+        return address32(self.b, self.shared_base(block), form)
 
-    def _shared_offset(self, layout: SharedLayout, index: Sequence[Linear]) -> Linear:
-        b = self.b
+    def linear_offset(self, layout: SharedLayout, index: Sequence[Linear]) -> Linear:
+        """The address of an element before the swizzle, in elements."""
         form = of_const(0)
         for position, extent, terms in zip(index, layout.shape, layout.terms, strict=True):
             for term in terms:
                 form = form + self._index_digit(position, term.weight, term.size, extent).scaled(term.stride)
-        swizzle = layout.swizzle
+        return form
+
+    def _shared_offset(self, layout: SharedLayout, index: Sequence[Linear]) -> Linear:
+        b = self.b
+        form, swizzle = self.linear_offset(layout, index), layout.swizzle
         if swizzle is None:
             return form
         # Whole periods pass through the XOR unchanged, so only the part below one period is materialised.
@@ -419,6 +435,11 @@ class EmitContext:
                 hint="let several roles have the same warps, or do without tilus.sync in some",
             )
 
+    def cluster_barrier(self) -> None:
+        """Wait for all threads of all blocks of the cluster, whose memory accesses before it are then visible to each other."""
+        self.b.emit_to("barrier.cluster.arrive.release.aligned")
+        self.b.emit_to("barrier.cluster.wait.acquire.aligned")
+
     def warp_barrier(self) -> None:
         """Wait for all threads of the warp."""
         self.b.emit_to("bar.warp.sync", Imm(0xFFFFFFFF))
@@ -444,6 +465,26 @@ class EmitContext:
         """The name of a zero-terminated UTF-8 string in global memory."""
         name = self.strings.setdefault(text, f"string_{len(self.strings)}")
         return Symbol(name)
+
+    def tensor_map(self, tensor_map: TensorMap) -> Reg:
+        """The generic address of a tensor map, which becomes a parameter of the kernel.
+
+        Raises: TilusError when the map depends on more than the parameters, which is all that the launcher knows.
+        """
+        unknown = sorted(str(e) for e in tensor_map.variables() if e not in self.parameters)
+        if unknown:
+            raise TilusError(
+                f"a tensor copy of {tensor_map.name}: where the view lies depends on {', '.join(unknown)}; expected a tensor "
+                "that is known when the kernel is launched",
+                hint="copy from the whole tensor, and say by the offsets where: copy_tensor(dst, x, [i, j, k], ...)",
+            )
+        stem = "".join(c if c.isalnum() else "_" for c in tensor_map.name)
+        name = self.tensor_maps.setdefault(tensor_map, f"tensor_map_{len(self.tensor_maps)}_{stem}")
+        return self.b.pure("cvta.param.u64", self.b.pure("mov.u64", Symbol(name)))
+
+    def cache_policy(self, evict: str) -> Reg:
+        """What the L2 cache shall do with lines of an access: drop them `first`, or `last`."""
+        return self.b.pure(f"createpolicy.fractional.L2::evict_{evict}.b64", FloatImm(_ONE))
 
     def local_memory(self, nbytes: int) -> Symbol:
         """The name of each thread's own memory, at least this large; instructions take turns in it."""

@@ -10,6 +10,7 @@ from tilus.codegen.linear import materialize
 from tilus.codegen.roles import arriving_warps, entry_registers, set_registers
 from tilus.codegen.scalar import ScalarLowering
 from tilus.codegen.shared_plan import SharedPlan, plan_shared
+from tilus.codegen.tensor_map import MAP_ALIGNMENT, MAP_NBYTES, TensorMap
 from tilus.dtypes import DataType, boolean
 from tilus.errors import TilusError
 from tilus.ir.dependencies import constants, waits_for_kernels
@@ -43,7 +44,8 @@ MAX_STATIC_SHARED_NBYTES = 48 * 1024
 class Lowered:
     """A PTX module and what the launcher must know about it.
 
-    waits_for_kernels: it may start before the kernel in front of it ends (programmatic dependent launch).
+    waits_for_kernels: it may start before the kernel in front of it ends (programmatic dependent launch). tensor_maps:
+    parameters behind those of the function.
     """
 
     module: Module
@@ -51,6 +53,7 @@ class Lowered:
     dynamic_shared: bool
     waits_for_kernels: bool
     notes: tuple[Note, ...]
+    tensor_maps: tuple[TensorMap, ...] = ()
 
 
 def lower(function: Function, target: Target) -> Lowered:
@@ -65,18 +68,20 @@ def lower(function: Function, target: Target) -> Lowered:
     scalars = ScalarLowering(b)
     names = {var: f"param_{index}_{_identifier(var.name)}" for index, var in enumerate(params)}
     ctx = EmitContext(
-        b, target, function.warps, scalars, plan, _read_only(function), {function.warps: 0},
-        arriving_warps(function), entry_registers(function, target),
+        b, target, function.warps, scalars, plan, _read_only(function), frozenset(params), {function.warps: 0},
+        arriving_warps(function), entry_registers(function, target), function.cluster,
     )  # fmt: skip
     pointers = {param.tensor.base for param in function.params if isinstance(param, TensorParam)}
     for var, name in names.items():
         scalars.variables[var] = _load_param(b, var, name, var in pointers)
     _StmtLowering(ctx).lower_body(function.body)
     dynamic = plan.nbytes > MAX_STATIC_SHARED_NBYTES
-    shared = (SharedArray(SHARED_SYMBOL, plan.nbytes, 128, dynamic),) if plan.nbytes else ()
+    shared = (SharedArray(SHARED_SYMBOL, plan.nbytes, plan.alignment, dynamic),) if plan.nbytes else ()
+    ordinary = [Param(name, "u64" if var in pointers else _param_type(var.dtype)) for var, name in names.items()]
+    maps = [Param(name, "b8", MAP_NBYTES, MAP_ALIGNMENT) for name in ctx.tensor_maps.values()]
     kernel = Kernel(
         name=_identifier(function.name),
-        params=tuple(Param(name, "u64" if var in pointers else _param_type(var.dtype)) for var, name in names.items()),
+        params=(*ordinary, *maps),
         body=b.finish(),
         shared=shared,
         num_threads=function.num_threads,
@@ -84,10 +89,13 @@ def lower(function: Function, target: Target) -> Lowered:
         min_blocks_per_sm=function.blocks_per_sm,
         max_registers=ctx.entry_registers,
         local=(LocalArray(LOCAL_SYMBOL, ctx.local_nbytes),) if ctx.local_nbytes else (),
+        cluster=function.cluster,
     )
     waits = any(isinstance(item, Instr) and item.opcode == "griddepcontrol.wait" for item in kernel.body)
     strings = tuple(GlobalBytes(name, text.encode() + b"\0") for text, name in ctx.strings.items())
-    return Lowered(Module(target, (kernel,), strings), plan.nbytes, dynamic, waits, tuple(ctx.notes))
+    return Lowered(
+        Module(target, (kernel,), strings), plan.nbytes, dynamic, waits, tuple(ctx.notes), tuple(ctx.tensor_maps)
+    )
 
 
 def _check_limits(function: Function, plan: SharedPlan, target: Target) -> None:
@@ -104,6 +112,12 @@ def _check_limits(function: Function, plan: SharedPlan, target: Target) -> None:
             f"kernel {function.name} has {function.num_warps} warps, at most {target.max_threads_per_block // 32} fit in a block",
             loc=function.loc,
             hint="lower `warps` in tilus.grid",
+        )
+    if function.cluster > 1 and target.sm < 90:
+        raise TilusError(
+            f"kernel {function.name} has clusters of {function.cluster} blocks, {target.name} has none",
+            loc=function.loc,
+            hint="compile it for sm_90a, or with `cluster=1` in tilus.grid",
         )
 
 
@@ -162,6 +176,8 @@ class _StmtLowering:
             self.lower(body)
         if self.exit_label:
             self.b.place(self.exit_label)
+        if any(stmt.inst.effects().remote for stmt in instructions(body)):
+            self.ctx.cluster_barrier()  # a block's shared memory lives as long as others may touch it
         self.b.emit_to("ret")
 
     def lower(self, stmt: Stmt) -> None:

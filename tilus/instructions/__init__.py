@@ -9,7 +9,9 @@ from tilus.instructions import (
     async_copy,
     atomic,
     barrier,
+    bulk_copy,
     cast,
+    cluster,
     convert,
     debug,
     dependent_launch,
@@ -25,7 +27,9 @@ from tilus.instructions import (
     reduce,
     scan,
     shared,
+    tensor_copy,
     view,
+    wgmma,
 )
 from tilus.ir.builder import Builtin
 from tilus.ir.instruction import Instruction
@@ -34,7 +38,9 @@ FAMILIES = (
     async_copy,
     atomic,
     barrier,
+    bulk_copy,
     cast,
+    cluster,
     convert,
     debug,
     dependent_launch,
@@ -50,7 +56,9 @@ FAMILIES = (
     reduce,
     scan,
     shared,
+    tensor_copy,
     view,
+    wgmma,
 )
 
 

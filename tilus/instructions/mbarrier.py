@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from tilus.codegen.context import EmitContext
 from tilus.dtypes import uint64
 from tilus.errors import TilusError
-from tilus.instructions.shared import SharedOperand
+from tilus.instructions.barrier import Sync
+from tilus.instructions.shared import SharedOperand, rank_in_cluster
 from tilus.ir.builder import IRBuilder, builtin
 from tilus.ir.evaluation import Evaluation
 from tilus.ir.expr import Const, Expr, as_expr
@@ -28,7 +29,10 @@ DISCARDED = Special("_")
 
 @dataclass(frozen=True, eq=False)
 class MBarrier(Instruction):
-    """Make all elements of a shared tensor barriers, whose phases wait for `arrivals` groups of threads each."""
+    """Make all elements of a shared tensor barriers, whose phases wait for `arrivals_per_phase` groups of threads each.
+
+    One thread does it: the others must wait for it (`sync`) before they use the barriers.
+    """
 
     mnemonic = "mbarrier"
     once = True
@@ -38,7 +42,7 @@ class MBarrier(Instruction):
     arrivals_per_phase: int
 
     def effects(self) -> Effects:
-        return Effects(writes=(self.barrier,), barrier=True)
+        return Effects(writes=(self.barrier,))
 
     def verify(self) -> None:
         check_barrier("mbarrier", self.barrier)
@@ -58,7 +62,6 @@ class MBarrier(Instruction):
             address = barrier_address(ctx, self.barrier, as_expr(index))
             ctx.b.emit_to("mbarrier.init.shared::cta.b64", address, Imm(count), guard=guard)
         ctx.b.emit_to("fence.mbarrier_init.release.cluster", guard=guard)
-        ctx.barrier()
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +81,7 @@ class Arrive(Instruction):
     block: Expr | None = None
 
     def effects(self) -> Effects:
-        return Effects(reads=(self.barrier,), writes=(self.barrier,), barrier=True)
+        return Effects(reads=(self.barrier,), writes=(self.barrier,), barrier=True, remote=self.block is not None)
 
     def arrivals(self) -> tuple[SharedTensor, ...]:
         return (self.barrier,)
@@ -86,23 +89,22 @@ class Arrive(Instruction):
     def verify(self) -> None:
         check_barrier("arrive", self.barrier)
         check_index("arrive", self.barrier, self.barrier_index)
-        if self.block is not None:
-            raise TilusError("arrive at the barrier of another block, which needs a cluster")
 
     def evaluate(self, env: Evaluation) -> None:
-        env.barrier_arrive(self.barrier, self.barrier_index, nbytes=self.nbytes)
+        env.barrier_arrive(self.barrier, self.barrier_index, nbytes=self.nbytes, block=self.block)
 
     def emit(self, ctx: EmitContext) -> None:
         ctx.require_sm_90a("tilus.arrive")
-        address = barrier_address(ctx, self.barrier, self.barrier_index)
+        address = barrier_address(ctx, self.barrier, self.barrier_index, self.block)
+        place = "shared::cta" if self.block is None else "release.cluster.shared::cluster"
         ctx.warp_barrier()
         leader = ctx.elected()
         if self.nbytes is not None:
             first, leader = ctx.elected_in_group(), ctx.elected_in_other_warps()
-            expect = "mbarrier.arrive.expect_tx.shared::cta.b64"
+            expect = f"mbarrier.arrive.expect_tx.{place}.b64"
             ctx.b.emit_to(expect, DISCARDED, address, ctx.integer_operand(self.nbytes), guard=Guard(first))
         if leader is not None:
-            ctx.b.emit_to("mbarrier.arrive.shared::cta.b64", DISCARDED, address, guard=Guard(leader))
+            ctx.b.emit_to(f"mbarrier.arrive.{place}.b64", DISCARDED, address, guard=Guard(leader))
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,14 +136,15 @@ class WaitBarrier(Instruction):
         b, again = ctx.b, ctx.b.label("wait_barrier")
         address = barrier_address(ctx, self.barrier, self.barrier_index)
         parity = ctx.integer_operand(self.phase)
+        scope = ".acquire.cluster" if ctx.cluster > 1 else ""  # other blocks of the cluster may arrive
         b.place(again)
-        done = b.emit("mbarrier.try_wait.parity.shared::cta.b64", address, parity, out=RegClass.PRED)
+        done = b.emit(f"mbarrier.try_wait.parity{scope}.shared::cta.b64", address, parity, out=RegClass.PRED)
         b.branch(again, Guard(done, negated=True))
 
 
-def barrier_address(ctx: EmitContext, barrier: SharedTensor, index: Expr) -> Address:
-    """Where the barrier at an index is in shared memory."""
-    return ctx.shared_address(barrier, [ctx.scalars.linear(index)])
+def barrier_address(ctx: EmitContext, barrier: SharedTensor, index: Expr, block: Expr | None = None) -> Address:
+    """Where the barrier at an index is in shared memory; with `block`, in that block of the cluster."""
+    return ctx.shared_address(barrier, [ctx.scalars.linear(index)], block)
 
 
 def check_barrier(what: str, barrier: SharedTensor) -> None:
@@ -174,18 +177,24 @@ def mbarrier(b: IRBuilder, stages: int = 1, *, arrivals: int = 1) -> SharedTenso
     It stands before the roles, outside of loops and branches. `full[i]` is one of the barriers.
     """
     tensor = SharedTensor(uint64, (stages,), None, b.fresh("mbarrier"))
+    b.take_back(Sync)  # several barriers in a row need one
     b.emit(MBarrier(tensor, arrivals))
+    b.emit(Sync())
     return tensor
 
 
 @builtin
-def arrive(b: IRBuilder, barrier: SharedOperand, *, nbytes: Expr | int | None = None) -> None:
+def arrive(
+    b: IRBuilder, barrier: SharedOperand, *, nbytes: Expr | int | None = None, block: Expr | int | None = None
+) -> None:
     """One arrival at a barrier by the group of threads that runs this, a role or the block, when all of them have come here.
 
     nbytes: the phase also waits for so many bytes of asynchronous copies, which must be started behind this, by the same group.
+    block: whose barrier it is, a rank in the cluster (0 to cluster - 1); by default this block's own.
     """
     tensor, index = one_barrier("arrive", barrier)
-    b.emit(Arrive(tensor, index, None if nbytes is None else as_expr(nbytes)))
+    owner = None if block is None else rank_in_cluster(b, block)
+    b.emit(Arrive(tensor, index, None if nbytes is None else as_expr(nbytes), owner))
 
 
 @builtin

@@ -23,7 +23,7 @@ from tilus.ir.layout_rules import Access as AccessRule
 from tilus.ir.layout_rules import LayoutPriority, LayoutRule
 from tilus.ir.tensor import GlobalTensor, RegisterTensor, SharedTensor
 from tilus.layout import RegisterLayout, auto
-from tilus.ptx.module import Address, Imm, Reg, RegClass, Vector
+from tilus.ptx.module import Address, Imm, Operand, Reg, RegClass, Vector
 
 
 def check_access(
@@ -47,7 +47,8 @@ def check_access(
 class LoadGlobal(Instruction):
     """A tile of a global tensor. Tile axis a runs along tensor dim `dims[a]`; elements outside of the tensor read as zero.
 
-    checked: whether the bounds are tested; without, the program promises that the tile lies inside.
+    checked: whether the bounds are tested; without, the program promises that the tile lies inside. evict: what the L2 cache
+    drops `first` (and the L1 cache does not keep) or `last`; None leaves it to the caches.
     """
 
     mnemonic = "load"
@@ -58,12 +59,14 @@ class LoadGlobal(Instruction):
     offsets: tuple[Expr, ...]
     dims: tuple[int, ...]
     checked: bool = True
+    evict: str | None = None
 
     def effects(self) -> Effects:
         return Effects(reads=(self.src,))
 
     def verify(self) -> None:
         check_access("load", self.src, self.offsets, self.out.shape, self.dims)
+        check_eviction("load", self.evict)
         if self.out.dtype != self.src.dtype:
             raise TilusError(f"load: tile of {self.out.dtype.name} from {self.src.name} of {self.src.dtype.name}")
 
@@ -77,7 +80,9 @@ class LoadGlobal(Instruction):
         layout = ctx.layout(self.out)
         size = global_vector_size(self.src, layout, self.offsets, self.dims, self.checked)
         check_whole_bytes("load", self.src, size)
-        cache = ".nc" if self.src.base in ctx.read_only else ""
+        opcode = f"ld.global{'.nc' if self.src.base in ctx.read_only else ''}"
+        opcode += ".L1::no_allocate" if self.evict == "first" else ""
+        opcode += cache_hint(self.evict)
         pieces: list[Reg] = []
         starts = tile_index(ctx, layout, self.offsets, self.dims)
         for vector in vectors(layout, size):
@@ -86,7 +91,7 @@ class LoadGlobal(Instruction):
             if self.checked:
                 guard = ctx.in_bounds(self.src, self.offsets, self.dims, self.out.shape, index)
             address = ctx.global_address(self.src, index)
-            pieces += load_vector(ctx, f"ld.global{cache}", self.src.dtype, size, address, guard)
+            pieces += load_vector(ctx, opcode, self.src.dtype, size, address, guard, policy(ctx, self.evict))
         ctx.note(self, f"load {self.src.name}: {vectors_note(self.src.dtype, size, layout.num_locals)}")
         ctx.define(self.out, assemble(ctx, self.src.dtype, size, pieces))
 
@@ -245,30 +250,46 @@ def check_whole_bytes(what: str, tensor: GlobalTensor | SharedTensor, size: int)
         )
 
 
+def check_eviction(what: str, evict: str | None) -> None:
+    if evict not in (None, "first", "last"):
+        raise TilusError(f"{what}: evict={evict!r}, expected 'first', 'last' or None")
+
+
+def cache_hint(evict: str | None) -> str:
+    """The modifier of an access with a policy for the L2 cache."""
+    return "" if evict is None else ".L2::cache_hint"
+
+
+def policy(ctx: EmitContext, evict: str | None) -> tuple[Operand, ...]:
+    """The operand of an access with a policy for the L2 cache."""
+    return () if evict is None else (ctx.cache_policy(evict),)
+
+
 def load_vector(
-    ctx: EmitContext, opcode: str, dtype: DataType, size: int, address: Address, guard: Reg | None
-) -> list[Reg]:
+    ctx: EmitContext, opcode: str, dtype: DataType, size: int, address: Address, guard: Reg | None,
+    tail: Sequence[Operand] = (),
+) -> list[Reg]:  # fmt: skip
     """`size` consecutive elements; 32-bit registers (64-bit for 64-bit types), those of units below 32 bits zero-extended.
 
-    A guarded access leaves zeros where it does not read.
+    A guarded access leaves zeros where it does not read. tail: operands behind the address.
     """
-    unit = unit_nbits(dtype, size)
+    unit, word = unit_nbits(dtype, size), 64 if dtype.nbits == 64 else 32
     return [
         reg
         for nbits in range(0, size * dtype.nbits, unit)
-        for reg in _load_unit(ctx, opcode, unit, 64 if dtype.nbits == 64 else 32, offset_by(address, nbits // 8), guard)
+        for reg in _load_unit(ctx, opcode, unit, word, (offset_by(address, nbits // 8), *tail), guard)
     ]
 
 
 def _load_unit(
-    ctx: EmitContext, opcode: str, nbits: int, word_nbits: int, address: Address, guard: Reg | None
+    ctx: EmitContext, opcode: str, nbits: int, word_nbits: int, srcs: Sequence[Operand], guard: Reg | None
 ) -> list[Reg]:
     b = ctx.b
     if nbits < 32:
         narrow = b.reg(RegClass.B16)
         if guard is not None:
             b.mov(narrow, Imm(0))
-        b.emit_to(f"{opcode}.{'u8' if nbits == 8 else 'u16'}", narrow, address, guard=ctx.guard(guard))
+        b.emit_to(f"{opcode}.{'u8' if nbits == 8 else 'u16'}", narrow, *srcs, guard=ctx.guard(guard))
         return [b.emit("cvt.u32.u16", narrow)]
     count = nbits // word_nbits
     regs = [b.reg(RegClass.B64 if word_nbits == 64 else RegClass.B32) for _ in range(count)]
@@ -277,7 +298,7 @@ def _load_unit(
             b.mov(reg, Imm(0))
     dst = regs[0] if count == 1 else Vector(tuple(regs))
     vec = "" if count == 1 else f".v{count}"
-    b.emit_to(f"{opcode}{vec}.b{word_nbits}", dst, address, guard=ctx.guard(guard))
+    b.emit_to(f"{opcode}{vec}.b{word_nbits}", dst, *srcs, guard=ctx.guard(guard))
     return regs
 
 
@@ -336,16 +357,18 @@ def vectors_note(dtype: DataType, size: int, num_locals: int) -> str:
 def load(
     b: IRBuilder, src: GlobalTensor, offsets: Sequence[Expr | int], shape: Sequence[int], *,
     dims: Sequence[int] | None = None, layout: RegisterLayout | None = None, checked: bool = True,
+    evict: str | None = None,
 ) -> RegisterTensor:  # fmt: skip
     """The tile of `shape` that starts at `offsets` of a global tensor; elements outside of the tensor read as zero.
 
     dims: the tensor dims that the tile's axes run along, by default the last ones. layout: pins the tile's layout.
-    checked=False drops the bounds tests: the tile must then lie inside of the tensor.
+    checked=False drops the bounds tests: the tile must then lie inside of the tensor. evict: "first" for what is read once and
+    should not push other data out of the caches, "last" for what the L2 cache shall keep.
     """
     shape = tuple(shape)
     axes = tuple(range(src.rank - len(shape), src.rank)) if dims is None else tuple(dims)
     out = b.tile(src.dtype, shape, layout, src.name.split("[")[0])
-    return b.emit(LoadGlobal(out, src, tuple(as_expr(o) for o in offsets), axes, checked)).out
+    return b.emit(LoadGlobal(out, src, tuple(as_expr(o) for o in offsets), axes, checked, evict)).out
 
 
 @builtin

@@ -55,7 +55,7 @@ class MmaAtom:
 
     @property
     def opcode(self) -> str:
-        a, b, c = (_ptx_type(dtype) for dtype in (self.a, self.b, self.c))
+        a, b, c = (ptx_type(dtype) for dtype in (self.a, self.b, self.c))
         return f"mma.sync.aligned.m{M}n{N}k{self.k}.row.col.{c}.{a}.{b}.{c}"
 
     @property
@@ -83,7 +83,7 @@ class MmaAtom:
         return f"sm_{self.min_sm} and later" if self.max_sm is None else f"sm_{self.min_sm} to sm_{self.max_sm}"
 
 
-def _ptx_type(dtype: DataType) -> str:
+def ptx_type(dtype: DataType) -> str:
     match dtype.kind:
         case "int" | "uint":
             return f"{'s' if dtype.is_signed else 'u'}{dtype.nbits}"

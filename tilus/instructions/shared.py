@@ -16,7 +16,7 @@ from tilus.errors import TilusError
 from tilus.instructions.memory import assemble, check_whole_bytes, load_vector, store_vector, tile_index, vectors_note
 from tilus.ir.builder import IRBuilder, builtin
 from tilus.ir.evaluation import Evaluation
-from tilus.ir.expr import Expr, as_expr
+from tilus.ir.expr import Const, Expr, as_expr
 from tilus.ir.instruction import Effects, Instruction
 from tilus.ir.layout_rules import Access, LayoutPriority, LayoutRule
 from tilus.ir.tensor import RegisterTensor, SharedTensor, SharedView
@@ -57,21 +57,21 @@ class LoadShared(Instruction):
         return Effects(reads=(self.src,))
 
     def verify(self) -> None:
-        check_shared_access("load_shared", self.src, self.out, self.offsets, self.dims)
+        check_shared_access(self.mnemonic, self.src, self.out, self.offsets, self.dims)
 
     def layout_rule(self, num_threads: int) -> LayoutRule:
         return _access_rule(self.src, self.out, self.offsets, self.dims, num_threads)
 
     def shared_accesses(self, num_threads: int, target: Target) -> tuple[tuple[SharedTensor, SharedAccess], ...]:
-        return ((self.src, self._access()),)
+        return ((self.src, self.access()),)
 
-    def _access(self) -> SharedAccess:
+    def access(self) -> SharedAccess:
         return moving(self.out, self.src, self.offsets, self.dims, writes=False, by_matrices=True)
 
     def specialized(self, target: Target) -> Instruction | None:
         from tilus.instructions.matrix import LdMatrix
 
-        matrices = self._access().matrices(placed(self.src))
+        matrices = self.access().matrices(placed(self.src))
         if matrices is None:
             return None
         return LdMatrix(
@@ -82,14 +82,18 @@ class LoadShared(Instruction):
         env.set_tile(self.out, env.load(self.src, self.offsets, self.out.shape, self.dims, checked=False))
 
     def emit(self, ctx: EmitContext) -> None:
+        self.move(ctx, "ld.shared", None)
+
+    def move(self, ctx: EmitContext, opcode: str, block: Expr | None) -> None:
+        """Emit the loads. block: of the cluster, in whose shared memory the tile is; None is the own one."""
         layout = ctx.layout(self.out)
-        size = self._access().vector_size(placed(self.src))
-        check_whole_bytes("load_shared", self.src, size)
+        size = self.access().vector_size(placed(self.src))
+        check_whole_bytes(self.mnemonic, self.src, size)
         starts = tile_index(ctx, layout, self.offsets, self.dims)
         pieces: list[Reg] = []
         for vector in vectors(layout, size):
-            address = ctx.shared_address(self.src, starts(vector.slot))
-            pieces += load_vector(ctx, "ld.shared", self.src.dtype, size, address, None)
+            address = ctx.shared_address(self.src, starts(vector.slot), block)
+            pieces += load_vector(ctx, opcode, self.src.dtype, size, address, None)
         ctx.note(self, f"shared load {self.src.name}: {vectors_note(self.src.dtype, size, layout.num_locals)}")
         ctx.define(self.out, assemble(ctx, self.src.dtype, size, pieces))
 
@@ -113,21 +117,21 @@ class StoreShared(Instruction):
         return Effects(writes=(self.dst,))
 
     def verify(self) -> None:
-        check_shared_access("store_shared", self.dst, self.src, self.offsets, self.dims)
+        check_shared_access(self.mnemonic, self.dst, self.src, self.offsets, self.dims)
 
     def layout_rule(self, num_threads: int) -> LayoutRule:
         return _access_rule(self.dst, self.src, self.offsets, self.dims, num_threads)
 
     def shared_accesses(self, num_threads: int, target: Target) -> tuple[tuple[SharedTensor, SharedAccess], ...]:
-        return ((self.dst, self._access(target)),)
+        return ((self.dst, self.access(target)),)
 
-    def _access(self, target: Target) -> SharedAccess:
+    def access(self, target: Target) -> SharedAccess:
         return moving(self.src, self.dst, self.offsets, self.dims, writes=True, by_matrices=target.sm >= 90)
 
     def specialized(self, target: Target) -> Instruction | None:
         from tilus.instructions.matrix import StMatrix
 
-        matrices = self._access(target).matrices(placed(self.dst))
+        matrices = self.access(target).matrices(placed(self.dst))
         if matrices is None:
             return None
         return StMatrix(
@@ -138,14 +142,18 @@ class StoreShared(Instruction):
         env.store(self.dst, self.offsets, self.dims, env.tile(self.src), checked=False)
 
     def emit(self, ctx: EmitContext) -> None:
+        self.move(ctx, "st.shared", None)
+
+    def move(self, ctx: EmitContext, opcode: str, block: Expr | None) -> None:
+        """Emit the stores. block: of the cluster, to whose shared memory the tile goes; None is the own one."""
         layout = ctx.layout(self.src)
-        size = self._access(ctx.target).vector_size(placed(self.dst))
-        check_whole_bytes("store_shared", self.dst, size)
+        size = self.access(ctx.target).vector_size(placed(self.dst))
+        check_whole_bytes(self.mnemonic, self.dst, size)
         starts = tile_index(ctx, layout, self.offsets, self.dims)
         owner, words = ctx.first_replica(layout), ctx.words(self.src)
         for vector in vectors(layout, size):
-            address = ctx.shared_address(self.dst, starts(vector.slot))
-            store_vector(ctx, "st.shared", self.dst.dtype, vector.slot, size, address, words, owner)
+            address = ctx.shared_address(self.dst, starts(vector.slot), block)
+            store_vector(ctx, opcode, self.dst.dtype, vector.slot, size, address, words, owner)
         ctx.note(self, f"shared store {self.dst.name}: {vectors_note(self.dst.dtype, size, layout.num_locals)}")
 
     def emit_c(self, ctx: CContext) -> None:
@@ -217,6 +225,22 @@ def check_shared_access(
             )
 
 
+def rank_in_cluster(b: IRBuilder, block: Expr | int) -> Expr | None:
+    """The user's `block=` as a rank; None where blocks are alone, so that it can only mean the block itself.
+
+    Raises: TilusError for a constant outside of the cluster, or what is no integer.
+    """
+    rank = as_expr(block)
+    if not rank.dtype.is_integer:
+        raise TilusError(f"block is {rank} of {rank.dtype.name}, expected the rank of a block in its cluster")
+    if isinstance(rank, Const) and not 0 <= rank.value < b.cluster:
+        raise TilusError(
+            f"block is {rank}, expected 0 to {b.cluster - 1}: the cluster has {b.cluster} blocks",
+            hint="tilus.grid(..., cluster=n) says how many blocks make a cluster",
+        )
+    return None if b.cluster == 1 else rank
+
+
 @builtin
 def shared(
     b: IRBuilder, dtype: DataType, shape: Sequence[int], *, layout: SharedLayout | None = None, name: str = "shared"
@@ -233,25 +257,42 @@ def shared(
 @builtin
 def load_shared(
     b: IRBuilder, src: SharedOperand, offsets: Sequence[Expr | int] | None = None, shape: Sequence[int] | None = None, *,
-    dims: Sequence[int] | None = None, layout: RegisterLayout | None = None,
+    dims: Sequence[int] | None = None, layout: RegisterLayout | None = None, block: Expr | int | None = None,
 ) -> RegisterTensor:  # fmt: skip
     """A tile of shared memory: all of `src` (a tensor, or `tensor[i]`), or the part of `shape` at `offsets`.
 
-    dims: the dims of the whole tensor that the tile's axes run along; by default the last ones.
+    dims: the dims of the whole tensor that the tile's axes run along; by default the last ones. block: in whose shared memory
+    it is, a rank in the cluster (0 to cluster - 1); by default this block's own.
     """
+    from tilus.instructions.cluster import LoadCluster
+
     rank = src.rank if shape is None else len(shape)
     tensor, starts = full_offsets(src, offsets, rank)
     tile_shape = tuple(src.shape) if shape is None else tuple(shape)
     axes = tuple(range(tensor.rank - rank, tensor.rank)) if dims is None else tuple(dims)
-    return b.emit(LoadShared(b.tile(tensor.dtype, tile_shape, layout), tensor, starts, axes)).out
+    out = b.tile(tensor.dtype, tile_shape, layout)
+    owner = None if block is None else rank_in_cluster(b, block)
+    if owner is not None:
+        return b.emit(LoadCluster(out, tensor, starts, axes, owner)).out
+    return b.emit(LoadShared(out, tensor, starts, axes)).out
 
 
 @builtin
 def store_shared(
     b: IRBuilder, dst: SharedOperand, value: RegisterTensor, offsets: Sequence[Expr | int] | None = None, *,
-    dims: Sequence[int] | None = None,
+    dims: Sequence[int] | None = None, block: Expr | int | None = None,
 ) -> None:  # fmt: skip
-    """Write a tile to shared memory at `offsets` (default: the start). Other warps see it after `tilus.sync()`."""
+    """Write a tile to shared memory at `offsets` (default: the start). Other warps see it after `tilus.sync()`.
+
+    block: to whose shared memory, a rank in the cluster (0 to cluster - 1); by default this block's own. That block sees it after
+    `tilus.cluster_sync()`.
+    """
+    from tilus.instructions.cluster import StoreCluster
+
     tensor, starts = full_offsets(dst, offsets, value.rank)
     axes = tuple(range(tensor.rank - value.rank, tensor.rank)) if dims is None else tuple(dims)
-    b.emit(StoreShared(tensor, value, starts, axes))
+    owner = None if block is None else rank_in_cluster(b, block)
+    if owner is not None:
+        b.emit(StoreCluster(tensor, value, starts, axes, owner))
+    else:
+        b.emit(StoreShared(tensor, value, starts, axes))

@@ -19,17 +19,24 @@ InstructionT = TypeVar("InstructionT", bound=Instruction)
 
 
 class IRBuilder:
-    """Collects statements. `loc` is the user's position that is being compiled; `num_warps` is set by `tilus.grid`."""
+    """Collects statements. `loc` is the user's position that is being compiled; `tilus.grid` sets `num_warps` and `cluster`."""
 
     def __init__(self) -> None:
         self.loc: Loc | None = None
         self.num_warps: int | None = None
+        self.cluster = 1
         self._blocks: list[list[Stmt]] = [[]]
         self._names: dict[str, int] = {}
         self._pins: dict[RegisterTensor, Loc | None] = {}
 
     def append(self, stmt: Stmt) -> None:
         self._blocks[-1].append(stmt)
+
+    def take_back(self, kind: type[Instruction]) -> None:
+        """Remove the last statement of the open block if it is an instruction of this kind."""
+        stmts = self._blocks[-1]
+        if stmts and isinstance(last := stmts[-1], Inst) and isinstance(last.inst, kind):
+            stmts.pop()
 
     def emit(self, inst: InstructionT) -> InstructionT:
         """Verify and append an instruction; a mistake in it is reported at the current position."""

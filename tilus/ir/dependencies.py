@@ -8,15 +8,13 @@ block from ending, and lets these warps do everything.
 
 from __future__ import annotations
 
-from enum import IntEnum
-
 from tilus.errors import Loc, TilusError
 from tilus.ir.expr import Var
 from tilus.ir.function import Function, TensorParam
 from tilus.ir.instruction import Instruction
-from tilus.ir.stmt import Break, Continue, For, If, Inst, Return, Role, Seq, SetScalar, Stmt, While
+from tilus.ir.order import Order
 from tilus.ir.tensor import GlobalTensor, Tensor
-from tilus.ir.visit import instructions, side_by_side
+from tilus.ir.visit import instructions
 
 
 def waits_for_kernels(function: Function) -> bool:
@@ -34,65 +32,15 @@ def check_dependencies(function: Function) -> list[TilusError]:
     if not waits_for_kernels(function):
         return []
     checker = _Checker(function)
-    if checker.after(function.body, Waited.NONE) == Waited.NONE:
-        checker.ends(function.loc)
+    Order(lambda inst: inst.effects().waits_for_kernels, checker.instruction, checker.ends).follow(function)
     return checker.errors
 
 
-class Waited(IntEnum):
-    """Which of the warps at a place have waited for certain."""
-
-    NONE = 0
-    SOME = 1
-    ALL = 2
-
-
 class _Checker:
-    """role_returns: where the role that is open is left, if one is."""
-
     def __init__(self, function: Function) -> None:
         self.errors: list[TilusError] = []
-        self.role_returns: list[Waited] | None = None
         self.constants = constants(function)
         self.names = {p.tensor.base: p.name for p in function.params if isinstance(p, TensorParam)}
-
-    def after(self, stmt: Stmt, waited: Waited) -> Waited:
-        """Who has waited for certain when a block, or a role, comes out of a statement; `waited`: when it comes to it."""
-        match stmt:
-            case Seq(stmts):
-                for item in side_by_side(stmts):
-                    waited = self._roles(item, waited) if isinstance(item, tuple) else self.after(item, waited)
-                return waited
-            case Role():
-                return self._roles((stmt,), waited)
-            case Inst(inst, loc):
-                self.instruction(inst, waited == Waited.ALL, loc)
-                return Waited.ALL if inst.effects().waits_for_kernels else waited
-            case For() | While():
-                self.after(stmt.body, waited)  # which may run never
-                return waited
-            case If(_, then, orelse):
-                return min(self.after(then, waited), self.after(orelse, waited))
-            case Return(loc):
-                if self.role_returns is not None:
-                    self.role_returns.append(waited)
-                elif waited == Waited.NONE:
-                    self.ends(loc)
-                return Waited.ALL  # nothing comes out of it
-            case Break() | Continue():
-                return Waited.ALL
-            case SetScalar():
-                return waited
-
-    def _roles(self, roles: tuple[Role, ...], waited: Waited) -> Waited:
-        """Each role does its own waiting, as nobody knows here whom the barriers between them make wait for whom."""
-        for role in roles:
-            self.role_returns = []
-            last = self.after(role.body, Waited.ALL if waited == Waited.ALL else Waited.NONE)
-            if min(last, *self.role_returns, Waited.ALL) == Waited.ALL:
-                waited = max(waited, Waited.SOME)
-            self.role_returns = None
-        return waited
 
     def instruction(self, inst: Instruction, waited: bool, loc: Loc | None) -> None:
         effects = inst.effects()

@@ -54,10 +54,12 @@ class Evaluation(Protocol):
         dims: tuple[int, ...],
         *,
         checked: bool,
+        block: Expr | None = None,
     ) -> Array:
         """The tile of `shape` that starts at `offsets` (one per dim of the tensor) and extends along `dims`.
 
         checked: elements outside of the tensor read as zero; otherwise such an access is an error. Inactive blocks read nothing.
+        block: of the cluster, in whose shared memory the tile is; None is each block's own.
         """
         ...
 
@@ -69,8 +71,12 @@ class Evaluation(Protocol):
         value: Array,
         *,
         checked: bool,
+        block: Expr | None = None,
     ) -> None:
-        """Write a tile; elements outside of the tensor are dropped when `checked`. Later blocks win over earlier ones."""
+        """Write a tile; elements outside of the tensor are dropped when `checked`. Later blocks win over earlier ones.
+
+        block: as in `load`.
+        """
         ...
 
     def update(
@@ -90,16 +96,30 @@ class Evaluation(Protocol):
         """Make the elements of a shared tensor barriers, whose phases wait for so many arrivals of groups."""
         ...
 
-    def barrier_arrive(self, barrier: SharedTensor, index: Expr, *, count: int = 1, nbytes: Expr | None = None) -> None:
-        """`count` groups arrive, and the open phase also waits for `nbytes` more bytes of copies."""
+    def barrier_arrive(
+        self,
+        barrier: SharedTensor,
+        index: Expr,
+        *,
+        count: int = 1,
+        nbytes: Expr | None = None,
+        block: Expr | None = None,
+    ) -> None:
+        """`count` groups arrive, and the open phase also waits for `nbytes` more bytes of copies. block: as in `load`."""
         ...
 
-    def barrier_complete_bytes(self, barrier: SharedTensor, index: Expr, nbytes: Expr) -> None:
-        """Bytes of an asynchronous copy have landed."""
+    def barrier_complete_bytes(
+        self, barrier: SharedTensor, index: Expr, nbytes: Expr, *, block: Expr | None = None
+    ) -> None:
+        """Bytes of an asynchronous copy have landed. block: as in `load`."""
         ...
 
     def barrier_wait(self, barrier: SharedTensor, index: Expr, phase: Expr) -> None:
         """Let other roles run until the phase of this parity is complete."""
+        ...
+
+    def cluster_sync(self) -> None:
+        """Let the other blocks of the cluster run until all have come here."""
         ...
 
     def print(self, text: str) -> None: ...

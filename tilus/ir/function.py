@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tilus.errors import Loc
+from tilus.errors import Loc, TilusError
 from tilus.ir.expr import Expr, Var
 from tilus.ir.stmt import Stmt
 from tilus.ir.tensor import GlobalTensor
@@ -31,7 +31,8 @@ Param = TensorParam | ScalarParam
 class Function:
     """params: as the user wrote them. grid: up to three extents over dims and scalars. A block has `num_warps` * 32 threads.
 
-    blocks_per_sm: how many blocks must fit on a multiprocessor, which limits registers.
+    blocks_per_sm: how many blocks must fit on a multiprocessor, which limits registers. cluster: so many blocks, neighbours along
+    x, run at the same time and reach each other's shared memory.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Function:
     body: Stmt
     loc: Loc | None = None
     blocks_per_sm: int = 1
+    cluster: int = 1
 
     @property
     def num_threads(self) -> int:
@@ -49,6 +51,15 @@ class Function:
     @property
     def warps(self) -> range:
         return range(self.num_warps)
+
+    def check_grid(self, grid: tuple[int, int, int]) -> None:
+        """Raise TilusError unless the blocks of a grid make whole clusters."""
+        if grid[0] % self.cluster:
+            raise TilusError(
+                f"the grid of kernel {self.name} is {grid[0]} in x, expected a multiple of its cluster of {self.cluster} blocks",
+                loc=self.loc,
+                hint=f"round it up, tilus.cdiv(n, {self.cluster}) * {self.cluster}, and let the blocks behind the end do nothing",
+            )
 
     def kernel_params(self) -> tuple[Var, ...]:
         """The scalars passed to the kernel, in order: pointers, then each dim and stride variable once, then scalars."""

@@ -32,7 +32,7 @@ class Effects:
 
     reads, writes: tensors in memory. barrier: waits for other threads or for asynchronous copies. other: prints and the like.
     waits_for_kernels: waits for the end of the earlier kernels of the stream; constants: tensors that none of them which may
-    still be running writes.
+    still be running writes. remote: touches shared memory of other blocks of the cluster. cluster_barrier: waits for all of them.
     """
 
     reads: tuple[Tensor, ...] = ()
@@ -41,6 +41,8 @@ class Effects:
     other: bool = False
     waits_for_kernels: bool = False
     constants: tuple[Tensor, ...] = ()
+    remote: bool = False
+    cluster_barrier: bool = False
 
     @property
     def removable(self) -> bool:
@@ -74,6 +76,10 @@ class Instruction:
 
     # Whether `out` may be the storage of an operand that the instruction adds to.
     accumulates: ClassVar[bool] = False
+
+    # Whether it goes on while the program does: until an instruction that awaits it, its results are not there, and what it reads
+    # may not be overwritten.
+    asynchronous: ClassVar[bool] = False
 
     def fields(self) -> Iterator[tuple[str, Any]]:
         for field in dataclasses.fields(self):
@@ -117,6 +123,14 @@ class Instruction:
     def arrivals(self) -> tuple[SharedTensor, ...]:
         """The mbarriers at which the threads that run it arrive, once for each of their warps."""
         return ()
+
+    def accumulator(self) -> RegisterTensor | None:
+        """The operand whose registers the result must share, as an asynchronous instruction may still add to it."""
+        return None
+
+    def awaits(self) -> int | None:
+        """How many of the latest asynchronous instructions may go on behind this one; None where it waits for none."""
+        return None
 
     def verify(self) -> None:
         """Raise TilusError when shapes, dtypes or attributes do not fit; the caller adds the location."""

@@ -102,7 +102,8 @@ class _Printer:
         where = f" where {', '.join(dims)}" if dims else ""
         grid = ", ".join(map(self.expr, function.grid))
         blocks = "" if function.blocks_per_sm == 1 else f" blocks_per_sm({function.blocks_per_sm})"
-        return f"kernel {function.name}({params}\n){where} grid({grid}) warps({function.num_warps}){blocks} {{"
+        cluster = "" if function.cluster == 1 else f" cluster({function.cluster})"
+        return f"kernel {function.name}({params}\n){where} grid({grid}) warps({function.num_warps}){blocks}{cluster} {{"
 
     def _dims(self) -> Iterator[Var]:
         """Variables of the parameters' shapes and strides that are no parameters themselves."""

@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 
 from tilus.errors import Loc, Note, TilusError, raise_all
+from tilus.ir.clusters import check_cluster
 from tilus.ir.dependencies import check_dependencies
 from tilus.ir.expr import Expr, Var, walk
 from tilus.ir.function import Function
@@ -26,7 +27,7 @@ def verify(function: Function) -> None:
     checker = _Checker(function)
     checker.exprs(function.grid, function.loc)
     checker.statement(function.body)
-    raise_all([*checker.errors, *check_dependencies(function)])
+    raise_all([*checker.errors, *check_dependencies(function), *check_cluster(function)])
 
 
 class _Checker:

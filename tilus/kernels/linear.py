@@ -231,10 +231,10 @@ def _schedule(m: int, x: Any, weight: QuantizedWeight, where: str) -> Schedule:
             f"linear on a GPU with a weight packed in the order {header.order}, expected {MMA}",
             hint='pack it again: weight.to("cuda"), or pack(matrix, device, order="mma")',
         )
-    return schedule(m, tiles_n, tiles_k, header.dtype.nbits, _num_sms(x, where), header.factor_words)
+    return schedule(m, tiles_n, tiles_k, header.dtype.nbits, num_sms(x, where), header.factor_words)
 
 
-def _num_sms(x: Any, where: str) -> int:
+def num_sms(x: Any, where: str) -> int:
     """Of the GPU that runs it, or that the emulator stands for."""
     match where:
         case "cuda":

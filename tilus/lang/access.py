@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from typing import cast
 
 from tilus.errors import TilusError
@@ -32,6 +33,8 @@ def attribute(frame: Frame, value: Value, name: str) -> Value:
     match value:
         case RegisterTensor() | SharedTensor() | SharedView() if name in _PROPERTIES:
             return getattr(value, name)
+        case SharedTensor() | SharedView() if name == "nbytes":
+            return (math.prod(value.shape) * value.dtype.nbits + 7) // 8  # of the elements: padding moves no data
         case RegisterTensor() if name in _TILE_METHODS:
             return BoundBuiltin(_tile_method(name), value)
         case RegisterTensor() if name == "T":
@@ -58,7 +61,7 @@ def _attribute_hint(value: Value, name: str) -> str:
         case Expr():
             known = ("dtype", "to")
         case _:
-            known = _PROPERTIES
+            known = (*_PROPERTIES, "nbytes")
     return close_matches(name, known) or f"it has {', '.join(known)}"
 
 

@@ -13,16 +13,21 @@ from tilus.lang.python_builtins import runtime_range
 from tilus.lang.values import MAX_UNROLLED, RuntimeRange, describe
 
 MAX_WARPS = 32
+MAX_CLUSTER = 8  # blocks; more need a launch attribute, and not every GPU has room for them
 
 T = TypeVar("T")
 
 
 @builtin
-def grid(b: IRBuilder, x: Any, y: Any = 1, z: Any = 1, *, warps: Any = 4, blocks_per_sm: Any = 1) -> None:
+def grid(
+    b: IRBuilder, x: Any, y: Any = 1, z: Any = 1, *, warps: Any = 4, blocks_per_sm: Any = 1, cluster: Any = 1
+) -> None:
     """Launch x * y * z blocks of `warps` * 32 threads; the first thing that a kernel does.
 
     The extents may use shapes, scalar parameters and compile-time values. A launch with an extent of 0 does nothing.
     blocks_per_sm: how many blocks must fit on a multiprocessor at once; more than 1 limits a thread's registers.
+    cluster: so many blocks, neighbours along x, run at the same time and reach each other's shared memory; x must be a multiple
+    of it. 1 to 8, and 1 for targets below sm_90.
     """
     if not isinstance(b, KernelBuilder):
         raise TilusError("tilus.grid outside of a kernel")
@@ -32,6 +37,8 @@ def grid(b: IRBuilder, x: Any, y: Any = 1, z: Any = 1, *, warps: Any = 4, blocks
         raise TilusError(f"warps is {describe(warps)}, expected a compile-time int from 1 to {MAX_WARPS}")
     if type(blocks_per_sm) is not int or blocks_per_sm < 1:
         raise TilusError(f"blocks_per_sm is {describe(blocks_per_sm)}, expected a positive compile-time int")
+    if type(cluster) is not int or not 1 <= cluster <= MAX_CLUSTER:
+        raise TilusError(f"cluster is {describe(cluster)}, expected a compile-time int from 1 to {MAX_CLUSTER}")
     extents: list[Expr] = []
     for axis, extent in zip("xyz", (x, y, z), strict=True):
         expr = as_expr(extent) if isinstance(extent, (Expr, int)) else None
@@ -47,6 +54,7 @@ def grid(b: IRBuilder, x: Any, y: Any = 1, z: Any = 1, *, warps: Any = 4, blocks
     b.grid = tuple(extents)
     b.num_warps = warps
     b.blocks_per_sm = blocks_per_sm
+    b.cluster = cluster
 
 
 @builtin

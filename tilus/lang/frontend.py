@@ -45,8 +45,9 @@ def translate(
             hint="for example tilus.grid(tilus.cdiv(x.shape[0], block), warps=4)",
         )
     return Function(
-        function.__name__, params, builder.grid, builder.num_warps, builder.body(), signature.loc, builder.blocks_per_sm
-    )
+        function.__name__, params, builder.grid, builder.num_warps, builder.body(), signature.loc, builder.blocks_per_sm,
+        builder.cluster,
+    )  # fmt: skip
 
 
 def _parameters(

@@ -12,7 +12,7 @@ from tilus.layout.digits import Digit, Term
 from tilus.layout.draw import svg, text_table
 from tilus.layout.errors import LayoutError
 from tilus.layout.inverse import AddressInverse, Inverse
-from tilus.layout.operands import tma_tile, tma_tiles, wgmma_operand, wgmma_operands
+from tilus.layout.operands import WgmmaForm, tma_tile, tma_tiles, wgmma_forms, wgmma_operand, wgmma_operands
 from tilus.layout.parser import parse_layout, parse_shared_layout
 from tilus.layout.register import (
     RegisterLayout,
@@ -40,6 +40,7 @@ __all__ = [
     "SharedLayout",
     "Swizzle",
     "Term",
+    "WgmmaForm",
     "auto",
     "bank_conflicts",
     "broadcast_operand",
@@ -68,6 +69,7 @@ __all__ = [
     "text_table",
     "tma_tile",
     "tma_tiles",
+    "wgmma_forms",
     "wgmma_operand",
     "wgmma_operands",
 ]

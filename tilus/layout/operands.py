@@ -11,7 +11,9 @@ dimension follow each other as wholes, since a swizzled box of TMA is at most on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Literal
 
@@ -25,6 +27,22 @@ SWIZZLES_NBYTES = (128, 64, 32, 0)
 UNIT_NBYTES = 16
 CORE_ROWS = 8
 SOURCE_BIT = 7  # the lowest bit of the byte address that is XORed into another, from bit 4 on
+
+
+@dataclass(frozen=True)
+class WgmmaForm:
+    """A way in which wgmma reads an operand [..., M or N, K] from shared memory.
+
+    swizzle_nbytes, major: as in `wgmma_operand`. width: elements of the contiguous dim in a row of a block. linear: the
+    addresses before the swizzle, in elements. leading_nbytes, stride_nbytes: the two distances of a matrix descriptor.
+    """
+
+    swizzle_nbytes: int
+    major: Major
+    width: int
+    linear: SharedLayout
+    leading_nbytes: int
+    stride_nbytes: int
 
 
 def wgmma_operand(shape: Sequence[int], nbytes: int, swizzle_nbytes: int, major: Major) -> SharedLayout:
@@ -57,16 +75,40 @@ def wgmma_operand(shape: Sequence[int], nbytes: int, swizzle_nbytes: int, major:
     return _buffered(buffers, tile if major == "k" else tile.permute((1, 0)))
 
 
-def wgmma_operands(shape: Sequence[int], nbytes: int) -> tuple[SharedLayout, ...]:
-    """All layouts from which wgmma can read an operand [..., M or N, K]: k-major first, wide swizzles first."""
+@lru_cache(maxsize=256)
+def wgmma_forms(shape: tuple[int, ...], nbytes: int) -> Mapping[SharedLayout, WgmmaForm]:
+    """All layouts from which wgmma can read an operand [..., M or N, K], and how: k-major first, wide swizzles first."""
+    found: dict[SharedLayout, WgmmaForm] = {}
     majors: tuple[Major, ...] = ("k", "mn") if nbytes == 2 else ("k",)
-    return tuple(
-        wgmma_operand(shape, nbytes, swizzle, major)
-        for major in majors
-        for swizzle in SWIZZLES_NBYTES
-        for outer, inner in [shape[-2:] if major == "k" else shape[:-3:-1]]
-        if outer % CORE_ROWS == 0 and inner % _width(nbytes, swizzle) == 0
-    )
+    for major in majors:
+        outer, inner = shape[-2:] if major == "k" else shape[:-3:-1]
+        for swizzle in SWIZZLES_NBYTES:
+            width = _width(nbytes, swizzle)
+            if outer % CORE_ROWS == 0 and inner % width == 0:
+                tile = _linear_blocks((outer, inner), width)
+                linear = _buffered(shape[:-2], tile if major == "k" else tile.permute((1, 0)))
+                form = WgmmaForm(swizzle, major, width, linear, *_distances(outer, swizzle, major))
+                found.setdefault(wgmma_operand(shape, nbytes, swizzle, major), form)
+    return found
+
+
+def wgmma_operands(shape: Sequence[int], nbytes: int) -> tuple[SharedLayout, ...]:
+    """The layouts of `wgmma_forms`."""
+    return tuple(wgmma_forms(tuple(shape), nbytes))
+
+
+def _distances(rows: int, swizzle_nbytes: int, major: Major) -> tuple[int, int]:
+    """(leading, stride) of a matrix descriptor in bytes, for blocks of `rows` rows.
+
+    PTX ISA, "Leading dimension byte offset" and "Stride dimension byte offset". The two say how far it is from 8 rows of a block
+    to the next 8, and from a block to the next. With k contiguous the stride is the former, and with a swizzle the latter is not
+    asked for, as an instruction's k lies in one block. Else the stride is the former with a swizzle, and the latter without.
+    """
+    width_nbytes = max(UNIT_NBYTES, swizzle_nbytes)
+    to_rows, to_block = CORE_ROWS * width_nbytes, rows * width_nbytes
+    if major == "mn" and not swizzle_nbytes:
+        return to_rows, to_block
+    return (0 if major == "k" and swizzle_nbytes else to_block), to_rows
 
 
 def tma_tile(shape: Sequence[int], nbytes: int, swizzle_nbytes: int, rank: int = 2) -> SharedLayout:
@@ -105,15 +147,19 @@ def _width(nbytes: int, swizzle_nbytes: int) -> int:
 
 def _blocks(shape: Sequence[int], nbytes: int, swizzle_nbytes: int) -> SharedLayout:
     """Blocks of full height, one after another, with rows of 16 bytes or of the swizzle's width."""
-    *outer, inner = shape
-    width = _width(nbytes, swizzle_nbytes)
-    strides = [width * prod(outer[d + 1 :]) for d in range(len(outer))]
-    layout = strided((*outer, (inner // width, width)), (*strides, (width * prod(outer), 1)))
+    layout = _linear_blocks(shape, _width(nbytes, swizzle_nbytes))
     if not swizzle_nbytes:
         return layout
     base = (UNIT_NBYTES // nbytes).bit_length() - 1
     bits = (swizzle_nbytes // UNIT_NBYTES).bit_length() - 1
     return layout.swizzled(base, bits, SOURCE_BIT - 4)
+
+
+def _linear_blocks(shape: Sequence[int], width: int) -> SharedLayout:
+    """The same without a swizzle, with rows of `width` elements."""
+    *outer, inner = shape
+    strides = [width * prod(outer[d + 1 :]) for d in range(len(outer))]
+    return strided((*outer, (inner // width, width)), (*strides, (width * prod(outer), 1)))
 
 
 def _buffered(buffers: Sequence[int], tile: SharedLayout) -> SharedLayout:

@@ -25,7 +25,7 @@ _MAX_SHOWN_ERRORS = 5
 
 _PTX_VERSION = re.compile(r"^\s*\.version\s+(\d+)\.(\d+)", re.MULTILINE)
 _DIAGNOSTIC = re.compile(r"^ptxas (?:.*, )?line (\d+); (?:error|fatal)\s*: (.*)$", re.MULTILINE)
-_SERIALISED_WGMMA = re.compile(r"^.*\(C75\d\d\).*$", re.MULTILINE)
+_PERFORMANCE_LOSS = re.compile(r"^.*\(C75\d\d\).*$", re.MULTILINE)
 _FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"')
 _LOC = re.compile(r"^\s*\.loc\s+(\d+)\s+(\d+)\s+(\d+)")
 
@@ -116,8 +116,8 @@ def assemble(
     """Machine code for `target`. `options` are further ptxas flags; `assembler` defaults to `find_assembler`.
 
     Raises: TilusError when ptxas refuses the PTX (with the PTX lines, and the user's line where a `.loc` precedes),
-    when it serialises wgmma (any C75xx remark), when a kernel spills registers unless `allow_spills`, when it crashes
-    or runs for more than `timeout_s` seconds.
+    when it does not do as the PTX says (any C75xx remark: it serialises wgmma, or ignores setmaxnreg), when a kernel spills
+    registers unless `allow_spills`, when it crashes or runs for more than `timeout_s` seconds.
     """
     tool = assembler or find_assembler(ptx_version(ptx))
     with tempfile.TemporaryDirectory(prefix="tilus-") as directory:
@@ -128,7 +128,7 @@ def assemble(
         if status != 0:
             _raise_refusal(ptx, target, tool, log, status)
         machine_code = output.read_bytes()
-    _refuse_serialised_wgmma(ptx, log)
+    _refuse_performance_loss(ptx, log)
     cubin = Cubin(machine_code, tuple(parse_usage(log)), log, tool)
     if not allow_spills:
         require_no_spills(cubin)
@@ -206,18 +206,38 @@ def _raise_refusal(ptx: str, target: Target, tool: Tool, log: str, status: int) 
     )
 
 
-def _refuse_serialised_wgmma(ptx: str, log: str) -> None:
-    remarks = _SERIALISED_WGMMA.findall(log)
+# What to do about a remark C75xx, by a part of its text; the first that fits counts.
+_LOSSES: tuple[tuple[str, str], ...] = (
+    ("'setmaxnreg' ignored", "the registers at launch must be known: give the kernel its number of threads and blocks"),
+    ("setmaxnreg.dec", "let the role keep as many registers as its code needs"),
+    ("insufficient register resources", "use smaller tiles or more warpgroups, or give the role more registers"),
+    ("reading accumulator registers", "wait for a product before its result is read: tilus.wgmma_wait()"),
+    ("warpgroup.wait is injected", "wait for a product before its result is read: tilus.wgmma_wait()"),
+    (
+        "defining input registers",
+        "wait before the registers of A are written again, or let two tiles take turns in them",
+    ),
+    ("warpgroup.arrive is injected", "nothing may write to registers of products between the first wgmma and its wait"),
+    ("defining accumulator registers", "assign the result of wgmma at once to the variable that it adds to"),
+    ("call", "leave out what calls a function, such as tilus.print, while products are under way"),
+    ("divergent", "let all warps of a group take the same branches around wgmma and its waits"),
+    ("", "accumulators must stay in the same registers, untouched, from the first wgmma to its wait"),
+)
+
+
+def _refuse_performance_loss(ptx: str, log: str) -> None:
+    remarks = list(dict.fromkeys(_PERFORMANCE_LOSS.findall(log)))
     if not remarks:
         return
     where = re.search(r"line (\d+)", remarks[0])
     line = int(where[1]) if where else None
+    what = "does not set registers" if "setmaxnreg" in remarks[0] else "inserts waits between wgmma instructions"
     raise TilusError(
-        "ptxas inserts waits between wgmma instructions, expected none:\n"
+        f"ptxas {what}, expected machine code as the PTX says:\n"
         + "\n".join(remarks)
         + (f"\n{_excerpt(ptx, line)}" if line else ""),
         loc=source_loc(ptx, line) if line else None,
-        hint="accumulators must stay in the same registers, untouched, from the first wgmma to its wait",
+        hint=next(hint for text, hint in _LOSSES if text in remarks[0]),
     )
 
 

@@ -25,6 +25,7 @@ from tilus.ptx.module import (
     SharedArray,
     Special,
     Symbol,
+    TensorAddress,
     Vector,
 )  # fmt: skip
 
@@ -294,13 +295,18 @@ class Body:
             return FloatImm(int(word[2:], 16) ^ (1 << (nbits - 1) if sign < 0 else 0), nbits)
         return FloatImm(struct.unpack("<Q", struct.pack("<d", sign * float(word)))[0], 64)
 
-    def address(self) -> Address:
+    def address(self) -> Address | TensorAddress:
         p = self.p
         if p.kinds[p.at] != "name":
             raise p.error(f"expected a register or a variable in an address, found {p.words[p.at]!r}")
         base = self.named(p.name())
         if isinstance(base, Special):
             raise p.error(f"expected a register or a variable in an address, found {base.name!r}")
+        if p.accept(","):
+            p.expect("{")
+            coordinates = self.vector()
+            p.expect("]")
+            return TensorAddress(base, coordinates)
         offset = 0
         if p.accept("+") or p.words[p.at] == "-":
             offset = p.integer()

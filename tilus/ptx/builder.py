@@ -28,6 +28,7 @@ from tilus.ptx.module import (
     Reg,
     RegClass,
     Special,
+    Vector,
 )
 
 _CLASS_OF_TYPE = {
@@ -91,6 +92,8 @@ class Builder:
         return reg
 
     def level_of(self, operand: Operand) -> int:
+        if isinstance(operand, Vector):
+            return max(map(self.level_of, operand.elements))
         return self._levels[operand] if isinstance(operand, Reg) else 0
 
     def emit(self, opcode: str, *srcs: Operand, guard: Guard | None = None, out: RegClass | None = None) -> Reg:

@@ -77,6 +77,14 @@ class Vector:
 
 
 @dataclass(frozen=True)
+class TensorAddress:
+    """A place in a tensor, `[map, {c0, c1}]`: the address of its tensor map and the coordinates, innermost first."""
+
+    map: Reg | Symbol
+    coordinates: Vector
+
+
+@dataclass(frozen=True)
 class LabelRef:
     name: str
 
@@ -97,7 +105,7 @@ class Guard:
     negated: bool = False
 
 
-Operand = Reg | Imm | FloatImm | Special | Symbol | Address | Vector | LabelRef | Pair | Guard
+Operand = Reg | Imm | FloatImm | Special | Symbol | Address | TensorAddress | Vector | LabelRef | Pair | Guard
 
 
 @dataclass(frozen=True)
@@ -176,7 +184,11 @@ class LocalArray:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One `.entry`. `num_threads` becomes `.reqntid`; `min_blocks_per_sm` and `max_registers` are optional caps."""
+    """One `.entry`. `num_threads` becomes `.reqntid`; `min_blocks_per_sm` and `max_registers` are optional caps.
+
+    cluster: blocks along x that make a cluster (`.reqnctapercluster`). explicit_cluster: the launch must say how many
+    (`.explicitcluster`).
+    """
 
     name: str
     params: tuple[Param, ...]
@@ -186,6 +198,8 @@ class Kernel:
     min_blocks_per_sm: int | None = None
     max_registers: int | None = None
     local: tuple[LocalArray, ...] = ()
+    cluster: int = 1
+    explicit_cluster: bool = False
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,8 @@ class _Parser(Cursor):
                 limits.get("threads", 0),
                 limits.get(".minnctapersm"),
                 limits.get(".maxnreg"),
+                cluster=limits.get(".reqnctapercluster", 1),
+                explicit_cluster=".explicitcluster" in limits,
             )
         )
         self.lines[name] = tuple(body.lines)
@@ -169,6 +171,8 @@ class _Parser(Cursor):
                 if any(value != 1 for value in values[1:]):
                     raise self.error(f"{word} {values}: expected a one-dimensional block")
                 limits["threads"] = values[0]
-            elif values:
-                limits[word] = values[0]
+            elif word == ".reqnctapercluster" and any(value != 1 for value in values[1:]):
+                raise self.error(f"{word} {values}: expected a cluster of blocks along x")
+            elif values or word == ".explicitcluster":
+                limits[word] = values[0] if values else 1
         return limits

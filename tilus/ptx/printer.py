@@ -26,6 +26,7 @@ from tilus.ptx.module import (
     SharedArray,
     Special,
     Symbol,
+    TensorAddress,
     Vector,
 )  # fmt: skip
 from tilus.ptx.versions import required_version
@@ -61,6 +62,10 @@ def _kernel(kernel: Kernel, files: dict[str, int]) -> list[str]:
     params = ",\n".join("    " + _param(param) for param in kernel.params)
     lines += [f".visible .entry {kernel.name}(", *([params] if params else []), ")"]
     lines.append(f".reqntid {kernel.num_threads}, 1, 1")
+    if kernel.cluster > 1:
+        lines.append(f".reqnctapercluster {kernel.cluster}, 1, 1")
+    if kernel.explicit_cluster:
+        lines.append(".explicitcluster")
     if kernel.min_blocks_per_sm is not None:
         lines.append(f".minnctapersm {kernel.min_blocks_per_sm}")
     if kernel.max_registers is not None:
@@ -103,6 +108,8 @@ def _registers(operands: Iterable[Operand]) -> Iterable[Reg]:
                 yield operand
             case Address(base=Reg() as base):
                 yield base
+            case TensorAddress(map=base, coordinates=coordinates):
+                yield from _registers((base, coordinates))
             case Vector(elements=elements):
                 yield from (element for element in elements if isinstance(element, Reg))
             case Pair(first, second):
@@ -170,6 +177,8 @@ def print_operand(operand: Operand) -> str:
         case Address(base, offset):
             sign = f"+{offset}" if offset > 0 else str(offset) if offset else ""
             return f"[{print_operand(base)}{sign}]"
+        case TensorAddress(base, coordinates):
+            return f"[{print_operand(base)}, {print_operand(coordinates)}]"
         case Pair(first, second):
             return f"{print_operand(first)}|{print_operand(second)}"
         case Guard():

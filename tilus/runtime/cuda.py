@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from tilus.codegen.tensor_map import PlacedMap
 from tilus.errors import TilusError
 from tilus.target import Target, target_of_capability
 
@@ -209,6 +210,32 @@ def parameter_nbytes(kernel: Kernel) -> list[int]:
             raise error_of(bindings, "cuKernelGetParamInfo", status)
         sizes.append(nbytes)
 
+
+def encode_tensor_map(placed: PlacedMap) -> bytes:
+    """The 128 bytes by which TMA finds boxes of a tensor; elements outside of it are zeros. Values are not interpreted.
+
+    Raises: TilusError when the driver refuses the map.
+    """
+    bindings = driver()
+    word, long = bindings.cuuint32_t, bindings.cuuint64_t
+    encoded = call(
+        "cuTensorMapEncodeTiled",
+        getattr(bindings.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_UINT{8 * placed.element_nbytes}"),
+        len(placed.shape),
+        placed.address,
+        [long(extent) for extent in placed.shape],
+        [long(stride) for stride in placed.strides_nbytes],
+        [word(extent) for extent in placed.box],
+        [word(1) for _ in placed.box],
+        bindings.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        getattr(bindings.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{_SWIZZLES[placed.swizzle_nbytes]}"),
+        bindings.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+        bindings.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    return b"".join(int(part).to_bytes(8, "little") for part in encoded.opaque)
+
+
+_SWIZZLES = {0: "NONE", 32: "32B", 64: "64B", 128: "128B"}
 
 _stream_of_torch: Callable[[int], int] | None = None
 

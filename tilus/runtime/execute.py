@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tilus import config
+from tilus.codegen.tensor_map import PlacedMap, TensorMap
 from tilus.compiler import Compiled, compile_for_cpu, compile_function
 from tilus.dtypes import DataType, boolean
 from tilus.errors import TilusError
@@ -21,6 +22,7 @@ from tilus.ir.tensor import GlobalTensor
 from tilus.ir.visit import instructions
 from tilus.runtime.capture import graph_in_capture, refused_in_capture
 from tilus.runtime.launch_times import Run, watched
+from tilus.runtime.tensor_maps import EncodedMaps, encoded_maps
 from tilus.target import DEFAULT_TARGET, Target
 
 if TYPE_CHECKING:
@@ -115,7 +117,9 @@ class _Values:
     def grid(self, scalars: Sequence[Any]) -> Grid:
         known = self.known(scalars)
         x, y, z = (*(int(evaluate(extent, known)) for extent in self.function.grid), 1, 1)[:3]
-        return max(0, x), max(0, y), max(0, z)
+        grid = max(0, x), max(0, y), max(0, z)
+        self.function.check_grid(grid)
+        return grid
 
     def after_pointers(self, scalars: Sequence[Any]) -> list[Number]:
         known = self.known(scalars)
@@ -180,16 +184,36 @@ def _emulator(function: Function, call: Call) -> Run:
     values = _Values(function, call.sizes)
     spans = [_span_nbytes(array) for array in call.arrays if array is not None]
     dynamic = compiled.lowered.shared_nbytes if compiled.lowered.dynamic_shared else 0
+    bases = [param.tensor.base for param in function.params if isinstance(param, TensorParam)]
+    maps = [(bases.index(tensor_map.base), tensor_map) for tensor_map in compiled.lowered.tensor_maps]
 
     def run(pointers: Sequence[int], scalars: Sequence[Any], tensors: Sequence[Any]) -> None:
         grid = values.fixed_grid or values.grid(scalars)
         if 0 in grid:
             return
-        memory = [_bytes_at(p, n) for p, n in zip(_present(call, pointers), spans, strict=True)]
-        args = [*memory, *values.after_pointers(scalars)]
+        present, known = _present(call, pointers), values.known(scalars)
+        memory = [_bytes_at(p, n) for p, n in zip(present, spans, strict=True)]
+        mapped = [_emulated_map(i, tensor_map.at(present[i], known), present[i]) for i, tensor_map in maps]
+        args = [*memory, *values.after_pointers(scalars), *mapped]
         run_kernel(compiled.ptx, compiled.kernel_name, grid, args, dynamic_shared_nbytes=dynamic)
 
     return run
+
+
+def _emulated_map(param: int, placed: PlacedMap, pointer: int) -> Any:
+    """The emulator's tensor map of the tensor that is argument `param`, at `pointer`."""
+    from tilus.runtime.emulator import TensorMap
+
+    return TensorMap(
+        param,
+        placed.address - pointer,
+        len(placed.shape),
+        placed.element_nbytes,
+        placed.swizzle_nbytes,
+        placed.shape,
+        placed.strides_nbytes,
+        placed.box,
+    )
 
 
 def _span_nbytes(array: Array) -> int:
@@ -224,22 +248,37 @@ def _cuda(function: Function, call: Call) -> Run:
     dynamic = compiled.lowered.shared_nbytes if compiled.lowered.dynamic_shared else 0
     kernel = cuda.load_kernel(cubin, compiled.kernel_name, device, dynamic)
     early = compiled.lowered.waits_for_kernels and config.dependent_launch()
-    launcher = launch.Launcher(kernel, _parameters(function), function.num_threads, programmatic=early)
+    maps = compiled.lowered.tensor_maps
+    launcher = launch.Launcher(kernel, _parameters(function, maps), function.num_threads, programmatic=early)
     values = _Values(function, call.sizes)
+    encoded = encoded_maps(function, maps, _places(call), call.sizes, cuda.encode_tensor_map)
     if not ordinals:
-        return _staged(call, launcher, values, device)
-    return _submitting(call, launcher.launch, values)
+        return _staged(call, _submitting(call, functools.partial(launcher.launch_on, 0), values, encoded), device)
+    return _submitting(call, launcher.launch, values, encoded)
 
 
-def _submitting(call: Call, submit: Callable[..., None], values: _Values) -> Run:
+def _submitting(call: Call, submit: Callable[..., None], values: _Values, maps: Sequence[EncodedMaps] = ()) -> Run:
     """Launches by `submit(grid x, grid y, grid z, *kernel parameters)`: generated, so that a launch decides nothing."""
+    if maps and values.fixed_grid is not None and 0 in values.fixed_grid:
+        return _nothing  # there may be no tensor map of an empty tensor
     scalar = {var: f"s[{index}]" for index, var in enumerate(values.scalar_vars)}
     arguments = [
         *(map(str, values.fixed_grid) if values.fixed_grid is not None else ["*grid(s)"]),
-        *(f"p[{index}]" for index, array in enumerate(call.arrays) if array is not None),
+        *(f"p[{place}]" for place in _places(call)),
         *(scalar.get(var) or str(values.sizes[var]) for var in values.order),
+        *(f"maps[{index}][{encoded.key}]" for index, encoded in enumerate(maps)),
     ]
-    return eval(f"lambda p, s, tensors: submit({', '.join(arguments)})", {"submit": submit, "grid": values.grid})
+    names = {"submit": submit, "grid": values.grid, "maps": tuple(maps)}
+    return eval(f"lambda p, s, tensors: submit({', '.join(arguments)})", names)
+
+
+def _nothing(pointers: Sequence[int], scalars: Sequence[Any], tensors: Sequence[Any]) -> None:
+    """A launch of no blocks."""
+
+
+def _places(call: Call) -> list[int]:
+    """Where the tensors that are present stand among the arguments."""
+    return [index for index, array in enumerate(call.arrays) if array is not None]
 
 
 @functools.lru_cache(maxsize=MAX_KERNELS)
@@ -256,7 +295,7 @@ def _cpu(function: Function, call: Call) -> Run:
     kernel = _native(function)
     launcher = pool.Launcher(function.name, kernel, function.kernel_params(), threads.num_threads())
     run = _submitting(call, launcher.launch, _Values(function, call.sizes))
-    present = [index for index, array in enumerate(call.arrays) if array is not None]
+    present = _places(call)
     params = [param for param in function.params if isinstance(param, TensorParam)]
     written = [(index, param) for index, param in zip(present, params, strict=True) if _is_written(function, param)]
 
@@ -279,7 +318,7 @@ def _is_written(function: Function, param: TensorParam) -> bool:
     return any(isinstance(tensor, GlobalTensor) and tensor.base is param.tensor.base for tensor in writes)
 
 
-def _staged(call: Call, launcher: Any, values: _Values, device: Any) -> Run:
+def _staged(call: Call, submit: Run, device: Any) -> Run:
     """CPU arrays on a GPU: copy them there, run, copy them back."""
     from tilus.runtime.staging import staged
 
@@ -289,12 +328,13 @@ def _staged(call: Call, launcher: Any, values: _Values, device: Any) -> Run:
         device.make_current()
         arrays = [as_numpy(t, d) for t, d in zip(_present(call, tensors), dtypes, strict=True)]
         with staged(arrays) as addresses:
-            launcher.launch_on(0, *values.grid(scalars), *addresses, *values.after_pointers(scalars))
+            places = dict(zip(_places(call), addresses, strict=True))
+            submit([places.get(index, 0) for index in range(len(call.arrays))], scalars, tensors)
 
     return run
 
 
-def _parameters(function: Function) -> list[Any]:
+def _parameters(function: Function, maps: Sequence[TensorMap]) -> list[Any]:
     from tilus.runtime.launch import Parameter, ParameterKind
 
     pointers = {param.tensor.base for param in function.params if isinstance(param, TensorParam)}
@@ -306,4 +346,5 @@ def _parameters(function: Function) -> list[Any]:
             return "f32"
         return "i64" if var.dtype.nbits == 64 else "i32"
 
-    return [Parameter(kind(var), var.name) for var in function.kernel_params()]
+    ordinary = [Parameter(kind(var), var.name) for var in function.kernel_params()]
+    return [*ordinary, *(Parameter("map", f"the tensor map of {m.name}") for m in maps)]

@@ -8,6 +8,7 @@ nothing synchronises, and the launch goes into the caller's current stream, so i
 from __future__ import annotations
 
 import ctypes
+import itertools
 import struct
 import threading
 from collections.abc import Sequence
@@ -17,12 +18,13 @@ from typing import Any, Literal
 from tilus.errors import TilusError
 from tilus.runtime import cuda
 
-ParameterKind = Literal["ptr", "i32", "i64", "f32"]
+ParameterKind = Literal["ptr", "i32", "i64", "f32", "map"]
 
-# Every argument has an 8-byte slot of its own, so that slot i is at byte 8 * i whatever the kinds are.
-_SLOT_NBYTES = 8
-_FORMATS: dict[ParameterKind, str] = {"ptr": "Q", "i32": "i4x", "i64": "q", "f32": "f4x"}
-_NBYTES: dict[ParameterKind, int] = {"ptr": 8, "i32": 4, "i64": 8, "f32": 4}
+# Every argument has a slot of its own, of 8 bytes, or of 128 bytes for a tensor map. The driver copies from there.
+_FORMATS: dict[ParameterKind, str] = {"ptr": "Q", "i32": "i4x", "i64": "q", "f32": "f4x", "map": "128s"}
+_NBYTES: dict[ParameterKind, int] = {"ptr": 8, "i32": 4, "i64": 8, "f32": 4, "map": 128}
+Argument = int | float | bytes
+
 _MAX_GRID = (2**31 - 1, 65535, 65535)
 
 
@@ -30,7 +32,8 @@ _MAX_GRID = (2**31 - 1, 65535, 65535)
 class Parameter:
     """One kernel parameter. `source` says in the user's words where its value comes from (`x`, `x.shape[0]`).
 
-    kind: `ptr` (device address), `i32`, `i64` or `f32` (a Python float, rounded to the nearest f32).
+    kind: `ptr` (device address), `i32`, `i64`, `f32` (a Python float, rounded to the nearest f32) or `map` (the 128 bytes of a
+    tensor map).
     """
 
     kind: ParameterKind
@@ -41,12 +44,12 @@ class _ThreadState(threading.local):
     """What one thread overwrites at each launch. `threading.local` calls `__init__` again in every new thread."""
 
     def __init__(self, launcher: Launcher) -> None:
-        count = len(launcher.parameters)
         if int(cuda.call("cuCtxGetCurrent")) == 0:  # a thread starts without a context; torch's choice stays
             launcher.kernel.device.make_current()
-        self.buffer = (ctypes.c_uint64 * max(count, 1))()
-        address = ctypes.addressof(self.buffer)
-        self.pointers = (ctypes.c_void_p * max(count, 1))(*(address + _SLOT_NBYTES * i for i in range(count)))
+        slots = [struct.calcsize("<" + _FORMATS[parameter.kind]) for parameter in launcher.parameters]
+        self.buffer = ctypes.create_string_buffer(max(sum(slots), 1))
+        places = itertools.accumulate(slots[:-1], initial=ctypes.addressof(self.buffer))
+        self.pointers = (ctypes.c_void_p * max(len(slots), 1))(*places)
         self.pointers_address = ctypes.addressof(self.pointers)
         self.config = launcher.new_config()
 
@@ -77,14 +80,14 @@ class Launcher:
         self._several_devices = cuda.device_count() > 1
         self._thread = _ThreadState(self)
 
-    def launch(self, grid_x: int, grid_y: int, grid_z: int, *values: int | float) -> None:
+    def launch(self, grid_x: int, grid_y: int, grid_z: int, *values: Argument) -> None:
         """Launch into the caller's current stream. A grid without blocks does nothing.
 
         Raises: TilusError naming the parameter whose value does not fit, or what the driver says.
         """
         self.launch_on(cuda.current_stream(self._device_index), grid_x, grid_y, grid_z, *values)
 
-    def launch_on(self, stream: int, grid_x: int, grid_y: int, grid_z: int, *values: int | float) -> None:
+    def launch_on(self, stream: int, grid_x: int, grid_y: int, grid_z: int, *values: Argument) -> None:
         """`launch` into the stream of that raw handle."""
         if not (grid_x and grid_y and grid_z):
             return
@@ -94,7 +97,7 @@ class Launcher:
             with self.kernel.device.active():
                 self._submit(stream, grid_x, grid_y, grid_z, values)
 
-    def _submit(self, stream: int, grid_x: int, grid_y: int, grid_z: int, values: tuple[int | float, ...]) -> None:
+    def _submit(self, stream: int, grid_x: int, grid_y: int, grid_z: int, values: tuple[Argument, ...]) -> None:
         thread = self._thread
         config = thread.config
         try:

@@ -10,6 +10,7 @@ from tilus.ir.function import Function
 from tilus.ir.verify import verify
 from tilus.target import Target
 from tilus.transforms.accumulate_in_place import accumulate_in_place
+from tilus.transforms.check_under_way import check_under_way
 from tilus.transforms.eliminate_dead_code import eliminate_dead_code
 from tilus.transforms.infer_layouts import infer_layouts
 from tilus.transforms.layout_shared import layout_shared
@@ -35,6 +36,7 @@ WITHOUT_LAYOUTS: tuple[Pass, ...] = (
 PIPELINE: tuple[Pass, ...] = (
     *WITHOUT_LAYOUTS,
     Pass("infer_layouts", infer_layouts),
+    Pass("check_under_way", check_under_way),
     Pass("layout_shared", layout_shared),
     Pass("select_instructions", select_instructions),
     Pass("clean_up", eliminate_dead_code),

@@ -9,5 +9,8 @@ from tilus.runtime.emulator.arguments import Argument
 from tilus.runtime.emulator.errors import DeadlockError, EmulatorError, RaceError
 from tilus.runtime.emulator.run import Result, run_kernel
 from tilus.runtime.emulator.stats import AccessStats, Stats
+from tilus.runtime.emulator.tensor_map import TensorMap
 
-__all__ = ["AccessStats", "Argument", "DeadlockError", "EmulatorError", "RaceError", "Result", "Stats", "run_kernel"]
+__all__ = [
+    "AccessStats", "Argument", "DeadlockError", "EmulatorError", "RaceError", "Result", "Stats", "TensorMap", "run_kernel",
+]  # fmt: skip

@@ -10,7 +10,7 @@ import numpy as np
 from tilus.ptx.module import Operand, Symbol, Vector
 from tilus.runtime.emulator.decode import DTYPES, Array, Function, Mask, Site, Step, instruction
 from tilus.runtime.emulator.floating import float_handler
-from tilus.runtime.emulator.machine import SHARED_WINDOW
+from tilus.runtime.emulator.machine import PARAM_WINDOW, SHARED_WINDOW
 
 
 def is_integer(type_name: str) -> bool:
@@ -222,11 +222,13 @@ def _pack(site: Site, target: Operand, source: Vector, type_name: str) -> Step:
 @instruction("cvta")
 def convert_address(site: Site) -> Step:
     """cvta{.to}.space: between an address of a space and a generic one."""
-    site.allow("to", "global", "shared", "shared::cta", "const", "local", "param")
+    site.allow("to", "global", "shared", "shared::cta", "shared::cluster", "const", "local", "param")
     out = site.target(0, site.type())
     source = site.operands[1]
-    value = site.source(source, "u32" if isinstance(source, Symbol) else site.type())
-    window = np.uint64(SHARED_WINDOW if site.one_of("shared", "shared::cta") else 0)
+    is_shared = isinstance(source, Symbol) and source.name in site.machine.shared_symbols
+    value = site.source(source, "u32" if is_shared else site.type())
+    in_shared = site.one_of("shared", "shared::cta", "shared::cluster")
+    window = np.uint64(SHARED_WINDOW if in_shared else PARAM_WINDOW if site.has("param") else 0)
     if site.has("to"):
         return site.elementwise(lambda a: (a.astype(np.uint64) - window).astype(out.dtype), out, value)
     return site.elementwise(lambda a: (a.astype(np.uint64) + window).astype(out.dtype), out, value)

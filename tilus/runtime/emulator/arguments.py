@@ -1,4 +1,7 @@
-"""Kernel arguments: arrays become buffers of emulated global memory, and all arguments the bytes of parameter space."""
+"""Kernel arguments: arrays become buffers of emulated global memory, and all arguments the bytes of parameter space.
+
+A tensor-map parameter (`.param .align 64 .b8 name[128]`) takes a `TensorMap`, which names its array by position.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,12 @@ import numpy.typing as npt
 from tilus.errors import TilusError
 from tilus.ptx.module import Kernel, Param
 from tilus.runtime.emulator.memory_space import MemorySpace
+from tilus.runtime.emulator.tensor_map import TENSOR_MAP_NBYTES, TensorMap
 
 GLOBAL_BASE = 0x7F_4000_0000_00
 _PAGE = 256
 
-Argument = int | float | npt.NDArray[Any]
+Argument = int | float | npt.NDArray[Any] | TensorMap
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,11 +65,16 @@ def load_arguments(kernel: Kernel, args: Sequence[Argument]) -> Arguments:
     placed = [(name, array, _offset(array, buffers, memory)) for name, array in arrays]
     for _, array, offset in placed:
         memory.data[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
-    addresses = iter([memory.base + offset for _, _, offset in placed])
+    addresses = {name: memory.base + offset for name, _, offset in placed}
     params = bytearray()
     for param, position, value in zip(kernel.params, param_offsets(kernel), args, strict=True):
         params.extend(bytes(position - len(params)))
-        params += struct.pack("<Q", next(addresses)) if isinstance(value, np.ndarray) else _scalar_bytes(param, value)
+        if isinstance(value, np.ndarray):
+            params += struct.pack("<Q", addresses[param.name])
+        elif isinstance(value, TensorMap):
+            params += _tensor_map_bytes(kernel, param, value, addresses)
+        else:
+            params += _scalar_bytes(param, value)
     return Arguments(memory, bytes(params), tuple(placed))
 
 
@@ -78,6 +87,16 @@ def _checked_array(param: Param, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
             hint="pass numpy.ascontiguousarray(...)",
         )
     return array
+
+
+def _tensor_map_bytes(kernel: Kernel, param: Param, value: TensorMap, addresses: dict[str, int]) -> bytes:
+    if (param.type, param.count) != ("b8", TENSOR_MAP_NBYTES) or (param.align or 1) % 64:
+        raise TilusError(f"parameter {param.name!r} got a tensor map, expected .align 64 .b8 [{TENSOR_MAP_NBYTES}]")
+    names = [other.name for other in kernel.params]
+    name = names[value.param] if 0 <= value.param < len(names) else None
+    if name not in addresses:
+        raise TilusError(f"{value}: argument {value.param} is no array, expected one of those of {sorted(addresses)}")
+    return value.encode(addresses[name] + value.offset_nbytes)
 
 
 def _host_address(array: npt.NDArray[Any]) -> int:

@@ -6,6 +6,7 @@ import numpy as np
 
 from tilus.ptx.module import Imm, Reg, RegClass
 from tilus.runtime.emulator.decode import Mask, Site, Step, instruction
+from tilus.runtime.emulator.mbarrier_instructions import barrier_access, by_place
 from tilus.runtime.emulator.memory import Access
 
 
@@ -54,6 +55,24 @@ def copy(site: Site) -> Step:
             source[chosen] = access.split(lanes[chosen])[0][2]
         where = target.split(lanes)[0][2]
         machine.async_copies.issue(pc, lanes, where, source, count, nbytes)
+
+    return step
+
+
+@instruction("cp.async.mbarrier")
+def arrive_when_landed(site: Site) -> Step:
+    """cp.async.mbarrier.arrive{.noinc}{.space}.b64 [addr]: without .noinc, the phase waits for this arrival, too."""
+    site.allow("async", "mbarrier", "arrive", "noinc", "shared", "shared::cta")
+    site.expect_operands(1)
+    access = barrier_access(site, site.operands[0])
+    machine, pc, more = site.machine, site.pc, not site.has("noinc")
+
+    def step(mask: Mask) -> None:
+        for place, lanes in by_place(access, site.lanes(mask)):
+            barrier = machine.mbarriers.find(pc, int(lanes[0]), place)
+            if more:
+                machine.mbarriers.expect_more(barrier, len(lanes))
+            machine.async_copies.arrive_later(pc, lanes, barrier)
 
     return step
 

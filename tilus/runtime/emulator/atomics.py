@@ -18,14 +18,20 @@ Update = Callable[[Array, Array, Array], Array]
 """(old, b, c) -> new, elements of the type."""
 
 
+def addition(type_name: str) -> Callable[[Array, Array], Array]:
+    """The sum of two arrays of a type: rounded once, integers wrap."""
+    if "f" in type_name and type_name not in ("f32", "f64"):
+        return lambda a, b: narrow(widen(a, type_name) + widen(b, type_name), type_name)
+    return lambda a, b: a + b
+
+
 def _update(site: Site, type_name: str) -> Update:
     operation = site.one_of(*_OPERATIONS)
     is_float = "f" in type_name
     match operation:
-        case "add" if is_float and type_name != "f32" and type_name != "f64":
-            return lambda old, b, c: narrow(widen(old, type_name) + widen(b, type_name), type_name)
         case "add":
-            return lambda old, b, c: old + b
+            add = addition(type_name)
+            return lambda old, b, c: add(old, b)
         case "min" | "max" if is_float:
             less = np.minimum if operation == "min" else np.maximum
             return lambda old, b, c: narrow(less(widen(old, type_name), widen(b, type_name)), type_name)

@@ -8,9 +8,19 @@ import numpy as np
 import numpy.typing as npt
 
 from tilus.ptx.module import LabelRef, Operand
+from tilus.runtime.emulator.clocks import Clock, join
+from tilus.runtime.emulator.cluster_instructions import cluster_barrier
 from tilus.runtime.emulator.decode import Array, Mask, Site, Step, instruction
-from tilus.runtime.emulator.guards import guard_row, initialisation_check, mark_initialised
+from tilus.runtime.emulator.guards import (
+    guard_registers,
+    guard_row,
+    initialisation_check,
+    mark_initialised,
+    source_registers,
+)  # fmt: skip
 from tilus.runtime.emulator.machine import WARP, Machine
+from tilus.runtime.emulator.mbarrier_instructions import wait_for_phase
+from tilus.runtime.emulator.wgmma import decode_wgmma
 
 Lanes = npt.NDArray[np.bool_]
 Successors = list[tuple[int, Lanes]]
@@ -28,6 +38,12 @@ def decode_control(machine: Machine, barriers: Barriers, pc: int) -> Terminator:
             end = _exit(site, barriers)
         case "trap":
             end = _trap(site)
+        case "mbarrier":
+            end = wait_for_phase(site)
+        case "wgmma":
+            end = decode_wgmma(site)
+        case "barrier" if site.words[:1] == ["cluster"]:
+            end = cluster_barrier(site)
         case _:
             end = _barrier(site, barriers)
     return _guarded(site, end)
@@ -35,8 +51,8 @@ def decode_control(machine: Machine, barriers: Barriers, pc: int) -> Terminator:
 
 def _guarded(site: Site, end: Terminator) -> Terminator:
     guard = guard_row(site)
-    check = initialisation_check(site)
-    guard_check = initialisation_check(site, guard_only=True)
+    check = initialisation_check(site, source_registers(site))
+    guard_check = initialisation_check(site, guard_registers(site))
     following = site.pc + 1
 
     def guarded(mask: Lanes) -> Successors:
@@ -77,7 +93,9 @@ def _branch(site: Site) -> Terminator:
 
 def _exit(site: Site, barriers: Barriers) -> Terminator:
     def leave(mask: Lanes) -> Successors:
-        return barriers.leave(mask)
+        onward = barriers.leave(mask)
+        site.machine.bulk_copies.check_exit(site.pc, mask)
+        return onward
 
     return leave
 
@@ -141,6 +159,8 @@ class Barriers:
         self.arrived = np.zeros((16, machine.slots), np.int64)
         self.arrived_warps = np.zeros((16, machine.slots, machine.warps), np.bool_)
         self.expected = np.zeros((16, machine.slots), np.int64)  # 0: all live threads of the block
+        self.handed: dict[tuple[int, int], Clock] = {}
+        """By barrier and slot: what warps that have arrived without waiting hand on."""
         self.resume = np.zeros(machine.lanes, np.int64)
         self.released: Successors = []
         """Lanes that barriers have let go since the scheduler last looked, with the pc where each goes on."""
@@ -151,7 +171,8 @@ class Barriers:
         self.arrived[:] = 0
         self.arrived_warps[:] = False
         self.expected[:] = 0
-        self._refresh()
+        self.handed.clear()
+        self.machine.clocks_moved()
 
     def by_slot(self, mask: Lanes) -> npt.NDArray[np.int64]:
         return np.add.reduce(mask.reshape(self.machine.slots, -1), axis=1, dtype=np.int64)
@@ -173,15 +194,25 @@ class Barriers:
             lanes = mask if ids.ndim == 0 else mask & (ids == barrier)
             self._expect(site, barrier, lanes, counts)
             self.arrived[barrier] += self.by_slot(lanes)
-            self.arrived_warps[barrier] |= lanes.reshape(self.machine.slots, -1, WARP).any(axis=2)
             if waits:
+                self.arrived_warps[barrier] |= lanes.reshape(self.machine.slots, -1, WARP).any(axis=2)
                 self.waiting[barrier] |= lanes
                 self.resume[lanes] = site.pc + 1
             else:
+                self._hand_on(barrier, lanes)
                 onward.append((site.pc + 1, lanes))
             self._complete(barrier, reduction, site)
-        self._refresh()
+        self.machine.clocks_moved()
         return onward
+
+    def _hand_on(self, barrier: int, mask: Lanes) -> None:
+        """What these threads do after their arrival is no part of what the barrier orders."""
+        machine = self.machine
+        lanes = np.flatnonzero(mask)
+        for warp in np.unique(lanes // WARP).tolist():
+            handed = machine.hand_on(lanes[lanes // WARP == warp])
+            before = self.handed.get((barrier, warp // machine.warps))
+            self.handed[barrier, warp // machine.warps] = handed if before is None else join(before, handed)
 
     def _expect(self, site: Site, barrier: int, lanes: Lanes, counts: Array | None) -> None:
         if counts is None:
@@ -214,7 +245,8 @@ class Barriers:
         lanes = self.waiting[barrier] & full[self.machine.slot_of]
         leaving = lanes.reshape(self.machine.slots, -1, WARP).any(axis=2)
         slots = np.flatnonzero(full)
-        self.machine.clocks.barrier(slots, self.arrived_warps[barrier, slots], leaving[slots])
+        handed = {slot: self.handed.pop((barrier, slot)) for slot in slots.tolist() if (barrier, slot) in self.handed}
+        self.machine.clocks.barrier(slots, self.arrived_warps[barrier, slots], leaving[slots], handed)
         if reduction is not None:
             for slot in slots:
                 reduction(lanes & (self.machine.slot_of == slot))
@@ -227,16 +259,15 @@ class Barriers:
 
     def leave(self, mask: Lanes) -> Successors:
         """Threads exit: barriers that wait for all live threads may complete."""
-        self.machine.alive &= ~mask
+        machine = self.machine
+        machine.alive &= ~mask
         for barrier in np.flatnonzero(self.arrived.any(axis=1)).tolist():
             self._complete(barrier, None, None)
-        self._refresh()
+        if machine.cluster > 1:
+            machine.clusters.check_exit(mask)
+            machine.clusters.complete()
+        machine.clocks_moved()
         return []
-
-    def _refresh(self) -> None:
-        live = np.logical_or.reduce(self.machine.alive.reshape(self.machine.slots, -1, WARP), axis=2)
-        self.machine.clocks.refresh(live)
-        self.machine.shared_shadow.step()
 
     def deadlock_report(self) -> str:
         """Who waits for what, one line for each barrier and block."""
@@ -269,14 +300,3 @@ def warp_sync(site: Site) -> Step:
         machine.shared_shadow.step()
 
     return step
-
-
-@instruction("nanosleep")
-def nanosleep(site: Site) -> Step:
-    return lambda mask: None
-
-
-@instruction("griddepcontrol.wait", "griddepcontrol.launch_dependents")
-def dependent_launch(site: Site) -> Step:
-    """One kernel runs after the other."""
-    return lambda mask: None

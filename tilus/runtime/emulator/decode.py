@@ -123,6 +123,8 @@ class Site:
             case Symbol(name) if name in self.machine.shared_symbols:
                 address = self.machine.shared.address_of(self.machine.shared_symbols[name])
                 return np.asarray(address).astype(DTYPES[type_name])
+            case Symbol(name) if name in self.machine.param_symbols and DTYPES[type_name] is np.uint64:
+                return np.asarray(self.machine.param_symbols[name], np.uint64)
             case Imm() | FloatImm():
                 return self._constant(operand, type_name)
             case _:

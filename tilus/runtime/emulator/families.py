@@ -7,20 +7,27 @@ from tilus.runtime.emulator import (
     async_instructions,
     atomics,
     bits,
+    bulk_instructions,
+    cluster_instructions,
     control,
     convert,
     floating,
+    hints,
     matrix,
+    mbarrier_instructions,
     memory,
     predicates,
+    tensor_instructions,
     warp,
 )
 from tilus.runtime.emulator.decode import HANDLERS, Handler, Site, Step
 from tilus.runtime.emulator.guards import with_guard, with_initialisation
 from tilus.runtime.emulator.machine import Machine
+from tilus.runtime.emulator.wgmma import with_wgmma_registers
 
 FAMILIES = (
-    alu, async_instructions, atomics, bits, control, convert, floating, matrix, memory, predicates, warp
+    alu, async_instructions, atomics, bits, bulk_instructions, cluster_instructions, control, convert, floating, hints, matrix,
+    mbarrier_instructions, memory, predicates, tensor_instructions, warp,
 )  # fmt: skip
 
 
@@ -31,12 +38,12 @@ def decode(machine: Machine, pc: int) -> Step:
     """
     site = Site(machine, pc)
     handler = _handler(site)
-    return with_guard(site, with_initialisation(site, handler(site)))
+    return with_guard(site, with_wgmma_registers(site, with_initialisation(site, handler(site))))
 
 
 def _handler(site: Site) -> Handler:
     words = [site.name, *site.words]
-    for count in (3, 2, 1):
+    for count in (5, 4, 3, 2, 1):
         handler = HANDLERS.get(".".join(words[:count]))
         if handler is not None:
             return handler

@@ -6,7 +6,7 @@ import numpy as np
 
 from tilus.ptx.module import Reg
 from tilus.runtime.emulator.decode import Array, Mask, Site, Step
-from tilus.runtime.emulator.program import written
+from tilus.runtime.emulator.program import accumulators, read, written
 
 
 def guard_row(site: Site) -> tuple[Array, bool] | None:
@@ -20,7 +20,7 @@ def with_guard(site: Site, step: Step) -> Step:
     if guard is None:
         return step
     row, negated = guard
-    check = initialisation_check(site, guard_only=True)
+    check = initialisation_check(site, guard_registers(site))
 
     def guarded(mask: Mask) -> None:
         if check is not None:
@@ -33,11 +33,20 @@ def with_guard(site: Site, step: Step) -> Step:
     return guarded
 
 
-def initialisation_check(site: Site, *, guard_only: bool = False) -> Step | None:
-    """A step that raises when an executing lane reads a register that it has not written; None when none can."""
-    guards = {site.instr.guard.reg} if site.instr.guard else set[Reg]()
+def guard_registers(site: Site) -> frozenset[Reg]:
+    return frozenset({site.instr.guard.reg}) if site.instr.guard else frozenset()
+
+
+def source_registers(site: Site) -> frozenset[Reg]:
+    """What the instruction reads always when it executes."""
+    return read(site.instr) - guard_registers(site) - accumulators(site.instr)
+
+
+def initialisation_check(site: Site, sources: frozenset[Reg]) -> Step | None:
+    """A step that raises when an executing lane reads one of these registers and has not written it; None when none
+    can."""
     unproven = site.machine.program.unproven.get(site.pc, frozenset())
-    regs = [reg for reg in unproven if (reg in guards) == guard_only]
+    regs = sorted(unproven & sources, key=lambda reg: (reg.cls.value, reg.index))
     if not regs:
         return None
     flags = [(reg, site.machine.initialised[reg]) for reg in regs]
@@ -69,7 +78,7 @@ def mark_initialised(site: Site) -> Step | None:
 
 
 def with_initialisation(site: Site, step: Step) -> Step:
-    check, mark = initialisation_check(site), mark_initialised(site)
+    check, mark = initialisation_check(site, source_registers(site)), mark_initialised(site)
     if check is None and mark is None:
         return step
 

@@ -12,17 +12,26 @@ import numpy as np
 import numpy.typing as npt
 
 from tilus.ptx.module import Kernel, RegClass
+from tilus.runtime.emulator.arguments import param_offsets
 from tilus.runtime.emulator.async_copy import AsyncCopies
+from tilus.runtime.emulator.bulk_copy import BulkCopies
+from tilus.runtime.emulator.clocks import MAX_THREADS, Clock, WarpClocks
+from tilus.runtime.emulator.cluster import Clusters
 from tilus.runtime.emulator.errors import EmulatorError
+from tilus.runtime.emulator.mbarrier import Mbarriers
 from tilus.runtime.emulator.memory_space import MemorySpace
 from tilus.runtime.emulator.program import Program, read, written
-from tilus.runtime.emulator.shadow import GlobalShadow, SharedShadow, WarpClocks
+from tilus.runtime.emulator.shadow import GlobalShadow, SharedShadow
 from tilus.runtime.emulator.stats import Profile
+from tilus.runtime.emulator.wgmma_pending import Wgmmas
 
 WARP = 32
 SHARED_BASE = 0x400
 # Where the shared window appears in the generic address space; any place that global buffers never reach.
 SHARED_WINDOW = 0x7F00_0000_0000_0000
+PARAM_BASE = 0x240
+# Where the parameter space appears in the generic address space.
+PARAM_WINDOW = 0x7E00_0000_0000_0000
 _REGISTER_DTYPE = {RegClass.B16: np.uint16, RegClass.B32: np.uint32, RegClass.B64: np.uint64}
 Array = npt.NDArray[Any]
 
@@ -41,8 +50,12 @@ class Machine:
         dynamic_shared_nbytes: int,
         granules: tuple[int, int],
         rng: np.random.Generator,
+        random_times: bool,
+        cluster: int,
     ) -> None:
-        """granules: bytes per unit in which (shared, global) accesses are tracked."""
+        """granules: bytes per unit in which (shared, global) accesses are tracked. random_times: whether asynchronous
+        operations happen at random times or when they are waited for. cluster: blocks of a cluster, along x; slots is a
+        multiple of it."""
         self.program, self.memory, self.params, self.grid = program, memory, params, grid
         self.num_threads, self.slots, self.rng = num_threads, slots, rng
         self.warps = -(-num_threads // WARP)
@@ -51,16 +64,30 @@ class Machine:
         self.slot_of = lane // (self.warps * WARP)
         self.thread_of = lane % (self.warps * WARP)
         self.warp_of = self.thread_of // WARP
+        self.cluster = cluster
+        self.rank_of = self.slot_of % cluster
+        self.agent_of = self.rank_of * MAX_THREADS + self.thread_of
+        self.column_of = self.rank_of * self.warps + self.warp_of  # of the lane's warp, among the clocks
         self.all_lanes = lane
         self.alive = np.zeros(self.lanes, np.bool_)
         self.block_ids = np.full(slots, -1, np.int64)
+        self.param_symbols = {
+            param.name: PARAM_BASE + offset
+            for param, offset in zip(program.kernel.params, param_offsets(program.kernel), strict=True)
+        }
         self.shared_symbols, sizes = _place_shared(program.kernel, dynamic_shared_nbytes)
         self.shared = MemorySpace(SHARED_BASE, 16, sizes, copies=slots)
         self.shared_origin = self.slot_of * self.shared.nbytes
-        self.clocks = WarpClocks(slots, self.warps)
+        self.clocks = WarpClocks(slots, self.warps, cluster)
         self.shared_shadow = SharedShadow(self, granules[0])
         self.global_shadow = GlobalShadow(self, granules[1])
         self.async_copies = AsyncCopies(self)
+        self.mbarriers = Mbarriers(self)
+        self.bulk_copies = BulkCopies(self)
+        self.leadership = rng.spawn(1)[0].permuted(np.tile(np.arange(WARP), (self.lanes // WARP, 1)), axis=1)
+        """[warps, 32]: of the lanes that take part in an election, the one with the highest number leads."""
+        self.clusters = Clusters(self)
+        self.wgmmas = Wgmmas(self, random_times=random_times)
         self.profile: Profile | None = None
         self.special = self._special_registers()
         self.regs = {cls: np.zeros((count, self.lanes), dtype) for cls, count, dtype in _register_files(program)}
@@ -77,6 +104,7 @@ class Machine:
         x, y, _ = self.grid
         for axis, values in zip("xyz", (block % x, block // x % y, block // (x * y)), strict=True):
             self.special[f"%ctaid.{axis}"][:] = values
+            self.special[f"%clusterid.{axis}"][:] = values // self.cluster if axis == "x" else values
         for cls, file in self.regs.items():
             file.view(np.uint8)[...] = 0xFF if cls is not RegClass.PRED else 1
         for flags in self.initialised.values():
@@ -86,7 +114,23 @@ class Machine:
         self.shared_shadow.reset()
         self.global_shadow.next_wave()
         self.async_copies.reset()
+        self.mbarriers.reset()
+        self.bulk_copies.reset()
+        self.wgmmas.reset()
+        self.clusters.reset()
         self.alive = (block >= 0) & (self.thread_of < self.num_threads)
+
+    def hand_on(self, lanes: npt.NDArray[np.int64]) -> Clock:
+        """The clock that these threads of one warp release: what is ordered before this moment for them."""
+        slot, warp = int(self.slot_of[lanes[0]]), int(self.warp_of[lanes[0]])
+        self.shared_shadow.hold_back(slot, warp, lanes)
+        return self.clocks.release(slot, warp, lanes)
+
+    def clocks_moved(self) -> None:
+        """Bring what depends on the clocks of the warps up to date."""
+        live = np.logical_or.reduce(self.alive.reshape(self.slots, -1, WARP), axis=2)
+        self.clocks.refresh(live)
+        self.shared_shadow.step()
 
     def _special_registers(self) -> dict[str, Array]:
         lane = (self.thread_of % WARP).astype(np.uint32)
@@ -111,13 +155,20 @@ class Machine:
             "%tid.x": self.thread_of.astype(np.uint32),
             "%tid.y": zero,
             "%tid.z": zero,
-            "%cluster_ctarank": zero,
+            "%cluster_ctarank": self.rank_of.astype(np.uint32),
+            "%cluster_nctarank": zero + np.uint32(self.cluster),
+            "%is_explicit_cluster": np.full(self.lanes, self.cluster > 1),
         }
         special |= {f"%lanemask_{name}": mask for name, mask in bits.items()}
         for axis in "xyz":
             special[f"%ntid.{axis}"] = zero + np.uint32(self.num_threads if axis == "x" else 1)
             special[f"%nctaid.{axis}"] = zero + np.uint32(grid[axis])
             special[f"%ctaid.{axis}"] = zero.copy()
+            along = self.cluster if axis == "x" else 1
+            special[f"%clusterid.{axis}"] = zero.copy()
+            special[f"%nclusterid.{axis}"] = zero + np.uint32(grid[axis] // along)
+            special[f"%cluster_nctaid.{axis}"] = zero + np.uint32(along)
+            special[f"%cluster_ctaid.{axis}"] = self.rank_of.astype(np.uint32) if axis == "x" else zero
         return special
 
     def _dynamic_nbytes(self) -> int:

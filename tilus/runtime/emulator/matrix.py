@@ -13,11 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from tilus.ptx.module import Operand, Vector
-from tilus.runtime.emulator.convert import decode_fp8
 from tilus.runtime.emulator.decode import Array, Mask, Site, Step, instruction
 from tilus.runtime.emulator.machine import WARP
+from tilus.runtime.emulator.matrix_elements import DECODERS, NBITS, encode
 from tilus.runtime.emulator.memory import Access, elements_of, write_checked
-from tilus.runtime.emulator.rounding import bf16_to_f32, f64_to_f16, f64_to_f32
 
 Coordinates = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 Warps = npt.NDArray[np.int64]
@@ -127,32 +126,12 @@ def move_matrix(site: Site) -> Step:
 
 
 # mma.sync
-_DECODERS: dict[str, Callable[[Array], Array]] = {
-    "f16": lambda bits: bits.view(np.uint16).view(np.float16).astype(np.float64),
-    "bf16": lambda bits: bf16_to_f32(bits.view(np.uint16)).astype(np.float64),
-    "tf32": lambda bits: (bits & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64),
-    "s8": lambda bits: bits.view(np.int8).astype(np.float64),
-    "u8": lambda bits: bits.view(np.uint8).astype(np.float64),
-    "s4": lambda bits: ((_nibbles(bits) ^ 8).astype(np.int8) - 8).astype(np.float64),
-    "u4": lambda bits: _nibbles(bits).astype(np.float64),
-    "e4m3": lambda bits: decode_fp8(bits.view(np.uint8), 4, 3),
-    "e5m2": lambda bits: decode_fp8(bits.view(np.uint8), 5, 2),
-    "f32": lambda bits: bits.view(np.float32).astype(np.float64),
-    "s32": lambda bits: bits.view(np.int32).astype(np.float64),
-}
-_NBITS = {"f16": 16, "bf16": 16, "tf32": 32, "s8": 8, "u8": 8, "s4": 4, "u4": 4, "e4m3": 8, "e5m2": 8}
-_MMA_TYPES = (*_NBITS, "f32", "s32")
+_MMA_TYPES = (*NBITS, "f32", "s32")
 # Types of A and B that go together, and of C and D with them (PTX ISA, "mma": the tables of .atype, .btype, .ctype, .dtype).
 _COMBINATIONS = (
     (("f16",), ("f16", "f32")), (("bf16",), ("f32",)), (("tf32",), ("f32",)),
     (("s8", "u8"), ("s32",)), (("s4", "u4"), ("s32",)), (("e4m3", "e5m2"), ("f32",)),
 )  # fmt: skip
-
-
-def _nibbles(bits: Array) -> Array:
-    """Four-bit codes, the lowest of a byte first."""
-    octets = bits.view(np.uint8)
-    return np.stack([octets & 15, octets >> 4], axis=-1).reshape(*octets.shape[:-1], -1)
 
 
 @instruction("mma.sync")
@@ -166,13 +145,13 @@ def multiply_accumulate(site: Site) -> Step:
     shape = f"m16n8k{match.group(1)}" if match else ""
     for word in site.words:
         if word not in ("sync", "aligned", "row", "col", "satfinite", shape, *_MMA_TYPES):
-            raise site.unsupported(f"modifier .{word}", f"m16n8 shapes of {', '.join(_NBITS)} are modelled")
+            raise site.unsupported(f"modifier .{word}", f"m16n8 shapes of {', '.join(NBITS)} are modelled")
     if match is None or len(words) != 4:
         raise site.unsupported("the shape or the types")
     d_type, a_type, b_type, c_type = words
     if not any({a_type, b_type} <= set(ab) and {c_type, d_type} <= set(cd) for ab, cd in _COMBINATIONS):
         raise site.unsupported("the combination of types")
-    depth, nbits = int(match.group(1)), _NBITS[a_type]
+    depth, nbits = int(match.group(1)), NBITS[a_type]
     if depth * nbits not in (128, 256):
         raise site.unsupported(f"depth {depth} of .{a_type} and .{b_type}")
     read_a = _operand(site, 1, depth * nbits // 64, fragment_a(16, depth, nbits), a_type)
@@ -196,7 +175,7 @@ def _operand(
     if len(registers) != count:
         raise site.fault(f"operand {index} has {len(registers)} registers, expected {count}")
     rows = [_warp_rows(site, register) for register in registers]
-    decode = _DECODERS[type_name]
+    decode = DECODERS[type_name]
     # Where each matrix element sits in the [registers, 32 lanes * pieces] words of a warp.
     shape = (int(coordinates[0].max()) + 1, int(coordinates[1].max()) + 1)
     per = coordinates[0].shape[1] // count
@@ -226,17 +205,8 @@ def _result(site: Site, type_name: str) -> Callable[[Warps, Array], None]:
     outs = [site.target(register, "b32").reshape(-1, WARP) for register in registers]
     saturate = site.has("satfinite")
 
-    def encode(values: Array) -> Array:
-        if type_name == "f16":
-            return np.ascontiguousarray(f64_to_f16(values)).view(np.uint32)
-        if type_name == "f32":
-            return f64_to_f32(values).view(np.uint32)
-        limits = np.iinfo(np.int32)
-        integers = np.clip(values, limits.min, limits.max) if saturate else values
-        return integers.astype(np.int64).astype(np.uint32)
-
     def write(warps: Warps, values: Array) -> None:
-        words = encode(values)
+        words = encode(values, type_name, saturate=saturate)
         for index, out in enumerate(outs):
             out[warps] = words[..., index]
 

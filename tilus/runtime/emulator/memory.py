@@ -11,13 +11,15 @@ import numpy.typing as npt
 
 from tilus.ptx.module import Address, Instr, Operand, Reg, Special, Symbol, Vector
 from tilus.runtime.emulator.arguments import param_offsets
+from tilus.runtime.emulator.cluster import RANK_SHIFT, rank_field
 from tilus.runtime.emulator.decode import DTYPES, Array, Mask, Site, Step, instruction
 from tilus.runtime.emulator.errors import RaceError
 from tilus.runtime.emulator.machine import SHARED_WINDOW
 from tilus.runtime.emulator.memory_space import MemorySpace
 
 Lanes = npt.NDArray[np.int64]
-SPACES = ("global", "shared", "shared::cta", "param", "const", "local")
+SPACES = ("global", "shared", "shared::cta", "shared::cluster", "param", "const", "local")
+_SHARED = ("shared", "shared::cta", "shared::cluster")
 _HINTS = (
     "ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc", "weak", "volatile", "relaxed", "acquire", "release", "cta",
     "cluster", "gpu", "sys", "v2", "v4", "v8", "L1::evict_normal", "L1::evict_unchanged", "L1::evict_first",
@@ -32,10 +34,14 @@ def access_nbytes(instr: Instr) -> tuple[tuple[str, ...], int]:
     base, *words = instr.opcode.split(".")
     if base in ("ldmatrix", "stmatrix"):
         return ("shared",), 16
+    if base == "mbarrier" or "mbarrier" in words:
+        return ("shared",), 8
     if base == "cp" and "async" in words and "bulk" not in words:
         size = instr.operands[2] if len(instr.operands) > 2 else None
         nbytes = getattr(size, "value", 4)
         return ("shared",), nbytes if nbytes in (4, 8, 16) else 4
+    if base == "cp" and "bulk" in words:
+        return ("shared", "global"), 16
     if base not in ("ld", "ldu", "st", "atom", "red"):
         return (), 16
     nbits = [int(match.group(1)) for word in words if (match := re.fullmatch(r"[busf](8|16|32|64|128)", word))]
@@ -47,13 +53,27 @@ def access_nbytes(instr: Instr) -> tuple[tuple[str, ...], int]:
 
 
 class Access:
-    """Where a memory operand points, for the lanes of a mask, checked for bounds and alignment."""
+    """Where a memory operand points, for the lanes of a mask, checked for bounds and alignment.
 
-    def __init__(self, site: Site, operand: Operand, space: str | None, nbytes: int, align: int | None = None) -> None:
+    by_warp: whether it is an access of a warp, as the statistics count them. asynchronous: whether it happens later; who
+    waits for it is checked elsewhere.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        operand: Operand,
+        space: str | None,
+        nbytes: int,
+        align: int | None = None,
+        *,
+        by_warp: bool = True,
+        asynchronous: bool = False,
+    ) -> None:
         if not isinstance(operand, Address):
             raise site.fault(f"memory operand {operand}, expected an address in brackets")
         self.site, self.space, self.nbytes, self.align = site, space, nbytes, align or nbytes
-        self.offset = operand.offset
+        self.offset, self.by_warp, self.asynchronous = operand.offset, by_warp, asynchronous
         self.base = self._base(operand.base)
 
     def _base(self, base: Reg | Symbol) -> Array:
@@ -68,7 +88,7 @@ class Access:
         row = self.site.row(base)
         if row.dtype.itemsize == 8:
             return row.view(np.int64)
-        if self.space in ("shared", "shared::cta") and row.dtype.itemsize == 4:
+        if self.space in _SHARED and row.dtype.itemsize == 4:
             return row
         raise self.site.fault(
             f"address register of {row.dtype.itemsize * 8} bits, expected 64 (or 32 for shared memory)"
@@ -77,22 +97,36 @@ class Access:
     def split(self, lanes: Lanes) -> list[tuple[bool, Lanes, Lanes]]:
         """(is shared, lanes, byte positions in the data of that space) for the accesses of these lanes."""
         addresses = self.base[lanes].astype(np.int64) + self.offset
-        if self.space in ("shared", "shared::cta"):
-            return [(True, lanes, self._locate(self.site.machine.shared, addresses, lanes, shared=True))]
+        if self.space in _SHARED:
+            return [(True, lanes, self._locate_shared(addresses, lanes))]
         memory = self.site.machine.memory
         in_window = addresses >= SHARED_WINDOW
         if self.space is None and in_window.any():
-            parts = [(True, lanes[in_window], addresses[in_window] - SHARED_WINDOW)]
-            if not in_window.all():
-                parts.append((False, lanes[~in_window], addresses[~in_window]))
-            machine = self.site.machine
-            return [
-                (shared, who, self._locate(machine.shared if shared else memory, where, who, shared=shared))
-                for shared, who, where in parts
-            ]
+            who = lanes[in_window]
+            shared = (True, who, self._locate_shared(addresses[in_window] - SHARED_WINDOW, who))
+            if in_window.all():
+                return [shared]
+            who = lanes[~in_window]
+            return [shared, (False, who, self._locate(memory, addresses[~in_window], who, shared=False))]
         return [(False, lanes, self._locate(memory, addresses, lanes, shared=False))]
 
+    def _locate_shared(self, addresses: Lanes, lanes: Lanes) -> Lanes:
+        """Positions in the data of all blocks. Addresses of other blocks are valid unless the space is shared::cta."""
+        machine = self.site.machine
+        ranks = rank_field(addresses)
+        if self.space in ("shared", "shared::cta") or not ranks.any():
+            return self._locate(machine.shared, addresses, lanes, shared=True) + machine.shared_origin[lanes]
+        if (ranks > machine.cluster).any():
+            index = int(np.flatnonzero(ranks > machine.cluster)[0])
+            self._fail(machine.shared, int(addresses[index]), int(lanes[index]), "address of no block of the cluster")
+        offsets = self._locate(machine.shared, addresses & (1 << RANK_SHIFT) - 1, lanes, shared=True)
+        own = machine.slot_of[lanes]
+        slots = np.where(ranks > 0, own - own % machine.cluster + ranks - 1, own)
+        machine.clusters.touch(self.site.pc, lanes, slots, remember=not self.asynchronous)
+        return offsets + slots * machine.shared.nbytes
+
     def _locate(self, space: MemorySpace, addresses: Lanes, lanes: Lanes, *, shared: bool) -> Lanes:
+        """Offsets in a space, after the checks."""
         offsets = addresses - space.base
         if (addresses & (self.align - 1)).any():
             index = int(np.flatnonzero(addresses & (self.align - 1))[0])
@@ -104,9 +138,9 @@ class Access:
             index = int(np.flatnonzero(outside)[0])
             self._fail(space, int(addresses[index]), int(lanes[index]), "access outside of every buffer")
         machine = self.site.machine
-        if machine.profile is not None and len(lanes):
+        if machine.profile is not None and self.by_warp and len(lanes):
             machine.profile.add(self.site.pc, offsets, self.nbytes, lanes, shared=shared)
-        return offsets + machine.shared_origin[lanes] if shared else offsets
+        return offsets
 
     def _fail(self, space: MemorySpace, address: int, lane: int, what: str) -> None:
         raise self.site.fault(
@@ -157,8 +191,10 @@ def load(site: Site) -> Step:
         for shared, lanes, where in access.split(site.lanes(mask)):
             if shared:
                 machine.shared_shadow.read(pc, where, size * count, lanes, strong=strong)
-            elif acquire:
-                machine.global_shadow.acquire(lanes)
+            else:
+                machine.bulk_copies.check_read(pc, where, size * count, lanes)
+                if acquire:
+                    machine.global_shadow.acquire(lanes)
             data = (machine.shared if shared else machine.memory).views[size]
             first = where >> shift
             for index, write in enumerate(writers):
@@ -273,10 +309,28 @@ def prefetch(site: Site) -> Step:
 
 @instruction("membar", "fence")
 def fence(site: Site) -> Step:
-    """Fences order this thread's accesses, which here happen in order anyway; they let a block acquire."""
+    """Fences order this thread's accesses, which here happen in order anyway; they let a block acquire.
+
+    A proxy fence makes what this thread has stored to shared memory visible to bulk copies and wgmma;
+    fence.mbarrier_init and proxy fences do so for the mbarriers it has initialised.
+    """
     site.allow(
-        "cta", "gl", "sys", "gpu", "cluster", "sc", "acq_rel", "acquire", "release", "proxy", "async", "async::generic",
-        "async::shared::cta", "async::global", "shared::cta", "alias", "mbarrier_init",
+        "cta", "gl", "sys", "gpu", "cluster", "sc", "acq_rel", "acquire", "release", "proxy", "async", "shared::cta",
+        "shared::cluster", "global", "alias", "mbarrier_init",
     )  # fmt: skip
     machine = site.machine
-    return lambda mask: machine.global_shadow.acquire(site.lanes(mask))
+    publishes = site.has("async") or site.has("mbarrier_init")
+    reaches_cluster = machine.cluster > 1 and not site.has("proxy") and site.one_of("cta", "gl") != "cta"
+    reaches_shared = site.has("async") and not site.has("global")
+
+    def step(mask: Mask) -> None:
+        lanes = site.lanes(mask)
+        machine.global_shadow.acquire(lanes)
+        if reaches_shared:
+            machine.shared_shadow.proxy.fence(lanes)
+        if publishes:
+            machine.mbarriers.publish(lanes)
+        if reaches_cluster:
+            machine.clusters.fence(lanes)
+
+    return step

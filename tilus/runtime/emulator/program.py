@@ -11,11 +11,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tilus.errors import TilusError
-from tilus.ptx.module import Address, Guard, Instr, Kernel, Label, LabelRef, Operand, Pair, Reg, Vector
+from tilus.ptx.module import Address, Guard, Instr, Kernel, Label, LabelRef, Operand, Pair, Reg, TensorAddress, Vector
 from tilus.ptx.parser import Source
 
 # Opcodes (without modifiers) that end a basic block.
-CONTROL = frozenset({"bra", "bar", "barrier", "exit", "ret", "trap"})
+CONTROL = frozenset({"bra", "bar", "barrier", "exit", "ret", "trap", "wgmma"})
 # Opcodes whose first operand is read although it may be a register.
 _NO_RESULT = frozenset({"bar", "barrier", "bra", "nanosleep", "st", "red", "cp", "setmaxnreg"})
 
@@ -78,7 +78,9 @@ def _find(source: Source, name: str | None) -> Kernel:
 
 
 def is_control(instr: Instr) -> bool:
-    """Whether an instruction ends a basic block."""
+    """Whether an instruction ends a basic block: it jumps, or its threads may have to wait there."""
+    if instr.opcode.startswith(("mbarrier.test_wait", "mbarrier.try_wait")):
+        return True
     return instr.opcode.partition(".")[0] in CONTROL and not instr.opcode.startswith("bar.warp")
 
 
@@ -99,7 +101,12 @@ def written(instr: Instr) -> frozenset[Reg]:
 def read(instr: Instr) -> frozenset[Reg]:
     sources = instr.operands if result_operand(instr) is None else instr.operands[1:]
     guards = [instr.guard] if instr.guard else []
-    return frozenset(_registers([*guards, *sources]))
+    return frozenset(_registers([*guards, *sources])) | accumulators(instr)
+
+
+def accumulators(instr: Instr) -> frozenset[Reg]:
+    """Registers that the instruction may read as well as write: D of wgmma."""
+    return written(instr) if instr.opcode.startswith("wgmma.mma_async") else frozenset()
 
 
 def _registers(operands: Iterable[Operand]) -> Iterable[Reg]:
@@ -109,6 +116,8 @@ def _registers(operands: Iterable[Operand]) -> Iterable[Reg]:
                 yield operand
             case Address(base=Reg() as reg) | Guard(reg=reg):
                 yield reg
+            case TensorAddress(map=base, coordinates=coordinates):
+                yield from _registers((base, coordinates))
             case Vector(elements=elements):
                 yield from (element for element in elements if isinstance(element, Reg))
             case Pair(first=first, second=second):

@@ -117,7 +117,10 @@ def active_mask(site: Site) -> Step:
 
 @instruction("elect.sync")
 def elect(site: Site) -> Step:
-    """elect.sync d|p, membermask: the leader (here the lowest executing lane) and whether this lane is it."""
+    """elect.sync d|p, membermask: the leader and whether this lane is it.
+
+    The ISA says only that the same member mask gives the same leader: here it is any of the lanes, drawn at the start.
+    """
     site.allow("sync")
     target = site.operands[0]
     if not isinstance(target, Pair):
@@ -126,7 +129,8 @@ def elect(site: Site) -> Step:
 
     def step(mask: Mask) -> None:
         site.check_members(mask, members)
-        leader = np.repeat(_by_warp(site, mask).argmax(axis=1), WARP)
+        rank = np.where(_by_warp(site, mask), site.machine.leadership, -1)
+        leader = np.repeat(rank.argmax(axis=1), WARP)
         where = True if mask is None else mask
         np.copyto(out, leader.astype(np.uint32), where=where)
         np.copyto(leads, leader == np.arange(leader.size) % WARP, where=where)

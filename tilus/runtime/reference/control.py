@@ -186,7 +186,7 @@ def _roles(roles: tuple[Role, ...], uses: Uses) -> Runner:
     compiled = [(role, _compile(role.body, uses)) for role in roles]
 
     def run(s: BlockState) -> None:
-        run_side_by_side([(str(role), _role(role, body, s)) for role, body in compiled])
+        run_side_by_side([(str(role), _role(role, body, s)) for role, body in compiled], s.turn)
 
     return run
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from tilus.ir.expr import BlockId, Expr, Var, walk
 from tilus.ir.function import Function
+from tilus.ir.instruction import Instruction
 from tilus.ir.stmt import Inst, Role
 from tilus.ir.tensor import GlobalTensor, RegisterTensor
 from tilus.ir.visit import instructions
@@ -23,6 +24,7 @@ from tilus.ir.visit import walk as walk_statements
 from tilus.runtime.reference.access import View
 from tilus.runtime.reference.affine import Extents
 from tilus.runtime.reference.arguments import bind
+from tilus.runtime.reference.cluster import Cluster
 from tilus.runtime.reference.control import Runner, compile_body
 from tilus.runtime.reference.scalars import Compiled, compile_scalar
 from tilus.runtime.reference.state import BlockState, TileType
@@ -37,8 +39,8 @@ class Program:
 
     scalars: closures of the instructions' scalar operands, by id. fixed: tensors whose place and shape are the same for
     the whole launch. written: pointers that it writes through. ordered: blocks may talk to each other, so that chunks
-    must not run side by side. alone: it has roles or barriers, so that each block runs by itself. tiles: shape and numpy
-    dtype of every tile. tile_nbytes: the largest tile of one block.
+    must not run side by side. alone: it has roles or barriers, or reaches other blocks, so that each block runs by
+    itself. tiles: shape and numpy dtype of every tile. tile_nbytes: the largest tile of one block.
     """
 
     run: Runner
@@ -68,6 +70,7 @@ def run_reference(
 
     Raises: TilusError for unfit arguments and for mistakes in the kernel, at the user's line.
     """
+    fn.check_grid(grid)
     program = _programs.get(fn)
     if program is None:
         program = _programs[fn] = _compile(fn)
@@ -76,10 +79,20 @@ def run_reference(
 
     def run(chunk: tuple[Extents, Extents]) -> None:
         with np.errstate(all="ignore"):  # GPUs do not trap: inf and NaN are values
-            program.run(BlockState(program, binding, views, grid, *chunk))
+            first, extents = chunk
+            if program.alone and fn.cluster > 1:
+                x, y, z = first
+                places = [(x * fn.cluster + rank, y, z) for rank in range(fn.cluster)]
+                Cluster([BlockState(program, binding, views, grid, place, extents) for place in places]).run(
+                    program.run
+                )
+            else:
+                program.run(BlockState(program, binding, views, grid, first, extents))
 
-    most = 1 if program.alone else max(1, max_chunk_nbytes // program.tile_nbytes)
-    chunks = list(_chunks(grid, most))
+    if program.alone:  # each block, or those of a cluster
+        chunks = list(_chunks((grid[0] // fn.cluster, *grid[1:]), 1))
+    else:
+        chunks = list(_chunks(grid, max(1, max_chunk_nbytes // program.tile_nbytes)))
     threads = min(len(chunks), max_threads or _cpu_count())
     if threads <= 1 or program.ordered:
         for chunk in chunks:
@@ -146,10 +159,18 @@ def _compile(fn: Function) -> Program:
         fixed=frozenset(t for t in tensors if _is_fixed(t, given)),
         written=frozenset(written),
         ordered=ordered,
-        alone=any(isinstance(s, Role) or (isinstance(s, Inst) and s.inst.arrivals()) for s in walk_statements(fn.body)),
+        alone=any(
+            isinstance(s, Role) or (isinstance(s, Inst) and _meets_others(s.inst)) for s in walk_statements(fn.body)
+        ),
         tiles=tiles,
         tile_nbytes=max([1, *(math.prod(shape) * dtype.itemsize for shape, dtype in tiles.values())]),
     )
+
+
+def _meets_others(inst: Instruction) -> bool:
+    """Whether it needs others, roles or blocks, that come to it at a time of their own."""
+    effects = inst.effects()
+    return bool(inst.arrivals()) or effects.remote or effects.cluster_barrier
 
 
 def _is_fixed(tensor: GlobalTensor, given: frozenset[Var]) -> bool:

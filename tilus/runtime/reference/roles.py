@@ -2,7 +2,7 @@
 
 A role runs in a thread of its own, which is what Python has for code that stops in the middle of nested calls; a role that waits
 hands over to the block's own thread, which picks the next in turn. So exactly one runs at any time, in an order that is the same
-in every run.
+in every run. The blocks of a cluster take turns in the same way, and each of them may have roles.
 """
 
 from __future__ import annotations
@@ -37,13 +37,17 @@ class Turn:
 
         Raises: TilusError with `what` when nobody else can go on.
         """
+        if not self.pause(ready):
+            raise TilusError(what())
+
+    def pause(self, ready: Callable[[], bool]) -> bool:
+        """The same; False when nobody else can go on."""
         self.ready = ready
         self._back.release()
         self._go.acquire()
         if self._cancelled:
             raise _Cancelled
-        if self._stuck:
-            raise TilusError(what())
+        return not self._stuck
 
     def resume(self) -> None:
         """Called by the block: let the role run until it waits or ends."""
@@ -76,18 +80,25 @@ class Turn:
         self._back.release()
 
 
-def run_side_by_side(roles: Sequence[tuple[str, Callable[[Turn], None]]]) -> None:
+def run_side_by_side(
+    roles: Sequence[tuple[str, Callable[[Turn], None]]], block: Turn | None = None, *, who: str = "roles"
+) -> None:
     """Run roles, given by name, until all are at their end.
+
+    block: the turn of their block, where others may help them on. who: what they are, when not roles.
 
     Raises: TilusError for a mistake in one of them, and when all that are left wait.
     """
     turns = [Turn(name, run) for name, run in roles]
+
+    def able() -> list[Turn]:
+        return [turn for turn in turns if not turn.finished and turn.ready()]
+
     try:
         while not all(turn.finished for turn in turns):
-            able = [turn for turn in turns if not turn.finished and turn.ready()]
-            if not able:
-                raise _deadlock(turns)
-            for turn in able:
+            if not able() and (block is None or not block.pause(lambda: bool(able()))):
+                raise _deadlock(turns, who)
+            for turn in able():
                 if turn.ready():
                     turn.resume()
                 if turn.error is not None:
@@ -97,16 +108,17 @@ def run_side_by_side(roles: Sequence[tuple[str, Callable[[Turn], None]]]) -> Non
             turn.cancel()
 
 
-def _deadlock(turns: Sequence[Turn]) -> TilusError:
+def _deadlock(turns: Sequence[Turn], who: str) -> TilusError:
     notes: list[Note] = []
     for turn in turns:
         if turn.finished:
             notes.append(Note(f"{turn.name}: at the end", None))
         else:
             error = turn.give_up()
-            notes.append(Note(f"{turn.name}: {error.message}", error.loc))
+            own = [] if error.notes else [Note(error.message, error.loc)]
+            notes += [Note(f"{turn.name}: {note.message}", note.loc) for note in (*own, *error.notes)]
     return TilusError(
-        "the roles wait for each other, and nobody can go on",
+        f"the {who} wait for each other, and nobody can go on",
         notes=notes,
         hint="every phase needs its arrivals; a consumer starts with phase 0, a producer that waits for free stages with 1",
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from tilus.runtime.reference.mask import Mask
 from tilus.runtime.reference.roles import Turn
 from tilus.runtime.reference.scalars import Compiled, compile_scalar
 from tilus.runtime.reference.shared import SharedMemory
+
+if TYPE_CHECKING:
+    from tilus.runtime.reference.cluster import Cluster
 
 TileType = tuple[tuple[int, ...], np.dtype[Any]]
 
@@ -45,7 +48,8 @@ class Compilation(Protocol):
 class BlockState:
     """Blocks `first` to `first + extents` of a grid in lock step; one that has barriers runs alone.
 
-    num_threads: of the block, or of the role that runs. turn: of that role. mask: which of the blocks are active. broken,
+    num_threads: of the block, or of the role that runs. cluster: of the block, where it is not alone. turn: of the role, or of
+    the block in its cluster. mask: which of the blocks are active. broken,
     continued: those that left the innermost loop, or its current iteration.
     """
 
@@ -73,6 +77,7 @@ class BlockState:
         self.broken: Mask = False
         self.continued: Mask = False
         self.num_threads = program.num_threads
+        self.cluster: Cluster | None = None
         self.turn: Turn | None = None
 
     def of_role(self, num_threads: int, turn: Turn) -> BlockState:
@@ -124,20 +129,20 @@ class BlockState:
 
     def load(
         self, tensor: GlobalTensor | SharedTensor, offsets: Sequence[Expr], shape: tuple[int, ...],
-        dims: tuple[int, ...], *, checked: bool,
+        dims: tuple[int, ...], *, checked: bool, block: Expr | None = None,
     ) -> Array:  # fmt: skip
         tile = self._tile(offsets, shape, dims, checked)
         if isinstance(tensor, SharedTensor):
-            return self._shared_memory(tensor).load(tile)
+            return self._block(block)._shared_memory(tensor).load(tile)
         return read(self._view(tensor), tile)
 
     def store(
         self, tensor: GlobalTensor | SharedTensor, offsets: Sequence[Expr], dims: tuple[int, ...], value: Array, *,
-        checked: bool,
+        checked: bool, block: Expr | None = None,
     ) -> None:  # fmt: skip
         tile = self._tile(offsets, value.shape[3:], dims, checked)
         if isinstance(tensor, SharedTensor):
-            self._shared_memory(tensor).store(tile, value)
+            self._block(block)._shared_memory(tensor).store(tile, value)
         else:
             write(self._writable_view(tensor), tile, value)
 
@@ -154,12 +159,15 @@ class BlockState:
         self._barriers.make(barrier, arrivals)
 
     def barrier_arrive(
-        self, barrier: SharedTensor, index: Expr, *, count: int = 1, nbytes: Expr | None = None
+        self, barrier: SharedTensor, index: Expr, *, count: int = 1, nbytes: Expr | None = None,
+        block: Expr | None = None,
     ) -> None:  # fmt: skip
-        self._barrier(barrier, index).arrive(count, 0 if nbytes is None else int(self.value(nbytes)))
+        self._barrier(barrier, index, block).arrive(count, 0 if nbytes is None else int(self.value(nbytes)))
 
-    def barrier_complete_bytes(self, barrier: SharedTensor, index: Expr, nbytes: Expr) -> None:
-        self._barrier(barrier, index).land(int(self.value(nbytes)))
+    def barrier_complete_bytes(
+        self, barrier: SharedTensor, index: Expr, nbytes: Expr, *, block: Expr | None = None
+    ) -> None:
+        self._barrier(barrier, index, block).land(int(self.value(nbytes)))
 
     def barrier_wait(self, barrier: SharedTensor, index: Expr, phase: Expr) -> None:
         place, parity = int(self.value(index)), int(self.value(phase))
@@ -178,8 +186,21 @@ class BlockState:
             )
         self.turn.wait(lambda: found.is_complete(parity), what)
 
-    def _barrier(self, barrier: SharedTensor, index: Expr) -> Barrier:
-        return self._barriers.at(barrier, int(self.value(index)))
+    def cluster_sync(self) -> None:
+        if self.cluster is None or self.turn is None:
+            raise TilusError("cluster_sync of a block that is alone, expected one of a cluster")
+        self.cluster.sync(self.turn)
+
+    def _barrier(self, barrier: SharedTensor, index: Expr, block: Expr | None) -> Barrier:
+        return self._block(block)._barriers.at(barrier, int(self.value(index)))
+
+    def _block(self, rank: Expr | None) -> BlockState:
+        """The block of that rank in the cluster; without a rank, this one."""
+        if rank is None:
+            return self
+        if self.cluster is None:
+            raise TilusError(f"access to block {rank} of the cluster of a block that is alone")
+        return self.cluster.block(int(self.value(rank)))
 
     def print(self, text: str) -> None:
         print(text)

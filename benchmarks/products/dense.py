@@ -1,0 +1,73 @@
+"""Products of matrices that are not quantised: `tilus.kernels.gemm`, y = x W^T, beside torch's."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from products.limits import product_us
+from products.run import Run, outputs_like
+from products.timing import ACTIVATIONS, in_turn
+from products.weights import Expected, expected
+
+SHAPES = ((8192, 8192, 8192), (4096, 4096, 4096), (1000, 4104, 4104), (333, 1000, 3000))  # M, N, K: the last two ragged
+DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "float8_e4m3": torch.float8_e4m3fn}
+PEAK_FACTOR = {"f16": 1.0, "bf16": 1.0, "float8_e4m3": 2.0}  # of the speed of bf16
+COLUMNS = {"M x N x K": 20, "type": 13, "us": 10, "torch": 10, "ratio": 8, "TFLOP/s": 9, "limit": 10}
+
+
+def is_available() -> bool:
+    """Whether this version of tilus has the kernel."""
+    return importlib.util.find_spec("tilus.kernels.gemm") is not None
+
+
+def rows(run: Run, shapes: Sequence[tuple[int, int, int]]) -> Iterator[dict[str, Any]]:
+    """A row for each shape and type; see gemm.py for its keys."""
+    for m, n, k in shapes:
+        for name in DTYPES:
+            if run.budget.exhausted:
+                return
+            yield row(run, m, n, k, name)
+
+
+def row(run: Run, m: int, n: int, k: int, name: str) -> dict[str, Any]:
+    from tilus.kernels import gemm
+
+    dtype = DTYPES[name]
+    out = torch.bfloat16 if dtype.itemsize == 1 else dtype
+    xs = [torch.randn(m, k, device="cuda").to(dtype) for _ in range(ACTIVATIONS)]
+    weights = run.copies_of((torch.randn(n, k, device="cuda") / k**0.5).to(dtype))
+    values = weights[0].float()
+    what = f"{name} {m} x {n} x {k}"
+
+    def timed(product: Any, roundings: int, who: str) -> tuple[float, dict[str, float]]:
+        wanted: list[Expected] = [
+            expected(x, lambda a, b: values[a:b].double(), n, out, roundings=roundings) for x in xs
+        ]
+        outputs = outputs_like(wanted, out)
+        return run.timer.checked_us(in_turn(product, xs, weights, outputs), outputs, wanted, f"{who}, {what}")
+
+    ours = run.attempt("us", lambda: timed(lambda x, w, y: gemm(x, w, out=y), 1, "tilus"))
+    peer = run.attempt("torch_us", lambda: timed(_torch_product(dtype), 4, "torch"))
+    us, torch_us = ours and ours[0], peer and peer[0]
+    return {
+        "M": m, "N": n, "K": k, "dtype": name, "us": us, **(ours[1] if ours else {"error": None, "rms": None}),
+        "torch_us": torch_us, "ratio": round(torch_us / us, 3) if us and torch_us else None,
+        "tflops": us and round(2 * m * n * k / us * 1e-6, 1),
+        "limit_us": round(product_us(n, k, m, run.tflops * PEAK_FACTOR[name]), 3), "failures": run.taken_failures(),
+    }  # fmt: skip
+
+
+def _torch_product(dtype: torch.dtype) -> Any:
+    if dtype.itemsize > 1:
+        return lambda x, w, y: torch.mm(x, w.T, out=y)
+    one = torch.ones((), device="cuda")
+    return lambda x, w, y: torch._scaled_mm(x, w.T, scale_a=one, scale_b=one, out_dtype=y.dtype, out=y)
+
+
+def cells(row: dict[str, Any]) -> list[Any]:
+    keys = ("dtype", "us", "torch_us", "ratio", "tflops", "limit_us")
+    return [f"{row['M']} x {row['N']} x {row['K']}", *(row[key] for key in keys)]

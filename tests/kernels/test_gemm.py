@@ -1,0 +1,92 @@
+"""Dense products against float64: small integers, whose products and sums are exact, so that only the last rounding is left."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from rounding import float64
+
+from tilus import TilusError
+from tilus.kernels import gemm
+from tilus.kernels.gemm import Plan, launch, plan
+
+TYPES = [
+    (torch.float16, torch.float16, torch.float16),
+    (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16, torch.float32),
+    (torch.float8_e4m3fn, torch.float8_e4m3fn, torch.bfloat16),
+    (torch.float8_e4m3fn, torch.float8_e5m2, torch.float16),
+]
+
+
+def integers(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    return torch.randint(-4, 5, shape, generator=torch.Generator().manual_seed(seed)).to(torch.float32).to(dtype)
+
+
+def check(device: str, x: torch.Tensor, w: torch.Tensor, out: torch.dtype, chosen: Plan | None = None) -> None:
+    """With factors that are powers of two and a bias, all of which are exact."""
+    m, n = x.shape[0], w.shape[0]
+    x_scale, w_scale = (2.0 ** torch.randint(-2, 3, (extent,)).float() for extent in (m, n))
+    bias = integers((n,), torch.float32, 7)
+    expected = float64(x) @ float64(w).T * 0.5 * float64(x_scale)[:, None] * float64(w_scale) + float64(bias)
+    if device == "cpu":
+        with pytest.raises(TilusError, match="which needs a GPU"):
+            gemm(x, w, out_dtype=out, device=device)
+        return
+    if chosen is None:
+        y = gemm(x, w, bias=bias, scale=0.5, x_scale=x_scale, w_scale=w_scale, out_dtype=out, device=device)
+    else:
+        y = torch.full((m, n), torch.nan, dtype=out)
+        launch(x, w, y, (0.5, x_scale, w_scale, bias), chosen, device)
+    assert y.dtype == out
+    np.testing.assert_array_equal(float64(y), float64(torch.from_numpy(expected).to(out)))
+
+
+@pytest.mark.parametrize(("left", "right", "out"), TYPES, ids=str)
+def test_types(device: str, left: torch.dtype, right: torch.dtype, out: torch.dtype) -> None:
+    """Edges inside of tiles along m, n and k."""
+    check(device, integers((40, 208), left), integers((136, 208), right, 1), out)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "chosen"),
+    [
+        (1, 8, 8, Plan(16, 2, 1, 1)),
+        (64, 128, 64, Plan(64, 2, 1, 1)),
+        (200, 520, 256, Plan(64, 3, 1, 3)),
+        (70, 1160, 72, Plan(32, 2, 1, 7)),
+        (300, 264, 192, Plan(128, 3, 1, 2)),
+        (260, 264, 192, Plan(256, 2, 1, 6)),
+        (200, 520, 256, Plan(64, 3, 2, 4)),
+        (300, 264, 192, Plan(128, 3, 2, 2)),
+    ],
+    ids=str,
+)
+def test_plans(device: str, m: int, n: int, k: int, chosen: Plan) -> None:
+    """Fewer tiles than blocks and more, more bands than one, less k than there are stages and more, clusters."""
+    if device != "cpu":
+        check(device, integers((m, k), torch.float16), integers((n, k), torch.float16, 1), torch.float32, chosen)
+
+
+@pytest.mark.parametrize("num_sms", [1, 8, 132])
+@pytest.mark.parametrize("n", [8, 128, 1000, 14336])
+@pytest.mark.parametrize("m", [1, 17, 128, 300, 8192])
+@pytest.mark.parametrize("out_nbytes", [2, 4])
+def test_the_plan_fits(m: int, n: int, num_sms: int, out_nbytes: int) -> None:
+    chosen = plan(m, n, num_sms, out_nbytes)
+    assert chosen.stages >= 2 and chosen.blocks % chosen.cluster == 0
+    assert 1 <= chosen.blocks <= max(num_sms, 1)
+    nbytes = chosen.stages * (128 + chosen.tokens) * 128 + 2 * min(chosen.tokens, 64) * 128 * out_nbytes
+    assert nbytes <= 227 * 1024 - 2048
+
+
+def test_mistakes() -> None:
+    x, w = integers((8, 64), torch.float16), integers((16, 64), torch.float16)
+    with pytest.raises(TilusError, match=r"x has shape \[8, 64\], w \[16, 32\]"):
+        gemm(x, w[:, :32], device="reference")
+    with pytest.raises(TilusError, match=r"bias has shape \[8\], expected \[16\]"):
+        gemm(x, w, bias=torch.zeros(8), device="reference")
+    with pytest.raises(TilusError, match="without out_dtype"):
+        gemm(x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn), device="reference")
+    assert gemm(x[:0], w, device="reference").shape == (0, 16)

@@ -1,0 +1,203 @@
+"""Tensor copies (TMA): boxes of a tensor map between global and shared memory (PTX ISA, cp.async.bulk.tensor; sm_90 and later).
+
+The hardware computes addresses and bounds from a map that the launcher encodes: elements outside of the tensor arrive as
+zeros and are not written. A tile is one box, or, when its rows are wider than the swizzle of the shared tensor's layout, boxes
+side by side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tilus.codegen.context import EmitContext
+from tilus.codegen.linear import materialize, of_const
+from tilus.codegen.tensor_map import MAX_BOX, MAX_RANK, UNIT_NBYTES, TensorMap
+from tilus.errors import TilusError
+from tilus.instructions.mbarrier import one_barrier
+from tilus.instructions.memory import cache_hint, policy
+from tilus.instructions.shared import SharedOperand, placed
+from tilus.instructions.shared_copy import (
+    CopyFromShared,
+    CopyToShared,
+    SharedCopy,
+    mask_of,
+    tile_of,
+)
+from tilus.ir.builder import IRBuilder, builtin
+from tilus.ir.expr import Const, Expr, as_expr
+from tilus.ir.tensor import GlobalTensor
+from tilus.layout import SharedLayout
+from tilus.layout.operands import CORE_ROWS, SWIZZLES_NBYTES, tma_tile
+from tilus.ptx.module import Address, TensorAddress, Vector
+
+START_NBITS = 1024  # a tile starts at a multiple of 128 bytes of shared memory
+
+
+@dataclass(frozen=True, eq=False)
+class CopyTensor(CopyToShared):
+    """Start copying a tile from a global to a shared tensor; elements outside of the global tensor arrive as zeros.
+
+    Where the tensor lies is known when the kernel is launched; only the offsets vary. Its last dim is contiguous, its other
+    strides and its address are multiples of 16 bytes.
+    """
+
+    mnemonic = "copy_tensor"
+    clipped = True
+
+    def verify(self) -> None:
+        super().verify()
+        check_boxes(self)
+
+    def legal_layouts(self) -> tuple[SharedLayout, ...]:
+        return tuple(_swizzles(self))
+
+    def emit(self, ctx: EmitContext) -> None:
+        ctx.require_sm_90a(f"tilus.{self.mnemonic}")
+        opcode = f"cp.async.bulk.tensor.{self.src.rank}d.shared::cluster.global.tile{self.modifiers()}"
+        guard, tail = ctx.guard(ctx.elected_in_group()), self.tail(ctx)
+        for place, box in _boxes(ctx, self):
+            ctx.b.emit_to(opcode, place, box, *tail, guard=guard)
+
+
+@dataclass(frozen=True, eq=False)
+class StoreTensor(CopyFromShared):
+    """Start copying a tile from a shared to a global tensor; elements outside of the global tensor are dropped."""
+
+    mnemonic = "store_tensor"
+    clipped = True
+
+    def verify(self) -> None:
+        super().verify()
+        check_boxes(self)
+
+    def legal_layouts(self) -> tuple[SharedLayout, ...]:
+        return tuple(_swizzles(self))
+
+    def emit(self, ctx: EmitContext) -> None:
+        ctx.require_sm_90a(f"tilus.{self.mnemonic}")
+        opcode = f"cp.async.bulk.tensor.{self.dst.rank}d.global.shared::cta.tile.bulk_group{cache_hint(self.evict)}"
+        guard, tail = ctx.guard(ctx.elected_in_group()), policy(ctx, self.evict)
+        for place, box in _boxes(ctx, self):
+            ctx.b.emit_to(opcode, box, place, *tail, guard=guard)
+
+
+def check_boxes(copy: SharedCopy) -> None:
+    """Raise unless the tile can be boxes of a tensor map, as far as that is known before the launch."""
+    memory, what = copy.memory, copy.mnemonic
+    if memory.dtype.nbits not in (8, 16, 32, 64):
+        raise TilusError(
+            f"{what}: {memory.name} of {memory.dtype.name}, expected elements of 8, 16, 32 or 64 bits",
+            hint="copy the bytes of packed elements: with tilus.copy_bulk, or from a tensor of uint8",
+        )
+    if memory.rank > MAX_RANK:
+        raise TilusError(
+            f"{what}: {memory.name} has rank {memory.rank}, expected at most {MAX_RANK}",
+            hint="pass a view in which neighbouring dims are one",
+        )
+    if copy.dims != tuple(sorted(copy.dims)) or copy.dims[-1:] != (memory.rank - 1,):
+        raise TilusError(
+            f"{what}: a tile along dims {list(copy.dims)} of {memory.name}, expected ascending dims, the last one included",
+            hint="give the shared tensor's dims the order of the global tensor's",
+        )
+    copy.check_shared_start(START_NBITS)
+    _check_strides(copy)
+    if not _swizzles(copy):
+        row = copy.shape[-1] * memory.dtype.nbytes
+        raise TilusError(
+            f"{what}: a tile of shape {list(copy.shape)} of {memory.dtype.name}, whose rows are {row} bytes; expected at most "
+            f"{MAX_BOX} elements along each dim and rows of a multiple of {UNIT_NBYTES} bytes",
+            hint="copy a part of the tile at a time; longer rows work in multiples of 32 bytes with 8 rows or more",
+        )
+
+
+def _check_strides(copy: SharedCopy) -> None:
+    memory = copy.memory
+    inner = memory.strides[-1]
+    if not (isinstance(inner, Const) and inner.value == 1):
+        raise TilusError(
+            f"{copy.mnemonic}: the last dim of {memory.name} has stride {inner}, expected 1",
+            hint="pass a tensor whose last dim is contiguous",
+        )
+    for d, stride in enumerate(memory.strides[:-1]):
+        nbytes = int(stride.value) * memory.dtype.nbytes if isinstance(stride, Const) else 0
+        if nbytes % UNIT_NBYTES and memory.shape[d] != as_expr(1):
+            raise TilusError(
+                f"{copy.mnemonic}: dim {d} of {memory.name} has a stride of {nbytes} bytes, expected a multiple of {UNIT_NBYTES}",
+                hint="pad the rows of the tensor, or use tilus.copy_async",
+            )
+
+
+def _swizzles(copy: SharedCopy) -> dict[SharedLayout, int]:
+    """The layouts that the shared tensor may have, wide swizzles first, and the bytes that each of them swizzles.
+
+    The hardware swizzles by the address, whose pattern starts again every 8 rows; parts of the tensor and boxes that lie side by
+    side have to start where the pattern does.
+    """
+    shape, nbytes = copy.buffer.shape, copy.memory.dtype.nbytes
+    tile = tuple(shape[d] for d in copy.shared_dims)
+    found: dict[SharedLayout, int] = {}
+    for swizzle in SWIZZLES_NBYTES:
+        width = swizzle // nbytes or tile[-1]
+        if tile[-1] % width or tile[-1] * nbytes % UNIT_NBYTES or max((*tile[:-1], width)) > MAX_BOX:
+            continue
+        if swizzle == 0 or math.prod(tile[:-1]) % CORE_ROWS == 0:
+            found[tma_tile(shape, nbytes, swizzle, len(tile))] = swizzle
+    return found
+
+
+def _boxes(ctx: EmitContext, copy: SharedCopy) -> list[tuple[Address, TensorAddress]]:
+    """Where each box of a copy lies in shared memory, and where in global memory."""
+    memory, swizzle = copy.memory, _swizzles(copy)[placed(copy.buffer)]
+    width = swizzle // memory.dtype.nbytes or copy.shape[-1]
+    box = [1] * memory.rank
+    for extent, d in zip(copy.shape, copy.dims, strict=True):
+        box[d] = extent
+    box[-1] = width
+    view = (memory.dtype, memory.offset, memory.shape, memory.strides, tuple(box), swizzle)
+    base = ctx.tensor_map(TensorMap(memory.name, memory.base, *view))
+    index = [ctx.scalars.linear(start) for start in copy.starts]
+    corner = [ctx.scalars.linear(offset) for offset in copy.offsets]
+    places: list[tuple[Address, TensorAddress]] = []
+    for column in range(0, copy.shape[-1], width):
+        place = ctx.shared_address(copy.buffer, [*index[:-1], index[-1] + of_const(column)])
+        at = [*corner[:-1], corner[-1] + of_const(column)]
+        places.append((place, TensorAddress(base, Vector(tuple(materialize(ctx.b, part) for part in reversed(at))))))
+    ctx.note(copy, f"{copy.mnemonic} {memory.name}: {len(places)} boxes of {box}, swizzled by {swizzle} bytes")
+    return places
+
+
+@builtin
+def copy_tensor(
+    b: IRBuilder, dst: SharedOperand, src: GlobalTensor, offsets: Sequence[Expr | int], *, barrier: SharedOperand,
+    shape: Sequence[int] | None = None, dst_offsets: Sequence[Expr | int] | None = None, dims: Sequence[int] | None = None,
+    evict: str | None = None, multicast: Expr | int | None = None,
+) -> None:  # fmt: skip
+    """Start copying the tile at `offsets` of a global tensor into shared memory by a tensor map (TMA).
+
+    dst: a shared tensor or `tensor[i]`, filled whole, or its first rows when `shape` says so, or rows from `dst_offsets` on; it
+    gets a layout that the hardware can write, the same as other accesses (wgmma) need. dims: the dims of `src` that the tile's
+    axes run along, ascending; by default the last ones. Elements outside of `src` arrive as zeros, and count as bytes, too.
+    The last dim of `src` must be contiguous, its address and its other strides multiples of 16 bytes (checked at the launch), and
+    rows of the tile multiples of 16 bytes. barrier, evict, multicast: as for `copy_bulk`.
+    """
+    tile, axes, tensor, starts = tile_of(src, dst, shape, dims, dst_offsets)
+    bar, index = one_barrier("copy_tensor", barrier)
+    mask = mask_of(b, "copy_tensor", multicast)
+    src_offsets = tuple(as_expr(o) for o in offsets)
+    b.emit(CopyTensor(tile, axes, evict, tensor, src, bar, index, starts, src_offsets, mask))
+
+
+@builtin
+def store_tensor(
+    b: IRBuilder, dst: GlobalTensor, offsets: Sequence[Expr | int], src: SharedOperand, *,
+    shape: Sequence[int] | None = None, dims: Sequence[int] | None = None, evict: str | None = None,
+) -> None:  # fmt: skip
+    """Start copying shared memory to the tile at `offsets` of a global tensor by a tensor map; `copy_tensor` says of which kind.
+
+    Elements outside of `dst` are not written. Write the shared memory with ordinary stores, then `fence_async()` and `sync()`;
+    afterwards `commit_stores()`, and `wait_stores()` before it is written again or the block ends.
+    """
+    tile, axes, tensor, starts = tile_of(dst, src, shape, dims)
+    b.emit(StoreTensor(tile, axes, evict, dst, tensor, tuple(as_expr(o) for o in offsets), starts))

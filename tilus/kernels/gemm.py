@@ -1,0 +1,227 @@
+"""Dense linear layers on Hopper: y = x W^T (+ bias) for 16-bit and 8-bit floats.
+
+The weight is the left operand and tokens are columns, y^T = W x^T, so that a few tokens waste no rows of the tensor cores. A
+block computes tiles of `rows` outputs by `tokens`, one after the other, and there are as many blocks as run at once. One
+warpgroup brings operands (TMA) into a ring of stages. Two multiply them (wgmma), scale and round the sums, and give them to a
+tensor copy; transposed stores to shared memory have put them in order. Meanwhile the stages of the next tile fill.
+
+In a cluster, blocks with the same tokens bring one part of them each, for all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import tilus
+from tilus import Const, Tensor, TilusError, f32, int32
+from tilus.kernels.allocate import empty, is_cuda
+from tilus.kernels.linear import EMULATED_SMS, num_sms
+from tilus.runtime.execute import place
+from tilus.target import TARGETS
+
+BAND = 8  # neighbouring rows of clusters that take turns, so that what they read is found in the L2 cache
+CONSUMERS, PRODUCERS = 8, 4  # warps
+ROW_NBYTES = 128  # of an operand's tile: the widest swizzle
+ROWS = 128  # outputs of a tile: 64 for each warpgroup
+MOST_TOKENS = 256
+MOST_STAGES = 8
+
+
+@tilus.kernel
+def gemm_kernel(
+    x: Tensor["act", "m", "k"],
+    w: Tensor["weight", "n", "k"],
+    y: Tensor["out", "m", "n"],
+    scale: f32,
+    blocks: int32,
+    x_scale: Tensor[f32, "m"] = None,
+    w_scale: Tensor[f32, "n"] = None,
+    bias: Tensor["bias_type", "n"] = None,
+    *,
+    rows: Const = ROWS,
+    tokens: Const = MOST_TOKENS,
+    stages: Const = 4,
+    cluster: Const = 1,
+):
+    tilus.grid(blocks, warps=CONSUMERS + PRODUCERS, cluster=cluster)
+    m, n = y.shape
+    depth = ROW_NBYTES // x.dtype.nbytes
+    steps = tilus.cdiv(x.shape[1], depth)
+    w_tiles = tilus.shared(w.dtype, [stages, rows, depth])
+    x_tiles = tilus.shared(x.dtype, [stages, tokens, depth])
+    full, empty = tilus.mbarrier(stages), tilus.mbarrier(stages, arrivals=cluster)
+    tilus.cluster_sync()
+    tilus.launch_dependents()
+    tilus.wait_dependencies()
+
+    rank, clusters = tilus.cluster_rank(), blocks // cluster
+    first = tilus.block_id(0) // cluster
+    token_tiles, row_tiles = tilus.cdiv(m, tokens), tilus.cdiv(n, rows * cluster)
+    count = tilus.cdiv(token_tiles * row_tiles - first, clusters)
+
+    def tile_at(index):
+        """Row and token at which a tile starts: bands of rows, in which rows vary fastest."""
+        number = first + index * clusters
+        band = number // (BAND * token_tiles)
+        height = min(row_tiles - band * BAND, BAND)
+        within = number - band * BAND * token_tiles
+        row = band * BAND + within % height
+        return (row * cluster + rank) * rows, within // height * tokens
+
+    with tilus.warps(CONSUMERS, PRODUCERS, registers=40):
+        filled = 0
+        for index in tilus.range(count):
+            row, token = tile_at(index)
+            for step in tilus.range(steps):
+                stage = filled % stages
+                tilus.wait_barrier(empty[stage], (filled // stages + 1) % 2)
+                tilus.arrive(full[stage], nbytes=(rows + tokens) * ROW_NBYTES)
+                tilus.copy_tensor(w_tiles[stage], w, [row, step * depth], barrier=full[stage])
+                part = tokens // cluster
+                tilus.copy_tensor(
+                    x_tiles[stage], x, [token + rank * part, step * depth], shape=[part, depth],
+                    dst_offsets=[rank * part, 0], barrier=full[stage], multicast=None if cluster == 1 else (1 << cluster) - 1,
+                )  # fmt: skip
+                filled += 1
+
+    with tilus.warps(0, CONSUMERS, registers=232):
+        used = 0
+        y_tiles = tilus.shared(y.dtype, [2, min(tokens, 64), rows])
+        for index in tilus.range(count):
+            row, token = tile_at(index)
+            total = tilus.zeros([rows, tokens])
+            for step in tilus.range(steps):
+                tilus.wait_barrier(full[used % stages], used // stages % 2)
+                total = tilus.wgmma(w_tiles[used % stages], x_tiles[used % stages], total)
+                tilus.wgmma_wait(1)
+                if step > 0:
+                    give_back(empty, (used + stages - 1) % stages, cluster)
+                used += 1
+            tilus.wgmma_wait()
+            give_back(empty, (used + stages - 1) % stages, cluster)
+            by_row = row_factors(scale, w_scale, bias, row, rows)
+            store_tile(y, y_tiles, total, by_row, x_scale, row, token, index)
+        tilus.wait_stores()
+
+
+def give_back(empty, stage, cluster: int):
+    """All blocks that bring parts of this stage may fill it again."""
+    if cluster == 1:
+        tilus.arrive(empty[stage])
+    else:
+        for rank in range(cluster):
+            tilus.arrive(empty[stage], block=rank)
+
+
+def row_factors(scale, w_scale, bias, row, rows: int):
+    """Factors and offsets of the rows of y^T, [rows, 1]; None where there are none."""
+    factor = scale
+    if w_scale is not None:
+        factor = tilus.reshape(tilus.load(w_scale, [row], [rows]), [rows, 1]) * scale
+    offset = None
+    if bias is not None:
+        offset = tilus.reshape(tilus.load(bias, [row], [rows]).to(f32), [rows, 1])
+    return factor, offset
+
+
+def store_tile(y, y_tiles, total, by_row, x_scale, row, token, number):
+    """Scale and round the sums [rows, tokens], and start to store them as [tokens, rows], some tokens at a time. Two buffers take
+    turns, from tile `number` to tile, too."""
+    part = y_tiles.shape[1]
+    rows, tokens = total.shape
+    factor, offset = by_row
+    parts = tilus.reshape(total, [rows, tokens // part, part])
+    for index in range(tokens // part):
+        result = tilus.select(parts, 1, index) * factor
+        if x_scale is not None:
+            result = result * tilus.load(x_scale, [token + index * part], [part])
+        if offset is not None:
+            result = result + offset
+        tilus.wait_stores(1, reads_only=True)
+        tilus.sync()
+        buffer = y_tiles[(number * (tokens // part) + index) % 2]
+        tilus.store_shared(buffer, result.to(y.dtype).T)
+        tilus.fence_async()
+        tilus.sync()
+        tilus.store_tensor(y, [token + index * part, row], buffer)
+        tilus.commit_stores()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One launch: tokens of a tile, stages of operands, blocks of a cluster (of which there are whole ones) and of the grid."""
+
+    tokens: int
+    stages: int
+    cluster: int
+    blocks: int
+
+
+def plan(m: int, n: int, num_sms: int, out_nbytes: int = 2) -> Plan:
+    """For [m, k] @ [n, k]^T: the fewest tokens that hold all, or tiles of many while they fill the multiprocessors; stages as the
+    shared memory allows; pairs of blocks that share tokens where there are enough tiles for all multiprocessors."""
+    row_tiles = -(-n // ROWS)
+    tokens = next((t for t in (16, 32, 64, 128) if t >= m), MOST_TOKENS)
+    while tokens > 64 and row_tiles * -(-m // tokens) < num_sms // 2:
+        tokens //= 2
+    stage_nbytes = (ROWS + tokens) * ROW_NBYTES
+    buffers_nbytes = 2 * min(tokens, 64) * ROWS * out_nbytes
+    room = TARGETS["sm_90a"].max_shared_nbytes - buffers_nbytes - 2048  # barriers, and starts of tiles
+    tiles = row_tiles * -(-m // tokens)
+    cluster = 2 if tokens >= 128 and row_tiles % 2 == 0 and tiles >= num_sms >= 2 else 1
+    blocks = min(tiles, num_sms // cluster * cluster)
+    return Plan(tokens, min(MOST_STAGES, room // stage_nbytes), cluster, blocks)
+
+
+def gemm(
+    x: Any, w: Any, *, bias: Any | None = None, scale: float = 1.0, x_scale: Any | None = None, w_scale: Any | None = None,
+    out_dtype: Any = None, out: Any = None, device: str | None = None,
+) -> Any:  # fmt: skip
+    """x [M, K] times the transpose of w [N, K], times scales, plus a bias [N]: [M, N] of `out_dtype` (sm_90a).
+
+    x, w: f16 or bf16, both the same, or float8_e4m3 and float8_e5m2 in any mix; rows contiguous and of a multiple of 16 bytes.
+    scale: of the whole product; x_scale [M], w_scale [N]: f32, of each row of x and w. bias: f16, bf16 or f32.
+    out_dtype: by default that of x; of 8-bit operands it must be given: f16, bf16 or f32, and rows of the result are multiples of
+    16 bytes, too. out: written in place when given. device: where to run (reference, emulator, cuda), by default as the arguments
+    say. Products are added up in f32 (of 8-bit floats hardware keeps fewer bits of each step), scaled in f32 and rounded once.
+    Raises: TilusError when shapes or dtypes do not fit.
+    """
+    m, n = int(x.shape[0]), int(w.shape[0])
+    if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1]:
+        raise TilusError(f"gemm: x has shape {list(x.shape)}, w {list(w.shape)}; expected [M, K] and [N, K]")
+    for name, vector, extent in (("bias", bias, n), ("x_scale", x_scale, m), ("w_scale", w_scale, n)):
+        if vector is not None and tuple(vector.shape) != (extent,):
+            raise TilusError(f"gemm: {name} has shape {list(vector.shape)}, expected {[extent]}")
+    if out is None and out_dtype is None and x.dtype.itemsize == 1:
+        raise TilusError(f"gemm of {x.dtype} without out_dtype", hint="choose one: float16, bfloat16 or float32")
+    y = empty(x, (m, n), out_dtype) if out is None else out
+    if m and n:
+        where = place(device, is_cuda(x))
+        launch(
+            x,
+            w,
+            y,
+            (scale, x_scale, w_scale, bias),
+            plan(m, n, num_sms(x, where) or EMULATED_SMS, y.dtype.itemsize),
+            device,
+        )
+    return y
+
+
+def launch(x: Any, w: Any, y: Any, factors: tuple[float, Any, Any, Any], chosen: Plan, device: str | None) -> None:
+    """The kernel by a given plan. factors: scale, x_scale, w_scale, bias."""
+    scale, x_scale, w_scale, bias = factors
+    gemm_kernel.on(device)(
+        x,
+        w,
+        y,
+        scale,
+        chosen.blocks,
+        x_scale,
+        w_scale,
+        bias,
+        tokens=chosen.tokens,
+        stages=chosen.stages,
+        cluster=chosen.cluster,
+    )
