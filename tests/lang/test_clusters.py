@@ -20,6 +20,7 @@ from tilus.runtime.reference import run_reference
 from tilus.target import get_target
 
 SIZES = [1, 2, 3, 4, 8]
+DEVICES = ["reference", "emulator", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @tilus.kernel
@@ -70,7 +71,7 @@ def test_an_exchange_in_the_cluster_is_a_transposition(c: int, clusters: int, pl
 
 
 @pytest.mark.parametrize("c", SIZES)
-@pytest.mark.parametrize("device", ["reference", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", DEVICES)
 def test_every_block_finds_the_sum_of_its_cluster(c: int, device: str) -> None:
     x = np.random.default_rng(c).integers(-1000, 1000, (6 * c, 128), np.int32)
     y = np.zeros_like(x)
@@ -106,7 +107,7 @@ def relay(
 
 
 @pytest.mark.parametrize("c", SIZES)
-@pytest.mark.parametrize("device", ["reference", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", DEVICES)
 def test_blocks_hand_on_through_barriers(c: int, device: str) -> None:
     x = np.random.default_rng(c).integers(-1000, 1000, (5, 2 * c, 64), np.int32)
     y = np.zeros_like(x)
@@ -155,7 +156,7 @@ def share(x: Tensor[int32, "rounds", "parts", 64], y: Tensor[int32, "rounds", "b
 
 
 @pytest.mark.parametrize("c", SIZES)
-@pytest.mark.parametrize("device", ["reference", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_part_that_one_block_fetches_lands_in_all(c: int, device: str) -> None:
     x = np.random.default_rng(c).integers(0, 2**31, (5, c, 64), np.int32)
     y = np.zeros((5, 3 * c, c, 64), np.int32)
@@ -179,16 +180,18 @@ def test_masks_are_checked(mask: Any) -> None:
         tilus.cluster_sync()
         tilus.copy_bulk(tile, x, [0], barrier=full, multicast=mask)
 
-    with pytest.raises(tilus.TilusError, match="the mask of blocks is"):
+    with pytest.raises(
+        tilus.TilusError, match=f"multicast={mask}, expected a mask of the 2 blocks of the cluster, 1 to 3"
+    ):
         masked.ir()
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("c", SIZES)
-def test_gpu_exchange(c: int) -> None:
-    x = np.random.default_rng(c).integers(0, 2**31, (40 * c, 2, c, 64), np.int32)
+@pytest.mark.parametrize("device", DEVICES[1:])
+def test_an_exchange_between_real_threads(c: int, device: str) -> None:
+    x = np.random.default_rng(c).integers(0, 2**31, (3 * c, 2, c, 64), np.int32)
     y = np.zeros_like(x)
-    transpose.on("cuda")(x, y, c=c)
+    transpose.on(device)(x, y, c=c)
     assert np.array_equal(by_cluster(y, c), np.swapaxes(by_cluster(x, c), 1, 3))
 
 
@@ -307,4 +310,23 @@ def test_blocks_that_leave_the_branch_do_not_read() -> None:
     x = np.arange(6 * 32, dtype=np.float32).reshape(6, 32)
     expected = x[1::2].repeat(2, axis=0)
     first_reads.on("reference")(x)
+    assert np.array_equal(x, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_barrier_does_not_wait_for_blocks_that_have_ended(device: str) -> None:
+    @tilus.kernel
+    def some_leave(x: Tensor[int32, "blocks", 32]):
+        tilus.grid(x.shape[0], warps=1, cluster=4)
+        s = tilus.shared(int32, [32])
+        block, rank = tilus.block_id(0), tilus.cluster_rank()
+        if rank == 3:
+            return
+        tilus.store_shared(s, tilus.load(x, [block, 0], [32]))
+        tilus.cluster_sync()
+        tilus.store(x, [block, 0], tilus.load_shared(s, block=2 - rank))
+
+    x = np.arange(8 * 32, dtype=np.int32).reshape(8, 32)
+    expected = x[[2, 1, 0, 3, 6, 5, 4, 7]]
+    some_leave.on(device)(x)
     assert np.array_equal(x, expected)

@@ -174,3 +174,20 @@ def test_a_buffer_that_is_filled_by_multicast_again_and_again() -> None:
         for seed in SEEDS:
             with pytest.raises(EmulatorError, match=message):
                 pipeline(body, seed)
+
+
+def test_a_copy_hands_on_no_more_than_its_bytes() -> None:
+    """Warp 0 has met warp 1 when it starts the copy; warp 2, which waits for the copy, has not."""
+    body = (
+        RANK + INIT.format(count=1) + "bar.sync 0;\nsetp.eq.u32 %p4, %r1, 2;\n@%p4 bra READER;\n"
+        "setp.eq.u32 %p5, %r0, 32;\n@%p5 st.shared.b32 [smem+1024], 5;\nbar.sync 1, 64;\n"
+        "@%p0 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [smem], [%d1], 128, [bars];\n"
+        "{meet}bra END;\nREADER:\nsetp.eq.u32 %p6, %r0, 64;\n"
+        "@%p6 mbarrier.arrive.expect_tx.shared::cta.b64 _, [bars], 128;\n" + WAIT + "{meet}"
+        "ld.shared.b32 %r30, [smem+1024];\nEND:\nbar.sync 0;\n"
+    )
+    for seed in SEEDS:
+        args = [np.zeros(1, np.uint32), np.zeros(32, np.uint32)]
+        run_kernel(kernel(body.replace("{meet}", "bar.sync 2, 96;\n"), threads=96), None, (1, 1, 1), args, seed=seed)
+        with pytest.raises(EmulatorError, match=r"race: reads|uninitialised"):
+            run_kernel(kernel(body.replace("{meet}", ""), threads=96), None, (1, 1, 1), args, seed=seed)

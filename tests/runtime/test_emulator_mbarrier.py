@@ -251,6 +251,22 @@ def test_an_arrival_hands_on_what_its_thread_did_but_not_its_warp(seed: int | No
         one(body.format(sync="", at=4), count=1, seed=seed)
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("arriving", [0, 31])
+def test_an_arrival_does_not_hand_on_a_read_of_the_whole_warp(arriving: int, seed: int | None) -> None:
+    """All of warp 0 reads one word, one thread arrives, warp 1 overwrites the word."""
+    body = (
+        "@%p0 st.shared.b32 [smem], 6;\nbar.sync 0;\nmov.u32 %r20, 0;\nsetp.ne.u32 %p1, %r1, 0;\n@%p1 bra WRITE;\n"
+        "ld.shared.b32 %r20, [smem];\n{sync}setp.eq.u32 %p7, %r0, {lane};\n@%p7 mbarrier.arrive.shared.b64 _, [bars];\n"
+        "bra END;\nWRITE:\n"
+        "WAIT:\nmbarrier.try_wait.parity.shared.b64 %p3, [bars], 0;\n@!%p3 bra WAIT;\nst.shared.b32 [smem], 7;\nEND:\n"
+        + OUT
+    )
+    assert one(body.format(sync="bar.warp.sync -1;\n", lane=arriving), count=1, seed=seed)[:32] == [6] * 32
+    with pytest.raises(RaceError, match="writes shared memory that another thread has read"):
+        one(body.format(sync="", lane=arriving), count=1, seed=seed)
+
+
 def test_relaxed_arrivals_order_nothing() -> None:
     body = (
         "mov.u32 %r20, 0;\nsetp.ne.u32 %p1, %r1, 0;\n@%p1 bra WAIT;\n@%p0 st.shared.b32 [smem], 6;\n"

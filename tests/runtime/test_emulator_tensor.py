@@ -144,6 +144,8 @@ CASES = [
     ((24, 40), np.uint16, (16, 8), (8, 3), 32),
     ((24, 40), np.uint16, (16, 16), (-3, -2), 32),
     ((24, 40), np.uint16, (32, 16), (16, 20), 64),
+    ((40, 32), np.uint16, (32, 24), (0, 3), 64),
+    ((40, 16), np.uint16, (16, 24), (0, 3), 32),
     ((24, 64), np.uint16, (64, 16), (0, 0), 128),
     ((24, 64), np.uint16, (64, 16), (-7, 13), 128),
     ((24, 144), np.uint8, (128, 10), (30, 2), 128),
@@ -186,6 +188,12 @@ def test_a_part_of_an_array_with_strides() -> None:
         whole, (16, 8), (20, 12), 32, offset_nbytes=(4 * 64 + 8) * 2, dims=(32, 16), strides_nbytes=(128,)
     )  # fmt: skip
     assert got.tolist() == box_bytes(part, (16, 8), (20, 12), 32).tolist()
+
+
+def test_a_row_that_ends_inside_of_8_bytes() -> None:
+    whole = filled((24, 48), np.uint16)
+    got = load(whole, (16, 8), (16, 2), 32, dims=(30, 24))
+    assert got.tolist() == box_bytes(whole[:, :30], (16, 8), (16, 2), 32).tolist()
 
 
 def test_the_swizzle_goes_by_the_address() -> None:

@@ -344,7 +344,11 @@ class EmitContext:
     def shared_base(self, block: Expr | None = None) -> Reg:
         """Where shared memory starts: the block's own, or that of another block of the cluster (in the window of the cluster)."""
         own = self.b.pure("mov.u32", Symbol(SHARED_SYMBOL))
-        return own if block is None else self.b.pure("mapa.shared::cluster.u32", own, self.integer(block))
+        if block is None:
+            return own
+        # In front of a branch around it, a rank that is computed may be that of no block.
+        place = self.b.pure if isinstance(block, Const) else self.b.emit
+        return place("mapa.shared::cluster.u32", own, self.integer(block))
 
     def shared_address(self, tensor: SharedTensor, index: Sequence[Linear], block: Expr | None = None) -> Address:
         """Where the element at `index` of a shared tensor starts; with `block`, in that block of the cluster."""

@@ -70,9 +70,9 @@ class Order:
 
     def _roles(self, roles: tuple[Role, ...], passed: Passed) -> Passed:
         """Each role passes for itself, as nobody knows here whom the barriers between them make wait for whom."""
-        outer = self._role_returns  # roles that nest are refused elsewhere
+        outer = self._role_returns
         for role in roles:
-            returns = self._role_returns = []
+            returns = self._role_returns = list[Passed]()
             last = self._after(role.body, Passed.ALL if passed == Passed.ALL else Passed.NONE)
             if min(last, *returns, Passed.ALL) == Passed.ALL:
                 passed = max(passed, Passed.SOME)
