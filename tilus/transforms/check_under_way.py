@@ -44,8 +44,6 @@ class _Checker:
                     state = self.after(child, state)
             case For(body=body) | While(body=body):
                 state = self.after(body, self.after(body, state))
-            case Role(body=body):  # other warps than those that run what is around it
-                self.after(body, ())
             case If(_, then, orelse):
                 sides = self.after(then, state), self.after(orelse, state)
                 state = tuple(work for work in sides[0] if work in sides[1])
