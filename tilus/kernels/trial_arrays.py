@@ -1,0 +1,53 @@
+"""Arguments for tuning and compiling, and the comparison of results with float64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from tilus.dtypes import DataType, bf16, f16, f32, float8_e4m3, float8_e5m2
+from tilus.errors import TilusError
+from tilus.lang.arguments import packed
+from tilus.runtime.graph_timer import require_torch
+
+# Plans differ in the order in which f32 sums are added up, which is far less than this; a tile that is left out is far more.
+TOLERANCE = 2.0**-6
+
+_TORCH_NAMES = {
+    f16: "float16",
+    bf16: "bfloat16",
+    f32: "float32",
+    float8_e4m3: "float8_e4m3fn",
+    float8_e5m2: "float8_e5m2",
+}
+
+
+def torch_dtype(dtype: DataType) -> Any:
+    """Raises: TilusError for what is no type of activations, dense weights or results."""
+    if dtype not in _TORCH_NAMES:
+        known = ", ".join(known.name for known in _TORCH_NAMES)
+        raise TilusError(f"a tensor of {dtype}, expected one of {known}")
+    return getattr(require_torch(), _TORCH_NAMES[dtype])
+
+
+def random_tensor(shape: tuple[int, ...], dtype: DataType, device: str) -> Any:
+    """Normally distributed numbers."""
+    torch = require_torch()
+    generator = torch.Generator(device).manual_seed(0)
+    return torch.randn(shape, generator=generator, device=device).to(torch_dtype(dtype))
+
+
+def placeholder(shape: tuple[int, ...], dtype: DataType) -> Any:
+    """An array for compiling: no memory is touched, and torch is not needed."""
+    return packed(np.empty(math.prod(shape) * dtype.nbytes, np.uint8), dtype, shape)
+
+
+def wrong_results(found: Any, expected: Any) -> str | None:
+    """What is wrong with the results [M, N] in torch tensors, given those in float64 [M, at least N]; None when nothing is."""
+    exact = expected[:, : found.shape[1]]
+    allowed = TOLERANCE * (exact.abs() + exact.square().mean().sqrt())
+    wrong = ~((found.double() - exact).abs() <= allowed)
+    count = int(wrong.sum())
+    return f"{count} of {wrong.numel()} results are wrong" if count else None
