@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -137,10 +137,20 @@ class GemmTrial:
 
 def compile_plan(problem: GemmProblem, plan: Plan, target: Target) -> Plan:
     """Have the kernel of a plan in the disk cache; returns the plan. No GPU or torch is needed."""
+    _compile(*_placeholders(problem), plan, target)
+    return plan
+
+
+def code_key(problem: GemmProblem, plan: Plan) -> Hashable:
+    """Problems and plans with the same key run the same machine code."""
+    arguments, values = kernel_call(*_placeholders(problem), NO_FACTORS, plan)
+    return gemm_kernel, gemm_kernel.specification(*arguments, **values)
+
+
+def _placeholders(problem: GemmProblem) -> tuple[Any, Any, Any]:
     x = placeholder((problem.m, problem.k), problem.act)
     w = placeholder((problem.n, problem.k), problem.weight)
-    _compile(x, w, placeholder((problem.m, problem.n), problem.out), plan, target)
-    return plan
+    return x, w, placeholder((problem.m, problem.n), problem.out)
 
 
 def _compile(x: Any, w: Any, y: Any, plan: Plan, target: Target) -> None:

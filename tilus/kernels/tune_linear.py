@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -87,19 +87,28 @@ def compile_plan(problem: LinearProblem, plan: Plan, target: Target) -> Plan:
 
     No array is filled, and no GPU or torch is needed.
     """
-    header = problem.header
-    n, k = header.shape
-    weight = QuantizedWeight(header, **{name: np.empty(*kind) for name, kind in header.arrays.items()})
-    x, y = placeholder((problem.m, k), problem.act), placeholder((problem.m, n), problem.out)
     while True:
         try:
-            _compile(x, weight, y, plan, target)
+            _compile(*_placeholders(problem), plan, target)
             return plan
         except SpillError:
             easier = plan.easier()
             if easier is None:
                 raise
             plan = easier
+
+
+def code_key(problem: LinearProblem, plan: Plan) -> Hashable:
+    """Problems and plans with the same key run the same machine code."""
+    x, weight, y = _placeholders(problem)
+    kernel, arguments, values = kernel_call(x, weight, y, None, plan)
+    return kernel, kernel.specification(*arguments, **values)
+
+
+def _placeholders(problem: LinearProblem) -> tuple[Any, QuantizedWeight, Any]:
+    header, (n, k) = problem.header, problem.header.shape
+    weight = QuantizedWeight(header, **{name: np.empty(*kind) for name, kind in header.arrays.items()})
+    return placeholder((problem.m, k), problem.act), weight, placeholder((problem.m, n), problem.out)
 
 
 def random_matrix(header: WeightHeader) -> QuantizedMatrix:
