@@ -89,7 +89,7 @@ def _possible(problem: GemmProblem, num_sms: int) -> Iterator[Plan]:
             continue
         most = most_stages(tokens, problem.out.nbytes)
         for stages in sorted({most, max(2, most - 1), max(2, most // 2)}):
-            for cluster in (1, 2) if row_tiles % 2 == 0 and tokens >= 64 else (1,):
+            for cluster in (1, 2) if row_tiles % 2 == 0 and tokens >= 64 and num_sms > 1 else (1,):
                 yield fitted(Plan(tokens, stages, cluster, 0), problem.m, problem.n, num_sms)
 
 

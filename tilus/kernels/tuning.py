@@ -108,9 +108,11 @@ def compile_plans(
 def to_json(product: Product, result: Tuned) -> dict[str, Any]:
     """A line of `tilus tune --json`."""
     problem = product.problem
-    weight = {"dtype": problem.weight.name}
-    if isinstance(problem, LinearProblem):
-        weight = {"dtype": problem.header.dtype.name, "scheme": problem.header.scheme, "group": problem.header.group}
+    match problem:
+        case LinearProblem(header=header):
+            weight = {"dtype": header.dtype.name, "scheme": header.scheme, "group": header.group}
+        case GemmProblem():
+            weight = {"dtype": problem.weight.name}
     n, k = shape_of(problem)
     return {
         "layer": product.layer, "N": n, "K": k, "M": problem.m, **weight, "act": problem.act.name, "out": problem.out.name,
