@@ -126,20 +126,25 @@ def test_trials_know_right_results_of_every_scheme(header: WeightHeader) -> None
     assert "results are wrong" in str(trial.check(plan))
 
 
-@pytest.mark.parametrize("missing", [0, 1], ids=["the last row", "a tile along K"])
-def test_trials_notice(monkeypatch: pytest.MonkeyPatch, missing: int) -> None:
+@pytest.mark.parametrize("defect", ["row", "tile", "nothing"])
+def test_trials_notice(monkeypatch: pytest.MonkeyPatch, defect: str) -> None:
+    """A kernel that leaves a row out, or a tile along K, or writes nothing over right results."""
     problem = problem_of(replace(INT4, shape=(128, 4096)), 4)
-    trial = LinearTrial(problem, "cpu", "reference")
+    trial, plan = LinearTrial(problem, "cpu", "reference"), candidates(problem, 132)[0]
+    assert trial.check(plan) is None
     real = tune_linear.launch
 
     def wrong(x: Any, weight: Any, y: Any, *rest: Any) -> None:
-        x = x.clone()
-        x[:, 64:128] *= 1 - missing
-        real(x, weight, y, *rest)
-        y[-1, 64:] = y[-1, 64:] if missing else float("nan")
+        before, x = y.clone(), x.clone()
+        if defect == "tile":
+            x[:, 64:128] = 0
+        if defect != "nothing":
+            real(x, weight, y, *rest)
+        if defect == "row":
+            y[-1, 64:] = before[-1, 64:]
 
     monkeypatch.setattr(tune_linear, "launch", wrong)
-    assert "results are wrong" in str(trial.check(candidates(problem, 132)[0]))
+    assert "results are wrong" in str(trial.check(plan))
 
 
 def test_tuning_linear_compiles_checks_and_picks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,6 +176,26 @@ class Recorded:
         self.plans: list[Any] = []
         monkeypatch.setattr(module, "launch", lambda *args: self.plans.append(args[4]))
         monkeypatch.setattr(cuda, "current_device", lambda: GPU)
+
+
+def test_problems_with_other_plans_have_other_keys() -> None:
+    """Everything that a kernel depends on is in the key; the bucket stands for tokens, global scale and columns do not count."""
+    base = problem_of(INT4, 5)
+    headers = [
+        replace(INT4, shape=(4096, 8192)), replace(INT4, shape=(8192, 4096)), replace(INT4, dtype=tilus.uint4),
+        replace(INT4, group=64), replace(INT4, scale_dtype="bf16"), replace(INT4, mins_dtype="f16"),
+        replace(INT4, has_zeros=True), replace(INT4, has_table=True),
+    ]  # fmt: skip
+    others = [problem_of(header, 5) for header in headers]
+    others += [replace(base, m=9), replace(base, m=4), replace(base, act=tilus.bf16), replace(base, out=tilus.f32)]
+    dense = GemmProblem(5, 4096, 4096, tilus.f16, tilus.f16, tilus.f16)
+    changes = {"m": 9, "n": 4097, "k": 64, "act": tilus.bf16, "weight": tilus.bf16, "out": tilus.f32}
+    all_of_them = [base, *others, dense, *(replace(dense, **{name: value}) for name, value in changes.items())]
+    keys = [problem.key("GPU") for problem in all_of_them]
+    assert len({key.path for key in keys}) == len(keys)
+    same = [replace(INT4, has_columns=True), replace(INT4, global_scale=0.5)]
+    assert {problem_of(header, m).key("GPU") for header in same for m in (5, 8)} == {base.key("GPU")}
+    assert replace(dense, m=8).key("GPU") == dense.key("GPU") != dense.key("another GPU")
 
 
 def test_linear_uses_what_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:

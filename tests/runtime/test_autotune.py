@@ -75,6 +75,11 @@ def test_the_fastest_wins_and_the_first_wins_within_the_noise(times: list[float]
     assert found.ratio is not None and found.ratio >= 1
 
 
+@pytest.mark.parametrize(("other", "best"), [(9.95, 0), (10.0, 0), (9.8, 1)])
+def test_another_plan_must_gain_more_than_the_noise(other: float, best: int) -> None:
+    assert tune([Plan(10.0), Plan(other)], FakeTrial(), timer).best == best
+
+
 def test_plans_that_do_not_work_have_a_note_and_no_time() -> None:
     plans = [Plan(9, "spills"), Plan(1, "wrong"), Plan(5), Plan(2, "launch"), Plan(4)]
     trial = FakeTrial()
