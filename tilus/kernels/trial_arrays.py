@@ -12,6 +12,8 @@ from tilus.errors import TilusError
 from tilus.lang.arguments import packed
 from tilus.runtime.graph_timer import require_torch
 
+CHECKED_AT_ONCE = 256  # rows or columns of results, so that their float64 copies stay small
+
 # Plans differ in the order in which f32 sums are added up, which is far less than this; a tile that is left out is far more.
 TOLERANCE = 2.0**-6
 
@@ -44,10 +46,9 @@ def placeholder(shape: tuple[int, ...], dtype: DataType) -> Any:
     return packed(np.empty(math.prod(shape) * dtype.nbytes, np.uint8), dtype, shape)
 
 
-def wrong_results(found: Any, expected: Any) -> str | None:
-    """What is wrong with the results [M, N] in torch tensors, given those in float64 [M, at least N]; None when nothing is."""
-    exact = expected[:, : found.shape[1]]
+def wrong_results(found: Any, exact: Any) -> str | None:
+    """What is wrong with results, torch tensors of a shape, given those in float64 that broadcast to it; None when nothing is."""
     allowed = TOLERANCE * (exact.abs() + exact.square().mean().sqrt())
-    wrong = ~((found.double() - exact).abs() <= allowed)
+    wrong = ~((found.double() - exact).abs() <= allowed)  # NaN is wrong, too
     count = int(wrong.sum())
     return f"{count} of {wrong.numel()} results are wrong" if count else None

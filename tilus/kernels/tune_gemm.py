@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tilus.dtypes import DataType
 from tilus.kernels.gemm import MOST_TOKENS, ROWS, Plan, fitted, gemm_kernel, kernel_call, launch, most_stages, plan
-from tilus.kernels.trial_arrays import placeholder, random_tensor, torch_dtype, wrong_results
+from tilus.kernels.trial_arrays import CHECKED_AT_ONCE, placeholder, random_tensor, torch_dtype, wrong_results
 from tilus.runtime import graph_timer
 from tilus.runtime.autotune import Action, Timer, bucket, tune
 from tilus.runtime.execute import build
@@ -113,21 +113,26 @@ class GemmTrial:
         copies: int | None = 1,
     ) -> None:  # fmt: skip
         torch = graph_timer.require_torch()
-        self._execution, self._target = execution, target
+        self._problem, self._execution, self._target = problem, execution, target
         self._x = random_tensor((problem.m, problem.k), problem.act, arrays_on)
         weight = random_tensor((problem.n, problem.k), problem.weight, arrays_on)
         count = graph_timer.copies(weight.nbytes) if copies is None else copies
         self._weights = [weight, *(weight.clone() for _ in range(count - 1))]
         self._y = torch.empty((problem.m, problem.n), dtype=torch_dtype(problem.out), device=arrays_on)
-        self._expected = self._x.double() @ weight.double().T
 
     def compile(self, plan: Plan) -> None:
-        _compile(self._x, self._weights[0], self._y, plan, self._target)
+        _compile(*_placeholders(self._problem), plan, self._target)
 
     def check(self, plan: Plan) -> str | None:
         self._y.fill_(float("nan"))
         launch(self._x, self._weights[0], self._y, NO_FACTORS, plan, self._execution)
-        return wrong_results(self._y, self._expected)
+        x = self._x.double()
+        for first in range(0, self._problem.n, CHECKED_AT_ONCE):
+            columns = slice(first, first + CHECKED_AT_ONCE)
+            wrong = wrong_results(self._y[:, columns], x @ self._weights[0][columns].double().T)
+            if wrong is not None:
+                return wrong
+        return None
 
     def actions(self, plan: Plan) -> Sequence[Action]:
         return [

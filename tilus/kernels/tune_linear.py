@@ -17,7 +17,7 @@ from tilus.kernels.quantize.header import WeightHeader
 from tilus.kernels.quantize.matrix import QuantizedMatrix
 from tilus.kernels.quantize.packed import QuantizedWeight, pack
 from tilus.kernels.quantize.tiles import MMA, TILE
-from tilus.kernels.trial_arrays import placeholder, random_tensor, torch_dtype, wrong_results
+from tilus.kernels.trial_arrays import CHECKED_AT_ONCE, placeholder, random_tensor, torch_dtype, wrong_results
 from tilus.ptx.assembler import SpillError
 from tilus.runtime import graph_timer
 from tilus.runtime.autotune import Action, Timer, tune
@@ -57,7 +57,7 @@ class LinearTrial:
         copies: int | None = 1,
     ) -> None:  # fmt: skip
         torch = graph_timer.require_torch()
-        self._execution, self._target = execution, target
+        self._problem, self._execution, self._target = problem, execution, target
         matrix = random_matrix(problem.header)
         weight = _repeated(pack(matrix, arrays_on, order=MMA.name), problem.header)
         count = graph_timer.copies(weight.nbytes) if copies is None else copies
@@ -69,14 +69,21 @@ class LinearTrial:
         self._expected = self._x.double() @ rows.T
 
     def compile(self, plan: Plan) -> None:
-        _compile(self._x, self._weights[0], self._y, plan, self._target)
+        _compile(*_placeholders(self._problem), plan, self._target)
 
     def check(self, plan: Plan) -> str | None:
         self._y.fill_(float("nan"))
         launch(self._x, self._weights[0], self._y, None, plan, self._execution)
-        width = self._expected.shape[1]
-        parts = (self._y[:, first : first + width] for first in range(0, self._y.shape[1], width))
-        return next((wrong for part in parts if (wrong := wrong_results(part, self._expected)) is not None), None)
+        (m, n), width = self._y.shape, self._expected.shape[1]
+        whole = n // width * width
+        for first in range(0, m, CHECKED_AT_ONCE):
+            rows = slice(first, first + CHECKED_AT_ONCE)
+            exact, y = self._expected[rows], self._y[rows]
+            wrong = wrong_results(y[:, :whole].unflatten(1, (-1, width)), exact[:, None])
+            wrong = wrong or wrong_results(y[:, whole:], exact[:, : n - whole])
+            if wrong is not None:
+                return wrong
+        return None
 
     def actions(self, plan: Plan) -> Sequence[Action]:
         return [partial(launch, self._x, weight, self._y, None, plan, self._execution) for weight in self._weights]
