@@ -24,6 +24,7 @@ from tilus.kernels.linear import kernel_call
 from tilus.kernels.linear_problem import LinearProblem, candidates, estimated_us, heuristic
 from tilus.kernels.quantize import WeightHeader, pack
 from tilus.kernels.schedule import Schedule, schedule
+from tilus.kernels.trial_arrays import random_tensor
 from tilus.kernels.tune_gemm import GemmProblem, GemmTrial
 from tilus.kernels.tune_linear import LinearTrial
 from tilus.runtime import cache, compilations, cuda, tuned_plans
@@ -167,6 +168,18 @@ def test_tuning_gemm_compiles_checks_and_picks(monkeypatch: pytest.MonkeyPatch) 
     assert tune(plans, trial, lambda actions: next(times)).best == 1
     monkeypatch.setattr(tune_gemm, "launch", lambda *args: None)
     assert trial.check(plans[0]) == f"{16 * 128} of {16 * 128} results are wrong"
+
+
+@pytest.mark.parametrize(
+    "dtype", [tilus.f16, tilus.bf16, tilus.f32, tilus.float8_e4m3, tilus.float8_e5m2, tilus.int8], ids=str
+)
+def test_random_operands_are_of_their_type_and_finite(dtype: DataType) -> None:
+    found = random_tensor((64, 64), dtype, "cpu")
+    values = found.float()
+    assert found.element_size() == dtype.nbytes and dtype.is_float == found.dtype.is_floating_point
+    assert values.isfinite().all() and 0.5 < values.std() < 4 and values.unique().numel() > 8
+    with pytest.raises(TilusError, match="a tensor of int4, expected one of f16, "):
+        random_tensor((8, 8), tilus.int4, "cpu")
 
 
 class Recorded:

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tilus.errors import TilusError
 from tilus.runtime import tuned_plans
 from tilus.runtime.tuned_plans import Key, Measurement, Tuned, plan_from_json, plan_to_json, recall, remember
 
@@ -121,6 +122,20 @@ def test_an_entry_of_another_key_or_plan_counts_as_absent() -> None:
 
     assert from_disk(KEY, (Rows, Columns)) is None
     assert from_disk(KEY) == FOUND
+
+
+def test_a_plan_that_is_refused_by_now_counts_as_absent() -> None:
+    remember(KEY, FOUND)
+
+    @dataclass(frozen=True)
+    class Rows:
+        rows: int
+        fast: bool
+
+        def __post_init__(self) -> None:
+            raise TilusError("no such plan")
+
+    assert from_disk(KEY, (Rows, Columns)) is None
 
 
 def test_an_unusable_directory_warns_once_and_this_process_knows(

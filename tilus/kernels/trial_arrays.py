@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tilus.dtypes import DataType, bf16, f16, f32, float8_e4m3, float8_e5m2
+from tilus.dtypes import DataType, bf16, f16, f32, float8_e4m3, float8_e5m2, int8
 from tilus.errors import TilusError
 from tilus.lang.arguments import packed
 from tilus.runtime.graph_timer import require_torch
@@ -23,6 +23,7 @@ _TORCH_NAMES = {
     f32: "float32",
     float8_e4m3: "float8_e4m3fn",
     float8_e5m2: "float8_e5m2",
+    int8: "int8",
 }
 
 
@@ -35,10 +36,11 @@ def torch_dtype(dtype: DataType) -> Any:
 
 
 def random_tensor(shape: tuple[int, ...], dtype: DataType, device: str) -> Any:
-    """Normally distributed numbers."""
+    """Normally distributed numbers, rounded to the type; integers of about 2 in size."""
     torch = require_torch()
     generator = torch.Generator(device).manual_seed(0)
-    return torch.randn(shape, generator=generator, device=device).to(torch_dtype(dtype))
+    values = torch.randn(shape, generator=generator, device=device)
+    return (values if dtype.is_float else (2 * values).round()).to(torch_dtype(dtype))
 
 
 def placeholder(shape: tuple[int, ...], dtype: DataType) -> Any:

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 Result = TypeVar("Result")
 
-HANDFUL = 4  # that many compile in the time in which processes start
+START = 4  # compiles that take as long as a process takes to start
 
 
 def compile_all(
@@ -20,11 +20,12 @@ def compile_all(
     """The results of all compiles, in their order. What they compile is in the disk cache then.
 
     compiles: pickled, as `functools.partial` of functions of modules, whose results are pickled, too. done: called here with
-    (compiles done, compiles in all) after each. processes: by default as many as there are usable CPUs, but none for a handful
-    of compiles, which run in this one. Raises: what a compile raises.
+    (compiles done, compiles in all) after each. processes: by default as many as there are usable CPUs, or none, where starting
+    them takes longer than they save. Raises: what a compile raises.
     """
     count = min(processes or usable_cpus(), len(compiles))
-    if count <= 1 or (processes is None and len(compiles) <= HANDFUL):
+    saved = len(compiles) - len(compiles) / max(count, 1)
+    if count <= 1 or (processes is None and saved <= START):
         results: list[Result] = []
         for compile in compiles:
             results.append(compile())

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from tilus import config
+from tilus.errors import TilusError
 from tilus.runtime.cache import write_atomically
 
 # Part of every key, so that entries of another form are never read.
@@ -146,7 +147,7 @@ def _read(path: Path, key: Key, kinds: Mapping[str, type]) -> Tuned | None:
         measurements = cast("list[dict[str, Any]]", entry["measurements"])
         found = (Measurement(plan_from_json(m["plan"], kinds), m["us"], m["note"]) for m in measurements)
         return Tuned(tuple(found), entry["best"])
-    except (OSError, ValueError, KeyError, TypeError):  # absent, cut off, no JSON, or not of this form
+    except (OSError, ValueError, KeyError, TypeError, TilusError):  # absent, damaged, or a plan that is refused by now
         return None
 
 
