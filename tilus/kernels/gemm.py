@@ -10,15 +10,21 @@ In a cluster, blocks with the same tokens bring one part of them each, for all.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import tilus
 from tilus import Const, Tensor, TilusError, f32, int32
 from tilus.kernels.allocate import empty, is_cuda
-from tilus.kernels.linear import EMULATED_SMS, num_sms
+from tilus.kernels.linear import EMULATED_SMS, gpu_of
+from tilus.lang.arguments import dtype_of_name
+from tilus.runtime.autotune import chosen
 from tilus.runtime.execute import place
 from tilus.target import TARGETS
+
+if TYPE_CHECKING:
+    from tilus.runtime.cuda import Device
 
 BAND = 8  # neighbouring rows of clusters that take turns, so that what they read is found in the L2 cache
 CONSUMERS, PRODUCERS = 8, 4  # warps
@@ -165,13 +171,40 @@ def plan(m: int, n: int, num_sms: int, out_nbytes: int = 2) -> Plan:
     tokens = next((t for t in (16, 32, 64, 128) if t >= m), MOST_TOKENS)
     while tokens > 64 and row_tiles * -(-m // tokens) < num_sms // 2:
         tokens //= 2
+    tiles = row_tiles * -(-m // tokens)
+    cluster = 2 if tokens >= 128 and row_tiles % 2 == 0 and tiles >= num_sms >= 2 else 1
+    return fitted(Plan(tokens, most_stages(tokens, out_nbytes), cluster, 0), m, n, num_sms)
+
+
+def most_stages(tokens: int, out_nbytes: int) -> int:
+    """That the shared memory has room for."""
     stage_nbytes = (ROWS + tokens) * ROW_NBYTES
     buffers_nbytes = 2 * min(tokens, 64) * ROWS * out_nbytes
     room = TARGETS["sm_90a"].max_shared_nbytes - buffers_nbytes - 2048  # barriers, and starts of tiles
-    tiles = row_tiles * -(-m // tokens)
-    cluster = 2 if tokens >= 128 and row_tiles % 2 == 0 and tiles >= num_sms >= 2 else 1
-    blocks = min(tiles, num_sms // cluster * cluster)
-    return Plan(tokens, min(MOST_STAGES, room // stage_nbytes), cluster, blocks)
+    return min(MOST_STAGES, room // stage_nbytes)
+
+
+def fitted(found: Plan, m: int, n: int, num_sms: int) -> Plan:
+    """The plan with as many blocks as there are tiles, or as run at once."""
+    tiles = -(-n // ROWS) * -(-m // found.tokens)
+    return replace(found, blocks=min(tiles, num_sms // found.cluster * found.cluster))
+
+
+@lru_cache(maxsize=4096)
+def _plan(m: int, n: int, k: int, dtypes: tuple[Any, Any, Any], device: Device | None) -> Plan:
+    """The tuned plan of a GPU where there is one, else by rule. dtypes: of x, w and y."""
+    from tilus.kernels.tune_gemm import PLANS, GemmProblem, heuristic, measure  # it launches what is here
+
+    names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    act, weight, out = (dtype_of_name(name) for name in names)
+    if act is None or weight is None or out is None:
+        raise TilusError(f"gemm of {names[0]} and {names[1]} to {names[2]}, which kernels do not have")
+    problem, sms = GemmProblem(m, n, k, act, weight, out), device.num_sms if device else EMULATED_SMS
+    if device is not None:
+        found = chosen(problem.key(device.name), PLANS, lambda: measure(problem.tuned_as, device))
+        if found is not None:
+            return fitted(found, m, n, sms)
+    return heuristic(problem, sms)
 
 
 def gemm(
@@ -198,30 +231,22 @@ def gemm(
     y = empty(x, (m, n), out_dtype) if out is None else out
     if m and n:
         where = place(device, is_cuda(x))
-        launch(
-            x,
-            w,
-            y,
-            (scale, x_scale, w_scale, bias),
-            plan(m, n, num_sms(x, where) or EMULATED_SMS, y.dtype.itemsize),
-            device,
-        )
+        gpu = gpu_of(x) if where == "cuda" else None
+        found = _plan(m, n, int(x.shape[1]), (x.dtype, w.dtype, y.dtype), gpu)
+        launch(x, w, y, (scale, x_scale, w_scale, bias), found, device)
     return y
 
 
-def launch(x: Any, w: Any, y: Any, factors: tuple[float, Any, Any, Any], chosen: Plan, device: str | None) -> None:
+def launch(x: Any, w: Any, y: Any, factors: tuple[float, Any, Any, Any], plan: Plan, device: str | None) -> None:
     """The kernel by a given plan. factors: scale, x_scale, w_scale, bias."""
-    scale, x_scale, w_scale, bias = factors
-    gemm_kernel.on(device)(
-        x,
-        w,
-        y,
-        scale,
-        chosen.blocks,
-        x_scale,
-        w_scale,
-        bias,
-        tokens=chosen.tokens,
-        stages=chosen.stages,
-        cluster=chosen.cluster,
-    )
+    arguments, values = kernel_call(x, w, y, factors, plan)
+    gemm_kernel.on(device)(*arguments, **values)
+
+
+def kernel_call(
+    x: Any, w: Any, y: Any, factors: tuple[float, Any, Any, Any], plan: Plan
+) -> tuple[list[Any], dict[str, Any]]:
+    """What a plan means: arguments and compile-time values of `gemm_kernel`."""
+    scale, *vectors = factors
+    values = {"tokens": plan.tokens, "stages": plan.stages, "cluster": plan.cluster}
+    return [x, w, y, scale, plan.blocks, *vectors], values
