@@ -20,7 +20,7 @@ import tilus
 from tilus import Const, Tensor, f32, int32, uint8
 from tilus.dtypes import DTYPES, DataType
 from tilus.errors import TilusError
-from tilus.kernels.allocate import counters, empty, is_cuda
+from tilus.kernels.allocate import counters, empty, is_cuda, is_torch
 from tilus.kernels.columns import take_columns
 from tilus.kernels.linear_problem import PLANS, LinearProblem, Plan, heuristic
 from tilus.kernels.linear_step import (
@@ -37,6 +37,8 @@ from tilus.kernels.linear_step import (
 from tilus.kernels.quantize.packed import QuantizedWeight
 from tilus.kernels.quantize.tiles import MMA, TILE, WHOLE
 from tilus.kernels.schedule import cpu_schedule
+from tilus.kernels.warpgroup_linear import kernel_call as warpgroup_call
+from tilus.kernels.warpgroup_schedule import WarpgroupPlan
 from tilus.lang.arguments import dtype_of_name
 from tilus.lang.kernel import Kernel
 from tilus.layout import local, replicated
@@ -220,6 +222,8 @@ def kernel_call(
     x: Any, weight: QuantizedWeight, y: Any, bias: Any | None, plan: Plan
 ) -> tuple[Kernel, list[Any], dict[str, Any]]:
     """What a plan means: its kernel, arguments and compile-time values."""
+    if isinstance(plan, WarpgroupPlan):
+        return warpgroup_call(x, weight, y, bias, plan)
     m, n = (int(extent) for extent in y.shape)
     header = weight.header
     partial = tickets = None
@@ -253,7 +257,16 @@ def _plan(x: Any, weight: QuantizedWeight, y: Any, where: str) -> Plan:
             hint='pack it again: weight.to("cuda"), or pack(matrix, device, order="mma")',
         )
     device = gpu_of(x)
-    return _tuned(problem, device) or heuristic(problem, device.num_sms)
+    plan = _tuned(problem, device) or heuristic(problem, device.num_sms, hopper=device.target.sm == 90)
+    if isinstance(plan, WarpgroupPlan) and not _is_aligned(x):
+        return heuristic(problem, device.num_sms)
+    return plan
+
+
+def _is_aligned(x: Any) -> bool:
+    """Whether TMA can copy rows of x: their first bytes must be multiples of 16."""
+    address, stride = (x.data_ptr(), x.stride(0)) if is_torch(x) else (x.ctypes.data, x.strides[0] // x.itemsize)
+    return address % 16 == 0 and stride % 8 == 0
 
 
 def _tuned(problem: LinearProblem, device: Device) -> Plan | None:

@@ -14,12 +14,13 @@ from tilus.dtypes import DataType
 from tilus.kernels.quantize.header import WeightHeader
 from tilus.kernels.quantize.tiles import TILE
 from tilus.kernels.schedule import Schedule, schedule
+from tilus.kernels.warpgroup_schedule import WarpgroupPlan, warpgroup_plans
 from tilus.runtime.autotune import bucket
 from tilus.runtime.tuned_plans import Key
 
-Plan = Schedule
-PLANS: tuple[type, ...] = (Schedule,)
-FAMILY = "linear-1"  # another number where plans get another meaning, or kernels another speed
+Plan = Schedule | WarpgroupPlan
+PLANS: tuple[type, ...] = (Schedule, WarpgroupPlan)
+FAMILY = "linear-2"  # another number where plans get another meaning, or kernels another speed
 CANDIDATES = 10
 
 # The model's machine, an H100: what one multiprocessor gets from memory and issues, and how long a read is under way.
@@ -69,17 +70,22 @@ class LinearProblem:
         return f"{n} x {k} {self.header.dtype}, groups of {self.header.group}, M = {self.m}"
 
 
-def heuristic(problem: LinearProblem, num_sms: int) -> Plan:
-    """The plan that is used without tuning."""
+def heuristic(problem: LinearProblem, num_sms: int, *, hopper: bool = False) -> Plan:
+    """The plan that is used without tuning. hopper: for a GPU with warpgroups (sm_90a)."""
     header = problem.header
-    return schedule(problem.m, *problem.tiles, header.dtype.nbits, num_sms, header.factor_words)
+    plans = warpgroup_plans(header, problem.m, num_sms) if hopper else ()
+    return plans[0] if plans else schedule(problem.m, *problem.tiles, header.dtype.nbits, num_sms, header.factor_words)
 
 
-def candidates(problem: LinearProblem, num_sms: int) -> tuple[Plan, ...]:
-    """The heuristic's plan, then the others in the order of the model's times; about ten in all."""
+def candidates(problem: LinearProblem, num_sms: int, *, hopper: bool = False) -> tuple[Plan, ...]:
+    """The heuristic's plan, then others; about ten in all. On Hopper those of warpgroups, then two of the direct kernel."""
     first = heuristic(problem, num_sms)
     others = [plan for plan in _possible(problem, num_sms) if plan != first]
     others.sort(key=lambda plan: estimated_us(plan, problem, num_sms))
+    plans = warpgroup_plans(problem.header, problem.m, num_sms) if hopper else ()
+    if plans:
+        direct = (first, *others[:1]) if problem.m <= 16 else ()
+        return *plans, *direct
     return first, *others[: CANDIDATES - 1]
 
 

@@ -40,7 +40,7 @@ def measure(problem: LinearProblem, device: Device, timer: Timer = graph_timer.g
     with torch.cuda.device(device.index):
         trial = LinearTrial(problem, f"cuda:{device.index}", None, device.target, copies=None)
         torch.cuda.synchronize()  # weights are there before kernels that start early read them
-        return tune(candidates(problem, device.num_sms), trial, timer)
+        return tune(candidates(problem, device.num_sms, hopper=device.target.sm == 90), trial, timer)
 
 
 class LinearTrial:

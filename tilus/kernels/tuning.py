@@ -93,7 +93,7 @@ def compile_plans(
     """
     different: dict[Hashable, Callable[[], Any]] = {}
     for problem in problems:
-        plan = _plan(problem, num_sms, device)
+        plan = _plan(problem, num_sms, target, device)
         match problem:
             case LinearProblem():
                 compile = partial(tune_linear.compile_plan, problem, plan, target)
@@ -140,11 +140,12 @@ def shape_of(problem: Problem) -> tuple[int, int]:
     return problem.header.shape if isinstance(problem, LinearProblem) else (problem.n, problem.k)
 
 
-def _plan(problem: Problem, num_sms: int, device: Device | None) -> Any:
+def _plan(problem: Problem, num_sms: int, target: Target, device: Device | None) -> Any:
     result = None if device is None else known(problem, device)
     match problem:
         case LinearProblem():
-            return linear_problem.heuristic(problem, num_sms) if result is None else result.plan
+            hopper = target.sm == 90
+            return linear_problem.heuristic(problem, num_sms, hopper=hopper) if result is None else result.plan
         case GemmProblem():
             return tune_gemm.heuristic(problem, num_sms) if result is None else result.plan
 

@@ -17,45 +17,12 @@ from typing import Any
 import tilus
 from tilus import Const, Tensor, f16, f32, uint4, uint8
 from tilus.dtypes import DTYPES, DataType
-from tilus.errors import TilusError
 from tilus.kernels.linear_step import residual
 from tilus.kernels.quantize.packed import QuantizedWeight
 from tilus.kernels.quantize.tiles import MMA, TILE, WHOLE
+from tilus.kernels.warpgroup_schedule import STORED_TOKENS, WarpgroupPlan
+from tilus.lang.kernel import Kernel
 from tilus.layout import local, replicated
-
-
-STORED_TOKENS = 32  # at a time: they pass through shared memory
-
-
-@dataclass(frozen=True)
-class WarpgroupPlan:
-    """One launch of the kernel.
-
-    tokens: columns of a block's result. rows: tiles of 64 rows a block, each with warpgroups of its own. splits: warpgroups along
-    K in a block. blocks: blocks along K, a cluster. depth: tiles of 64 columns a step. stages: steps on their way, a multiple of
-    splits, so that a warpgroup sees every phase of its barriers. registers: of each thread that computes, None for as many as fit
-    without asking. blocks_per_sm: how many blocks must fit on a multiprocessor. overlap: unpack the next piece of a step while
-    the product of the last one is under way. scaled: multiply weights by their scales, and round them, not sums: for so many
-    tokens that there are no registers for the sums of a group beside those of all groups.
-    """
-
-    tokens: int
-    rows: int
-    splits: int
-    blocks: int
-    depth: int
-    stages: int
-    registers: int | None = None
-    blocks_per_sm: int = 1
-    overlap: bool = False
-    scaled: bool = False
-
-    def __post_init__(self) -> None:
-        least = (
-            2 * self.splits if self.scaled else self.splits
-        )  # scaled weights hold a stage until their next one has come
-        if self.stages % self.splits or self.stages < least:
-            raise TilusError(f"{self.stages} stages for {self.splits} splits, expected a multiple from {least} up")
 
 
 @dataclass(frozen=True)
@@ -137,8 +104,8 @@ def warpgroup_linear(
         for array, dtype in factors
     ]
     # Sums of the block's other warpgroups, and in the first block of the cluster those of the other blocks.
-    own_sums = None if splits == 1 else tilus.shared(f32, [splits - 1, tokens // 8, 32 * group_warps, 4])
-    all_sums = None if blocks == 1 else tilus.shared(f32, [blocks - 1, tokens // 8, 32 * group_warps, 4])
+    own_sums = tilus.shared(f32, [max(1, splits - 1), tokens // 8, 32 * group_warps, 4])
+    all_sums = tilus.shared(f32, [max(1, blocks - 1), tokens // 8, 32 * group_warps, 4])
     full, empty = tilus.mbarrier(stages), tilus.mbarrier(stages)
     own_done, all_done = tilus.mbarrier(1, arrivals=max(1, splits - 1)), tilus.mbarrier(1, arrivals=max(1, blocks - 1))
     if blocks > 1:
@@ -387,15 +354,18 @@ class Unpacking:
         return tilus.reshape(tilus.transpose(values, [0, 1, 3, 2]), [rows * TILE, 1])
 
 
-def launch(x: Any, weight: QuantizedWeight, y: Any, bias: Any | None, plan: WarpgroupPlan, device: str | None) -> None:
-    """The kernel with a given plan, on activations whose columns are in the order of the weight's."""
+def kernel_call(
+    x: Any, weight: QuantizedWeight, y: Any, bias: Any | None, plan: WarpgroupPlan
+) -> tuple[Kernel, list[Any], dict[str, Any]]:
+    """The kernel with its arguments and compile-time values, for activations whose columns are in the order of the weight's."""
     header = weight.header
     codes, scales, mins, zeros = (
         None if array is None else array.reshape(array.shape[0], -1)
         for array in (weight.codes, weight.scales, weight.mins, weight.zeros)
     )
-    warpgroup_linear.on(device)(
-        x, codes, scales, y, header.global_scale, mins, zeros, weight.table, bias,
-        wdtype=header.dtype, scale_dtype=DTYPES[header.scale_dtype],
-        mins_dtype=None if header.mins_dtype is None else DTYPES[header.mins_dtype], span=header.span, plan=plan,
-    )  # fmt: skip
+    values = {
+        "wdtype": header.dtype, "scale_dtype": DTYPES[header.scale_dtype],
+        "mins_dtype": None if header.mins_dtype is None else DTYPES[header.mins_dtype],
+        "span": header.span, "plan": plan,
+    }  # fmt: skip
+    return warpgroup_linear, [x, codes, scales, y, header.global_scale, mins, zeros, weight.table, bias], values
