@@ -76,10 +76,10 @@ SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
     ],
     "norm.rms_norm_kernel": [{"hidden": 768}],
     "quantize.codes.pack_codes_kernel": [
-        {"wdtype": uint4, "span": 32, "lookup": False},
-        {"wdtype": int4, "span": 32, "lookup": False, "order": ROWS},
+        {"wdtype": uint4, "lookup": False},
+        {"wdtype": int4, "lookup": False, "order": ROWS},
     ],
-    "quantize.codes.unpack_codes_kernel": [{"wdtype": int8, "span": 0, "lookup": True}],
+    "quantize.codes.unpack_codes_kernel": [{"wdtype": int8, "lookup": True}],
     "rope.rope_append_kernel": [{"head_dim": 64, "heads": 9, "q_heads": 3, "kv_heads": 3, "page_size": 16}],
 }
 
