@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 import click
 
 from tilus.command import Command
+from tilus.errors import TilusError
 
 if TYPE_CHECKING:
     from tilus.kernels.tuning import Problem, Product
+    from tilus.runtime.cuda import Device
     from tilus.runtime.tuned_plans import Tuned
 
 
@@ -97,20 +99,28 @@ def _counts(text: str) -> list[int]:
 
 def _tuned(products: Sequence[Product], index: int, again: bool) -> list[Tuned]:
     from tilus.kernels import tuning
-    from tilus.runtime import cuda
 
-    device = cuda.device(index)
+    device = _device(index)
     with click.progressbar(length=len(products), label=f"tuning on {device.name}", file=sys.stderr) as bar:
         problems = [product.problem for product in products]
         return tuning.tune_all(problems, device, again=again, done=lambda: bar.update(1))
 
 
+def _device(index: int) -> Device:
+    from tilus.runtime import cuda
+
+    try:
+        return cuda.device(index)
+    except TilusError as error:
+        hint = "--compile-only --target NAME needs none; `tilus doctor` says what is missing"
+        raise TilusError(f"tuning needs a GPU: {error.message}", hint=hint) from error
+
+
 def _compile_plans(problems: Sequence[Problem], target: str | None, num_sms: int, index: int) -> None:
     from tilus.kernels import tuning
-    from tilus.runtime import cuda
     from tilus.target import get_target
 
-    device = cuda.device(index) if target is None else None
+    device = _device(index) if target is None else None
     chosen = device.target if device is not None else get_target(target or "")
     start = time.perf_counter()
     with click.progressbar(length=1, label=f"compiling for {chosen}", file=sys.stderr) as bar:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -9,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tilus.errors import TilusError
 from tilus.runtime import graph_timer
 from tilus.runtime.graph_timer import copies, graph_us, is_capturing
 
@@ -88,6 +91,16 @@ def test_the_time_of_a_launch_in_the_middle_of_others(gpu: SimulatedGPU, count: 
 def test_outliers_do_not_count(gpu: SimulatedGPU) -> None:
     gpu.noise = [0.0, 0.0, 0.0, 1e6]
     assert graph_us([gpu.launch(5.0)]) == 5.0
+
+
+def test_a_torch_without_gpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not is_capturing()
+    with pytest.raises(TilusError, match=f"tuning needs a torch for GPUs, found {re.escape(torch.__version__)}"):
+        graph_timer.require_gpu()
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(TilusError, match="tuning needs torch, which is not installed"):
+        graph_timer.require_gpu()
 
 
 def test_copies_exceed_the_cache_as_far_as_memory_goes(gpu: SimulatedGPU) -> None:
