@@ -72,8 +72,8 @@ def warpgroup_linear(
     plan: Const,
 ):
     rows, splits, blocks, stages, tokens = plan.rows, plan.splits, plan.blocks, plan.stages, plan.tokens
-    # Two or more pieces a step, so that registers of one are free while tensor cores read those of another.
-    shape = Shape(span, rows, plan.depth, tokens, TILE if plan.scaled else 2 * TILE)
+    # More pieces a step, where registers of one are to be free while tensor cores read those of another.
+    shape = Shape(span, rows, plan.depth, tokens, TILE if plan.scaled or plan.overlap else 2 * TILE)
     row_tiles = tilus.cdiv(codes.shape[0], rows)
     group_warps = 4 * rows
     copiers = 1 if plan.registers is None else 4
@@ -144,14 +144,9 @@ def warpgroup_linear(
             if span == WHOLE:
                 once = unpacked.whole(factors, row_tile)
             total = tilus.zeros([TILE * rows, tokens], f32)
-            if plan.scaled:
-                total = add_scaled(
-                    total, unpacked, stage_codes, stage_factors, stage_x, once, full, empty, split, steps, plan
-                )
-            else:
-                total = add_groups(
-                    total, unpacked, stage_codes, stage_factors, stage_x, once, full, empty, split, steps, plan
-                )
+            add = add_scaled if plan.scaled else add_ahead if plan.overlap and mins is None else add_groups
+            buffers = (stage_codes, stage_factors, stage_x)
+            total = add(total, unpacked, buffers, once, (full, empty), split, steps, plan)
             if split > 0:
                 tilus.store_shared(own_sums[split - 1], by_thread(total))
                 tilus.arrive(own_done[0])
@@ -202,16 +197,15 @@ def store_rows(y, start, result, threads: int):
         tilus.store(y, [start[0] + index * part, start[1]], runs)
 
 
-def add_groups(
-    total, unpacked, stage_codes, stage_factors, stage_x, once, full, empty, split: int, steps, plan: WarpgroupPlan
-):
-    """total + the products of a warpgroup's steps. While tensor cores work on a piece, the next one is unpacked."""
+def add_groups(total, unpacked, buffers, once, barriers, split: int, steps, plan: WarpgroupPlan):
+    """total + the products of a warpgroup's steps, piece by piece."""
+    stage_codes, stage_factors, stage_x = buffers
+    full, empty = barriers
     shape, act = unpacked.shape, stage_x.dtype
     extents = (TILE * plan.rows, plan.tokens, shape.width)
     for i in tilus.range(split, steps, plan.splits):
         stage = i % plan.stages
         tilus.wait_barrier(full[stage], i // plan.stages % 2)
-        under_way = []
         for piece in range(shape.pieces):
             scale, minimum, zero = once if once is not None else unpacked.factors(stage_factors, stage, piece)
             left, offsets = unpacked.weights(stage_codes, stage, piece, zero), [0, piece * shape.width]
@@ -220,16 +214,42 @@ def add_groups(
             if minimum is not None:
                 ones = tilus.full([TILE * plan.rows, shape.width], 1.0, act)
                 sum_x = tilus.wgmma(ones, stage_x[stage], shape=extents, y_offsets=offsets)
-            under_way = [*under_way, (part, scale, sum_x, minimum)]
-            if not plan.overlap:
-                tilus.wgmma_wait()
-                total = scaled_sum(total, *under_way[piece])
-            elif piece > 0:
-                tilus.wgmma_wait(1 if minimum is None else 2)
-                total = scaled_sum(total, *under_way[piece - 1])
-        if plan.overlap:
             tilus.wgmma_wait()
-            total = scaled_sum(total, *under_way[shape.pieces - 1])
+            total = scaled_sum(total, part, scale, sum_x, minimum)
+        tilus.arrive(empty[stage])
+    return total
+
+
+def add_ahead(total, unpacked, buffers, once, barriers, split: int, steps, plan: WarpgroupPlan):
+    """The same without minimums. While tensor cores work on a piece, the next one is unpacked, be it of the next step."""
+    stage_codes, stage_factors, stage_x = buffers
+    full, empty = barriers
+    shape, stages = unpacked.shape, plan.stages
+    extents = (TILE * plan.rows, plan.tokens, shape.width)
+    together = shape.pieces // shape.sets  # pieces with the same factors, which are added up before they are scaled
+    first = tilus.zeros([TILE * plan.rows, shape.width], stage_x.dtype)
+    if split < steps:
+        tilus.wait_barrier(full[split], 0)
+        first = unpacked.piece(stage_codes, stage_factors, split, 0, once)
+    for i in tilus.range(split, steps, plan.splits):
+        stage = i % stages
+        part = tilus.wgmma(first, stage_x[stage], shape=extents, y_offsets=[0, 0])
+        for piece in range(1, shape.pieces):
+            left, offsets = unpacked.piece(stage_codes, stage_factors, stage, piece, once), [0, piece * shape.width]
+            if piece % together == 0:
+                tilus.wgmma_wait()
+                total = tilus.fma(part, unpacked.scale(stage_factors, stage, piece - 1, once), total)
+                part = tilus.wgmma(left, stage_x[stage], shape=extents, y_offsets=offsets)
+            else:
+                part = tilus.wgmma(left, stage_x[stage], part, shape=extents, y_offsets=offsets)
+        scale = unpacked.scale(stage_factors, stage, shape.pieces - 1, once)
+        tilus.wgmma_wait(together - 1)  # no longer is the first piece read
+        following = i + plan.splits
+        if following < steps:
+            tilus.wait_barrier(full[following % stages], following // stages % 2)
+            first = unpacked.piece(stage_codes, stage_factors, following % stages, 0, once)
+        tilus.wgmma_wait()
+        total = tilus.fma(part, scale, total)
         tilus.arrive(empty[stage])
     return total
 
@@ -240,10 +260,10 @@ def scaled_sum(total, part, scale, sum_x, minimum):
     return result if minimum is None else tilus.fma(sum_x, minimum, result)
 
 
-def add_scaled(
-    total, unpacked, stage_codes, stage_factors, stage_x, once, full, empty, split: int, steps, plan: WarpgroupPlan
-):
+def add_scaled(total, unpacked, buffers, once, barriers, split: int, steps, plan: WarpgroupPlan):
     """The same with weights that are multiplied by their scales before the product, and rounded to the activations' type."""
+    stage_codes, stage_factors, stage_x = buffers
+    full, empty = barriers
     shape, act = unpacked.shape, stage_x.dtype
     extents = (TILE * plan.rows, plan.tokens, shape.width)
     before = 0
@@ -312,6 +332,15 @@ class Unpacking:
             parts = TILE // shape.width
             numbers = tilus.select(tilus.reshape(numbers, [TILE * shape.rows, parts, shape.width]), 1, piece % parts)
         return numbers if zeros is None else numbers - zeros
+
+    def piece(self, stage_codes, stage_factors, stage, piece: int, once):
+        """`weights` with the zero points that belong to them."""
+        zeros = self.factors(stage_factors, stage, piece)[2] if once is None else once[2]
+        return self.weights(stage_codes, stage, piece, zeros)
+
+    def scale(self, stage_factors, stage, piece: int, once):
+        """[rows * 64, 1] of a piece in f32."""
+        return self.factors(stage_factors, stage, piece)[0] if once is None else once[0]
 
     def factors(self, stage_factors, stage, piece: int):
         """Of a piece, as `numbers` gives them."""

@@ -90,7 +90,7 @@ def warpgroup_plans(header: WeightHeader, m: int, num_sms: int) -> tuple[Warpgro
     """Plans for m tokens, the rule's choice first; none where the kernel cannot run."""
     n, k = header.shape
     tiles_n, tiles_k = -(-n // TILE), -(-k // TILE)
-    if k % 8:  # rows of activations are copied in units of 16 bytes
+    if k % TILE:  # factors end with K, steps with a tile
         return ()
     found = [plan for plan in _plans(header, m, tiles_n, tiles_k, num_sms) if plan is not None]
     return tuple(dict.fromkeys(found))
