@@ -30,7 +30,11 @@ SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
     "embedding.dense_embedding_kernel": [{}],
     "embedding.quantized_embedding_kernel": [{"group": 32}],
     "columns.take_columns_kernel": [{}],
-    "gemm.gemm_kernel": [{"tokens": 32, "stages": 2}, {"tokens": 256, "cluster": 2}],
+    "gemm.gemm_kernel": [
+        {"tokens": 32, "stages": 2},
+        {"tokens": 256, "cluster": 2},
+        {"tokens": 16, "splits": 4},
+    ],
     "linear.quantized_linear": [
         {
             "wdtype": uint4,
@@ -80,6 +84,7 @@ SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
         {"wdtype": int4, "span": 32, "lookup": False, "order": ROWS},
     ],
     "quantize.codes.unpack_codes_kernel": [{"wdtype": int8, "span": 0, "lookup": True}],
+    "quantize_tokens.quantize_tokens_kernel": [{"columns": 768}],
     "rope.rope_append_kernel": [{"head_dim": 64, "heads": 9, "q_heads": 3, "kv_heads": 3, "page_size": 16}],
 }
 

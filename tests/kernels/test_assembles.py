@@ -17,6 +17,7 @@ from tilus.kernels.gemm import Plan, gemm_kernel
 from tilus.kernels.linear import quantized_linear
 from tilus.kernels.norm import rms_norm_kernel
 from tilus.kernels.quantize import WeightHeader
+from tilus.kernels.quantize_tokens import quantize_tokens_kernel
 from tilus.kernels.rope import rope_append_kernel
 from tilus.kernels.schedule import MOST_FACTOR_WORDS, schedule
 from tilus.lang.kernel import Kernel
@@ -37,6 +38,11 @@ def assert_no_spills(kernel: Kernel, target: str, *args: Any, **values: Any) -> 
 
 LIBRARY: list[tuple[Kernel, dict[str, Any]]] = [
     *((rms_norm_kernel, {"dtype": tilus.f16, "hidden": hidden}) for hidden in (100, 576, 4096, 16384)),
+    *(
+        (quantize_tokens_kernel, {"act": tilus.bf16, "code": code, "columns": columns})
+        for code in (tilus.int8, tilus.float8_e4m3)
+        for columns in (100, 16384, 28672)
+    ),
     (silu_mul_kernel, {"dtype": tilus.f16}),
     (dense_embedding_kernel, {"dtype": tilus.bf16}),
     (quantized_embedding_kernel, {"dtype": tilus.f16, "code": tilus.int8, "group": 32}),
@@ -175,6 +181,9 @@ def test_examples(name: str, target: str) -> None:
         (torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, Plan(256, 4, 1, 132)),
         (torch.float16, torch.float16, torch.float32, Plan(16, 8, 1, 132)),
         (torch.float16, torch.float16, torch.float32, Plan(128, 5, 2, 132)),
+        (torch.int8, torch.int8, torch.bfloat16, Plan(256, 4, 2, 132)),
+        (torch.int8, torch.int8, torch.float16, Plan(16, 8, 1, 128, splits=4)),
+        (torch.float8_e4m3fn, torch.float8_e4m3fn, torch.bfloat16, Plan(64, 6, 1, 128, splits=4)),
     ],
     ids=str,
 )
@@ -183,10 +192,11 @@ def test_gemm(act: torch.dtype, weight: torch.dtype, out: torch.dtype, plan: Pla
     m, n, k = 512, 1024, 4096
     x, w, y = torch.empty(m, k, dtype=act), torch.empty(n, k, dtype=weight), torch.empty(m, n, dtype=out)
     given = {"x_scale": torch.empty(m), "w_scale": torch.empty(n), "bias": torch.empty(n)} if factors else {}
-    values = {"tokens": plan.tokens, "stages": plan.stages, "cluster": plan.cluster}
+    values = {"tokens": plan.tokens, "stages": plan.stages, "cluster": plan.cluster, "splits": plan.splits}
     assert_no_spills(gemm_kernel, "sm_90a", x, w, y, 1.0, plan.blocks, **given, **values)
     ptx = gemm_kernel.ptx(x, w, y, 1.0, plan.blocks, target="sm_90a", **given, **values)
-    assert ("stmatrix.sync.aligned.m8n8.x4.trans" in ptx) == (out.itemsize == 2)  # y^T in rows of y
+    from_fragments = out.itemsize == 2 and plan.splits == 1
+    assert ("stmatrix.sync.aligned.m8n8.x4.trans" in ptx) == from_fragments  # y^T in rows of y
 
 
 @pytest.mark.parametrize("name", ["matmul_v5"])
