@@ -35,7 +35,7 @@ import numpy.typing as npt
 from tilus.dtypes import DataType, f16, f32
 from tilus.errors import TilusError
 from tilus.layout import Digit, RegisterLayout, local, replicated, spatial
-from tilus.layout.atoms import mma_a, mma_b
+from tilus.layout.atoms import mma_a, mma_b, wgmma_a
 
 TILE = 64
 SMALLEST_GROUP = 16
@@ -140,6 +140,32 @@ class MmaOrder(TileOrder):
             Digit(nbytes, 2, 1),
         )
         return RegisterLayout((rows, warps, 512 * dtype.nbits), threads, slots)
+
+    # For warpgroups, each of `blocks` of a block's rows of tiles: warp w of the four has the 16-row block w of every tile.
+
+    def warpgroup_bytes(self, dtype: DataType, groups: int, blocks: int, depth: int) -> RegisterLayout:
+        """Tile [groups * blocks, depth, 512 * nbits] of bytes, a thread's in the order of its codes."""
+        together = _words_together(dtype)
+        nbytes, chunk = 4 * together, 32 * self.chunk_nbytes
+        warp = (Digit(together, 2, chunk), Digit(4 // together, 2, nbytes))
+        threads = (Digit(groups, 0, blocks), *warp, Digit(32, 2, self.chunk_nbytes))
+        slots = (
+            Digit(blocks, 0, 1),
+            Digit(depth, 1, 1),
+            Digit(dtype.nbits // together, 2, chunk * together),
+            Digit(nbytes, 2, 1),
+        )
+        return RegisterLayout((groups * blocks, depth, 512 * dtype.nbits), threads, slots)
+
+    def warpgroup_fragments(self, groups: int, blocks: int, depth: int) -> RegisterLayout:
+        """Tile [groups * blocks * 64, depth * 64]: the left operand of wgmma."""
+        return spatial(groups, 1) * local(blocks, 4 * depth) * wgmma_a()
+
+    def warpgroup_factors(self, groups: int, blocks: int, sets: int, nbytes: int) -> RegisterLayout:
+        """Tile [groups * blocks, sets, 8, 8 * nbytes]: a thread holds the factors of the rows of its results."""
+        threads = (Digit(groups, 0, blocks), Digit(4, 3, 2 * nbytes), Digit(8, 2, 1), Digit(4, None, 0))
+        slots = (Digit(blocks, 0, 1), Digit(sets, 1, 1), Digit(2 * nbytes, 3, 1))
+        return RegisterLayout((groups * blocks, sets, 8, 8 * nbytes), threads, slots)
 
 
 @dataclass(frozen=True)

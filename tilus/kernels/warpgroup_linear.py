@@ -1,0 +1,298 @@
+"""Quantised linear layers on the tensor cores of Hopper's warpgroups: y = x W^T + b from the packed weights of `linear`.
+
+A block computes 64 or 128 rows of the weight for `tokens` tokens. A producer warp keeps `stages` steps of `depth` tiles along K
+on their way: packed codes and factors by bulk copies, activations by TMA. Warpgroups unpack codes into registers, which are the
+left operand of wgmma, and take turns along K (`splits`): while one waits for its product, the others unpack. Their sums meet in
+shared memory, those of `blocks` blocks along K in that of the first, always in the same order.
+
+Sums of a group are scaled in f32, as in `linear`, so no weight is ever rounded. The producer asks for the first weights before it
+waits for the kernel in front (programmatic dependent launch).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import tilus
+from tilus import Const, Tensor, f16, f32, uint4, uint8
+from tilus.dtypes import DTYPES, DataType
+from tilus.kernels.linear_step import residual
+from tilus.kernels.quantize.packed import QuantizedWeight
+from tilus.kernels.quantize.tiles import MMA, TILE, WHOLE
+from tilus.layout import local, replicated
+
+
+@dataclass(frozen=True)
+class WarpgroupPlan:
+    """One launch of the kernel.
+
+    tokens: columns of a block's result. rows: tiles of 64 rows a block, each with warpgroups of its own. splits: warpgroups along K
+    in a block. blocks: blocks along K, a cluster. depth: tiles of 64 columns a step. stages: steps on their way, a multiple of
+    splits. registers: of each thread that computes, None for as many as fit without asking.
+    """
+
+    tokens: int
+    rows: int
+    splits: int
+    blocks: int
+    depth: int
+    stages: int
+    registers: int | None = None
+    blocks_per_sm: int = 1
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Compile-time numbers of a step. A step has `sets` sets of factors, and `pieces` parts that end with a set or the step."""
+
+    span: int
+    rows: int
+    depth: int
+    tokens: int
+
+    @property
+    def columns(self) -> int:
+        return self.depth * TILE
+
+    @property
+    def sets(self) -> int:
+        return 1 if self.span == WHOLE else max(1, self.columns // self.span)
+
+    @property
+    def pieces(self) -> int:
+        """Parts of a step whose products are scaled by themselves; parts that are longer than two tiles are cut."""
+        return max(self.sets, self.columns // (2 * TILE))
+
+    @property
+    def width(self) -> int:
+        return self.columns // self.pieces
+
+
+@tilus.kernel
+def warpgroup_linear(
+    x: Tensor["act", "m", "k"],
+    codes: Tensor[uint8, "tiles_n", "codes_nbytes"],
+    scales: Tensor[uint8, "tiles_n", "scales_nbytes"],
+    y: Tensor["out", "m", "n"],
+    global_scale: f32,
+    mins: Tensor[uint8, "tiles_n", "mins_nbytes"] = None,
+    zeros: Tensor[uint8, "tiles_n", "zeros_nbytes"] = None,
+    table: Tensor[f32, 16] = None,
+    bias: Tensor["bias_type", "n"] = None,
+    *,
+    wdtype: Const,
+    scale_dtype: Const,
+    mins_dtype: Const = None,
+    span: Const,
+    plan: Const,
+):
+    rows, splits, blocks, stages, tokens = plan.rows, plan.splits, plan.blocks, plan.stages, plan.tokens
+    shape = Shape(span, rows, plan.depth, tokens)
+    row_tiles = tilus.cdiv(codes.shape[0], rows)
+    group_warps = 4 * rows
+    copiers = 1 if plan.registers is None else 4
+    warps = group_warps * splits + copiers
+    tilus.grid(
+        row_tiles * blocks,
+        tilus.cdiv(y.shape[0], tokens),
+        warps=warps,
+        cluster=blocks,
+        blocks_per_sm=plan.blocks_per_sm,
+    )
+    tilus.launch_dependents()
+    rank = tilus.block_id(0) % blocks
+    row_tile = tilus.block_id(0) // blocks * rows
+    first_token = tilus.block_id(1) * tokens
+    step_nbytes = plan.depth * tile_nbytes(wdtype)
+    all_steps = codes.shape[1] // step_nbytes
+    begin = all_steps * rank // blocks
+    steps = all_steps * (rank + 1) // blocks - begin
+
+    factors = [(scales, scale_dtype), (mins, mins_dtype), (zeros, f16)]
+    stage_codes = tilus.shared(uint8, [stages, rows, step_nbytes])
+    stage_x = tilus.shared(x.dtype, [stages, tokens, shape.columns])
+    stage_factors = [
+        None
+        if array is None or span == WHOLE
+        else tilus.shared(uint8, [stages, rows, shape.sets * TILE * dtype.nbytes])
+        for array, dtype in factors
+    ]
+    sums = None
+    if splits * blocks > 1:
+        sums = tilus.shared(f32, [splits * blocks - 1, tokens, TILE * rows])
+    full, empty = tilus.mbarrier(stages), tilus.mbarrier(stages)
+    done = tilus.mbarrier(1, arrivals=max(1, splits * blocks - 1))
+    if blocks > 1:
+        tilus.cluster_sync()
+
+    with tilus.warps(group_warps * splits, copiers, registers=None if plan.registers is None else 40):
+        nbytes = stage_codes[0].nbytes + stage_x[0].nbytes
+        for buffer in stage_factors:
+            if buffer is not None:
+                nbytes = nbytes + buffer[0].nbytes
+        ahead = min(steps, stages)
+        for i in tilus.range(ahead):
+            tilus.arrive(full[i], nbytes=nbytes)
+            copy_weights(codes, factors, stage_codes, stage_factors, full, i, row_tile, begin + i, shape)
+        tilus.wait_dependencies(constant=[codes, scales, mins, zeros, table, bias])
+        for i in tilus.range(ahead):
+            tilus.copy_tensor(stage_x[i], x, [first_token, (begin + i) * shape.columns], barrier=full[i])
+        for i in tilus.range(ahead, steps):
+            stage = i % stages
+            tilus.wait_barrier(empty[stage], (i // stages + 1) % 2)
+            tilus.arrive(full[stage], nbytes=nbytes)
+            copy_weights(codes, factors, stage_codes, stage_factors, full, stage, row_tile, begin + i, shape)
+            tilus.copy_tensor(stage_x[stage], x, [first_token, (begin + i) * shape.columns], barrier=full[stage])
+
+    for split in range(splits):
+        with tilus.warps(group_warps * split, group_warps, registers=plan.registers):
+            tilus.wait_dependencies(constant=[codes, scales, mins, zeros, table, bias])
+            exponent = residual(wdtype, x.dtype, table, zeros, MMA)
+            lookup_table = None
+            if table is not None:
+                lookup = tilus.load(table, [0], [16], layout=replicated(32 * group_warps, 1) * local(16))
+                lookup_table = tilus.cast(lookup, x.dtype)
+            unpacked = Unpacking(wdtype, (scale_dtype, mins_dtype), x.dtype, lookup_table, exponent, shape)
+            once = None
+            if span == WHOLE:
+                once = unpacked.whole(factors, row_tile)
+            total = tilus.zeros([TILE * rows, tokens], f32)
+            for i in tilus.range(split, steps, splits):
+                stage = i % stages
+                tilus.wait_barrier(full[stage], i // stages % 2)
+                for piece in range(shape.pieces):
+                    scale, minimum, zero = once if once is not None else unpacked.factors(stage_factors, stage, piece)
+                    left = unpacked.weights(stage_codes, stage, piece, zero)
+                    offsets = [0, piece * shape.width]
+                    extents = (TILE * rows, tokens, shape.width)
+                    part = tilus.wgmma(left, stage_x[stage], shape=extents, y_offsets=offsets)
+                    if minimum is not None:
+                        ones = tilus.full([TILE * rows, shape.width], 1.0, x.dtype)
+                        sum_x = tilus.wgmma(ones, stage_x[stage], shape=extents, y_offsets=offsets)
+                    tilus.wgmma_wait()
+                    total = tilus.fma(part, scale, total)
+                    if minimum is not None:
+                        total = tilus.fma(sum_x, minimum, total)
+                tilus.arrive(empty[stage])
+            # This warpgroup's place among all that share the result.
+            if split > 0:
+                tilus.store_shared(sums[rank * splits + split - 1], tilus.transpose(total), block=0)
+                tilus.arrive(done[0], block=0)
+            elif blocks > 1:
+                if rank > 0:
+                    tilus.store_shared(sums[rank * splits - 1], tilus.transpose(total), block=0)
+                    tilus.arrive(done[0], block=0)
+            if split == 0:
+                if rank == 0:
+                    if splits * blocks > 1:
+                        tilus.wait_barrier(done[0], 0)
+                        for other in range(splits * blocks - 1):
+                            total = total + tilus.transpose(tilus.load_shared(sums[other]))
+                    result = total * (global_scale * 2.0**exponent)
+                    if bias is not None:
+                        offsets = tilus.cast(tilus.load(bias, [row_tile * TILE], [TILE * rows]), f32)
+                        result = result + tilus.reshape(offsets, [TILE * rows, 1])
+                    tilus.store(y, [first_token, row_tile * TILE], tilus.cast(result, y.dtype), dims=[1, 0])
+
+
+def tile_nbytes(dtype: DataType) -> int:
+    """Of the codes of a tile."""
+    return TILE * TILE // 8 * dtype.nbits
+
+
+def copy_weights(codes, factors, stage_codes, stage_factors, full, stage, row_tile, step, shape: Shape):
+    """Ask for the codes and factors of a step."""
+    tilus.copy_bulk(
+        stage_codes[stage], codes, [row_tile, step * stage_codes.shape[2]], barrier=full[stage], evict="first"
+    )
+    for buffer, factor in zip(stage_factors, factors):
+        if buffer is not None:
+            array, dtype = factor
+            first = step * shape.columns // shape.span * (TILE * dtype.nbytes)
+            tilus.copy_bulk(buffer[stage], array, [row_tile, first], barrier=full[stage])
+
+
+class Unpacking:
+    """From packed bytes in shared memory to operands in registers."""
+
+    def __init__(self, wdtype, factor_dtypes, act, table, exponent: int, shape: Shape):
+        self.wdtype = wdtype
+        self.factor_dtypes = factor_dtypes
+        self.act = act
+        self.table = table
+        self.exponent = exponent
+        self.shape = shape
+
+    def weights(self, stage_codes, stage, piece: int, zeros):
+        """The bare numbers [rows * 64, width] of a piece, zero points subtracted."""
+        shape = self.shape
+        tiles = max(1, shape.width // TILE)
+        first, nbytes = piece * shape.width // TILE * tile_nbytes(self.wdtype), tiles * tile_nbytes(self.wdtype)
+        layout = MMA.warpgroup_bytes(self.wdtype, shape.rows, 1, tiles).reshape((shape.rows, nbytes))
+        raw = tilus.load_shared(stage_codes[stage], [0, first], [shape.rows, nbytes], layout=layout)
+        extents, fragments = [TILE * shape.rows, TILE * tiles], MMA.warpgroup_fragments(shape.rows, 1, tiles)
+        if self.table is not None:
+            numbers = tilus.lookup(self.table, tilus.view(raw, uint4, extents, fragments))
+        else:
+            packed_for, scaled = MMA.packed_for, self.exponent != 0
+            numbers = tilus.unpack_codes(
+                raw, self.wdtype, self.act, extents, fragments, packed_for=packed_for, scaled=scaled
+            )
+        if shape.width < TILE:
+            parts = TILE // shape.width
+            numbers = tilus.select(tilus.reshape(numbers, [TILE * shape.rows, parts, shape.width]), 1, piece % parts)
+        return numbers if zeros is None else numbers - zeros
+
+    def factors(self, stage_factors, stage, piece: int):
+        """Scales and minimums [rows * 64, 1] of a piece in f32, zero points in the activations' type; None for what is not there."""
+        set_index = piece * self.shape.sets // self.shape.pieces
+        raw = [
+            None if buffer is None else self.load(buffer, stage, set_index, dtype)
+            for buffer, dtype in zip(stage_factors, (*self.factor_dtypes, f16))
+        ]
+        return self.numbers(raw)
+
+    def load(self, buffer, stage, set_index: int, dtype: DataType):
+        nbytes = TILE * dtype.nbytes
+        layout = MMA.warpgroup_factors(self.shape.rows, 1, 1, dtype.nbytes).reshape((self.shape.rows, nbytes))
+        return tilus.load_shared(buffer[stage], [0, set_index * nbytes], [self.shape.rows, nbytes], layout=layout)
+
+    def whole(self, factors, row_tile):
+        """Factors that serve all of K, from global memory."""
+        raw = [None if array is None else self.load_whole(array, row_tile, dtype) for array, dtype in factors]
+        return self.numbers(raw)
+
+    def load_whole(self, array, row_tile, dtype: DataType):
+        nbytes = TILE * dtype.nbytes
+        layout = MMA.warpgroup_factors(self.shape.rows, 1, 1, dtype.nbytes).reshape((self.shape.rows, nbytes))
+        return tilus.load(array, [row_tile, 0], [self.shape.rows, nbytes], layout=layout)
+
+    def numbers(self, raw):
+        scales, mins, zeros = raw
+        return (
+            self.values(scales, self.factor_dtypes[0], f32),
+            None if mins is None else self.values(mins, self.factor_dtypes[1], f32) * 2.0**-self.exponent,
+            None if zeros is None else self.values(zeros, f16, self.act),
+        )
+
+    def values(self, raw, dtype: DataType, compute: DataType):
+        """[rows * 64, 1] in the order of rows."""
+        rows = self.shape.rows
+        layout = MMA.warpgroup_factors(rows, 1, 1, 1)
+        values = tilus.cast(tilus.view(raw, dtype, [rows, 1, 8, 8], layout), compute)
+        return tilus.reshape(tilus.transpose(values, [0, 1, 3, 2]), [rows * TILE, 1])
+
+
+def launch(x: Any, weight: QuantizedWeight, y: Any, bias: Any | None, plan: WarpgroupPlan, device: str | None) -> None:
+    """The kernel with a given plan, on activations whose columns are in the order of the weight's."""
+    header = weight.header
+    codes, scales, mins, zeros = (
+        None if array is None else array.reshape(array.shape[0], -1)
+        for array in (weight.codes, weight.scales, weight.mins, weight.zeros)
+    )
+    warpgroup_linear.on(device)(
+        x, codes, scales, y, header.global_scale, mins, zeros, weight.table, bias,
+        wdtype=header.dtype, scale_dtype=DTYPES[header.scale_dtype],
+        mins_dtype=None if header.mins_dtype is None else DTYPES[header.mins_dtype], span=header.span, plan=plan,
+    )  # fmt: skip
