@@ -17,6 +17,7 @@ from typing import Any
 import tilus
 from tilus import Const, Tensor, f16, f32, uint4, uint8
 from tilus.dtypes import DTYPES, DataType
+from tilus.errors import TilusError
 from tilus.kernels.linear_step import residual
 from tilus.kernels.quantize.packed import QuantizedWeight
 from tilus.kernels.quantize.tiles import MMA, TILE, WHOLE
@@ -27,9 +28,10 @@ from tilus.layout import local, replicated
 class WarpgroupPlan:
     """One launch of the kernel.
 
-    tokens: columns of a block's result. rows: tiles of 64 rows a block, each with warpgroups of its own. splits: warpgroups along K
-    in a block. blocks: blocks along K, a cluster. depth: tiles of 64 columns a step. stages: steps on their way, a multiple of
-    splits. registers: of each thread that computes, None for as many as fit without asking.
+    tokens: columns of a block's result. rows: tiles of 64 rows a block, each with warpgroups of its own. splits: warpgroups along
+    K in a block. blocks: blocks along K, a cluster. depth: tiles of 64 columns a step. stages: steps on their way, a multiple of
+    splits, so that a warpgroup sees every phase of its barriers. registers: of each thread that computes, None for as many as fit
+    without asking. blocks_per_sm: how many blocks must fit on a multiprocessor.
     """
 
     tokens: int
@@ -40,6 +42,10 @@ class WarpgroupPlan:
     stages: int
     registers: int | None = None
     blocks_per_sm: int = 1
+
+    def __post_init__(self) -> None:
+        if self.stages % self.splits:
+            raise TilusError(f"{self.stages} stages for {self.splits} splits, expected a multiple")
 
 
 @dataclass(frozen=True)
@@ -179,21 +185,19 @@ def warpgroup_linear(
             if split > 0:
                 tilus.store_shared(sums[rank * splits + split - 1], tilus.transpose(total), block=0)
                 tilus.arrive(done[0], block=0)
-            elif blocks > 1:
-                if rank > 0:
-                    tilus.store_shared(sums[rank * splits - 1], tilus.transpose(total), block=0)
-                    tilus.arrive(done[0], block=0)
-            if split == 0:
-                if rank == 0:
-                    if splits * blocks > 1:
-                        tilus.wait_barrier(done[0], 0)
-                        for other in range(splits * blocks - 1):
-                            total = total + tilus.transpose(tilus.load_shared(sums[other]))
-                    result = total * (global_scale * 2.0**exponent)
-                    if bias is not None:
-                        offsets = tilus.cast(tilus.load(bias, [row_tile * TILE], [TILE * rows]), f32)
-                        result = result + tilus.reshape(offsets, [TILE * rows, 1])
-                    tilus.store(y, [first_token, row_tile * TILE], tilus.cast(result, y.dtype), dims=[1, 0])
+            elif blocks > 1 and rank > 0:
+                tilus.store_shared(sums[rank * splits - 1], tilus.transpose(total), block=0)
+                tilus.arrive(done[0], block=0)
+            if split == 0 and rank == 0:
+                if splits * blocks > 1:
+                    tilus.wait_barrier(done[0], 0)
+                    for other in range(splits * blocks - 1):
+                        total = total + tilus.transpose(tilus.load_shared(sums[other]))
+                result = total * (global_scale * 2.0**exponent)
+                if bias is not None:
+                    offsets = tilus.cast(tilus.load(bias, [row_tile * TILE], [TILE * rows]), f32)
+                    result = result + tilus.reshape(offsets, [TILE * rows, 1])
+                tilus.store(y, [first_token, row_tile * TILE], tilus.cast(result, y.dtype), dims=[1, 0])
 
 
 def tile_nbytes(dtype: DataType) -> int:
@@ -245,7 +249,7 @@ class Unpacking:
         return numbers if zeros is None else numbers - zeros
 
     def factors(self, stage_factors, stage, piece: int):
-        """Scales and minimums [rows * 64, 1] of a piece in f32, zero points in the activations' type; None for what is not there."""
+        """Of a piece, as `numbers` gives them."""
         set_index = piece * self.shape.sets // self.shape.pieces
         raw = [
             None if buffer is None else self.load(buffer, stage, set_index, dtype)
@@ -269,6 +273,7 @@ class Unpacking:
         return tilus.load(array, [row_tile, 0], [self.shape.rows, nbytes], layout=layout)
 
     def numbers(self, raw):
+        """Scales and minimums [rows * 64, 1] in f32, zero points in the activations' type; None for what is not there."""
         scales, mins, zeros = raw
         return (
             self.values(scales, self.factor_dtypes[0], f32),
