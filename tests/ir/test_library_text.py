@@ -16,6 +16,7 @@ from tilus.instructions import INSTRUCTIONS
 from tilus.ir import parser
 from tilus.ir.function import Function
 from tilus.ir.printer import print_function
+from tilus.kernels.grouped_linear import GroupedPlan
 from tilus.kernels.quantize.tiles import ROWS
 from tilus.lang.kernel import Kernel
 from tilus.target import get_target
@@ -34,6 +35,10 @@ SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
         {"tokens": 32, "stages": 2},
         {"tokens": 256, "cluster": 2},
         {"tokens": 16, "splits": 4},
+    ],
+    "grouped_linear.grouped_linear_kernel": [
+        {"wdtype": uint4, "scale_dtype": f16, "span": 128, "plan": GroupedPlan(8, 4, 2, 8, 132)},
+        {"wdtype": int4, "scale_dtype": f16, "span": 0, "plan": GroupedPlan(64, 2, 1, 4, 132)},
     ],
     "linear.quantized_linear": [
         {

@@ -14,6 +14,7 @@ from tilus.kernels.activation import silu_mul_kernel
 from tilus.kernels.attention import paged_attention_kernel
 from tilus.kernels.embedding import dense_embedding_kernel, quantized_embedding_kernel
 from tilus.kernels.gemm import Plan, gemm_kernel
+from tilus.kernels.grouped_linear import grouped_linear_kernel, plans
 from tilus.kernels.linear import quantized_linear
 from tilus.kernels.norm import rms_norm_kernel
 from tilus.kernels.quantize import WeightHeader
@@ -82,6 +83,15 @@ def test_add_rms_norm(target: str) -> None:
 
 
 F16, F32 = tilus.f16, tilus.f32
+# Code type, group, type of scales, minimums, zero points, activations, table.
+GROUPED = [
+    (tilus.int4, 128, F16, False, False, torch.float16, False),
+    (tilus.int4, 128, F16, False, False, torch.bfloat16, False),
+    (tilus.uint4, 32, F16, True, False, torch.float16, False),
+    (tilus.uint6, 16, F32, True, True, torch.bfloat16, False),
+    (tilus.uint4, 64, F16, False, False, torch.bfloat16, True),
+    (tilus.float4_e2m1, 32, tilus.float8_e8m0, False, False, torch.bfloat16, False),
+]
 # Code type, tokens, group, type of scales, minimums, zero points, activations, table: those with the most registers among them.
 LINEAR = [
     (tilus.uint4, 1, 128, F16, False, False, torch.float16),
@@ -197,6 +207,31 @@ def test_gemm(act: torch.dtype, weight: torch.dtype, out: torch.dtype, plan: Pla
     ptx = gemm_kernel.ptx(x, w, y, 1.0, plan.blocks, target="sm_90a", **given, **values)
     from_fragments = out.itemsize == 2 and plan.splits == 1
     assert ("stmatrix.sync.aligned.m8n8.x4.trans" in ptx) == from_fragments  # y^T in rows of y
+
+
+@pytest.mark.parametrize("m", [32, 512, 1024, 4096])
+@pytest.mark.parametrize("case", GROUPED, ids=lambda case: f"{case[0]}-{case[1]}-{case[2]}")
+def test_grouped_linear(case: tuple[Any, ...], m: int) -> None:
+    """64 experts. Some plan does not spill; with one scale a group of 128 it is one that keeps the tiles of the best."""
+    dtype, group, scale, has_mins, has_zeros, act, has_table = case
+    header = WeightHeader(
+        dtype, (64 * 1024, 4096), group, scale.name, scale.name if has_mins else None, has_zeros, has_table
+    )
+    arrays = {name: torch.empty(shape, dtype=getattr(torch, kind)) for name, (shape, kind) in header.arrays.items()}
+    codes, scales, mins, zeros = (
+        arrays[name].flatten(1) if name in arrays else None for name in ("codes", "scales", "mins", "zeros")
+    )
+    x, y, bias = torch.empty(m, 4096, dtype=act), torch.empty(m, 1024, dtype=act), torch.empty(64, 1024, dtype=act)
+    args = [x, codes, scales, y, torch.empty(65, dtype=torch.int32), 1.0, mins, zeros, arrays.get("table"), bias]
+    values = {"wdtype": dtype, "scale_dtype": scale, "mins_dtype": scale if has_mins else None, "span": header.span}
+    found = list(plans(m, 64, header, 132))
+    for plan in found:
+        ptx = grouped_linear_kernel.ptx(*args, target="sm_90a", plan=plan, **values)
+        (usage,) = assemble(ptx, get_target("sm_90a"), allow_spills=True).kernels
+        if usage.spill_store_nbytes == 0:
+            assert group < 128 or (plan.tokens, plan.rows) == (found[0].tokens, found[0].rows)
+            return
+    raise AssertionError("every plan spills")
 
 
 @pytest.mark.parametrize("name", ["matmul_v5"])

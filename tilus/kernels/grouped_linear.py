@@ -33,9 +33,8 @@ from tilus.ptx.assembler import SpillError
 from tilus.runtime.execute import place
 from tilus.target import TARGETS
 
-MOST_STAGES = 8
-MOST_TOKENS = 64
-MOST_SUMS = 128  # tokens times rows of tiles: with more, registers do not hold the sums
+MOST_STAGES = 16
+MOST_TOKENS = {4: 16, 2: 64, 1: 64}  # by rows of tiles: registers do not hold the sums of more
 SHARED_NBYTES = TARGETS["sm_90a"].max_shared_nbytes - 8192  # for stages; the rest for barriers and starts of tiles
 # Warps that copy, registers of each thread that computes and that copies. Only a whole warpgroup can give registers away. Next to
 # four others it would keep too few for the addresses of four rows.
@@ -193,9 +192,9 @@ def plans(m: int, experts: int, header: WeightHeader, num_sms: int) -> Iterator[
     while a larger one costs every expert. Few rows leave registers for four warpgroups.
     """
     tiles_n, tiles_k = header.shape[0] // TILE // experts, header.shape[1] // TILE
-    best = next((tokens for tokens in (8, 16, 32) if 2 * m <= tokens * experts), MOST_TOKENS)
+    best = next((tokens for tokens in (8, 16, 32) if 2 * m <= tokens * experts), 64)
     for tokens in (tokens for tokens in (64, 32, 16, 8) if tokens <= best):
-        for rows in (rows for rows in (4, 2, 1) if tiles_n % rows == 0 and rows * tokens <= MOST_SUMS):
+        for rows in (rows for rows, most in MOST_TOKENS.items() if tiles_n % rows == 0 and tokens <= most):
             for depth in (depth for depth in (2, 1) if tiles_k % depth == 0):
                 stages = min(MOST_STAGES, SHARED_NBYTES // stage_nbytes(header, tokens, rows, depth))
                 items = tiles_n // rows * (min(experts, m) + m // tokens)
