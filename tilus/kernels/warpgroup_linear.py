@@ -31,7 +31,9 @@ class WarpgroupPlan:
     tokens: columns of a block's result. rows: tiles of 64 rows a block, each with warpgroups of its own. splits: warpgroups along
     K in a block. blocks: blocks along K, a cluster. depth: tiles of 64 columns a step. stages: steps on their way, a multiple of
     splits, so that a warpgroup sees every phase of its barriers. registers: of each thread that computes, None for as many as fit
-    without asking. blocks_per_sm: how many blocks must fit on a multiprocessor.
+    without asking. blocks_per_sm: how many blocks must fit on a multiprocessor. overlap: unpack the next piece of a step while
+    the product of the last one is under way. scaled: multiply weights by their scales, and round them, not sums: for so many
+    tokens that there are no registers for the sums of a group beside those of all groups.
     """
 
     tokens: int
@@ -42,6 +44,8 @@ class WarpgroupPlan:
     stages: int
     registers: int | None = None
     blocks_per_sm: int = 1
+    overlap: bool = False
+    scaled: bool = False
 
     def __post_init__(self) -> None:
         if self.stages % self.splits:
@@ -56,6 +60,7 @@ class Shape:
     rows: int
     depth: int
     tokens: int
+    widest: int
 
     @property
     def columns(self) -> int:
@@ -67,8 +72,8 @@ class Shape:
 
     @property
     def pieces(self) -> int:
-        """Parts of a step whose products are scaled by themselves; parts that are longer than two tiles are cut."""
-        return max(self.sets, self.columns // (2 * TILE))
+        """Parts of a step that are unpacked and multiplied one after the other: those of the sets, cut to `widest` columns."""
+        return max(self.sets, self.columns // self.widest)
 
     @property
     def width(self) -> int:
@@ -94,7 +99,8 @@ def warpgroup_linear(
     plan: Const,
 ):
     rows, splits, blocks, stages, tokens = plan.rows, plan.splits, plan.blocks, plan.stages, plan.tokens
-    shape = Shape(span, rows, plan.depth, tokens)
+    # Two or more pieces a step, so that registers of one are free while tensor cores read those of another.
+    shape = Shape(span, rows, plan.depth, tokens, TILE if plan.scaled else 2 * TILE)
     row_tiles = tilus.cdiv(codes.shape[0], rows)
     group_warps = 4 * rows
     copiers = 1 if plan.registers is None else 4
@@ -133,10 +139,11 @@ def warpgroup_linear(
         tilus.cluster_sync()
 
     with tilus.warps(group_warps * splits, copiers, registers=None if plan.registers is None else 40):
-        nbytes = stage_codes[0].nbytes + stage_x[0].nbytes
+        row_nbytes = step_nbytes
         for buffer in stage_factors:
             if buffer is not None:
-                nbytes = nbytes + buffer[0].nbytes
+                row_nbytes = row_nbytes + buffer.shape[2]
+        nbytes = rows * row_nbytes + stage_x[0].nbytes
         ahead = min(steps, stages)
         for i in tilus.range(ahead):
             tilus.arrive(full[i], nbytes=nbytes)
@@ -164,23 +171,14 @@ def warpgroup_linear(
             if span == WHOLE:
                 once = unpacked.whole(factors, row_tile)
             total = tilus.zeros([TILE * rows, tokens], f32)
-            for i in tilus.range(split, steps, splits):
-                stage = i % stages
-                tilus.wait_barrier(full[stage], i // stages % 2)
-                for piece in range(shape.pieces):
-                    scale, minimum, zero = once if once is not None else unpacked.factors(stage_factors, stage, piece)
-                    left = unpacked.weights(stage_codes, stage, piece, zero)
-                    offsets = [0, piece * shape.width]
-                    extents = (TILE * rows, tokens, shape.width)
-                    part = tilus.wgmma(left, stage_x[stage], shape=extents, y_offsets=offsets)
-                    if minimum is not None:
-                        ones = tilus.full([TILE * rows, shape.width], 1.0, x.dtype)
-                        sum_x = tilus.wgmma(ones, stage_x[stage], shape=extents, y_offsets=offsets)
-                    tilus.wgmma_wait()
-                    total = tilus.fma(part, scale, total)
-                    if minimum is not None:
-                        total = tilus.fma(sum_x, minimum, total)
-                tilus.arrive(empty[stage])
+            if plan.scaled:
+                total = add_scaled(
+                    total, unpacked, stage_codes, stage_factors, stage_x, once, full, empty, split, steps, plan
+                )
+            else:
+                total = add_groups(
+                    total, unpacked, stage_codes, stage_factors, stage_x, once, full, empty, split, steps, plan
+                )
             # This warpgroup's place among all that share the result.
             if split > 0:
                 tilus.store_shared(sums[rank * splits + split - 1], tilus.transpose(total), block=0)
@@ -200,21 +198,84 @@ def warpgroup_linear(
                 tilus.store(y, [first_token, row_tile * TILE], tilus.cast(result, y.dtype), dims=[1, 0])
 
 
+def add_groups(
+    total, unpacked, stage_codes, stage_factors, stage_x, once, full, empty, split: int, steps, plan: WarpgroupPlan
+):
+    """total + the products of a warpgroup's steps. While tensor cores work on a piece, the next one is unpacked."""
+    shape, act = unpacked.shape, stage_x.dtype
+    extents = (TILE * plan.rows, plan.tokens, shape.width)
+    for i in tilus.range(split, steps, plan.splits):
+        stage = i % plan.stages
+        tilus.wait_barrier(full[stage], i // plan.stages % 2)
+        under_way = []
+        for piece in range(shape.pieces):
+            scale, minimum, zero = once if once is not None else unpacked.factors(stage_factors, stage, piece)
+            left, offsets = unpacked.weights(stage_codes, stage, piece, zero), [0, piece * shape.width]
+            part = tilus.wgmma(left, stage_x[stage], shape=extents, y_offsets=offsets)
+            sum_x = None
+            if minimum is not None:
+                ones = tilus.full([TILE * plan.rows, shape.width], 1.0, act)
+                sum_x = tilus.wgmma(ones, stage_x[stage], shape=extents, y_offsets=offsets)
+            under_way = [*under_way, (part, scale, sum_x, minimum)]
+            if not plan.overlap:
+                tilus.wgmma_wait()
+                total = scaled_sum(total, *under_way[piece])
+            elif piece > 0:
+                tilus.wgmma_wait(1 if minimum is None else 2)
+                total = scaled_sum(total, *under_way[piece - 1])
+        if plan.overlap:
+            tilus.wgmma_wait()
+            total = scaled_sum(total, *under_way[shape.pieces - 1])
+        tilus.arrive(empty[stage])
+    return total
+
+
+def scaled_sum(total, part, scale, sum_x, minimum):
+    """total + scale * part + minimum * sum_x, of the latter what there is."""
+    result = tilus.fma(part, scale, total)
+    return result if minimum is None else tilus.fma(sum_x, minimum, result)
+
+
+def add_scaled(
+    total, unpacked, stage_codes, stage_factors, stage_x, once, full, empty, split: int, steps, plan: WarpgroupPlan
+):
+    """The same with weights that are multiplied by their scales before the product, and rounded to the activations' type."""
+    shape, act = unpacked.shape, stage_x.dtype
+    extents = (TILE * plan.rows, plan.tokens, shape.width)
+    before = 0
+    for i in tilus.range(split, steps, plan.splits):
+        stage = i % plan.stages
+        tilus.wait_barrier(full[stage], i // plan.stages % 2)
+        for piece in range(shape.pieces):
+            scale, minimum, zero = once if once is not None else unpacked.factors(stage_factors, stage, piece)
+            left = unpacked.weights(stage_codes, stage, piece, zero) * tilus.cast(scale, act)
+            if minimum is not None:
+                left = left + tilus.cast(minimum, act)
+            total = tilus.wgmma(left, stage_x[stage], total, shape=extents, y_offsets=[0, piece * shape.width])
+            tilus.wgmma_wait(1)
+            if piece == 0 and i > split:
+                tilus.arrive(empty[before])
+        before = stage
+    tilus.wgmma_wait()
+    return total
+
+
 def tile_nbytes(dtype: DataType) -> int:
     """Of the codes of a tile."""
     return TILE * TILE // 8 * dtype.nbits
 
 
 def copy_weights(codes, factors, stage_codes, stage_factors, full, stage, row_tile, step, shape: Shape):
-    """Ask for the codes and factors of a step."""
-    tilus.copy_bulk(
-        stage_codes[stage], codes, [row_tile, step * stage_codes.shape[2]], barrier=full[stage], evict="first"
-    )
-    for buffer, factor in zip(stage_factors, factors):
-        if buffer is not None:
-            array, dtype = factor
-            first = step * shape.columns // shape.span * (TILE * dtype.nbytes)
-            tilus.copy_bulk(buffer[stage], array, [row_tile, first], barrier=full[stage])
+    """Ask for the codes and factors of a step. Behind the last row of tiles they are those of the last row again."""
+    for row in range(shape.rows):
+        source = row_tile if shape.rows == 1 else min(row_tile + row, codes.shape[0] - 1)
+        first = step * stage_codes.shape[2]
+        tilus.copy_bulk(stage_codes[stage, row], codes, [source, first], barrier=full[stage], evict="first")
+        for buffer, factor in zip(stage_factors, factors):
+            if buffer is not None:
+                array, dtype = factor
+                first = step * shape.columns // shape.span * (TILE * dtype.nbytes)
+                tilus.copy_bulk(buffer[stage, row], array, [source, first], barrier=full[stage])
 
 
 class Unpacking:

@@ -175,7 +175,7 @@ def print_operand(operand: Operand) -> str:
         case Special(name) | Symbol(name) | LabelRef(name):
             return name
         case Address(base, offset):
-            sign = f"+{offset}" if offset > 0 else str(offset) if offset else ""
+            sign = f"+{offset}" if offset else ""  # ptxas wants the plus in front of a minus, too
             return f"[{print_operand(base)}{sign}]"
         case TensorAddress(base, coordinates):
             return f"[{print_operand(base)}, {print_operand(coordinates)}]"

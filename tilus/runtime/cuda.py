@@ -224,7 +224,7 @@ def encode_tensor_map(placed: PlacedMap) -> bytes:
         len(placed.shape),
         placed.address,
         [long(extent) for extent in placed.shape],
-        [long(stride) for stride in placed.strides_nbytes],
+        [long(stride) for stride in placed.strides_nbytes] or [long(0)],  # of rank 1: the driver refuses a null pointer
         [word(extent) for extent in placed.box],
         [word(1) for _ in placed.box],
         bindings.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
