@@ -18,6 +18,7 @@ from tilus.ir.function import Function
 from tilus.ir.printer import print_function
 from tilus.kernels.grouped_linear import GroupedPlan
 from tilus.kernels.quantize.tiles import ROWS
+from tilus.kernels.w4a8_linear import W4A8Plan
 from tilus.lang.kernel import Kernel
 from tilus.target import get_target
 
@@ -91,6 +92,9 @@ SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
     "quantize.codes.unpack_codes_kernel": [{"wdtype": int8, "span": 0, "lookup": True}],
     "quantize_tokens.quantize_tokens_kernel": [{"columns": 768}],
     "rope.rope_append_kernel": [{"head_dim": 64, "heads": 9, "q_heads": 3, "kv_heads": 3, "page_size": 16}],
+    "w4a8_linear.w4a8_linear_kernel": [
+        {"act": int8, "scale_dtype": f16, "span": 128, "plan": W4A8Plan(16, 4, 2, 4, 2, 132)}
+    ],
 }
 
 
@@ -126,7 +130,7 @@ def test_round_trip(name: str, consts: dict[str, Any]) -> None:
     types = {"act": f16, "weight": f16, "out": f16, "dtype": f16, "code": int8, "bias_type": f32}
     kernel = library()[name]
     wanted = {t: dtype for t, dtype in types.items() if any(p.type.dtype == t for p in kernel.signature.tensors)}
-    function = kernel.ir(**consts, **wanted)
+    function = kernel.ir(**(wanted | consts))
     compiled = compile_function(function, target)
     for stage in (function, compiled.function):
         text = print_function(stage)

@@ -21,6 +21,8 @@ from tilus.kernels.quantize import WeightHeader
 from tilus.kernels.quantize_tokens import quantize_tokens_kernel
 from tilus.kernels.rope import rope_append_kernel
 from tilus.kernels.schedule import MOST_FACTOR_WORDS, schedule
+from tilus.kernels.w4a8_linear import plans as w4a8_plans
+from tilus.kernels.w4a8_linear import w4a8_linear_kernel
 from tilus.lang.kernel import Kernel
 from tilus.ptx.assembler import assemble
 from tilus.target import get_target
@@ -232,6 +234,25 @@ def test_grouped_linear(case: tuple[Any, ...], m: int) -> None:
             assert group < 128 or (plan.tokens, plan.rows) == (found[0].tokens, found[0].rows)
             return
     raise AssertionError("every plan spills")
+
+
+@pytest.mark.parametrize("shape", [(4096, 4096), (14336, 4096)])
+@pytest.mark.parametrize("m", [8, 16, 32, 256])
+@pytest.mark.parametrize("act", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_w4a8_linear(act: torch.dtype, m: int, shape: tuple[int, int]) -> None:
+    """Some plan with the tokens and rows of the best does not spill."""
+    (n, k), header = shape, WeightHeader(tilus.int4, shape, 128, "f16")
+    arrays = {name: torch.empty(full, dtype=getattr(torch, kind)) for name, (full, kind) in header.arrays.items()}
+    x, y, bias = torch.empty(m, k, dtype=act), torch.empty(m, n, dtype=torch.bfloat16), torch.empty(n)
+    args = [x, torch.empty(m), arrays["codes"].flatten(1), arrays["scales"].flatten(1), y, 1.0, bias]
+    found = list(w4a8_plans(m, header, 132))
+    same = [plan for plan in found if (plan.tokens, plan.rows) == (found[0].tokens, found[0].rows)]
+    spilled: list[int] = []
+    for plan in same:
+        ptx = w4a8_linear_kernel.ptx(*args, target="sm_90a", plan=plan, scale_dtype=F16, span=128)
+        (usage,) = assemble(ptx, get_target("sm_90a"), allow_spills=True).kernels
+        spilled.append(usage.spill_store_nbytes)
+    assert 0 in spilled, dict(zip(same, spilled, strict=True))
 
 
 @pytest.mark.parametrize("name", ["matmul_v5"])

@@ -77,20 +77,32 @@ def test_not_finite(device: str, dtype: tilus.DataType, what: float) -> None:
         assert torch.isnan(y[1]).all() and torch.isfinite(y[[0, 2]]).all()
 
 
+@pytest.mark.parametrize("columns", [16, 48, 4096, 20000])
+@pytest.mark.parametrize("dtype", LARGEST, ids=str)
+def test_paired(device: str, dtype: tilus.DataType, columns: int) -> None:
+    """The same codes, place 4 t + 2 c + h of each 16 having column 8 h + 2 t + c."""
+    x = tokens(3, columns)
+    codes, scales = quantize_tokens(x, dtype, device=device)
+    moved, same = quantize_tokens(x, dtype, paired=True, device=device)
+    assert torch.equal(scales, same)
+    before, after = (found.view(torch.uint8).reshape(3, -1, 16) for found in (codes, moved))
+    for h, t, c in np.ndindex(2, 4, 2):
+        assert torch.equal(after[:, :, 4 * t + 2 * c + h], before[:, :, 8 * h + 2 * t + c])
+
+
 @pytest.mark.parametrize("dtype", LARGEST, ids=str)
 def test_products(device: str, dtype: tilus.DataType) -> None:
-    """Both operands in 8 bits: the product of the codes in float64, times the scales. Sums of int8 codes are exact, of float8
-    they lose what f32 does, and on hardware what its 14 bits of a sum's fraction do."""
+    """Both operands in 8 bits. Sums of int8 are exact. float8 has 64 times the integers here, so all of it is exact."""
     if device == "cpu":
         return
-    x, w = tokens(5, 272), tokens(24, 272, torch.bfloat16)
+    x, w = (torch.randint(-4, 5, (rows, 272), generator=torch.Generator().manual_seed(rows)).half() for rows in (5, 24))
+    x[:, 3], w[:, 100] = 7, -7
     (a, a_scale), (b, b_scale) = (quantize_tokens(operand, dtype, device=device) for operand in (x, w))
     y = gemm(a, b, x_scale=a_scale, w_scale=b_scale, out_dtype=torch.float32, device=device)
-    scales = float64(a_scale)[:, None] * float64(b_scale)
-    exact, size = (left @ right.T * scales for left, right in ((float64(a.float()), float64(b.float())),
-                   (np.abs(float64(a.float())), np.abs(float64(b.float())))))  # fmt: skip
-    work = 2.0**-21 if dtype == tilus.int8 or device == "reference" else 2.0**-13
-    assert (np.abs(float64(y) - exact) <= work * size).all()
+    if dtype == tilus.float8_e4m3:
+        np.testing.assert_array_equal(float64(y), float64(x) @ float64(w).T)
+    exact = float64(a.float()) @ float64(b.float()).T * float64(a_scale)[:, None] * float64(b_scale)
+    np.testing.assert_allclose(float64(y), exact, rtol=2.0**-22, atol=0)
 
 
 def test_strided_rows_and_numpy(device: str) -> None:
@@ -116,5 +128,7 @@ def test_mistakes() -> None:
         quantize_tokens(torch.zeros(4, 4), device="reference")
     with pytest.raises(TilusError, match="quantize_tokens to uint4, expected int8 or float8_e4m3"):
         quantize_tokens(torch.zeros(4, 4).half(), tilus.uint4, device="reference")
+    with pytest.raises(TilusError, match="x has 24 columns, expected a multiple of 16"):
+        quantize_tokens(torch.zeros(4, 24).half(), paired=True, device="reference")
     with pytest.raises(TilusError, match="of a ndarray to float8_e4m3, expected a torch tensor"):
         quantize_tokens(np.zeros((4, 4), np.float16), tilus.float8_e4m3, device="reference")

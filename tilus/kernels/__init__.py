@@ -16,3 +16,4 @@ from tilus.kernels.norm import start_rms_norm as start_rms_norm
 from tilus.kernels.quantize import QuantizedWeight as QuantizedWeight
 from tilus.kernels.quantize_tokens import quantize_tokens as quantize_tokens
 from tilus.kernels.rope import rope_append as rope_append
+from tilus.kernels.w4a8_linear import w4a8_linear as w4a8_linear

@@ -12,7 +12,7 @@ A token tile may reach into the rows of the next expert; what it computes there 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,13 +27,14 @@ from tilus.kernels.linear_step import residual
 from tilus.kernels.quantize.header import WeightHeader
 from tilus.kernels.quantize.packed import QuantizedWeight
 from tilus.kernels.quantize.tiles import MMA, TILE, WHOLE
-from tilus.kernels.warpgroup_linear import Shape, Unpacking, copy_weights, tile_nbytes
+from tilus.kernels.warpgroup_linear import Shape, Unpacking, copy_weights, scaled_sum, tile_nbytes
 from tilus.layout import local, replicated
 from tilus.ptx.assembler import SpillError
 from tilus.runtime.execute import place
 from tilus.target import TARGETS
 
 MOST_STAGES = 16
+WIDEST = 2 * TILE  # columns that are unpacked and multiplied at a time
 MOST_TOKENS = {4: 16, 2: 64, 1: 64}  # by rows of tiles: registers do not hold the sums of more
 SHARED_NBYTES = TARGETS["sm_90a"].max_shared_nbytes - 8192  # for stages; the rest for barriers and starts of tiles
 # Warps that copy, registers of each thread that computes and that copies. Only a whole warpgroup can give registers away. Next to
@@ -73,7 +74,7 @@ def grouped_linear_kernel(
     plan: Const,
 ):
     rows, stages, tokens = plan.rows, plan.stages, plan.tokens
-    shape = Shape(span, rows, plan.depth, tokens)
+    shape = Shape(span, rows, plan.depth, tokens, WIDEST)
     consumers, (producers, registers, registers_to_copy) = 4 * rows, COPYING[rows]
     tilus.grid(plan.blocks, warps=consumers + producers)
     tilus.launch_dependents()
@@ -134,9 +135,7 @@ def grouped_linear_kernel(
                         ones = tilus.full([TILE * rows, shape.width], 1.0, x.dtype)
                         sum_x = tilus.wgmma(ones, stage_x[stage], shape=extents, y_offsets=offsets_of_piece)
                     tilus.wgmma_wait()
-                    total = tilus.fma(part, scale, total)
-                    if minimum is not None:
-                        total = tilus.fma(sum_x, minimum, total)
+                    total = scaled_sum(total, part, scale, sum_x, minimum)
                 tilus.arrive(empty[stage])
             result = total * (global_scale * 2.0**exponent)
             if bias is not None:
@@ -204,7 +203,7 @@ def plans(m: int, experts: int, header: WeightHeader, num_sms: int) -> Iterator[
 
 def stage_nbytes(header: WeightHeader, tokens: int, rows: int, depth: int) -> int:
     """Of shared memory for a stage; all tiles start at multiples of 1024."""
-    shape = Shape(header.span, rows, depth, tokens)
+    shape = Shape(header.span, rows, depth, tokens, WIDEST)
     factors = [header.scale_dtype, header.mins_dtype, f16.name if header.has_zeros else None]
     per_set = 0 if header.span == WHOLE else sum(DTYPES[name].nbytes for name in factors if name is not None)
     return (
@@ -237,17 +236,29 @@ def grouped_linear(
     ordered = x if weight.columns is None else take_columns(x, weight.columns, device=device)
     where = place(device, is_cuda(x))
     key = ("grouped", m, experts, x.dtype, y.dtype, bias is None, where)
-    found = weight.schedules.get(key)
-    last = None
-    for plan in [found] if found is not None else plans(m, experts, header, num_sms(x, where) or 1):
+    launch_without_spills(
+        weight,
+        key,
+        plans(m, experts, header, num_sms(x, where) or 1),
+        lambda plan: launch(ordered, weight, y, offsets, bias, plan, device),
+    )
+    return y
+
+
+def launch_without_spills(
+    weight: QuantizedWeight, key: Any, candidates: Iterator[Any], launch_by: Callable[[Any], None]
+) -> None:
+    """Launch by the first plan that the registers suffice for. The weight remembers it under the key."""
+    found, last = weight.schedules.get(key), None
+    for plan in candidates if found is None else [found]:
         try:
-            launch(ordered, weight, y, offsets, bias, plan, device)
+            launch_by(plan)
         except SpillError as error:
             last = error
         else:
             weight.schedules[key] = plan
-            return y
-    raise last or TilusError(f"grouped_linear: no plan fits the shared memory for {header.scheme} {header.dtype}")
+            return
+    raise last or TilusError(f"no plan fits the shared memory for {weight.header.scheme} {weight.header.dtype}")
 
 
 def launch(

@@ -24,8 +24,9 @@ TORCH_NAMES = {int8: "int8", float8_e4m3: "float8_e4m3fn"}
 
 @tilus.kernel
 def quantize_tokens_kernel(
-    x: Tensor["act", "m", "k"], codes: Tensor["code", "m", "k"], scales: Tensor[f32, "m"], *, columns: Const
-):
+    x: Tensor["act", "m", "k"], codes: Tensor["code", "m", "k"], scales: Tensor[f32, "m"], *, columns: Const,
+    paired: Const = False,
+):  # fmt: skip
     """One row a block; every thread holds its part of the row from the load to the store. Wide rows are loaded twice instead."""
     warps = min(MAX_WARPS, tilus.cdiv(columns, 32 * VECTOR))
     width = min(MOST_COLUMNS, tilus.cdiv(columns, 32 * VECTOR * warps) * 32 * VECTOR * warps)
@@ -39,10 +40,19 @@ def quantize_tokens_kernel(
         peak = tilus.maximum(peak, largest_magnitude(tilus.load(x, [row, first], [width])))
     largest = LARGEST[codes.dtype]
     factor = largest / peak
-    tilus.store(codes, [row, 0], (values.to(f32) * factor).to(codes.dtype))
+    tilus.store(codes, [row, 0], stored((values.to(f32) * factor).to(codes.dtype), paired))
     for first in range(width, columns, width):
-        tilus.store(codes, [row, first], (tilus.load(x, [row, first], [width]).to(f32) * factor).to(codes.dtype))
+        values = tilus.load(x, [row, first], [width]).to(f32)
+        tilus.store(codes, [row, first], stored((values * factor).to(codes.dtype), paired))
     tilus.store(scales, [row], peak / largest)
+
+
+def stored(codes, paired: bool):
+    """A tile of codes as it is stored: as it is, or each 16 columns paired."""
+    if not paired:
+        return codes
+    by_column = tilus.reshape(codes, [codes.shape[0] // 16, 2, 4, 2])
+    return tilus.reshape(tilus.transpose(by_column, [0, 2, 3, 1]), [codes.shape[0]])
 
 
 def largest_magnitude(values):
@@ -51,10 +61,14 @@ def largest_magnitude(values):
     return tilus.max(tilus.where(numbers == numbers, abs(numbers), math.inf), 0, keepdims=True)
 
 
-def quantize_tokens(x: Any, dtype: DataType = int8, *, device: str | None = None) -> tuple[Any, Any]:
+def quantize_tokens(
+    x: Any, dtype: DataType = int8, *, paired: bool = False, device: str | None = None
+) -> tuple[Any, Any]:  # fmt: skip
     """Codes of x in 8 bits and one scale for each row: `x[i, j]` is about `codes[i, j] * scales[i]`.
 
     x: f16 or bf16 [M, K], rows may be strided; a torch tensor, or for int8 also a numpy array. dtype: int8 or float8_e4m3.
+    paired: each 16 columns in another order, that in which `w4a8_linear` finds its weights; K is then a multiple of 16, and place
+    4 t + 2 c + h has column 8 h + 2 t + c, for h, c < 2 and t < 4.
     device: where to run (reference, emulator, cpu, cuda), by default as the argument says.
 
     In f32, each operation rounded to nearest even: peak = max(max_j |x[i, j]|, 2^-100), scales[i] = peak / L and codes[i, j] =
@@ -66,6 +80,8 @@ def quantize_tokens(x: Any, dtype: DataType = int8, *, device: str | None = None
     """
     if x.ndim != 2 or x.shape[1] < 1:
         raise TilusError(f"quantize_tokens: x has shape {list(x.shape)}, expected [tokens, K] with K >= 1")
+    if paired and x.shape[1] % 16:
+        raise TilusError(f"quantize_tokens: x has {x.shape[1]} columns, expected a multiple of 16 to pair them")
     if str(x.dtype).removeprefix("torch.") not in ("float16", "bfloat16"):
         raise TilusError(
             f"quantize_tokens: x has dtype {x.dtype}, expected float16 or bfloat16", hint="convert it: x.half()"
@@ -79,5 +95,5 @@ def quantize_tokens(x: Any, dtype: DataType = int8, *, device: str | None = None
         )
     codes, scales = empty(x, tuple(x.shape), TORCH_NAMES[dtype]), empty(x, (int(x.shape[0]),), "float32")
     if x.shape[0]:
-        quantize_tokens_kernel.on(device)(x, codes, scales, columns=int(x.shape[1]))
+        quantize_tokens_kernel.on(device)(x, codes, scales, columns=int(x.shape[1]), paired=paired)
     return codes, scales
