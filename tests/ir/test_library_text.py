@@ -90,7 +90,7 @@ SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
         {"wdtype": int4, "span": 32, "lookup": False, "order": ROWS},
     ],
     "quantize.codes.unpack_codes_kernel": [{"wdtype": int8, "span": 0, "lookup": True}],
-    "quantize_tokens.quantize_tokens_kernel": [{"columns": 768}],
+    "quantize_tokens.quantize_tokens_kernel": [{"columns": 768}, {"columns": 20000, "paired": True}],
     "rope.rope_append_kernel": [{"head_dim": 64, "heads": 9, "q_heads": 3, "kv_heads": 3, "page_size": 16}],
     "w4a8_linear.w4a8_linear_kernel": [
         {"act": int8, "scale_dtype": f16, "span": 128, "plan": W4A8Plan(16, 4, 2, 4, 2, 132)}

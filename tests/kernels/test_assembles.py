@@ -42,9 +42,9 @@ def assert_no_spills(kernel: Kernel, target: str, *args: Any, **values: Any) -> 
 LIBRARY: list[tuple[Kernel, dict[str, Any]]] = [
     *((rms_norm_kernel, {"dtype": tilus.f16, "hidden": hidden}) for hidden in (100, 576, 4096, 16384)),
     *(
-        (quantize_tokens_kernel, {"act": tilus.bf16, "code": code, "columns": columns})
+        (quantize_tokens_kernel, {"act": tilus.bf16, "code": code, "columns": columns, "paired": paired})
         for code in (tilus.int8, tilus.float8_e4m3)
-        for columns in (100, 16384, 28672)
+        for columns, paired in ((100, False), (16384, False), (16384, True), (28672, True))
     ),
     (silu_mul_kernel, {"dtype": tilus.f16}),
     (dense_embedding_kernel, {"dtype": tilus.bf16}),

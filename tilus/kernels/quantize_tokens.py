@@ -13,8 +13,9 @@ import tilus
 from tilus import Const, Tensor, TilusError, f32
 from tilus.dtypes import DataType, float8_e4m3, int8
 from tilus.kernels.allocate import empty, is_torch
+from tilus.layout import RegisterLayout, local
 
-VECTOR = 8  # elements of 16 bits that a thread loads at once
+VECTOR = 8  # elements of 16 bits that a thread loads at once; of paired columns it has all 16
 MAX_WARPS = 16
 MOST_COLUMNS = 32 * 32 * MAX_WARPS  # that registers hold
 LARGEST = {int8: 127.0, float8_e4m3: 448.0}  # codes; -128 is left out, so that both signs are alike
@@ -28,31 +29,34 @@ def quantize_tokens_kernel(
     paired: Const = False,
 ):  # fmt: skip
     """One row a block; every thread holds its part of the row from the load to the store. Wide rows are loaded twice instead."""
-    warps = min(MAX_WARPS, tilus.cdiv(columns, 32 * VECTOR))
-    width = min(MOST_COLUMNS, tilus.cdiv(columns, 32 * VECTOR * warps) * 32 * VECTOR * warps)
+    vector = 16 if paired else VECTOR
+    warps = min(MAX_WARPS, tilus.cdiv(columns, 32 * vector))
+    width = min(MOST_COLUMNS, tilus.cdiv(columns, 32 * vector * warps) * 32 * vector * warps)
+    layout = local(width // (32 * vector * warps)).spatial(32 * warps).local(vector)
     tilus.grid(x.shape[0], warps=warps)
     tilus.launch_dependents()
     tilus.wait_dependencies()
     row = tilus.block_id(0)
-    values = tilus.load(x, [row, 0], [width])
+    values = tilus.load(x, [row, 0], [width], layout=layout)
     peak = tilus.maximum(largest_magnitude(values), SMALLEST_PEAK)
     for first in range(width, columns, width):
-        peak = tilus.maximum(peak, largest_magnitude(tilus.load(x, [row, first], [width])))
+        peak = tilus.maximum(peak, largest_magnitude(tilus.load(x, [row, first], [width], layout=layout)))
     largest = LARGEST[codes.dtype]
     factor = largest / peak
-    tilus.store(codes, [row, 0], stored((values.to(f32) * factor).to(codes.dtype), paired))
+    tilus.store(codes, [row, 0], stored((values.to(f32) * factor).to(codes.dtype), paired, layout))
     for first in range(width, columns, width):
-        values = tilus.load(x, [row, first], [width]).to(f32)
-        tilus.store(codes, [row, first], stored((values * factor).to(codes.dtype), paired))
+        values = tilus.load(x, [row, first], [width], layout=layout).to(f32)
+        tilus.store(codes, [row, first], stored((values * factor).to(codes.dtype), paired, layout))
     tilus.store(scales, [row], peak / largest)
 
 
-def stored(codes, paired: bool):
-    """A tile of codes as it is stored: as it is, or each 16 columns paired."""
+def stored(codes, paired: bool, layout: RegisterLayout):
+    """A tile of codes as it is stored: as it is, or each 16 columns paired, and a thread's in their order again."""
     if not paired:
         return codes
     by_column = tilus.reshape(codes, [codes.shape[0] // 16, 2, 4, 2])
-    return tilus.reshape(tilus.transpose(by_column, [0, 2, 3, 1]), [codes.shape[0]])
+    moved = tilus.reshape(tilus.transpose(by_column, [0, 2, 3, 1]), [codes.shape[0]])
+    return tilus.with_layout(moved, layout)
 
 
 def largest_magnitude(values):
