@@ -14,7 +14,7 @@ import gemm
 import numpy as np
 import pytest
 import torch
-from products import chain, grouped, int4, kinds, limits, run, sweep
+from products import chain, eight_bits, grouped, int4, kinds, limits, run, sweep
 from products.reads import read
 from products.report import Report
 from products.timing import Action, Budget, Timer, copies, in_turn, one_after_the_other, poison
@@ -22,7 +22,7 @@ from products.weights import Case, WrongResult, expected, random_weight
 
 import tilus
 from tilus import config
-from tilus.kernels import linear
+from tilus.kernels import linear, quantize_tokens
 from tilus.kernels.quantize import PRESETS, RECIPE_NAMES, SCHEMES, pack, stack, unpack
 from tilus.ptx.assembler import SpillError
 
@@ -263,6 +263,12 @@ def test_a_budget_ends() -> None:
     assert budget.exhausted and budget.used == 5 and not Budget(None, lambda: now).exhausted
 
 
+def test_codes_are_paired_as_the_library_does() -> None:
+    x = torch.randn(3, 64).half()
+    plain, moved = (quantize_tokens(x, paired=paired, device="reference")[0] for paired in (False, True))
+    assert torch.equal(eight_bits.paired(plain), moved)
+
+
 def test_tokens_go_to_experts() -> None:
     """Sorted rows for two different experts each, their float64 products, and the experts' weights in the stack."""
     given = grouped.routed(20, 128, 8, "cpu", 0)
@@ -287,10 +293,13 @@ def test_rows_are_measured_on_a_gpu() -> None:
         rows = list(int4.rows(some, [(256, 512), (192, 1024)], [1, 100]))
         (layers,) = chain.rows(some, [256], [3])
         (experts,) = grouped.rows(some, [(256, 512)], [9], experts=8)
+        eight = list(eight_bits.rows(some, [(256, 512)], [32]))
     assert [(row["N"], row["M"]) for row in rows] == [(256, 1), (192, 1), (256, 100), (192, 100)]
-    for row in [*rows, layers, experts]:
+    for row in [*rows, layers, experts, *eight]:
         assert row["failures"] == {}
-        assert all(value > 0 for key, value in row.items() if key.endswith("_us") or key == "us")
+        times = {key: value for key, value in row.items() if key.endswith("_us") or key == "us"}
+        assert all(value > 0 for value in times.values() if value is not None)
+    assert [row["torch_us"] is None for row in eight] == [False, False, True, True]
 
 
 def test_compile_time_schema() -> None:

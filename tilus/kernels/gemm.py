@@ -30,6 +30,9 @@ ROWS = 128  # outputs of a tile: 64 for each warpgroup
 MOST_TOKENS = 256
 MOST_STAGES = 8
 MOST_SPLITS = 4  # of K
+CLUSTER_SMS = (
+    16  # multiprocessors that clusters share, at least: a GPC's. The others may be too few for a whole cluster
+)
 STEPS_OF_SPLIT = 4  # at least, of ROW_NBYTES each: below that starting and adding up take longer than the steps
 
 
@@ -212,18 +215,20 @@ def plan(m: int, n: int, row_nbytes: int, num_sms: int, out_nbytes: int = 2) -> 
         tokens //= 2
     tiles = row_tiles * -(-m // tokens)
     cluster = 2 if tokens >= 128 and row_tiles % 2 == 0 and tiles >= num_sms >= 2 else 1
-    splits = 1
-    while (
-        splits < MOST_SPLITS
-        and tiles * splits * 2 <= num_sms
-        and row_nbytes >= STEPS_OF_SPLIT * splits * 2 * ROW_NBYTES
-    ):
-        splits *= 2
+    splits = splits_of(tiles, -(-row_nbytes // ROW_NBYTES), num_sms)
     stage_nbytes = (ROWS + tokens) * ROW_NBYTES
     buffers_nbytes = 2 * min(tokens, 64) * ROWS * out_nbytes // splits + (splits > 1) * 4 * ROWS * tokens
     room = TARGETS["sm_90a"].max_shared_nbytes - buffers_nbytes - 2048  # barriers, and starts of tiles
     blocks = min(tiles * splits, num_sms // cluster * cluster)
     return Plan(tokens, min(MOST_STAGES, room // stage_nbytes), cluster, blocks, splits)
+
+
+def splits_of(tiles: int, steps: int, num_sms: int) -> int:
+    """How many blocks of a cluster share each of so many tiles along K, in so many steps, all of them running at once."""
+    whole, splits = num_sms // CLUSTER_SMS * CLUSTER_SMS, 1
+    while splits < MOST_SPLITS and tiles * splits * 2 <= whole and steps >= STEPS_OF_SPLIT * splits * 2:
+        splits *= 2
+    return splits
 
 
 def gemm(
@@ -238,7 +243,7 @@ def gemm(
     out_dtype: by default that of x; of 8-bit operands it must be given: f16, bf16 or f32, and rows of the result are multiples of
     16 bytes, too. out: written in place when given. device: where to run (reference, emulator, cuda), by default as the arguments
     say. Products are added up in f32 (of 8-bit floats hardware keeps fewer bits of each step), those of integers exactly in 32
-    bits, in which K up to 2^17 fits. The sums are scaled in f32 and rounded once.
+    bits, in which any K below 2^17 fits. The sums are scaled in f32 and rounded once.
     Raises: TilusError when shapes or dtypes do not fit.
     """
     m, n = int(x.shape[0]), int(w.shape[0])

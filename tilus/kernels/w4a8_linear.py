@@ -26,7 +26,7 @@ from tilus import Const, Tensor, f32, uint8, uint32
 from tilus.dtypes import DTYPES, DataType, float8_e4m3, int4, int8
 from tilus.errors import TilusError
 from tilus.kernels.allocate import empty, is_cuda
-from tilus.kernels.gemm import MOST_SPLITS, STEPS_OF_SPLIT, SharedSums
+from tilus.kernels.gemm import MOST_SPLITS, SharedSums, splits_of
 from tilus.kernels.grouped_linear import (
     COPYING,
     MOST_STAGES,
@@ -183,13 +183,7 @@ def plans(m: int, header: WeightHeader, num_sms: int) -> Iterator[W4A8Plan]:
         for rows in busy or fitting[-1:]:
             tiles = tiles_n // rows * token_tiles
             for depth in (depth for depth in (2, 1) if tiles_k % depth == 0):
-                splits = 1
-                while (
-                    splits < MOST_SPLITS
-                    and tiles * splits * 2 <= num_sms
-                    and tiles_k // depth >= STEPS_OF_SPLIT * splits * 2
-                ):
-                    splits *= 2
+                splits = splits_of(tiles, tiles_k // depth, num_sms)
                 room = SHARED_NBYTES - (splits > 1) * 4 * rows * TILE * tokens
                 stages = min(MOST_STAGES, room // stage_nbytes(header, tokens, rows, depth))
                 yield W4A8Plan(
