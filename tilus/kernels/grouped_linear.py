@@ -34,7 +34,9 @@ from tilus.runtime.execute import place
 from tilus.target import TARGETS
 
 MOST_STAGES = 16
-WIDEST = 2 * TILE  # columns that are unpacked and multiplied at a time
+# Columns that are unpacked and multiplied at a time, by rows of tiles. Two warpgroups unpack the next ones meanwhile; of four
+# there is always one that unpacks.
+WIDEST = {1: TILE, 2: TILE, 4: 2 * TILE}
 MOST_TOKENS = {4: 16, 2: 64, 1: 64}  # by rows of tiles: registers do not hold the sums of more
 SHARED_NBYTES = TARGETS["sm_90a"].max_shared_nbytes - 8192  # for stages; the rest for barriers and starts of tiles
 # Warps that copy, registers of each thread that computes and that copies. Only a whole warpgroup can give registers away. Next to
@@ -74,7 +76,8 @@ def grouped_linear_kernel(
     plan: Const,
 ):
     rows, stages, tokens = plan.rows, plan.stages, plan.tokens
-    shape = Shape(span, rows, plan.depth, tokens, WIDEST)
+    shape = Shape(span, rows, plan.depth, tokens, WIDEST[rows])
+    ahead = 0 if rows == 4 else 1  # products under way while the next piece is unpacked
     consumers, (producers, registers, registers_to_copy) = 4 * rows, COPYING[rows]
     tilus.grid(plan.blocks, warps=consumers + producers)
     tilus.launch_dependents()
@@ -125,6 +128,7 @@ def grouped_linear_kernel(
             total = tilus.zeros([TILE * rows, tokens], f32)
             for _ in tilus.range(steps):
                 stage = using.next_to_use()
+                under_way = []
                 for piece in range(shape.pieces):
                     scale, minimum, zero = once if once is not None else unpacked.factors(stage_factors, stage, piece)
                     left = unpacked.weights(stage_codes, stage, piece, zero)
@@ -134,8 +138,13 @@ def grouped_linear_kernel(
                     if minimum is not None:
                         ones = tilus.full([TILE * rows, shape.width], 1.0, x.dtype)
                         sum_x = tilus.wgmma(ones, stage_x[stage], shape=extents, y_offsets=offsets_of_piece)
+                    under_way = [*under_way, (part, scale, sum_x, minimum)]
+                    if piece >= ahead:
+                        tilus.wgmma_wait(ahead if minimum is None else 2 * ahead)
+                        total = scaled_sum(total, *under_way[piece - ahead])
+                if ahead:
                     tilus.wgmma_wait()
-                    total = scaled_sum(total, part, scale, sum_x, minimum)
+                    total = scaled_sum(total, *under_way[shape.pieces - 1])
                 tilus.arrive(empty[stage])
             result = total * (global_scale * 2.0**exponent)
             if bias is not None:
@@ -203,7 +212,7 @@ def plans(m: int, experts: int, header: WeightHeader, num_sms: int) -> Iterator[
 
 def stage_nbytes(header: WeightHeader, tokens: int, rows: int, depth: int) -> int:
     """Of shared memory for a stage; all tiles start at multiples of 1024."""
-    shape = Shape(header.span, rows, depth, tokens, WIDEST)
+    shape = Shape(header.span, rows, depth, tokens, WIDEST[rows])
     factors = [header.scale_dtype, header.mins_dtype, f16.name if header.has_zeros else None]
     per_set = 0 if header.span == WHOLE else sum(DTYPES[name].nbytes for name in factors if name is not None)
     return (

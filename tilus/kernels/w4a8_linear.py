@@ -77,7 +77,8 @@ def w4a8_linear_kernel(
     plan: Const,
 ):
     rows, stages, tokens, splits = plan.rows, plan.stages, plan.tokens, plan.splits
-    shape = Shape(span, rows, plan.depth, tokens, WIDEST)
+    shape = Shape(span, rows, plan.depth, tokens, WIDEST[rows])
+    ahead = 0 if rows == 4 else 1  # products under way while the next piece is unpacked
     consumers, (producers, registers, registers_to_copy) = 4 * rows, COPYING[rows]
     tilus.grid(plan.blocks, warps=consumers + producers, cluster=splits)
     step_nbytes = plan.depth * tile_nbytes(int4)
@@ -125,6 +126,7 @@ def w4a8_linear_kernel(
             total = tilus.zeros([TILE * rows, tokens], f32)
             for _ in tilus.range(steps):
                 stage = using.next_to_use()
+                under_way = []
                 for piece in range(shape.pieces):
                     scale, _, _ = (
                         once if once is not None else unpacked.factors([stage_scales, None, None], stage, piece)
@@ -132,8 +134,13 @@ def w4a8_linear_kernel(
                     left = operand(stage_codes, stage, piece, x.dtype, shape)
                     offsets, extents = [0, piece * shape.width], (TILE * rows, tokens, shape.width)
                     part = tilus.wgmma(left, stage_x[stage], shape=extents, y_offsets=offsets)
+                    under_way = [*under_way, (part, scale)]
+                    if piece >= ahead:
+                        tilus.wgmma_wait(ahead)
+                        total = scaled(total, *under_way[piece - ahead])
+                if ahead:
                     tilus.wgmma_wait()
-                    total = tilus.fma(part.to(f32), scale, total)
+                    total = scaled(total, *under_way[shape.pieces - 1])
                 tilus.arrive(empty[stage])
             row = row_tile * TILE
             if shared_sums is not None:
@@ -144,6 +151,10 @@ def w4a8_linear_kernel(
                 offset = tilus.cast(tilus.load(bias, [row], [result.shape[0]]), f32)
                 result = result + tilus.reshape(offset, [result.shape[0], 1])
             tilus.store(y, [token, row], tilus.cast(result, y.dtype), dims=[1, 0])
+
+
+def scaled(total, part, scale):
+    return tilus.fma(part.to(f32), scale, total)
 
 
 def operand(stage_codes, stage, piece: int, act: DataType, shape: Shape):
@@ -193,7 +204,7 @@ def plans(m: int, header: WeightHeader, num_sms: int) -> Iterator[W4A8Plan]:
 
 def stage_nbytes(header: WeightHeader, tokens: int, rows: int, depth: int) -> int:
     """Of shared memory for a stage."""
-    shape = Shape(header.span, rows, depth, tokens, WIDEST)
+    shape = Shape(header.span, rows, depth, tokens, WIDEST[rows])
     per_set = 0 if header.span == WHOLE else DTYPES[header.scale_dtype].nbytes
     return rows * (depth * tile_nbytes(int4) + shape.sets * TILE * per_set) + tokens * shape.columns
 
