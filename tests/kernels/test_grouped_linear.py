@@ -71,7 +71,12 @@ def test_counts(device: str, counts: Sequence[int]) -> None:
 
 @pytest.mark.parametrize(
     "plan",
-    [GroupedPlan(8, 1, 1, 2, 1), GroupedPlan(8, 2, 2, 3, 2), GroupedPlan(16, 4, 2, 2, 3), GroupedPlan(32, 2, 1, 5, 5)],
+    [
+        GroupedPlan(8, 1, 1, 2, 1),
+        GroupedPlan(8, 2, 2, 3, 2),
+        GroupedPlan(16, 4, 2, 2, 3),
+        GroupedPlan(32, 2, 2, 5, 5, overlap=True),
+    ],
     ids=str,
 )
 def test_plans(device: str, plan: GroupedPlan) -> None:

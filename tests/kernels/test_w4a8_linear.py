@@ -84,7 +84,12 @@ def test_types_of_scales(device: str, scale_dtype: tilus.DataType) -> None:
 
 @pytest.mark.parametrize(
     "plan",
-    [W4A8Plan(8, 1, 1, 2, 1, 1), W4A8Plan(16, 4, 2, 2, 2, 4), W4A8Plan(32, 2, 1, 3, 4, 4), W4A8Plan(8, 2, 2, 4, 1, 5)],
+    [
+        W4A8Plan(8, 1, 1, 2, 1, 1),
+        W4A8Plan(16, 4, 2, 2, 2, 4),
+        W4A8Plan(32, 2, 1, 3, 4, 4),
+        W4A8Plan(8, 2, 2, 4, 1, 5, overlap=True),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("dtype", TYPES, ids=str)

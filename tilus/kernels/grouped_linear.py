@@ -13,7 +13,7 @@ A token tile may reach into the rows of the next expert; what it computes there 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import tilus
@@ -34,9 +34,6 @@ from tilus.runtime.execute import place
 from tilus.target import TARGETS
 
 MOST_STAGES = 16
-# Columns that are unpacked and multiplied at a time, by rows of tiles. Two warpgroups unpack the next ones meanwhile; of four
-# there is always one that unpacks.
-WIDEST = {1: TILE, 2: TILE, 4: 2 * TILE}
 MOST_TOKENS = {4: 16, 2: 64, 1: 64}  # by rows of tiles: registers do not hold the sums of more
 SHARED_NBYTES = TARGETS["sm_90a"].max_shared_nbytes - 8192  # for stages; the rest for barriers and starts of tiles
 # Warps that copy, registers of each thread that computes and that copies. Only a whole warpgroup can give registers away. Next to
@@ -47,13 +44,18 @@ COPYING = {1: (4, 232, 40), 2: (4, 232, 40), 4: (1, None, None)}
 @dataclass(frozen=True)
 class GroupedPlan:
     """One launch: rows of x and tiles of 64 rows of a weight in an item, tiles of 64 columns in a step, steps on their way,
-    blocks. Each row of tiles has a warpgroup of its own."""
+    blocks. Each row of tiles has a warpgroup of its own. overlap: a warpgroup unpacks columns while those before them are
+    multiplied, where there are no others that do."""
 
     tokens: int
     rows: int
     depth: int
     stages: int
     blocks: int
+    overlap: bool = False
+
+    def shape(self, span: int) -> Shape:
+        return Shape(span, self.rows, self.depth, self.tokens, TILE if self.overlap else 2 * TILE)
 
 
 @tilus.kernel
@@ -76,8 +78,8 @@ def grouped_linear_kernel(
     plan: Const,
 ):
     rows, stages, tokens = plan.rows, plan.stages, plan.tokens
-    shape = Shape(span, rows, plan.depth, tokens, WIDEST[rows])
-    ahead = 0 if rows == 4 else 1  # products under way while the next piece is unpacked
+    shape = plan.shape(span)
+    ahead = int(plan.overlap)  # products under way while the next piece is unpacked
     consumers, (producers, registers, registers_to_copy) = 4 * rows, COPYING[rows]
     tilus.grid(plan.blocks, warps=consumers + producers)
     tilus.launch_dependents()
@@ -204,20 +206,23 @@ def plans(m: int, experts: int, header: WeightHeader, num_sms: int) -> Iterator[
     for tokens in (tokens for tokens in (64, 32, 16, 8) if tokens <= best):
         for rows in (rows for rows, most in MOST_TOKENS.items() if tiles_n % rows == 0 and tokens <= most):
             for depth in (depth for depth in (2, 1) if tiles_k % depth == 0):
-                stages = min(MOST_STAGES, SHARED_NBYTES // stage_nbytes(header, tokens, rows, depth))
                 items = tiles_n // rows * (min(experts, m) + m // tokens)
+                overlap = (
+                    rows < 4 and tokens < 64
+                )  # four warpgroups unpack in turn, sums of 64 tokens leave no registers
+                plan = GroupedPlan(tokens, rows, depth, MOST_STAGES, min(max(num_sms, 1), items), overlap)
+                stages = min(MOST_STAGES, SHARED_NBYTES // stage_nbytes(header, plan))
                 if stages >= 2:
-                    yield GroupedPlan(tokens, rows, depth, stages, min(max(num_sms, 1), items))
+                    yield replace(plan, stages=stages)
 
 
-def stage_nbytes(header: WeightHeader, tokens: int, rows: int, depth: int) -> int:
+def stage_nbytes(header: WeightHeader, plan: GroupedPlan) -> int:
     """Of shared memory for a stage; all tiles start at multiples of 1024."""
-    shape = Shape(header.span, rows, depth, tokens, WIDEST[rows])
+    shape = plan.shape(header.span)
     factors = [header.scale_dtype, header.mins_dtype, f16.name if header.has_zeros else None]
     per_set = 0 if header.span == WHOLE else sum(DTYPES[name].nbytes for name in factors if name is not None)
-    return (
-        rows * (depth * tile_nbytes(header.dtype) + shape.sets * TILE * per_set) + tokens * shape.columns * f16.nbytes
-    )
+    weights_nbytes = plan.rows * (plan.depth * tile_nbytes(header.dtype) + shape.sets * TILE * per_set)
+    return weights_nbytes + plan.tokens * shape.columns * f16.nbytes
 
 
 def grouped_linear(

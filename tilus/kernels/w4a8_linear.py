@@ -18,7 +18,7 @@ Blocks take tiles in turn, and those of a cluster may share a tile along K, as i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import tilus
@@ -32,7 +32,6 @@ from tilus.kernels.grouped_linear import (
     MOST_STAGES,
     MOST_TOKENS,
     SHARED_NBYTES,
-    WIDEST,
     Ring,
     launch_without_spills,
 )
@@ -52,7 +51,8 @@ SMALLEST_GROUP = 32  # columns of a product of 8-bit operands
 @dataclass(frozen=True)
 class W4A8Plan:
     """One launch: tokens and tiles of 64 rows of a block's tile, tiles of 64 columns in a step, steps on their way, blocks of a
-    cluster that share a tile along K, blocks of the grid. Each row of tiles has a warpgroup of its own."""
+    cluster that share a tile along K, blocks of the grid. Each row of tiles has a warpgroup of its own. overlap: as in
+    `GroupedPlan`."""
 
     tokens: int
     rows: int
@@ -60,6 +60,10 @@ class W4A8Plan:
     stages: int
     splits: int
     blocks: int
+    overlap: bool = False
+
+    def shape(self, span: int) -> Shape:
+        return Shape(span, self.rows, self.depth, self.tokens, TILE if self.overlap else 2 * TILE)
 
 
 @tilus.kernel
@@ -77,8 +81,8 @@ def w4a8_linear_kernel(
     plan: Const,
 ):
     rows, stages, tokens, splits = plan.rows, plan.stages, plan.tokens, plan.splits
-    shape = Shape(span, rows, plan.depth, tokens, WIDEST[rows])
-    ahead = 0 if rows == 4 else 1  # products under way while the next piece is unpacked
+    shape = plan.shape(span)
+    ahead = int(plan.overlap)  # products under way while the next piece is unpacked
     consumers, (producers, registers, registers_to_copy) = 4 * rows, COPYING[rows]
     tilus.grid(plan.blocks, warps=consumers + producers, cluster=splits)
     step_nbytes = plan.depth * tile_nbytes(int4)
@@ -195,18 +199,19 @@ def plans(m: int, header: WeightHeader, num_sms: int) -> Iterator[W4A8Plan]:
             tiles = tiles_n // rows * token_tiles
             for depth in (depth for depth in (2, 1) if tiles_k % depth == 0):
                 splits = splits_of(tiles, tiles_k // depth, num_sms)
+                blocks = max(splits, min(tiles * splits, num_sms // splits * splits))
+                overlap = rows < 4 and tokens < 64
+                plan = W4A8Plan(tokens, rows, depth, MOST_STAGES, splits, blocks, overlap)
                 room = SHARED_NBYTES - (splits > 1) * 4 * rows * TILE * tokens
-                stages = min(MOST_STAGES, room // stage_nbytes(header, tokens, rows, depth))
-                yield W4A8Plan(
-                    tokens, rows, depth, stages, splits, max(splits, min(tiles * splits, num_sms // splits * splits))
-                )
+                yield replace(plan, stages=min(MOST_STAGES, room // stage_nbytes(header, plan)))
 
 
-def stage_nbytes(header: WeightHeader, tokens: int, rows: int, depth: int) -> int:
+def stage_nbytes(header: WeightHeader, plan: W4A8Plan) -> int:
     """Of shared memory for a stage."""
-    shape = Shape(header.span, rows, depth, tokens, WIDEST[rows])
+    shape = plan.shape(header.span)
     per_set = 0 if header.span == WHOLE else DTYPES[header.scale_dtype].nbytes
-    return rows * (depth * tile_nbytes(int4) + shape.sets * TILE * per_set) + tokens * shape.columns
+    weights_nbytes = plan.rows * (plan.depth * tile_nbytes(int4) + shape.sets * TILE * per_set)
+    return weights_nbytes + plan.tokens * shape.columns
 
 
 def w4a8_linear(
