@@ -76,10 +76,13 @@ class WeightCache:
 
     def _remove_others(self) -> None:
         for path in self.directory.glob(f"{self._prefix}*"):
-            if path == self.path or (path.suffix == weight_file.TEMPORARY and not weight_file.is_abandoned(path)):
+            if path == self.path:
                 continue
-            with contextlib.suppress(OSError):  # another server removed it, or it belongs to another user
-                path.unlink()
+            with contextlib.suppress(OSError):  # another server writes it or removed it, or it belongs to another user
+                if path.suffix == weight_file.TEMPORARY:
+                    weight_file.remove_abandoned(path)
+                else:
+                    path.unlink()
 
 
 def packed_form(kernels: Kernels, device: torch.device) -> str | None:

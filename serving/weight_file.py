@@ -52,8 +52,7 @@ def write(path: Path, key: str, weights: PackedWeights) -> None:
     header = json.dumps(entries).encode()
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
     try:
-        with temporary.open("wb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # says that the writer lives: see `is_abandoned`
+        with _opened_and_locked(temporary) as file:
             file.write(_PREFIX.pack(_MAGIC, len(header), hashlib.sha256(header).digest()) + header)
             layout.write(file)
             file.flush()
@@ -64,14 +63,30 @@ def write(path: Path, key: str, weights: PackedWeights) -> None:
         raise
 
 
-def is_abandoned(temporary: Path) -> bool:
-    """Whether the process that was writing a temporary file is gone."""
+def _opened_and_locked(temporary: Path) -> BinaryIO:
+    """A new file whose lock says that its writer lives. Until it is locked, `remove_abandoned` may take it away."""
+    while True:
+        file = temporary.open("wb")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if _is_named(file, temporary):
+            return file
+        file.close()
+
+
+def remove_abandoned(temporary: Path) -> None:
+    """Remove a temporary file unless its writer lives. Raises: OSError when it does, or when the file is gone."""
+    with temporary.open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_named(file, temporary):  # whoever removes or renames a file has locked it
+            temporary.unlink()
+
+
+def _is_named(file: BinaryIO, path: Path) -> bool:
+    """Whether this is the name of an open file still."""
     try:
-        with temporary.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:  # locked by its writer, or renamed just now
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
         return False
-    return True
 
 
 def read(path: Path, key: str) -> PackedWeights:

@@ -84,6 +84,14 @@ def dependent_launch() -> bool:
     return value == "1"
 
 
+def autotune() -> bool:
+    """TILUS_AUTOTUNE: 1 measures plans of a kernel for every problem that it first meets, in seconds each; default 0."""
+    value = os.environ.get("TILUS_AUTOTUNE", "0")
+    if value not in ("0", "1"):
+        raise TilusError(f"TILUS_AUTOTUNE is {value!r}, expected 0 or 1", hint="`tilus tune` tunes ahead of time")
+    return value == "1"
+
+
 def dump_dir() -> Path | None:
     """TILUS_DUMP_DIR: when set, the IR after each pass and the PTX or C of every kernel are written under it."""
     value = os.environ.get("TILUS_DUMP_DIR")

@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tile_programs import WARP_COUNTS, Array, Build, assembles, function, random_layout, run_all, tensor, values_of
 
@@ -70,6 +70,7 @@ def check(op: str, dtype: DataType, layout: RegisterLayout, num_warps: int, rng:
 
 
 @pytest.mark.parametrize("op", INTEGER_OPS)
+@settings(max_examples=20)
 @given(st.randoms(use_true_random=False), st.integers(1, 3), st.sampled_from(WARP_COUNTS))
 def test_integers(op: str, rng: random.Random, rank: int, num_warps: int) -> None:
     layout = random_layout(rng, rank, num_warps, max_locals=6)
@@ -77,6 +78,7 @@ def test_integers(op: str, rng: random.Random, rank: int, num_warps: int) -> Non
 
 
 @pytest.mark.parametrize("dtype", (f32, f16, bf16))
+@settings(max_examples=25)
 @given(st.randoms(use_true_random=False), st.integers(1, 2), st.sampled_from(WARP_COUNTS))
 def test_floats(dtype: DataType, rng: random.Random, rank: int, num_warps: int) -> None:
     layout = random_layout(rng, rank, num_warps, max_locals=6)

@@ -7,7 +7,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tile_programs import WARP_COUNTS, Array, assembles, random_layout, run_all, values_of
 
@@ -71,6 +71,7 @@ def check(
 
 
 @pytest.mark.parametrize("op", (*NUMBERS, *LOGICAL))
+@settings(max_examples=25)
 @given(st.randoms(use_true_random=False), st.integers(1, 3), st.sampled_from(WARP_COUNTS), st.booleans())
 def test_any_layout_and_axes(op: str, rng: random.Random, rank: int, num_warps: int, keepdims: bool) -> None:
     """Digits in lanes, in warps, of sizes 2 and 3, replicas in threads and in slots: every element counts once."""

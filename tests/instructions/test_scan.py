@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tile_programs import WARP_COUNTS, Array, assembles, random_layout, run_all, values_of
 
@@ -74,6 +74,7 @@ def check(
 
 
 @pytest.mark.parametrize("op", OPS)
+@settings(max_examples=25)
 @given(st.randoms(use_true_random=False), st.integers(1, 3), st.sampled_from(WARP_COUNTS))
 def test_any_layout(op: str, rng: random.Random, rank: int, num_warps: int) -> None:
     """Slots, lanes and warps interleaved along the axis in any order, digits of 2 and 3, replicas on both sides."""

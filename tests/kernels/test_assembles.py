@@ -39,6 +39,7 @@ def assert_no_spills(kernel: Kernel, target: str, *args: Any, **values: Any) -> 
         assert (usage.spill_store_nbytes, usage.spill_load_nbytes, usage.stack_nbytes) == (0, 0, 0), usage
 
 
+# These, those of LINEAR, and the examples are compiled for every target by test_conversions.py.
 LIBRARY: list[tuple[Kernel, dict[str, Any]]] = [
     *((rms_norm_kernel, {"dtype": tilus.f16, "hidden": hidden}) for hidden in (100, 576, 4096, 16384)),
     *(
@@ -70,12 +71,6 @@ LIBRARY: list[tuple[Kernel, dict[str, Any]]] = [
         )
     ),
 ]
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(("kernel", "values"), LIBRARY, ids=lambda part: getattr(part, "__name__", None))
-def test_library(kernel: Kernel, values: dict[str, Any], target: str) -> None:
-    assert_no_spills(kernel, target, **values)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -135,13 +130,6 @@ def linear_call(
     return args, values | rest
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("case", LINEAR, ids=lambda case: f"{case[0]}-{case[1]}-{case[2]}-{case[3]}")
-def test_linear(case: tuple[Any, ...], target: str) -> None:
-    args, values = linear_call(*case)
-    assert_no_spills(quantized_linear, target, *args, **values)
-
-
 # Group, type of scales, minimums, zero points: for each limit of factor words the scheme that needs the most registers.
 SCHEME_AT_LIMIT = {
     13: (128, F16, False, False),
@@ -176,13 +164,6 @@ def test_two_blocks_on_a_multiprocessor(target: str) -> None:
     args, values = linear_call(tilus.uint6, 1, 128, F16, False, False, torch.bfloat16, n=16384)
     assert values["blocks_per_sm"] == 2
     assert_no_spills(quantized_linear, target, *args, **values)
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", [f"matmul_v{v}" for v in range(5)] + ["vector_add", "attention"])
-def test_examples(name: str, target: str) -> None:
-    module = runpy.run_path(str(EXAMPLES / f"{name}.py"))
-    assert_no_spills(module[name.split("_v")[0]] if "matmul" in name else module[name], target)
 
 
 @pytest.mark.parametrize("factors", [False, True], ids=["plain", "factors"])

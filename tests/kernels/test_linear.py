@@ -71,12 +71,28 @@ def test_every_type(device: str, dtype: DataType) -> None:
     check(device, activations(3, k), random_matrix(dtype, 70, k, group, mins=dtype.is_integer, seed=index))
 
 
+EACH_GROUP = [16, 32, 64, 128, 0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", CODE_TYPES, ids=str)
-@pytest.mark.parametrize("group", [16, 32, 64, 128, 0])
-def test_every_type_with_every_group(device: str, dtype: DataType, group: int) -> None:
-    """Types take turns with activations: each type meets both, and so does each group."""
-    act = (torch.float16, torch.bfloat16)[(CODE_TYPES.index(dtype) + group.bit_length()) % 2]
+@pytest.mark.parametrize("turn", [0, 1])
+def test_every_type_with_some_groups(device: str, dtype: DataType, turn: int) -> None:
+    """Two groups besides that of `test_every_type`; the next type meets other ones, and each type both kinds of activations."""
+    index = CODE_TYPES.index(dtype)
+    check_group(device, dtype, EACH_GROUP[(index + 1 + 2 * turn) % 5], index + turn)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", CODE_TYPES, ids=str)
+@pytest.mark.parametrize("group", EACH_GROUP)
+def test_every_type_with_every_group(dtype: DataType, group: int) -> None:
+    """The reference execution meets them all in `test_every_type_in_both_orders`."""
+    check_group("cuda", dtype, group, CODE_TYPES.index(dtype) + group.bit_length())
+
+
+def check_group(device: str, dtype: DataType, group: int, turn: int) -> None:
+    act = (torch.float16, torch.bfloat16)[turn % 2]
     k = 3 * group if group else 200
     check(device, activations(9, k, act), random_matrix(dtype, 65, k, group or k, mins=True, seed=group), act)
 

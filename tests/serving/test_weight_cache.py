@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import importlib.metadata
@@ -11,6 +12,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -181,6 +183,33 @@ def test_a_dead_writers_file_is_removed_and_a_living_ones_kept(
         fcntl.flock(file, fcntl.LOCK_EX)
         cache.store(packed)
         assert sorted(os.listdir(cache_dir)) == sorted([cache.path.name, living.name])
+
+
+@pytest.mark.parametrize("turn", ["before the writer's lock", "after its check"])
+def test_a_file_that_another_process_takes_for_abandoned_is_written_again(
+    turn: str, cache_dir: Path, tiny_directory: Path, packed: PackedWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server cleans up between the moments in which another one creates its file and locks it, or right after."""
+    cache, lock, calls = WeightCache(tiny_directory, "int8", FORM), fcntl.flock, 0
+
+    def clean_up() -> None:
+        (temporary,) = cache_dir.iterdir()
+        with contextlib.suppress(OSError):
+            weight_file.remove_abandoned(temporary)
+
+    def with_another(file: BinaryIO, operation: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1 and turn.startswith("before"):
+            clean_up()
+        lock(file, operation)
+        if calls == 1 and turn.startswith("after"):
+            clean_up()
+
+    monkeypatch.setattr(fcntl, "flock", with_another)
+    assert_same(cache.store(packed), packed)
+    assert calls == (3 if turn.startswith("before") else 2)
+    assert os.listdir(cache_dir) == [cache.path.name]
 
 
 def test_a_directory_that_cannot_be_written_costs_one_warning(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tilus.codegen.context import LOCAL_SYMBOL, SHARED_SYMBOL, EmitContext, Note
+from tilus.codegen.addresses import SHARED_SYMBOL
+from tilus.codegen.context import LOCAL_SYMBOL, EmitContext, Note
 from tilus.codegen.linear import materialize
 from tilus.codegen.roles import arriving_warps, entry_registers, set_registers
 from tilus.codegen.scalar import ScalarLowering
@@ -68,8 +69,8 @@ def lower(function: Function, target: Target) -> Lowered:
     scalars = ScalarLowering(b)
     names = {var: f"param_{index}_{_identifier(var.name)}" for index, var in enumerate(params)}
     ctx = EmitContext(
-        b, target, function.warps, scalars, plan, _read_only(function), frozenset(params), {function.warps: 0},
-        arriving_warps(function), entry_registers(function, target), function.cluster,
+        b, function.warps, {function.warps: 0}, function.cluster, scalars, plan, target, _read_only(function), frozenset(params),
+        arriving_warps(function), entry_registers(function, target),
     )  # fmt: skip
     pointers = {param.tensor.base for param in function.params if isinstance(param, TensorParam)}
     for var, name in names.items():

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from tilus.codegen.context import EmitContext
 from tilus.codegen.linear import Linear, of_const
 from tilus.errors import TilusError
+from tilus.instructions.eviction import cache_hint, policy
 from tilus.instructions.mbarrier import one_barrier
-from tilus.instructions.memory import cache_hint, check_access, policy
+from tilus.instructions.memory import check_access
 from tilus.instructions.shared import SharedOperand
 from tilus.instructions.shared_copy import (
     CopyFromShared,

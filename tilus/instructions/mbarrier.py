@@ -21,7 +21,7 @@ from tilus.ir.evaluation import Evaluation
 from tilus.ir.expr import Const, Expr, as_expr
 from tilus.ir.instruction import Effects, Instruction
 from tilus.ir.tensor import SharedTensor, SharedView
-from tilus.ptx.module import Address, Guard, Imm, RegClass, Special
+from tilus.ptx.module import Address, Guard, Imm, Reg, RegClass, Special
 
 MAX_ARRIVALS = (1 << 20) - 1  # PTX ISA, "mbarrier.init"
 DISCARDED = Special("_")
@@ -98,8 +98,9 @@ class Arrive(Instruction):
         address = barrier_address(ctx, self.barrier, self.barrier_index, self.block)
         place = "shared::cta" if self.block is None else "release.cluster.shared::cluster"
         ctx.warp_barrier()
-        leader = ctx.elected()
-        if self.nbytes is not None:
+        if self.nbytes is None:
+            leader: Reg | None = ctx.elected()
+        else:
             first, leader = ctx.elected_in_group(), ctx.elected_in_other_warps()
             expect = f"mbarrier.arrive.expect_tx.{place}.b64"
             ctx.b.emit_to(expect, DISCARDED, address, ctx.integer_operand(self.nbytes), guard=Guard(first))

@@ -15,6 +15,7 @@ from tilus.codegen.context import EmitContext
 from tilus.codegen.linear import Linear, of_const
 from tilus.dtypes import DataType, boolean
 from tilus.errors import TilusError
+from tilus.instructions.eviction import cache_hint, check_eviction, policy
 from tilus.ir.builder import IRBuilder, builtin
 from tilus.ir.evaluation import Evaluation
 from tilus.ir.expr import Const, Expr, Var, as_expr
@@ -248,21 +249,6 @@ def check_whole_bytes(what: str, tensor: GlobalTensor | SharedTensor, size: int)
             hint=f"use multiples of {whole} for the contiguous dim of tile, offset and tensor, a layout with longer runs, "
             "or tilus.view of bytes",
         )
-
-
-def check_eviction(what: str, evict: str | None) -> None:
-    if evict not in (None, "first", "last"):
-        raise TilusError(f"{what}: evict={evict!r}, expected 'first', 'last' or None")
-
-
-def cache_hint(evict: str | None) -> str:
-    """The modifier of an access with a policy for the L2 cache."""
-    return "" if evict is None else ".L2::cache_hint"
-
-
-def policy(ctx: EmitContext, evict: str | None) -> tuple[Operand, ...]:
-    """The operand of an access with a policy for the L2 cache."""
-    return () if evict is None else (ctx.cache_policy(evict),)
 
 
 def load_vector(

@@ -14,8 +14,9 @@ from typing import ClassVar
 from tilus.codegen.context import EmitContext
 from tilus.codegen.shared_access import SharedAccess, shared_access
 from tilus.errors import TilusError
+from tilus.instructions.eviction import cache_hint, check_eviction, policy
 from tilus.instructions.mbarrier import barrier_address, check_barrier, check_index
-from tilus.instructions.memory import cache_hint, check_access, check_eviction, policy
+from tilus.instructions.memory import check_access
 from tilus.instructions.shared import SharedOperand, full_offsets
 from tilus.ir.builder import IRBuilder
 from tilus.ir.evaluation import Evaluation

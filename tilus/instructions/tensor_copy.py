@@ -15,8 +15,8 @@ from tilus.codegen.context import EmitContext
 from tilus.codegen.linear import materialize, of_const
 from tilus.codegen.tensor_map import MAX_BOX, MAX_RANK, UNIT_NBYTES, TensorMap
 from tilus.errors import TilusError
+from tilus.instructions.eviction import cache_hint, policy
 from tilus.instructions.mbarrier import one_barrier
-from tilus.instructions.memory import cache_hint, policy
 from tilus.instructions.shared import SharedOperand, placed
 from tilus.instructions.shared_copy import (
     CopyFromShared,

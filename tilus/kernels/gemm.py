@@ -12,16 +12,22 @@ parts, what all have for its share of the rows. So the result does not depend on
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import tilus
 from tilus import Const, Tensor, TilusError, f32, int32
 from tilus.dtypes import DataType
 from tilus.kernels.allocate import empty, is_cuda
-from tilus.kernels.linear import EMULATED_SMS, num_sms
+from tilus.kernels.linear import EMULATED_SMS, gpu_of
+from tilus.lang.arguments import dtype_of_name
+from tilus.runtime.autotune import chosen
 from tilus.runtime.execute import place
 from tilus.target import TARGETS
+
+if TYPE_CHECKING:
+    from tilus.runtime.cuda import Device
 
 BAND = 8  # neighbouring rows of clusters that take turns, so that what they read is found in the L2 cache
 CONSUMERS, PRODUCERS = 8, 4  # warps
@@ -30,6 +36,7 @@ ROWS = 128  # outputs of a tile: 64 for each warpgroup
 MOST_TOKENS = 256
 MOST_STAGES = 8
 MOST_SPLITS = 4  # of K
+MOST_SHARED_TOKENS = 64  # of tiles that blocks share: the sums of more leave no room for stages
 CLUSTER_SMS = (
     16  # multiprocessors that clusters share, at least: a GPC's. The others may be too few for a whole cluster
 )
@@ -215,12 +222,8 @@ def plan(m: int, n: int, row_nbytes: int, num_sms: int, out_nbytes: int = 2) -> 
         tokens //= 2
     tiles = row_tiles * -(-m // tokens)
     cluster = 2 if tokens >= 128 and row_tiles % 2 == 0 and tiles >= num_sms >= 2 else 1
-    splits = splits_of(tiles, -(-row_nbytes // ROW_NBYTES), num_sms)
-    stage_nbytes = (ROWS + tokens) * ROW_NBYTES
-    buffers_nbytes = 2 * min(tokens, 64) * ROWS * out_nbytes // splits + (splits > 1) * 4 * ROWS * tokens
-    room = TARGETS["sm_90a"].max_shared_nbytes - buffers_nbytes - 2048  # barriers, and starts of tiles
-    blocks = min(tiles * splits, num_sms // cluster * cluster)
-    return Plan(tokens, min(MOST_STAGES, room // stage_nbytes), cluster, blocks, splits)
+    splits = splits_of(tiles, -(-row_nbytes // ROW_NBYTES), num_sms) if tokens <= MOST_SHARED_TOKENS else 1
+    return fitted(Plan(tokens, most_stages(tokens, out_nbytes, splits), cluster, 0, splits), m, n, num_sms)
 
 
 def splits_of(tiles: int, steps: int, num_sms: int) -> int:
@@ -229,6 +232,37 @@ def splits_of(tiles: int, steps: int, num_sms: int) -> int:
     while splits < MOST_SPLITS and tiles * splits * 2 <= whole and steps >= STEPS_OF_SPLIT * splits * 2:
         splits *= 2
     return splits
+
+
+def most_stages(tokens: int, out_nbytes: int, splits: int = 1) -> int:
+    """That the shared memory has room for."""
+    stage_nbytes = (ROWS + tokens) * ROW_NBYTES
+    buffers_nbytes = 2 * min(tokens, 64) * ROWS * out_nbytes // splits + (splits > 1) * 4 * ROWS * tokens
+    room = TARGETS["sm_90a"].max_shared_nbytes - buffers_nbytes - 2048  # barriers, and starts of tiles
+    return min(MOST_STAGES, room // stage_nbytes)
+
+
+def fitted(found: Plan, m: int, n: int, num_sms: int) -> Plan:
+    """The plan with as many blocks as its tiles have, or as run at once."""
+    tiles, team = -(-n // ROWS) * -(-m // found.tokens), found.cluster * found.splits
+    return replace(found, blocks=min(tiles * found.splits, num_sms // team * team))
+
+
+@lru_cache(maxsize=4096)
+def _plan(m: int, n: int, k: int, dtypes: tuple[Any, Any, Any], device: Device | None) -> Plan:
+    """The tuned plan of a GPU where there is one, else by rule. dtypes: of x, w and y."""
+    from tilus.kernels.tune_gemm import PLANS, GemmProblem, heuristic, measure  # it launches what is here
+
+    names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    act, weight, out = (dtype_of_name(name) for name in names)
+    if act is None or weight is None or out is None:
+        raise TilusError(f"gemm of {names[0]} and {names[1]} to {names[2]}, which kernels do not have")
+    problem, sms = GemmProblem(m, n, k, act, weight, out), device.num_sms if device else EMULATED_SMS
+    if device is not None:
+        found = chosen(problem.key(device.name), PLANS, lambda: measure(problem.tuned_as, device))
+        if found is not None:
+            return fitted(found, m, n, sms)
+    return heuristic(problem, sms)
 
 
 def gemm(
@@ -257,16 +291,22 @@ def gemm(
     y = empty(x, (m, n), out_dtype) if out is None else out
     if m and n:
         where = place(device, is_cuda(x))
-        row_nbytes = int(x.shape[1]) * x.dtype.itemsize
-        chosen = plan(m, n, row_nbytes, num_sms(x, where) or EMULATED_SMS, y.dtype.itemsize)
-        launch(x, w, y, (scale, x_scale, w_scale, bias), chosen, device)
+        gpu = gpu_of(x) if where == "cuda" else None
+        found = _plan(m, n, int(x.shape[1]), (x.dtype, w.dtype, y.dtype), gpu)
+        launch(x, w, y, (scale, x_scale, w_scale, bias), found, device)
     return y
 
 
-def launch(x: Any, w: Any, y: Any, factors: tuple[float, Any, Any, Any], chosen: Plan, device: str | None) -> None:
+def launch(x: Any, w: Any, y: Any, factors: tuple[float, Any, Any, Any], plan: Plan, device: str | None) -> None:
     """The kernel by a given plan. factors: scale, x_scale, w_scale, bias."""
-    scale, x_scale, w_scale, bias = factors
-    gemm_kernel.on(device)(
-        x, w, y, scale, chosen.blocks, x_scale, w_scale, bias,
-        tokens=chosen.tokens, stages=chosen.stages, cluster=chosen.cluster, splits=chosen.splits,
-    )  # fmt: skip
+    arguments, values = kernel_call(x, w, y, factors, plan)
+    gemm_kernel.on(device)(*arguments, **values)
+
+
+def kernel_call(
+    x: Any, w: Any, y: Any, factors: tuple[float, Any, Any, Any], plan: Plan
+) -> tuple[list[Any], dict[str, Any]]:
+    """What a plan means: arguments and compile-time values of `gemm_kernel`."""
+    scale, *vectors = factors
+    values = {"tokens": plan.tokens, "stages": plan.stages, "cluster": plan.cluster, "splits": plan.splits}
+    return [x, w, y, scale, plan.blocks, *vectors], values

@@ -22,7 +22,7 @@ from tilus.dtypes import DTYPES
 from tilus.errors import TilusError
 from tilus.kernels.allocate import empty, is_cuda
 from tilus.kernels.columns import take_columns
-from tilus.kernels.linear import num_sms
+from tilus.kernels.linear import EMULATED_SMS, gpu_of
 from tilus.kernels.linear_step import residual
 from tilus.kernels.quantize.header import WeightHeader
 from tilus.kernels.quantize.packed import QuantizedWeight
@@ -253,10 +253,17 @@ def grouped_linear(
     launch_without_spills(
         weight,
         key,
-        plans(m, experts, header, num_sms(x, where) or 1),
+        plans(m, experts, header, num_sms_of(x, where)),
         lambda plan: launch(ordered, weight, y, offsets, bias, plan, device),
     )
     return y
+
+
+def num_sms_of(x: Any, where: str) -> int:
+    """Of the GPU that runs it, or that the emulator stands for; the reference likes few blocks."""
+    if where == "cuda":
+        return gpu_of(x).num_sms
+    return EMULATED_SMS if where == "emulator" else 1
 
 
 def launch_without_spills(

@@ -14,14 +14,15 @@ scale and the bias follow in f32, and y is rounded once.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tilus
 from tilus import Const, Tensor, f32, int32, uint8
 from tilus.dtypes import DTYPES, DataType
 from tilus.errors import TilusError
-from tilus.kernels.allocate import counters, empty, is_cuda
+from tilus.kernels.allocate import counters, empty, is_cuda, is_torch
 from tilus.kernels.columns import take_columns
+from tilus.kernels.linear_problem import PLANS, LinearProblem, Plan, heuristic
 from tilus.kernels.linear_step import (
     Step,
     Weights,
@@ -35,11 +36,19 @@ from tilus.kernels.linear_step import (
 )
 from tilus.kernels.quantize.packed import QuantizedWeight
 from tilus.kernels.quantize.tiles import MMA, TILE, WHOLE
-from tilus.kernels.schedule import Schedule, cpu_schedule, schedule
+from tilus.kernels.schedule import cpu_schedule
+from tilus.kernels.warpgroup_linear import kernel_call as warpgroup_call
+from tilus.kernels.warpgroup_schedule import WarpgroupPlan
+from tilus.lang.arguments import dtype_of_name
+from tilus.lang.kernel import Kernel
 from tilus.layout import local, replicated
 from tilus.ptx.assembler import SpillError
+from tilus.runtime.autotune import chosen
 from tilus.runtime.cpu.threads import num_threads
 from tilus.runtime.execute import place
+
+if TYPE_CHECKING:
+    from tilus.runtime.cuda import Device
 
 EMULATED_SMS = 132  # an H100
 
@@ -187,61 +196,95 @@ def linear(
 
 
 def _launch_without_spills(x: Any, weight: QuantizedWeight, y: Any, bias: Any | None, device: str | None) -> None:
-    """`launch` with the schedule of the device, or with the first easier one that the registers suffice for."""
+    """`launch` with the plan for the device, or with the first easier one that the registers suffice for."""
     m, where = int(x.shape[0]), place(device, is_cuda(x))
     key = (m, x.dtype, y.dtype, bias is None, where, is_cuda(x) and x.get_device())
     while True:
-        chosen = weight.schedules.get(key)
-        if chosen is None:
-            chosen = weight.schedules[key] = _schedule(m, x, weight, where)
+        plan = weight.schedules.get(key)
+        if plan is None:
+            plan = weight.schedules[key] = _plan(x, weight, y, where)
         try:
-            return launch(x, weight, y, bias, chosen, device)
+            return launch(x, weight, y, bias, plan, device)
         except SpillError:
-            easier = chosen.easier()
+            easier = plan.easier()
             if easier is None:
                 raise
             weight.schedules[key] = easier
 
 
-def launch(x: Any, weight: QuantizedWeight, y: Any, bias: Any | None, plan: Schedule, device: str | None) -> None:
-    """The kernel with a given schedule, on activations whose columns are in the order of the weight's."""
+def launch(x: Any, weight: QuantizedWeight, y: Any, bias: Any | None, plan: Plan, device: str | None) -> None:
+    """The kernel of a given plan, on activations whose columns are in the order of the weight's."""
+    kernel, arguments, values = kernel_call(x, weight, y, bias, plan)
+    kernel.on(device)(*arguments, **values)
+
+
+def kernel_call(
+    x: Any, weight: QuantizedWeight, y: Any, bias: Any | None, plan: Plan
+) -> tuple[Kernel, list[Any], dict[str, Any]]:
+    """What a plan means: its kernel, arguments and compile-time values."""
+    if isinstance(plan, WarpgroupPlan):
+        return warpgroup_call(x, weight, y, bias, plan)
     m, n = (int(extent) for extent in y.shape)
     header = weight.header
     partial = tickets = None
     if plan.splits > 1:
         partial = empty(x, (plan.splits, m, n), "float32")
         tickets = counters(x, int(weight.codes.shape[0]) * -(-m // plan.tokens))
-    quantized_linear.on(device)(
+    arguments = [
         x, weight.codes, weight.scales, y, header.global_scale, weight.mins, weight.zeros, weight.table, bias, partial, tickets,
-        wdtype=header.dtype, scale_dtype=DTYPES[header.scale_dtype],
-        mins_dtype=None if header.mins_dtype is None else DTYPES[header.mins_dtype],
-        span=header.span, tokens=plan.tokens, rows=plan.rows, warps=plan.warps, stages=plan.stages,
-        blocks_per_sm=plan.blocks_per_sm, order=header.order,
-    )  # fmt: skip
+    ]  # fmt: skip
+    values = {
+        "wdtype": header.dtype, "scale_dtype": DTYPES[header.scale_dtype],
+        "mins_dtype": None if header.mins_dtype is None else DTYPES[header.mins_dtype],
+        "span": header.span, "tokens": plan.tokens, "rows": plan.rows, "warps": plan.warps, "stages": plan.stages,
+        "blocks_per_sm": plan.blocks_per_sm, "order": header.order,
+    }  # fmt: skip
+    return quantized_linear, arguments, values
 
 
-def _schedule(m: int, x: Any, weight: QuantizedWeight, where: str) -> Schedule:
-    """For the device that runs the product."""
-    header = weight.header
+def _plan(x: Any, weight: QuantizedWeight, y: Any, where: str) -> Plan:
+    """For the device that runs the product: on a GPU the tuned plan where there is one, else by rule."""
+    header, m = weight.header, int(x.shape[0])
     tiles_n, tiles_k = (-(-extent // TILE) for extent in weight.shape)
     if where == "cpu":
         return cpu_schedule(m, tiles_n, tiles_k, header.dtype.nbits, num_threads())
-    if where == "cuda" and header.order != MMA:
+    problem = LinearProblem.of(header, m, _dtype(x), _dtype(y))
+    if where != "cuda":
+        return heuristic(problem, EMULATED_SMS if where == "emulator" else 0)
+    if header.order != MMA:
         raise TilusError(
             f"linear on a GPU with a weight packed in the order {header.order}, expected {MMA}",
             hint='pack it again: weight.to("cuda"), or pack(matrix, device, order="mma")',
         )
-    return schedule(m, tiles_n, tiles_k, header.dtype.nbits, num_sms(x, where), header.factor_words)
+    device = gpu_of(x)
+    plan = _tuned(problem, device) or heuristic(problem, device.num_sms, hopper=device.target.sm == 90)
+    if isinstance(plan, WarpgroupPlan) and not _is_aligned(x):
+        return heuristic(problem, device.num_sms)
+    return plan
 
 
-def num_sms(x: Any, where: str) -> int:
-    """Of the GPU that runs it, or that the emulator stands for."""
-    match where:
-        case "cuda":
-            from tilus.runtime import cuda
+def _is_aligned(x: Any) -> bool:
+    """Whether TMA can copy rows of x: their first bytes must be multiples of 16."""
+    address, stride = (x.data_ptr(), x.stride(0)) if is_torch(x) else (x.ctypes.data, x.strides[0] // x.itemsize)
+    return address % 16 == 0 and stride % 8 == 0
 
-            return (cuda.device(x.get_device()) if is_cuda(x) else cuda.current_device()).num_sms
-        case "emulator":
-            return EMULATED_SMS
-        case _:
-            return 0
+
+def _tuned(problem: LinearProblem, device: Device) -> Plan | None:
+    from tilus.kernels.tune_linear import measure  # it launches what is above
+
+    return chosen(problem.key(device.name), PLANS, lambda: measure(problem.tuned_as, device))
+
+
+def _dtype(array: Any) -> DataType:
+    """Raises: TilusError for a type that kernels do not have."""
+    found = dtype_of_name(str(array.dtype).removeprefix("torch."))
+    if found is None:
+        raise TilusError(f"linear: an array of dtype {array.dtype}, expected float16, bfloat16 or float32")
+    return found
+
+
+def gpu_of(x: Any) -> Device:
+    """The GPU that runs a kernel on x: its own, or the current one."""
+    from tilus.runtime import cuda
+
+    return cuda.device(x.get_device()) if is_cuda(x) else cuda.current_device()

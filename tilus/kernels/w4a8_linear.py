@@ -34,8 +34,8 @@ from tilus.kernels.grouped_linear import (
     SHARED_NBYTES,
     Ring,
     launch_without_spills,
+    num_sms_of,
 )
-from tilus.kernels.linear import num_sms
 from tilus.kernels.quantize.header import WeightHeader
 from tilus.kernels.quantize.packed import QuantizedWeight
 from tilus.kernels.quantize.tiles import MMA, TILE, WHOLE
@@ -239,7 +239,7 @@ def w4a8_linear(
         return y
     where = place(device, is_cuda(x))
     key = ("w4a8", m, x.dtype, y.dtype, bias is None, where)
-    candidates = plans(m, weight.header, num_sms(x, where) or 1)
+    candidates = plans(m, weight.header, num_sms_of(x, where))
     launch_without_spills(weight, key, candidates, lambda plan: launch(x, x_scale, weight, y, bias, plan, device))
     return y
 

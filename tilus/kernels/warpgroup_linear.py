@@ -17,39 +17,12 @@ from typing import Any
 import tilus
 from tilus import Const, Tensor, f16, f32, uint4, uint8
 from tilus.dtypes import DTYPES, DataType
-from tilus.errors import TilusError
 from tilus.kernels.linear_step import residual
 from tilus.kernels.quantize.packed import QuantizedWeight
 from tilus.kernels.quantize.tiles import MMA, TILE, WHOLE
+from tilus.kernels.warpgroup_schedule import STORED_TOKENS, WarpgroupPlan
+from tilus.lang.kernel import Kernel
 from tilus.layout import local, replicated
-
-
-@dataclass(frozen=True)
-class WarpgroupPlan:
-    """One launch of the kernel.
-
-    tokens: columns of a block's result. rows: tiles of 64 rows a block, each with warpgroups of its own. splits: warpgroups along
-    K in a block. blocks: blocks along K, a cluster. depth: tiles of 64 columns a step. stages: steps on their way, a multiple of
-    splits, so that a warpgroup sees every phase of its barriers. registers: of each thread that computes, None for as many as fit
-    without asking. blocks_per_sm: how many blocks must fit on a multiprocessor. overlap: unpack the next piece of a step while
-    the product of the last one is under way. scaled: multiply weights by their scales, and round them, not sums: for so many
-    tokens that there are no registers for the sums of a group beside those of all groups.
-    """
-
-    tokens: int
-    rows: int
-    splits: int
-    blocks: int
-    depth: int
-    stages: int
-    registers: int | None = None
-    blocks_per_sm: int = 1
-    overlap: bool = False
-    scaled: bool = False
-
-    def __post_init__(self) -> None:
-        if self.stages % self.splits:
-            raise TilusError(f"{self.stages} stages for {self.splits} splits, expected a multiple")
 
 
 @dataclass(frozen=True)
@@ -130,11 +103,11 @@ def warpgroup_linear(
         else tilus.shared(uint8, [stages, rows, shape.sets * TILE * dtype.nbytes])
         for array, dtype in factors
     ]
-    sums = None
-    if splits * blocks > 1:
-        sums = tilus.shared(f32, [splits * blocks - 1, tokens, TILE * rows])
+    # Sums of the block's other warpgroups, and in the first block of the cluster those of the other blocks.
+    own_sums = tilus.shared(f32, [max(1, splits - 1), tokens // 8, 32 * group_warps, 4])
+    all_sums = tilus.shared(f32, [max(1, blocks - 1), tokens // 8, 32 * group_warps, 4])
     full, empty = tilus.mbarrier(stages), tilus.mbarrier(stages)
-    done = tilus.mbarrier(1, arrivals=max(1, splits * blocks - 1))
+    own_done, all_done = tilus.mbarrier(1, arrivals=max(1, splits - 1)), tilus.mbarrier(1, arrivals=max(1, blocks - 1))
     if blocks > 1:
         tilus.cluster_sync()
 
@@ -179,23 +152,54 @@ def warpgroup_linear(
                 total = add_groups(
                     total, unpacked, stage_codes, stage_factors, stage_x, once, full, empty, split, steps, plan
                 )
-            # This warpgroup's place among all that share the result.
             if split > 0:
-                tilus.store_shared(sums[rank * splits + split - 1], tilus.transpose(total), block=0)
-                tilus.arrive(done[0], block=0)
-            elif blocks > 1 and rank > 0:
-                tilus.store_shared(sums[rank * splits - 1], tilus.transpose(total), block=0)
-                tilus.arrive(done[0], block=0)
-            if split == 0 and rank == 0:
-                if splits * blocks > 1:
-                    tilus.wait_barrier(done[0], 0)
-                    for other in range(splits * blocks - 1):
-                        total = total + tilus.transpose(tilus.load_shared(sums[other]))
-                result = total * (global_scale * 2.0**exponent)
-                if bias is not None:
-                    offsets = tilus.cast(tilus.load(bias, [row_tile * TILE], [TILE * rows]), f32)
-                    result = result + tilus.reshape(offsets, [TILE * rows, 1])
-                tilus.store(y, [first_token, row_tile * TILE], tilus.cast(result, y.dtype), dims=[1, 0])
+                tilus.store_shared(own_sums[split - 1], by_thread(total))
+                tilus.arrive(own_done[0])
+            else:
+                if splits > 1:
+                    tilus.wait_barrier(own_done[0], 0)
+                    total = total + sum_of(own_sums, total)
+                if rank > 0:
+                    tilus.store_shared(all_sums[rank - 1], by_thread(total), block=0)
+                    tilus.arrive(all_done[0], block=0)
+                else:
+                    if blocks > 1:
+                        tilus.wait_barrier(all_done[0], 0)
+                        total = total + sum_of(all_sums, total)
+                    result = total * (global_scale * 2.0**exponent)
+                    if bias is not None:
+                        offsets = tilus.cast(tilus.load(bias, [row_tile * TILE], [TILE * rows]), f32)
+                        result = result + tilus.reshape(offsets, [TILE * rows, 1])
+                    store_rows(y, [first_token, row_tile * TILE], tilus.cast(result, y.dtype), 32 * group_warps)
+
+
+def by_thread(total):
+    """[rows, tokens] of wgmma as [tokens / 8, threads, 4], so that a thread moves 16 bytes beside those of its neighbours."""
+    rows, tokens = total.shape
+    split = tilus.reshape(total, [rows // 16, 2, 8, tokens // 8, 4, 2])
+    return tilus.reshape(tilus.transpose(split, [3, 0, 2, 4, 1, 5]), [tokens // 8, 2 * rows, 4])
+
+
+def sum_of(buffers, total):
+    """The sum of what `by_thread` made of other warpgroups' sums, like `total`."""
+    rows, tokens = total.shape
+    added = tilus.load_shared(buffers[0])
+    for index in range(1, buffers.shape[0]):
+        added = added + tilus.load_shared(buffers[index])
+    split = tilus.reshape(added, [tokens // 8, rows // 16, 8, 4, 2, 2])
+    return tilus.reshape(tilus.transpose(split, [1, 4, 2, 0, 3, 5]), [rows, tokens])
+
+
+def store_rows(y, start, result, threads: int):
+    """Write [rows, tokens] of wgmma to y [tokens, rows] in runs along the rows, some tokens at a time."""
+    rows, tokens = result.shape
+    part = min(tokens, STORED_TOKENS)
+    size = min(8, part * rows // threads)
+    layout = local(part * rows // (size * threads), 1).spatial(threads * size // rows, rows // size).local(1, size)
+    for index in range(tokens // part):
+        some = tilus.select(tilus.reshape(result, [rows, tokens // part, part]), 1, index)
+        runs = tilus.with_layout(tilus.transpose(some), layout)
+        tilus.store(y, [start[0] + index * part, start[1]], runs)
 
 
 def add_groups(
@@ -350,15 +354,18 @@ class Unpacking:
         return tilus.reshape(tilus.transpose(values, [0, 1, 3, 2]), [rows * TILE, 1])
 
 
-def launch(x: Any, weight: QuantizedWeight, y: Any, bias: Any | None, plan: WarpgroupPlan, device: str | None) -> None:
-    """The kernel with a given plan, on activations whose columns are in the order of the weight's."""
+def kernel_call(
+    x: Any, weight: QuantizedWeight, y: Any, bias: Any | None, plan: WarpgroupPlan
+) -> tuple[Kernel, list[Any], dict[str, Any]]:
+    """The kernel with its arguments and compile-time values, for activations whose columns are in the order of the weight's."""
     header = weight.header
     codes, scales, mins, zeros = (
         None if array is None else array.reshape(array.shape[0], -1)
         for array in (weight.codes, weight.scales, weight.mins, weight.zeros)
     )
-    warpgroup_linear.on(device)(
-        x, codes, scales, y, header.global_scale, mins, zeros, weight.table, bias,
-        wdtype=header.dtype, scale_dtype=DTYPES[header.scale_dtype],
-        mins_dtype=None if header.mins_dtype is None else DTYPES[header.mins_dtype], span=header.span, plan=plan,
-    )  # fmt: skip
+    values = {
+        "wdtype": header.dtype, "scale_dtype": DTYPES[header.scale_dtype],
+        "mins_dtype": None if header.mins_dtype is None else DTYPES[header.mins_dtype],
+        "span": header.span, "plan": plan,
+    }  # fmt: skip
+    return warpgroup_linear, [x, codes, scales, y, header.global_scale, mins, zeros, weight.table, bias], values

@@ -175,18 +175,24 @@ def specification(binder: Binder, arrays: Sequence[Array | None], device: str | 
     return Specification(tuple(tensors), tuple(typed(binder.const(p)) for p in binder.signature.consts))
 
 
-def checked(kernel: Kernel, values: Mapping[str, Any], device: str | None) -> tuple[Call, tuple[Any, ...]]:
-    """The call that these arguments (by parameter) make, and its scalars.
-
-    Raises: TilusError naming the parameter, what was found and what was expected.
-    """
+def bound(kernel: Kernel, values: Mapping[str, Any]) -> tuple[Binder, tuple[Array | None, ...]]:
+    """Compile-time arguments and arrays, checked. Raises: TilusError, as `checked` does."""
     signature = kernel.signature
     binder = Binder(signature, values)
     for parameter in signature.consts:
         binder.const(parameter)
     arrays = tuple(binder.array(p) for p in signature.tensors)
     binder.device(arrays)
-    scalars = tuple(binder.scalar(p) for p in signature.scalars)
+    return binder, arrays
+
+
+def checked(kernel: Kernel, values: Mapping[str, Any], device: str | None) -> tuple[Call, tuple[Any, ...]]:
+    """The call that these arguments (by parameter) make, and its scalars.
+
+    Raises: TilusError naming the parameter, what was found and what was expected.
+    """
+    binder, arrays = bound(kernel, values)
+    scalars = tuple(binder.scalar(p) for p in kernel.signature.scalars)
     specialization = kernel.specialization(specification(binder, arrays, device), binder.consts)
     return Call(specialization, arrays, _sizes(specialization, arrays), device), scalars
 

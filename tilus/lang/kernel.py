@@ -13,7 +13,7 @@ from tilus import config
 from tilus.errors import TilusError
 from tilus.ir.function import Function
 from tilus.lang.annotations import Signature, signature_of
-from tilus.lang.binding import Binder, checked, make_launcher
+from tilus.lang.binding import Binder, bound, checked, make_launcher, specification
 from tilus.lang.facts import Specification, assumed_facts, typed
 from tilus.target import DEFAULT_TARGET, Target, get_target
 
@@ -108,6 +108,11 @@ class Kernel:
         return self.specialization(
             Specification(assumed_facts(self.signature, {**names, **consts}, sizes), key), consts
         )
+
+    def specification(self, *args: Any, **kwargs: Any) -> Specification:
+        """What a call with these arguments is specialised for on a GPU: calls that agree in it run the same code. Nothing is
+        translated."""
+        return specification(*bound(self, self._match(args, kwargs)), "cuda")
 
     def ir(self, *args: Any, after: str | None = None, **kwargs: Any) -> Function:
         """The IR as translated, or after a pass of tilus.transforms."""

@@ -232,7 +232,8 @@ def _refuse_performance_loss(ptx: str, log: str) -> None:
     where = re.search(r"line (\d+)", remarks[0])
     line = int(where[1]) if where else None
     what = "does not set registers" if "setmaxnreg" in remarks[0] else "inserts waits between wgmma instructions"
-    raise TilusError(
+    kind = SpillError if "insufficient register" in remarks[0] else TilusError
+    raise kind(
         f"ptxas {what}, expected machine code as the PTX says:\n"
         + "\n".join(remarks)
         + (f"\n{_excerpt(ptx, line)}" if line else ""),

@@ -18,10 +18,11 @@ from tilus.runtime.emulator.bulk_copy import BulkCopies
 from tilus.runtime.emulator.clocks import MAX_THREADS, Clock, WarpClocks
 from tilus.runtime.emulator.cluster import Clusters
 from tilus.runtime.emulator.errors import EmulatorError
+from tilus.runtime.emulator.global_shadow import GlobalShadow
 from tilus.runtime.emulator.mbarrier import Mbarriers
 from tilus.runtime.emulator.memory_space import MemorySpace
 from tilus.runtime.emulator.program import Program, read, written
-from tilus.runtime.emulator.shadow import GlobalShadow, SharedShadow
+from tilus.runtime.emulator.shared_shadow import SharedShadow
 from tilus.runtime.emulator.stats import Profile
 from tilus.runtime.emulator.wgmma_pending import Wgmmas
 

@@ -66,12 +66,11 @@ def run_kernel(
     memory = arguments.memory
     granules = _granules(program, args)
     total = grid[0] * grid[1] * grid[2]
-    lanes_per_block = -(-threads // WARP) * WARP
     shared_nbytes = dynamic_shared_nbytes + sum(array.nbytes for array in kernel.shared)
     size = _cluster_size(kernel, cluster, grid)
-    shadow_nbytes = (shared_nbytes // granules[0] + 64) * 8 * (size * lanes_per_block // WARP + 1)
-    slots = min(total, max_lanes // lanes_per_block, _SHADOW_NBYTES // shadow_nbytes) // size * size
-    slots = max(size, slots)
+    warps = -(-threads // WARP)
+    shadow_nbytes = (shared_nbytes // granules[0] + 64) * 8 * (size * warps + 1)
+    slots = min(total, max_lanes // (warps * WARP), _SHADOW_NBYTES // shadow_nbytes) // size * size or size
     rng = np.random.default_rng(seed or 0)
     with np.errstate(all="ignore"):
         machine = Machine(

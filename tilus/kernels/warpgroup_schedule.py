@@ -1,0 +1,174 @@
+"""How a quantised product is cut into blocks of warpgroups on Hopper: the rule, and plans worth trying beside it.
+
+What decides (measured on an H100, docs/performance.md): blocks that read a weight all run at once and share the memory's
+bandwidth evenly, whatever their number; partial sums that cross blocks cost 2 us and more, those of warpgroups in a block
+almost nothing. So K is split inside of blocks, and across blocks only where too few of them would read too much each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from tilus.errors import TilusError
+from tilus.kernels.quantize.header import FACTOR_NBYTES, ZERO_NBYTES, WeightHeader
+from tilus.kernels.quantize.tiles import TILE, WHOLE
+
+SHARED_NBYTES = 227 * 1024
+HALF_NBYTES = 112 * 1024  # so that a block of the next kernel, or another of this one, has room beside it
+STORED_TOKENS = 32  # of a block at a time: results pass through shared memory
+SLACK_NBYTES = 2048  # barriers, alignment
+MOST_STAGES = 24
+# Bytes of codes from which on a block is worth another one along K.
+LEAST_SPLIT_NBYTES = 256 * 1024
+
+
+@dataclass(frozen=True)
+class WarpgroupPlan:
+    """One launch of `warpgroup_linear`.
+
+    tokens: columns of a block's result. rows: tiles of 64 rows a block, each with warpgroups of its own. splits: warpgroups along
+    K in a block. blocks: blocks along K, a cluster. depth: tiles of 64 columns a step. stages: steps on their way, a multiple of
+    splits, so that a warpgroup sees every phase of its barriers. registers: of each thread that computes, None for as many as fit
+    without asking. blocks_per_sm: how many blocks must fit on a multiprocessor. overlap: unpack the next piece of a step while
+    the product of the last one is under way. scaled: multiply weights by their scales, and round them, not sums: for so many
+    tokens that there are no registers for the sums of a group beside those of all groups.
+    """
+
+    tokens: int
+    rows: int
+    splits: int
+    blocks: int
+    depth: int
+    stages: int
+    registers: int | None = None
+    blocks_per_sm: int = 1
+    overlap: bool = False
+    scaled: bool = False
+
+    def __post_init__(self) -> None:
+        least = (
+            2 * self.splits if self.scaled else self.splits
+        )  # scaled weights hold a stage until their next one has come
+        if self.stages % self.splits or self.stages < least:
+            raise TilusError(f"{self.stages} stages for {self.splits} splits, expected a multiple from {least} up")
+
+    def easier(self) -> WarpgroupPlan | None:
+        """The next one that needs fewer registers; None when there is none."""
+        if self.overlap:
+            return replace(self, overlap=False)
+        if self.blocks_per_sm > 1:
+            return replace(self, blocks_per_sm=1)
+        if self.splits > 1:
+            return replace(self, splits=1)
+        return replace(self, tokens=self.tokens // 2) if self.tokens > 8 else None
+
+
+def stage_nbytes(header: WeightHeader, tokens: int, rows: int, depth: int) -> int:
+    """Shared memory of a step: codes, factors and activations."""
+    sets = 0 if header.span == WHOLE else max(1, depth * TILE // header.span)
+    names = [name for name in (header.scale_dtype, header.mins_dtype) if name is not None]
+    factors = sets * TILE * (sum(FACTOR_NBYTES[name] for name in names) + ZERO_NBYTES * header.has_zeros)
+    return rows * (depth * 512 * header.dtype.nbits + factors) + tokens * depth * TILE * 2
+
+
+def planned(
+    header: WeightHeader, tokens: int, rows: int, splits: int, blocks: int, depth: int, nbytes: int, *,
+    registers: int | None = None, blocks_per_sm: int = 1, overlap: bool = False, scaled: bool = False,
+) -> WarpgroupPlan | None:  # fmt: skip
+    """The plan with as many stages as `nbytes` of shared memory hold; None when they are too few."""
+    sums = (splits - 1 + blocks - 1) * tokens * rows * TILE * 4
+    stored = min(tokens, STORED_TOKENS) * rows * TILE * 2
+    stages = min((nbytes - SLACK_NBYTES - stored - sums) // stage_nbytes(header, tokens, rows, depth), MOST_STAGES)
+    stages -= stages % splits
+    if stages < (2 * splits if scaled else splits) or stages < 2:
+        return None
+    return WarpgroupPlan(tokens, rows, splits, blocks, depth, stages, registers, blocks_per_sm, overlap, scaled)
+
+
+def warpgroup_plans(header: WeightHeader, m: int, num_sms: int) -> tuple[WarpgroupPlan, ...]:
+    """Plans for m tokens, the rule's choice first; none where the kernel cannot run."""
+    n, k = header.shape
+    tiles_n, tiles_k = -(-n // TILE), -(-k // TILE)
+    if k % 8:  # rows of activations are copied in units of 16 bytes
+        return ()
+    found = [plan for plan in _plans(header, m, tiles_n, tiles_k, num_sms) if plan is not None]
+    return tuple(dict.fromkeys(found))
+
+
+def _plans(header: WeightHeader, m: int, tiles_n: int, tiles_k: int, num_sms: int) -> Iterator[WarpgroupPlan | None]:
+    few = 2 * tiles_n <= num_sms
+    blocks = 2 if few and tiles_k * 512 * header.dtype.nbits > LEAST_SPLIT_NBYTES else 1
+    many = tiles_n > num_sms
+    if m <= 16:
+        yield from _reading(header, 8 if m <= 8 else 16, blocks, many, tiles_k)
+    elif m <= 64:
+        yield from _between(header, 32 if m <= 32 else 64, blocks, many, tiles_k)
+    else:
+        yield from _computing(header, m, blocks, tiles_n, tiles_k, num_sms)
+
+
+def _depths(tiles_k: int, *wanted: int) -> list[int]:
+    """The largest power of two up to each wanted one that divides K in tiles, without repetitions."""
+    powers = [next(d for d in (8, 4, 2, 1) if d <= depth and tiles_k % d == 0) for depth in wanted]
+    return list(dict.fromkeys(powers))
+
+
+def _reading(
+    header: WeightHeader, tokens: int, blocks: int, many: bool, tiles_k: int
+) -> Iterator[WarpgroupPlan | None]:
+    """The time is that of reading the weight: many warpgroups take turns, each with much on its way."""
+    first = 2 if many or blocks == 2 else 4
+    for splits in (first, 6 - first):
+        for depth in _depths(tiles_k, 4, 2):
+            overlap = splits == 2 and blocks == 2
+            half = planned(header, tokens, 1, splits, blocks, depth, HALF_NBYTES, overlap=overlap)
+            whole = planned(header, tokens, 1, splits, blocks, depth, SHARED_NBYTES, overlap=overlap)
+            enough = half is not None and half.stages >= 2 * splits  # else a warpgroup waits for its only stage
+            yield from (half, whole) if enough else (whole, half)
+    for depth in _depths(tiles_k, 4, 2):
+        yield planned(header, tokens, 1, 2, 3 - blocks, depth, HALF_NBYTES)
+        yield planned(header, tokens, 1, 2, blocks, depth, HALF_NBYTES, blocks_per_sm=2)
+        yield planned(header, tokens, 2, 2, blocks, depth, HALF_NBYTES)
+
+
+def _between(
+    header: WeightHeader, tokens: int, blocks: int, many: bool, tiles_k: int
+) -> Iterator[WarpgroupPlan | None]:
+    """Reading, unpacking and multiplying take about as long: two or three warpgroups, or two blocks, overlap them."""
+    wide, narrow = _depths(tiles_k, 4)[0], _depths(tiles_k, 2)[0]
+    half = {"blocks_per_sm": 2}
+    plans = [
+        planned(header, tokens, 1, 2, blocks, wide, SHARED_NBYTES, overlap=True),
+        planned(header, tokens, 1, 3, blocks, narrow, SHARED_NBYTES),
+        planned(header, tokens, 1, 2, blocks, narrow, SHARED_NBYTES),
+        planned(header, tokens, 1, 2 if tokens == 32 else 1, blocks, narrow, HALF_NBYTES, **half),
+        planned(header, tokens, 2, 1, blocks, narrow, SHARED_NBYTES),
+        planned(header, tokens, 1, 2, 3 - blocks, wide, SHARED_NBYTES, overlap=True),
+        planned(header, tokens, 1, 1, blocks, narrow, HALF_NBYTES, **half),
+    ]
+    first = 3 if many else 2 if tokens == 64 and blocks == 2 else 1 if tokens == 32 and blocks == 1 else 0
+    yield plans[first]
+    yield from plans
+
+
+def _computing(
+    header: WeightHeader, m: int, blocks: int, tiles_n: int, tiles_k: int, num_sms: int
+) -> Iterator[WarpgroupPlan | None]:
+    """The time is that of tensor cores."""
+    depth = _depths(tiles_k, 2)[0]
+    tall = planned(header, 128, 2, 1, 1, depth, SHARED_NBYTES, registers=232)
+    split = planned(header, 128, 1, 2, blocks if m <= 128 else 1, depth, SHARED_NBYTES, registers=208)
+    wide = planned(header, 256, 2, 1, 1, depth, SHARED_NBYTES, registers=232, scaled=True)
+    low = planned(header, 256, 1, 1, 1, depth, SHARED_NBYTES, registers=232, scaled=True)
+    pair = planned(header, 128, 1, 1, 1, depth, HALF_NBYTES, blocks_per_sm=2)
+    if m <= 128:
+        yield tall if tiles_n > num_sms else split
+    elif 2 * tiles_n <= num_sms and m <= 256:
+        yield split
+    elif m <= 256:
+        yield low if tiles_n <= num_sms else tall
+    else:
+        yield wide
+    yield from (wide, tall, split, low, pair) if m > 128 else (tall, split, pair)
+    yield planned(header, 128, 2, 1, 1, depth, SHARED_NBYTES, registers=232, scaled=True)
