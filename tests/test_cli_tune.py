@@ -122,7 +122,11 @@ def test_mistakes(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         raise TilusError("no CUDA driver found (libcuda.so.1)", hint=cuda.NO_DRIVER_HINT)
 
     monkeypatch.setattr(cuda, "device", no_gpu)
-    assert refusal_of("tune", model).startswith("error: no CUDA driver found (libcuda.so.1)\n")
+    for arguments in ((), ("--compile-only",)):
+        assert refusal_of("tune", model, *arguments) == (
+            "error: tuning needs a GPU: no CUDA driver found (libcuda.so.1)\n"
+            "  hint: --compile-only --target NAME needs none; `tilus doctor` says what is missing\n"
+        )
     assert "--target goes with --compile-only" in refusal_of("tune", model, "--target", "sm_80", exit_code=2)
     assert "--again and --json go with" in refusal_of("tune", model, "--json", "--compile-only", exit_code=2)
     refusal = refusal_of("tune", model, "--tokens", "1,x", exit_code=2)

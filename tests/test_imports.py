@@ -27,6 +27,8 @@ LAYERS = (
     ("forms",),
     ("lang",),
     ("kernels",),
+    ("command",),
+    ("tune_command",),
     ("cli", "docs", "interop"),
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

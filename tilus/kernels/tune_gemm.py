@@ -117,9 +117,9 @@ def _possible(problem: GemmProblem, num_sms: int) -> Iterator[Plan]:
 def measure(problem: GemmProblem, device: Device, timer: Timer = graph_timer.graph_us) -> Tuned:
     """Try the candidates on a GPU, with as many copies of the weight as exceed its L2 cache and fit its memory.
 
-    Raises: TilusError without torch, and when no candidate can be used.
+    Raises: TilusError without a torch for GPUs, and when no candidate can be used.
     """
-    torch = graph_timer.require_torch()
+    torch = graph_timer.require_gpu()
     with torch.cuda.device(device.index):
         trial = GemmTrial(problem, f"cuda:{device.index}", None, device.target, copies=None)
         torch.cuda.synchronize()

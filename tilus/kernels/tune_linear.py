@@ -34,9 +34,9 @@ SIZE_OF_WEIGHTS = 4.0  # about the largest weight: sums of K of them times activ
 def measure(problem: LinearProblem, device: Device, timer: Timer = graph_timer.graph_us) -> Tuned:
     """Try the candidates on a GPU, with random weights, as many copies of which exceed the L2 cache as its memory allows.
 
-    Raises: TilusError without torch, and when no candidate can be used.
+    Raises: TilusError without a torch for GPUs, and when no candidate can be used.
     """
-    torch = graph_timer.require_torch()
+    torch = graph_timer.require_gpu()
     with torch.cuda.device(device.index):
         trial = LinearTrial(problem, f"cuda:{device.index}", None, device.target, copies=None)
         torch.cuda.synchronize()  # weights are there before kernels that start early read them

@@ -63,6 +63,14 @@ def require_torch() -> Any:
     return torch
 
 
+def require_gpu() -> Any:
+    """The module torch. Raises: TilusError when it is not installed, or not for GPUs."""
+    torch = require_torch()
+    if not torch.cuda.is_available():
+        raise TilusError(f"tuning needs a torch for GPUs, found {torch.__version__}", hint="install torch for CUDA")
+    return torch
+
+
 def _intervals_us(action: Callable[[], object], count: int) -> list[float]:
     """From each start of the action to the next. The GPU never waits for the CPU in between."""
     import torch
