@@ -5,6 +5,8 @@
     python benchmarks/gemm.py schemes               every scheme, likewise
     python benchmarks/gemm.py chain                 layers that depend on each other
     python benchmarks/gemm.py dense                 products without quantisation, where tilus.kernels.gemm exists
+    python benchmarks/gemm.py eight_bits            8-bit activations: 8-bit weights, and 4-bit ones
+    python benchmarks/gemm.py grouped               64 experts of which each token takes two, beside a loop over the experts
     python benchmarks/gemm.py sweep --types int4    other schedules than the library's (45 kernels a type)
 
 Without a suite it is int4; with several they run one after the other. --shapes 4096x4096,14336x4096 (N x K), --tokens 1,16 and
@@ -38,6 +40,10 @@ types, schemes: dtype, scheme, group; ratio, plain_ratio: us / read_us, plain_us
     null for schemes without a bar; cublas_fp16_us.
 sweep: dtype, ratio, schedule; neither plain times nor errors.
 dense: dtype, torch_us, ratio: torch_us / us, tflops, limit_us; no reads and no plain times.
+eight_bits: dtype (of the weight), act; torch_us: without scales for int8, ratio: torch_us / us; limit_us; quantise_us: of
+    quantize_tokens for as many tokens; no plain times.
+grouped: tokens, experts, active: experts that have rows; loop_us, ratio: loop_us / us; bar, met: for ratio; read_us: of the
+    active experts' weights; no plain times.
 chain: layers; us: of one layer; no error, rms: of the last layer against a float64 chain.
 """
 
@@ -53,7 +59,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from products import chain, dense, int4, kinds, sweep
+from products import chain, dense, eight_bits, grouped, int4, kinds, sweep
 from products.limits import by_tokens
 from products.report import Report
 from products.run import Run
@@ -93,6 +99,14 @@ def dense_rows(run: Run, options: argparse.Namespace) -> Iterator[dict[str, Any]
     return dense.rows(run, shapes or dense.SHAPES)
 
 
+def eight_bit_rows(run: Run, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    return eight_bits.rows(run, options.shapes or eight_bits.SHAPES, options.tokens or eight_bits.TOKENS)
+
+
+def grouped_rows(run: Run, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    return grouped.rows(run, options.shapes or grouped.SHAPES, options.tokens or grouped.TOKENS)
+
+
 def chain_rows(run: Run, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     sizes = [n for n, k in options.shapes or () if n == k]
     return chain.rows(run, sizes or chain.SIZES, options.tokens or chain.TOKENS)
@@ -104,6 +118,8 @@ SUITES = {
     "schemes": Suite(scheme_rows, kinds),
     "chain": Suite(chain_rows, chain),
     "dense": Suite(dense_rows, dense),
+    "eight_bits": Suite(eight_bit_rows, eight_bits),
+    "grouped": Suite(grouped_rows, grouped),
     "sweep": Suite(sweep_rows, sweep),
 }
 

@@ -14,7 +14,7 @@ import gemm
 import numpy as np
 import pytest
 import torch
-from products import chain, int4, kinds, limits, run, sweep
+from products import chain, eight_bits, grouped, int4, kinds, limits, run, sweep
 from products.reads import read
 from products.report import Report
 from products.timing import Action, Budget, Timer, copies, in_turn, one_after_the_other, poison
@@ -22,8 +22,8 @@ from products.weights import Case, WrongResult, expected, random_weight
 
 import tilus
 from tilus import config
-from tilus.kernels import linear
-from tilus.kernels.quantize import PRESETS, RECIPE_NAMES, SCHEMES, pack, unpack
+from tilus.kernels import linear, quantize_tokens
+from tilus.kernels.quantize import PRESETS, RECIPE_NAMES, SCHEMES, pack, stack, unpack
 from tilus.ptx.assembler import SpillError
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -263,6 +263,27 @@ def test_a_budget_ends() -> None:
     assert budget.exhausted and budget.used == 5 and not Budget(None, lambda: now).exhausted
 
 
+def test_codes_are_paired_as_the_library_does() -> None:
+    x = torch.randn(3, 64).half()
+    plain, moved = (quantize_tokens(x, paired=paired, device="reference")[0] for paired in (False, True))
+    assert torch.equal(eight_bits.paired(plain), moved)
+
+
+def test_tokens_go_to_experts() -> None:
+    """Sorted rows for two different experts each, their float64 products, and the experts' weights in the stack."""
+    given = grouped.routed(20, 128, 8, "cpu", 0)
+    assert given.bounds == given.offsets.tolist() and given.bounds[0] == 0 and given.bounds[-1] == len(given.x) == 40
+    assert max(b - a for a, b in zip(given.bounds, given.bounds[1:])) <= 20
+    weights = [random_weight(Case((64, 128), "int4"), "cpu", seed) for seed in range(3)]
+    found = grouped.products_of(given, weights)
+    stacked = stack([weights[expert % 3].pack() for expert in range(8)])
+    alone = grouped.experts_of(stacked, 8)
+    for expert in given.active:
+        own, weight = slice(*given.bounds[expert : expert + 2]), weights[expert % 3]
+        assert torch.equal(found.exact[own], given.x[own].double() @ weight.rows(0, 64).T)
+        assert (unpack(alone[expert]).codes == weight.matrix.codes).all()
+
+
 @pytest.mark.gpu
 def test_rows_are_measured_on_a_gpu() -> None:
     """Two shapes whose results are right, with every peer; reads and products take time, and nothing fails."""
@@ -271,10 +292,14 @@ def test_rows_are_measured_on_a_gpu() -> None:
         some.timer.l2_nbytes = 1 << 18  # few copies: times do not matter
         rows = list(int4.rows(some, [(256, 512), (192, 1024)], [1, 100]))
         (layers,) = chain.rows(some, [256], [3])
+        (experts,) = grouped.rows(some, [(256, 512)], [9], experts=8)
+        eight = list(eight_bits.rows(some, [(256, 512)], [32]))
     assert [(row["N"], row["M"]) for row in rows] == [(256, 1), (192, 1), (256, 100), (192, 100)]
-    for row in [*rows, layers]:
+    for row in [*rows, layers, experts, *eight]:
         assert row["failures"] == {}
-        assert all(value > 0 for key, value in row.items() if key.endswith("_us") or key == "us")
+        times = {key: value for key, value in row.items() if key.endswith("_us") or key == "us"}
+        assert all(value > 0 for value in times.values() if value is not None)
+    assert [row["torch_us"] is None for row in eight] == [False, False, True, True]
 
 
 def test_compile_time_schema() -> None:

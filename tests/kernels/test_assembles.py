@@ -14,11 +14,15 @@ from tilus.kernels.activation import silu_mul_kernel
 from tilus.kernels.attention import paged_attention_kernel
 from tilus.kernels.embedding import dense_embedding_kernel, quantized_embedding_kernel
 from tilus.kernels.gemm import Plan, gemm_kernel
+from tilus.kernels.grouped_linear import grouped_linear_kernel, plans
 from tilus.kernels.linear import quantized_linear
 from tilus.kernels.norm import rms_norm_kernel
 from tilus.kernels.quantize import WeightHeader
+from tilus.kernels.quantize_tokens import quantize_tokens_kernel
 from tilus.kernels.rope import rope_append_kernel
 from tilus.kernels.schedule import MOST_FACTOR_WORDS, schedule
+from tilus.kernels.w4a8_linear import plans as w4a8_plans
+from tilus.kernels.w4a8_linear import w4a8_linear_kernel
 from tilus.lang.kernel import Kernel
 from tilus.ptx.assembler import assemble
 from tilus.target import get_target
@@ -38,6 +42,11 @@ def assert_no_spills(kernel: Kernel, target: str, *args: Any, **values: Any) -> 
 # These, those of LINEAR, and the examples are compiled for every target by test_conversions.py.
 LIBRARY: list[tuple[Kernel, dict[str, Any]]] = [
     *((rms_norm_kernel, {"dtype": tilus.f16, "hidden": hidden}) for hidden in (100, 576, 4096, 16384)),
+    *(
+        (quantize_tokens_kernel, {"act": tilus.bf16, "code": code, "columns": columns, "paired": paired})
+        for code in (tilus.int8, tilus.float8_e4m3)
+        for columns, paired in ((100, False), (16384, False), (16384, True), (28672, True))
+    ),
     (silu_mul_kernel, {"dtype": tilus.f16}),
     (dense_embedding_kernel, {"dtype": tilus.bf16}),
     (quantized_embedding_kernel, {"dtype": tilus.f16, "code": tilus.int8, "group": 32}),
@@ -71,6 +80,15 @@ def test_add_rms_norm(target: str) -> None:
 
 
 F16, F32 = tilus.f16, tilus.f32
+# Code type, group, type of scales, minimums, zero points, activations, table.
+GROUPED = [
+    (tilus.int4, 128, F16, False, False, torch.float16, False),
+    (tilus.int4, 128, F16, False, False, torch.bfloat16, False),
+    (tilus.uint4, 32, F16, True, False, torch.float16, False),
+    (tilus.uint6, 16, F32, True, True, torch.bfloat16, False),
+    (tilus.uint4, 64, F16, False, False, torch.bfloat16, True),
+    (tilus.float4_e2m1, 32, tilus.float8_e8m0, False, False, torch.bfloat16, False),
+]
 # Code type, tokens, group, type of scales, minimums, zero points, activations, table: those with the most registers among them.
 LINEAR = [
     (tilus.uint4, 1, 128, F16, False, False, torch.float16),
@@ -156,6 +174,9 @@ def test_two_blocks_on_a_multiprocessor(target: str) -> None:
         (torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, Plan(256, 4, 1, 132)),
         (torch.float16, torch.float16, torch.float32, Plan(16, 8, 1, 132)),
         (torch.float16, torch.float16, torch.float32, Plan(128, 5, 2, 132)),
+        (torch.int8, torch.int8, torch.bfloat16, Plan(256, 4, 2, 132)),
+        (torch.int8, torch.int8, torch.float16, Plan(16, 8, 1, 128, splits=4)),
+        (torch.float8_e4m3fn, torch.float8_e4m3fn, torch.bfloat16, Plan(64, 6, 1, 128, splits=4)),
     ],
     ids=str,
 )
@@ -164,10 +185,55 @@ def test_gemm(act: torch.dtype, weight: torch.dtype, out: torch.dtype, plan: Pla
     m, n, k = 512, 1024, 4096
     x, w, y = torch.empty(m, k, dtype=act), torch.empty(n, k, dtype=weight), torch.empty(m, n, dtype=out)
     given = {"x_scale": torch.empty(m), "w_scale": torch.empty(n), "bias": torch.empty(n)} if factors else {}
-    values = {"tokens": plan.tokens, "stages": plan.stages, "cluster": plan.cluster}
+    values = {"tokens": plan.tokens, "stages": plan.stages, "cluster": plan.cluster, "splits": plan.splits}
     assert_no_spills(gemm_kernel, "sm_90a", x, w, y, 1.0, plan.blocks, **given, **values)
     ptx = gemm_kernel.ptx(x, w, y, 1.0, plan.blocks, target="sm_90a", **given, **values)
-    assert ("stmatrix.sync.aligned.m8n8.x4.trans" in ptx) == (out.itemsize == 2)  # y^T in rows of y
+    from_fragments = out.itemsize == 2 and plan.splits == 1
+    assert ("stmatrix.sync.aligned.m8n8.x4.trans" in ptx) == from_fragments  # y^T in rows of y
+
+
+@pytest.mark.parametrize("m", [32, 512, 1024, 4096])
+@pytest.mark.parametrize("case", GROUPED, ids=lambda case: f"{case[0]}-{case[1]}-{case[2]}")
+def test_grouped_linear(case: tuple[Any, ...], m: int) -> None:
+    """64 experts. Some plan does not spill; with one scale a group of 128 it is one that keeps the tiles of the best."""
+    dtype, group, scale, has_mins, has_zeros, act, has_table = case
+    header = WeightHeader(
+        dtype, (64 * 1024, 4096), group, scale.name, scale.name if has_mins else None, has_zeros, has_table
+    )
+    arrays = {name: torch.empty(shape, dtype=getattr(torch, kind)) for name, (shape, kind) in header.arrays.items()}
+    codes, scales, mins, zeros = (
+        arrays[name].flatten(1) if name in arrays else None for name in ("codes", "scales", "mins", "zeros")
+    )
+    x, y, bias = torch.empty(m, 4096, dtype=act), torch.empty(m, 1024, dtype=act), torch.empty(64, 1024, dtype=act)
+    args = [x, codes, scales, y, torch.empty(65, dtype=torch.int32), 1.0, mins, zeros, arrays.get("table"), bias]
+    values = {"wdtype": dtype, "scale_dtype": scale, "mins_dtype": scale if has_mins else None, "span": header.span}
+    found = list(plans(m, 64, header, 132))
+    for plan in found:
+        ptx = grouped_linear_kernel.ptx(*args, target="sm_90a", plan=plan, **values)
+        (usage,) = assemble(ptx, get_target("sm_90a"), allow_spills=True).kernels
+        if usage.spill_store_nbytes == 0:
+            assert group < 128 or (plan.tokens, plan.rows) == (found[0].tokens, found[0].rows)
+            return
+    raise AssertionError("every plan spills")
+
+
+@pytest.mark.parametrize("shape", [(4096, 4096), (14336, 4096)])
+@pytest.mark.parametrize("m", [8, 16, 32, 256])
+@pytest.mark.parametrize("act", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_w4a8_linear(act: torch.dtype, m: int, shape: tuple[int, int]) -> None:
+    """Some plan with the tokens and rows of the best does not spill."""
+    (n, k), header = shape, WeightHeader(tilus.int4, shape, 128, "f16")
+    arrays = {name: torch.empty(full, dtype=getattr(torch, kind)) for name, (full, kind) in header.arrays.items()}
+    x, y, bias = torch.empty(m, k, dtype=act), torch.empty(m, n, dtype=torch.bfloat16), torch.empty(n)
+    args = [x, torch.empty(m), arrays["codes"].flatten(1), arrays["scales"].flatten(1), y, 1.0, bias]
+    found = list(w4a8_plans(m, header, 132))
+    same = [plan for plan in found if (plan.tokens, plan.rows) == (found[0].tokens, found[0].rows)]
+    spilled: list[int] = []
+    for plan in same:
+        ptx = w4a8_linear_kernel.ptx(*args, target="sm_90a", plan=plan, scale_dtype=F16, span=128)
+        (usage,) = assemble(ptx, get_target("sm_90a"), allow_spills=True).kernels
+        spilled.append(usage.spill_store_nbytes)
+    assert 0 in spilled, dict(zip(same, spilled, strict=True))
 
 
 @pytest.mark.parametrize("name", ["matmul_v5"])

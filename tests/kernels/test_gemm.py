@@ -17,6 +17,8 @@ TYPES = [
     (torch.float16, torch.float16, torch.float32),
     (torch.float8_e4m3fn, torch.float8_e4m3fn, torch.bfloat16),
     (torch.float8_e4m3fn, torch.float8_e5m2, torch.float16),
+    (torch.int8, torch.int8, torch.bfloat16),
+    (torch.int8, torch.int8, torch.float32),
 ]
 
 
@@ -60,25 +62,56 @@ def test_types(device: str, left: torch.dtype, right: torch.dtype, out: torch.dt
         (260, 264, 192, Plan(256, 2, 1, 6)),
         (200, 520, 256, Plan(64, 3, 2, 4)),
         (300, 264, 192, Plan(128, 3, 2, 2)),
+        (70, 264, 200, Plan(32, 2, 1, 4, splits=2)),
+        (8, 136, 256, Plan(16, 3, 1, 4, splits=4)),
+        (20, 264, 520, Plan(16, 2, 1, 8, splits=8)),
     ],
     ids=str,
 )
 def test_plans(device: str, m: int, n: int, k: int, chosen: Plan) -> None:
-    """Fewer tiles than blocks and more, more bands than one, less k than there are stages and more, clusters."""
+    """Fewer tiles than blocks and more, more bands than one, less k than there are stages and more, clusters of both kinds."""
     if device != "cpu":
         check(device, integers((m, k), torch.float16), integers((n, k), torch.float16, 1), torch.float32, chosen)
 
 
+def test_integers_add_up_exactly(device: str) -> None:
+    """Codes of both ends of the range, in parts of K: f32 does not hold all of these sums."""
+    if device == "cpu":
+        return
+    values = torch.tensor([-128, -127, 126, 127], dtype=torch.int8)
+    x, w = (
+        values[torch.randint(0, 4, (extent, 2064), generator=torch.Generator().manual_seed(extent))]
+        for extent in (9, 24)
+    )
+    y = torch.full((9, 24), torch.nan)
+    launch(x, w, y, (1.0, None, None, None), Plan(16, 2, 1, 2, splits=2), device)
+    exact = float64(x) @ float64(w).T
+    assert (exact % 2 != 0).any() and np.abs(exact).max() < 2**31
+    np.testing.assert_array_equal(y.numpy(), exact.astype(np.float32))
+
+
+@pytest.mark.parametrize("row_nbytes", [16, 4096, 28672])
 @pytest.mark.parametrize("num_sms", [1, 8, 132])
 @pytest.mark.parametrize("n", [8, 128, 1000, 14336])
 @pytest.mark.parametrize("m", [1, 17, 128, 300, 8192])
 @pytest.mark.parametrize("out_nbytes", [2, 4])
-def test_the_plan_fits(m: int, n: int, num_sms: int, out_nbytes: int) -> None:
-    chosen = plan(m, n, num_sms, out_nbytes)
-    assert chosen.stages >= 2 and chosen.blocks % chosen.cluster == 0
+def test_the_plan_fits(m: int, n: int, row_nbytes: int, num_sms: int, out_nbytes: int) -> None:
+    chosen = plan(m, n, row_nbytes, num_sms, out_nbytes)
+    assert chosen.stages >= 2 and chosen.blocks % (chosen.cluster * chosen.splits) == 0
+    assert min(chosen.cluster, chosen.splits) == 1 and chosen.splits <= max(1, row_nbytes // 128)
     assert 1 <= chosen.blocks <= max(num_sms, 1)
-    nbytes = chosen.stages * (128 + chosen.tokens) * 128 + 2 * min(chosen.tokens, 64) * 128 * out_nbytes
+    nbytes = (
+        chosen.stages * (128 + chosen.tokens) * 128 + 2 * min(chosen.tokens, 64) * 128 // chosen.splits * out_nbytes
+    )
+    if chosen.splits > 1:
+        nbytes += 128 * chosen.tokens * 4
     assert nbytes <= 227 * 1024 - 2048
+
+
+@pytest.mark.parametrize(("n", "splits"), [(1024, 4), (4096, 4), (4224, 2), (8192, 2), (14336, 1)])
+def test_few_tiles_are_shared(n: int, splits: int) -> None:
+    """Of decoding: as many blocks as an H100 runs, as far as parts of K go; 33 clusters of four would not all run at once."""
+    assert plan(16, n, 4096, 132).splits == splits
 
 
 def test_mistakes() -> None:

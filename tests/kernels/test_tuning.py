@@ -78,13 +78,15 @@ def test_candidates_of_gemm(m: int, n: int, k: int, num_sms: int) -> None:
     """What the kernel relies on: whole clusters, parts of tiles that a warp's store and a cluster's copies divide, room."""
     problem = GemmProblem(m, n, k, tilus.bf16, tilus.bf16, tilus.bf16)
     found = tune_gemm.candidates(problem, num_sms)
-    assert found[0] == gemm_module.plan(m, n, num_sms)
+    assert found[0] == gemm_module.plan(m, n, 2 * k, num_sms)
     assert len(set(found)) == len(found) <= 10
     for plan in found:
         assert plan.tokens % min(plan.tokens, 64) == 0 and plan.tokens % (8 * plan.cluster) == 0 and plan.tokens <= 256
-        assert plan.blocks % plan.cluster == 0 and 0 <= plan.blocks <= max(num_sms, 1)
+        assert min(plan.cluster, plan.splits) == 1 and plan.splits <= max(1, k // 64)
+        assert plan.blocks % (plan.cluster * plan.splits) == 0 and 0 <= plan.blocks <= max(num_sms, 1)
         assert -(-n // 128) % plan.cluster == 0
-        nbytes = plan.stages * (128 + plan.tokens) * 128 + 2 * min(plan.tokens, 64) * 128 * 2
+        nbytes = plan.stages * (128 + plan.tokens) * 128 + 2 * min(plan.tokens, 64) * 128 * 2 // plan.splits
+        nbytes += (plan.splits > 1) * 128 * plan.tokens * 4
         assert 2 <= plan.stages <= MOST_STAGES and nbytes < DEFAULT_TARGET.max_shared_nbytes
 
 
@@ -243,7 +245,7 @@ def test_gemm_uses_what_is_remembered_with_as_many_blocks_as_it_needs(monkeypatc
     gemm(x, w, device="cuda")
     gemm(x[:257], w, device="cuda")
     gemm(x[:256], w, device="cuda")
-    assert recorded.plans == [replace(best, blocks=40), replace(best, blocks=40), gemm_module.plan(256, 1024, 132)]
+    assert recorded.plans == [replace(best, blocks=40), replace(best, blocks=40), gemm_module.plan(256, 1024, 128, 132)]
 
 
 def test_tuning_at_first_use(monkeypatch: pytest.MonkeyPatch) -> None:

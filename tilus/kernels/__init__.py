@@ -8,9 +8,12 @@ from tilus.kernels.activation import silu_mul as silu_mul
 from tilus.kernels.attention import paged_attention as paged_attention
 from tilus.kernels.embedding import embedding as embedding
 from tilus.kernels.gemm import gemm as gemm
+from tilus.kernels.grouped_linear import grouped_linear as grouped_linear
 from tilus.kernels.linear import linear as linear
 from tilus.kernels.norm import add_rms_norm as add_rms_norm
 from tilus.kernels.norm import rms_norm as rms_norm
 from tilus.kernels.norm import start_rms_norm as start_rms_norm
 from tilus.kernels.quantize import QuantizedWeight as QuantizedWeight
+from tilus.kernels.quantize_tokens import quantize_tokens as quantize_tokens
 from tilus.kernels.rope import rope_append as rope_append
+from tilus.kernels.w4a8_linear import w4a8_linear as w4a8_linear

@@ -9,7 +9,20 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tilus.dtypes import DataType
-from tilus.kernels.gemm import MOST_TOKENS, ROWS, Plan, fitted, gemm_kernel, kernel_call, launch, most_stages, plan
+from tilus.kernels.gemm import (
+    MOST_SHARED_TOKENS,
+    MOST_TOKENS,
+    ROW_NBYTES,
+    ROWS,
+    Plan,
+    fitted,
+    gemm_kernel,
+    kernel_call,
+    launch,
+    most_stages,
+    plan,
+    splits_of,
+)
 from tilus.kernels.trial_arrays import CHECKED_AT_ONCE, placeholder, random_tensor, torch_dtype, wrong_results
 from tilus.runtime import graph_timer
 from tilus.runtime.autotune import Action, Timer, bucket, tune
@@ -21,7 +34,7 @@ if TYPE_CHECKING:
     from tilus.runtime.cuda import Device
 
 PLANS: tuple[type, ...] = (Plan,)
-FAMILY = "gemm-1"  # another number where plans get another meaning, or the kernel another speed
+FAMILY = "gemm-2"  # another number where plans get another meaning, or the kernel another speed
 CANDIDATES = 10
 NO_FACTORS = (1.0, None, None, None)
 
@@ -57,7 +70,7 @@ class GemmProblem:
 
 def heuristic(problem: GemmProblem, num_sms: int) -> Plan:
     """The plan that is used without tuning."""
-    return plan(problem.m, problem.n, num_sms, problem.out.nbytes)
+    return plan(problem.m, problem.n, problem.k * problem.act.nbytes, num_sms, problem.out.nbytes)
 
 
 def candidates(problem: GemmProblem, num_sms: int) -> tuple[Plan, ...]:
@@ -71,11 +84,12 @@ def candidates(problem: GemmProblem, num_sms: int) -> tuple[Plan, ...]:
 def estimated_us(found: Plan, problem: GemmProblem, num_sms: int) -> float:
     """Microseconds by a model that is good for an order only: rounds of tiles, each as long as its products or its operands."""
     row_tiles, token_tiles = -(-problem.n // ROWS), -(-problem.m // found.tokens)
-    tiles = row_tiles * token_tiles
+    tiles = row_tiles * token_tiles * found.splits
     rounds = -(-tiles // found.blocks)
-    nbytes = problem.k * (ROWS * problem.weight.nbytes + found.tokens * problem.act.nbytes / found.cluster)
+    k = problem.k / found.splits
+    nbytes = k * (ROWS * problem.weight.nbytes + found.tokens * problem.act.nbytes / found.cluster)
     first_reads = problem.k * problem.n * problem.weight.nbytes / num_sms  # of each weight, from memory
-    products = ROWS * found.tokens * problem.k * problem.act.nbytes / 2
+    products = ROWS * found.tokens * k * problem.act.nbytes / 2
     busy = max(rounds * products / PRODUCTS_PER_NS, rounds * nbytes / CACHED_BYTES_PER_NS, first_reads / BYTES_PER_NS)
     return (busy * (1 + 1 / found.stages / 4) + START_NS) / 1000
 
@@ -87,10 +101,17 @@ def _possible(problem: GemmProblem, num_sms: int) -> Iterator[Plan]:
     for tokens in (16, 32, 64, 128, 192, 256):
         if tokens > fewest or tokens * 16 < fewest:
             continue
-        most = most_stages(tokens, problem.out.nbytes)
-        for stages in sorted({most, max(2, most - 1), max(2, most // 2)}):
-            for cluster in (1, 2) if row_tiles % 2 == 0 and tokens >= 64 and num_sms > 1 else (1,):
-                yield fitted(Plan(tokens, stages, cluster, 0), problem.m, problem.n, num_sms)
+        steps = -(-problem.k * problem.act.nbytes // ROW_NBYTES)
+        most_splits = 1
+        if tokens <= MOST_SHARED_TOKENS:
+            most_splits = splits_of(row_tiles * -(-problem.m // tokens), steps, num_sms)
+        teams = [(1, splits) for splits in (1, 2, 4) if splits <= most_splits]
+        if row_tiles % 2 == 0 and tokens >= 64 and num_sms > 1:
+            teams.append((2, 1))
+        for cluster, splits in teams:
+            most = most_stages(tokens, problem.out.nbytes, splits)
+            for stages in sorted({most, max(2, most - 1), max(2, most // 2)}):
+                yield fitted(Plan(tokens, stages, cluster, 0, splits), problem.m, problem.n, num_sms)
 
 
 def measure(problem: GemmProblem, device: Device, timer: Timer = graph_timer.graph_us) -> Tuned:

@@ -14,6 +14,7 @@ from tilus.kernels.quantize.load import open_tensors as open_tensors
 from tilus.kernels.quantize.matrix import QuantizedMatrix as QuantizedMatrix
 from tilus.kernels.quantize.packed import QuantizedWeight as QuantizedWeight
 from tilus.kernels.quantize.packed import pack as pack
+from tilus.kernels.quantize.packed import stack as stack
 from tilus.kernels.quantize.packed import unpack as unpack
 from tilus.kernels.quantize.recipe import PRESETS as PRESETS
 from tilus.kernels.quantize.recipe import RECIPE_NAMES as RECIPE_NAMES

@@ -6,8 +6,8 @@ one for CPUs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from tilus.kernels.quantize import factors
 from tilus.kernels.quantize.codes import pack_codes, pack_codes_on, unpack_codes, unpack_codes_on
 from tilus.kernels.quantize.header import WeightHeader
 from tilus.kernels.quantize.matrix import QuantizedMatrix
-from tilus.kernels.quantize.tiles import MMA, ROWS, TileOrder, order_named
+from tilus.kernels.quantize.tiles import MMA, ROWS, TILE, TileOrder, order_named
 
 Array = npt.NDArray[Any]
 
@@ -141,6 +141,50 @@ def pack(matrix: QuantizedMatrix, device: Any = None, order: str | None = None) 
 
     tensors = {name: torch.tensor(array, device=device) for name, array in arrays.items()}
     return _settled(QuantizedWeight(header, codes=_codes_on(matrix.codes, header, torch.device(device)), **tensors))
+
+
+def stack(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """The rows of packed weights of the same kind below each other, as one packed weight [sum of N, K].
+
+    Tiles stay as they are, so all but the last have a multiple of 64 rows. Arrays are copied.
+    Raises: TilusError for weights that differ in more than N, and for rows that end inside of a tile.
+    """
+    first = weights[0]
+    for index, weight in enumerate(weights):
+        ours, theirs = (replace(w.header, shape=(TILE, w.shape[1])) for w in (first, weight))
+        shared = (
+            getattr(weight, name) is None or _same(getattr(weight, name), getattr(first, name)) for name in SHARED
+        )
+        if ours != theirs or not all(shared):
+            raise TilusError(
+                f"weight {index} does not stack with the first: {weight.header}, expected one like {first.header}",
+                hint="scheme, types, K, global scale, table and columns must be those of the first",
+            )
+        if weight.shape[0] % TILE and index < len(weights) - 1:
+            raise TilusError(
+                f"weight {index} has {weight.shape[0]} rows, expected a multiple of {TILE} to stack others below it"
+            )
+    header = replace(first.header, shape=(sum(weight.shape[0] for weight in weights), first.shape[1]))
+    arrays = {
+        name: array if name in SHARED else _concatenated([weight.arrays[name] for weight in weights])
+        for name, array in first.arrays.items()
+    }
+    return _settled(QuantizedWeight(header, **arrays))
+
+
+SHARED = ("table", "columns")  # arrays that all rows have in common
+
+
+def _same(a: Any, b: Any) -> bool:
+    return b is not None and np.array_equal(_numpy(a), _numpy(b))
+
+
+def _concatenated(arrays: list[Any]) -> Any:
+    if is_torch(arrays[0]):
+        import torch
+
+        return torch.cat(arrays)
+    return np.concatenate(arrays)
 
 
 def _settled(weight: QuantizedWeight) -> QuantizedWeight:

@@ -1,0 +1,167 @@
+"""Products of 4-bit weights and 8-bit activations against float64.
+
+Group sums are exact: of int8 always, of float8_e4m3 here, where activations are small integers. So what is left is one fma for
+each group, the factors and the last rounding, all in f32:
+
+    |y - exact| <= (groups + 4) * 2^-23 * sum_k |x_k * weight_k| + rounding of y.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rounding import ABSOLUTE, RELATIVE, float64
+from weights import exact, random_matrix, with_bfloat16_scales, with_wide_factors, with_zeros
+
+import tilus
+from tilus import TilusError
+from tilus.kernels import quantize_tokens, w4a8_linear
+from tilus.kernels.quantize import QuantizedMatrix, WeightHeader, pack
+from tilus.kernels.w4a8_linear import W4A8Plan, launch, plans
+
+TYPES = [torch.int8, torch.float8_e4m3fn]
+
+
+def paired(codes: torch.Tensor) -> torch.Tensor:
+    """Place 4 t + 2 c + h has column 8 h + 2 t + c of each 16."""
+    order = [8 * h + 2 * t + c for t in range(4) for c in range(2) for h in range(2)]
+    whole = codes.view(torch.uint8).reshape(codes.shape[0], -1, 16)
+    return whole[:, :, order].reshape(codes.shape).contiguous().view(codes.dtype)
+
+
+def check(
+    device: str,
+    matrix: QuantizedMatrix,
+    m: int,
+    dtype: torch.dtype,
+    out: torch.dtype = torch.float32,
+    plan: W4A8Plan | None = None,
+    most: int = 4,
+) -> None:
+    n, k = matrix.shape
+    generator = torch.Generator().manual_seed(m)
+    codes = torch.randint(-most, most + 1, (m, k), generator=generator).float().to(dtype)
+    x_scale, bias = torch.rand(m, generator=generator), torch.randn(n, generator=generator)
+    weight, y = pack(matrix), torch.full((m, n), torch.nan, dtype=out)
+    if device == "cpu":
+        with pytest.raises(TilusError, match="which needs a GPU"):
+            w4a8_linear(paired(codes), x_scale, weight, bias=bias, out=y, device=device)
+        return
+    if plan is None:
+        assert w4a8_linear(paired(codes), x_scale, weight, bias=bias, out=y, device=device) is y
+    else:
+        launch(paired(codes), x_scale, weight, y, bias, plan, device)
+    x, values = float64(codes.float()) * float64(x_scale)[:, None], exact(matrix).values
+    wanted = x @ values.T + float64(bias)
+    work = (matrix.scales.shape[1] + 4) * 2.0**-23 * (np.abs(x) @ np.abs(values).T + np.abs(float64(bias)))
+    bound = work * (1 + RELATIVE[out]) + RELATIVE[out] * np.abs(wanted) + ABSOLUTE[out]
+    wrong = ~(np.abs(float64(y) - wanted) <= bound)
+    assert not wrong.any(), f"{wrong.sum()} of {wrong.size} are wrong, the first at {np.argwhere(wrong)[0]}"
+
+
+@pytest.mark.parametrize("group", [32, 64, 96, 128, 256, 768])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_groups(device: str, dtype: torch.dtype, group: int) -> None:
+    check(device, random_matrix(tilus.int4, 128, 768, group, seed=group), 5, dtype)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 9, 17, 70])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_numbers_of_tokens(device: str, dtype: torch.dtype, tokens: int) -> None:
+    check(device, random_matrix(tilus.int4, 64, 192, 64), tokens, dtype, torch.bfloat16)
+
+
+@pytest.mark.parametrize("scale_dtype", [tilus.f32, tilus.bf16], ids=str)
+def test_types_of_scales(device: str, scale_dtype: tilus.DataType) -> None:
+    change = with_wide_factors if scale_dtype == tilus.f32 else with_bfloat16_scales
+    matrix = change(random_matrix(tilus.int4, 64, 128, 64), np.random.default_rng(0))
+    check(device, replace(matrix, mins=None), 3, torch.int8, torch.float16)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        W4A8Plan(8, 1, 1, 2, 1, 1),
+        W4A8Plan(16, 4, 2, 2, 2, 4),
+        W4A8Plan(32, 2, 1, 3, 4, 4),
+        W4A8Plan(8, 2, 2, 4, 1, 5, overlap=True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_plans(device: str, dtype: torch.dtype, plan: W4A8Plan) -> None:
+    """More tiles than blocks and fewer; clusters that share tiles, one after the other."""
+    if device != "cpu":
+        check(device, random_matrix(tilus.int4, 512, 512, 128), 20, dtype, plan=plan)
+
+
+def test_large_codes_add_up_exactly(device: str) -> None:
+    """All of K in one group: sums of 16 * code * x beyond what f32 holds exactly."""
+    check(device, random_matrix(tilus.int4, 64, 8192, 8192), 4, torch.int8, most=127)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_every_code_is_what_it_stands_for(device: str, dtype: torch.dtype) -> None:
+    """A one in each column finds that column's codes: every code in every place of a packed word, every column in its place."""
+    if device == "cpu":
+        return
+    codes = ((np.arange(64)[:, None] + np.arange(64)) % 16).astype(np.uint8)
+    matrix = QuantizedMatrix(codes, np.ones((64, 1), np.float32), None, tilus.int4)
+    x = torch.eye(64).to(dtype)
+    y = w4a8_linear(paired(x), torch.ones(64), pack(matrix), out_dtype=torch.float32, device=device)
+    np.testing.assert_array_equal(y.numpy(), ((codes.astype(int) + 8) % 16 - 8).T)
+
+
+@pytest.mark.parametrize("dtype", [tilus.int8, tilus.float8_e4m3], ids=str)
+def test_with_codes_of_quantize_tokens(device: str, dtype: tilus.DataType) -> None:
+    """x of -7 to 7 with a 7 in each row: codes of float8_e4m3 are 64 times x, so all is exact, and of int8 nearly."""
+    if device == "cpu":
+        return
+    x = torch.randint(-7, 8, (6, 128), generator=torch.Generator().manual_seed(0)).half()
+    x[:, 9] = 7
+    matrix = random_matrix(tilus.int4, 64, 128, 128)
+    codes, scales = quantize_tokens(x, dtype, paired=True, device=device)
+    y = w4a8_linear(codes, scales, pack(matrix), out_dtype=torch.float32, device=device)
+    values = exact(matrix).values
+    size = np.abs(float64(x)) @ np.abs(values).T
+    step = 0.5 * 7 / 127 if dtype == tilus.int8 else 0.0
+    bound = step * np.abs(values).sum(1) + 2.0**-21 * size
+    assert (np.abs(float64(y) - float64(x) @ values.T) <= bound).all()
+
+
+@pytest.mark.parametrize("m", [1, 16, 64, 300])
+@pytest.mark.parametrize("shape", [(4096, 4096), (14336, 4096), (4096, 14336), (192, 64)])
+def test_plans_fit(m: int, shape: tuple[int, int]) -> None:
+    found = list(plans(m, WeightHeader(tilus.int4, shape, min(128, shape[1]), "f16"), 132))
+    for plan in found:
+        assert shape[0] % (64 * plan.rows) == 0 and shape[1] % (64 * plan.depth) == 0
+        nbytes = plan.stages * (plan.rows * plan.depth * 2048 + plan.tokens * plan.depth * 64)
+        nbytes += (plan.splits > 1) * plan.rows * 64 * plan.tokens * 4
+        assert plan.stages >= 2 and nbytes < 227 * 1024
+        assert plan.blocks % plan.splits == 0 and 1 <= plan.blocks <= 132
+    if shape != (192, 64) and m <= 64:
+        assert found[0].blocks >= 99 and found[0].tokens >= min(m, 64)
+
+
+def test_mistakes() -> None:
+    weight, scale = pack(random_matrix(tilus.int4, 64, 128, 64)), torch.ones(2)
+    x = torch.zeros(2, 128, dtype=torch.int8)
+
+    def refused(match: str, x: torch.Tensor = x, scale: torch.Tensor = scale, **options: Any) -> None:
+        with pytest.raises(TilusError, match=match):
+            w4a8_linear(x, scale, options.pop("weight", weight), device="reference", **options)
+
+    zeros = with_zeros(random_matrix(tilus.int4, 64, 128, 64), np.random.default_rng(0))
+    refused("of zero points int4 in groups of 64, expected symmetric int4", weight=pack(zeros))
+    refused("of symmetric uint4 in groups of 64", weight=pack(random_matrix(tilus.uint4, 64, 128, 64)))
+    refused("in groups of 16, expected", weight=pack(random_matrix(tilus.int4, 64, 128, 16)))
+    refused(r"a weight \[65, 128\] in the order mma", weight=pack(random_matrix(tilus.int4, 65, 128, 64)))
+    refused("in the order rows", weight=pack(random_matrix(tilus.int4, 64, 128, 64), "cpu"))
+    refused(r"x is float16\[2, 128\], expected int8 or float8_e4m3fn \[M, 128\]", x=x.half())
+    refused(r"x_scale has shape \[3\], expected \[2\]", scale=torch.ones(3))
+    refused(r"bias has shape \[63\], expected \[64\]", bias=torch.zeros(63))
+    refused("without out_dtype")
