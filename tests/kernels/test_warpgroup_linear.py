@@ -1,0 +1,152 @@
+"""The quantised linear on warpgroups: every way to cut it gives the exact sums, and every plan that is offered can be compiled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from kernels.weights import SCHEMES, exact, matrix_of
+
+import tilus
+from tilus.codegen.lower import lower
+from tilus.kernels.linear import kernel_call, launch
+from tilus.kernels.linear_problem import LinearProblem, candidates, heuristic
+from tilus.kernels.quantize import WeightHeader, pack
+from tilus.kernels.quantize.tiles import TILE
+from tilus.kernels.schedule import Schedule
+from tilus.kernels.trial_arrays import placeholder
+from tilus.kernels.warpgroup_schedule import WarpgroupPlan, warpgroup_plans
+from tilus.target import get_target
+from tilus.transforms import run_pipeline
+
+DEVICES = ["reference", "emulator", pytest.param("cuda", marks=pytest.mark.gpu)]
+HOPPER = get_target("sm_90a")
+
+# (tokens, rows, splits, blocks, depth, stages), and what is special.
+PLANS = [
+    (WarpgroupPlan(8, 1, 1, 1, 1, 2), "symmetric", 128, 128),
+    (WarpgroupPlan(8, 1, 4, 1, 2, 8), "symmetric", 128, 1024),
+    (WarpgroupPlan(16, 1, 2, 2, 4, 4), "zero points", 64, 1024),
+    (WarpgroupPlan(16, 2, 1, 2, 2, 3), "minimums", 32, 1024),
+    (WarpgroupPlan(8, 1, 2, 4, 2, 4), "wide factors", 256, 1024),
+    (WarpgroupPlan(32, 1, 2, 1, 2, 4, overlap=True), "symmetric", 128, 1024),
+    (WarpgroupPlan(16, 1, 1, 1, 2, 3, overlap=True), "zero points", 32, 512),
+    (WarpgroupPlan(8, 1, 2, 1, 4, 4, overlap=True), "symmetric", 0, 512),
+    (WarpgroupPlan(64, 2, 1, 1, 2, 3, 208, overlap=True), "table", 64, 384),
+    (WarpgroupPlan(8, 1, 2, 1, 2, 4, overlap=True), "minimums", 64, 512),
+    (WarpgroupPlan(8, 1, 2, 1, 2, 2), "two levels", 16, 256),
+    (WarpgroupPlan(8, 1, 3, 1, 1, 3), "symmetric", 64, 64),  # warpgroups without work
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("plan", "scheme", "group", "k"), PLANS, ids=str)
+def test_sums_are_exact(device: str, plan: WarpgroupPlan, scheme: str, group: int, k: int) -> None:
+    """Rows that end inside of a tile and of a block, more tokens than one block has, and fewer."""
+    dtype = SCHEMES[scheme][1][len(SCHEMES[scheme][1]) // 2]
+    matrix = matrix_of(scheme, dtype, 150, k, group or k, seed=k)
+    m = plan.tokens + 3
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(group)).half()
+    bias = torch.arange(150, dtype=torch.float32) / 64
+    y = torch.full((m, 150), torch.nan)
+    launch(x, pack(matrix, "cpu", "mma"), y, bias, plan, device)
+    weights = exact(matrix)
+    expected = x.double().numpy() @ weights.values.T + bias.double().numpy()
+    sizes = np.abs(x.double().numpy()) @ weights.sizes.T + np.abs(bias.double().numpy())
+    bound = (k + 16) * 2.0**-23 * sizes
+    if matrix.table is not None:  # whose entries are rounded to the activations' type
+        bound = bound + 2.0**-11 * np.abs(x.double().numpy()) @ weights.from_table.T
+    assert (np.abs(y.double().numpy() - expected) <= bound).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("scheme", ["symmetric", "minimums"])
+def test_scaled_weights_are_rounded_once_more(device: str, scheme: str) -> None:
+    matrix = matrix_of(scheme, tilus.uint4, 192, 512, 64)
+    x = torch.randn(40, 512, generator=torch.Generator().manual_seed(1)).half()
+    y = torch.full((40, 192), torch.nan)
+    launch(x, pack(matrix, "cpu", "mma"), y, None, WarpgroupPlan(32, 2, 1, 1, 2, 3, scaled=True), device)
+    weights = exact(matrix)
+    sizes = np.abs(x.double().numpy()) @ weights.sizes.T
+    difference = np.abs(y.double().numpy() - x.double().numpy() @ weights.values.T)
+    assert (difference <= 3 * 2.0**-11 * sizes).all()
+    assert difference.max() > 2.0**-18 * sizes.max()  # it is another kernel than the exact one
+
+
+def test_every_row_has_the_same_bits_whatever_the_batch() -> None:
+    """By one plan, alone and among others: nothing is added up across tokens."""
+    matrix, plan = matrix_of("symmetric", tilus.int4, 64, 512, 128), WarpgroupPlan(8, 1, 2, 2, 2, 4)
+    packed, x = pack(matrix, "cpu", "mma"), torch.randn(19, 512, generator=torch.Generator().manual_seed(2)).half()
+    together, alone = torch.full((19, 64), torch.nan), torch.full((1, 64), torch.nan)
+    launch(x, packed, together, None, plan, "emulator")
+    for row in (0, 7, 18):
+        launch(x[row : row + 1].clone(), packed, alone, None, plan, "emulator")
+        assert torch.equal(alone[0], together[row])
+
+
+def header(dtype: str, n: int, k: int, group: int, **changes: Any) -> WeightHeader:
+    kinds = {"scale_dtype": "f16", "mins_dtype": None, "has_zeros": False, "has_table": False, "has_columns": False}
+    return WeightHeader(getattr(tilus, dtype), (n, k), group, **{**kinds, "global_scale": 1.0, **changes})
+
+
+@pytest.mark.parametrize("m", [1, 16, 32, 64, 128, 300])
+@pytest.mark.parametrize(
+    ("dtype", "n", "k", "group", "changes"),
+    [
+        ("int4", 4096, 4096, 128, {}),
+        ("uint8", 14336, 4096, 32, {"has_zeros": True}),
+        ("uint1", 4096, 14336, 4096 * 0 + 14336, {}),
+        ("float6_e3m2", 192, 64, 16, {"mins_dtype": "f16"}),
+    ],
+)
+def test_offered_plans_fit_into_shared_memory(dtype: str, n: int, k: int, group: int, changes: Any, m: int) -> None:
+    """All of the first ones, as lowering counts it."""
+    weight_header = header(dtype, n, k, group, **changes)
+    plans = warpgroup_plans(weight_header, m, 132)
+    assert plans
+    assert len(plans) == len(set(plans))
+    from tilus.kernels.quantize import QuantizedWeight
+
+    weight = QuantizedWeight(weight_header, **{name: np.empty(*kind) for name, kind in weight_header.arrays.items()})
+    for plan in plans[:2]:
+        arguments = placeholder((m, k), tilus.f16), weight, placeholder((m, n), tilus.f16)
+        kernel, args, values = kernel_call(*arguments, None, plan)
+        function = kernel.specialize(*args, **values).function
+        assert lower(run_pipeline(function, HOPPER), HOPPER).shared_nbytes <= HOPPER.max_shared_nbytes
+
+
+def test_the_rule() -> None:
+    """Warpgroups on Hopper, where K is whole tiles; the direct kernel elsewhere."""
+    problem = LinearProblem.of(header("int4", 8192, 8192, 128), 16, tilus.f16, tilus.f16)
+    assert isinstance(heuristic(problem, 132, hopper=True), WarpgroupPlan)
+    assert isinstance(heuristic(problem, 132), Schedule)
+    ragged = LinearProblem.of(header("int4", 8192, 8192 + 16, 16), 16, tilus.f16, tilus.f16)
+    assert isinstance(heuristic(ragged, 132, hopper=True), Schedule)
+    kinds = {type(plan) for plan in candidates(problem, 132, hopper=True)}
+    assert kinds == {WarpgroupPlan, Schedule}
+    assert (8192 + 16) % TILE
+
+
+@pytest.mark.parametrize(
+    ("splits", "stages", "changes", "message"),
+    [
+        (2, 3, {}, "3 stages for 2 splits, expected a multiple from 2 up"),
+        (2, 2, {"overlap": True}, "2 stages for 2 splits, expected a multiple from 4 up"),
+        (1, 1, {"scaled": True}, "1 stages for 1 splits, expected a multiple from 2 up"),
+    ],
+)
+def test_plans_that_would_wait_for_ever_are_refused(splits: int, stages: int, changes: Any, message: str) -> None:
+    with pytest.raises(tilus.TilusError, match=message):
+        WarpgroupPlan(8, 1, splits, 1, 2, stages, **changes)
+
+
+def test_easier_plans_end() -> None:
+    plan: WarpgroupPlan | None = WarpgroupPlan(64, 1, 2, 1, 2, 4, None, 2, overlap=True)
+    seen = []
+    while plan is not None:
+        seen.append(plan)
+        plan = plan.easier()
+    assert len(seen) == len(set(seen)) == 7
+    assert seen[-1] == WarpgroupPlan(8, 1, 1, 1, 2, 4)
