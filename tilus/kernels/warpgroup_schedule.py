@@ -47,9 +47,9 @@ class WarpgroupPlan:
     scaled: bool = False
 
     def __post_init__(self) -> None:
-        least = (
-            2 * self.splits if self.scaled else self.splits
-        )  # scaled weights hold a stage until their next one has come
+        least = self.splits * (
+            2 if self.overlap or self.scaled else 1
+        )  # they hold a stage until their next one has come
         if self.stages % self.splits or self.stages < least:
             raise TilusError(f"{self.stages} stages for {self.splits} splits, expected a multiple from {least} up")
 
