@@ -55,13 +55,15 @@ class EmitContext(AddressContext):
     """State of lowering one kernel.
 
     read_only: pointers to memory that nobody writes while the kernel runs. parameters: what the launcher knows. arriving_warps:
-    of one arrival at each mbarrier. entry_registers: of a thread at launch, where roles change it.
+    of one arrival at each mbarrier. met_by_other_blocks: mbarriers at which other blocks arrive. entry_registers: of a thread at
+    launch, where roles change it.
     """
 
     target: Target
     read_only: frozenset[Var]
     parameters: frozenset[Expr]
     arriving_warps: Mapping[SharedTensor, int]
+    met_by_other_blocks: frozenset[SharedTensor]
     entry_registers: int | None
     tiles: dict[RegisterTensor, list[Reg]] = field(default_factory=dict[RegisterTensor, list[Reg]])
     notes: list[Note] = field(default_factory=list[Note])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tilus.codegen.addresses import SHARED_SYMBOL
 from tilus.codegen.context import LOCAL_SYMBOL, EmitContext, Note
 from tilus.codegen.linear import materialize
-from tilus.codegen.roles import arriving_warps, entry_registers, set_registers
+from tilus.codegen.roles import arriving_warps, entry_registers, met_by_other_blocks, set_registers
 from tilus.codegen.scalar import ScalarLowering
 from tilus.codegen.shared_plan import SharedPlan, plan_shared
 from tilus.codegen.tensor_map import MAP_ALIGNMENT, MAP_NBYTES, TensorMap
@@ -70,7 +70,7 @@ def lower(function: Function, target: Target) -> Lowered:
     names = {var: f"param_{index}_{_identifier(var.name)}" for index, var in enumerate(params)}
     ctx = EmitContext(
         b, function.warps, {function.warps: 0}, function.cluster, scalars, plan, target, _read_only(function), frozenset(params),
-        arriving_warps(function), entry_registers(function, target),
+        arriving_warps(function), met_by_other_blocks(function), entry_registers(function, target),
     )  # fmt: skip
     pointers = {param.tensor.base for param in function.params if isinstance(param, TensorParam)}
     for var, name in names.items():

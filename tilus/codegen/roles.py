@@ -7,7 +7,7 @@ from tilus.errors import Loc, Note, TilusError
 from tilus.ir.function import Function
 from tilus.ir.stmt import Role
 from tilus.ir.tensor import SharedTensor
-from tilus.ir.visit import by_warps, walk
+from tilus.ir.visit import by_warps, instructions, walk
 from tilus.ptx.module import Imm
 from tilus.target import Target
 
@@ -31,6 +31,12 @@ def arriving_warps(function: Function) -> dict[SharedTensor, int]:
                     hint="every role that arrives at a barrier has the same number of warps",
                 )
     return {barrier: count for barrier, (count, _) in found.items()}
+
+
+def met_by_other_blocks(function: Function) -> frozenset[SharedTensor]:
+    """The mbarriers at which threads of other blocks of the cluster arrive, so that what those did before must be seen here."""
+    found = (stmt.inst for stmt in instructions(function.body) if stmt.inst.effects().remote)
+    return frozenset(barrier for inst in found for barrier in inst.arrivals())
 
 
 def entry_registers(function: Function, target: Target) -> int | None:

@@ -137,7 +137,8 @@ class WaitBarrier(Instruction):
         b, again = ctx.b, ctx.b.label("wait_barrier")
         address = barrier_address(ctx, self.barrier, self.barrier_index)
         parity = ctx.integer_operand(self.phase)
-        scope = ".acquire.cluster" if ctx.cluster > 1 else ""  # other blocks of the cluster may arrive
+        # Acquiring for a cluster fences all memory, which waits for copies alone can do without.
+        scope = ".acquire.cluster" if self.barrier in ctx.met_by_other_blocks else ""
         b.place(again)
         done = b.emit(f"mbarrier.try_wait.parity{scope}.shared::cta.b64", address, parity, out=RegClass.PRED)
         b.branch(again, Guard(done, negated=True))
