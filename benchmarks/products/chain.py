@@ -53,10 +53,10 @@ def rows(run: Run, sizes: Sequence[int], tokens: Sequence[int]) -> Iterator[dict
     for size in sizes:
         if run.budget.exhausted:
             return
-        weights = [random_weight(Case((size, size), "int4"))]
+        weights = [random_weight(Case((size, size), "int4", signed=True))]
         packed = [weights[0].pack()]
         for seed in range(1, run.timer.copies(packed[0].nbytes)):
-            weights.append(random_weight(Case((size, size), "int4"), seed=seed))
+            weights.append(random_weight(Case((size, size), "int4", signed=True), seed=seed))
             packed.append(weights[-1].pack())
         for m in tokens:
             if run.budget.exhausted:

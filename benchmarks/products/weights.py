@@ -19,12 +19,16 @@ ROWS = 2048  # of a weight that are float64 at a time
 
 @dataclass(frozen=True)
 class Case:
-    """A kind of weight: [N, K] codes of a type, and how their scales are organised."""
+    """A kind of weight: [N, K] codes of a type, and how their scales are organised.
+
+    signed: half of the scales are negative, so that the weight has no mean, which a chain of layers would raise to a power.
+    """
 
     shape: tuple[int, int]
     dtype: str
     scheme: str = "symmetric"
     group: int = GROUP
+    signed: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +96,8 @@ def random_weight(case: Case, device: str = "cuda", seed: int = 0) -> RandomWeig
     picked = torch.randint(len(usable), (n, k), dtype=torch.int32, device=device, generator=generator)
     codes = usable[picked]
     scales, scale_dtype, global_scale = _scales(case.scheme, rng, groups, _size(decoded) * math.sqrt(k))
+    if case.signed:
+        scales = scales * rng.choice(np.float32([-1, 1]), groups)
     zeros = mins = table = columns = None
     if case.scheme in ("zero points", "activation order"):
         zeros = rng.integers(dtype.min_value, int(dtype.max_value) + 1, groups).astype(np.int16)
