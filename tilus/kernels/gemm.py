@@ -214,16 +214,17 @@ class Plan:
 
 def plan(m: int, n: int, row_nbytes: int, num_sms: int, out_nbytes: int = 2) -> Plan:
     """For [m, k] @ [n, k]^T with rows of row_nbytes: the fewest tokens that hold all, or tiles of many while they fill the
-    multiprocessors; stages as the shared memory allows; pairs of blocks that share tokens where there are enough tiles for all
-    multiprocessors, and two or four that share tiles where there are too few."""
+    multiprocessors; stages as the shared memory allows; two or four blocks that share tiles where there are too few.
+
+    Blocks that share tokens are for tuning to try: giving stages back across blocks took longer on an H100 than the copies
+    that it saved (docs/performance.md)."""
     row_tiles = -(-n // ROWS)
     tokens = next((t for t in (16, 32, 64, 128) if t >= m), MOST_TOKENS)
     while tokens > 64 and row_tiles * -(-m // tokens) < num_sms // 2:
         tokens //= 2
     tiles = row_tiles * -(-m // tokens)
-    cluster = 2 if tokens >= 128 and row_tiles % 2 == 0 and tiles >= num_sms >= 2 else 1
     splits = splits_of(tiles, -(-row_nbytes // ROW_NBYTES), num_sms) if tokens <= MOST_SHARED_TOKENS else 1
-    return fitted(Plan(tokens, most_stages(tokens, out_nbytes, splits), cluster, 0, splits), m, n, num_sms)
+    return fitted(Plan(tokens, most_stages(tokens, out_nbytes, splits), 1, 0, splits), m, n, num_sms)
 
 
 def splits_of(tiles: int, steps: int, num_sms: int) -> int:
