@@ -1,4 +1,4 @@
-"""Tensor copies: what arrives and what is written on every execution, at and beyond the edges; layouts; what is refused."""
+"""Tensor copies: what arrives and what is written on every execution, at and beyond the edges; layouts; PTX."""
 
 from __future__ import annotations
 
@@ -6,54 +6,17 @@ import math
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
+from tensor_copy_kernels import IN_FRONT, Array, arguments, drawn, fetch, put
 
 import tilus
-from tilus import Const, Tensor, f16, f32, int32, uint4, uint8, uint16
+from tilus import Const, Tensor, f16, f32, int32, uint8, uint16
 from tilus.compiler import compile_function
 from tilus.dtypes import int64
-from tilus.errors import TilusError
 from tilus.ptx.assembler import assemble
 from tilus.target import DEFAULT_TARGET, get_target
 
 DEVICES = ["reference", "emulator", pytest.param("cuda", marks=pytest.mark.gpu)]
-Array = npt.NDArray[Any]
-
-
-@tilus.kernel
-def fetch(
-    x: Tensor["T", "a", "b", "c"], y: Tensor["T", "p", "q"], i: int32, j: int32, k: int32, *, shape: Const, dims: Const = None,
-    stage: Const = 1, warps: Const = 1, evict: Const = None,
-):  # fmt: skip
-    """A tile of rank 2 through one of three stages of shared memory."""
-    tilus.grid(1, warps=warps)
-    tile = tilus.shared(x.dtype, [3, *shape])
-    full = tilus.mbarrier(3)
-    tilus.arrive(full[stage], nbytes=tile[stage].nbytes)
-    tilus.copy_tensor(tile[stage], x, [i, j, k], barrier=full[stage], evict=evict, dims=dims)
-    tilus.wait_barrier(full[stage], 0)
-    tilus.store(y, [0, 0], tilus.load_shared(tile[stage]))
-
-
-@tilus.kernel
-def put(
-    x: Tensor["T", "p", "q"], y: Tensor["T", "a", "b", "c"], i: int32, j: int32, k: int32, *, shape: Const,
-    dims: Const = None, warps: Const = 1, evict: Const = None,
-):  # fmt: skip
-    tilus.grid(1, warps=warps)
-    tile = tilus.shared(x.dtype, [2, *shape])
-    tilus.store_shared(tile[1], tilus.load(x, [0, 0], shape))
-    tilus.fence_async()
-    tilus.sync()
-    tilus.store_tensor(y, [i, j, k], tile[1], evict=evict, dims=dims)
-    tilus.commit_stores()
-    tilus.wait_stores(reads_only=True)
-    tilus.wait_stores()
-
-
-def drawn(dtype: Any, shape: tuple[int, ...], seed: int) -> Array:
-    return np.random.default_rng(seed).integers(1, 200, shape).astype(dtype.numpy)
 
 
 def spread(shape: tuple[int, int], dims: tuple[int, ...] | None) -> tuple[int, ...]:
@@ -75,19 +38,19 @@ def clipped(x: Array, shape: tuple[int, ...], offsets: tuple[int, ...]) -> tuple
 
 
 # (dtype, extents of the tensor, of the tile, its dims, offsets): one box or several side by side, swizzles of 128, 64, 32
-# and 0 bytes, inside of the tensor, over every edge, and beyond it
-TILES = [
+# and 0 bytes, inside of the tensor, over every edge at which a store may start, too, and beyond it
+INSIDE = [
     (f16, (2, 40, 128), (16, 64), None, (1, 8, 64)),
     (f16, (2, 40, 128), (16, 128), None, (0, 30, 0)),
     (f16, (1, 5, 128), (8, 64), None, (0, 0, 96)),
-    (f16, (3, 40, 96), (8, 32), None, (2, -3, 80)),
-    (f16, (3, 40, 96), (24, 48), None, (2, 20, -40)),
+    (f16, (3, 40, 96), (8, 32), None, (2, 35, 80)),
+    (f16, (3, 40, 96), (24, 48), None, (2, 20, 56)),
     (f16, (3, 40, 96), (16, 24), None, (1, 37, 88)),
     (f16, (3, 40, 96), (5, 64), None, (1, 37, 40)),
     (uint8, (2, 20, 256), (8, 256), None, (1, 0, 16)),
-    (uint8, (2, 20, 80), (16, 80), None, (1, 10, -5)),
+    (uint8, (2, 20, 80), (16, 80), None, (1, 10, 16)),
     (f32, (4, 9, 64), (8, 32), None, (3, 4, 40)),
-    (f32, (4, 9, 64), (1, 256), None, (0, 8, -100)),
+    (f32, (4, 9, 64), (1, 256), None, (0, 8, 12)),
     (f32, (4, 9, 64), (4, 32), (0, 2), (1, 3, 32)),
     (f32, (9, 3, 64), (8, 16), (0, 2), (3, 2, 56)),
     (f16, (2, 40, 128), (16, 64), None, (5, 8, 64)),
@@ -96,7 +59,7 @@ TILES = [
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("dtype", "extents", "shape", "dims", "offsets"), TILES)
+@pytest.mark.parametrize(("dtype", "extents", "shape", "dims", "offsets"), [*INSIDE, *IN_FRONT])
 def test_a_copy_brings_the_tile_with_zeros_outside(
     device: str, dtype: Any, extents: tuple[int, ...], shape: tuple[int, int], dims: Any, offsets: tuple[int, ...]
 ) -> None:
@@ -105,14 +68,13 @@ def test_a_copy_brings_the_tile_with_zeros_outside(
     there, here = clipped(x, whole.shape, offsets)
     whole[here] = x[there]
     warps, stage = 1 + 3 * (shape[0] % 3 == 1), shape[0] % 3
-    fetch.on(device)(
-        x, y, *offsets, shape=shape, dims=dims, warps=warps, stage=stage, evict=(None, "first", "last")[stage]
-    )
+    options: dict[str, Any] = {"warps": warps, "stage": stage, "evict": (None, "first", "last")[stage]}
+    fetch.on(device)(x, y, *arguments(dtype, offsets), shape=shape, dims=dims, **options)
     np.testing.assert_array_equal(y, whole.reshape(shape))
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("dtype", "extents", "shape", "dims", "offsets"), TILES)
+@pytest.mark.parametrize(("dtype", "extents", "shape", "dims", "offsets"), INSIDE)
 def test_a_store_writes_what_lies_inside(
     device: str, dtype: Any, extents: tuple[int, ...], shape: tuple[int, int], dims: Any, offsets: tuple[int, ...]
 ) -> None:
@@ -120,8 +82,31 @@ def test_a_store_writes_what_lies_inside(
     expected = y.copy()
     there, here = clipped(y, spread(shape, dims), offsets)
     expected[there] = x.reshape(spread(shape, dims))[here]
-    put.on(device)(x, y, *offsets, shape=shape, dims=dims, warps=1 + shape[0] % 2, evict=(None, "first")[shape[0] % 2])
+    odd = shape[0] % 2
+    put.on(device)(x, y, *arguments(dtype, offsets), shape=shape, dims=dims, warps=1 + odd, evict=(None, "first")[odd])
     np.testing.assert_array_equal(y, expected)
+
+
+@tilus.kernel
+def put_behind(x: Tensor[f32, "m", 64], y: Tensor[f32, "m", 64], before: int32):
+    """Each block stores rows of its own, unless they start in front of the tensor."""
+    tilus.grid(3, warps=1)
+    tile = tilus.shared(f32, [8, 64])
+    tilus.store_shared(tile, tilus.load(x, [tilus.block_id(0) * 8, 0], [8, 64]))
+    tilus.fence_async()
+    tilus.sync()
+    row = tilus.block_id(0) * 8 - before
+    if row >= 0:
+        tilus.store_tensor(y, [row, 0], tile)
+    tilus.commit_stores()
+    tilus.wait_stores()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_blocks_that_do_not_store_may_have_negative_offsets(device: str) -> None:
+    x, y = drawn(f32, (24, 64), 11), np.zeros((24, 64), np.float32)
+    put_behind.on(device)(x, y, 8)
+    np.testing.assert_array_equal(y, np.concatenate([x[8:], np.zeros((8, 64), np.float32)]))
 
 
 @pytest.mark.parametrize("device", ["reference", "emulator"])
@@ -276,108 +261,6 @@ def test_products_of_tiles_that_copies_bring(device: str, bk: int) -> None:
     y = np.zeros((70, 40), np.float32)
     product.on(device)(x, w, y, bk=bk)
     np.testing.assert_array_equal(y, x.astype(np.float32) @ w.T.astype(np.float32))
-
-
-# ---- refusals
-
-
-@tilus.kernel
-def mistaken(
-    x: Tensor[f16, "m", 64], odd: Tensor[f16, "m", 65], codes: Tensor[uint4, "m", 64], six: Tensor[f16, 1, 1, 1, 1, "m", 64], *,
-    case: Const,
-):  # fmt: skip
-    tilus.grid(1, warps=1)
-    full = tilus.mbarrier(3)
-    tile = tilus.shared(f16, [2, 8, 64], name="tile")
-    match_dims = (1, 0)
-    if case == "type":
-        tilus.copy_tensor(tilus.shared(uint4, [8, 64]), codes, [0, 0], barrier=full[0])
-    if case == "rank":
-        tilus.copy_tensor(tile[0], six, [0, 0, 0, 0, 0, 0], barrier=full[0])
-    if case == "order":
-        tilus.copy_tensor(tilus.shared(f16, [64, 8]), x, [0, 0], dims=match_dims, barrier=full[0])
-    if case == "last":
-        tilus.copy_tensor(tilus.shared(f16, [64]), x, [0, 0], dims=(0,), barrier=full[0])
-    if case == "stride":
-        tilus.copy_tensor(tile[0], odd, [0, 0], barrier=full[0])
-    if case == "row":
-        tilus.copy_tensor(tilus.shared(f16, [8, 12]), x, [0, 0], barrier=full[0])
-    if case == "large":
-        tilus.copy_tensor(tilus.shared(f16, [264, 64]), x, [0, 0], barrier=full[0])
-    if case == "start":
-        tilus.copy_tensor(tilus.shared(f16, [2, 5, 24], name="stages")[1], x, [0, 0], barrier=full[0])
-    if case == "block":
-        tilus.copy_tensor(tile[0], tilus.narrow(x, 0, tilus.block_id(0) * 8, 8), [0, 0], barrier=full[0])
-    if case == "pinned":
-        wide = tilus.shared(f16, [8, 64], layout=tilus.layout.padded([8, 64], 8))
-        tilus.store_tensor(x, [0, 0], wide)
-
-
-@pytest.mark.parametrize(
-    ("case", "message"),
-    [
-        ("type", "copy_tensor: codes of uint4, expected elements of 8, 16, 32 or 64 bits"),
-        ("rank", "copy_tensor: six has rank 6, expected at most 5"),
-        ("order", "copy_tensor: a tile along dims [1, 0] of x, expected ascending dims, the last one included"),
-        ("last", "copy_tensor: a tile along dims [0] of x, expected ascending dims, the last one included"),
-        ("stride", "copy_tensor: dim 0 of odd has a stride of 130 bytes, expected a multiple of 16"),
-        (
-            "row",
-            "copy_tensor: a tile of shape [8, 12] of f16, whose rows are 24 bytes; expected at most 256 elements along each "
-            "dim and rows of a multiple of 16 bytes",
-        ),
-        (
-            "large",
-            "copy_tensor: a tile of shape [264, 64] of f16, whose rows are 128 bytes; expected at most 256 elements along "
-            "each dim and rows of a multiple of 16 bytes",
-        ),
-        ("start", "copy_tensor: the tile starts at multiples of 240 bytes of stages, expected 128 bytes"),
-        (
-            "block",
-            "a tensor copy of x: where the view lies depends on block_id(0); expected a tensor that is known when the kernel is "
-            "launched",
-        ),
-    ],
-)
-def test_mistakes(case: str, message: str) -> None:
-    with pytest.raises(TilusError) as error:
-        mistaken.ptx(case=case)
-    assert error.value.message == message
-    assert error.value.loc is not None and error.value.hint
-
-
-def test_a_pinned_layout_that_the_hardware_cannot_read() -> None:
-    with pytest.raises(
-        TilusError, match=r"store_tensor cannot work with layout strided\(.*\) of wide; expected one of row_major"
-    ):
-        mistaken.ptx(case="pinned")
-
-
-def test_a_transposed_tensor_is_refused() -> None:
-    x, y = drawn(f16, (1, 64, 40), 9), np.zeros((8, 40), np.float16)
-    with pytest.raises(TilusError, match="the last dim of x has stride x_stride2, expected 1"):
-        fetch.on("reference")(x.transpose(0, 2, 1), y, 0, 0, 0, shape=(8, 40))
-
-
-def test_the_emulator_checks_addresses_at_the_launch() -> None:
-    storage = np.zeros(8 + 40 * 64, np.float16)
-    skew = (storage.ctypes.data // 2) % 8
-    x = storage[8 - skew + 1 :][: 39 * 64].reshape(1, 39, 64)
-    with pytest.raises(TilusError, match=r"a tensor copy of x: its address is [0-9]+ bytes, expected a multiple of 16"):
-        fetch.on("emulator")(x, np.zeros((8, 64), np.float16), 0, 0, 0, shape=(8, 64))
-
-
-def test_other_targets_are_refused() -> None:
-    with pytest.raises(TilusError, match=r"tilus\.store_tensor needs sm_90a or a later GPU, the target is sm_89"):
-        only_store.ptx(target="sm_89")
-    with pytest.raises(TilusError, match=r"kernel only_store uses tilus\.store_tensor, which needs a GPU"):
-        only_store.on("cpu")(np.zeros((8, 64), np.float16))
-
-
-@tilus.kernel
-def only_store(x: Tensor[f16, "m", 64]):
-    tilus.grid(1, warps=1)
-    tilus.store_tensor(x, [0, 0], tilus.shared(f16, [8, 64]))
 
 
 # ---- PTX

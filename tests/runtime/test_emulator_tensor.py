@@ -137,34 +137,41 @@ def filled(shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
     return np.random.default_rng(3).integers(1, 1 << 30, shape).astype(dtype)
 
 
-CASES = [
+# Starts are multiples of 16 bytes in the innermost dim.
+INSIDE = [
     ((64,), np.uint8, (32,), (16,), 0),
-    ((48,), np.uint16, (32,), (-8,), 0),
-    ((24, 40), np.uint16, (16, 8), (5, 7), 0),
+    ((48,), np.uint16, (32,), (24,), 0),
+    ((24, 40), np.uint16, (16, 8), (24, 7), 0),
     ((24, 40), np.uint16, (16, 8), (8, 3), 32),
-    ((24, 40), np.uint16, (16, 16), (-3, -2), 32),
     ((24, 40), np.uint16, (32, 16), (16, 20), 64),
     ((40, 32), np.uint16, (32, 24), (0, 3), 64),
     ((40, 16), np.uint16, (16, 24), (0, 3), 32),
     ((24, 64), np.uint16, (64, 16), (0, 0), 128),
-    ((24, 64), np.uint16, (64, 16), (-7, 13), 128),
-    ((24, 144), np.uint8, (128, 10), (30, 2), 128),
-    ((12, 12), np.uint32, (32, 12), (-10, -1), 128),
-    ((12, 12), np.uint64, (4, 12), (9, 5), 32),
-    ((3, 10, 16), np.uint16, (16, 4, 2), (2, -1, 2), 0),
-    ((3, 10, 64), np.uint16, (64, 4, 2), (2, 8, 1), 128),
-    ((2, 3, 5, 16), np.uint16, (16, 3, 2, 2), (1, 3, -1, 0), 32),
+    ((24, 64), np.uint16, (64, 16), (40, 13), 128),
+    ((24, 144), np.uint8, (128, 10), (32, 2), 128),
+    ((12, 12), np.uint64, (4, 12), (10, 5), 32),
+    ((3, 10, 64), np.uint16, (64, 4, 2), (8, 8, 1), 128),
+    ((2, 3, 5, 16), np.uint16, (16, 3, 2, 2), (8, 3, 1, 0), 32),
+    ((2, 2, 3, 4, 16), np.uint8, (16, 2, 2, 2, 2), (0, 3, 1, 1, 1), 0),
+]
+IN_FRONT = [
+    ((48,), np.uint16, (32,), (-8,), 0),
+    ((24, 40), np.uint16, (16, 16), (-8, -2), 32),
+    ((24, 64), np.uint16, (64, 16), (-8, 13), 128),
+    ((12, 12), np.uint32, (32, 12), (-12, -1), 128),
+    ((3, 10, 16), np.uint16, (16, 4, 2), (8, -1, 2), 0),
+    ((2, 3, 5, 16), np.uint16, (16, 3, 2, 2), (8, 3, -1, 0), 32),
     ((2, 2, 3, 4, 16), np.uint8, (16, 2, 2, 2, 2), (0, 3, 1, -1, 1), 0),
 ]
 
 
-@pytest.mark.parametrize(("shape", "dtype", "box", "start", "swizzle"), CASES)
+@pytest.mark.parametrize(("shape", "dtype", "box", "start", "swizzle"), [*INSIDE, *IN_FRONT])
 def test_a_load_brings_the_box_with_zeros_outside(shape: Any, dtype: Any, box: Any, start: Any, swizzle: int) -> None:
     array = filled(shape, dtype)
     assert load(array, box, start, swizzle).tolist() == box_bytes(array, box, start, swizzle).tolist()
 
 
-@pytest.mark.parametrize(("shape", "dtype", "box", "start", "swizzle"), CASES)
+@pytest.mark.parametrize(("shape", "dtype", "box", "start", "swizzle"), INSIDE)
 def test_a_store_changes_what_is_inside_and_nothing_else(
     shape: Any, dtype: Any, box: Any, start: Any, swizzle: int
 ) -> None:
@@ -181,13 +188,46 @@ def test_a_store_changes_what_is_inside_and_nothing_else(
     assert array.tolist() == want.tolist()
 
 
+@pytest.mark.parametrize(("shape", "dtype", "box", "start", "swizzle"), IN_FRONT)
+def test_a_store_may_not_start_in_front(shape: Any, dtype: Any, box: Any, start: Any, swizzle: int) -> None:
+    """CUDA programming guide, on tensor maps: the first corner of a tile may have negative indices when it is read only."""
+    array = filled(shape, dtype)
+    data = np.zeros(int(np.prod(box)) * array.itemsize, np.uint8)
+    corner = ", ".join(map(str, start)) + ("," if len(start) == 1 else "")
+    with pytest.raises(EmulatorError, match=rf"a store to a box at coordinates \({corner}\), expected 0 or more"):
+        store(array, data, box, start, swizzle)
+    assert array.tolist() == filled(shape, dtype).tolist()
+
+
+@pytest.mark.parametrize("stores", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "start", "nbytes"),
+    [
+        (np.uint8, 5, 5),
+        (np.uint8, -5, -5),
+        (np.uint8, 24, 24),
+        (np.uint16, 4, 8),
+        (np.uint32, -2, -8),
+        (np.uint64, 1, 8),
+    ],
+)
+def test_boxes_start_at_multiples_of_16_bytes_of_a_row(dtype: Any, start: int, nbytes: int, stores: bool) -> None:
+    array = filled((24, 64), dtype)
+    box = (16, 8)
+    with pytest.raises(EmulatorError, match=rf"whose innermost one is {nbytes} bytes, expected a multiple of 16"):
+        if stores:
+            store(array, np.zeros(128 * array.itemsize, np.uint8), box, (start, 0), 0)
+        else:
+            load(array, box, (start, 0), 0)
+
+
 def test_a_part_of_an_array_with_strides() -> None:
     whole = filled((32, 64), np.uint16)
     part = whole[4:20, 8:40]  # 8 elements: 16 bytes
     got = load(
-        whole, (16, 8), (20, 12), 32, offset_nbytes=(4 * 64 + 8) * 2, dims=(32, 16), strides_nbytes=(128,)
+        whole, (16, 8), (24, 12), 32, offset_nbytes=(4 * 64 + 8) * 2, dims=(32, 16), strides_nbytes=(128,)
     )  # fmt: skip
-    assert got.tolist() == box_bytes(part, (16, 8), (20, 12), 32).tolist()
+    assert got.tolist() == box_bytes(part, (16, 8), (24, 12), 32).tolist()
 
 
 def test_a_row_that_ends_inside_of_8_bytes() -> None:

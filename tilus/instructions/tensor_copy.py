@@ -3,6 +3,9 @@
 The hardware computes addresses and bounds from a map that the launcher encodes: elements outside of the tensor arrive as
 zeros and are not written. A tile is one box, or, when its rows are wider than the swizzle of the shared tensor's layout, boxes
 side by side.
+
+It stops the kernel with CUDA_ERROR_ILLEGAL_INSTRUCTION when a box starts at no multiple of 16 bytes of a row, and when a box that
+is stored has a negative coordinate; loads may have those (CUDA programming guide, "Negative indices and out of bounds").
 """
 
 from __future__ import annotations
@@ -10,6 +13,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from tilus.codegen.context import EmitContext
 from tilus.codegen.linear import materialize, of_const
@@ -26,7 +31,9 @@ from tilus.instructions.shared_copy import (
     tile_of,
 )
 from tilus.ir.builder import IRBuilder, builtin
+from tilus.ir.evaluation import Evaluation
 from tilus.ir.expr import Const, Expr, as_expr
+from tilus.ir.ranges import bounds, divisor
 from tilus.ir.tensor import GlobalTensor
 from tilus.layout import SharedLayout
 from tilus.layout.operands import CORE_ROWS, SWIZZLES_NBYTES, tma_tile
@@ -40,7 +47,7 @@ class CopyTensor(CopyToShared):
     """Start copying a tile from a global to a shared tensor; elements outside of the global tensor arrive as zeros.
 
     Where the tensor lies is known when the kernel is launched; only the offsets vary. Its last dim is contiguous, its other
-    strides and its address are multiples of 16 bytes.
+    strides and its address are multiples of 16 bytes, and so is the tile's last offset. Offsets may be negative.
     """
 
     mnemonic = "copy_tensor"
@@ -53,6 +60,10 @@ class CopyTensor(CopyToShared):
     def legal_layouts(self) -> tuple[SharedLayout, ...]:
         return tuple(_swizzles(self))
 
+    def evaluate(self, env: Evaluation) -> None:
+        check_start(self)
+        super().evaluate(env)
+
     def emit(self, ctx: EmitContext) -> None:
         ctx.require_sm_90a(f"tilus.{self.mnemonic}")
         opcode = f"cp.async.bulk.tensor.{self.src.rank}d.shared::cluster.global.tile{self.modifiers()}"
@@ -63,7 +74,10 @@ class CopyTensor(CopyToShared):
 
 @dataclass(frozen=True, eq=False)
 class StoreTensor(CopyFromShared):
-    """Start copying a tile from a shared to a global tensor; elements outside of the global tensor are dropped."""
+    """Start copying a tile from a shared to a global tensor; elements outside of the global tensor are dropped.
+
+    The tensor is as for `copy_tensor`, and so is the last offset; no offset is negative.
+    """
 
     mnemonic = "store_tensor"
     clipped = True
@@ -75,8 +89,19 @@ class StoreTensor(CopyFromShared):
     def legal_layouts(self) -> tuple[SharedLayout, ...]:
         return tuple(_swizzles(self))
 
+    def evaluate(self, env: Evaluation) -> None:
+        check_start(self)
+        check_signs(self)
+        active = env.active()
+        for d, offset in enumerate(self.dst_offsets):
+            least = int(np.where(True if active is None else active, env.scalar(offset), 0).min(initial=0))
+            if least < 0:
+                raise _negative(self, f"offset {d} of {self.dst.name} is {least}")
+        super().evaluate(env)
+
     def emit(self, ctx: EmitContext) -> None:
         ctx.require_sm_90a(f"tilus.{self.mnemonic}")
+        check_signs(self)
         opcode = f"cp.async.bulk.tensor.{self.dst.rank}d.global.shared::cta.tile.bulk_group{cache_hint(self.evict)}"
         guard, tail = ctx.guard(ctx.elected_in_group()), policy(ctx, self.evict)
         for place, box in _boxes(ctx, self):
@@ -110,6 +135,34 @@ def check_boxes(copy: SharedCopy) -> None:
             f"{MAX_BOX} elements along each dim and rows of a multiple of {UNIT_NBYTES} bytes",
             hint="copy a part of the tile at a time; longer rows work in multiples of 32 bytes with 8 rows or more",
         )
+
+
+def check_start(copy: SharedCopy) -> None:
+    """Raise unless the tile is known to start at a multiple of 16 bytes of a row of the tensor."""
+    memory, offset = copy.memory, copy.offsets[-1]
+    known = divisor(offset) * memory.dtype.nbytes
+    if known % UNIT_NBYTES:
+        raise TilusError(
+            f"{copy.mnemonic}: the last offset of {memory.name}, {offset}, is known to be a multiple of {known} bytes, "
+            f"expected {UNIT_NBYTES} bytes",
+            hint=f"make it a product with {UNIT_NBYTES // memory.dtype.nbytes} elements of {memory.dtype.name}, or use "
+            "tilus.copy_async and tilus.store",
+        )
+
+
+def check_signs(store: StoreTensor) -> None:
+    """Raise where an offset of a store is known to reach below zero. Of offsets without known bounds nothing is said."""
+    for d, offset in enumerate(store.dst_offsets):
+        least = bounds(offset)[0]
+        if least is not None and least < 0:
+            raise _negative(store, f"offset {d} of {store.dst.name}, {offset}, may be {least}")
+
+
+def _negative(store: StoreTensor, found: str) -> TilusError:
+    return TilusError(
+        f"{store.mnemonic}: {found}, expected 0 or more",
+        hint="only copies into shared memory may start in front of a tensor; store the part that lies inside with tilus.store",
+    )
 
 
 def _check_strides(copy: SharedCopy) -> None:
@@ -149,6 +202,7 @@ def _swizzles(copy: SharedCopy) -> dict[SharedLayout, int]:
 
 def _boxes(ctx: EmitContext, copy: SharedCopy) -> list[tuple[Address, TensorAddress]]:
     """Where each box of a copy lies in shared memory, and where in global memory."""
+    check_start(copy)
     memory, swizzle = copy.memory, _swizzles(copy)[placed(copy.buffer)]
     width = swizzle // memory.dtype.nbytes or copy.shape[-1]
     box = [1] * memory.rank
@@ -180,7 +234,8 @@ def copy_tensor(
     gets a layout that the hardware can write, the same as other accesses (wgmma) need. dims: the dims of `src` that the tile's
     axes run along, ascending; by default the last ones. Elements outside of `src` arrive as zeros, and count as bytes, too.
     The last dim of `src` must be contiguous, its address and its other strides multiples of 16 bytes (checked at the launch), and
-    rows of the tile multiples of 16 bytes. barrier, evict, multicast: as for `copy_bulk`.
+    rows of the tile multiples of 16 bytes. The last offset has to be a multiple of 16 bytes for the compiler to see, such as
+    `64 * i`; offsets may be negative. barrier, evict, multicast: as for `copy_bulk`.
     """
     tile, axes, tensor, starts = tile_of(src, dst, shape, dims, dst_offsets)
     bar, index = one_barrier("copy_tensor", barrier)
@@ -196,8 +251,10 @@ def store_tensor(
 ) -> None:  # fmt: skip
     """Start copying shared memory to the tile at `offsets` of a global tensor by a tensor map; `copy_tensor` says of which kind.
 
-    Elements outside of `dst` are not written. Write the shared memory with ordinary stores, then `fence_async()` and `sync()`;
-    afterwards `commit_stores()`, and `wait_stores()` before it is written again or the block ends.
+    Elements outside of `dst` are not written. No offset may be negative: a GPU stops the kernel; the compiler refuses offsets
+    with a lower bound below zero, the reference and the emulator all that turn out to be negative. Write the shared memory with
+    ordinary stores, then `fence_async()` and `sync()`; afterwards `commit_stores()`, and `wait_stores()` before it is written
+    again or the block ends.
     """
     tile, axes, tensor, starts = tile_of(dst, src, shape, dims)
     b.emit(StoreTensor(tile, axes, evict, dst, tensor, tuple(as_expr(o) for o in offsets), starts))

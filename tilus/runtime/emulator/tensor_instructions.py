@@ -18,6 +18,7 @@ from tilus.runtime.emulator.tensor_map import TENSOR_MAP_NBYTES, Box, decode
 
 _DIMS = ("1d", "2d", "3d", "4d", "5d")
 _SHARED_ALIGN = 128
+_INNER_ALIGN = 16  # bytes
 
 
 class TensorPlace:
@@ -53,10 +54,27 @@ class TensorPlace:
             self.boxes[address] = box
         return self.boxes[address]
 
-    def transfer(self, lane: int, place: int) -> Transfer:
+    def start(self, lane: int, *, stores: bool) -> tuple[int, ...]:
+        """The coordinates, innermost first; those at which the hardware stops with an illegal instruction are refused."""
+        start = tuple(int(values if values.ndim == 0 else values[lane]) for values in self.coordinates)
+        inner = start[0] * self.box(lane).element_nbytes
+        if inner % _INNER_ALIGN:
+            raise self.site.fault(
+                f"a box at coordinates {start}, whose innermost one is {inner} bytes, expected a multiple of {_INNER_ALIGN}",
+                lane,
+            )
+        if stores and min(start) < 0:
+            raise self.site.fault(
+                f"a store to a box at coordinates {start}, expected 0 or more",
+                lane,
+                hint="loads may start at negative coordinates, stores may not",
+            )
+        return start
+
+    def transfer(self, lane: int, place: int, *, stores: bool) -> Transfer:
         """place: where the box begins in the data of shared memory."""
         machine, box = self.site.machine, self.box(lane)
-        start = tuple(int(values if values.ndim == 0 else values[lane]) for values in self.coordinates)
+        start = self.start(lane, stores=stores)
         address = machine.shared.base + place % machine.shared.nbytes
         transfer = box.transfer(start, place, address, machine.memory.base)
         at = transfer.global_at if transfer.inside is None else transfer.global_at[transfer.inside]
@@ -102,7 +120,7 @@ def tensor_copy(site: Site) -> Step:
     def step(mask: Mask) -> None:
         for lane in site.lanes(mask).tolist():
             place = shared.place(lane)
-            transfer = tensor.transfer(lane, place)
+            transfer = tensor.transfer(lane, place, stores=landings is None)
             if landings is None:
                 copies.store(pc, lane, transfer, None)
             else:

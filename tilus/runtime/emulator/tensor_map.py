@@ -91,7 +91,7 @@ class Box:
         return int(np.prod(self.box)) * self.element_nbytes
 
     def transfer(self, start: tuple[int, ...], place: int, address: int, origin: int) -> Transfer:
-        """The copy of the box at these coordinates.
+        """The copy of the box at these coordinates, of which the innermost one is a multiple of 16 bytes.
 
         place, address: of its first byte in the data of shared memory and in the address space. origin: of global
         memory, whose data begins at this address.
@@ -100,7 +100,7 @@ class Box:
 
         element, inner = self.element_nbytes, start[0] * self.element_nbytes
         row = self.dims[0] * element
-        size = 8 if inner % 8 == 0 and row % 8 == 0 else element
+        size = 8 if row % 8 == 0 else element
         within = inner + np.arange(0, self.box[0] * element, size)
         at, inside = within.copy(), (within >= 0) & (within < row)
         for dim in range(1, self.rank):
