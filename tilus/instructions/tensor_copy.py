@@ -5,7 +5,7 @@ zeros and are not written. A tile is one box, or, when its rows are wider than t
 side by side.
 
 It stops the kernel with CUDA_ERROR_ILLEGAL_INSTRUCTION when a box starts at no multiple of 16 bytes of a row, and when a box that
-is stored has a negative coordinate; loads may have those (CUDA programming guide, "Negative indices and out of bounds").
+is stored has a negative coordinate; loads may have those (both found on an H100).
 """
 
 from __future__ import annotations
