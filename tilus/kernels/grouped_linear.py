@@ -27,8 +27,8 @@ from tilus.kernels.linear_step import residual
 from tilus.kernels.quantize.header import WeightHeader
 from tilus.kernels.quantize.packed import QuantizedWeight
 from tilus.kernels.quantize.tiles import MMA, TILE, WHOLE
-from tilus.kernels.warpgroup_linear import Shape, Unpacking, copy_weights, scaled_sum, tile_nbytes
-from tilus.layout import local, replicated
+from tilus.kernels.warpgroup_linear import scaled_sum
+from tilus.kernels.warpgroup_operands import Shape, Unpacking, copy_weights, table_entries, tile_nbytes
 from tilus.ptx.assembler import SpillError
 from tilus.runtime.execute import place
 from tilus.target import TARGETS
@@ -118,11 +118,8 @@ def grouped_linear_kernel(
     with tilus.warps(0, consumers, registers=registers):
         tilus.wait_dependencies(constant=[codes, scales, mins, zeros, table, bias])
         exponent = residual(wdtype, x.dtype, table, zeros, MMA)
-        lookup_table = None
-        if table is not None:
-            lookup = tilus.load(table, [0], [16], layout=replicated(32 * consumers, 1) * local(16))
-            lookup_table = tilus.cast(lookup, x.dtype)
-        unpacked = Unpacking(wdtype, (scale_dtype, mins_dtype), x.dtype, lookup_table, exponent, shape)
+        entries = table_entries(table, x.dtype, 32 * consumers)
+        unpacked = Unpacking(wdtype, (scale_dtype, mins_dtype), x.dtype, entries, exponent, shape)
         using = Ring(full, empty, stages)
 
         def multiply(expert, row_tile, token, end):

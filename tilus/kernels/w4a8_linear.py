@@ -39,7 +39,7 @@ from tilus.kernels.grouped_linear import (
 from tilus.kernels.quantize.header import WeightHeader
 from tilus.kernels.quantize.packed import QuantizedWeight
 from tilus.kernels.quantize.tiles import MMA, TILE, WHOLE
-from tilus.kernels.warpgroup_linear import Shape, Unpacking, copy_weights, tile_nbytes
+from tilus.kernels.warpgroup_operands import Shape, Unpacking, copy_weights, tile_nbytes
 from tilus.layout import local, spatial
 from tilus.layout.atoms import wgmma_a
 from tilus.runtime.execute import place

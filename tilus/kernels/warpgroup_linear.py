@@ -11,46 +11,18 @@ waits for the kernel in front (programmatic dependent launch).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import tilus
-from tilus import Const, Tensor, f16, f32, uint4, uint8
+from tilus import Const, Tensor, f16, f32, uint8
 from tilus.dtypes import DTYPES, DataType
 from tilus.kernels.linear_step import residual
 from tilus.kernels.quantize.packed import QuantizedWeight
 from tilus.kernels.quantize.tiles import MMA, TILE, WHOLE
+from tilus.kernels.warpgroup_operands import Shape, Unpacking, copy_weights, table_entries, tile_nbytes
 from tilus.kernels.warpgroup_schedule import STORED_TOKENS, WarpgroupPlan
 from tilus.lang.kernel import Kernel
-from tilus.layout import local, replicated
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Compile-time numbers of a step. A step has `sets` sets of factors, and `pieces` parts that end with a set or the step."""
-
-    span: int
-    rows: int
-    depth: int
-    tokens: int
-    widest: int
-
-    @property
-    def columns(self) -> int:
-        return self.depth * TILE
-
-    @property
-    def sets(self) -> int:
-        return 1 if self.span == WHOLE else max(1, self.columns // self.span)
-
-    @property
-    def pieces(self) -> int:
-        """Parts of a step that are unpacked and multiplied one after the other: those of the sets, cut to `widest` columns."""
-        return max(self.sets, self.columns // self.widest)
-
-    @property
-    def width(self) -> int:
-        return self.columns // self.pieces
+from tilus.layout import local
 
 
 @tilus.kernel
@@ -71,101 +43,134 @@ def warpgroup_linear(
     span: Const,
     plan: Const,
 ):
-    rows, splits, blocks, stages, tokens = plan.rows, plan.splits, plan.blocks, plan.stages, plan.tokens
+    rows, splits, blocks = plan.rows, plan.splits, plan.blocks
     # More pieces a step, where registers of one are to be free while tensor cores read those of another.
-    shape = Shape(span, rows, plan.depth, tokens, TILE if plan.scaled or plan.overlap else 2 * TILE)
-    row_tiles = tilus.cdiv(codes.shape[0], rows)
-    group_warps = 4 * rows
-    copiers = 1 if plan.registers is None else 4
-    warps = group_warps * splits + copiers
+    shape = Shape(span, rows, plan.depth, plan.tokens, TILE if plan.scaled or plan.overlap else 2 * TILE)
+    group_warps, copiers = 4 * rows, 1 if plan.registers is None else 4
     tilus.grid(
-        row_tiles * blocks,
-        tilus.cdiv(y.shape[0], tokens),
-        warps=warps,
+        tilus.cdiv(codes.shape[0], rows) * blocks,
+        tilus.cdiv(y.shape[0], plan.tokens),
+        warps=group_warps * splits + copiers,
         cluster=blocks,
         blocks_per_sm=plan.blocks_per_sm,
     )
     tilus.launch_dependents()
     rank = tilus.block_id(0) % blocks
-    row_tile = tilus.block_id(0) // blocks * rows
-    first_token = tilus.block_id(1) * tokens
-    step_nbytes = plan.depth * tile_nbytes(wdtype)
-    all_steps = codes.shape[1] // step_nbytes
+    row_tile, token = tilus.block_id(0) // blocks * rows, tilus.block_id(1) * plan.tokens
+    all_steps = codes.shape[1] // (plan.depth * tile_nbytes(wdtype))
     begin = all_steps * rank // blocks
     steps = all_steps * (rank + 1) // blocks - begin
 
     factors = [(scales, scale_dtype), (mins, mins_dtype), (zeros, f16)]
-    stage_codes = tilus.shared(uint8, [stages, rows, step_nbytes])
-    stage_x = tilus.shared(x.dtype, [stages, tokens, shape.columns])
-    stage_factors = [
-        None
-        if array is None or span == WHOLE
-        else tilus.shared(uint8, [stages, rows, shape.sets * TILE * dtype.nbytes])
-        for array, dtype in factors
-    ]
-    # Sums of the block's other warpgroups, and in the first block of the cluster those of the other blocks.
-    own_sums = tilus.shared(f32, [max(1, splits - 1), tokens // 8, 32 * group_warps, 4])
-    all_sums = tilus.shared(f32, [max(1, blocks - 1), tokens // 8, 32 * group_warps, 4])
-    full, empty = tilus.mbarrier(stages), tilus.mbarrier(stages)
-    own_done, all_done = tilus.mbarrier(1, arrivals=max(1, splits - 1)), tilus.mbarrier(1, arrivals=max(1, blocks - 1))
+    constant = [codes, scales, mins, zeros, table, bias]
+    stages = Stages(plan.stages, x, codes, wdtype, factors, shape)
+    own_sums = Sums(splits, plan.tokens, 32 * group_warps)
+    all_sums = Sums(blocks, plan.tokens, 32 * group_warps)
     if blocks > 1:
         tilus.cluster_sync()
 
     with tilus.warps(group_warps * splits, copiers, registers=None if plan.registers is None else 40):
-        row_nbytes = step_nbytes
-        for buffer in stage_factors:
-            if buffer is not None:
-                row_nbytes = row_nbytes + buffer.shape[2]
-        nbytes = rows * row_nbytes + stage_x[0].nbytes
-        ahead = min(steps, stages)
-        for i in tilus.range(ahead):
-            tilus.arrive(full[i], nbytes=nbytes)
-            copy_weights(codes, factors, stage_codes, stage_factors, full, i, row_tile, begin + i, shape)
-        tilus.wait_dependencies(constant=[codes, scales, mins, zeros, table, bias])
-        for i in tilus.range(ahead):
-            tilus.copy_tensor(stage_x[i], x, [first_token, (begin + i) * shape.columns], barrier=full[i])
-        for i in tilus.range(ahead, steps):
-            stage = i % stages
-            tilus.wait_barrier(empty[stage], (i // stages + 1) % 2)
-            tilus.arrive(full[stage], nbytes=nbytes)
-            copy_weights(codes, factors, stage_codes, stage_factors, full, stage, row_tile, begin + i, shape)
-            tilus.copy_tensor(stage_x[stage], x, [first_token, (begin + i) * shape.columns], barrier=full[stage])
+        stages.fill(row_tile, token, begin, steps, constant)
 
     for split in range(splits):
         with tilus.warps(group_warps * split, group_warps, registers=plan.registers):
-            tilus.wait_dependencies(constant=[codes, scales, mins, zeros, table, bias])
+            tilus.wait_dependencies(constant=constant)
             exponent = residual(wdtype, x.dtype, table, zeros, MMA)
-            lookup_table = None
-            if table is not None:
-                lookup = tilus.load(table, [0], [16], layout=replicated(32 * group_warps, 1) * local(16))
-                lookup_table = tilus.cast(lookup, x.dtype)
-            unpacked = Unpacking(wdtype, (scale_dtype, mins_dtype), x.dtype, lookup_table, exponent, shape)
-            once = None
-            if span == WHOLE:
-                once = unpacked.whole(factors, row_tile)
-            total = tilus.zeros([TILE * rows, tokens], f32)
-            add = add_scaled if plan.scaled else add_ahead if plan.overlap and mins is None else add_groups
-            buffers = (stage_codes, stage_factors, stage_x)
-            total = add(total, unpacked, buffers, once, (full, empty), split, steps, plan)
+            entries = table_entries(table, x.dtype, 32 * group_warps)
+            unpacked = Unpacking(wdtype, (scale_dtype, mins_dtype), x.dtype, entries, exponent, shape)
+            once = unpacked.whole(factors, row_tile) if span == WHOLE else None
+            total = sum_of_steps(unpacked, stages, once, split, steps, plan)
             if split > 0:
-                tilus.store_shared(own_sums[split - 1], by_thread(total))
-                tilus.arrive(own_done[0])
+                own_sums.give(total, split)
             else:
-                if splits > 1:
-                    tilus.wait_barrier(own_done[0], 0)
-                    total = total + sum_of(own_sums, total)
+                total = own_sums.added_to(total)
                 if rank > 0:
-                    tilus.store_shared(all_sums[rank - 1], by_thread(total), block=0)
-                    tilus.arrive(all_done[0], block=0)
+                    all_sums.give(total, rank, block=0)
                 else:
-                    if blocks > 1:
-                        tilus.wait_barrier(all_done[0], 0)
-                        total = total + sum_of(all_sums, total)
-                    result = total * (global_scale * 2.0**exponent)
-                    if bias is not None:
-                        offsets = tilus.cast(tilus.load(bias, [row_tile * TILE], [TILE * rows]), f32)
-                        result = result + tilus.reshape(offsets, [TILE * rows, 1])
-                    store_rows(y, [first_token, row_tile * TILE], tilus.cast(result, y.dtype), 32 * group_warps)
+                    total = all_sums.added_to(total) * (global_scale * 2.0**exponent)
+                    result = tilus.cast(with_bias(total, bias, row_tile), y.dtype)
+                    store_rows(y, [token, row_tile * TILE], result, 32 * group_warps)
+
+
+class Stages:
+    """Steps on their way through shared memory, each with a barrier that says that it is there and one that it is free."""
+
+    def __init__(self, count: int, x, codes, wdtype: DataType, factors, shape: Shape):
+        self.count = count
+        self.shape = shape
+        self.sources = (x, codes, factors)
+        self.codes = tilus.shared(uint8, [count, shape.rows, shape.depth * tile_nbytes(wdtype)])
+        self.x = tilus.shared(x.dtype, [count, shape.tokens, shape.columns])
+        self.factors = [
+            None
+            if array is None or shape.span == WHOLE
+            else tilus.shared(uint8, [count, shape.rows, shape.sets * TILE * dtype.nbytes])
+            for array, dtype in factors
+        ]
+        self.full = tilus.mbarrier(count)
+        self.empty = tilus.mbarrier(count)
+
+    def fill(self, row_tile, token, begin, steps, constant):
+        """The producer: `steps` steps from `begin` on. It asks for the first weights before the kernel in front has ended."""
+        ahead = min(steps, self.count)
+        for i in tilus.range(ahead):
+            self.copy_weights(i, row_tile, begin + i)
+        tilus.wait_dependencies(constant=constant)
+        for i in tilus.range(ahead):
+            self.copy_activations(i, token, begin + i)
+        for i in tilus.range(ahead, steps):
+            stage = i % self.count
+            tilus.wait_barrier(self.empty[stage], (i // self.count + 1) % 2)
+            self.copy_weights(stage, row_tile, begin + i)
+            self.copy_activations(stage, token, begin + i)
+
+    def copy_weights(self, stage, row_tile, step):
+        """Ask for codes and factors, and tell the barrier how much is to come, activations included."""
+        nbytes = self.codes[0].nbytes + self.x[0].nbytes
+        for buffer in self.factors:
+            if buffer is not None:
+                nbytes = nbytes + buffer[0].nbytes
+        tilus.arrive(self.full[stage], nbytes=nbytes)
+        _, codes, factors = self.sources
+        copy_weights(codes, factors, self.codes, self.factors, self.full, stage, row_tile, step, self.shape)
+
+    def copy_activations(self, stage, token, step):
+        start = [token, step * self.shape.columns]
+        tilus.copy_tensor(self.x[stage], self.sources[0], start, barrier=self.full[stage])
+
+    def wait(self, step):
+        """The stage of a step, once it is there."""
+        stage = step % self.count
+        tilus.wait_barrier(self.full[stage], step // self.count % 2)
+        return stage
+
+
+class Sums:
+    """Where the first of `count` warpgroups, or blocks of a cluster, finds the sums of the others."""
+
+    def __init__(self, count: int, tokens: int, threads: int):
+        self.count = count
+        self.buffers = tilus.shared(f32, [max(1, count - 1), tokens // 8, threads, 4])
+        self.done = tilus.mbarrier(1, arrivals=max(1, count - 1))
+
+    def give(self, total, index, block=None):
+        """Leave the sums of the index-th, from 1 on, to the first one, which `block` of the cluster has (None: this one)."""
+        tilus.store_shared(self.buffers[index - 1], by_thread(total), block=block)
+        tilus.arrive(self.done[0], block=block)
+
+    def added_to(self, total):
+        """Of the first one, plus those of the others, always in the same order."""
+        if self.count == 1:
+            return total
+        tilus.wait_barrier(self.done[0], 0)
+        return total + sum_of(self.buffers, total)
+
+
+def with_bias(result, bias, row_tile):
+    if bias is None:
+        return result
+    offsets = tilus.cast(tilus.load(bias, [row_tile * TILE], [result.shape[0]]), f32)
+    return result + tilus.reshape(offsets, [result.shape[0], 1])
 
 
 def by_thread(total):
@@ -197,60 +202,65 @@ def store_rows(y, start, result, threads: int):
         tilus.store(y, [start[0] + index * part, start[1]], runs)
 
 
-def add_groups(total, unpacked, buffers, once, barriers, split: int, steps, plan: WarpgroupPlan):
+def sum_of_steps(unpacked: Unpacking, stages: Stages, once, split: int, steps, plan: WarpgroupPlan):
+    """The products of a warpgroup's steps: `split`, `split + plan.splits`, ..."""
+    total = tilus.zeros([TILE * plan.rows, plan.tokens], f32)
+    if plan.scaled:
+        return add_scaled(total, unpacked, stages, once, split, steps, plan)
+    if plan.overlap and unpacked.factor_dtypes[1] is None:
+        return add_ahead(total, unpacked, stages, once, split, steps, plan)
+    return add_groups(total, unpacked, stages, once, split, steps, plan)
+
+
+def add_groups(total, unpacked, stages: Stages, once, split: int, steps, plan: WarpgroupPlan):
     """total + the products of a warpgroup's steps, piece by piece."""
-    stage_codes, stage_factors, stage_x = buffers
-    full, empty = barriers
-    shape, act = unpacked.shape, stage_x.dtype
+    shape, act = unpacked.shape, stages.x.dtype
     extents = (TILE * plan.rows, plan.tokens, shape.width)
     for i in tilus.range(split, steps, plan.splits):
-        stage = i % plan.stages
-        tilus.wait_barrier(full[stage], i // plan.stages % 2)
+        stage = stages.wait(i)
         for piece in range(shape.pieces):
-            scale, minimum, zero = once if once is not None else unpacked.factors(stage_factors, stage, piece)
-            left, offsets = unpacked.weights(stage_codes, stage, piece, zero), [0, piece * shape.width]
-            part = tilus.wgmma(left, stage_x[stage], shape=extents, y_offsets=offsets)
+            scale, minimum, zero = once if once is not None else unpacked.factors(stages.factors, stage, piece)
+            left, offsets = unpacked.weights(stages.codes, stage, piece, zero), [0, piece * shape.width]
+            part = tilus.wgmma(left, stages.x[stage], shape=extents, y_offsets=offsets)
             sum_x = None
             if minimum is not None:
                 ones = tilus.full([TILE * plan.rows, shape.width], 1.0, act)
-                sum_x = tilus.wgmma(ones, stage_x[stage], shape=extents, y_offsets=offsets)
+                sum_x = tilus.wgmma(ones, stages.x[stage], shape=extents, y_offsets=offsets)
             tilus.wgmma_wait()
             total = scaled_sum(total, part, scale, sum_x, minimum)
-        tilus.arrive(empty[stage])
+        tilus.arrive(stages.empty[stage])
     return total
 
 
-def add_ahead(total, unpacked, buffers, once, barriers, split: int, steps, plan: WarpgroupPlan):
+def add_ahead(total, unpacked, stages: Stages, once, split: int, steps, plan: WarpgroupPlan):
     """The same without minimums. While tensor cores work on a piece, the next one is unpacked, be it of the next step."""
-    stage_codes, stage_factors, stage_x = buffers
-    full, empty = barriers
-    shape, stages = unpacked.shape, plan.stages
+    shape = unpacked.shape
     extents = (TILE * plan.rows, plan.tokens, shape.width)
     together = shape.pieces // shape.sets  # pieces with the same factors, which are added up before they are scaled
-    first = tilus.zeros([TILE * plan.rows, shape.width], stage_x.dtype)
+    first = tilus.zeros([TILE * plan.rows, shape.width], stages.x.dtype)
     if split < steps:
-        tilus.wait_barrier(full[split], 0)
-        first = unpacked.piece(stage_codes, stage_factors, split, 0, once)
+        tilus.wait_barrier(stages.full[split], 0)
+        first = unpacked.piece(stages.codes, stages.factors, split, 0, once)
     for i in tilus.range(split, steps, plan.splits):
-        stage = i % stages
-        part = tilus.wgmma(first, stage_x[stage], shape=extents, y_offsets=[0, 0])
+        stage = i % stages.count
+        part = tilus.wgmma(first, stages.x[stage], shape=extents, y_offsets=[0, 0])
         for piece in range(1, shape.pieces):
-            left, offsets = unpacked.piece(stage_codes, stage_factors, stage, piece, once), [0, piece * shape.width]
+            left, offsets = unpacked.piece(stages.codes, stages.factors, stage, piece, once), [0, piece * shape.width]
             if piece % together == 0:
                 tilus.wgmma_wait()
-                total = tilus.fma(part, unpacked.scale(stage_factors, stage, piece - 1, once), total)
-                part = tilus.wgmma(left, stage_x[stage], shape=extents, y_offsets=offsets)
+                total = tilus.fma(part, unpacked.scale(stages.factors, stage, piece - 1, once), total)
+                part = tilus.wgmma(left, stages.x[stage], shape=extents, y_offsets=offsets)
             else:
-                part = tilus.wgmma(left, stage_x[stage], part, shape=extents, y_offsets=offsets)
-        scale = unpacked.scale(stage_factors, stage, shape.pieces - 1, once)
+                part = tilus.wgmma(left, stages.x[stage], part, shape=extents, y_offsets=offsets)
+        scale = unpacked.scale(stages.factors, stage, shape.pieces - 1, once)
         tilus.wgmma_wait(together - 1)  # no longer is the first piece read
         following = i + plan.splits
         if following < steps:
-            tilus.wait_barrier(full[following % stages], following // stages % 2)
-            first = unpacked.piece(stage_codes, stage_factors, following % stages, 0, once)
+            next_stage = stages.wait(following)
+            first = unpacked.piece(stages.codes, stages.factors, next_stage, 0, once)
         tilus.wgmma_wait()
         total = tilus.fma(part, scale, total)
-        tilus.arrive(empty[stage])
+        tilus.arrive(stages.empty[stage])
     return total
 
 
@@ -260,127 +270,25 @@ def scaled_sum(total, part, scale, sum_x, minimum):
     return result if minimum is None else tilus.fma(sum_x, minimum, result)
 
 
-def add_scaled(total, unpacked, buffers, once, barriers, split: int, steps, plan: WarpgroupPlan):
+def add_scaled(total, unpacked, stages: Stages, once, split: int, steps, plan: WarpgroupPlan):
     """The same with weights that are multiplied by their scales before the product, and rounded to the activations' type."""
-    stage_codes, stage_factors, stage_x = buffers
-    full, empty = barriers
-    shape, act = unpacked.shape, stage_x.dtype
+    shape, act = unpacked.shape, stages.x.dtype
     extents = (TILE * plan.rows, plan.tokens, shape.width)
     before = 0
     for i in tilus.range(split, steps, plan.splits):
-        stage = i % plan.stages
-        tilus.wait_barrier(full[stage], i // plan.stages % 2)
+        stage = stages.wait(i)
         for piece in range(shape.pieces):
-            scale, minimum, zero = once if once is not None else unpacked.factors(stage_factors, stage, piece)
-            left = unpacked.weights(stage_codes, stage, piece, zero) * tilus.cast(scale, act)
+            scale, minimum, zero = once if once is not None else unpacked.factors(stages.factors, stage, piece)
+            left = unpacked.weights(stages.codes, stage, piece, zero) * tilus.cast(scale, act)
             if minimum is not None:
                 left = left + tilus.cast(minimum, act)
-            total = tilus.wgmma(left, stage_x[stage], total, shape=extents, y_offsets=[0, piece * shape.width])
+            total = tilus.wgmma(left, stages.x[stage], total, shape=extents, y_offsets=[0, piece * shape.width])
             tilus.wgmma_wait(1)
             if piece == 0 and i > split:
-                tilus.arrive(empty[before])
+                tilus.arrive(stages.empty[before])
         before = stage
     tilus.wgmma_wait()
     return total
-
-
-def tile_nbytes(dtype: DataType) -> int:
-    """Of the codes of a tile."""
-    return TILE * TILE // 8 * dtype.nbits
-
-
-def copy_weights(codes, factors, stage_codes, stage_factors, full, stage, row_tile, step, shape: Shape):
-    """Ask for the codes and factors of a step. Behind the last row of tiles they are those of the last row again."""
-    for row in range(shape.rows):
-        source = row_tile if shape.rows == 1 else min(row_tile + row, codes.shape[0] - 1)
-        first = step * stage_codes.shape[2]
-        tilus.copy_bulk(stage_codes[stage, row], codes, [source, first], barrier=full[stage], evict="first")
-        for buffer, factor in zip(stage_factors, factors):
-            if buffer is not None:
-                array, dtype = factor
-                first = step * shape.columns // shape.span * (TILE * dtype.nbytes)
-                tilus.copy_bulk(buffer[stage, row], array, [source, first], barrier=full[stage])
-
-
-class Unpacking:
-    """From packed bytes in shared memory to operands in registers."""
-
-    def __init__(self, wdtype, factor_dtypes, act, table, exponent: int, shape: Shape):
-        self.wdtype = wdtype
-        self.factor_dtypes = factor_dtypes
-        self.act = act
-        self.table = table
-        self.exponent = exponent
-        self.shape = shape
-
-    def weights(self, stage_codes, stage, piece: int, zeros):
-        """The bare numbers [rows * 64, width] of a piece, zero points subtracted."""
-        shape = self.shape
-        tiles = max(1, shape.width // TILE)
-        first, nbytes = piece * shape.width // TILE * tile_nbytes(self.wdtype), tiles * tile_nbytes(self.wdtype)
-        layout = MMA.warpgroup_bytes(self.wdtype, shape.rows, 1, tiles).reshape((shape.rows, nbytes))
-        raw = tilus.load_shared(stage_codes[stage], [0, first], [shape.rows, nbytes], layout=layout)
-        extents, fragments = [TILE * shape.rows, TILE * tiles], MMA.warpgroup_fragments(shape.rows, 1, tiles)
-        if self.table is not None:
-            numbers = tilus.lookup(self.table, tilus.view(raw, uint4, extents, fragments))
-        else:
-            packed_for, scaled = MMA.packed_for, self.exponent != 0
-            numbers = tilus.unpack_codes(
-                raw, self.wdtype, self.act, extents, fragments, packed_for=packed_for, scaled=scaled
-            )
-        if shape.width < TILE:
-            parts = TILE // shape.width
-            numbers = tilus.select(tilus.reshape(numbers, [TILE * shape.rows, parts, shape.width]), 1, piece % parts)
-        return numbers if zeros is None else numbers - zeros
-
-    def piece(self, stage_codes, stage_factors, stage, piece: int, once):
-        """`weights` with the zero points that belong to them."""
-        zeros = self.factors(stage_factors, stage, piece)[2] if once is None else once[2]
-        return self.weights(stage_codes, stage, piece, zeros)
-
-    def scale(self, stage_factors, stage, piece: int, once):
-        """[rows * 64, 1] of a piece in f32."""
-        return self.factors(stage_factors, stage, piece)[0] if once is None else once[0]
-
-    def factors(self, stage_factors, stage, piece: int):
-        """Of a piece, as `numbers` gives them."""
-        set_index = piece * self.shape.sets // self.shape.pieces
-        raw = [
-            None if buffer is None else self.load(buffer, stage, set_index, dtype)
-            for buffer, dtype in zip(stage_factors, (*self.factor_dtypes, f16))
-        ]
-        return self.numbers(raw)
-
-    def load(self, buffer, stage, set_index: int, dtype: DataType):
-        nbytes = TILE * dtype.nbytes
-        layout = MMA.warpgroup_factors(self.shape.rows, 1, 1, dtype.nbytes).reshape((self.shape.rows, nbytes))
-        return tilus.load_shared(buffer[stage], [0, set_index * nbytes], [self.shape.rows, nbytes], layout=layout)
-
-    def whole(self, factors, row_tile):
-        """Factors that serve all of K, from global memory."""
-        raw = [None if array is None else self.load_whole(array, row_tile, dtype) for array, dtype in factors]
-        return self.numbers(raw)
-
-    def load_whole(self, array, row_tile, dtype: DataType):
-        nbytes = TILE * dtype.nbytes
-        layout = MMA.warpgroup_factors(self.shape.rows, 1, 1, dtype.nbytes).reshape((self.shape.rows, nbytes))
-        return tilus.load(array, [row_tile, 0], [self.shape.rows, nbytes], layout=layout)
-
-    def numbers(self, raw):
-        """Scales and minimums [rows * 64, 1] in f32, zero points in the activations' type; None for what is not there."""
-        scales, mins, zeros = raw
-        return (
-            self.values(scales, self.factor_dtypes[0], f32),
-            None if mins is None else self.values(mins, self.factor_dtypes[1], f32) * 2.0**-self.exponent,
-            None if zeros is None else self.values(zeros, f16, self.act),
-        )
-
-    def values(self, raw, dtype: DataType, compute: DataType):
-        """[rows * 64, 1] in the order of rows."""
-        rows = self.shape.rows
-        layout = MMA.warpgroup_factors(rows, 1, 1, 1)
-        values = tilus.cast(tilus.view(raw, dtype, [rows, 1, 8, 8], layout), compute)
-        return tilus.reshape(tilus.transpose(values, [0, 1, 3, 2]), [rows * TILE, 1])
 
 
 def kernel_call(

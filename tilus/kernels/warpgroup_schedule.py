@@ -47,9 +47,8 @@ class WarpgroupPlan:
     scaled: bool = False
 
     def __post_init__(self) -> None:
-        least = self.splits * (
-            2 if self.overlap or self.scaled else 1
-        )  # they hold a stage until their next one has come
+        held = 2 if self.overlap or self.scaled else 1  # they keep a stage until their next one has come
+        least = self.splits * held
         if self.stages % self.splits or self.stages < least:
             raise TilusError(f"{self.stages} stages for {self.splits} splits, expected a multiple from {least} up")
 
