@@ -31,11 +31,13 @@ PLANS = [
     (WarpgroupPlan(16, 1, 2, 2, 4, 4), "zero points", 64, 1024),
     (WarpgroupPlan(16, 2, 1, 2, 2, 3), "minimums", 32, 1024),
     (WarpgroupPlan(8, 1, 2, 4, 2, 4), "wide factors", 256, 1024),
-    (WarpgroupPlan(32, 1, 2, 1, 2, 4, overlap=True), "symmetric", 128, 1024),
-    (WarpgroupPlan(16, 1, 1, 1, 2, 3, overlap=True), "zero points", 32, 512),
-    (WarpgroupPlan(8, 1, 2, 1, 4, 4, overlap=True), "symmetric", 0, 512),
-    (WarpgroupPlan(64, 2, 1, 1, 2, 3, 208, overlap=True), "table", 64, 384),
-    (WarpgroupPlan(8, 1, 2, 1, 2, 4, overlap=True), "minimums", 64, 512),
+    (WarpgroupPlan(32, 1, 2, 1, 2, 4, overlap="steps"), "symmetric", 128, 1024),
+    (WarpgroupPlan(16, 1, 1, 1, 2, 3, overlap="steps"), "zero points", 32, 512),
+    (WarpgroupPlan(16, 1, 2, 2, 4, 4, overlap="step"), "symmetric", 128, 1024),
+    (WarpgroupPlan(8, 1, 1, 1, 4, 3, overlap="step"), "minimums", 64, 512),
+    (WarpgroupPlan(8, 1, 2, 1, 4, 4, overlap="steps"), "symmetric", 0, 512),
+    (WarpgroupPlan(64, 2, 1, 1, 2, 3, 208, overlap="steps"), "table", 64, 384),
+    (WarpgroupPlan(8, 1, 2, 1, 2, 4, overlap="steps"), "minimums", 64, 512),
     (WarpgroupPlan(8, 1, 2, 1, 2, 2), "two levels", 16, 256),
     (WarpgroupPlan(8, 1, 3, 1, 1, 3), "symmetric", 64, 64),  # warpgroups without work
 ]
@@ -131,7 +133,7 @@ def test_the_rule() -> None:
     ("splits", "stages", "changes", "message"),
     [
         (2, 3, {}, "3 stages for 2 splits, expected a multiple from 2 up"),
-        (2, 2, {"overlap": True}, "2 stages for 2 splits, expected a multiple from 4 up"),
+        (2, 2, {"overlap": "steps"}, "2 stages for 2 splits, expected a multiple from 4 up"),
         (1, 1, {"scaled": True}, "1 stages for 1 splits, expected a multiple from 2 up"),
     ],
 )
@@ -141,7 +143,7 @@ def test_plans_that_would_wait_for_ever_are_refused(splits: int, stages: int, ch
 
 
 def test_easier_plans_end() -> None:
-    plan: WarpgroupPlan | None = WarpgroupPlan(64, 1, 2, 1, 2, 4, None, 2, overlap=True)
+    plan: WarpgroupPlan | None = WarpgroupPlan(64, 1, 2, 1, 2, 4, None, 2, overlap="steps")
     seen = []
     while plan is not None:
         seen.append(plan)

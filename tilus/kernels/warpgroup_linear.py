@@ -45,7 +45,7 @@ def warpgroup_linear(
 ):
     rows, splits, blocks = plan.rows, plan.splits, plan.blocks
     # More pieces a step, where registers of one are to be free while tensor cores read those of another.
-    shape = Shape(span, rows, plan.depth, plan.tokens, TILE if plan.scaled or plan.overlap else 2 * TILE)
+    shape = Shape(span, rows, plan.depth, plan.tokens, TILE if plan.scaled or plan.overlap == "steps" else 2 * TILE)
     group_warps, copiers = 4 * rows, 1 if plan.registers is None else 4
     tilus.grid(
         tilus.cdiv(codes.shape[0], rows) * blocks,
@@ -207,17 +207,19 @@ def sum_of_steps(unpacked: Unpacking, stages: Stages, once, split: int, steps, p
     total = tilus.zeros([TILE * plan.rows, plan.tokens], f32)
     if plan.scaled:
         return add_scaled(total, unpacked, stages, once, split, steps, plan)
-    if plan.overlap and unpacked.factor_dtypes[1] is None:
+    if plan.overlap == "steps" and unpacked.factor_dtypes[1] is None:
         return add_ahead(total, unpacked, stages, once, split, steps, plan)
     return add_groups(total, unpacked, stages, once, split, steps, plan)
 
 
 def add_groups(total, unpacked, stages: Stages, once, split: int, steps, plan: WarpgroupPlan):
-    """total + the products of a warpgroup's steps, piece by piece."""
+    """total + the products of a warpgroup's steps, piece by piece; with overlap the next is unpacked meanwhile."""
     shape, act = unpacked.shape, stages.x.dtype
     extents = (TILE * plan.rows, plan.tokens, shape.width)
+    later = int(plan.overlap == "step")  # pieces after which one is scaled
     for i in tilus.range(split, steps, plan.splits):
         stage = stages.wait(i)
+        under_way = []
         for piece in range(shape.pieces):
             scale, minimum, zero = once if once is not None else unpacked.factors(stages.factors, stage, piece)
             left, offsets = unpacked.weights(stages.codes, stage, piece, zero), [0, piece * shape.width]
@@ -226,8 +228,13 @@ def add_groups(total, unpacked, stages: Stages, once, split: int, steps, plan: W
             if minimum is not None:
                 ones = tilus.full([TILE * plan.rows, shape.width], 1.0, act)
                 sum_x = tilus.wgmma(ones, stages.x[stage], shape=extents, y_offsets=offsets)
+            under_way = [*under_way, (part, scale, sum_x, minimum)]
+            if piece >= later:
+                tilus.wgmma_wait(later if minimum is None else 2 * later)
+                total = scaled_sum(total, *under_way[piece - later])
+        if later > 0:
             tilus.wgmma_wait()
-            total = scaled_sum(total, part, scale, sum_x, minimum)
+            total = scaled_sum(total, *under_way[shape.pieces - 1])
         tilus.arrive(stages.empty[stage])
     return total
 

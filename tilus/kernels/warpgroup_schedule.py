@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from tilus.errors import TilusError
 from tilus.kernels.quantize.header import FACTOR_NBYTES, ZERO_NBYTES, WeightHeader
@@ -23,6 +24,9 @@ MOST_STAGES = 24
 LEAST_SPLIT_NBYTES = 256 * 1024
 
 
+Overlap = Literal["none", "step", "steps"]
+
+
 @dataclass(frozen=True)
 class WarpgroupPlan:
     """One launch of `warpgroup_linear`.
@@ -30,9 +34,9 @@ class WarpgroupPlan:
     tokens: columns of a block's result. rows: tiles of 64 rows a block, each with warpgroups of its own. splits: warpgroups along
     K in a block. blocks: blocks along K, a cluster. depth: tiles of 64 columns a step. stages: steps on their way, a multiple of
     splits, so that a warpgroup sees every phase of its barriers. registers: of each thread that computes, None for as many as fit
-    without asking. blocks_per_sm: how many blocks must fit on a multiprocessor. overlap: unpack the next piece of a step while
-    the product of the last one is under way. scaled: multiply weights by their scales, and round them, not sums: for so many
-    tokens that there are no registers for the sums of a group beside those of all groups.
+    without asking. blocks_per_sm: how many blocks must fit on a multiprocessor. overlap: unpack the next piece while the product
+    of the last one is under way, within a step, or that of the next step, too. scaled: multiply weights by their scales, and
+    round them, not sums: for so many tokens that there are no registers for the sums of a group beside those of all groups.
     """
 
     tokens: int
@@ -43,19 +47,19 @@ class WarpgroupPlan:
     stages: int
     registers: int | None = None
     blocks_per_sm: int = 1
-    overlap: bool = False
+    overlap: Overlap = "none"
     scaled: bool = False
 
     def __post_init__(self) -> None:
-        held = 2 if self.overlap or self.scaled else 1  # they keep a stage until their next one has come
+        held = 2 if self.overlap == "steps" or self.scaled else 1  # they keep a stage until their next one has come
         least = self.splits * held
         if self.stages % self.splits or self.stages < least:
             raise TilusError(f"{self.stages} stages for {self.splits} splits, expected a multiple from {least} up")
 
     def easier(self) -> WarpgroupPlan | None:
         """The next one that needs fewer registers; None when there is none."""
-        if self.overlap:
-            return replace(self, overlap=False)
+        if self.overlap != "none":
+            return replace(self, overlap="none")
         if self.blocks_per_sm > 1:
             return replace(self, blocks_per_sm=1)
         if self.splits > 1:
@@ -73,14 +77,14 @@ def stage_nbytes(header: WeightHeader, tokens: int, rows: int, depth: int) -> in
 
 def planned(
     header: WeightHeader, tokens: int, rows: int, splits: int, blocks: int, depth: int, nbytes: int, *,
-    registers: int | None = None, blocks_per_sm: int = 1, overlap: bool = False, scaled: bool = False,
+    registers: int | None = None, blocks_per_sm: int = 1, overlap: Overlap = "none", scaled: bool = False,
 ) -> WarpgroupPlan | None:  # fmt: skip
     """The plan with as many stages as `nbytes` of shared memory hold; None when they are too few."""
     sums = (splits - 1 + blocks - 1) * tokens * rows * TILE * 4
     stored = min(tokens, STORED_TOKENS) * rows * TILE * 2
     stages = min((nbytes - SLACK_NBYTES - stored - sums) // stage_nbytes(header, tokens, rows, depth), MOST_STAGES)
     stages -= stages % splits
-    if stages < max(2, splits * (2 if overlap or scaled else 1)):
+    if stages < max(2, splits * (2 if overlap == "steps" or scaled else 1)):
         return None
     return WarpgroupPlan(tokens, rows, splits, blocks, depth, stages, registers, blocks_per_sm, overlap, scaled)
 
@@ -95,9 +99,27 @@ def warpgroup_plans(header: WeightHeader, m: int, num_sms: int) -> tuple[Warpgro
     return tuple(dict.fromkeys(found))
 
 
+def invariant_plans(header: WeightHeader, m: int, num_sms: int) -> tuple[WarpgroupPlan, ...]:
+    """Plans that add up in one order whatever m is: only the tokens of a block differ. The first one, then those of fewer tokens."""
+    n, k = header.shape
+    if k % TILE:
+        return ()
+    tiles_n, tiles_k = -(-n // TILE), k // TILE
+    blocks, depth = _blocks(header, tiles_n, tiles_k, num_sms), _depths(tiles_k, 2)[0]
+    most = next((tokens for tokens in (8, 16, 32) if m <= tokens), 64)
+    found = (
+        planned(header, tokens, 1, 2, blocks, depth, SHARED_NBYTES) for tokens in (64, 32, 16, 8) if tokens <= most
+    )
+    return tuple(plan for plan in found if plan is not None)
+
+
+def _blocks(header: WeightHeader, tiles_n: int, tiles_k: int, num_sms: int) -> int:
+    """Along K: two where there are few rows of tiles, and much to read in each."""
+    return 2 if 2 * tiles_n <= num_sms and tiles_k * 512 * header.dtype.nbits > LEAST_SPLIT_NBYTES else 1
+
+
 def _plans(header: WeightHeader, m: int, tiles_n: int, tiles_k: int, num_sms: int) -> Iterator[WarpgroupPlan | None]:
-    few = 2 * tiles_n <= num_sms
-    blocks = 2 if few and tiles_k * 512 * header.dtype.nbits > LEAST_SPLIT_NBYTES else 1
+    blocks = _blocks(header, tiles_n, tiles_k, num_sms)
     many = tiles_n > num_sms
     if m <= 16:
         yield from _reading(header, 8 if m <= 8 else 16, blocks, many, tiles_k)
@@ -120,7 +142,7 @@ def _reading(
     first = 2 if many or blocks == 2 else 4
     for splits in (first, 6 - first):
         for depth in _depths(tiles_k, 4, 2):
-            overlap = splits == 2 and blocks == 2
+            overlap: Overlap = "step" if splits == 2 and blocks == 2 else "none"
             half = planned(header, tokens, 1, splits, blocks, depth, HALF_NBYTES, overlap=overlap)
             whole = planned(header, tokens, 1, splits, blocks, depth, SHARED_NBYTES, overlap=overlap)
             enough = half is not None and half.stages >= 2 * splits  # else a warpgroup waits for its only stage
@@ -138,12 +160,12 @@ def _between(
     wide, narrow = _depths(tiles_k, 4)[0], _depths(tiles_k, 2)[0]
     half = {"blocks_per_sm": 2}
     plans = [
-        planned(header, tokens, 1, 2, blocks, wide, SHARED_NBYTES, overlap=True),
-        planned(header, tokens, 1, 3, blocks, narrow, SHARED_NBYTES, overlap=tokens == 64),
+        planned(header, tokens, 1, 2, blocks, wide, SHARED_NBYTES, overlap="step"),
+        planned(header, tokens, 1, 3, blocks, narrow, SHARED_NBYTES, overlap="steps" if tokens == 64 else "none"),
         planned(header, tokens, 1, 2, blocks, narrow, SHARED_NBYTES),
-        planned(header, tokens, 1, 2 if tokens == 32 else 1, blocks, narrow, HALF_NBYTES, overlap=tokens == 64, **half),
+        planned(header, tokens, 1, 2 if tokens == 32 else 1, blocks, narrow, HALF_NBYTES, **half),
         planned(header, tokens, 2, 1, blocks, narrow, SHARED_NBYTES),
-        planned(header, tokens, 1, 2, 3 - blocks, wide, SHARED_NBYTES, overlap=True),
+        planned(header, tokens, 1, 2, 3 - blocks, wide, SHARED_NBYTES, overlap="step"),
         planned(header, tokens, 1, 1, blocks, narrow, HALF_NBYTES, **half),
     ]
     first = 3 if many else 2 if tokens == 64 and blocks == 2 else 1 if tokens == 32 and blocks == 1 else 0
@@ -162,7 +184,7 @@ def _computing(
     depth = _depths(tiles_k, 2)[0]
     shapes = {
         (1, 128): planned(header, 128, 1, 2, blocks if m <= 128 else 1, depth, SHARED_NBYTES, registers=208),
-        (2, 128): planned(header, 128, 2, 1, 1, depth, SHARED_NBYTES, registers=232, overlap=True),
+        (2, 128): planned(header, 128, 2, 1, 1, depth, SHARED_NBYTES, registers=232, overlap="steps"),
         (1, 256): planned(header, 256, 1, 1, 1, depth, SHARED_NBYTES, registers=232, scaled=True),
         (2, 256): planned(header, 256, 2, 1, 1, depth, SHARED_NBYTES, registers=232, scaled=True),
     }
