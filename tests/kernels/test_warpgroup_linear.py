@@ -11,13 +11,13 @@ from weights import SCHEMES, exact, matrix_of
 
 import tilus
 from tilus.codegen.lower import lower
-from tilus.kernels.linear import kernel_call, launch
+from tilus.kernels.linear import kernel_call, launch, linear
 from tilus.kernels.linear_problem import LinearProblem, candidates, heuristic
 from tilus.kernels.quantize import QuantizedWeight, WeightHeader, pack
 from tilus.kernels.quantize.tiles import TILE
 from tilus.kernels.schedule import Schedule
 from tilus.kernels.trial_arrays import placeholder
-from tilus.kernels.warpgroup_schedule import WarpgroupPlan, warpgroup_plans
+from tilus.kernels.warpgroup_schedule import WarpgroupPlan, invariant_plans, warpgroup_plans
 from tilus.target import get_target
 from tilus.transforms import run_pipeline
 
@@ -77,15 +77,28 @@ def test_scaled_weights_are_rounded_once_more(device: str, scheme: str) -> None:
     assert difference.max() > 2.0**-18 * sizes.max()  # it is another kernel than the exact one
 
 
-def test_every_row_has_the_same_bits_whatever_the_batch() -> None:
-    """By one plan, alone and among others: nothing is added up across tokens."""
-    matrix, plan = matrix_of("symmetric", tilus.int4, 64, 512, 128), WarpgroupPlan(8, 1, 2, 2, 2, 4)
-    packed, x = pack(matrix, "cpu", "mma"), torch.randn(19, 512, generator=torch.Generator().manual_seed(2)).half()
-    together, alone = torch.full((19, 64), torch.nan), torch.full((1, 64), torch.nan)
-    launch(x, packed, together, None, plan, "emulator")
-    for row in (0, 7, 18):
-        launch(x[row : row + 1].clone(), packed, alone, None, plan, "emulator")
-        assert torch.equal(alone[0], together[row])
+@pytest.mark.parametrize("device", ["emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_invariant_plans_give_a_row_the_same_bits_whatever_the_batch(device: str) -> None:
+    matrix = matrix_of("symmetric", tilus.int4, 64, 512, 128)
+    packed, x = pack(matrix, "cpu", "mma"), torch.randn(40, 512, generator=torch.Generator().manual_seed(2)).half()
+    results = {}
+    for m in (1, 13, 40):
+        (plan, *_) = invariant_plans(packed.header, m, 132)
+        results[m] = torch.full((m, 64), torch.nan)
+        launch(x[:m].clone(), packed, results[m], None, plan, device)
+    assert torch.equal(results[1], results[40][:1])
+    assert torch.equal(results[13], results[40][:13])
+
+
+@pytest.mark.parametrize("device", ["reference", "cpu", "emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_invariant_products(device: str) -> None:
+    matrix, k = matrix_of("minimums", tilus.uint4, 70, 1024, 32), 1024
+    packed = pack(matrix, "cpu", "rows" if device == "cpu" else "mma")
+    x = torch.randn(33, k, generator=torch.Generator().manual_seed(3)).half()
+    whole = linear(x, packed, out_dtype=torch.float32, device=device, invariant=True)
+    for first, last in ((0, 1), (5, 22), (32, 33)):
+        part = linear(x[first:last].clone(), packed, out_dtype=torch.float32, device=device, invariant=True)
+        assert torch.equal(part, whole[first:last])
 
 
 def header(dtype: str, n: int, k: int, group: int, **changes: Any) -> WeightHeader:

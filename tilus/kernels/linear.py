@@ -22,7 +22,7 @@ from tilus.dtypes import DTYPES, DataType
 from tilus.errors import TilusError
 from tilus.kernels.allocate import counters, empty, is_cuda, is_torch
 from tilus.kernels.columns import take_columns
-from tilus.kernels.linear_problem import PLANS, LinearProblem, Plan, heuristic
+from tilus.kernels.linear_problem import PLANS, LinearProblem, Plan, heuristic, invariant_plans
 from tilus.kernels.linear_step import (
     Step,
     Weights,
@@ -36,7 +36,7 @@ from tilus.kernels.linear_step import (
 )
 from tilus.kernels.quantize.packed import QuantizedWeight
 from tilus.kernels.quantize.tiles import MMA, TILE, WHOLE
-from tilus.kernels.schedule import cpu_schedule
+from tilus.kernels.schedule import Schedule, cpu_schedule
 from tilus.kernels.warpgroup_linear import kernel_call as warpgroup_call
 from tilus.kernels.warpgroup_schedule import WarpgroupPlan
 from tilus.lang.arguments import dtype_of_name
@@ -168,13 +168,14 @@ def load_table(table, act: DataType, warps: int):
 
 def linear(
     x: Any, weight: QuantizedWeight, *, bias: Any | None = None, out_dtype: Any = None, out: Any = None,
-    device: str | None = None,
+    device: str | None = None, invariant: bool = False,
 ) -> Any:  # fmt: skip
     """x [M, K] of f16 or bf16 times the transpose of a packed weight (N, K), plus a bias [N]: [M, N] of `out_dtype`.
 
     x, bias, out: torch tensors or numpy arrays, on the weight's device. bias: f16, bf16 or f32, added in f32. out_dtype: by
     default that of x. out: written in place when given. device: where to run (reference, emulator, cpu, cuda), by default as the
-    arguments say.
+    arguments say. invariant: a row of y has the same bits whatever the other rows are and however many there are (on one kind of
+    device): sums along K are then cut in one way for every M, which takes longer for most.
     The kernel may start while the one in front of it runs, and then reads the weight and the bias, but not x: nothing that is
     still on its way in the stream may write those two.
     Raises: TilusError when K, dtypes or devices do not fit, and for a weight that is packed for CPUs on a GPU.
@@ -191,22 +192,24 @@ def linear(
     if m == 0:
         return y
     ordered = x if weight.columns is None else take_columns(x, weight.columns, device=device)
-    _launch_without_spills(ordered, weight, y, bias, device)
+    _launch_without_spills(ordered, weight, y, bias, device, invariant)
     return y
 
 
-def _launch_without_spills(x: Any, weight: QuantizedWeight, y: Any, bias: Any | None, device: str | None) -> None:
+def _launch_without_spills(
+    x: Any, weight: QuantizedWeight, y: Any, bias: Any | None, device: str | None, invariant: bool
+) -> None:
     """`launch` with the plan for the device, or with the first easier one that the registers suffice for."""
     m, where = int(x.shape[0]), place(device, is_cuda(x))
-    key = (m, x.dtype, y.dtype, bias is None, where, is_cuda(x) and x.get_device())
+    key = (m, x.dtype, y.dtype, bias is None, where, is_cuda(x) and x.get_device(), _is_aligned(x), invariant)
     while True:
         plan = weight.schedules.get(key)
         if plan is None:
-            plan = weight.schedules[key] = _plan(x, weight, y, where)
+            plan = weight.schedules[key] = _plan(x, weight, y, where, invariant)
         try:
             return launch(x, weight, y, bias, plan, device)
         except SpillError:
-            easier = plan.easier()
+            easier = plan.narrower() if invariant and isinstance(plan, WarpgroupPlan) else plan.easier()
             if easier is None:
                 raise
             weight.schedules[key] = easier
@@ -242,25 +245,27 @@ def kernel_call(
     return quantized_linear, arguments, values
 
 
-def _plan(x: Any, weight: QuantizedWeight, y: Any, where: str) -> Plan:
+def _plan(x: Any, weight: QuantizedWeight, y: Any, where: str, invariant: bool) -> Plan:
     """For the device that runs the product: on a GPU the tuned plan where there is one, else by rule."""
-    header, m = weight.header, int(x.shape[0])
+    header, m = weight.header, 1 if invariant and where == "cpu" else int(x.shape[0])
     tiles_n, tiles_k = (-(-extent // TILE) for extent in weight.shape)
     if where == "cpu":
         return cpu_schedule(m, tiles_n, tiles_k, header.dtype.nbits, num_threads())
     problem = LinearProblem.of(header, m, _dtype(x), _dtype(y))
     if where != "cuda":
-        return heuristic(problem, EMULATED_SMS if where == "emulator" else 0)
+        sms = EMULATED_SMS if where == "emulator" else 0
+        return invariant_plans(problem, sms)[0] if invariant else heuristic(problem, sms)
     if header.order != MMA:
         raise TilusError(
             f"linear on a GPU with a weight packed in the order {header.order}, expected {MMA}",
             hint='pack it again: weight.to("cuda"), or pack(matrix, device, order="mma")',
         )
     device = gpu_of(x)
-    plan = _tuned(problem, device) or heuristic(problem, device.num_sms, hopper=device.target.sm == 90)
-    if isinstance(plan, WarpgroupPlan) and not _is_aligned(x):
-        return heuristic(problem, device.num_sms)
-    return plan
+    hopper = device.target.sm == 90 and _is_aligned(x)
+    if invariant:
+        return invariant_plans(problem, device.num_sms, hopper=hopper)[0]
+    plan = _tuned(problem, device) or heuristic(problem, device.num_sms, hopper=hopper)
+    return plan if hopper or isinstance(plan, Schedule) else heuristic(problem, device.num_sms)
 
 
 def _is_aligned(x: Any) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from tilus.dtypes import DataType
+from tilus.kernels import warpgroup_schedule
 from tilus.kernels.quantize.header import WeightHeader
 from tilus.kernels.quantize.tiles import TILE
 from tilus.kernels.schedule import Schedule, schedule
@@ -20,7 +21,7 @@ from tilus.runtime.tuned_plans import Key
 
 Plan = Schedule | WarpgroupPlan
 PLANS: tuple[type, ...] = (Schedule, WarpgroupPlan)
-FAMILY = "linear-2"  # another number where plans get another meaning, or kernels another speed
+FAMILY = "linear-3"  # another number where plans get another meaning, or kernels another speed
 CANDIDATES = 10
 
 # The model's machine, an H100: what one multiprocessor gets from memory and issues, and how long a read is under way.
@@ -75,6 +76,12 @@ def heuristic(problem: LinearProblem, num_sms: int, *, hopper: bool = False) -> 
     header = problem.header
     plans = warpgroup_plans(header, problem.m, num_sms) if hopper else ()
     return plans[0] if plans else schedule(problem.m, *problem.tiles, header.dtype.nbits, num_sms, header.factor_words)
+
+
+def invariant_plans(problem: LinearProblem, num_sms: int, *, hopper: bool = False) -> tuple[Plan, ...]:
+    """Plans by which a row of the result has the same bits for every m: the best, then those that need fewer registers."""
+    plans = warpgroup_schedule.invariant_plans(problem.header, problem.m, num_sms) if hopper else ()
+    return plans or (heuristic(replace(problem, m=1), num_sms),)
 
 
 def candidates(problem: LinearProblem, num_sms: int, *, hopper: bool = False) -> tuple[Plan, ...]:

@@ -64,6 +64,10 @@ class WarpgroupPlan:
             return replace(self, blocks_per_sm=1)
         if self.splits > 1:
             return replace(self, splits=1)
+        return self.narrower()
+
+    def narrower(self) -> WarpgroupPlan | None:
+        """The same for half as many tokens: a row of the result keeps its bits. None when there is none."""
         return replace(self, tokens=self.tokens // 2) if self.tokens > 8 and not self.scaled else None
 
 
@@ -100,7 +104,7 @@ def warpgroup_plans(header: WeightHeader, m: int, num_sms: int) -> tuple[Warpgro
 
 
 def invariant_plans(header: WeightHeader, m: int, num_sms: int) -> tuple[WarpgroupPlan, ...]:
-    """Plans that add up in one order whatever m is: only the tokens of a block differ. The first one, then those of fewer tokens."""
+    """Plans that add up in one order whatever m is, as only the tokens of a block differ; the best first, then fewer tokens."""
     n, k = header.shape
     if k % TILE:
         return ()
