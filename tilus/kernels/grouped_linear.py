@@ -12,7 +12,7 @@ A token tile may reach into the rows of the next expert; what it computes there 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,23 +22,22 @@ from tilus.dtypes import DTYPES
 from tilus.errors import TilusError
 from tilus.kernels.allocate import empty, is_cuda
 from tilus.kernels.columns import take_columns
-from tilus.kernels.linear import EMULATED_SMS, gpu_of
 from tilus.kernels.linear_step import residual
 from tilus.kernels.quantize.header import WeightHeader
 from tilus.kernels.quantize.packed import QuantizedWeight
 from tilus.kernels.quantize.tiles import MMA, TILE, WHOLE
 from tilus.kernels.warpgroup_linear import scaled_sum
 from tilus.kernels.warpgroup_operands import Shape, Unpacking, copy_weights, table_entries, tile_nbytes
-from tilus.ptx.assembler import SpillError
+from tilus.kernels.warpgroup_ring import (
+    COPYING,
+    MOST_STAGES,
+    MOST_TOKENS,
+    SHARED_NBYTES,
+    Ring,
+    launch_without_spills,
+    num_sms_of,
+)
 from tilus.runtime.execute import place
-from tilus.target import TARGETS
-
-MOST_STAGES = 16
-MOST_TOKENS = {4: 16, 2: 64, 1: 64}  # by rows of tiles: registers do not hold the sums of more
-SHARED_NBYTES = TARGETS["sm_90a"].max_shared_nbytes - 8192  # for stages; the rest for barriers and starts of tiles
-# Warps that copy, registers of each thread that computes and that copies. Only a whole warpgroup can give registers away. Next to
-# four others it would keep too few for the addresses of four rows.
-COPYING = {1: (4, 232, 40), 2: (4, 232, 40), 4: (1, None, None)}
 
 
 @dataclass(frozen=True)
@@ -155,29 +154,6 @@ def grouped_linear_kernel(
         each_item(offsets, x.shape[0], expert_tiles, plan, multiply)
 
 
-class Ring:
-    """Stages in turn, counted from item to item."""
-
-    def __init__(self, full, empty, stages: int):
-        self.full = full
-        self.empty = empty
-        self.stages = stages
-        self.count = 0
-
-    def next_to_fill(self, nbytes):
-        stage, turn = self.count % self.stages, self.count // self.stages
-        tilus.wait_barrier(self.empty[stage], (turn + 1) % 2)
-        tilus.arrive(self.full[stage], nbytes=nbytes)
-        self.count += 1
-        return stage
-
-    def next_to_use(self):
-        stage, turn = self.count % self.stages, self.count // self.stages
-        tilus.wait_barrier(self.full[stage], turn % 2)
-        self.count += 1
-        return stage
-
-
 def each_item(offsets, num_rows, expert_tiles, plan: GroupedPlan, work):
     """`work(expert, tile of its weight, first row of x, end of the expert's rows)` for every item of this block."""
     start = tilus.block_id(0)  # this block's next item, counted from the first one of the expert
@@ -254,29 +230,6 @@ def grouped_linear(
         lambda plan: launch(ordered, weight, y, offsets, bias, plan, device),
     )
     return y
-
-
-def num_sms_of(x: Any, where: str) -> int:
-    """Of the GPU that runs it, or that the emulator stands for; the reference likes few blocks."""
-    if where == "cuda":
-        return gpu_of(x).num_sms
-    return EMULATED_SMS if where == "emulator" else 1
-
-
-def launch_without_spills(
-    weight: QuantizedWeight, key: Any, candidates: Iterator[Any], launch_by: Callable[[Any], None]
-) -> None:
-    """Launch by the first plan that the registers suffice for. The weight remembers it under the key."""
-    found, last = weight.schedules.get(key), None
-    for plan in candidates if found is None else [found]:
-        try:
-            launch_by(plan)
-        except SpillError as error:
-            last = error
-        else:
-            weight.schedules[key] = plan
-            return
-    raise last or TilusError(f"no plan fits the shared memory for {weight.header.scheme} {weight.header.dtype}")
 
 
 def launch(

@@ -27,7 +27,11 @@ from tilus.dtypes import DTYPES, DataType, float8_e4m3, int4, int8
 from tilus.errors import TilusError
 from tilus.kernels.allocate import empty, is_cuda
 from tilus.kernels.gemm import MOST_SPLITS, SharedSums, splits_of
-from tilus.kernels.grouped_linear import (
+from tilus.kernels.quantize.header import WeightHeader
+from tilus.kernels.quantize.packed import QuantizedWeight
+from tilus.kernels.quantize.tiles import MMA, TILE, WHOLE
+from tilus.kernels.warpgroup_operands import Shape, Unpacking, copy_weights, tile_nbytes
+from tilus.kernels.warpgroup_ring import (
     COPYING,
     MOST_STAGES,
     MOST_TOKENS,
@@ -36,10 +40,6 @@ from tilus.kernels.grouped_linear import (
     launch_without_spills,
     num_sms_of,
 )
-from tilus.kernels.quantize.header import WeightHeader
-from tilus.kernels.quantize.packed import QuantizedWeight
-from tilus.kernels.quantize.tiles import MMA, TILE, WHOLE
-from tilus.kernels.warpgroup_operands import Shape, Unpacking, copy_weights, tile_nbytes
 from tilus.layout import local, spatial
 from tilus.layout.atoms import wgmma_a
 from tilus.runtime.execute import place
