@@ -111,35 +111,42 @@ def test_every_atom(atom: WgmmaAtom, registers: bool, device: str) -> None:
     check(device, atom, (64, 24, 3 * atom.k), registers=registers, adds=registers or atom.d == f16)
 
 
+@pytest.mark.parametrize("atom", WGMMA_ATOMS, ids=lambda atom: f"{atom.a}-{atom.b}-{atom.d}")
+def test_every_atom_assembles(atom: WgmmaAtom) -> None:
+    """The version that the PTX asks for has it, too."""
+    for registers in (True, False):
+        assemble(compiled_for(atom, (64, 24, 3 * atom.k), registers=registers).ptx, get_target("sm_90a"))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("registers", [True, False], ids=["registers", "shared"])
 @pytest.mark.parametrize(
-    ("m", "n", "warps"),
+    ("m", "n", "k", "warps"),
     [
-        (64, 8, 4),
-        (128, 256, 4),
-        (64, 264, 4),
-        (192, 40, 12),
-        (128, 64, 8),
-        (256, 16, 8),
-        (64, 128, 8),
-        (64, 8, 8),
-        (64, 512, 8),
+        (64, 8, 64, 4),
+        (128, 128, 32, 4),
+        (64, 264, 16, 4),
+        (192, 40, 64, 12),
+        (128, 64, 64, 8),
+        (256, 16, 64, 8),
+        (64, 128, 64, 8),
+        (64, 8, 64, 8),
+        (64, 512, 16, 8),
     ],
 )
-def test_extents_and_warps(m: int, n: int, warps: int, registers: bool, device: str) -> None:
-    check(device, HALF, (m, n, 64), registers=registers, warps=warps)
+def test_extents_and_warps(m: int, n: int, k: int, warps: int, registers: bool, device: str) -> None:
+    check(device, HALF, (m, n, k), registers=registers, warps=warps)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("atom", [HALF, FP8, INT8], ids=lambda atom: atom.a.name)
 def test_every_form(atom: WgmmaAtom, device: str) -> None:
     """Both operands in every layout from which they can be read, deeper than the widest block of swizzled rows."""
-    m, n, k = 64, 128, 256 // atom.a.nbytes
+    m, n, k = 64, 64, 256 // atom.a.nbytes
     a_forms, b_forms = (list(wgmma_forms((rows, k), atom.a.nbytes)) for rows in (m, n))
     assert len(a_forms) == len(b_forms) == (8 if atom.a.nbits == 16 else 4)
     for x_memory, y_memory in zip(a_forms, b_forms[1:] + b_forms[:1], strict=True):
-        check(device, atom, (m, n, k), x_memory=x_memory, y_memory=y_memory)
+        check(device, atom, (m, n, k), x_memory=x_memory, y_memory=y_memory, warps=8)
 
 
 # Partitions of m = 256 rows and n = 64 columns over 8 warps, as layouts of 16 x 8 blocks whose "threads" are warps: warpgroups

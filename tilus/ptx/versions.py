@@ -53,6 +53,8 @@ _INTRODUCED: dict[str, tuple[int, int]] = {
     "redux.sync.min.f32": (8, 6),
     "redux.sync.max.f32": (8, 6),
 }
+# Types at the end of a warpgroup's product -> version.
+_INTRODUCED_IN_WGMMA = {".s32.u8.s8": (8, 4), ".s32.s8.u8": (8, 4)}
 
 
 def required_version(opcodes: Iterable[str], target: Target) -> tuple[int, int]:
@@ -62,4 +64,6 @@ def required_version(opcodes: Iterable[str], target: Target) -> tuple[int, int]:
         for prefix, introduced in _INTRODUCED.items():
             if opcode.startswith(prefix):
                 version = max(version, introduced)
+        if opcode.startswith("wgmma"):
+            version = max([version, *(v for types, v in _INTRODUCED_IN_WGMMA.items() if opcode.endswith(types))])
     return version
