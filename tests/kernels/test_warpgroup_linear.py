@@ -40,6 +40,18 @@ PLANS = [
     (WarpgroupPlan(8, 1, 2, 1, 2, 4, overlap="steps"), "minimums", 64, 512),
     (WarpgroupPlan(8, 1, 2, 1, 2, 2), "two levels", 16, 256),
     (WarpgroupPlan(8, 1, 3, 1, 1, 3), "symmetric", 64, 64),  # warpgroups without work
+    (WarpgroupPlan(8, 1, 2, 1, 4, 4, unit="mma"), "symmetric", 128, 1024),
+    (WarpgroupPlan(16, 1, 2, 1, 2, 4, unit="mma"), "minimums", 64, 512),
+    (WarpgroupPlan(8, 1, 2, 2, 4, 4, unit="mma"), "zero points", 32, 1024),
+    (WarpgroupPlan(16, 1, 1, 1, 2, 3, sharing=2), "symmetric", 128, 1024),
+    (WarpgroupPlan(16, 1, 2, 2, 2, 4, sharing=2), "symmetric", 128, 1024),
+    (WarpgroupPlan(16, 1, 1, 1, 2, 3, launched=2), "symmetric", 128, 512),
+    (WarpgroupPlan(16, 1, 1, 1, 2, 3, sharing=2, launched=2, overlap="steps"), "symmetric", 128, 512),
+    (WarpgroupPlan(8, 1, 2, 1, 2, 4, launched=2, unit="mma"), "zero points", 128, 512),
+    (WarpgroupPlan(16, 1, 3, 1, 1, 6, launched=2), "symmetric", 64, 640),
+    (WarpgroupPlan(8, 1, 2, 1, 1, 4, launched=4, streamed=True), "symmetric", 64, 448),
+    (WarpgroupPlan(16, 1, 3, 1, 1, 6, launched=5, streamed=True, overlap="steps"), "symmetric", 64, 320),
+    (WarpgroupPlan(16, 2, 1, 1, 2, 3, launched=3, streamed=True, overlap="step"), "minimums", 32, 512),
 ]
 
 

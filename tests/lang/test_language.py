@@ -217,6 +217,22 @@ def test_short_circuits_do_not_load_what_python_would_not() -> None:
         assert out[0] == positive * 100 + (values[0] if values else -7)
 
 
+@pytest.mark.parametrize("device", ["reference", "emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_conditions_may_be_variables_that_change(device: str) -> None:
+    @tilus.kernel
+    def mark(out: Tensor[int32, "n"]):
+        tilus.grid(1)
+        odd = out.shape[0] < 0
+        for i in tilus.range(out.shape[0]):
+            if i < 2 or odd:
+                tilus.store(out, [i], tilus.full([1], i + 1, int32))
+            odd = not odd
+
+    out = np.zeros(7, np.int32)
+    mark.on(device)(out)
+    assert out.tolist() == [1, 2, 0, 4, 0, 6, 0]
+
+
 # Helpers and objects.
 
 

@@ -161,6 +161,8 @@ class ScalarLowering:
                 yes = b.pure("and.pred", picked, self.pred(on_true))
                 no = b.pure("and.pred", b.pure("not.pred", picked), self.pred(on_false))
                 return b.pure("or.pred", yes, no)
+            case Var() if self.variables[expr].cls is RegClass.PRED:
+                return self._read(expr)
             case _:
                 return b.pure("setp.ne.s32", register(b, self.linear(expr)), Imm(0))
 

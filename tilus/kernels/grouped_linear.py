@@ -26,8 +26,8 @@ from tilus.kernels.linear_step import residual
 from tilus.kernels.quantize.header import WeightHeader
 from tilus.kernels.quantize.packed import QuantizedWeight
 from tilus.kernels.quantize.tiles import MMA, TILE, WHOLE
-from tilus.kernels.warpgroup_linear import scaled_sum
 from tilus.kernels.warpgroup_operands import Shape, Unpacking, copy_weights, table_entries, tile_nbytes
+from tilus.kernels.warpgroup_products import scaled_sum
 from tilus.kernels.warpgroup_ring import (
     COPYING,
     MOST_STAGES,

@@ -21,7 +21,7 @@ from tilus.runtime.tuned_plans import Key
 
 Plan = Schedule | WarpgroupPlan
 PLANS: tuple[type, ...] = (Schedule, WarpgroupPlan)
-FAMILY = "linear-3"  # another number where plans get another meaning, or kernels another speed
+FAMILY = "linear-4"  # another number where plans get another meaning, or kernels another speed
 CANDIDATES = 10
 
 # The model's machine, an H100: what one multiprocessor gets from memory and issues, and how long a read is under way.

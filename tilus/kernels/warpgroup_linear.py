@@ -14,13 +14,17 @@ from __future__ import annotations
 from typing import Any
 
 import tilus
-from tilus import Const, Tensor, f16, f32, uint8
-from tilus.dtypes import DTYPES, DataType
+from tilus import Const, Tensor, f16, f32, int32, uint8
+from tilus.dtypes import DTYPES
+from tilus.kernels.allocate import counters, empty
 from tilus.kernels.linear_step import residual
 from tilus.kernels.quantize.packed import QuantizedWeight
 from tilus.kernels.quantize.tiles import MMA, TILE, WHOLE
-from tilus.kernels.warpgroup_operands import Shape, Unpacking, copy_weights, table_entries, tile_nbytes
+from tilus.kernels.warpgroup_operands import Shape, Unpacking, table_entries, tile_nbytes
+from tilus.kernels.warpgroup_products import sum_of_steps
 from tilus.kernels.warpgroup_schedule import STORED_TOKENS, WarpgroupPlan
+from tilus.kernels.warpgroup_stages import Stages, Sums
+from tilus.kernels.warpgroup_tiles import Tiles
 from tilus.lang.kernel import Kernel
 from tilus.layout import local
 
@@ -32,45 +36,49 @@ def warpgroup_linear(
     scales: Tensor[uint8, "tiles_n", "scales_nbytes"],
     y: Tensor["out", "m", "n"],
     global_scale: f32,
+    launched: int32,
     mins: Tensor[uint8, "tiles_n", "mins_nbytes"] = None,
     zeros: Tensor[uint8, "tiles_n", "zeros_nbytes"] = None,
     table: Tensor[f32, 16] = None,
     bias: Tensor["bias_type", "n"] = None,
+    partial: Tensor[f32, "places", 2, "eights", "threads", 4] = None,
+    tickets: Tensor[int32, "counters"] = None,
     *,
     wdtype: Const,
     scale_dtype: Const,
     mins_dtype: Const = None,
     span: Const,
     plan: Const,
+    eights: Const = None,
+    threads: Const = None,
 ):
-    rows, splits, blocks = plan.rows, plan.splits, plan.blocks
+    rows, splits = plan.rows, plan.splits
     # More pieces a step, where registers of one are to be free while tensor cores read those of another.
     shape = Shape(span, rows, plan.depth, plan.tokens, TILE if plan.scaled or plan.overlap == "steps" else 2 * TILE)
     group_warps, copiers = 4 * rows, 1 if plan.registers is None else 4
+    token_tiles = tilus.cdiv(y.shape[0], plan.tokens)
     tilus.grid(
-        tilus.cdiv(codes.shape[0], rows) * blocks,
-        tilus.cdiv(y.shape[0], plan.tokens),
+        launched,
+        1 if plan.launched else token_tiles,
         warps=group_warps * splits + copiers,
-        cluster=blocks,
+        cluster=plan.blocks * plan.sharing,
         blocks_per_sm=plan.blocks_per_sm,
     )
     tilus.launch_dependents()
-    rank = tilus.block_id(0) % blocks
-    row_tile, token = tilus.block_id(0) // blocks * rows, tilus.block_id(1) * plan.tokens
-    all_steps = codes.shape[1] // (plan.depth * tile_nbytes(wdtype))
-    begin = all_steps * rank // blocks
-    steps = all_steps * (rank + 1) // blocks - begin
+    row_tiles = tilus.cdiv(codes.shape[0], rows * plan.sharing)
+    steps = codes.shape[1] // (plan.depth * tile_nbytes(wdtype))
+    tiles = Tiles(plan, row_tiles, token_tiles, steps, launched)
 
     factors = [(scales, scale_dtype), (mins, mins_dtype), (zeros, f16)]
     constant = [codes, scales, mins, zeros, table, bias]
-    stages = Stages(plan.stages, x, codes, wdtype, factors, shape)
-    own_sums = Sums(splits, plan.tokens, 32 * group_warps)
-    all_sums = Sums(blocks, plan.tokens, 32 * group_warps)
-    if blocks > 1:
+    stages = Stages(plan, x, codes, wdtype, factors, shape, tiles.group)
+    own_sums = Sums(splits, plan.tokens, 32 * group_warps, again=plan.launched > 0 and splits > 1)
+    all_sums = Sums(plan.blocks, plan.tokens, 32 * group_warps)
+    if plan.blocks * plan.sharing > 1:
         tilus.cluster_sync()
 
     with tilus.warps(group_warps * splits, copiers, registers=None if plan.registers is None else 40):
-        stages.fill(row_tile, token, begin, steps, constant)
+        stages.fill(tiles, constant)
 
     for split in range(splits):
         with tilus.warps(group_warps * split, group_warps, registers=plan.registers):
@@ -78,92 +86,28 @@ def warpgroup_linear(
             exponent = residual(wdtype, x.dtype, table, zeros, MMA)
             entries = table_entries(table, x.dtype, 32 * group_warps)
             unpacked = Unpacking(wdtype, (scale_dtype, mins_dtype), x.dtype, entries, exponent, shape)
-            once = unpacked.whole(factors, row_tile) if span == WHOLE else None
-            total = sum_of_steps(unpacked, stages, once, split, steps, plan)
-            if split > 0:
-                own_sums.give(total, split)
-            else:
-                total = own_sums.added_to(total)
-                if rank > 0:
-                    all_sums.give(total, rank, block=0)
+            for index in tiles.numbers():
+                row_tile, token = tiles.start(index)
+                begin, end = tiles.extent(index)
+                once = unpacked.whole(factors, row_tile) if span == WHOLE else None
+                first = tiles.before(index)
+                stages.begin_tile(first, tiles.all_steps())
+                # Each warpgroup always takes the same stages, so that it sees all their phases.
+                turn = (split + first * (splits - 1)) % splits if plan.launched else split
+                total = sum_of_steps(unpacked, stages, once, turn, end - begin, plan)
+                if split > 0:
+                    own_sums.give(total, split, index)
                 else:
-                    total = all_sums.added_to(total) * (global_scale * 2.0**exponent)
-                    result = tilus.cast(with_bias(total, bias, row_tile), y.dtype)
-                    store_rows(y, [token, row_tile * TILE], result, 32 * group_warps)
-
-
-class Stages:
-    """Steps on their way through shared memory, each with a barrier that says that it is there and one that it is free."""
-
-    def __init__(self, count: int, x, codes, wdtype: DataType, factors, shape: Shape):
-        self.count = count
-        self.shape = shape
-        self.sources = (x, codes, factors)
-        self.codes = tilus.shared(uint8, [count, shape.rows, shape.depth * tile_nbytes(wdtype)])
-        self.x = tilus.shared(x.dtype, [count, shape.tokens, shape.columns])
-        self.factors = [
-            None
-            if array is None or shape.span == WHOLE
-            else tilus.shared(uint8, [count, shape.rows, shape.sets * TILE * dtype.nbytes])
-            for array, dtype in factors
-        ]
-        self.full = tilus.mbarrier(count)
-        self.empty = tilus.mbarrier(count)
-
-    def fill(self, row_tile, token, begin, steps, constant):
-        """The producer: `steps` steps from `begin` on. It asks for the first weights before the kernel in front has ended."""
-        ahead = min(steps, self.count)
-        for i in tilus.range(ahead):
-            self.copy_weights(i, row_tile, begin + i)
-        tilus.wait_dependencies(constant=constant)
-        for i in tilus.range(ahead):
-            self.copy_activations(i, token, begin + i)
-        for i in tilus.range(ahead, steps):
-            stage = i % self.count
-            tilus.wait_barrier(self.empty[stage], (i // self.count + 1) % 2)
-            self.copy_weights(stage, row_tile, begin + i)
-            self.copy_activations(stage, token, begin + i)
-
-    def copy_weights(self, stage, row_tile, step):
-        """Ask for codes and factors, and tell the barrier how much is to come, activations included."""
-        nbytes = self.codes[0].nbytes + self.x[0].nbytes
-        for buffer in self.factors:
-            if buffer is not None:
-                nbytes = nbytes + buffer[0].nbytes
-        tilus.arrive(self.full[stage], nbytes=nbytes)
-        _, codes, factors = self.sources
-        copy_weights(codes, factors, self.codes, self.factors, self.full, stage, row_tile, step, self.shape)
-
-    def copy_activations(self, stage, token, step):
-        start = [token, step * self.shape.columns]
-        tilus.copy_tensor(self.x[stage], self.sources[0], start, barrier=self.full[stage])
-
-    def wait(self, step):
-        """The stage of a step, once it is there."""
-        stage = step % self.count
-        tilus.wait_barrier(self.full[stage], step // self.count % 2)
-        return stage
-
-
-class Sums:
-    """Where the first of `count` warpgroups, or blocks of a cluster, finds the sums of the others."""
-
-    def __init__(self, count: int, tokens: int, threads: int):
-        self.count = count
-        self.buffers = tilus.shared(f32, [max(1, count - 1), tokens // 8, threads, 4])
-        self.done = tilus.mbarrier(1, arrivals=max(1, count - 1))
-
-    def give(self, total, index, block=None):
-        """Leave the sums of the index-th, from 1 on, to the first one, which `block` of the cluster has (None: this one)."""
-        tilus.store_shared(self.buffers[index - 1], by_thread(total), block=block)
-        tilus.arrive(self.done[0], block=block)
-
-    def added_to(self, total):
-        """Of the first one, plus those of the others, always in the same order."""
-        if self.count == 1:
-            return total
-        tilus.wait_barrier(self.done[0], 0)
-        return total + sum_of(self.buffers, total)
+                    total = own_sums.added_to(total, index)
+                    if tiles.part > 0:
+                        all_sums.give(total, tiles.part, block=tiles.own)
+                    else:
+                        total, complete = all_sums.added_to(total), 1
+                        if plan.streamed:
+                            total, complete = tiles.joined(total, partial, tickets, index)
+                        if complete == 1:
+                            result = with_bias(total * (global_scale * 2.0**exponent), bias, row_tile)
+                            store_rows(y, [token, row_tile * TILE], tilus.cast(result, y.dtype), 32 * group_warps)
 
 
 def with_bias(result, bias, row_tile):
@@ -171,23 +115,6 @@ def with_bias(result, bias, row_tile):
         return result
     offsets = tilus.cast(tilus.load(bias, [row_tile * TILE], [result.shape[0]]), f32)
     return result + tilus.reshape(offsets, [result.shape[0], 1])
-
-
-def by_thread(total):
-    """[rows, tokens] of wgmma as [tokens / 8, threads, 4], so that a thread moves 16 bytes beside those of its neighbours."""
-    rows, tokens = total.shape
-    split = tilus.reshape(total, [rows // 16, 2, 8, tokens // 8, 4, 2])
-    return tilus.reshape(tilus.transpose(split, [3, 0, 2, 4, 1, 5]), [tokens // 8, 2 * rows, 4])
-
-
-def sum_of(buffers, total):
-    """The sum of what `by_thread` made of other warpgroups' sums, like `total`."""
-    rows, tokens = total.shape
-    added = tilus.load_shared(buffers[0])
-    for index in range(1, buffers.shape[0]):
-        added = added + tilus.load_shared(buffers[index])
-    split = tilus.reshape(added, [tokens // 8, rows // 16, 8, 4, 2, 2])
-    return tilus.reshape(tilus.transpose(split, [1, 4, 2, 0, 3, 5]), [rows, tokens])
 
 
 def store_rows(y, start, result, threads: int):
@@ -200,102 +127,6 @@ def store_rows(y, start, result, threads: int):
         some = tilus.select(tilus.reshape(result, [rows, tokens // part, part]), 1, index)
         runs = tilus.with_layout(tilus.transpose(some), layout)
         tilus.store(y, [start[0] + index * part, start[1]], runs)
-
-
-def sum_of_steps(unpacked: Unpacking, stages: Stages, once, split: int, steps, plan: WarpgroupPlan):
-    """The products of a warpgroup's steps: `split`, `split + plan.splits`, ..."""
-    total = tilus.zeros([TILE * plan.rows, plan.tokens], f32)
-    if plan.scaled:
-        return add_scaled(total, unpacked, stages, once, split, steps, plan)
-    if plan.overlap == "steps" and unpacked.factor_dtypes[1] is None:
-        return add_ahead(total, unpacked, stages, once, split, steps, plan)
-    return add_groups(total, unpacked, stages, once, split, steps, plan)
-
-
-def add_groups(total, unpacked, stages: Stages, once, split: int, steps, plan: WarpgroupPlan):
-    """total + the products of a warpgroup's steps, piece by piece; with overlap the next is unpacked meanwhile."""
-    shape, act = unpacked.shape, stages.x.dtype
-    extents = (TILE * plan.rows, plan.tokens, shape.width)
-    later = int(plan.overlap == "step")  # pieces after which one is scaled
-    for i in tilus.range(split, steps, plan.splits):
-        stage = stages.wait(i)
-        under_way = []
-        for piece in range(shape.pieces):
-            scale, minimum, zero = once if once is not None else unpacked.factors(stages.factors, stage, piece)
-            left, offsets = unpacked.weights(stages.codes, stage, piece, zero), [0, piece * shape.width]
-            part = tilus.wgmma(left, stages.x[stage], shape=extents, y_offsets=offsets)
-            sum_x = None
-            if minimum is not None:
-                ones = tilus.full([TILE * plan.rows, shape.width], 1.0, act)
-                sum_x = tilus.wgmma(ones, stages.x[stage], shape=extents, y_offsets=offsets)
-            under_way = [*under_way, (part, scale, sum_x, minimum)]
-            if piece >= later:
-                tilus.wgmma_wait(later if minimum is None else 2 * later)
-                total = scaled_sum(total, *under_way[piece - later])
-        if later > 0:
-            tilus.wgmma_wait()
-            total = scaled_sum(total, *under_way[shape.pieces - 1])
-        tilus.arrive(stages.empty[stage])
-    return total
-
-
-def add_ahead(total, unpacked, stages: Stages, once, split: int, steps, plan: WarpgroupPlan):
-    """The same without minimums. While tensor cores work on a piece, the next one is unpacked, be it of the next step."""
-    shape = unpacked.shape
-    extents = (TILE * plan.rows, plan.tokens, shape.width)
-    together = shape.pieces // shape.sets  # pieces with the same factors, which are added up before they are scaled
-    first = tilus.zeros([TILE * plan.rows, shape.width], stages.x.dtype)
-    if split < steps:
-        tilus.wait_barrier(stages.full[split], 0)
-        first = unpacked.piece(stages.codes, stages.factors, split, 0, once)
-    for i in tilus.range(split, steps, plan.splits):
-        stage = i % stages.count
-        part = tilus.wgmma(first, stages.x[stage], shape=extents, y_offsets=[0, 0])
-        for piece in range(1, shape.pieces):
-            left, offsets = unpacked.piece(stages.codes, stages.factors, stage, piece, once), [0, piece * shape.width]
-            if piece % together == 0:
-                tilus.wgmma_wait()
-                total = tilus.fma(part, unpacked.scale(stages.factors, stage, piece - 1, once), total)
-                part = tilus.wgmma(left, stages.x[stage], shape=extents, y_offsets=offsets)
-            else:
-                part = tilus.wgmma(left, stages.x[stage], part, shape=extents, y_offsets=offsets)
-        scale = unpacked.scale(stages.factors, stage, shape.pieces - 1, once)
-        tilus.wgmma_wait(together - 1)  # no longer is the first piece read
-        following = i + plan.splits
-        if following < steps:
-            next_stage = stages.wait(following)
-            first = unpacked.piece(stages.codes, stages.factors, next_stage, 0, once)
-        tilus.wgmma_wait()
-        total = tilus.fma(part, scale, total)
-        tilus.arrive(stages.empty[stage])
-    return total
-
-
-def scaled_sum(total, part, scale, sum_x, minimum):
-    """total + scale * part + minimum * sum_x, of the latter what there is."""
-    result = tilus.fma(part, scale, total)
-    return result if minimum is None else tilus.fma(sum_x, minimum, result)
-
-
-def add_scaled(total, unpacked, stages: Stages, once, split: int, steps, plan: WarpgroupPlan):
-    """The same with weights that are multiplied by their scales before the product, and rounded to the activations' type."""
-    shape, act = unpacked.shape, stages.x.dtype
-    extents = (TILE * plan.rows, plan.tokens, shape.width)
-    before = 0
-    for i in tilus.range(split, steps, plan.splits):
-        stage = stages.wait(i)
-        for piece in range(shape.pieces):
-            scale, minimum, zero = once if once is not None else unpacked.factors(stages.factors, stage, piece)
-            left = unpacked.weights(stages.codes, stage, piece, zero) * tilus.cast(scale, act)
-            if minimum is not None:
-                left = left + tilus.cast(minimum, act)
-            total = tilus.wgmma(left, stages.x[stage], total, shape=extents, y_offsets=[0, piece * shape.width])
-            tilus.wgmma_wait(1)
-            if piece == 0 and i > split:
-                tilus.arrive(stages.empty[before])
-        before = stage
-    tilus.wgmma_wait()
-    return total
 
 
 def kernel_call(
@@ -312,4 +143,14 @@ def kernel_call(
         "mins_dtype": None if header.mins_dtype is None else DTYPES[header.mins_dtype],
         "span": header.span, "plan": plan,
     }  # fmt: skip
-    return warpgroup_linear, [x, codes, scales, y, header.global_scale, mins, zeros, weight.table, bias], values
+    m, n = (int(extent) for extent in y.shape)
+    cluster, partial, tickets = plan.blocks * plan.sharing, None, None
+    row_tiles, token_tiles = -(-n // (TILE * plan.rows * plan.sharing)), -(-m // plan.tokens)
+    teams = min(row_tiles * token_tiles, plan.launched // cluster) if plan.launched else row_tiles
+    launched = cluster * teams
+    if plan.streamed:
+        partial = empty(x, (launched + 1, 2, plan.tokens // 8, 128 * plan.rows, 4), "float32")
+        tickets = counters(x, launched + 1)
+        values |= {"eights": plan.tokens // 8, "threads": 128 * plan.rows}
+    arguments = [x, codes, scales, y, header.global_scale, launched, mins, zeros, weight.table, bias, partial, tickets]
+    return warpgroup_linear, arguments, values

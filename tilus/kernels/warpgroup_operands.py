@@ -47,7 +47,7 @@ def tile_nbytes(dtype: DataType) -> int:
 def copy_weights(codes, factors, stage_codes, stage_factors, full, stage, row_tile, step, shape: Shape):
     """Ask for the codes and factors of a step. Behind the last row of tiles they are those of the last row again."""
     for row in range(shape.rows):
-        source = row_tile if shape.rows == 1 else min(row_tile + row, codes.shape[0] - 1)
+        source = min(row_tile + row, codes.shape[0] - 1)
         first = step * stage_codes.shape[2]
         tilus.copy_bulk(stage_codes[stage, row], codes, [source, first], barrier=full[stage], evict="first")
         for buffer, factor in zip(stage_factors, factors):

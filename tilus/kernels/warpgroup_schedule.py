@@ -20,11 +20,18 @@ HALF_NBYTES = 112 * 1024  # so that a block of the next kernel, or another of th
 STORED_TOKENS = 32  # of a block at a time: results pass through shared memory
 SLACK_NBYTES = 2048  # barriers, alignment
 MOST_STAGES = 24
-# Bytes of codes from which on a block is worth another one along K.
-LEAST_SPLIT_NBYTES = 256 * 1024
+# Bytes of codes of a row of tiles, beyond which another block along K is worth it: while they are read, or multiplied, too.
+LEAST_SPLIT_NBYTES = {"reading": 256 * 1024, "computing": 128 * 1024 - 1}
+
+LEAST_IDLE = 1.05  # waves of tiles, in times of full ones
+# Waves of tiles from which on blocks that take several save more than idle ones at the end cost.
+LEAST_WAVES = 4
+# Microseconds of an H100 for a step of 128 columns, by the rows and tokens of a block.
+STEP_US = {(1, 128): 0.43, (2, 128): 0.79, (1, 256): 0.85, (2, 256): 1.38}
 
 
 Overlap = Literal["none", "step", "steps"]
+Unit = Literal["wgmma", "mma"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,9 @@ class WarpgroupPlan:
     without asking. blocks_per_sm: how many blocks must fit on a multiprocessor. overlap: unpack the next piece while the product
     of the last one is under way, within a step, or that of the next step, too. scaled: multiply weights by their scales, and
     round them, not sums: for so many tokens that there are no registers for the sums of a group beside those of all groups.
+    unit: what multiplies, warpgroups, or the products of single warps, for which each loads all activations. sharing: blocks of a
+    cluster, with different rows, that bring parts of the same activations for each other. launched: so many blocks compute tiles
+    one after the other, 0: each block one. streamed: they have equal shares of the steps of all tiles.
     """
 
     tokens: int
@@ -49,15 +59,29 @@ class WarpgroupPlan:
     blocks_per_sm: int = 1
     overlap: Overlap = "none"
     scaled: bool = False
+    unit: Unit = "wgmma"
+    sharing: int = 1
+    launched: int = 0
+    streamed: bool = False
 
     def __post_init__(self) -> None:
         held = 2 if self.overlap == "steps" or self.scaled else 1  # they keep a stage until their next one has come
         least = self.splits * held
         if self.stages % self.splits or self.stages < least:
             raise TilusError(f"{self.stages} stages for {self.splits} splits, expected a multiple from {least} up")
+        if self.launched and self.blocks > 1:
+            raise TilusError(f"{self.launched} blocks that take turns with {self.blocks} along K, expected 1 along K")
+        if self.launched % self.sharing:
+            raise TilusError(f"{self.launched} blocks of which {self.sharing} share tokens, expected a multiple")
+        if self.streamed and (not self.launched or self.sharing > 1):
+            raise TilusError(
+                f"{self.launched} blocks with equal shares of all steps, {self.sharing} sharing tokens, expected 1 or more, 1"
+            )
 
     def easier(self) -> WarpgroupPlan | None:
         """The next one that needs fewer registers; None when there is none."""
+        if self.launched:
+            return replace(self, launched=0, streamed=False, sharing=1)
         if self.overlap != "none":
             return replace(self, overlap="none")
         if self.blocks_per_sm > 1:
@@ -82,6 +106,7 @@ def stage_nbytes(header: WeightHeader, tokens: int, rows: int, depth: int) -> in
 def planned(
     header: WeightHeader, tokens: int, rows: int, splits: int, blocks: int, depth: int, nbytes: int, *,
     registers: int | None = None, blocks_per_sm: int = 1, overlap: Overlap = "none", scaled: bool = False,
+    unit: Unit = "wgmma", sharing: int = 1, launched: int = 0, streamed: bool = False,
 ) -> WarpgroupPlan | None:  # fmt: skip
     """The plan with as many stages as `nbytes` of shared memory hold; None when they are too few."""
     sums = (splits - 1 + blocks - 1) * tokens * rows * TILE * 4
@@ -90,7 +115,10 @@ def planned(
     stages -= stages % splits
     if stages < max(2, splits * (2 if overlap == "steps" or scaled else 1)):
         return None
-    return WarpgroupPlan(tokens, rows, splits, blocks, depth, stages, registers, blocks_per_sm, overlap, scaled)
+    return WarpgroupPlan(
+        tokens, rows, splits, blocks, depth, stages, registers, blocks_per_sm, overlap, scaled, unit, sharing, launched,
+        streamed,
+    )  # fmt: skip
 
 
 def warpgroup_plans(header: WeightHeader, m: int, num_sms: int) -> tuple[WarpgroupPlan, ...]:
@@ -109,7 +137,7 @@ def invariant_plans(header: WeightHeader, m: int, num_sms: int) -> tuple[Warpgro
     if k % TILE:
         return ()
     tiles_n, tiles_k = -(-n // TILE), k // TILE
-    blocks, depth = _blocks(header, tiles_n, tiles_k, num_sms), _depths(tiles_k, 2)[0]
+    blocks, depth = _blocks(header, tiles_n, tiles_k, num_sms, 1), _depths(tiles_k, 2)[0]
     most = next((tokens for tokens in (8, 16, 32) if m <= tokens), 64)
     found = (
         planned(header, tokens, 1, 2, blocks, depth, SHARED_NBYTES) for tokens in (64, 32, 16, 8) if tokens <= most
@@ -117,18 +145,19 @@ def invariant_plans(header: WeightHeader, m: int, num_sms: int) -> tuple[Warpgro
     return tuple(plan for plan in found if plan is not None)
 
 
-def _blocks(header: WeightHeader, tiles_n: int, tiles_k: int, num_sms: int) -> int:
-    """Along K: two where there are few rows of tiles, and much to read in each."""
-    return 2 if 2 * tiles_n <= num_sms and tiles_k * 512 * header.dtype.nbits > LEAST_SPLIT_NBYTES else 1
+def _blocks(header: WeightHeader, tiles_n: int, tiles_k: int, num_sms: int, m: int) -> int:
+    """Along K: two where there are few rows of tiles, and much to do in each."""
+    least = LEAST_SPLIT_NBYTES["reading" if m <= 32 else "computing"]
+    return 2 if 2 * tiles_n <= num_sms and tiles_k * 512 * header.dtype.nbits > least else 1
 
 
 def _plans(header: WeightHeader, m: int, tiles_n: int, tiles_k: int, num_sms: int) -> Iterator[WarpgroupPlan | None]:
-    blocks = _blocks(header, tiles_n, tiles_k, num_sms)
+    blocks = _blocks(header, tiles_n, tiles_k, num_sms, m)
     many = tiles_n > num_sms
     if m <= 16:
         yield from _reading(header, 8 if m <= 8 else 16, blocks, many, tiles_k)
     elif m <= 64:
-        yield from _between(header, 32 if m <= 32 else 64, blocks, many, tiles_k)
+        yield from _between(header, 32 if m <= 32 else 64, blocks, tiles_n, tiles_k, num_sms)
     else:
         yield from _computing(header, m, blocks, tiles_n, tiles_k, num_sms)
 
@@ -142,26 +171,48 @@ def _depths(tiles_k: int, *wanted: int) -> list[int]:
 def _reading(
     header: WeightHeader, tokens: int, blocks: int, many: bool, tiles_k: int
 ) -> Iterator[WarpgroupPlan | None]:
-    """The time is that of reading the weight: many warpgroups take turns, each with much on its way."""
+    """The time is that of reading the weight: many warpgroups take turns, each with much on its way.
+
+    wgmma takes as long for 8 or 16 columns as for 26, so up to 8 tokens single warps multiply faster; at 16 that is so only for
+    what takes long to unpack.
+    """
+    nbits = header.dtype.nbits
+    slow = nbits == 2 or (nbits == 3 and header.has_zeros)  # to unpack
+    units: tuple[Unit, ...] = ("mma", "wgmma") if blocks == 1 and (tokens == 8 or slow) else ("wgmma", "mma")
     first = 2 if many or blocks == 2 else 4
-    for splits in (first, 6 - first):
-        for depth in _depths(tiles_k, 4, 2):
-            overlap: Overlap = "step" if splits == 2 and blocks == 2 else "none"
-            half = planned(header, tokens, 1, splits, blocks, depth, HALF_NBYTES, overlap=overlap)
-            whole = planned(header, tokens, 1, splits, blocks, depth, SHARED_NBYTES, overlap=overlap)
-            enough = half is not None and half.stages >= 2 * splits  # else a warpgroup waits for its only stage
-            yield from (half, whole) if enough else (whole, half)
-    for depth in _depths(tiles_k, 4, 2):
-        yield planned(header, tokens, 1, 2, 3 - blocks, depth, HALF_NBYTES)
-        yield planned(header, tokens, 1, 2, blocks, depth, HALF_NBYTES, blocks_per_sm=2)
-        yield planned(header, tokens, 2, 2, blocks, depth, HALF_NBYTES)
+    if units[0] == "mma" and (tokens == 16 or nbits <= 2):  # few bytes on their way: deep steps
+        yield planned(
+            header, tokens, 1, 3, blocks, _depths(tiles_k, 4 if tokens == 16 else 8)[0], HALF_NBYTES, unit="mma"
+        )
+    for unit in units:
+        for splits in (first, 6 - first) if unit == units[0] else (first,):
+            for depth in _depths(tiles_k, 4, 2):
+                overlap: Overlap = "step" if splits == 2 and blocks == 2 and unit == "wgmma" else "none"
+                half = planned(header, tokens, 1, splits, blocks, depth, HALF_NBYTES, overlap=overlap, unit=unit)
+                whole = planned(header, tokens, 1, splits, blocks, depth, SHARED_NBYTES, overlap=overlap, unit=unit)
+                enough = half is not None and half.stages >= 2 * splits  # else a warpgroup waits for its only stage
+                yield half if enough else whole
+                if unit == units[0] and splits == first:
+                    yield whole if enough else half
+    depth = _depths(tiles_k, 4)[0]
+    yield planned(header, tokens, 1, 2, 3 - blocks, depth, HALF_NBYTES)
+    yield planned(header, tokens, 1, 2, blocks, depth, HALF_NBYTES, blocks_per_sm=2)
+
+
+def _streams(tiles: int, num_sms: int) -> bool:
+    """Whether waves of whole tiles leave so many blocks idle that equal shares of all steps are worth a try.
+
+    Where it was measured, whole tiles were faster all the same: blocks in step find each other's activations in the L2 cache.
+    """
+    waves = -(-tiles // num_sms)
+    return tiles >= num_sms and waves * num_sms > LEAST_IDLE * tiles
 
 
 def _between(
-    header: WeightHeader, tokens: int, blocks: int, many: bool, tiles_k: int
+    header: WeightHeader, tokens: int, blocks: int, tiles_n: int, tiles_k: int, num_sms: int
 ) -> Iterator[WarpgroupPlan | None]:
     """Reading, unpacking and multiplying take about as long: two or three warpgroups, or two blocks, overlap them."""
-    wide, narrow = _depths(tiles_k, 4)[0], _depths(tiles_k, 2)[0]
+    wide, narrow, many = _depths(tiles_k, 4)[0], _depths(tiles_k, 2)[0], tiles_n > num_sms
     half = {"blocks_per_sm": 2}
     plans = [
         planned(header, tokens, 1, 2, blocks, wide, SHARED_NBYTES, overlap="step"),
@@ -172,13 +223,14 @@ def _between(
         planned(header, tokens, 1, 2, 3 - blocks, wide, SHARED_NBYTES, overlap="step"),
         planned(header, tokens, 1, 1, blocks, narrow, HALF_NBYTES, **half),
     ]
-    first = 3 if many else 2 if tokens == 64 and blocks == 2 else 1 if tokens == 32 and blocks == 1 else 0
+    long = tiles_k * 512 * header.dtype.nbits > LEAST_SPLIT_NBYTES["reading"]
+    first = 3 if many else 2 if tokens == 64 and blocks == 2 and long else 1 if tokens == 32 and blocks == 1 else 0
     yield plans[first]
     yield from plans
-
-
-# Microseconds of an H100 for a step of 128 columns, by the rows and tokens of a block.
-STEP_US = {(1, 128): 0.43, (2, 128): 0.79, (1, 256): 0.70, (2, 256): 1.33}
+    if _streams(tiles_n, num_sms):
+        yield planned(
+            header, tokens, 1, 2, 1, wide, SHARED_NBYTES, registers=232, overlap="step", launched=num_sms, streamed=True
+        )
 
 
 def _computing(
@@ -197,7 +249,15 @@ def _computing(
         rows, tokens = shape
         return -(-(-(-tiles_n // rows) * -(-m // tokens)) // num_sms) * STEP_US[shape]
 
+    blocks_of_all, pairs = -(-tiles_n // 2) * -(-m // 256), num_sms // 2 * 2
+    if blocks_of_all >= LEAST_WAVES * num_sms:
+        for sharing in (2, 1):
+            yield planned(
+                header, 256, 2, 1, 1, depth, SHARED_NBYTES, registers=208, scaled=True, sharing=sharing, launched=pairs
+            )
     fitting = [shape for shape in shapes if m > 128 or shape[1] == 128]
     yield from (shapes[shape] for shape in sorted(fitting, key=waves_us))
     yield planned(header, 128, 2, 1, 1, depth, SHARED_NBYTES, registers=232)
     yield planned(header, 128, 1, 1, 1, depth, HALF_NBYTES, blocks_per_sm=2)
+    if _streams(-(-tiles_n // 2) * -(-m // 128), num_sms):
+        yield planned(header, 128, 2, 1, 1, depth, SHARED_NBYTES, registers=232, launched=num_sms, streamed=True)

@@ -1,0 +1,139 @@
+"""What the warpgroups of a quantised linear layer on Hopper share: steps on their way through shared memory, and partial sums."""
+
+from __future__ import annotations
+
+import tilus
+from tilus import f32, uint8
+from tilus.dtypes import DataType
+from tilus.kernels.quantize.tiles import TILE, WHOLE
+from tilus.kernels.warpgroup_operands import Shape, copy_weights, tile_nbytes
+from tilus.kernels.warpgroup_schedule import WarpgroupPlan
+
+
+class Stages:
+    """Steps on their way through shared memory, each with a barrier that says that it is there and one that it is free."""
+
+    def __init__(self, plan: WarpgroupPlan, x, codes, wdtype: DataType, factors, shape: Shape, group):
+        self.count, self.splits, self.sharing, self.group = plan.stages, plan.splits, plan.sharing, group
+        self.shape = shape
+        self.sources = (x, codes, factors)
+        count = self.count
+        self.codes = tilus.shared(uint8, [count, shape.rows, shape.depth * tile_nbytes(wdtype)])
+        self.x = tilus.shared(x.dtype, [count, shape.tokens, shape.columns])
+        self.factors = [
+            None
+            if array is None or shape.span == WHOLE
+            else tilus.shared(uint8, [count, shape.rows, shape.sets * TILE * dtype.nbytes])
+            for array, dtype in factors
+        ]
+        self.full = tilus.mbarrier(count)
+        self.empty = tilus.mbarrier(count, arrivals=self.sharing)
+
+    def fill(self, tiles, constant):
+        """The producer: all steps of a block. It asks for the first weights before the kernel in front has ended."""
+        row_tile, token = tiles.start(0)
+        begin, end = tiles.extent(0)
+        ahead = min(end - begin, self.count)
+        for i in tilus.range(ahead):
+            self.copy_weights(i, row_tile, begin + i)
+        tilus.wait_dependencies(constant=constant)
+        for i in tilus.range(ahead):
+            self.copy_activations(i, token, begin + i, tiles.own)
+        for index in tiles.numbers():
+            row_tile, token = tiles.start(index)
+            begin, end = tiles.extent(index)
+            filled = tiles.before(index)
+            for i in tilus.range(max(ahead - filled, 0), end - begin):
+                stage = (filled + i) % self.count
+                tilus.wait_barrier(self.empty[stage], ((filled + i) // self.count + 1) % 2)
+                self.copy_weights(stage, row_tile, begin + i)
+                self.copy_activations(stage, token, begin + i, tiles.own)
+
+    def begin_tile(self, first, end):
+        """Consumers: steps are counted from `first` on, of `end` of the block."""
+        self.first, self.end = first, end
+
+    def copy_weights(self, stage, row_tile, step):
+        """Ask for codes and factors, and tell the barrier how much is to come, activations included."""
+        nbytes = self.codes[0].nbytes + self.x[0].nbytes
+        for buffer in self.factors:
+            if buffer is not None:
+                nbytes = nbytes + buffer[0].nbytes
+        tilus.arrive(self.full[stage], nbytes=nbytes)
+        _, codes, factors = self.sources
+        copy_weights(codes, factors, self.codes, self.factors, self.full, stage, row_tile, step, self.shape)
+
+    def copy_activations(self, stage, token, step, own):
+        start = [token, step * self.shape.columns]
+        if self.sharing == 1:
+            tilus.copy_tensor(self.x[stage], self.sources[0], start, barrier=self.full[stage])
+        else:
+            part = self.shape.tokens // self.sharing
+            tilus.copy_tensor(
+                self.x[stage], self.sources[0], [token + own * part, start[1]], shape=[part, self.shape.columns],
+                dst_offsets=[own * part, 0], barrier=self.full[stage], multicast=((1 << self.sharing) - 1) << self.group,
+            )  # fmt: skip
+
+    def at(self, step):
+        return (self.first + step) % self.count
+
+    def wait(self, step):
+        """The stage of a step, once it is there."""
+        stage = self.at(step)
+        tilus.wait_barrier(self.full[stage], (self.first + step) // self.count % 2)
+        return stage
+
+    def give_back(self, step):
+        """All blocks that bring parts of this step's stage may fill it again."""
+        stage = self.at(step)
+        if self.sharing == 1:
+            tilus.arrive(self.empty[stage])
+        else:
+            if self.first + step + self.count < self.end:  # else the other block might be gone
+                for block in range(self.sharing):
+                    tilus.arrive(self.empty[stage], block=self.group + block, reads_only=True)
+
+
+class Sums:
+    """Where the first of `count` warpgroups, or blocks of a cluster, finds the sums of the others. again: more than once."""
+
+    def __init__(self, count: int, tokens: int, threads: int, again: bool = False):
+        self.count = count
+        self.buffers = tilus.shared(f32, [max(1, count - 1), tokens // 8, threads, 4])
+        self.done = tilus.mbarrier(1, arrivals=max(1, count - 1))
+        self.taken = tilus.mbarrier(1) if again else None
+
+    def give(self, total, index, number=0, block=None):
+        """Leave the sums of the index-th, from 1 on, to the first one, which `block` of the cluster has (None: this one), for the
+        number-th time."""
+        if self.taken is not None:
+            tilus.wait_barrier(self.taken[0], (number + 1) % 2)
+        tilus.store_shared(self.buffers[index - 1], by_thread(total), block=block)
+        tilus.arrive(self.done[0], block=block)
+
+    def added_to(self, total, number=0):
+        """Of the first one, plus those of the others, always in the same order."""
+        if self.count == 1:
+            return total
+        tilus.wait_barrier(self.done[0], number % 2)
+        added = tilus.load_shared(self.buffers[0])
+        for index in range(1, self.buffers.shape[0]):
+            added = added + tilus.load_shared(self.buffers[index])
+        total = total + from_thread(added, total)
+        if self.taken is not None:
+            tilus.arrive(self.taken[0])
+        return total
+
+
+def by_thread(total):
+    """[rows, tokens] of wgmma as [tokens / 8, threads, 4], so that a thread moves 16 bytes beside those of its neighbours."""
+    rows, tokens = total.shape
+    split = tilus.reshape(total, [rows // 16, 2, 8, tokens // 8, 4, 2])
+    return tilus.reshape(tilus.transpose(split, [3, 0, 2, 4, 1, 5]), [tokens // 8, 2 * rows, 4])
+
+
+def from_thread(added, total):
+    """What `by_thread` made of sums like `total`, back in order."""
+    rows, tokens = total.shape
+    split = tilus.reshape(added, [tokens // 8, rows // 16, 8, 4, 2, 2])
+    return tilus.reshape(tilus.transpose(split, [1, 4, 2, 0, 3, 5]), [rows, tokens])
