@@ -174,16 +174,17 @@ def _reading(
     """The time is that of reading the weight: many warpgroups take turns, each with much on its way.
 
     wgmma takes as long for 8 or 16 columns as for 26, so up to 8 tokens single warps multiply faster; at 16 that is so only for
-    what takes long to unpack.
+    what takes long to unpack, or has sums of activations to multiply, too.
     """
     nbits = header.dtype.nbits
-    slow = nbits == 2 or (nbits == 3 and header.has_zeros)  # to unpack
+    slow = nbits == 2 or (nbits == 3 and header.has_zeros) or header.mins_dtype is not None
     units: tuple[Unit, ...] = ("mma", "wgmma") if blocks == 1 and (tokens == 8 or slow) else ("wgmma", "mma")
     first = 2 if many or blocks == 2 else 4
     if units[0] == "mma" and (tokens == 16 or nbits <= 2):  # few bytes on their way: deep steps
-        yield planned(
-            header, tokens, 1, 3, blocks, _depths(tiles_k, 4 if tokens == 16 else 8)[0], HALF_NBYTES, unit="mma"
-        )
+        depth = _depths(tiles_k, 4 if tokens == 16 else 8)[0]
+        deep = planned(header, tokens, 1, 3, blocks, depth, HALF_NBYTES, unit="mma")
+        if deep is not None and deep.stages >= 2 * deep.splits:
+            yield deep
     for unit in units:
         for splits in (first, 6 - first) if unit == units[0] else (first,):
             for depth in _depths(tiles_k, 4, 2):
