@@ -182,9 +182,8 @@ def _reading(
     first = 2 if many or blocks == 2 else 4
     if units[0] == "mma" and (tokens == 16 or nbits <= 2):  # few bytes on their way: deep steps
         depth = _depths(tiles_k, 4 if tokens == 16 else 8)[0]
-        deep = planned(header, tokens, 1, 3, blocks, depth, HALF_NBYTES, unit="mma")
-        if deep is not None and deep.stages >= 2 * deep.splits:
-            yield deep
+        deep = [planned(header, tokens, 1, 3, blocks, depth, room, unit="mma") for room in (HALF_NBYTES, SHARED_NBYTES)]
+        yield from (plan for plan in deep if plan is not None and plan.stages >= 2 * plan.splits)
     for unit in units:
         for splits in (first, 6 - first) if unit == units[0] else (first,):
             for depth in _depths(tiles_k, 4, 2):
