@@ -227,6 +227,10 @@ def _between(
     first = 3 if many else 2 if tokens == 64 and blocks == 2 and long else 1 if tokens == 32 and blocks == 1 else 0
     yield plans[first]
     yield from plans
+    # Two rows of tiles that share activations write half as many bytes to shared memory, whose speed limits single rows.
+    along = 1 if many else 2 * blocks
+    for overlap in ("step", "steps") if tokens == 64 else ():
+        yield planned(header, tokens, 2, 1, along, narrow, SHARED_NBYTES, registers=232, overlap=overlap)
     if _streams(tiles_n, num_sms):
         yield planned(
             header, tokens, 1, 2, 1, wide, SHARED_NBYTES, registers=232, overlap="step", launched=num_sms, streamed=True
