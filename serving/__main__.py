@@ -1,4 +1,4 @@
-"""`python -m serving`: load a model, serve it, and finish what is running when told to stop."""
+"""`python -m serving`: load a model, serve it, and finish what is running when told to stop. And `bench`, which measures."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None, kernels: Callable[[], Kernels] | None = None) -> int:
     """Serve until SIGTERM or SIGINT; the process's exit status. kernels: another library than `tilus.kernels`."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["bench"]:
+        from serving.bench.command import main as bench  # the server needs nothing of it
+
+        return bench(arguments[1:])
     config = parse_args(arguments)
     # Importing and loading make no garbage worth a search: without it a start takes a sixth less time. `serve` ends this.
     gc.disable()

@@ -1,0 +1,1 @@
+"""`python -m serving bench`: load for any server with OpenAI's interface, and how well it was answered."""
