@@ -78,6 +78,7 @@ class Load:
                 body = self._body(index, planned)  # before the arrival: long prompts take milliseconds
                 await asyncio.sleep(max(0.0, planned.arrival - self._clock()))
                 tasks.create_task(self._exchange(index, planned, body))
+                await asyncio.sleep(0)  # it goes out before the next one is written
 
     async def _closed(self, users: int) -> None:
         """Each user sends the next request as soon as the last one has ended."""
