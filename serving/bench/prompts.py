@@ -19,7 +19,7 @@ _TEXT = (
 WORDS = tuple(_TEXT.split(" "))
 
 # How many words the server is asked to count, to learn the tokens of a word and of what it puts around a prompt.
-SAMPLES = (16, 48)
+SAMPLES = (8, 24)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def _times(found: Distribution | None) -> str:
     if found is None:
         return "".join(f"{'-':>10}" for _ in range(5)) + f"{0:>10}"
     times = (found.mean, found.p50, found.p90, found.p99, found.max)
-    return "".join(f"{time * 1e3:>10.2f}" for time in times) + f"{found.count:>10}"
+    return "".join(f"{time * 1e3:>z10.2f}" for time in times) + f"{found.count:>10}"
 
 
 def report(summary: Summary, options: Mapping[str, Any], records: Sequence[Record] | None) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """All of it or nothing: an older file stays until the new one is complete."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=path.name, delete=False) as file:
         try:
             file.write(text)
             file.close()
