@@ -11,17 +11,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 
 from serving.bench import burstgpt
+from serving.bench.http_client import HttpClient
 from serving.bench.load import Load, Observations
 from serving.bench.options import BenchOptions, parse_args
 from serving.bench.plot import plot
 from serving.bench.prompts import PromptWriter, TokenCost
 from serving.bench.report import report, table, write_json, write_text
 from serving.bench.summary import Summary, summarise
-from serving.bench.target import Target, find_model, new_client, token_cost
+from serving.bench.target import Target, find_model, token_cost
 from serving.bench.traces import read_trace
 from serving.bench.workload import LengthRange, PlannedRequest, arrival_times, at_rate, mean_rate, scaled, synthetic
 from serving.progress import progress
@@ -69,11 +69,8 @@ def make_plan(options: BenchOptions) -> list[PlannedRequest]:
 
 
 async def _run(options: BenchOptions, plan: Sequence[PlannedRequest]) -> tuple[Target, Observations]:
+    http = HttpClient(options.url, os.environ.get("OPENAI_API_KEY"))
     try:
-        http = new_client(options.url, os.environ.get("OPENAI_API_KEY"), options.timeout)
-    except httpx.InvalidURL as error:
-        raise TilusError(f"--url {options.url!r} is no address: {error}") from None
-    async with http:
         fields: dict[str, Any] = (
             {"temperature": 0} | ({"ignore_eos": True} if options.ignore_eos else {}) | options.body
         )
@@ -86,6 +83,8 @@ async def _run(options: BenchOptions, plan: Sequence[PlannedRequest]) -> tuple[T
         with progress("sending", "request") as show:
             load = Load(http, target, PromptWriter(options.seed, cost), plan, options.users, show)
             return target, await load.run(_stop_event())
+    finally:
+        await http.close()
 
 
 def _stop_event() -> asyncio.Event:

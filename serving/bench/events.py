@@ -86,6 +86,14 @@ def _is_token(choice: Json) -> bool:
     return any(parts) or not (choice.get("finish_reason") or "role" in delta)
 
 
+def message_of(text: str) -> str:
+    """What the body of an error says, in one of the usual shapes of JSON or in any other text."""
+    try:
+        return error_message(json.loads(text)) or text[:200]
+    except ValueError:
+        return text[:200]
+
+
 def error_message(body: object) -> str | None:
     """The message of an error's body in one of the usual shapes."""
     if not isinstance(body, dict):

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
-import json
 import time
 from collections.abc import Callable
 
-import httpx
-
-from serving.bench.events import DONE, EventReader, StreamEvent, error_message
+from serving.bench.events import DONE, EventReader, StreamEvent, message_of
+from serving.bench.http_client import ConnectionFailed, HttpClient, Response
 from serving.bench.record import Failure, Outcome, Record
 from serving.bench.target import Target
 from serving.bench.workload import PlannedRequest
@@ -33,7 +31,7 @@ class Exchange:
     """
 
     def __init__(
-        self, http: httpx.AsyncClient, target: Target, clock: Callable[[], float], index: int, planned: PlannedRequest
+        self, http: HttpClient, target: Target, clock: Callable[[], float], index: int, planned: PlannedRequest
     ) -> None:
         self._http = http
         self._target = target
@@ -58,9 +56,8 @@ class Exchange:
             return self._failed(Failure("timeout", f"not finished after {self._target.timeout:g} s"))
         except _Failed as failed:
             return self._failed(failed.failure)
-        except httpx.HTTPError as error:
-            message = str(error) or type(error).__name__
-            return self._failed(Failure("cut off" if self._token_times else "connection", message))
+        except ConnectionFailed as error:
+            return self._failed(Failure("cut off" if self._token_times else "connection", str(error)))
         return self._record("finished", None)
 
     def _failed(self, failure: Failure) -> Record:
@@ -90,23 +87,23 @@ class Exchange:
         while True:
             if self._sent is None:
                 self._sent = self._clock()
-            async with self._http.stream("POST", self._target.path, content=body) as reply:
-                if reply.status_code == 200:
+            async with self._http.request("POST", self._target.path, body) as reply:
+                if reply.status == 200:
                     await self._read(reply)
                     return
-                if reply.status_code != 429 or self._retries == self._target.retries:
-                    raise _Failed(f"http {reply.status_code}", await _message(reply))
+                if reply.status != 429 or self._retries == self._target.retries:
+                    raise _Failed(f"http {reply.status}", message_of(await reply.text()))
                 pause = _retry_after(reply)
             self._retries += 1
             await asyncio.sleep(pause)
 
-    async def _read(self, reply: httpx.Response) -> None:
+    async def _read(self, reply: Response) -> None:
         """Read to the very end, also after the last event: only then can the connection be used again."""
         kind = reply.headers.get("content-type", "")
         if not kind.startswith("text/event-stream"):
             raise _Failed("no stream", f"the answer's content-type is {kind!r}, but must be text/event-stream")
         reader = EventReader()
-        async for chunk in reply.aiter_raw():
+        async for chunk in reply.chunks():
             now = self._clock()
             try:
                 for data in reader.feed(chunk):
@@ -130,15 +127,7 @@ class Exchange:
             self._input_tokens, self._output_tokens = event.input_tokens, event.output_tokens
 
 
-async def _message(reply: httpx.Response) -> str:
-    text = (await reply.aread()).decode(errors="replace")
-    try:
-        return error_message(json.loads(text)) or text[:200]
-    except ValueError:
-        return text[:200]
-
-
-def _retry_after(reply: httpx.Response) -> float:
+def _retry_after(reply: Response) -> float:
     """Seconds to wait, from the header Retry-After, which has seconds or a date."""
     value = reply.headers.get("retry-after", "")
     try:

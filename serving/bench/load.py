@@ -6,9 +6,8 @@ import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-import httpx
-
 from serving.bench.exchange import Exchange
+from serving.bench.http_client import HttpClient
 from serving.bench.prompts import PromptWriter
 from serving.bench.record import Record
 from serving.bench.target import Target
@@ -35,7 +34,7 @@ class Load:
 
     def __init__(
         self,
-        http: httpx.AsyncClient,
+        http: HttpClient,
         target: Target,
         writer: PromptWriter,
         plan: Sequence[PlannedRequest],

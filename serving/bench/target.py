@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
-import httpx
-
-from serving.bench.events import Json, error_message
+from serving.bench.events import Json, message_of
+from serving.bench.http_client import ConnectionFailed, HttpClient
 from serving.bench.prompts import SAMPLES, PromptWriter, TokenCost
 from tilus.errors import TilusError
 
 Endpoint = Literal["completions", "chat"]
 ENDPOINTS: tuple[str, ...] = get_args(Endpoint)
+_PATIENCE = 30.0  # seconds for the list of models, which takes no time
 _PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 
 
@@ -40,41 +41,23 @@ class Target:
         return json.dumps({"model": self.model} | self.prompt(text) | stream | self.fields).encode()
 
 
-def new_client(url: str, api_key: str | None, timeout: float) -> httpx.AsyncClient:
-    """Connections without limit: a request that waited for one would be late by the client's fault.
-
-    They are dropped before servers do so (uvicorn after 5 s), lest a request meets a closing one; environment variables that
-    name proxies do not count, as a proxy would be measured too.
-    """
-    return httpx.AsyncClient(
-        base_url=url.rstrip("/").removesuffix("/v1"),
-        headers={"Content-Type": "application/json", "Accept-Encoding": "identity"}
-        | ({"Authorization": f"Bearer {api_key}"} if api_key else {}),
-        timeout=timeout,
-        limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2.0),
-        trust_env=False,
-    )
-
-
-async def find_model(http: httpx.AsyncClient, wanted: str | None) -> str:
+async def find_model(http: HttpClient, wanted: str | None) -> str:
     """The name of the model to ask for: the wanted one, or the only one that the server has.
 
     Raises: TilusError when nothing answers, or when the server has no such model, or none or several and none is wanted.
     """
-    reply = await _ask(http, "GET", "/v1/models")
-    if reply.status_code == 404 and wanted:  # not all servers list their models
+    status, text = await _ask(http, "GET", "/v1/models", None, _PATIENCE)
+    if status == 404 and wanted:  # not all servers list their models
         return wanted
-    if reply.status_code != 200:
+    if status != 200:
         raise TilusError(
-            f"GET {reply.url} was answered with status {reply.status_code}: {_said(reply)}",
-            hint="set OPENAI_API_KEY to the server's key" if reply.status_code in (401, 403) else None,
+            f"GET /v1/models was answered with status {status}: {message_of(text)}",
+            hint="set OPENAI_API_KEY to the server's key" if status in (401, 403) else None,
         )
     try:
-        names = [str(model["id"]) for model in cast(Json, reply.json())["data"]]
+        names = [str(model["id"]) for model in cast(Json, json.loads(text))["data"]]
     except (ValueError, KeyError, TypeError):
-        raise TilusError(
-            f"GET {reply.url} was answered with {reply.text[:200]!r}, which is no list of models"
-        ) from None
+        raise TilusError(f"GET /v1/models was answered with {text[:200]!r}, which is no list of models") from None
     if wanted is None and len(names) == 1:
         return names[0]
     if wanted not in names:
@@ -84,7 +67,7 @@ async def find_model(http: httpx.AsyncClient, wanted: str | None) -> str:
     return wanted
 
 
-async def token_cost(http: httpx.AsyncClient, target: Target, writer: PromptWriter) -> tuple[TokenCost, str]:
+async def token_cost(http: HttpClient, target: Target, writer: PromptWriter) -> tuple[TokenCost, str]:
     """What words cost in this model's tokens, and where that is from.
 
     Asked of `POST /tokenize` (vLLM's) where it is, else of the usage of two requests for one token.
@@ -97,23 +80,23 @@ async def token_cost(http: httpx.AsyncClient, target: Target, writer: PromptWrit
     return TokenCost(0.0, 1.0), "words"
 
 
-async def _tokenize(http: httpx.AsyncClient, target: Target, text: str) -> int | None:
-    reply = await _ask(http, "POST", "/tokenize", {"model": target.model} | target.prompt(text))
-    return _integer(reply, "count")
+async def _tokenize(http: HttpClient, target: Target, text: str) -> int | None:
+    body = {"model": target.model} | target.prompt(text)
+    return _integer(await _ask(http, "POST", "/tokenize", body, target.timeout), "count")
 
 
-async def _usage(http: httpx.AsyncClient, target: Target, text: str) -> int | None:
+async def _usage(http: HttpClient, target: Target, text: str) -> int | None:
     body = {"model": target.model, "max_tokens": 1} | target.prompt(text) | target.fields
-    reply = await _ask(http, "POST", target.path, body)
-    return _integer(reply, "usage", "prompt_tokens")
+    return _integer(await _ask(http, "POST", target.path, body, target.timeout), "usage", "prompt_tokens")
 
 
-def _integer(reply: httpx.Response, *names: str) -> int | None:
+def _integer(reply: tuple[int, str], *names: str) -> int | None:
     """A number inside of an answer of JSON; None when it is not there."""
-    if reply.status_code != 200:
+    status, text = reply
+    if status != 200:
         return None
     try:
-        value: Any = reply.json()
+        value: Any = json.loads(text)
         for name in names:
             value = value[name]
     except (ValueError, KeyError, TypeError):
@@ -121,18 +104,17 @@ def _integer(reply: httpx.Response, *names: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-async def _ask(http: httpx.AsyncClient, method: str, path: str, body: Json | None = None) -> httpx.Response:
+async def _ask(http: HttpClient, method: str, path: str, body: Json | None, timeout: float) -> tuple[int, str]:
+    """Status and body of an answer. Raises TilusError when there is none."""
     try:
-        return await http.request(method, path, json=body)
-    except httpx.HTTPError as error:
+        async with (
+            asyncio.timeout(timeout),
+            http.request(method, path, b"" if body is None else json.dumps(body).encode()) as reply,
+        ):
+            return reply.status, await reply.text()
+    except (ConnectionFailed, TimeoutError) as error:
+        reason = str(error) or f"none came in {timeout:g} s"
         raise TilusError(
-            f"no answer from {http.base_url}: {error or type(error).__name__}",
+            f"no answer from {http.url}: {reason}",
             hint="start a server with `python -m serving`, or name another with --url",
         ) from error
-
-
-def _said(reply: httpx.Response) -> str:
-    try:
-        return error_message(reply.json()) or reply.text[:200]
-    except ValueError:
-        return reply.text[:200]

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import httpx
-
+from serving.bench.http_client import HttpClient, Streams
 from serving.bench.load import Load, Observations
 from serving.bench.prompts import PromptWriter, TokenCost
 from serving.bench.target import Target
 from serving.bench.workload import PlannedRequest
 
 END = {"choices": [{"index": 0, "text": "", "finish_reason": "length"}]}
+BREAK = object()  # the connection
 STREAM = {"content-type": "text/event-stream"}
 
 
@@ -29,7 +31,7 @@ def used(inputs: int, outputs: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Answer:
-    """steps: (seconds to wait, what to send), an event's object, its raw data as str, raw bytes, or an error to raise."""
+    """steps: (seconds to wait, what to send), an event's object, its raw data as str, raw bytes, or BREAK."""
 
     steps: tuple[tuple[float, Any], ...] = ()
     status: int = 200
@@ -48,46 +50,83 @@ class Answer:
         return cls(((0.0, json.dumps({"error": {"message": message}}).encode()),), status, headers)
 
 
-class ScriptedServer(httpx.AsyncBaseTransport):
-    """answer: from the number of the request and its body. in_flight and most count answers that are on their way."""
+class ScriptedServer:
+    """Speaks HTTP/1.1 over pairs of connected sockets, which need no network and pass data on at once.
+
+    answer: from the number of the request and its body. most: the most answers that were on their way at a time.
+    """
 
     def __init__(self, answer: Callable[[int, dict[str, Any]], Answer]) -> None:
         self._answer = answer
+        self.requests: list[str] = []  # method and path
+        self.headers: list[list[str]] = []
         self.bodies: list[dict[str, Any]] = []
-        self.in_flight = self.most = 0
+        self.connections: list[socket.socket] = []
+        self.most = self._in_flight = 0
+        self._tasks: set[asyncio.Task[None]] = set()
 
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        body = json.loads(request.content)
+    async def connect(self) -> Streams:
+        ours, theirs = socket.socketpair()
+        self.connections.append(theirs)
+        self._tasks.add(asyncio.create_task(self._serve(theirs)))
+        return await asyncio.open_connection(sock=ours)
+
+    async def _serve(self, connection: socket.socket) -> None:
+        reader, writer = await asyncio.open_connection(sock=connection)
+        try:
+            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+                while await self._serve_one(reader, writer):
+                    pass
+        finally:
+            writer.transport.abort()
+
+    async def _serve_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        """Whether the connection can go on."""
+        first, *headers = (await reader.readuntil(b"\r\n\r\n")).decode().rstrip().split("\r\n")
+        (length,) = (int(line.split(":")[1]) for line in headers if line.startswith("Content-Length"))
+        body = json.loads(await reader.readexactly(length) or b"{}")
+        self.requests.append(first.removesuffix(" HTTP/1.1"))
+        self.headers.append(headers)
         self.bodies.append(body)
         answer = self._answer(len(self.bodies) - 1, body)
-        self.in_flight += 1
-        self.most = max(self.most, self.in_flight)
+        self._in_flight += 1
+        self.most = max(self.most, self._in_flight)
         try:
             await asyncio.sleep(answer.delay)
-        except asyncio.CancelledError:
-            self.in_flight -= 1
-            raise
-        return httpx.Response(answer.status, headers=answer.headers, stream=_Steps(self, answer.steps))
+            lines = "".join(f"{name}: {value}\r\n" for name, value in answer.headers.items())
+            writer.write(f"HTTP/1.1 {answer.status} So\r\n{lines}Transfer-Encoding: chunked\r\n\r\n".encode())
+            for pause, step in answer.steps:
+                await asyncio.sleep(pause)
+                if step is BREAK:
+                    return False
+                data = step if isinstance(step, bytes) else _event(step)
+                writer.write(b"%x\r\n%b\r\n" % (len(data), data))
+            writer.write(b"0\r\n\r\n")
+            return True
+        finally:
+            self._in_flight -= 1
 
-
-class _Steps(httpx.AsyncByteStream):
-    def __init__(self, server: ScriptedServer, steps: tuple[tuple[float, Any], ...]) -> None:
-        self._server = server
-        self._steps = steps
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        for pause, step in self._steps:
-            await asyncio.sleep(pause)
-            if isinstance(step, Exception):
-                raise step
-            yield step if isinstance(step, bytes) else _event(step)
-
-    async def aclose(self) -> None:
-        self._server.in_flight -= 1
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.sleep(0)  # closed transports say so in the loop's next round
+        for connection in self.connections:
+            connection.close()  # of a task that had not begun
 
 
 def _event(data: Any) -> bytes:
     return f"data: {data if isinstance(data, str) else json.dumps(data)}\n\n".encode()
+
+
+@contextlib.asynccontextmanager
+async def client_of(server: ScriptedServer) -> AsyncIterator[HttpClient]:
+    http = HttpClient("http://scripted", connect=server.connect)
+    try:
+        yield http
+    finally:
+        await http.close()
+        await server.close()
 
 
 async def observe(
@@ -105,7 +144,7 @@ async def observe(
     if stop_at is not None:
         asyncio.get_running_loop().call_later(stop_at, stop.set)
     writer = writer or PromptWriter(0, TokenCost(0.0, 1.0))
-    async with httpx.AsyncClient(transport=server, base_url="http://scripted") as http:
+    async with client_of(server) as http:
         show = (lambda done, total: None) if shown is None else (lambda done, total: shown.append((done, total)))
         return await Load(http, target or Target("m", "completions"), writer, plan, users, show).run(stop)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import json
 import os
@@ -11,19 +10,21 @@ import subprocess
 import sys
 import threading
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import httpx
 import pytest
 from live_server import MODEL, LiveServer, serve, wait_until
+from scripted_server import Answer, ScriptedServer, client_of
 from tiny_llama import CPU
+from virtual_time import run_virtually
 
 from serving.__main__ import main
 from serving.bench.command import make_plan
 from serving.bench.options import BenchOptions, build_parser, parse_args
 from serving.bench.prompts import SAMPLES, PromptWriter, TokenCost
-from serving.bench.target import Target, find_model, token_cost
+from serving.bench.target import Endpoint, Target, find_model, token_cost
 from serving.bench.workload import LengthRange, mean_rate
 from serving.config import EngineConfig
 from serving.loader import Checkpoint
@@ -150,10 +151,14 @@ def test_ctrl_c_reports_what_there_is(server: LiveServer, tmp_path: Path, capsys
     [
         (
             ["--url", "http://127.0.0.1:1"],
-            "error: no answer from http://127.0.0.1:1: All connection attempts failed\n"
+            "error: no answer from http://127.0.0.1:1: Connect call failed ('127.0.0.1', 1)\n"
             "  hint: start a server with `python -m serving`, or name another with --url\n",
         ),
-        (["--url", "http://a:b"], "error: --url 'http://a:b' is no address: Invalid port: 'b'\n"),
+        (
+            ["--url", "http://a:b"],
+            "error: 'http://a:b' is no address: Port could not be cast to integer value as 'b'\n"
+            "  hint: it is like http://127.0.0.1:8000\n",
+        ),
         (
             ["--model", "other"],
             "error: the model 'other' is not there; it has 'tiny'\n  hint: choose one with --model\n",
@@ -175,25 +180,27 @@ def test_what_cannot_start_says_why(
 # What servers answer before the first request
 
 
-Answer = Callable[[httpx.Request], httpx.Response]
-
-
-def asked(answer: Answer, model: str | None) -> str:
-    async def ask() -> str:
-        async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://there") as http:
-            return await find_model(http, model)
-
-    return asyncio.run(ask())
+def said(status: int, content: object) -> Answer:
+    text = content if isinstance(content, str) else json.dumps(content)
+    return Answer(((0.0, text.encode()),), status, {})
 
 
 def models(*names: str) -> Answer:
-    return lambda request: httpx.Response(200, json={"data": [{"id": name} for name in names]})
+    return said(200, {"data": [{"id": name} for name in names]})
+
+
+def found_model(answer: Answer, model: str | None) -> str:
+    async def ask() -> str:
+        async with client_of(ScriptedServer(lambda index, body: answer)) as http:
+            return await find_model(http, model)
+
+    return run_virtually(ask())
 
 
 def test_the_model_is_found() -> None:
-    assert asked(models("one"), None) == "one"
-    assert asked(models("one", "two"), "two") == "two"
-    assert asked(lambda request: httpx.Response(404), "any") == "any"
+    assert found_model(models("one"), None) == "one"
+    assert found_model(models("one", "two"), "two") == "two"
+    assert found_model(said(404, ""), "any") == "any"
 
 
 @pytest.mark.parametrize(
@@ -203,53 +210,62 @@ def test_the_model_is_found() -> None:
         (models(), None, "the server does not have just one model; it has none"),
         (models("a"), "b", "the model 'b' is not there; it has 'a'"),
         (
-            lambda request: httpx.Response(401, json={"error": {"message": "no key"}}),
+            said(401, {"error": {"message": "no key"}}),
             None,
-            "GET http://there/v1/models was answered with status 401: no key",
+            "GET /v1/models was answered with status 401: no key",
         ),
         (
-            lambda request: httpx.Response(503, text="loading"),
+            said(503, "loading"),
             "a",
-            "GET http://there/v1/models was answered with status 503: loading",
+            "GET /v1/models was answered with status 503: loading",
         ),
         (
-            lambda request: httpx.Response(200, text="<html>"),
+            said(200, "<html>"),
             None,
-            "GET http://there/v1/models was answered with '<html>', which is no list of models",
+            "GET /v1/models was answered with '<html>', which is no list of models",
         ),
     ],
 )
 def test_a_server_without_the_model(answer: Answer, model: str | None, message: str) -> None:
     with pytest.raises(TilusError) as error:
-        asked(answer, model)
+        found_model(answer, model)
     assert error.value.message == message
     assert (error.value.hint is None) == ("status 503" in message or "<html>" in message)
 
 
-def cost_of(answer: Answer, endpoint: str) -> tuple[TokenCost, str]:
-    async def ask() -> tuple[TokenCost, str]:
-        async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://there") as http:
-            return await token_cost(http, Target("m", endpoint), PromptWriter(0, TokenCost(0, 1)))  # type: ignore[arg-type]
-
-    return asyncio.run(ask())
+def test_a_server_that_stays_silent_is_given_up() -> None:
+    with pytest.raises(TilusError) as error:
+        found_model(Answer(delay=1000.0), None)
+    assert error.value.message == "no answer from http://scripted: none came in 30 s"
 
 
-def test_tokens_are_counted_by_tokenize_else_by_usage_else_taken_for_words() -> None:
-    def answer(request: httpx.Request, tokenizes: bool, counts: bool) -> httpx.Response:
-        body = json.loads(request.content)
-        text = body["prompt"] if "prompt" in body else body["messages"][0]["content"]
+@pytest.mark.parametrize("endpoint", ["completions", "chat"])
+@pytest.mark.parametrize(
+    ("tokenizes", "counts", "expected"),
+    [
+        (True, True, (TokenCost(3, 2), "/tokenize")),
+        (False, True, (TokenCost(9, 4), "usage")),
+        (False, False, (TokenCost(0, 1), "words")),
+    ],
+)
+def test_tokens_are_counted_by_tokenize_else_by_usage_else_taken_for_words(
+    endpoint: Endpoint, tokenizes: bool, counts: bool, expected: tuple[TokenCost, str]
+) -> None:
+    def answer(index: int, body: dict[str, Any]) -> Answer:
+        text = body["prompt"] if endpoint == "completions" else body["messages"][0]["content"]
         num_words = len(text.split())
         assert num_words in SAMPLES
-        if request.url.path == "/tokenize":
-            return httpx.Response(200, json={"count": 2 * num_words + 3}) if tokenizes else httpx.Response(404)
-        assert body["max_tokens"] == 1
-        usage = {"prompt_tokens": 4 * num_words + 9} if counts else None
-        return httpx.Response(200, json={"usage": usage})
+        if server.requests[-1] == "POST /tokenize":
+            return said(200, {"count": 2 * num_words + 3}) if tokenizes else said(404, "")
+        assert server.requests[-1] == "POST " + Target("m", endpoint).path and body["max_tokens"] == 1
+        return said(200, {"usage": {"prompt_tokens": 4 * num_words + 9} if counts else None})
 
-    for endpoint in ("completions", "chat"):
-        assert cost_of(lambda request: answer(request, True, True), endpoint) == (TokenCost(3, 2), "/tokenize")
-        assert cost_of(lambda request: answer(request, False, True), endpoint) == (TokenCost(9, 4), "usage")
-        assert cost_of(lambda request: answer(request, False, False), endpoint) == (TokenCost(0, 1), "words")
+    async def ask() -> tuple[TokenCost, str]:
+        async with client_of(server) as http:
+            return await token_cost(http, Target("m", endpoint), PromptWriter(0, TokenCost(0, 1)))
+
+    server = ScriptedServer(answer)
+    assert run_virtually(ask()) == expected
 
 
 # The command line
