@@ -128,7 +128,11 @@ def _parse_type(annotation: str) -> type:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of `python -m serving`, made from the fields of ServerConfig."""
-    parser = argparse.ArgumentParser(prog="python -m serving", description=__import__("serving").__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m serving",
+        description=__import__("serving").__doc__,
+        epilog="`python -m serving bench` measures a server that runs: see `python -m serving bench --help`.",
+    )
     for item in dataclasses.fields(ServerConfig):
         default = "" if item.default is None else f" (default: {item.default})"
         parser.add_argument(

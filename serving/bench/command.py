@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -69,6 +70,7 @@ def make_plan(options: BenchOptions) -> list[PlannedRequest]:
 
 
 async def _run(options: BenchOptions, plan: Sequence[PlannedRequest]) -> tuple[Target, Observations]:
+    _allow_connections()
     http = HttpClient(options.url, os.environ.get("OPENAI_API_KEY"))
     try:
         fields: dict[str, Any] = (
@@ -85,6 +87,13 @@ async def _run(options: BenchOptions, plan: Sequence[PlannedRequest]) -> tuple[T
             return target, await load.run(_stop_event())
     finally:
         await http.close()
+
+
+def _allow_connections() -> None:
+    """As many files as this process may have, up to 65,536: thousands of requests may wait for a server that is overloaded."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = 2**16 if hard == resource.RLIM_INFINITY else min(hard, 2**16)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
 
 
 def _stop_event() -> asyncio.Event:

@@ -137,7 +137,7 @@ class HttpClient:
         self._connect = connect or address.connect
         self._prefix = address.prefix
         host = f"[{address.host}]" if ":" in address.host else address.host
-        self._headers = f"Host: {host}:{address.port}\r\nAccept: */*\r\nContent-Type: application/json\r\n"
+        self._headers = f"Host: {host}:{address.port}\r\nUser-Agent: tilus-bench\r\nContent-Type: application/json\r\n"
         self._headers += f"Authorization: Bearer {api_key}\r\n" if api_key else ""
         self._idle: list[tuple[float, Streams]] = []
 
