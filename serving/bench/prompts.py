@@ -17,6 +17,7 @@ _TEXT = (
     "line live look most move must name need next open part play read room same show side tell then turn used ways week went"
 )
 WORDS = tuple(_TEXT.split(" "))
+_SPACED = np.array([f"{word} " for word in WORDS], "S5")  # for numpy, which puts long prompts together faster
 
 # How many words the server is asked to count, to learn the tokens of a word and of what it puts around a prompt.
 SAMPLES = (8, 24)
@@ -69,4 +70,4 @@ class PromptWriter:
     def _words(self, kind: int, name: int, count: int) -> str:
         """`count` words that follow from the seed, the kind and the name; fewer are the beginning of more."""
         rng = np.random.default_rng([self._seed, kind, name])
-        return " ".join(WORDS[i] for i in rng.integers(0, len(WORDS), count))
+        return _SPACED[rng.integers(0, len(WORDS), count)].tobytes().decode()[:-1]
