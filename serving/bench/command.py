@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from serving.bench import burstgpt
-from serving.bench.http_client import HttpClient
+from serving.bench.client import HttpClient
 from serving.bench.load import Load, Observations
 from serving.bench.options import BenchOptions, parse_args
 from serving.bench.plot import plot

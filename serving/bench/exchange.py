@@ -7,8 +7,10 @@ import email.utils
 import time
 from collections.abc import Callable
 
+from aiohttp import ClientResponse
+
+from serving.bench.client import ConnectionFailed, HttpClient
 from serving.bench.events import DONE, EventReader, StreamEvent, message_of
-from serving.bench.http_client import ConnectionFailed, HttpClient, Response
 from serving.bench.record import Failure, Outcome, Record
 from serving.bench.target import Target
 from serving.bench.workload import PlannedRequest
@@ -92,18 +94,18 @@ class Exchange:
                     await self._read(reply)
                     return
                 if reply.status != 429 or self._retries == self._target.retries:
-                    raise _Failed(f"http {reply.status}", message_of(await reply.text()))
+                    raise _Failed(f"http {reply.status}", message_of(await reply.text(errors="replace")))
                 pause = _retry_after(reply)
             self._retries += 1
             await asyncio.sleep(pause)
 
-    async def _read(self, reply: Response) -> None:
+    async def _read(self, reply: ClientResponse) -> None:
         """Read to the very end, also after the last event: only then can the connection be used again."""
         kind = reply.headers.get("content-type", "")
         if not kind.startswith("text/event-stream"):
             raise _Failed("no stream", f"the answer's content-type is {kind!r}, but must be text/event-stream")
         reader = EventReader()
-        async for chunk in reply.chunks():
+        async for chunk in reply.content.iter_any():
             now = self._clock()
             try:
                 for data in reader.feed(chunk):
@@ -127,7 +129,7 @@ class Exchange:
             self._input_tokens, self._output_tokens = event.input_tokens, event.output_tokens
 
 
-def _retry_after(reply: Response) -> float:
+def _retry_after(reply: ClientResponse) -> float:
     """Seconds to wait, from the header Retry-After, which has seconds or a date."""
     value = reply.headers.get("retry-after", "")
     try:

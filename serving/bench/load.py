@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from serving.bench.client import HttpClient
 from serving.bench.exchange import Exchange
-from serving.bench.http_client import HttpClient
 from serving.bench.prompts import PromptWriter
 from serving.bench.record import Record
 from serving.bench.target import Target

@@ -7,8 +7,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
+from serving.bench.client import ConnectionFailed, HttpClient
 from serving.bench.events import Json, message_of
-from serving.bench.http_client import ConnectionFailed, HttpClient
 from serving.bench.prompts import SAMPLES, PromptWriter, TokenCost
 from tilus.errors import TilusError
 
@@ -109,9 +109,9 @@ async def _ask(http: HttpClient, method: str, path: str, body: Json | None, time
     try:
         async with (
             asyncio.timeout(timeout),
-            http.request(method, path, b"" if body is None else json.dumps(body).encode()) as reply,
+            http.request(method, path, None if body is None else json.dumps(body).encode()) as reply,
         ):
-            return reply.status, await reply.text()
+            return reply.status, await reply.text(errors="replace")
     except (ConnectionFailed, TimeoutError) as error:
         reason = str(error) or f"none came in {timeout:g} s"
         raise TilusError(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import socket
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from serving.bench.http_client import HttpClient, Streams
+import aiohttp
+
+from serving.bench.client import HttpClient
 from serving.bench.load import Load, Observations
 from serving.bench.prompts import PromptWriter, TokenCost
 from serving.bench.target import Target
@@ -51,7 +53,7 @@ class Answer:
 
 
 class ScriptedServer:
-    """Speaks HTTP/1.1 over pairs of connected sockets, which need no network and pass data on at once.
+    """Speaks HTTP/1.1 over a Unix socket, which passes data on at once: nothing takes time but what the script says.
 
     answer: from the number of the request and its body. most: the most answers that were on their way at a time.
     """
@@ -61,29 +63,30 @@ class ScriptedServer:
         self.requests: list[str] = []  # method and path
         self.headers: list[list[str]] = []
         self.bodies: list[dict[str, Any]] = []
-        self.connections: list[socket.socket] = []
-        self.most = self._in_flight = 0
-        self._tasks: set[asyncio.Task[None]] = set()
+        self.num_connections = self.most = self._in_flight = 0
+        self._listener: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
 
-    async def connect(self) -> Streams:
-        ours, theirs = socket.socketpair()
-        self.connections.append(theirs)
-        self._tasks.add(asyncio.create_task(self._serve(theirs)))
-        return await asyncio.open_connection(sock=ours)
+    async def listen(self, path: str) -> None:
+        self._listener = await asyncio.start_unix_server(self._serve, path)
 
-    async def _serve(self, connection: socket.socket) -> None:
-        reader, writer = await asyncio.open_connection(sock=connection)
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.num_connections += 1
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
         try:
-            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-                while await self._serve_one(reader, writer):
+            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+                while await self.serve_one(reader, writer):
                     pass
         finally:
+            self._tasks.discard(task)
             writer.transport.abort()
 
-    async def _serve_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+    async def serve_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         """Whether the connection can go on."""
         first, *headers = (await reader.readuntil(b"\r\n\r\n")).decode().rstrip().split("\r\n")
-        (length,) = (int(line.split(":")[1]) for line in headers if line.startswith("Content-Length"))
+        length = sum(int(line.split(":")[1]) for line in headers if line.startswith("Content-Length"))
         body = json.loads(await reader.readexactly(length) or b"{}")
         self.requests.append(first.removesuffix(" HTTP/1.1"))
         self.headers.append(headers)
@@ -107,12 +110,12 @@ class ScriptedServer:
             self._in_flight -= 1
 
     async def close(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks)
         await asyncio.sleep(0)  # closed transports say so in the loop's next round
-        for connection in self.connections:
-            connection.close()  # of a task that had not begun
 
 
 def _event(data: Any) -> bytes:
@@ -120,13 +123,18 @@ def _event(data: Any) -> bytes:
 
 
 @contextlib.asynccontextmanager
-async def client_of(server: ScriptedServer) -> AsyncIterator[HttpClient]:
-    http = HttpClient("http://scripted", connect=server.connect)
-    try:
-        yield http
-    finally:
-        await http.close()
-        await server.close()
+async def client_of(
+    server: ScriptedServer, url: str = "http://scripted", api_key: str | None = None
+) -> AsyncIterator[HttpClient]:
+    with tempfile.TemporaryDirectory() as directory:
+        path = f"{directory}/socket"
+        await server.listen(path)
+        http = HttpClient(url, api_key, aiohttp.UnixConnector(path, limit=0))
+        try:
+            yield http
+        finally:
+            await http.close()
+            await server.close()
 
 
 async def observe(

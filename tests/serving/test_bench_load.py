@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import socket
 import time
 from collections import Counter
 from typing import Any
@@ -15,7 +16,6 @@ from scripted_server import BREAK, STREAM, Answer, ScriptedServer, constant_plan
 from virtual_time import VirtualLoop, run_virtually
 
 from serving.bench.events import EventReader
-from serving.bench.http_client import Streams
 from serving.bench.prompts import PromptWriter, TokenCost
 from serving.bench.record import Failure, Record
 from serving.bench.summary import summarise
@@ -218,8 +218,9 @@ def test_a_connection_that_breaks_after_the_answer_is_no_failure() -> None:
 
 def test_a_server_that_is_gone_fails_each_request() -> None:
     class Gone(ScriptedServer):
-        async def connect(self) -> Streams:
-            raise ConnectionRefusedError(111, "Connection refused")
+        async def listen(self, path: str) -> None:
+            with socket.socket(socket.AF_UNIX) as left:
+                left.bind(path)
 
     seen = run_virtually(observe(Gone(lambda index, body: Answer()), constant_plan(3)))
     assert [record.failure for record in seen.records] == [Failure("connection", "Connection refused")] * 3
