@@ -18,9 +18,7 @@ def main(arguments: Sequence[str] | None = None, kernels: Callable[[], Kernels] 
     """Serve until SIGTERM or SIGINT; the process's exit status. kernels: another library than `tilus.kernels`."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["bench"]:
-        from serving.bench.command import main as bench  # the server needs nothing of it
-
-        return bench(arguments[1:])
+        return _bench(arguments[1:])
     config = parse_args(arguments)
     # Importing and loading make no garbage worth a search: without it a start takes a sixth less time. `serve` ends this.
     gc.disable()
@@ -36,6 +34,16 @@ def main(arguments: Sequence[str] | None = None, kernels: Callable[[], Kernels] 
     finally:
         gc.enable()
     return 0
+
+
+def _bench(arguments: Sequence[str]) -> int:
+    try:
+        from serving.bench.command import main as bench  # the server needs nothing of it
+    except ModuleNotFoundError as missing:
+        error = TilusError(f"measuring needs the package {missing.name}", hint="pip install 'tilus[bench]'")
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return bench(arguments)
 
 
 if __name__ == "__main__":

@@ -119,3 +119,11 @@ def test_import_tilus_loads_only_errors() -> None:
 def test_no_torch_driver_or_parser_before_they_are_needed(statement: str) -> None:
     packages = {name.split(".")[0] for name in loaded_by(statement)}
     assert packages & {"torch", "cuda", "lark", "transformers", "serving"} == set()
+
+
+@pytest.mark.parametrize("statement", ["import serving.__main__", "import serving.server"])
+def test_the_server_needs_nothing_of_what_measures_it(statement: str) -> None:
+    found = loaded_by(statement)
+    assert statement.split()[1] in found
+    assert {name for name in found if name.split(".")[0] in ("aiohttp", "matplotlib")} == set()
+    assert {name for name in found if name.startswith("serving.bench")} == set()

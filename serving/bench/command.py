@@ -18,8 +18,8 @@ from serving.bench import burstgpt
 from serving.bench.client import HttpClient
 from serving.bench.load import Load, Observations
 from serving.bench.options import BenchOptions, parse_args
-from serving.bench.plot import plot
 from serving.bench.prompts import PromptWriter, TokenCost
+from serving.bench.record import Record
 from serving.bench.report import report, table, write_json, write_text
 from serving.bench.summary import Summary, summarise
 from serving.bench.target import Target, find_model, token_cost
@@ -30,6 +30,8 @@ from tilus.errors import TilusError
 
 _DEFAULT_LIMIT = 100
 
+Plot = Callable[[Sequence[Record], str], str]  # see serving.bench.plot
+
 
 def main(arguments: Sequence[str]) -> int:
     """The process's exit status: 0 when requests finished, 1 when none did or it could not start, 130 after Ctrl-C."""
@@ -38,18 +40,32 @@ def main(arguments: Sequence[str]) -> int:
         for path in (options.json, options.plot):  # before the run, not after
             if path is not None and not os.access(path.parent, os.W_OK):
                 raise TilusError(f"cannot write {path}: {path.parent} is not a directory that can be written")
+        plot = _find_plot() if options.plot is not None else None
         plan = make_plan(options)
         target, seen = asyncio.run(_run(options, plan))
         summary = summarise(seen, options.slo)
         title = _title(options, target, plan)
         print(table(summary, title))
-        _write(options, target, summary, seen, title)
+        if options.json is not None:
+            content = _content(options, target, summary, seen)
+            _to(options.json, lambda path: write_json(path, content))
+        if options.plot is not None and plot is not None:
+            picture = plot(seen.records, title)
+            _to(options.plot, lambda path: write_text(path, picture))
     except TilusError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before the first request
         return 130
     return 130 if seen.interrupted else 0 if summary.finished else 1
+
+
+def _find_plot() -> Plot:
+    try:
+        from serving.bench.plot import plot  # most runs draw nothing, and matplotlib takes half a second
+    except ModuleNotFoundError as error:
+        raise TilusError(f"--plot needs the package {error.name}", hint="pip install 'tilus[bench]'") from error
+    return plot
 
 
 def make_plan(options: BenchOptions) -> list[PlannedRequest]:
@@ -120,15 +136,11 @@ def _title(options: BenchOptions, target: Target, plan: Sequence[PlannedRequest]
     return f"{target.model} at {options.url}, {target.endpoint}: {arrivals}"
 
 
-def _write(options: BenchOptions, target: Target, summary: Summary, seen: Observations, title: str) -> None:
-    if options.json is not None:
-        used = dataclasses.asdict(options) | {"model": target.model, "body": target.fields}
-        paths = {name: str(value) for name, value in used.items() if isinstance(value, Path)}
-        content = report(summary, used | paths, seen.records if options.raw else None)
-        _to(options.json, lambda path: write_json(path, content))
-    if options.plot is not None:
-        picture = plot(seen.records, title)
-        _to(options.plot, lambda path: write_text(path, picture))
+def _content(options: BenchOptions, target: Target, summary: Summary, seen: Observations) -> dict[str, Any]:
+    """Of the JSON report."""
+    used = dataclasses.asdict(options) | {"model": target.model, "body": target.fields}
+    paths = {name: str(value) for name, value in used.items() if isinstance(value, Path)}
+    return report(summary, used | paths, seen.records if options.raw else None)
 
 
 def _to(path: Path, write: Callable[[Path], None]) -> None:

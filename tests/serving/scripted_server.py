@@ -103,7 +103,8 @@ class ScriptedServer:
                 if step is BREAK:
                     return False
                 data = step if isinstance(step, bytes) else _event(step)
-                writer.write(b"%x\r\n%b\r\n" % (len(data), data))
+                if data:  # a chunk of nothing is the end
+                    writer.write(b"%x\r\n%b\r\n" % (len(data), data))
             writer.write(b"0\r\n\r\n")
             return True
         finally:

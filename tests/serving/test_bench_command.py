@@ -331,14 +331,36 @@ def test_options_are_parsed_as_declared() -> None:
 
 
 def test_as_a_process_of_its_own() -> None:
-    """It needs neither torch nor the server's libraries, and takes as many connections as it may have."""
+    """It needs neither torch nor the server's libraries nor what draws, and takes as many connections as it may have."""
     program = (
         "import resource, sys; from serving.__main__ import main\n"
         "_, most = resource.getrlimit(resource.RLIMIT_NOFILE)\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (100, most))\n"
         "assert main(['bench', '--url', 'http://127.0.0.1:1']) == 1\n"
         "assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(most, 65536), most)\n"
-        "print({'torch', 'fastapi', 'transformers', 'httpx'} & set(sys.modules))"
+        "print({'torch', 'fastapi', 'transformers', 'httpx', 'matplotlib'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout == "set()\n"
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments", "message"),
+    [
+        ("aiohttp", [], "measuring needs the package aiohttp"),
+        ("matplotlib", ["--plot", "run.svg"], "--plot needs the package matplotlib"),
+    ],
+)
+def test_what_is_not_installed_is_named_before_anything_is_sent(
+    package: str, arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    program = (
+        f"import sys; sys.modules[{package!r}] = None\n"
+        "from serving.__main__ import main\n"
+        f"sys.exit(main(['bench', '--url', 'http://127.0.0.1:1', *{arguments}]))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"error: {message}\n  hint: pip install 'tilus[bench]'\n"
