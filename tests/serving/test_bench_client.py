@@ -8,7 +8,7 @@ import pytest
 from scripted_server import Answer, ScriptedServer, client_of
 from virtual_time import run_virtually
 
-from serving.bench.client import ConnectionFailed, base_url
+from serving.bench.client import ConnectionFailed, HttpClient, base_url
 from tilus.errors import TilusError
 
 
@@ -69,6 +69,34 @@ def test_answers_that_are_none(raw: bytes, message: str) -> None:
     with pytest.raises(ConnectionFailed) as error:
         run_virtually(ask())
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_as_many_connections_as_requests() -> None:
+    """Over TCP, in real time: none is answered before all of them have arrived."""
+    count = 150
+    arrived = asyncio.Barrier(count)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        await arrived.wait()
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nConnection: close\r\n\r\nx")
+        writer.close()
+        await writer.wait_closed()
+
+    async def ask(http: HttpClient) -> str:
+        async with http.request("GET", "/") as reply:
+            return await reply.text()
+
+    async def ask_all() -> list[str]:
+        async with asyncio.timeout(60), await asyncio.start_server(serve, "127.0.0.1", 0, backlog=count) as listener:
+            host, port = listener.sockets[0].getsockname()
+            http = HttpClient(f"http://{host}:{port}")
+            try:
+                return await asyncio.gather(*(ask(http) for _ in range(count)))
+            finally:
+                await http.close()
+
+    assert asyncio.run(ask_all()) == ["x"] * count
 
 
 def test_connections_are_used_again() -> None:
