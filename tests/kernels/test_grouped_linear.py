@@ -15,6 +15,7 @@ from tilus import TilusError
 from tilus.kernels import grouped_linear
 from tilus.kernels.grouped_linear import GroupedPlan, launch, plans
 from tilus.kernels.quantize import QuantizedMatrix, WeightHeader, pack, stack, unpack
+from tilus.kernels.warpgroup_schedule import WarpgroupPlan
 
 
 def check(
@@ -72,15 +73,16 @@ def test_counts(device: str, counts: Sequence[int]) -> None:
 @pytest.mark.parametrize(
     "plan",
     [
-        GroupedPlan(8, 1, 1, 2, 1),
-        GroupedPlan(8, 2, 2, 3, 2),
-        GroupedPlan(16, 4, 2, 2, 3),
-        GroupedPlan(32, 2, 2, 5, 5, overlap=True),
+        GroupedPlan(WarpgroupPlan(8, 1, 1, 1, 1, 2), 1),
+        GroupedPlan(WarpgroupPlan(8, 2, 1, 1, 2, 3), 2),
+        GroupedPlan(WarpgroupPlan(16, 1, 2, 1, 1, 4, overlap="step"), 3),
+        GroupedPlan(WarpgroupPlan(32, 2, 1, 1, 2, 5, 208, overlap="steps"), 5),
+        GroupedPlan(WarpgroupPlan(8, 1, 3, 1, 1, 6, blocks_per_sm=2), 7),
     ],
     ids=str,
 )
 def test_plans(device: str, plan: GroupedPlan) -> None:
-    """More items than blocks and fewer; a ring that goes on from item to item."""
+    """More items than blocks and fewer; a ring, and sums of warpgroups along K, that go on from item to item."""
     if device != "cpu":
         check(device, int4(3, n=256, k=384), (11, 0, 4), plan=plan)
 

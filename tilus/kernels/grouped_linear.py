@@ -1,19 +1,18 @@
 """Quantised linear layers of many experts in one launch (mixture of experts), on Hopper: each row of x times its expert's weight.
 
 Rows come sorted by expert, and where an expert's rows begin is read on the GPU: the host waits for nothing. A product is cut
-into items of one expert, `rows` tiles of 64 rows of its weight and `tokens` rows of x. As many blocks as run at once share the
-items in turn, token tiles of the same weight beside each other, so that only one of them reads it from memory. The ring of stages
-goes on from item to item: while the last steps of one are multiplied, weights of the next are on their way. An expert without
-rows has no items.
+into items: of one expert, some tiles of 64 rows of its weight and `tokens` rows of x. As many blocks as run at once share the
+items in turn, token tiles of the same weight beside each other, so that only one of them reads it from memory. An item is
+multiplied as `warpgroup_linear` does, by the same steps, and the ring of stages goes on from item to item: while the last steps
+of one are multiplied, weights of the next are on their way. An expert without rows has no items.
 
-A token tile may reach into the rows of the next expert; what it computes there is not stored. Steps are those of
-`warpgroup_linear`: sums of a group are scaled in f32, and no weight is rounded.
+A token tile may reach into the rows of the next expert; what it computes there is not stored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import tilus
@@ -26,35 +25,23 @@ from tilus.kernels.linear_step import residual
 from tilus.kernels.quantize.header import WeightHeader
 from tilus.kernels.quantize.packed import QuantizedWeight
 from tilus.kernels.quantize.tiles import MMA, TILE, WHOLE
-from tilus.kernels.warpgroup_linear import scaled_sum
-from tilus.kernels.warpgroup_operands import Shape, Unpacking, copy_weights, table_entries, tile_nbytes
-from tilus.kernels.warpgroup_ring import (
-    COPYING,
-    MOST_STAGES,
-    MOST_TOKENS,
-    SHARED_NBYTES,
-    Ring,
-    launch_without_spills,
-    num_sms_of,
-)
+from tilus.kernels.warpgroup_linear import Stages, Sums, store_rows, sum_of_steps
+from tilus.kernels.warpgroup_operands import Unpacking, table_entries, tile_nbytes
+from tilus.kernels.warpgroup_ring import launch_without_spills, num_sms_of
+from tilus.kernels.warpgroup_schedule import HALF_NBYTES, SHARED_NBYTES, WarpgroupPlan, planned
 from tilus.runtime.execute import place
 
 
 @dataclass(frozen=True)
 class GroupedPlan:
-    """One launch: rows of x and tiles of 64 rows of a weight in an item, tiles of 64 columns in a step, steps on their way,
-    blocks. Each row of tiles has a warpgroup of its own. overlap: a warpgroup unpacks columns while those before them are
-    multiplied, where there are no others that do."""
+    """One launch: how a block multiplies an item, and how many blocks share the items.
 
-    tokens: int
-    rows: int
-    depth: int
-    stages: int
+    There are no parts of K in other blocks, a row of tiles has a whole number of steps for each warpgroup along K, an expert's
+    weight a whole number of items, and weights are not scaled.
+    """
+
+    item: WarpgroupPlan
     blocks: int
-    overlap: bool = False
-
-    def shape(self, span: int) -> Shape:
-        return Shape(span, self.rows, self.depth, self.tokens, TILE if self.overlap else 2 * TILE)
 
 
 @tilus.kernel
@@ -76,126 +63,80 @@ def grouped_linear_kernel(
     span: Const,
     plan: Const,
 ):
-    rows, stages, tokens = plan.rows, plan.stages, plan.tokens
-    shape = plan.shape(span)
-    ahead = int(plan.overlap)  # products under way while the next piece is unpacked
-    consumers, (producers, registers, registers_to_copy) = 4 * rows, COPYING[rows]
-    tilus.grid(plan.blocks, warps=consumers + producers)
+    item, rows, splits = plan.item, plan.item.rows, plan.item.splits
+    group_warps, copiers = 4 * rows, 1 if item.registers is None else 4
+    tilus.grid(plan.blocks, warps=group_warps * splits + copiers, blocks_per_sm=item.blocks_per_sm)
     tilus.launch_dependents()
+    shape = item.shape(span)
+    steps = codes.shape[1] // (item.depth * tile_nbytes(wdtype))
     expert_tiles = y.shape[1] // TILE
-    step_nbytes = plan.depth * tile_nbytes(wdtype)
-    steps = codes.shape[1] // step_nbytes
 
     factors = [(scales, scale_dtype), (mins, mins_dtype), (zeros, f16)]
-    stage_codes = tilus.shared(uint8, [stages, rows, step_nbytes])
-    stage_x = tilus.shared(x.dtype, [stages, tokens, shape.columns])
-    stage_factors = [
-        None
-        if array is None or span == WHOLE
-        else tilus.shared(uint8, [stages, rows, shape.sets * TILE * dtype.nbytes])
-        for array, dtype in factors
-    ]
-    full, empty = tilus.mbarrier(stages), tilus.mbarrier(stages)
+    constant = [codes, scales, mins, zeros, table, bias]
+    stages = Stages(item.stages, x, codes, wdtype, factors, shape)
+    sums = Sums(splits, item.tokens, 32 * group_warps, turns=splits > 1)
 
-    with tilus.warps(consumers, producers, registers=registers_to_copy):
-        tilus.wait_dependencies(constant=[codes, scales, mins, zeros, table, bias])
-        nbytes = stage_codes[0].nbytes + stage_x[0].nbytes
-        for buffer in stage_factors:
-            if buffer is not None:
-                nbytes = nbytes + buffer[0].nbytes
-        filling = Ring(full, empty, stages)
+    with tilus.warps(group_warps * splits, copiers, registers=None if item.registers is None else 40):
+        tilus.wait_dependencies(constant=constant)
 
-        def fill(expert, row_tile, token, end):
+        def fill(turn, expert, row_tile, token, end):
             for step in tilus.range(steps):
-                stage = filling.next_to_fill(nbytes)
-                first = expert * expert_tiles + row_tile
-                copy_weights(codes, factors, stage_codes, stage_factors, full, stage, first, step, shape)
-                tilus.copy_tensor(stage_x[stage], x, [token, step * shape.columns], barrier=full[stage])
+                stages.bring(turn * steps + step, expert * expert_tiles + row_tile, token, step)
 
         each_item(offsets, x.shape[0], expert_tiles, plan, fill)
 
-    with tilus.warps(0, consumers, registers=registers):
-        tilus.wait_dependencies(constant=[codes, scales, mins, zeros, table, bias])
-        exponent = residual(wdtype, x.dtype, table, zeros, MMA)
-        entries = table_entries(table, x.dtype, 32 * consumers)
-        unpacked = Unpacking(wdtype, (scale_dtype, mins_dtype), x.dtype, entries, exponent, shape)
-        using = Ring(full, empty, stages)
+    for split in range(splits):
+        with tilus.warps(group_warps * split, group_warps, registers=item.registers):
+            tilus.wait_dependencies(constant=constant)
+            exponent = residual(wdtype, x.dtype, table, zeros, MMA)
+            entries = table_entries(table, x.dtype, 32 * group_warps)
+            unpacked = Unpacking(wdtype, (scale_dtype, mins_dtype), x.dtype, entries, exponent, shape)
 
-        def multiply(expert, row_tile, token, end):
-            once = unpacked.whole(factors, expert * expert_tiles + row_tile) if span == WHOLE else None
-            total = tilus.zeros([TILE * rows, tokens], f32)
-            for _ in tilus.range(steps):
-                stage = using.next_to_use()
-                under_way = []
-                for piece in range(shape.pieces):
-                    scale, minimum, zero = once if once is not None else unpacked.factors(stage_factors, stage, piece)
-                    left = unpacked.weights(stage_codes, stage, piece, zero)
-                    offsets_of_piece, extents = [0, piece * shape.width], (TILE * rows, tokens, shape.width)
-                    part = tilus.wgmma(left, stage_x[stage], shape=extents, y_offsets=offsets_of_piece)
-                    sum_x = None
-                    if minimum is not None:
-                        ones = tilus.full([TILE * rows, shape.width], 1.0, x.dtype)
-                        sum_x = tilus.wgmma(ones, stage_x[stage], shape=extents, y_offsets=offsets_of_piece)
-                    under_way = [*under_way, (part, scale, sum_x, minimum)]
-                    if piece >= ahead:
-                        tilus.wgmma_wait(ahead if minimum is None else 2 * ahead)
-                        total = scaled_sum(total, *under_way[piece - ahead])
-                if ahead:
-                    tilus.wgmma_wait()
-                    total = scaled_sum(total, *under_way[shape.pieces - 1])
-                tilus.arrive(empty[stage])
-            result = total * (global_scale * 2.0**exponent)
-            if bias is not None:
-                added = tilus.cast(tilus.load(bias[expert], [row_tile * TILE], [TILE * rows]), f32)
-                result = result + tilus.reshape(added, [TILE * rows, 1])
-            own = tilus.narrow(y, 0, 0, end)  # rows behind it are those of other experts
-            tilus.store(own, [token, row_tile * TILE], tilus.cast(result, y.dtype), dims=[1, 0])
+            def multiply(turn, expert, row_tile, token, end):
+                once = unpacked.whole(factors, expert * expert_tiles + row_tile) if span == WHOLE else None
+                first = turn * steps
+                total = sum_of_steps(unpacked, stages, once, first + split, first + steps, item)
+                if split > 0:
+                    sums.give(total, split, turn=turn)
+                else:
+                    result = sums.added_to(total, turn) * (global_scale * 2.0**exponent)
+                    if bias is not None:
+                        added = tilus.cast(tilus.load(bias[expert], [row_tile * TILE], [TILE * rows]), f32)
+                        result = result + tilus.reshape(added, [TILE * rows, 1])
+                    own = tilus.narrow(y, 0, 0, end)  # rows behind it are those of other experts
+                    store_rows(own, [token, row_tile * TILE], tilus.cast(result, y.dtype), 32 * group_warps)
 
-        each_item(offsets, x.shape[0], expert_tiles, plan, multiply)
+            each_item(offsets, x.shape[0], expert_tiles, plan, multiply)
 
 
 def each_item(offsets, num_rows, expert_tiles, plan: GroupedPlan, work):
-    """`work(expert, tile of its weight, first row of x, end of the expert's rows)` for every item of this block."""
+    """`work(turn, expert, tile of its weight, first row of x, end of the expert's rows)` for every item of this block."""
     start = tilus.block_id(0)  # this block's next item, counted from the first one of the expert
+    turn, end = 0, offsets[0]
     for expert in tilus.range(offsets.shape[0] - 1):
-        begin, end = offsets[expert], min(offsets[expert + 1], num_rows)
-        token_tiles = tilus.cdiv(max(end - begin, 0), plan.tokens)
-        count = token_tiles * (expert_tiles // plan.rows)
+        begin = end
+        end = min(offsets[expert + 1], num_rows)
+        token_tiles = tilus.cdiv(max(end - begin, 0), plan.item.tokens)
+        count = token_tiles * (expert_tiles // plan.item.rows)
         own = tilus.cdiv(max(count - start, 0), plan.blocks)
         for index in tilus.range(own):
-            item = start + index * plan.blocks
-            work(expert, item // token_tiles * plan.rows, begin + item % token_tiles * plan.tokens, end)
+            number = start + index * plan.blocks
+            token = begin + number % token_tiles * plan.item.tokens
+            work(turn + index, expert, number // token_tiles * plan.item.rows, token, end)
+        turn += own
         start = start + own * plan.blocks - count
 
 
 def plans(m: int, experts: int, header: WeightHeader, num_sms: int) -> Iterator[GroupedPlan]:
-    """For m rows of x and a stacked weight: the best plan, then those that need fewer registers.
-
-    Without knowing how many rows each expert has, tiles hold twice the mean: a second tile reads its weights from the L2 cache,
-    while a larger one costs every expert. Few rows leave registers for four warpgroups.
-    """
+    """TODO"""
     tiles_n, tiles_k = header.shape[0] // TILE // experts, header.shape[1] // TILE
     best = next((tokens for tokens in (8, 16, 32) if 2 * m <= tokens * experts), 64)
     for tokens in (tokens for tokens in (64, 32, 16, 8) if tokens <= best):
-        for rows in (rows for rows, most in MOST_TOKENS.items() if tiles_n % rows == 0 and tokens <= most):
-            for depth in (depth for depth in (2, 1) if tiles_k % depth == 0):
-                items = tiles_n // rows * (min(experts, m) + m // tokens)
-                overlap = (
-                    rows < 4 and tokens < 64
-                )  # four warpgroups unpack in turn, sums of 64 tokens leave no registers
-                plan = GroupedPlan(tokens, rows, depth, MOST_STAGES, min(max(num_sms, 1), items), overlap)
-                stages = min(MOST_STAGES, SHARED_NBYTES // stage_nbytes(header, plan))
-                if stages >= 2:
-                    yield replace(plan, stages=stages)
-
-
-def stage_nbytes(header: WeightHeader, plan: GroupedPlan) -> int:
-    """Of shared memory for a stage; all tiles start at multiples of 1024."""
-    shape = plan.shape(header.span)
-    factors = [header.scale_dtype, header.mins_dtype, f16.name if header.has_zeros else None]
-    per_set = 0 if header.span == WHOLE else sum(DTYPES[name].nbytes for name in factors if name is not None)
-    weights_nbytes = plan.rows * (plan.depth * tile_nbytes(header.dtype) + shape.sets * TILE * per_set)
-    return weights_nbytes + plan.tokens * shape.columns * f16.nbytes
+        for depth in (depth for depth in (2, 1) if tiles_k % depth == 0):
+            item = planned(header, tokens, 1, 1, 1, depth, HALF_NBYTES, blocks_per_sm=2)
+            if item is not None:
+                items = tiles_n * (min(experts, m) + m // tokens)
+                yield GroupedPlan(item, min(max(num_sms, 1) * 2, items))
 
 
 def grouped_linear(

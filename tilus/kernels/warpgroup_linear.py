@@ -44,8 +44,7 @@ def warpgroup_linear(
     plan: Const,
 ):
     rows, splits, blocks = plan.rows, plan.splits, plan.blocks
-    # More pieces a step, where registers of one are to be free while tensor cores read those of another.
-    shape = Shape(span, rows, plan.depth, plan.tokens, TILE if plan.scaled or plan.overlap == "steps" else 2 * TILE)
+    shape = plan.shape(span)
     group_warps, copiers = 4 * rows, 1 if plan.registers is None else 4
     tilus.grid(
         tilus.cdiv(codes.shape[0], rows) * blocks,
@@ -119,10 +118,14 @@ class Stages:
         for i in tilus.range(ahead):
             self.copy_activations(i, token, begin + i)
         for i in tilus.range(ahead, steps):
-            stage = i % self.count
-            tilus.wait_barrier(self.empty[stage], (i // self.count + 1) % 2)
-            self.copy_weights(stage, row_tile, begin + i)
-            self.copy_activations(stage, token, begin + i)
+            self.bring(i, row_tile, token, begin + i)
+
+    def bring(self, number, row_tile, token, step):
+        """Ask for a step, the number-th of all, once the stage is free."""
+        stage = number % self.count
+        tilus.wait_barrier(self.empty[stage], (number // self.count + 1) % 2)
+        self.copy_weights(stage, row_tile, step)
+        self.copy_activations(stage, token, step)
 
     def copy_weights(self, stage, row_tile, step):
         """Ask for codes and factors, and tell the barrier how much is to come, activations included."""
@@ -138,32 +141,38 @@ class Stages:
         start = [token, step * self.shape.columns]
         tilus.copy_tensor(self.x[stage], self.sources[0], start, barrier=self.full[stage])
 
-    def wait(self, step):
-        """The stage of a step, once it is there."""
-        stage = step % self.count
-        tilus.wait_barrier(self.full[stage], step // self.count % 2)
+    def wait(self, number):
+        """The stage of the number-th step of all, once it is there."""
+        stage = number % self.count
+        tilus.wait_barrier(self.full[stage], number // self.count % 2)
         return stage
 
 
 class Sums:
-    """Where the first of `count` warpgroups, or blocks of a cluster, finds the sums of the others."""
+    """Where the first of `count` warpgroups, or blocks of a cluster, finds the sums of the others: once, or turn by turn."""
 
-    def __init__(self, count: int, tokens: int, threads: int):
+    def __init__(self, count: int, tokens: int, threads: int, turns: bool = False):
         self.count = count
         self.buffers = tilus.shared(f32, [max(1, count - 1), tokens // 8, threads, 4])
         self.done = tilus.mbarrier(1, arrivals=max(1, count - 1))
+        self.taken = tilus.mbarrier() if turns else None
 
-    def give(self, total, index, block=None):
+    def give(self, total, index, block=None, turn=0):
         """Leave the sums of the index-th, from 1 on, to the first one, which `block` of the cluster has (None: this one)."""
+        if self.taken is not None:
+            tilus.wait_barrier(self.taken, (turn + 1) % 2)
         tilus.store_shared(self.buffers[index - 1], by_thread(total), block=block)
         tilus.arrive(self.done[0], block=block)
 
-    def added_to(self, total):
+    def added_to(self, total, turn=0):
         """Of the first one, plus those of the others, always in the same order."""
         if self.count == 1:
             return total
-        tilus.wait_barrier(self.done[0], 0)
-        return total + sum_of(self.buffers, total)
+        tilus.wait_barrier(self.done[0], turn % 2)
+        total = total + sum_of(self.buffers, total)
+        if self.taken is not None:
+            tilus.arrive(self.taken)
+        return total
 
 
 def with_bias(result, bias, row_tile):
@@ -202,22 +211,22 @@ def store_rows(y, start, result, threads: int):
         tilus.store(y, [start[0] + index * part, start[1]], runs)
 
 
-def sum_of_steps(unpacked: Unpacking, stages: Stages, once, split: int, steps, plan: WarpgroupPlan):
-    """The products of a warpgroup's steps: `split`, `split + plan.splits`, ..."""
+def sum_of_steps(unpacked: Unpacking, stages: Stages, once, first, end, plan: WarpgroupPlan):
+    """The products of a warpgroup's steps by their numbers: `first`, `first + plan.splits`, ... before `end`."""
     total = tilus.zeros([TILE * plan.rows, plan.tokens], f32)
     if plan.scaled:
-        return add_scaled(total, unpacked, stages, once, split, steps, plan)
+        return add_scaled(total, unpacked, stages, once, first, end, plan)
     if plan.overlap == "steps" and unpacked.factor_dtypes[1] is None:
-        return add_ahead(total, unpacked, stages, once, split, steps, plan)
-    return add_groups(total, unpacked, stages, once, split, steps, plan)
+        return add_ahead(total, unpacked, stages, once, first, end, plan)
+    return add_groups(total, unpacked, stages, once, first, end, plan)
 
 
-def add_groups(total, unpacked, stages: Stages, once, split: int, steps, plan: WarpgroupPlan):
+def add_groups(total, unpacked, stages: Stages, once, begin, end, plan: WarpgroupPlan):
     """total + the products of a warpgroup's steps, piece by piece; with overlap the next is unpacked meanwhile."""
     shape, act = unpacked.shape, stages.x.dtype
     extents = (TILE * plan.rows, plan.tokens, shape.width)
     later = int(plan.overlap == "step")  # pieces after which one is scaled
-    for i in tilus.range(split, steps, plan.splits):
+    for i in tilus.range(begin, end, plan.splits):
         stage = stages.wait(i)
         under_way = []
         for piece in range(shape.pieces):
@@ -239,16 +248,15 @@ def add_groups(total, unpacked, stages: Stages, once, split: int, steps, plan: W
     return total
 
 
-def add_ahead(total, unpacked, stages: Stages, once, split: int, steps, plan: WarpgroupPlan):
+def add_ahead(total, unpacked, stages: Stages, once, begin, end, plan: WarpgroupPlan):
     """The same without minimums. While tensor cores work on a piece, the next one is unpacked, be it of the next step."""
     shape = unpacked.shape
     extents = (TILE * plan.rows, plan.tokens, shape.width)
     together = shape.pieces // shape.sets  # pieces with the same factors, which are added up before they are scaled
     first = tilus.zeros([TILE * plan.rows, shape.width], stages.x.dtype)
-    if split < steps:
-        tilus.wait_barrier(stages.full[split], 0)
-        first = unpacked.piece(stages.codes, stages.factors, split, 0, once)
-    for i in tilus.range(split, steps, plan.splits):
+    if begin < end:
+        first = unpacked.piece(stages.codes, stages.factors, stages.wait(begin), 0, once)
+    for i in tilus.range(begin, end, plan.splits):
         stage = i % stages.count
         part = tilus.wgmma(first, stages.x[stage], shape=extents, y_offsets=[0, 0])
         for piece in range(1, shape.pieces):
@@ -262,7 +270,7 @@ def add_ahead(total, unpacked, stages: Stages, once, split: int, steps, plan: Wa
         scale = unpacked.scale(stages.factors, stage, shape.pieces - 1, once)
         tilus.wgmma_wait(together - 1)  # no longer is the first piece read
         following = i + plan.splits
-        if following < steps:
+        if following < end:
             next_stage = stages.wait(following)
             first = unpacked.piece(stages.codes, stages.factors, next_stage, 0, once)
         tilus.wgmma_wait()
@@ -277,12 +285,12 @@ def scaled_sum(total, part, scale, sum_x, minimum):
     return result if minimum is None else tilus.fma(sum_x, minimum, result)
 
 
-def add_scaled(total, unpacked, stages: Stages, once, split: int, steps, plan: WarpgroupPlan):
+def add_scaled(total, unpacked, stages: Stages, once, begin, end, plan: WarpgroupPlan):
     """The same with weights that are multiplied by their scales before the product, and rounded to the activations' type."""
     shape, act = unpacked.shape, stages.x.dtype
     extents = (TILE * plan.rows, plan.tokens, shape.width)
     before = 0
-    for i in tilus.range(split, steps, plan.splits):
+    for i in tilus.range(begin, end, plan.splits):
         stage = stages.wait(i)
         for piece in range(shape.pieces):
             scale, minimum, zero = once if once is not None else unpacked.factors(stages.factors, stage, piece)
@@ -291,7 +299,7 @@ def add_scaled(total, unpacked, stages: Stages, once, split: int, steps, plan: W
                 left = left + tilus.cast(minimum, act)
             total = tilus.wgmma(left, stages.x[stage], total, shape=extents, y_offsets=[0, piece * shape.width])
             tilus.wgmma_wait(1)
-            if piece == 0 and i > split:
+            if piece == 0 and i > begin:
                 tilus.arrive(stages.empty[before])
         before = stage
     tilus.wgmma_wait()

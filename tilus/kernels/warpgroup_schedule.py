@@ -14,6 +14,7 @@ from typing import Literal
 from tilus.errors import TilusError
 from tilus.kernels.quantize.header import FACTOR_NBYTES, ZERO_NBYTES, WeightHeader
 from tilus.kernels.quantize.tiles import TILE, WHOLE
+from tilus.kernels.warpgroup_operands import Shape
 
 SHARED_NBYTES = 227 * 1024
 HALF_NBYTES = 112 * 1024  # so that a block of the next kernel, or another of this one, has room beside it
@@ -55,6 +56,11 @@ class WarpgroupPlan:
         least = self.splits * held
         if self.stages % self.splits or self.stages < least:
             raise TilusError(f"{self.stages} stages for {self.splits} splits, expected a multiple from {least} up")
+
+    def shape(self, span: int) -> Shape:
+        """Of its steps. More pieces a step, where registers of one are to be free while tensor cores read those of another."""
+        widest = TILE if self.scaled or self.overlap == "steps" else 2 * TILE
+        return Shape(span, self.rows, self.depth, self.tokens, widest)
 
     def easier(self) -> WarpgroupPlan | None:
         """The next one that needs fewer registers; None when there is none."""
