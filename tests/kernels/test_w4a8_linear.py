@@ -21,7 +21,8 @@ import tilus
 from tilus import TilusError
 from tilus.kernels import quantize_tokens, w4a8_linear
 from tilus.kernels.quantize import QuantizedMatrix, WeightHeader, pack
-from tilus.kernels.w4a8_linear import W4A8Plan, launch, plans
+from tilus.kernels.w4a8_linear import launch, plans
+from tilus.kernels.warpgroup_schedule import WarpgroupPlan
 
 TYPES = [torch.int8, torch.float8_e4m3fn]
 
@@ -39,7 +40,7 @@ def check(
     m: int,
     dtype: torch.dtype,
     out: torch.dtype = torch.float32,
-    plan: W4A8Plan | None = None,
+    plan: WarpgroupPlan | None = None,
     most: int = 4,
 ) -> None:
     n, k = matrix.shape
@@ -85,18 +86,20 @@ def test_types_of_scales(device: str, scale_dtype: tilus.DataType) -> None:
 @pytest.mark.parametrize(
     "plan",
     [
-        W4A8Plan(8, 1, 1, 2, 1, 1),
-        W4A8Plan(16, 4, 2, 2, 2, 4),
-        W4A8Plan(32, 2, 1, 3, 4, 4),
-        W4A8Plan(8, 2, 2, 4, 1, 5, overlap=True),
+        WarpgroupPlan(8, 1, 1, 1, 1, 2),
+        WarpgroupPlan(8, 1, 2, 2, 4, 4),
+        WarpgroupPlan(16, 2, 1, 4, 2, 2, overlap="step"),
+        WarpgroupPlan(32, 1, 3, 1, 2, 6, overlap="steps"),
+        WarpgroupPlan(128, 2, 1, 1, 2, 3, 232, overlap="steps"),
     ],
     ids=str,
 )
+@pytest.mark.parametrize("group", [32, 128, 512])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_plans(device: str, dtype: torch.dtype, plan: W4A8Plan) -> None:
-    """More tiles than blocks and fewer; clusters that share tiles, one after the other."""
+def test_plans(device: str, dtype: torch.dtype, group: int, plan: WarpgroupPlan) -> None:
+    """Warpgroups and blocks along K, and more tokens than a block has; groups within steps and across them."""
     if device != "cpu":
-        check(device, random_matrix(tilus.int4, 512, 512, 128), 20, dtype, plan=plan)
+        check(device, random_matrix(tilus.int4, 192, 512, group), 20, dtype, plan=plan)
 
 
 def test_large_codes_add_up_exactly(device: str) -> None:

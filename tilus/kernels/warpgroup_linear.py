@@ -16,6 +16,7 @@ from typing import Any
 import tilus
 from tilus import Const, Tensor, f16, f32, uint8
 from tilus.dtypes import DTYPES, DataType
+from tilus.kernels.byte_operands import EXPONENTS, ByteUnpacking, as_f32
 from tilus.kernels.linear_step import residual
 from tilus.kernels.quantize.packed import QuantizedWeight
 from tilus.kernels.quantize.tiles import MMA, TILE, WHOLE
@@ -36,6 +37,7 @@ def warpgroup_linear(
     zeros: Tensor[uint8, "tiles_n", "zeros_nbytes"] = None,
     table: Tensor[f32, 16] = None,
     bias: Tensor["bias_type", "n"] = None,
+    x_scale: Tensor[f32, "m"] = None,
     *,
     wdtype: Const,
     scale_dtype: Const,
@@ -74,9 +76,10 @@ def warpgroup_linear(
     for split in range(splits):
         with tilus.warps(group_warps * split, group_warps, registers=plan.registers):
             tilus.wait_dependencies(constant=constant)
-            exponent = residual(wdtype, x.dtype, table, zeros, MMA)
+            exponent = residual(wdtype, x.dtype, table, zeros, MMA) if x_scale is None else EXPONENTS[x.dtype]
             entries = table_entries(table, x.dtype, 32 * group_warps)
-            unpacked = Unpacking(wdtype, (scale_dtype, mins_dtype), x.dtype, entries, exponent, shape)
+            kind = Unpacking if x_scale is None else ByteUnpacking
+            unpacked = kind(wdtype, (scale_dtype, mins_dtype), x.dtype, entries, exponent, shape)
             once = unpacked.whole(factors, row_tile) if span == WHOLE else None
             total = sum_of_steps(unpacked, stages, once, split, steps, plan)
             if split > 0:
@@ -87,6 +90,8 @@ def warpgroup_linear(
                     all_sums.give(total, rank, block=0)
                 else:
                     total = all_sums.added_to(total) * (global_scale * 2.0**exponent)
+                    if x_scale is not None:
+                        total = total * tilus.load(x_scale, [token], [plan.tokens])
                     result = tilus.cast(with_bias(total, bias, row_tile), y.dtype)
                     store_rows(y, [token, row_tile * TILE], result, 32 * group_warps)
 
@@ -263,7 +268,7 @@ def add_ahead(total, unpacked, stages: Stages, once, begin, end, plan: Warpgroup
             left, offsets = unpacked.piece(stages.codes, stages.factors, stage, piece, once), [0, piece * shape.width]
             if piece % together == 0:
                 tilus.wgmma_wait()
-                total = tilus.fma(part, unpacked.scale(stages.factors, stage, piece - 1, once), total)
+                total = tilus.fma(as_f32(part), unpacked.scale(stages.factors, stage, piece - 1, once), total)
                 part = tilus.wgmma(left, stages.x[stage], shape=extents, y_offsets=offsets)
             else:
                 part = tilus.wgmma(left, stages.x[stage], part, shape=extents, y_offsets=offsets)
@@ -274,14 +279,14 @@ def add_ahead(total, unpacked, stages: Stages, once, begin, end, plan: Warpgroup
             next_stage = stages.wait(following)
             first = unpacked.piece(stages.codes, stages.factors, next_stage, 0, once)
         tilus.wgmma_wait()
-        total = tilus.fma(part, scale, total)
+        total = tilus.fma(as_f32(part), scale, total)
         tilus.arrive(stages.empty[stage])
     return total
 
 
 def scaled_sum(total, part, scale, sum_x, minimum):
     """total + scale * part + minimum * sum_x, of the latter what there is."""
-    result = tilus.fma(part, scale, total)
+    result = tilus.fma(as_f32(part), scale, total)
     return result if minimum is None else tilus.fma(sum_x, minimum, result)
 
 
@@ -307,7 +312,7 @@ def add_scaled(total, unpacked, stages: Stages, once, begin, end, plan: Warpgrou
 
 
 def kernel_call(
-    x: Any, weight: QuantizedWeight, y: Any, bias: Any | None, plan: WarpgroupPlan
+    x: Any, weight: QuantizedWeight, y: Any, bias: Any | None, plan: WarpgroupPlan, x_scale: Any | None = None
 ) -> tuple[Kernel, list[Any], dict[str, Any]]:
     """The kernel with its arguments and compile-time values, for activations whose columns are in the order of the weight's."""
     header = weight.header
@@ -320,4 +325,5 @@ def kernel_call(
         "mins_dtype": None if header.mins_dtype is None else DTYPES[header.mins_dtype],
         "span": header.span, "plan": plan,
     }  # fmt: skip
-    return warpgroup_linear, [x, codes, scales, y, header.global_scale, mins, zeros, weight.table, bias], values
+    arguments = [x, codes, scales, y, header.global_scale, mins, zeros, weight.table, bias, x_scale]
+    return warpgroup_linear, arguments, values

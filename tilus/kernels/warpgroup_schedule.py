@@ -77,22 +77,22 @@ class WarpgroupPlan:
         return replace(self, tokens=self.tokens // 2) if self.tokens > 8 and not self.scaled else None
 
 
-def stage_nbytes(header: WeightHeader, tokens: int, rows: int, depth: int) -> int:
+def stage_nbytes(header: WeightHeader, tokens: int, rows: int, depth: int, act_nbytes: int = 2) -> int:
     """Shared memory of a step: codes, factors and activations."""
     sets = 0 if header.span == WHOLE else max(1, depth * TILE // header.span)
     names = [name for name in (header.scale_dtype, header.mins_dtype) if name is not None]
     factors = sets * TILE * (sum(FACTOR_NBYTES[name] for name in names) + ZERO_NBYTES * header.has_zeros)
-    return rows * (depth * 512 * header.dtype.nbits + factors) + tokens * depth * TILE * 2
+    return rows * (depth * 512 * header.dtype.nbits + factors) + tokens * depth * TILE * act_nbytes
 
 
 def planned(
     header: WeightHeader, tokens: int, rows: int, splits: int, blocks: int, depth: int, nbytes: int, *,
-    registers: int | None = None, blocks_per_sm: int = 1, overlap: Overlap = "none", scaled: bool = False,
+    registers: int | None = None, blocks_per_sm: int = 1, overlap: Overlap = "none", scaled: bool = False, act_nbytes: int = 2,
 ) -> WarpgroupPlan | None:  # fmt: skip
     """The plan with as many stages as `nbytes` of shared memory hold; None when they are too few."""
     sums = (splits - 1 + blocks - 1) * tokens * rows * TILE * 4
     stored = min(tokens, STORED_TOKENS) * rows * TILE * 2
-    stages = min((nbytes - SLACK_NBYTES - stored - sums) // stage_nbytes(header, tokens, rows, depth), MOST_STAGES)
+    stages = min((nbytes - SLACK_NBYTES - stored - sums) // stage_nbytes(header, tokens, rows, depth, act_nbytes), MOST_STAGES)
     stages -= stages % splits
     if stages < max(2, splits * (2 if overlap == "steps" or scaled else 1)):
         return None
