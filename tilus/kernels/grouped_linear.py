@@ -52,6 +52,7 @@ def grouped_linear_kernel(
     y: Tensor["out", "m", "n"],
     offsets: Tensor[int32, "bounds"],
     global_scale: f32,
+    blocks: int32,
     mins: Tensor[uint8, "tiles", "mins_nbytes"] = None,
     zeros: Tensor[uint8, "tiles", "zeros_nbytes"] = None,
     table: Tensor[f32, 16] = None,
@@ -63,30 +64,30 @@ def grouped_linear_kernel(
     span: Const,
     plan: Const,
 ):
-    item, rows, splits = plan.item, plan.item.rows, plan.item.splits
-    group_warps, copiers = 4 * rows, 1 if item.registers is None else 4
-    tilus.grid(plan.blocks, warps=group_warps * splits + copiers, blocks_per_sm=item.blocks_per_sm)
+    rows, splits = plan.rows, plan.splits
+    group_warps, copiers = 4 * rows, 1 if plan.registers is None else 4
+    tilus.grid(blocks, warps=group_warps * splits + copiers, blocks_per_sm=plan.blocks_per_sm)
     tilus.launch_dependents()
-    shape = item.shape(span)
-    steps = codes.shape[1] // (item.depth * tile_nbytes(wdtype))
+    shape = plan.shape(span)
+    steps = codes.shape[1] // (plan.depth * tile_nbytes(wdtype))
     expert_tiles = y.shape[1] // TILE
 
     factors = [(scales, scale_dtype), (mins, mins_dtype), (zeros, f16)]
     constant = [codes, scales, mins, zeros, table, bias]
-    stages = Stages(item.stages, x, codes, wdtype, factors, shape)
-    sums = Sums(splits, item.tokens, 32 * group_warps, turns=splits > 1)
+    stages = Stages(plan.stages, x, codes, wdtype, factors, shape)
+    sums = Sums(splits, plan.tokens, 32 * group_warps, turns=splits > 1)
 
-    with tilus.warps(group_warps * splits, copiers, registers=None if item.registers is None else 40):
+    with tilus.warps(group_warps * splits, copiers, registers=None if plan.registers is None else 40):
         tilus.wait_dependencies(constant=constant)
 
         def fill(turn, expert, row_tile, token, end):
             for step in tilus.range(steps):
                 stages.bring(turn * steps + step, expert * expert_tiles + row_tile, token, step)
 
-        each_item(offsets, x.shape[0], expert_tiles, plan, fill)
+        each_item(offsets, x.shape[0], expert_tiles, blocks, plan, fill)
 
     for split in range(splits):
-        with tilus.warps(group_warps * split, group_warps, registers=item.registers):
+        with tilus.warps(group_warps * split, group_warps, registers=plan.registers):
             tilus.wait_dependencies(constant=constant)
             exponent = residual(wdtype, x.dtype, table, zeros, MMA)
             entries = table_entries(table, x.dtype, 32 * group_warps)
@@ -95,7 +96,7 @@ def grouped_linear_kernel(
             def multiply(turn, expert, row_tile, token, end):
                 once = unpacked.whole(factors, expert * expert_tiles + row_tile) if span == WHOLE else None
                 first = turn * steps
-                total = sum_of_steps(unpacked, stages, once, first + split, first + steps, item)
+                total = sum_of_steps(unpacked, stages, once, first + split, first + steps, plan)
                 if split > 0:
                     sums.give(total, split, turn=turn)
                 else:
@@ -106,25 +107,25 @@ def grouped_linear_kernel(
                     own = tilus.narrow(y, 0, 0, end)  # rows behind it are those of other experts
                     store_rows(own, [token, row_tile * TILE], tilus.cast(result, y.dtype), 32 * group_warps)
 
-            each_item(offsets, x.shape[0], expert_tiles, plan, multiply)
+            each_item(offsets, x.shape[0], expert_tiles, blocks, plan, multiply)
 
 
-def each_item(offsets, num_rows, expert_tiles, plan: GroupedPlan, work):
+def each_item(offsets, num_rows, expert_tiles, blocks, plan: WarpgroupPlan, work):
     """`work(turn, expert, tile of its weight, first row of x, end of the expert's rows)` for every item of this block."""
     start = tilus.block_id(0)  # this block's next item, counted from the first one of the expert
     turn, end = 0, offsets[0]
     for expert in tilus.range(offsets.shape[0] - 1):
         begin = end
         end = min(offsets[expert + 1], num_rows)
-        token_tiles = tilus.cdiv(max(end - begin, 0), plan.item.tokens)
-        count = token_tiles * (expert_tiles // plan.item.rows)
-        own = tilus.cdiv(max(count - start, 0), plan.blocks)
+        token_tiles = tilus.cdiv(max(end - begin, 0), plan.tokens)
+        count = token_tiles * (expert_tiles // plan.rows)
+        own = tilus.cdiv(max(count - start, 0), blocks)
         for index in tilus.range(own):
-            number = start + index * plan.blocks
-            token = begin + number % token_tiles * plan.item.tokens
-            work(turn + index, expert, number // token_tiles * plan.item.rows, token, end)
+            number = start + index * blocks
+            token = begin + number % token_tiles * plan.tokens
+            work(turn + index, expert, number // token_tiles * plan.rows, token, end)
         turn += own
-        start = start + own * plan.blocks - count
+        start = start + own * blocks - count
 
 
 def plans(m: int, experts: int, header: WeightHeader, num_sms: int) -> Iterator[GroupedPlan]:
@@ -183,9 +184,9 @@ def launch(
         for array in (weight.codes, weight.scales, weight.mins, weight.zeros)
     )
     grouped_linear_kernel.on(device)(
-        x, codes, scales, y, offsets, header.global_scale, mins, zeros, weight.table, bias,
+        x, codes, scales, y, offsets, header.global_scale, plan.blocks, mins, zeros, weight.table, bias,
         wdtype=header.dtype, scale_dtype=DTYPES[header.scale_dtype],
-        mins_dtype=None if header.mins_dtype is None else DTYPES[header.mins_dtype], span=header.span, plan=plan,
+        mins_dtype=None if header.mins_dtype is None else DTYPES[header.mins_dtype], span=header.span, plan=plan.item,
     )  # fmt: skip
 
 
