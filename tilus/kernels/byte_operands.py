@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import tilus
 from tilus import f32, int32, uint32
-from tilus.dtypes import DataType, float8_e4m3, int4, int8
+from tilus.dtypes import float8_e4m3, int4, int8
 from tilus.kernels.quantize.tiles import MMA, TILE
-from tilus.kernels.warpgroup_operands import Shape, Unpacking, tile_nbytes
+from tilus.kernels.warpgroup_operands import Unpacking, tile_nbytes
 from tilus.layout import local, spatial
 from tilus.layout.atoms import wgmma_a, wgmma_d
 

@@ -22,13 +22,13 @@ from tilus.errors import TilusError
 from tilus.kernels.allocate import empty, is_cuda
 from tilus.kernels.columns import take_columns
 from tilus.kernels.linear_step import residual
+from tilus.kernels.plan_choice import launch_without_spills, num_sms_of
 from tilus.kernels.quantize.header import WeightHeader
 from tilus.kernels.quantize.packed import QuantizedWeight
 from tilus.kernels.quantize.tiles import MMA, TILE, WHOLE
-from tilus.kernels.warpgroup_linear import Stages, Sums, store_rows, sum_of_steps
+from tilus.kernels.warpgroup_linear import Stages, Sums, store_rows, sum_of_steps, with_bias
 from tilus.kernels.warpgroup_operands import Unpacking, table_entries, tile_nbytes
-from tilus.kernels.warpgroup_ring import launch_without_spills, num_sms_of
-from tilus.kernels.warpgroup_schedule import HALF_NBYTES, SHARED_NBYTES, WarpgroupPlan, planned
+from tilus.kernels.warpgroup_schedule import HALF_NBYTES, WarpgroupPlan, planned
 from tilus.runtime.execute import place
 
 
@@ -86,46 +86,46 @@ def grouped_linear_kernel(
 
         each_item(offsets, x.shape[0], expert_tiles, blocks, plan, fill)
 
+    def multiply_all(split: int):
+        exponent = residual(wdtype, x.dtype, table, zeros, MMA)
+        entries = table_entries(table, x.dtype, 32 * group_warps)
+        unpacked = Unpacking(wdtype, (scale_dtype, mins_dtype), x.dtype, entries, exponent, shape)
+
+        def multiply(turn, expert, row_tile, token, end):
+            once = unpacked.whole(factors, expert * expert_tiles + row_tile) if span == WHOLE else None
+            first = turn * steps
+            total = sum_of_steps(unpacked, stages, once, first + split, first + steps, plan)
+            if split > 0:
+                sums.give(total, split, turn=turn)
+            else:
+                result = sums.added_to(total, turn) * (global_scale * 2.0**exponent)
+                result = with_bias(result, None if bias is None else bias[expert], row_tile)
+                own = tilus.narrow(y, 0, 0, end)  # rows behind it are those of other experts
+                store_rows(own, [token, row_tile * TILE], tilus.cast(result, y.dtype), 32 * group_warps)
+
+        each_item(offsets, x.shape[0], expert_tiles, blocks, plan, multiply)
+
     for split in range(splits):
         with tilus.warps(group_warps * split, group_warps, registers=plan.registers):
             tilus.wait_dependencies(constant=constant)
-            exponent = residual(wdtype, x.dtype, table, zeros, MMA)
-            entries = table_entries(table, x.dtype, 32 * group_warps)
-            unpacked = Unpacking(wdtype, (scale_dtype, mins_dtype), x.dtype, entries, exponent, shape)
-
-            def multiply(turn, expert, row_tile, token, end):
-                once = unpacked.whole(factors, expert * expert_tiles + row_tile) if span == WHOLE else None
-                first = turn * steps
-                total = sum_of_steps(unpacked, stages, once, first + split, first + steps, plan)
-                if split > 0:
-                    sums.give(total, split, turn=turn)
-                else:
-                    result = sums.added_to(total, turn) * (global_scale * 2.0**exponent)
-                    if bias is not None:
-                        added = tilus.cast(tilus.load(bias[expert], [row_tile * TILE], [TILE * rows]), f32)
-                        result = result + tilus.reshape(added, [TILE * rows, 1])
-                    own = tilus.narrow(y, 0, 0, end)  # rows behind it are those of other experts
-                    store_rows(own, [token, row_tile * TILE], tilus.cast(result, y.dtype), 32 * group_warps)
-
-            each_item(offsets, x.shape[0], expert_tiles, blocks, plan, multiply)
+            multiply_all(split)
 
 
 def each_item(offsets, num_rows, expert_tiles, blocks, plan: WarpgroupPlan, work):
     """`work(turn, expert, tile of its weight, first row of x, end of the expert's rows)` for every item of this block."""
-    start = tilus.block_id(0)  # this block's next item, counted from the first one of the expert
+    number = tilus.block_id(0)  # of this block's next item, counted from the first one of the expert
     turn, end = 0, offsets[0]
     for expert in tilus.range(offsets.shape[0] - 1):
         begin = end
         end = min(offsets[expert + 1], num_rows)
         token_tiles = tilus.cdiv(max(end - begin, 0), plan.tokens)
         count = token_tiles * (expert_tiles // plan.rows)
-        own = tilus.cdiv(max(count - start, 0), blocks)
-        for index in tilus.range(own):
-            number = start + index * blocks
+        while number < count:
             token = begin + number % token_tiles * plan.tokens
-            work(turn + index, expert, number // token_tiles * plan.rows, token, end)
-        turn += own
-        start = start + own * blocks - count
+            work(turn, expert, number // token_tiles * plan.rows, token, end)
+            number += blocks
+            turn += 1
+        number -= count
 
 
 def plans(m: int, experts: int, header: WeightHeader, num_sms: int) -> Iterator[GroupedPlan]:

@@ -12,12 +12,12 @@ from typing import Any
 from tilus.dtypes import int4
 from tilus.errors import TilusError
 from tilus.kernels.allocate import empty, is_cuda
+from tilus.kernels.plan_choice import launch_without_spills, num_sms_of
 from tilus.kernels.quantize.header import WeightHeader
 from tilus.kernels.quantize.packed import QuantizedWeight
 from tilus.kernels.quantize.tiles import MMA, TILE, WHOLE
 from tilus.kernels.warpgroup_linear import kernel_call
-from tilus.kernels.warpgroup_ring import launch_without_spills, num_sms_of
-from tilus.kernels.warpgroup_schedule import HALF_NBYTES, SHARED_NBYTES, WarpgroupPlan, planned
+from tilus.kernels.warpgroup_schedule import SHARED_NBYTES, WarpgroupPlan, planned
 from tilus.runtime.execute import place
 
 SMALLEST_GROUP = 32  # columns of a product of 8-bit operands
@@ -28,7 +28,9 @@ def plans(m: int, header: WeightHeader, num_sms: int) -> Iterator[WarpgroupPlan]
     tokens = next((tokens for tokens in (8, 16, 32, 64) if tokens >= m), 128)
     tiles_k = header.shape[1] // TILE
     for depth in (depth for depth in (2, 1) if tiles_k % depth == 0):
-        found = planned(header, tokens, 1, 2, 1, depth, SHARED_NBYTES, registers=None if tokens < 128 else 208, act_nbytes=1)
+        found = planned(
+            header, tokens, 1, 2, 1, depth, SHARED_NBYTES, registers=None if tokens < 128 else 208, act_nbytes=1
+        )
         while found is not None:
             yield found
             found = found.easier()

@@ -92,7 +92,9 @@ def planned(
     """The plan with as many stages as `nbytes` of shared memory hold; None when they are too few."""
     sums = (splits - 1 + blocks - 1) * tokens * rows * TILE * 4
     stored = min(tokens, STORED_TOKENS) * rows * TILE * 2
-    stages = min((nbytes - SLACK_NBYTES - stored - sums) // stage_nbytes(header, tokens, rows, depth, act_nbytes), MOST_STAGES)
+    stages = min(
+        (nbytes - SLACK_NBYTES - stored - sums) // stage_nbytes(header, tokens, rows, depth, act_nbytes), MOST_STAGES
+    )
     stages -= stages % splits
     if stages < max(2, splits * (2 if overlap == "steps" or scaled else 1)):
         return None
