@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from rounding import ABSOLUTE, RELATIVE, float64
-from weights import exact, random_matrix, with_bfloat16_scales, with_wide_factors, with_zeros
+from weights import exact, matrix_of, random_matrix, with_bfloat16_scales, with_wide_factors
 
 import tilus
 from tilus import TilusError
@@ -56,9 +56,10 @@ def check(
         assert w4a8_linear(paired(codes), x_scale, weight, bias=bias, out=y, device=device) is y
     else:
         launch(paired(codes), x_scale, weight, y, bias, plan, device)
-    x, values = float64(codes.float()) * float64(x_scale)[:, None], exact(matrix).values
-    wanted = x @ values.T + float64(bias)
-    work = (matrix.scales.shape[1] + 4) * 2.0**-23 * (np.abs(x) @ np.abs(values).T + np.abs(float64(bias)))
+    x, weights = float64(codes.float()) * float64(x_scale)[:, None], exact(matrix)
+    wanted = x @ weights.values.T + float64(bias)
+    sums = matrix.scales.shape[1] * (1 if matrix.mins is None else 2)
+    work = (sums + 4) * 2.0**-23 * (np.abs(x) @ weights.sizes.T + np.abs(float64(bias)))
     bound = work * (1 + RELATIVE[out]) + RELATIVE[out] * np.abs(wanted) + ABSOLUTE[out]
     wrong = ~(np.abs(float64(y) - wanted) <= bound)
     assert not wrong.any(), f"{wrong.sum()} of {wrong.size} are wrong, the first at {np.argwhere(wrong)[0]}"
@@ -68,6 +69,36 @@ def check(
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_groups(device: str, dtype: torch.dtype, group: int) -> None:
     check(device, random_matrix(tilus.int4, 128, 768, group, seed=group), 5, dtype)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "dtype", "group"),
+    [
+        ("symmetric", tilus.uint4, 128),
+        ("minimums", tilus.uint4, 32),
+        ("zero points", tilus.uint4, 96),
+        ("symmetric", tilus.int2, 64),
+        ("wide factors", tilus.int5, 192),
+        ("two levels", tilus.float4_e2m1, 32),
+    ],
+)
+@pytest.mark.parametrize("act", TYPES, ids=str)
+def test_schemes(device: str, act: torch.dtype, scheme: str, dtype: tilus.DataType, group: int) -> None:
+    """What both types of activations take. Products of these have so few bits that float8 adds them up exactly."""
+    check(device, matrix_of(scheme, dtype, 64, 384, group), 5, act)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "dtype"),
+    [
+        ("symmetric", tilus.int8),
+        ("minimums", tilus.uint6),
+        ("zero points", tilus.uint7),
+        ("symmetric", tilus.float6_e2m3),
+    ],
+)
+def test_schemes_for_integers(device: str, scheme: str, dtype: tilus.DataType) -> None:
+    check(device, matrix_of(scheme, dtype, 64, 384, 64), 5, torch.int8, most=127)
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 9, 17, 70])
@@ -158,10 +189,20 @@ def test_mistakes() -> None:
         with pytest.raises(TilusError, match=match):
             w4a8_linear(x, scale, options.pop("weight", weight), device="reference", **options)
 
-    zeros = with_zeros(random_matrix(tilus.int4, 64, 128, 64), np.random.default_rng(0))
-    refused("of zero points int4 in groups of 64, expected symmetric int4", weight=pack(zeros))
-    refused("of symmetric uint4 in groups of 64", weight=pack(random_matrix(tilus.uint4, 64, 128, 64)))
-    refused("in groups of 16, expected", weight=pack(random_matrix(tilus.int4, 64, 128, 16)))
+    refused(
+        "of symmetric uint8 in groups of 64 and activations of int8",
+        weight=pack(random_matrix(tilus.uint8, 64, 128, 64)),
+    )
+    refused("of table uint4", weight=pack(matrix_of("table", tilus.uint4, 64, 128, 64)))
+    refused("zero points in activation order int4", weight=pack(matrix_of("activation order", tilus.int4, 64, 128, 64)))
+    refused("of symmetric float8_e5m2", weight=pack(random_matrix(tilus.float8_e5m2, 64, 128, 64)))
+    float8 = x.to(torch.float8_e4m3fn)
+    refused(
+        "int8 in groups of 64 and activations of float8_e4m3",
+        x=float8,
+        weight=pack(random_matrix(tilus.int8, 64, 128, 64)),
+    )
+    refused("in groups of 16 and", weight=pack(random_matrix(tilus.int4, 64, 128, 16)))
     refused(r"a weight \[65, 128\] in the order mma", weight=pack(random_matrix(tilus.int4, 65, 128, 64)))
     refused("in the order rows", weight=pack(random_matrix(tilus.int4, 64, 128, 64), "cpu"))
     refused(r"x is float16\[2, 128\], expected int8 or float8_e4m3fn \[M, 128\]", x=x.half())

@@ -1,9 +1,13 @@
-"""Packed int4 codes as left operands of 8-bit products: four bytes of a word at once, without a conversion.
+"""Packed codes as left operands of 8-bit products, where 8 bits hold exactly what the codes stand for.
+
+Symmetric int4 and uint4 without zero points need no conversion, four bytes of a word at once:
 
 - int8: a word of packed codes has eight of them, and `word & 0xf0f0f0f0` are four bytes of 16 times a code. So are those of
-  `word << 4`.
+  `word << 4`. Codes without a sign are bytes as they are.
 - float8_e4m3: in its lowest four bits a byte counts 0 to 15 steps of 2^-9, subnormal numbers and the first normal ones alike.
   So a code's magnitude, with its sign on top, is the code times 2^-9.
+
+Other codes become f16 as for `linear`, and that becomes 8 bits, which rounds nothing (`exponent_of`).
 
 Four bytes of a word are one row's columns 2 t, 2 t + 8, 2 t + 1 and 2 t + 9 of 16, where products of 8-bit operands want four
 neighbours. `quantize_tokens(paired=True)` writes activations in that order, so one packed weight serves all.
@@ -11,43 +15,106 @@ neighbours. `quantize_tokens(paired=True)` writes activations in that order, so 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import numpy as np
+
 import tilus
-from tilus import f32, int32, uint32
-from tilus.dtypes import float8_e4m3, int4, int8
+from tilus import f16, f32, int32, uint32
+from tilus.codegen.cast_plan import scale_exponent
+from tilus.dtypes import DataType, float8_e4m3, int4, int8, uint4
 from tilus.kernels.quantize.tiles import MMA, TILE
-from tilus.kernels.warpgroup_operands import Unpacking, tile_nbytes
+from tilus.kernels.warpgroup_operands import Shape, Unpacking, loaded_codes, narrowed
 from tilus.layout import local, spatial
 from tilus.layout.atoms import wgmma_a, wgmma_d
 
-EXPONENTS = {int8: -4, float8_e4m3: 9}  # of the factor that what codes become lacks
-MOST_SUMMED = 256  # columns: sums of so many products of 16 * code and int8 are below 2^22 in magnitude, or that
+MOST_SUMMED = 256  # columns: so many products of -128 to 127 add up to at most 2^22 in magnitude (`as_f32`)
+EXPONENTS = range(-9, 10)  # that are tried
+NIBBLES = {(int4, int8): -4, (int4, float8_e4m3): 9, (uint4, int8): 0, (uint4, float8_e4m3): 9}
+
+
+@lru_cache
+def exponent_of(dtype: DataType, act: DataType, has_zeros: bool) -> int | None:
+    """The e for which operands of type `act` times 2^e are what codes of `dtype` stand for; None where there is none."""
+    if not has_zeros and (dtype, act) in NIBBLES:
+        return NIBBLES[dtype, act]
+    values = np.float64(dtype.decode(np.arange(dtype.num_codes, dtype=np.uint8)))
+    values = values[np.isfinite(values)]
+    if has_zeros:  # from the least code to one above the largest
+        values = np.arange(dtype.min_value - dtype.max_value - 1, dtype.max_value - dtype.min_value + 1)
+    exact = (e for e in EXPONENTS if (act.round(values / 2.0**e) == values / 2.0**e).all())
+    return max(exact, default=None)
 
 
 class ByteUnpacking(Unpacking):
-    """`Unpacking` of symmetric int4 for activations of 8 bits, whose exponents are `EXPONENTS`."""
+    """`Unpacking` to operands of a type of 8 bits; zero points come in f16."""
 
-    def weights(self, stage_codes, stage, piece: int, zeros):
-        """The codes [rows * 64, width] of a piece, divided by 2^exponent."""
+    def bytes_of(self, act: DataType, stage_codes, stage, piece: int, zeros):
+        """What the codes [rows * 64, width] of a piece stand for, divided by 2^exponent, columns paired."""
         shape = self.shape
-        tiles, threads = max(1, shape.width // TILE), 128 * shape.rows
-        first, nbytes = piece * shape.width // TILE * tile_nbytes(int4), tiles * tile_nbytes(int4)
-        layout = MMA.warpgroup_bytes(int4, shape.rows, 1, tiles).reshape((shape.rows, nbytes))
-        raw = tilus.load_shared(stage_codes[stage], [0, first], [shape.rows, nbytes], layout=layout)
-        words = tilus.view(raw, uint32, [threads, 4 * tiles, 1], spatial(threads, 1, 1) * local(1, 4 * tiles, 1))
-        which = tilus.reshape(tilus.arange(2), [1, 1, 2]).to(uint32)  # of a thread's two rows with codes in a word
-        if self.act == int8:
-            four = words << (4 - 4 * which) & 0xF0F0F0F0
-        else:
-            codes = words >> 4 * which & 0x0F0F0F0F
-            negative = codes >> 3 & 0x01010101
-            four = (codes ^ 15 * negative) + negative | negative << 7
-        fragments = spatial(shape.rows, 1) * local(1, 2 * tiles) * wgmma_a(8)
-        four = tilus.with_layout(four, spatial(threads, 1, 1) * local(1, 4 * tiles, 2))
-        numbers = tilus.view(four, self.act, [TILE * shape.rows, TILE * tiles], fragments)
-        if shape.width < TILE:
-            parts = TILE // shape.width
-            numbers = tilus.select(tilus.reshape(numbers, [TILE * shape.rows, parts, shape.width]), 1, piece % parts)
-        return numbers
+        assert shape.columns // shape.sets <= MOST_SUMMED, "sums of a group exceed what as_f32 takes"
+        tiles = max(1, shape.width // TILE)
+        raw = loaded_codes(stage_codes, stage, piece, self.wdtype, shape)
+        if zeros is None and (self.wdtype, act) in NIBBLES:
+            words = tilus.view(
+                raw, uint32, [128 * shape.rows, 4 * tiles, 1], spatial(128 * shape.rows, 1, 1) * local(1, 4 * tiles, 1)
+            )
+            which = tilus.reshape(tilus.arange(2), [1, 1, 2]).to(uint32)  # of a thread's two rows with codes in a word
+            four = tilus.with_layout(
+                nibbles(words, which, self.wdtype, act), spatial(128 * shape.rows, 1, 1) * local(1, 4 * tiles, 2)
+            )
+            fragments = spatial(shape.rows, 1) * local(1, 2 * tiles) * wgmma_a(8)
+            return narrowed(tilus.view(four, act, [TILE * shape.rows, TILE * tiles], fragments), piece, shape)
+        extents, fragments = [TILE * shape.rows, TILE * tiles], MMA.warpgroup_fragments(shape.rows, 1, tiles)
+        numbers = tilus.unpack_codes(raw, self.wdtype, f16, extents, fragments, packed_for=MMA.packed_for, scaled=True)
+        numbers = narrowed(numbers * 2.0 ** scale_exponent(self.wdtype, f16), piece, shape)
+        if zeros is not None:
+            numbers = numbers - zeros
+        return paired(as_bytes(numbers * 2.0**-self.exponent, act, shape))
+
+
+class Int8Unpacking(ByteUnpacking):
+    def weights(self, stage_codes, stage, piece: int, zeros):
+        return self.bytes_of(int8, stage_codes, stage, piece, zeros)
+
+
+class Float8Unpacking(ByteUnpacking):
+    def weights(self, stage_codes, stage, piece: int, zeros):
+        return self.bytes_of(float8_e4m3, stage_codes, stage, piece, zeros)
+
+
+UNPACKINGS = {int8: Int8Unpacking, float8_e4m3: Float8Unpacking}
+
+
+def nibbles(words, which, dtype: DataType, act: DataType):
+    """Of the eight codes in each word the four that `which`, 0 or 1, names, as bytes of a word."""
+    if (dtype, act) == (int4, int8):
+        return words << (4 - 4 * which) & 0xF0F0F0F0
+    codes = words >> 4 * which & 0x0F0F0F0F
+    if dtype == uint4:
+        return codes
+    negative = codes >> 3 & 0x01010101
+    return (codes ^ 15 * negative) + negative | negative << 7
+
+
+def as_bytes(numbers, act: DataType, shape: Shape):
+    """Numbers of f16 that `act` holds, in its bits."""
+    if act == float8_e4m3:
+        return numbers.to(act)
+    rows, width = numbers.shape
+    layout = spatial(shape.rows, 1) * local(1, width // 16) * wgmma_a()
+    biased = tilus.with_layout(
+        numbers + 1536.0, layout
+    )  # floats of 1024 to 2047 count ones: the low byte is that of an integer
+    low = tilus.view(biased, act, [rows, width, 2], layout.reshape((rows, width, 1)) * local(1, 1, 2))
+    return tilus.select(low, 2, 0)
+
+
+def paired(numbers):
+    """The columns of each 16 in the order of `quantize_tokens(paired=True)`."""
+    rows, width = numbers.shape
+    parts = tilus.reshape(numbers, [rows, width // 16, 2, 4, 2])
+    return tilus.reshape(tilus.transpose(parts, [0, 1, 3, 4, 2]), [rows, width])
 
 
 def as_f32(sums):

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from tilus.dtypes import int4
+from tilus.dtypes import float8_e4m3, int8
 from tilus.errors import TilusError
 from tilus.kernels.allocate import empty, is_cuda
+from tilus.kernels.byte_operands import exponent_of
 from tilus.kernels.plan_choice import launch_without_spills, num_sms_of
 from tilus.kernels.quantize.header import WeightHeader
 from tilus.kernels.quantize.packed import QuantizedWeight
@@ -20,6 +21,7 @@ from tilus.kernels.warpgroup_linear import kernel_call
 from tilus.kernels.warpgroup_schedule import SHARED_NBYTES, WarpgroupPlan, planned
 from tilus.runtime.execute import place
 
+TYPES = {"int8": int8, "float8_e4m3fn": float8_e4m3}  # of activations, by their names in torch
 SMALLEST_GROUP = 32  # columns of a product of 8-bit operands
 
 
@@ -42,10 +44,12 @@ def w4a8_linear(
 ) -> Any:  # fmt: skip
     """Codes x [M, K] of activations, times x_scale [M], times the transpose of a packed weight (N, K), plus a bias: [M, N].
 
-    x, x_scale: as `quantize_tokens(..., paired=True)` makes them, int8 or float8_e4m3 and f32. weight: int4 with one scale for a
-    group of a multiple of 32 or of all columns, and nothing else, packed for GPUs; N and K are multiples of 64. bias: f16, bf16
-    or f32 [N]. out_dtype: f16, bf16 or f32, needed unless out is given, which is written in place. device: where to run
-    (reference, emulator, cuda: sm_90a), by default as the arguments say.
+    x, x_scale: as `quantize_tokens(..., paired=True)` makes them, int8 or float8_e4m3 and f32. weight: codes, less their zero
+    points, that the type of x holds exactly, up to a power of two for all of them: integers of 4 bits for both, of 8 bits with a
+    sign for int8, float8_e4m3 and smaller floats for float8_e4m3; factors of groups of a multiple of 32 columns or of all; no
+    table, and columns in their order. It is packed for GPUs; N and K are multiples of 64. bias: f16, bf16 or f32 [N].
+    out_dtype: f16, bf16 or f32, needed unless out is given, which is written in place. device: where to run (reference, emulator,
+    cuda: sm_90a), by default as the arguments say.
 
     The sum of a group is exact for int8; for float8_e4m3 hardware keeps some 14 bits of it. It is scaled and added to the others
     in f32, and the result is rounded once. The kernel may start while the one in front of it runs, and then reads the weight and
@@ -75,24 +79,26 @@ def launch(
 
 
 def _check(x: Any, x_scale: Any, weight: QuantizedWeight, bias: Any | None) -> None:
-    n, k = weight.shape
-    header = weight.header
-    if header.dtype != int4 or header.scheme != "symmetric" or (header.span != WHOLE and header.span < SMALLEST_GROUP):
-        raise TilusError(
-            f"w4a8_linear of {header.scheme} {header.dtype} in groups of {header.group}, expected symmetric int4 in groups of a "
-            f"multiple of {SMALLEST_GROUP}",
-            hint="`linear` takes every scheme, with 16-bit activations",
-        )
+    (n, k), header = weight.shape, weight.header
     if header.order != MMA or n % TILE or k % TILE:
         raise TilusError(
             f"w4a8_linear of a weight {[n, k]} in the order {header.order}, expected multiples of {TILE} in the order {MMA}",
             hint='pack it for a GPU: pack(matrix, device, order="mma")',
         )
     kind = str(x.dtype).removeprefix("torch.")
-    if x.ndim != 2 or x.shape[1] != k or kind not in ("int8", "float8_e4m3fn"):
+    if x.ndim != 2 or x.shape[1] != k or kind not in TYPES:
         raise TilusError(
             f"w4a8_linear: x is {kind}{list(x.shape)}, expected int8 or float8_e4m3fn [M, {k}]",
             hint="quantize_tokens(x, dtype, paired=True) makes codes and scales of activations",
+        )
+    if (
+        header.has_table or header.has_columns or (header.span != WHOLE and header.span < SMALLEST_GROUP)
+        or exponent_of(header.dtype, TYPES[kind], header.has_zeros) is None
+    ):  # fmt: skip
+        raise TilusError(
+            f"w4a8_linear of {header.scheme} {header.dtype} in groups of {header.group} and activations of {TYPES[kind]}, "
+            f"expected numbers that {TYPES[kind]} holds, in groups of a multiple of {SMALLEST_GROUP}",
+            hint="`linear` takes every scheme, with 16-bit activations",
         )
     if tuple(x_scale.shape) != (x.shape[0],):
         raise TilusError(f"w4a8_linear: x_scale has shape {list(x_scale.shape)}, expected {[int(x.shape[0])]}")

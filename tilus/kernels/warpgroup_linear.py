@@ -16,7 +16,7 @@ from typing import Any
 import tilus
 from tilus import Const, Tensor, f16, f32, uint8
 from tilus.dtypes import DTYPES, DataType
-from tilus.kernels.byte_operands import EXPONENTS, ByteUnpacking, as_f32
+from tilus.kernels.byte_operands import UNPACKINGS, as_f32, exponent_of
 from tilus.kernels.linear_step import residual
 from tilus.kernels.quantize.packed import QuantizedWeight
 from tilus.kernels.quantize.tiles import MMA, TILE, WHOLE
@@ -76,10 +76,12 @@ def warpgroup_linear(
     for split in range(splits):
         with tilus.warps(group_warps * split, group_warps, registers=plan.registers):
             tilus.wait_dependencies(constant=constant)
-            exponent = residual(wdtype, x.dtype, table, zeros, MMA) if x_scale is None else EXPONENTS[x.dtype]
             entries = table_entries(table, x.dtype, 32 * group_warps)
-            kind = Unpacking if x_scale is None else ByteUnpacking
-            unpacked = kind(wdtype, (scale_dtype, mins_dtype), x.dtype, entries, exponent, shape)
+            if x_scale is None:
+                kind, numbers, exponent = Unpacking, x.dtype, residual(wdtype, x.dtype, table, zeros, MMA)
+            else:
+                kind, numbers, exponent = UNPACKINGS[x.dtype], f16, exponent_of(wdtype, x.dtype, zeros is not None)
+            unpacked = kind(wdtype, (scale_dtype, mins_dtype), numbers, entries, exponent, shape)
             once = unpacked.whole(factors, row_tile) if span == WHOLE else None
             total = sum_of_steps(unpacked, stages, once, split, steps, plan)
             if split > 0:
@@ -240,7 +242,7 @@ def add_groups(total, unpacked, stages: Stages, once, begin, end, plan: Warpgrou
             part = tilus.wgmma(left, stages.x[stage], shape=extents, y_offsets=offsets)
             sum_x = None
             if minimum is not None:
-                ones = tilus.full([TILE * plan.rows, shape.width], 1.0, act)
+                ones = tilus.full([TILE * plan.rows, shape.width], 1, act)
                 sum_x = tilus.wgmma(ones, stages.x[stage], shape=extents, y_offsets=offsets)
             under_way = [*under_way, (part, scale, sum_x, minimum)]
             if piece >= later:
@@ -287,7 +289,7 @@ def add_ahead(total, unpacked, stages: Stages, once, begin, end, plan: Warpgroup
 def scaled_sum(total, part, scale, sum_x, minimum):
     """total + scale * part + minimum * sum_x, of the latter what there is."""
     result = tilus.fma(as_f32(part), scale, total)
-    return result if minimum is None else tilus.fma(sum_x, minimum, result)
+    return result if minimum is None else tilus.fma(as_f32(sum_x), minimum, result)
 
 
 def add_scaled(total, unpacked, stages: Stages, once, begin, end, plan: WarpgroupPlan):
