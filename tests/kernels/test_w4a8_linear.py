@@ -8,18 +8,22 @@ each group, the factors and the last rounding, all in f32:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
+from ml_dtypes import float8_e4m3fn
 from rounding import ABSOLUTE, RELATIVE, float64
-from weights import exact, matrix_of, random_matrix, with_bfloat16_scales, with_wide_factors
+from weights import CODE_TYPES, exact, finite_codes, matrix_of, random_matrix, with_bfloat16_scales, with_wide_factors
 
 import tilus
 from tilus import TilusError
 from tilus.kernels import quantize_tokens, w4a8_linear
+from tilus.kernels.byte_operands import exponent_of
 from tilus.kernels.quantize import QuantizedMatrix, WeightHeader, pack
 from tilus.kernels.w4a8_linear import launch, plans
 from tilus.kernels.warpgroup_schedule import WarpgroupPlan
@@ -138,16 +142,50 @@ def test_large_codes_add_up_exactly(device: str) -> None:
     check(device, random_matrix(tilus.int4, 64, 8192, 8192), 4, torch.int8, most=127)
 
 
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_every_code_is_what_it_stands_for(device: str, dtype: torch.dtype) -> None:
+def holds(act: torch.dtype, values: npt.NDArray[np.float64]) -> bool:
+    """Whether a type of 8 bits has all these numbers."""
+    kept = (
+        np.clip(np.round(values), -128, 127) if act == torch.int8 else values.astype(float8_e4m3fn).astype(np.float64)
+    )
+    return bool((kept == values).all())
+
+
+@pytest.mark.parametrize("act", TYPES, ids=str)
+def test_weights_are_taken_where_some_power_of_two_makes_all_exact(act: torch.dtype) -> None:
+    """All types, and all differences of codes and zero points."""
+    ours = tilus.int8 if act == torch.int8 else tilus.float8_e4m3
+    for dtype in CODE_TYPES:
+        values = np.float64(dtype.decode(finite_codes(dtype)))
+        cases = [(False, values)]
+        if dtype.is_integer:
+            zeros = np.arange(dtype.min_value, dtype.max_value + 2)
+            cases.append((True, (values[:, None] - zeros).ravel()))
+        for has_zeros, numbers in cases:
+            found = exponent_of(dtype, ours, has_zeros)
+            exact_for = [e for e in range(-20, 20) if holds(act, numbers / 2.0**e)]
+            assert (found in exact_for) if exact_for else found is None, (dtype, has_zeros)
+
+
+def exact_pairs() -> Iterator[Any]:
+    for act in TYPES:
+        for dtype in CODE_TYPES:
+            if exponent_of(dtype, tilus.int8 if act == torch.int8 else tilus.float8_e4m3, False) is not None:
+                often = dtype in (tilus.int4, tilus.uint4, tilus.float6_e2m3)
+                yield pytest.param(dtype, act, marks=[] if often else pytest.mark.slow, id=f"{dtype} {act}")
+
+
+@pytest.mark.parametrize(("dtype", "act"), list(exact_pairs()))
+def test_every_code_is_what_it_stands_for(device: str, dtype: tilus.DataType, act: torch.dtype) -> None:
     """A one in each column finds that column's codes: every code in every place of a packed word, every column in its place."""
     if device == "cpu":
         return
-    codes = ((np.arange(64)[:, None] + np.arange(64)) % 16).astype(np.uint8)
-    matrix = QuantizedMatrix(codes, np.ones((64, 1), np.float32), None, tilus.int4)
-    x = torch.eye(64).to(dtype)
+    usable = finite_codes(dtype)
+    n = 64 * -(-len(usable) // 64)
+    codes = usable[(np.arange(n)[:, None] + np.arange(64)) % len(usable)]
+    matrix = QuantizedMatrix(codes, np.ones((n, 1), np.float32), None, dtype)
+    x = torch.eye(64).to(act)
     y = w4a8_linear(paired(x), torch.ones(64), pack(matrix), out_dtype=torch.float32, device=device)
-    np.testing.assert_array_equal(y.numpy(), ((codes.astype(int) + 8) % 16 - 8).T)
+    np.testing.assert_array_equal(y.numpy(), np.float64(dtype.decode(codes)).T)
 
 
 @pytest.mark.parametrize("dtype", [tilus.int8, tilus.float8_e4m3], ids=str)
