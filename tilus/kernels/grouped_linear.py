@@ -80,9 +80,13 @@ def grouped_linear_kernel(
     with tilus.warps(group_warps * splits, copiers, registers=None if plan.registers is None else 40):
         tilus.wait_dependencies(constant=constant)
 
+        free = Walk(stages, 0, 1)
+
         def fill(turn, expert, row_tile, token, end):
             for step in tilus.range(steps):
-                stages.bring(turn * steps + step, expert * expert_tiles + row_tile, token, step)
+                stage = free.wait_until_empty()
+                stages.copy_weights(stage, expert * expert_tiles + row_tile, step)
+                stages.copy_activations(stage, token, step)
 
         each_item(offsets, x.shape[0], expert_tiles, blocks, plan, fill)
 
@@ -90,11 +94,11 @@ def grouped_linear_kernel(
         exponent = residual(wdtype, x.dtype, table, zeros, MMA)
         entries = table_entries(table, x.dtype, 32 * group_warps)
         unpacked = Unpacking(wdtype, (scale_dtype, mins_dtype), x.dtype, entries, exponent, shape)
+        own_stages = Walk(stages, split, splits)
 
         def multiply(turn, expert, row_tile, token, end):
             once = unpacked.whole(factors, expert * expert_tiles + row_tile) if span == WHOLE else None
-            first = turn * steps
-            total = sum_of_steps(unpacked, stages, once, first + split, first + steps, plan)
+            total = sum_of_steps(unpacked, own_stages, once, split, steps, plan)
             if split > 0:
                 sums.give(total, split, turn=turn)
             else:
@@ -111,18 +115,57 @@ def grouped_linear_kernel(
             multiply_all(split)
 
 
+class Walk:
+    """The stages of one role, from item to item: every `stride`-th from `first` on, over and over.
+
+    For `sum_of_steps` it stands in for the stages themselves, whose numbers of steps begin at 0 with every item. The position is
+    two variables, since an item's first step is no constant that a division by the number of stages could be folded with.
+    """
+
+    def __init__(self, stages: Stages, first: int, stride: int):
+        self.count, self.stride = stages.count, stride
+        self.codes, self.x, self.factors = stages.codes, stages.x, stages.factors
+        self.full, self.empty = stages.full, stages.empty
+        self.stage = first - stride
+        self.phase = 0
+
+    def advance(self):
+        self.stage += self.stride
+        if self.stage >= self.count:
+            self.stage -= self.count
+            self.phase = 1 - self.phase
+
+    def wait_until_empty(self):
+        """The next stage, once all have read it."""
+        self.advance()
+        tilus.wait_barrier(self.empty[self.stage], 1 - self.phase)
+        return self.stage
+
+    def wait(self, step):
+        """The next stage, once it is there."""
+        self.advance()
+        tilus.wait_barrier(self.full[self.stage], self.phase)
+        return self.stage
+
+    def of(self, step):
+        """The last stage that was waited for."""
+        return self.stage
+
+
 def each_item(offsets, num_rows, expert_tiles, blocks, plan: WarpgroupPlan, work):
     """`work(turn, expert, tile of its weight, first row of x, end of the expert's rows)` for every item of this block."""
     number = tilus.block_id(0)  # of this block's next item, counted from the first one of the expert
     turn, end = 0, offsets[0]
+    row_tile, token = 0, 0  # variables: what divisions give is used in every step
     for expert in tilus.range(offsets.shape[0] - 1):
         begin = end
         end = min(offsets[expert + 1], num_rows)
         token_tiles = tilus.cdiv(max(end - begin, 0), plan.tokens)
         count = token_tiles * (expert_tiles // plan.rows)
         while number < count:
+            row_tile = number // token_tiles * plan.rows
             token = begin + number % token_tiles * plan.tokens
-            work(turn, expert, number // token_tiles * plan.rows, token, end)
+            work(turn, expert, row_tile, token, end)
             number += blocks
             turn += 1
         number -= count

@@ -125,14 +125,10 @@ class Stages:
         for i in tilus.range(ahead):
             self.copy_activations(i, token, begin + i)
         for i in tilus.range(ahead, steps):
-            self.bring(i, row_tile, token, begin + i)
-
-    def bring(self, number, row_tile, token, step):
-        """Ask for a step, the number-th of all, once the stage is free."""
-        stage = number % self.count
-        tilus.wait_barrier(self.empty[stage], (number // self.count + 1) % 2)
-        self.copy_weights(stage, row_tile, step)
-        self.copy_activations(stage, token, step)
+            stage = i % self.count
+            tilus.wait_barrier(self.empty[stage], (i // self.count + 1) % 2)
+            self.copy_weights(stage, row_tile, begin + i)
+            self.copy_activations(stage, token, begin + i)
 
     def copy_weights(self, stage, row_tile, step):
         """Ask for codes and factors, and tell the barrier how much is to come, activations included."""
@@ -148,10 +144,14 @@ class Stages:
         start = [token, step * self.shape.columns]
         tilus.copy_tensor(self.x[stage], self.sources[0], start, barrier=self.full[stage])
 
-    def wait(self, number):
-        """The stage of the number-th step of all, once it is there."""
-        stage = number % self.count
-        tilus.wait_barrier(self.full[stage], number // self.count % 2)
+    def of(self, step):
+        """The stage of a step that is there."""
+        return step % self.count
+
+    def wait(self, step):
+        """The stage of a step, once it is there."""
+        stage = step % self.count
+        tilus.wait_barrier(self.full[stage], step // self.count % 2)
         return stage
 
 
@@ -218,22 +218,22 @@ def store_rows(y, start, result, threads: int):
         tilus.store(y, [start[0] + index * part, start[1]], runs)
 
 
-def sum_of_steps(unpacked: Unpacking, stages: Stages, once, first, end, plan: WarpgroupPlan):
-    """The products of a warpgroup's steps by their numbers: `first`, `first + plan.splits`, ... before `end`."""
+def sum_of_steps(unpacked: Unpacking, stages: Stages, once, split: int, steps, plan: WarpgroupPlan):
+    """The products of a warpgroup's steps: `split`, `split + plan.splits`, ..."""
     total = tilus.zeros([TILE * plan.rows, plan.tokens], f32)
     if plan.scaled:
-        return add_scaled(total, unpacked, stages, once, first, end, plan)
+        return add_scaled(total, unpacked, stages, once, split, steps, plan)
     if plan.overlap == "steps" and unpacked.factor_dtypes[1] is None:
-        return add_ahead(total, unpacked, stages, once, first, end, plan)
-    return add_groups(total, unpacked, stages, once, first, end, plan)
+        return add_ahead(total, unpacked, stages, once, split, steps, plan)
+    return add_groups(total, unpacked, stages, once, split, steps, plan)
 
 
-def add_groups(total, unpacked, stages: Stages, once, begin, end, plan: WarpgroupPlan):
+def add_groups(total, unpacked, stages: Stages, once, split: int, steps, plan: WarpgroupPlan):
     """total + the products of a warpgroup's steps, piece by piece; with overlap the next is unpacked meanwhile."""
     shape, act = unpacked.shape, stages.x.dtype
     extents = (TILE * plan.rows, plan.tokens, shape.width)
     later = int(plan.overlap == "step")  # pieces after which one is scaled
-    for i in tilus.range(begin, end, plan.splits):
+    for i in tilus.range(split, steps, plan.splits):
         stage = stages.wait(i)
         under_way = []
         for piece in range(shape.pieces):
@@ -255,16 +255,16 @@ def add_groups(total, unpacked, stages: Stages, once, begin, end, plan: Warpgrou
     return total
 
 
-def add_ahead(total, unpacked, stages: Stages, once, begin, end, plan: WarpgroupPlan):
+def add_ahead(total, unpacked, stages: Stages, once, split: int, steps, plan: WarpgroupPlan):
     """The same without minimums. While tensor cores work on a piece, the next one is unpacked, be it of the next step."""
     shape = unpacked.shape
     extents = (TILE * plan.rows, plan.tokens, shape.width)
     together = shape.pieces // shape.sets  # pieces with the same factors, which are added up before they are scaled
     first = tilus.zeros([TILE * plan.rows, shape.width], stages.x.dtype)
-    if begin < end:
-        first = unpacked.piece(stages.codes, stages.factors, stages.wait(begin), 0, once)
-    for i in tilus.range(begin, end, plan.splits):
-        stage = i % stages.count
+    if split < steps:
+        first = unpacked.piece(stages.codes, stages.factors, stages.wait(split), 0, once)
+    for i in tilus.range(split, steps, plan.splits):
+        stage = stages.of(i)
         part = tilus.wgmma(first, stages.x[stage], shape=extents, y_offsets=[0, 0])
         for piece in range(1, shape.pieces):
             left, offsets = unpacked.piece(stages.codes, stages.factors, stage, piece, once), [0, piece * shape.width]
@@ -277,7 +277,7 @@ def add_ahead(total, unpacked, stages: Stages, once, begin, end, plan: Warpgroup
         scale = unpacked.scale(stages.factors, stage, shape.pieces - 1, once)
         tilus.wgmma_wait(together - 1)  # no longer is the first piece read
         following = i + plan.splits
-        if following < end:
+        if following < steps:
             next_stage = stages.wait(following)
             first = unpacked.piece(stages.codes, stages.factors, next_stage, 0, once)
         tilus.wgmma_wait()
@@ -292,12 +292,12 @@ def scaled_sum(total, part, scale, sum_x, minimum):
     return result if minimum is None else tilus.fma(as_f32(sum_x), minimum, result)
 
 
-def add_scaled(total, unpacked, stages: Stages, once, begin, end, plan: WarpgroupPlan):
+def add_scaled(total, unpacked, stages: Stages, once, split: int, steps, plan: WarpgroupPlan):
     """The same with weights that are multiplied by their scales before the product, and rounded to the activations' type."""
     shape, act = unpacked.shape, stages.x.dtype
     extents = (TILE * plan.rows, plan.tokens, shape.width)
     before = 0
-    for i in tilus.range(begin, end, plan.splits):
+    for i in tilus.range(split, steps, plan.splits):
         stage = stages.wait(i)
         for piece in range(shape.pieces):
             scale, minimum, zero = once if once is not None else unpacked.factors(stages.factors, stage, piece)
@@ -306,7 +306,7 @@ def add_scaled(total, unpacked, stages: Stages, once, begin, end, plan: Warpgrou
                 left = left + tilus.cast(minimum, act)
             total = tilus.wgmma(left, stages.x[stage], total, shape=extents, y_offsets=[0, piece * shape.width])
             tilus.wgmma_wait(1)
-            if piece == 0 and i > begin:
+            if piece == 0 and i > split:
                 tilus.arrive(stages.empty[before])
         before = stage
     tilus.wgmma_wait()
