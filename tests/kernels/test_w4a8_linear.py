@@ -126,6 +126,7 @@ def test_types_of_scales(device: str, scale_dtype: tilus.DataType) -> None:
         WarpgroupPlan(16, 2, 1, 4, 2, 2, overlap="step"),
         WarpgroupPlan(32, 1, 3, 1, 2, 6, overlap="steps"),
         WarpgroupPlan(128, 2, 1, 1, 2, 3, 232, overlap="steps"),
+        WarpgroupPlan(64, 3, 1, 1, 2, 3, overlap="columns"),
     ],
     ids=str,
 )

@@ -93,8 +93,8 @@ def nibbles(words, which, dtype: DataType, act: DataType):
     codes = words >> 4 * which & 0x0F0F0F0F
     if dtype == uint4:
         return codes
-    negative = codes >> 3 & 0x01010101
-    return (codes ^ 15 * negative) + negative | negative << 7
+    negative = words >> 3 + 4 * which & 0x01010101
+    return (codes ^ 15 * negative) + 129 * negative
 
 
 def as_bytes(numbers, act: DataType, shape: Shape):

@@ -26,10 +26,13 @@ from tilus.kernels.plan_choice import launch_without_spills, num_sms_of
 from tilus.kernels.quantize.header import WeightHeader
 from tilus.kernels.quantize.packed import QuantizedWeight
 from tilus.kernels.quantize.tiles import MMA, TILE, WHOLE
-from tilus.kernels.warpgroup_linear import Stages, Sums, store_rows, sum_of_steps, with_bias
+from tilus.kernels.warpgroup_linear import Stages, Sums, store_rows, sums_of_steps, with_bias
 from tilus.kernels.warpgroup_operands import Unpacking, table_entries, tile_nbytes
-from tilus.kernels.warpgroup_schedule import HALF_NBYTES, WarpgroupPlan, planned
+from tilus.kernels.warpgroup_schedule import Overlap, WarpgroupPlan, planned
 from tilus.runtime.execute import place
+
+# Shared memory of a multiprocessor, and what each of its blocks takes of it beside its own.
+SM_NBYTES, RESERVED_NBYTES = 228 * 1024, 1024
 
 
 @dataclass(frozen=True)
@@ -98,14 +101,15 @@ def grouped_linear_kernel(
 
         def multiply(turn, expert, row_tile, token, end):
             once = unpacked.whole(factors, expert * expert_tiles + row_tile) if span == WHOLE else None
-            total = sum_of_steps(unpacked, own_stages, once, split, steps, plan)
-            if split > 0:
-                sums.give(total, split, turn=turn)
-            else:
-                result = sums.added_to(total, turn) * (global_scale * 2.0**exponent)
-                result = with_bias(result, None if bias is None else bias[expert], row_tile)
-                own = tilus.narrow(y, 0, 0, end)  # rows behind it are those of other experts
-                store_rows(own, [token, row_tile * TILE], tilus.cast(result, y.dtype), 32 * group_warps)
+            for index, total in enumerate(sums_of_steps(unpacked, own_stages, once, split, steps, plan)):
+                if split > 0:
+                    sums.give(total, split, turn=turn)
+                else:
+                    result = sums.added_to(total, turn) * (global_scale * 2.0**exponent)
+                    result = with_bias(result, None if bias is None else bias[expert], row_tile)
+                    own = tilus.narrow(y, 0, 0, end)  # rows behind it are those of other experts
+                    start = [token + index * total.shape[1], row_tile * TILE]
+                    store_rows(own, start, tilus.cast(result, y.dtype), 32 * group_warps)
 
         each_item(offsets, x.shape[0], expert_tiles, blocks, plan, multiply)
 
@@ -118,7 +122,7 @@ def grouped_linear_kernel(
 class Walk:
     """The stages of one role, from item to item: every `stride`-th from `first` on, over and over.
 
-    For `sum_of_steps` it stands in for the stages themselves, whose numbers of steps begin at 0 with every item. The position is
+    For `sums_of_steps` it stands in for the stages themselves, whose numbers of steps begin at 0 with every item. The position is
     two variables, since an item's first step is no constant that a division by the number of stages could be folded with.
     """
 
@@ -171,16 +175,45 @@ def each_item(offsets, num_rows, expert_tiles, blocks, plan: WarpgroupPlan, work
         number -= count
 
 
+# By tokens of a tile, best first: rows of tiles, warpgroups along K, tiles of a step, blocks on a multiprocessor, overlap and
+# registers of a block (docs/performance.md).
+TILES: dict[int, tuple[tuple[int, int, int, int, Overlap, int | None], ...]] = {
+    8: ((1, 2, 4, 2, "none", None), (1, 1, 4, 4, "none", None), (1, 1, 2, 2, "none", None)),
+    16: ((2, 1, 4, 2, "none", None), (1, 1, 4, 3, "none", None), (1, 1, 2, 2, "none", None)),
+    32: ((1, 1, 4, 3, "none", None), (1, 1, 2, 2, "none", None)),
+    64: ((2, 1, 2, 1, "steps", 208), (1, 1, 2, 2, "none", None), (1, 1, 2, 1, "none", None)),
+}
+
+
 def plans(m: int, experts: int, header: WeightHeader, num_sms: int) -> Iterator[GroupedPlan]:
-    """TODO"""
+    """For m rows of x and a stacked weight: the best plan, then those that need fewer registers.
+
+    Without knowing how many rows each expert has, tiles hold twice the mean: a second tile reads its weights from the L2 cache,
+    while a larger one costs every expert.
+    """
     tiles_n, tiles_k = header.shape[0] // TILE // experts, header.shape[1] // TILE
     best = next((tokens for tokens in (8, 16, 32) if 2 * m <= tokens * experts), 64)
     for tokens in (tokens for tokens in (64, 32, 16, 8) if tokens <= best):
-        for depth in (depth for depth in (2, 1) if tiles_k % depth == 0):
-            item = planned(header, tokens, 1, 1, 1, depth, HALF_NBYTES, blocks_per_sm=2)
+        for rows, splits, most, blocks_per_sm, overlap, registers in TILES[tokens]:
+            depth = next(depth for depth in (4, 2, 1) if depth <= most and tiles_k % depth == 0)
+            if tiles_n % rows or tiles_k // depth % splits:
+                continue
+            nbytes = SM_NBYTES // blocks_per_sm - RESERVED_NBYTES
+            item = planned(
+                header,
+                tokens,
+                rows,
+                splits,
+                1,
+                depth,
+                nbytes,
+                registers=registers,
+                blocks_per_sm=blocks_per_sm,
+                overlap=overlap,
+            )
             if item is not None:
-                items = tiles_n * (min(experts, m) + m // tokens)
-                yield GroupedPlan(item, min(max(num_sms, 1) * 2, items))
+                most_items = tiles_n // rows * (min(experts, m) + m // tokens)
+                yield GroupedPlan(item, min(num_sms * blocks_per_sm, most_items))
 
 
 def grouped_linear(
