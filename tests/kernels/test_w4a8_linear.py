@@ -119,23 +119,33 @@ def test_types_of_scales(device: str, scale_dtype: tilus.DataType) -> None:
 
 
 @pytest.mark.parametrize(
-    "plan",
+    ("plan", "group"),
     [
-        WarpgroupPlan(8, 1, 1, 1, 1, 2),
-        WarpgroupPlan(8, 1, 2, 2, 4, 4),
-        WarpgroupPlan(16, 2, 1, 4, 2, 2, overlap="step"),
-        WarpgroupPlan(32, 1, 3, 1, 2, 6, overlap="steps"),
-        WarpgroupPlan(128, 2, 1, 1, 2, 3, 232, overlap="steps"),
-        WarpgroupPlan(64, 3, 1, 1, 2, 3, overlap="columns"),
+        (WarpgroupPlan(8, 1, 1, 1, 1, 2), 128),
+        (WarpgroupPlan(8, 1, 2, 2, 4, 4), 32),
+        (WarpgroupPlan(16, 2, 1, 4, 2, 2, overlap="step"), 64),
+        (WarpgroupPlan(32, 1, 3, 1, 2, 6, overlap="steps"), 512),
+        (WarpgroupPlan(128, 2, 1, 1, 2, 3, 232, overlap="steps"), 128),
+        (WarpgroupPlan(64, 3, 1, 1, 2, 3, overlap="columns"), 32),
+        (WarpgroupPlan(256, 2, 1, 1, 2, 3, 232, overlap="columns"), 128),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("group", [32, 128, 512])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_plans(device: str, dtype: torch.dtype, group: int, plan: WarpgroupPlan) -> None:
+def test_plans(device: str, dtype: torch.dtype, plan: WarpgroupPlan, group: int) -> None:
     """Warpgroups and blocks along K, and more tokens than a block has; groups within steps and across them."""
     if device != "cpu":
         check(device, random_matrix(tilus.int4, 192, 512, group), 20, dtype, plan=plan)
+
+
+@pytest.mark.parametrize("x", [-128, 127])
+def test_the_largest_sums(device: str, x: int) -> None:
+    """Groups of as many columns as sums are exact for; the products of all have the same sign and the largest size."""
+    if device != "cpu":
+        matrix = QuantizedMatrix(np.full((64, 512), 8, np.uint8), np.ones((64, 2), np.float32), None, tilus.int4)
+        y, plan = torch.full((8, 64), torch.nan), WarpgroupPlan(8, 1, 1, 1, 4, 2, overlap="steps")
+        launch(torch.full((8, 512), x, dtype=torch.int8), torch.ones(8), pack(matrix), y, None, plan, device)
+        assert (y == -8 * x * 512).all()
 
 
 def test_large_codes_add_up_exactly(device: str) -> None:
