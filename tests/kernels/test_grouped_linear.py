@@ -78,7 +78,6 @@ def test_counts(device: str, counts: Sequence[int]) -> None:
         GroupedPlan(WarpgroupPlan(16, 1, 2, 1, 1, 4, overlap="step"), 3),
         GroupedPlan(WarpgroupPlan(32, 2, 1, 1, 2, 5, 208, overlap="steps"), 5),
         GroupedPlan(WarpgroupPlan(8, 1, 3, 1, 1, 6, blocks_per_sm=2), 7),
-        GroupedPlan(WarpgroupPlan(64, 1, 1, 1, 2, 3, overlap="columns"), 2),
     ],
     ids=str,
 )

@@ -23,6 +23,7 @@ import tilus
 from tilus import f16, f32, int32, uint32
 from tilus.codegen.cast_plan import scale_exponent
 from tilus.dtypes import DataType, float8_e4m3, int4, int8, uint4
+from tilus.errors import TilusError
 from tilus.kernels.quantize.tiles import MMA, TILE
 from tilus.kernels.warpgroup_operands import Shape, Unpacking, loaded_codes, narrowed
 from tilus.layout import local, spatial
@@ -34,16 +35,25 @@ NIBBLES = {(int4, int8): -4, (int4, float8_e4m3): 9, (uint4, int8): 0, (uint4, f
 
 
 @lru_cache
-def exponent_of(dtype: DataType, act: DataType, has_zeros: bool) -> int | None:
-    """The e for which operands of type `act` times 2^e are what codes of `dtype` stand for; None where there is none."""
+def exponent_of(dtype: DataType, act: DataType, has_zeros: bool) -> int:
+    """The e for which operands of type `act` times 2^e are what codes of `dtype`, less zero points, stand for.
+
+    Raises: TilusError where there is none.
+    """
     if not has_zeros and (dtype, act) in NIBBLES:
         return NIBBLES[dtype, act]
     values = np.float64(dtype.decode(np.arange(dtype.num_codes, dtype=np.uint8)))
     values = values[np.isfinite(values)]
     if has_zeros:  # from the least code to one above the largest
         values = np.arange(dtype.min_value - dtype.max_value - 1, dtype.max_value - dtype.min_value + 1)
-    exact = (e for e in EXPONENTS if (act.round(values / 2.0**e) == values / 2.0**e).all())
-    return max(exact, default=None)
+    exact = [e for e in EXPONENTS if (act.round(values / 2.0**e) == values / 2.0**e).all()]
+    if not exact:
+        raise TilusError(
+            f"activations of {act} and a weight of {dtype}{' with zero points' * has_zeros}, expected numbers that {act} holds, "
+            f"all times the same power of two",
+            hint="`linear` takes every type, with 16-bit activations",
+        )
+    return max(exact)
 
 
 class ByteUnpacking(Unpacking):

@@ -26,7 +26,7 @@ from tilus.kernels.plan_choice import launch_without_spills, num_sms_of
 from tilus.kernels.quantize.header import WeightHeader
 from tilus.kernels.quantize.packed import QuantizedWeight
 from tilus.kernels.quantize.tiles import MMA, TILE, WHOLE
-from tilus.kernels.warpgroup_linear import Stages, Sums, store_rows, sums_of_steps, with_bias
+from tilus.kernels.warpgroup_linear import Stages, Sums, store_rows, sum_of_steps, with_bias
 from tilus.kernels.warpgroup_operands import Unpacking, table_entries, tile_nbytes
 from tilus.kernels.warpgroup_schedule import Overlap, WarpgroupPlan, planned
 from tilus.runtime.execute import place
@@ -101,15 +101,14 @@ def grouped_linear_kernel(
 
         def multiply(turn, expert, row_tile, token, end):
             once = unpacked.whole(factors, expert * expert_tiles + row_tile) if span == WHOLE else None
-            for index, total in enumerate(sums_of_steps(unpacked, own_stages, once, split, steps, plan)):
-                if split > 0:
-                    sums.give(total, split, turn=turn)
-                else:
-                    result = sums.added_to(total, turn) * (global_scale * 2.0**exponent)
-                    result = with_bias(result, None if bias is None else bias[expert], row_tile)
-                    own = tilus.narrow(y, 0, 0, end)  # rows behind it are those of other experts
-                    start = [token + index * total.shape[1], row_tile * TILE]
-                    store_rows(own, start, tilus.cast(result, y.dtype), 32 * group_warps)
+            total = sum_of_steps(unpacked, own_stages, once, split, steps, plan)
+            if split > 0:
+                sums.give(total, split, turn=turn)
+            else:
+                result = sums.added_to(total, turn) * (global_scale * 2.0**exponent)
+                result = with_bias(result, None if bias is None else bias[expert], row_tile)
+                own = tilus.narrow(y, 0, 0, end)  # rows behind it are those of other experts
+                store_rows(own, [token, row_tile * TILE], tilus.cast(result, y.dtype), 32 * group_warps)
 
         each_item(offsets, x.shape[0], expert_tiles, blocks, plan, multiply)
 
@@ -122,7 +121,7 @@ def grouped_linear_kernel(
 class Walk:
     """The stages of one role, from item to item: every `stride`-th from `first` on, over and over.
 
-    For `sums_of_steps` it stands in for the stages themselves, whose numbers of steps begin at 0 with every item. The position is
+    For `sum_of_steps` it stands in for the stages themselves, whose numbers of steps begin at 0 with every item. The position is
     two variables, since an item's first step is no constant that a division by the number of stages could be folded with.
     """
 
@@ -175,45 +174,38 @@ def each_item(offsets, num_rows, expert_tiles, blocks, plan: WarpgroupPlan, work
         number -= count
 
 
-# By tokens of a tile, best first: rows of tiles, warpgroups along K, tiles of a step, blocks on a multiprocessor, overlap and
-# registers of a block (docs/performance.md).
-TILES: dict[int, tuple[tuple[int, int, int, int, Overlap, int | None], ...]] = {
-    8: ((1, 2, 4, 2, "none", None), (1, 1, 4, 4, "none", None), (1, 1, 2, 2, "none", None)),
-    16: ((2, 1, 4, 2, "none", None), (1, 1, 4, 3, "none", None), (1, 1, 2, 2, "none", None)),
-    32: ((1, 1, 4, 3, "none", None), (1, 1, 2, 2, "none", None)),
+# By tokens of an item, best first (docs/performance.md): rows of tiles, warpgroups along K, most tiles of a step, blocks on a
+# multiprocessor, overlap and registers.
+ITEMS: dict[int, tuple[tuple[int, int, int, int, Overlap, int | None], ...]] = {
+    8: ((1, 2, 4, 2, "none", None), (1, 1, 4, 4, "none", None), (1, 1, 2, 2, "none", None), (1, 1, 2, 1, "none", None)),
+    16: ((1, 2, 4, 2, "none", None), (1, 1, 4, 3, "none", None), (1, 1, 2, 2, "none", None)),
+    32: ((2, 1, 2, 2, "none", None), (1, 1, 4, 3, "none", None), (1, 1, 2, 2, "none", None)),
     64: ((2, 1, 2, 1, "steps", 208), (1, 1, 2, 2, "none", None), (1, 1, 2, 1, "none", None)),
 }
+FEW = (1, 4, 4, 1, "none", None)  # of up to 16 tokens, where a block has one item: four warpgroups share it
 
 
 def plans(m: int, experts: int, header: WeightHeader, num_sms: int) -> Iterator[GroupedPlan]:
     """For m rows of x and a stacked weight: the best plan, then those that need fewer registers.
 
-    Without knowing how many rows each expert has, tiles hold twice the mean: a second tile reads its weights from the L2 cache,
+    Without knowing how many rows each expert has, items hold twice the mean: a second one reads its weights from the L2 cache,
     while a larger one costs every expert.
     """
     tiles_n, tiles_k = header.shape[0] // TILE // experts, header.shape[1] // TILE
     best = next((tokens for tokens in (8, 16, 32) if 2 * m <= tokens * experts), 64)
     for tokens in (tokens for tokens in (64, 32, 16, 8) if tokens <= best):
-        for rows, splits, most, blocks_per_sm, overlap, registers in TILES[tokens]:
+        most_pairs = min(experts, m) + m // tokens  # of an expert and some of its rows
+        few = tokens <= 16 and tiles_n * most_pairs <= num_sms
+        for rows, splits, most, blocks_per_sm, overlap, registers in (FEW, *ITEMS[tokens]) if few else ITEMS[tokens]:
             depth = next(depth for depth in (4, 2, 1) if depth <= most and tiles_k % depth == 0)
             if tiles_n % rows or tiles_k // depth % splits:
                 continue
-            nbytes = SM_NBYTES // blocks_per_sm - RESERVED_NBYTES
             item = planned(
-                header,
-                tokens,
-                rows,
-                splits,
-                1,
-                depth,
-                nbytes,
-                registers=registers,
-                blocks_per_sm=blocks_per_sm,
-                overlap=overlap,
-            )
+                header, tokens, rows, splits, 1, depth, SM_NBYTES // blocks_per_sm - RESERVED_NBYTES,
+                registers=registers, blocks_per_sm=blocks_per_sm, overlap=overlap,
+            )  # fmt: skip
             if item is not None:
-                most_items = tiles_n // rows * (min(experts, m) + m // tokens)
-                yield GroupedPlan(item, min(num_sms * blocks_per_sm, most_items))
+                yield GroupedPlan(item, min(num_sms * blocks_per_sm, tiles_n // rows * most_pairs))
 
 
 def grouped_linear(

@@ -6,7 +6,8 @@ become operands without a conversion (`byte_operands`). Sums of a group are exac
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from tilus.dtypes import float8_e4m3, int8
@@ -18,7 +19,15 @@ from tilus.kernels.quantize.header import WeightHeader
 from tilus.kernels.quantize.packed import QuantizedWeight
 from tilus.kernels.quantize.tiles import MMA, TILE, WHOLE
 from tilus.kernels.warpgroup_linear import kernel_call
-from tilus.kernels.warpgroup_schedule import SHARED_NBYTES, WarpgroupPlan, planned
+from tilus.kernels.warpgroup_operands import tile_nbytes
+from tilus.kernels.warpgroup_schedule import (
+    HALF_NBYTES,
+    LEAST_SPLIT_NBYTES,
+    SHARED_NBYTES,
+    Overlap,
+    WarpgroupPlan,
+    planned,
+)
 from tilus.runtime.execute import place
 
 TYPES = {"int8": int8, "float8_e4m3fn": float8_e4m3}  # of activations, by their names in torch
@@ -26,16 +35,53 @@ SMALLEST_GROUP = 32  # columns of a product of 8-bit operands
 
 
 def plans(m: int, header: WeightHeader, num_sms: int) -> Iterator[WarpgroupPlan]:
-    """TODO"""
-    tokens = next((tokens for tokens in (8, 16, 32, 64) if tokens >= m), 128)
-    tiles_k = header.shape[1] // TILE
-    for depth in (depth for depth in (2, 1) if tiles_k % depth == 0):
-        found = planned(
-            header, tokens, 1, 2, 1, depth, SHARED_NBYTES, registers=None if tokens < 128 else 208, act_nbytes=1
-        )
+    """The best plan, then those that need fewer registers.
+
+    Up to 64 tokens the time is that of reading and unpacking, and blocks are those of `linear`. More tokens are cut into 128: no
+    registers hold the sums of more, since weights are not scaled.
+    """
+    tiles_n, tiles_k = header.shape[0] // TILE, header.shape[1] // TILE
+    long = tiles_k * tile_nbytes(header.dtype) > LEAST_SPLIT_NBYTES
+    blocks = 2 if 2 * tiles_n <= num_sms and long else 1
+    for most in (4, 2, 1):
+        depth = next(depth for depth in (4, 2, 1) if depth <= most and tiles_k % depth == 0)
+        fit = partial(planned, header, depth=depth, act_nbytes=1)
+        if m <= 16:
+            found = _reading(fit, 8 if m <= 8 else 16, blocks, tiles_n > num_sms)
+        elif m <= 64:
+            found = _between(fit, 32 if m <= 32 else 64, blocks, tiles_n > num_sms, min(depth, 2))
+        else:
+            found = _computing(fit, m, blocks, tiles_n, num_sms, min(depth, 2))
         while found is not None:
             yield found
             found = found.easier()
+
+
+Fit = Callable[..., WarpgroupPlan | None]
+
+
+def _reading(fit: Fit, tokens: int, blocks: int, many: bool) -> WarpgroupPlan | None:
+    splits = 2 if many or blocks == 2 else 4
+    overlap: Overlap = "step" if blocks == 2 else "none"
+    half = fit(tokens, 1, splits, blocks, nbytes=HALF_NBYTES, overlap=overlap)
+    enough = half is not None and half.stages >= 2 * splits  # else a warpgroup waits for its only stage
+    return half if enough else fit(tokens, 1, splits, blocks, nbytes=SHARED_NBYTES, overlap=overlap)
+
+
+def _between(fit: Fit, tokens: int, blocks: int, many: bool, narrow: int) -> WarpgroupPlan | None:
+    if many:
+        return fit(tokens, 1, 2 if tokens == 32 else 1, 1, depth=narrow, nbytes=HALF_NBYTES, blocks_per_sm=2)
+    if (tokens == 32) == (blocks == 2):
+        return fit(tokens, 1, 2, blocks, nbytes=SHARED_NBYTES, overlap="step")
+    return fit(tokens, 1, 3 if tokens == 32 else 2, blocks, depth=narrow, nbytes=SHARED_NBYTES)
+
+
+def _computing(fit: Fit, m: int, blocks: int, tiles_n: int, num_sms: int, narrow: int) -> WarpgroupPlan | None:
+    """Two blocks of a warpgroup on each multiprocessor; where there are fewer tiles, two warpgroups share one along K."""
+    if tiles_n * -(-m // 128) > num_sms:
+        return fit(128, 1, 1, 1, depth=narrow, nbytes=HALF_NBYTES, blocks_per_sm=2, overlap="steps")
+    along = blocks if m <= 128 else 1
+    return fit(128, 1, 2, along, depth=narrow, nbytes=SHARED_NBYTES, registers=208)
 
 
 def w4a8_linear(
@@ -91,15 +137,13 @@ def _check(x: Any, x_scale: Any, weight: QuantizedWeight, bias: Any | None) -> N
             f"w4a8_linear: x is {kind}{list(x.shape)}, expected int8 or float8_e4m3fn [M, {k}]",
             hint="quantize_tokens(x, dtype, paired=True) makes codes and scales of activations",
         )
-    if (
-        header.has_table or header.has_columns or (header.span != WHOLE and header.span < SMALLEST_GROUP)
-        or exponent_of(header.dtype, TYPES[kind], header.has_zeros) is None
-    ):  # fmt: skip
+    if header.has_table or header.has_columns or (header.span != WHOLE and header.span < SMALLEST_GROUP):
         raise TilusError(
-            f"w4a8_linear of {header.scheme} {header.dtype} in groups of {header.group} and activations of {TYPES[kind]}, "
-            f"expected numbers that {TYPES[kind]} holds, in groups of a multiple of {SMALLEST_GROUP}",
+            f"w4a8_linear of {header.scheme} {header.dtype} in groups of {header.group}, expected no table, "
+            f"columns in their order and groups of a multiple of {SMALLEST_GROUP}",
             hint="`linear` takes every scheme, with 16-bit activations",
         )
+    exponent_of(header.dtype, TYPES[kind], header.has_zeros)  # raises where the types do not fit
     if tuple(x_scale.shape) != (x.shape[0],):
         raise TilusError(f"w4a8_linear: x_scale has shape {list(x_scale.shape)}, expected {[int(x.shape[0])]}")
     if bias is not None and tuple(bias.shape) != (n,):

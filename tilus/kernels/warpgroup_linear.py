@@ -21,7 +21,7 @@ from tilus.kernels.linear_step import residual
 from tilus.kernels.quantize.packed import QuantizedWeight
 from tilus.kernels.quantize.tiles import MMA, TILE, WHOLE
 from tilus.kernels.warpgroup_operands import Shape, Unpacking, copy_weights, table_entries, tile_nbytes
-from tilus.kernels.warpgroup_schedule import COLUMNS, STORED_TOKENS, WarpgroupPlan
+from tilus.kernels.warpgroup_schedule import STORED_TOKENS, WarpgroupPlan
 from tilus.lang.kernel import Kernel
 from tilus.layout import local
 
@@ -83,20 +83,19 @@ def warpgroup_linear(
                 kind, numbers, exponent = UNPACKINGS[x.dtype], f16, exponent_of(wdtype, x.dtype, zeros is not None)
             unpacked = kind(wdtype, (scale_dtype, mins_dtype), numbers, entries, exponent, shape)
             once = unpacked.whole(factors, row_tile) if span == WHOLE else None
-            for index, total in enumerate(sums_of_steps(unpacked, stages, once, split, steps, plan)):
-                if split > 0:
-                    own_sums.give(total, split)
+            total = sum_of_steps(unpacked, stages, once, split, steps, plan)
+            if split > 0:
+                own_sums.give(total, split)
+            else:
+                total = own_sums.added_to(total)
+                if rank > 0:
+                    all_sums.give(total, rank, block=0)
                 else:
-                    total = own_sums.added_to(total)
-                    if rank > 0:
-                        all_sums.give(total, rank, block=0)
-                    else:
-                        total = all_sums.added_to(total) * (global_scale * 2.0**exponent)
-                        first = token + index * total.shape[1]
-                        if x_scale is not None:
-                            total = total * tilus.load(x_scale, [first], [total.shape[1]])
-                        result = tilus.cast(with_bias(total, bias, row_tile), y.dtype)
-                        store_rows(y, [first, row_tile * TILE], result, 32 * group_warps)
+                    total = all_sums.added_to(total) * (global_scale * 2.0**exponent)
+                    if x_scale is not None:
+                        total = total * tilus.load(x_scale, [token], [plan.tokens])
+                    result = tilus.cast(with_bias(total, bias, row_tile), y.dtype)
+                    store_rows(y, [token, row_tile * TILE], result, 32 * group_warps)
 
 
 class Stages:
@@ -219,17 +218,14 @@ def store_rows(y, start, result, threads: int):
         tilus.store(y, [start[0] + index * part, start[1]], runs)
 
 
-def sums_of_steps(unpacked: Unpacking, stages: Stages, once, split: int, steps, plan: WarpgroupPlan):
-    """The products of a warpgroup's steps: `split`, `split + plan.splits`, ...; a list, whose items hold some tokens each."""
-    without_minimums = unpacked.factor_dtypes[1] is None
-    if plan.overlap == "columns" and without_minimums:
-        return sums_by_columns(unpacked, stages, once, split, steps, plan)
+def sum_of_steps(unpacked: Unpacking, stages: Stages, once, split: int, steps, plan: WarpgroupPlan):
+    """The products of a warpgroup's steps: `split`, `split + plan.splits`, ..."""
     total = tilus.zeros([TILE * plan.rows, plan.tokens], f32)
     if plan.scaled:
-        return [add_scaled(total, unpacked, stages, once, split, steps, plan)]
-    if plan.overlap == "steps" and without_minimums:
-        return [add_ahead(total, unpacked, stages, once, split, steps, plan)]
-    return [add_groups(total, unpacked, stages, once, split, steps, plan)]
+        return add_scaled(total, unpacked, stages, once, split, steps, plan)
+    if plan.overlap == "steps" and unpacked.factor_dtypes[1] is None:
+        return add_ahead(total, unpacked, stages, once, split, steps, plan)
+    return add_groups(total, unpacked, stages, once, split, steps, plan)
 
 
 def add_groups(total, unpacked, stages: Stages, once, split: int, steps, plan: WarpgroupPlan):
@@ -288,38 +284,6 @@ def add_ahead(total, unpacked, stages: Stages, once, split: int, steps, plan: Wa
         total = tilus.fma(as_f32(part), scale, total)
         tilus.arrive(stages.empty[stage])
     return total
-
-
-def sums_by_columns(unpacked, stages: Stages, once, split: int, steps, plan: WarpgroupPlan):
-    """The same without minimums, in sums of COLUMNS tokens. While tensor cores work on those, the sums before are scaled."""
-    shape, count = unpacked.shape, plan.tokens // COLUMNS
-    totals = [Total([TILE * plan.rows, COLUMNS]) for _ in range(count)]
-    for i in tilus.range(split, steps, plan.splits):
-        stage = stages.wait(i)
-        for piece in range(shape.pieces):
-            left = unpacked.piece(stages.codes, stages.factors, stage, piece, once)
-            scale = unpacked.scale(stages.factors, stage, piece, once)
-            parts = []
-            for column in range(count):
-                extents, offsets = (TILE * plan.rows, COLUMNS, shape.width), [column * COLUMNS, piece * shape.width]
-                parts = [*parts, tilus.wgmma(left, stages.x[stage], shape=extents, y_offsets=offsets)]
-                if column > 0:
-                    tilus.wgmma_wait(1)
-                    totals[column - 1].add(parts[column - 1], scale)
-            tilus.wgmma_wait()
-            totals[count - 1].add(parts[count - 1], scale)
-        tilus.arrive(stages.empty[stage])
-    return [total.sums for total in totals]
-
-
-class Total:
-    """Sums of which there are several, since a loop changes attributes of objects but not items of a list."""
-
-    def __init__(self, shape):
-        self.sums = tilus.zeros(shape, f32)
-
-    def add(self, part, scale):
-        self.sums = tilus.fma(as_f32(part), scale, self.sums)
 
 
 def scaled_sum(total, part, scale, sum_x, minimum):

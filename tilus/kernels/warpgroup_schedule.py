@@ -25,8 +25,7 @@ MOST_STAGES = 24
 LEAST_SPLIT_NBYTES = 256 * 1024
 
 
-Overlap = Literal["none", "step", "steps", "columns"]
-COLUMNS = 32  # tokens whose products run while the sums of those before are scaled, for "columns"
+Overlap = Literal["none", "step", "steps"]
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,7 @@ class WarpgroupPlan:
     K in a block. blocks: blocks along K, a cluster. depth: tiles of 64 columns a step. stages: steps on their way, a multiple of
     splits, so that a warpgroup sees every phase of its barriers. registers: of each thread that computes, None for as many as fit
     without asking. blocks_per_sm: how many blocks must fit on a multiprocessor. overlap: unpack the next piece while the product
-    of the last one is under way, within a step, or that of the next step, too; or scale the sums of some tokens while the
-    products of the next ones are ("columns"), which leaves room for the most sums. scaled: multiply weights by their scales, and
+    of the last one is under way, within a step, or that of the next step, too. scaled: multiply weights by their scales, and
     round them, not sums: for so many tokens that there are no registers for the sums of a group beside those of all groups.
     """
 
@@ -58,11 +56,6 @@ class WarpgroupPlan:
         least = self.splits * held
         if self.stages % self.splits or self.stages < least:
             raise TilusError(f"{self.stages} stages for {self.splits} splits, expected a multiple from {least} up")
-        if self.overlap == "columns" and (self.splits * self.blocks > 1 or self.tokens % COLUMNS):
-            raise TilusError(
-                f'"columns" with {self.splits} splits, {self.blocks} blocks and {self.tokens} tokens, '
-                f"expected one split, one block and a multiple of {COLUMNS} tokens"
-            )
 
     def shape(self, span: int) -> Shape:
         """Of its steps. More pieces a step, where registers of one are to be free while tensor cores read those of another."""
