@@ -1,9 +1,9 @@
 """Packed codes as left operands of 8-bit products, where 8 bits hold exactly what the codes stand for.
 
-Symmetric int4 and uint4 without zero points need no conversion, four bytes of a word at once:
+Symmetric int4, and uint4, need no conversion, four bytes of a word at once:
 
 - int8: a word of packed codes has eight of them, and `word & 0xf0f0f0f0` are four bytes of 16 times a code. So are those of
-  `word << 4`. Codes without a sign are bytes as they are.
+  `word << 4`. Codes without a sign are bytes as they are, and zero points are subtracted from four of them at once.
 - float8_e4m3: in its lowest four bits a byte counts 0 to 15 steps of 2^-9, subnormal numbers and the first normal ones alike.
   So a code's magnitude, with its sign on top, is the code times 2^-9.
 
@@ -20,12 +20,11 @@ from functools import lru_cache
 import numpy as np
 
 import tilus
-from tilus import f16, f32, int32, uint32
-from tilus.codegen.cast_plan import scale_exponent
+from tilus import f16, f32, int32, uint16, uint32
 from tilus.dtypes import DataType, float8_e4m3, int4, int8, uint4
 from tilus.errors import TilusError
 from tilus.kernels.quantize.tiles import MMA, TILE
-from tilus.kernels.warpgroup_operands import Shape, Unpacking, loaded_codes, narrowed
+from tilus.kernels.warpgroup_operands import Unpacking, loaded_codes, narrowed
 from tilus.layout import local, spatial
 from tilus.layout.atoms import wgmma_a, wgmma_d
 
@@ -63,24 +62,31 @@ class ByteUnpacking(Unpacking):
         """What the codes [rows * 64, width] of a piece stand for, divided by 2^exponent, columns paired."""
         shape = self.shape
         assert shape.columns // shape.sets <= MOST_SUMMED, "sums of a group exceed what as_f32 takes"
-        tiles = max(1, shape.width // TILE)
         raw = loaded_codes(stage_codes, stage, piece, self.wdtype, shape)
-        if zeros is None and (self.wdtype, act) in NIBBLES:
-            words = tilus.view(
-                raw, uint32, [128 * shape.rows, 4 * tiles, 1], spatial(128 * shape.rows, 1, 1) * local(1, 4 * tiles, 1)
-            )
-            which = tilus.reshape(tilus.arange(2), [1, 1, 2]).to(uint32)  # of a thread's two rows with codes in a word
-            four = tilus.with_layout(
-                nibbles(words, which, self.wdtype, act), spatial(128 * shape.rows, 1, 1) * local(1, 4 * tiles, 2)
-            )
-            fragments = spatial(shape.rows, 1) * local(1, 2 * tiles) * wgmma_a(8)
-            return narrowed(tilus.view(four, act, [TILE * shape.rows, TILE * tiles], fragments), piece, shape)
+        if self.wdtype == uint4 or (zeros is None and self.wdtype == int4):
+            return narrowed(self.of_nibbles(act, raw, zeros), piece, shape)
+        tiles = max(1, shape.width // TILE)
         extents, fragments = [TILE * shape.rows, TILE * tiles], MMA.warpgroup_fragments(shape.rows, 1, tiles)
-        numbers = tilus.unpack_codes(raw, self.wdtype, f16, extents, fragments, packed_for=MMA.packed_for, scaled=True)
-        numbers = narrowed(numbers * 2.0 ** scale_exponent(self.wdtype, f16), piece, shape)
+        numbers = tilus.unpack_codes(raw, self.wdtype, f16, extents, fragments, packed_for=MMA.packed_for)
+        numbers = narrowed(numbers, piece, shape)
         if zeros is not None:
             numbers = numbers - zeros
-        return paired(as_bytes(numbers * 2.0**-self.exponent, act, shape))
+        if self.exponent != 0:
+            numbers = numbers * 2.0**-self.exponent
+        return paired(as_bytes(numbers, act, shape.rows))
+
+    def of_nibbles(self, act: DataType, raw, zeros):
+        """Of all codes of 4 bits in the bytes of tiles."""
+        rows = self.shape.rows
+        threads, count = 128 * rows, raw.shape[1] // 512  # words of a thread
+        words = tilus.view(raw, uint32, [threads, count, 1], spatial(threads, 1, 1) * local(1, count, 1))
+        which = tilus.reshape(tilus.arange(2), [1, 1, 2]).to(uint32)  # of a thread's two rows with codes in a word
+        four = nibbles(words, which, self.wdtype, act)
+        if zeros is not None:
+            four = less(four, splat(zeros, rows), act)
+        four = tilus.with_layout(four, spatial(threads, 1, 1) * local(1, count, 2))
+        fragments = spatial(rows, 1) * local(1, count // 2) * wgmma_a(8)
+        return tilus.view(four, act, [TILE * rows, 16 * count], fragments)
 
 
 class Int8Unpacking(ByteUnpacking):
@@ -107,15 +113,33 @@ def nibbles(words, which, dtype: DataType, act: DataType):
     return (codes ^ 15 * negative) + 129 * negative
 
 
-def as_bytes(numbers, act: DataType, shape: Shape):
+def less(codes, zeros, act: DataType):
+    """Four codes of 0 to 15 in a word, less four zero points of 0 to 16 in another: as int8, or counts of 2^-9 in float8_e4m3,
+    which go on to 16. The top bits keep bytes from borrowing of each other."""
+    differences = ((codes | 0x80808080) - zeros) ^ 0x80808080
+    if act == int8:
+        return differences
+    negative = differences >> 7 & 0x01010101
+    return (differences ^ 255 * negative) + 129 * negative
+
+
+def splat(zeros, rows: int):
+    """Zero points [rows * 64, 1] of f16 as four bytes of a word, [threads, 1, 2] for a thread's two rows."""
+    layout = spatial(4 * rows, 1).local(2, 1).spatial(8, 1).replicated(4)
+    bits = tilus.view(
+        tilus.with_layout(zeros + 1024.0, layout), uint16, zeros.shape, layout
+    )  # the low byte counts ones
+    four = tilus.with_layout((bits.to(uint32) & 0xFF) * 0x01010101, layout)
+    return tilus.view(four, uint32, [128 * rows, 1, 2], spatial(128 * rows, 1, 1) * local(1, 1, 2))
+
+
+def as_bytes(numbers, act: DataType, groups: int):
     """Numbers of f16 that `act` holds, in its bits."""
     if act == float8_e4m3:
         return numbers.to(act)
     rows, width = numbers.shape
-    layout = spatial(shape.rows, 1) * local(1, width // 16) * wgmma_a()
-    biased = tilus.with_layout(
-        numbers + 1536.0, layout
-    )  # floats of 1024 to 2047 count ones: the low byte is that of an integer
+    layout = spatial(groups, 1) * local(1, width // 16) * wgmma_a()
+    biased = tilus.with_layout(numbers + 1536.0, layout)  # from 1024 to 2048 floats count ones: the low byte is an int8
     low = tilus.view(biased, act, [rows, width, 2], layout.reshape((rows, width, 1)) * local(1, 1, 2))
     return tilus.select(low, 2, 0)
 
