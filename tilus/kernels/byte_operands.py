@@ -152,8 +152,8 @@ def paired(numbers):
 
 
 def as_f32(sums):
-    """Sums of products, those of integers exactly up to 2^22 in magnitude: added to the bits of 1.5 * 2^23 they are those of a
-    float, by instructions of which a multiprocessor issues eight times as many as conversions."""
+    """Sums of products in f32, exactly; those of integers up to 2^22 in magnitude without a conversion, of which fewer are issued
+    in a cycle: added to the bits of 1.5 * 2^23 they are those of a float."""
     if sums.dtype != int32:
         return sums
     layout = spatial(sums.shape[0] // TILE, 1) * wgmma_d(sums.shape[1])

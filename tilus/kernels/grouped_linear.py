@@ -178,7 +178,12 @@ def each_item(offsets, num_rows, expert_tiles, blocks, plan: WarpgroupPlan, work
 # multiprocessor, overlap and registers.
 ITEMS: dict[int, tuple[tuple[int, int, int, int, Overlap, int | None], ...]] = {
     8: ((1, 2, 4, 2, "none", None), (1, 1, 4, 4, "none", None), (1, 1, 2, 2, "none", None), (1, 1, 2, 1, "none", None)),
-    16: ((1, 2, 4, 2, "none", None), (1, 1, 4, 3, "none", None), (1, 1, 2, 2, "none", None)),
+    16: (
+        (2, 1, 4, 2, "none", None),
+        (1, 2, 4, 2, "none", None),
+        (1, 1, 4, 3, "none", None),
+        (1, 1, 2, 2, "none", None),
+    ),
     32: ((2, 1, 2, 2, "none", None), (1, 1, 4, 3, "none", None), (1, 1, 2, 2, "none", None)),
     64: ((2, 1, 2, 1, "steps", 208), (1, 1, 2, 2, "none", None), (1, 1, 2, 1, "none", None)),
 }
