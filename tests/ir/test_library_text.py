@@ -16,9 +16,7 @@ from tilus.instructions import INSTRUCTIONS
 from tilus.ir import parser
 from tilus.ir.function import Function
 from tilus.ir.printer import print_function
-from tilus.kernels.grouped_linear import GroupedPlan
 from tilus.kernels.quantize.tiles import ROWS
-from tilus.kernels.w4a8_linear import W4A8Plan
 from tilus.kernels.warpgroup_linear import WarpgroupPlan
 from tilus.lang.kernel import Kernel
 from tilus.target import get_target
@@ -39,8 +37,8 @@ SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
         {"tokens": 16, "splits": 4},
     ],
     "grouped_linear.grouped_linear_kernel": [
-        {"wdtype": uint4, "scale_dtype": f16, "span": 128, "plan": GroupedPlan(8, 4, 2, 8, 132)},
-        {"wdtype": int4, "scale_dtype": f16, "span": 0, "plan": GroupedPlan(64, 2, 1, 4, 132)},
+        {"wdtype": uint4, "scale_dtype": f16, "span": 128, "plan": WarpgroupPlan(8, 1, 2, 1, 2, 8)},
+        {"wdtype": int4, "scale_dtype": f16, "span": 0, "plan": WarpgroupPlan(64, 2, 1, 1, 1, 4)},
     ],
     "linear.quantized_linear": [
         {
@@ -93,9 +91,6 @@ SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
     "quantize.codes.unpack_codes_kernel": [{"wdtype": int8, "lookup": True}],
     "quantize_tokens.quantize_tokens_kernel": [{"columns": 768}, {"columns": 20000, "paired": True}],
     "rope.rope_append_kernel": [{"head_dim": 64, "heads": 9, "q_heads": 3, "kv_heads": 3, "page_size": 16}],
-    "w4a8_linear.w4a8_linear_kernel": [
-        {"act": int8, "scale_dtype": f16, "span": 128, "plan": W4A8Plan(16, 4, 2, 4, 2, 132)}
-    ],
     "warpgroup_linear.warpgroup_linear": [
         {"wdtype": uint4, "scale_dtype": f16, "span": 128, "plan": WarpgroupPlan(16, 1, 2, 1, 2, 4)},
         {"wdtype": int8, "scale_dtype": f32, "span": 0, "plan": WarpgroupPlan(8, 1, 1, 2, 1, 3)},

@@ -22,7 +22,7 @@ from tilus.kernels.quantize_tokens import quantize_tokens_kernel
 from tilus.kernels.rope import rope_append_kernel
 from tilus.kernels.schedule import MOST_FACTOR_WORDS, schedule
 from tilus.kernels.w4a8_linear import plans as w4a8_plans
-from tilus.kernels.w4a8_linear import w4a8_linear_kernel
+from tilus.kernels.warpgroup_linear import warpgroup_linear
 from tilus.lang.kernel import Kernel
 from tilus.ptx.assembler import assemble
 from tilus.target import get_target
@@ -205,14 +205,15 @@ def test_grouped_linear(case: tuple[Any, ...], m: int) -> None:
         arrays[name].flatten(1) if name in arrays else None for name in ("codes", "scales", "mins", "zeros")
     )
     x, y, bias = torch.empty(m, 4096, dtype=act), torch.empty(m, 1024, dtype=act), torch.empty(64, 1024, dtype=act)
-    args = [x, codes, scales, y, torch.empty(65, dtype=torch.int32), 1.0, mins, zeros, arrays.get("table"), bias]
+    args = [x, codes, scales, y, torch.empty(65, dtype=torch.int32), 1.0, 132]
+    args += [mins, zeros, arrays.get("table"), bias]
     values = {"wdtype": dtype, "scale_dtype": scale, "mins_dtype": scale if has_mins else None, "span": header.span}
     found = list(plans(m, 64, header, 132))
     for plan in found:
-        ptx = grouped_linear_kernel.ptx(*args, target="sm_90a", plan=plan, **values)
+        ptx = grouped_linear_kernel.ptx(*args, target="sm_90a", plan=plan.item, **values)
         (usage,) = assemble(ptx, get_target("sm_90a"), allow_spills=True).kernels
         if usage.spill_store_nbytes == 0:
-            assert group < 128 or (plan.tokens, plan.rows) == (found[0].tokens, found[0].rows)
+            assert group < 128 or (plan.item.tokens, plan.item.rows) == (found[0].item.tokens, found[0].item.rows)
             return
     raise AssertionError("every plan spills")
 
@@ -225,12 +226,12 @@ def test_w4a8_linear(act: torch.dtype, m: int, shape: tuple[int, int]) -> None:
     (n, k), header = shape, WeightHeader(tilus.int4, shape, 128, "f16")
     arrays = {name: torch.empty(full, dtype=getattr(torch, kind)) for name, (full, kind) in header.arrays.items()}
     x, y, bias = torch.empty(m, k, dtype=act), torch.empty(m, n, dtype=torch.bfloat16), torch.empty(n)
-    args = [x, torch.empty(m), arrays["codes"].flatten(1), arrays["scales"].flatten(1), y, 1.0, bias]
+    args = [x, arrays["codes"].flatten(1), arrays["scales"].flatten(1), y, 1.0, None, None, None, bias, torch.empty(m)]
     found = list(w4a8_plans(m, header, 132))
     same = [plan for plan in found if (plan.tokens, plan.rows) == (found[0].tokens, found[0].rows)]
     spilled: list[int] = []
     for plan in same:
-        ptx = w4a8_linear_kernel.ptx(*args, target="sm_90a", plan=plan, scale_dtype=F16, span=128)
+        ptx = warpgroup_linear.ptx(*args, target="sm_90a", plan=plan, wdtype=tilus.int4, scale_dtype=F16, span=128)
         (usage,) = assemble(ptx, get_target("sm_90a"), allow_spills=True).kernels
         spilled.append(usage.spill_store_nbytes)
     assert 0 in spilled, dict(zip(same, spilled, strict=True))

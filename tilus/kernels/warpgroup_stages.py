@@ -83,9 +83,8 @@ class Stages:
         tilus.wait_barrier(self.full[stage], (self.first + step) // self.count % 2)
         return stage
 
-    def give_back(self, step):
-        """All blocks that bring parts of this step's stage may fill it again."""
-        stage = self.at(step)
+    def give_back(self, stage, step):
+        """All blocks that bring parts of the stage of this step may fill it again."""
         if self.sharing == 1:
             tilus.arrive(self.empty[stage])
         else:
@@ -95,27 +94,27 @@ class Stages:
 
 
 class Sums:
-    """Where the first of `count` warpgroups, or blocks of a cluster, finds the sums of the others. again: more than once."""
+    """Where the first of `count` warpgroups, or blocks of a cluster, finds the sums of the others. turns: more than once."""
 
-    def __init__(self, count: int, tokens: int, threads: int, again: bool = False):
+    def __init__(self, count: int, tokens: int, threads: int, turns: bool = False):
         self.count = count
         self.buffers = tilus.shared(f32, [max(1, count - 1), tokens // 8, threads, 4])
         self.done = tilus.mbarrier(1, arrivals=max(1, count - 1))
-        self.taken = tilus.mbarrier(1) if again else None
+        self.taken = tilus.mbarrier(1) if turns else None
 
-    def give(self, total, index, number=0, block=None):
-        """Leave the sums of the index-th, from 1 on, to the first one, which `block` of the cluster has (None: this one), for the
-        number-th time."""
+    def give(self, total, index, turn=0, block=None):
+        """Leave the sums of the index-th, from 1 on, to the first one, which `block` of the cluster has (None: this one), in the
+        turn-th turn."""
         if self.taken is not None:
-            tilus.wait_barrier(self.taken[0], (number + 1) % 2)
+            tilus.wait_barrier(self.taken[0], (turn + 1) % 2)
         tilus.store_shared(self.buffers[index - 1], by_thread(total), block=block)
         tilus.arrive(self.done[0], block=block)
 
-    def added_to(self, total, number=0):
+    def added_to(self, total, turn=0):
         """Of the first one, plus those of the others, always in the same order."""
         if self.count == 1:
             return total
-        tilus.wait_barrier(self.done[0], number % 2)
+        tilus.wait_barrier(self.done[0], turn % 2)
         added = tilus.load_shared(self.buffers[0])
         for index in range(1, self.buffers.shape[0]):
             added = added + tilus.load_shared(self.buffers[index])
