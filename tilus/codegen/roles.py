@@ -34,8 +34,8 @@ def arriving_warps(function: Function) -> dict[SharedTensor, int]:
 
 
 def met_by_other_blocks(function: Function) -> frozenset[SharedTensor]:
-    """The mbarriers at which threads of other blocks of the cluster arrive, so that what those did before must be seen here."""
-    found = (stmt.inst for stmt in instructions(function.body) if stmt.inst.effects().remote)
+    """The mbarriers at which threads of other blocks of the cluster say that what they wrote is there, and must be seen."""
+    found = (stmt.inst for stmt in instructions(function.body) if stmt.inst.effects().publishes)
     return frozenset(barrier for inst in found for barrier in inst.arrivals())
 
 

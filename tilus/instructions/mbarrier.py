@@ -69,7 +69,8 @@ class Arrive(Instruction):
     """One arrival of the group of threads that runs it; each of its warps arrives when its threads have come here.
 
     What the threads wrote and read before is done for those who wait for the phase. nbytes: how many bytes asynchronous copies
-    will bring, which the phase waits for, too. block: of the cluster whose barrier it is; None is the own one.
+    will bring, which the phase waits for, too. block: of the cluster whose barrier it is; None is the own one. reads_only: for
+    other blocks what the threads have read is done, and what they wrote is not: no memory has to be fenced for that.
     """
 
     mnemonic = "arrive"
@@ -79,9 +80,13 @@ class Arrive(Instruction):
     barrier_index: Expr
     nbytes: Expr | None = None
     block: Expr | None = None
+    reads_only: bool = False
 
     def effects(self) -> Effects:
-        return Effects(reads=(self.barrier,), writes=(self.barrier,), barrier=True, remote=self.block is not None)
+        remote = self.block is not None
+        return Effects(
+            reads=(self.barrier,), writes=(self.barrier,), barrier=True, remote=remote, publishes=remote and not self.reads_only
+        )
 
     def arrivals(self) -> tuple[SharedTensor, ...]:
         return (self.barrier,)
@@ -89,6 +94,8 @@ class Arrive(Instruction):
     def verify(self) -> None:
         check_barrier("arrive", self.barrier)
         check_index("arrive", self.barrier, self.barrier_index)
+        if self.reads_only and self.block is None:
+            raise TilusError("arrive: reads_only at a barrier of this block, expected one of another block")
 
     def evaluate(self, env: Evaluation) -> None:
         env.barrier_arrive(self.barrier, self.barrier_index, nbytes=self.nbytes, block=self.block)
@@ -96,7 +103,9 @@ class Arrive(Instruction):
     def emit(self, ctx: EmitContext) -> None:
         ctx.require_sm_90a("tilus.arrive")
         address = barrier_address(ctx, self.barrier, self.barrier_index, self.block)
-        place = "shared::cta" if self.block is None else "release.cluster.shared::cluster"
+        place = "shared::cta" if self.block is None else "shared::cluster"
+        if self.effects().publishes:  # fences all memory, on an H100 for longer than a step of a product takes
+            place = f"release.cluster.{place}"
         ctx.warp_barrier()
         if self.nbytes is None:
             leader: Reg | None = ctx.elected()
@@ -137,7 +146,7 @@ class WaitBarrier(Instruction):
         b, again = ctx.b, ctx.b.label("wait_barrier")
         address = barrier_address(ctx, self.barrier, self.barrier_index)
         parity = ctx.integer_operand(self.phase)
-        # Acquiring for a cluster fences all memory, which waits for copies alone can do without.
+        # Acquiring for a cluster fences all memory, which waits for copies and for readers can do without.
         scope = ".acquire.cluster" if self.barrier in ctx.met_by_other_blocks else ""
         b.place(again)
         done = b.emit(f"mbarrier.try_wait.parity{scope}.shared::cta.b64", address, parity, out=RegClass.PRED)
@@ -187,16 +196,25 @@ def mbarrier(b: IRBuilder, stages: int = 1, *, arrivals: int = 1) -> SharedTenso
 
 @builtin
 def arrive(
-    b: IRBuilder, barrier: SharedOperand, *, nbytes: Expr | int | None = None, block: Expr | int | None = None
-) -> None:
+    b: IRBuilder, barrier: SharedOperand, *, nbytes: Expr | int | None = None, block: Expr | int | None = None,
+    reads_only: bool = False,
+) -> None:  # fmt: skip
     """One arrival at a barrier by the group of threads that runs this, a role or the block, when all of them have come here.
 
     nbytes: the phase also waits for so many bytes of asynchronous copies, which must be started behind this, by the same group.
     block: whose barrier it is, a rank in the cluster (0 to cluster - 1); by default this block's own.
+    reads_only: of an arrival with `block`: it tells the other block that these threads have read what they wanted, so that the
+    memory may be written again, and hands on nothing that they wrote. It costs no fence of all memory, as others do.
     """
     tensor, index = one_barrier("arrive", barrier)
+    if reads_only and block is None:
+        raise TilusError(
+            "arrive with reads_only=True at a barrier of this block, where it would make no difference",
+            hint="name the block of the cluster whose barrier is meant: block=rank",
+        )
     owner = None if block is None else rank_in_cluster(b, block)
-    b.emit(Arrive(tensor, index, None if nbytes is None else as_expr(nbytes), owner))
+    only = reads_only and owner is not None  # without clusters, the block is this one
+    b.emit(Arrive(tensor, index, None if nbytes is None else as_expr(nbytes), owner, only))
 
 
 @builtin

@@ -32,7 +32,8 @@ class Effects:
 
     reads, writes: tensors in memory. barrier: waits for other threads or for asynchronous copies. other: prints and the like.
     waits_for_kernels: waits for the end of the earlier kernels of the stream; constants: tensors that none of them which may
-    still be running writes. remote: touches shared memory of other blocks of the cluster. cluster_barrier: waits for all of them.
+    still be running writes. remote: touches shared memory of other blocks of the cluster; publishes: tells them that what its
+    threads wrote is there. cluster_barrier: waits for all of them.
     """
 
     reads: tuple[Tensor, ...] = ()
@@ -42,6 +43,7 @@ class Effects:
     waits_for_kernels: bool = False
     constants: tuple[Tensor, ...] = ()
     remote: bool = False
+    publishes: bool = False
     cluster_barrier: bool = False
 
     @property
