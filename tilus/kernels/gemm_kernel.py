@@ -15,7 +15,7 @@ from __future__ import annotations
 import tilus
 from tilus import Const, Tensor, f32, int32
 from tilus.dtypes import DataType
-from tilus.kernels.gemm_schedule import BAND, GROUP_ROWS, ROW_NBYTES, Plan
+from tilus.kernels.gemm_schedule import GROUP_ROWS, ROW_NBYTES, Plan
 
 GROUP_WARPS = 4
 
@@ -94,10 +94,10 @@ class Tiles:
         """Row and token at which a tile starts."""
         plan = self.plan
         number = self.first + index * self.teams
-        band = number // (BAND * self.token_tiles)
-        height = min(self.row_tiles - band * BAND, BAND)
-        within = number - band * BAND * self.token_tiles
-        row, token = band * BAND + within % height, within // height
+        band = number // (plan.band * self.token_tiles)
+        height = min(self.row_tiles - band * plan.band, plan.band)
+        within = number - band * plan.band * self.token_tiles
+        row, token = band * plan.band + within % height, within // height
         row = row * plan.share_x + self.rank % plan.share_x
         token = token * plan.share_w + self.rank // plan.share_x
         return row * plan.rows, token * plan.tokens
@@ -148,7 +148,7 @@ class Ring:
         start = self.rank // plan.share_x * part
         tilus.copy_tensor(
             self.w_tiles[stage], self.w, [row + start, step * self.depth], shape=[part, self.depth], dst_offsets=[start, 0],
-            barrier=self.full[stage], multicast=self.same_rows(),
+            barrier=self.full[stage], multicast=self.same_rows(), evict="first" if plan.once else None,
         )  # fmt: skip
 
     def copy_activations(self, stage, token, step):

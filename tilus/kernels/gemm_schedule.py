@@ -34,6 +34,8 @@ class Plan:
     share_w: int = 1
     stored: int = 64
     blocks_per_sm: int = 1
+    band: int = 8
+    once: bool = False
     launched: int = 0
 
     @property
@@ -54,6 +56,8 @@ class Plan:
     def registers(self) -> int | None:
         """Of a thread that multiplies; None for as many as it is launched with."""
         if self.tokens <= 64 or self.warpgroups > 3 or (self.warpgroups == 3 and self.tokens <= 128):
+            return None
+        if self.blocks_per_sm > 1:
             return None
         return 160 if self.warpgroups == 3 else 232
 
