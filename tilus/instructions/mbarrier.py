@@ -85,7 +85,11 @@ class Arrive(Instruction):
     def effects(self) -> Effects:
         remote = self.block is not None
         return Effects(
-            reads=(self.barrier,), writes=(self.barrier,), barrier=True, remote=remote, publishes=remote and not self.reads_only
+            reads=(self.barrier,),
+            writes=(self.barrier,),
+            barrier=True,
+            remote=remote,
+            publishes=remote and not self.reads_only,
         )
 
     def arrivals(self) -> tuple[SharedTensor, ...]:

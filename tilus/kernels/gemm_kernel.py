@@ -37,7 +37,7 @@ def gemm_kernel(
     tilus.grid(launched, warps=plan.warps, cluster=plan.team, blocks_per_sm=plan.blocks_per_sm)
     tilus.launch_dependents()
     tiles = Tiles(plan, y, launched)
-    constants = [w] if constant else []
+    constants = [w, w_scale, bias] if constant else []
     depth = ROW_NBYTES // x.dtype.nbytes
     all_steps = tilus.cdiv(x.shape[1], depth)
     part = tilus.cluster_rank() if plan.blocks > 1 else 0

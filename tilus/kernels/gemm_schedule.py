@@ -12,7 +12,9 @@ ROW_NBYTES = 128  # of a stage's rows: the widest swizzle
 MOST_STAGES = 16
 SLACK_NBYTES = 2048  # barriers, alignment
 SHARED_NBYTES = TARGETS["sm_90a"].max_shared_nbytes
-HALF_NBYTES = SHARED_NBYTES // 2 - 1024  # so that a block of the next kernel, or another of this one, has room beside it
+HALF_NBYTES = (
+    SHARED_NBYTES // 2 - 1024
+)  # so that a block of the next kernel, or another of this one, has room beside it
 
 
 @dataclass(frozen=True)

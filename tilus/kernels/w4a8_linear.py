@@ -26,10 +26,10 @@ from tilus import Const, Tensor, f32, uint8, uint32
 from tilus.dtypes import DTYPES, DataType, float8_e4m3, int4, int8
 from tilus.errors import TilusError
 from tilus.kernels.allocate import empty, is_cuda
-from tilus.kernels.gemm import MOST_SPLITS, SharedSums, splits_of
 from tilus.kernels.quantize.header import WeightHeader
 from tilus.kernels.quantize.packed import QuantizedWeight
 from tilus.kernels.quantize.tiles import MMA, TILE, WHOLE
+from tilus.kernels.shared_sums import MOST_SPLITS, SharedSums, splits_of
 from tilus.kernels.warpgroup_operands import Shape, Unpacking, copy_weights, tile_nbytes
 from tilus.kernels.warpgroup_ring import (
     COPYING,

@@ -146,7 +146,8 @@ class SharedShadow:
         self._check_landed(pc, where, writers, lanes, "writes")
         self._check_order(pc, writers, lanes, exempt, "writes")
         slots, warps = machine.slot_of[lanes][:, None], machine.warp_of[lanes][:, None]
-        seen = machine.clocks.seen(slots, warps, lanes[:, None], self.columns[None]).min(axis=0)
+        reads = self.columns[None] + self.warps
+        seen = machine.clocks.seen(slots, warps, lanes[:, None], reads).min(axis=0)
         newest = readers.max(axis=(0, 1), initial=0) >> _CLOCK
         for warp in np.flatnonzero(newest.astype(np.int64) >= seen).tolist():
             self._check_order(pc, readers[..., warp], lanes, None, "writes", earlier="read")
@@ -302,8 +303,10 @@ class SharedShadow:
         """Every stamp [accesses, granules] must be ordered before the access of its lane, or be its own."""
         machine = self.machine
         agent = self._agents(stamps)
-        who = lanes[:, None]
-        seen = machine.clocks.seen(machine.slot_of[who], machine.warp_of[who], who, machine.clocks.column_of(agent))
+        who, columns = lanes[:, None], machine.clocks.column_of(agent)
+        if earlier == "read":
+            columns = columns + self.warps
+        seen = machine.clocks.seen(machine.slot_of[who], machine.warp_of[who], who, columns)
         own = (agent == machine.agent_of[who]) & (stamps & _MANY == 0)
         race = ((stamps >> _CLOCK).astype(np.int64) >= seen) & ~own & (stamps != 0)
         if exempt is not None:
