@@ -61,6 +61,11 @@ def gemm_kernel(
                 tilus.wait_dependencies(constant=constants)
                 y_tiles = tilus.shared(y.dtype, [2, plan.stored, GROUP_ROWS]) if split == 0 else None
                 for index in tilus.range(tiles.count):
+                    row, token = tiles.at(index)
+                    row += group * GROUP_ROWS
+                    # Asked for in front of the products, so that nobody waits for them.
+                    by_row = row_factors(scale, w_scale, bias, row) if split == 0 else None
+                    by_token = first_scales(x_scale, token, plan) if split == 0 else None
                     total = ring.products(group, split, index * steps, steps, sum_type)
                     if split > 0:
                         own_sums[group].give(total, split, index)
@@ -70,10 +75,7 @@ def gemm_kernel(
                             all_sums[group].give(total, part, index, block=0)
                         else:
                             total = all_sums[group].added_to(total, index, across=True)
-                            row, token = tiles.at(index)
-                            row += group * GROUP_ROWS
-                            by_row = row_factors(scale, w_scale, bias, row)
-                            store_tile(y, y_tiles, total, by_row, x_scale, row, token, index)
+                            store_tile(y, y_tiles, total, by_row, by_token, x_scale, row, token, index)
                 if split == 0:
                     tilus.wait_stores()
 
@@ -266,9 +268,14 @@ def row_factors(scale, w_scale, bias, row):
     return factor, offset
 
 
-def store_tile(y, y_tiles, total, by_row, x_scale, row, token, number):
-    """Scale and round the sums [64, tokens], and start to store them as [tokens, 64], some tokens at a time. Two buffers take
-    turns, from tile `number` to tile, too."""
+def first_scales(x_scale, token, plan: Plan):
+    """Scales of the tokens that are stored first; None where there are none."""
+    return None if x_scale is None else tilus.load(x_scale, [token], [plan.stored])
+
+
+def store_tile(y, y_tiles, total, by_row, by_token, x_scale, row, token, number):
+    """Scale and round the sums [64, tokens], and start to store them as [tokens, 64], some tokens at a time, the first of which
+    have the scales `by_token`. Two buffers take turns, from tile `number` to tile, too."""
     part = y_tiles.shape[1]
     rows, tokens = total.shape
     factor, offset = by_row
@@ -276,7 +283,8 @@ def store_tile(y, y_tiles, total, by_row, x_scale, row, token, number):
     for index in range(tokens // part):
         result = tilus.select(parts, 1, index).to(f32) * factor
         if x_scale is not None:
-            result = result * tilus.load(x_scale, [token + index * part], [part])
+            scales = by_token if index == 0 else tilus.load(x_scale, [token + index * part], [part])
+            result = result * scales
         if offset is not None:
             result = result + offset
         tilus.wait_stores(1, reads_only=True)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from tilus.errors import TilusError
 from tilus.target import TARGETS
 
 BAND = 8  # neighbouring rows of clusters that take turns, so that what they read is found in the L2 cache
 GROUP_ROWS = 64  # outputs of a tile for each warpgroup
 ROW_NBYTES = 128  # of a stage's rows: the widest swizzle
 MOST_STAGES = 16
+WIDTHS = (16, 32, 64, 96, 128, 192, 256)  # tokens of a tile
+LEAST_STEPS = 4  # of a part of K: below that starting and adding up take longer than the steps
 SLACK_NBYTES = 2048  # barriers, alignment
 SHARED_NBYTES = TARGETS["sm_90a"].max_shared_nbytes
 HALF_NBYTES = (
@@ -22,7 +27,8 @@ class Plan:
     """One launch of `gemm_kernel`.
 
     tokens: columns of a tile. groups: warpgroups along its rows, 64 each. splits: warpgroups along K. stages: steps on their way,
-    a multiple of splits, so that a warpgroup sees every phase of its barriers. blocks: of a cluster, along K. share_x, share_w: of
+    two or more for each split, as it keeps one until the next has come, and a multiple, so that it sees every phase of its
+    barriers. blocks: of a cluster, along K. share_x, share_w: of
     a cluster, that bring parts of the same activations and of the same weights. stored: tokens that are stored at once.
     blocks_per_sm: how many must fit on a multiprocessor. launched: blocks of the grid, whole clusters.
     """
@@ -39,6 +45,10 @@ class Plan:
     band: int = 8
     once: bool = False
     launched: int = 0
+
+    def __post_init__(self) -> None:
+        if self.stages and (self.stages < 2 * self.splits or self.stages % self.splits):
+            raise TilusError(f"{self.stages} stages for {self.splits} splits, expected a multiple from {2 * self.splits} up")
 
     @property
     def rows(self) -> int:
@@ -88,10 +98,66 @@ def with_stages(plan: Plan, out_nbytes: int, nbytes: int = SHARED_NBYTES) -> Pla
     stored = 2 * plan.stored * plan.rows * out_nbytes
     stages = min((nbytes - SLACK_NBYTES - sums - stored) // ((plan.rows + plan.tokens) * ROW_NBYTES), MOST_STAGES)
     stages -= stages % plan.splits
-    return replace(plan, stages=stages) if stages >= max(2, plan.splits) else None
+    return replace(plan, stages=stages) if stages >= 2 * plan.splits else None
 
 
 def launched(plan: Plan, m: int, n: int, num_sms: int) -> Plan:
     """The plan with as many blocks as it has tiles, or as run at once."""
     most = num_sms * plan.blocks_per_sm // plan.team * plan.team
     return replace(plan, launched=min(plan.tiles(m, n), max(most, plan.team)))
+
+
+@dataclass(frozen=True)
+class Product:
+    """What of a product [m, k] x [n, k]^T decides about plans: rows of operands in bytes, and the size of results."""
+
+    m: int
+    n: int
+    row_nbytes: int
+    out_nbytes: int
+    num_sms: int
+
+    @property
+    def steps(self) -> int:
+        return -(-self.row_nbytes // ROW_NBYTES)
+
+
+def plan(product: Product) -> Plan:
+    """The fastest one by the model."""
+    return min(possible(product), key=lambda found: estimated_us(found, product))
+
+
+def estimated_us(plan: Plan, product: Product) -> float:
+    return 1.0
+
+
+def possible(product: Product) -> Iterator[Plan]:
+    """Plans whose tiles are not mostly padding and whose parts of K are not too short."""
+    fewest = next((tokens for tokens in WIDTHS if tokens >= product.m), WIDTHS[-1])
+    for tokens, groups, splits, blocks in itertools.product(WIDTHS, (1, 2, 3), (1, 2), (1, 2, 4)):
+        if not fewest // 8 <= tokens <= fewest or (groups > 1 and product.n <= GROUP_ROWS * (groups - 1)):
+            continue
+        if groups * splits > (2 if tokens > 192 else 3) or splits * blocks > max(1, product.steps // LEAST_STEPS):
+            continue
+        stored = next(part for part in (64, 48, 32, 16) if tokens % part == 0 and part <= tokens)
+        plan = Plan(tokens, groups, splits, 0, blocks, stored=stored)
+        if blocks > 1:
+            if plan.tiles(product.m, product.n) <= product.num_sms:
+                yield from _rooms(plan, product)
+            continue
+        yield from _rooms(plan, product)
+        for share_x, share_w in ((2, 1), (1, 2)):
+            shared = replace(plan, share_x=share_x, share_w=share_w)
+            if tokens >= 64 and product.num_sms > 1 and shared.tiles(product.m, product.n) == plan.tiles(product.m, product.n):
+                yield from _rooms(shared, product)
+
+
+def _rooms(plan: Plan, product: Product) -> Iterator[Plan]:
+    """With all the shared memory of a multiprocessor, and with half of it, so that two blocks have room."""
+    whole = with_stages(plan, product.out_nbytes)
+    if whole is not None:
+        yield launched(whole, product.m, product.n, product.num_sms)
+    if plan.tokens <= 128 and plan.team == plan.blocks:
+        half = with_stages(replace(plan, blocks_per_sm=2), product.out_nbytes, HALF_NBYTES)
+        if half is not None:
+            yield launched(half, product.m, product.n, product.num_sms)
