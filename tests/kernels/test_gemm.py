@@ -94,7 +94,11 @@ def test_constant_weights(device: str, m: int) -> None:
     if device == "cpu":
         return
     for k in (64, 1600):
-        x, w, bias = integers((m, k), torch.float16), integers((72, k), torch.float16, 1), integers((72,), torch.float32)
+        x, w, bias = (
+            integers((m, k), torch.float16),
+            integers((72, k), torch.float16, 1),
+            integers((72,), torch.float32),
+        )
         y = gemm(x, w, bias=bias, w_scale=torch.full((72,), 0.5), out_dtype=torch.float32, constant=True, device=device)
         np.testing.assert_array_equal(float64(y), float64(x) @ float64(w).T / 2 + float64(bias))
 
@@ -130,7 +134,11 @@ def test_the_plan_fits(m: int, n: int, steps: int, num_sms: int, out_nbytes: int
         assert chosen.stages >= 2 and chosen.stages % chosen.splits == 0 and steps >= chosen.splits * chosen.blocks
         assert chosen.blocks == 1 or chosen.share_x * chosen.share_w == 1
         team = chosen.blocks * chosen.share_x * chosen.share_w
-        assert team <= 8 and chosen.launched % team == 0 and 1 <= chosen.launched <= max(num_sms * chosen.blocks_per_sm, team)
+        assert (
+            team <= 8
+            and chosen.launched % team == 0
+            and 1 <= chosen.launched <= max(num_sms * chosen.blocks_per_sm, team)
+        )
         assert chosen.launched <= chosen.tiles(m, n)
         assert chosen.tokens % chosen.stored == 0 and chosen.tokens // chosen.share_x % 8 == 0 and chosen.tokens <= 256
         assert chosen.warps <= 17 and chosen.rows // chosen.share_w % 8 == 0

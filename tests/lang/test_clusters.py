@@ -144,7 +144,9 @@ def test_arrivals_of_readers_need_no_scope() -> None:
 @pytest.mark.parametrize("reads_only", [("full",), ("full", "free")])
 def test_what_readers_say_hands_nothing_on(reads_only: tuple[str, ...]) -> None:
     x = np.zeros((5, 4, 64), np.int32)
-    with pytest.raises(RaceError, match=r"race: (reads|writes) shared memory that another thread has written") as caught:
+    with pytest.raises(
+        RaceError, match=r"race: (reads|writes) shared memory that another thread has written"
+    ) as caught:
         relay.on("emulator")(x, x.copy(), c=2, reads_only=reads_only)
     assert "test_clusters.py:" in str(caught.value)
 

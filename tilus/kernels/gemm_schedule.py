@@ -12,8 +12,9 @@ from tilus.target import TARGETS
 BAND = 8  # neighbouring rows of clusters that take turns, so that what they read is found in the L2 cache
 GROUP_ROWS = 64  # outputs of a tile for each warpgroup
 ROW_NBYTES = 128  # of a stage's rows: the widest swizzle
-MOST_STAGES = 16
+MOST_STAGES = 24
 WIDTHS = (16, 32, 64, 96, 128, 192, 256)  # tokens of a tile
+MOST_OF_TWO = 192  # tokens of the warpgroups of a block that leaves registers for another one
 LEAST_STEPS = 4  # of a part of K: below that starting and adding up take longer than the steps
 SLACK_NBYTES = 2048  # barriers, alignment
 SHARED_NBYTES = TARGETS["sm_90a"].max_shared_nbytes
@@ -48,7 +49,9 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.stages and (self.stages < 2 * self.splits or self.stages % self.splits):
-            raise TilusError(f"{self.stages} stages for {self.splits} splits, expected a multiple from {2 * self.splits} up")
+            raise TilusError(
+                f"{self.stages} stages for {self.splits} splits, expected a multiple from {2 * self.splits} up"
+            )
 
     @property
     def rows(self) -> int:
@@ -148,7 +151,11 @@ def possible(product: Product) -> Iterator[Plan]:
         yield from _rooms(plan, product)
         for share_x, share_w in ((2, 1), (1, 2)):
             shared = replace(plan, share_x=share_x, share_w=share_w)
-            if tokens >= 64 and product.num_sms > 1 and shared.tiles(product.m, product.n) == plan.tiles(product.m, product.n):
+            if (
+                tokens >= 64
+                and product.num_sms > 1
+                and shared.tiles(product.m, product.n) == plan.tiles(product.m, product.n)
+            ):
                 yield from _rooms(shared, product)
 
 
@@ -157,7 +164,7 @@ def _rooms(plan: Plan, product: Product) -> Iterator[Plan]:
     whole = with_stages(plan, product.out_nbytes)
     if whole is not None:
         yield launched(whole, product.m, product.n, product.num_sms)
-    if plan.tokens <= 128 and plan.team == plan.blocks:
+    if plan.warpgroups * plan.tokens <= MOST_OF_TWO and plan.warpgroups <= 2 and plan.team == plan.blocks:
         half = with_stages(replace(plan, blocks_per_sm=2), product.out_nbytes, HALF_NBYTES)
         if half is not None:
             yield launched(half, product.m, product.n, product.num_sms)

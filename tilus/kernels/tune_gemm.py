@@ -27,6 +27,7 @@ FAMILY = "gemm-3"  # another number where plans get another meaning, or the kern
 CANDIDATES = 10
 NO_FACTORS = (1.0, None, None, None)
 
+
 @dataclass(frozen=True)
 class GemmProblem:
     """x [m, k] times the transpose of w [n, k]."""
