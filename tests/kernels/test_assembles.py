@@ -184,8 +184,8 @@ def test_two_blocks_on_a_multiprocessor(target: str) -> None:
     ids=str,
 )
 def test_gemm(act: torch.dtype, weight: torch.dtype, out: torch.dtype, plan: Plan, factors: bool) -> None:
-    """At the limits of registers, with as many stages as there is room for. No waits between products, too: the assembler would say
-    so. With factors: everything that a plain product does without."""
+    """At the limits of registers, with as many stages as there is room for. No waits between products, too: the assembler would
+    say so. With factors: everything that a plain product does without."""
     m, n, k = 512, 1024, 4096
     x, w, y = torch.empty(m, k, dtype=act), torch.empty(n, k, dtype=weight), torch.empty(m, n, dtype=out)
     vectors = (torch.empty(m), torch.empty(n), torch.empty(n)) if factors else (None, None, None)

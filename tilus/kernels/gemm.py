@@ -50,11 +50,11 @@ def gemm(
     scales of activations). bias: f16, bf16 or f32.
     out_dtype: by default that of x; of 8-bit operands it must be given: f16, bf16 or f32, and rows of the result are multiples of
     16 bytes, too. out: written in place when given. constant: a promise that w, w_scale and bias are those of a layer, written
-    neither by the last kernel or copy in the stream that is launched in the ordinary way nor by anything after it; the kernel then
-    asks for weights while the one in front of it ends (`tilus.wait_dependencies`).
-    device: where to run (reference, emulator, cuda), by default as the arguments say. Products are added up in f32 (of 8-bit floats
-    hardware keeps fewer bits of each step), those of integers exactly in 32 bits, in which any K below 2^17 fits. The sums are
-    scaled in f32 and rounded once.
+    neither by the last kernel or copy in the stream that is launched in the ordinary way nor by anything after it; the kernel
+    then asks for weights while the one in front of it ends (`tilus.wait_dependencies`).
+    device: where to run (reference, emulator, cuda), by default as the arguments say. Products are added up in f32 (of 8-bit
+    floats hardware keeps fewer bits of each step), those of integers exactly in 32 bits, in which any K below 2^17 fits. The sums
+    are scaled in f32 and rounded once.
     Raises: TilusError when shapes or dtypes do not fit.
     """
     m, n = int(x.shape[0]), int(w.shape[0])

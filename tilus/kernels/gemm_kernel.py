@@ -1,13 +1,13 @@
-"""The dense product on Hopper, y^T = W x^T with the weight as the left operand, so that a few tokens waste no rows of tensor cores.
+"""The dense product on Hopper: y^T = W x^T. The weight is the left operand, so that few tokens waste no rows of tensor cores.
 
-A block computes tiles of `rows` outputs by `tokens`, one after the other. One role brings operands (TMA) into a ring of stages,
-each of 128 bytes along K. Each warpgroup beside it multiplies 64 of the rows (wgmma), scales and rounds its sums, and gives them to
-a tensor copy. Warpgroups do not wait for each other, so that one stores while another still multiplies, and stages of the next tile
-fill meanwhile.
+A block computes tiles of `rows` outputs by `tokens`, one after the other. One role brings operands (TMA) into a ring of
+stages, each of 128 bytes along K. Each warpgroup beside it multiplies 64 of the rows (wgmma), scales and rounds its sums, and
+gives them to a tensor copy. Warpgroups do not wait for each other, so that one stores while another still multiplies, and
+stages of the next tile fill meanwhile.
 
-Few tokens read weights and do little else. Then warpgroups take turns along K (`splits`), and blocks of a cluster have parts of K
-each (`blocks`); sums meet in shared memory, always in the same order. With many tokens blocks of a cluster bring parts of the same
-activations (`share_x`) or weights (`share_w`) for each other instead.
+Few tokens read weights and do little else. Then warpgroups take turns along K (`splits`), and blocks of a cluster have parts
+of K each (`blocks`); sums meet in shared memory, always in the same order. With many tokens blocks of a cluster bring parts of
+the same activations (`share_x`) or weights (`share_w`) for each other instead.
 """
 
 from __future__ import annotations

@@ -38,7 +38,8 @@ class WarpClocks:
     """clock[slot, w, v]: how far warp w of the block in `slot` has seen agent v of its cluster.
 
     own[slot, w]: the column of a warp, that of its reads is `all_warps` further. lane_clock[lane, v]: what this thread
-    alone has acquired at an mbarrier; its warp joins in at its next barrier. foreign: whether blocks have touched each other's shared memory.
+    alone has acquired at an mbarrier; its warp joins in at its next barrier. foreign: whether blocks have touched each
+    other's shared memory.
     """
 
     def __init__(self, slots: int, warps: int, cluster: int) -> None:
