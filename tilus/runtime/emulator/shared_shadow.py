@@ -146,8 +146,7 @@ class SharedShadow:
         self._check_landed(pc, where, writers, lanes, "writes")
         self._check_order(pc, writers, lanes, exempt, "writes")
         slots, warps = machine.slot_of[lanes][:, None], machine.warp_of[lanes][:, None]
-        reads = self.columns[None] + self.warps
-        seen = machine.clocks.seen(slots, warps, lanes[:, None], reads).min(axis=0)
+        seen = machine.clocks.seen(slots, warps, lanes[:, None], self.columns[None]).min(axis=0)
         newest = readers.max(axis=(0, 1), initial=0) >> _CLOCK
         for warp in np.flatnonzero(newest.astype(np.int64) >= seen).tolist():
             self._check_order(pc, readers[..., warp], lanes, None, "writes", earlier="read")
