@@ -35,9 +35,9 @@ SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
     "embedding.quantized_embedding_kernel": [{"group": 32}],
     "columns.take_columns_kernel": [{}],
     "gemm_kernel.gemm_kernel": [
-        {"plan": Plan(32, 2, 1, 2, stored=32)},
+        {"plan": Plan(32, 2, 1, 2)},
         {"plan": Plan(256, 2, 1, 3, share_x=2), "constant": True},
-        {"plan": Plan(16, 1, 2, 4, blocks=4, stored=16)},
+        {"plan": Plan(16, 1, 2, 4, blocks=4)},
     ],
     "grouped_linear.grouped_linear_kernel": [
         {"wdtype": uint4, "scale_dtype": f16, "span": 128, "plan": GroupedPlan(8, 4, 2, 8, 132)},

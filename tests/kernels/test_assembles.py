@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tilus.kernels.attention import paged_attention_kernel
 from tilus.kernels.embedding import dense_embedding_kernel, quantized_embedding_kernel
 from tilus.kernels.gemm import kernel_call as gemm_call
 from tilus.kernels.gemm_kernel import gemm_kernel
-from tilus.kernels.gemm_schedule import HALF_NBYTES, SHARED_NBYTES, Plan, with_stages
+from tilus.kernels.gemm_schedule import Plan, stages_of
 from tilus.kernels.grouped_linear import grouped_linear_kernel, plans
 from tilus.kernels.linear import quantized_linear
 from tilus.kernels.norm import rms_norm_kernel
@@ -174,12 +175,12 @@ def test_two_blocks_on_a_multiprocessor(target: str) -> None:
     [
         (torch.bfloat16, torch.bfloat16, torch.bfloat16, Plan(256, 2, 1, 0, share_x=2)),
         (torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, Plan(256, 2, 1, 0)),
-        (torch.float16, torch.float16, torch.float32, Plan(16, 1, 3, 0, stored=16)),
+        (torch.float16, torch.float16, torch.float32, Plan(16, 1, 3, 0)),
         (torch.float16, torch.float16, torch.float32, Plan(128, 2, 1, 0, share_w=2)),
-        (torch.int8, torch.int8, torch.bfloat16, Plan(192, 3, 1, 0)),
-        (torch.int8, torch.int8, torch.float16, Plan(96, 1, 3, 0, blocks=2, stored=48)),
-        (torch.float8_e4m3fn, torch.float8_e4m3fn, torch.bfloat16, Plan(96, 2, 1, 0, blocks_per_sm=2, stored=48)),
-        (torch.float8_e4m3fn, torch.float8_e4m3fn, torch.bfloat16, Plan(64, 1, 2, 0, blocks=4)),
+        (torch.int8, torch.int8, torch.bfloat16, Plan(192, 2, 1, 0)),
+        (torch.int8, torch.int8, torch.float16, Plan(96, 2, 1, 0, blocks=2)),
+        (torch.float8_e4m3fn, torch.float8_e4m3fn, torch.bfloat16, Plan(64, 1, 2, 0, blocks=2)),
+        (torch.float8_e4m3fn, torch.float8_e4m3fn, torch.bfloat16, Plan(64, 1, 3, 0, blocks=4)),
     ],
     ids=str,
 )
@@ -189,8 +190,7 @@ def test_gemm(act: torch.dtype, weight: torch.dtype, out: torch.dtype, plan: Pla
     m, n, k = 512, 1024, 4096
     x, w, y = torch.empty(m, k, dtype=act), torch.empty(n, k, dtype=weight), torch.empty(m, n, dtype=out)
     vectors = (torch.empty(m), torch.empty(n), torch.empty(n)) if factors else (None, None, None)
-    filled = with_stages(plan, out.itemsize, HALF_NBYTES if plan.blocks_per_sm == 2 else SHARED_NBYTES)
-    assert filled is not None
+    filled = replace(plan, stages=stages_of(plan, out.itemsize))
     arguments, values = gemm_call(x, w, y, (1.0, *vectors), filled, constant=True)
     assert_no_spills(gemm_kernel, "sm_90a", *arguments, **values)
     ptx = gemm_kernel.ptx(*arguments, target="sm_90a", **values)

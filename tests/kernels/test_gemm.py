@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
@@ -57,27 +55,27 @@ def test_types(device: str, left: torch.dtype, right: torch.dtype, out: torch.dt
 
 
 PLANS = [
-    (1, 8, 8, Plan(16, 1, 1, 2, stored=16, launched=1)),
+    (1, 8, 8, Plan(16, 1, 1, 2, launched=1)),
     (64, 128, 64, Plan(64, 2, 1, 2, launched=1)),
-    (70, 1160, 72, Plan(32, 2, 1, 2, stored=32, launched=7)),
-    (200, 520, 256, Plan(96, 1, 1, 3, stored=48, launched=5)),
+    (70, 1160, 72, Plan(32, 2, 1, 2, launched=7)),
+    (200, 392, 200, Plan(96, 1, 1, 3, launched=5)),
     (300, 264, 192, Plan(128, 2, 1, 3, launched=2)),
     (260, 264, 192, Plan(256, 2, 1, 2, launched=6)),
-    (200, 200, 192, Plan(192, 3, 1, 2, launched=2)),
+    (190, 200, 192, Plan(192, 1, 1, 2, once=True, launched=2)),
     # Warpgroups along K: of tiles with an even and an odd number of steps, and with fewer steps than warpgroups.
-    (20, 264, 256, Plan(16, 1, 2, 4, stored=16, launched=3)),
-    (70, 264, 200, Plan(32, 2, 2, 4, stored=32, blocks_per_sm=2, launched=2)),
-    (9, 200, 40, Plan(16, 1, 3, 6, stored=16, launched=2)),
-    (33, 136, 456, Plan(48, 1, 3, 6, stored=48, launched=1)),
+    (20, 264, 256, Plan(16, 1, 2, 4, launched=3)),
+    (70, 264, 200, Plan(32, 2, 2, 4, launched=2)),
+    (9, 200, 40, Plan(16, 1, 3, 6, launched=2)),
+    (33, 136, 456, Plan(48, 1, 3, 6, launched=1)),
     # Blocks along K.
-    (70, 264, 200, Plan(32, 2, 1, 2, blocks=2, stored=32, launched=4)),
-    (8, 136, 520, Plan(16, 1, 2, 4, blocks=4, stored=16, launched=4)),
-    (20, 264, 520, Plan(16, 2, 1, 2, blocks=8, stored=16, launched=8)),
+    (70, 264, 200, Plan(32, 2, 1, 2, blocks=2, launched=4)),
+    (8, 136, 520, Plan(16, 1, 2, 4, blocks=4, launched=4)),
+    (12, 136, 520, Plan(16, 2, 1, 2, blocks=8, launched=8)),
     # Blocks that bring activations and weights for each other.
-    (200, 520, 256, Plan(64, 2, 1, 3, share_x=2, launched=4)),
-    (300, 264, 192, Plan(128, 2, 1, 2, share_w=2, launched=2)),
-    (150, 520, 200, Plan(64, 1, 2, 4, share_x=4, launched=8)),
-    (150, 264, 200, Plan(32, 1, 1, 3, share_x=2, share_w=2, stored=32, launched=8)),
+    (100, 392, 200, Plan(64, 2, 1, 3, share_x=2, launched=4)),
+    (300, 136, 192, Plan(128, 2, 1, 2, share_w=2, launched=2)),
+    (70, 520, 200, Plan(64, 1, 2, 4, share_x=4, launched=8)),
+    (100, 200, 200, Plan(32, 1, 1, 3, share_x=2, share_w=2, launched=8)),
 ]
 
 
@@ -113,7 +111,7 @@ def test_integers_add_up_exactly(device: str) -> None:
         for extent in (9, 24)
     )
     y = torch.full((9, 24), torch.nan)
-    launch(x, w, y, (1.0, None, None, None), Plan(16, 1, 2, 4, blocks=2, stored=16, launched=2), device)
+    launch(x, w, y, (1.0, None, None, None), Plan(16, 1, 2, 4, blocks=2, launched=2), device)
     exact = float64(x) @ float64(w).T
     assert (exact % 2 != 0).any() and np.abs(exact).max() < 2**31
     np.testing.assert_array_equal(y.numpy(), exact.astype(np.float32))
@@ -126,22 +124,17 @@ SIZES = st.integers(1, 20000) | st.sampled_from([8, 16, 64, 128, 1000, 4096, 143
 def test_the_plan_fits(m: int, n: int, steps: int, num_sms: int, out_nbytes: int) -> None:
     """What the kernel relies on: room, whole clusters, at most as many as there are tiles, a step for every warpgroup."""
     product = Product(m, n, 128 * steps, out_nbytes, num_sms)
-    for chosen in (plan(product), *itertools.islice(possible(product), 50)):
+    for chosen in (plan(product), *possible(product)):
         sums = (chosen.splits + chosen.blocks - 2) * chosen.rows * chosen.tokens * 4
         buffers = 2 * chosen.stored * chosen.rows * out_nbytes
-        nbytes = chosen.stages * (chosen.rows + chosen.tokens) * 128 + sums + buffers
-        assert nbytes <= (227 * 1024 - 2048) // chosen.blocks_per_sm
-        assert chosen.stages >= 2 and chosen.stages % chosen.splits == 0 and steps >= chosen.splits * chosen.blocks
+        assert chosen.stages * (chosen.rows + chosen.tokens) * 128 + sums + buffers <= 227 * 1024 - 2048
+        assert chosen.stages % chosen.splits == 0 and steps >= chosen.splits * chosen.blocks
         assert chosen.blocks == 1 or chosen.share_x * chosen.share_w == 1
         team = chosen.blocks * chosen.share_x * chosen.share_w
-        assert (
-            team <= 8
-            and chosen.launched % team == 0
-            and 1 <= chosen.launched <= max(num_sms * chosen.blocks_per_sm, team)
-        )
-        assert chosen.launched <= chosen.tiles(m, n)
-        assert chosen.tokens % chosen.stored == 0 and chosen.tokens // chosen.share_x % 8 == 0 and chosen.tokens <= 256
-        assert chosen.warps <= 17 and chosen.rows // chosen.share_w % 8 == 0
+        assert team <= 2 and chosen.launched % team == 0 and 1 <= chosen.launched <= max(num_sms, team)
+        assert chosen.launched <= chosen.tiles(m, n) and chosen.once == (m <= chosen.tokens)
+        assert chosen.tokens // chosen.share_x % 8 == 0 and chosen.rows // chosen.share_w % 8 == 0
+        assert chosen.tokens <= 256 and chosen.warpgroups <= 2
 
 
 def test_mistakes() -> None:

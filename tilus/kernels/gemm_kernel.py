@@ -18,6 +18,8 @@ from tilus.dtypes import DataType
 from tilus.kernels.gemm_schedule import GROUP_ROWS, ROW_NBYTES, Plan
 
 GROUP_WARPS = 4
+COPYING = 40  # registers of a thread that brings operands
+BAND = 8  # neighbouring rows of clusters that take turns, so that what they read is found in the L2 cache
 
 
 @tilus.kernel
@@ -34,7 +36,7 @@ def gemm_kernel(
     plan: Const,
     constant: Const = False,
 ):
-    tilus.grid(launched, warps=plan.warps, cluster=plan.team, blocks_per_sm=plan.blocks_per_sm)
+    tilus.grid(launched, warps=plan.warps, cluster=plan.team)
     tilus.launch_dependents()
     tiles = Tiles(plan, y, launched)
     constants = [w, w_scale, bias] if constant else []
@@ -51,7 +53,9 @@ def gemm_kernel(
     if plan.team > 1:
         tilus.cluster_sync()
 
-    with tilus.warps(GROUP_WARPS * plan.warpgroups, plan.copiers, registers=plan.copier_registers):
+    with tilus.warps(
+        GROUP_WARPS * plan.warpgroups, plan.copiers, registers=None if plan.registers is None else COPYING
+    ):
         ring.fill(tiles, begin, steps, constants)
 
     for split in range(plan.splits):
@@ -96,10 +100,10 @@ class Tiles:
         """Row and token at which a tile starts."""
         plan = self.plan
         number = self.first + index * self.teams
-        band = number // (plan.band * self.token_tiles)
-        height = min(self.row_tiles - band * plan.band, plan.band)
-        within = number - band * plan.band * self.token_tiles
-        row, token = band * plan.band + within % height, within // height
+        band = number // (BAND * self.token_tiles)
+        height = min(self.row_tiles - band * BAND, BAND)
+        within = number - band * BAND * self.token_tiles
+        row, token = band * BAND + within % height, within // height
         row = row * plan.share_x + self.rank % plan.share_x
         token = token * plan.share_w + self.rank // plan.share_x
         return row * plan.rows, token * plan.tokens
