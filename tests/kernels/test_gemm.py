@@ -86,19 +86,14 @@ def test_plans(device: str, m: int, n: int, k: int, chosen: Plan) -> None:
         check(device, integers((m, k), torch.float16), integers((n, k), torch.float16, 1), torch.float32, chosen)
 
 
-@pytest.mark.parametrize("m", [3, 130])
-def test_constant_weights(device: str, m: int) -> None:
+@pytest.mark.parametrize(("m", "k"), [(3, 64), (3, 1600), (130, 64)])
+def test_constant_weights(device: str, m: int, k: int) -> None:
     """Asked for before the kernel in front has ended, in fewer steps than there are stages and in more."""
     if device == "cpu":
         return
-    for k in (64, 1600):
-        x, w, bias = (
-            integers((m, k), torch.float16),
-            integers((72, k), torch.float16, 1),
-            integers((72,), torch.float32),
-        )
-        y = gemm(x, w, bias=bias, w_scale=torch.full((72,), 0.5), out_dtype=torch.float32, constant=True, device=device)
-        np.testing.assert_array_equal(float64(y), float64(x) @ float64(w).T / 2 + float64(bias))
+    x, w, bias = integers((m, k), torch.float16), integers((72, k), torch.float16, 1), integers((72,), torch.float32)
+    y = gemm(x, w, bias=bias, w_scale=torch.full((72,), 0.5), out_dtype=torch.float32, constant=True, device=device)
+    np.testing.assert_array_equal(float64(y), float64(x) @ float64(w).T / 2 + float64(bias))
 
 
 def test_integers_add_up_exactly(device: str) -> None:
