@@ -63,7 +63,7 @@ PLANS = [
     (260, 264, 192, Plan(256, 2, 1, 2, launched=6)),
     (190, 200, 192, Plan(192, 1, 1, 2, once=True, launched=2)),
     # Warpgroups along K: of tiles with an even and an odd number of steps, and with fewer steps than warpgroups.
-    (20, 264, 256, Plan(16, 1, 2, 4, launched=3)),
+    (20, 264, 264, Plan(16, 1, 2, 4, launched=3)),
     (70, 264, 200, Plan(32, 2, 2, 4, launched=2)),
     (9, 200, 40, Plan(16, 1, 3, 6, launched=2)),
     (33, 136, 456, Plan(48, 1, 3, 6, launched=1)),
