@@ -16,6 +16,7 @@ from tilus.instructions import INSTRUCTIONS
 from tilus.ir import parser
 from tilus.ir.function import Function
 from tilus.ir.printer import print_function
+from tilus.kernels.gemm_schedule import Plan
 from tilus.kernels.quantize.tiles import ROWS
 from tilus.kernels.warpgroup_linear import WarpgroupPlan
 from tilus.lang.kernel import Kernel
@@ -31,10 +32,10 @@ SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
     "embedding.dense_embedding_kernel": [{}],
     "embedding.quantized_embedding_kernel": [{"group": 32}],
     "columns.take_columns_kernel": [{}],
-    "gemm.gemm_kernel": [
-        {"tokens": 32, "stages": 2},
-        {"tokens": 256, "cluster": 2},
-        {"tokens": 16, "splits": 4},
+    "gemm_kernel.gemm_kernel": [
+        {"plan": Plan(32, 2, 1, 2)},
+        {"plan": Plan(256, 2, 1, 3, share_x=2), "constant": True},
+        {"plan": Plan(16, 1, 2, 4, blocks=4)},
     ],
     "grouped_linear.grouped_linear_kernel": [
         {"wdtype": uint4, "scale_dtype": f16, "span": 128, "plan": WarpgroupPlan(8, 1, 2, 1, 2, 8)},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import tilus
 from tilus.kernels.activation import silu_mul_kernel
 from tilus.kernels.attention import paged_attention_kernel
 from tilus.kernels.embedding import dense_embedding_kernel, quantized_embedding_kernel
-from tilus.kernels.gemm import Plan, gemm_kernel
+from tilus.kernels.gemm import kernel_call as gemm_call
+from tilus.kernels.gemm_kernel import gemm_kernel
+from tilus.kernels.gemm_schedule import Plan, stages_of
 from tilus.kernels.grouped_linear import grouped_linear_kernel, plans
 from tilus.kernels.linear import quantized_linear
 from tilus.kernels.norm import rms_norm_kernel
@@ -170,26 +173,28 @@ def test_two_blocks_on_a_multiprocessor(target: str) -> None:
 @pytest.mark.parametrize(
     ("act", "weight", "out", "plan"),
     [
-        (torch.bfloat16, torch.bfloat16, torch.bfloat16, Plan(256, 4, 2, 132)),
-        (torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, Plan(256, 4, 1, 132)),
-        (torch.float16, torch.float16, torch.float32, Plan(16, 8, 1, 132)),
-        (torch.float16, torch.float16, torch.float32, Plan(128, 5, 2, 132)),
-        (torch.int8, torch.int8, torch.bfloat16, Plan(256, 4, 2, 132)),
-        (torch.int8, torch.int8, torch.float16, Plan(16, 8, 1, 128, splits=4)),
-        (torch.float8_e4m3fn, torch.float8_e4m3fn, torch.bfloat16, Plan(64, 6, 1, 128, splits=4)),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16, Plan(256, 2, 1, 0, share_x=2)),
+        (torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, Plan(256, 2, 1, 0)),
+        (torch.float16, torch.float16, torch.float32, Plan(16, 1, 3, 0)),
+        (torch.float16, torch.float16, torch.float32, Plan(128, 2, 1, 0, share_w=2)),
+        (torch.int8, torch.int8, torch.bfloat16, Plan(192, 2, 1, 0)),
+        (torch.int8, torch.int8, torch.float16, Plan(96, 2, 1, 0, blocks=2)),
+        (torch.float8_e4m3fn, torch.float8_e4m3fn, torch.bfloat16, Plan(64, 1, 2, 0, blocks=2)),
+        (torch.float8_e4m3fn, torch.float8_e4m3fn, torch.bfloat16, Plan(64, 1, 3, 0, blocks=4)),
     ],
     ids=str,
 )
 def test_gemm(act: torch.dtype, weight: torch.dtype, out: torch.dtype, plan: Plan, factors: bool) -> None:
-    """No waits between products, too: the assembler would say so. With factors: everything that a plain product does without."""
+    """At the limits of registers, with as many stages as there is room for. No waits between products, too: the assembler would
+    say so. With factors: everything that a plain product does without."""
     m, n, k = 512, 1024, 4096
     x, w, y = torch.empty(m, k, dtype=act), torch.empty(n, k, dtype=weight), torch.empty(m, n, dtype=out)
-    given = {"x_scale": torch.empty(m), "w_scale": torch.empty(n), "bias": torch.empty(n)} if factors else {}
-    values = {"tokens": plan.tokens, "stages": plan.stages, "cluster": plan.cluster, "splits": plan.splits}
-    assert_no_spills(gemm_kernel, "sm_90a", x, w, y, 1.0, plan.blocks, **given, **values)
-    ptx = gemm_kernel.ptx(x, w, y, 1.0, plan.blocks, target="sm_90a", **given, **values)
-    from_fragments = out.itemsize == 2 and plan.splits == 1
-    assert ("stmatrix.sync.aligned.m8n8.x4.trans" in ptx) == from_fragments  # y^T in rows of y
+    vectors = (torch.empty(m), torch.empty(n), torch.empty(n)) if factors else (None, None, None)
+    filled = replace(plan, stages=stages_of(plan, out.itemsize))
+    arguments, values = gemm_call(x, w, y, (1.0, *vectors), filled, constant=True)
+    assert_no_spills(gemm_kernel, "sm_90a", *arguments, **values)
+    ptx = gemm_kernel.ptx(*arguments, target="sm_90a", **values)
+    assert ("stmatrix.sync.aligned.m8n8.x4.trans" in ptx) == (out.itemsize == 2)  # y^T in rows of y
 
 
 @pytest.mark.parametrize("m", [32, 512, 1024, 4096])

@@ -1,0 +1,301 @@
+"""The dense product on Hopper: y^T = W x^T. The weight is the left operand, so that few tokens waste no rows of tensor cores.
+
+A block computes tiles of `rows` outputs by `tokens`, one after the other. One role brings operands (TMA) into a ring of
+stages, each of 128 bytes along K. Each warpgroup beside it multiplies 64 of the rows (wgmma), scales and rounds its sums, and
+gives them to a tensor copy. Warpgroups do not wait for each other, so that one stores while another still multiplies, and
+stages of the next tile fill meanwhile.
+
+Few tokens read weights and do little else. Then warpgroups take turns along K (`splits`), and blocks of a cluster have parts
+of K each (`blocks`); sums meet in shared memory, always in the same order. With many tokens blocks of a cluster bring parts of
+the same activations (`share_x`) or weights (`share_w`) for each other instead.
+"""
+
+from __future__ import annotations
+
+import tilus
+from tilus import Const, Tensor, f32, int32
+from tilus.dtypes import DataType
+from tilus.kernels.gemm_schedule import GROUP_ROWS, ROW_NBYTES, Plan
+
+GROUP_WARPS = 4
+COPYING = 40  # registers of a thread that brings operands
+BAND = 8  # neighbouring rows of clusters that take turns, so that what they read is found in the L2 cache
+
+
+@tilus.kernel
+def gemm_kernel(
+    x: Tensor["act", "m", "k"],
+    w: Tensor["weight", "n", "k"],
+    y: Tensor["out", "m", "n"],
+    scale: f32,
+    launched: int32,
+    x_scale: Tensor[f32, "m"] = None,
+    w_scale: Tensor[f32, "n"] = None,
+    bias: Tensor["bias_type", "n"] = None,
+    *,
+    plan: Const,
+    constant: Const = False,
+):
+    tilus.grid(launched, warps=plan.warps, cluster=plan.team)
+    tilus.launch_dependents()
+    tiles = Tiles(plan, y, launched)
+    constants = [w, w_scale, bias] if constant else []
+    depth = ROW_NBYTES // x.dtype.nbytes
+    all_steps = tilus.cdiv(x.shape[1], depth)
+    part = tilus.cluster_rank() if plan.blocks > 1 else 0
+    begin = part * all_steps // plan.blocks
+    steps = (part + 1) * all_steps // plan.blocks - begin
+
+    ring = Ring(plan, x, w, tiles.rank)
+    sum_type = int32 if x.dtype.is_integer else f32
+    own_sums = [Sums(plan.splits, plan.tokens, sum_type) for _ in range(plan.groups)]
+    all_sums = [Sums(plan.blocks, plan.tokens, sum_type) for _ in range(plan.groups)]
+    if plan.team > 1:
+        tilus.cluster_sync()
+
+    with tilus.warps(
+        GROUP_WARPS * plan.warpgroups, plan.copiers, registers=None if plan.registers is None else COPYING
+    ):
+        ring.fill(tiles, begin, steps, constants)
+
+    for split in range(plan.splits):
+        for group in range(plan.groups):
+            number = split * plan.groups + group
+            with tilus.warps(GROUP_WARPS * number, GROUP_WARPS, registers=plan.registers):
+                tilus.wait_dependencies(constant=constants)
+                y_tiles = tilus.shared(y.dtype, [2, plan.stored, GROUP_ROWS]) if split == 0 else None
+                for index in tilus.range(tiles.count):
+                    row, token = tiles.at(index)
+                    row += group * GROUP_ROWS
+                    # Asked for in front of the products, so that nobody waits for them.
+                    by_row = row_factors(scale, w_scale, bias, row) if split == 0 else None
+                    by_token = first_scales(x_scale, token, plan) if split == 0 else None
+                    total = ring.products(group, split, index * steps, steps, sum_type)
+                    if split > 0:
+                        own_sums[group].give(total, split, index)
+                    else:
+                        total = own_sums[group].added_to(total, index)
+                        if part > 0:
+                            all_sums[group].give(total, part, index, block=0)
+                        else:
+                            total = all_sums[group].added_to(total, index, across=True)
+                            store_tile(y, y_tiles, total, by_row, by_token, x_scale, row, token, index)
+                if split == 0:
+                    tilus.wait_stores()
+
+
+class Tiles:
+    """The tiles of a block, in bands of rows in which rows vary fastest, so that what is read again is found in the L2 cache."""
+
+    def __init__(self, plan: Plan, y, launched):
+        self.plan = plan
+        m, n = y.shape
+        self.rank = tilus.cluster_rank() if plan.blocks == 1 else 0
+        self.first, self.teams = tilus.block_id(0) // plan.team, launched // plan.team
+        self.token_tiles = tilus.cdiv(m, plan.tokens * plan.share_w)
+        self.row_tiles = tilus.cdiv(n, plan.rows * plan.share_x)
+        self.count = tilus.cdiv(self.token_tiles * self.row_tiles - self.first, self.teams)
+
+    def at(self, index):
+        """Row and token at which a tile starts."""
+        plan = self.plan
+        number = self.first + index * self.teams
+        band = number // (BAND * self.token_tiles)
+        height = min(self.row_tiles - band * BAND, BAND)
+        within = number - band * BAND * self.token_tiles
+        row, token = band * BAND + within % height, within // height
+        row = row * plan.share_x + self.rank % plan.share_x
+        token = token * plan.share_w + self.rank // plan.share_x
+        return row * plan.rows, token * plan.tokens
+
+
+class Ring:
+    """Stages of both operands, each with a barrier that says that it is there and one that it is free.
+
+    The blocks of a cluster are numbered along rows first: `share_x` neighbours have the same tokens.
+    """
+
+    def __init__(self, plan: Plan, x, w, rank):
+        self.plan, self.x, self.w, self.rank = plan, x, w, rank
+        self.depth = ROW_NBYTES // x.dtype.nbytes
+        self.w_tiles = tilus.shared(w.dtype, [plan.stages, plan.rows, self.depth])
+        self.x_tiles = tilus.shared(x.dtype, [plan.stages, plan.tokens, self.depth])
+        self.full = tilus.mbarrier(plan.stages)
+        self.empty = tilus.mbarrier(plan.stages, arrivals=plan.groups * (plan.share_x + plan.share_w - 1))
+
+    def fill(self, tiles: Tiles, begin, steps, constants):
+        """The producer: all steps of all tiles. It asks for the first constant weights before the kernel in front has ended."""
+        stages = self.plan.stages
+        ahead = min(steps, stages)
+        if len(constants) == 0:
+            tilus.wait_dependencies()
+        row, token = tiles.at(0)
+        for step in tilus.range(ahead):
+            self.copy_weights(step, row, begin + step)
+        if len(constants) > 0:
+            tilus.wait_dependencies(constant=constants)
+        for step in tilus.range(ahead):
+            self.copy_activations(step, token, begin + step)
+        filled = ahead
+        for index in tilus.range(tiles.count):
+            row, token = tiles.at(index)
+            for step in tilus.range(filled - index * steps, steps):
+                stage = filled % stages
+                tilus.wait_barrier(self.empty[stage], (filled // stages + 1) % 2)
+                self.copy_weights(stage, row, begin + step)
+                self.copy_activations(stage, token, begin + step)
+                filled += 1
+
+    def copy_weights(self, stage, row, step):
+        """Ask for this block's part of the rows, and tell the barrier how much is to come, activations included."""
+        plan = self.plan
+        tilus.arrive(self.full[stage], nbytes=self.w_tiles[0].nbytes + self.x_tiles[0].nbytes)
+        part = plan.rows // plan.share_w
+        start = self.rank // plan.share_x * part
+        tilus.copy_tensor(
+            self.w_tiles[stage], self.w, [row + start, step * self.depth], shape=[part, self.depth], dst_offsets=[start, 0],
+            barrier=self.full[stage], multicast=self.same_rows(), evict="first" if plan.once else None,
+        )  # fmt: skip
+
+    def copy_activations(self, stage, token, step):
+        plan = self.plan
+        part = plan.tokens // plan.share_x
+        start = self.rank % plan.share_x * part
+        tilus.copy_tensor(
+            self.x_tiles[stage], self.x, [token + start, step * self.depth], shape=[part, self.depth],
+            dst_offsets=[start, 0], barrier=self.full[stage], multicast=self.same_tokens(),
+        )  # fmt: skip
+
+    def same_rows(self):
+        """Mask of the blocks with this block's rows; None where it is alone."""
+        plan = self.plan
+        if plan.share_w == 1:
+            return None
+        return sum(1 << plan.share_x * other for other in range(plan.share_w)) << self.rank % plan.share_x
+
+    def same_tokens(self):
+        """Mask of the blocks with this block's tokens; None where it is alone."""
+        plan = self.plan
+        if plan.share_x == 1:
+            return None
+        return ((1 << plan.share_x) - 1) << self.rank // plan.share_x * plan.share_x
+
+    def products(self, group: int, split: int, first, steps, sum_type: DataType):
+        """The sums [64, tokens] of one warpgroup's steps of a tile, the first step of which has the number `first` in the ring.
+        Step number i belongs to split i % splits."""
+        plan = self.plan
+        stages, splits = plan.stages, plan.splits
+        extents = (GROUP_ROWS, plan.tokens, self.depth)
+        total = tilus.zeros([GROUP_ROWS, plan.tokens], sum_type)
+        start = (split + (splits - 1) * first) % splits
+        for step in tilus.range(start, steps, splits):
+            stage = (first + step) % stages
+            tilus.wait_barrier(self.full[stage], (first + step) // stages % 2)
+            total = tilus.wgmma(
+                self.w_tiles[stage], self.x_tiles[stage], total, shape=extents, x_offsets=[group * GROUP_ROWS, 0]
+            )
+            tilus.wgmma_wait(1)
+            if step > start:
+                self.give_back((first + step + stages - splits) % stages)
+        tilus.wgmma_wait()
+        if start < steps:
+            last = first + start + (steps - 1 - start) // splits * splits
+            self.give_back(last % stages)
+        return total
+
+    def give_back(self, stage):
+        """All blocks that bring parts of this stage may fill it again."""
+        plan = self.plan
+        if plan.share_x * plan.share_w == 1:
+            tilus.arrive(self.empty[stage])
+            return
+        row, token = self.rank % plan.share_x, self.rank // plan.share_x
+        for other in range(plan.share_x):
+            tilus.arrive(self.empty[stage], block=token * plan.share_x + other, reads_only=True)
+        for further in range(1, plan.share_w):
+            other = (token + further) % plan.share_w
+            tilus.arrive(self.empty[stage], block=other * plan.share_x + row, reads_only=True)
+
+
+class Sums:
+    """Where the first of `count` warpgroups with parts of K, or blocks of a cluster, finds the sums of the others."""
+
+    def __init__(self, count: int, tokens: int, dtype: DataType):
+        self.count = count
+        if count > 1:
+            self.buffers = tilus.shared(dtype, [count - 1, tokens // 8, 32 * GROUP_WARPS, 4])
+            self.given = tilus.mbarrier(arrivals=count - 1)
+            self.taken = tilus.mbarrier()
+
+    def give(self, total, giver, index, block=None):
+        """Leave the sums of tile number `index` to the first one, which `block` of the cluster has (None: this one)."""
+        tilus.wait_barrier(self.taken, (index + 1) % 2)
+        tilus.store_shared(self.buffers[giver - 1], by_thread(total), block=block)
+        tilus.arrive(self.given, block=block)
+
+    def added_to(self, total, index, across: bool = False):
+        """Of the first one, plus those of the others, always in the same order. across: the others are blocks of the cluster."""
+        if self.count == 1:
+            return total
+        tilus.wait_barrier(self.given, index % 2)
+        added = tilus.load_shared(self.buffers[0])
+        for other in range(1, self.count - 1):
+            added = added + tilus.load_shared(self.buffers[other])
+        if across:
+            for other in range(1, self.count):
+                tilus.arrive(self.taken, block=other, reads_only=True)
+        else:
+            tilus.arrive(self.taken)
+        return total + from_threads(added, total.shape[1])
+
+
+def by_thread(total):
+    """[64, tokens] of wgmma as [tokens / 8, threads, 4], so that a thread moves 16 bytes beside those of its neighbours."""
+    tokens = total.shape[1]
+    split = tilus.reshape(total, [GROUP_WARPS, 2, 8, tokens // 8, 4, 2])
+    return tilus.reshape(tilus.transpose(split, [3, 0, 2, 4, 1, 5]), [tokens // 8, 32 * GROUP_WARPS, 4])
+
+
+def from_threads(sums, tokens: int):
+    """The inverse of `by_thread`."""
+    split = tilus.reshape(sums, [tokens // 8, GROUP_WARPS, 8, 4, 2, 2])
+    return tilus.reshape(tilus.transpose(split, [1, 4, 2, 0, 3, 5]), [GROUP_ROWS, tokens])
+
+
+def row_factors(scale, w_scale, bias, row):
+    """Factors and offsets of the rows of y^T, [64, 1]; None where there are none."""
+    factor, offset = scale, None
+    if w_scale is not None:
+        factor = tilus.reshape(tilus.load(w_scale, [row], [GROUP_ROWS]), [GROUP_ROWS, 1]) * scale
+    if bias is not None:
+        offset = tilus.reshape(tilus.load(bias, [row], [GROUP_ROWS]).to(f32), [GROUP_ROWS, 1])
+    return factor, offset
+
+
+def first_scales(x_scale, token, plan: Plan):
+    """Scales of the tokens that are stored first; None where there are none."""
+    return None if x_scale is None else tilus.load(x_scale, [token], [plan.stored])
+
+
+def store_tile(y, y_tiles, total, by_row, by_token, x_scale, row, token, number):
+    """Scale and round the sums [64, tokens], and start to store them as [tokens, 64], some tokens at a time, the first of which
+    have the scales `by_token`. Two buffers take turns, from tile `number` to tile, too."""
+    part = y_tiles.shape[1]
+    rows, tokens = total.shape
+    factor, offset = by_row
+    parts = tilus.reshape(total, [rows, tokens // part, part])
+    for index in range(tokens // part):
+        result = tilus.select(parts, 1, index).to(f32) * factor
+        if x_scale is not None:
+            scales = by_token if index == 0 else tilus.load(x_scale, [token + index * part], [part])
+            result = result * scales
+        if offset is not None:
+            result = result + offset
+        tilus.wait_stores(1, reads_only=True)
+        tilus.sync()
+        buffer = y_tiles[(number * (tokens // part) + index) % 2]
+        tilus.store_shared(buffer, result.to(y.dtype).T)
+        tilus.fence_async()
+        tilus.sync()
+        tilus.store_tensor(y, [token + index * part, row], buffer)
+        tilus.commit_stores()
