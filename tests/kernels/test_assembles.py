@@ -27,7 +27,7 @@ from tilus.kernels.schedule import MOST_FACTOR_WORDS, schedule
 from tilus.kernels.w4a8_linear import plans as w4a8_plans
 from tilus.kernels.warpgroup_linear import warpgroup_linear
 from tilus.lang.kernel import Kernel
-from tilus.ptx.assembler import assemble
+from tilus.ptx.assembler import SpillError, assemble
 from tilus.target import get_target
 
 pytestmark = pytest.mark.slow
@@ -216,10 +216,12 @@ def test_grouped_linear(case: tuple[Any, ...], m: int) -> None:
     found = list(plans(m, 64, header, 132))
     for plan in found:
         ptx = grouped_linear_kernel.ptx(*args, target="sm_90a", plan=plan.item, **values)
-        (usage,) = assemble(ptx, get_target("sm_90a"), allow_spills=True).kernels
-        if usage.spill_store_nbytes == 0:
-            assert group < 128 or (plan.item.tokens, plan.item.rows) == (found[0].item.tokens, found[0].item.rows)
-            return
+        try:
+            assemble(ptx, get_target("sm_90a"))
+        except SpillError:
+            continue
+        assert group < 128 or (plan.item.tokens, plan.item.rows) == (found[0].item.tokens, found[0].item.rows)
+        return
     raise AssertionError("every plan spills")
 
 
@@ -231,8 +233,9 @@ def test_w4a8_linear(act: torch.dtype, m: int, shape: tuple[int, int]) -> None:
     (n, k), header = shape, WeightHeader(tilus.int4, shape, 128, "f16")
     arrays = {name: torch.empty(full, dtype=getattr(torch, kind)) for name, (full, kind) in header.arrays.items()}
     x, y, bias = torch.empty(m, k, dtype=act), torch.empty(m, n, dtype=torch.bfloat16), torch.empty(n)
-    args = [x, arrays["codes"].flatten(1), arrays["scales"].flatten(1), y, 1.0, None, None, None, bias, torch.empty(m)]
-    found = list(w4a8_plans(m, header, 132))
+    args = [x, arrays["codes"].flatten(1), arrays["scales"].flatten(1), y, 1.0, n // 64]
+    args += [None, None, None, bias, None, None, torch.empty(m)]
+    found = list(w4a8_plans(m, tilus.int8 if act == torch.int8 else tilus.float8_e4m3, header, 132))
     same = [plan for plan in found if (plan.tokens, plan.rows) == (found[0].tokens, found[0].rows)]
     spilled: list[int] = []
     for plan in same:

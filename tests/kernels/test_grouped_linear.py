@@ -76,7 +76,7 @@ def test_counts(device: str, counts: Sequence[int]) -> None:
         GroupedPlan(WarpgroupPlan(8, 1, 1, 1, 1, 2), 1),
         GroupedPlan(WarpgroupPlan(8, 2, 1, 1, 2, 3), 2),
         GroupedPlan(WarpgroupPlan(16, 1, 2, 1, 1, 4, overlap="step"), 3),
-        GroupedPlan(WarpgroupPlan(32, 2, 1, 1, 2, 5, 208, overlap="steps"), 5),
+        GroupedPlan(WarpgroupPlan(128, 2, 1, 1, 2, 3, 232, overlap="steps"), 5),
         GroupedPlan(WarpgroupPlan(8, 1, 3, 1, 1, 6, blocks_per_sm=2), 7),
     ],
     ids=str,
@@ -121,7 +121,7 @@ def test_no_rows_at_all(device: str) -> None:
     assert grouped_linear(x, weight, torch.zeros(3, dtype=torch.int32), device=device).shape == (0, 64)
 
 
-@pytest.mark.parametrize("m", [1, 32, 128, 512, 16384])
+@pytest.mark.parametrize("m", [1, 32, 128, 512, 2048, 16384])
 @pytest.mark.parametrize("shape", [(14336, 4096), (4096, 14336), (192, 64)])
 @pytest.mark.parametrize("dtype", [tilus.int4, tilus.uint8])
 def test_plans_fit(m: int, shape: tuple[int, int], dtype: tilus.DataType) -> None:
@@ -135,7 +135,9 @@ def test_plans_fit(m: int, shape: tuple[int, int], dtype: tilus.DataType) -> Non
         nbytes = item.stages * (codes_nbytes + item.tokens * item.depth * 128)
         assert item.stages >= 2 and (nbytes + 1024) * item.blocks_per_sm < 228 * 1024
         assert 1 <= plan.blocks <= 132 * item.blocks_per_sm
-    assert found[0].item.tokens == {1: 8, 32: 8, 128: 8, 512: 16, 16384: 64}[m] and found[-1].item.tokens == 8
+    assert (
+        found[0].item.tokens == {1: 8, 32: 8, 128: 8, 512: 16, 2048: 64, 16384: 128}[m] and found[-1].item.tokens == 8
+    )
 
 
 def test_stacked_weights_are_those_of_the_rows() -> None:

@@ -125,6 +125,7 @@ def test_types_of_scales(device: str, scale_dtype: tilus.DataType) -> None:
         (WarpgroupPlan(8, 1, 2, 2, 4, 4), 32),
         (WarpgroupPlan(16, 2, 1, 4, 2, 2, overlap="step"), 64),
         (WarpgroupPlan(32, 1, 3, 1, 2, 6, overlap="steps"), 512),
+        (WarpgroupPlan(8, 1, 2, 1, 2, 4, unit="mma"), 32),
         (WarpgroupPlan(128, 2, 1, 1, 2, 3, 232, overlap="steps"), 128),
     ],
     ids=str,
@@ -220,11 +221,11 @@ def test_with_codes_of_quantize_tokens(device: str, dtype: tilus.DataType) -> No
 
 @pytest.mark.parametrize("m", [1, 16, 32, 64, 128, 300])
 @pytest.mark.parametrize("shape", [(4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (192, 64)])
-@pytest.mark.parametrize("dtype", [tilus.int4, tilus.int8])
-def test_plans_fit(m: int, shape: tuple[int, int], dtype: tilus.DataType) -> None:
+@pytest.mark.parametrize(("dtype", "act"), [(tilus.int4, tilus.float8_e4m3), (tilus.int8, tilus.int8)], ids=str)
+def test_plans_fit(m: int, shape: tuple[int, int], dtype: tilus.DataType, act: tilus.DataType) -> None:
     """Steps are parts of K, stages are in shared memory, and up to 64 tokens one block has all."""
     header = WeightHeader(dtype, shape, min(128, shape[1]), "f16")
-    found = list(plans(m, header, 132))
+    found = list(plans(m, act, header, 132))
     for plan in found:
         assert shape[1] % (64 * plan.depth) == 0 and 64 * plan.depth <= 256 and not plan.scaled
         nbytes = plan.stages * (plan.rows * plan.depth * 512 * dtype.nbits + plan.tokens * plan.depth * 64)
@@ -232,6 +233,7 @@ def test_plans_fit(m: int, shape: tuple[int, int], dtype: tilus.DataType) -> Non
         assert (nbytes + 1024) * plan.blocks_per_sm < 228 * 1024
     assert found[0].tokens == min(128, next(tokens for tokens in (8, 16, 32, 64, 128, 512) if tokens >= m))
     assert found[-1].tokens == 8 and found[-1].splits == 1
+    assert all(plan.unit == "wgmma" for plan in found) or (act == tilus.int8 and m == 1)
 
 
 def test_mistakes() -> None:

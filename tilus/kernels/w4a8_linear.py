@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from tilus.dtypes import float8_e4m3, int8
+from tilus.dtypes import DataType, float8_e4m3, int8
 from tilus.errors import TilusError
 from tilus.kernels.allocate import empty, is_cuda
 from tilus.kernels.byte_operands import exponent_of
@@ -25,6 +25,7 @@ from tilus.kernels.warpgroup_schedule import (
     LEAST_SPLIT_NBYTES,
     SHARED_NBYTES,
     Overlap,
+    Unit,
     WarpgroupPlan,
     planned,
 )
@@ -34,22 +35,25 @@ TYPES = {"int8": int8, "float8_e4m3fn": float8_e4m3}  # of activations, by their
 SMALLEST_GROUP = 32  # columns of a product of 8-bit operands
 
 
-def plans(m: int, header: WeightHeader, num_sms: int) -> Iterator[WarpgroupPlan]:
-    """The best plan, then those that need fewer registers.
+def plans(m: int, act: DataType, header: WeightHeader, num_sms: int) -> Iterator[WarpgroupPlan]:
+    """The best plan for m tokens of type `act`, then those that need fewer registers.
 
     Up to 64 tokens the time is that of reading and unpacking, and blocks are those of `linear`. More tokens are cut into 128: no
-    registers hold the sums of more, since weights are not scaled.
+    registers hold the sums of more, since weights are not scaled. The products of single warps have no instruction for float8.
     """
     tiles_n, tiles_k = header.shape[0] // TILE, header.shape[1] // TILE
-    long = tiles_k * tile_nbytes(header.dtype) > LEAST_SPLIT_NBYTES["reading"]
-    blocks = 2 if 2 * tiles_n <= num_sms and long else 1
+    codes_nbytes = tiles_k * tile_nbytes(header.dtype)
+    long = codes_nbytes > LEAST_SPLIT_NBYTES["reading"]
+    least = LEAST_SPLIT_NBYTES["reading" if m <= 32 else "computing"]
+    blocks = 2 if 2 * tiles_n <= num_sms and codes_nbytes > least else 1
     for most in (4, 2, 1):
         depth = next(depth for depth in (4, 2, 1) if depth <= most and tiles_k % depth == 0)
         fit = partial(planned, header, depth=depth, act_nbytes=1)
         if m <= 16:
-            found = _reading(fit, 8 if m <= 8 else 16, blocks, tiles_n > num_sms)
+            unit: Unit = "mma" if m <= 8 and act == int8 and blocks == 1 else "wgmma"
+            found = _reading(partial(fit, unit=unit), 8 if m <= 8 else 16, blocks, tiles_n > num_sms)
         elif m <= 64:
-            found = _between(fit, 32 if m <= 32 else 64, blocks, tiles_n > num_sms, min(depth, 2))
+            found = _between(fit, 32 if m <= 32 else 64, blocks, tiles_n > num_sms, long, min(depth, 2))
         else:
             found = _computing(fit, m, blocks, tiles_n, num_sms, min(depth, 2))
         while found is not None:
@@ -68,12 +72,14 @@ def _reading(fit: Fit, tokens: int, blocks: int, many: bool) -> WarpgroupPlan | 
     return half if enough else fit(tokens, 1, splits, blocks, nbytes=SHARED_NBYTES, overlap=overlap)
 
 
-def _between(fit: Fit, tokens: int, blocks: int, many: bool, narrow: int) -> WarpgroupPlan | None:
+def _between(fit: Fit, tokens: int, blocks: int, many: bool, long: bool, narrow: int) -> WarpgroupPlan | None:
     if many:
         return fit(tokens, 1, 2 if tokens == 32 else 1, 1, depth=narrow, nbytes=HALF_NBYTES, blocks_per_sm=2)
-    if (tokens == 32) == (blocks == 2):
-        return fit(tokens, 1, 2, blocks, nbytes=SHARED_NBYTES, overlap="step")
-    return fit(tokens, 1, 3 if tokens == 32 else 2, blocks, depth=narrow, nbytes=SHARED_NBYTES)
+    if tokens == 32 and blocks == 1:
+        return fit(tokens, 1, 3, blocks, depth=narrow, nbytes=SHARED_NBYTES)
+    if tokens == 64 and blocks == 2 and long:
+        return fit(tokens, 1, 2, blocks, depth=narrow, nbytes=SHARED_NBYTES)
+    return fit(tokens, 1, 2, blocks, nbytes=SHARED_NBYTES, overlap="step")
 
 
 def _computing(fit: Fit, m: int, blocks: int, tiles_n: int, num_sms: int, narrow: int) -> WarpgroupPlan | None:
@@ -111,7 +117,7 @@ def w4a8_linear(
         return y
     where = place(device, is_cuda(x))
     key = ("w4a8", m, x.dtype, y.dtype, bias is None, where)
-    candidates = plans(m, weight.header, num_sms_of(x, where))
+    candidates = plans(m, TYPES[str(x.dtype).removeprefix("torch.")], weight.header, num_sms_of(x, where))
     launch_without_spills(weight, key, candidates, lambda plan: launch(x, x_scale, weight, y, bias, plan, device))
     return y
 
