@@ -53,9 +53,8 @@ def gemm_kernel(
     if plan.team > 1:
         tilus.cluster_sync()
 
-    with tilus.warps(
-        GROUP_WARPS * plan.warpgroups, plan.copiers, registers=None if plan.registers is None else COPYING
-    ):
+    copying = None if plan.registers is None else COPYING
+    with tilus.warps(GROUP_WARPS * plan.warpgroups, plan.copiers, registers=copying):
         ring.fill(tiles, begin, steps, constants)
 
     for split in range(plan.splits):
@@ -63,24 +62,23 @@ def gemm_kernel(
             number = split * plan.groups + group
             with tilus.warps(GROUP_WARPS * number, GROUP_WARPS, registers=plan.registers):
                 tilus.wait_dependencies(constant=constants)
-                y_tiles = tilus.shared(y.dtype, [2, plan.stored, GROUP_ROWS]) if split == 0 else None
-                for index in tilus.range(tiles.count):
-                    row, token = tiles.at(index)
-                    row += group * GROUP_ROWS
-                    # Asked for in front of the products, so that nobody waits for them.
-                    by_row = row_factors(scale, w_scale, bias, row) if split == 0 else None
-                    by_token = first_scales(x_scale, token, plan) if split == 0 else None
-                    total = ring.products(group, split, index * steps, steps, sum_type)
-                    if split > 0:
+                if split > 0:
+                    for index in tilus.range(tiles.count):
+                        total = ring.products(group, split, index * steps, steps, sum_type)
                         own_sums[group].give(total, split, index)
-                    else:
+                else:
+                    results = Results(plan, y, (scale, x_scale, w_scale, bias))
+                    for index in tilus.range(tiles.count):
+                        row, token = tiles.at(index)
+                        row += group * GROUP_ROWS
+                        factors = results.factors(row, token)
+                        total = ring.products(group, 0, index * steps, steps, sum_type)
                         total = own_sums[group].added_to(total, index)
                         if part > 0:
                             all_sums[group].give(total, part, index, block=0)
                         else:
                             total = all_sums[group].added_to(total, index, across=True)
-                            store_tile(y, y_tiles, total, by_row, by_token, x_scale, row, token, index)
-                if split == 0:
+                            results.store(total, factors, row, token, index)
                     tilus.wait_stores()
 
 
@@ -262,40 +260,45 @@ def from_threads(sums, tokens: int):
     return tilus.reshape(tilus.transpose(split, [1, 4, 2, 0, 3, 5]), [GROUP_ROWS, tokens])
 
 
-def row_factors(scale, w_scale, bias, row):
-    """Factors and offsets of the rows of y^T, [64, 1]; None where there are none."""
-    factor, offset = scale, None
-    if w_scale is not None:
-        factor = tilus.reshape(tilus.load(w_scale, [row], [GROUP_ROWS]), [GROUP_ROWS, 1]) * scale
-    if bias is not None:
-        offset = tilus.reshape(tilus.load(bias, [row], [GROUP_ROWS]).to(f32), [GROUP_ROWS, 1])
-    return factor, offset
+class Results:
+    """What a warpgroup makes of its sums, and the two buffers from which it is stored in turn, some tokens at a time."""
 
+    def __init__(self, plan: Plan, y, factors):
+        self.y = y
+        self.scale, self.x_scale, self.w_scale, self.bias = factors
+        self.stored = plan.stored
+        self.buffers = tilus.shared(y.dtype, [2, plan.stored, GROUP_ROWS])
 
-def first_scales(x_scale, token, plan: Plan):
-    """Scales of the tokens that are stored first; None where there are none."""
-    return None if x_scale is None else tilus.load(x_scale, [token], [plan.stored])
+    def factors(self, row, token):
+        """Factors and offsets of the rows of y^T, [64, 1], and scales of the tokens that are stored first; None where there are
+        none. They are asked for in front of the products, so that nobody waits for them."""
+        by_row, offset = self.scale, None
+        if self.w_scale is not None:
+            by_row = tilus.reshape(tilus.load(self.w_scale, [row], [GROUP_ROWS]), [GROUP_ROWS, 1]) * self.scale
+        if self.bias is not None:
+            offset = tilus.reshape(tilus.load(self.bias, [row], [GROUP_ROWS]).to(f32), [GROUP_ROWS, 1])
+        return by_row, offset, self.token_scales(token)
 
+    def token_scales(self, token):
+        return None if self.x_scale is None else tilus.load(self.x_scale, [token], [self.stored])
 
-def store_tile(y, y_tiles, total, by_row, by_token, x_scale, row, token, number):
-    """Scale and round the sums [64, tokens], and start to store them as [tokens, 64], some tokens at a time, the first of which
-    have the scales `by_token`. Two buffers take turns, from tile `number` to tile, too."""
-    part = y_tiles.shape[1]
-    rows, tokens = total.shape
-    factor, offset = by_row
-    parts = tilus.reshape(total, [rows, tokens // part, part])
-    for index in range(tokens // part):
-        result = tilus.select(parts, 1, index).to(f32) * factor
-        if x_scale is not None:
-            scales = by_token if index == 0 else tilus.load(x_scale, [token + index * part], [part])
-            result = result * scales
-        if offset is not None:
-            result = result + offset
-        tilus.wait_stores(1, reads_only=True)
-        tilus.sync()
-        buffer = y_tiles[(number * (tokens // part) + index) % 2]
-        tilus.store_shared(buffer, result.to(y.dtype).T)
-        tilus.fence_async()
-        tilus.sync()
-        tilus.store_tensor(y, [token + index * part, row], buffer)
-        tilus.commit_stores()
+    def store(self, total, factors, row, token, number):
+        """Scale and round the sums [64, tokens] of tile `number`, and start to store them as [tokens, 64]."""
+        part = self.stored
+        rows, tokens = total.shape
+        by_row, offset, scales = factors
+        parts = tilus.reshape(total, [rows, tokens // part, part])
+        for index in range(tokens // part):
+            result = tilus.select(parts, 1, index).to(f32) * by_row
+            if scales is not None:
+                result = result * (scales if index == 0 else self.token_scales(token + index * part))
+            if offset is not None:
+                result = result + offset
+            tilus.wait_stores(1, reads_only=True)
+            tilus.sync()
+            buffer = self.buffers[(number * (tokens // part) + index) % 2]
+            tilus.store_shared(buffer, result.to(self.y.dtype).T)
+            tilus.fence_async()
+            tilus.sync()
+            tilus.store_tensor(self.y, [token + index * part, row], buffer)
+            tilus.commit_stores()
