@@ -16,6 +16,7 @@ import tilus
 from tilus import Const, Tensor, f32, int32
 from tilus.dtypes import DataType
 from tilus.kernels.gemm_schedule import GROUP_ROWS, ROW_NBYTES, Plan
+from tilus.kernels.warpgroup_sums import Sums
 
 GROUP_WARPS = 4
 COPYING = 40  # registers of a thread that brings operands
@@ -48,8 +49,8 @@ def gemm_kernel(
 
     ring = Ring(plan, x, w, tiles.rank)
     sum_type = int32 if x.dtype.is_integer else f32
-    own_sums = [Sums(plan.splits, plan.tokens, sum_type) for _ in range(plan.groups)]
-    all_sums = [Sums(plan.blocks, plan.tokens, sum_type) for _ in range(plan.groups)]
+    own_sums = [Sums(plan.splits, plan.tokens, 32 * GROUP_WARPS, sum_type, turns=True) for _ in range(plan.groups)]
+    all_sums = [Sums(plan.blocks, plan.tokens, 32 * GROUP_WARPS, sum_type, turns=True) for _ in range(plan.groups)]
     if plan.team > 1:
         tilus.cluster_sync()
 
@@ -213,51 +214,6 @@ class Ring:
         for further in range(1, plan.share_w):
             other = (token + further) % plan.share_w
             tilus.arrive(self.empty[stage], block=other * plan.share_x + row, reads_only=True)
-
-
-class Sums:
-    """Where the first of `count` warpgroups with parts of K, or blocks of a cluster, finds the sums of the others."""
-
-    def __init__(self, count: int, tokens: int, dtype: DataType):
-        self.count = count
-        if count > 1:
-            self.buffers = tilus.shared(dtype, [count - 1, tokens // 8, 32 * GROUP_WARPS, 4])
-            self.given = tilus.mbarrier(arrivals=count - 1)
-            self.taken = tilus.mbarrier()
-
-    def give(self, total, giver, index, block=None):
-        """Leave the sums of tile number `index` to the first one, which `block` of the cluster has (None: this one)."""
-        tilus.wait_barrier(self.taken, (index + 1) % 2)
-        tilus.store_shared(self.buffers[giver - 1], by_thread(total), block=block)
-        tilus.arrive(self.given, block=block)
-
-    def added_to(self, total, index, across: bool = False):
-        """Of the first one, plus those of the others, always in the same order. across: the others are blocks of the cluster."""
-        if self.count == 1:
-            return total
-        tilus.wait_barrier(self.given, index % 2)
-        added = tilus.load_shared(self.buffers[0])
-        for other in range(1, self.count - 1):
-            added = added + tilus.load_shared(self.buffers[other])
-        if across:
-            for other in range(1, self.count):
-                tilus.arrive(self.taken, block=other, reads_only=True)
-        else:
-            tilus.arrive(self.taken)
-        return total + from_threads(added, total.shape[1])
-
-
-def by_thread(total):
-    """[64, tokens] of wgmma as [tokens / 8, threads, 4], so that a thread moves 16 bytes beside those of its neighbours."""
-    tokens = total.shape[1]
-    split = tilus.reshape(total, [GROUP_WARPS, 2, 8, tokens // 8, 4, 2])
-    return tilus.reshape(tilus.transpose(split, [3, 0, 2, 4, 1, 5]), [tokens // 8, 32 * GROUP_WARPS, 4])
-
-
-def from_threads(sums, tokens: int):
-    """The inverse of `by_thread`."""
-    split = tilus.reshape(sums, [tokens // 8, GROUP_WARPS, 8, 4, 2, 2])
-    return tilus.reshape(tilus.transpose(split, [1, 4, 2, 0, 3, 5]), [GROUP_ROWS, tokens])
 
 
 class Results:

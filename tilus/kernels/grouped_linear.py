@@ -30,7 +30,8 @@ from tilus.kernels.warpgroup_linear import store_rows, with_bias
 from tilus.kernels.warpgroup_operands import Unpacking, table_entries, tile_nbytes
 from tilus.kernels.warpgroup_products import sum_of_steps
 from tilus.kernels.warpgroup_schedule import Overlap, WarpgroupPlan, planned
-from tilus.kernels.warpgroup_stages import Stages, Sums
+from tilus.kernels.warpgroup_stages import Stages
+from tilus.kernels.warpgroup_sums import Sums
 from tilus.runtime.execute import place
 
 # Shared memory of a multiprocessor, and what each of its blocks takes of it beside its own.

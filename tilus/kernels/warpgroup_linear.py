@@ -24,7 +24,8 @@ from tilus.kernels.quantize.tiles import MMA, TILE, WHOLE
 from tilus.kernels.warpgroup_operands import Unpacking, table_entries, tile_nbytes
 from tilus.kernels.warpgroup_products import sum_of_steps
 from tilus.kernels.warpgroup_schedule import STORED_TOKENS, WarpgroupPlan
-from tilus.kernels.warpgroup_stages import Stages, Sums
+from tilus.kernels.warpgroup_stages import Stages
+from tilus.kernels.warpgroup_sums import Sums
 from tilus.kernels.warpgroup_tiles import Tiles
 from tilus.lang.kernel import Kernel
 from tilus.layout import local
