@@ -64,8 +64,8 @@ def check_batch(lengths: list[int], kv_heads: int, unit: int, blocks: int, fixed
     for number, block in enumerate(by_block):
         for part in block:
             assert (part.pair, part.length) == (part.sequence * kv_heads + part.head, lengths[part.sequence])
-            begin, end = (part.begin - part.first) * unit, min((part.end - part.first) * unit, part.length)
-            tokens_of.setdefault((part.sequence, part.head), []).append(range(begin, end))
+            assert part.token == (part.begin - part.first) * unit
+            tokens_of.setdefault((part.sequence, part.head), []).append(range(part.token, part.end_token))
             seen_parts.setdefault(part.pair, []).append(parts_of(part, units, blocks, split))
             assert owner(units, blocks, part.begin) == owner(units, blocks, part.end - 1) == number
             assert part.first <= part.begin < part.end <= part.last

@@ -36,7 +36,7 @@ class Part:
     """What a block does of a pair at a time; of numbers that a kernel knows at run time.
 
     length: cached tokens of the sequence. first, last: units of the pair, counted through the batch; last is behind the end.
-    begin, end: those of them that are in this part. pair: sequence * kv heads + head.
+    begin, end: those of them that are in this part, which are the tokens from `token` to before `end_token`. pair: sequence * kv heads + head.
     """
 
     sequence: Any
@@ -47,6 +47,8 @@ class Part:
     last: Any
     begin: Any
     end: Any
+    token: Any
+    end_token: Any
 
 
 def units_of(length: Any, unit: int) -> Any:
@@ -95,17 +97,21 @@ def each_part(
     """
     sequence, first = start
     unit = begin
+    length, count, behind, stop = 0, 0, 0, 0
+    head, pair, of_pair, until, token, end_token = 0, 0, 0, 0, 0, 0  # variables: computed once, not at each use
     while unit < end:
-        length = lengths[sequence]
+        length = max(lengths[sequence], 0)
         count = units_of(length, split.unit)
         behind = first + count * kv_heads
         stop = min(behind, end)
         while unit < stop:
-            head = (unit - first) // count
+            head = max(unit - first, 0) // count
+            pair = sequence * kv_heads + head
             of_pair = first + head * count
             until = unit + 1 if split.fixed else min(of_pair + count, stop)
-            pair = sequence * kv_heads + head
-            work(Part(sequence, head, pair, length, of_pair, of_pair + count, unit, until))
+            token = max(unit - of_pair, 0) * split.unit
+            end_token = min((until - of_pair) * split.unit, length)
+            work(Part(sequence, head, pair, length, of_pair, of_pair + count, unit, until, token, end_token))
             unit = until
         first = behind
         sequence = sequence + 1
