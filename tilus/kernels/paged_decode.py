@@ -1,32 +1,33 @@
 """Attention of few queries a sequence over a paged key-value cache, on Hopper: one launch, no plan, at the speed of memory.
 
 The cached tokens of the whole batch are shared evenly among blocks (`paged_decode_split`). In each block one warp asks for the
-pages of its tokens by tensor copies, `stages` tiles ahead, across sequences; the other warps compute. Tokens of the cache are rows
+pages of its tokens by tensor copies, several tiles ahead, across sequences; the other warps compute. Tokens of the cache are rows
 of the products and query heads are columns, so that nothing is padded to more than eight columns:
 
     scores [tokens, columns] = K Q^T        weights = exp2(scores - highest)        acc [head_dim, columns] += V^T weights
 
-A warp has 16 tokens of each tile, and its own maximum, sum and accumulator: warps of a block meet at the end of a part only, blocks
-that share a sequence and head meet in global memory, where the last one to come adds up all partial results in order.
+A warp has some tokens of each tile, and its own maximum, sum and accumulator: warps of a block meet at the end of a part only.
+Blocks that share a sequence and head meet in global memory, where the last one to come adds up the partial results in order.
 
-Budget: a multiprocessor of an H100 gets 24 bytes in a nanosecond and issues four instructions a clock, at 1.7 GHz 0.28 for each byte.
-16 tokens of 128 elements in 16 bits are 8 KB of keys and values, which leaves 2300 instructions. mma.m16n8k16 and
-ldmatrix need 16 each for eight columns, scaling the accumulator 32, the softmax about 60: warp-wide products suffice, and
-there is no need for those of warpgroups, whose rows would be spread over warps that then had to exchange maxima.
+Budget: a multiprocessor of an H100 gets 24 bytes in a nanosecond and issues four instructions a clock, at 1.7 GHz 0.28 for each
+byte. 16 tokens of 128 elements in 16 bits are 8 KB of keys and values, which leaves 2300 instructions. For eight columns
+mma.m16n8k16 and ldmatrix need 16 each, the accumulator 32, the softmax about 60. So products of a warp will do, and need no
+maximum of rows that other warps have, as products of warpgroups would.
 
-Online softmax: M. Milakov and N. Gimelshein, arXiv 1805.02867. Sums of parts merged by their log-sum-exp: T. Dao et al.,
-"Flash-Decoding for long-context inference", 2023.
+Online softmax: M. Milakov and N. Gimelshein, arXiv 1805.02867.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import tilus
-from tilus import Const, Tensor, f32, int32
-from tilus.kernels.attention import NO_SCORE, merged, power_of_two
+from tilus import Const, Tensor, TilusError, f32, int32
+from tilus.kernels.allocate import counters, empty, is_cuda
+from tilus.kernels.attention import MAX_GROUP, NO_SCORE
+from tilus.kernels.paged_decode_columns import Columns, normalized, padded_columns
 from tilus.kernels.paged_decode_split import (
     Part,
     Split,
@@ -34,30 +35,40 @@ from tilus.kernels.paged_decode_split import (
     each_part,
     find_sequence,
     parts_of,
+    places,
     share,
+    units_of,
 )
-from tilus.layout import RegisterLayout, local, replicated, spatial
-from tilus.layout.atoms import mma_c
+from tilus.kernels.warpgroup_ring import num_sms_of
+from tilus.layout import replicated, spatial
+from tilus.runtime.execute import place
+from tilus.target import TARGETS
 
+ROWS = 16  # tokens of a warp's product
 PAGES = 128  # entries of a block table that the copying warp holds
-MERGED = 16  # partial results that are loaded together
+TILE = 64  # tokens of a stage
+HEAD_DIMS = (64, 96, 128, 256)
+MAX_QUERIES = 8
+RESERVED_NBYTES = 4096  # of shared memory, for barriers and the starts of tensors
 
 
 @dataclass(frozen=True)
 class DecodePlan:
     """What a block does. tile: tokens of a stage. stages: tiles on their way. warps: those that compute; `column_groups` of them
-    share tokens and compute different columns. blocks_per_sm: blocks that run beside each other on a multiprocessor."""
+    share tokens and compute different columns. blocks_per_sm: blocks that run beside each other on a multiprocessor.
+
+    copiers: warps that copy. One is enough; a whole warpgroup can leave registers to the others. registers, registers_to_copy:
+    what a thread has then.
+    """
 
     tile: int
     stages: int
     warps: int
     column_groups: int = 1
     blocks_per_sm: int = 1
-
-    @property
-    def parts(self) -> int:
-        """Of the tokens of a tile, each for other warps."""
-        return self.warps // self.column_groups
+    copiers: int = 1
+    registers: int | None = None
+    registers_to_copy: int | None = None
 
 
 @tilus.kernel
@@ -82,32 +93,33 @@ def paged_decode_kernel(
     plan: Const,
 ):
     """tickets: zeros, one for each sequence and kv head, and left so. places: as `paged_decode_split.places` says."""
-    kv_heads, warps = q.shape[2], plan.warps
-    tilus.grid(blocks, warps=warps + 1, blocks_per_sm=plan.blocks_per_sm)
+    kv_heads, warps, all_warps = q.shape[2], plan.warps, plan.warps + plan.copiers
+    tilus.grid(blocks, warps=all_warps, blocks_per_sm=plan.blocks_per_sm)
     tilus.launch_dependents()
     chunk = min(plan.tile, page_size)
     ring = tilus.shared(kv_cache.dtype, [plan.stages, plan.tile // chunk, 2, chunk, head_dim])
     full, empty = tilus.mbarrier(plan.stages), tilus.mbarrier(plan.stages)
     tilus.wait_dependencies()
-    units = count_units(kv_lens, kv_heads, split, warps + 1)
+    units = count_units(kv_lens, kv_heads, split, all_warps)
     begin, end = share(units, blocks, tilus.block_id(0)), share(units, blocks, tilus.block_id(0) + 1)
-    start = find_sequence(kv_lens, kv_heads, split, warps + 1, begin)
+    start = find_sequence(kv_lens, kv_heads, split, all_warps, begin)
 
-    with tilus.warps(warps, 1):
+    with tilus.warps(warps, plan.copiers, registers=plan.registers_to_copy):
         filling = Stages(ring, full, empty)
 
         def fill(part):
-            fill_part(part, filling, kv_cache, block_tables)
+            fill_part(part, filling, kv_cache, block_tables, plan.copiers)
 
         each_part(kv_lens, kv_heads, start, begin, end, split, fill)
 
-    with tilus.warps(0, warps):
+    with tilus.warps(0, warps, registers=plan.registers):
         using = Stages(ring, full, empty)
-        columns = Columns(q_len, group, head_dim, plan)
+        columns = Columns(q_len, group, head_dim, plan.warps, plan.column_groups)
 
         def attend(part):
-            highest, total, acc = softmax_of(part, using, columns.queries(q, part), columns, scale_log2)
-            result, result_lse = normalized(highest, total, acc)
+            softmax = Softmax(columns, scale_log2)
+            attend_to_part(part, using, columns.queries(q, part), softmax)
+            result, result_lse = normalized(softmax.highest, softmax.total, softmax.acc)
             count, index, place = parts_of(part, units, blocks, split)
             if count > 1:
                 columns.store_partial(partial_out, partial_lse, place + index, result, result_lse)
@@ -142,19 +154,20 @@ class Stages:
         self.turn = 1 - self.turn if last else self.turn
         self.stage = 0 if last else self.stage + 1
 
-    def tokens(self, kind: int, parts: int) -> Any:
-        """Keys (0) or values (1) of the present stage, [parts, tokens, head_dim]"""
-        _, chunks, _, chunk, head_dim = self.ring.shape
-        tile = tilus.load_shared(self.ring, [self.stage, 0, kind, 0, 0], [chunks, chunk, head_dim], dims=[1, 3, 4])
-        return tile.reshape([parts, chunks * chunk // parts, head_dim])
+    def tokens(self, kind: int, step: int, count: int) -> Any:
+        """Keys (0) or values (1) of the present stage, the step-th `count` tokens of it: [count / 16, 16, head_dim]"""
+        _, _, _, chunk, head_dim = self.ring.shape
+        first = [self.stage, step * count // chunk, kind, step * count % chunk, 0]
+        shape = [max(1, count // chunk), min(count, chunk), head_dim]
+        return tilus.load_shared(self.ring, first, shape, dims=[1, 3, 4]).reshape([count // ROWS, ROWS, head_dim])
 
 
-def fill_part(part: Part, stages: Stages, kv_cache: Any, block_tables: Any) -> None:
+def fill_part(part: Part, stages: Stages, kv_cache: Any, block_tables: Any, warps: int) -> None:
     """Copy the tiles of a part into the ring. For pages behind the part's end zeros arrive, and no memory is read."""
-    _, chunks, _, chunk, head_dim = stages.ring.shape
+    _, chunks, _, chunk, _ = stages.ring.shape
     page_size, nowhere = kv_cache.shape[2], kv_cache.shape[0]
     tile, token, end = chunks * chunk, part.token, part.end_token
-    lanes = spatial(32).local(PAGES // 32)
+    lanes = replicated(warps, 1) * spatial(32).local(PAGES // 32)
     for pages in tilus.range(token // page_size, tilus.cdiv(end, page_size), PAGES):
         table = tilus.load(block_tables, [part.sequence, pages], [PAGES], layout=lanes)
         for first in tilus.range(max(token, pages * page_size), min(end, (pages + PAGES) * page_size), tile):
@@ -171,127 +184,155 @@ def fill_part(part: Part, stages: Stages, kv_cache: Any, block_tables: Any) -> N
             stages.advance()
 
 
-def softmax_of(part: Part, stages: Stages, queries: Any, columns: Columns, scale_log2: Any) -> Any:
-    """(highest score, sum of weights, weighted sum of values) of each warp's tokens of a part, tile by tile."""
-    width, head_dim, parts = columns.width, columns.head_dim, columns.plan.parts
-    tile, end = columns.plan.tile, part.end_token
-    keys = tile // parts
-    token = tilus.arange(parts, shape=[parts, 1, 1]) * keys + tilus.arange(keys, shape=[1, keys, 1], axis=1)
-    limits = part.length - columns.q_len + 1 + tilus.arange(width, shape=[1, 1, width], axis=2) // columns.heads
-    limits = tilus.minimum(limits, end)
-    highest = tilus.full([parts, 1, width], NO_SCORE)
-    total = tilus.zeros([parts, 1, width])
-    acc = tilus.zeros([parts, head_dim, width], layout=columns.layout(head_dim))
+class Softmax:
+    """Each warp's highest score, sum of weights and weighted sum of values, of the tokens that it has seen of a part."""
+
+    def __init__(self, columns: Columns, scale_log2: Any) -> None:
+        self.columns, self.scale_log2 = columns, scale_log2
+        shape = [columns.parts, 1, columns.width]
+        self.highest, self.total = tilus.full(shape, NO_SCORE), tilus.zeros(shape)
+        acc_shape = [columns.parts, columns.head_dim, columns.width]
+        self.acc = tilus.zeros(acc_shape, layout=columns.layout(columns.head_dim))
+
+    def weights(self, keys: Any, queries: Any, seen: Any) -> Any:
+        """Of 16 tokens for each warp, [parts, 16, width]; what is not seen may be anything."""
+        parts, width = self.columns.parts, self.columns.width
+        scores = tilus.dot(keys, queries, tilus.zeros([parts, ROWS, width], layout=self.columns.layout(ROWS)))
+        scores = tilus.where(seen, scores * self.scale_log2, -math.inf)
+        higher = tilus.maximum(self.highest, tilus.max(scores, 1, keepdims=True))
+        weights = tilus.exp2(scores - higher)
+        shrink = tilus.exp2(self.highest - higher)
+        self.highest = higher
+        self.total = self.total * shrink + tilus.sum(weights, 1, keepdims=True)
+        self.acc = self.acc * shrink
+        return weights.to(queries.dtype)
+
+    def add(self, values: Any, weights: Any) -> None:
+        self.acc = tilus.dot(tilus.transpose(values, [0, 2, 1]), weights, self.acc)
+
+
+def attend_to_part(part: Part, stages: Stages, queries: Any, softmax: Softmax) -> None:
+    """Add all tokens of a part."""
+    columns, end = softmax.columns, part.end_token
+    tile, count = stages.ring.shape[1] * stages.ring.shape[3], ROWS * columns.parts
+    token = tilus.arange(columns.parts, shape=[columns.parts, 1, 1]) * ROWS + tilus.arange(
+        ROWS, shape=[1, ROWS, 1], axis=1
+    )
+    query = tilus.arange(columns.width, shape=[1, 1, columns.width], axis=2) // columns.heads
+    limits = tilus.minimum(part.length - columns.q_len + 1 + query, end)
     for first in tilus.range(part.token, end, tile):
         stages.wait_full()
-        scores = tilus.zeros([parts, keys, width], layout=columns.layout(keys))
-        scores = tilus.dot(stages.tokens(0, parts), queries, scores)
-        values = stages.tokens(1, parts)
-        if end - first < tile:  # what lies behind the end may be anything, also no number
-            values = tilus.where(token < end - first, values, 0.0)
-        scores = tilus.where(token < limits - first, scores * scale_log2, -math.inf)
-        higher = tilus.maximum(highest, tilus.max(scores, 1, keepdims=True))
-        weights = tilus.exp2(scores - higher)
-        shrink = tilus.exp2(highest - higher)
-        highest = higher
-        total = total * shrink + tilus.sum(weights, 1, keepdims=True)
-        acc = tilus.dot(tilus.transpose(values, [0, 2, 1]), weights.to(queries.dtype), acc * shrink)
+        for step in tilus.range(tile // count):
+            at = first + step * count
+            weights = softmax.weights(stages.tokens(0, step, count), queries, token < limits - at)
+            values = stages.tokens(1, step, count)
+            if end - at < count:  # what lies behind the end may be anything, also no number
+                values = tilus.where(token < end - at, values, 0.0)
+            softmax.add(values, weights)
         tilus.arrive(stages.empty[stages.stage])
         stages.advance()
-    return highest, total, acc
 
 
-def normalized(highest: Any, total: Any, acc: Any) -> Any:
-    """([head_dim, width] softmax-weighted sum, [1, width] log2 of the sum of weights) of all warps' tokens.
+def paged_decode(
+    q: Any, kv_cache: Any, block_tables: Any, kv_lens: Any, scale: float, *, return_lse: bool = False,
+    fixed_split: int | None = None, device: str | None = None,
+) -> Any:  # fmt: skip
+    """Attention of the last few tokens of each sequence over its paged keys and values, causal (sm_90a).
 
-    A column without any key is zero, and the log2 is that of next to nothing.
+    q: float16 or bfloat16 [S, q_len, Hq, D], q_len from 1 to 8. kv_cache: [pages, 2, page_size, Hkv, D] of the same dtype, keys
+    at index 0, values at 1; a strided view with contiguous last dim is fine. Hq / Hkv is 1 to 16, D 64, 96, 128 or 256, page_size
+    16, 32 or a multiple of 64. block_tables: int32 [S, max_pages], the pages of each sequence in order. kv_lens: int32 [S],
+    tokens in the cache, those of the queries included. scale: what scores are multiplied with. Torch tensors. fixed_split:
+    tokens of a part, a multiple of 64. Sequences are then cut at its multiples alone, so that the bits of a result do not depend
+    on what else is in the batch; by default they are cut so that all multiprocessors have the same to do. device: where to run
+    (reference, emulator, cuda), by default as the arguments say.
+
+    Query j of a sequence sees the first kv_len - q_len + j + 1 tokens of the cache; one that sees none gets zeros. Nothing beyond
+    kv_len is looked at, nor are entries of block_tables for it. One launch; the host reads no tensor, so it can be captured in a
+    CUDA graph, and the lengths may change from replay to replay.
+
+    Returns: [S, q_len, Hq, D]; with return_lse also float32 [S, q_len, Hq], the logarithm of the sum of exp(scaled score), minus
+    infinity where there is no key. Scores and sums are f32; the softmax weights are rounded to q's dtype for the tensor cores.
+    Raises: TilusError when shapes, dtypes or devices do not fit together.
     """
-    result = merged(highest, total, acc)
-    most = tilus.max(highest, 0, keepdims=True)
-    everything = tilus.sum(total * tilus.exp2(highest - most), 0)
-    return result, tilus.where(everything > 0.0, tilus.log2(everything) + most.reshape(everything.shape), NO_SCORE)
+    group = _check(q, kv_cache, block_tables, kv_lens, fixed_split)
+    where = place(device, is_cuda(q))
+    plan = plan_of(q.shape[1], group, q.shape[3], kv_cache.dtype.itemsize)
+    split = Split(TILE) if fixed_split is None else Split(fixed_split, fixed=True)
+    units = q.shape[0] * kv_cache.shape[3] * units_of(block_tables.shape[1] * kv_cache.shape[2], split.unit)
+    blocks = max(1, min(num_sms_of(q, where) * plan.blocks_per_sm, units))
+    out, lse = launch(q, kv_cache, block_tables, kv_lens, scale, plan, split, blocks, return_lse, device)
+    return (out, lse) if return_lse else out
 
 
-class Columns:
-    """The columns of a block's products: query tokens, and in each the heads of the group, both padded."""
+def launch(
+    q: Any, kv_cache: Any, block_tables: Any, kv_lens: Any, scale: float, plan: DecodePlan, split: Split, blocks: int,
+    return_lse: bool, device: str | None,
+) -> tuple[Any, Any]:  # fmt: skip
+    """(output, log-sum-exp or None) by a given plan."""
+    sequences, q_len, q_heads, head_dim = q.shape
+    page_size, kv_heads = kv_cache.shape[2:4]
+    group, pairs = q_heads // kv_heads, sequences * kv_heads
+    most = places(pairs, block_tables.shape[1] * page_size, blocks, split)
+    out = empty(q, (sequences, q_len, kv_heads, group, head_dim))
+    lse = empty(q, (sequences, q_len, kv_heads, group), "float32") if return_lse else None
+    paged_decode_kernel.on(device)(
+        q.unflatten(2, (kv_heads, group)), kv_cache, block_tables, kv_lens, out,
+        empty(q, (most, q_len, group, head_dim), "float32"), empty(q, (most, q_len, group), "float32"),
+        counters(q, pairs), scale * math.log2(math.e), lse,
+        q_len=q_len, group=group, head_dim=head_dim, page_size=page_size, blocks=blocks, split=split, plan=plan,
+    )  # fmt: skip
+    return out.flatten(2, 3), None if lse is None else lse.flatten(2, 3)
 
-    def __init__(self, q_len: int, group: int, head_dim: int, plan: DecodePlan) -> None:
-        self.q_len, self.group, self.head_dim, self.plan = q_len, group, head_dim, plan
-        self.heads = power_of_two(group)
-        self.tokens = padded_tokens(q_len, group, plan.column_groups)
-        self.width = self.tokens * self.heads
 
-    def layout(self, rows: int) -> RegisterLayout:
-        """Of products [parts, rows, width] in which a warp has all rows of its part and its group of columns."""
-        parts, groups = self.plan.parts, self.plan.column_groups
-        return spatial(parts, 1, groups) * local(1, rows // 16, self.width // (8 * groups)) * mma_c().unsqueeze(0)
+def plan_of(q_len: int, group: int, head_dim: int, nbytes: int) -> DecodePlan:
+    """Warps whose registers hold their columns, and as many stages as the shared memory holds. nbytes: of a cached element."""
+    most = 16 if head_dim <= 128 else 8  # columns of a warp
+    groups = 1
+    while padded_columns(q_len, group, groups) > most * groups:
+        groups *= 2
+    few = padded_columns(q_len, group, groups) <= 32
+    warps = 4 if few else 8
+    to_merge = head_dim * padded_columns(q_len, group, groups) * f32.nbytes * (warps // groups)
+    free = TARGETS["sm_90a"].max_shared_nbytes - RESERVED_NBYTES - to_merge
+    plan = DecodePlan(TILE, free // (2 * TILE * head_dim * nbytes), warps, groups)
+    return plan if few else replace(plan, copiers=4, registers=224, registers_to_copy=56)
 
-    def queries(self, q: Any, part: Part) -> Any:
-        """[parts, head_dim, width]"""
-        tile = tilus.load(
-            q[part.sequence], [0, part.head, 0, 0], [self.tokens, self.heads, self.head_dim], dims=[0, 2, 3]
+
+def _check(q: Any, kv_cache: Any, block_tables: Any, kv_lens: Any, fixed_split: int | None) -> int:
+    """The number of query heads per kv head."""
+    if q.ndim != 4 or kv_cache.ndim != 5 or block_tables.ndim != 2 or kv_lens.ndim != 1:
+        raise TilusError(
+            f"paged_decode: shapes q {list(q.shape)}, kv_cache {list(kv_cache.shape)}, block_tables {list(block_tables.shape)} "
+            f"and kv_lens {list(kv_lens.shape)}, expected [sequences, q_len, q_heads, head_dim], [pages, 2, page_size, kv_heads, "
+            "head_dim], [sequences, max_pages] and [sequences]",
+            hint="one query a sequence: q.unsqueeze(1)",
         )
-        tile = tilus.transpose(tile.reshape([1, self.width, self.head_dim]), [0, 2, 1])
-        return tilus.broadcast(tile, [self.plan.parts, self.head_dim, self.width])
-
-    def rows(self, result: Any) -> Any:
-        """[head_dim, width] as [tokens, heads, head_dim]"""
-        rows = tilus.transpose(result).reshape([self.tokens, self.heads, self.head_dim])
-        return tilus.with_layout(rows, self.by_element())
-
-    def store(self, out: Any, lse: Any, part: Part, result: Any, result_lse: Any) -> None:
-        where = [0, part.head, 0, 0]
-        tilus.store(out[part.sequence], where, self.rows(result).to(out.dtype), dims=[0, 2, 3])
-        self.store_lse(lse, part, result_lse.reshape([self.tokens, self.heads]))
-
-    def store_lse(self, lse: Any, part: Part, log2: Any) -> None:
-        """Of the softmax itself: a natural logarithm, minus infinity where there was no key."""
-        if lse is not None:
-            natural = tilus.where(log2 > NO_SCORE, log2 * math.log(2.0), -math.inf)
-            tilus.store(lse[part.sequence], [0, part.head, 0], natural, dims=[0, 2])
-
-    def store_partial(self, partial_out: Any, partial_lse: Any, place: Any, result: Any, result_lse: Any) -> None:
-        tilus.store(partial_out[place], [0, 0, 0], self.rows(result))
-        tilus.store(partial_lse[place], [0, 0], result_lse.reshape([self.tokens, self.heads]))
-
-    def merge(
-        self, partial_out: Any, partial_lse: Any, place: Any, count: Any, out: Any, lse: Any, part: Part
-    ) -> None:
-        """Add up `count` partial results from `place` on, always in the same order, and store the sum."""
-        shape = [MERGED, self.tokens, self.heads]
-        own = tilus.narrow(partial_out, 0, place, count), tilus.narrow(partial_lse, 0, place, count)
-        spread = self.by_element()
-        acc = tilus.zeros([self.tokens, self.heads, self.head_dim], layout=spread)
-        total = tilus.zeros([self.tokens, self.heads, 1])
-        highest = tilus.full([self.tokens, self.heads, 1], NO_SCORE)
-        for at in tilus.range(0, count, MERGED):
-            logs = tilus.load(own[1], [at, 0, 0], shape).reshape([*shape, 1])
-            logs = tilus.where(tilus.arange(MERGED, shape=[MERGED, 1, 1, 1], start=at) < count, logs, NO_SCORE)
-            higher = tilus.maximum(highest, tilus.max(logs, 0))
-            factors, shrink = tilus.exp2(logs - higher), tilus.exp2(highest - higher)
-            factors = tilus.where(logs > NO_SCORE, factors, 0.0)
-            values = tilus.load(
-                own[0], [at, 0, 0, 0], [*shape, self.head_dim], layout=spread.unsqueeze(0).expand(0, MERGED)
-            )
-            acc = acc * shrink + tilus.sum(values * factors, 0)
-            total = total * shrink + tilus.sum(factors, 0)
-            highest = higher
-        result = acc / tilus.where(total > 0.0, total, 1.0)
-        tilus.store(out[part.sequence], [0, part.head, 0, 0], result.to(out.dtype), dims=[0, 2, 3])
-        log2 = tilus.where(total > 0.0, tilus.log2(total) + highest, NO_SCORE)
-        self.store_lse(lse, part, log2.reshape([self.tokens, self.heads]))
-
-    def by_element(self) -> RegisterLayout:
-        """[tokens, heads, head_dim] over the computing warps: neighbouring threads have neighbouring vectors."""
-        threads, vectors = 32 * self.plan.warps, self.head_dim // 4
-        across = math.gcd(threads, vectors)
-        rows = min(threads // across, self.width)
-        copies, repeats = threads // (across * rows), self.width // rows
-        flat = replicated(copies, 2) * local(repeats, vectors // across) * spatial(rows, across) * local(1, 4)
-        return flat.reshape((self.tokens, self.heads, self.head_dim))
-
-
-def padded_tokens(q_len: int, group: int, column_groups: int) -> int:
-    """Query tokens of a tile, at least q_len, so that its columns are multiples of 8 for each group of them."""
-    least = max(1, 8 * column_groups // power_of_two(group))
-    return -(-q_len // least) * least
+    page_size, kv_heads, head_dim = kv_cache.shape[2:]
+    group, rest = divmod(q.shape[2], kv_heads)
+    if rest or not 1 <= group <= MAX_GROUP:
+        raise TilusError(
+            f"paged_decode: {q.shape[2]} query heads for {kv_heads} kv heads, expected 1 to {MAX_GROUP} times as many"
+        )
+    if not 1 <= q.shape[1] <= MAX_QUERIES:
+        raise TilusError(
+            f"paged_decode: {q.shape[1]} queries a sequence, expected 1 to {MAX_QUERIES}",
+            hint="tilus.kernels.paged_attention takes more",
+        )
+    if head_dim not in HEAD_DIMS:
+        raise TilusError(
+            f"paged_decode: head_dim {head_dim}, expected one of {', '.join(map(str, HEAD_DIMS))}",
+            hint="pad heads with zeros; scale stays that of the real head_dim",
+        )
+    columns = padded_columns(q.shape[1], group, 1)
+    if head_dim > 128 and columns > 32:
+        raise TilusError(
+            f"paged_decode: {q.shape[1]} queries of {group} heads are {columns} columns, expected at most 32 "
+            f"with head_dim {head_dim}",
+            hint="ask for fewer queries at a time",
+        )
+    if page_size not in (16, 32) and (page_size < TILE or page_size % TILE):
+        raise TilusError(f"paged_decode: page_size {page_size}, expected 16, 32 or a multiple of {TILE}")
+    if fixed_split is not None and (fixed_split < TILE or fixed_split % TILE):
+        raise TilusError(f"paged_decode: fixed_split={fixed_split}, expected a multiple of {TILE}")
+    return group

@@ -36,7 +36,8 @@ class Part:
     """What a block does of a pair at a time; of numbers that a kernel knows at run time.
 
     length: cached tokens of the sequence. first, last: units of the pair, counted through the batch; last is behind the end.
-    begin, end: those of them that are in this part, which are the tokens from `token` to before `end_token`. pair: sequence * kv heads + head.
+    begin, end: those of them that are in this part, which are the tokens from `token` to before `end_token`. pair: sequence * kv
+    heads + head.
     """
 
     sequence: Any
@@ -74,8 +75,8 @@ def owner(units: Any, blocks: Any, unit: Any) -> Any:
 def parts_of(part: Part, units: Any, blocks: Any, split: Split) -> Any:
     """(how many parts the pair of a part has, which of them it is, the place of the pair's first one among partial results).
 
-    Places of different pairs are different: pairs in several blocks begin in different ones, and the number of the pair keeps them
-    apart where one ends in the block in which the next begins. All are below `places`.
+    Places of different pairs are different: pairs in several blocks begin in different ones, and the number of the pair keeps
+    them apart where one ends in the block in which the next begins. All are below `places`.
     """
     if split.fixed:
         return part.last - part.first, part.begin - part.first, part.first
