@@ -1,0 +1,75 @@
+"""Random paged batches on the GPU, in copies that exceed the L2 cache, and f32 attention to check results with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from paged.cases import Case
+
+L2_MULTIPLE = 3  # what the copies of a cache add up to at least, in sizes of the L2 cache
+MOST_CHECKED = 3  # sequences
+BOUND = 4.5e-3  # of the relative L2 error: the rounding of weights and results to bf16
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, eq=False)
+class PagedBatch:
+    """caches: [pages, 2, page, kv_heads, head_dim] each, the same numbers in all; pages of a sequence are in random order."""
+
+    case: Case
+    q: torch.Tensor
+    caches: list[torch.Tensor]
+    block_tables: torch.Tensor
+    kv_lens: torch.Tensor
+    scale: float
+
+    def contiguous(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [batch, kv_heads, context, head_dim] of a batch of equal lengths."""
+        both = self.caches[0][self.block_tables.long()]  # [batch, pages, 2, page, kv_heads, head_dim]
+        keys, values = (both[:, :, kind].flatten(1, 2)[:, : self.case.context] for kind in range(2))
+        return keys.transpose(1, 2).contiguous(), values.transpose(1, 2).contiguous()
+
+
+def random_batch(case: Case, l2_nbytes: int) -> PagedBatch:
+    counts = [-(-length // case.page) for length in case.lengths]
+    generator = torch.Generator().manual_seed(sum(counts))
+    order = torch.randperm(sum(counts), generator=generator).int()
+    tables = torch.zeros(case.batch, max(counts), dtype=torch.int32)
+    for row, (count, start) in enumerate(zip(counts, torch.tensor([0, *counts]).cumsum(0).tolist())):
+        tables[row, :count] = order[start : start + count]
+    shape = (sum(counts), 2, case.page, case.kv_heads, case.head_dim)
+    dtype = DTYPES[case.kv_dtype]
+    cache = torch.empty(shape, dtype=dtype, device="cuda").normal_()
+    copies = max(1, -(-L2_MULTIPLE * l2_nbytes // cache.nbytes))
+    q = torch.randn(case.batch, case.q_len, case.heads, case.head_dim, device="cuda").to(dtype)
+    lens = torch.tensor(case.lengths, dtype=torch.int32, device="cuda")
+    caches = [cache, *(cache.clone() for _ in range(copies - 1))]
+    return PagedBatch(case, q, caches, tables.cuda(), lens, case.head_dim**-0.5)
+
+
+def error_of(batch: PagedBatch, out: torch.Tensor) -> float:
+    """The largest relative L2 error of the first, a middle and the last sequence against f32. out: like q."""
+    case, worst = batch.case, 0.0
+    for row in sorted({0, case.batch // 2, case.batch - 1})[:MOST_CHECKED]:
+        length = case.lengths[row]
+        pages = batch.block_tables[row, : -(-length // case.page)].long()
+        both = (
+            batch.caches[0][pages].transpose(0, 1).flatten(1, 2)[:, :length].float()
+        )  # [2, length, kv_heads, head_dim]
+        keys, values = both.repeat_interleave(case.heads // case.kv_heads, dim=2)
+        scores = torch.einsum("qhd,khd->hqk", batch.q[row].float(), keys) * batch.scale
+        last = torch.arange(length - case.q_len, length, device=scores.device)
+        hidden = torch.arange(length, device=scores.device) > last[:, None]
+        wanted = torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, float("-inf")).softmax(-1), values)
+        worst = max(worst, float((out[row].float() - wanted).norm() / wanted.norm()))
+    return worst
+
+
+def check(batch: PagedBatch, out: torch.Tensor, what: str) -> float:
+    """The error. Raises: SystemExit where it is too large."""
+    error = error_of(batch, out)
+    if not error <= BOUND:
+        raise SystemExit(f"{what}, {batch.case}: the relative error is {error:.2e}, expected at most {BOUND}")
+    return error
