@@ -1,6 +1,7 @@
 """Attention over paged caches on a GPU, beside pure reads of the cached bytes, torch's attention and a Triton kernel.
 
     python benchmarks/attention.py --out FILE       decoding: batches of 1 to 128 sequences of 1k to 16k tokens, and skewed ones
+    python benchmarks/attention.py --quantised      caches of fp8, int8 and int4 instead, without peers
     python benchmarks/attention.py --batch 8,32     only batches of so many sequences
     python benchmarks/attention.py --no-peers       only tilus and reads
 
@@ -18,7 +19,7 @@ Output, as JSON; times in microseconds, null where there is none:
     suites                 {decode: {rows}}
 Every row has phase, batch, context (of a skewed batch the mean), skewed, q_len, heads, kv_heads, head_dim, page, kv_dtype and
     us, plain_us           tilus, calls in a row with dependent launch and without
-    tbps                   TB/s: the bytes of all cached keys and values by us
+    tbps                   TB/s: the bytes of all cached keys and values, scales included, by us
     read_us, plain_read_us    a pure read of as many bytes, likewise
     error                  relative, in the L2 norm, the largest of the sequences that were checked
     peers                  microseconds by name: sdpa_flash and sdpa_cudnn on contiguous keys and values of equal lengths; triton:
@@ -38,7 +39,7 @@ from pathlib import Path
 
 import torch
 from paged import decode
-from paged.cases import DECODE
+from paged.cases import DECODE, QUANTISED
 from products.report import Report
 from products.timing import Budget
 
@@ -55,6 +56,7 @@ def numbers_in(text: str) -> list[int]:
 def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the JSON here")
+    parser.add_argument("--quantised", action="store_true", help="caches of 8 and 4 bits")
     parser.add_argument("--batch", type=numbers_in, help="numbers of sequences, separated by commas")
     parser.add_argument("--no-peers", action="store_true", help="measure tilus and reads only")
     parser.add_argument("--replays", type=int, default=30, help="at most so many graph replays a time (default 30)")
@@ -74,7 +76,11 @@ def main() -> None:
         "l2_nbytes": run.timer.l2_nbytes, "replays": run.timer.replays,
     }  # fmt: skip
     report = Report(options.out, facts)
-    cases = [case for case in DECODE if options.batch is None or case.batch in options.batch]
+    cases = [
+        case
+        for case in (QUANTISED if options.quantised else DECODE)
+        if options.batch is None or case.batch in options.batch
+    ]
     with torch.cuda.stream(torch.cuda.Stream()):
         rows = run.rows(cases)
         report.suite("decode", rows, decode.COLUMNS, decode.cells, facts=lambda: {"seconds": round(run.budget.used, 1)})

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from paged.cases import Case
+from tilus.kernels.kv_cache import QuantizedCache, quantized_cache
 
 L2_MULTIPLE = 3  # what the copies of a cache add up to at least, in sizes of the L2 cache
 MOST_CHECKED = 3  # sequences
@@ -16,11 +19,11 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 @dataclass(frozen=True, eq=False)
 class PagedBatch:
-    """caches: [pages, 2, page, kv_heads, head_dim] each, the same numbers in all; pages of a sequence are in random order."""
+    """caches: [pages, 2, page, kv_heads, head_dim] or quantised, the same numbers in all; a sequence's pages are in random order."""
 
     case: Case
     q: torch.Tensor
-    caches: list[torch.Tensor]
+    caches: list[Any]
     block_tables: torch.Tensor
     kv_lens: torch.Tensor
     scale: float
@@ -39,14 +42,50 @@ def random_batch(case: Case, l2_nbytes: int) -> PagedBatch:
     tables = torch.zeros(case.batch, max(counts), dtype=torch.int32)
     for row, (count, start) in enumerate(zip(counts, torch.tensor([0, *counts]).cumsum(0).tolist())):
         tables[row, :count] = order[start : start + count]
-    shape = (sum(counts), 2, case.page, case.kv_heads, case.head_dim)
-    dtype = DTYPES[case.kv_dtype]
-    cache = torch.empty(shape, dtype=dtype, device="cuda").normal_()
-    copies = max(1, -(-L2_MULTIPLE * l2_nbytes // cache.nbytes))
+    cache, clone, nbytes = random_cache(case, sum(counts))
+    copies = max(1, -(-L2_MULTIPLE * l2_nbytes // nbytes))
+    dtype = DTYPES.get(case.kv_dtype, torch.bfloat16)
     q = torch.randn(case.batch, case.q_len, case.heads, case.head_dim, device="cuda").to(dtype)
     lens = torch.tensor(case.lengths, dtype=torch.int32, device="cuda")
-    caches = [cache, *(cache.clone() for _ in range(copies - 1))]
+    caches = [cache, *(clone() for _ in range(copies - 1))]
     return PagedBatch(case, q, caches, tables.cuda(), lens, case.head_dim**-0.5)
+
+
+def random_cache(case: Case, pages: int) -> tuple[Any, Callable[[], Any], int]:
+    """A cache, what makes a copy of it, and its size in bytes. Elements are of the order of one."""
+    if case.kv_dtype in DTYPES:
+        shape = (pages, 2, case.page, case.kv_heads, case.head_dim)
+        dense = torch.empty(shape, dtype=DTYPES[case.kv_dtype], device="cuda").normal_()
+        return dense, dense.clone, dense.nbytes
+    cache = quantized_cache(case.kv_dtype, pages, case.page, case.kv_heads, case.head_dim, "cuda")
+    largest = cache.format.largest
+    cache.codes.random_(0, 256)
+    if case.kv_dtype == "fp8":
+        cache.codes[cache.codes.bitwise_and(127) == 127] = 0  # NaN
+    cache.factors[:, :, :, 0].uniform_(1.5 / largest, 2.5 / largest)
+    if cache.format.has_minimum:
+        cache.factors[:, :, :, 1] = cache.factors[:, :, :, 0] * (-largest / 2)
+
+    def clone() -> QuantizedCache:
+        return QuantizedCache(cache.format, cache.codes.clone(), cache.factors.clone())
+
+    return cache, clone, cache.codes.nbytes + cache.factors.nbytes
+
+
+def elements_of(cache: Any, pages: torch.Tensor) -> torch.Tensor:
+    """f32 [pages, 2, page, kv_heads, head_dim]"""
+    if not isinstance(cache, QuantizedCache):
+        return cache[pages].float()
+    raw = cache.codes[pages]
+    if cache.format.code.nbits == 4:
+        numbers = torch.stack([raw & 15, raw >> 4], dim=-1).flatten(-2).float()
+    else:
+        numbers = raw.view(torch.int8 if cache.format.code.is_integer else torch.float8_e4m3fn).float()
+    factors = cache.factors[pages].float()[..., None]
+    values = numbers * factors[:, :, :, 0]
+    if cache.format.has_minimum:
+        values += factors[:, :, :, 1]
+    return values.permute(0, 2, 3, 1, 4)
 
 
 def error_of(batch: PagedBatch, out: torch.Tensor) -> float:

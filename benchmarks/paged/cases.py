@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from tilus.kernels.kv_cache import KV_FORMATS
 
 LONGEST = 65536  # tokens of a sequence of a skewed batch, at most
 
@@ -19,7 +21,7 @@ class Case:
     kv_heads: int = 8
     head_dim: int = 128
     page: int = 16
-    kv_dtype: str = "bfloat16"
+    kv_dtype: str = "bfloat16"  # or a name of KV_FORMATS, with queries of bfloat16
     q_len: int = 1
 
     @property
@@ -32,18 +34,15 @@ class Case:
         return tuple(min(LONGEST, max(self.q_len, round(total / harmonic / rank))) for rank in range(1, self.batch + 1))
 
     @property
-    def tokens_nbytes(self) -> int:
-        """Of keys and values of a token, all heads."""
-        return 2 * self.kv_heads * self.head_dim * 2
-
-    @property
     def nbytes(self) -> int:
-        """That have to be read."""
-        return sum(self.lengths) * self.tokens_nbytes
+        """That have to be read: keys and values of all tokens and heads, scales and minimums (f16) included."""
+        kind = KV_FORMATS.get(self.kv_dtype)
+        head_nbytes = 2 * self.head_dim if kind is None else self.head_dim * kind.code.nbits // 8 + 2 * kind.kinds
+        return sum(self.lengths) * 2 * self.kv_heads * head_nbytes
 
     def __str__(self) -> str:
         skew = " skewed" if self.skewed else ""
-        return f"{self.batch} x {self.context}{skew}, heads {self.heads}/{self.kv_heads}"
+        return f"{self.batch} x {self.context}{skew}, heads {self.heads}/{self.kv_heads}, {self.kv_dtype}"
 
 
 DECODE = [
@@ -53,3 +52,9 @@ DECODE = [
     Case(32, 1024), Case(128, 1024), Case(1, 4096, kv_heads=32), Case(8, 4096, kv_heads=32), Case(32, 4096, kv_heads=32),
     Case(8, 4096, q_len=4), Case(32, 8192, q_len=4), Case(32, 4096, page=64), Case(32, 4096, head_dim=64),
 ]  # fmt: skip
+FP8 = [
+    Case(8, 4096, bar=2.3, kv_dtype="fp8"), Case(32, 4096, bar=2.75, kv_dtype="fp8"), Case(128, 16384, bar=2.95, kv_dtype="fp8"),
+    Case(32, 16384, kv_dtype="fp8"), Case(1, 4096, kv_dtype="fp8"), Case(1, 16384, kv_dtype="fp8"),
+    Case(128, 4096, skewed=True, kv_dtype="fp8"),
+]  # fmt: skip
+QUANTISED = [*FP8, *(replace(case, bar=None, kv_dtype=name) for name in ("int4", "int8") for case in FP8)]

@@ -11,11 +11,22 @@ from products.reads import Reads
 from products.timing import Action, Budget, Timer, one_after_the_other
 
 from paged import sdpa
-from paged.batches import PagedBatch, check, random_batch
+from paged.batches import DTYPES, PagedBatch, check, random_batch
 from paged.cases import Case
 from tilus.kernels import paged_decode
 
-COLUMNS = {"batch": 7, "context": 9, "heads": 8, "us": 9, "TB/s": 7, "plain": 8, "read": 8, "best peer": 24, "bar": 6}
+COLUMNS = {
+    "batch": 7,
+    "context": 9,
+    "heads": 8,
+    "cache": 10,
+    "us": 9,
+    "TB/s": 7,
+    "plain": 8,
+    "read": 8,
+    "best peer": 24,
+    "bar": 6,
+}
 
 
 class DecodeRun:
@@ -56,7 +67,7 @@ class DecodeRun:
     def ours(self, batch: PagedBatch, device: str | None = None) -> tuple[float, float]:
         """Microseconds and error; results are checked before and after they are timed."""
 
-        def attend(cache: torch.Tensor) -> torch.Tensor:
+        def attend(cache: Any) -> torch.Tensor:
             return paged_decode(batch.q, cache, batch.block_tables, batch.kv_lens, batch.scale, device=device)
 
         error = check(batch, attend(batch.caches[0]), "paged_decode")
@@ -65,7 +76,7 @@ class DecodeRun:
 
     def peers(self, batch: PagedBatch) -> Iterator[tuple[str, float | None]]:
         """Names and microseconds; None, with a line in `failures`, where one cannot do it."""
-        if batch.case.q_len > 1:
+        if batch.case.q_len > 1 or batch.case.kv_dtype not in DTYPES:
             return
         if not batch.case.skewed:
             for backend in sdpa.BACKENDS:
@@ -100,4 +111,15 @@ def cells(row: dict[str, Any]) -> list[Any]:
     peer = None if best is None else f"{best} {known[best]:.1f}"
     context = f"{row['context']}{'~' if row['skewed'] else ''}"
     heads = f"{row['heads']}/{row['kv_heads']}"
-    return [row["batch"], context, heads, row["us"], row["tbps"], row["plain_us"], row["read_us"], peer, row["bar"]]
+    return [
+        row["batch"],
+        context,
+        heads,
+        row["kv_dtype"],
+        row["us"],
+        row["tbps"],
+        row["plain_us"],
+        row["read_us"],
+        peer,
+        row["bar"],
+    ]

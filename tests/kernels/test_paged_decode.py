@@ -38,7 +38,7 @@ def run(
     tensors = [q, inputs.kv_cache, inputs.block_tables, inputs.kv_lens]
     if device == "cuda":
         tensors = [on_gpu(t) for t in tensors]
-    plan = plan or plan_of(q_len, batch.group, batch.head_dim, 2)
+    plan = plan or plan_of(q_len, batch.group, batch.head_dim, 16)
     out, lse = launch(*tensors, inputs.scale, plan, split, blocks, True, device)
     assert out.shape == q.shape and out.dtype == batch.dtype and lse.shape == q.shape[:3]
     return out.flatten(0, 1).cpu(), lse.flatten(0, 1).cpu()
@@ -134,7 +134,7 @@ def test_fixed_split_gives_the_same_bits_alone_and_in_any_batch(device: str) -> 
     ]
     if device == "cuda":
         tensors = [on_gpu(t) for t in tensors]
-    alone, _ = launch(*tensors, inputs.scale, plan_of(1, 3, 64, 2), Split(TILE, fixed=True), 1, False, device)
+    alone, _ = launch(*tensors, inputs.scale, plan_of(1, 3, 64, 16), Split(TILE, fixed=True), 1, False, device)
     assert torch.equal(alone[0].cpu(), together[2:])
 
 
@@ -188,11 +188,11 @@ def test_the_public_function() -> None:
     expected, size = exact_attention(inputs, batch)
     q = inputs.q[:, None]
     args = (q, inputs.kv_cache, inputs.block_tables, inputs.kv_lens, inputs.scale)
-    for fixed in (None, 64):
+    for fixed in (None, 128):
         out, lse = paged_decode(*args, return_lse=True, fixed_split=fixed, device="emulator")
         assert (np.abs(out[:, 0].double().numpy() - expected) <= limit_of(batch, expected, size)).all()
         assert np.allclose(lse[:, 0].double().numpy(), exact_lse(inputs, batch), rtol=0, atol=2.0**-14)
-    assert torch.equal(paged_decode(*args, fixed_split=64, device="emulator"), out)
+    assert torch.equal(paged_decode(*args, fixed_split=128, device="emulator"), out)
 
 
 SHAPES = [
@@ -215,7 +215,7 @@ def test_assembles_without_spills(head_dim: int, q_len: int, group: int, page_si
         special = paged_decode_kernel.specialize(
             q, cache, int32, int32[0], q, f32.new_zeros(9, q_len, group, head_dim), f32.new_zeros(9, q_len, group), int32[0],
             1.0, q_len=q_len, group=group, head_dim=head_dim, page_size=page_size, blocks=132, split=Split(TILE, fixed),
-            plan=plan_of(q_len, group, head_dim, 2),
+            plan=plan_of(q_len, group, head_dim, 16),
         )  # fmt: skip
         compiled, cubin = build(special.function, get_target("sm_90a"))
         assert (
@@ -248,13 +248,13 @@ def test_arguments_that_do_not_fit_are_refused_with_both_values() -> None:
         wrong(q=torch.zeros(2, 6, 64, dtype=half)), "[2, 6, 64]", "[sequences, q_len, q_heads, head_dim]", "unsqueeze"
     )
     expect(wrong(q=torch.zeros(2, 9, 6, 64, dtype=half)), "9 queries", "1 to 8", "paged_attention")
-    expect(wrong(q=torch.zeros(2, 1, 6, 64)), "f32", "f16")
+    expect(wrong(q=torch.zeros(2, 1, 6, 64)), "float32", "float16", "QuantizedCache")
     expect(wrong(q=torch.zeros(2, 1, 6, 128, dtype=half)), "head_dim", "128", "64")
     expect(wrong(kv_cache=torch.zeros(9, 2, 16, 2, 80, dtype=half)), "head_dim 80", "64, 96, 128, 256")
-    expect(wrong(kv_cache=torch.zeros(9, 2, 24, 2, 64, dtype=half)), "page_size 24", "16, 32 or a multiple of 64")
+    expect(wrong(kv_cache=torch.zeros(9, 2, 24, 2, 64, dtype=half)), "page_size 24", "16, 32, 64 or a multiple of 128")
     expect(wrong(kv_lens=torch.zeros(3, dtype=torch.int32)), "sequences", "3", "2")
     expect(wrong(kv_lens=torch.zeros(2, dtype=torch.int64)), "int64", "int32")
-    expect(wrong(fixed_split=96), "fixed_split=96", "multiple of 64")
+    expect(wrong(fixed_split=96), "fixed_split=96", "multiple of 128")
     wide = {"q": torch.zeros(2, 8, 16, 256, dtype=half), "kv_cache": torch.zeros(9, 2, 16, 2, 256, dtype=half)}
     expect(wrong(**wide), "8 queries of 8 heads are 64 columns", "at most 32", "256")
 

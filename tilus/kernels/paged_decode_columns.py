@@ -46,12 +46,10 @@ class Columns:
         return spatial(self.parts, 1, self.column_groups) * repeats * mma_c().unsqueeze(0)
 
     def queries(self, q: Any, part: Part) -> Any:
-        """[parts, head_dim, width]"""
-        tile = tilus.load(
-            q[part.sequence], [0, part.head, 0, 0], [self.tokens, self.heads, self.head_dim], dims=[0, 2, 3]
-        )
-        tile = tilus.transpose(tile.reshape([1, self.width, self.head_dim]), [0, 2, 1])
-        return tilus.broadcast(tile, [self.parts, self.head_dim, self.width])
+        """[width, head_dim]"""
+        shape = [self.tokens, self.heads, self.head_dim]
+        tile = tilus.load(q[part.sequence], [0, part.head, 0, 0], shape, dims=[0, 2, 3])
+        return tile.reshape([self.width, self.head_dim])
 
     def rows(self, result: Any) -> Any:
         """[head_dim, width] as [tokens, heads, head_dim]"""
