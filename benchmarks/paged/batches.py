@@ -19,7 +19,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 @dataclass(frozen=True, eq=False)
 class PagedBatch:
-    """caches: [pages, 2, page, kv_heads, head_dim] or quantised, the same numbers in all; a sequence's pages are in random order."""
+    """caches: [pages, 2, page, kv_heads, head_dim] or quantised, the same numbers in all; pages are in random order."""
 
     case: Case
     q: torch.Tensor
