@@ -23,7 +23,7 @@ from tilus.target import get_target
 Array = npt.NDArray[np.float64]
 NAMES = sorted(KV_FORMATS)
 NO_PAGE = 2**20
-EXECUTIONS = ["reference", "emulator", pytest.param("cuda", marks=pytest.mark.gpu)]
+EXECUTIONS = ["emulator", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def numbers_of(cache: QuantizedCache) -> tuple[Array, Array]:
@@ -108,12 +108,12 @@ def check_decode(
 @pytest.mark.parametrize("name", NAMES)
 def test_decode(name: str, device: str) -> None:
     """Parts of pages and of tiles, and several blocks a sequence."""
-    check_decode(name, (150, 0, 17), device)
+    check_decode(name, (140, 0, 17), device, blocks=2)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["fp8", pytest.param("int8", marks=pytest.mark.slow), "int4"])
 @pytest.mark.parametrize(
-    ("q_len", "group", "head_dim", "page_size", "kv_heads"), [(1, 4, 128, 16, 1), (5, 3, 64, 128, 2), (2, 8, 96, 32, 1)]
+    ("q_len", "group", "head_dim", "page_size", "kv_heads"), [(5, 3, 64, 128, 2), (2, 8, 96, 32, 1)]
 )
 def test_decode_shapes(name: str, q_len: int, group: int, head_dim: int, page_size: int, kv_heads: int) -> None:
     check_decode(
@@ -131,7 +131,7 @@ def test_all_shapes(name: str, head_dim: int, q_len: int, group: int, page_size:
         check_decode(name, (700, 17), "cuda", torch.bfloat16, q_len, group, head_dim, page_size, blocks=5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["fp8", pytest.param("int8", marks=pytest.mark.slow), "int4"])
 @pytest.mark.parametrize(
     ("head_dim", "q_len", "group", "page_size"),
     [(128, 1, 4, 16), *(pytest.param(*shape, marks=pytest.mark.slow) for shape in [
