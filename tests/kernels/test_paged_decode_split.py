@@ -16,9 +16,8 @@ from tilus import Const, Tensor, int32
 from tilus.kernels.paged_decode_split import (
     Part,
     Split,
-    count_units,
     each_part,
-    find_sequence,
+    find_share,
     owner,
     parts_of,
     places,
@@ -126,14 +125,12 @@ def test_parts_of_a_sequence_depend_on_nothing_else_when_fixed() -> None:
 
 
 @tilus.kernel
-def starts(lengths: Tensor[int32, "n"], found: Tensor[int32, "blocks", 4], kv_heads: int, *, split: Const):
-    """(sequence, its first unit, units of the batch, own first unit) of every block, of which each has three warps."""
-    tilus.grid(found.shape[0], warps=3)
-    block, blocks = tilus.block_id(0), found.shape[0]
-    units = count_units(lengths, kv_heads, split, 3)
-    begin = share(units, blocks, block)
-    sequence, first = find_sequence(lengths, kv_heads, split, 3, begin)
-    for column, value in enumerate([sequence, first, units, begin]):
+def starts(lengths: Tensor[int32, "n"], found: Tensor[int32, "m", 5], kv_heads: int, *, split: Const, blocks: Const):
+    """(sequence, its first unit, units of the batch, own first unit, behind the last) of every block, of three warps each."""
+    tilus.grid(blocks, warps=3)
+    block = tilus.block_id(0)
+    units, begin, end, (sequence, first) = find_share(lengths, kv_heads, split, 3, blocks, block)
+    for column, value in enumerate([sequence, first, units, begin, end]):
         tilus.store(found, [block, column], tilus.full([1, 1], value, int32))
 
 
@@ -144,10 +141,11 @@ def test_kernels_find_where_they_begin(device: str) -> None:
     for count, blocks in [(1, 3), (128, 5), (300, 7)]:
         lengths = rng.integers(0, 500, count).astype(np.int32)
         lengths[rng.integers(0, count, count // 4)] = 0
-        found = np.zeros((blocks, 4), np.int32)
-        starts.on(device)(lengths, found, 3, split=Split(64))
+        found = np.zeros((blocks, 5), np.int32)
+        starts.on(device)(lengths, found, 3, split=Split(64), blocks=blocks)
         firsts = first_units(lengths.tolist(), 3, 64)
         for block in range(blocks):
             begin = share(firsts[-1], blocks, block)
             sequence = next(s for s in range(count) if firsts[s + 1] > begin)
-            assert found[block].tolist() == [sequence, firsts[sequence], firsts[-1], begin]
+            behind = share(firsts[-1], blocks, block + 1)
+            assert found[block].tolist() == [sequence, firsts[sequence], firsts[-1], begin, behind]

@@ -33,12 +33,10 @@ from tilus.kernels.paged_decode_operands import UNIT_NBITS, Codes, Elements
 from tilus.kernels.paged_decode_softmax import Softmax, attend_to_part
 from tilus.kernels.paged_decode_split import (
     Split,
-    count_units,
     each_part,
-    find_sequence,
+    find_share,
     parts_of,
     places,
-    share,
     units_of,
 )
 from tilus.kernels.paged_decode_stages import Stages, fill_part
@@ -110,9 +108,7 @@ def paged_decode_kernel(
     factor_ring = None if code is None else tilus.shared(f16, [plan.stages, plan.tile // chunk, 2, kinds, chunk])
     full, empty = tilus.mbarrier(plan.stages), tilus.mbarrier(plan.stages)
     tilus.wait_dependencies()
-    units = count_units(kv_lens, kv_heads, split, all_warps)
-    begin, end = share(units, blocks, tilus.block_id(0)), share(units, blocks, tilus.block_id(0) + 1)
-    start = find_sequence(kv_lens, kv_heads, split, all_warps, begin)
+    units, begin, end, start = find_share(kv_lens, kv_heads, split, all_warps, blocks, tilus.block_id(0))
 
     with tilus.warps(warps, plan.copiers, registers=plan.registers_to_copy):
         filling = Stages(ring, factor_ring, full, empty)
@@ -128,11 +124,12 @@ def paged_decode_kernel(
         operands = Elements() if code is None else Codes(code, head_dim, columns.parts, columns.column_groups)
 
         def attend(part):
+            count, index, place = parts_of(part, units, blocks, split)
             softmax = Softmax(columns, operands, columns.queries(q, part), scale_log2, kinds)
             attend_to_part(part, using, softmax)
-            result, result_lse = normalized(softmax.highest, softmax.total, softmax.weighted_sum())
+            layout = operands.ordered_layout(columns.result_layout())
+            result, result_lse = normalized(softmax.highest, softmax.total, softmax.weighted_sum(), layout)
             result = operands.natural(result)
-            count, index, place = parts_of(part, units, blocks, split)
             if count > 1:
                 columns.store_partial(partial_out, partial_lse, place + index, result, result_lse)
                 if tilus.atomic_add(tickets, [part.pair], 1) == count - 1:

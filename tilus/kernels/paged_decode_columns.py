@@ -18,15 +18,15 @@ MERGED = 16  # partial results that are loaded together, at most
 MERGED_REGISTERS = 64  # of a thread for them
 
 
-def normalized(highest: Any, total: Any, acc: Any) -> Any:
+def normalized(highest: Any, total: Any, acc: Any, layout: RegisterLayout) -> Any:
     """([head_dim, width] softmax-weighted sum, [1, width] log2 of the sum of weights) of all warps' tokens.
 
-    A column without any key is zero, and its logarithm NO_SCORE.
+    A column without any key is zero, and its logarithm NO_SCORE. layout: of the weighted sum.
     """
     most = tilus.max(highest, 0, keepdims=True)
     factor = tilus.exp2(highest - most)
-    everything = tilus.sum(total * factor, 0)
-    result = tilus.sum(acc * factor, 0) * tilus.rcp(tilus.where(everything > 0.0, everything, 1.0))
+    everything = tilus.sum(total * factor, 0, layout=layout.reduce([0]))
+    result = tilus.sum(acc * factor, 0, layout=layout) * tilus.rcp(tilus.where(everything > 0.0, everything, 1.0))
     return result, tilus.where(everything > 0.0, tilus.log2(everything) + most.reshape(everything.shape), NO_SCORE)
 
 
@@ -51,10 +51,14 @@ class Columns:
         tile = tilus.load(q[part.sequence], [0, part.head, 0, 0], shape, dims=[0, 2, 3])
         return tile.reshape([self.width, self.head_dim])
 
+    def result_layout(self) -> RegisterLayout:
+        """Of [head_dim, width]: in `rows` neighbouring threads have neighbouring vectors."""
+        rows = by_vector((self.tokens, self.heads, self.head_dim), self.warps)
+        return rows.reshape((self.width, self.head_dim)).permute([1, 0])
+
     def rows(self, result: Any) -> Any:
         """[head_dim, width] as [tokens, heads, head_dim]"""
-        rows = tilus.transpose(result).reshape([self.tokens, self.heads, self.head_dim])
-        return tilus.with_layout(rows, by_vector((self.tokens, self.heads, self.head_dim), self.warps))
+        return tilus.transpose(result).reshape([self.tokens, self.heads, self.head_dim])
 
     def store(self, out: Any, lse: Any, part: Part, result: Any, result_lse: Any) -> None:
         where = [0, part.head, 0, 0]

@@ -41,6 +41,10 @@ class Elements:
         """[head_dim, width] from the order of the values' elements."""
         return result
 
+    def ordered_layout(self, natural: RegisterLayout) -> RegisterLayout:
+        """What `natural` turns into that layout."""
+        return natural
+
 
 class Codes:
     """Keys and values of codes, which become f16. parts, column_groups: of the computing warps (see `DecodePlan`)."""
@@ -88,3 +92,9 @@ class Codes:
         width = result.shape[1]
         by_code = tilus.transpose(result.reshape([self.blocks, self.in_unit, 8, width]), [0, 2, 1, 3])
         return by_code.reshape([self.head_dim, width])
+
+    def ordered_layout(self, natural: RegisterLayout) -> RegisterLayout:
+        """What `natural` turns into that layout."""
+        width = natural.shape[1]
+        by_code = natural.reshape((self.blocks, 8, self.in_unit, width)).permute([0, 2, 1, 3])
+        return by_code.reshape((self.head_dim, width))

@@ -118,25 +118,31 @@ def each_part(
         sequence = sequence + 1
 
 
-def count_units(lengths: Any, kv_heads: Any, split: Split, warps: int) -> Any:
-    """All units of a batch, found by every warp of a block by itself."""
-    total = 0
-    for at in tilus.range(0, lengths.shape[0], LENGTHS):
-        total = total + tilus.item(tilus.sum(_units(lengths, at, split, warps))) * kv_heads
-    return total
+def find_share(lengths: Any, kv_heads: Any, split: Split, warps: int, blocks: int, block: Any) -> Any:
+    """(units of the batch, first unit of a block, first unit behind it, (sequence of its first unit, first unit of that)).
+
+    Every warp of the block finds them by itself: prefix sums over LENGTHS sequences at a time, mostly once.
+    """
+    ends = tilus.cumsum(_units(lengths, 0, split, warps)) * kv_heads
+    count = tilus.item(tilus.max(ends))
+    behind = count
+    for at in tilus.range(LENGTHS, lengths.shape[0], LENGTHS):
+        behind = behind + tilus.item(tilus.sum(_units(lengths, at, split, warps))) * kv_heads
+    units = max(behind, 1)
+    begin, end = share(units, blocks, block), share(units, blocks, block + 1)
+    sequence, first = _passed(ends, begin, 0, lengths)
+    for at in tilus.range(LENGTHS, lengths.shape[0], LENGTHS):
+        ends = count + tilus.cumsum(_units(lengths, at, split, warps)) * kv_heads
+        more, last = _passed(ends, begin, at, lengths)
+        sequence, first = sequence + more, max(first, last)
+        count = tilus.item(tilus.max(ends))
+    return units, begin, end, (sequence, first)
 
 
-def find_sequence(lengths: Any, kv_heads: Any, split: Split, warps: int, unit: Any) -> Any:
-    """(the sequence that has a unit, the first unit of that sequence), found by every warp by itself."""
-    before, sequence, first = 0, 0, 0
-    for at in tilus.range(0, lengths.shape[0], LENGTHS):
-        ends = before + tilus.cumsum(_units(lengths, at, split, warps)) * kv_heads
-        inside = tilus.arange(LENGTHS, start=at) < lengths.shape[0]
-        passed = (ends <= unit) & inside
-        sequence = sequence + tilus.item(tilus.sum(passed.to(int32)))
-        first = max(first, tilus.item(tilus.max(tilus.where(passed, ends, 0))))
-        before = tilus.item(tilus.max(ends))
-    return sequence, first
+def _passed(ends: Any, begin: Any, at: Any, lengths: Any) -> Any:
+    """How many sequences end at or before a unit, and where the last of them ends. ends: behind each of LENGTHS of them."""
+    passed = (ends <= begin) & (tilus.arange(LENGTHS, start=at) < lengths.shape[0])
+    return tilus.item(tilus.sum(passed.to(int32))), tilus.item(tilus.max(tilus.where(passed, ends, 0)))
 
 
 def _units(lengths: Any, at: Any, split: Split, warps: int) -> Any:
