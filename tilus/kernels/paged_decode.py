@@ -124,12 +124,12 @@ def paged_decode_kernel(
         operands = Elements() if code is None else Codes(code, head_dim, columns.parts, columns.column_groups)
 
         def attend(part):
-            count, index, place = parts_of(part, units, blocks, split)
             softmax = Softmax(columns, operands, columns.queries(q, part), scale_log2, kinds)
             attend_to_part(part, using, softmax)
             layout = operands.ordered_layout(columns.result_layout())
             result, result_lse = normalized(softmax.highest, softmax.total, softmax.weighted_sum(), layout)
             result = operands.natural(result)
+            count, index, place = parts_of(part, units, blocks, split)
             if count > 1:
                 columns.store_partial(partial_out, partial_lse, place + index, result, result_lse)
                 if tilus.atomic_add(tickets, [part.pair], 1) == count - 1:

@@ -69,7 +69,7 @@ def fill_part(
         for first in tilus.range(max(token, pages * page_size), min(end, (pages + PAGES) * page_size), tile):
             stages.wait_empty()
             full = stages.full[stages.stage]
-            for index in range(chunks):
+            for index in range(chunks) if warps == 1 else tilus.range(chunks):
                 at = first + index * chunk
                 found = tilus.where(tilus.arange(PAGES, start=pages) == at // page_size, table, 0)
                 page = tilus.item(tilus.sum(found))
