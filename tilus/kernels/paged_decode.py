@@ -20,13 +20,14 @@ Online softmax: M. Milakov and N. Gimelshein, arXiv 1805.02867.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import tilus
 from tilus import Const, Tensor, TilusError, f16, f32, int32
 from tilus.kernels.allocate import counters, empty, is_cuda
-from tilus.kernels.attention import MAX_GROUP
+from tilus.kernels.attention import MAX_GROUP, power_of_two
 from tilus.kernels.kv_cache import QuantizedCache
 from tilus.kernels.paged_decode_columns import Columns, normalized, padded_columns
 from tilus.kernels.paged_decode_operands import UNIT_NBITS, Codes, Elements
@@ -41,33 +42,33 @@ from tilus.kernels.paged_decode_split import (
 )
 from tilus.kernels.paged_decode_stages import Stages, fill_part
 from tilus.kernels.warpgroup_ring import num_sms_of
+from tilus.ptx.assembler import SpillError
 from tilus.runtime.execute import place
 from tilus.target import TARGETS
 
 UNIT = 128  # tokens: parts of a fixed split are multiples of it
 HEAD_DIMS = (64, 96, 128, 256)
 MAX_QUERIES = 8
-RESERVED_NBYTES = 4096  # of shared memory, for barriers and the starts of tensors
+SHARED_NBYTES = TARGETS["sm_90a"].max_shared_nbytes
+HALF_SHARED_NBYTES = TARGETS["sm_90a"].shared_nbytes_per_sm // 2 - 1024  # each block takes 1 KB more than it asks for
+RESERVED_NBYTES = 1024  # for barriers and the starts of tensors
+LEAST_STAGES = 3
 MOST_FACTORS_NBYTES = 4  # of a token's keys or values
+
+
+_found: dict[tuple[Any, ...], DecodePlan] = {}  # plans that were launched without spills
 
 
 @dataclass(frozen=True)
 class DecodePlan:
     """What a block does. tile: tokens of a stage. stages: tiles on their way. warps: those that compute; `column_groups` of them
-    share tokens and compute different columns. blocks_per_sm: blocks that run beside each other on a multiprocessor.
-
-    copiers: warps that copy. One is enough; a whole warpgroup can leave registers to the others. registers, registers_to_copy:
-    what a thread has then.
-    """
+    share tokens and compute different columns. blocks_per_sm: blocks that run beside each other on a multiprocessor."""
 
     tile: int
     stages: int
     warps: int
     column_groups: int = 1
     blocks_per_sm: int = 1
-    copiers: int = 1
-    registers: int | None = None
-    registers_to_copy: int | None = None
 
 
 @tilus.kernel
@@ -92,13 +93,15 @@ def paged_decode_kernel(
     split: Const,
     plan: Const,
     code: Const = None,
+    early: Const = False,
 ):
     """tickets: zeros, one for each sequence and kv head, and left so. places: as `paged_decode_split.places` says.
 
     code: of a quantised cache, whose rows are its codes in units of 16 bits. factors: scales of keys and values (kind 0) and what
-    is added (kind 1), if anything is, for each token and head.
+    is added (kind 1), if anything is, for each token and head. early: block_tables and kv_lens may be read while the kernel in
+    front still runs.
     """
-    kv_heads, warps, all_warps = q.shape[2], plan.warps, plan.warps + plan.copiers
+    kv_heads, warps, all_warps = q.shape[2], plan.warps, plan.warps + 1
     tilus.grid(blocks, warps=all_warps, blocks_per_sm=plan.blocks_per_sm)
     tilus.launch_dependents()
     chunk = min(plan.tile, page_size)
@@ -107,18 +110,22 @@ def paged_decode_kernel(
     kinds = None if code is None else 1 if code.is_signed else 2
     factor_ring = None if code is None else tilus.shared(f16, [plan.stages, plan.tile // chunk, 2, kinds, chunk])
     full, empty = tilus.mbarrier(plan.stages), tilus.mbarrier(plan.stages)
-    tilus.wait_dependencies()
+    constant = [kv_lens, block_tables] if early else []
+    if not early:
+        tilus.wait_dependencies()
     units, begin, end, start = find_share(kv_lens, kv_heads, split, all_warps, blocks, tilus.block_id(0))
 
-    with tilus.warps(warps, plan.copiers, registers=plan.registers_to_copy):
+    with tilus.warps(warps, 1):
         filling = Stages(ring, factor_ring, full, empty)
 
         def fill(part):
-            fill_part(part, filling, kv_cache, factors, block_tables, plan.copiers)
+            fill_part(part, filling, kv_cache, factors, block_tables, constant)
 
         each_part(kv_lens, kv_heads, start, begin, end, split, fill)
+        tilus.wait_dependencies(constant=constant)
 
-    with tilus.warps(0, warps, registers=plan.registers):
+    with tilus.warps(0, warps):
+        tilus.wait_dependencies(constant=constant)
         using = Stages(ring, factor_ring, full, empty)
         columns = Columns(q_len, group, head_dim, plan.warps, plan.column_groups)
         operands = Elements() if code is None else Codes(code, head_dim, columns.parts, columns.column_groups)
@@ -143,7 +150,7 @@ def paged_decode_kernel(
 
 def paged_decode(
     q: Any, kv_cache: Any, block_tables: Any, kv_lens: Any, scale: float, *, return_lse: bool = False,
-    fixed_split: int | None = None, device: str | None = None,
+    fixed_split: int | None = None, constant_tables: bool = False, device: str | None = None,
 ) -> Any:  # fmt: skip
     """Attention of the last few tokens of each sequence over its paged keys and values, causal (sm_90a).
 
@@ -156,27 +163,52 @@ def paged_decode(
     multiprocessors have the same to do. device: where to run (reference, emulator, cuda), by default as the arguments say.
 
     Query j of a sequence sees the first kv_len - q_len + j + 1 tokens of the cache; one that sees none gets zeros. Nothing beyond
-    kv_len is looked at, nor are entries of block_tables for it. One launch; the host reads no tensor, so it can be captured in a
-    CUDA graph, and the lengths may change from replay to replay.
+    kv_len is looked at, nor are entries of block_tables for it. One launch for up to 64 columns, q_len times Hq / Hkv rounded up
+    to a power of two (32 columns with D = 256); more take several, each of which reads the cache. The host reads no tensor, so it
+    can be captured in a CUDA graph, and the lengths may change from replay to replay.
 
     Returns: [S, q_len, Hq, D]; with return_lse also float32 [S, q_len, Hq], the logarithm of the sum of exp(scaled score), minus
     infinity where there is no key. Scores and sums are f32; the softmax weights are rounded to q's dtype, with codes to f16.
     Raises: TilusError when shapes, dtypes or devices do not fit together.
     """
     group = _check(q, kv_cache, block_tables, kv_lens, fixed_split)
-    where = place(device, is_cuda(q))
-    plan = plan_of(q.shape[1], group, q.shape[3], nbits_of(kv_cache))
-    split = Split(plan.tile) if fixed_split is None else Split(fixed_split, fixed=True)
-    _, _, page_size, kv_heads, _ = kv_cache.shape
-    units = q.shape[0] * kv_heads * units_of(block_tables.shape[1] * page_size, split.unit)
-    blocks = max(1, min(num_sms_of(q, where) * plan.blocks_per_sm, units))
-    out, lse = launch(q, kv_cache, block_tables, kv_lens, scale, plan, split, blocks, return_lse, device)
-    return (out, lse) if return_lse else out
+    if q.shape[0] == 0:
+        out = empty(q, tuple(q.shape))
+        return (out, empty(q, tuple(q.shape[:3]), "float32")) if return_lse else out
+    most = most_queries(group, q.shape[3])
+    if q.shape[1] > most:
+        parts = [
+            paged_decode(
+                q[:, first : first + most], kv_cache, block_tables, kv_lens - max(q.shape[1] - first - most, 0), scale,
+                return_lse=True, fixed_split=fixed_split, constant_tables=constant_tables, device=device,
+            )
+            for first in range(0, q.shape[1], most)
+        ]  # fmt: skip
+        out, lse = (joined([part[i] for part in parts]) for i in range(2))
+        return (out, lse) if return_lse else out
+    _, _, page_size, kv_heads, head_dim = kv_cache.shape
+    num_sms, pairs = num_sms_of(q, place(device, is_cuda(q))), q.shape[0] * kv_heads
+    key = (q.shape[1], group, head_dim, page_size, nbits_of(kv_cache), pairs >= num_sms)
+    spilled: SpillError | None = None
+    for plan in [_found[key]] if key in _found else plans(*key):
+        split = Split(min(plan.tile, page_size)) if fixed_split is None else Split(fixed_split, fixed=True)
+        units = pairs * units_of(block_tables.shape[1] * page_size, split.unit)
+        blocks = blocks_of(pairs, units, num_sms, plan)
+        try:
+            out, lse = launch(
+                q, kv_cache, block_tables, kv_lens, scale, plan, split, blocks, return_lse, device, constant_tables
+            )  # fmt: skip
+        except SpillError as error:
+            spilled = error
+        else:
+            _found[key] = plan
+            return (out, lse) if return_lse else out
+    raise spilled or TilusError(f"paged_decode: no plan for {key}")
 
 
 def launch(
     q: Any, kv_cache: Any, block_tables: Any, kv_lens: Any, scale: float, plan: DecodePlan, split: Split, blocks: int,
-    return_lse: bool, device: str | None,
+    return_lse: bool, device: str | None, constant_tables: bool = False,
 ) -> tuple[Any, Any]:  # fmt: skip
     """(output, log-sum-exp or None) by a given plan."""
     sequences, q_len, q_heads, head_dim = q.shape
@@ -193,8 +225,16 @@ def launch(
         empty(q, (most, q_len, group, head_dim), "float32"), empty(q, (most, q_len, group), "float32"),
         counters(q, pairs), scale * math.log2(math.e), lse, factors,
         q_len=q_len, group=group, head_dim=head_dim, page_size=page_size, blocks=blocks, split=split, plan=plan, code=code,
+        early=constant_tables,
     )  # fmt: skip
     return out.flatten(2, 3), None if lse is None else lse.flatten(2, 3)
+
+
+def joined(parts: list[Any]) -> Any:
+    """Parts one behind another along dim 1."""
+    import torch
+
+    return torch.cat(parts, dim=1)
 
 
 def units_of_codes(cache: QuantizedCache) -> Any:
@@ -209,23 +249,48 @@ def nbits_of(kv_cache: Any) -> int:
     return kv_cache.format.code.nbits if isinstance(kv_cache, QuantizedCache) else 8 * kv_cache.dtype.itemsize
 
 
-def plan_of(q_len: int, group: int, head_dim: int, nbits: int) -> DecodePlan:
-    """Warps whose registers hold their columns, and as many stages as the shared memory holds. nbits: of a cached element.
+def most_queries(group: int, head_dim: int) -> int:
+    """Of a sequence in one launch: as many as their columns fit into the registers of eight warps."""
+    return (64 if head_dim <= 128 else 32) // power_of_two(group)
 
-    Codes take more instructions and come in half the time, so that twice as many warps work on them, if they have few columns.
+
+def plans(q_len: int, group: int, head_dim: int, page_size: int, nbits: int, crowded: bool) -> Iterator[DecodePlan]:
+    """The best plan, then those that need fewer registers. nbits: of a cached element.
+
+    crowded: whether there are at least as many pairs of sequences and heads as multiprocessors, so that most blocks end several
+    parts; two blocks side by side then work on while one of them does. Otherwise a block takes half of the shared memory all
+    the same: the next kernel's fits beside it.
+
+    Codes take more instructions and come in less time, so that more warps work on them, if they have few columns.
     """
-    most = 16 if head_dim <= 128 else 8  # columns of a warp
-    groups = 1
-    while padded_columns(q_len, group, groups) > most * groups:
-        groups *= 2
-    width = padded_columns(q_len, group, groups)
-    narrow_codes = nbits < 16 and width == 8 and head_dim <= 128
-    tile, warps = (128, 8) if narrow_codes else (64, 4 if width <= 32 else 8)
+    width = padded_columns(q_len, group, 1)
+    few = width == 8 and head_dim <= 128
+    if few and nbits == 16:
+        plan = planned(64, 4, 1, width, head_dim, nbits, HALF_SHARED_NBYTES)
+        if plan.stages >= LEAST_STAGES:
+            yield replace(plan, blocks_per_sm=2) if crowded else plan
+    if few and nbits == 4 and 192 % page_size == 0:
+        yield planned(192, 12, 1, width, head_dim, nbits, SHARED_NBYTES)
+    if few and nbits < 16:
+        yield planned(128, 8, 1, width, head_dim, nbits, SHARED_NBYTES)
+    groups = 1 if width <= (16 if head_dim <= 128 else 8) else 1 << (width // 8 - 1).bit_length()
+    yield planned(64, max(4, groups), groups, padded_columns(q_len, group, groups), head_dim, nbits, SHARED_NBYTES)
+
+
+def planned(
+    tile: int, warps: int, groups: int, width: int, head_dim: int, nbits: int, shared_nbytes: int
+) -> DecodePlan:  # fmt: skip
+    """With as many stages as the shared memory holds beside the exchange of results."""
     to_merge = head_dim * width * f32.nbytes * (warps // groups)
     stage_nbytes = 2 * tile * (head_dim * nbits // 8 + (0 if nbits == 16 else MOST_FACTORS_NBYTES))
-    free = TARGETS["sm_90a"].max_shared_nbytes - RESERVED_NBYTES - to_merge
-    plan = DecodePlan(tile, free // stage_nbytes, warps, groups)
-    return replace(plan, copiers=4, registers=224, registers_to_copy=56) if width > 32 else plan
+    return DecodePlan(tile, (shared_nbytes - RESERVED_NBYTES - to_merge) // stage_nbytes, warps, groups)
+
+
+def blocks_of(pairs: int, units: int, num_sms: int, plan: DecodePlan) -> int:
+    """One for each multiprocessor, or two. Fewer than there are where pairs of equal lengths then have blocks of their own."""
+    if pairs <= num_sms and plan.blocks_per_sm == 1:
+        num_sms = num_sms // pairs * pairs
+    return max(1, min(num_sms * plan.blocks_per_sm, units))
 
 
 def _check(q: Any, kv_cache: Any, block_tables: Any, kv_lens: Any, fixed_split: int | None) -> int:
@@ -259,13 +324,6 @@ def _check(q: Any, kv_cache: Any, block_tables: Any, kv_lens: Any, fixed_split: 
         raise TilusError(
             f"paged_decode: head_dim {head_dim}, expected one of {', '.join(map(str, HEAD_DIMS))}",
             hint="pad heads with zeros; scale stays that of the real head_dim",
-        )
-    columns = padded_columns(q.shape[1], group, 1)
-    if head_dim > 128 and columns > 32:
-        raise TilusError(
-            f"paged_decode: {q.shape[1]} queries of {group} heads are {columns} columns, expected at most 32 "
-            f"with head_dim {head_dim}",
-            hint="ask for fewer queries at a time",
         )
     if page_size not in (16, 32, 64) and (page_size < UNIT or page_size % UNIT):
         raise TilusError(f"paged_decode: page_size {page_size}, expected 16, 32, 64 or a multiple of {UNIT}")

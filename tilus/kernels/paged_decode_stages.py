@@ -8,7 +8,7 @@ import tilus
 from tilus import f32
 from tilus.kernels.paged_decode_operands import ROWS
 from tilus.kernels.paged_decode_split import Part
-from tilus.layout import replicated, spatial
+from tilus.layout import spatial
 
 PAGES = 128  # entries of a block table that a copying warp holds
 
@@ -56,20 +56,24 @@ class Stages:
 
 
 def fill_part(
-    part: Part, stages: Stages, kv_cache: Any, factors: Any, block_tables: Any, warps: int
+    part: Part, stages: Stages, kv_cache: Any, factors: Any, block_tables: Any, constant: list[Any]
 ) -> None:  # fmt: skip
     """Copy the tiles of a part into the ring. For pages behind the part's end zeros arrive, and no memory is read; their
     factors are those of some page."""
     _, chunks, _, chunk, _ = stages.ring.shape
     page_size, nowhere = kv_cache.shape[2], kv_cache.shape[0]
     tile, token, end = chunks * chunk, part.token, part.end_token
-    lanes = replicated(warps, 1) * spatial(32).local(PAGES // 32)
-    for pages in tilus.range(token // page_size, tilus.cdiv(end, page_size), PAGES):
+    lanes = spatial(32).local(PAGES // 32)
+    window = PAGES // chunks * chunks  # pages, so that a tile does not reach into the next one
+    for pages in tilus.range(token // page_size, tilus.cdiv(end, page_size), window):
         table = tilus.load(block_tables, [part.sequence, pages], [PAGES], layout=lanes)
-        for first in tilus.range(max(token, pages * page_size), min(end, (pages + PAGES) * page_size), tile):
+        tilus.wait_dependencies(
+            constant=constant
+        )  # the first time; nothing before has read or written what it waits for
+        for first in tilus.range(max(token, pages * page_size), min(end, (pages + window) * page_size), tile):
             stages.wait_empty()
             full = stages.full[stages.stage]
-            for index in range(chunks) if warps == 1 else tilus.range(chunks):
+            for index in range(chunks):
                 at = first + index * chunk
                 found = tilus.where(tilus.arange(PAGES, start=pages) == at // page_size, table, 0)
                 page = tilus.item(tilus.sum(found))
