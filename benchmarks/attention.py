@@ -2,6 +2,7 @@
 
     python benchmarks/attention.py --out FILE       decoding: batches of 1 to 128 sequences of 1k to 16k tokens, and skewed ones
     python benchmarks/attention.py --quantised      caches of fp8, int8 and int4 instead, without peers
+    python benchmarks/attention.py --plans          by several plans, tilus alone; with --quantised, too
     python benchmarks/attention.py --batch 8,32     only batches of so many sequences
     python benchmarks/attention.py --no-peers       only tilus and reads
 
@@ -16,9 +17,9 @@ Output, as JSON; times in microseconds, null where there is none:
     device, torch, cuda, triton, python    what it ran on; triton: null where it is missing
     l2_nbytes, replays     the GPU's L2 cache; the most replays of a graph
     seconds                since the start, when the last row was done
-    suites                 {decode: {rows}}
+    suites                 {decode: {rows}}, or {plans: {rows}}
 Every row has phase, batch, context (of a skewed batch the mean), skewed, q_len, heads, kv_heads, head_dim, page, kv_dtype and
-    us, plain_us           tilus, calls in a row with dependent launch and without
+    us, plain_us           tilus, calls in a row with dependent launch and without; lengths and block tables are constant
     tbps                   TB/s: the bytes of all cached keys and values, scales included, by us
     read_us, plain_read_us    a pure read of as many bytes, likewise
     error                  relative, in the L2 norm, the largest of the sequences that were checked
@@ -26,6 +27,7 @@ Every row has phase, batch, context (of a skewed batch the mean), skewed, q_len,
                            the fastest of a few configurations of the kernel in paged/triton_decode.py
     bar, met               wanted tbps, and whether it was reached
     failures               {peer: why there is no time}
+plans: tile, stages, warps, blocks, us, tbps and error of each plan.
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the JSON here")
     parser.add_argument("--quantised", action="store_true", help="caches of 8 and 4 bits")
+    parser.add_argument("--plans", action="store_true", help="compare plans")
     parser.add_argument("--batch", type=numbers_in, help="numbers of sequences, separated by commas")
     parser.add_argument("--no-peers", action="store_true", help="measure tilus and reads only")
     parser.add_argument("--replays", type=int, default=30, help="at most so many graph replays a time (default 30)")

@@ -35,29 +35,29 @@ class PagedBatch:
         return keys.transpose(1, 2).contiguous(), values.transpose(1, 2).contiguous()
 
 
-def random_batch(case: Case, l2_nbytes: int) -> PagedBatch:
+def random_batch(case: Case, l2_nbytes: int, device: str = "cuda") -> PagedBatch:
     counts = [-(-length // case.page) for length in case.lengths]
     generator = torch.Generator().manual_seed(sum(counts))
     order = torch.randperm(sum(counts), generator=generator).int()
     tables = torch.zeros(case.batch, max(counts), dtype=torch.int32)
     for row, (count, start) in enumerate(zip(counts, torch.tensor([0, *counts]).cumsum(0).tolist())):
         tables[row, :count] = order[start : start + count]
-    cache, clone, nbytes = random_cache(case, sum(counts))
+    cache, clone, nbytes = random_cache(case, sum(counts), device)
     copies = max(1, -(-L2_MULTIPLE * l2_nbytes // nbytes))
     dtype = DTYPES.get(case.kv_dtype, torch.bfloat16)
-    q = torch.randn(case.batch, case.q_len, case.heads, case.head_dim, device="cuda").to(dtype)
-    lens = torch.tensor(case.lengths, dtype=torch.int32, device="cuda")
+    q = torch.randn(case.batch, case.q_len, case.heads, case.head_dim, device=device).to(dtype)
+    lens = torch.tensor(case.lengths, dtype=torch.int32, device=device)
     caches = [cache, *(clone() for _ in range(copies - 1))]
-    return PagedBatch(case, q, caches, tables.cuda(), lens, case.head_dim**-0.5)
+    return PagedBatch(case, q, caches, tables.to(device), lens, case.head_dim**-0.5)
 
 
-def random_cache(case: Case, pages: int) -> tuple[Any, Callable[[], Any], int]:
+def random_cache(case: Case, pages: int, device: str) -> tuple[Any, Callable[[], Any], int]:
     """A cache, what makes a copy of it, and its size in bytes. Elements are of the order of one."""
     if case.kv_dtype in DTYPES:
         shape = (pages, 2, case.page, case.kv_heads, case.head_dim)
-        dense = torch.empty(shape, dtype=DTYPES[case.kv_dtype], device="cuda").normal_()
+        dense = torch.empty(shape, dtype=DTYPES[case.kv_dtype], device=device).normal_()
         return dense, dense.clone, dense.nbytes
-    cache = quantized_cache(case.kv_dtype, pages, case.page, case.kv_heads, case.head_dim, "cuda")
+    cache = quantized_cache(case.kv_dtype, pages, case.page, case.kv_heads, case.head_dim, device)
     largest = cache.format.largest
     cache.codes.random_(0, 256)
     if case.kv_dtype == "fp8":
@@ -94,9 +94,8 @@ def error_of(batch: PagedBatch, out: torch.Tensor) -> float:
     for row in sorted({0, case.batch // 2, case.batch - 1})[:MOST_CHECKED]:
         length = case.lengths[row]
         pages = batch.block_tables[row, : -(-length // case.page)].long()
-        both = (
-            batch.caches[0][pages].transpose(0, 1).flatten(1, 2)[:, :length].float()
-        )  # [2, length, kv_heads, head_dim]
+        # [2, length, kv_heads, head_dim]
+        both = elements_of(batch.caches[0], pages).transpose(0, 1).flatten(1, 2)[:, :length]
         keys, values = both.repeat_interleave(case.heads // case.kv_heads, dim=2)
         scores = torch.einsum("qhd,khd->hqk", batch.q[row].float(), keys) * batch.scale
         last = torch.arange(length - case.q_len, length, device=scores.device)

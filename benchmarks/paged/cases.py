@@ -34,11 +34,15 @@ class Case:
         return tuple(min(LONGEST, max(self.q_len, round(total / harmonic / rank))) for rank in range(1, self.batch + 1))
 
     @property
+    def code_nbits(self) -> int:
+        """Of a cached element."""
+        return 16 if self.kv_dtype not in KV_FORMATS else KV_FORMATS[self.kv_dtype].code.nbits
+
+    @property
     def nbytes(self) -> int:
         """That have to be read: keys and values of all tokens and heads, scales and minimums (f16) included."""
-        kind = KV_FORMATS.get(self.kv_dtype)
-        head_nbytes = 2 * self.head_dim if kind is None else self.head_dim * kind.code.nbits // 8 + 2 * kind.kinds
-        return sum(self.lengths) * 2 * self.kv_heads * head_nbytes
+        kinds = 0 if self.kv_dtype not in KV_FORMATS else KV_FORMATS[self.kv_dtype].kinds
+        return sum(self.lengths) * 2 * self.kv_heads * (self.head_dim * self.code_nbits // 8 + 2 * kinds)
 
     def __str__(self) -> str:
         skew = " skewed" if self.skewed else ""
