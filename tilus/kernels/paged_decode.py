@@ -287,10 +287,9 @@ def planned(
 
 
 def blocks_of(pairs: int, units: int, num_sms: int, plan: DecodePlan) -> int:
-    """One for each multiprocessor, or two. Fewer than there are where pairs of equal lengths then have blocks of their own."""
-    if pairs <= num_sms and plan.blocks_per_sm == 1:
-        num_sms = num_sms // pairs * pairs
-    return max(1, min(num_sms * plan.blocks_per_sm, units))
+    """As many as run at once; a little fewer where pairs of equal lengths then have blocks of their own, and less is merged."""
+    most = num_sms * plan.blocks_per_sm
+    return max(1, min(most // pairs * pairs if pairs <= most else most, units))
 
 
 def _check(q: Any, kv_cache: Any, block_tables: Any, kv_lens: Any, fixed_split: int | None) -> int:
