@@ -9,13 +9,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from test_paged_decode import without_spills
 from test_rope import make_inputs, rotated
 
 import tilus
 from tilus import TilusError
 from tilus.kernels import paged_decode
 from tilus.kernels.kv_cache import KV_FORMATS, QuantizedCache, quantized_cache, rope_append_quantized
-from tilus.kernels.paged_decode import launch, most_queries, paged_decode_kernel, plans, units_of_codes
+from tilus.kernels.paged_decode import DecodePlan, launch, most_queries, paged_decode_kernel, plans, units_of_codes
 from tilus.kernels.paged_decode_split import Split
 from tilus.ptx.assembler import SpillError
 from tilus.runtime.execute import build
@@ -84,10 +85,17 @@ def check_decode(
     cache.factors.masked_fill_(unused[:, :, :, None].expand(cache.factors.shape), math.nan)
     q = torch.randn(len(kv_lens), q_len, kv_heads * group, head_dim, generator=generator).to(dtype)
     lens, scale = torch.tensor(kv_lens, dtype=torch.int32), head_dim**-0.5
-    plan = next(plans(q_len, group, head_dim, page_size, cache.format.code.nbits, crowded=False))
     tensors = [t.cuda() if device == "cuda" else t for t in (q, tables, lens)]
-    split = Split(128, fixed=True) if fixed else Split(min(plan.tile, page_size))
-    out, _ = launch(tensors[0], moved(cache, device), *tensors[1:], scale, plan, split, blocks, False, device)
+    there, candidates = (
+        moved(cache, device),
+        plans(q_len, group, head_dim, page_size, cache.format.code.nbits, crowded=False),
+    )
+
+    def launched(plan: DecodePlan) -> torch.Tensor:
+        split = Split(384, fixed=True) if fixed else Split(min(plan.tile, page_size))
+        return launch(tensors[0], there, *tensors[1:], scale, plan, split, blocks, False, device)[0]
+
+    out = without_spills(candidates, launched)
     half_step = 2.0**-11 if dtype == torch.float16 else 2.0**-8
     for row, length in enumerate(kv_lens):
         pages = tables[row, : counts[row]].tolist()

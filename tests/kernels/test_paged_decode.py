@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,16 @@ def decode_batch(kv_lens: tuple[int, ...], q_len: int = 1, **shape: Any) -> Batc
     return Batch(tuple((q_len, n) for n in kv_lens), **shape)
 
 
+def without_spills(candidates: Iterable[DecodePlan], launch_by: Callable[[DecodePlan], Any]) -> Any:
+    """What the first plan gives whose kernel the assembler of this machine has registers for."""
+    for plan in candidates:
+        try:
+            return launch_by(plan)
+        except SpillError as error:
+            spilled = error
+    raise spilled
+
+
 def plan_for(q_len: int, batch: Batch, crowded: bool = False) -> DecodePlan:
     return next(plans(q_len, batch.group, batch.head_dim, batch.page_size, 16, crowded))
 
@@ -49,9 +60,10 @@ def run(
     if q_len > most_queries(batch.group, batch.head_dim):
         out, lse = paged_decode(*tensors, inputs.scale, return_lse=True, device=device)
     else:
-        plan = plan or plan_for(q_len, batch)
-        split = split or Split(min(plan.tile, batch.page_size))
-        out, lse = launch(*tensors, inputs.scale, plan, split, blocks, True, device)
+        candidates = [plan] if plan else plans(q_len, batch.group, batch.head_dim, batch.page_size, 16, crowded=False)
+        out, lse = without_spills(candidates, lambda plan: launch(
+            *tensors, inputs.scale, plan, split or Split(min(plan.tile, batch.page_size)), blocks, True, device
+        ))  # fmt: skip
     assert out.shape == q.shape and out.dtype == batch.dtype and lse.shape == q.shape[:3]
     return out.flatten(0, 1).cpu(), lse.flatten(0, 1).cpu()
 
@@ -133,7 +145,7 @@ def test_any_batch(kv_lens: list[int], group: int, blocks: int, fixed: int) -> N
 
 @pytest.mark.parametrize("device", EXECUTIONS)
 def test_fixed_split_gives_the_same_bits_alone_and_in_any_batch(device: str) -> None:
-    """The same sequence with other neighbours, in other pages, on other numbers of blocks."""
+    """The same sequence with other neighbours, in other pages, on other numbers of blocks, by the plan of a crowded batch."""
     batch = decode_batch((200, 40, 130), kv_heads=1, head_dim=64)
     together, _ = run(batch, device, 5, Split(TILE, fixed=True))
     again, _ = run(batch, device, 2, Split(TILE, fixed=True))
@@ -147,7 +159,7 @@ def test_fixed_split_gives_the_same_bits_alone_and_in_any_batch(device: str) -> 
     ]
     if device == "cuda":
         tensors = [on_gpu(t) for t in tensors]
-    alone, _ = launch(*tensors, inputs.scale, plan_for(1, batch), Split(TILE, fixed=True), 1, False, device)
+    alone, _ = launch(*tensors, inputs.scale, plan_for(1, batch, crowded=True), Split(TILE, fixed=True), 1, False, device)
     assert torch.equal(alone[0].cpu(), together[2:])
 
 
