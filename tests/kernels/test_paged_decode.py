@@ -159,7 +159,9 @@ def test_fixed_split_gives_the_same_bits_alone_and_in_any_batch(device: str) -> 
     ]
     if device == "cuda":
         tensors = [on_gpu(t) for t in tensors]
-    alone, _ = launch(*tensors, inputs.scale, plan_for(1, batch, crowded=True), Split(TILE, fixed=True), 1, False, device)
+    alone, _ = launch(
+        *tensors, inputs.scale, plan_for(1, batch, crowded=True), Split(TILE, fixed=True), 1, False, device
+    )
     assert torch.equal(alone[0].cpu(), together[2:])
 
 
