@@ -97,14 +97,16 @@ def exact_lse(inputs: Inputs, batch: Batch) -> Array:
     return result
 
 
-def limit_of(batch: Batch, expected: Array, size: Array) -> Array:
+def limit_of(batch: Batch, expected: Array, size: Array, weight_step: float | None = None) -> Array:
     """How far a result may be off: by the rounding of the weights and of the result, plus f32 arithmetic, less than 2^-15 more.
 
-    Weights below the normal numbers of f16 are rounded absolutely, by up to 2^-25 of the largest weight.
+    weight_step: the largest relative error of a weight, by default half a step of the dtype. Those below the normal numbers of
+    f16 are rounded absolutely, by up to 2^-25 of the largest weight.
     """
     half_step = 2.0**-11 if batch.dtype == torch.float16 else 2.0**-8
     longest = max((kv for _, kv in batch.lengths), default=0)
-    return half_step * np.abs(expected) + (half_step + 2.0**-15) * size + longest * 2.0**-25 * 5
+    weights = (half_step if weight_step is None else weight_step) + 2.0**-15
+    return half_step * np.abs(expected) + weights * size + longest * 2.0**-25 * 5
 
 
 def on_gpu(tensor: torch.Tensor) -> torch.Tensor:

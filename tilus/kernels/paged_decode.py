@@ -11,7 +11,7 @@ Blocks that share a sequence and head meet in global memory, where the last one 
 
 Budget: a multiprocessor of an H100 gets 24 bytes in a nanosecond and issues four instructions a clock, at 1.7 GHz 0.28 for each
 byte. 16 tokens of 128 elements in 16 bits are 8 KB of keys and values, which leaves 2300 instructions. For eight columns
-mma.m16n8k16 and ldmatrix need 16 each, the accumulator 32, the softmax about 60. So products of a warp will do, and need no
+mma.m16n8k16 takes 24, ldmatrix 16, the accumulator 32, the softmax about 80. So products of a warp will do, and need no
 maximum of rows that other warps have, as products of warpgroups would.
 
 Online softmax: M. Milakov and N. Gimelshein, arXiv 1805.02867.
@@ -168,7 +168,7 @@ def paged_decode(
     can be captured in a CUDA graph, and the lengths may change from replay to replay.
 
     Returns: [S, q_len, Hq, D]; with return_lse also float32 [S, q_len, Hq], the logarithm of the sum of exp(scaled score), minus
-    infinity where there is no key. Scores and sums are f32; the softmax weights are rounded to q's dtype, with codes to f16.
+    infinity where there is no key. Scores and sums are f32; weights of the softmax are rounded to f16, or to two bf16.
     Raises: TilusError when shapes, dtypes or devices do not fit together.
     """
     group = _check(q, kv_cache, block_tables, kv_lens, fixed_split)

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import tilus
-from tilus import f32
+from tilus import bf16, f32
 from tilus.kernels.attention import NO_SCORE
 from tilus.kernels.paged_decode_columns import Columns
 from tilus.kernels.paged_decode_operands import ROWS
@@ -32,9 +32,12 @@ class Softmax:
         self.acc = tilus.zeros([parts, head_dim, width], layout=columns.layout(head_dim))
         self.added = tilus.zeros([parts, 1, width]) if kinds == 2 else None
 
-    def add(self, stages: Stages, step: Any, seen: Any, valid: Any) -> None:
-        """16 tokens for each warp. seen [parts, 16, width]: by which columns. valid: None, or [parts, 16, 1]: which of the tokens
-        there are; others may be anything, also no number."""
+    def weights(self, stages: Stages, step: Any, seen: Any, valid: Any) -> Any:
+        """Of 16 tokens for each warp, in f32 [parts, 16, width], scales of values included.
+
+        seen [parts, 16, width]: by which columns. valid [parts, 16, 1]: which of the tokens there are; others may be anything,
+        also no number.
+        """
         parts, width, count = self.columns.parts, self.columns.width, ROWS * self.columns.parts
         scores = tilus.zeros([parts, ROWS, width], layout=self.columns.layout(ROWS))
         scores = tilus.dot(self.operands.keys(stages, step, count), self.queries, scores)
@@ -45,7 +48,18 @@ class Softmax:
                 added = tilus.where(valid, stages.factor(1, 1, step, count), 0.0)
                 self.added = self.added + tilus.sum(weights * added, 1, keepdims=True)
             weights = weights * scales
-        return weights.to(self.queries.dtype)
+        return weights
+
+    def add(self, values: Any, weights: Any) -> None:
+        """Values [parts, head_dim, 16] times their weights.
+
+        bf16 has 8 bits, so what rounding leaves of a weight is multiplied, too: otherwise it would be half of a result's error.
+        """
+        dtype = self.queries.dtype
+        rounded = weights.to(dtype)
+        self.acc = tilus.dot(values, rounded, self.acc)
+        if dtype == bf16:
+            self.acc = tilus.dot(values, (weights - rounded.to(f32)).to(dtype), self.acc)
 
     def scaled(self, scores: Any, stages: Stages, step: Any, count: int) -> Any:
         """Scores of numbers, times log2(e)."""
@@ -84,10 +98,10 @@ def attend_to_part(part: Part, stages: Stages, softmax: Softmax) -> None:
         for step in tilus.range(tile // count):
             at = first + step * count
             valid = token < end - at
-            weights = softmax.add(stages, step, token < limits - at, valid)
+            weights = softmax.weights(stages, step, token < limits - at, valid)
             values = softmax.operands.values(stages, step, count)
             if end - at < count:  # what lies behind the end may be anything, also no number
                 values = tilus.where(tilus.transpose(valid, [0, 2, 1]), values, 0.0)
-            softmax.acc = tilus.dot(values, weights, softmax.acc)
+            softmax.add(values, weights)
         tilus.arrive(stages.empty[stages.stage])
         stages.advance()
