@@ -96,7 +96,7 @@ def test_skewed_batch(blocks: int, device: str) -> None:
 def test_lengths(kv_len: int, device: str) -> None:
     """At the edges of pages and tiles; more pages than the copying warp holds, and more parts than are merged at a time."""
     blocks = 29 if kv_len > 2000 else 2
-    check(decode_batch((kv_len,), kv_heads=1, group=1, head_dim=64), device, blocks)
+    check(decode_batch((kv_len,), kv_heads=1, group=8, head_dim=64), device, blocks)
 
 
 @pytest.mark.gpu

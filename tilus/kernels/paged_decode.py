@@ -261,7 +261,8 @@ def plans(q_len: int, group: int, head_dim: int, page_size: int, nbits: int, cro
     parts; two blocks side by side then work on while one of them does. Otherwise a block takes half of the shared memory all
     the same: the next kernel's fits beside it.
 
-    Codes take more instructions and come in less time, so that more warps work on them, if they have few columns.
+    Codes take more instructions and come in less time, so that more warps work on them. More than eight columns are shared out
+    among warps, each of which then reads more of the tokens; eight warps have no registers for those of heads of 256 elements.
     """
     width = padded_columns(q_len, group, 1)
     few = width == 8 and head_dim <= 128
@@ -273,8 +274,11 @@ def plans(q_len: int, group: int, head_dim: int, page_size: int, nbits: int, cro
         yield planned(192, 12, 1, width, head_dim, nbits, SHARED_NBYTES)
     if few and nbits < 16:
         yield planned(128, 8, 1, width, head_dim, nbits, SHARED_NBYTES)
-    groups = 1 if width <= (16 if head_dim <= 128 else 8) else 1 << (width // 8 - 1).bit_length()
-    yield planned(64, max(4, groups), groups, padded_columns(q_len, group, groups), head_dim, nbits, SHARED_NBYTES)
+    groups = 1 << (width // 8 - 1).bit_length()  # of eight columns
+    padded = padded_columns(q_len, group, groups)
+    if width > 8 and head_dim <= 128:
+        yield planned(64, 8, groups, padded, head_dim, nbits, SHARED_NBYTES)
+    yield planned(64, max(4, groups), groups, padded, head_dim, nbits, SHARED_NBYTES)
 
 
 def planned(
