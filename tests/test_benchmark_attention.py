@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import attention
+import kv_errors
 import pytest
 import torch
 from paged.batches import check, elements_of, error_of, random_batch
@@ -52,3 +53,9 @@ def test_a_right_result_passes_and_a_wrong_one_does_not(kv_dtype: str) -> None:
     out[1, 0, 3] += 0.1
     with pytest.raises(SystemExit, match="paged_decode, 2 x 70 skewed, heads 4/2"):
         check(batch, out, "paged_decode")
+
+
+def test_errors_of_caches_are_in_the_order_of_their_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_errors, "TOKENS", 32)
+    errors = [kv_errors.error_of("normal", 64, name) for name in ("bfloat16", "int8", "fp8", "int4")]
+    assert errors == sorted(errors) and errors[0] < 2e-3 and errors[-1] < 0.3

@@ -83,6 +83,7 @@ def fill_part(
                     barrier=full, dims=[1, 2, 4], evict="first",
                 )  # fmt: skip
                 if factors is not None:
-                    start = [page if at < end else 0, part.head, 0, 0, slot]
+                    inside = max(min(page if at < end else 0, nowhere - 1), 0)  # bulk copies have no bounds
+                    start = [inside, part.head, 0, 0, slot]
                     tilus.copy_bulk(stages.factors[stages.stage, index], factors, start, barrier=full, evict="first")
             stages.advance()
