@@ -160,7 +160,9 @@ def paged_decode(
     the pages of each sequence in order. kv_lens: int32 [S], tokens in the cache, those of the queries included. scale: what
     scores are multiplied with. Torch tensors. fixed_split: tokens of a part, a multiple of 128. Sequences are then cut at its
     multiples alone, so that the bits of a result do not depend on what else is in the batch; by default they are cut so that all
-    multiprocessors have the same to do. device: where to run (reference, emulator, cuda), by default as the arguments say.
+    multiprocessors have the same to do. constant_tables: block_tables and kv_lens are constant in the sense of "Dependent launch"
+    (docs/language.md), and may be read while the kernel in front still runs. device: where to run (reference, emulator, cuda), by
+    default as the arguments say.
 
     Query j of a sequence sees the first kv_len - q_len + j + 1 tokens of the cache; one that sees none gets zeros. Nothing beyond
     kv_len is looked at, nor are entries of block_tables for it. One launch for up to 64 columns, q_len times Hq / Hkv rounded up
@@ -175,22 +177,18 @@ def paged_decode(
     if q.shape[0] == 0:
         out = empty(q, tuple(q.shape))
         return (out, empty(q, tuple(q.shape[:3]), "float32")) if return_lse else out
-    most = most_queries(group, q.shape[3])
-    if q.shape[1] > most:
-        parts = [
-            paged_decode(
-                q[:, first : first + most], kv_cache, block_tables, kv_lens - max(q.shape[1] - first - most, 0), scale,
-                return_lse=True, fixed_split=fixed_split, constant_tables=constant_tables, device=device,
-            )
-            for first in range(0, q.shape[1], most)
-        ]  # fmt: skip
-        out, lse = (joined([part[i] for part in parts]) for i in range(2))
+    if q.shape[1] > most_queries(group, q.shape[3]):
+        out, lse = _by_queries(
+            q, kv_cache, block_tables, kv_lens, scale, most_queries(group, q.shape[3]), fixed_split, device
+        )
         return (out, lse) if return_lse else out
     _, _, page_size, kv_heads, head_dim = kv_cache.shape
-    num_sms, pairs = num_sms_of(q, place(device, is_cuda(q))), q.shape[0] * kv_heads
-    key = (q.shape[1], group, head_dim, page_size, nbits_of(kv_cache), pairs >= num_sms)
+    where = place(device, is_cuda(q))
+    num_sms, pairs = num_sms_of(q, where), q.shape[0] * kv_heads
+    shape = (q.shape[1], group, head_dim, page_size, nbits_of(kv_cache), pairs >= num_sms)
+    key = (*shape, q.dtype, return_lse, fixed_split is None, constant_tables, where)
     spilled: SpillError | None = None
-    for plan in [_found[key]] if key in _found else plans(*key):
+    for plan in [_found[key]] if key in _found else plans(*shape):
         split = Split(min(plan.tile, page_size)) if fixed_split is None else Split(fixed_split, fixed=True)
         units = pairs * units_of(block_tables.shape[1] * page_size, split.unit)
         blocks = blocks_of(pairs, units, num_sms, plan)
@@ -203,7 +201,7 @@ def paged_decode(
         else:
             _found[key] = plan
             return (out, lse) if return_lse else out
-    raise spilled or TilusError(f"paged_decode: no plan for {key}")
+    raise spilled or TilusError(f"paged_decode: no plan for {shape}")
 
 
 def launch(
@@ -230,11 +228,24 @@ def launch(
     return out.flatten(2, 3), None if lse is None else lse.flatten(2, 3)
 
 
-def joined(parts: list[Any]) -> Any:
-    """Parts one behind another along dim 1."""
+def _by_queries(
+    q: Any, kv_cache: Any, block_tables: Any, kv_lens: Any, scale: float, most: int, fixed_split: int | None,
+    device: str | None,
+) -> tuple[Any, Any]:  # fmt: skip
+    """(output, log-sum-exp) by several launches, for `most` queries each; to earlier ones sequences are shorter.
+
+    Lengths are computed right in front of the launches, so that they are not constant.
+    """
     import torch
 
-    return torch.cat(parts, dim=1)
+    parts = [
+        paged_decode(
+            q[:, first : first + most], kv_cache, block_tables, kv_lens - max(q.shape[1] - first - most, 0), scale,
+            return_lse=True, fixed_split=fixed_split, device=device,
+        )
+        for first in range(0, q.shape[1], most)
+    ]  # fmt: skip
+    return torch.cat([out for out, _ in parts], dim=1), torch.cat([lse for _, lse in parts], dim=1)
 
 
 def units_of_codes(cache: QuantizedCache) -> Any:
