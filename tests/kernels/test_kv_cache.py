@@ -114,7 +114,7 @@ def check_decode(
 
 
 @pytest.mark.parametrize("device", EXECUTIONS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["fp8", pytest.param("int8", marks=pytest.mark.slow), "int4"])
 def test_decode(name: str, device: str) -> None:
     """Parts of pages and of tiles, and several blocks a sequence."""
     check_decode(name, (140, 0, 17), device, blocks=2)
@@ -122,7 +122,8 @@ def test_decode(name: str, device: str) -> None:
 
 @pytest.mark.parametrize("name", ["fp8", pytest.param("int8", marks=pytest.mark.slow), "int4"])
 @pytest.mark.parametrize(
-    ("q_len", "group", "head_dim", "page_size", "kv_heads"), [(5, 3, 64, 128, 2), (2, 8, 96, 32, 1)]
+    ("q_len", "group", "head_dim", "page_size", "kv_heads"),
+    [(5, 3, 64, 128, 2), pytest.param(2, 8, 96, 32, 1, marks=pytest.mark.slow)],
 )
 def test_decode_shapes(name: str, q_len: int, group: int, head_dim: int, page_size: int, kv_heads: int) -> None:
     check_decode(

@@ -92,7 +92,7 @@ def test_skewed_batch(blocks: int, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", EXECUTIONS)
-@pytest.mark.parametrize("kv_len", [1, 65, 129 * 16])
+@pytest.mark.parametrize("kv_len", [1, pytest.param(65, marks=pytest.mark.slow), 129 * 16])
 def test_lengths(kv_len: int, device: str) -> None:
     """At the edges of pages and tiles; more pages than the copying warp holds, and more parts than are merged at a time."""
     blocks = 29 if kv_len > 2000 else 2
@@ -108,13 +108,22 @@ def test_all_columns(q_len: int, group: int, head_dim: int) -> None:
     check(decode_batch((70, 2, 150, 0), q_len, kv_heads=2, group=group, head_dim=head_dim), "cuda", blocks=4)
 
 
-@pytest.mark.parametrize(("q_len", "group", "head_dim"), [(1, 16, 96), (3, 4, 256), (8, 8, 64), (5, 3, 128)])
+@pytest.mark.parametrize(
+    ("q_len", "group", "head_dim"),
+    [
+        (8, 8, 64),
+        (5, 3, 128),
+        pytest.param(3, 16, 256, marks=pytest.mark.slow),
+        pytest.param(1, 16, 96, marks=pytest.mark.slow),
+        pytest.param(3, 4, 256, marks=pytest.mark.slow),
+    ],
+)
 def test_columns(q_len: int, group: int, head_dim: int) -> None:
     check(decode_batch((70, 2), q_len, kv_heads=1, group=group, head_dim=head_dim), "emulator", blocks=2)
 
 
 @pytest.mark.parametrize("device", EXECUTIONS)
-@pytest.mark.parametrize("page_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("page_size", [*(pytest.param(n, marks=pytest.mark.slow) for n in (16, 64)), 32, 128])
 def test_page_sizes(page_size: int, device: str) -> None:
     check(decode_batch((70, 200), kv_heads=1, group=2, page_size=page_size), device, blocks=3)
 
@@ -125,7 +134,11 @@ def test_bfloat16(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", EXECUTIONS)
-@pytest.mark.parametrize("plan", [DecodePlan(64, 1, 2), DecodePlan(128, 2, 8), DecodePlan(128, 3, 4, 2)], ids=str)
+@pytest.mark.parametrize(
+    "plan",
+    [DecodePlan(64, 1, 2), pytest.param(DecodePlan(128, 2, 8), marks=pytest.mark.slow), DecodePlan(128, 3, 4, 2)],
+    ids=str,
+)
 def test_plans(plan: DecodePlan, device: str) -> None:
     """A single stage, tiles of two units' tokens, more tokens for a warp, warps that share tokens."""
     check(decode_batch((200, 40), q_len=4, kv_heads=1, group=4), device, 3, Split(plan.tile), plan)
@@ -137,7 +150,7 @@ def test_plans(plan: DecodePlan, device: str) -> None:
     st.integers(1, 9),
     st.sampled_from([0, 64, 128]),
 )
-@settings(max_examples=8)
+@settings(max_examples=6)
 def test_any_batch(kv_lens: list[int], group: int, blocks: int, fixed: int) -> None:
     split = Split(fixed, fixed=True) if fixed else None
     check(decode_batch(tuple(kv_lens), kv_heads=2, group=group, head_dim=64), "reference", blocks, split)
@@ -231,7 +244,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(("head_dim", "q_len", "group", "page_size"), SHAPES)
-@pytest.mark.parametrize("crowded", [False, True])
+@pytest.mark.parametrize("crowded", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_assembles_without_spills(head_dim: int, q_len: int, group: int, page_size: int, crowded: bool) -> None:
     """`build` raises for spills: of a layer of a pool, with logarithms. Tiles come by tensor copies, fragments by ldmatrix."""
     batch = decode_batch((5, 33), q_len, group=group, head_dim=head_dim, page_size=page_size)
