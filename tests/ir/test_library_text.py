@@ -11,12 +11,15 @@ import pytest
 
 import tilus.kernels
 from tilus.compiler import compile_function
-from tilus.dtypes import f16, f32, float6_e3m2, float8_e4m3, int4, int8, uint4
+from tilus.dtypes import f16, f32, float6_e3m2, float8_e4m3, int4, int8, int16, uint4
 from tilus.instructions import INSTRUCTIONS
 from tilus.ir import parser
 from tilus.ir.function import Function
 from tilus.ir.printer import print_function
 from tilus.kernels.gemm_schedule import Plan
+from tilus.kernels.kv_cache import KV_FORMATS
+from tilus.kernels.paged_decode import DecodePlan
+from tilus.kernels.paged_decode_split import Split
 from tilus.kernels.quantize.tiles import ROWS
 from tilus.kernels.warpgroup_linear import WarpgroupPlan
 from tilus.lang.kernel import Kernel
@@ -40,6 +43,9 @@ SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
     "grouped_linear.grouped_linear_kernel": [
         {"wdtype": uint4, "scale_dtype": f16, "span": 128, "plan": WarpgroupPlan(8, 1, 2, 1, 2, 8)},
         {"wdtype": int4, "scale_dtype": f16, "span": 0, "plan": WarpgroupPlan(64, 2, 1, 1, 1, 4)},
+    ],
+    "kv_cache.rope_append_quantized_kernel": [
+        {"head_dim": 64, "q_heads": 3, "kv_heads": 3, "page_size": 16, "kind": KV_FORMATS["int4"]}
     ],
     "linear.quantized_linear": [
         {
@@ -85,6 +91,30 @@ SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
         },
     ],
     "norm.rms_norm_kernel": [{"hidden": 768}],
+    "paged_decode.paged_decode_kernel": [
+        {
+            "unit": f16,
+            "q_len": 1,
+            "group": 4,
+            "head_dim": 128,
+            "page_size": 16,
+            "blocks": 132,
+            "split": Split(16),
+            "plan": DecodePlan(64, 3, 4),
+        },
+        {
+            "unit": int16,
+            "q_len": 2,
+            "group": 3,
+            "head_dim": 64,
+            "page_size": 32,
+            "blocks": 132,
+            "split": Split(128, fixed=True),
+            "plan": DecodePlan(128, 4, 8),
+            "code": uint4,
+            "early": True,
+        },
+    ],
     "quantize.codes.pack_codes_kernel": [
         {"wdtype": uint4, "lookup": False},
         {"wdtype": int4, "lookup": False, "order": ROWS},
