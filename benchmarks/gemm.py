@@ -39,11 +39,12 @@ int4: cublas_fp16_us, cublas_bf16_us; triton_us, triton_config: the fastest of a
 types, schemes: dtype, scheme, group; ratio, plain_ratio: us / read_us, plain_us / plain_read_us; bar, met: for ratio,
     null for schemes without a bar; cublas_fp16_us.
 sweep: dtype, ratio, schedule; neither plain times nor errors.
-dense: dtype, torch_us, ratio: torch_us / us, tflops, limit_us; no reads and no plain times.
-eight_bits: dtype (of the weight), act; torch_us: without scales for int8, ratio: torch_us / us; limit_us; quantise_us: of
-    quantize_tokens for as many tokens; no plain times.
-grouped: tokens, experts, active: experts that have rows; loop_us, ratio: loop_us / us; bar, met: for ratio; read_us: of the
-    active experts' weights; no plain times.
+dense: dtype, torch_us, ratio: torch_us / us, tflops, limit_us; read_us for up to 256 tokens; no plain times.
+eight_bits: dtype (of the weight), act; torch_us: without scales for int8, and of 32 tokens for 16 and fewer, ratio: torch_us /
+    us; limit_us; quantise_us: of quantize_tokens for as many tokens; no plain times.
+grouped: tokens, experts, active: experts that have rows; loop_us: a graph of products, recorded with the offsets known, ratio:
+    loop_us / us; eager_us: launched from Python, host_loop_us: a loop from Python that first copies the offsets to the host,
+    host_ratio: host_loop_us / eager_us; bar, met: for host_ratio; read_us: of the active experts' weights; no plain times.
 chain: layers; us: of one layer; no error, rms: of the last layer against a float64 chain.
 """
 

@@ -12,7 +12,7 @@ from cli_programs import output_of, refusal_of, tilus_
 
 from tilus.errors import TilusError
 from tilus.kernels import tune_gemm, tune_linear
-from tilus.kernels.gemm import Plan
+from tilus.kernels.gemm_schedule import Plan
 from tilus.kernels.schedule import Schedule
 from tilus.runtime import cuda, tuned_plans
 from tilus.runtime.tuned_plans import Measurement, Tuned
@@ -49,7 +49,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def gemm(problem: Any, device: cuda.Device, timer: Any) -> Tuned:
         problems.append(problem)
-        return Tuned((Measurement(Plan(16, 8, 1, 2), None, "wrong"), Measurement(Plan(16, 7, 1, 2), 3.0)), 1)
+        return Tuned((Measurement(Plan(16, 1, 1, 8), None, "wrong"), Measurement(Plan(16, 1, 1, 7), 3.0)), 1)
 
     monkeypatch.setattr(tune_linear, "measure", linear)
     monkeypatch.setattr(tune_gemm, "measure", gemm)

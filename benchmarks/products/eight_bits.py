@@ -1,6 +1,7 @@
 """Activations in 8 bits: `gemm` with 8-bit weights and `w4a8_linear` with 4-bit ones, beside torch's products and pure reads.
 
 Codes of float8 are small integers, so that sums are exact on tensor cores that keep few bits of them, and results can be checked.
+torch multiplies int8 for more than 16 tokens only: for fewer, it gets TORCH_TOKENS.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ KINDS = (
     ("int4", "float8_e4m3"),
 )  # weight, activations
 TORCH = {"int8": torch.int8, "float8_e4m3": torch.float8_e4m3fn}
+TORCH_TOKENS = 32  # what torch's int8 product gets for 16 and fewer
 PEAK_FACTOR = 2.0  # of the speed of bf16
 COLUMNS = {
     "N x K": 13, "M": 6, "weight": 12, "act": 12, "us": 10, "torch": 10, "ratio": 8, "read": 10, "limit": 10, "quantise": 10,
@@ -75,7 +77,7 @@ class Operand:
     def product(self, x_scale: torch.Tensor) -> Any:
         if self.weight == "int4":
             return lambda x, w, y: w4a8_linear(x, x_scale, w, out=y)
-        return lambda x, w, y: gemm(x, w, x_scale=x_scale, w_scale=self.w_scale, out=y)
+        return lambda x, w, y: gemm(x, w, x_scale=x_scale, w_scale=self.w_scale, out=y, constant=True)
 
     def row(self, m: int) -> dict[str, Any]:
         run, (n, k) = self.run, self.shape
@@ -108,9 +110,11 @@ class Operand:
         return Expected(plain.exact * scale, plain.bound * scale + 2.0**-20 * plain.exact.abs() * scale, plain.rms)
 
     def torch_actions(self, xs: Sequence[torch.Tensor], x_scale: torch.Tensor) -> list[Any]:
-        """Scales of rows for float8, the bare 32-bit sums for int8, which torch has for more than 16 tokens only."""
+        """Scales of rows for float8, the bare 32-bit sums for int8, of TORCH_TOKENS where there are 16 tokens and fewer."""
         if self.act == "int8":
-            return in_turn(lambda x, w, _: torch._int_mm(x, w.T), xs, self.copies, list(xs))
+            missing = TORCH_TOKENS - xs[0].shape[0] if xs[0].shape[0] <= 16 else 0
+            padded = [torch.nn.functional.pad(x, (0, 0, 0, missing)) for x in xs]
+            return in_turn(lambda x, w, _: torch._int_mm(x, w.T), padded, self.copies, padded)
         by_row, by_column = x_scale[:, None], self.w_scale[None]
         return in_turn(
             lambda x, w, _: torch._scaled_mm(x, w.T, scale_a=by_row, scale_b=by_column, out_dtype=torch.bfloat16),

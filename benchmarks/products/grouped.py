@@ -1,6 +1,8 @@
-"""Layers of a mixture of experts: `tilus.kernels.grouped_linear` beside a loop of `linear` over the experts that have rows.
+"""Layers of a mixture of experts: `tilus.kernels.grouped_linear` beside loops of `linear` over the experts that have rows.
 
-The loop is given what it would have to wait for: where each expert's rows begin. Both read the same weights.
+One loop is a CUDA graph, which is given what a program does not know when it records one: where each expert's rows begin. The
+other is what a program can do, launched from Python: it copies the offsets to the host, waits for them, and launches a product
+for each expert that has rows. It is compared with `grouped_linear` launched from Python. All read the same weights.
 """
 
 from __future__ import annotations
@@ -22,8 +24,11 @@ SHAPES = ((14336, 4096),)  # N, K of an expert
 TOKENS = (16, 256, 64, 32, 128)
 EXPERTS, CHOSEN = 64, 2  # experts, and how many of them each token goes to
 DISTINCT = 4  # weights that differ; the others are copies in memory of their own
-BAR, BAR_TOKENS = 1.3, (16, 256)  # of the ratio, from so many tokens to so many
-COLUMNS = {"N x K": 13, "tokens": 8, "active": 8, "us": 10, "loop": 10, "ratio": 8, "read": 10, "met": 6}
+BAR, BAR_TOKENS = 1.3, (16, 256)  # of the ratio to the loop that waits for the offsets, from so many tokens to so many
+COLUMNS = {
+    "N x K": 13, "tokens": 8, "active": 8, "us": 10, "loop": 10, "ratio": 8, "eager": 10, "host loop": 11, "host ratio": 12,
+    "read": 10, "met": 6,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +80,11 @@ def looped(given: Routed, weights: Sequence[QuantizedWeight], y: torch.Tensor) -
         linear(given.x[own], weights[expert], out=y[own])
 
 
+def host_looped(given: Routed, weights: Sequence[QuantizedWeight], y: torch.Tensor) -> None:
+    """The same where only the GPU knows the offsets."""
+    looped(Routed(given.x, given.offsets, given.offsets.tolist()), weights, y)
+
+
 def rows(
     run: Run, shapes: Sequence[tuple[int, int]], tokens: Sequence[int], experts: int = EXPERTS
 ) -> Iterator[dict[str, Any]]:
@@ -109,21 +119,29 @@ def row(
         for one, y in zip(given, outputs, strict=True)
     ]
     in_loop = [functools.partial(looped, one, alone, y) for one, y in zip(given, outputs, strict=True)]
+    on_host = [functools.partial(host_looped, one, alone, y) for one, y in zip(given, outputs, strict=True)]
     ours = run.attempt("us", lambda: timed(together, "grouped"))
     loop = run.attempt("loop_us", lambda: timed(in_loop, "looped"))
+    eager_us = run.attempt("eager_us", lambda: run.timer.eager_us(together))
+    host_us = run.attempt("host_loop_us", lambda: run.timer.eager_us(on_host))
     us, loop_us = ours and ours[0], loop and loop[0]
     active = sum(len(one.active) for one in given) / len(given)
     read_us, _ = run.reads.us(round(active * alone[0].nbytes / 16) * 16)
-    ratio = round(loop_us / us, 3) if us and loop_us else None
+    host_ratio = ratio(host_us, eager_us)
     has_bar = BAR_TOKENS[0] <= tokens <= BAR_TOKENS[1]
     return {
         "N": n, "K": k, "M": CHOSEN * tokens, "tokens": tokens, "experts": experts, "active": active,
-        "us": us, **(ours[1] if ours else {"error": None, "rms": None}), "loop_us": loop_us, "ratio": ratio,
-        "bar": BAR if has_bar else None, "met": ratio is not None and ratio >= BAR if has_bar else None,
+        "us": us, **(ours[1] if ours else {"error": None, "rms": None}), "loop_us": loop_us, "ratio": ratio(loop_us, us),
+        "eager_us": eager_us, "host_loop_us": host_us, "host_ratio": host_ratio,
+        "bar": BAR if has_bar else None, "met": host_ratio is not None and host_ratio >= BAR if has_bar else None,
         "read_us": read_us, "failures": run.taken_failures(),
     }  # fmt: skip
 
 
+def ratio(other_us: float | None, us: float | None) -> float | None:
+    return round(other_us / us, 3) if us and other_us else None
+
+
 def cells(row: dict[str, Any]) -> list[Any]:
-    keys = ("tokens", "active", "us", "loop_us", "ratio", "read_us", "met")
+    keys = ("tokens", "active", "us", "loop_us", "ratio", "eager_us", "host_loop_us", "host_ratio", "read_us", "met")
     return [f"{row['N']} x {row['K']}", *(row[key] for key in keys)]

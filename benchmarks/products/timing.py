@@ -1,4 +1,4 @@
-"""Times of actions on the current GPU: CUDA graphs that walk through copies of the operands."""
+"""Times of actions on the current GPU: CUDA graphs that walk through copies of the operands, and launches from Python."""
 
 from __future__ import annotations
 
@@ -78,6 +78,14 @@ class Timer:
         poison(outputs)
         times = self._intervals(graph.replay, count + 1)[1:]
         return round(statistics.median(times) / (passes * len(actions)), 3)
+
+    def eager_us(self, actions: Sequence[Action]) -> float:
+        """Median microseconds of one action when Python launches all in turn, over and over, without a graph: with whatever the
+        GPU waits for in between."""
+        for action in actions:
+            action()
+        times = self._intervals(lambda: [action() for action in actions], self.replays + 1)[1:]
+        return round(statistics.median(times) / len(actions), 3)
 
     @staticmethod
     def _intervals(action: Action, count: int) -> list[float]:

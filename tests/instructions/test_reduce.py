@@ -57,9 +57,11 @@ def check(
 
     def build(b: IRBuilder, x: GlobalTensor, y: GlobalTensor) -> None:
         tile = load.build(b, x, [0] * x.rank, shape=layout.shape, layout=layout)
-        result = getattr(reduce, op).build(b, tile, axes, keepdims=keepdims)
-        if pinned is not None:
-            result = with_layout.build(b, result, pinned)
+        if op == "sum":
+            result = reduce.sum.build(b, tile, axes, keepdims=keepdims, layout=pinned)
+        else:
+            result = getattr(reduce, op).build(b, tile, axes, keepdims=keepdims)
+            result = result if pinned is None else with_layout.build(b, result, pinned)
         store.build(b, y, [0] * y.rank, result)
 
     arrays = {"x": (dtype, x), "y": (out_dtype, np.zeros(want.shape, out_dtype.compute))}

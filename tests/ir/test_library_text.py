@@ -11,14 +11,16 @@ import pytest
 
 import tilus.kernels
 from tilus.compiler import compile_function
-from tilus.dtypes import f16, f32, float6_e3m2, float8_e4m3, int4, int8, uint4
+from tilus.dtypes import f16, f32, float6_e3m2, float8_e4m3, int4, int8, int16, uint4
 from tilus.instructions import INSTRUCTIONS
 from tilus.ir import parser
 from tilus.ir.function import Function
 from tilus.ir.printer import print_function
-from tilus.kernels.grouped_linear import GroupedPlan
+from tilus.kernels.gemm_schedule import Plan
+from tilus.kernels.kv_cache import KV_FORMATS
+from tilus.kernels.paged_decode import DecodePlan
+from tilus.kernels.paged_decode_split import Split
 from tilus.kernels.quantize.tiles import ROWS
-from tilus.kernels.w4a8_linear import W4A8Plan
 from tilus.kernels.warpgroup_linear import WarpgroupPlan
 from tilus.lang.kernel import Kernel
 from tilus.target import get_target
@@ -33,14 +35,17 @@ SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
     "embedding.dense_embedding_kernel": [{}],
     "embedding.quantized_embedding_kernel": [{"group": 32}],
     "columns.take_columns_kernel": [{}],
-    "gemm.gemm_kernel": [
-        {"tokens": 32, "stages": 2},
-        {"tokens": 256, "cluster": 2},
-        {"tokens": 16, "splits": 4},
+    "gemm_kernel.gemm_kernel": [
+        {"plan": Plan(32, 2, 1, 2)},
+        {"plan": Plan(256, 2, 1, 3, share_x=2), "constant": True},
+        {"plan": Plan(16, 1, 2, 4, blocks=4)},
     ],
     "grouped_linear.grouped_linear_kernel": [
-        {"wdtype": uint4, "scale_dtype": f16, "span": 128, "plan": GroupedPlan(8, 4, 2, 8, 132)},
-        {"wdtype": int4, "scale_dtype": f16, "span": 0, "plan": GroupedPlan(64, 2, 1, 4, 132)},
+        {"wdtype": uint4, "scale_dtype": f16, "span": 128, "plan": WarpgroupPlan(8, 1, 2, 1, 2, 8)},
+        {"wdtype": int4, "scale_dtype": f16, "span": 0, "plan": WarpgroupPlan(64, 2, 1, 1, 1, 4)},
+    ],
+    "kv_cache.rope_append_quantized_kernel": [
+        {"head_dim": 64, "q_heads": 3, "kv_heads": 3, "page_size": 16, "kind": KV_FORMATS["int4"]}
     ],
     "linear.quantized_linear": [
         {
@@ -86,6 +91,30 @@ SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
         },
     ],
     "norm.rms_norm_kernel": [{"hidden": 768}],
+    "paged_decode.paged_decode_kernel": [
+        {
+            "unit": f16,
+            "q_len": 1,
+            "group": 4,
+            "head_dim": 128,
+            "page_size": 16,
+            "blocks": 132,
+            "split": Split(16),
+            "plan": DecodePlan(64, 3, 4),
+        },
+        {
+            "unit": int16,
+            "q_len": 2,
+            "group": 3,
+            "head_dim": 64,
+            "page_size": 32,
+            "blocks": 132,
+            "split": Split(128, fixed=True),
+            "plan": DecodePlan(128, 4, 8),
+            "code": uint4,
+            "early": True,
+        },
+    ],
     "quantize.codes.pack_codes_kernel": [
         {"wdtype": uint4, "lookup": False},
         {"wdtype": int4, "lookup": False, "order": ROWS},
@@ -93,9 +122,6 @@ SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
     "quantize.codes.unpack_codes_kernel": [{"wdtype": int8, "lookup": True}],
     "quantize_tokens.quantize_tokens_kernel": [{"columns": 768}, {"columns": 20000, "paired": True}],
     "rope.rope_append_kernel": [{"head_dim": 64, "heads": 9, "q_heads": 3, "kv_heads": 3, "page_size": 16}],
-    "w4a8_linear.w4a8_linear_kernel": [
-        {"act": int8, "scale_dtype": f16, "span": 128, "plan": W4A8Plan(16, 4, 2, 4, 2, 132)}
-    ],
     "warpgroup_linear.warpgroup_linear": [
         {"wdtype": uint4, "scale_dtype": f16, "span": 128, "plan": WarpgroupPlan(16, 1, 2, 1, 2, 4)},
         {"wdtype": int8, "scale_dtype": f32, "span": 0, "plan": WarpgroupPlan(8, 1, 1, 2, 1, 3)},

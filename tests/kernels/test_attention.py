@@ -1,21 +1,14 @@
-"""paged_attention against attention in float64, over ragged batches, page tables, group sizes and head sizes.
-
-Pages that no sequence uses, and what lies behind a sequence's last token, are NaN; unused entries of block tables are no
-pages at all. So a result without NaN also shows that nothing else was looked at.
-"""
+"""paged_attention against attention in float64, over ragged batches, page tables, group sizes and head sizes."""
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
+from attention_batches import Batch, Inputs, exact_attention, limit_of, make_inputs, on_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,99 +18,22 @@ from tilus.kernels.attention import paged_attention_kernel
 from tilus.runtime.execute import build
 from tilus.target import get_target
 
-Array = npt.NDArray[np.float64]
-NO_PAGE = 2**20
 EXECUTIONS = ["reference", "cpu", "emulator", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-@dataclass(frozen=True)
-class Batch:
-    """(queries, cached tokens) of each sequence, and the shape of heads and pages."""
-
-    lengths: tuple[tuple[int, int], ...]
-    kv_heads: int = 2
-    group: int = 3
-    head_dim: int = 64
-    page_size: int = 16
-    dtype: torch.dtype = torch.float16
-
-
-@dataclass(frozen=True, eq=False)
-class Inputs:
-    q: torch.Tensor
-    kv_cache: torch.Tensor
-    block_tables: torch.Tensor
-    q_start: torch.Tensor
-    kv_lens: torch.Tensor
-    scale: float
-
-
-def make_inputs(batch: Batch, seed: int) -> Inputs:
-    """Random tensors; pages of a sequence are anywhere in a pool of which the cache is one layer."""
-    generator = torch.Generator().manual_seed(seed)
-    counts = [-(-kv // batch.page_size) for _, kv in batch.lengths]
-    pages = torch.randperm(sum(counts) + 3, generator=generator).tolist()
-    shape = (len(pages), 3, 2, batch.page_size, batch.kv_heads, batch.head_dim)
-    cache = torch.full(shape, math.nan, dtype=batch.dtype)[:, 1]
-    tables = torch.full((len(counts), max(counts, default=0) + 2), NO_PAGE, dtype=torch.int32)
-    for row, ((_, kv), count) in enumerate(zip(batch.lengths, counts, strict=True)):
-        mine, pages = pages[:count], pages[count:]
-        tables[row, :count] = torch.tensor(mine, dtype=torch.int32)
-        for index in range(kv):
-            content = torch.randn(2, batch.kv_heads, batch.head_dim, generator=generator)
-            cache[mine[index // batch.page_size], :, index % batch.page_size] = content.to(batch.dtype)
-    total = sum(queries for queries, _ in batch.lengths)
-    q = torch.randn(total, batch.kv_heads * batch.group, batch.head_dim, generator=generator).to(batch.dtype)
-    q_start = torch.tensor([0, *itertools.accumulate(queries for queries, _ in batch.lengths)], dtype=torch.int32)
-    kv_lens = torch.tensor([kv for _, kv in batch.lengths], dtype=torch.int32)
-    return Inputs(q, cache, tables, q_start, kv_lens, batch.head_dim**-0.5)
-
-
-def exact_attention(inputs: Inputs, batch: Batch) -> tuple[Array, Array]:
-    """Softmax attention one query and head at a time; also the sums of weight * |value|, which scale rounding errors."""
-    q, cache = inputs.q.double().numpy(), inputs.kv_cache.double().numpy()
-    out, size = np.zeros_like(q), np.zeros_like(q)
-    row = 0
-    for sequence, (queries, kv) in enumerate(batch.lengths):
-        table = inputs.block_tables[sequence].tolist()
-        tokens = [cache[table[i // batch.page_size], :, i % batch.page_size] for i in range(kv)]
-        for query in range(queries):
-            seen = max(0, kv - queries + query + 1)
-            for head in range(q.shape[1] if seen else 0):
-                keys, values = np.stack([token[:, head // batch.group] for token in tokens[:seen]], axis=1)
-                scores = keys @ q[row, head] * inputs.scale
-                weights = np.exp(scores - scores.max())
-                weights /= weights.sum()
-                out[row, head], size[row, head] = weights @ values, weights @ np.abs(values)
-            row += 1
-    return out, size
-
-
 def check(batch: Batch, device: str, seed: int = 0) -> None:
-    """The result is off by the rounding of the weights and of the result, plus f32 arithmetic: less than 2^-15 more.
-
-    Weights below the normal numbers of f16 are rounded absolutely, by up to 2^-25 of the largest weight.
-    """
     inputs = make_inputs(batch, seed)
     expected, size = exact_attention(inputs, batch)
     tensors = [inputs.q, inputs.kv_cache, inputs.block_tables, inputs.q_start, inputs.kv_lens]
     if device == "cuda":
-        tensors = [_on_gpu(t) for t in tensors]
+        tensors = [on_gpu(t) for t in tensors]
     found = paged_attention(*tensors, inputs.scale, device=device)
     assert found.shape == inputs.q.shape and found.dtype == batch.dtype
-    half_step = 2.0**-11 if batch.dtype == torch.float16 else 2.0**-8
-    longest = max((kv for _, kv in batch.lengths), default=0)
-    limit = half_step * np.abs(expected) + (half_step + 2.0**-15) * size + longest * 2.0**-25 * 5
+    limit = limit_of(batch, expected, size)
     error = np.abs(found.cpu().double().numpy() - expected)
     assert (error <= limit).all(), (
         f"{batch}: off by {error.max()}, at most {(error / (limit + 1e-30)).max()} of the limit"
     )
-
-
-def _on_gpu(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy with the same strides: the cache stays a view of a pool."""
-    copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
-    return copy.copy_(tensor)
 
 
 SHAPES_OF_BATCHES = {
@@ -212,8 +128,8 @@ def test_assembles_without_spills(sm: str, head_dim: int) -> None:
         assert cubin and "mma.sync.aligned.m16n8k16" in compiled.ptx and "ldmatrix" in compiled.ptx
 
 
-def wrong(change: dict[str, Any], batch: Batch = Batch(((1, 5), (2, 33)))) -> str:
-    inputs = {**vars(make_inputs(batch, 0)), **change}
+def wrong(change: dict[str, Any]) -> str:
+    inputs = {**vars(make_inputs(Batch(((1, 5), (2, 33))), 0)), **change}
     with pytest.raises(TilusError) as caught:
         paged_attention(**inputs, device="reference")
     return str(caught.value)

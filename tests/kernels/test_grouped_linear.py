@@ -15,6 +15,7 @@ from tilus import TilusError
 from tilus.kernels import grouped_linear
 from tilus.kernels.grouped_linear import GroupedPlan, launch, plans
 from tilus.kernels.quantize import QuantizedMatrix, WeightHeader, pack, stack, unpack
+from tilus.kernels.warpgroup_schedule import WarpgroupPlan
 
 
 def check(
@@ -72,15 +73,16 @@ def test_counts(device: str, counts: Sequence[int]) -> None:
 @pytest.mark.parametrize(
     "plan",
     [
-        GroupedPlan(8, 1, 1, 2, 1),
-        GroupedPlan(8, 2, 2, 3, 2),
-        GroupedPlan(16, 4, 2, 2, 3),
-        GroupedPlan(32, 2, 2, 5, 5, overlap=True),
+        GroupedPlan(WarpgroupPlan(8, 1, 1, 1, 1, 2), 1),
+        GroupedPlan(WarpgroupPlan(8, 2, 1, 1, 2, 3), 2),
+        GroupedPlan(WarpgroupPlan(16, 1, 2, 1, 1, 4, overlap="step"), 3),
+        GroupedPlan(WarpgroupPlan(128, 2, 1, 1, 2, 3, 232, overlap="steps"), 5),
+        GroupedPlan(WarpgroupPlan(8, 1, 3, 1, 1, 6, blocks_per_sm=2), 7),
     ],
     ids=str,
 )
 def test_plans(device: str, plan: GroupedPlan) -> None:
-    """More items than blocks and fewer; a ring that goes on from item to item."""
+    """More items than blocks and fewer; a ring, and sums of warpgroups along K, that go on from item to item."""
     if device != "cpu":
         check(device, int4(3, n=256, k=384), (11, 0, 4), plan=plan)
 
@@ -119,7 +121,7 @@ def test_no_rows_at_all(device: str) -> None:
     assert grouped_linear(x, weight, torch.zeros(3, dtype=torch.int32), device=device).shape == (0, 64)
 
 
-@pytest.mark.parametrize("m", [1, 32, 128, 512, 16384])
+@pytest.mark.parametrize("m", [1, 32, 128, 512, 2048, 16384])
 @pytest.mark.parametrize("shape", [(14336, 4096), (4096, 14336), (192, 64)])
 @pytest.mark.parametrize("dtype", [tilus.int4, tilus.uint8])
 def test_plans_fit(m: int, shape: tuple[int, int], dtype: tilus.DataType) -> None:
@@ -127,11 +129,15 @@ def test_plans_fit(m: int, shape: tuple[int, int], dtype: tilus.DataType) -> Non
     header = WeightHeader(dtype, (64 * shape[0], shape[1]), shape[1] if shape[1] < 128 else 128, "f16")
     found = list(plans(m, 64, header, 132))
     for plan in found:
-        assert shape[0] % (64 * plan.rows) == 0 and shape[1] % (64 * plan.depth) == 0
-        codes_nbytes = plan.rows * plan.depth * 512 * dtype.nbits
-        assert plan.stages >= 2 and plan.stages * (codes_nbytes + plan.tokens * plan.depth * 128) < 227 * 1024
-        assert 1 <= plan.blocks <= 132
-    assert found[0].tokens == {1: 8, 32: 8, 128: 8, 512: 16, 16384: 64}[m] and found[-1].tokens == 8
+        item = plan.item
+        assert shape[0] % (64 * item.rows) == 0 and shape[1] % (64 * item.depth * item.splits) == 0
+        codes_nbytes = item.rows * item.depth * 512 * dtype.nbits
+        nbytes = item.stages * (codes_nbytes + item.tokens * item.depth * 128)
+        assert item.stages >= 2 and (nbytes + 1024) * item.blocks_per_sm < 228 * 1024
+        assert 1 <= plan.blocks <= 132 * item.blocks_per_sm
+    assert (
+        found[0].item.tokens == {1: 8, 32: 8, 128: 8, 512: 16, 2048: 64, 16384: 128}[m] and found[-1].item.tokens == 8
+    )
 
 
 def test_stacked_weights_are_those_of_the_rows() -> None:

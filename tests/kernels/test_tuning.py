@@ -19,7 +19,10 @@ import tilus
 from tilus.dtypes import DTYPES, DataType
 from tilus.errors import TilusError
 from tilus.kernels import gemm, linear, tune_gemm, tune_linear, tuning
-from tilus.kernels.gemm import MOST_STAGES, Plan, gemm_kernel
+from tilus.kernels.gemm_kernel import gemm_kernel
+from tilus.kernels.gemm_schedule import Plan, Product
+from tilus.kernels.gemm_schedule import estimated_us as gemm_us
+from tilus.kernels.gemm_schedule import plan as gemm_plan
 from tilus.kernels.linear import kernel_call
 from tilus.kernels.linear_problem import LinearProblem, candidates, estimated_us, heuristic
 from tilus.kernels.quantize import WeightHeader, pack
@@ -75,19 +78,13 @@ def test_candidates_of_linear(n: int, k: int, m: int, nbits: int, num_sms: int) 
 
 @given(st.integers(1, 5000), dimensions(30000), dimensions(30000), st.sampled_from([1, 2, 84, 132]))
 def test_candidates_of_gemm(m: int, n: int, k: int, num_sms: int) -> None:
-    """What the kernel relies on: whole clusters, parts of tiles that a warp's store and a cluster's copies divide, room."""
+    """The rule's choice first, then in the order of the model; `tests/kernels/test_gemm.py` says what each of them must be."""
     problem = GemmProblem(m, n, k, tilus.bf16, tilus.bf16, tilus.bf16)
     found = tune_gemm.candidates(problem, num_sms)
-    assert found[0] == gemm_module.plan(m, n, 2 * k, num_sms)
-    assert len(set(found)) == len(found) <= 10
-    for plan in found:
-        assert plan.tokens % min(plan.tokens, 64) == 0 and plan.tokens % (8 * plan.cluster) == 0 and plan.tokens <= 256
-        assert min(plan.cluster, plan.splits) == 1 and plan.splits <= max(1, k // 64)
-        assert plan.blocks % (plan.cluster * plan.splits) == 0 and 0 <= plan.blocks <= max(num_sms, 1)
-        assert -(-n // 128) % plan.cluster == 0
-        nbytes = plan.stages * (128 + plan.tokens) * 128 + 2 * min(plan.tokens, 64) * 128 * 2 // plan.splits
-        nbytes += (plan.splits > 1) * 128 * plan.tokens * 4
-        assert 2 <= plan.stages <= MOST_STAGES and nbytes < DEFAULT_TARGET.max_shared_nbytes
+    product = Product(m, n, 2 * k, 2, num_sms)
+    assert found[0] == gemm_plan(product) and len(set(found)) == len(found) <= 10
+    times = [gemm_us(plan, product) for plan in found]
+    assert times == sorted(times) and all(us > 0 for us in times)
 
 
 def test_there_are_about_ten_for_the_shapes_of_a_model() -> None:
@@ -165,7 +162,7 @@ def test_tuning_linear_compiles_checks_and_picks(monkeypatch: pytest.MonkeyPatch
 def test_tuning_gemm_compiles_checks_and_picks(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = GemmProblem(16, 128, 64, tilus.f16, tilus.f16, tilus.f16)
     trial = GemmTrial(problem, "cpu", "emulator")
-    plans = [Plan(16, 2, 1, 1), Plan(32, 2, 1, 1)]
+    plans = [Plan(16, 1, 1, 2, launched=1), Plan(32, 1, 1, 2, launched=1)]
     times = iter([5.0, 3.0])
     assert tune(plans, trial, lambda actions: next(times)).best == 1
     monkeypatch.setattr(tune_gemm, "launch", lambda *args: None)
@@ -240,12 +237,13 @@ def test_gemm_uses_what_is_remembered_with_as_many_blocks_as_it_needs(monkeypatc
     recorded = Recorded(monkeypatch, gemm_module)
     x, w = np.ones((300, 64), np.float16), np.ones((1024, 64), np.float16)
     problem = GemmProblem(300, 1024, 64, tilus.f16, tilus.f16, tilus.f16)
-    best = Plan(64, 3, 2, 64)
+    best = Plan(64, 2, 1, 3, share_x=2, launched=64)
     remember(problem.key(GPU.name), Tuned((Measurement(best, 1.0),), 0))
     gemm(x, w, device="cuda")
     gemm(x[:257], w, device="cuda")
     gemm(x[:256], w, device="cuda")
-    assert recorded.plans == [replace(best, blocks=40), replace(best, blocks=40), gemm_module.plan(256, 1024, 128, 132)]
+    fits = replace(best, launched=40)
+    assert recorded.plans == [fits, fits, gemm_plan(Product(256, 1024, 128, 2, 132))]
 
 
 def test_tuning_at_first_use(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +274,7 @@ def test_tuning_all_remembers_and_reports(monkeypatch: pytest.MonkeyPatch) -> No
     def measure(problem: Any, device: Any, timer: Any) -> Tuned:
         measured.append(problem.m)
         plans = (
-            (Schedule(8, 1, 4, 1), Schedule(8, 1, 8, 1)) if problem.m == 1 else (Plan(16, 4, 1, 1), Plan(32, 4, 1, 1))
+            (Schedule(8, 1, 4, 1), Schedule(8, 1, 8, 1)) if problem.m == 1 else (Plan(16, 1, 1, 4), Plan(32, 1, 1, 4))
         )
         return Tuned(tuple(map(Measurement, plans, (3.0, 2.0))), 1)
 

@@ -8,20 +8,25 @@ each group, the factors and the last rounding, all in f32:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
+from ml_dtypes import float8_e4m3fn
 from rounding import ABSOLUTE, RELATIVE, float64
-from weights import exact, random_matrix, with_bfloat16_scales, with_wide_factors, with_zeros
+from weights import CODE_TYPES, exact, finite_codes, matrix_of, random_matrix, with_bfloat16_scales, with_wide_factors
 
 import tilus
 from tilus import TilusError
 from tilus.kernels import quantize_tokens, w4a8_linear
+from tilus.kernels.byte_operands import exponent_of
 from tilus.kernels.quantize import QuantizedMatrix, WeightHeader, pack
-from tilus.kernels.w4a8_linear import W4A8Plan, launch, plans
+from tilus.kernels.w4a8_linear import launch, plans
+from tilus.kernels.warpgroup_schedule import WarpgroupPlan
 
 TYPES = [torch.int8, torch.float8_e4m3fn]
 
@@ -39,7 +44,7 @@ def check(
     m: int,
     dtype: torch.dtype,
     out: torch.dtype = torch.float32,
-    plan: W4A8Plan | None = None,
+    plan: WarpgroupPlan | None = None,
     most: int = 4,
 ) -> None:
     n, k = matrix.shape
@@ -55,9 +60,10 @@ def check(
         assert w4a8_linear(paired(codes), x_scale, weight, bias=bias, out=y, device=device) is y
     else:
         launch(paired(codes), x_scale, weight, y, bias, plan, device)
-    x, values = float64(codes.float()) * float64(x_scale)[:, None], exact(matrix).values
-    wanted = x @ values.T + float64(bias)
-    work = (matrix.scales.shape[1] + 4) * 2.0**-23 * (np.abs(x) @ np.abs(values).T + np.abs(float64(bias)))
+    x, weights = float64(codes.float()) * float64(x_scale)[:, None], exact(matrix)
+    wanted = x @ weights.values.T + float64(bias)
+    sums = matrix.scales.shape[1] * (1 if matrix.mins is None else 2)
+    work = (sums + 4) * 2.0**-23 * (np.abs(x) @ weights.sizes.T + np.abs(float64(bias)))
     bound = work * (1 + RELATIVE[out]) + RELATIVE[out] * np.abs(wanted) + ABSOLUTE[out]
     wrong = ~(np.abs(float64(y) - wanted) <= bound)
     assert not wrong.any(), f"{wrong.sum()} of {wrong.size} are wrong, the first at {np.argwhere(wrong)[0]}"
@@ -67,6 +73,36 @@ def check(
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_groups(device: str, dtype: torch.dtype, group: int) -> None:
     check(device, random_matrix(tilus.int4, 128, 768, group, seed=group), 5, dtype)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "dtype", "group"),
+    [
+        ("symmetric", tilus.uint4, 128),
+        ("minimums", tilus.uint4, 32),
+        ("zero points", tilus.uint4, 96),
+        ("symmetric", tilus.int2, 64),
+        ("wide factors", tilus.int5, 192),
+        ("two levels", tilus.float4_e2m1, 32),
+    ],
+)
+@pytest.mark.parametrize("act", TYPES, ids=str)
+def test_schemes(device: str, act: torch.dtype, scheme: str, dtype: tilus.DataType, group: int) -> None:
+    """What both types of activations take. Products of these have so few bits that float8 adds them up exactly."""
+    check(device, matrix_of(scheme, dtype, 64, 384, group), 5, act)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "dtype"),
+    [
+        ("symmetric", tilus.int8),
+        ("minimums", tilus.uint6),
+        ("zero points", tilus.uint7),
+        ("symmetric", tilus.float6_e2m3),
+    ],
+)
+def test_schemes_for_integers(device: str, scheme: str, dtype: tilus.DataType) -> None:
+    check(device, matrix_of(scheme, dtype, 64, 384, 64), 5, torch.int8, most=127)
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 9, 17, 70])
@@ -83,20 +119,32 @@ def test_types_of_scales(device: str, scale_dtype: tilus.DataType) -> None:
 
 
 @pytest.mark.parametrize(
-    "plan",
+    ("plan", "group"),
     [
-        W4A8Plan(8, 1, 1, 2, 1, 1),
-        W4A8Plan(16, 4, 2, 2, 2, 4),
-        W4A8Plan(32, 2, 1, 3, 4, 4),
-        W4A8Plan(8, 2, 2, 4, 1, 5, overlap=True),
+        (WarpgroupPlan(8, 1, 1, 1, 1, 2), 128),
+        (WarpgroupPlan(8, 1, 2, 2, 4, 4), 32),
+        (WarpgroupPlan(16, 2, 1, 4, 2, 2, overlap="step"), 64),
+        (WarpgroupPlan(32, 1, 3, 1, 2, 6, overlap="steps"), 512),
+        (WarpgroupPlan(8, 1, 2, 1, 2, 4, unit="mma"), 32),
+        (WarpgroupPlan(128, 2, 1, 1, 2, 3, 232, overlap="steps"), 128),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_plans(device: str, dtype: torch.dtype, plan: W4A8Plan) -> None:
-    """More tiles than blocks and fewer; clusters that share tiles, one after the other."""
+def test_plans(device: str, dtype: torch.dtype, plan: WarpgroupPlan, group: int) -> None:
+    """Warpgroups and blocks along K, and more tokens than a block has; groups within steps and across them."""
     if device != "cpu":
-        check(device, random_matrix(tilus.int4, 512, 512, 128), 20, dtype, plan=plan)
+        check(device, random_matrix(tilus.int4, 192, 512, group), 20, dtype, plan=plan)
+
+
+@pytest.mark.parametrize("x", [-128, 127])
+def test_the_largest_sums(device: str, x: int) -> None:
+    """Groups of as many columns as sums are exact for; the products of all have the same sign and the largest size."""
+    if device != "cpu":
+        matrix = QuantizedMatrix(np.full((64, 512), 8, np.uint8), np.ones((64, 2), np.float32), None, tilus.int4)
+        y, plan = torch.full((8, 64), torch.nan), WarpgroupPlan(8, 1, 1, 1, 4, 2, overlap="steps")
+        launch(torch.full((8, 512), x, dtype=torch.int8), torch.ones(8), pack(matrix), y, None, plan, device)
+        assert (y == -8 * x * 512).all()
 
 
 def test_large_codes_add_up_exactly(device: str) -> None:
@@ -104,16 +152,54 @@ def test_large_codes_add_up_exactly(device: str) -> None:
     check(device, random_matrix(tilus.int4, 64, 8192, 8192), 4, torch.int8, most=127)
 
 
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_every_code_is_what_it_stands_for(device: str, dtype: torch.dtype) -> None:
+def holds(act: torch.dtype, values: npt.NDArray[np.float64]) -> bool:
+    """Whether a type of 8 bits has all these numbers."""
+    kept = (
+        np.clip(np.round(values), -128, 127) if act == torch.int8 else values.astype(float8_e4m3fn).astype(np.float64)
+    )
+    return bool((kept == values).all())
+
+
+@pytest.mark.parametrize("act", TYPES, ids=str)
+def test_weights_are_taken_where_some_power_of_two_makes_all_exact(act: torch.dtype) -> None:
+    """All types, and all differences of codes and zero points."""
+    ours = tilus.int8 if act == torch.int8 else tilus.float8_e4m3
+    for dtype in CODE_TYPES:
+        values = np.float64(dtype.decode(finite_codes(dtype)))
+        cases = [(False, values)]
+        if dtype.is_integer:
+            zeros = np.arange(dtype.min_value, dtype.max_value + 2)
+            cases.append((True, (values[:, None] - zeros).ravel()))
+        for has_zeros, numbers in cases:
+            exact_for = [e for e in range(-20, 20) if holds(act, numbers / 2.0**e)]
+            if exact_for:
+                assert exponent_of(dtype, ours, has_zeros) in exact_for, (dtype, has_zeros)
+            else:
+                with pytest.raises(TilusError, match=f"{ours.name} and a weight of {dtype.name}"):
+                    exponent_of(dtype, ours, has_zeros)
+
+
+def exact_pairs() -> Iterator[Any]:
+    for act in TYPES:
+        for dtype in CODE_TYPES:
+            values = np.float64(dtype.decode(finite_codes(dtype)))
+            if any(holds(act, values / 2.0**e) for e in range(-20, 20)):
+                often = dtype in (tilus.int4, tilus.uint4, tilus.float6_e2m3)
+                yield pytest.param(dtype, act, marks=[] if often else pytest.mark.slow, id=f"{dtype} {act}")
+
+
+@pytest.mark.parametrize(("dtype", "act"), list(exact_pairs()))
+def test_every_code_is_what_it_stands_for(device: str, dtype: tilus.DataType, act: torch.dtype) -> None:
     """A one in each column finds that column's codes: every code in every place of a packed word, every column in its place."""
     if device == "cpu":
         return
-    codes = ((np.arange(64)[:, None] + np.arange(64)) % 16).astype(np.uint8)
-    matrix = QuantizedMatrix(codes, np.ones((64, 1), np.float32), None, tilus.int4)
-    x = torch.eye(64).to(dtype)
+    usable = finite_codes(dtype)
+    n = 64 * -(-len(usable) // 64)
+    codes = usable[(np.arange(n)[:, None] + np.arange(64)) % len(usable)]
+    matrix = QuantizedMatrix(codes, np.ones((n, 1), np.float32), None, dtype)
+    x = torch.eye(64).to(act)
     y = w4a8_linear(paired(x), torch.ones(64), pack(matrix), out_dtype=torch.float32, device=device)
-    np.testing.assert_array_equal(y.numpy(), ((codes.astype(int) + 8) % 16 - 8).T)
+    np.testing.assert_array_equal(y.numpy(), np.float64(dtype.decode(codes)).T)
 
 
 @pytest.mark.parametrize("dtype", [tilus.int8, tilus.float8_e4m3], ids=str)
@@ -133,18 +219,21 @@ def test_with_codes_of_quantize_tokens(device: str, dtype: tilus.DataType) -> No
     assert (np.abs(float64(y) - float64(x) @ values.T) <= bound).all()
 
 
-@pytest.mark.parametrize("m", [1, 16, 64, 300])
-@pytest.mark.parametrize("shape", [(4096, 4096), (14336, 4096), (4096, 14336), (192, 64)])
-def test_plans_fit(m: int, shape: tuple[int, int]) -> None:
-    found = list(plans(m, WeightHeader(tilus.int4, shape, min(128, shape[1]), "f16"), 132))
+@pytest.mark.parametrize("m", [1, 16, 32, 64, 128, 300])
+@pytest.mark.parametrize("shape", [(4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (192, 64)])
+@pytest.mark.parametrize(("dtype", "act"), [(tilus.int4, tilus.float8_e4m3), (tilus.int8, tilus.int8)], ids=str)
+def test_plans_fit(m: int, shape: tuple[int, int], dtype: tilus.DataType, act: tilus.DataType) -> None:
+    """Steps are parts of K, stages are in shared memory, and up to 64 tokens one block has all."""
+    header = WeightHeader(dtype, shape, min(128, shape[1]), "f16")
+    found = list(plans(m, act, header, 132))
     for plan in found:
-        assert shape[0] % (64 * plan.rows) == 0 and shape[1] % (64 * plan.depth) == 0
-        nbytes = plan.stages * (plan.rows * plan.depth * 2048 + plan.tokens * plan.depth * 64)
-        nbytes += (plan.splits > 1) * plan.rows * 64 * plan.tokens * 4
-        assert plan.stages >= 2 and nbytes < 227 * 1024
-        assert plan.blocks % plan.splits == 0 and 1 <= plan.blocks <= 132
-    if shape != (192, 64) and m <= 64:
-        assert found[0].blocks >= 99 and found[0].tokens >= min(m, 64)
+        assert shape[1] % (64 * plan.depth) == 0 and 64 * plan.depth <= 256 and not plan.scaled
+        nbytes = plan.stages * (plan.rows * plan.depth * 512 * dtype.nbits + plan.tokens * plan.depth * 64)
+        nbytes += (plan.splits + plan.blocks - 2) * plan.rows * 64 * plan.tokens * 4
+        assert (nbytes + 1024) * plan.blocks_per_sm < 228 * 1024
+    assert found[0].tokens == min(128, next(tokens for tokens in (8, 16, 32, 64, 128, 512) if tokens >= m))
+    assert found[-1].tokens == 8 and found[-1].splits == 1
+    assert all(plan.unit == "wgmma" for plan in found) or (act == tilus.int8 and m == 1)
 
 
 def test_mistakes() -> None:
@@ -155,9 +244,14 @@ def test_mistakes() -> None:
         with pytest.raises(TilusError, match=match):
             w4a8_linear(x, scale, options.pop("weight", weight), device="reference", **options)
 
-    zeros = with_zeros(random_matrix(tilus.int4, 64, 128, 64), np.random.default_rng(0))
-    refused("of zero points int4 in groups of 64, expected symmetric int4", weight=pack(zeros))
-    refused("of symmetric uint4 in groups of 64", weight=pack(random_matrix(tilus.uint4, 64, 128, 64)))
+    unsigned = pack(random_matrix(tilus.uint8, 64, 128, 64))
+    refused("activations of int8 and a weight of uint8, expected", weight=unsigned)
+    with_zeros = pack(matrix_of("zero points", tilus.uint8, 64, 128, 64))
+    refused("activations of int8 and a weight of uint8 with zero points", weight=with_zeros)
+    refused("of table uint4", weight=pack(matrix_of("table", tilus.uint4, 64, 128, 64)))
+    refused("zero points in activation order int4", weight=pack(matrix_of("activation order", tilus.int4, 64, 128, 64)))
+    float8, bytes_ = x.to(torch.float8_e4m3fn), pack(random_matrix(tilus.int8, 64, 128, 64))
+    refused("activations of float8_e4m3 and a weight of int8", x=float8, weight=bytes_)
     refused("in groups of 16, expected", weight=pack(random_matrix(tilus.int4, 64, 128, 16)))
     refused(r"a weight \[65, 128\] in the order mma", weight=pack(random_matrix(tilus.int4, 65, 128, 64)))
     refused("in the order rows", weight=pack(random_matrix(tilus.int4, 64, 128, 64), "cpu"))

@@ -16,6 +16,7 @@ from tilus.instructions import INSTRUCTIONS
 from tilus.ir.parser import parse_function
 from tilus.ir.printer import print_function
 from tilus.ptx.assembler import assemble
+from tilus.runtime.emulator import RaceError
 from tilus.runtime.reference import run_reference
 from tilus.target import get_target
 
@@ -82,10 +83,12 @@ def test_every_block_finds_the_sum_of_its_cluster(c: int, device: str) -> None:
 
 @tilus.kernel
 def relay(
-    x: Tensor[int32, "rounds", "blocks", 64], y: Tensor[int32, "rounds", "blocks", 64], *, c: Const, lost: Const = False
-):
+    x: Tensor[int32, "rounds", "blocks", 64], y: Tensor[int32, "rounds", "blocks", 64], *, c: Const, lost: Const = False,
+    reads_only: Const = (),
+):  # fmt: skip
     """Sums along a chain of blocks: each waits for the block before it, adds its own rows and hands on. A stage is written
-    again when its reader has said that it is free. lost: the last round is not handed on."""
+    again when its reader has said that it is free. lost: the last round is not handed on. reads_only: barriers at which arrivals
+    say that reading is over."""
     tilus.grid(x.shape[1], warps=2, cluster=c)
     inbox = tilus.shared(int32, [2, 64])
     full, free = tilus.mbarrier(2), tilus.mbarrier(2)
@@ -97,21 +100,22 @@ def relay(
             if rank > 0:
                 tilus.wait_barrier(full[k % 2], k // 2 % 2)
                 total += tilus.load_shared(inbox[k % 2])
-                tilus.arrive(free[k % 2], block=rank - 1)
+                tilus.arrive(free[k % 2], block=rank - 1, reads_only="free" in reads_only)
             tilus.store(y, [k, block, 0], total)
             if rank < c - 1:
                 tilus.wait_barrier(free[k % 2], (k // 2 + 1) % 2)
                 tilus.store_shared(inbox[k % 2], total, block=rank + 1)
                 if not lost or k < rounds - 1:
-                    tilus.arrive(full[k % 2], block=rank + 1)
+                    tilus.arrive(full[k % 2], block=rank + 1, reads_only="full" in reads_only)
 
 
 @pytest.mark.parametrize("c", SIZES)
 @pytest.mark.parametrize("device", DEVICES)
-def test_blocks_hand_on_through_barriers(c: int, device: str) -> None:
+@pytest.mark.parametrize("reads_only", [(), ("free",)])
+def test_blocks_hand_on_through_barriers(c: int, device: str, reads_only: tuple[str, ...]) -> None:
     x = np.random.default_rng(c).integers(-1000, 1000, (5, 2 * c, 64), np.int32)
     y = np.zeros_like(x)
-    relay.on(device)(x, y, c=c)
+    relay.on(device)(x, y, c=c, reads_only=reads_only)
     assert np.array_equal(y.reshape(5, 2, c, 64), x.reshape(5, 2, c, 64).cumsum(2))
 
 
@@ -121,8 +125,43 @@ def test_barriers_of_other_blocks() -> None:
     assert ptx.count("mbarrier.arrive.release.cluster.shared::cluster.b64 _,") == 2
     assert ptx.count("mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64") == 2
     assemble(ptx, get_target("sm_90a"))
-    alone = relay.ptx(c=1)
+    alone = relay.ptx(c=1, reads_only=("free",))
     assert "shared::cluster" not in alone and "acquire.cluster" not in alone
+
+
+def test_arrivals_of_readers_need_no_scope() -> None:
+    """Nor do the waits for them, through the text form, too."""
+    function = relay.ir(c=4, reads_only=("free",))
+    for each in (function, parse_function(print_function(function), INSTRUCTIONS)):
+        ptx = compile_function(each, get_target("sm_90a")).ptx
+        assert ptx.count("mbarrier.arrive.release.cluster.shared::cluster.b64 _,") == 1
+        assert ptx.count("mbarrier.arrive.shared::cluster.b64 _,") == 1
+        assert ptx.count("mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64") == 1
+        assert ptx.count("mbarrier.try_wait.parity.shared::cta.b64") == 1
+        assemble(ptx, get_target("sm_90a"))
+
+
+@pytest.mark.parametrize("reads_only", [("full",), ("full", "free")])
+def test_what_readers_say_hands_nothing_on(reads_only: tuple[str, ...]) -> None:
+    x = np.zeros((5, 4, 64), np.int32)
+    with pytest.raises(
+        RaceError, match=r"race: (reads|writes) shared memory that another thread has written"
+    ) as caught:
+        relay.on("emulator")(x, x.copy(), c=2, reads_only=reads_only)
+    assert "test_clusters.py:" in str(caught.value)
+
+
+def test_readers_of_the_own_block_need_not_say_so() -> None:
+    @tilus.kernel
+    def own(x: Tensor[int32, 64]):
+        tilus.grid(2, warps=1, cluster=2)
+        free = tilus.mbarrier()
+        tilus.arrive(free, reads_only=True)
+
+    with pytest.raises(
+        tilus.TilusError, match="reads_only=True at a barrier of this block, where it would make no diff"
+    ):
+        own.ir()
 
 
 def test_a_lost_arrival_names_who_waits_in_which_block() -> None:
@@ -152,7 +191,7 @@ def share(x: Tensor[int32, "rounds", "parts", 64], y: Tensor[int32, "rounds", "b
             tilus.wait_barrier(full[k % 2], k // 2 % 2)
             tilus.store(y, [k, tilus.block_id(0), 0, 0], tilus.load_shared(tile[k % 2]), dims=[2, 3])
             for r in tilus.static_range(c):
-                tilus.arrive(free[k % 2], block=r)
+                tilus.arrive(free[k % 2], block=r, reads_only=True)
 
 
 @pytest.mark.parametrize("c", SIZES)

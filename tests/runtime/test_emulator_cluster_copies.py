@@ -77,6 +77,17 @@ def test_arrivals_at_mbarriers_of_other_blocks() -> None:
     wrong(late, "no mbarrier is initialised|nothing that orders it after its initialisation")
 
 
+@pytest.mark.parametrize("arrives", [".release.cluster", ".release.cta", ""])
+@pytest.mark.parametrize("waits", [".acquire.cluster", ".acquire.cta", ""])
+def test_both_sides_need_the_scope_of_the_cluster(arrives: str, waits: str) -> None:
+    """For what threads wrote to be seen in another block. Without a scope it is that of the block (PTX ISA, mbarrier)."""
+    body = PUSH.replace(".release.cluster.shared", f"{arrives}.shared").replace(".acquire.cluster", waits) + BARRIER
+    if (arrives, waits) == (".release.cluster", ".acquire.cluster"):
+        right(body, SWAPPED)
+    else:
+        wrong(body, "race: reads", RaceError)
+
+
 def test_a_relaxed_barrier_publishes_mbarriers_after_their_fence() -> None:
     relaxed = BARRIER.replace("release", "relaxed")
     right(PUSH.replace(BARRIER, relaxed) + BARRIER, SWAPPED)
@@ -174,6 +185,23 @@ def test_a_buffer_that_is_filled_by_multicast_again_and_again() -> None:
         for seed in SEEDS:
             with pytest.raises(EmulatorError, match=message):
                 pipeline(body, seed)
+
+
+NEAR = PIPELINE.replace(".release.cluster.shared", ".shared").replace(".acquire.cluster.", ".") + BARRIER
+
+
+def test_reads_are_over_at_any_scope() -> None:
+    """So a buffer that threads have only read may be filled again, and one that they have written may not."""
+    for seed in (*SEEDS, *range(4, 10)):
+        pipeline(NEAR, seed)
+    arrival = "@%p0 mbarrier.arrive.shared::cluster"
+    assert NEAR.count(arrival) == 1
+    wrote = "st.shared.b32 [%r21], %r22;\nfence.proxy.async;\nbar.warp.sync -1;\n"
+    for seed in SEEDS:
+        for body in (NEAR.replace("bar.warp.sync -1;\n", ""), NEAR.replace(arrival, wrote + arrival)):
+            with pytest.raises(RaceError, match="race: writes shared memory"):
+                pipeline(body, seed)
+        pipeline(PIPELINE.replace("@%p0 mbarrier.arrive.rel", f"{wrote}@%p0 mbarrier.arrive.rel") + BARRIER, seed)
 
 
 def test_a_copy_hands_on_no_more_than_its_bytes() -> None:

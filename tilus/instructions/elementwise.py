@@ -6,6 +6,7 @@ are computed two at a time where the hardware has the operation, otherwise in f3
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from tilus.codegen.c.arithmetic import binary_text, compare_text, unary_text
 from tilus.codegen.c.context import CContext
 from tilus.codegen.c.tile import joined
 from tilus.codegen.context import EmitContext
+from tilus.codegen.lanes import SELECT
 from tilus.dtypes import DataType, bf16, boolean, f16, f32, tf32
 from tilus.errors import TilusError
 from tilus.instructions.arithmetic import (
@@ -33,7 +35,7 @@ from tilus.ir.instruction import Instruction
 from tilus.ir.layout_rules import Elementwise, LayoutRule
 from tilus.ir.tensor import RegisterTensor
 from tilus.layout import RegisterLayout, slot_map
-from tilus.ptx.module import Reg
+from tilus.ptx.module import Imm, Reg
 
 Tile = RegisterTensor
 Value = RegisterTensor | Expr | Number
@@ -257,11 +259,22 @@ def select_words(
         return [b.emit("or.pred", x, y) for x, y in zip(both, other, strict=True)]
     if dtype.nbits >= 32:
         return [b.emit(f"selp.b{dtype.nbits}", x, y, p) for p, x, y in zip(preds, a, c, strict=True)]
+    if 32 % dtype.nbits == 0:
+        lanes = 32 // dtype.nbits
+        masks = [_lane_mask(ctx, dtype.nbits, preds[i : i + lanes]) for i in range(0, len(preds), lanes)]
+        return [b.emit("lop3.b32", y, x, m, Imm(SELECT)) for x, y, m in zip(a, c, masks, strict=True)]
     codes = [
         b.emit("selp.b32", ctx.extract(dtype.nbits, a, i), ctx.extract(dtype.nbits, c, i), p)
         for i, p in enumerate(preds)
     ]
     return ctx.pack(dtype.nbits, codes)
+
+
+def _lane_mask(ctx: EmitContext, nbits: int, preds: Sequence[Reg]) -> Reg:
+    """All bits of those lanes of a word whose predicate holds. Words with the same predicates share it."""
+    b, whole = ctx.b, (1 << nbits) - 1
+    parts = [b.pure("selp.b32", Imm(whole << nbits * lane), Imm(0), pred) for lane, pred in enumerate(preds)]
+    return functools.reduce(lambda x, y: b.pure("or.b32", x, y), parts)
 
 
 def _same_dtype(what: str, a: RegisterTensor, c: RegisterTensor) -> None:

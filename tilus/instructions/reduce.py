@@ -266,7 +266,12 @@ def _narrowed(ctx: EmitContext, accumulator: DataType, dtype: DataType, values: 
 
 
 def _build(
-    b: IRBuilder, op: str, x: RegisterTensor, axis: int | Sequence[int] | None, keepdims: bool
+    b: IRBuilder,
+    op: str,
+    x: RegisterTensor,
+    axis: int | Sequence[int] | None,
+    keepdims: bool,
+    layout: RegisterLayout | None = None,
 ) -> RegisterTensor:
     axes = tuple(range(x.rank)) if axis is None else (axis,) if isinstance(axis, int) else tuple(axis)
     for a in axes:
@@ -276,19 +281,21 @@ def _build(
             )
     axes = tuple(sorted(a % x.rank for a in axes))
     _check_dtype(op, x.dtype)
-    out = b.tile(result_dtype(op, x.dtype), reduced_shape(x.shape, axes, keepdims), name=op)
+    out = b.tile(result_dtype(op, x.dtype), reduced_shape(x.shape, axes, keepdims), layout, op)
     return b.emit(Reduce(out, x, axes, op, keepdims)).out
 
 
 @builtin
 def sum(
-    b: IRBuilder, x: RegisterTensor, axis: int | Sequence[int] | None = None, *, keepdims: bool = False
-) -> RegisterTensor:
+    b: IRBuilder, x: RegisterTensor, axis: int | Sequence[int] | None = None, *, keepdims: bool = False,
+    layout: RegisterLayout | None = None,
+) -> RegisterTensor:  # fmt: skip
     """The sum of a tile over an axis, several, or all of them (None).
 
     Floats are summed in f32; f16 and bf16 are then rounded once, smaller ones give f32. Integers give int32 or uint32, and wrap.
+    layout: pins the result's layout; partial sums of different warps then go to those that want them, and to no others.
     """
-    return _build(b, "sum", x, axis, keepdims)
+    return _build(b, "sum", x, axis, keepdims, layout)
 
 
 @builtin

@@ -1,19 +1,18 @@
 """Quantised linear layers of many experts in one launch (mixture of experts), on Hopper: each row of x times its expert's weight.
 
 Rows come sorted by expert, and where an expert's rows begin is read on the GPU: the host waits for nothing. A product is cut
-into items of one expert, `rows` tiles of 64 rows of its weight and `tokens` rows of x. As many blocks as run at once share the
-items in turn, token tiles of the same weight beside each other, so that only one of them reads it from memory. The ring of stages
-goes on from item to item: while the last steps of one are multiplied, weights of the next are on their way. An expert without
-rows has no items.
+into items: of one expert, some tiles of 64 rows of its weight and `tokens` rows of x. As many blocks as run at once share the
+items in turn, token tiles of the same weight beside each other, so that only one of them reads it from memory. An item is
+multiplied as `warpgroup_linear` does, by the same steps, and the ring of stages goes on from item to item: while the last steps
+of one are multiplied, weights of the next are on their way. An expert without rows has no items.
 
-A token tile may reach into the rows of the next expert; what it computes there is not stored. Steps are those of
-`warpgroup_linear`: sums of a group are scaled in f32, and no weight is rounded.
+A token tile may reach into the rows of the next expert; what it computes there is not stored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import tilus
@@ -23,38 +22,32 @@ from tilus.errors import TilusError
 from tilus.kernels.allocate import empty, is_cuda
 from tilus.kernels.columns import take_columns
 from tilus.kernels.linear_step import residual
+from tilus.kernels.plan_choice import launch_without_spills, num_sms_of
 from tilus.kernels.quantize.header import WeightHeader
 from tilus.kernels.quantize.packed import QuantizedWeight
 from tilus.kernels.quantize.tiles import MMA, TILE, WHOLE
-from tilus.kernels.warpgroup_operands import Shape, Unpacking, copy_weights, table_entries, tile_nbytes
-from tilus.kernels.warpgroup_products import scaled_sum
-from tilus.kernels.warpgroup_ring import (
-    COPYING,
-    MOST_STAGES,
-    MOST_TOKENS,
-    SHARED_NBYTES,
-    Ring,
-    launch_without_spills,
-    num_sms_of,
-)
+from tilus.kernels.warpgroup_linear import store_rows, with_bias
+from tilus.kernels.warpgroup_operands import Unpacking, table_entries, tile_nbytes
+from tilus.kernels.warpgroup_products import sum_of_steps
+from tilus.kernels.warpgroup_schedule import Overlap, WarpgroupPlan, planned
+from tilus.kernels.warpgroup_stages import Stages
+from tilus.kernels.warpgroup_sums import Sums
 from tilus.runtime.execute import place
+
+# Shared memory of a multiprocessor, and what each of its blocks takes of it beside its own.
+SM_NBYTES, RESERVED_NBYTES = 228 * 1024, 1024
 
 
 @dataclass(frozen=True)
 class GroupedPlan:
-    """One launch: rows of x and tiles of 64 rows of a weight in an item, tiles of 64 columns in a step, steps on their way,
-    blocks. Each row of tiles has a warpgroup of its own. overlap: a warpgroup unpacks columns while those before them are
-    multiplied, where there are no others that do."""
+    """One launch: how a block multiplies an item, and how many blocks share the items.
 
-    tokens: int
-    rows: int
-    depth: int
-    stages: int
+    There are no parts of K in other blocks, a row of tiles has a whole number of steps for each warpgroup along K, an expert's
+    weight a whole number of items, and weights are not scaled.
+    """
+
+    item: WarpgroupPlan
     blocks: int
-    overlap: bool = False
-
-    def shape(self, span: int) -> Shape:
-        return Shape(span, self.rows, self.depth, self.tokens, TILE if self.overlap else 2 * TILE)
 
 
 @tilus.kernel
@@ -65,6 +58,7 @@ def grouped_linear_kernel(
     y: Tensor["out", "m", "n"],
     offsets: Tensor[int32, "bounds"],
     global_scale: f32,
+    blocks: int32,
     mins: Tensor[uint8, "tiles", "mins_nbytes"] = None,
     zeros: Tensor[uint8, "tiles", "zeros_nbytes"] = None,
     table: Tensor[f32, 16] = None,
@@ -76,126 +70,154 @@ def grouped_linear_kernel(
     span: Const,
     plan: Const,
 ):
-    rows, stages, tokens = plan.rows, plan.stages, plan.tokens
-    shape = plan.shape(span)
-    ahead = int(plan.overlap)  # products under way while the next piece is unpacked
-    consumers, (producers, registers, registers_to_copy) = 4 * rows, COPYING[rows]
-    tilus.grid(plan.blocks, warps=consumers + producers)
+    rows, splits = plan.rows, plan.splits
+    group_warps, copiers = 4 * rows, 1 if plan.registers is None else 4
+    tilus.grid(blocks, warps=group_warps * splits + copiers, blocks_per_sm=plan.blocks_per_sm)
     tilus.launch_dependents()
+    shape = plan.shape(span)
+    steps = codes.shape[1] // (plan.depth * tile_nbytes(wdtype))
     expert_tiles = y.shape[1] // TILE
-    step_nbytes = plan.depth * tile_nbytes(wdtype)
-    steps = codes.shape[1] // step_nbytes
 
     factors = [(scales, scale_dtype), (mins, mins_dtype), (zeros, f16)]
-    stage_codes = tilus.shared(uint8, [stages, rows, step_nbytes])
-    stage_x = tilus.shared(x.dtype, [stages, tokens, shape.columns])
-    stage_factors = [
-        None
-        if array is None or span == WHOLE
-        else tilus.shared(uint8, [stages, rows, shape.sets * TILE * dtype.nbytes])
-        for array, dtype in factors
-    ]
-    full, empty = tilus.mbarrier(stages), tilus.mbarrier(stages)
+    constant = [codes, scales, mins, zeros, table, bias]
+    stages = Stages(plan, x, codes, wdtype, factors, shape, 0)
+    sums = Sums(splits, plan.tokens, 32 * group_warps, turns=splits > 1)
 
-    with tilus.warps(consumers, producers, registers=registers_to_copy):
-        tilus.wait_dependencies(constant=[codes, scales, mins, zeros, table, bias])
-        nbytes = stage_codes[0].nbytes + stage_x[0].nbytes
-        for buffer in stage_factors:
-            if buffer is not None:
-                nbytes = nbytes + buffer[0].nbytes
-        filling = Ring(full, empty, stages)
+    with tilus.warps(group_warps * splits, copiers, registers=None if plan.registers is None else 40):
+        tilus.wait_dependencies(constant=constant)
 
-        def fill(expert, row_tile, token, end):
+        free = Walk(stages, 0, 1)
+
+        def fill(turn, expert, row_tile, token, end):
             for step in tilus.range(steps):
-                stage = filling.next_to_fill(nbytes)
-                first = expert * expert_tiles + row_tile
-                copy_weights(codes, factors, stage_codes, stage_factors, full, stage, first, step, shape)
-                tilus.copy_tensor(stage_x[stage], x, [token, step * shape.columns], barrier=full[stage])
+                stage = free.wait_until_empty()
+                stages.copy_weights(stage, expert * expert_tiles + row_tile, step)
+                stages.copy_activations(stage, token, step, 0)
 
-        each_item(offsets, x.shape[0], expert_tiles, plan, fill)
+        each_item(offsets, x.shape[0], expert_tiles, blocks, plan, fill)
 
-    with tilus.warps(0, consumers, registers=registers):
-        tilus.wait_dependencies(constant=[codes, scales, mins, zeros, table, bias])
+    def multiply_all(split: int):
         exponent = residual(wdtype, x.dtype, table, zeros, MMA)
-        entries = table_entries(table, x.dtype, 32 * consumers)
+        entries = table_entries(table, x.dtype, 32 * group_warps)
         unpacked = Unpacking(wdtype, (scale_dtype, mins_dtype), x.dtype, entries, exponent, shape)
-        using = Ring(full, empty, stages)
+        own_stages = Walk(stages, split, splits)
 
-        def multiply(expert, row_tile, token, end):
+        def multiply(turn, expert, row_tile, token, end):
             once = unpacked.whole(factors, expert * expert_tiles + row_tile) if span == WHOLE else None
-            total = tilus.zeros([TILE * rows, tokens], f32)
-            for _ in tilus.range(steps):
-                stage = using.next_to_use()
-                under_way = []
-                for piece in range(shape.pieces):
-                    scale, minimum, zero = once if once is not None else unpacked.factors(stage_factors, stage, piece)
-                    left = unpacked.weights(stage_codes, stage, piece, zero)
-                    offsets_of_piece, extents = [0, piece * shape.width], (TILE * rows, tokens, shape.width)
-                    part = tilus.wgmma(left, stage_x[stage], shape=extents, y_offsets=offsets_of_piece)
-                    sum_x = None
-                    if minimum is not None:
-                        ones = tilus.full([TILE * rows, shape.width], 1.0, x.dtype)
-                        sum_x = tilus.wgmma(ones, stage_x[stage], shape=extents, y_offsets=offsets_of_piece)
-                    under_way = [*under_way, (part, scale, sum_x, minimum)]
-                    if piece >= ahead:
-                        tilus.wgmma_wait(ahead if minimum is None else 2 * ahead)
-                        total = scaled_sum(total, *under_way[piece - ahead])
-                if ahead:
-                    tilus.wgmma_wait()
-                    total = scaled_sum(total, *under_way[shape.pieces - 1])
-                tilus.arrive(empty[stage])
-            result = total * (global_scale * 2.0**exponent)
-            if bias is not None:
-                added = tilus.cast(tilus.load(bias[expert], [row_tile * TILE], [TILE * rows]), f32)
-                result = result + tilus.reshape(added, [TILE * rows, 1])
-            own = tilus.narrow(y, 0, 0, end)  # rows behind it are those of other experts
-            tilus.store(own, [token, row_tile * TILE], tilus.cast(result, y.dtype), dims=[1, 0])
+            total = sum_of_steps(unpacked, own_stages, once, split, steps, plan)
+            if split > 0:
+                sums.give(total, split, turn=turn)
+            else:
+                result = sums.added_to(total, turn) * (global_scale * 2.0**exponent)
+                result = with_bias(result, None if bias is None else bias[expert], row_tile)
+                own = tilus.narrow(y, 0, 0, end)  # rows behind it are those of other experts
+                store_rows(own, [token, row_tile * TILE], tilus.cast(result, y.dtype), 32 * group_warps)
 
-        each_item(offsets, x.shape[0], expert_tiles, plan, multiply)
+        each_item(offsets, x.shape[0], expert_tiles, blocks, plan, multiply)
+
+    for split in range(splits):
+        with tilus.warps(group_warps * split, group_warps, registers=plan.registers):
+            tilus.wait_dependencies(constant=constant)
+            multiply_all(split)
 
 
-def each_item(offsets, num_rows, expert_tiles, plan: GroupedPlan, work):
-    """`work(expert, tile of its weight, first row of x, end of the expert's rows)` for every item of this block."""
-    start = tilus.block_id(0)  # this block's next item, counted from the first one of the expert
+class Walk:
+    """The stages of one role, from item to item: every `stride`-th from `first` on, over and over.
+
+    For `sum_of_steps` it stands in for the stages themselves, whose numbers of steps begin at 0 with every item. The position is
+    two variables, since an item's first step is no constant that a division by the number of stages could be folded with.
+    """
+
+    def __init__(self, stages: Stages, first: int, stride: int):
+        self.count, self.stride = stages.count, stride
+        self.codes, self.x, self.factors = stages.codes, stages.x, stages.factors
+        self.full, self.empty = stages.full, stages.empty
+        self.stage = first - stride
+        self.phase = 0
+
+    def advance(self):
+        self.stage += self.stride
+        if self.stage >= self.count:
+            self.stage -= self.count
+            self.phase = 1 - self.phase
+
+    def wait_until_empty(self):
+        """The next stage, once all have read it."""
+        self.advance()
+        tilus.wait_barrier(self.empty[self.stage], 1 - self.phase)
+        return self.stage
+
+    def wait(self, step):
+        """The next stage, once it is there."""
+        self.advance()
+        tilus.wait_barrier(self.full[self.stage], self.phase)
+        return self.stage
+
+    def at(self, step):
+        """The last stage that was waited for."""
+        return self.stage
+
+    def give_back(self, stage, step):
+        tilus.arrive(self.empty[stage])
+
+
+def each_item(offsets, num_rows, expert_tiles, blocks, plan: WarpgroupPlan, work):
+    """`work(turn, expert, tile of its weight, first row of x, end of the expert's rows)` for every item of this block."""
+    number = tilus.block_id(0)  # of this block's next item, counted from the first one of the expert
+    turn, end = 0, offsets[0]
+    row_tile, token = 0, 0  # variables: what divisions give is used in every step
     for expert in tilus.range(offsets.shape[0] - 1):
-        begin, end = offsets[expert], min(offsets[expert + 1], num_rows)
+        begin = end
+        end = min(offsets[expert + 1], num_rows)
         token_tiles = tilus.cdiv(max(end - begin, 0), plan.tokens)
         count = token_tiles * (expert_tiles // plan.rows)
-        own = tilus.cdiv(max(count - start, 0), plan.blocks)
-        for index in tilus.range(own):
-            item = start + index * plan.blocks
-            work(expert, item // token_tiles * plan.rows, begin + item % token_tiles * plan.tokens, end)
-        start = start + own * plan.blocks - count
+        while number < count:
+            row_tile = number // token_tiles * plan.rows
+            token = begin + number % token_tiles * plan.tokens
+            work(turn, expert, row_tile, token, end)
+            number += blocks
+            turn += 1
+        number -= count
+
+
+# By tokens of an item, best first (docs/performance.md): rows of tiles, warpgroups along K, most tiles of a step, blocks on a
+# multiprocessor, overlap and registers.
+ITEMS: dict[int, tuple[tuple[int, int, int, int, Overlap, int | None], ...]] = {
+    8: ((1, 2, 4, 2, "none", None), (1, 1, 4, 4, "none", None), (1, 1, 2, 2, "none", None), (1, 1, 2, 1, "none", None)),
+    16: (
+        (2, 1, 4, 2, "none", None),
+        (1, 2, 4, 2, "none", None),
+        (1, 1, 4, 3, "none", None),
+        (1, 1, 2, 2, "none", None),
+    ),
+    32: ((2, 1, 2, 2, "none", None), (1, 1, 4, 3, "none", None), (1, 1, 2, 2, "none", None)),
+    64: ((2, 1, 2, 1, "steps", 208), (1, 1, 2, 2, "none", None), (1, 1, 2, 1, "none", None)),
+    128: ((2, 1, 2, 1, "steps", 232), (2, 1, 2, 1, "none", 232), (1, 2, 2, 1, "none", 208), (1, 1, 2, 1, "none", None)),
+}
+FEW = (1, 4, 4, 1, "none", None)  # of up to 16 tokens, where a block has one item: four warpgroups share it
 
 
 def plans(m: int, experts: int, header: WeightHeader, num_sms: int) -> Iterator[GroupedPlan]:
     """For m rows of x and a stacked weight: the best plan, then those that need fewer registers.
 
-    Without knowing how many rows each expert has, tiles hold twice the mean: a second tile reads its weights from the L2 cache,
-    while a larger one costs every expert. Few rows leave registers for four warpgroups.
+    Without knowing how many rows each expert has, items hold twice the mean: a second one reads its weights from the L2 cache,
+    while a larger one costs every expert. From a mean of 64 on they hold 128, whose steps take less than twice those of 64.
     """
     tiles_n, tiles_k = header.shape[0] // TILE // experts, header.shape[1] // TILE
-    best = next((tokens for tokens in (8, 16, 32) if 2 * m <= tokens * experts), 64)
-    for tokens in (tokens for tokens in (64, 32, 16, 8) if tokens <= best):
-        for rows in (rows for rows, most in MOST_TOKENS.items() if tiles_n % rows == 0 and tokens <= most):
-            for depth in (depth for depth in (2, 1) if tiles_k % depth == 0):
-                items = tiles_n // rows * (min(experts, m) + m // tokens)
-                overlap = (
-                    rows < 4 and tokens < 64
-                )  # four warpgroups unpack in turn, sums of 64 tokens leave no registers
-                plan = GroupedPlan(tokens, rows, depth, MOST_STAGES, min(max(num_sms, 1), items), overlap)
-                stages = min(MOST_STAGES, SHARED_NBYTES // stage_nbytes(header, plan))
-                if stages >= 2:
-                    yield replace(plan, stages=stages)
-
-
-def stage_nbytes(header: WeightHeader, plan: GroupedPlan) -> int:
-    """Of shared memory for a stage; all tiles start at multiples of 1024."""
-    shape = plan.shape(header.span)
-    factors = [header.scale_dtype, header.mins_dtype, f16.name if header.has_zeros else None]
-    per_set = 0 if header.span == WHOLE else sum(DTYPES[name].nbytes for name in factors if name is not None)
-    weights_nbytes = plan.rows * (plan.depth * tile_nbytes(header.dtype) + shape.sets * TILE * per_set)
-    return weights_nbytes + plan.tokens * shape.columns * f16.nbytes
+    best = next((tokens for tokens in (8, 16, 32) if 2 * m <= tokens * experts), 64 if m < 64 * experts else 128)
+    for tokens in (tokens for tokens in sorted(ITEMS, reverse=True) if tokens <= best):
+        most_pairs = min(experts, m) + m // tokens  # of an expert and some of its rows
+        few = tokens <= 16 and tiles_n * most_pairs <= num_sms
+        for rows, splits, most, blocks_per_sm, overlap, registers in (FEW, *ITEMS[tokens]) if few else ITEMS[tokens]:
+            depth = next(depth for depth in (4, 2, 1) if depth <= most and tiles_k % depth == 0)
+            if tiles_n % rows or tiles_k // depth % splits:
+                continue
+            item = planned(
+                header, tokens, rows, splits, 1, depth, SM_NBYTES // blocks_per_sm - RESERVED_NBYTES,
+                registers=registers, blocks_per_sm=blocks_per_sm, overlap=overlap,
+            )  # fmt: skip
+            if item is not None:
+                yield GroupedPlan(item, min(num_sms * blocks_per_sm, tiles_n // rows * most_pairs))
 
 
 def grouped_linear(
@@ -242,9 +264,9 @@ def launch(
         for array in (weight.codes, weight.scales, weight.mins, weight.zeros)
     )
     grouped_linear_kernel.on(device)(
-        x, codes, scales, y, offsets, header.global_scale, mins, zeros, weight.table, bias,
+        x, codes, scales, y, offsets, header.global_scale, plan.blocks, mins, zeros, weight.table, bias,
         wdtype=header.dtype, scale_dtype=DTYPES[header.scale_dtype],
-        mins_dtype=None if header.mins_dtype is None else DTYPES[header.mins_dtype], span=header.span, plan=plan,
+        mins_dtype=None if header.mins_dtype is None else DTYPES[header.mins_dtype], span=header.span, plan=plan.item,
     )  # fmt: skip
 
 

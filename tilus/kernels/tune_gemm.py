@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tilus.dtypes import DataType
-from tilus.kernels.gemm import (
-    MOST_SHARED_TOKENS,
-    MOST_TOKENS,
-    ROW_NBYTES,
-    ROWS,
-    Plan,
-    fitted,
-    gemm_kernel,
-    kernel_call,
-    launch,
-    most_stages,
-    plan,
-    splits_of,
-)
+from tilus.kernels.gemm import kernel_call, launch
+from tilus.kernels.gemm_kernel import gemm_kernel
+from tilus.kernels.gemm_schedule import Plan, Product, estimated_us, plan, possible
 from tilus.kernels.trial_arrays import CHECKED_AT_ONCE, placeholder, random_tensor, torch_dtype, wrong_results
 from tilus.runtime import graph_timer
 from tilus.runtime.autotune import Action, Timer, bucket, tune
@@ -34,13 +23,9 @@ if TYPE_CHECKING:
     from tilus.runtime.cuda import Device
 
 PLANS: tuple[type, ...] = (Plan,)
-FAMILY = "gemm-2"  # another number where plans get another meaning, or the kernel another speed
+FAMILY = "gemm-3"  # another number where plans get another meaning, or the kernel another speed
 CANDIDATES = 10
 NO_FACTORS = (1.0, None, None, None)
-
-# The model's machine, an H100: for each multiprocessor bytes of memory and of the L2 cache, and products of 16-bit numbers.
-BYTES_PER_NS, CACHED_BYTES_PER_NS, PRODUCTS_PER_NS = 24.0, 40.0, 2900.0
-START_NS = 1500.0  # until the first operands are there, and the last results away
 
 
 @dataclass(frozen=True)
@@ -64,54 +49,24 @@ class GemmProblem:
         types = (self.act.name, self.weight.name, self.out.name)
         return Key(FAMILY, device, json.dumps([self.n, self.k, *types, bucket(self.m)]))
 
+    def product(self, num_sms: int) -> Product:
+        """What the rule looks at."""
+        return Product(self.m, self.n, self.k * self.act.nbytes, self.out.nbytes, num_sms)
+
     def __str__(self) -> str:
         return f"{self.n} x {self.k} {self.weight}, M = {self.m}"
 
 
 def heuristic(problem: GemmProblem, num_sms: int) -> Plan:
     """The plan that is used without tuning."""
-    return plan(problem.m, problem.n, problem.k * problem.act.nbytes, num_sms, problem.out.nbytes)
+    return plan(problem.product(num_sms))
 
 
 def candidates(problem: GemmProblem, num_sms: int) -> tuple[Plan, ...]:
-    """The heuristic's plan, then the others in the order of the model's times; about ten in all."""
-    first = heuristic(problem, num_sms)
-    others = [found for found in _possible(problem, num_sms) if found != first]
-    others.sort(key=lambda found: estimated_us(found, problem, num_sms))
-    return first, *others[: CANDIDATES - 1]
-
-
-def estimated_us(found: Plan, problem: GemmProblem, num_sms: int) -> float:
-    """Microseconds by a model that is good for an order only: rounds of tiles, each as long as its products or its operands."""
-    row_tiles, token_tiles = -(-problem.n // ROWS), -(-problem.m // found.tokens)
-    tiles = row_tiles * token_tiles * found.splits
-    rounds = -(-tiles // found.blocks)
-    k = problem.k / found.splits
-    nbytes = k * (ROWS * problem.weight.nbytes + found.tokens * problem.act.nbytes / found.cluster)
-    first_reads = problem.k * problem.n * problem.weight.nbytes / num_sms  # of each weight, from memory
-    products = ROWS * found.tokens * k * problem.act.nbytes / 2
-    busy = max(rounds * products / PRODUCTS_PER_NS, rounds * nbytes / CACHED_BYTES_PER_NS, first_reads / BYTES_PER_NS)
-    return (busy * (1 + 1 / found.stages / 4) + START_NS) / 1000
-
-
-def _possible(problem: GemmProblem, num_sms: int) -> Iterator[Plan]:
-    """Tiles that are not mostly padding, with as many stages as there is room for and fewer."""
-    row_tiles = -(-problem.n // ROWS)
-    fewest = next((tokens for tokens in (16, 32, 64, 128) if tokens >= problem.m), MOST_TOKENS)
-    for tokens in (16, 32, 64, 128, 192, 256):
-        if tokens > fewest or tokens * 16 < fewest:
-            continue
-        steps = -(-problem.k * problem.act.nbytes // ROW_NBYTES)
-        most_splits = 1
-        if tokens <= MOST_SHARED_TOKENS:
-            most_splits = splits_of(row_tiles * -(-problem.m // tokens), steps, num_sms)
-        teams = [(1, splits) for splits in (1, 2, 4) if splits <= most_splits]
-        if row_tiles % 2 == 0 and tokens >= 64 and num_sms > 1:
-            teams.append((2, 1))
-        for cluster, splits in teams:
-            most = most_stages(tokens, problem.out.nbytes, splits)
-            for stages in sorted({most, max(2, most - 1), max(2, most // 2)}):
-                yield fitted(Plan(tokens, stages, cluster, 0, splits), problem.m, problem.n, num_sms)
+    """The best by the model, the heuristic's first; about ten in all."""
+    product = problem.product(num_sms)
+    found = sorted(possible(product), key=lambda each: estimated_us(each, product))
+    return tuple(found[:CANDIDATES])
 
 
 def measure(problem: GemmProblem, device: Device, timer: Timer = graph_timer.graph_us) -> Tuned:

@@ -17,13 +17,15 @@ import tilus
 from tilus import Const, Tensor, f16, f32, int32, uint8
 from tilus.dtypes import DTYPES
 from tilus.kernels.allocate import counters, empty
+from tilus.kernels.byte_operands import UNPACKINGS, exponent_of
 from tilus.kernels.linear_step import residual
 from tilus.kernels.quantize.packed import QuantizedWeight
 from tilus.kernels.quantize.tiles import MMA, TILE, WHOLE
-from tilus.kernels.warpgroup_operands import Shape, Unpacking, table_entries, tile_nbytes
+from tilus.kernels.warpgroup_operands import Unpacking, table_entries, tile_nbytes
 from tilus.kernels.warpgroup_products import sum_of_steps
 from tilus.kernels.warpgroup_schedule import STORED_TOKENS, WarpgroupPlan
-from tilus.kernels.warpgroup_stages import Stages, Sums
+from tilus.kernels.warpgroup_stages import Stages
+from tilus.kernels.warpgroup_sums import Sums
 from tilus.kernels.warpgroup_tiles import Tiles
 from tilus.lang.kernel import Kernel
 from tilus.layout import local
@@ -43,6 +45,7 @@ def warpgroup_linear(
     bias: Tensor["bias_type", "n"] = None,
     partial: Tensor[f32, "places", 2, "eights", "threads", 4] = None,
     tickets: Tensor[int32, "counters"] = None,
+    x_scale: Tensor[f32, "m"] = None,
     *,
     wdtype: Const,
     scale_dtype: Const,
@@ -53,8 +56,7 @@ def warpgroup_linear(
     threads: Const = None,
 ):
     rows, splits = plan.rows, plan.splits
-    # More pieces a step, where registers of one are to be free while tensor cores read those of another.
-    shape = Shape(span, rows, plan.depth, plan.tokens, TILE if plan.scaled or plan.overlap == "steps" else 2 * TILE)
+    shape = plan.shape(span)
     group_warps, copiers = 4 * rows, 1 if plan.registers is None else 4
     token_tiles = tilus.cdiv(y.shape[0], plan.tokens)
     tilus.grid(
@@ -72,7 +74,7 @@ def warpgroup_linear(
     factors = [(scales, scale_dtype), (mins, mins_dtype), (zeros, f16)]
     constant = [codes, scales, mins, zeros, table, bias]
     stages = Stages(plan, x, codes, wdtype, factors, shape, tiles.group)
-    own_sums = Sums(splits, plan.tokens, 32 * group_warps, again=plan.launched > 0 and splits > 1)
+    own_sums = Sums(splits, plan.tokens, 32 * group_warps, turns=plan.launched > 0 and splits > 1)
     all_sums = Sums(plan.blocks, plan.tokens, 32 * group_warps)
     if plan.blocks * plan.sharing > 1:
         tilus.cluster_sync()
@@ -83,9 +85,12 @@ def warpgroup_linear(
     for split in range(splits):
         with tilus.warps(group_warps * split, group_warps, registers=plan.registers):
             tilus.wait_dependencies(constant=constant)
-            exponent = residual(wdtype, x.dtype, table, zeros, MMA)
             entries = table_entries(table, x.dtype, 32 * group_warps)
-            unpacked = Unpacking(wdtype, (scale_dtype, mins_dtype), x.dtype, entries, exponent, shape)
+            if x_scale is None:
+                kind, numbers, exponent = Unpacking, x.dtype, residual(wdtype, x.dtype, table, zeros, MMA)
+            else:
+                kind, numbers, exponent = UNPACKINGS[x.dtype], f16, exponent_of(wdtype, x.dtype, zeros is not None)
+            unpacked = kind(wdtype, (scale_dtype, mins_dtype), numbers, entries, exponent, shape)
             for index in tiles.numbers():
                 row_tile, token = tiles.start(index)
                 begin, end = tiles.extent(index)
@@ -106,8 +111,11 @@ def warpgroup_linear(
                         if plan.streamed:
                             total, complete = tiles.joined(total, partial, tickets, index)
                         if complete == 1:
-                            result = with_bias(total * (global_scale * 2.0**exponent), bias, row_tile)
-                            store_rows(y, [token, row_tile * TILE], tilus.cast(result, y.dtype), 32 * group_warps)
+                            result = total * (global_scale * 2.0**exponent)
+                            if x_scale is not None:
+                                result = result * tilus.load(x_scale, [token], [plan.tokens])
+                            result = tilus.cast(with_bias(result, bias, row_tile), y.dtype)
+                            store_rows(y, [token, row_tile * TILE], result, 32 * group_warps)
 
 
 def with_bias(result, bias, row_tile):
@@ -130,7 +138,7 @@ def store_rows(y, start, result, threads: int):
 
 
 def kernel_call(
-    x: Any, weight: QuantizedWeight, y: Any, bias: Any | None, plan: WarpgroupPlan
+    x: Any, weight: QuantizedWeight, y: Any, bias: Any | None, plan: WarpgroupPlan, x_scale: Any | None = None
 ) -> tuple[Kernel, list[Any], dict[str, Any]]:
     """The kernel with its arguments and compile-time values, for activations whose columns are in the order of the weight's."""
     header = weight.header
@@ -152,5 +160,19 @@ def kernel_call(
         partial = empty(x, (launched + 1, 2, plan.tokens // 8, 128 * plan.rows, 4), "float32")
         tickets = counters(x, launched + 1)
         values |= {"eights": plan.tokens // 8, "threads": 128 * plan.rows}
-    arguments = [x, codes, scales, y, header.global_scale, launched, mins, zeros, weight.table, bias, partial, tickets]
+    arguments = [
+        x,
+        codes,
+        scales,
+        y,
+        header.global_scale,
+        launched,
+        mins,
+        zeros,
+        weight.table,
+        bias,
+        partial,
+        tickets,
+        x_scale,
+    ]
     return warpgroup_linear, arguments, values

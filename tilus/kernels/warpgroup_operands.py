@@ -64,6 +64,22 @@ def table_entries(table, act: DataType, threads: int):
     return tilus.cast(tilus.load(table, [0], [16], layout=replicated(threads, 1) * local(16)), act)
 
 
+def loaded_codes(stage_codes, stage, piece: int, wdtype: DataType, shape: Shape):
+    """The bytes of the tiles that a piece is of, each thread's in the order of its codes."""
+    tiles = max(1, shape.width // TILE)
+    first, nbytes = piece * shape.width // TILE * tile_nbytes(wdtype), tiles * tile_nbytes(wdtype)
+    layout = MMA.warpgroup_bytes(wdtype, shape.rows, 1, tiles).reshape((shape.rows, nbytes))
+    return tilus.load_shared(stage_codes[stage], [0, first], [shape.rows, nbytes], layout=layout)
+
+
+def narrowed(numbers, piece: int, shape: Shape):
+    """Of the numbers of whole tiles those of a piece, [rows * 64, width]."""
+    if shape.width >= TILE:
+        return numbers
+    parts = TILE // shape.width
+    return tilus.select(tilus.reshape(numbers, [TILE * shape.rows, parts, shape.width]), 1, piece % parts)
+
+
 class Unpacking:
     """From packed bytes in shared memory to operands in registers."""
 
@@ -79,9 +95,7 @@ class Unpacking:
         """The bare numbers [rows * 64, width] of a piece, zero points subtracted."""
         shape = self.shape
         tiles = max(1, shape.width // TILE)
-        first, nbytes = piece * shape.width // TILE * tile_nbytes(self.wdtype), tiles * tile_nbytes(self.wdtype)
-        layout = MMA.warpgroup_bytes(self.wdtype, shape.rows, 1, tiles).reshape((shape.rows, nbytes))
-        raw = tilus.load_shared(stage_codes[stage], [0, first], [shape.rows, nbytes], layout=layout)
+        raw = loaded_codes(stage_codes, stage, piece, self.wdtype, shape)
         extents, fragments = [TILE * shape.rows, TILE * tiles], MMA.warpgroup_fragments(shape.rows, 1, tiles)
         if self.table is not None:
             numbers = tilus.lookup(self.table, tilus.view(raw, uint4, extents, fragments))
@@ -90,9 +104,7 @@ class Unpacking:
             numbers = tilus.unpack_codes(
                 raw, self.wdtype, self.act, extents, fragments, packed_for=packed_for, scaled=scaled
             )
-        if shape.width < TILE:
-            parts = TILE // shape.width
-            numbers = tilus.select(tilus.reshape(numbers, [TILE * shape.rows, parts, shape.width]), 1, piece % parts)
+        numbers = narrowed(numbers, piece, shape)
         return numbers if zeros is None else numbers - zeros
 
     def piece(self, stage_codes, stage_factors, stage, piece: int, once):

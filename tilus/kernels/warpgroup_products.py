@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tilus
 from tilus import f32
+from tilus.kernels.byte_operands import as_f32
 from tilus.kernels.quantize.tiles import TILE
 from tilus.kernels.warpgroup_operands import Unpacking
 from tilus.kernels.warpgroup_schedule import WarpgroupPlan
@@ -36,7 +37,7 @@ def add_groups(total, unpacked, stages: Stages, once, begin, steps, plan: Warpgr
             part = tilus.wgmma(left, stages.x[stage], shape=extents, y_offsets=offsets)
             sum_x = None
             if minimum is not None:
-                ones = tilus.full([TILE * plan.rows, shape.width], 1.0, act)
+                ones = tilus.full([TILE * plan.rows, shape.width], 1, act)
                 sum_x = tilus.wgmma(ones, stages.x[stage], shape=extents, y_offsets=offsets)
             under_way = [*under_way, (part, scale, sum_x, minimum)]
             if piece >= later:
@@ -45,7 +46,7 @@ def add_groups(total, unpacked, stages: Stages, once, begin, steps, plan: Warpgr
         if later > 0:
             tilus.wgmma_wait()
             total = scaled_sum(total, *under_way[shape.pieces - 1])
-        stages.give_back(i)
+        stages.give_back(stage, i)
     return total
 
 
@@ -60,9 +61,9 @@ def add_fragments(total, unpacked, stages: Stages, once, begin, steps, plan: War
             x = tilus.load_shared(stages.x[stage], [0, piece * shape.width], [plan.tokens, shape.width])
             right, sum_x = tilus.transpose(x), None
             if minimum is not None:
-                sum_x = tilus.dot(tilus.full([TILE * plan.rows, shape.width], 1.0, act), right)
+                sum_x = tilus.dot(tilus.full([TILE * plan.rows, shape.width], 1, act), right)
             total = scaled_sum(total, tilus.dot(left, right), scale, sum_x, minimum)
-        stages.give_back(i)
+        stages.give_back(stage, i)
     return total
 
 
@@ -82,7 +83,7 @@ def add_ahead(total, unpacked, stages: Stages, once, begin, steps, plan: Warpgro
             left, offsets = unpacked.piece(stages.codes, stages.factors, stage, piece, once), [0, piece * shape.width]
             if piece % together == 0:
                 tilus.wgmma_wait()
-                total = tilus.fma(part, unpacked.scale(stages.factors, stage, piece - 1, once), total)
+                total = tilus.fma(as_f32(part), unpacked.scale(stages.factors, stage, piece - 1, once), total)
                 part = tilus.wgmma(left, stages.x[stage], shape=extents, y_offsets=offsets)
             else:
                 part = tilus.wgmma(left, stages.x[stage], part, shape=extents, y_offsets=offsets)
@@ -93,21 +94,22 @@ def add_ahead(total, unpacked, stages: Stages, once, begin, steps, plan: Warpgro
             next_stage = stages.wait(following)
             first = unpacked.piece(stages.codes, stages.factors, next_stage, 0, once)
         tilus.wgmma_wait()
-        total = tilus.fma(part, scale, total)
-        stages.give_back(i)
+        total = tilus.fma(as_f32(part), scale, total)
+        stages.give_back(stage, i)
     return total
 
 
 def scaled_sum(total, part, scale, sum_x, minimum):
     """total + scale * part + minimum * sum_x, of the latter what there is."""
-    result = tilus.fma(part, scale, total)
-    return result if minimum is None else tilus.fma(sum_x, minimum, result)
+    result = tilus.fma(as_f32(part), scale, total)
+    return result if minimum is None else tilus.fma(as_f32(sum_x), minimum, result)
 
 
 def add_scaled(total, unpacked, stages: Stages, once, begin, steps, plan: WarpgroupPlan):
     """The same with weights that are multiplied by their scales before the product, and rounded to the activations' type."""
     shape, act = unpacked.shape, stages.x.dtype
     extents = (TILE * plan.rows, plan.tokens, shape.width)
+    before = 0
     for i in tilus.range(begin, steps, plan.splits):
         stage = stages.wait(i)
         for piece in range(shape.pieces):
@@ -118,8 +120,9 @@ def add_scaled(total, unpacked, stages: Stages, once, begin, steps, plan: Warpgr
             total = tilus.wgmma(left, stages.x[stage], total, shape=extents, y_offsets=[0, piece * shape.width])
             tilus.wgmma_wait(1)
             if piece == 0 and i > begin:
-                stages.give_back(i - plan.splits)
+                stages.give_back(before, i - plan.splits)
+        before = stage
     tilus.wgmma_wait()
     if plan.launched and begin < steps:
-        stages.give_back(steps - 1)
+        stages.give_back(before, steps - 1)
     return total

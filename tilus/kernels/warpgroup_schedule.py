@@ -14,6 +14,7 @@ from typing import Literal
 from tilus.errors import TilusError
 from tilus.kernels.quantize.header import FACTOR_NBYTES, ZERO_NBYTES, WeightHeader
 from tilus.kernels.quantize.tiles import TILE, WHOLE
+from tilus.kernels.warpgroup_operands import Shape
 
 SHARED_NBYTES = 227 * 1024
 HALF_NBYTES = 112 * 1024  # so that a block of the next kernel, or another of this one, has room beside it
@@ -78,6 +79,11 @@ class WarpgroupPlan:
                 f"{self.launched} blocks with equal shares of all steps, {self.sharing} sharing tokens, expected 1 or more, 1"
             )
 
+    def shape(self, span: int) -> Shape:
+        """Of its steps. More pieces a step, where registers of one are to be free while tensor cores read those of another."""
+        widest = TILE if self.scaled or self.overlap == "steps" else 2 * TILE
+        return Shape(span, self.rows, self.depth, self.tokens, widest)
+
     def easier(self) -> WarpgroupPlan | None:
         """The next one that needs fewer registers; None when there is none."""
         if self.launched:
@@ -95,23 +101,25 @@ class WarpgroupPlan:
         return replace(self, tokens=self.tokens // 2) if self.tokens > 8 and not self.scaled else None
 
 
-def stage_nbytes(header: WeightHeader, tokens: int, rows: int, depth: int) -> int:
+def stage_nbytes(header: WeightHeader, tokens: int, rows: int, depth: int, act_nbytes: int = 2) -> int:
     """Shared memory of a step: codes, factors and activations."""
     sets = 0 if header.span == WHOLE else max(1, depth * TILE // header.span)
     names = [name for name in (header.scale_dtype, header.mins_dtype) if name is not None]
     factors = sets * TILE * (sum(FACTOR_NBYTES[name] for name in names) + ZERO_NBYTES * header.has_zeros)
-    return rows * (depth * 512 * header.dtype.nbits + factors) + tokens * depth * TILE * 2
+    return rows * (depth * 512 * header.dtype.nbits + factors) + tokens * depth * TILE * act_nbytes
 
 
 def planned(
     header: WeightHeader, tokens: int, rows: int, splits: int, blocks: int, depth: int, nbytes: int, *,
     registers: int | None = None, blocks_per_sm: int = 1, overlap: Overlap = "none", scaled: bool = False,
-    unit: Unit = "wgmma", sharing: int = 1, launched: int = 0, streamed: bool = False,
+    unit: Unit = "wgmma", sharing: int = 1, launched: int = 0, streamed: bool = False, act_nbytes: int = 2,
 ) -> WarpgroupPlan | None:  # fmt: skip
     """The plan with as many stages as `nbytes` of shared memory hold; None when they are too few."""
     sums = (splits - 1 + blocks - 1) * tokens * rows * TILE * 4
     stored = min(tokens, STORED_TOKENS) * rows * TILE * 2
-    stages = min((nbytes - SLACK_NBYTES - stored - sums) // stage_nbytes(header, tokens, rows, depth), MOST_STAGES)
+    stages = min(
+        (nbytes - SLACK_NBYTES - stored - sums) // stage_nbytes(header, tokens, rows, depth, act_nbytes), MOST_STAGES
+    )
     stages -= stages % splits
     if stages < max(2, splits * (2 if overlap == "steps" or scaled else 1)):
         return None

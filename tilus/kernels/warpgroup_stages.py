@@ -1,9 +1,9 @@
-"""What the warpgroups of a quantised linear layer on Hopper share: steps on their way through shared memory, and partial sums."""
+"""Steps of a quantised linear layer on Hopper on their way through shared memory."""
 
 from __future__ import annotations
 
 import tilus
-from tilus import f32, uint8
+from tilus import uint8
 from tilus.dtypes import DataType
 from tilus.kernels.quantize.tiles import TILE, WHOLE
 from tilus.kernels.warpgroup_operands import Shape, copy_weights, tile_nbytes
@@ -83,57 +83,11 @@ class Stages:
         tilus.wait_barrier(self.full[stage], (self.first + step) // self.count % 2)
         return stage
 
-    def give_back(self, step):
-        """All blocks that bring parts of this step's stage may fill it again."""
-        stage = self.at(step)
+    def give_back(self, stage, step):
+        """All blocks that bring parts of the stage of this step may fill it again."""
         if self.sharing == 1:
             tilus.arrive(self.empty[stage])
         else:
             if self.first + step + self.count < self.end:  # else the other block might be gone
                 for block in range(self.sharing):
                     tilus.arrive(self.empty[stage], block=self.group + block, reads_only=True)
-
-
-class Sums:
-    """Where the first of `count` warpgroups, or blocks of a cluster, finds the sums of the others. again: more than once."""
-
-    def __init__(self, count: int, tokens: int, threads: int, again: bool = False):
-        self.count = count
-        self.buffers = tilus.shared(f32, [max(1, count - 1), tokens // 8, threads, 4])
-        self.done = tilus.mbarrier(1, arrivals=max(1, count - 1))
-        self.taken = tilus.mbarrier(1) if again else None
-
-    def give(self, total, index, number=0, block=None):
-        """Leave the sums of the index-th, from 1 on, to the first one, which `block` of the cluster has (None: this one), for the
-        number-th time."""
-        if self.taken is not None:
-            tilus.wait_barrier(self.taken[0], (number + 1) % 2)
-        tilus.store_shared(self.buffers[index - 1], by_thread(total), block=block)
-        tilus.arrive(self.done[0], block=block)
-
-    def added_to(self, total, number=0):
-        """Of the first one, plus those of the others, always in the same order."""
-        if self.count == 1:
-            return total
-        tilus.wait_barrier(self.done[0], number % 2)
-        added = tilus.load_shared(self.buffers[0])
-        for index in range(1, self.buffers.shape[0]):
-            added = added + tilus.load_shared(self.buffers[index])
-        total = total + from_thread(added, total)
-        if self.taken is not None:
-            tilus.arrive(self.taken[0])
-        return total
-
-
-def by_thread(total):
-    """[rows, tokens] of wgmma as [tokens / 8, threads, 4], so that a thread moves 16 bytes beside those of its neighbours."""
-    rows, tokens = total.shape
-    split = tilus.reshape(total, [rows // 16, 2, 8, tokens // 8, 4, 2])
-    return tilus.reshape(tilus.transpose(split, [3, 0, 2, 4, 1, 5]), [tokens // 8, 2 * rows, 4])
-
-
-def from_thread(added, total):
-    """What `by_thread` made of sums like `total`, back in order."""
-    rows, tokens = total.shape
-    split = tilus.reshape(added, [tokens // 8, rows // 16, 8, 4, 2, 2])
-    return tilus.reshape(tilus.transpose(split, [1, 4, 2, 0, 3, 5]), [rows, tokens])

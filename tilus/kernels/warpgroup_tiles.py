@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tilus
 from tilus.kernels.warpgroup_schedule import WarpgroupPlan
-from tilus.kernels.warpgroup_stages import by_thread, from_thread
+from tilus.kernels.warpgroup_sums import by_thread, from_thread
 
 BAND = 16  # rows of tiles that take turns, so that what they read again is found in the L2 cache
 

@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tilus.runtime.emulator.async_copy import Arrival
-from tilus.runtime.emulator.clocks import Clock, join
+from tilus.runtime.emulator.clocks import Clock
 from tilus.runtime.emulator.errors import RaceError
-from tilus.runtime.emulator.mbarrier import Mbarrier
+from tilus.runtime.emulator.mbarrier import Handed, Mbarrier
 
 if TYPE_CHECKING:
     from tilus.runtime.emulator.machine import Machine
@@ -122,7 +122,7 @@ class BulkCopies:
             machine.shared_shadow.end_bulk_read(load.pc, load.loan, load.lane)
         for landing in load.landings:
             barrier = landing.barrier
-            barrier.arrived = join(barrier.arrived, load.phases)
+            barrier.arrived = barrier.arrived.joined(Handed(load.phases, load.phases))
             machine.shared.views[transfer.size][(transfer.shared_at + landing.shift) >> shift] = values
             place = np.array([transfer.place + landing.shift])
             agent = machine.mbarriers.agent(barrier)

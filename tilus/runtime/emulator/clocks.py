@@ -6,6 +6,9 @@ the phase. An earlier access by warp v at clock c is ordered before warp w now w
 warp are ordered by a step of their clock only: that they run in lockstep is not a promise of the machine.
 
 mbarriers have clocks, too: what lands by an asynchronous copy belongs to no thread, but to a phase of its mbarrier.
+
+A warp is two agents: all that it did, and what it read alone. A release or an acquire at the scope of the block says to those of
+other blocks nothing about writes. But what was read is read, wherever that is known; so the memory may be written again.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ import numpy.typing as npt
 
 Lanes = npt.NDArray[np.int64]
 Clock = npt.NDArray[np.int64]
-"""How far each agent has been seen, [columns]: the warps of all blocks of the cluster by rank, then the mbarriers."""
+"""How far each agent has been seen, [columns]: the warps of all blocks of the cluster by rank, their reads in the same order,
+then the mbarriers."""
 
 MAX_CLUSTER, MAX_THREADS = 8, 1024
 FIRST_BARRIER = MAX_CLUSTER * MAX_THREADS
@@ -33,14 +37,15 @@ def join(first: Clock, second: Clock) -> Clock:
 class WarpClocks:
     """clock[slot, w, v]: how far warp w of the block in `slot` has seen agent v of its cluster.
 
-    own[slot, w]: the column of a warp. lane_clock[lane, v]: what this thread alone has acquired at an mbarrier; its warp
-    joins in at its next barrier. foreign: whether blocks have touched each other's shared memory.
+    own[slot, w]: the column of a warp, that of its reads is `all_warps` further. lane_clock[lane, v]: what this thread
+    alone has acquired at an mbarrier; its warp joins in at its next barrier. foreign: whether blocks have touched each
+    other's shared memory.
     """
 
     def __init__(self, slots: int, warps: int, cluster: int) -> None:
         self.all_warps = cluster * warps
-        self.clock = np.zeros((slots, warps, self.all_warps), np.int64)
-        self.lane_clock = np.zeros((slots * warps * 32, self.all_warps), np.int64)
+        self.clock = np.zeros((slots, warps, 2 * self.all_warps), np.int64)
+        self.lane_clock = np.zeros((slots * warps * 32, 2 * self.all_warps), np.int64)
         self.lanes_ahead = self.foreign = False
         self.own = np.arange(slots)[:, None] % cluster * warps + np.arange(warps)
         self.at = np.arange(slots)[:, None], np.arange(warps)[None]
@@ -52,10 +57,15 @@ class WarpClocks:
 
     def reset(self) -> None:
         self.clock[:] = 0
-        self.clock[*self.at, self.own] = 1
+        for column in self._columns(self.own):
+            self.clock[*self.at, column] = 1
         self.lane_clock[:] = 0
         self.lanes_ahead = self.foreign = False
         self.floor = 0 if self.own.shape[1] > 1 else 1
+
+    def _columns(self, own: Lanes) -> tuple[Lanes, Lanes]:
+        """Of all that warps did, and of their reads."""
+        return own, own + self.all_warps
 
     def add_column(self) -> int:
         """A place for one more mbarrier."""
@@ -66,7 +76,7 @@ class WarpClocks:
     def column_of(self, agents: Lanes) -> Lanes:
         warps = self.own.shape[1]
         threads = (agents // MAX_THREADS) * warps + agents % MAX_THREADS // 32
-        return np.where(agents < FIRST_BARRIER, threads, agents - FIRST_BARRIER + self.all_warps)
+        return np.where(agents < FIRST_BARRIER, threads, agents - FIRST_BARRIER + 2 * self.all_warps)
 
     def own_clock(self, slots: Lanes, warps: Lanes) -> Lanes:
         """How often these warps have stepped."""
@@ -97,7 +107,8 @@ class WarpClocks:
             row, warps = np.nonzero(arriving)
             self._join_lanes(slots[row], warps)
         clock = self.clock[slots]
-        clock[np.arange(len(slots))[:, None], self.at[1], self.own[slots]] += arriving
+        for column in self._columns(self.own[slots]):
+            clock[np.arange(len(slots))[:, None], self.at[1], column] += arriving
         seen = np.where(arriving[:, :, None], clock, 0).max(axis=1, keepdims=True)
         for row, slot in enumerate(slots.tolist()):
             if slot in handed:
@@ -108,7 +119,8 @@ class WarpClocks:
         """The threads of each of these warps are ordered among themselves."""
         if self.lanes_ahead:
             self._join_lanes(slots, warps)
-        self.clock[slots, warps, self.own[slots, warps]] += 1
+        for column in self._columns(self.own[slots, warps]):
+            self.clock[slots, warps, column] += 1
 
     def _join_lanes(self, slots: Lanes, warps: Lanes) -> None:
         """What single threads of these warps have acquired now holds for all of them."""
@@ -123,15 +135,21 @@ class WarpClocks:
         handed = self.clock[slot, warp].copy()
         if self.lanes_ahead:
             handed = np.maximum(handed, self.lane_clock[lanes].max(axis=0))
-        own = self.own[slot, warp]
-        self.clock[slot, warp, own] += 1
-        handed[own] = self.clock[slot, warp, own]
+        for column in self._columns(self.own[slot, warp]):
+            self.clock[slot, warp, column] += 1
+            handed[column] = self.clock[slot, warp, column]
         return handed
+
+    def reads_only(self, handed: Clock) -> Clock:
+        """What of it reaches the threads of another block that are outside of the scope."""
+        reads = handed.copy()
+        reads[: self.all_warps] = 0
+        return reads
 
     def phases_seen(self, slot: int, warp: int, lane: int) -> Clock:
         """How far a thread has seen the mbarriers, and nothing of the warps."""
         seen = np.maximum(self.clock[slot, warp], self.lane_clock[lane])
-        seen[: self.all_warps] = 0
+        seen[: 2 * self.all_warps] = 0
         return seen
 
     def acquire(self, slot: int, warp: int, lanes: Lanes, handed: Clock, *, whole_warp: bool) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from tilus.runtime.emulator.clocks import FIRST_BARRIER, PHASE_ZERO, Clock
+from tilus.runtime.emulator.clocks import FIRST_BARRIER, PHASE_ZERO, Clock, join
 
 if TYPE_CHECKING:
     from tilus.runtime.emulator.machine import Machine
@@ -25,11 +25,23 @@ MAX_COUNT = (1 << 20) - 1
 """Of pending arrivals, and of pending bytes in both directions (PTX ISA, "Contents of the mbarrier object")."""
 
 
+@dataclass(frozen=True, eq=False)
+class Handed:
+    """What is handed on to threads that acquire it at the scope of the block, and to those that do at that of the cluster."""
+
+    block: Clock
+    cluster: Clock
+
+    def joined(self, other: Handed) -> Handed:
+        return Handed(join(self.block, other.block), join(self.cluster, other.cluster))
+
+
 @dataclass(eq=False)
 class Mbarrier:
     """One object. place: byte in the data of shared memory; column: its place among the clocks; count: arrivals that a
     phase needs; pending, nbytes: arrivals and bytes that phase number `phase` still waits for (bytes below zero: more
-    have landed than were expected so far); landing: the copies on their way, as pcs."""
+    have landed than were expected so far); landing: the copies on their way, as pcs. arrived, completed: what the arrivals
+    of the phase and of all completed ones hand on."""
 
     place: int
     slot: int
@@ -39,8 +51,8 @@ class Mbarrier:
     init_lane: int
     init_clock: int
     pending: int
-    arrived: Clock
-    completed: Clock
+    arrived: Handed
+    completed: Handed
     phase: int = 0
     nbytes: int = 0
     visible: bool = False
@@ -56,12 +68,13 @@ class Mbarrier:
 
 @dataclass(eq=False)
 class Waiter:
-    """Lanes that wait at one instruction for a phase; `resume(lanes, whether it completed)`."""
+    """Lanes that wait at one instruction for a phase; `resume(lanes, whether it completed)`. by_cluster: acquire at its scope."""
 
     mask: Mask
     barrier: Mbarrier
     phase: int
     pc: int
+    by_cluster: bool
     resume: Callable[[Mask, bool], None]
 
 
@@ -100,9 +113,9 @@ class Mbarriers:
         machine.shared_shadow.mark_mbarrier(pc, place, lane)
         slot, warp = int(machine.slot_of[lane]), int(machine.warp_of[lane])
         column = self._column(pc, place)
-        blank = np.zeros(machine.clocks.columns, np.int64)
+        blank = Handed(*np.zeros((2, machine.clocks.columns), np.int64))
         clock = int(machine.clocks.clock[slot, warp, machine.clocks.own[slot, warp]])
-        self.table[place] = Mbarrier(place, slot, column, count, pc, lane, clock, count, blank, blank.copy())
+        self.table[place] = Mbarrier(place, slot, column, count, pc, lane, clock, count, blank, blank)
 
     def _column(self, pc: int, place: int) -> int:
         """Objects at one place in blocks of different clusters share a column."""
@@ -111,9 +124,9 @@ class Mbarriers:
             if len(self.columns) == FIRST_BARRIER:
                 raise self.machine.fault(pc, f"more than {FIRST_BARRIER} mbarriers in a block")
             self.columns[offset] = self.machine.clocks.add_column()
+            longer = Handed(*np.zeros((2, self.machine.clocks.columns), np.int64))
             for barrier in self.table.values():
-                barrier.arrived = np.append(barrier.arrived, 0)
-                barrier.completed = np.append(barrier.completed, 0)
+                barrier.arrived, barrier.completed = longer.joined(barrier.arrived), longer.joined(barrier.completed)
         return self.columns[offset]
 
     def inval(self, pc: int, lane: int, place: int) -> None:
@@ -165,7 +178,7 @@ class Mbarriers:
         return None
 
     def agent(self, barrier: Mbarrier) -> int:
-        return FIRST_BARRIER + barrier.column - self.machine.clocks.all_warps
+        return FIRST_BARRIER + barrier.column - 2 * self.machine.clocks.all_warps
 
     def publish(self, lanes: Lanes) -> None:
         """These threads fence: what they initialised becomes visible to the asynchronous proxy."""
@@ -181,12 +194,12 @@ class Mbarriers:
         return shared.describe(shared.base + offset)
 
     # Arrivals and bytes.
-    def arrive(self, pc: int, lanes: Lanes, barrier: Mbarrier, count: int, clock: Clock | None) -> None:
-        """All of these threads arrive `count` times, one after the other. clock: what they hand on, if anything."""
+    def arrive(self, pc: int, lanes: Lanes, barrier: Mbarrier, count: int, handed: Handed | None) -> None:
+        """All of these threads arrive `count` times, one after the other. handed: what they hand on, if anything."""
         left = len(lanes) * count
         while left > 0:
-            if clock is not None:
-                self._check_in_turn(pc, int(lanes[0]), barrier, clock)
+            if handed is not None:
+                self._check_in_turn(pc, int(lanes[0]), barrier, handed.block)
             now = min(left, barrier.pending)
             if now == 0 or now % count:
                 raise self.machine.fault(
@@ -198,8 +211,8 @@ class Mbarriers:
                 )
             barrier.pending -= now
             left -= now
-            if clock is not None:
-                barrier.arrived = np.maximum(barrier.arrived, clock)
+            if handed is not None:
+                barrier.arrived = barrier.arrived.joined(handed)
             self._settle(pc, barrier, int(lanes[0]))
 
     def _check_in_turn(self, pc: int, lane: int, barrier: Mbarrier, clock: Clock) -> None:
@@ -258,9 +271,10 @@ class Mbarriers:
                 lane,
                 hint="mbarrier.arrive.expect_tx must announce the bytes of all copies",
             )
-        barrier.completed = np.maximum(barrier.completed, barrier.arrived)
-        barrier.completed[barrier.column] = PHASE_ZERO + barrier.phase + 1
-        barrier.arrived[:] = 0
+        phase = np.zeros(self.machine.clocks.columns, np.int64)
+        phase[barrier.column] = PHASE_ZERO + barrier.phase + 1
+        barrier.completed = barrier.completed.joined(barrier.arrived).joined(Handed(phase, phase))
+        barrier.arrived = Handed(*np.zeros((2, len(phase)), np.int64))
         barrier.phase += 1
         barrier.pending = barrier.count
         self._wake(barrier)
@@ -272,19 +286,20 @@ class Mbarriers:
             return
         self.waiters = [waiter for waiter in self.waiters if waiter not in ready]
         for waiter in ready:
-            self.acquire(waiter.mask, barrier)
+            self.acquire(waiter.mask, barrier, by_cluster=waiter.by_cluster)
             waiter.resume(waiter.mask, True)
             self.released.append((waiter.pc + 1, waiter.mask))
         self.machine.clocks_moved()
 
-    def acquire(self, mask: Mask, barrier: Mbarrier) -> None:
+    def acquire(self, mask: Mask, barrier: Mbarrier, *, by_cluster: bool) -> None:
         """What was handed on by the completed phases is ordered before what these lanes of one block do next."""
         machine = self.machine
+        handed = barrier.completed.cluster if by_cluster else barrier.completed.block
         lanes = np.flatnonzero(mask)
         for warp in np.unique(machine.warp_of[lanes]).tolist():
             mine = lanes[machine.warp_of[lanes] == warp]
             whole = len(mine) == int(machine.alive[mine[0] & ~31 : (mine[0] & ~31) + 32].sum())
-            machine.clocks.acquire(barrier.slot, warp, mine, barrier.completed, whole_warp=whole)
+            machine.clocks.acquire(barrier.slot, warp, mine, handed, whole_warp=whole)
 
     def wait(self, waiter: Waiter, warp: int) -> bool:
         """Threads of one warp find a phase incomplete. False: they are told so and go on."""

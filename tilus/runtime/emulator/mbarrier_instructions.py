@@ -12,7 +12,7 @@ from tilus.runtime.emulator.clocks import PHASE_ZERO
 from tilus.runtime.emulator.decode import Mask, Site, Step, instruction
 from tilus.runtime.emulator.guards import mark_initialised
 from tilus.runtime.emulator.machine import WARP
-from tilus.runtime.emulator.mbarrier import MAX_COUNT, Mbarrier, Waiter
+from tilus.runtime.emulator.mbarrier import MAX_COUNT, Handed, Mbarrier, Waiter
 from tilus.runtime.emulator.memory import Access
 
 Lanes = npt.NDArray[np.int64]
@@ -91,15 +91,15 @@ def arrive(site: Site) -> Step:
     def one(place: int, lanes: Lanes) -> None:
         barrier = machine.mbarriers.find(pc, int(lanes[0]), place)
         out[lanes] = np.uint64(barrier.phase | place << 32)
-        clock = machine.hand_on(lanes) if releases else None
+        handed = _released(site, lanes, barrier) if releases else None
         values = numbers[lanes]
         if not expects and (values == values[0]).all():
-            machine.mbarriers.arrive(pc, lanes, barrier, _count(site, int(values[0]), lanes), clock)
+            machine.mbarriers.arrive(pc, lanes, barrier, _count(site, int(values[0]), lanes), handed)
             return
         for at, value in enumerate(values.tolist()):
             if expects:
                 machine.mbarriers.expect_bytes(pc, int(lanes[at]), barrier, value)
-            machine.mbarriers.arrive(pc, lanes[at : at + 1], barrier, 1 if expects else value, clock)
+            machine.mbarriers.arrive(pc, lanes[at : at + 1], barrier, 1 if expects else value, handed)
 
     def step(mask: Mask) -> None:
         for place, lanes in by_place(access, site.lanes(mask)):
@@ -107,6 +107,16 @@ def arrive(site: Site) -> Step:
         machine.clocks_moved()
 
     return step
+
+
+def _released(site: Site, lanes: Lanes, barrier: Mbarrier) -> Handed:
+    """What an arrival hands on. What threads wrote, those of other blocks see when both sides have the scope of the cluster."""
+    machine = site.machine
+    clock = machine.hand_on(lanes)
+    if int(machine.slot_of[lanes[0]]) == barrier.slot:
+        return Handed(clock, clock)
+    reads = machine.clocks.reads_only(clock)
+    return Handed(reads, clock if site.has("cluster") else reads)
 
 
 def _count(site: Site, count: int, lanes: Lanes) -> int:
@@ -137,7 +147,7 @@ def wait_for_phase(site: Site) -> Callable[[Flags], list[tuple[int, Flags]]]:
     """mbarrier.{test,try}_wait{.parity}{.sem.scope}{.space}.b64 p, [addr], state or parity{, time}."""
     site.allow("test_wait", "try_wait", "parity", *_SCOPES, *_SPACES)
     site.expect_operands(3, 4) if site.has("try_wait") else site.expect_operands(3)
-    by_parity = site.has("parity")
+    by_parity, by_cluster = site.has("parity"), site.has("cluster")
     out, access = site.target(0, "pred"), barrier_access(site, site.operands[1])
     values = np.broadcast_to(site.source(2, "u32" if by_parity else "b64"), site.machine.lanes)
     machine, pc, mark = site.machine, site.pc, mark_initialised(site)
@@ -153,8 +163,10 @@ def wait_for_phase(site: Site) -> Callable[[Flags], list[tuple[int, Flags]]]:
         phase = _phase_by_parity(site, lanes, barrier, value) if by_parity else _phase(site, lanes, barrier, value)
         done = phase < barrier.phase
         if done:
-            machine.mbarriers.acquire(mask, barrier)
-        elif machine.mbarriers.wait(Waiter(mask, barrier, phase, pc, resume), int(machine.warp_of[lanes[0]])):
+            machine.mbarriers.acquire(mask, barrier, by_cluster=by_cluster)
+        elif machine.mbarriers.wait(
+            Waiter(mask, barrier, phase, pc, by_cluster, resume), int(machine.warp_of[lanes[0]])
+        ):
             return False
         resume(mask, done)
         return True

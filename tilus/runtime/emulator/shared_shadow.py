@@ -302,8 +302,10 @@ class SharedShadow:
         """Every stamp [accesses, granules] must be ordered before the access of its lane, or be its own."""
         machine = self.machine
         agent = self._agents(stamps)
-        who = lanes[:, None]
-        seen = machine.clocks.seen(machine.slot_of[who], machine.warp_of[who], who, machine.clocks.column_of(agent))
+        who, columns = lanes[:, None], machine.clocks.column_of(agent)
+        if earlier == "read":
+            columns = columns + self.warps
+        seen = machine.clocks.seen(machine.slot_of[who], machine.warp_of[who], who, columns)
         own = (agent == machine.agent_of[who]) & (stamps & _MANY == 0)
         race = ((stamps >> _CLOCK).astype(np.int64) >= seen) & ~own & (stamps != 0)
         if exempt is not None:

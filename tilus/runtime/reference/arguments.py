@@ -97,7 +97,8 @@ def _scalar(param: ScalarParam, value: Any) -> Scalar:
 def _bind_dims(binding: Binding, param: TensorParam, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
     for dim, (expr, size) in enumerate(zip(param.tensor.shape, shape, strict=True)):
         _match(binding, expr, size, f"dimension {dim} of {param.name}")
-    for dim, (expr, stride) in enumerate(zip(param.tensor.strides, strides, strict=True)):
+    by_dim = list(enumerate(zip(param.tensor.strides, strides, strict=True)))
+    for dim, (expr, stride) in reversed(by_dim):  # an outer stride may be a multiple of an inner one
         # Numpy leaves strides that are never used undefined: of dimensions of one element, and of empty arrays.
         if shape[dim] > 1 and 0 not in shape:
             _match(binding, expr, stride, f"stride {dim} of {param.name}")

@@ -1,0 +1,93 @@
+"""Attention over paged caches on a GPU, beside pure reads of the cached bytes, torch's attention and a Triton kernel.
+
+    python benchmarks/attention.py --out FILE       decoding: batches of 1 to 128 sequences of 1k to 16k tokens, and skewed ones
+    python benchmarks/attention.py --quantised      caches of fp8, int8 and int4 instead, without peers
+    python benchmarks/attention.py --plans          by several plans, tilus alone; with --quantised, too
+    python benchmarks/attention.py --batch 8,32     only batches of so many sequences
+    python benchmarks/attention.py --no-peers       only tilus and reads
+
+--budget SECONDS stops before the first row that would start later; the file is whole after each row.
+
+Pages of a sequence are in random order. Times are medians over replays of a CUDA graph, in microseconds of one call. A graph goes
+through copies of the cache that add up to more than three times the L2 cache, so that every call reads its keys and values from
+memory. What is compared runs in the same process. Results of tilus, before and after they are timed, and of the others are
+compared with f32 for up to three sequences; a wrong one ends the run.
+
+Output, as JSON; times in microseconds, null where there is none:
+    device, torch, cuda, triton, python    what it ran on; triton: null where it is missing
+    l2_nbytes, replays     the GPU's L2 cache; the most replays of a graph
+    seconds                since the start, when the last row was done
+    suites                 {decode: {rows}}, or {plans: {rows}}
+Every row has phase, batch, context (of a skewed batch the mean), skewed, q_len, heads, kv_heads, head_dim, page, kv_dtype and
+    us, plain_us           tilus, calls in a row with dependent launch and without; lengths and block tables are constant
+    tbps                   TB/s: the bytes of all cached keys and values, scales included, by us
+    read_us, plain_read_us    a pure read of as many bytes, likewise
+    error                  relative, in the L2 norm, the largest of the sequences that were checked
+    peers                  microseconds by name: sdpa_flash and sdpa_cudnn on contiguous keys and values of equal lengths; triton:
+                           the fastest of a few configurations of the kernel in paged/triton_decode.py
+    bar, met               wanted tbps, and whether it was reached
+    failures               {peer: why there is no time}
+plans: tile, stages, warps, blocks, us, tbps and error of each plan.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from paged import decode
+from paged.cases import DECODE, QUANTISED
+from products.report import Report
+from products.timing import Budget
+
+
+def numbers_in(text: str) -> list[int]:
+    """`N,N`."""
+    parts = text.split(",")
+    wrong = [part for part in parts if not part.isdigit() or int(part) == 0]
+    if wrong:
+        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is no number of sequences")
+    return [int(part) for part in parts]
+
+
+def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the JSON here")
+    parser.add_argument("--quantised", action="store_true", help="caches of 8 and 4 bits")
+    parser.add_argument("--plans", action="store_true", help="compare plans")
+    parser.add_argument("--batch", type=numbers_in, help="numbers of sequences, separated by commas")
+    parser.add_argument("--no-peers", action="store_true", help="measure tilus and reads only")
+    parser.add_argument("--replays", type=int, default=30, help="at most so many graph replays a time (default 30)")
+    parser.add_argument("--budget", type=float, help="seconds after which no row starts")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = options_of()
+    if not torch.cuda.is_available():
+        raise SystemExit("no GPU: `tilus doctor` says what is missing")
+    run = decode.DecodeRun(options.replays, Budget(options.budget), not options.no_peers)
+    has_triton = importlib.util.find_spec("triton") is not None
+    facts = {
+        "device": torch.cuda.get_device_name(0), "torch": torch.__version__, "cuda": torch.version.cuda,
+        "triton": importlib.metadata.version("triton") if has_triton else None, "python": platform.python_version(),
+        "l2_nbytes": run.timer.l2_nbytes, "replays": run.timer.replays,
+    }  # fmt: skip
+    report = Report(options.out, facts)
+    cases = [
+        case
+        for case in (QUANTISED if options.quantised else DECODE)
+        if options.batch is None or case.batch in options.batch
+    ]
+    with torch.cuda.stream(torch.cuda.Stream()):
+        rows = run.rows(cases)
+        report.suite("decode", rows, decode.COLUMNS, decode.cells, facts=lambda: {"seconds": round(run.budget.used, 1)})
+
+
+if __name__ == "__main__":
+    main()

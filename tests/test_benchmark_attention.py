@@ -1,0 +1,61 @@
+"""What of benchmarks/attention.py needs no GPU: that it measures the right thing. No times are judged."""
+
+from __future__ import annotations
+
+import attention
+import kv_errors
+import pytest
+import torch
+from paged.batches import check, elements_of, error_of, random_batch
+from paged.cases import DECODE, LONGEST, QUANTISED, Case
+from paged.plans import PLANS
+
+from tilus.kernels import paged_decode
+
+SMALL = {"heads": 4, "kv_heads": 2, "head_dim": 64}
+
+
+def test_the_command_needs_no_gpu_to_say_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["attention.py"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="no GPU"):
+        attention.main()
+    options = attention.options_of(["--batch", "1,32", "--no-peers", "--quantised", "--plans"])
+    assert (options.batch, options.no_peers, options.quantised, options.plans) == ([1, 32], True, True, True)
+    with pytest.raises(SystemExit, match="2"):
+        attention.options_of(["--batch", "0"])
+    assert "'0' is no number of sequences" in capsys.readouterr().err
+
+
+def test_bytes_and_lengths() -> None:
+    """All cases are of the size that their name says; scales and minimums count."""
+    for case in (*DECODE, *QUANTISED):
+        assert len(case.lengths) == case.batch and case.code_nbits in PLANS
+        assert case.skewed or set(case.lengths) == {case.context}
+        assert max(case.lengths) <= LONGEST and abs(sum(case.lengths) / case.batch / case.context - 1) < 0.1
+    assert Case(1, 4096).nbytes == 4096 * 8 * 2 * 256
+    assert Case(1, 4096, kv_dtype="fp8").nbytes == 4096 * 8 * 2 * 130
+    assert Case(1, 4096, kv_dtype="int4").nbytes == 4096 * 8 * 2 * 68
+    assert Case(8, 4096, skewed=True).lengths[0] > 7 * Case(8, 4096, skewed=True).lengths[-1]
+
+
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "fp8", "int4"])
+def test_a_right_result_passes_and_a_wrong_one_does_not(kv_dtype: str) -> None:
+    case = Case(2, 70, skewed=True, kv_dtype=kv_dtype, q_len=2, **SMALL)
+    batch = random_batch(case, 1, "cpu")
+    assert 0.3 < float(elements_of(batch.caches[0], torch.arange(2)).std()) < 3
+    out = paged_decode(
+        batch.q, batch.caches[0], batch.block_tables, batch.kv_lens, batch.scale, device="reference"
+    )  # fmt: skip
+    assert check(batch, out, "paged_decode") == error_of(batch, out) < 4e-3
+    out[1, 0, 3] += 0.1
+    with pytest.raises(SystemExit, match="paged_decode, 2 x 70 skewed, heads 4/2"):
+        check(batch, out, "paged_decode")
+
+
+def test_errors_of_caches_are_in_the_order_of_their_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_errors, "TOKENS", 32)
+    errors = [kv_errors.error_of("normal", 64, name) for name in ("bfloat16", "int8", "fp8", "int4")]
+    assert errors == sorted(errors) and errors[0] < 2e-3 and errors[-1] < 0.3

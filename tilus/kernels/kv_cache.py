@@ -1,0 +1,195 @@
+"""Paged key-value caches of 8 and 4 bits: codes with a scale for each token and head, written by the kernel that rotates keys.
+
+Scales of single tokens and heads need no calibration, and follow outliers: "per-token" quantisation as in C. Hooper et al.,
+"KVQuant", arXiv 2401.18079, and Z. Liu et al., "KIVI", arXiv 2402.02750, there for values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import tilus
+from tilus import Const, Tensor, TilusError, f16, f32, int32, uint8
+from tilus.dtypes import DataType, float8_e4m3, int8, uint4
+from tilus.kernels.allocate import empty
+from tilus.kernels.attention import power_of_two
+from tilus.layout import RegisterLayout, local, replicated, spatial
+
+WARPS = 4
+VECTOR = 4  # neighbouring elements of a thread
+
+
+@dataclass(frozen=True)
+class KvFormat:
+    """code: the type of the codes. largest: the code of the largest magnitude, or of the largest element where `has_minimum`;
+    then each token and head has its least element, too."""
+
+    code: DataType
+    largest: float
+    has_minimum: bool = False
+
+    @property
+    def kinds(self) -> int:
+        """Numbers in f16 that a token and head has: its scale, and its minimum."""
+        return 2 if self.has_minimum else 1
+
+
+KV_FORMATS = {
+    "fp8": KvFormat(float8_e4m3, 448.0),
+    "int8": KvFormat(int8, 127.0),
+    "int4": KvFormat(uint4, 15.0, has_minimum=True),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedCache:
+    """Keys (0) and values (1) of pages: element = code * scale, or code * scale + minimum.
+
+    codes: uint8 [pages, Hkv, 2, page_size, D * nbits / 8], of 4 bits the even element in the lower half of a byte. factors:
+    float16 [pages, Hkv, 2, kinds, page_size], scales and then minimums. Both may be strided views (one layer of a pool) with
+    contiguous rows.
+    """
+
+    format: KvFormat
+    codes: Any
+    factors: Any
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """[pages, 2, page_size, Hkv, D], as that of a cache of 16 bits."""
+        pages, kv_heads, _, page_size, nbytes = self.codes.shape
+        return pages, 2, page_size, kv_heads, nbytes * 8 // self.format.code.nbits
+
+
+def quantized_cache(
+    name: str, pages: int, page_size: int, kv_heads: int, head_dim: int, device: Any = "cpu"
+) -> QuantizedCache:  # fmt: skip
+    """An empty cache of torch tensors. name: of KV_FORMATS. Raises: TilusError for a name that is none of them."""
+    import torch
+
+    if name not in KV_FORMATS:
+        raise TilusError(f"quantized_cache: format {name!r}, expected one of {', '.join(KV_FORMATS)}")
+    kind = KV_FORMATS[name]
+    codes = torch.zeros(
+        pages, kv_heads, 2, page_size, head_dim * kind.code.nbits // 8, dtype=torch.uint8, device=device
+    )
+    factors = torch.zeros(pages, kv_heads, 2, kind.kinds, page_size, dtype=torch.float16, device=device)
+    return QuantizedCache(kind, codes, factors)
+
+
+@tilus.kernel
+def rope_append_quantized_kernel(
+    qkv: Tensor["dtype", "tokens", "heads", "head_dim"],
+    positions: Tensor[int32, "tokens"],
+    cos_sin: Tensor[f32, "max_positions", "head_dim"],
+    slots: Tensor[int32, "tokens"],
+    codes: Tensor[uint8, "pages", "kv_heads", 2, "page_size", "nbytes"],
+    factors: Tensor[f16, "pages", "kv_heads", 2, "kinds", "page_size"],
+    q: Tensor["dtype", "tokens", "q_heads", "head_dim"],
+    *,
+    head_dim: Const,
+    q_heads: Const,
+    kv_heads: Const,
+    page_size: Const,
+    kind: Const,
+):
+    """One token a block. Tiles hold a power of two of heads: those beyond the last read zeros and are not written."""
+    tilus.grid(qkv.shape[0], warps=WARPS)
+    tilus.launch_dependents()
+    tilus.wait_dependencies()
+    token = tilus.block_id(0)
+    half = head_dim // 2
+    position, slot = positions[token], slots[token]
+    page, offset = slot // page_size, slot % page_size
+
+    def halves(first: int, count: int) -> Any:
+        """The two halves of some heads, in f32."""
+        part, shape = qkv[token, first : first + count], [power_of_two(count), half]
+        layout = by_vector(shape[0], half, VECTOR)
+        return [tilus.load(part, [0, at], shape, layout=layout).to(f32) for at in (0, half)]
+
+    def rotated(low: Any, high: Any) -> Any:
+        cos, sin = (tilus.load(cos_sin, [position, at], [1, half]) for at in (0, half))
+        return low * cos - high * sin, high * cos + low * sin
+
+    def append(which: int, low: Any, high: Any) -> None:
+        scale, minimum = factors_of(low, high, kind)
+        own = [page, 0, which, 0, offset]
+        tilus.store(factors, own, scale, dims=[1, 3])
+        if minimum is not None:
+            tilus.store(factors, [page, 0, which, 1, offset], minimum, dims=[1, 3])
+        for at, elements in ((0, low), (half, high)):
+            first = [page, 0, which, offset, at * kind.code.nbits // 8]
+            tilus.store(codes, first, as_bytes(codes_of(elements, scale, minimum, kind), kind), dims=[1, 4])
+
+    low, high = rotated(*halves(0, q_heads))
+    tilus.store(q, [token, 0, 0], low.to(q.dtype))
+    tilus.store(q, [token, 0, half], high.to(q.dtype))
+    append(0, *rotated(*halves(q_heads, kv_heads)))
+    append(1, *halves(q_heads + kv_heads, kv_heads))
+
+
+def factors_of(low: Any, high: Any, kind: KvFormat) -> Any:
+    """Scales [heads, 1], and minimums or None, rounded to f16: what codes are computed with."""
+    if kind.has_minimum:
+        least = tilus.minimum(tilus.min(low, 1, keepdims=True), tilus.min(high, 1, keepdims=True)).to(f16)
+        most = tilus.maximum(tilus.max(low, 1, keepdims=True), tilus.max(high, 1, keepdims=True))
+        return ((most - least.to(f32)) * (1 / kind.largest)).to(f16), least
+    peak = tilus.maximum(tilus.max(abs(low), 1, keepdims=True), tilus.max(abs(high), 1, keepdims=True))
+    return (peak * (1 / kind.largest)).to(f16), None
+
+
+def codes_of(elements: Any, scale: Any, minimum: Any, kind: KvFormat) -> Any:
+    """Rounded to nearest even, and saturated; with a scale of zero all codes are zero."""
+    wide = scale.to(f32)
+    factor = tilus.where(wide > 0.0, tilus.rcp(tilus.where(wide > 0.0, wide, 1.0)), 0.0)
+    shifted = elements if minimum is None else elements - minimum.to(f32)
+    rows, columns = elements.shape
+    return tilus.cast(shifted * factor, kind.code, layout=by_vector(rows, columns, VECTOR))
+
+
+def as_bytes(codes: Any, kind: KvFormat) -> Any:
+    rows, columns = codes.shape
+    nbytes = columns * kind.code.nbits // 8
+    return tilus.view(codes, uint8, [rows, nbytes], by_vector(rows, nbytes, VECTOR * kind.code.nbits // 8))
+
+
+def by_vector(rows: int, columns: int, vector: int) -> RegisterLayout:
+    """[rows, columns] over all threads, each of which has whole vectors of a row; with too few of them threads repeat others."""
+    vectors = columns // vector
+    down = min(rows, max(1, 32 * WARPS // vectors))
+    copies = 32 * WARPS // (down * vectors)
+    return replicated(copies, 2) * local(rows // down, 1) * spatial(down, vectors) * local(1, vector)
+
+
+def rope_append_quantized(
+    qkv: Any, positions: Any, cos_sin: Any, slots: Any, cache: QuantizedCache, *, device: str | None = None
+) -> Any:
+    """Rotate queries and keys by their positions; write keys and values to the cache, quantised.
+
+    qkv, positions, cos_sin, slots: as of `rope_append`. cache: with heads of 32, 64, 128 or 256 elements. Scales and minimums are
+    rounded to f16 and codes computed with those, so that an element is off by half a step at most, half of the last place of an
+    fp8 code. device: where to run (reference, emulator, cpu, cuda), by default as the arguments say.
+
+    Returns: the rotated queries [M, Hq, D]. Rotations are computed in f32; keys are not rounded before they are quantised.
+    Raises: TilusError when shapes, dtypes or devices do not fit together.
+    """
+    _, _, page_size, kv_heads, head_dim = cache.shape
+    if qkv.ndim != 2:
+        raise TilusError(
+            f"rope_append_quantized: qkv of shape {list(qkv.shape)}, expected [tokens, (q_heads + 2 kv_heads) * head_dim]"
+        )
+    heads, rest = divmod(qkv.shape[1], head_dim)
+    q_heads = heads - 2 * kv_heads
+    if rest or q_heads < 1 or head_dim not in (32, 64, 128, 256):
+        raise TilusError(
+            f"rope_append_quantized: rows of {qkv.shape[1]} elements with {kv_heads} kv heads of {head_dim}, expected heads of "
+            f"32, 64, 128 or 256 and (q_heads + {2 * kv_heads}) * {head_dim} elements with at least one q head"
+        )
+    q = empty(qkv, (qkv.shape[0], q_heads, head_dim))
+    rope_append_quantized_kernel.on(device)(
+        qkv.unflatten(1, (heads, head_dim)), positions, cos_sin, slots, cache.codes, cache.factors, q,
+        head_dim=head_dim, q_heads=q_heads, kv_heads=kv_heads, page_size=page_size, kind=cache.format,
+    )  # fmt: skip
+    return q

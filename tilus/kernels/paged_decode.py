@@ -1,0 +1,346 @@
+"""Attention of few queries a sequence over a paged key-value cache, on Hopper: one launch, no plan, at the speed of memory.
+
+The cached tokens of the whole batch are shared evenly among blocks (`paged_decode_split`). In each block one warp asks for the
+pages of its tokens by tensor copies, several tiles ahead, across sequences; the other warps compute. Tokens of the cache are rows
+of the products and query heads are columns, so that nothing is padded to more than eight columns:
+
+    scores [tokens, columns] = K Q^T        weights = exp2(scores - highest)        acc [head_dim, columns] += V^T weights
+
+A warp has some tokens of each tile, and its own maximum, sum and accumulator: warps of a block meet at the end of a part only.
+Blocks that share a sequence and head meet in global memory, where the last one to come adds up the partial results in order.
+
+Budget: a multiprocessor of an H100 gets 24 bytes in a nanosecond and issues four instructions a clock, at 1.7 GHz 0.28 for each
+byte. 16 tokens of 128 elements in 16 bits are 8 KB of keys and values, which leaves 2300 instructions. For eight columns
+mma.m16n8k16 takes 24, ldmatrix 16, the accumulator 32, the softmax about 80. So products of a warp will do, and need no
+maximum of rows that other warps have, as products of warpgroups would.
+
+Online softmax: M. Milakov and N. Gimelshein, arXiv 1805.02867.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import tilus
+from tilus import Const, Tensor, TilusError, f16, f32, int32
+from tilus.kernels.allocate import counters, empty, is_cuda
+from tilus.kernels.attention import MAX_GROUP, power_of_two
+from tilus.kernels.kv_cache import QuantizedCache
+from tilus.kernels.paged_decode_columns import Columns, normalized, padded_columns
+from tilus.kernels.paged_decode_operands import UNIT_NBITS, Codes, Elements
+from tilus.kernels.paged_decode_softmax import Softmax, attend_to_part
+from tilus.kernels.paged_decode_split import (
+    Split,
+    each_part,
+    find_share,
+    parts_of,
+    places,
+    units_of,
+)
+from tilus.kernels.paged_decode_stages import Stages, fill_part
+from tilus.kernels.plan_choice import num_sms_of
+from tilus.ptx.assembler import SpillError
+from tilus.runtime.execute import place
+from tilus.target import TARGETS
+
+UNIT = 128  # tokens: parts of a fixed split are multiples of it
+HEAD_DIMS = (64, 96, 128, 256)
+MAX_QUERIES = 8
+SHARED_NBYTES = TARGETS["sm_90a"].max_shared_nbytes
+HALF_SHARED_NBYTES = TARGETS["sm_90a"].shared_nbytes_per_sm // 2 - 1024  # each block takes 1 KB more than it asks for
+RESERVED_NBYTES = 1024  # for barriers and the starts of tensors
+LEAST_STAGES = 3
+MOST_FACTORS_NBYTES = 4  # of a token's keys or values
+
+
+_found: dict[tuple[Any, ...], DecodePlan] = {}  # plans that were launched without spills
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """What a block does. tile: tokens of a stage. stages: tiles on their way. warps: those that compute; `column_groups` of them
+    share tokens and compute different columns. blocks_per_sm: blocks that run beside each other on a multiprocessor."""
+
+    tile: int
+    stages: int
+    warps: int
+    column_groups: int = 1
+    blocks_per_sm: int = 1
+
+
+@tilus.kernel
+def paged_decode_kernel(
+    q: Tensor["dtype", "sequences", "q_len", "kv_heads", "group", "head_dim"],
+    kv_cache: Tensor["unit", "pages", 2, "page_size", "kv_heads", "row"],
+    block_tables: Tensor[int32, "sequences", "max_pages"],
+    kv_lens: Tensor[int32, "sequences"],
+    out: Tensor["dtype", "sequences", "q_len", "kv_heads", "group", "head_dim"],
+    partial_out: Tensor[f32, "places", "q_len", "group", "head_dim"],
+    partial_lse: Tensor[f32, "places", "q_len", "group"],
+    tickets: Tensor[int32, "pairs"],
+    scale_log2: float,
+    lse: Tensor[f32, "sequences", "q_len", "kv_heads", "group"] = None,
+    factors: Tensor[f16, "pages", "kv_heads", 2, "kinds", "page_size"] = None,
+    *,
+    q_len: Const,
+    group: Const,
+    head_dim: Const,
+    page_size: Const,
+    blocks: Const,
+    split: Const,
+    plan: Const,
+    code: Const = None,
+    early: Const = False,
+):
+    """tickets: zeros, one for each sequence and kv head, and left so. places: as `paged_decode_split.places` says.
+
+    code: of a quantised cache, whose rows are its codes in units of 16 bits. factors: scales of keys and values (kind 0) and what
+    is added (kind 1), if anything is, for each token and head. early: block_tables and kv_lens may be read while the kernel in
+    front still runs.
+    """
+    kv_heads, warps, all_warps = q.shape[2], plan.warps, plan.warps + 1
+    tilus.grid(blocks, warps=all_warps, blocks_per_sm=plan.blocks_per_sm)
+    tilus.launch_dependents()
+    chunk = min(plan.tile, page_size)
+    row = head_dim if code is None else head_dim * code.nbits // UNIT_NBITS
+    ring = tilus.shared(kv_cache.dtype, [plan.stages, plan.tile // chunk, 2, chunk, row])
+    kinds = None if code is None else 1 if code.is_signed else 2
+    factor_ring = None if code is None else tilus.shared(f16, [plan.stages, plan.tile // chunk, 2, kinds, chunk])
+    full, empty = tilus.mbarrier(plan.stages), tilus.mbarrier(plan.stages)
+    constant = [kv_lens, block_tables] if early else []
+    if not early:
+        tilus.wait_dependencies()
+    units, begin, end, start = find_share(kv_lens, kv_heads, split, all_warps, blocks, tilus.block_id(0))
+
+    with tilus.warps(warps, 1):
+        filling = Stages(ring, factor_ring, full, empty)
+
+        def fill(part):
+            fill_part(part, filling, kv_cache, factors, block_tables, constant)
+
+        each_part(kv_lens, kv_heads, start, begin, end, split, fill)
+        tilus.wait_dependencies(constant=constant)
+
+    with tilus.warps(0, warps):
+        tilus.wait_dependencies(constant=constant)
+        using = Stages(ring, factor_ring, full, empty)
+        columns = Columns(q_len, group, head_dim, plan.warps, plan.column_groups)
+        operands = Elements() if code is None else Codes(code, head_dim, columns.parts, columns.column_groups)
+
+        def attend(part):
+            softmax = Softmax(columns, operands, columns.queries(q, part), scale_log2, kinds)
+            attend_to_part(part, using, softmax)
+            layout = operands.ordered_layout(columns.result_layout())
+            result, result_lse = normalized(softmax.highest, softmax.total, softmax.weighted_sum(), layout)
+            result = operands.natural(result)
+            count, index, place = parts_of(part, units, blocks, split)
+            if count > 1:
+                columns.store_partial(partial_out, partial_lse, place + index, result, result_lse)
+                if tilus.atomic_add(tickets, [part.pair], 1) == count - 1:
+                    tilus.store(tickets, [part.pair], tilus.zeros([1], int32))
+                    columns.merge(partial_out, partial_lse, place, count, out, lse, part)
+            else:
+                columns.store(out, lse, part, result, result_lse)
+
+        each_part(kv_lens, kv_heads, start, begin, end, split, attend)
+
+
+def paged_decode(
+    q: Any, kv_cache: Any, block_tables: Any, kv_lens: Any, scale: float, *, return_lse: bool = False,
+    fixed_split: int | None = None, constant_tables: bool = False, device: str | None = None,
+) -> Any:  # fmt: skip
+    """Attention of the last few tokens of each sequence over its paged keys and values, causal (sm_90a).
+
+    q: float16 or bfloat16 [S, q_len, Hq, D], q_len from 1 to 8. kv_cache: [pages, 2, page_size, Hkv, D] of the same dtype, keys
+    at index 0, values at 1; a strided view with contiguous last dim is fine. Or a `QuantizedCache`, whose codes are multiplied in
+    f16. Hq / Hkv is 1 to 16, D 64, 96, 128 or 256, page_size 16, 32, 64 or a multiple of 128. block_tables: int32 [S, max_pages],
+    the pages of each sequence in order. kv_lens: int32 [S], tokens in the cache, those of the queries included. scale: what
+    scores are multiplied with. Torch tensors. fixed_split: tokens of a part, a multiple of 128. Sequences are then cut at its
+    multiples alone, so that the bits of a result do not depend on what else is in the batch; by default they are cut so that all
+    multiprocessors have the same to do. constant_tables: block_tables and kv_lens are constant in the sense of "Dependent launch"
+    (docs/language.md), and may be read while the kernel in front still runs. device: where to run (reference, emulator, cuda), by
+    default as the arguments say.
+
+    Query j of a sequence sees the first kv_len - q_len + j + 1 tokens of the cache; one that sees none gets zeros. Nothing beyond
+    kv_len is looked at, nor are entries of block_tables for it. One launch for up to 64 columns, q_len times Hq / Hkv rounded up
+    to a power of two (32 columns with D = 256); more take several, each of which reads the cache. The host reads no tensor, so it
+    can be captured in a CUDA graph, and the lengths may change from replay to replay.
+
+    Returns: [S, q_len, Hq, D]; with return_lse also float32 [S, q_len, Hq], the logarithm of the sum of exp(scaled score), minus
+    infinity where there is no key. Scores and sums are f32; weights of the softmax are rounded to f16, or to two bf16.
+    Raises: TilusError when shapes, dtypes or devices do not fit together.
+    """
+    group = _check(q, kv_cache, block_tables, kv_lens, fixed_split)
+    if q.shape[0] == 0:
+        out = empty(q, tuple(q.shape))
+        return (out, empty(q, tuple(q.shape[:3]), "float32")) if return_lse else out
+    if q.shape[1] > most_queries(group, q.shape[3]):
+        out, lse = _by_queries(
+            q, kv_cache, block_tables, kv_lens, scale, most_queries(group, q.shape[3]), fixed_split, device
+        )
+        return (out, lse) if return_lse else out
+    _, _, page_size, kv_heads, head_dim = kv_cache.shape
+    where = place(device, is_cuda(q))
+    num_sms, pairs = num_sms_of(q, where), q.shape[0] * kv_heads
+    shape = (q.shape[1], group, head_dim, page_size, nbits_of(kv_cache), pairs >= num_sms)
+    key = (*shape, q.dtype, return_lse, fixed_split is None, constant_tables, where)
+    spilled: SpillError | None = None
+    for plan in [_found[key]] if key in _found else plans(*shape):
+        split = Split(min(plan.tile, page_size)) if fixed_split is None else Split(fixed_split, fixed=True)
+        units = pairs * units_of(block_tables.shape[1] * page_size, split.unit)
+        blocks = blocks_of(pairs, units, num_sms, plan)
+        try:
+            out, lse = launch(
+                q, kv_cache, block_tables, kv_lens, scale, plan, split, blocks, return_lse, device, constant_tables
+            )  # fmt: skip
+        except SpillError as error:
+            spilled = error
+        else:
+            _found[key] = plan
+            return (out, lse) if return_lse else out
+    raise spilled or TilusError(f"paged_decode: no plan for {shape}")
+
+
+def launch(
+    q: Any, kv_cache: Any, block_tables: Any, kv_lens: Any, scale: float, plan: DecodePlan, split: Split, blocks: int,
+    return_lse: bool, device: str | None, constant_tables: bool = False,
+) -> tuple[Any, Any]:  # fmt: skip
+    """(output, log-sum-exp or None) by a given plan."""
+    sequences, q_len, q_heads, head_dim = q.shape
+    page_size, kv_heads = kv_cache.shape[2:4]
+    group, pairs = q_heads // kv_heads, sequences * kv_heads
+    most = places(pairs, block_tables.shape[1] * page_size, blocks, split)
+    out = empty(q, (sequences, q_len, kv_heads, group, head_dim))
+    lse = empty(q, (sequences, q_len, kv_heads, group), "float32") if return_lse else None
+    rows, factors, code = kv_cache, None, None
+    if isinstance(kv_cache, QuantizedCache):
+        rows, factors, code = units_of_codes(kv_cache), kv_cache.factors, kv_cache.format.code
+    paged_decode_kernel.on(device)(
+        q.unflatten(2, (kv_heads, group)), rows, block_tables, kv_lens, out,
+        empty(q, (most, q_len, group, head_dim), "float32"), empty(q, (most, q_len, group), "float32"),
+        counters(q, pairs), scale * math.log2(math.e), lse, factors,
+        q_len=q_len, group=group, head_dim=head_dim, page_size=page_size, blocks=blocks, split=split, plan=plan, code=code,
+        early=constant_tables,
+    )  # fmt: skip
+    return out.flatten(2, 3), None if lse is None else lse.flatten(2, 3)
+
+
+def _by_queries(
+    q: Any, kv_cache: Any, block_tables: Any, kv_lens: Any, scale: float, most: int, fixed_split: int | None,
+    device: str | None,
+) -> tuple[Any, Any]:  # fmt: skip
+    """(output, log-sum-exp) by several launches, for `most` queries each; to earlier ones sequences are shorter.
+
+    Lengths are computed right in front of the launches, so that they are not constant.
+    """
+    import torch
+
+    parts = [
+        paged_decode(
+            q[:, first : first + most], kv_cache, block_tables, kv_lens - max(q.shape[1] - first - most, 0), scale,
+            return_lse=True, fixed_split=fixed_split, device=device,
+        )
+        for first in range(0, q.shape[1], most)
+    ]  # fmt: skip
+    return torch.cat([out for out, _ in parts], dim=1), torch.cat([lse for _, lse in parts], dim=1)
+
+
+def units_of_codes(cache: QuantizedCache) -> Any:
+    """[pages, 2, page_size, Hkv, 16-bit units of a row]"""
+    import torch
+
+    return cache.codes.view(torch.int16).permute(0, 2, 3, 1, 4)
+
+
+def nbits_of(kv_cache: Any) -> int:
+    """Of an element of the cache."""
+    return kv_cache.format.code.nbits if isinstance(kv_cache, QuantizedCache) else 8 * kv_cache.dtype.itemsize
+
+
+def most_queries(group: int, head_dim: int) -> int:
+    """Of a sequence in one launch: as many as their columns fit into the registers of eight warps."""
+    return (64 if head_dim <= 128 else 32) // power_of_two(group)
+
+
+def plans(q_len: int, group: int, head_dim: int, page_size: int, nbits: int, crowded: bool) -> Iterator[DecodePlan]:
+    """The best plan, then those that need fewer registers. nbits: of a cached element.
+
+    crowded: whether there are at least as many pairs of sequences and heads as multiprocessors, so that most blocks end several
+    parts; two blocks side by side then work on while one of them does. Otherwise a block takes half of the shared memory all
+    the same: the next kernel's fits beside it.
+
+    Codes take more instructions and come in less time, so that more warps work on them. More than eight columns are shared out
+    among warps, each of which then reads more of the tokens; eight warps have no registers for those of heads of 256 elements.
+    """
+    width = padded_columns(q_len, group, 1)
+    few = width == 8 and head_dim <= 128
+    if few and nbits == 16:
+        plan = planned(64, 4, 1, width, head_dim, nbits, HALF_SHARED_NBYTES)
+        if plan.stages >= LEAST_STAGES:
+            yield replace(plan, blocks_per_sm=2) if crowded else plan
+    if few and nbits == 4 and 192 % page_size == 0:
+        yield planned(192, 12, 1, width, head_dim, nbits, SHARED_NBYTES)
+    if few and nbits < 16:
+        yield planned(128, 8, 1, width, head_dim, nbits, SHARED_NBYTES)
+    groups = 1 << (width // 8 - 1).bit_length()  # of eight columns
+    padded = padded_columns(q_len, group, groups)
+    if width > 8 and head_dim <= 128:
+        yield planned(64, 8, groups, padded, head_dim, nbits, SHARED_NBYTES)
+    yield planned(64, max(4, groups), groups, padded, head_dim, nbits, SHARED_NBYTES)
+
+
+def planned(
+    tile: int, warps: int, groups: int, width: int, head_dim: int, nbits: int, shared_nbytes: int
+) -> DecodePlan:  # fmt: skip
+    """With as many stages as the shared memory holds beside the exchange of results."""
+    to_merge = head_dim * width * f32.nbytes * (warps // groups)
+    stage_nbytes = 2 * tile * (head_dim * nbits // 8 + (0 if nbits == 16 else MOST_FACTORS_NBYTES))
+    return DecodePlan(tile, (shared_nbytes - RESERVED_NBYTES - to_merge) // stage_nbytes, warps, groups)
+
+
+def blocks_of(pairs: int, units: int, num_sms: int, plan: DecodePlan) -> int:
+    """As many as run at once; a little fewer where pairs of equal lengths then have blocks of their own, and less is merged."""
+    most = num_sms * plan.blocks_per_sm
+    return max(1, min(most // pairs * pairs if pairs <= most else most, units))
+
+
+def _check(q: Any, kv_cache: Any, block_tables: Any, kv_lens: Any, fixed_split: int | None) -> int:
+    """The number of query heads per kv head."""
+    if not isinstance(kv_cache, QuantizedCache) and q.dtype != kv_cache.dtype:
+        raise TilusError(
+            f"paged_decode: q of {q.dtype} and kv_cache of {kv_cache.dtype}, expected the same dtype",
+            hint="caches of other types are QuantizedCache: tilus.kernels.kv_cache.quantized_cache",
+        )
+    if q.ndim != 4 or len(kv_cache.shape) != 5 or block_tables.ndim != 2 or kv_lens.ndim != 1:
+        raise TilusError(
+            f"paged_decode: shapes q {list(q.shape)}, kv_cache {list(kv_cache.shape)}, block_tables {list(block_tables.shape)} "
+            f"and kv_lens {list(kv_lens.shape)}, expected [sequences, q_len, q_heads, head_dim], [pages, 2, page_size, kv_heads, "
+            "head_dim], [sequences, max_pages] and [sequences]",
+            hint="one query a sequence: q.unsqueeze(1)",
+        )
+    page_size, kv_heads, head_dim = kv_cache.shape[2:]
+    group, rest = divmod(q.shape[2], kv_heads)
+    if rest or not 1 <= group <= MAX_GROUP:
+        raise TilusError(
+            f"paged_decode: {q.shape[2]} query heads for {kv_heads} kv heads, expected 1 to {MAX_GROUP} times as many"
+        )
+    if not 1 <= q.shape[1] <= MAX_QUERIES:
+        raise TilusError(
+            f"paged_decode: {q.shape[1]} queries a sequence, expected 1 to {MAX_QUERIES}",
+            hint="tilus.kernels.paged_attention takes more",
+        )
+    if q.shape[3] != head_dim:
+        raise TilusError(f"paged_decode: head_dim {q.shape[3]} of q and {head_dim} of kv_cache, expected the same")
+    if head_dim not in HEAD_DIMS:
+        raise TilusError(
+            f"paged_decode: head_dim {head_dim}, expected one of {', '.join(map(str, HEAD_DIMS))}",
+            hint="pad heads with zeros; scale stays that of the real head_dim",
+        )
+    if page_size not in (16, 32, 64) and (page_size < UNIT or page_size % UNIT):
+        raise TilusError(f"paged_decode: page_size {page_size}, expected 16, 32, 64 or a multiple of {UNIT}")
+    if fixed_split is not None and (fixed_split < UNIT or fixed_split % UNIT):
+        raise TilusError(f"paged_decode: fixed_split={fixed_split}, expected a multiple of {UNIT}")
+    return group

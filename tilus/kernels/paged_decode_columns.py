@@ -1,0 +1,131 @@
+"""Query heads as columns of a decode kernel's products, and where their results go: to the output, or to be merged.
+
+Sums of parts merged by their log-sum-exp: T. Dao et al., "Flash-Decoding for long-context inference", 2023.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import tilus
+from tilus.kernels.attention import NO_SCORE, power_of_two
+from tilus.kernels.paged_decode_split import Part
+from tilus.layout import RegisterLayout, local, replicated, spatial
+from tilus.layout.atoms import mma_c
+
+MERGED = 16  # partial results that are loaded together, at most
+MERGED_REGISTERS = 64  # of a thread for them
+MERGED_ELEMENTS = 16  # of a thread, of the result
+
+
+def normalized(highest: Any, total: Any, acc: Any, layout: RegisterLayout) -> Any:
+    """([head_dim, width] softmax-weighted sum, [1, width] log2 of the sum of weights) of all warps' tokens.
+
+    A column without any key is zero, and its logarithm NO_SCORE. layout: of the weighted sum.
+    """
+    most = tilus.max(highest, 0, keepdims=True)
+    factor = tilus.exp2(highest - most)
+    everything = tilus.sum(total * factor, 0, layout=layout.reduce([0]))
+    result = tilus.sum(acc * factor, 0, layout=layout) * tilus.rcp(tilus.where(everything > 0.0, everything, 1.0))
+    return result, tilus.where(everything > 0.0, tilus.log2(everything) + most.reshape(everything.shape), NO_SCORE)
+
+
+class Columns:
+    """The columns of a block's products: query tokens, and in each the heads of the group, both padded."""
+
+    def __init__(self, q_len: int, group: int, head_dim: int, warps: int, column_groups: int) -> None:
+        self.q_len, self.group, self.head_dim = q_len, group, head_dim
+        self.warps, self.parts, self.column_groups = warps, warps // column_groups, column_groups
+        self.heads = power_of_two(group)
+        self.tokens = padded_tokens(q_len, group, column_groups)
+        self.width = self.tokens * self.heads
+
+    def layout(self, rows: int) -> RegisterLayout:
+        """Of products [parts, rows, width] in which a warp has all rows of its part and its group of columns."""
+        repeats = local(1, rows // 16, self.width // (8 * self.column_groups))
+        return spatial(self.parts, 1, self.column_groups) * repeats * mma_c().unsqueeze(0)
+
+    def queries(self, q: Any, part: Part) -> Any:
+        """[width, head_dim]"""
+        shape = [self.tokens, self.heads, self.head_dim]
+        tile = tilus.load(q[part.sequence], [0, part.head, 0, 0], shape, dims=[0, 2, 3])
+        return tile.reshape([self.width, self.head_dim])
+
+    def result_layout(self) -> RegisterLayout:
+        """Of [head_dim, width]: in `rows` neighbouring threads have neighbouring vectors."""
+        rows = by_vector((self.tokens, self.heads, self.head_dim), self.warps)
+        return rows.reshape((self.width, self.head_dim)).permute([1, 0])
+
+    def rows(self, result: Any) -> Any:
+        """[head_dim, width] as [tokens, heads, head_dim]"""
+        return tilus.transpose(result).reshape([self.tokens, self.heads, self.head_dim])
+
+    def store(self, out: Any, lse: Any, part: Part, result: Any, result_lse: Any) -> None:
+        where = [0, part.head, 0, 0]
+        tilus.store(out[part.sequence], where, self.rows(result).to(out.dtype), dims=[0, 2, 3])
+        self.store_lse(lse, part, 0, result_lse.reshape([self.tokens, self.heads]))
+
+    def store_lse(self, lse: Any, part: Part, first: Any, log2: Any) -> None:
+        """Of the softmax itself: a natural logarithm, minus infinity where there was no key."""
+        if lse is not None:
+            natural = tilus.where(log2 > NO_SCORE, log2 * math.log(2.0), -math.inf)
+            tilus.store(lse[part.sequence], [first, part.head, 0], natural, dims=[0, 2])
+
+    def store_partial(self, partial_out: Any, partial_lse: Any, place: Any, result: Any, result_lse: Any) -> None:
+        tilus.store(partial_out[place], [0, 0, 0], self.rows(result))
+        tilus.store(partial_lse[place], [0, 0], result_lse.reshape([self.tokens, self.heads]))
+
+    def merge(self, partial_out: Any, partial_lse: Any, place: Any, count: Any, out: Any, lse: Any, part: Part) -> None:
+        """Add up `count` partial results from `place` on, always in the same order, and store the sums."""
+        outs, logs = tilus.narrow(partial_out, 0, place, count), tilus.narrow(partial_lse, 0, place, count)
+        tokens = 1
+        while tokens < self.q_len and 2 * tokens * self.heads * self.head_dim <= MERGED_ELEMENTS * 32 * self.warps:
+            tokens *= 2
+        for first in tilus.range(0, self.q_len, tokens):
+            self.merge_tokens(outs, logs, count, out, lse, part, first, tokens)
+
+    def merge_tokens(
+        self, outs: Any, logs: Any, count: Any, out: Any, lse: Any, part: Part, first: Any, tokens: int
+    ) -> None:
+        """The same for some query tokens."""
+        rows, head_dim = (tokens, self.heads), self.head_dim
+        layout = by_vector((*rows, head_dim), self.warps)
+        together = max(1, min(MERGED, MERGED_REGISTERS // layout.num_locals))
+        acc = tilus.zeros([*rows, head_dim], layout=layout)
+        total, highest = tilus.zeros([*rows, 1]), tilus.full([*rows, 1], NO_SCORE)
+        for at in tilus.range(0, count, together):
+            spread = layout.unsqueeze(0).expand(0, together)
+            values = tilus.load(outs, [at, first, 0, 0], [together, *rows, head_dim], layout=spread)
+            log2 = tilus.load(logs, [at, first, 0], [together, *rows]).reshape([together, *rows, 1])
+            log2 = tilus.where(tilus.arange(together, shape=[together, 1, 1, 1], start=at) < count, log2, NO_SCORE)
+            higher = tilus.maximum(highest, tilus.max(log2, 0))
+            shrink = tilus.exp2(highest - higher)
+            factors = tilus.where(log2 > NO_SCORE, tilus.exp2(log2 - higher), 0.0)
+            acc = acc * shrink + tilus.sum(values * factors, 0)
+            total = total * shrink + tilus.sum(factors, 0)
+            highest = higher
+        result = acc * tilus.rcp(tilus.where(total > 0.0, total, 1.0))
+        tilus.store(out[part.sequence], [first, part.head, 0, 0], result.to(out.dtype), dims=[0, 2, 3])
+        log2 = tilus.where(total > 0.0, tilus.log2(total) + highest, NO_SCORE)
+        self.store_lse(lse, part, first, log2.reshape(rows))
+
+
+def by_vector(shape: tuple[int, int, int], warps: int) -> RegisterLayout:
+    """[tokens, heads, head_dim] over so many warps: neighbouring threads have neighbouring vectors of four elements."""
+    threads, width, vectors = 32 * warps, shape[0] * shape[1], shape[2] // 4
+    across = math.gcd(threads, vectors)
+    down = math.gcd(threads // across, width)
+    copies = threads // (across * down)
+    flat = replicated(copies, 2) * local(width // down, vectors // across) * spatial(down, across) * local(1, 4)
+    return flat.reshape(shape)
+
+
+def padded_tokens(q_len: int, group: int, column_groups: int) -> int:
+    """Query tokens of a tile, at least q_len, so that each group of columns has a multiple of 8."""
+    least = max(1, 8 * column_groups // power_of_two(group))
+    return -(-q_len // least) * least
+
+
+def padded_columns(q_len: int, group: int, column_groups: int) -> int:
+    return padded_tokens(q_len, group, column_groups) * power_of_two(group)

@@ -1,0 +1,107 @@
+"""The softmax of a part of a sequence's tokens and the values weighted by it, by each warp for the tokens that it has."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import tilus
+from tilus import bf16, f32
+from tilus.kernels.attention import NO_SCORE
+from tilus.kernels.paged_decode_columns import Columns
+from tilus.kernels.paged_decode_operands import ROWS
+from tilus.kernels.paged_decode_split import Part
+from tilus.kernels.paged_decode_stages import Stages
+
+
+class Softmax:
+    """Each warp's highest score, sum of weights and weighted sum of values, of the tokens that it has seen of a part.
+
+    Scales of keys multiply scores, those of values weights. kinds: of factors; with two of them something is added to each
+    element: to a score that times the sum of the query's elements, to each element of the result the sum of it times the weights.
+    """
+
+    def __init__(self, columns: Columns, operands: Any, queries: Any, scale_log2: Any, kinds: int | None) -> None:
+        self.columns, self.operands, self.scale_log2, self.kinds = columns, operands, scale_log2, kinds
+        parts, width, head_dim = columns.parts, columns.width, columns.head_dim
+        ordered = operands.ordered_queries(queries)
+        repeated = tilus.transpose(ordered.reshape([1, width, head_dim]), [0, 2, 1])
+        self.queries = tilus.broadcast(repeated, [parts, head_dim, width])
+        self.query_sums = tilus.sum(self.queries.to(f32), 1, keepdims=True) * scale_log2 if kinds == 2 else None
+        self.highest, self.total = tilus.full([parts, 1, width], NO_SCORE), tilus.zeros([parts, 1, width])
+        self.acc = tilus.zeros([parts, head_dim, width], layout=columns.layout(head_dim))
+        self.added = tilus.zeros([parts, 1, width]) if kinds == 2 else None
+
+    def weights(self, stages: Stages, step: Any, seen: Any, valid: Any) -> Any:
+        """Of 16 tokens for each warp, in f32 [parts, 16, width], scales of values included.
+
+        seen [parts, 16, width]: by which columns. valid [parts, 16, 1]: which of the tokens there are; others may be anything,
+        also no number.
+        """
+        parts, width, count = self.columns.parts, self.columns.width, ROWS * self.columns.parts
+        scores = tilus.zeros([parts, ROWS, width], layout=self.columns.layout(ROWS))
+        scores = tilus.dot(self.operands.keys(stages, step, count), self.queries, scores)
+        weights = self.weights_of(self.scaled(scores, stages, step, count), seen)
+        if self.kinds is not None:
+            scales = tilus.where(valid, stages.factor(1, 0, step, count), 0.0)
+            if self.kinds == 2:
+                added = tilus.where(valid, stages.factor(1, 1, step, count), 0.0)
+                self.added = self.added + tilus.sum(weights * added, 1, keepdims=True)
+            weights = weights * scales
+        return weights
+
+    def add(self, values: Any, weights: Any) -> None:
+        """Values [parts, head_dim, 16] times their weights.
+
+        bf16 has 8 bits, so what rounding leaves of a weight is multiplied, too: otherwise it would be half of a result's error.
+        """
+        dtype = self.queries.dtype
+        rounded = weights.to(dtype)
+        self.acc = tilus.dot(values, rounded, self.acc)
+        if dtype == bf16:
+            self.acc = tilus.dot(values, (weights - rounded.to(f32)).to(dtype), self.acc)
+
+    def scaled(self, scores: Any, stages: Stages, step: Any, count: int) -> Any:
+        """Scores of numbers, times log2(e)."""
+        if self.kinds is None:
+            return scores * self.scale_log2
+        scores = scores * (stages.factor(0, 0, step, count) * self.scale_log2)
+        return scores if self.kinds == 1 else scores + stages.factor(0, 1, step, count) * self.query_sums
+
+    def weights_of(self, scores: Any, seen: Any) -> Any:
+        """And what was added up so far, scaled to a new maximum."""
+        scores = tilus.where(seen, scores, -math.inf)
+        higher = tilus.maximum(self.highest, tilus.max(scores, 1, keepdims=True))
+        weights = tilus.exp2(scores - higher)
+        shrink = tilus.exp2(self.highest - higher)
+        self.highest = higher
+        self.total = self.total * shrink + tilus.sum(weights, 1, keepdims=True)
+        self.acc = self.acc * shrink
+        if self.added is not None:
+            self.added = self.added * shrink
+        return weights
+
+    def weighted_sum(self) -> Any:
+        return self.acc if self.added is None else self.acc + self.added
+
+
+def attend_to_part(part: Part, stages: Stages, softmax: Softmax) -> None:
+    """Add all tokens of a part."""
+    columns, end = softmax.columns, part.end_token
+    tile, count = stages.ring.shape[1] * stages.ring.shape[3], ROWS * columns.parts
+    row = tilus.arange(ROWS, shape=[1, ROWS, 1], axis=1)
+    token = tilus.arange(columns.parts, shape=[columns.parts, 1, 1]) * ROWS + row
+    query = tilus.arange(columns.width, shape=[1, 1, columns.width], axis=2) // columns.heads
+    limits = tilus.minimum(part.length - columns.q_len + 1 + query, end)
+    for first in tilus.range(part.token, end, tile):
+        stages.wait_full()
+        for step in tilus.range(tile // count):
+            at = first + step * count
+            valid = token < end - at
+            weights = softmax.weights(stages, step, token < limits - at, valid)
+            values = softmax.operands.values(stages, step, count)
+            if end - at < count:  # what lies behind the end may be anything, also no number
+                values = tilus.where(tilus.transpose(valid, [0, 2, 1]), values, 0.0)
+            softmax.add(values, weights)
+        tilus.arrive(stages.empty[stages.stage])
+        stages.advance()

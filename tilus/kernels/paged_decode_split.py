@@ -1,0 +1,153 @@
+"""How the blocks of a decode kernel share the cached tokens of a batch: evenly, whatever the lengths, without a plan on the host.
+
+The tokens of each sequence are cut into *units* of a fixed length. Units are numbered through the batch: those of one sequence
+and kv head (a *pair*) in order, then those of its next head, then the next sequence's. Each block takes an equal run of them, and
+so works on parts of few pairs. Pairs that lie in several blocks are merged from partial results.
+
+With `fixed` every unit is a part of its own, wherever its pair is cut: the bits of a result then depend on nothing but its
+sequence. Otherwise a part is all that a block has of a pair.
+
+Plain arithmetic on ints: kernels inline these functions, tests call them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import tilus
+from tilus import int32
+from tilus.layout import replicated, spatial
+
+LENGTHS = 128  # sequences that a warp looks at together
+
+
+@dataclass(frozen=True)
+class Split:
+    """unit: tokens of a unit. fixed: whether every unit is a part of its own."""
+
+    unit: int
+    fixed: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What a block does of a pair at a time; of numbers that a kernel knows at run time.
+
+    length: cached tokens of the sequence. first, last: units of the pair, counted through the batch; last is behind the end.
+    begin, end: those of them that are in this part, which are the tokens from `token` to before `end_token`. pair: sequence * kv
+    heads + head.
+    """
+
+    sequence: Any
+    head: Any
+    pair: Any
+    length: Any
+    first: Any
+    last: Any
+    begin: Any
+    end: Any
+    token: Any
+    end_token: Any
+
+
+def units_of(length: Any, unit: int) -> Any:
+    """Units of a sequence for each kv head; one where there are no tokens, so that somebody writes its result."""
+    return max((length + (unit - 1)) // unit, 1)
+
+
+def share(units: Any, blocks: Any, block: Any) -> Any:
+    """The first unit of a block; the first blocks have one more where the units do not come out even."""
+    return block * (units // blocks) + min(block, units % blocks)
+
+
+def owner(units: Any, blocks: Any, unit: Any) -> Any:
+    """The block that has a unit: the inverse of `share`."""
+    size, longer = units // blocks, units % blocks
+    if unit < longer * (size + 1):
+        block = unit // (size + 1)
+    else:
+        block = longer + (unit - longer * (size + 1)) // max(size, 1)
+    return block
+
+
+def parts_of(part: Part, units: Any, blocks: Any, split: Split) -> Any:
+    """(how many parts the pair of a part has, which of them it is, the place of the pair's first one among partial results).
+
+    Places of different pairs are different: pairs in several blocks begin in different ones, and the number of the pair keeps
+    them apart where one ends in the block in which the next begins. All are below `places`.
+    """
+    if split.fixed:
+        return part.last - part.first, part.begin - part.first, part.first
+    block = owner(units, blocks, part.first)
+    return owner(units, blocks, part.last - 1) - block + 1, owner(units, blocks, part.begin) - block, block + part.pair
+
+
+def places(pairs: int, max_tokens: int, blocks: int, split: Split) -> int:
+    """Places for partial results of a batch: pairs of sequences and kv heads, sequences of up to max_tokens."""
+    return pairs * units_of(max_tokens, split.unit) if split.fixed else pairs + blocks
+
+
+def each_part(
+    lengths: Any, kv_heads: Any, start: Any, begin: Any, end: Any, split: Split, work: Callable[[Part], None]
+) -> None:
+    """`work(part)` for units begin to end of a batch, in order.
+
+    lengths: of all sequences. start: (the sequence that has unit `begin`, the first unit of that sequence).
+    """
+    sequence, first = start
+    unit = begin
+    length, count, behind, stop = 0, 0, 0, 0
+    head, pair, of_pair, until, token, end_token = 0, 0, 0, 0, 0, 0  # variables: computed once, not at each use
+    while unit < end:
+        length = max(lengths[sequence], 0)
+        count = units_of(length, split.unit)
+        behind = first + count * kv_heads
+        stop = min(behind, end)
+        while unit < stop:
+            head = max(unit - first, 0) // count
+            pair = sequence * kv_heads + head
+            of_pair = first + head * count
+            until = unit + 1 if split.fixed else min(of_pair + count, stop)
+            token = max(unit - of_pair, 0) * split.unit
+            end_token = min((until - of_pair) * split.unit, length)
+            work(Part(sequence, head, pair, length, of_pair, of_pair + count, unit, until, token, end_token))
+            unit = until
+        first = behind
+        sequence = sequence + 1
+
+
+def find_share(lengths: Any, kv_heads: Any, split: Split, warps: int, blocks: int, block: Any) -> Any:
+    """(units of the batch, first unit of a block, first unit behind it, (sequence of its first unit, first unit of that)).
+
+    Every warp of the block finds them by itself: prefix sums over LENGTHS sequences at a time, mostly once.
+    """
+    ends = tilus.cumsum(_units(lengths, 0, split, warps)) * kv_heads
+    count = tilus.item(tilus.max(ends))
+    behind = count
+    for at in tilus.range(LENGTHS, lengths.shape[0], LENGTHS):
+        behind = behind + tilus.item(tilus.sum(_units(lengths, at, split, warps))) * kv_heads
+    units = max(behind, 1)
+    begin, end = share(units, blocks, block), share(units, blocks, block + 1)
+    sequence, first = _passed(ends, begin, 0, lengths)
+    for at in tilus.range(LENGTHS, lengths.shape[0], LENGTHS):
+        ends = count + tilus.cumsum(_units(lengths, at, split, warps)) * kv_heads
+        more, last = _passed(ends, begin, at, lengths)
+        sequence, first = sequence + more, max(first, last)
+        count = tilus.item(tilus.max(ends))
+    return units, begin, end, (sequence, first)
+
+
+def _passed(ends: Any, begin: Any, at: Any, lengths: Any) -> Any:
+    """How many sequences end at or before a unit, and where the last of them ends. ends: behind each of LENGTHS of them."""
+    passed = (ends <= begin) & (tilus.arange(LENGTHS, start=at) < lengths.shape[0])
+    return tilus.item(tilus.sum(passed.to(int32))), tilus.item(tilus.max(tilus.where(passed, ends, 0)))
+
+
+def _units(lengths: Any, at: Any, split: Split, warps: int) -> Any:
+    """Of LENGTHS sequences; none of those behind the last one."""
+    lanes = replicated(warps, 1) * spatial(32).local(LENGTHS // 32)
+    cached = tilus.load(lengths, [at], [LENGTHS], layout=lanes)
+    inside = tilus.arange(LENGTHS, start=at) < lengths.shape[0]
+    return tilus.where(inside, tilus.maximum((cached + (split.unit - 1)) // split.unit, 1), 0)
