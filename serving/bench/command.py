@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _find_plot() -> Plot:
     try:
-        from serving.bench.plot import plot  # most runs draw nothing, and matplotlib takes half a second
+        from serving.bench.plot import plot  # after matplotlib, which most runs do not need
     except ModuleNotFoundError as error:
         raise TilusError(f"--plot needs the package {error.name}", hint="pip install 'tilus[bench]'") from error
     return plot
