@@ -1,8 +1,8 @@
 """Attention of many queries over a paged key-value cache on Hopper: prefill, chunks of it, and mixed batches in one launch.
 
 As many blocks as run at once take tiles of 128 rows in turns (`paged_prefill_tiles`). In each block four warps ask for queries
-and pages by tensor copies (`paged_prefill_stages`). Two warpgroups have 64 rows each (`paged_prefill_softmax`): scores are products
-of shared memory, weights stay in registers as left operands of the products with values, which are read transposed.
+and pages by tensor copies (`paged_prefill_stages`). Two warpgroups have 64 rows each (`paged_prefill_softmax`): scores are
+products of shared memory, weights stay in registers as left operands of the products with values, which are read transposed.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from tilus.kernels.paged_prefill_tiles import ROWS, each_tile, slots, tokens_of
 from tilus.kernels.warpgroup_ring import num_sms_of
 from tilus.runtime.execute import place
 
-HEAD_DIMS = (64, 96, 128, 256)
+HEAD_DIMS = (64, 96, 128)
 CONSUMERS, PRODUCERS = 8, 4  # warps
 
 
 @dataclass(frozen=True)
 class PrefillPlan:
-    """heads: query heads of a tile of rows, a power of two up to 16. kv_tile: tokens of the cache in a stage. stages: of keys, and
-    as many of values. registers, registers_to_copy: of a thread that computes, and that copies."""
+    """What a block does. heads: query heads of a tile of rows, a power of two up to 16. kv_tile: tokens of the cache in a stage.
+    stages: of keys, and as many of values. registers, registers_to_copy: of a thread that computes, and that copies."""
 
     heads: int
     kv_tile: int = 128
@@ -76,13 +76,8 @@ def paged_prefill_kernel(
         with tilus.warps(4 * half, 4, registers=plan.registers):
             tilus.wait_dependencies()
             using = Stages(queries, keys, values, full, empty)
-            rows = Rows(using, Turns(turns, half), scale_log2, plan.heads, causal)
-
-            def attend(index, tile):
-                rows.attend(tile, index)
-                rows.store(out, tile)
-
-            each_tile(q, q_start, kv_lens, blocks, plan.heads, plan.kv_tile, causal, attend)
+            rows = Rows(using, Turns(turns, half), out, scale_log2, plan.heads, causal)
+            each_tile(q, q_start, kv_lens, blocks, plan.heads, plan.kv_tile, causal, rows.compute)
 
 
 def paged_prefill(
@@ -94,7 +89,7 @@ def paged_prefill(
     q: float16 or bfloat16 [M, Hq, D], the queries of all sequences one after another. kv_cache: [pages, 2, page_size, Hkv, D]
     of the same dtype, keys at index 0, values at 1; a strided view (one layer of a pool, say) is fine. block_tables: int32
     [S, max_pages], the pages of each sequence in order. q_start: int32 [S + 1], where each sequence's queries start in q.
-    kv_lens: int32 [S], tokens in the cache, those of the queries included. Hq / Hkv is 1 to 16, D 64, 96, 128 or 256, page_size 16,
+    kv_lens: int32 [S], tokens in the cache, those of the queries included. Hq / Hkv is 1 to 16, D 64, 96 or 128, page_size 16,
     32, 64 or a multiple of 128. scale: what scores are multiplied with, above 0. Torch tensors. device: where to run (reference,
     emulator, cuda), by default as the arguments say.
 
@@ -106,10 +101,10 @@ def paged_prefill(
     Raises: TilusError when shapes, dtypes or devices do not fit together.
     """
     group = _check(q, kv_cache, q_start, kv_lens, scale)
-    sequences, (page_size, kv_heads, head_dim) = kv_lens.shape[0], kv_cache.shape[2:]
+    sequences, kv_heads = kv_lens.shape[0], kv_cache.shape[3]
     out = empty(q, tuple(q.shape))
     if q.shape[0]:
-        plan = plan_of(q.shape[0], sequences, group, head_dim)
+        plan = plan_of(q.shape[0], sequences, group)
         tiles = slots(q.shape[0], sequences, tokens_of(plan.heads)) * kv_heads * -(-group // plan.heads)
         launch(
             q, kv_cache, block_tables, q_start, kv_lens, out, scale, causal, plan,
@@ -131,7 +126,7 @@ def launch(
     )  # fmt: skip
 
 
-def plan_of(queries: int, sequences: int, group: int, head_dim: int) -> PrefillPlan:
+def plan_of(queries: int, sequences: int, group: int) -> PrefillPlan:
     """As many heads a tile of rows as make the fewest tiles, if all sequences have as many queries; of equals the most."""
     tokens = -(-queries // sequences)
 
@@ -139,7 +134,7 @@ def plan_of(queries: int, sequences: int, group: int, head_dim: int) -> PrefillP
         return -(-tokens // tokens_of(heads)) * -(-group // heads)
 
     heads = min((h for h in (16, 8, 4, 2, 1) if h <= power_of_two(group)), key=tiles)
-    return PrefillPlan(heads, kv_tile=64 if head_dim > 128 else 128)
+    return PrefillPlan(heads)
 
 
 def _check(q: Any, kv_cache: Any, q_start: Any, kv_lens: Any, scale: float) -> int:

@@ -44,8 +44,10 @@ class Rows:
     Scores are not scaled before the exponential: scale_log2, which is positive, is part of its argument.
     """
 
-    def __init__(self, stages: Stages, turns: Turns, scale_log2: Any, heads: int, causal: bool) -> None:
-        self.stages, self.turns, self.scale_log2 = stages, turns, scale_log2
+    def __init__(
+        self, stages: Stages, turns: Turns, out: Any, scale_log2: Any, heads: int, causal: bool
+    ) -> None:  # fmt: skip
+        self.stages, self.turns, self.out, self.scale_log2 = stages, turns, out, scale_log2
         self.heads, self.causal = heads, causal
         self.used = 0
         self.highest, self.total = tilus.full([HALF, 1], NO_SCORE), tilus.zeros([HALF, 1])
@@ -66,7 +68,12 @@ class Rows:
         """The first of its queries that these rows have."""
         return tile.first + (self.tokens * self.turns.half if self.heads == 1 else 0)
 
-    def attend(self, tile: Tile, index: Any) -> None:
+    def compute(self, index: Any, tile: Tile) -> None:
+        """The result of the index-th tile of the block."""
+        self.attend(index, tile)
+        self.store(tile)
+
+    def attend(self, index: Any, tile: Tile) -> None:
         """All tiles of the cache that these rows see, from the last to the first one."""
         stages, turns = self.stages, self.turns
         self.acc = tilus.zeros([HALF, stages.keys.shape[2]])
@@ -137,18 +144,18 @@ class Rows:
         limits = tilus.minimum(query + (tile.limit + (self.first_token(tile) - tile.first)), tile.length)
         return key < limits - first
 
-    def store(self, out: Any, tile: Tile) -> None:
+    def store(self, tile: Tile) -> None:
         """Rows without any key are zero. Some columns at a time meet in shared memory, so that a thread has 16 bytes of a row."""
         head_dim = self.acc.shape[1]
         width = math.gcd(head_dim, STORED_COLUMNS)
         result = self.acc * tilus.rcp(tilus.where(self.total > 0.0, self.total, 1.0))
-        parts = result.to(out.dtype).reshape([HALF, head_dim // width, width])
+        parts = result.to(self.out.dtype).reshape([HALF, head_dim // width, width])
         layout = local(1, width // 32).spatial(4, 1).local(2, 1).spatial(8, 4).local(1, 8)
         head = tile.head + (self.turns.half * self.per_half if self.heads > 1 else 0)
         for part in range(head_dim // width):
             runs = tilus.with_layout(tilus.select(parts, 1, part), layout)
             tilus.store(
-                out[tile.begin:tile.end], [self.first_token(tile), tile.kv_head, head, part * width],
+                self.out[tile.begin:tile.end], [self.first_token(tile), tile.kv_head, head, part * width],
                 runs.reshape([self.per_half, self.tokens, width]), dims=[2, 0, 3],
             )  # fmt: skip
 

@@ -1,6 +1,6 @@
 """Queries, keys and values of the prefill kernel on their way into shared memory: the warps that copy.
 
-A tile of the cache is one tensor copy for each page and each 64 columns, all of which complete on the barrier of the tile's stage.
+A tile of the cache is a tensor copy for each page and each 64 columns; all complete on the barrier of the tile's stage.
 Behind the end of a sequence the last page holds anything, also no numbers, which a weight of zero does not undo. So the tile that
 contains the end is copied 16 tokens at a time: behind the end come zeros, as from a page that does not exist, and values of
 the 16 tokens around the end go through registers.
@@ -36,12 +36,13 @@ class Stages:
         _, rows, head_dim = self.queries.shape
         per_half = max(1, heads // 2)
         tokens = rows // per_half
+        first = tile.begin + tile.first
         for half in range(2):
-            for i in range(per_half):
+            for i in tilus.range(per_half):
                 head, token = (half * per_half + i, 0) if heads > 1 else (0, half * tokens)
                 tilus.copy_tensor(
-                    self.queries[half], q, [tile.begin + tile.first + token, tile.kv_head, tile.head + head, 0],
-                    shape=[tokens, head_dim], dst_offsets=[i * tokens, 0], barrier=full[0], dims=[0, 3],
+                    self.queries[half], q, [first + token, tile.kv_head, tile.head + head, 0], shape=[tokens, head_dim],
+                    dst_offsets=[i * tokens, 0], barrier=full[0], dims=[0, 3],
                 )  # fmt: skip
 
     def fill(self, kv_cache: Any, table: Any, tile: Tile) -> None:
@@ -105,8 +106,8 @@ class Stages:
                 token = at + piece * PIECE
                 page = table[min(token, tile.length - 1) // page_size]
                 if piece * PIECE != whole or through_registers == 0:
+                    slot = token % page_size // PIECE * PIECE
                     tilus.copy_tensor(
-                        ring[stage], kv_cache,
-                        [page if token < tile.length else pages, which, token % page_size // PIECE * PIECE, tile.kv_head, 0],
+                        ring[stage], kv_cache, [page if token < tile.length else pages, which, slot, tile.kv_head, 0],
                         shape=[PIECE, head_dim], dst_offsets=[piece * PIECE, 0], barrier=full[stage], dims=[2, 4],
                     )  # fmt: skip
