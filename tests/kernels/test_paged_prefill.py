@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tilus import TilusError
+from tilus.kernels.merge_states import merge_states
 from tilus.kernels.paged_prefill import PrefillPlan, launch, paged_prefill, paged_prefill_kernel, plan_of
 from tilus.runtime.execute import build
 from tilus.target import get_target
@@ -24,10 +25,10 @@ EXECUTIONS = [*(pytest.param(name, marks=pytest.mark.slow) for name in ("referen
 MIXED = ((0, 20), (1, 40), (18, 18), (70, 300), (5, 2), (1, 0), (9, 80), (1, 129))
 
 
-def exact(inputs: Inputs, batch: Batch, causal: bool = True) -> tuple[Array, Array]:
-    """Attention in float64, and the sums of weight * |value|, sequence by sequence."""
+def exact(inputs: Inputs, batch: Batch, causal: bool = True) -> tuple[Array, Array, Array]:
+    """Attention in float64, the sums of weight * |value|, and logarithms of sums of exp(score), sequence by sequence."""
     q, cache = inputs.q.double().numpy(), inputs.kv_cache.double().numpy()
-    out, size, row = np.zeros_like(q), np.zeros_like(q), 0
+    out, size, lse, row = np.zeros_like(q), np.zeros_like(q), np.full(q.shape[:2], -np.inf), 0
     for sequence, (queries, length) in enumerate(batch.lengths):
         pages = inputs.block_tables[sequence, : -(-length // batch.page_size)].numpy()
         tokens = cache[pages].swapaxes(0, 1).reshape(2, -1, *cache.shape[3:])[:, :length].repeat(batch.group, axis=2)
@@ -38,33 +39,40 @@ def exact(inputs: Inputs, batch: Batch, causal: bool = True) -> tuple[Array, Arr
         query, key = np.arange(queries)[:, None], np.arange(length)
         seen = (key <= query + length - queries) | (not causal)
         scores = np.where(seen, np.einsum("qhd,khd->hqk", q[own], tokens[0]) * inputs.scale, -np.inf)
+        lse[own] = np.logaddexp.reduce(scores, axis=2).T
         weights = np.exp(scores - scores.max(axis=2, keepdims=True, initial=-1e9))
         weights /= np.maximum(weights.sum(axis=2, keepdims=True), 1e-300)
         out[own] = np.einsum("hqk,khd->qhd", weights, tokens[1])
         size[own] = np.einsum("hqk,khd->qhd", weights, np.abs(tokens[1]))
-    return out, size
+    return out, size, lse
 
 
 def run(
     inputs: Inputs, device: str, causal: bool = True, plan: PrefillPlan | None = None, blocks: int = 2
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The result and its logarithms, by the plan and blocks of the library or by those given."""
     tensors = [inputs.q, inputs.kv_cache, inputs.block_tables, inputs.q_start, inputs.kv_lens]
     if device == "cuda":
         tensors = [on_gpu(t) for t in tensors]
     if plan is None:
-        return paged_prefill(*tensors, inputs.scale, causal=causal, device=device).cpu()
-    out = torch.full_like(tensors[0], torch.nan)
-    launch(*tensors, out, inputs.scale, causal, plan, blocks, device)
-    return out.cpu()
+        out, lse = paged_prefill(*tensors, inputs.scale, causal=causal, return_lse=True, device=device)
+    else:
+        out, lse = launch(*tensors, inputs.scale, causal, plan, blocks, True, device)
+    return out.cpu(), lse.cpu()
 
 
 def check(batch: Batch, device: str, causal: bool = True, plan: PrefillPlan | None = None, seed: int = 0) -> None:
+    """Results within the bound of `limit_of`, logarithms within f32 arithmetic on scores below 16."""
     inputs = make_inputs(batch, seed)
-    found = run(inputs, device, causal, plan)
-    expected, size = exact(inputs, batch, causal)
-    error, limit = np.abs(found.double().numpy() - expected), limit_of(batch, expected, size)
-    assert found.dtype == batch.dtype
+    out, lse = run(inputs, device, causal, plan)
+    expected, size, expected_lse = exact(inputs, batch, causal)
+    error, limit = np.abs(out.double().numpy() - expected), limit_of(batch, expected, size)
+    assert out.dtype == batch.dtype
     assert (error <= limit).all(), f"{batch}: off by {error.max()}, {(error / (limit + 1e-30)).max()} of the limit"
+    found = lse.double().numpy()
+    assert np.array_equal(np.isneginf(found), np.isneginf(expected_lse))
+    finite = np.isfinite(expected_lse)
+    assert np.abs(found[finite] - expected_lse[finite]).max(initial=0) < 2.0**-14
 
 
 @pytest.mark.parametrize("device", ["emulator", CUDA])
@@ -115,7 +123,7 @@ def test_head_dims(head_dim: int, dtype: torch.dtype, device: str) -> None:
     check(Batch(((40, 170), (1, 20)), kv_heads=1, group=2, head_dim=head_dim, dtype=dtype), device)
 
 
-LENGTHS = st.lists(st.tuples(st.integers(0, 150), st.integers(0, 150)), min_size=1, max_size=4)
+LENGTHS = st.lists(st.tuples(st.integers(0, 140), st.integers(0, 140)), min_size=1, max_size=3)
 
 
 def check_any(lengths: list[tuple[int, int]], causal: bool, seed: int) -> None:
@@ -124,7 +132,7 @@ def check_any(lengths: list[tuple[int, int]], causal: bool, seed: int) -> None:
 
 
 @given(LENGTHS, st.just(True), st.integers(0, 99))
-@settings(max_examples=3)
+@settings(max_examples=2)
 def test_any_batch(lengths: list[tuple[int, int]], causal: bool, seed: int) -> None:
     check_any(lengths, causal, seed)
 
@@ -141,13 +149,28 @@ def test_chunks_have_the_bits_of_the_whole(device: str) -> None:
     """What a query sees is visited in the same tiles, whichever queries are beside it."""
     batch = Batch(((200, 200),), kv_heads=1, group=2)
     inputs = make_inputs(batch, 0)
-    whole = run(inputs, device, plan=PrefillPlan(2))
+    whole = run(inputs, device, plan=PrefillPlan(2))[0]
     for begin, end in ((0, 70), (70, 71), (71, 200)):
         part = dataclasses.replace(
             inputs, q=inputs.q[begin:end].contiguous(), q_start=torch.tensor([0, end - begin], dtype=torch.int32),
             kv_lens=torch.tensor([end], dtype=torch.int32),
         )  # fmt: skip
-        assert torch.equal(run(part, device, plan=PrefillPlan(2)), whole[begin:end])
+        assert torch.equal(run(part, device, plan=PrefillPlan(2))[0], whole[begin:end])
+
+
+@pytest.mark.parametrize("device", EXECUTIONS)
+def test_parts_of_the_keys_merge_to_the_whole(device: str) -> None:
+    """All of the first 96 tokens, and the rest of them causally."""
+    batch = Batch(((60, 190),), kv_heads=1, group=2)
+    inputs = make_inputs(batch, 0)
+    out, lse = run(inputs, device)
+    first = dataclasses.replace(inputs, kv_lens=torch.tensor([96], dtype=torch.int32))
+    rest = dataclasses.replace(
+        inputs, block_tables=inputs.block_tables[:, 6:].contiguous(), kv_lens=torch.tensor([94], dtype=torch.int32)
+    )
+    merged, merged_lse = merge_states(*run(first, device, causal=False), *run(rest, device), device="reference")
+    assert (merged.double() - out.double()).abs().max() <= 2.0**-9 * out.abs().max()
+    assert (merged_lse - lse).abs().max() <= 2.0**-16
 
 
 @pytest.mark.parametrize("device", EXECUTIONS)
@@ -159,19 +182,19 @@ def test_pages_may_be_anywhere(device: str) -> None:
     for old, new in enumerate(torch.argsort(order).tolist()):
         moved[inputs.block_tables == old] = new
     elsewhere = dataclasses.replace(inputs, kv_cache=inputs.kv_cache[order], block_tables=moved)
-    assert torch.equal(run(elsewhere, device, plan=PrefillPlan(2)), run(inputs, device, plan=PrefillPlan(2)))
+    assert all(map(torch.equal, run(elsewhere, device, plan=PrefillPlan(2)), run(inputs, device, plan=PrefillPlan(2))))
 
 
 def test_large_scores_do_not_overflow() -> None:
     """Scores of up to 2000, where exp alone overflows: the largest one takes all of the weight."""
     batch = Batch(((2, 70),), kv_heads=1, group=2)
     inputs = dataclasses.replace(make_inputs(batch, 0), scale=50.0)
-    found, (expected, _) = run(inputs, "reference", plan=PrefillPlan(2)), exact(inputs, batch)
+    (found, _), (expected, _, _) = run(inputs, "reference", plan=PrefillPlan(2)), exact(inputs, batch)
     assert np.allclose(found.double().numpy(), expected, rtol=0, atol=2.0**-8)
 
 
 def test_nothing_to_do() -> None:
-    assert run(make_inputs(Batch(((0, 5), (0, 0))), 0), "reference").shape == (0, 6, 64)
+    assert run(make_inputs(Batch(((0, 5), (0, 0))), 0), "reference")[0].shape == (0, 6, 64)
 
 
 def test_plans_waste_no_rows() -> None:
@@ -199,7 +222,7 @@ def test_assembles_without_spills(head_dim: int, heads: int, page_size: int, dty
     q, cache = torch.zeros(2, 2, heads, head_dim, dtype=dtype), torch.zeros(4, 2, page_size, 2, head_dim, dtype=dtype)
     table, starts = torch.zeros(2, 2, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
     special = paged_prefill_kernel.specialize(
-        q, cache, table, starts, table[0], q, 1.0, 132, head_dim=head_dim, page_size=page_size, causal=causal,
+        q, cache, table, starts, table[0], q, 1.0, 132, torch.zeros(2, 2, heads), head_dim=head_dim, page_size=page_size, causal=causal,
         plan=PrefillPlan(heads),
     )  # fmt: skip
     compiled, cubin = build(special.function, get_target("sm_90a"))

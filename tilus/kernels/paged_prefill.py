@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import tilus
-from tilus import Const, Tensor, TilusError, int32
+from tilus import Const, Tensor, TilusError, f32, int32
 from tilus.kernels.allocate import empty, is_cuda
 from tilus.kernels.attention import MAX_GROUP, power_of_two
 from tilus.kernels.paged_prefill_softmax import Rows, Turns
@@ -47,6 +47,7 @@ def paged_prefill_kernel(
     out: Tensor["dtype", "tokens", "kv_heads", "group", "head_dim"],
     scale_log2: float,
     blocks: int32,
+    lse: Tensor[f32, "tokens", "kv_heads", "group"] = None,
     *,
     head_dim: Const,
     page_size: Const,
@@ -76,13 +77,13 @@ def paged_prefill_kernel(
         with tilus.warps(4 * half, 4, registers=plan.registers):
             tilus.wait_dependencies()
             using = Stages(queries, keys, values, full, empty)
-            rows = Rows(using, Turns(turns, half), out, scale_log2, plan.heads, causal)
+            rows = Rows(using, Turns(turns, half), (out, lse), scale_log2, plan.heads, causal)
             each_tile(q, q_start, kv_lens, blocks, plan.heads, plan.kv_tile, causal, rows.compute)
 
 
 def paged_prefill(
     q: Any, kv_cache: Any, block_tables: Any, q_start: Any, kv_lens: Any, scale: float, *, causal: bool = True,
-    device: str | None = None,
+    return_lse: bool = False, device: str | None = None,
 ) -> Any:  # fmt: skip
     """Attention of ragged queries over paged keys and values (sm_90a): `paged_attention` for many queries a sequence.
 
@@ -97,38 +98,39 @@ def paged_prefill(
     not causal; one that sees none gets zeros. Nothing beyond kv_len is looked at. One launch; the host reads no tensor, so it can
     be captured in a CUDA graph.
 
-    Returns: [M, Hq, D]. Scores and sums are f32; the softmax weights are rounded to q's dtype for the tensor cores.
+    Returns: [M, Hq, D]; with return_lse also float32 [M, Hq], the natural logarithm of the sum of exp(scaled score), minus
+    infinity where there is no key (`merge_states` takes both). Scores and sums are f32; the softmax weights are rounded to q's dtype.
     Raises: TilusError when shapes, dtypes or devices do not fit together.
     """
     group = _check(q, kv_cache, q_start, kv_lens, scale)
     sequences, kv_heads = kv_lens.shape[0], kv_cache.shape[3]
-    out = empty(q, tuple(q.shape))
-    if q.shape[0]:
-        plan = plan_of(q.shape[0], sequences, group)
-        tiles = slots(q.shape[0], sequences, tokens_of(plan.heads)) * kv_heads * -(-group // plan.heads)
-        launch(
-            q, kv_cache, block_tables, q_start, kv_lens, out, scale, causal, plan,
-            min(tiles, num_sms_of(q, place(device, is_cuda(q)))), device,
-        )  # fmt: skip
-    return out
+    plan = plan_of(q.shape[0], sequences, group)
+    tiles = slots(q.shape[0], sequences, tokens_of(plan.heads)) * kv_heads * -(-group // plan.heads)
+    blocks = min(tiles, num_sms_of(q, place(device, is_cuda(q))))
+    out, lse = launch(q, kv_cache, block_tables, q_start, kv_lens, scale, causal, plan, blocks, return_lse, device)
+    return (out, lse) if return_lse else out
 
 
 def launch(
-    q: Any, kv_cache: Any, block_tables: Any, q_start: Any, kv_lens: Any, out: Any, scale: float, causal: bool,
-    plan: PrefillPlan, blocks: int, device: str | None,
-) -> None:  # fmt: skip
-    """The kernel by a given plan, on so many blocks."""
+    q: Any, kv_cache: Any, block_tables: Any, q_start: Any, kv_lens: Any, scale: float, causal: bool, plan: PrefillPlan,
+    blocks: int, return_lse: bool, device: str | None,
+) -> tuple[Any, Any]:  # fmt: skip
+    """(result, logarithms or None) by a given plan, on so many blocks."""
     page_size, kv_heads, head_dim = kv_cache.shape[2:]
     by_head = (kv_heads, q.shape[1] // kv_heads)
-    paged_prefill_kernel.on(device)(
-        q.unflatten(1, by_head), kv_cache, block_tables, q_start, kv_lens, out.unflatten(1, by_head),
-        scale * math.log2(math.e), blocks, head_dim=head_dim, page_size=page_size, causal=causal, plan=plan,
-    )  # fmt: skip
+    out, lse = empty(q, tuple(q.shape)), empty(q, tuple(q.shape[:2]), "float32") if return_lse else None
+    if q.shape[0]:
+        paged_prefill_kernel.on(device)(
+            q.unflatten(1, by_head), kv_cache, block_tables, q_start, kv_lens, out.unflatten(1, by_head),
+            scale * math.log2(math.e), blocks, None if lse is None else lse.unflatten(1, by_head),
+            head_dim=head_dim, page_size=page_size, causal=causal, plan=plan,
+        )  # fmt: skip
+    return out, lse
 
 
 def plan_of(queries: int, sequences: int, group: int) -> PrefillPlan:
     """As many heads a tile of rows as make the fewest tiles, if all sequences have as many queries; of equals the most."""
-    tokens = -(-queries // sequences)
+    tokens = -(-queries // max(sequences, 1))
 
     def tiles(heads: int) -> int:
         return -(-tokens // tokens_of(heads)) * -(-group // heads)

@@ -41,13 +41,15 @@ class Turns:
 class Rows:
     """64 rows of a tile: the highest score, the sum of weights and the weighted sum of values of each, as far as seen.
 
-    Scores are not scaled before the exponential: scale_log2, which is positive, is part of its argument.
+    Scores are not scaled before the exponential: scale_log2, which is positive, is part of its argument. outputs: (of results, of
+    logarithms or None).
     """
 
     def __init__(
-        self, stages: Stages, turns: Turns, out: Any, scale_log2: Any, heads: int, causal: bool
+        self, stages: Stages, turns: Turns, outputs: Any, scale_log2: Any, heads: int, causal: bool
     ) -> None:  # fmt: skip
-        self.stages, self.turns, self.out, self.scale_log2 = stages, turns, out, scale_log2
+        self.stages, self.turns, self.scale_log2 = stages, turns, scale_log2
+        self.out, self.lse = outputs
         self.heads, self.causal = heads, causal
         self.used = 0
         self.highest, self.total = tilus.full([HALF, 1], NO_SCORE), tilus.zeros([HALF, 1])
@@ -158,6 +160,10 @@ class Rows:
                 self.out[tile.begin:tile.end], [self.first_token(tile), tile.kv_head, head, part * width],
                 runs.reshape([self.per_half, self.tokens, width]), dims=[2, 0, 3],
             )  # fmt: skip
+        if self.lse is not None:
+            logs = natural_lse(self.highest, self.total, self.scale_log2).reshape([self.per_half, self.tokens])
+            where = [self.first_token(tile), tile.kv_head, head]
+            tilus.store(self.lse[tile.begin : tile.end], where, logs, dims=[2, 0])
 
 
 def natural_lse(highest: Any, total: Any, scale_log2: Any) -> Any:
