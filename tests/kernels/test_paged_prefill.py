@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tilus import TilusError
 from tilus.kernels.merge_states import merge_states
-from tilus.kernels.paged_prefill import PrefillPlan, launch, paged_prefill, paged_prefill_kernel, plan_of
+from tilus.kernels.paged_prefill import PrefillPlan, heads_of, launch, paged_prefill, paged_prefill_kernel
 from tilus.runtime.execute import build
 from tilus.target import get_target
 
@@ -197,10 +197,10 @@ def test_nothing_to_do() -> None:
     assert run(make_inputs(Batch(((0, 5), (0, 0))), 0), "reference")[0].shape == (0, 6, 64)
 
 
-def test_plans_waste_no_rows() -> None:
+def test_heads_of_a_tile_waste_no_rows() -> None:
     """Long prompts take heads that divide the group; single queries take the whole group."""
-    assert [plan_of(4096, 1, group).heads for group in (1, 2, 3, 4, 6, 7, 8, 12, 16)] == [1, 2, 1, 4, 2, 1, 8, 4, 16]
-    assert [plan_of(8, 8, group).heads for group in (1, 2, 3, 4, 6, 7, 8, 12, 16)] == [1, 2, 4, 4, 8, 8, 8, 16, 16]
+    assert [heads_of(4096, 1, group) for group in (1, 2, 3, 4, 6, 7, 8, 12, 16)] == [1, 2, 1, 4, 2, 1, 8, 4, 16]
+    assert [heads_of(8, 8, group) for group in (1, 2, 3, 4, 6, 7, 8, 12, 16)] == [1, 2, 4, 4, 8, 8, 8, 16, 16]
 
 
 KINDS = [
@@ -222,8 +222,8 @@ def test_assembles_without_spills(head_dim: int, heads: int, page_size: int, dty
     q, cache = torch.zeros(2, 2, heads, head_dim, dtype=dtype), torch.zeros(4, 2, page_size, 2, head_dim, dtype=dtype)
     table, starts = torch.zeros(2, 2, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
     special = paged_prefill_kernel.specialize(
-        q, cache, table, starts, table[0], q, 1.0, 132, torch.zeros(2, 2, heads), head_dim=head_dim, page_size=page_size, causal=causal,
-        plan=PrefillPlan(heads),
+        q, cache, table, starts, table[0], q, 1.0, 132, torch.zeros(2, 2, heads), head_dim=head_dim, page_size=page_size,
+        group=heads, causal=causal, plan=PrefillPlan(heads),
     )  # fmt: skip
     compiled, cubin = build(special.function, get_target("sm_90a"))
     assert cubin and "cp.async.bulk.tensor.5d" in compiled.ptx and "wgmma.mma_async" in compiled.ptx

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tilus.kernels.attention import find_queries
-from tilus.kernels.paged_prefill_tiles import number, slots, tokens_of, visited
+from tilus.kernels.paged_prefill_tiles import Visits, number, slots, tokens_of, visited
 
 KV_TILE = 128
 
@@ -35,7 +35,7 @@ def test_pairs_of_rows_and_cached_tiles(lengths: list[tuple[int, int]], heads: i
         computed.update(starts[sequence] + query for query in queries)
         length = cached[sequence]
         limit = length - lengths[sequence][0] + first + 1
-        unmasked, steps = visited(limit, length, tokens, KV_TILE, causal)
+        unmasked, steps = visited(limit, length, Visits(heads, KV_TILE, causal))
         sees = [max(0, length - lengths[sequence][0] + query + 1) if causal else length for query in queries]
         if sees:
             assert 0 <= unmasked <= steps

@@ -8,6 +8,7 @@ products of shared memory, weights stay in registers as left operands of the pro
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +16,19 @@ import tilus
 from tilus import Const, Tensor, TilusError, f32, int32
 from tilus.kernels.allocate import empty, is_cuda
 from tilus.kernels.attention import MAX_GROUP, power_of_two
-from tilus.kernels.paged_prefill_softmax import Rows, Turns
+from tilus.kernels.attention_variant import Variant
+from tilus.kernels.paged_prefill_softmax import Kind, Rows, Turns
 from tilus.kernels.paged_prefill_stages import Stages
-from tilus.kernels.paged_prefill_tiles import ROWS, each_tile, slots, tokens_of
+from tilus.kernels.paged_prefill_tiles import ROWS, Visits, each_tile, slots, tokens_of
 from tilus.kernels.warpgroup_ring import num_sms_of
+from tilus.ptx.assembler import SpillError
 from tilus.runtime.execute import place
 
 HEAD_DIMS = (64, 96, 128)
 CONSUMERS, PRODUCERS = 8, 4  # warps
+KV_TILES = (128, 64)  # the larger, the less a tile's instructions that do not depend on its size count
+NO_VARIANT = Variant()
+_fitting: dict[tuple[Any, ...], int] = {}
 
 
 @dataclass(frozen=True)
@@ -48,12 +54,16 @@ def paged_prefill_kernel(
     scale_log2: float,
     blocks: int32,
     lse: Tensor[f32, "tokens", "kv_heads", "group"] = None,
+    parameters: Tensor[f32, "count"] = None,
     *,
+    group: Const,
     head_dim: Const,
     page_size: Const,
     causal: Const,
     plan: Const,
+    variant: Const = NO_VARIANT,
 ):
+    visits = Visits(plan.heads, plan.kv_tile, causal, masked=variant.mask is not None)
     tilus.grid(blocks, warps=CONSUMERS + PRODUCERS)
     tilus.launch_dependents()
     queries = tilus.shared(q.dtype, [2, ROWS // 2, head_dim])
@@ -71,19 +81,20 @@ def paged_prefill_kernel(
             filling.fill_queries(q, tile, index, plan.heads)
             filling.fill(kv_cache, block_tables[tile.sequence], tile)
 
-        each_tile(q, q_start, kv_lens, blocks, plan.heads, plan.kv_tile, causal, fill)
+        each_tile(q, q_start, kv_lens, blocks, visits, fill)
 
     for half in range(2):
         with tilus.warps(4 * half, 4, registers=plan.registers):
             tilus.wait_dependencies()
             using = Stages(queries, keys, values, full, empty)
-            rows = Rows(using, Turns(turns, half), (out, lse), scale_log2, plan.heads, causal)
-            each_tile(q, q_start, kv_lens, blocks, plan.heads, plan.kv_tile, causal, rows.compute)
+            kind = Kind(plan.heads, causal, variant)
+            rows = Rows(using, Turns(turns, half), (out, lse), scale_log2, kind, parameters)
+            each_tile(q, q_start, kv_lens, blocks, visits, rows.compute)
 
 
 def paged_prefill(
     q: Any, kv_cache: Any, block_tables: Any, q_start: Any, kv_lens: Any, scale: float, *, causal: bool = True,
-    return_lse: bool = False, device: str | None = None,
+    return_lse: bool = False, variant: Variant = NO_VARIANT, parameters: Any = None, device: str | None = None,
 ) -> Any:  # fmt: skip
     """Attention of ragged queries over paged keys and values (sm_90a): `paged_attention` for many queries a sequence.
 
@@ -91,29 +102,64 @@ def paged_prefill(
     of the same dtype, keys at index 0, values at 1; a strided view (one layer of a pool, say) is fine. block_tables: int32
     [S, max_pages], the pages of each sequence in order. q_start: int32 [S + 1], where each sequence's queries start in q.
     kv_lens: int32 [S], tokens in the cache, those of the queries included. Hq / Hkv is 1 to 16, D 64, 96 or 128, page_size 16,
-    32, 64 or a multiple of 128. scale: what scores are multiplied with, above 0. Torch tensors. device: where to run (reference,
-    emulator, cuda), by default as the arguments say.
+    32, 64 or a multiple of 128. scale: what scores are multiplied with, above 0. variant: functions that change scores, hide keys
+    or add a sink; parameters: their f32 tensor, if any. Torch tensors. device: where to run (reference, emulator, cuda), by
+    default as the arguments say.
 
     Query j of a sequence with q_len queries sees the first kv_len - q_len + j + 1 tokens of the cache, or all of them where it is
     not causal; one that sees none gets zeros. Nothing beyond kv_len is looked at. One launch; the host reads no tensor, so it can
     be captured in a CUDA graph.
 
     Returns: [M, Hq, D]; with return_lse also float32 [M, Hq], the natural logarithm of the sum of exp(scaled score), minus
-    infinity where there is no key (`merge_states` takes both). Scores and sums are f32; the softmax weights are rounded to q's dtype.
+    infinity where there is no key (`merge_states` takes both). Scores and sums are f32; the softmax weights are rounded to q's
+    dtype.
     Raises: TilusError when shapes, dtypes or devices do not fit together.
     """
     group = _check(q, kv_cache, q_start, kv_lens, scale)
     sequences, kv_heads = kv_lens.shape[0], kv_cache.shape[3]
-    plan = plan_of(q.shape[0], sequences, group)
-    tiles = slots(q.shape[0], sequences, tokens_of(plan.heads)) * kv_heads * -(-group // plan.heads)
+    heads = heads_of(q.shape[0], sequences, group)
+    tiles = slots(q.shape[0], sequences, tokens_of(heads)) * kv_heads * -(-group // heads)
     blocks = min(tiles, num_sms_of(q, place(device, is_cuda(q))))
-    out, lse = launch(q, kv_cache, block_tables, q_start, kv_lens, scale, causal, plan, blocks, return_lse, device)
+
+    def by(plan: PrefillPlan) -> tuple[Any, Any]:
+        return launch(
+            q,
+            kv_cache,
+            block_tables,
+            q_start,
+            kv_lens,
+            scale,
+            causal,
+            plan,
+            blocks,
+            return_lse,
+            device,
+            variant,
+            parameters,
+        )
+
+    key = q.dtype, heads, group, kv_cache.shape[2], q.shape[2], causal, return_lse, variant
+    out, lse = by_fitting_plan(key, heads, by)
     return (out, lse) if return_lse else out
+
+
+def by_fitting_plan(key: tuple[Any, ...], heads: int, launch_by: Callable[[PrefillPlan], Any]) -> Any:
+    """By the first plan that the registers suffice for: functions of a variant may need some. It is remembered by the key."""
+    last = KV_TILES[-1]
+    for kv_tile in KV_TILES[KV_TILES.index(_fitting.get(key, KV_TILES[0])) : -1]:
+        try:
+            result = launch_by(PrefillPlan(heads, kv_tile))
+        except SpillError:
+            continue
+        _fitting[key] = kv_tile
+        return result
+    _fitting[key] = last
+    return launch_by(PrefillPlan(heads, last))
 
 
 def launch(
     q: Any, kv_cache: Any, block_tables: Any, q_start: Any, kv_lens: Any, scale: float, causal: bool, plan: PrefillPlan,
-    blocks: int, return_lse: bool, device: str | None,
+    blocks: int, return_lse: bool, device: str | None, variant: Variant = NO_VARIANT, parameters: Any = None,
 ) -> tuple[Any, Any]:  # fmt: skip
     """(result, logarithms or None) by a given plan, on so many blocks."""
     page_size, kv_heads, head_dim = kv_cache.shape[2:]
@@ -122,21 +168,20 @@ def launch(
     if q.shape[0]:
         paged_prefill_kernel.on(device)(
             q.unflatten(1, by_head), kv_cache, block_tables, q_start, kv_lens, out.unflatten(1, by_head),
-            scale * math.log2(math.e), blocks, None if lse is None else lse.unflatten(1, by_head),
-            head_dim=head_dim, page_size=page_size, causal=causal, plan=plan,
+            scale * math.log2(math.e), blocks, None if lse is None else lse.unflatten(1, by_head), parameters,
+            group=by_head[1], head_dim=head_dim, page_size=page_size, causal=causal, plan=plan, variant=variant,
         )  # fmt: skip
     return out, lse
 
 
-def plan_of(queries: int, sequences: int, group: int) -> PrefillPlan:
+def heads_of(queries: int, sequences: int, group: int) -> int:
     """As many heads a tile of rows as make the fewest tiles, if all sequences have as many queries; of equals the most."""
     tokens = -(-queries // max(sequences, 1))
 
     def tiles(heads: int) -> int:
         return -(-tokens // tokens_of(heads)) * -(-group // heads)
 
-    heads = min((h for h in (16, 8, 4, 2, 1) if h <= power_of_two(group)), key=tiles)
-    return PrefillPlan(heads)
+    return min((h for h in (16, 8, 4, 2, 1) if h <= power_of_two(group)), key=tiles)
 
 
 def _check(q: Any, kv_cache: Any, q_start: Any, kv_lens: Any, scale: float) -> int:

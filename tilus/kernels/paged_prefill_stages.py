@@ -36,12 +36,11 @@ class Stages:
         _, rows, head_dim = self.queries.shape
         per_half = max(1, heads // 2)
         tokens = rows // per_half
-        first = tile.begin + tile.first
         for half in range(2):
             for i in tilus.range(per_half):
                 head, token = (half * per_half + i, 0) if heads > 1 else (0, half * tokens)
                 tilus.copy_tensor(
-                    self.queries[half], q, [first + token, tile.kv_head, tile.head + head, 0], shape=[tokens, head_dim],
+                    self.queries[half], q, [tile.row + token, tile.kv_head, tile.head + head, 0], shape=[tokens, head_dim],
                     dst_offsets=[i * tokens, 0], barrier=full[0], dims=[0, 3],
                 )  # fmt: skip
 

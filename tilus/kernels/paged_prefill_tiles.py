@@ -22,21 +22,31 @@ ROWS = 128  # of a tile; each of two warpgroups has half of them
 class Tile:
     """Rows of one sequence and kv head, of numbers that a kernel knows at run time.
 
-    begin, end: rows of q that are the sequence's. first: of its queries, the first one of the tile. head: of the query heads of a
-    kv head, the first one. length: cached tokens. limit: how many of them the first query of the tile sees; the next one sees one
-    more. unmasked, steps: tiles of the cache that all rows see whole, and that any row sees.
+    head: of the query heads of the kv head, the first one. row: of q, that of its first query. queries: of the sequence, from
+    that on. length: cached tokens. limit: how many of them the first query sees; the next one sees one more. unmasked, steps:
+    tiles of the cache that all rows see whole, and that any row sees.
     """
 
     sequence: Any
     kv_head: Any
     head: Any
-    begin: Any
-    end: Any
-    first: Any
+    row: Any
+    queries: Any
     length: Any
     limit: Any
     unmasked: Any
     steps: Any
+
+
+@dataclass(frozen=True)
+class Visits:
+    """heads: of a tile of rows. kv_tile: tokens of a tile of the cache. causal: queries do not see what comes behind them.
+    masked: any key may be hidden from any query."""
+
+    heads: int
+    kv_tile: int
+    causal: bool
+    masked: bool = False
 
 
 def tokens_of(heads: int) -> int:
@@ -54,38 +64,35 @@ def number(turn: Any, block: Any, blocks: Any) -> Any:
     return turn * blocks + (block if turn % 2 == 0 else blocks - 1 - block)
 
 
-def visited(limit: Any, length: Any, tokens: int, kv_tile: int, causal: bool) -> Any:
+def visited(limit: Any, length: Any, visits: Visits) -> Any:
     """(tiles of the cache that all rows see whole, that any of them sees)"""
-    if not causal:
-        return length // kv_tile, tilus.cdiv(length, kv_tile)
-    seen = max(min(length, limit + (tokens - 1)), 0)
-    return max(min(limit, length), 0) // kv_tile, tilus.cdiv(seen, kv_tile)
+    first = min(limit, length) if visits.causal else length
+    last = min(length, limit + (tokens_of(visits.heads) - 1)) if visits.causal else length
+    unmasked = 0 if visits.masked else max(first, 0) // visits.kv_tile
+    return unmasked, tilus.cdiv(max(last, 0), visits.kv_tile)
 
 
-def each_tile(
-    q: Any, q_start: Any, kv_lens: Any, blocks: Any, heads: int, kv_tile: int, causal: bool, work: Any
-) -> None:
+def each_tile(q: Any, q_start: Any, kv_lens: Any, blocks: Any, visits: Visits, work: Any) -> None:
     """`work(index, tile)` for the tiles of this block, in order; index counts them. Empty ones are left out.
 
     q: [tokens, kv_heads, group, head_dim].
     """
-    tokens, sequences = tokens_of(heads), kv_lens.shape[0]
+    heads, tokens, sequences = visits.heads, tokens_of(visits.heads), kv_lens.shape[0]
     kv_heads, parts = q.shape[1], tilus.cdiv(q.shape[2], heads)
     rows = slots(q.shape[0], sequences, tokens)
     count = rows * kv_heads * parts
     # Variables: computed once, not at each use.
-    index, at, sequence, kv_head, head, begin, end, first = 0, 0, 0, 0, 0, 0, 0, 0
-    length, limit, unmasked, steps = 0, 0, 0, 0
+    index, at, sequence, first, row, queries, length, limit, unmasked, steps = 0, 0, 0, 0, 0, 0, 0, 0, 0, 0
     for turn in tilus.range(tilus.cdiv(count, blocks)):
         at = number(turn, tilus.block_id(0), blocks)
         if at < count:
             sequence, first = find_queries(q_start, sequences, tokens, rows - 1 - at // (kv_heads * parts))
-            begin, end = q_start[sequence], q_start[sequence + 1]
-            if begin + first < end:
+            row = q_start[sequence] + first
+            queries = q_start[sequence + 1] - row
+            if queries > 0:
                 length = kv_lens[sequence]
-                limit = length - (end - begin) + first + 1
-                unmasked, steps = visited(limit, length, tokens, kv_tile, causal)
-                kv_head = at % (kv_heads * parts) // parts
-                head = at % parts * heads
-                work(index, Tile(sequence, kv_head, head, begin, end, first, length, limit, unmasked, steps))
+                limit = length - queries + 1
+                unmasked, steps = visited(limit, length, visits)
+                kv_head, head = at % (kv_heads * parts) // parts, at % parts * heads
+                work(index, Tile(sequence, kv_head, head, row, queries, length, limit, unmasked, steps))
                 index += 1
