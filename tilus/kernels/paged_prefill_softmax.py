@@ -156,8 +156,8 @@ class Rows:
         if masked:
             scores = tilus.where(self.seen(tile, at * length, length), scores, -math.inf)
         higher = tilus.maximum(self.highest, tilus.max(scores, 1, keepdims=True))
-        weights = tilus.exp2(tilus.fma(scores, self.unit, -(higher * self.unit)))
-        shrink = tilus.exp2((self.highest - higher) * self.unit)
+        weights = tilus.exp2(tilus.fma(scores, self.unit, -(higher * self.unit)), ftz=True)
+        shrink = tilus.exp2((self.highest - higher) * self.unit, ftz=True)
         self.highest = higher
         self.total = self.total * shrink + tilus.sum(weights, 1, keepdims=True)
         return weights, shrink
