@@ -14,7 +14,7 @@ import tilus
 from tilus import TilusError
 from tilus.kernels import paged_prefill
 from tilus.kernels.attention_variant import Variant
-from tilus.kernels.paged_prefill import PrefillPlan, by_fitting_plan, paged_prefill_kernel
+from tilus.kernels.paged_prefill import PrefillPlan, by_fitting_plan, paged_prefill_kernel, plans_of
 from tilus.runtime.execute import build
 from tilus.target import get_target
 
@@ -121,12 +121,12 @@ def test_variants_assemble_with_some_plan(name: str, head_dim: int) -> None:
 
     def assemble(plan: PrefillPlan) -> int:
         special = paged_prefill_kernel.specialize(
-            q, cache, table, starts, table[0], q, 1.0, 132, torch.zeros(2, 2, 4), PARAMETERS, group=4, head_dim=head_dim,
-            page_size=16, causal=True, plan=plan, variant=VARIANTS[name][0],
+            q, cache, table, starts, table[0], q, 1.0, 132, torch.zeros(2, 2, 4), PARAMETERS, kv_heads=2, group=4,
+            head_dim=head_dim, page_size=16, causal=True, plan=plan, variant=VARIANTS[name][0],
         )  # fmt: skip
         return len(build(special.function, get_target("sm_90a"))[1])
 
-    assert by_fitting_plan((name, head_dim), 4, assemble)
+    assert by_fitting_plan((name, head_dim), plans_of(4, head_dim), assemble)
 
 
 def wrong(**functions: Callable[..., object]) -> str:

@@ -118,7 +118,7 @@ def test_groups(group: int, heads: int, device: str) -> None:
 
 @pytest.mark.parametrize("device", EXECUTIONS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 def test_head_dims(head_dim: int, dtype: torch.dtype, device: str) -> None:
     check(Batch(((40, 170), (1, 20)), kv_heads=1, group=2, head_dim=head_dim, dtype=dtype), device)
 
@@ -204,8 +204,8 @@ def test_heads_of_a_tile_waste_no_rows() -> None:
 
 
 KINDS = [
-    (head_dim, heads, page_size, dtype, causal)
-    for head_dim in (64, 96, 128)
+    (head_dim, kv_tile, heads, page_size, dtype, causal)
+    for head_dim, kv_tile in ((64, 128), (96, 128), (128, 128), (256, 32))
     for heads, page_size, dtype, causal in [
         (4, 16, torch.bfloat16, True), (1, 16, torch.float16, False), (2, 32, torch.bfloat16, False),
         (8, 64, torch.float16, True), (16, 128, torch.bfloat16, True), (1, 256, torch.bfloat16, True),
@@ -214,16 +214,18 @@ KINDS = [
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "heads", "page_size", "dtype", "causal"),
+    ("head_dim", "kv_tile", "heads", "page_size", "dtype", "causal"),
     [pytest.param(*kind, marks=() if kind == KINDS[12] else pytest.mark.slow) for kind in KINDS],
 )
-def test_assembles_without_spills(head_dim: int, heads: int, page_size: int, dtype: torch.dtype, causal: bool) -> None:
+def test_assembles_without_spills(
+    head_dim: int, kv_tile: int, heads: int, page_size: int, dtype: torch.dtype, causal: bool
+) -> None:
     """`build` raises for spills and for waits that the assembler puts between products."""
     q, cache = torch.zeros(2, 2, heads, head_dim, dtype=dtype), torch.zeros(4, 2, page_size, 2, head_dim, dtype=dtype)
     table, starts = torch.zeros(2, 2, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
     special = paged_prefill_kernel.specialize(
         q, cache, table, starts, table[0], q, 1.0, 132, torch.zeros(2, 2, heads), head_dim=head_dim, page_size=page_size,
-        group=heads, causal=causal, plan=PrefillPlan(heads),
+        kv_heads=2, group=heads, causal=causal, plan=PrefillPlan(heads, kv_tile),
     )  # fmt: skip
     compiled, cubin = build(special.function, get_target("sm_90a"))
     assert cubin and "cp.async.bulk.tensor.5d" in compiled.ptx and "wgmma.mma_async" in compiled.ptx
@@ -247,7 +249,7 @@ def test_arguments_that_do_not_fit_are_refused_with_both_values() -> None:
     expect(wrong(q=torch.zeros(3, 6, 32, dtype=half)), "head_dim", "32", "64")
     expect(wrong(q=torch.zeros(3, 6, 64)), "f32", "f16")
     eighty = {"q": torch.zeros(3, 6, 80, dtype=half), "kv_cache": torch.zeros(9, 2, 16, 2, 80, dtype=half)}
-    expect(wrong(**eighty), "head_dim 80", "64, 96, 128")
+    expect(wrong(**eighty), "head_dim 80", "64, 96, 128, 256")
     expect(wrong(kv_cache=torch.zeros(9, 2, 24, 2, 64, dtype=half)), "page_size 24", "16, 32, 64 or a multiple of 128")
     expect(wrong(q_start=torch.zeros(2, dtype=torch.int32)), "[2]", "[3]")
     expect(wrong(kv_lens=torch.zeros(2, dtype=torch.int64)), "int64", "int32")

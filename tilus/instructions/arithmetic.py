@@ -75,8 +75,8 @@ FLOAT_FUNCTIONS = frozenset(NUMPY_UNARY) - {"neg", "abs", "not"}
 
 # Operands are f32 in 32-bit registers. Constants: log2(e), ln(2).
 _F32_FUNCTIONS: dict[str, str] = {
-    "exp2": "ex2.approx.f32", "exp2_ftz": "ex2.approx.ftz.f32", "log2": "lg2.approx.f32", "sqrt": "sqrt.rn.f32", "rsqrt": "rsqrt.approx.f32",
-    "rcp": "rcp.rn.f32", "sin": "sin.approx.f32", "cos": "cos.approx.f32", "tanh": "tanh.approx.f32",
+    "exp2": "ex2.approx.f32", "exp2_ftz": "ex2.approx.ftz.f32", "log2": "lg2.approx.f32", "sqrt": "sqrt.rn.f32",
+    "rsqrt": "rsqrt.approx.f32", "rcp": "rcp.rn.f32", "sin": "sin.approx.f32", "cos": "cos.approx.f32", "tanh": "tanh.approx.f32",
     "floor": "cvt.rmi.f32.f32", "ceil": "cvt.rpi.f32.f32", "round": "cvt.rni.f32.f32", "abs": "abs.f32", "neg": "neg.f32",
 }  # fmt: skip
 _LOG2_E = FloatImm(0x3FB8AA3B)

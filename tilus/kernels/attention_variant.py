@@ -1,12 +1,16 @@
 """Variants of attention as functions in the language, which a kernel inlines: of scores, of which keys are seen, a sink.
 
-def window(at):                                    # the last 1024 tokens
-    return at.key > at.query - 1024
+The last 1024 tokens, and scores between -30 and 30, are
 
-def soft_cap(score, at):
-    return tilus.tanh(score * (1 / 30)) * 30.0
+    def window(at):
+        return at.key > at.query - 1024
 
-paged_prefill(..., variant=Variant(logits=soft_cap, mask=window))
+    def soft_cap(score, at):
+        return tilus.tanh(score * (1 / 30)) * 30.0
+
+    paged_prefill(..., variant=Variant(logits=soft_cap, mask=window))
+
+Variants are equal when their functions are: define them once, at the top of a module, so that a kernel is compiled once.
 """
 
 from __future__ import annotations

@@ -3,12 +3,21 @@
 As many blocks as run at once take tiles of 128 rows in turns (`paged_prefill_tiles`). In each block four warps ask for queries
 and pages by tensor copies (`paged_prefill_stages`). Two warpgroups have 64 rows each (`paged_prefill_softmax`): scores are
 products of shared memory, weights stay in registers as left operands of the products with values, which are read transposed.
+
+Budget of 128 rows by 128 tokens of 128 elements, in cycles of a multiprocessor of an H100. The products take 1024 each, 2048
+together: 2 x 128 x 128 x 128 multiplications at 2048 a cycle. 128 x 128 exponentials at 16 a cycle take 1024 of another unit. The
+machine code of a step without mask has 464 instructions a warp, and each of the four schedulers issues those of two warps: 928,
+with mask 1284. The warps that copy pages of 16 tokens issue 56 for a page of keys or of values, 896 on each scheduler, and
+pages of 64 a quarter of that. Of shared memory each warpgroup's products read 16 KB of queries, 32 KB of keys and 32 KB of
+values: for both of them 160 KB, at 128 bytes a cycle 1280. So the products are the limit, as long as the other warpgroup,
+whose turn it is not, has its softmax under them; with pages of 16 tokens the schedulers come close to theirs.
+Shared memory holds 32 KB of queries, twice 64 KB of keys and values, and 8 KB for results: one block on a multiprocessor.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +33,10 @@ from tilus.kernels.warpgroup_ring import num_sms_of
 from tilus.ptx.assembler import SpillError
 from tilus.runtime.execute import place
 
-HEAD_DIMS = (64, 96, 128)
+HEAD_DIMS = (64, 96, 128, 256)
 CONSUMERS, PRODUCERS = 8, 4  # warps
-KV_TILES = (128, 64)  # the larger, the less a tile's instructions that do not depend on its size count
 NO_VARIANT = Variant()
-_fitting: dict[tuple[Any, ...], int] = {}
+_fitting: dict[tuple[Any, ...], PrefillPlan] = {}
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,7 @@ def paged_prefill_kernel(
     lse: Tensor[f32, "tokens", "kv_heads", "group"] = None,
     parameters: Tensor[f32, "count"] = None,
     *,
+    kv_heads: Const,
     group: Const,
     head_dim: Const,
     page_size: Const,
@@ -101,9 +110,9 @@ def paged_prefill(
     q: float16 or bfloat16 [M, Hq, D], the queries of all sequences one after another. kv_cache: [pages, 2, page_size, Hkv, D]
     of the same dtype, keys at index 0, values at 1; a strided view (one layer of a pool, say) is fine. block_tables: int32
     [S, max_pages], the pages of each sequence in order. q_start: int32 [S + 1], where each sequence's queries start in q.
-    kv_lens: int32 [S], tokens in the cache, those of the queries included. Hq / Hkv is 1 to 16, D 64, 96 or 128, page_size 16,
-    32, 64 or a multiple of 128. scale: what scores are multiplied with, above 0. variant: functions that change scores, hide keys
-    or add a sink; parameters: their f32 tensor, if any. Torch tensors. device: where to run (reference, emulator, cuda), by
+    kv_lens: int32 [S], tokens in the cache, those of the queries included. Hq / Hkv is 1 to 16, D 64, 96, 128 or 256, page_size
+    16, 32, 64 or a multiple of 128. scale: what scores are multiplied with, above 0. variant: functions that change scores, hide
+    keys or add a sink; parameters: their f32 tensor, if any. Torch tensors. device: where to run (reference, emulator, cuda), by
     default as the arguments say.
 
     Query j of a sequence with q_len queries sees the first kv_len - q_len + j + 1 tokens of the cache, or all of them where it is
@@ -138,23 +147,28 @@ def paged_prefill(
             parameters,
         )
 
-    key = q.dtype, heads, group, kv_cache.shape[2], q.shape[2], causal, return_lse, variant
-    out, lse = by_fitting_plan(key, heads, by)
+    key = q.dtype, kv_heads, heads, group, kv_cache.shape[2], q.shape[2], causal, return_lse, variant
+    out, lse = by_fitting_plan(key, plans_of(heads, q.shape[2]), by)
     return (out, lse) if return_lse else out
 
 
-def by_fitting_plan(key: tuple[Any, ...], heads: int, launch_by: Callable[[PrefillPlan], Any]) -> Any:
+def by_fitting_plan(key: tuple[Any, ...], plans: Sequence[PrefillPlan], launch_by: Callable[[PrefillPlan], Any]) -> Any:
     """By the first plan that the registers suffice for: functions of a variant may need some. It is remembered by the key."""
-    last = KV_TILES[-1]
-    for kv_tile in KV_TILES[KV_TILES.index(_fitting.get(key, KV_TILES[0])) : -1]:
+    last = plans[-1]
+    for plan in plans[plans.index(_fitting.get(key, plans[0])) : -1]:
         try:
-            result = launch_by(PrefillPlan(heads, kv_tile))
+            result = launch_by(plan)
         except SpillError:
             continue
-        _fitting[key] = kv_tile
+        _fitting[key] = plan
         return result
     _fitting[key] = last
-    return launch_by(PrefillPlan(heads, last))
+    return launch_by(last)
+
+
+def plans_of(heads: int, head_dim: int) -> tuple[PrefillPlan, ...]:
+    """The largest tile of the cache first: the fewer tiles, the less what each takes beside its products counts."""
+    return tuple(PrefillPlan(heads, kv_tile) for kv_tile in ((128, 64) if head_dim <= 128 else (64, 32)))
 
 
 def launch(
@@ -169,7 +183,8 @@ def launch(
         paged_prefill_kernel.on(device)(
             q.unflatten(1, by_head), kv_cache, block_tables, q_start, kv_lens, out.unflatten(1, by_head),
             scale * math.log2(math.e), blocks, None if lse is None else lse.unflatten(1, by_head), parameters,
-            group=by_head[1], head_dim=head_dim, page_size=page_size, causal=causal, plan=plan, variant=variant,
+            kv_heads=kv_heads, group=by_head[1], head_dim=head_dim, page_size=page_size, causal=causal, plan=plan,
+            variant=variant,
         )  # fmt: skip
     return out, lse
 

@@ -7,7 +7,8 @@ from tilus.dtypes import DataType, boolean
 
 _FLOAT_FUNCTIONS = {
     "exp": "tl_exp", "exp2": "tl_exp2", "exp2_ftz": "tl_exp2_ftz", "log": "logf", "log2": "log2f", "sqrt": "sqrtf",
-    "rsqrt": "tl_rsqrt", "rcp": "tl_rcp", "sin": "sinf", "cos": "cosf", "tanh": "tanhf", "floor": "floorf", "ceil": "ceilf", "round": "rintf", "abs": "fabsf",
+    "rsqrt": "tl_rsqrt", "rcp": "tl_rcp",
+    "sin": "sinf", "cos": "cosf", "tanh": "tanhf", "floor": "floorf", "ceil": "ceilf", "round": "rintf", "abs": "fabsf",
 }  # fmt: skip
 _INTEGER_CALLS = {
     "min": "tl_min",
