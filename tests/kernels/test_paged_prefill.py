@@ -80,7 +80,7 @@ def check(batch: Batch, device: str, causal: bool = True, plan: PrefillPlan | No
     ("batch", "causal", "heads"),
     [
         (Batch(MIXED, kv_heads=2, group=2), True, 2),
-        (Batch(((150, 170), (1, 40)), kv_heads=1, group=3, head_dim=128, page_size=128, dtype=torch.bfloat16), True, 2),
+        (Batch(((150, 170), (1, 40)), kv_heads=1, group=3, head_dim=128, page_size=128, dtype=torch.bfloat16), True, 1),
         (Batch(((20, 150), (3, 129)), kv_heads=2, group=16, head_dim=96, page_size=32), False, 16),
     ],
     ids=["mixed", "wide heads", "all heads, not causal"],
