@@ -265,6 +265,13 @@ def test_elementary_functions_are_the_rounded_value(opcode: str, law: Callable[[
     np.testing.assert_array_max_ulp(got, want, 1)
 
 
+def test_results_below_the_least_normal_number_are_flushed() -> None:
+    """With .ftz; PTX ISA, "ex2": without it subnormal numbers are supported."""
+    values = np.array([-140, -126.5, -126, 1], np.float32)
+    assert apply("ex2.approx.ftz.f32 {d}, {0}", np.float32, values).tolist() == [0, 0, 2.0**-126, 2]
+    assert apply("ex2.approx.f32 {d}, {0}", np.float32, values[[0, 2]]).tolist() == [2.0**-140, 2.0**-126]
+
+
 def test_f16_exponential_and_division() -> None:
     values = np.arange(-2000, 2000, dtype=np.float16) / np.float16(256)
     got = apply("ex2.approx.f16 {d}, {0}", np.float16, values)

@@ -55,9 +55,18 @@ NUMPY_BINARY: dict[str, Callable[[Array, Array], Array]] = {
     "<": np.less, "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal, "==": np.equal, "!=": np.not_equal,
 }  # fmt: skip
 
+
+_LEAST_NORMAL = 2.0**-126  # of f32
+
+
+def _exp2_ftz(a: Array) -> Array:
+    found = np.exp2(a)
+    return np.where(found < _LEAST_NORMAL, np.zeros_like(found), found)
+
+
 NUMPY_UNARY: dict[str, Callable[[Array], Array]] = {
     "neg": np.negative, "abs": np.abs, "not": np.logical_not,
-    "exp": np.exp, "exp2": np.exp2, "log": np.log, "log2": np.log2, "sqrt": np.sqrt,
+    "exp": np.exp, "exp2": np.exp2, "exp2_ftz": _exp2_ftz, "log": np.log, "log2": np.log2, "sqrt": np.sqrt,
     "rsqrt": lambda a: 1 / np.sqrt(a), "rcp": lambda a: 1 / a, "sin": np.sin, "cos": np.cos, "tanh": np.tanh,
     "floor": np.floor, "ceil": np.ceil, "round": np.rint,
 }  # fmt: skip
@@ -66,8 +75,8 @@ FLOAT_FUNCTIONS = frozenset(NUMPY_UNARY) - {"neg", "abs", "not"}
 
 # Operands are f32 in 32-bit registers. Constants: log2(e), ln(2).
 _F32_FUNCTIONS: dict[str, str] = {
-    "exp2": "ex2.approx.f32", "log2": "lg2.approx.f32", "sqrt": "sqrt.rn.f32", "rsqrt": "rsqrt.approx.f32",
-    "rcp": "rcp.rn.f32", "sin": "sin.approx.f32", "cos": "cos.approx.f32", "tanh": "tanh.approx.f32",
+    "exp2": "ex2.approx.f32", "exp2_ftz": "ex2.approx.ftz.f32", "log2": "lg2.approx.f32", "sqrt": "sqrt.rn.f32",
+    "rsqrt": "rsqrt.approx.f32", "rcp": "rcp.rn.f32", "sin": "sin.approx.f32", "cos": "cos.approx.f32", "tanh": "tanh.approx.f32",
     "floor": "cvt.rmi.f32.f32", "ceil": "cvt.rpi.f32.f32", "round": "cvt.rni.f32.f32", "abs": "abs.f32", "neg": "neg.f32",
 }  # fmt: skip
 _LOG2_E = FloatImm(0x3FB8AA3B)

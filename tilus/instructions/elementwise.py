@@ -377,9 +377,12 @@ def exp(b: IRBuilder, x: Value) -> RegisterTensor | Expr:
 
 
 @builtin
-def exp2(b: IRBuilder, x: Value) -> RegisterTensor | Expr:
-    """2 to the power of each element."""
-    return unary_op(b, "exp2", x)
+def exp2(b: IRBuilder, x: Value, *, ftz: bool = False) -> RegisterTensor | Expr:
+    """2 to the power of each element.
+
+    ftz: of tiles, powers below the least normal number of f32, 2^-126, become zero, which saves a GPU three of four instructions.
+    """
+    return unary_op(b, "exp2_ftz" if ftz else "exp2", x)
 
 
 @builtin

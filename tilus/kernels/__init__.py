@@ -13,10 +13,12 @@ from tilus.kernels.kv_cache import QuantizedCache as QuantizedCache
 from tilus.kernels.kv_cache import quantized_cache as quantized_cache
 from tilus.kernels.kv_cache import rope_append_quantized as rope_append_quantized
 from tilus.kernels.linear import linear as linear
+from tilus.kernels.merge_states import merge_states as merge_states
 from tilus.kernels.norm import add_rms_norm as add_rms_norm
 from tilus.kernels.norm import rms_norm as rms_norm
 from tilus.kernels.norm import start_rms_norm as start_rms_norm
 from tilus.kernels.paged_decode import paged_decode as paged_decode
+from tilus.kernels.paged_prefill import paged_prefill as paged_prefill
 from tilus.kernels.quantize import QuantizedWeight as QuantizedWeight
 from tilus.kernels.quantize_tokens import quantize_tokens as quantize_tokens
 from tilus.kernels.rope import rope_append as rope_append

@@ -63,7 +63,7 @@ def paged_attention_kernel(
     tilus.launch_dependents()
     tilus.wait_dependencies()
     head = tilus.block_id(1)
-    sequence, first = find_queries(q_start, sequences, tokens)
+    sequence, first = find_queries(q_start, sequences, tokens, tilus.block_id(0))
     begin, end = q_start[sequence], q_start[sequence + 1]
     if begin + first >= end:
         return
@@ -146,8 +146,8 @@ class KvTiles:
         return tilus.load_shared(self.buffer, [tile % self.stages, 0, 1, 0, 0], shape, dims=[1, 3, 4])
 
 
-def find_queries(q_start: Any, sequences: Any, tokens: int) -> Any:
-    """The sequence whose queries this block computes, and the first of them, counted from the sequence's first.
+def find_queries(q_start: Any, sequences: Any, tokens: int, block: Any) -> Any:
+    """The sequence whose queries a block computes, and the first of them, counted from the sequence's first.
 
     Blocks `first_block(s)` to `first_block(s + 1) - 1` serve sequence s: at least as many as it has tiles of queries, and at
     most one more, since floor(x + y) >= floor(x) + floor(y). Binary search for the last sequence that starts here or before.
@@ -156,7 +156,6 @@ def find_queries(q_start: Any, sequences: Any, tokens: int) -> Any:
     def first_block(sequence: Any) -> Any:
         return (q_start[sequence] + sequence * (tokens - 1)) // tokens
 
-    block = tilus.block_id(0)
     low, high = 0, sequences
     while high - low > 1:
         middle = (low + high) // 2

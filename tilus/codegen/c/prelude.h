@@ -161,6 +161,7 @@ TL_INLINE float tl_exp(float x) { /* x log2(e) in two parts: one product would l
     float power = tl_exp2(high);
     return power + (power < TL_INF ? power * (rest * 0.6931471806f) : 0.0f);
 }
+TL_INLINE float tl_exp2_ftz(float x) { return x < -126.0f ? 0.0f : tl_exp2(x); }
 TL_INLINE float tl_rsqrt(float x) { return 1.0f / sqrtf(x); }
 TL_INLINE float tl_rcp(float x) { return 1.0f / x; }
 

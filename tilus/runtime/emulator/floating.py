@@ -185,7 +185,13 @@ def elementary(site: Site) -> Step:
         "tanh": np.tanh,
     }
     function = functions[site.name]
-    return _apply(site, lambda x: narrow(np.asarray(function(widen(x, type_name))), type_name), 1)
+    least = 2.0**-126 if "ftz" in site.words else 0.0
+
+    def result(x: Array) -> Array:
+        found = np.asarray(function(widen(x, type_name)))
+        return narrow(np.where(np.abs(found) < least, np.copysign(0.0, found), found), type_name)
+
+    return _apply(site, result, 1)
 
 
 @instruction("testp")

@@ -1,0 +1,51 @@
+"""The division of a ragged batch: every row is computed once, and visits exactly the tiles of the cache that it needs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import accumulate
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tilus.kernels.attention import find_queries
+from tilus.kernels.paged_prefill_tiles import Visits, number, slots, tokens_of, visited
+
+KV_TILE = 128
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 300), st.integers(-20, 400)), min_size=1, max_size=8),
+    st.sampled_from([1, 2, 4, 8, 16]), st.booleans(), st.integers(1, 7),
+)  # fmt: skip
+def test_pairs_of_rows_and_cached_tiles(lengths: list[tuple[int, int]], heads: int, causal: bool, blocks: int) -> None:
+    """Of one head: the numbers of all blocks are all slots; slots are all queries; tiles of the cache are those that some query
+    of a slot sees, unmasked ones those that each of them sees whole."""
+    tokens = tokens_of(heads)
+    cached = [max(0, queries + past) for queries, past in lengths]
+    starts = [0, *accumulate(queries for queries, _ in lengths)]
+    count = slots(starts[-1], len(lengths), tokens)
+    turns = -(-count // blocks)
+    numbers = Counter(number(turn, block, blocks) for turn in range(turns) for block in range(blocks))
+    assert set(numbers.values()) <= {1} and set(range(count)) <= set(numbers)
+    computed: Counter[int] = Counter()
+    for slot in range(count):
+        sequence, first = find_queries(starts, len(lengths), tokens, slot)
+        queries = range(first, min(first + tokens, lengths[sequence][0]))
+        computed.update(starts[sequence] + query for query in queries)
+        length = cached[sequence]
+        limit = length - lengths[sequence][0] + first + 1
+        unmasked, steps = visited(limit, length, Visits(heads, KV_TILE, causal))
+        sees = [max(0, length - lengths[sequence][0] + query + 1) if causal else length for query in queries]
+        if sees:
+            assert 0 <= unmasked <= steps
+            assert unmasked == min(sees) // KV_TILE
+            assert -(-max(sees) // KV_TILE) <= steps <= -(-length // KV_TILE)
+            if len(queries) == tokens:
+                assert steps == -(-max(sees) // KV_TILE)
+    assert computed == Counter(range(starts[-1]))
+
+
+@given(st.integers(0, 5000), st.integers(1, 40), st.sampled_from([8, 32, 128]))
+def test_slots_are_not_many_more_than_needed(queries: int, sequences: int, tokens: int) -> None:
+    assert slots(queries, sequences, tokens) <= queries // tokens + sequences

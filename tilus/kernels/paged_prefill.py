@@ -1,0 +1,229 @@
+"""Attention of many queries over a paged key-value cache on Hopper: prefill, chunks of it, and mixed batches in one launch.
+
+As many blocks as run at once take tiles of 128 rows in turns (`paged_prefill_tiles`). In each block four warps ask for queries
+and pages by tensor copies (`paged_prefill_stages`). Two warpgroups have 64 rows each (`paged_prefill_softmax`): scores are
+products of shared memory, weights stay in registers as left operands of the products with values, which are read transposed.
+
+Budget of 128 rows by 128 tokens of 128 elements, in cycles of a multiprocessor of an H100. The products take 1024 each, 2048
+together: 2 x 128 x 128 x 128 multiplications at 2048 a cycle. 128 x 128 exponentials at 16 a cycle take 1024 of another unit. The
+machine code of a step without mask has 464 instructions a warp, and each of the four schedulers issues those of two warps: 928,
+with mask 1284. The warps that copy pages of 16 tokens issue 56 for a page of keys or of values, 896 on each scheduler, and
+pages of 64 a quarter of that. Of shared memory each warpgroup's products read 16 KB of queries, 32 KB of keys and 32 KB of
+values: for both of them 160 KB, at 128 bytes a cycle 1280. So the products are the limit, as long as the other warpgroup,
+whose turn it is not, has its softmax under them; with pages of 16 tokens the schedulers come close to theirs.
+Shared memory holds 32 KB of queries, twice 64 KB of keys and values, and 8 KB for results: one block on a multiprocessor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tilus
+from tilus import Const, Tensor, TilusError, f32, int32
+from tilus.kernels.allocate import empty, is_cuda
+from tilus.kernels.attention import MAX_GROUP, power_of_two
+from tilus.kernels.attention_variant import Variant
+from tilus.kernels.paged_prefill_softmax import Kind, Rows, Turns
+from tilus.kernels.paged_prefill_stages import Stages
+from tilus.kernels.paged_prefill_tiles import ROWS, Visits, each_tile, slots, tokens_of
+from tilus.kernels.warpgroup_ring import num_sms_of
+from tilus.ptx.assembler import SpillError
+from tilus.runtime.execute import place
+
+HEAD_DIMS = (64, 96, 128, 256)
+CONSUMERS, PRODUCERS = 8, 4  # warps
+NO_VARIANT = Variant()
+_fitting: dict[tuple[Any, ...], PrefillPlan] = {}
+
+
+@dataclass(frozen=True)
+class PrefillPlan:
+    """What a block does. heads: query heads of a tile of rows, a power of two up to 16. kv_tile: tokens of the cache in a stage.
+    stages: of keys, and as many of values. registers, registers_to_copy: of a thread that computes, and that copies."""
+
+    heads: int
+    kv_tile: int = 128
+    stages: int = 2
+    registers: int = 232
+    registers_to_copy: int = 40
+
+
+@tilus.kernel
+def paged_prefill_kernel(
+    q: Tensor["dtype", "tokens", "kv_heads", "group", "head_dim"],
+    kv_cache: Tensor["dtype", "pages", 2, "page_size", "kv_heads", "head_dim"],
+    block_tables: Tensor[int32, "sequences", "max_pages"],
+    q_start: Tensor[int32, "sequences_plus_1"],
+    kv_lens: Tensor[int32, "sequences"],
+    out: Tensor["dtype", "tokens", "kv_heads", "group", "head_dim"],
+    scale_log2: float,
+    blocks: int32,
+    lse: Tensor[f32, "tokens", "kv_heads", "group"] = None,
+    parameters: Tensor[f32, "count"] = None,
+    *,
+    kv_heads: Const,
+    group: Const,
+    head_dim: Const,
+    page_size: Const,
+    causal: Const,
+    plan: Const,
+    variant: Const = NO_VARIANT,
+):
+    visits = Visits(plan.heads, plan.kv_tile, causal, masked=variant.mask is not None)
+    tilus.grid(blocks, warps=CONSUMERS + PRODUCERS)
+    tilus.launch_dependents()
+    queries = tilus.shared(q.dtype, [2, ROWS // 2, head_dim])
+    keys = tilus.shared(q.dtype, [plan.stages, plan.kv_tile, head_dim])
+    values = tilus.shared(q.dtype, [plan.stages, plan.kv_tile, head_dim])
+    full = tilus.mbarrier(), tilus.mbarrier(plan.stages), tilus.mbarrier(plan.stages)
+    empty = tilus.mbarrier(arrivals=2), tilus.mbarrier(plan.stages, arrivals=2), tilus.mbarrier(plan.stages, arrivals=2)
+    turns = tilus.mbarrier(2)
+
+    with tilus.warps(CONSUMERS, PRODUCERS, registers=plan.registers_to_copy):
+        tilus.wait_dependencies()
+        filling = Stages(queries, keys, values, full, empty)
+
+        def fill(index, tile):
+            filling.fill_queries(q, tile, index, plan.heads)
+            filling.fill(kv_cache, block_tables[tile.sequence], tile)
+
+        each_tile(q, q_start, kv_lens, blocks, visits, fill)
+
+    for half in range(2):
+        with tilus.warps(4 * half, 4, registers=plan.registers):
+            tilus.wait_dependencies()
+            using = Stages(queries, keys, values, full, empty)
+            kind = Kind(plan.heads, causal, variant)
+            rows = Rows(using, Turns(turns, half), (out, lse), scale_log2, kind, parameters)
+            each_tile(q, q_start, kv_lens, blocks, visits, rows.compute)
+
+
+def paged_prefill(
+    q: Any, kv_cache: Any, block_tables: Any, q_start: Any, kv_lens: Any, scale: float, *, causal: bool = True,
+    return_lse: bool = False, variant: Variant = NO_VARIANT, parameters: Any = None, device: str | None = None,
+) -> Any:  # fmt: skip
+    """Attention of ragged queries over paged keys and values (sm_90a): `paged_attention` for many queries a sequence.
+
+    q: float16 or bfloat16 [M, Hq, D], the queries of all sequences one after another. kv_cache: [pages, 2, page_size, Hkv, D]
+    of the same dtype, keys at index 0, values at 1; a strided view (one layer of a pool, say) is fine. block_tables: int32
+    [S, max_pages], the pages of each sequence in order. q_start: int32 [S + 1], where each sequence's queries start in q.
+    kv_lens: int32 [S], tokens in the cache, those of the queries included. Hq / Hkv is 1 to 16, D 64, 96, 128 or 256, page_size
+    16, 32, 64 or a multiple of 128. scale: what scores are multiplied with, above 0. variant: functions that change scores, hide
+    keys or add a sink; parameters: their f32 tensor, if any. Torch tensors. device: where to run (reference, emulator, cuda), by
+    default as the arguments say.
+
+    Query j of a sequence with q_len queries sees the first kv_len - q_len + j + 1 tokens of the cache, or all of them where it is
+    not causal; one that sees none gets zeros. Nothing beyond kv_len is looked at. One launch; the host reads no tensor, so it can
+    be captured in a CUDA graph.
+
+    Returns: [M, Hq, D]; with return_lse also float32 [M, Hq], the natural logarithm of the sum of exp(scaled score), minus
+    infinity where there is no key (`merge_states` takes both). Scores and sums are f32; the softmax weights are rounded to q's
+    dtype.
+    Raises: TilusError when shapes, dtypes or devices do not fit together.
+    """
+    group = _check(q, kv_cache, q_start, kv_lens, scale)
+    sequences, kv_heads = kv_lens.shape[0], kv_cache.shape[3]
+    heads = heads_of(q.shape[0], sequences, group)
+    tiles = slots(q.shape[0], sequences, tokens_of(heads)) * kv_heads * -(-group // heads)
+    blocks = min(tiles, num_sms_of(q, place(device, is_cuda(q))))
+
+    def by(plan: PrefillPlan) -> tuple[Any, Any]:
+        return launch(
+            q,
+            kv_cache,
+            block_tables,
+            q_start,
+            kv_lens,
+            scale,
+            causal,
+            plan,
+            blocks,
+            return_lse,
+            device,
+            variant,
+            parameters,
+        )
+
+    key = q.dtype, kv_heads, heads, group, kv_cache.shape[2], q.shape[2], causal, return_lse, variant
+    out, lse = by_fitting_plan(key, plans_of(heads, q.shape[2]), by)
+    return (out, lse) if return_lse else out
+
+
+def by_fitting_plan(key: tuple[Any, ...], plans: Sequence[PrefillPlan], launch_by: Callable[[PrefillPlan], Any]) -> Any:
+    """By the first plan that the registers suffice for: functions of a variant may need some. It is remembered by the key."""
+    last = plans[-1]
+    for plan in plans[plans.index(_fitting.get(key, plans[0])) : -1]:
+        try:
+            result = launch_by(plan)
+        except SpillError:
+            continue
+        _fitting[key] = plan
+        return result
+    _fitting[key] = last
+    return launch_by(last)
+
+
+def plans_of(heads: int, head_dim: int) -> tuple[PrefillPlan, ...]:
+    """The largest tile of the cache first: the fewer tiles, the less what each takes beside its products counts."""
+    return tuple(PrefillPlan(heads, kv_tile) for kv_tile in ((128, 64) if head_dim <= 128 else (64, 32)))
+
+
+def launch(
+    q: Any, kv_cache: Any, block_tables: Any, q_start: Any, kv_lens: Any, scale: float, causal: bool, plan: PrefillPlan,
+    blocks: int, return_lse: bool, device: str | None, variant: Variant = NO_VARIANT, parameters: Any = None,
+) -> tuple[Any, Any]:  # fmt: skip
+    """(result, logarithms or None) by a given plan, on so many blocks."""
+    page_size, kv_heads, head_dim = kv_cache.shape[2:]
+    by_head = (kv_heads, q.shape[1] // kv_heads)
+    out, lse = empty(q, tuple(q.shape)), empty(q, tuple(q.shape[:2]), "float32") if return_lse else None
+    if q.shape[0]:
+        paged_prefill_kernel.on(device)(
+            q.unflatten(1, by_head), kv_cache, block_tables, q_start, kv_lens, out.unflatten(1, by_head),
+            scale * math.log2(math.e), blocks, None if lse is None else lse.unflatten(1, by_head), parameters,
+            kv_heads=kv_heads, group=by_head[1], head_dim=head_dim, page_size=page_size, causal=causal, plan=plan,
+            variant=variant,
+        )  # fmt: skip
+    return out, lse
+
+
+def heads_of(queries: int, sequences: int, group: int) -> int:
+    """As many heads a tile of rows as make the fewest tiles, if all sequences have as many queries; of equals the most."""
+    tokens = -(-queries // max(sequences, 1))
+
+    def tiles(heads: int) -> int:
+        return -(-tokens // tokens_of(heads)) * -(-group // heads)
+
+    return min((h for h in (16, 8, 4, 2, 1) if h <= power_of_two(group)), key=tiles)
+
+
+def _check(q: Any, kv_cache: Any, q_start: Any, kv_lens: Any, scale: float) -> int:
+    """The number of query heads per kv head."""
+    if q.ndim != 3 or kv_cache.ndim != 5 or kv_lens.ndim != 1:
+        raise TilusError(
+            f"paged_prefill: shapes q {list(q.shape)}, kv_cache {list(kv_cache.shape)} and kv_lens {list(kv_lens.shape)}, "
+            "expected [tokens, q_heads, head_dim], [pages, 2, page_size, kv_heads, head_dim] and [sequences]"
+        )
+    sequences, (page_size, kv_heads, head_dim) = kv_lens.shape[0], kv_cache.shape[2:]
+    if tuple(q_start.shape) != (sequences + 1,):
+        raise TilusError(
+            f"paged_prefill: q_start of shape {list(q_start.shape)} for {sequences} sequences, expected [{sequences + 1}]",
+            hint="the last entry is the number of query tokens",
+        )
+    group, rest = divmod(q.shape[1], kv_heads)
+    if rest or not 1 <= group <= MAX_GROUP:
+        raise TilusError(
+            f"paged_prefill: {q.shape[1]} query heads for {kv_heads} kv heads, expected 1 to {MAX_GROUP} times as many"
+        )
+    if head_dim not in HEAD_DIMS:
+        raise TilusError(
+            f"paged_prefill: head_dim {head_dim}, expected one of {', '.join(map(str, HEAD_DIMS))}",
+            hint="pad heads with zeros; scale stays that of the real head_dim",
+        )
+    if page_size not in (16, 32, 64) and (page_size < 128 or page_size % 128):
+        raise TilusError(f"paged_prefill: page_size {page_size}, expected 16, 32, 64 or a multiple of 128")
+    if not scale > 0.0:
+        raise TilusError(f"paged_prefill: scale {scale}, expected more than 0", hint="negate q for a negative scale")
+    return group

@@ -1,0 +1,213 @@
+"""The rows of a warpgroup of the prefill kernel: products with tiles of keys and values, and the softmax in between.
+
+While the tensor cores multiply the weights of one tile by its values, the softmax of the next one is computed, and the other
+warpgroup takes its turn with the tensor cores meanwhile.
+
+Online softmax: M. Milakov and N. Gimelshein, arXiv 1805.02867. Turns of warpgroups: J. Shah et al., "FlashAttention-3",
+arXiv 2407.08608.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import tilus
+from tilus import f32
+from tilus.kernels.attention import NO_SCORE
+from tilus.kernels.attention_variant import Position, Variant, scaled_logits, seen, sink_log2
+from tilus.kernels.paged_prefill_stages import Stages
+from tilus.kernels.paged_prefill_tiles import Tile
+from tilus.layout import local
+
+HALF = 64  # rows of a warpgroup
+STORED_COLUMNS = 32  # of the result, together
+
+
+class Turns:
+    """Who of two warpgroups may begin products: they alternate. barriers: one for each, at which the other one arrives."""
+
+    def __init__(self, barriers: Any, half: int) -> None:
+        self.barriers, self.half = barriers, half
+
+    def wait(self, turn: Any) -> None:
+        """Until it is this warpgroup's turn; of turns from 0 on."""
+        tilus.wait_barrier(self.barriers[self.half], (turn + 1 - self.half) % 2)
+
+    def give(self) -> None:
+        tilus.arrive(self.barriers[1 - self.half])
+
+
+@dataclass(frozen=True)
+class Kind:
+    """heads: of a tile of rows. causal: whether queries see what comes behind them."""
+
+    heads: int
+    causal: bool
+    variant: Variant
+
+
+class Rows:
+    """64 rows of a tile: the highest score, the sum of weights and the weighted sum of values of each, as far as seen.
+
+    Without a variant's logits, scores are not scaled before the exponential: scale_log2, which is positive, is part of its
+    argument, `unit`. outputs: (of results, of logarithms or None). parameters: of the variant, or None.
+    """
+
+    def __init__(
+        self, stages: Stages, turns: Turns, outputs: Any, scale_log2: Any, kind: Kind, parameters: Any
+    ) -> None:
+        self.stages, self.turns, self.scale_log2 = stages, turns, scale_log2
+        self.out, self.lse = outputs
+        self.heads, self.causal, self.variant, self.parameters = kind.heads, kind.causal, kind.variant, parameters
+        self.unit = scale_log2 if kind.variant.logits is None else 1.0
+        self.used = 0
+        self.highest, self.total = tilus.full([HALF, 1], NO_SCORE), tilus.zeros([HALF, 1])
+        self.acc = tilus.zeros([HALF, stages.keys.shape[2]])
+        self.factors = tilus.zeros([HALF, stages.keys.shape[1]], stages.keys.dtype)
+
+    @property
+    def per_half(self) -> int:
+        """Heads of these rows."""
+        return max(1, self.heads // 2)
+
+    @property
+    def tokens(self) -> int:
+        """Query tokens of these rows."""
+        return HALF // self.per_half
+
+    @property
+    def first_token(self) -> int:
+        """The first of a tile's queries that these rows have."""
+        return self.tokens * self.turns.half if self.heads == 1 else 0
+
+    def compute(self, index: Any, tile: Tile) -> None:
+        """The result of the index-th tile of the block."""
+        self.attend(index, tile)
+        self.store(tile)
+
+    def attend(self, index: Any, tile: Tile) -> None:
+        """All tiles of the cache that these rows see, from the last to the first one."""
+        stages, turns = self.stages, self.turns
+        self.acc = tilus.zeros([HALF, stages.keys.shape[2]])
+        self.begin(tile)
+        tilus.wait_barrier(stages.full[0][0], index % 2)
+        if tile.steps > 0:
+            stage = self.wait(1, self.used)
+            turns.wait(self.used)
+            scores = tilus.wgmma(stages.queries[turns.half], stages.keys[stage])
+            turns.give()
+            tilus.wgmma_wait()
+            tilus.arrive(stages.empty[1][stage])
+            weights, _ = self.weights(scores, tile, tile.steps - 1, True)
+            self.factors = weights.to(stages.values.dtype)
+            for step in tilus.range(1, tile.steps - tile.unmasked):
+                self.step(tile, tile.steps - 1 - step, True)
+            if self.variant.mask is None:
+                for step in tilus.range(max(tile.steps - tile.unmasked, 1), tile.steps):
+                    self.step(tile, tile.steps - 1 - step, False)
+        tilus.arrive(stages.empty[0][0])
+        if tile.steps > 0:
+            stage = self.wait(2, self.used)
+            self.acc = tilus.wgmma(self.factors, stages.values[stage], self.acc, y_transposed=True)
+            tilus.wgmma_wait()
+            tilus.arrive(stages.empty[2][stage])
+            self.used += 1
+
+    def begin(self, tile: Tile) -> None:
+        """Nothing is seen yet, but the variant's sink."""
+        self.highest, self.total = tilus.full([HALF, 1], NO_SCORE), tilus.zeros([HALF, 1])
+        if self.variant.sink is not None:
+            self.highest = sink_log2(self.variant.sink, self.position(tile, 0, 1), HALF) * (1.0 / self.unit)
+            self.total = tilus.full([HALF, 1], 1.0)
+
+    def step(self, tile: Tile, at: Any, masked: bool) -> None:
+        """Add the values of the tile behind the at-th, whose weights are there, and make the weights of the at-th."""
+        stages, turns = self.stages, self.turns
+        keys, values = self.wait(1, self.used + 1), self.used % stages.count
+        turns.wait(self.used + 1)
+        scores = tilus.wgmma(stages.queries[turns.half], stages.keys[keys])
+        self.wait(2, self.used)
+        self.acc = tilus.wgmma(self.factors, stages.values[values], self.acc, y_transposed=True)
+        turns.give()
+        tilus.wgmma_wait(1)
+        tilus.arrive(stages.empty[1][keys])
+        weights, shrink = self.weights(scores, tile, at, masked)
+        tilus.wgmma_wait()
+        tilus.arrive(stages.empty[2][values])
+        self.used += 1
+        self.factors = weights.to(stages.values.dtype)
+        self.acc = self.acc * shrink
+
+    def wait(self, which: int, use: Any) -> Any:
+        """The stage of a use of keys (1) or values (2), once it is there."""
+        stage = use % self.stages.count
+        tilus.wait_barrier(self.stages.full[which][stage], use // self.stages.count % 2)
+        return stage
+
+    def weights(self, scores: Any, tile: Tile, at: Any, masked: bool) -> Any:
+        """The weights of the at-th tile of the cache, and the factor of what has been added up before."""
+        length = scores.shape[1]
+        if self.variant.logits is not None:
+            scores = scaled_logits(
+                self.variant.logits, scores, self.scale_log2, self.position(tile, at * length, length)
+            )
+        if masked:
+            scores = tilus.where(self.seen(tile, at * length, length), scores, -math.inf)
+        higher = tilus.maximum(self.highest, tilus.max(scores, 1, keepdims=True))
+        weights = tilus.exp2(tilus.fma(scores, self.unit, -(higher * self.unit)), ftz=True)
+        shrink = tilus.exp2((self.highest - higher) * self.unit, ftz=True)
+        self.highest = higher
+        self.total = self.total * shrink + tilus.sum(weights, 1, keepdims=True)
+        return weights, shrink
+
+    def seen(self, tile: Tile, first: Any, length: int) -> Any:
+        """Which of the keys from `first` on a row sees, [64, length]."""
+        key = tilus.arange(length, shape=[1, length], axis=1)
+        if self.causal:
+            query = tilus.arange(HALF, shape=[HALF, 1]) % self.tokens
+            limits = tilus.minimum(query + (tile.limit + self.first_token), tile.length)
+            allowed = key < limits - first
+        else:
+            allowed = key < tile.length - first
+        if self.variant.mask is not None:
+            allowed = seen(self.variant.mask, allowed, self.position(tile, first, length), (HALF, length))
+        return allowed
+
+    def position(self, tile: Tile, first: Any, length: int) -> Position:
+        """Of scores with the keys from `first` on."""
+        rows = tilus.arange(HALF, shape=[HALF, 1])
+        head = tile.kv_head * self.out.shape[2] + self.first_head(tile)
+        query = rows % self.tokens + (tile.limit - 1 + self.first_token)
+        key = tilus.arange(length, start=first, shape=[1, length], axis=1)
+        return Position(query, key, rows // self.tokens + head, self.parameters, head, (self.per_half, self.tokens))
+
+    def first_head(self, tile: Tile) -> Any:
+        """The first of the kv head's query heads that these rows have."""
+        return tile.head + (self.turns.half * self.per_half if self.heads > 1 else 0)
+
+    def store(self, tile: Tile) -> None:
+        """Rows without any key are zero. Some columns at a time meet in shared memory, so that a thread has 16 bytes of a row."""
+        head_dim = self.acc.shape[1]
+        width = math.gcd(head_dim, STORED_COLUMNS)
+        result = self.acc * tilus.rcp(tilus.where(self.total > 0.0, self.total, 1.0))
+        parts = result.to(self.out.dtype).reshape([HALF, head_dim // width, width])
+        layout = local(1, width // 32).spatial(4, 1).local(2, 1).spatial(8, 4).local(1, 8)
+        head = self.first_head(tile)
+        for part in range(head_dim // width):
+            runs = tilus.with_layout(tilus.select(parts, 1, part), layout)
+            tilus.store(
+                tilus.narrow(self.out, 0, tile.row, tile.queries), [self.first_token, tile.kv_head, head, part * width],
+                runs.reshape([self.per_half, self.tokens, width]), dims=[2, 0, 3],
+            )  # fmt: skip
+        if self.lse is not None:
+            logs = natural_lse(self.highest, self.total, self.unit).reshape([self.per_half, self.tokens])
+            where = [self.first_token, tile.kv_head, head]
+            tilus.store(tilus.narrow(self.lse, 0, tile.row, tile.queries), where, logs, dims=[2, 0])
+
+
+def natural_lse(highest: Any, total: Any, unit: Any) -> Any:
+    """Logarithms of the sums of exp(scaled score); minus infinity where there was no key."""
+    log2 = tilus.log2(tilus.where(total > 0.0, total, 1.0)) + highest * unit
+    return tilus.where(total > 0.0, log2 * math.log(2.0), -math.inf).to(f32)

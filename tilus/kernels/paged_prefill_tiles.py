@@ -1,0 +1,98 @@
+"""Which rows of a ragged batch a block of the prefill kernel computes, and which tiles of the cache it visits for them.
+
+A row is a query token and a head. Rows of a tile have one sequence and one kv head, and lie head by head: `heads` query heads of
+the kv head by 128 / heads tokens. Tiles are numbered; blocks take them in turns, so that the last tokens of a sequence, which see
+the most keys, come first, and every other turn in reverse order: the longest tiles of a turn meet the shortest of the next.
+
+Plain arithmetic on ints: kernels inline these functions, tests call them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import tilus
+from tilus.kernels.attention import find_queries
+
+ROWS = 128  # of a tile; each of two warpgroups has half of them
+
+
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """Rows of one sequence and kv head, of numbers that a kernel knows at run time.
+
+    head: of the query heads of the kv head, the first one. row: of q, that of its first query. queries: of the sequence, from
+    that on. length: cached tokens. limit: how many of them the first query sees; the next one sees one more. unmasked, steps:
+    tiles of the cache that all rows see whole, and that any row sees.
+    """
+
+    sequence: Any
+    kv_head: Any
+    head: Any
+    row: Any
+    queries: Any
+    length: Any
+    limit: Any
+    unmasked: Any
+    steps: Any
+
+
+@dataclass(frozen=True)
+class Visits:
+    """heads: of a tile of rows. kv_tile: tokens of a tile of the cache. causal: queries do not see what comes behind them.
+    masked: any key may be hidden from any query."""
+
+    heads: int
+    kv_tile: int
+    causal: bool
+    masked: bool = False
+
+
+def tokens_of(heads: int) -> int:
+    """Query tokens of a tile with so many heads."""
+    return ROWS // heads
+
+
+def slots(queries: Any, sequences: Any, tokens: int) -> Any:
+    """Tiles that batches of so many queries have for each head, at most: those of ragged batches may stay empty."""
+    return (queries + sequences * (tokens - 1)) // tokens
+
+
+def number(turn: Any, block: Any, blocks: Any) -> Any:
+    """The tile that a block takes in its turn."""
+    return turn * blocks + (block if turn % 2 == 0 else blocks - 1 - block)
+
+
+def visited(limit: Any, length: Any, visits: Visits) -> Any:
+    """(tiles of the cache that all rows see whole, that any of them sees)"""
+    first = min(limit, length) if visits.causal else length
+    last = min(length, limit + (tokens_of(visits.heads) - 1)) if visits.causal else length
+    unmasked = 0 if visits.masked else max(first, 0) // visits.kv_tile
+    return unmasked, tilus.cdiv(max(last, 0), visits.kv_tile)
+
+
+def each_tile(q: Any, q_start: Any, kv_lens: Any, blocks: Any, visits: Visits, work: Any) -> None:
+    """`work(index, tile)` for the tiles of this block, in order; index counts them. Empty ones are left out.
+
+    q: [tokens, kv_heads, group, head_dim].
+    """
+    heads, tokens, sequences = visits.heads, tokens_of(visits.heads), kv_lens.shape[0]
+    kv_heads, parts = q.shape[1], tilus.cdiv(q.shape[2], heads)
+    rows = slots(q.shape[0], sequences, tokens)
+    count = rows * kv_heads * parts
+    # Variables: computed once, not at each use.
+    index, at, sequence, first, row, queries, length, limit, unmasked, steps = 0, 0, 0, 0, 0, 0, 0, 0, 0, 0
+    for turn in tilus.range(tilus.cdiv(count, blocks)):
+        at = number(turn, tilus.block_id(0), blocks)
+        if at < count:
+            sequence, first = find_queries(q_start, sequences, tokens, rows - 1 - at // (kv_heads * parts))
+            row = q_start[sequence] + first
+            queries = q_start[sequence + 1] - row
+            if queries > 0:
+                length = kv_lens[sequence]
+                limit = length - queries + 1
+                unmasked, steps = visited(limit, length, visits)
+                kv_head, head = at % (kv_heads * parts) // parts, at % parts * heads
+                work(index, Tile(sequence, kv_head, head, row, queries, length, limit, unmasked, steps))
+                index += 1
