@@ -20,6 +20,7 @@ from tilus.kernels.gemm_schedule import Plan
 from tilus.kernels.kv_cache import KV_FORMATS
 from tilus.kernels.paged_decode import DecodePlan
 from tilus.kernels.paged_decode_split import Split
+from tilus.kernels.paged_prefill import PrefillPlan
 from tilus.kernels.quantize.tiles import ROWS
 from tilus.kernels.warpgroup_linear import WarpgroupPlan
 from tilus.lang.kernel import Kernel
@@ -90,6 +91,7 @@ SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
             "order": ROWS,
         },
     ],
+    "merge_states.merge_states_kernel": [{"head_dim": 128, "rows": 4}],
     "norm.rms_norm_kernel": [{"hidden": 768}],
     "paged_decode.paged_decode_kernel": [
         {
@@ -114,6 +116,10 @@ SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
             "code": uint4,
             "early": True,
         },
+    ],
+    "paged_prefill.paged_prefill_kernel": [
+        {"kv_heads": 2, "group": 4, "head_dim": 128, "page_size": 16, "causal": True, "plan": PrefillPlan(4)},
+        {"kv_heads": 1, "group": 1, "head_dim": 64, "page_size": 128, "causal": False, "plan": PrefillPlan(1)},
     ],
     "quantize.codes.pack_codes_kernel": [
         {"wdtype": uint4, "lookup": False},

@@ -29,7 +29,7 @@ from tilus.kernels.attention_variant import Variant
 from tilus.kernels.paged_prefill_softmax import Kind, Rows, Turns
 from tilus.kernels.paged_prefill_stages import Stages
 from tilus.kernels.paged_prefill_tiles import ROWS, Visits, each_tile, slots, tokens_of
-from tilus.kernels.warpgroup_ring import num_sms_of
+from tilus.kernels.plan_choice import num_sms_of
 from tilus.ptx.assembler import SpillError
 from tilus.runtime.execute import place
 
