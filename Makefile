@@ -6,7 +6,7 @@ MODEL ?=
 PORT ?= 8000
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: serve test check fast lint docs clean
+.PHONY: serve test exhaustive check fast lint docs clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,12 +26,15 @@ serve: $(VENV)/.base          ## start the server on whatever device there is
 	$(BIN)/python -m serving --port $(PORT) $(if $(MODEL),--model $(MODEL))
 
 test: $(VENV)/.test           ## all tests that need no GPU
-	$(BIN)/python -m pytest -W error -n auto -m "not gpu"
+	$(BIN)/python -m pytest -W error -n auto -m "not gpu and not exhaustive"
+
+exhaustive: $(VENV)/.test     ## those that take minutes on the emulator
+	$(BIN)/python -m pytest -W error -n auto -m "exhaustive and not gpu"
 
 check: $(VENV)/.dev           ## lint, types and the fast tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/basedpyright
-	$(BIN)/python -m pytest -q -W error -n auto -m "not gpu and not slow"
+	$(BIN)/python -m pytest -q -W error -n auto -m "not gpu and not slow and not exhaustive"
 
 docs: $(VENV)/.base           ## regenerate docs/instructions.md and the pictures of docs/layouts.md
 	$(BIN)/python -m tilus.docs > docs/instructions.md

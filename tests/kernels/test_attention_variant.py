@@ -87,9 +87,9 @@ def exact(inputs: Inputs, batch: Batch, change: Scores, sinks: list[float] | Non
     return out, size, lse
 
 
-@pytest.mark.parametrize("device", [pytest.param("reference", marks=pytest.mark.slow), "emulator", CUDA])
+@pytest.mark.parametrize("device", [pytest.param("reference", marks=pytest.mark.exhaustive), "emulator", CUDA])
 @pytest.mark.parametrize(
-    "name", [n if n in ("ALiBi", "all") else pytest.param(n, marks=pytest.mark.slow) for n in VARIANTS]
+    "name", [n if n in ("ALiBi", "all") else pytest.param(n, marks=pytest.mark.exhaustive) for n in VARIANTS]
 )
 def test_variants(name: str, device: str) -> None:
     """Scores are within 2^-9 of themselves (tanh of a GPU); so are weights, whose rounding to f16 comes on top."""
@@ -111,7 +111,7 @@ def test_variants(name: str, device: str) -> None:
     assert np.abs(found[finite] - expected_lse[finite]).max() <= (2.0**-9 if variant.logits is soft_cap else 2.0**-14)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_assemble_with_some_plan(name: str, head_dim: int) -> None:

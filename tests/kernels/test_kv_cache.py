@@ -114,16 +114,16 @@ def check_decode(
 
 
 @pytest.mark.parametrize("device", EXECUTIONS)
-@pytest.mark.parametrize("name", ["fp8", pytest.param("int8", marks=pytest.mark.slow), "int4"])
+@pytest.mark.parametrize("name", ["fp8", pytest.param("int8", marks=pytest.mark.exhaustive), "int4"])
 def test_decode(name: str, device: str) -> None:
     """Parts of pages and of tiles, and several blocks a sequence."""
     check_decode(name, (140, 0, 17), device, blocks=2)
 
 
-@pytest.mark.parametrize("name", ["fp8", pytest.param("int8", marks=pytest.mark.slow), "int4"])
+@pytest.mark.parametrize("name", ["fp8", pytest.param("int8", marks=pytest.mark.exhaustive), "int4"])
 @pytest.mark.parametrize(
     ("q_len", "group", "head_dim", "page_size", "kv_heads"),
-    [(5, 3, 64, 128, 2), pytest.param(2, 8, 96, 32, 1, marks=pytest.mark.slow)],
+    [(5, 3, 64, 128, 2), pytest.param(2, 8, 96, 32, 1, marks=pytest.mark.exhaustive)],
 )
 def test_decode_shapes(name: str, q_len: int, group: int, head_dim: int, page_size: int, kv_heads: int) -> None:
     check_decode(
@@ -141,10 +141,10 @@ def test_all_shapes(name: str, head_dim: int, q_len: int, group: int, page_size:
         check_decode(name, (700, 17), "cuda", torch.bfloat16, q_len, group, head_dim, page_size, blocks=5)
 
 
-@pytest.mark.parametrize("name", ["fp8", pytest.param("int8", marks=pytest.mark.slow), "int4"])
+@pytest.mark.parametrize("name", ["fp8", pytest.param("int8", marks=pytest.mark.exhaustive), "int4"])
 @pytest.mark.parametrize(
     ("head_dim", "q_len", "group", "page_size"),
-    [(128, 1, 4, 16), *(pytest.param(*shape, marks=pytest.mark.slow) for shape in [
+    [(128, 1, 4, 16), *(pytest.param(*shape, marks=pytest.mark.exhaustive) for shape in [
         (64, 1, 8, 32), (96, 1, 4, 16), (96, 7, 8, 16), (128, 2, 8, 64), (128, 4, 8, 16), (128, 8, 8, 64), (128, 1, 4, 128),
         (256, 1, 8, 16), (256, 8, 4, 16),
     ])],

@@ -105,7 +105,7 @@ def test_what_does_not_fit_is_refused() -> None:
         merge_states(*a, a[0].half(), a[1], device="reference")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("sm", ["sm_80", "sm_89", "sm_90a", "sm_100a"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_assembles_without_spills(dtype: torch.dtype, sm: str) -> None:

@@ -85,14 +85,14 @@ def check(
 
 
 @pytest.mark.parametrize("device", EXECUTIONS)
-@pytest.mark.parametrize("blocks", [pytest.param(1, marks=pytest.mark.slow), 29])
+@pytest.mark.parametrize("blocks", [pytest.param(1, marks=pytest.mark.exhaustive), 29])
 def test_skewed_batch(blocks: int, device: str) -> None:
     """Sequences without tokens, of a part of a page, of many tiles; more blocks than units."""
     check(decode_batch(SKEWED, head_dim=64), device, blocks)
 
 
 @pytest.mark.parametrize("device", EXECUTIONS)
-@pytest.mark.parametrize("kv_len", [1, pytest.param(65, marks=pytest.mark.slow), 129 * 16])
+@pytest.mark.parametrize("kv_len", [1, pytest.param(65, marks=pytest.mark.exhaustive), 129 * 16])
 def test_lengths(kv_len: int, device: str) -> None:
     """At the edges of pages and tiles; more pages than the copying warp holds, and more parts than are merged at a time."""
     blocks = 29 if kv_len > 2000 else 2
@@ -113,9 +113,9 @@ def test_all_columns(q_len: int, group: int, head_dim: int) -> None:
     [
         (8, 8, 64),
         (5, 3, 128),
-        pytest.param(3, 16, 256, marks=pytest.mark.slow),
-        pytest.param(1, 16, 96, marks=pytest.mark.slow),
-        pytest.param(3, 4, 256, marks=pytest.mark.slow),
+        pytest.param(3, 16, 256, marks=pytest.mark.exhaustive),
+        pytest.param(1, 16, 96, marks=pytest.mark.exhaustive),
+        pytest.param(3, 4, 256, marks=pytest.mark.exhaustive),
     ],
 )
 def test_columns(q_len: int, group: int, head_dim: int) -> None:
@@ -123,7 +123,7 @@ def test_columns(q_len: int, group: int, head_dim: int) -> None:
 
 
 @pytest.mark.parametrize("device", EXECUTIONS)
-@pytest.mark.parametrize("page_size", [*(pytest.param(n, marks=pytest.mark.slow) for n in (16, 64)), 32, 128])
+@pytest.mark.parametrize("page_size", [*(pytest.param(n, marks=pytest.mark.exhaustive) for n in (16, 64)), 32, 128])
 def test_page_sizes(page_size: int, device: str) -> None:
     check(decode_batch((70, 200), kv_heads=1, group=2, page_size=page_size), device, blocks=3)
 
@@ -136,7 +136,7 @@ def test_bfloat16(device: str) -> None:
 @pytest.mark.parametrize("device", EXECUTIONS)
 @pytest.mark.parametrize(
     "plan",
-    [DecodePlan(64, 1, 2), pytest.param(DecodePlan(128, 2, 8), marks=pytest.mark.slow), DecodePlan(128, 3, 4, 2)],
+    [DecodePlan(64, 1, 2), pytest.param(DecodePlan(128, 2, 8), marks=pytest.mark.exhaustive), DecodePlan(128, 3, 4, 2)],
     ids=str,
 )
 def test_plans(plan: DecodePlan, device: str) -> None:
@@ -235,7 +235,7 @@ def test_the_public_function() -> None:
 
 SHAPES = [
     (128, 1, 4, 16),
-    *(pytest.param(*shape, marks=pytest.mark.slow) for shape in [
+    *(pytest.param(*shape, marks=pytest.mark.exhaustive) for shape in [
         (64, 1, 1, 16), (64, 1, 16, 32), (64, 8, 4, 64), (64, 7, 8, 16), (96, 1, 8, 16), (96, 7, 4, 64), (96, 7, 8, 16),
         (128, 1, 16, 32), (128, 2, 8, 16), (128, 7, 4, 16), (128, 8, 8, 64), (128, 3, 3, 128), (256, 1, 8, 16), (256, 1, 16, 64),
         (256, 7, 4, 32), (256, 3, 8, 16),
@@ -244,7 +244,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(("head_dim", "q_len", "group", "page_size"), SHAPES)
-@pytest.mark.parametrize("crowded", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("crowded", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 def test_assembles_without_spills(head_dim: int, q_len: int, group: int, page_size: int, crowded: bool) -> None:
     """`build` raises for spills: of a layer of a pool, with logarithms. Tiles come by tensor copies, fragments by ldmatrix."""
     batch = decode_batch((5, 33), q_len, group=group, head_dim=head_dim, page_size=page_size)

@@ -21,7 +21,7 @@ from tilus.target import get_target
 
 Array = npt.NDArray[np.float64]
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
-EXECUTIONS = [*(pytest.param(name, marks=pytest.mark.slow) for name in ("reference", "emulator")), CUDA]
+EXECUTIONS = [*(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("reference", "emulator")), CUDA]
 MIXED = ((0, 20), (1, 40), (18, 18), (70, 300), (5, 2), (1, 0), (9, 80), (1, 129))
 
 
@@ -137,7 +137,7 @@ def test_any_batch(lengths: list[tuple[int, int]], causal: bool, seed: int) -> N
     check_any(lengths, causal, seed)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @given(LENGTHS, st.booleans(), st.integers(0, 99))
 @settings(max_examples=30)
 def test_many_batches(lengths: list[tuple[int, int]], causal: bool, seed: int) -> None:
@@ -215,7 +215,7 @@ KINDS = [
 
 @pytest.mark.parametrize(
     ("head_dim", "kv_tile", "heads", "page_size", "dtype", "causal"),
-    [pytest.param(*kind, marks=() if kind == KINDS[12] else pytest.mark.slow) for kind in KINDS],
+    [pytest.param(*kind, marks=() if kind == KINDS[12] else pytest.mark.exhaustive) for kind in KINDS],
 )
 def test_assembles_without_spills(
     head_dim: int, kv_tile: int, heads: int, page_size: int, dtype: torch.dtype, causal: bool

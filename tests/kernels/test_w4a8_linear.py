@@ -185,7 +185,7 @@ def exact_pairs() -> Iterator[Any]:
             values = np.float64(dtype.decode(finite_codes(dtype)))
             if any(holds(act, values / 2.0**e) for e in range(-20, 20)):
                 often = dtype in (tilus.int4, tilus.uint4, tilus.float6_e2m3)
-                yield pytest.param(dtype, act, marks=[] if often else pytest.mark.slow, id=f"{dtype} {act}")
+                yield pytest.param(dtype, act, marks=[] if often else pytest.mark.exhaustive, id=f"{dtype} {act}")
 
 
 @pytest.mark.parametrize(("dtype", "act"), list(exact_pairs()))
