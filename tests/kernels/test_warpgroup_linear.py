@@ -18,6 +18,7 @@ from tilus.kernels.quantize.tiles import TILE
 from tilus.kernels.schedule import Schedule
 from tilus.kernels.trial_arrays import placeholder
 from tilus.kernels.warpgroup_schedule import WarpgroupPlan, invariant_plans, warpgroup_plans
+from tilus.kernels.warpgroup_tiles import BAND
 from tilus.target import get_target
 from tilus.transforms import run_pipeline
 
@@ -77,16 +78,45 @@ def test_sums_are_exact(device: str, plan: WarpgroupPlan, scheme: str, group: in
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("scheme", ["symmetric", "minimums"])
-def test_scaled_weights_are_rounded_once_more(device: str, scheme: str) -> None:
+@pytest.mark.parametrize("launched", [{}, {"launched": 1}, {"launched": 2, "sharing": 2}], ids=str)
+def test_scaled_weights_are_rounded_once_more(device: str, launched: dict[str, int], scheme: str) -> None:
+    """One tile a block; all tiles in turn by one block, or by a pair."""
     matrix = matrix_of(scheme, tilus.uint4, 192, 512, 64)
     x = torch.randn(40, 512, generator=torch.Generator().manual_seed(1)).half()
     y = torch.full((40, 192), torch.nan)
-    launch(x, pack(matrix, "cpu", "mma"), y, None, WarpgroupPlan(32, 2, 1, 1, 2, 3, scaled=True), device)
+    plan = WarpgroupPlan(32, 2, 1, 1, 2, 3, scaled=True, **launched)
+    launch(x, pack(matrix, "cpu", "mma"), y, None, plan, device)
     weights = exact(matrix)
     sizes = np.abs(x.double().numpy()) @ weights.sizes.T
     difference = np.abs(y.double().numpy() - x.double().numpy() @ weights.values.T)
     assert (difference <= 3 * 2.0**-11 * sizes).all()
     assert difference.max() > 2.0**-18 * sizes.max()  # it is another kernel than the exact one
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_bands_of_rows(device: str) -> None:
+    """More rows of tiles than a band has, the last band being a part of one, for two columns of tokens."""
+    n = TILE * (BAND + 2) - 10
+    matrix = matrix_of("symmetric", tilus.uint4, n, 64, 64)
+    x = torch.randn(11, 64, generator=torch.Generator().manual_seed(4)).half()
+    y = torch.full((11, n), torch.nan)
+    launch(x, pack(matrix, "cpu", "mma"), y, None, WarpgroupPlan(8, 1, 1, 1, 1, 2, launched=5), device)
+    weights = exact(matrix)
+    bound = 80 * 2.0**-23 * np.abs(x.double().numpy()) @ weights.sizes.T
+    assert (np.abs(y.double().numpy() - x.double().numpy() @ weights.values.T) <= bound).all()
+
+
+@pytest.mark.parametrize("device", ["reference", "emulator"])
+def test_blocks_that_meet_leave_their_tickets_at_zero(device: str) -> None:
+    """The next launch finds them, and none of the sums of this one."""
+    matrix = matrix_of("symmetric", tilus.int4, 150, 448, 64)
+    x, y = torch.randn(8, 448).half(), torch.empty(8, 150)
+    plan = WarpgroupPlan(8, 1, 2, 1, 1, 4, launched=2, streamed=True)
+    kernel, arguments, values = kernel_call(x, pack(matrix, "cpu", "mma"), y, None, plan)
+    (tickets,) = (array for array in arguments if getattr(array, "dtype", None) == torch.int32)
+    for _ in range(2):
+        kernel.on(device)(*arguments, **values)
+        assert not tickets.any()
 
 
 @pytest.mark.parametrize("device", ["emulator", pytest.param("cuda", marks=pytest.mark.gpu)])

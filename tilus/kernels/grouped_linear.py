@@ -157,7 +157,7 @@ class Walk:
         """The last stage that was waited for."""
         return self.stage
 
-    def give_back(self, stage, step):
+    def give_back(self, stage):
         tilus.arrive(self.empty[stage])
 
 

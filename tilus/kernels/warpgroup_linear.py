@@ -96,7 +96,7 @@ def warpgroup_linear(
                 begin, end = tiles.extent(index)
                 once = unpacked.whole(factors, row_tile) if span == WHOLE else None
                 first = tiles.before(index)
-                stages.begin_tile(first, tiles.all_steps())
+                stages.begin_tile(first)
                 # Each warpgroup always takes the same stages, so that it sees all their phases.
                 turn = (split + first * (splits - 1)) % splits if plan.launched else split
                 total = sum_of_steps(unpacked, stages, once, turn, end - begin, plan)

@@ -46,7 +46,7 @@ def add_groups(total, unpacked, stages: Stages, once, begin, steps, plan: Warpgr
         if later > 0:
             tilus.wgmma_wait()
             total = scaled_sum(total, *under_way[shape.pieces - 1])
-        stages.give_back(stage, i)
+        stages.give_back(stage)
     return total
 
 
@@ -63,7 +63,7 @@ def add_fragments(total, unpacked, stages: Stages, once, begin, steps, plan: War
             if minimum is not None:
                 sum_x = tilus.dot(tilus.full([TILE * plan.rows, shape.width], 1, act), right)
             total = scaled_sum(total, tilus.dot(left, right), scale, sum_x, minimum)
-        stages.give_back(stage, i)
+        stages.give_back(stage)
     return total
 
 
@@ -95,7 +95,7 @@ def add_ahead(total, unpacked, stages: Stages, once, begin, steps, plan: Warpgro
             first = unpacked.piece(stages.codes, stages.factors, next_stage, 0, once)
         tilus.wgmma_wait()
         total = tilus.fma(as_f32(part), scale, total)
-        stages.give_back(stage, i)
+        stages.give_back(stage)
     return total
 
 
@@ -120,9 +120,9 @@ def add_scaled(total, unpacked, stages: Stages, once, begin, steps, plan: Warpgr
             total = tilus.wgmma(left, stages.x[stage], total, shape=extents, y_offsets=[0, piece * shape.width])
             tilus.wgmma_wait(1)
             if piece == 0 and i > begin:
-                stages.give_back(before, i - plan.splits)
+                stages.give_back(before)
         before = stage
     tilus.wgmma_wait()
     if plan.launched and begin < steps:
-        stages.give_back(before, steps - 1)
+        stages.give_back(before)
     return total

@@ -49,9 +49,9 @@ class Stages:
                 self.copy_weights(stage, row_tile, begin + i)
                 self.copy_activations(stage, token, begin + i, tiles.own)
 
-    def begin_tile(self, first, end):
-        """Consumers: steps are counted from `first` on, of `end` of the block."""
-        self.first, self.end = first, end
+    def begin_tile(self, first):
+        """Consumers: the block's steps are counted from `first` on."""
+        self.first = first
 
     def copy_weights(self, stage, row_tile, step):
         """Ask for codes and factors, and tell the barrier how much is to come, activations included."""
@@ -83,11 +83,10 @@ class Stages:
         tilus.wait_barrier(self.full[stage], (self.first + step) // self.count % 2)
         return stage
 
-    def give_back(self, stage, step):
-        """All blocks that bring parts of the stage of this step may fill it again."""
+    def give_back(self, stage):
+        """All blocks that bring parts of this stage may fill it again."""
         if self.sharing == 1:
             tilus.arrive(self.empty[stage])
         else:
-            if self.first + step + self.count < self.end:  # else the other block might be gone
-                for block in range(self.sharing):
-                    tilus.arrive(self.empty[stage], block=self.group + block, reads_only=True)
+            for block in range(self.sharing):
+                tilus.arrive(self.empty[stage], block=self.group + block, reads_only=True)

@@ -73,13 +73,6 @@ class Tiles:
             return (self.first + index) * self.steps + begin - self.begin
         return index * (end - begin)
 
-    def all_steps(self):
-        """Of this block."""
-        if self.plan.streamed:
-            return self.end - self.begin
-        begin, end = self.extent(0)
-        return self.count * (end - begin)
-
     def joined(self, total, partial, tickets, index):
         """The sums of a whole tile, and 1; or this block's, and 0, where another block will add them to its own.
 
