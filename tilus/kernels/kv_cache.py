@@ -14,6 +14,7 @@ from tilus import Const, Tensor, TilusError, f16, f32, int32, uint8
 from tilus.dtypes import DataType, float8_e4m3, int8, uint4
 from tilus.kernels.allocate import empty
 from tilus.kernels.attention import power_of_two
+from tilus.kernels.rope import rotated
 from tilus.layout import RegisterLayout, local, replicated, spatial
 
 WARPS = 4
@@ -109,10 +110,6 @@ def rope_append_quantized_kernel(
         layout = by_vector(shape[0], half, VECTOR)
         return [tilus.load(part, [0, at], shape, layout=layout).to(f32) for at in (0, half)]
 
-    def rotated(low: Any, high: Any) -> Any:
-        cos, sin = (tilus.load(cos_sin, [position, at], [1, half]) for at in (0, half))
-        return low * cos - high * sin, high * cos + low * sin
-
     def append(which: int, low: Any, high: Any) -> None:
         scale, minimum = factors_of(low, high, kind)
         own = [page, 0, which, 0, offset]
@@ -123,10 +120,10 @@ def rope_append_quantized_kernel(
             first = [page, 0, which, offset, at * kind.code.nbits // 8]
             tilus.store(codes, first, as_bytes(codes_of(elements, scale, minimum, kind), kind), dims=[1, 4])
 
-    low, high = rotated(*halves(0, q_heads))
+    low, high = rotated(halves(0, q_heads), cos_sin, position)
     tilus.store(q, [token, 0, 0], low.to(q.dtype))
     tilus.store(q, [token, 0, half], high.to(q.dtype))
-    append(0, *rotated(*halves(q_heads, kv_heads)))
+    append(0, *rotated(halves(q_heads, kv_heads), cos_sin, position))
     append(1, *halves(q_heads + kv_heads, kv_heads))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import tilus
 from tilus import Const, Tensor, TilusError, f32, int32
 from tilus.kernels.allocate import empty
+from tilus.kernels.attention import power_of_two
 
 
 @tilus.kernel
@@ -37,28 +38,29 @@ def rope_append_kernel(
     position, slot = positions[token], slots[token]
     page, offset = slot // page_size, slot % page_size
 
-    def rotated(first: int, count: int) -> Any:
+    def rotated_heads(first: int, count: int) -> Any:
         part = qkv[token, first : first + count]
         shape = [power_of_two(count), half]
         low = tilus.load(part, [0, 0], shape).to(f32)
         high = tilus.load(part, [0, half], shape).to(f32)
-        cos = tilus.load(cos_sin, [position, 0], [1, half])
-        sin = tilus.load(cos_sin, [position, half], [1, half])
-        return (low * cos - high * sin).to(q.dtype), (high * cos + low * sin).to(q.dtype)
+        return rotated((low, high), cos_sin, position)
 
-    low, high = rotated(0, q_heads)
-    tilus.store(q, [token, 0, 0], low)
-    tilus.store(q, [token, 0, half], high)
-    low, high = rotated(q_heads, kv_heads)
-    tilus.store(kv_cache, [page, 0, offset, 0, 0], low)
-    tilus.store(kv_cache, [page, 0, offset, 0, half], high)
+    low, high = rotated_heads(0, q_heads)
+    tilus.store(q, [token, 0, 0], low.to(q.dtype))
+    tilus.store(q, [token, 0, half], high.to(q.dtype))
+    low, high = rotated_heads(q_heads, kv_heads)
+    tilus.store(kv_cache, [page, 0, offset, 0, 0], low.to(q.dtype))
+    tilus.store(kv_cache, [page, 0, offset, 0, half], high.to(q.dtype))
     values = tilus.load(qkv[token, q_heads + kv_heads : heads], [0, 0], [power_of_two(kv_heads), head_dim])
     tilus.store(kv_cache, [page, 1, offset, 0, 0], values)
 
 
-def power_of_two(count: int) -> int:
-    """The least power of two that is not below `count`."""
-    return 1 << (count - 1).bit_length()
+def rotated(halves: Any, cos_sin: Any, position: Any) -> Any:
+    """The two halves [heads, D/2] of heads, turned by the angles of a position."""
+    low, high = halves
+    half = low.shape[1]
+    cos, sin = (tilus.load(cos_sin, [position, at], [1, half]) for at in (0, half))
+    return low * cos - high * sin, high * cos + low * sin
 
 
 def rope_append(qkv: Any, positions: Any, cos_sin: Any, slots: Any, kv_cache: Any, *, device: str | None = None) -> Any:

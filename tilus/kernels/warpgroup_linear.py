@@ -86,11 +86,7 @@ def warpgroup_linear(
         with tilus.warps(group_warps * split, group_warps, registers=plan.registers):
             tilus.wait_dependencies(constant=constant)
             entries = table_entries(table, x.dtype, 32 * group_warps)
-            if x_scale is None:
-                kind, numbers, exponent = Unpacking, x.dtype, residual(wdtype, x.dtype, table, zeros, MMA)
-            else:
-                kind, numbers, exponent = UNPACKINGS[x.dtype], f16, exponent_of(wdtype, x.dtype, zeros is not None)
-            unpacked = kind(wdtype, (scale_dtype, mins_dtype), numbers, entries, exponent, shape)
+            unpacked = unpacking(wdtype, (scale_dtype, mins_dtype), x, x_scale, zeros, entries, shape)
             for index in tiles.numbers():
                 row_tile, token = tiles.start(index)
                 begin, end = tiles.extent(index)
@@ -111,11 +107,20 @@ def warpgroup_linear(
                         if plan.streamed:
                             total, complete = tiles.joined(total, partial, tickets, index)
                         if complete == 1:
-                            result = total * (global_scale * 2.0**exponent)
+                            total = total * (global_scale * 2.0**unpacked.exponent)
                             if x_scale is not None:
-                                result = result * tilus.load(x_scale, [token], [plan.tokens])
-                            result = tilus.cast(with_bias(result, bias, row_tile), y.dtype)
+                                total = total * tilus.load(x_scale, [token], [plan.tokens])
+                            result = tilus.cast(with_bias(total, bias, row_tile), y.dtype)
                             store_rows(y, [token, row_tile * TILE], result, 32 * group_warps)
+
+
+def unpacking(wdtype, factor_dtypes, x, x_scale, zeros, entries, shape):
+    """From codes to operands of the activations' type: 16-bit floats, or with scales of tokens what multiplies 8 bits."""
+    if x_scale is None:
+        exponent = residual(wdtype, x.dtype, entries, zeros, MMA)
+        return Unpacking(wdtype, factor_dtypes, x.dtype, entries, exponent, shape)
+    exponent = exponent_of(wdtype, x.dtype, zeros is not None)
+    return UNPACKINGS[x.dtype](wdtype, factor_dtypes, f16, entries, exponent, shape)
 
 
 def with_bias(result, bias, row_tile):
