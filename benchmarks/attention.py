@@ -1,10 +1,12 @@
 """Attention over paged caches on a GPU, beside pure reads of the cached bytes, torch's attention and a Triton kernel.
 
-    python benchmarks/attention.py --out FILE       decoding: batches of 1 to 128 sequences of 1k to 16k tokens, and skewed ones
-    python benchmarks/attention.py --quantised      caches of fp8, int8 and int4 instead, without peers
-    python benchmarks/attention.py --plans          by several plans, tilus alone; with --quantised, too
-    python benchmarks/attention.py --batch 8,32     only batches of so many sequences
-    python benchmarks/attention.py --no-peers       only tilus and reads
+    python benchmarks/attention.py decode --out FILE    batches of 1 to 128 sequences of 1k to 16k tokens, and skewed ones
+    python benchmarks/attention.py quantised            decoding from caches of fp8, int8 and int4, without peers
+    python benchmarks/attention.py prefill              causal prefill, and appending to a cache
+    python benchmarks/attention.py plans                decoding by several plans, tilus alone; quantised_plans likewise
+    python benchmarks/attention.py decode prefill       one after the other; without a name decode, quantised and prefill
+    python benchmarks/attention.py --batch 8,32         only batches of so many sequences
+    python benchmarks/attention.py --no-peers           only tilus and reads
 
 --budget SECONDS stops before the first row that would start later; the file is whole after each row.
 
@@ -17,15 +19,16 @@ Output, as JSON; times in microseconds, null where there is none:
     device, torch, cuda, triton, python    what it ran on; triton: null where it is missing
     l2_nbytes, replays     the GPU's L2 cache; the most replays of a graph
     seconds                since the start, when the last row was done
-    suites                 {decode: {rows}}, or {plans: {rows}}
-Every row has phase, batch, context (of a skewed batch the mean), skewed, q_len, heads, kv_heads, head_dim, page, kv_dtype and
+    suites                 {name: {rows}}
+Every row has phase, batch, context (of a skewed batch the mean), q_len, heads, kv_heads, head_dim, page, kv_dtype and
     us, plain_us           tilus, calls in a row with dependent launch and without; lengths and block tables are constant
-    tbps                   TB/s: the bytes of all cached keys and values, scales included, by us
+    tbps                   of decoding, TB/s: the bytes of all cached keys and values, scales included, by us
+    tflops                 of prefill, TFLOP/s of both products with the tokens that each query sees
     read_us, plain_read_us    a pure read of as many bytes, likewise
     error                  relative, in the L2 norm, the largest of the sequences that were checked
     peers                  microseconds by name: sdpa_flash and sdpa_cudnn on contiguous keys and values of equal lengths; triton:
                            the fastest of a few configurations of the kernel in paged/triton_decode.py
-    bar, met               wanted tbps, and whether it was reached
+    bar, met               wanted tbps or tflops, and whether it was reached
     failures               {peer: why there is no time}
 plans: tile, stages, warps, blocks, us, tbps and error of each plan.
 """
@@ -40,10 +43,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from paged import decode
-from paged.cases import DECODE, QUANTISED
+from paged import decode, plans, prefill
+from paged.cases import DECODE, PREFILL, QUANTISED
 from products.report import Report
-from products.timing import Budget
+from products.timing import Budget, Timer
+
+SUITES = {
+    "decode": (decode, DECODE),
+    "quantised": (decode, QUANTISED),
+    "prefill": (prefill, PREFILL),
+    "plans": (plans, DECODE),
+    "quantised_plans": (plans, QUANTISED),
+}
+DEFAULT = ("decode", "quantised", "prefill")
 
 
 def numbers_in(text: str) -> list[int]:
@@ -57,36 +69,37 @@ def numbers_in(text: str) -> list[int]:
 
 def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"what to measure: {', '.join(SUITES)}")
     parser.add_argument("--out", type=Path, help="write the JSON here")
-    parser.add_argument("--quantised", action="store_true", help="caches of 8 and 4 bits")
-    parser.add_argument("--plans", action="store_true", help="compare plans")
     parser.add_argument("--batch", type=numbers_in, help="numbers of sequences, separated by commas")
     parser.add_argument("--no-peers", action="store_true", help="measure tilus and reads only")
     parser.add_argument("--replays", type=int, default=30, help="at most so many graph replays a time (default 30)")
     parser.add_argument("--budget", type=float, help="seconds after which no row starts")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.suites if name not in SUITES]
+    if unknown:
+        parser.error(f"no suite {', '.join(map(repr, unknown))}, expected {', '.join(SUITES)}")
+    return options
 
 
 def main() -> None:
     options = options_of()
     if not torch.cuda.is_available():
         raise SystemExit("no GPU: `tilus doctor` says what is missing")
-    run = decode.DecodeRun(options.replays, Budget(options.budget), not options.no_peers)
+    budget, timer = Budget(options.budget), Timer(options.replays)
     has_triton = importlib.util.find_spec("triton") is not None
     facts = {
         "device": torch.cuda.get_device_name(0), "torch": torch.__version__, "cuda": torch.version.cuda,
         "triton": importlib.metadata.version("triton") if has_triton else None, "python": platform.python_version(),
-        "l2_nbytes": run.timer.l2_nbytes, "replays": run.timer.replays,
+        "l2_nbytes": timer.l2_nbytes, "replays": timer.replays,
     }  # fmt: skip
     report = Report(options.out, facts)
-    cases = [
-        case
-        for case in (QUANTISED if options.quantised else DECODE)
-        if options.batch is None or case.batch in options.batch
-    ]
     with torch.cuda.stream(torch.cuda.Stream()):
-        rows = run.rows(cases)
-        report.suite("decode", rows, decode.COLUMNS, decode.cells, facts=lambda: {"seconds": round(run.budget.used, 1)})
+        for name in options.suites or DEFAULT:
+            module, cases = SUITES[name]
+            chosen = [case for case in cases if options.batch is None or case.batch in options.batch]
+            rows = module.rows(timer, budget, not options.no_peers, chosen)
+            report.suite(name, rows, module.COLUMNS, module.cells, facts=lambda: {"seconds": round(budget.used, 1)})
 
 
 if __name__ == "__main__":

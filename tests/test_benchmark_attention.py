@@ -22,8 +22,11 @@ def test_the_command_needs_no_gpu_to_say_so(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="no GPU"):
         attention.main()
-    options = attention.options_of(["--batch", "1,32", "--no-peers", "--quantised", "--plans"])
-    assert (options.batch, options.no_peers, options.quantised, options.plans) == ([1, 32], True, True, True)
+    options = attention.options_of(["decode", "plans", "--batch", "1,32", "--no-peers"])
+    assert (options.suites, options.batch, options.no_peers) == (["decode", "plans"], [1, 32], True)
+    with pytest.raises(SystemExit, match="2"):
+        attention.options_of(["encode"])
+    assert "no suite 'encode', expected decode, quantised, prefill" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         attention.options_of(["--batch", "0"])
     assert "'0' is no number of sequences" in capsys.readouterr().err
@@ -49,7 +52,7 @@ def test_a_right_result_passes_and_a_wrong_one_does_not(kv_dtype: str) -> None:
     out = paged_decode(
         batch.q, batch.caches[0], batch.block_tables, batch.kv_lens, batch.scale, device="reference"
     )  # fmt: skip
-    assert check(batch, out, "paged_decode") == error_of(batch, out) < 4e-3
+    assert check(batch, out, "paged_decode") == pytest.approx(error_of(batch, out), rel=1e-3) < 4e-3
     out[1, 0, 3] += 0.1
     with pytest.raises(SystemExit, match="paged_decode, 2 x 70 skewed, heads 4/2"):
         check(batch, out, "paged_decode")

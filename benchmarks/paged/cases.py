@@ -11,7 +11,10 @@ LONGEST = 65536  # tokens of a sequence of a skewed batch, at most
 
 @dataclass(frozen=True)
 class Case:
-    """batch: sequences. context: cached tokens of each, in a skewed batch of their mean. bar: wanted TB/s of cached bytes."""
+    """batch: sequences. context: cached tokens of each, in a skewed batch of their mean; those of the queries are among them.
+
+    bar: what is wanted, TB/s of cached bytes in decoding, TFLOP/s in prefill.
+    """
 
     batch: int
     context: int
@@ -44,9 +47,16 @@ class Case:
         kinds = 0 if self.kv_dtype not in KV_FORMATS else KV_FORMATS[self.kv_dtype].kinds
         return sum(self.lengths) * 2 * self.kv_heads * (self.head_dim * self.code_nbits // 8 + 2 * kinds)
 
+    @property
+    def flops(self) -> int:
+        """Of both products with what each query sees: the tokens up to its own."""
+        seen = sum(self.q_len * length - self.q_len * (self.q_len - 1) // 2 for length in self.lengths)
+        return 4 * self.head_dim * self.heads * seen
+
     def __str__(self) -> str:
         skew = " skewed" if self.skewed else ""
-        return f"{self.batch} x {self.context}{skew}, heads {self.heads}/{self.kv_heads}, {self.kv_dtype}"
+        queries = "" if self.q_len == 1 else f"{self.q_len} of "
+        return f"{self.batch} x {queries}{self.context}{skew}, heads {self.heads}/{self.kv_heads}, {self.kv_dtype}"
 
 
 DECODE = [
@@ -62,3 +72,10 @@ FP8 = [
     Case(128, 4096, skewed=True, kv_dtype="fp8"),
 ]  # fmt: skip
 QUANTISED = [*FP8, *(replace(case, bar=None, kv_dtype=name) for name in ("int4", "int8") for case in FP8)]
+PREFILL = [
+    Case(16, 1024, q_len=1024, bar=460), Case(4, 4096, q_len=4096, bar=590), Case(1, 16384, q_len=16384, bar=700),
+    Case(1, 34816, q_len=2048, bar=670), Case(8, 8320, q_len=128, bar=570), Case(32, 8196, q_len=4, bar=50),
+    Case(1, 1024, q_len=1024), Case(1, 4096, q_len=4096), Case(4, 8704, q_len=512), Case(32, 8208, q_len=16),
+    Case(1, 16384, q_len=16384, page=128), Case(16, 1024, q_len=1024, page=128), Case(4, 4096, q_len=4096, kv_heads=32),
+    Case(4, 4096, q_len=4096, head_dim=64),
+]  # fmt: skip

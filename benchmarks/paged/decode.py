@@ -29,18 +29,32 @@ COLUMNS = {
 }
 
 
-class DecodeRun:
+class AttentionRun:
     """Measurements on the current GPU, on the current stream."""
 
-    def __init__(self, replays: int, budget: Budget, peers: bool) -> None:
-        self.timer, self.budget, self.with_peers = Timer(replays), budget, peers
-        self.reads = Reads(self.timer)
+    def __init__(self, timer: Timer, peers: bool) -> None:
+        self.timer, self.with_peers = timer, peers
+        self.reads = Reads(timer)
         self.num_sms: int = torch.cuda.get_device_properties(0).multi_processor_count
         self.failures: dict[str, str] = {}
 
-    def rows(self, cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
+    def attempt(self, name: str, makers: Sequence[Callable[[], Sequence[Action]]]) -> float | None:
+        """The fastest of several ways to do it. A wrong result ends the run, and so does a GPU that does not answer."""
+        found: list[float] = []
+        for make in makers:
+            try:
+                found.append(self.timer.us(make()))
+            except Exception as error:
+                torch.cuda.synchronize()
+                self.failures[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return min(found, default=None)
+
+    def row(self, batch: PagedBatch) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def rows(self, budget: Budget, cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
         for case in cases:
-            if self.budget.exhausted:
+            if budget.exhausted:
                 return
             self.failures = {}
             batch = random_batch(case, self.timer.l2_nbytes)
@@ -48,6 +62,8 @@ class DecodeRun:
             del batch
             torch.cuda.empty_cache()
 
+
+class DecodeRun(AttentionRun):
     def row(self, batch: PagedBatch) -> dict[str, Any]:
         case = batch.case
         us, error = self.ours(batch)
@@ -95,16 +111,9 @@ class DecodeRun:
                 ),
             )
 
-    def attempt(self, name: str, makers: Sequence[Callable[[], Sequence[Action]]]) -> float | None:
-        """The fastest of several ways to do it. A wrong result ends the run, and so does a GPU that does not answer."""
-        found: list[float] = []
-        for make in makers:
-            try:
-                found.append(self.timer.us(make()))
-            except Exception as error:
-                torch.cuda.synchronize()
-                self.failures[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        return min(found, default=None)
+
+def rows(timer: Timer, budget: Budget, peers: bool, cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
+    return DecodeRun(timer, peers).rows(budget, cases)
 
 
 def cells(row: dict[str, Any]) -> list[Any]:

@@ -33,7 +33,8 @@ PLANS = {
 }  # fmt: skip
 
 
-def rows(timer: Timer, budget: Budget, cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
+def rows(timer: Timer, budget: Budget, peers: bool, cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
+    """peers: of no meaning here; the other suites have them."""
     for case in cases:
         if budget.exhausted:
             return

@@ -23,6 +23,9 @@ SLACK_NBYTES = 2048  # barriers, alignment
 MOST_STAGES = 24
 # Bytes of codes of a row of tiles, beyond which another block along K is worth it: while they are read, or multiplied, too.
 LEAST_SPLIT_NBYTES = {"reading": 256 * 1024, "computing": 128 * 1024 - 1}
+# Tiles along K up to which half as many tokens a block, and so twice as many blocks, cost less than sums across two blocks along
+# K: by the tokens of a block without either.
+MOST_HALVED_K = {64: 96, 128: 176}
 
 LEAST_IDLE = 1.05  # waves of tiles, in times of full ones
 # Waves of tiles from which on blocks that take several save more than idle ones at the end cost.
@@ -160,14 +163,25 @@ def _blocks(header: WeightHeader, tiles_n: int, tiles_k: int, num_sms: int, m: i
 
 
 def _plans(header: WeightHeader, m: int, tiles_n: int, tiles_k: int, num_sms: int) -> Iterator[WarpgroupPlan | None]:
-    blocks = _blocks(header, tiles_n, tiles_k, num_sms, m)
+    tokens = _tokens(m, tiles_n, tiles_k, num_sms)
+    shared = -(-m // tokens)  # blocks with the same rows
+    blocks = _blocks(header, tiles_n * shared, tiles_k, num_sms, m)
     many = tiles_n > num_sms
     if m <= 16:
         yield from _reading(header, 8 if m <= 8 else 16, blocks, many, tiles_k)
-    elif m <= 64:
-        yield from _between(header, 32 if m <= 32 else 64, blocks, tiles_n, tiles_k, num_sms)
-    else:
+    elif tokens <= 64:
+        yield from _between(header, tokens, shared > 1, blocks, tiles_n, tiles_k, num_sms)
+    if m > 64:
+        blocks = _blocks(header, tiles_n, tiles_k, num_sms, m)
         yield from _computing(header, m, blocks, tiles_n, tiles_k, num_sms)
+
+
+def _tokens(m: int, tiles_n: int, tiles_k: int, num_sms: int) -> int:
+    """Of a block: as many as there are, or half of them, or a quarter, where there are too few rows of tiles for the GPU."""
+    tokens = next((tokens for tokens in (8, 16, 32, 64) if m <= tokens), 128)
+    while tokens > 32 and 2 * tiles_n * -(-m // tokens) <= num_sms and tiles_k <= MOST_HALVED_K[tokens]:
+        tokens //= 2
+    return tokens
 
 
 def _depths(tiles_k: int, *wanted: int) -> list[int]:
@@ -217,9 +231,12 @@ def _streams(tiles: int, num_sms: int) -> bool:
 
 
 def _between(
-    header: WeightHeader, tokens: int, blocks: int, tiles_n: int, tiles_k: int, num_sms: int
+    header: WeightHeader, tokens: int, shared: bool, blocks: int, tiles_n: int, tiles_k: int, num_sms: int
 ) -> Iterator[WarpgroupPlan | None]:
-    """Reading, unpacking and multiplying take about as long: two or three warpgroups, or two blocks, overlap them."""
+    """Reading, unpacking and multiplying take about as long: two or three warpgroups, or two blocks, overlap them.
+
+    shared: several blocks have the same rows, and other tokens.
+    """
     wide, narrow, many = _depths(tiles_k, 4)[0], _depths(tiles_k, 2)[0], tiles_n > num_sms
     half = {"blocks_per_sm": 2}
     plans = [
@@ -231,9 +248,9 @@ def _between(
         planned(header, tokens, 1, 2, 3 - blocks, wide, SHARED_NBYTES, overlap="step"),
         planned(header, tokens, 1, 1, blocks, narrow, HALF_NBYTES, **half),
     ]
-    long = tiles_k * 512 * header.dtype.nbits > LEAST_SPLIT_NBYTES["reading"]
-    first = 3 if many else 2 if tokens == 64 and blocks == 2 and long else 1 if tokens == 32 and blocks == 1 else 0
-    yield plans[first]
+    if shared and tokens == 32:  # room for blocks of the next kernel beside them
+        yield planned(header, tokens, 1, 3, blocks, narrow, HALF_NBYTES)
+    yield plans[3 if many else 1 if tokens == 32 and blocks == 1 else 0]
     yield from plans
     # Two rows of tiles that share activations write half as many bytes to shared memory, whose speed limits single rows.
     along = 1 if many else 2 * blocks
