@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from tilus.codegen.context import EmitContext
@@ -23,6 +23,7 @@ from tilus.instructions.shared_copy import (
     CopyToShared,
     SharedCopy,
     amount,
+    beyond,
     mask_of,
     tile_of,
 )
@@ -33,7 +34,7 @@ from tilus.ir.instruction import Effects, Instruction
 from tilus.ir.ranges import divisor
 from tilus.ir.tensor import GlobalTensor
 from tilus.layout import SharedLayout, row_major
-from tilus.ptx.module import Address, Imm
+from tilus.ptx.module import Address, Imm, Reg
 
 UNIT_NBITS = 128  # addresses and sizes of bulk copies are multiples of 16 bytes
 
@@ -61,11 +62,7 @@ class CopyBulk(CopyToShared):
         return (row_major(self.dst.shape),)
 
     def emit(self, ctx: EmitContext) -> None:
-        ctx.require_sm_90a(f"tilus.{self.mnemonic}")
-        opcode, tail = f"cp.async.bulk.shared::cluster.global{self.modifiers()}", self.tail(ctx)
-        guard = ctx.guard(ctx.elected_in_group())
-        for memory, buffer, nbytes in _runs(ctx, self):
-            ctx.b.emit_to(opcode, buffer, memory, nbytes, *tail, guard=guard)
+        emit_runs(ctx, self, ctx.elected_in_group(), {}, {})
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +104,7 @@ class StoreBulk(CopyFromShared):
         opcode = f"cp.{'reduce.' if self.add else ''}async.bulk.global.shared::cta.bulk_group{cache_hint(self.evict)}"
         opcode += ".add.f32" if self.add else ""
         guard, tail = ctx.guard(ctx.elected_in_group()), policy(ctx, self.evict)
-        for memory, buffer, nbytes in _runs(ctx, self):
+        for memory, buffer, nbytes in _runs(ctx, self, {}, {}):
             ctx.b.emit_to(opcode, memory, buffer, nbytes, *tail, guard=guard)
 
 
@@ -141,7 +138,7 @@ class PrefetchBulk(Instruction):
         outer = self.shape[: len(self.shape) - contiguous_axes(self.src, self.shape, self.dims)]
         nbytes = Imm(math.prod(self.shape) // math.prod(outer) * self.src.dtype.nbits // 8)
         guard = ctx.guard(ctx.elected_in_group())
-        for index in _places(ctx, self.offsets, self.dims, outer):
+        for index in _places(beyond(ctx, self.offsets, {}), self.dims, outer):
             ctx.b.emit_to("cp.async.bulk.prefetch.L2.global", ctx.global_address(self.src, index), nbytes, guard=guard)
 
 
@@ -249,27 +246,38 @@ def check_starts(
         )
 
 
-def _runs(ctx: EmitContext, copy: SharedCopy) -> Iterator[tuple[Address, Address, Imm]]:
-    """Global address, shared address and bytes of each run of a copy."""
+def emit_runs(
+    ctx: EmitContext, copy: CopyToShared, starter: Reg, place: Mapping[int, Linear], corner: Mapping[int, Linear]
+) -> None:
+    """Start the copy of one tile by the thread that is `starter`; place, corner: what is added to where it starts in shared and in
+    global memory, by dim."""
+    ctx.require_sm_90a(f"tilus.{copy.mnemonic}")
+    opcode, tail = f"cp.async.bulk.shared::cluster.global{copy.modifiers()}", copy.tail(ctx)
+    guard = ctx.guard(starter)
+    for memory, buffer, nbytes in _runs(ctx, copy, place, corner):
+        ctx.b.emit_to(opcode, buffer, memory, nbytes, *tail, guard=guard)
+
+
+def _runs(
+    ctx: EmitContext, copy: SharedCopy, place: Mapping[int, Linear], corner: Mapping[int, Linear]
+) -> Iterator[tuple[Address, Address, Imm]]:
+    """Global address, shared address and bytes of each run of a copy; place, corner: so far beyond its starts."""
     check_starts(copy.mnemonic, copy.memory, copy.offsets, copy.shape, copy.dims)
     outer = copy.shape[: len(copy.shape) - contiguous_axes(copy.memory, copy.shape, copy.dims)]
     count = math.prod(outer)
     ctx.note(copy, f"{copy.mnemonic} {copy.memory.name}: {count} x {copy.nbytes // count} bytes")
-    memory = _places(ctx, copy.offsets, copy.dims, outer)
-    buffer = _places(ctx, copy.starts, copy.shared_dims, outer)
-    for index, place in zip(memory, buffer, strict=True):
+    memory = _places(beyond(ctx, copy.offsets, corner), copy.dims, outer)
+    buffer = _places(beyond(ctx, copy.starts, place), copy.shared_dims, outer)
+    for index, own in zip(memory, buffer, strict=True):
         yield (
             ctx.global_address(copy.memory, index),
-            ctx.shared_address(copy.buffer, place),
+            ctx.shared_address(copy.buffer, own),
             Imm(copy.nbytes // count),
         )
 
 
-def _places(
-    ctx: EmitContext, offsets: Sequence[Expr], dims: Sequence[int], outer: Sequence[int]
-) -> Iterator[list[Linear]]:
+def _places(start: Sequence[Linear], dims: Sequence[int], outer: Sequence[int]) -> Iterator[list[Linear]]:
     """The index of the first element of each run of a tile, whose axes `outer` are along the first of `dims`."""
-    start = [ctx.scalars.linear(offset) for offset in offsets]
     for place in itertools.product(*map(range, outer)):
         index = list(start)
         for d, part in zip(dims, place):

@@ -7,11 +7,12 @@ Copies into shared memory are counted in bytes at an mbarrier; those out of it f
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from tilus.codegen.context import EmitContext
+from tilus.codegen.linear import Linear
 from tilus.codegen.shared_access import SharedAccess, shared_access
 from tilus.errors import TilusError
 from tilus.instructions.eviction import cache_hint, check_eviction, policy
@@ -222,6 +223,12 @@ def tile_of(
     tensor, starts = full_offsets(place, offsets, len(tile))
     axes = tuple(range(memory.rank - len(tile), memory.rank)) if dims is None else tuple(dims)
     return tile, axes, tensor, starts
+
+
+def beyond(ctx: EmitContext, starts: Sequence[Expr], more: Mapping[int, Linear]) -> list[Linear]:
+    """One index per dim, with what is added to some of them."""
+    forms = [ctx.scalars.linear(start) for start in starts]
+    return [form + more[d] if d in more else form for d, form in enumerate(forms)]
 
 
 def amount(nbits: int) -> str:

@@ -11,13 +11,13 @@ is stored has a negative coordinate; loads may have those (both found on an H100
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from tilus.codegen.context import EmitContext
-from tilus.codegen.linear import materialize, of_const
+from tilus.codegen.linear import Linear, materialize, of_const
 from tilus.codegen.tensor_map import MAX_BOX, MAX_RANK, UNIT_NBYTES, TensorMap
 from tilus.errors import TilusError
 from tilus.instructions.eviction import cache_hint, policy
@@ -27,6 +27,7 @@ from tilus.instructions.shared_copy import (
     CopyFromShared,
     CopyToShared,
     SharedCopy,
+    beyond,
     mask_of,
     tile_of,
 )
@@ -37,7 +38,7 @@ from tilus.ir.ranges import bounds, divisor
 from tilus.ir.tensor import GlobalTensor
 from tilus.layout import SharedLayout
 from tilus.layout.operands import CORE_ROWS, SWIZZLES_NBYTES, tma_tile
-from tilus.ptx.module import Address, TensorAddress, Vector
+from tilus.ptx.module import Address, Reg, TensorAddress, Vector
 
 START_NBITS = 1024  # a tile starts at a multiple of 128 bytes of shared memory
 
@@ -65,11 +66,7 @@ class CopyTensor(CopyToShared):
         super().evaluate(env)
 
     def emit(self, ctx: EmitContext) -> None:
-        ctx.require_sm_90a(f"tilus.{self.mnemonic}")
-        opcode = f"cp.async.bulk.tensor.{self.src.rank}d.shared::cluster.global.tile{self.modifiers()}"
-        guard, tail = ctx.guard(ctx.elected_in_group()), self.tail(ctx)
-        for place, box in _boxes(ctx, self):
-            ctx.b.emit_to(opcode, place, box, *tail, guard=guard)
+        emit_boxes(ctx, self, ctx.elected_in_group(), {}, {})
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,8 +101,20 @@ class StoreTensor(CopyFromShared):
         check_signs(self)
         opcode = f"cp.async.bulk.tensor.{self.dst.rank}d.global.shared::cta.tile.bulk_group{cache_hint(self.evict)}"
         guard, tail = ctx.guard(ctx.elected_in_group()), policy(ctx, self.evict)
-        for place, box in _boxes(ctx, self):
+        for place, box in _boxes(ctx, self, {}, {}):
             ctx.b.emit_to(opcode, box, place, *tail, guard=guard)
+
+
+def emit_boxes(
+    ctx: EmitContext, copy: CopyToShared, starter: Reg, place: Mapping[int, Linear], corner: Mapping[int, Linear]
+) -> None:
+    """Start the copy of one tile by the thread that is `starter`; place, corner: what is added to where it starts in shared and in
+    global memory, by dim."""
+    ctx.require_sm_90a(f"tilus.{copy.mnemonic}")
+    opcode = f"cp.async.bulk.tensor.{copy.src.rank}d.shared::cluster.global.tile{copy.modifiers()}"
+    guard, tail = ctx.guard(starter), copy.tail(ctx)
+    for where, box in _boxes(ctx, copy, place, corner):
+        ctx.b.emit_to(opcode, where, box, *tail, guard=guard)
 
 
 def check_boxes(copy: SharedCopy) -> None:
@@ -200,8 +209,10 @@ def _swizzles(copy: SharedCopy) -> dict[SharedLayout, int]:
     return found
 
 
-def _boxes(ctx: EmitContext, copy: SharedCopy) -> list[tuple[Address, TensorAddress]]:
-    """Where each box of a copy lies in shared memory, and where in global memory."""
+def _boxes(
+    ctx: EmitContext, copy: SharedCopy, place: Mapping[int, Linear], corner: Mapping[int, Linear]
+) -> list[tuple[Address, TensorAddress]]:
+    """Where each box of a copy lies in shared memory, and where in global memory; place, corner: so far beyond its starts."""
     check_start(copy)
     memory, swizzle = copy.memory, _swizzles(copy)[placed(copy.buffer)]
     width = swizzle // memory.dtype.nbytes or copy.shape[-1]
@@ -211,13 +222,12 @@ def _boxes(ctx: EmitContext, copy: SharedCopy) -> list[tuple[Address, TensorAddr
     box[-1] = width
     view = (memory.dtype, memory.offset, memory.shape, memory.strides, tuple(box), swizzle)
     base = ctx.tensor_map(TensorMap(memory.name, memory.base, *view))
-    index = [ctx.scalars.linear(start) for start in copy.starts]
-    corner = [ctx.scalars.linear(offset) for offset in copy.offsets]
+    index, origin = beyond(ctx, copy.starts, place), beyond(ctx, copy.offsets, corner)
     places: list[tuple[Address, TensorAddress]] = []
     for column in range(0, copy.shape[-1], width):
-        place = ctx.shared_address(copy.buffer, [*index[:-1], index[-1] + of_const(column)])
-        at = [*corner[:-1], corner[-1] + of_const(column)]
-        places.append((place, TensorAddress(base, Vector(tuple(materialize(ctx.b, part) for part in reversed(at))))))
+        address = ctx.shared_address(copy.buffer, [*index[:-1], index[-1] + of_const(column)])
+        at = [*origin[:-1], origin[-1] + of_const(column)]
+        places.append((address, TensorAddress(base, Vector(tuple(materialize(ctx.b, part) for part in reversed(at))))))
     ctx.note(copy, f"{copy.mnemonic} {memory.name}: {len(places)} boxes of {box}, swizzled by {swizzle} bytes")
     return places
 

@@ -8,9 +8,6 @@ import tilus
 from tilus import f32
 from tilus.kernels.paged_decode_operands import ROWS
 from tilus.kernels.paged_decode_split import Part
-from tilus.layout import spatial
-
-PAGES = 128  # entries of a block table that a copying warp holds
 
 
 class Stages:
@@ -62,28 +59,26 @@ def fill_part(
     factors are those of some page."""
     _, chunks, _, chunk, _ = stages.ring.shape
     page_size, nowhere = kv_cache.shape[2], kv_cache.shape[0]
-    tile, token, end = chunks * chunk, part.token, part.end_token
-    lanes = spatial(32).local(PAGES // 32)
-    window = PAGES // chunks * chunks  # pages, so that a tile does not reach into the next one
-    for pages in tilus.range(token // page_size, tilus.cdiv(end, page_size), window):
-        table = tilus.load(block_tables, [part.sequence, pages], [PAGES], layout=lanes)
-        tilus.wait_dependencies(
-            constant=constant
-        )  # the first time; nothing before has read or written what it waits for
-        for first in tilus.range(max(token, pages * page_size), min(end, (pages + window) * page_size), tile):
-            stages.wait_empty()
-            full = stages.full[stages.stage]
-            for index in range(chunks):
-                at = first + index * chunk
-                found = tilus.where(tilus.arange(PAGES, start=pages) == at // page_size, table, 0)
-                page = tilus.item(tilus.sum(found))
-                slot = at % page_size // chunk * chunk  # 0 where a chunk is a page
-                tilus.copy_tensor(
-                    stages.ring[stages.stage, index], kv_cache, [page if at < end else nowhere, 0, slot, part.head, 0],
-                    barrier=full, dims=[1, 2, 4], evict="first",
-                )  # fmt: skip
-                if factors is not None:
-                    inside = max(min(page if at < end else 0, nowhere - 1), 0)  # bulk copies have no bounds
-                    start = [inside, part.head, 0, 0, slot]
-                    tilus.copy_bulk(stages.factors[stages.stage, index], factors, start, barrier=full, evict="first")
-            stages.advance()
+    tile, end = chunks * chunk, part.end_token
+    pages = tilus.load(block_tables, [part.sequence, part.token // page_size], [chunks])
+    tilus.wait_dependencies(constant=constant)  # the first time; nothing before has read or written what it waits for
+    for first in tilus.range(part.token, end, tile):
+        following = tilus.load(block_tables, [part.sequence, (first + tile) // page_size], [chunks])
+        stages.wait_empty()
+        full = stages.full[stages.stage]
+        slot = 0 if page_size <= tile else first % page_size // chunk * chunk
+        inside = tilus.arange(chunks) * chunk < end - first
+        tilus.gather_tensor(
+            stages.ring[stages.stage], kv_cache, tilus.where(inside, pages, nowhere), [0, 0, slot, part.head, 0],
+            dims=[1, 2, 4], barrier=full, evict="first",
+        )  # fmt: skip
+        if factors is not None:
+            some = tilus.minimum(
+                tilus.maximum(tilus.where(inside, pages, 0), 0), nowhere - 1
+            )  # bulk copies have no bounds
+            tilus.gather_bulk(
+                stages.factors[stages.stage], factors, some, [0, part.head, 0, 0, slot], dims=[2, 3, 4], barrier=full,
+                evict="first",
+            )  # fmt: skip
+        pages = following
+        stages.advance()

@@ -45,32 +45,30 @@ class Stages:
                 )  # fmt: skip
 
     def fill(self, kv_cache: Any, table: Any, tile: Tile) -> None:
-        """The tiles of the cache that some row sees, the last one first."""
-        length = self.keys.shape[1]
-        at = tile.steps * length  # a variable: computed once, not at each use
+        """The tiles of the cache that some row sees, the last one first. Pages of the next one are looked up ahead."""
+        length, page_size = self.keys.shape[1], kv_cache.shape[2]
+        count = max(length // page_size, 1)
+        at = (tile.steps - 1) * length  # a variable: computed once, not at each use
+        pages = tilus.load(table, [at // page_size], [count])
         for _ in tilus.range(tile.steps):
-            at -= length
+            following = tilus.load(table, [(at - length) // page_size], [count])
             if at + length > tile.length:
                 self.fill_end(kv_cache, table, tile, at)
             else:
                 for which in range(2):
-                    self.fill_whole(which, kv_cache, table, tile, at)
+                    self.fill_whole(which, pages, kv_cache, tile, at)
+            pages = following
+            at -= length
             self.filled += 1
 
-    def fill_whole(self, which: int, kv_cache: Any, table: Any, tile: Tile, at: Any) -> None:
-        """Keys (0) or values (1) of the tile of the cache that starts at token `at`, page by page, each looked up ahead."""
-        _, length, head_dim = self.keys.shape
-        page_size = kv_cache.shape[2]
-        chunk = min(page_size, length)
-        page = table[at // page_size]
+    def fill_whole(self, which: int, pages: Any, kv_cache: Any, tile: Tile, at: Any) -> None:
+        """Keys (0) or values (1) of the tile of the cache that starts at token `at`, which lies in these pages."""
+        length = self.keys.shape[1]
         ring, full, stage = self.next_stage(which, self.keys[0].nbytes)
-        for first in tilus.range(0, length, chunk):
-            following = table[min(at + first + chunk, tile.length - 1) // page_size]
-            tilus.copy_tensor(
-                ring[stage], kv_cache, [page, which, 0 if chunk == page_size else at % page_size, tile.kv_head, 0],
-                shape=[chunk, head_dim], dst_offsets=[first, 0], barrier=full[stage], dims=[2, 4],
-            )  # fmt: skip
-            page = following
+        slot = 0 if kv_cache.shape[2] <= length else at % kv_cache.shape[2]
+        tilus.gather_tensor(
+            ring[stage], kv_cache, pages, [0, which, slot, tile.kv_head, 0], dims=[2, 4], barrier=full[stage]
+        )  # fmt: skip
 
     def next_stage(self, which: int, nbytes: Any) -> Any:
         """(ring, its barriers, the stage) of keys (0) or values (1), once it is free; so many bytes will come."""

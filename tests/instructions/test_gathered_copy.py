@@ -1,0 +1,120 @@
+"""Copies of tiles at indices: what arrives for any index on every execution, who starts them, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+import tilus
+from tilus import Const, Tensor, f16, int32
+from tilus.compiler import compile_function
+from tilus.target import get_target
+
+DEVICES = ["reference", "emulator", pytest.param("cuda", marks=pytest.mark.gpu)]
+Array = npt.NDArray[Any]
+
+
+@tilus.kernel
+def pages_of(
+    x: Tensor["T", "pages", 2, "page", "columns"], table: Tensor[int32, "entries"], y: Tensor["T", "n", "rows", "columns"],
+    first: int32, which: int32, *, count: Const, page: Const, columns: Const, warps: Const, stacked: Const, bulk: Const,
+):  # fmt: skip
+    """Keys or values of `count` pages of a table, from entry `first` on, through the second of two stages."""
+    tilus.grid(1, warps=warps + 1)
+    shape = [2, count, page, columns] if stacked else [2, count * page, columns]
+    ring = tilus.shared(x.dtype, shape)
+    full = tilus.mbarrier(2)
+    with tilus.warps(0, warps):
+        index = tilus.load(table, [first], [count])
+        tilus.arrive(full[1], nbytes=ring[1].nbytes)
+        if bulk:
+            tilus.gather_bulk(ring[1], x, index, [0, which, 0, 0], dims=[2, 3], barrier=full[1], evict="first")
+        else:
+            tilus.gather_tensor(ring[1], x, index, [0, which, 0, 0], dims=[2, 3], barrier=full[1])
+    with tilus.warps(warps, 1):
+        tilus.wait_barrier(full[1], 0)
+        tile = tilus.load_shared(ring[1])
+        tilus.store(y, [0, 0, 0], tile.reshape([count, page, columns]))
+
+
+def drawn(pages: int, page: int, columns: int) -> Array:
+    return np.random.default_rng(pages).normal(size=(pages, 2, page, columns)).astype(np.float16)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("bulk", [False, True])
+@pytest.mark.parametrize(("count", "warps"), [(1, 1), (8, 1), (8, 4), (2, 4), (6, 4), (3, 4), (4, 8)])
+def test_each_index_brings_its_tile(device: str, stacked: bool, bulk: bool, count: int, warps: int) -> None:
+    """Also the same tile twice. More warps than indices, or a number that does not divide them, start each copy once."""
+    x = drawn(9, 16, 128)
+    table = np.array([5, 4, 8, 0, 8, 3, 1, 7, 2, 6], np.int32)
+    y = np.zeros((count, 16, 128), np.float16)
+    options: dict[str, Any] = {"page": 16, "columns": 128, "stacked": stacked, "bulk": bulk}
+    pages_of.on(device)(x, table, y, 1, 1, count=count, warps=warps, **options)
+    np.testing.assert_array_equal(y, x[table[1 : 1 + count], 1])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_tiles_outside_of_a_tensor_arrive_as_zeros(device: str) -> None:
+    x = drawn(5, 8, 64)
+    table = np.array([4, -1, 0, 5, 2**31 - 1, 3], np.int32)
+    y = np.ones((6, 8, 64), np.float16)
+    options: dict[str, Any] = {"page": 8, "columns": 64, "stacked": True, "bulk": False}
+    pages_of.on(device)(x, table, y, 0, 0, count=6, warps=2, **options)
+    expected = np.zeros_like(y)
+    inside = [0, 2, 5]
+    expected[inside] = x[table[inside], 0]
+    np.testing.assert_array_equal(y, expected)
+
+
+@pytest.mark.parametrize("device", ["reference", "emulator"])
+def test_bulk_copies_from_outside_are_errors(device: str) -> None:
+    x, y = drawn(5, 8, 64), np.ones((2, 8, 64), np.float16)
+    with pytest.raises(tilus.TilusError):
+        pages_of.on(device)(
+            x, np.array([1, 5], np.int32), y, 0, 0, count=2, warps=1, page=8, columns=64, stacked=True, bulk=True
+        )  # fmt: skip
+
+
+def test_every_warp_starts_its_own_copies() -> None:
+    options: dict[str, Any] = {"T": f16, "page": 16, "columns": 128, "stacked": True, "bulk": False}
+    for warps, copies in ((1, 16), (2, 8), (4, 4)):
+        ptx = compile_function(pages_of.ir(count=8, warps=warps, **options), get_target("sm_90a")).ptx
+        assert ptx.count("cp.async.bulk.tensor.4d") == copies  # of 8 tiles with two boxes each
+
+
+@tilus.kernel
+def wrong(x: Tensor[f16, 9, 16, 64], table: Tensor[int32, 8], *, case: Const):
+    tilus.grid(1, warps=1)
+    ring = tilus.shared(f16, [8, 16, 64])
+    full = tilus.mbarrier()
+    index = tilus.load(table, [0], [8])
+    tilus.arrive(full, nbytes=ring.nbytes)
+    if case == "dim":
+        tilus.gather_tensor(ring, x, index, [0, 0, 0], dims=[0, 1, 2], barrier=full)
+    elif case == "rank":
+        tilus.gather_tensor(ring, x, index, [0, 0, 0], dims=[2], barrier=full)
+    elif case == "dtype":
+        tilus.gather_tensor(ring, x, index.to(f16), [0, 0, 0], dims=[1, 2], barrier=full)
+    elif case == "start":
+        tilus.gather_bulk(ring, tilus.narrow(x, 2, 4, 60), index, [0, 0, 0], dims=[1, 2], barrier=full)
+    else:
+        tilus.gather_tensor(ring[0], x, index, [0, 0, 0], dims=[2], barrier=full, dim=0)
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("dim", "indices along dim 0 of x, whose tiles run along .0, 1, 2.; expected another dim"),
+        ("rank", "tiles along 1 dims into a shared tensor with 3 dims here, expected 1 or 2"),
+        ("dtype", r"indices are f16\[8\], expected int32 of rank 1"),
+    ],
+)
+def test_refusals(case: str, message: str) -> None:
+    with pytest.raises(tilus.TilusError, match=message) as error:
+        wrong.on("reference")(np.zeros((9, 16, 64), np.float16), np.zeros(8, np.int32), case=case)
+    assert "tilus.gather_tensor(" in str(error.value)  # the user's line
