@@ -76,6 +76,6 @@ PREFILL = [
     Case(16, 1024, q_len=1024, bar=460), Case(4, 4096, q_len=4096, bar=590), Case(1, 16384, q_len=16384, bar=700),
     Case(1, 34816, q_len=2048, bar=670), Case(8, 8320, q_len=128, bar=570), Case(32, 8196, q_len=4, bar=50),
     Case(1, 1024, q_len=1024), Case(1, 4096, q_len=4096), Case(4, 8704, q_len=512), Case(32, 8208, q_len=16),
-    Case(1, 16384, q_len=16384, page=128), Case(16, 1024, q_len=1024, page=128), Case(4, 4096, q_len=4096, kv_heads=32),
-    Case(4, 4096, q_len=4096, head_dim=64),
+    Case(1, 16384, q_len=16384, page=128), Case(16, 1024, q_len=1024, page=128), Case(4, 4096, q_len=4096, page=128),
+    Case(4, 4096, q_len=4096, kv_heads=32), Case(4, 4096, q_len=4096, head_dim=64),
 ]  # fmt: skip

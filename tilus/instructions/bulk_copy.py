@@ -249,8 +249,10 @@ def check_starts(
 def emit_runs(
     ctx: EmitContext, copy: CopyToShared, starter: Reg, place: Mapping[int, Linear], corner: Mapping[int, Linear]
 ) -> None:
-    """Start the copy of one tile by the thread that is `starter`; place, corner: what is added to where it starts in shared and in
-    global memory, by dim."""
+    """Start the copy of one tile by the thread that is `starter`.
+
+    place, corner: what is added, by dim, to where it starts in shared and in global memory.
+    """
     ctx.require_sm_90a(f"tilus.{copy.mnemonic}")
     opcode, tail = f"cp.async.bulk.shared::cluster.global{copy.modifiers()}", copy.tail(ctx)
     guard = ctx.guard(starter)

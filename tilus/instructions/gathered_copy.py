@@ -169,8 +169,8 @@ def gather_tensor(
     index: a register tile of int32 [n]. The i-th tile starts at `offsets`, with index[i] added to that of `dim`; there it has one
     element, and extends along `dims`, ascending, the last dim of `src` included. dst: a shared tensor or `tensor[i]`, with an
     axis of n tiles in front of those of a tile, or as many axes as a tile, of which the first one has room for all of them one
-    behind the other. A tile with an index outside of `src` arrives as zeros. The warps of the group share the tiles out. All else is as
-    for `copy_tensor`; announce the bytes of all tiles.
+    behind the other. A tile with an index outside of `src` arrives as zeros. The warps of the group share the tiles out. All else
+    is as for `copy_tensor`; announce the bytes of all tiles.
     """
     b.emit(GatherTensor(*_gathered(b, "gather_tensor", dst, src, index, offsets, dims, barrier, dim, evict)))
 

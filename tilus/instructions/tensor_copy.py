@@ -108,8 +108,10 @@ class StoreTensor(CopyFromShared):
 def emit_boxes(
     ctx: EmitContext, copy: CopyToShared, starter: Reg, place: Mapping[int, Linear], corner: Mapping[int, Linear]
 ) -> None:
-    """Start the copy of one tile by the thread that is `starter`; place, corner: what is added to where it starts in shared and in
-    global memory, by dim."""
+    """Start the copy of one tile by the thread that is `starter`.
+
+    place, corner: what is added, by dim, to where it starts in shared and in global memory.
+    """
     ctx.require_sm_90a(f"tilus.{copy.mnemonic}")
     opcode = f"cp.async.bulk.tensor.{copy.src.rank}d.shared::cluster.global.tile{copy.modifiers()}"
     guard, tail = ctx.guard(starter), copy.tail(ctx)
