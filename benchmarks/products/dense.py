@@ -26,6 +26,7 @@ SHAPES = (
 """M, N, K"""
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "float8_e4m3": torch.float8_e4m3fn}
 ROW_MULTIPLE_NBYTES = 16  # of rows of operands, for tensor copies
+FLOAT8_SUM_NBITS = 13  # of tensor cores of Hopper (DeepSeek-V3, arXiv 2412.19437, section 3.3.2: about 14 bits in all)
 PEAK_FACTOR = {"f16": 1.0, "bf16": 1.0, "float8_e4m3": 2.0}  # of the speed of bf16
 COLUMNS = {"M x N x K": 20, "type": 13, "us": 10, "torch": 10, "ratio": 8, "TFLOP/s": 9, "read": 10, "limit": 10}
 MOST_READ_TOKENS = 256  # for more, reading the weight takes no part in the limit
@@ -53,19 +54,20 @@ def row(run: Run, m: int, n: int, k: int, name: str) -> dict[str, Any]:
     out = torch.bfloat16 if dtype.itemsize == 1 else dtype
     xs = [torch.randn(m, k, device="cuda").to(dtype) for _ in range(ACTIVATIONS)]
     weights = run.copies_of((torch.randn(n, k, device="cuda") / k**0.5).to(dtype))
-    values = weights[0].float()
+    values, sum_nbits = weights[0].float(), FLOAT8_SUM_NBITS if dtype.itemsize == 1 else 23
     what = f"{name} {m} x {n} x {k}"
 
     def timed(product: Any, roundings: int, who: str) -> tuple[float, dict[str, float]]:
         wanted: list[Expected] = [
-            expected(x, lambda a, b: values[a:b].double(), n, out, roundings=roundings) for x in xs
+            expected(x, lambda a, b: values[a:b].double(), n, out, roundings=roundings, sum_nbits=sum_nbits) for x in xs
         ]
         outputs = outputs_like(wanted, out)
         return run.timer.checked_us(in_turn(product, xs, weights, outputs), outputs, wanted, f"{who}, {what}")
 
     ours = run.attempt("us", lambda: timed(lambda x, w, y: gemm(x, w, out=y, constant=True), 1, "tilus"))
-    peer = run.attempt("torch_us", lambda: timed(_torch_product(dtype), 4, "torch"))
-    us, torch_us = ours and ours[0], peer and peer[0]
+    tried = [run.attempt("torch_us", lambda p=p: timed(p, 4, "torch")) for p in _torch_products(dtype)]
+    torch_us = min((found[0] for found in tried if found is not None), default=None)
+    us = ours and ours[0]
     read_us = run.reads.us(weights[0].nbytes // 16 * 16)[0] if m <= MOST_READ_TOKENS else None
     return {
         "M": m, "N": n, "K": k, "dtype": name, "us": us, **(ours[1] if ours else {"error": None, "rms": None}),
@@ -76,11 +78,17 @@ def row(run: Run, m: int, n: int, k: int, name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _torch_product(dtype: torch.dtype) -> Any:
+def _torch_products(dtype: torch.dtype) -> list[Any]:
+    """Of float8 with sums as the tensor cores keep them, as ours are, and with sums that are moved to f32 in between."""
     if dtype.itemsize > 1:
-        return lambda x, w, y: torch.mm(x, w.T, out=y)
+        return [lambda x, w, y: torch.mm(x, w.T, out=y)]
     one = torch.ones((), device="cuda")
-    return lambda x, w, y: torch._scaled_mm(x, w.T, scale_a=one, scale_b=one, out_dtype=y.dtype, out=y)
+    return [
+        lambda x, w, y, fast=fast: torch._scaled_mm(
+            x, w.T, scale_a=one, scale_b=one, out_dtype=y.dtype, out=y, use_fast_accum=fast
+        )
+        for fast in (True, False)
+    ]
 
 
 def cells(row: dict[str, Any]) -> list[Any]:

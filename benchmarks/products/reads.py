@@ -12,6 +12,8 @@ from tilus import Const, Tensor, int32
 
 BLOCKS = (4096, 8192, 16384)  # words that a block reads; the fastest counts
 
+MOST_NBYTES = 1 << 32  # the elements of a tensor are counted by 32-bit numbers
+
 
 @tilus.kernel
 def read(x: Tensor[int32, "n"], sums: Tensor[int32, "blocks"], *, block: Const, dependent: Const = False):
@@ -34,10 +36,15 @@ class Reads:
         self._found: dict[int, tuple[float, float]] = {}
 
     def us(self, nbytes: int) -> tuple[float, float]:
-        """Microseconds of a read of `nbytes`: of a kernel that takes part in dependent launch, and of one that does not."""
-        if nbytes not in self._found:
-            self._found[nbytes] = self._measured(nbytes)
-        return self._found[nbytes]
+        """Microseconds of a read of `nbytes`: of a kernel that takes part in dependent launch, and of one that does not.
+
+        More than MOST_NBYTES are taken to be read at the speed of so many.
+        """
+        size = min(nbytes, MOST_NBYTES)
+        if size not in self._found:
+            self._found[size] = self._measured(size)
+        dependent, plain = (round(us * (nbytes / size), 3) for us in self._found[size])
+        return dependent, plain
 
     def _measured(self, nbytes: int) -> tuple[float, float]:
         count = -(-nbytes // 16) * 4  # whole vectors, so that every copy is aligned

@@ -169,11 +169,12 @@ class Expected:
 
 def expected(
     x: torch.Tensor, rows: Callable[[int, int], torch.Tensor], n: int, out: torch.dtype,
-    *, offset: float = 0.0, roundings: int = 1,
+    *, offset: float = 0.0, roundings: int = 1, sum_nbits: int = 23,
 ) -> Expected:  # fmt: skip
     """x [M, K] times the transpose of the weight whose float64 rows `rows(first, last)` gives.
 
     out: type of the result. roundings: how many values of that type, or weights that were rounded to it, make an element.
+    sum_nbits: bits behind the leading one that sums keep of the largest of their terms.
     """
     wide = x.float().double()
     exact = torch.empty(x.shape[0], n, dtype=torch.float64, device=x.device)
@@ -184,7 +185,11 @@ def expected(
         exact[:, first:last] = wide @ part.T
         size[:, first:last] = wide.abs() @ (part.abs() + 2 * offset).T
     unit = torch.finfo(out).eps / 2
-    bound = (x.shape[1] + 8) * 2.0**-23 * size + unit * exact.abs() + torch.finfo(out).tiny * unit
+    bound = (
+        max((x.shape[1] + 8) * 2.0**-23, 2.0 ** (1 - sum_nbits)) * size
+        + unit * exact.abs()
+        + torch.finfo(out).tiny * unit
+    )
     if roundings > 1:
         bound += (roundings - 1) * unit * size
     return Expected(exact, bound, roundings * unit)

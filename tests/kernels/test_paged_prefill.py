@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tilus import TilusError
 from tilus.kernels.merge_states import merge_states
-from tilus.kernels.paged_prefill import PrefillPlan, heads_of, launch, paged_prefill, paged_prefill_kernel
+from tilus.kernels.paged_prefill import PrefillPlan, heads_of, launch, paged_prefill, paged_prefill_kernel, plans_of
 from tilus.runtime.execute import build
 from tilus.target import get_target
 
@@ -204,8 +204,8 @@ def test_heads_of_a_tile_waste_no_rows() -> None:
 
 
 KINDS = [
-    (head_dim, kv_tile, heads, page_size, dtype, causal)
-    for head_dim, kv_tile in ((64, 128), (96, 128), (128, 128), (256, 32))
+    (head_dim, heads, page_size, dtype, causal)
+    for head_dim in (64, 96, 128, 256)
     for heads, page_size, dtype, causal in [
         (4, 16, torch.bfloat16, True), (1, 16, torch.float16, False), (2, 32, torch.bfloat16, False),
         (8, 64, torch.float16, True), (16, 128, torch.bfloat16, True), (1, 256, torch.bfloat16, True),
@@ -214,18 +214,16 @@ KINDS = [
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "kv_tile", "heads", "page_size", "dtype", "causal"),
+    ("head_dim", "heads", "page_size", "dtype", "causal"),
     [pytest.param(*kind, marks=() if kind == KINDS[12] else pytest.mark.exhaustive) for kind in KINDS],
 )
-def test_assembles_without_spills(
-    head_dim: int, kv_tile: int, heads: int, page_size: int, dtype: torch.dtype, causal: bool
-) -> None:
+def test_assembles_without_spills(head_dim: int, heads: int, page_size: int, dtype: torch.dtype, causal: bool) -> None:
     """`build` raises for spills and for waits that the assembler puts between products."""
     q, cache = torch.zeros(2, 2, heads, head_dim, dtype=dtype), torch.zeros(4, 2, page_size, 2, head_dim, dtype=dtype)
     table, starts = torch.zeros(2, 2, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
     special = paged_prefill_kernel.specialize(
         q, cache, table, starts, table[0], q, 1.0, 132, torch.zeros(2, 2, heads), head_dim=head_dim, page_size=page_size,
-        kv_heads=2, group=heads, causal=causal, plan=PrefillPlan(heads, kv_tile),
+        kv_heads=2, group=heads, causal=causal, plan=plans_of(heads, head_dim)[0],
     )  # fmt: skip
     compiled, cubin = build(special.function, get_target("sm_90a"))
     assert cubin and "cp.async.bulk.tensor.5d" in compiled.ptx and "wgmma.mma_async" in compiled.ptx

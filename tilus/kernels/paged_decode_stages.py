@@ -9,6 +9,8 @@ from tilus import f32
 from tilus.kernels.paged_decode_operands import ROWS
 from tilus.kernels.paged_decode_split import Part
 
+PAGES = 32  # entries of a block table that are looked up at once
+
 
 class Stages:
     """The ring of tiles [stages, chunks, keys and values, tokens of a chunk, row], and which stage is next.
@@ -60,10 +62,15 @@ def fill_part(
     _, chunks, _, chunk, _ = stages.ring.shape
     page_size, nowhere = kv_cache.shape[2], kv_cache.shape[0]
     tile, end = chunks * chunk, part.end_token
-    pages = tilus.load(block_tables, [part.sequence, part.token // page_size], [chunks])
-    tilus.wait_dependencies(constant=constant)  # the first time; nothing before has read or written what it waits for
-    for first in tilus.range(part.token, end, tile):
-        following = tilus.load(block_tables, [part.sequence, (first + tile) // page_size], [chunks])
+    # Looked up together, or the first tiles would wait for one access of the table after the other.
+    together = max(1, PAGES // chunks) if page_size <= tile else 1
+
+    def look_up(first: Any) -> Any:
+        """The pages of the tiles from a token on, [together, chunks]."""
+        pages = tilus.load(block_tables, [part.sequence, first // page_size], [together * chunks])
+        return pages.reshape([together, chunks])
+
+    def fill(pages: Any, first: Any) -> None:
         stages.wait_empty()
         full = stages.full[stages.stage]
         slot = 0 if page_size <= tile else first % page_size // chunk * chunk
@@ -72,13 +79,19 @@ def fill_part(
             stages.ring[stages.stage], kv_cache, tilus.where(inside, pages, nowhere), [0, 0, slot, part.head, 0],
             dims=[1, 2, 4], barrier=full, evict="first",
         )  # fmt: skip
-        if factors is not None:
-            some = tilus.minimum(
-                tilus.maximum(tilus.where(inside, pages, 0), 0), nowhere - 1
-            )  # bulk copies have no bounds
+        if factors is not None:  # bulk copies have no bounds
+            there = tilus.minimum(tilus.maximum(tilus.where(inside, pages, 0), 0), nowhere - 1)
             tilus.gather_bulk(
-                stages.factors[stages.stage], factors, some, [0, part.head, 0, 0, slot], dims=[2, 3, 4], barrier=full,
+                stages.factors[stages.stage], factors, there, [0, part.head, 0, 0, slot], dims=[2, 3, 4], barrier=full,
                 evict="first",
             )  # fmt: skip
-        pages = following
         stages.advance()
+
+    pages = look_up(part.token)
+    tilus.wait_dependencies(constant=constant)  # the first time; nothing before has read or written what it waits for
+    for first in tilus.range(part.token, end, together * tile):
+        following = look_up(first + together * tile)
+        for index in range(together):
+            if first + index * tile < end:
+                fill(tilus.select(pages, 0, index), first + index * tile)
+        pages = following
