@@ -27,8 +27,8 @@ PLANS = {
         DecodePlan(128, 2, 8, 1, 2), DecodePlan(192, 3, 12),
     ],
     4: [
-        DecodePlan(192, 6, 12), DecodePlan(192, 3, 12), DecodePlan(128, 5, 8), DecodePlan(128, 4, 8, 1, 2),
-        DecodePlan(64, 8, 4, 1, 2), DecodePlan(256, 4, 16),
+        DecodePlan(192, 6, 12), DecodePlan(192, 3, 12), DecodePlan(128, 5, 8), DecodePlan(128, 10, 8), DecodePlan(128, 4, 8, 1, 2),
+        DecodePlan(64, 8, 4, 1, 2), DecodePlan(64, 5, 4, 1, 3), DecodePlan(256, 4, 16),
     ],
 }  # fmt: skip
 

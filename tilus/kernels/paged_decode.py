@@ -277,14 +277,14 @@ def plans(q_len: int, group: int, head_dim: int, page_size: int, nbits: int, cro
     """
     width = padded_columns(q_len, group, 1)
     few = width == 8 and head_dim <= 128
-    if few and nbits == 16:
+    if few and (nbits == 16 or crowded):
         plan = planned(64, 4, 1, width, head_dim, nbits, HALF_SHARED_NBYTES)
         if plan.stages >= LEAST_STAGES:
             yield replace(plan, blocks_per_sm=2) if crowded else plan
     if few and nbits == 4 and 192 % page_size == 0:
         yield planned(192, 12, 1, width, head_dim, nbits, SHARED_NBYTES)
     if few and nbits < 16:
-        yield planned(128, 8, 1, width, head_dim, nbits, SHARED_NBYTES)
+        yield planned(128, 8, 1, width, head_dim, nbits, HALF_SHARED_NBYTES)
     groups = 1 << (width // 8 - 1).bit_length()  # of eight columns
     padded = padded_columns(q_len, group, groups)
     if width > 8 and head_dim <= 128:

@@ -8,8 +8,9 @@ import tilus
 from tilus import f32
 from tilus.kernels.paged_decode_operands import ROWS
 from tilus.kernels.paged_decode_split import Part
+from tilus.layout import replicated, spatial
 
-PAGES = 32  # entries of a block table that are looked up at once
+PAGES = 32  # entries of a block table that a warp looks up at once
 
 
 class Stages:
@@ -62,13 +63,13 @@ def fill_part(
     _, chunks, _, chunk, _ = stages.ring.shape
     page_size, nowhere = kv_cache.shape[2], kv_cache.shape[0]
     tile, end = chunks * chunk, part.end_token
-    # Looked up together, or the first tiles would wait for one access of the table after the other.
-    together = max(1, PAGES // chunks) if page_size <= tile else 1
+    # Looked up together by the lanes of the warp, or the first tiles would wait for one access of the table after the other.
+    together = PAGES // chunks if PAGES % chunks == 0 and page_size <= tile else 1
+    lanes = spatial(PAGES) if together > 1 else replicated(PAGES, 1).local(chunks)
 
     def look_up(first: Any) -> Any:
-        """The pages of the tiles from a token on, [together, chunks]."""
-        pages = tilus.load(block_tables, [part.sequence, first // page_size], [together * chunks])
-        return pages.reshape([together, chunks])
+        """The pages of the tiles from a token on."""
+        return tilus.load(block_tables, [part.sequence, first // page_size], [together * chunks], layout=lanes)
 
     def fill(pages: Any, first: Any) -> None:
         stages.wait_empty()
@@ -90,8 +91,9 @@ def fill_part(
     pages = look_up(part.token)
     tilus.wait_dependencies(constant=constant)  # the first time; nothing before has read or written what it waits for
     for first in tilus.range(part.token, end, together * tile):
-        following = look_up(first + together * tile)
+        known = tilus.with_layout(pages, replicated(PAGES, 1).local(together * chunks))  # to all lanes
         for index in range(together):
             if first + index * tile < end:
-                fill(tilus.select(pages, 0, index), first + index * tile)
-        pages = following
+                fill(tilus.select(known.reshape([together, chunks]), 0, index), first + index * tile)
+            if index == 0:
+                pages = look_up(first + together * tile)
