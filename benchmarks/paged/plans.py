@@ -19,16 +19,14 @@ COLUMNS = {"batch": 7, "context": 9, "cache": 10, "tile": 6, "stages": 8, "warps
 # For groups of up to eight heads of 128 elements.
 PLANS = {
     16: [
-        DecodePlan(64, 3, 4), DecodePlan(64, 2, 4), DecodePlan(64, 3, 4, 1, 2), DecodePlan(128, 2, 8), DecodePlan(32, 6, 2, 1, 2),
-        DecodePlan(32, 6, 2),
+        DecodePlan(64, 3, 4), DecodePlan(64, 2, 4), DecodePlan(64, 2, 4, 1, 2), DecodePlan(64, 3, 4, 1, 2), DecodePlan(128, 2, 8),
+        DecodePlan(64, 2, 4, 1, 3),
     ],
     8: [
-        DecodePlan(128, 5, 8), DecodePlan(128, 3, 8), DecodePlan(64, 8, 4), DecodePlan(64, 5, 4), DecodePlan(64, 5, 4, 1, 2),
-        DecodePlan(128, 2, 8, 1, 2), DecodePlan(192, 3, 12),
+        DecodePlan(128, 3, 8), DecodePlan(128, 2, 8), DecodePlan(64, 5, 4), DecodePlan(64, 5, 4, 1, 2), DecodePlan(64, 3, 4, 1, 2),
     ],
     4: [
-        DecodePlan(192, 6, 12), DecodePlan(192, 3, 12), DecodePlan(128, 5, 8), DecodePlan(128, 10, 8), DecodePlan(128, 4, 8, 1, 2),
-        DecodePlan(64, 8, 4, 1, 2), DecodePlan(64, 5, 4, 1, 3), DecodePlan(256, 4, 16),
+        DecodePlan(128, 5, 8), DecodePlan(64, 8, 4, 1, 2), DecodePlan(64, 5, 4, 1, 2), DecodePlan(64, 5, 4), DecodePlan(32, 8, 2, 1, 4),
     ],
 }  # fmt: skip
 

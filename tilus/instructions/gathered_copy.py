@@ -12,21 +12,23 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tilus.codegen.context import EmitContext
-from tilus.codegen.linear import Linear, of_const, of_reg
+from tilus.codegen.linear import Linear, materialize, of_const, of_reg
 from tilus.dtypes import int32
 from tilus.errors import TilusError
 from tilus.instructions.bulk_copy import CopyBulk, check_starts, emit_runs
 from tilus.instructions.mbarrier import one_barrier
+from tilus.instructions.memory import check_access
 from tilus.instructions.shared import SharedOperand, full_offsets
-from tilus.instructions.shared_copy import CopyToShared, amount
-from tilus.instructions.tensor_copy import CopyTensor, emit_boxes
+from tilus.instructions.shared_copy import CopyToShared, amount, beyond
+from tilus.instructions.tensor_copy import CopyTensor, check_map, emit_boxes, tensor_map
 from tilus.ir.builder import IRBuilder, builtin
 from tilus.ir.evaluation import Evaluation
 from tilus.ir.expr import Expr, Var, as_expr, binary
+from tilus.ir.instruction import Effects, Instruction
 from tilus.ir.layout_rules import LayoutPriority, LayoutRule, OneOf
 from tilus.ir.tensor import GlobalTensor, RegisterTensor
 from tilus.layout import RegisterLayout, local, replicated, spatial
-from tilus.ptx.module import Imm, Reg
+from tilus.ptx.module import Imm, Reg, TensorAddress, Vector
 
 COPY_UNIT_NBYTES = 16
 TENSOR_UNIT_NBYTES = 128
@@ -53,16 +55,7 @@ class Gathered(CopyToShared):
 
     def check_index(self, unit_nbytes: int) -> None:
         what, buffer = self.mnemonic, self.buffer
-        if self.index.dtype != int32 or self.index.rank != 1:
-            raise TilusError(
-                f"{what}: indices are {self.index.dtype.name}{list(self.index.shape)}, expected int32 of rank 1"
-            )
-        if not 0 <= self.src_dim < self.memory.rank or self.src_dim in self.dims:
-            raise TilusError(
-                f"{what}: indices along dim {self.src_dim} of {self.memory.name}, whose tiles run along {list(self.dims)}; "
-                "expected another dim",
-                hint="each tile has one element along the dim of the indices",
-            )
+        check_indices(what, self.index, self.memory, self.src_dim, self.dims)
         room = buffer.shape[self.dst_axis]
         if self.count * self.dst_step > room:
             raise TilusError(
@@ -74,17 +67,12 @@ class Gathered(CopyToShared):
             raise TilusError(f"{what}: tiles lie {amount(nbits)} apart in {buffer.name}, expected {unit_nbytes} bytes")
 
     def layout_rule(self, num_threads: int) -> LayoutRule:
-        layout = issuers(num_threads, self.count)
-        return OneOf(lambda known: [({self.index: layout}, 0)])
+        return shared_out(self.index, num_threads)
 
     def each(self, ctx: EmitContext) -> Iterator[tuple[Mapping[int, Linear], Mapping[int, Linear], Reg]]:
         """What is added to places in the shared and the global tensor, by dim, for each of a warp's tiles; and who starts it."""
-        layout = ctx.layout(self.index)
-        guard = _starters(ctx, self.count)
-        own = ctx.thread_index(layout)[0]
-        for slot, word in enumerate(ctx.words(self.index)):
-            place = (own + of_const(ctx.local_index(layout, slot)[0])).scaled(self.dst_step)
-            yield {self.dst_axis: place}, {self.src_dim: of_reg(word)}, guard
+        for number, index, starter in own_indices(ctx, self.index):
+            yield {self.dst_axis: number.scaled(self.dst_step)}, {self.src_dim: index}, starter
 
     def evaluate_each(self, env: Evaluation, one: type[CopyToShared]) -> None:
         """Each tile by itself, as the copy of one tile means it. Blocks with barriers run alone, so they know their indices."""
@@ -140,6 +128,65 @@ class GatherBulk(Gathered, CopyBulk):
             emit_runs(ctx, self, guard, place, corner)
 
 
+@dataclass(frozen=True, eq=False)
+class PrefetchGathered(Instruction):
+    """Start bringing tiles of `shape` at indices along a dim of a global tensor into the L2 cache, by a tensor map.
+
+    Tensor, offsets and indices are as for `gather_tensor`. No memory is changed, and nobody can wait for it.
+    """
+
+    mnemonic = "prefetch_gathered"
+    needs_gpu = True
+    layout_priority = LayoutPriority.MATRIX
+
+    src: GlobalTensor
+    index: RegisterTensor
+    offsets: tuple[Expr, ...]
+    shape: tuple[int, ...]
+    dims: tuple[int, ...]
+    src_dim: int
+
+    def effects(self) -> Effects:
+        """No read: what is written afterwards, the cache sees, too."""
+        return Effects(other=True)
+
+    def verify(self) -> None:
+        check_access(self.mnemonic, self.src, self.offsets, self.shape, self.dims)
+        check_indices(self.mnemonic, self.index, self.src, self.src_dim, self.dims)
+        check_map(self.mnemonic, self.src, self.shape, self.dims)
+
+    def layout_rule(self, num_threads: int) -> LayoutRule:
+        return shared_out(self.index, num_threads)
+
+    def evaluate(self, env: Evaluation) -> None:
+        """There are no caches in the reference execution."""
+
+    def emit(self, ctx: EmitContext) -> None:
+        ctx.require_sm_90a(f"tilus.{self.mnemonic}")
+        view = tensor_map(self.src, self.shape, self.dims, swizzle=0)
+        for _, index, starter in own_indices(ctx, self.index):
+            corner = beyond(ctx, self.offsets, {self.src_dim: index})
+            box = TensorAddress(ctx.tensor_map(view), Vector(tuple(materialize(ctx.b, at) for at in reversed(corner))))
+            ctx.b.emit_to(
+                f"cp.async.bulk.prefetch.tensor.{self.src.rank}d.L2.global.tile", box, guard=ctx.guard(starter)
+            )
+
+
+def check_indices(what: str, index: RegisterTensor, memory: GlobalTensor, dim: int, dims: Sequence[int]) -> None:
+    if index.dtype != int32 or index.rank != 1:
+        raise TilusError(f"{what}: indices are {index.dtype.name}{list(index.shape)}, expected int32 of rank 1")
+    if not 0 <= dim < memory.rank or dim in dims:
+        raise TilusError(
+            f"{what}: indices along dim {dim} of {memory.name}, whose tiles run along {list(dims)}; expected another dim",
+            hint="each tile has one element along the dim of the indices",
+        )
+
+
+def shared_out(index: RegisterTensor, num_threads: int) -> LayoutRule:
+    layout = issuers(num_threads, index.shape[0])
+    return OneOf(lambda known: [({index: layout}, 0)])
+
+
 def issuers(num_threads: int, count: int) -> RegisterLayout:
     """Indices shared out evenly among as many warps as divide them; all lanes of a warp know those of the warp."""
     warps = num_threads // 32
@@ -147,13 +194,15 @@ def issuers(num_threads: int, count: int) -> RegisterLayout:
     return replicated(warps // share, 1) * spatial(share) * replicated(32, 1) * local(count // share)
 
 
-def _starters(ctx: EmitContext, count: int) -> Reg:
-    """True in one thread of each warp that has indices of its own."""
-    share = math.gcd(ctx.num_threads // 32, count)
-    elected = ctx.elected()
-    if 32 * share == ctx.num_threads:
-        return elected
-    return ctx.b.pure("and.pred", ctx.b.pure("setp.lt.u32", ctx.thread_id(), Imm(32 * share)), elected)
+def own_indices(ctx: EmitContext, index: RegisterTensor) -> Iterator[tuple[Linear, Linear, Reg]]:
+    """(number of the tile, its index, who starts its copy) for each of a warp's tiles."""
+    layout = ctx.layout(index)
+    share = math.gcd(ctx.num_threads // 32, index.shape[0])
+    starter, own = ctx.elected(), ctx.thread_index(layout)[0]
+    if 32 * share < ctx.num_threads:
+        starter = ctx.b.pure("and.pred", ctx.b.pure("setp.lt.u32", ctx.thread_id(), Imm(32 * share)), starter)
+    for slot, word in enumerate(ctx.words(index)):
+        yield own + of_const(ctx.local_index(layout, slot)[0]), of_reg(word), starter
 
 
 # ---- the language
@@ -185,6 +234,20 @@ def gather_bulk(
     index, offsets, dims, dim, dst: as for `gather_tensor`. All tiles lie inside of `src`. All else is as for `copy_bulk`.
     """
     b.emit(GatherBulk(*_gathered(b, "gather_bulk", dst, src, index, offsets, dims, barrier, dim, evict)))
+
+
+@builtin
+def prefetch_gathered(
+    b: IRBuilder, src: GlobalTensor, index: RegisterTensor, offsets: Sequence[Expr | int], shape: Sequence[int], *,
+    dims: Sequence[int], dim: int = 0,
+) -> None:  # fmt: skip
+    """Start bringing n tiles of `shape` of a global tensor into the L2 cache by a tensor map (TMA), at n indices along a dim.
+
+    index, offsets, dims, dim: as for `gather_tensor`. What a kernel may not read yet because the one in front may still write it
+    (`wait_dependencies`) it may ask for: the cache sees the writes.
+    """
+    axes = tuple(dims)
+    b.emit(PrefetchGathered(src, index, tuple(as_expr(o) for o in offsets), tuple(shape), axes, dim))
 
 
 def _gathered(

@@ -119,9 +119,8 @@ def emit_boxes(
         ctx.b.emit_to(opcode, where, box, *tail, guard=guard)
 
 
-def check_boxes(copy: SharedCopy) -> None:
-    """Raise unless the tile can be boxes of a tensor map, as far as that is known before the launch."""
-    memory, what = copy.memory, copy.mnemonic
+def check_map(what: str, memory: GlobalTensor, shape: Sequence[int], dims: Sequence[int]) -> None:
+    """Raise unless tiles of a tensor can be boxes of a map, as far as that is known before the launch."""
     if memory.dtype.nbits not in (8, 16, 32, 64):
         raise TilusError(
             f"{what}: {memory.name} of {memory.dtype.name}, expected elements of 8, 16, 32 or 64 bits",
@@ -132,20 +131,30 @@ def check_boxes(copy: SharedCopy) -> None:
             f"{what}: {memory.name} has rank {memory.rank}, expected at most {MAX_RANK}",
             hint="pass a view in which neighbouring dims are one",
         )
-    if copy.dims != tuple(sorted(copy.dims)) or copy.dims[-1:] != (memory.rank - 1,):
+    if tuple(dims) != tuple(sorted(dims)) or tuple(dims[-1:]) != (memory.rank - 1,):
         raise TilusError(
-            f"{what}: a tile along dims {list(copy.dims)} of {memory.name}, expected ascending dims, the last one included",
+            f"{what}: a tile along dims {list(dims)} of {memory.name}, expected ascending dims, the last one included",
             hint="give the shared tensor's dims the order of the global tensor's",
         )
+    _check_strides(what, memory)
+    if shape[-1] * memory.dtype.nbytes % UNIT_NBYTES:
+        raise _no_box(what, memory, shape)
+
+
+def _no_box(what: str, memory: GlobalTensor, shape: Sequence[int]) -> TilusError:
+    return TilusError(
+        f"{what}: a tile of shape {list(shape)} of {memory.dtype.name}, whose rows are {shape[-1] * memory.dtype.nbytes} bytes; "
+        f"expected at most {MAX_BOX} elements along each dim and rows of a multiple of {UNIT_NBYTES} bytes",
+        hint="copy a part of the tile at a time; longer rows work in multiples of 32 bytes with 8 rows or more",
+    )
+
+
+def check_boxes(copy: SharedCopy) -> None:
+    """Raise unless the tile can be boxes of a tensor map, and lie in shared memory where such may."""
+    check_map(copy.mnemonic, copy.memory, copy.shape, copy.dims)
     copy.check_shared_start(START_NBITS)
-    _check_strides(copy)
     if not _swizzles(copy):
-        row = copy.shape[-1] * memory.dtype.nbytes
-        raise TilusError(
-            f"{what}: a tile of shape {list(copy.shape)} of {memory.dtype.name}, whose rows are {row} bytes; expected at most "
-            f"{MAX_BOX} elements along each dim and rows of a multiple of {UNIT_NBYTES} bytes",
-            hint="copy a part of the tile at a time; longer rows work in multiples of 32 bytes with 8 rows or more",
-        )
+        raise _no_box(copy.mnemonic, copy.memory, copy.shape)
 
 
 def check_start(copy: SharedCopy) -> None:
@@ -176,19 +185,18 @@ def _negative(store: StoreTensor, found: str) -> TilusError:
     )
 
 
-def _check_strides(copy: SharedCopy) -> None:
-    memory = copy.memory
+def _check_strides(what: str, memory: GlobalTensor) -> None:
     inner = memory.strides[-1]
     if not (isinstance(inner, Const) and inner.value == 1):
         raise TilusError(
-            f"{copy.mnemonic}: the last dim of {memory.name} has stride {inner}, expected 1",
+            f"{what}: the last dim of {memory.name} has stride {inner}, expected 1",
             hint="pass a tensor whose last dim is contiguous",
         )
     for d, stride in enumerate(memory.strides[:-1]):
         nbytes = int(stride.value) * memory.dtype.nbytes if isinstance(stride, Const) else 0
         if nbytes % UNIT_NBYTES and memory.shape[d] != as_expr(1):
             raise TilusError(
-                f"{copy.mnemonic}: dim {d} of {memory.name} has a stride of {nbytes} bytes, expected a multiple of {UNIT_NBYTES}",
+                f"{what}: dim {d} of {memory.name} has a stride of {nbytes} bytes, expected a multiple of {UNIT_NBYTES}",
                 hint="pad the rows of the tensor, or use tilus.copy_async",
             )
 
@@ -211,26 +219,35 @@ def _swizzles(copy: SharedCopy) -> dict[SharedLayout, int]:
     return found
 
 
+def tensor_map(memory: GlobalTensor, shape: Sequence[int], dims: Sequence[int], swizzle: int) -> TensorMap:
+    """With boxes for tiles, as wide as the swizzle, if any."""
+    box = [1] * memory.rank
+    for extent, d in zip(shape, dims, strict=True):
+        box[d] = extent
+    box[-1] = swizzle // memory.dtype.nbytes or shape[-1]
+    return TensorMap(
+        memory.name, memory.base, memory.dtype, memory.offset, memory.shape, memory.strides, tuple(box), swizzle
+    )  # fmt: skip
+
+
 def _boxes(
     ctx: EmitContext, copy: SharedCopy, place: Mapping[int, Linear], corner: Mapping[int, Linear]
 ) -> list[tuple[Address, TensorAddress]]:
     """Where each box of a copy lies in shared memory, and where in global memory; place, corner: so far beyond its starts."""
     check_start(copy)
     memory, swizzle = copy.memory, _swizzles(copy)[placed(copy.buffer)]
-    width = swizzle // memory.dtype.nbytes or copy.shape[-1]
-    box = [1] * memory.rank
-    for extent, d in zip(copy.shape, copy.dims, strict=True):
-        box[d] = extent
-    box[-1] = width
-    view = (memory.dtype, memory.offset, memory.shape, memory.strides, tuple(box), swizzle)
-    base = ctx.tensor_map(TensorMap(memory.name, memory.base, *view))
+    view = tensor_map(memory, copy.shape, copy.dims, swizzle)
+    width = view.box[-1]
+    base = ctx.tensor_map(view)
     index, origin = beyond(ctx, copy.starts, place), beyond(ctx, copy.offsets, corner)
     places: list[tuple[Address, TensorAddress]] = []
     for column in range(0, copy.shape[-1], width):
         address = ctx.shared_address(copy.buffer, [*index[:-1], index[-1] + of_const(column)])
         at = [*origin[:-1], origin[-1] + of_const(column)]
         places.append((address, TensorAddress(base, Vector(tuple(materialize(ctx.b, part) for part in reversed(at))))))
-    ctx.note(copy, f"{copy.mnemonic} {memory.name}: {len(places)} boxes of {box}, swizzled by {swizzle} bytes")
+    ctx.note(
+        copy, f"{copy.mnemonic} {memory.name}: {len(places)} boxes of {list(view.box)}, swizzled by {swizzle} bytes"
+    )
     return places
 
 

@@ -23,6 +23,7 @@ class Stages:
     def __init__(self, ring: Any, factors: Any, full: Any, empty: Any) -> None:
         self.ring, self.factors, self.full, self.empty = ring, factors, full, empty
         self.stage, self.turn = 0, 0
+        self.used = 0  # whether any part has been copied
 
     def wait_empty(self) -> None:
         nbytes = self.ring[0].nbytes if self.factors is None else self.ring[0].nbytes + self.factors[0].nbytes
@@ -60,40 +61,54 @@ def fill_part(
 ) -> None:  # fmt: skip
     """Copy the tiles of a part into the ring. For pages behind the part's end zeros arrive, and no memory is read; their
     factors are those of some page."""
-    _, chunks, _, chunk, _ = stages.ring.shape
+    count, chunks, _, chunk, row = stages.ring.shape
     page_size, nowhere = kv_cache.shape[2], kv_cache.shape[0]
     tile, end = chunks * chunk, part.end_token
     # Looked up together by the lanes of the warp, or the first tiles would wait for one access of the table after the other.
     together = PAGES // chunks if PAGES % chunks == 0 and page_size <= tile else 1
-    lanes = spatial(PAGES) if together > 1 else replicated(PAGES, 1).local(chunks)
+    lanes, everywhere = spatial(PAGES), replicated(PAGES, 1).local(together * chunks)
 
     def look_up(first: Any) -> Any:
         """The pages of the tiles from a token on."""
-        return tilus.load(block_tables, [part.sequence, first // page_size], [together * chunks], layout=lanes)
+        layout = lanes if together > 1 else everywhere
+        return tilus.load(block_tables, [part.sequence, first // page_size], [together * chunks], layout=layout)
+
+    def pages_of(known: Any, index: int, first: Any) -> Any:
+        """Those of a tile; behind the end of the part pages that do not exist, which are not read."""
+        inside = tilus.arange(chunks) * chunk < end - first
+        return tilus.where(inside, tilus.select(known.reshape([together, chunks]), 0, index), nowhere)
+
+    def slot_of(first: Any) -> Any:
+        return 0 if page_size <= tile else first % page_size // chunk * chunk
 
     def fill(pages: Any, first: Any) -> None:
         stages.wait_empty()
         full = stages.full[stages.stage]
-        slot = 0 if page_size <= tile else first % page_size // chunk * chunk
-        inside = tilus.arange(chunks) * chunk < end - first
         tilus.gather_tensor(
-            stages.ring[stages.stage], kv_cache, tilus.where(inside, pages, nowhere), [0, 0, slot, part.head, 0],
-            dims=[1, 2, 4], barrier=full, evict="first",
+            stages.ring[stages.stage], kv_cache, pages, [0, 0, slot_of(first), part.head, 0], dims=[1, 2, 4],
+            barrier=full, evict="first",
         )  # fmt: skip
         if factors is not None:  # bulk copies have no bounds
-            there = tilus.minimum(tilus.maximum(tilus.where(inside, pages, 0), 0), nowhere - 1)
+            there = tilus.where(pages < nowhere, tilus.maximum(pages, 0), 0)
             tilus.gather_bulk(
-                stages.factors[stages.stage], factors, there, [0, part.head, 0, 0, slot], dims=[2, 3, 4], barrier=full,
-                evict="first",
+                stages.factors[stages.stage], factors, there, [0, part.head, 0, 0, slot_of(first)], dims=[2, 3, 4],
+                barrier=full, evict="first",
             )  # fmt: skip
         stages.advance()
 
-    pages = look_up(part.token)
+    known = tilus.with_layout(look_up(part.token), everywhere)
+    if constant and stages.used == 0:
+        for index in range(min(together, count)):  # of the first stages, which the kernel in front may still write
+            first = part.token + index * tile
+            if first < end:
+                pages = pages_of(known, index, first)
+                where = [0, 0, slot_of(first), part.head, 0]
+                tilus.prefetch_gathered(kv_cache, pages, where, [2, chunk, row], dims=[1, 2, 4])
+    stages.used = 1
     tilus.wait_dependencies(constant=constant)  # the first time; nothing before has read or written what it waits for
     for first in tilus.range(part.token, end, together * tile):
-        known = tilus.with_layout(pages, replicated(PAGES, 1).local(together * chunks))  # to all lanes
+        following = look_up(first + together * tile)
         for index in range(together):
             if first + index * tile < end:
-                fill(tilus.select(known.reshape([together, chunks]), 0, index), first + index * tile)
-            if index == 0:
-                pages = look_up(first + together * tile)
+                fill(pages_of(known, index, first + index * tile), first + index * tile)
+        known = tilus.with_layout(following, everywhere)
