@@ -23,10 +23,12 @@ PLANS = {
         DecodePlan(64, 2, 4, 1, 3),
     ],
     8: [
-        DecodePlan(128, 3, 8), DecodePlan(128, 2, 8), DecodePlan(64, 5, 4), DecodePlan(64, 5, 4, 1, 2), DecodePlan(64, 3, 4, 1, 2),
+        DecodePlan(128, 3, 8), DecodePlan(128, 2, 8), DecodePlan(64, 5, 4), DecodePlan(64, 5, 4, 1, 2),
+        DecodePlan(64, 3, 4, 1, 2),
     ],
     4: [
-        DecodePlan(128, 5, 8), DecodePlan(64, 8, 4, 1, 2), DecodePlan(64, 5, 4, 1, 2), DecodePlan(64, 5, 4), DecodePlan(32, 8, 2, 1, 4),
+        DecodePlan(128, 5, 8), DecodePlan(64, 8, 4, 1, 2), DecodePlan(64, 5, 4, 1, 2),
+        DecodePlan(64, 5, 4), DecodePlan(32, 8, 2, 1, 4),
     ],
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -129,6 +130,17 @@ def test_decode_shapes(name: str, q_len: int, group: int, head_dim: int, page_si
     check_decode(
         name, (70, 5), "reference", torch.bfloat16, q_len, group, head_dim, page_size, kv_heads, blocks=2, fixed=True
     )
+
+
+def test_a_fixed_split_gives_the_same_bits_however_many_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there are so many that another plan is faster."""
+    monkeypatch.setattr(sys.modules["tilus.kernels.paged_decode"], "num_sms_of", lambda *_: 6)
+    cache = random_cache("int8", 24, 16, 1, 64, 5)
+    q, tables = torch.randn(2, 1, 2, 64).half(), torch.randperm(24).int().reshape(2, 12)
+    lens = torch.tensor([190, 150], dtype=torch.int32)
+    both = paged_decode(q, cache, tables, lens, 0.1, fixed_split=128, device="reference")
+    alone = paged_decode(q[1:], cache, tables[1:], lens[1:], 0.1, fixed_split=128, device="reference")
+    assert torch.equal(both[1:], alone)
 
 
 @pytest.mark.gpu

@@ -52,7 +52,8 @@ MAX_QUERIES = 8
 SHARED_NBYTES = TARGETS["sm_90a"].max_shared_nbytes
 HALF_SHARED_NBYTES = TARGETS["sm_90a"].shared_nbytes_per_sm // 2 - 1024  # each block takes 1 KB more than it asks for
 RESERVED_NBYTES = 1024  # for barriers and the starts of tensors
-LEAST_STAGES = 3
+USEFUL_NBYTES = 56 * 1024  # on their way to a block with small tiles
+CROWDED_PAIRS = 4  # times as many pairs as that are multiprocessors
 MOST_FACTORS_NBYTES = 4  # of a token's keys or values
 
 
@@ -185,7 +186,8 @@ def paged_decode(
     _, _, page_size, kv_heads, head_dim = kv_cache.shape
     where = place(device, is_cuda(q))
     num_sms, pairs = num_sms_of(q, where), q.shape[0] * kv_heads
-    shape = (q.shape[1], group, head_dim, page_size, nbits_of(kv_cache), pairs >= num_sms)
+    crowded = fixed_split is None and CROWDED_PAIRS * pairs >= num_sms  # else bits would depend on the batch
+    shape = (q.shape[1], group, head_dim, page_size, nbits_of(kv_cache), crowded)
     key = (*shape, q.dtype, return_lse, fixed_split is None, constant_tables, where)
     spilled: SpillError | None = None
     for plan in [_found[key]] if key in _found else plans(*shape):
@@ -268,22 +270,22 @@ def most_queries(group: int, head_dim: int) -> int:
 def plans(q_len: int, group: int, head_dim: int, page_size: int, nbits: int, crowded: bool) -> Iterator[DecodePlan]:
     """The best plan, then those that need fewer registers. nbits: of a cached element.
 
-    crowded: whether there are at least as many pairs of sequences and heads as multiprocessors, so that most blocks end several
-    parts; two blocks side by side then work on while one of them does. Otherwise a block takes half of the shared memory all
-    the same: the next kernel's fits beside it.
+    crowded: whether there are so many pairs of sequences and heads that two blocks side by side on each multiprocessor do not cut
+    them into too many parts; one works on while the other ends one. Otherwise a block takes half of the shared memory all the
+    same: the next kernel's fits beside it.
 
     Codes take more instructions and come in less time, so that more warps work on them. More than eight columns are shared out
     among warps, each of which then reads more of the tokens; eight warps have no registers for those of heads of 256 elements.
     """
     width = padded_columns(q_len, group, 1)
     few = width == 8 and head_dim <= 128
-    if few and (nbits == 16 or crowded):
-        plan = planned(64, 4, 1, width, head_dim, nbits, HALF_SHARED_NBYTES)
-        if plan.stages >= LEAST_STAGES:
-            yield replace(plan, blocks_per_sm=2) if crowded else plan
-    if few and nbits == 4 and 192 % page_size == 0:
-        yield planned(192, 12, 1, width, head_dim, nbits, SHARED_NBYTES)
-    if few and nbits < 16:
+    if few and crowded:
+        yield replace(
+            small(planned(64, 4, 1, width, head_dim, nbits, HALF_SHARED_NBYTES), head_dim, nbits), blocks_per_sm=2
+        )
+    if few and nbits == 16:
+        yield small(planned(64, 4, 1, width, head_dim, nbits, HALF_SHARED_NBYTES), head_dim, nbits)
+    elif few:
         yield planned(128, 8, 1, width, head_dim, nbits, HALF_SHARED_NBYTES)
     groups = 1 << (width // 8 - 1).bit_length()  # of eight columns
     padded = padded_columns(q_len, group, groups)
@@ -297,8 +299,19 @@ def planned(
 ) -> DecodePlan:  # fmt: skip
     """With as many stages as the shared memory holds beside the exchange of results."""
     to_merge = head_dim * width * f32.nbytes * (warps // groups)
-    stage_nbytes = 2 * tile * (head_dim * nbits // 8 + (0 if nbits == 16 else MOST_FACTORS_NBYTES))
-    return DecodePlan(tile, (shared_nbytes - RESERVED_NBYTES - to_merge) // stage_nbytes, warps, groups)
+    stages = (shared_nbytes - RESERVED_NBYTES - to_merge) // stage_nbytes(tile, head_dim, nbits)
+    return DecodePlan(tile, stages, warps, groups)
+
+
+def small(plan: DecodePlan, head_dim: int, nbits: int) -> DecodePlan:
+    """With no more on its way than helps: beyond that, blocks get their bytes less evenly."""
+    most = max(2, USEFUL_NBYTES // stage_nbytes(plan.tile, head_dim, nbits))
+    return replace(plan, stages=min(plan.stages, most))
+
+
+def stage_nbytes(tile: int, head_dim: int, nbits: int) -> int:
+    """Keys, values and their factors."""
+    return 2 * tile * (head_dim * nbits // 8 + (0 if nbits == 16 else MOST_FACTORS_NBYTES))
 
 
 def blocks_of(pairs: int, units: int, num_sms: int, plan: DecodePlan) -> int:
