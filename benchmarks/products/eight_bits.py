@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import tilus
+from products.dense import FLOAT8_SUM_NBITS
 from products.limits import product_us
 from products.run import Run, outputs_like
 from products.timing import ACTIVATIONS, in_turn
