@@ -11,7 +11,7 @@ with mask 1284. The warps that copy pages of 16 tokens issue 56 for a page of ke
 pages of 64 a quarter of that. Of shared memory each warpgroup's products read 16 KB of queries, 32 KB of keys and 32 KB of
 values: for both of them 160 KB, at 128 bytes a cycle 1280. So the products are the limit, as long as the other warpgroup,
 whose turn it is not, has its softmax under them; with pages of 16 tokens the schedulers come close to theirs.
-Shared memory holds twice 32 KB of queries, twice 64 KB of keys and values, and 8 KB for results: one block on a multiprocessor.
+Shared memory holds 32 KB of queries, twice 64 KB of keys and values, and 8 KB for results: one block on a multiprocessor.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from tilus.runtime.execute import place
 
 HEAD_DIMS = (64, 96, 128, 256)
 CONSUMERS, PRODUCERS = 8, 4  # warps
-QUERY_STAGES = 2  # so that the next tile's queries are there when this one's have been used
 NO_VARIANT = Variant()
 _fitting: dict[tuple[Any, ...], PrefillPlan] = {}
 
@@ -43,15 +42,13 @@ _fitting: dict[tuple[Any, ...], PrefillPlan] = {}
 @dataclass(frozen=True)
 class PrefillPlan:
     """What a block does. heads: query heads of a tile of rows, a power of two up to 16. kv_tile: tokens of the cache in a stage.
-    stages: of keys, and as many of values. registers, registers_to_copy: of a thread that computes, and that copies. ahead: how
-    many tiles of the cache before it is copied one is asked for from memory; 0: not at all."""
+    stages: of keys, and as many of values. registers, registers_to_copy: of a thread that computes, and that copies."""
 
     heads: int
     kv_tile: int = 128
     stages: int = 2
     registers: int = 232
     registers_to_copy: int = 40
-    ahead: int = 0
 
 
 @tilus.kernel
@@ -78,12 +75,11 @@ def paged_prefill_kernel(
     visits = Visits(plan.heads, plan.kv_tile, causal, masked=variant.mask is not None)
     tilus.grid(blocks, warps=CONSUMERS + PRODUCERS)
     tilus.launch_dependents()
-    queries = tilus.shared(q.dtype, [QUERY_STAGES, 2, ROWS // 2, head_dim])
+    queries = tilus.shared(q.dtype, [2, ROWS // 2, head_dim])
     keys = tilus.shared(q.dtype, [plan.stages, plan.kv_tile, head_dim])
     values = tilus.shared(q.dtype, [plan.stages, plan.kv_tile, head_dim])
-    counts = QUERY_STAGES, plan.stages, plan.stages
-    full = [tilus.mbarrier(count) for count in counts]
-    empty = [tilus.mbarrier(count, arrivals=2) for count in counts]
+    full = tilus.mbarrier(), tilus.mbarrier(plan.stages), tilus.mbarrier(plan.stages)
+    empty = tilus.mbarrier(arrivals=2), tilus.mbarrier(plan.stages, arrivals=2), tilus.mbarrier(plan.stages, arrivals=2)
     turns = tilus.mbarrier(2)
 
     with tilus.warps(CONSUMERS, PRODUCERS, registers=plan.registers_to_copy):
@@ -92,7 +88,7 @@ def paged_prefill_kernel(
 
         def fill(index, tile):
             filling.fill_queries(q, tile, index, plan.heads)
-            filling.fill(kv_cache, block_tables[tile.sequence], tile, plan.ahead)
+            filling.fill(kv_cache, block_tables[tile.sequence], tile)
 
         each_tile(q, q_start, kv_lens, blocks, visits, fill)
 

@@ -62,7 +62,7 @@ class Rows:
         self.out, self.lse = outputs
         self.heads, self.causal, self.variant, self.parameters = kind.heads, kind.causal, kind.variant, parameters
         self.unit = scale_log2 if kind.variant.logits is None else 1.0
-        self.used, self.query_stage = 0, 0
+        self.used = 0
         self.highest, self.total = tilus.full([HALF, 1], NO_SCORE), tilus.zeros([HALF, 1])
         self.acc = tilus.zeros([HALF, stages.keys.shape[2]])
         self.factors = tilus.zeros([HALF, stages.keys.shape[1]], stages.keys.dtype)
@@ -92,13 +92,11 @@ class Rows:
         stages, turns = self.stages, self.turns
         self.acc = tilus.zeros([HALF, stages.keys.shape[2]])
         self.begin(tile)
-        count = stages.queries.shape[0]
-        self.query_stage = index % count
-        tilus.wait_barrier(stages.full[0][self.query_stage], index // count % 2)
+        tilus.wait_barrier(stages.full[0][0], index % 2)
         if tile.steps > 0:
             stage = self.wait(1, self.used)
             turns.wait(self.used)
-            scores = tilus.wgmma(stages.queries[self.query_stage, turns.half], stages.keys[stage])
+            scores = tilus.wgmma(stages.queries[turns.half], stages.keys[stage])
             turns.give()
             tilus.wgmma_wait()
             tilus.arrive(stages.empty[1][stage])
@@ -109,7 +107,7 @@ class Rows:
             if self.variant.mask is None:
                 for step in tilus.range(max(tile.steps - tile.unmasked, 1), tile.steps):
                     self.step(tile, tile.steps - 1 - step, False)
-        tilus.arrive(stages.empty[0][self.query_stage])
+        tilus.arrive(stages.empty[0][0])
         if tile.steps > 0:
             stage = self.wait(2, self.used)
             self.acc = tilus.wgmma(self.factors, stages.values[stage], self.acc, y_transposed=True)
@@ -129,7 +127,7 @@ class Rows:
         stages, turns = self.stages, self.turns
         keys, values = self.wait(1, self.used + 1), self.used % stages.count
         turns.wait(self.used + 1)
-        scores = tilus.wgmma(stages.queries[self.query_stage, turns.half], stages.keys[keys])
+        scores = tilus.wgmma(stages.queries[turns.half], stages.keys[keys])
         self.wait(2, self.used)
         self.acc = tilus.wgmma(self.factors, stages.values[values], self.acc, y_transposed=True)
         turns.give()

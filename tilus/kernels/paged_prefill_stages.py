@@ -17,7 +17,7 @@ PIECE = 16  # tokens of a copy around the end of a sequence: every page is a mul
 
 
 class Stages:
-    """Rings of tiles of keys and of values [stages, tokens, head_dim], and of queries [stages, 2, 64, head_dim].
+    """Rings of tiles of keys and of values [stages, tokens, head_dim], and the tile of queries [2, 64, head_dim].
 
     full, empty: (of queries, of keys, of values). The warps that copy and those that compute count on their own.
     """
@@ -30,22 +30,21 @@ class Stages:
 
     def fill_queries(self, q: Any, tile: Tile, index: Any, heads: int) -> None:
         """One copy for each head: 64 rows of a warpgroup are `heads` / 2 of them, or half of the tokens of the only one."""
-        count, _, rows, head_dim = self.queries.shape
-        stage = index % count
-        full = self.full[0][stage]
-        tilus.wait_barrier(self.empty[0][stage], (index // count + 1) % 2)
-        tilus.arrive(full, nbytes=self.queries[0].nbytes)
+        full, empty = self.full[0], self.empty[0]
+        tilus.wait_barrier(empty[0], (index + 1) % 2)
+        tilus.arrive(full[0], nbytes=self.queries.nbytes)
+        _, rows, head_dim = self.queries.shape
         per_half = max(1, heads // 2)
         tokens = rows // per_half
         for half in range(2):
             for i in tilus.range(per_half):
                 head, token = (half * per_half + i, 0) if heads > 1 else (0, half * tokens)
                 tilus.copy_tensor(
-                    self.queries[stage, half], q, [tile.row + token, tile.kv_head, tile.head + head, 0], shape=[tokens, head_dim],
-                    dst_offsets=[i * tokens, 0], barrier=full, dims=[0, 3],
+                    self.queries[half], q, [tile.row + token, tile.kv_head, tile.head + head, 0], shape=[tokens, head_dim],
+                    dst_offsets=[i * tokens, 0], barrier=full[0], dims=[0, 3],
                 )  # fmt: skip
 
-    def fill(self, kv_cache: Any, table: Any, tile: Tile, ahead: int) -> None:
+    def fill(self, kv_cache: Any, table: Any, tile: Tile) -> None:
         """The tiles of the cache that some row sees, the last one first. Pages of the next one are looked up ahead."""
         length, page_size = self.keys.shape[1], kv_cache.shape[2]
         count = max(length // page_size, 1)
@@ -58,8 +57,6 @@ class Stages:
             else:
                 for which in range(2):
                     self.fill_whole(which, pages, kv_cache, tile, at)
-            if ahead and at >= ahead * length:
-                self.ask_for(kv_cache, table, tile, at - ahead * length, count)
             pages = following
             at -= length
             self.filled += 1
@@ -71,16 +68,6 @@ class Stages:
         slot = 0 if kv_cache.shape[2] <= length else at % kv_cache.shape[2]
         tilus.gather_tensor(
             ring[stage], kv_cache, pages, [0, which, slot, tile.kv_head, 0], dims=[2, 4], barrier=full[stage]
-        )  # fmt: skip
-
-    def ask_for(self, kv_cache: Any, table: Any, tile: Tile, at: Any, count: int) -> None:
-        """Keys and values from token `at` on, into the L2 cache."""
-        page_size, head_dim = kv_cache.shape[2], self.keys.shape[2]
-        chunk = min(page_size, self.keys.shape[1])
-        slot = 0 if page_size == chunk else at % page_size
-        pages = tilus.load(table, [at // page_size], [count])
-        tilus.prefetch_gathered(
-            kv_cache, pages, [0, 0, slot, tile.kv_head, 0], [2, chunk, head_dim], dims=[1, 2, 4]
         )  # fmt: skip
 
     def next_stage(self, which: int, nbytes: Any) -> Any:
