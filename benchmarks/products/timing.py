@@ -20,6 +20,7 @@ ACTIVATIONS = 2  # different ones, used in turn
 GRAPH_US = 1000.0  # a graph goes through the copies again until it takes about this long
 MEASURED_US = 30_000.0  # replays of a graph take about this long, unless they become too many or too few
 FEWEST_REPLAYS = 5
+WARM_UP_US = 20_000.0  # replays that do not count: behind large allocations the first ones were seen to be slower
 
 Action = Callable[[], object]
 
@@ -76,7 +77,8 @@ class Timer:
         most = self.replays if replays is None else replays
         count = min(most, max(FEWEST_REPLAYS, round(MEASURED_US / (once * passes))))
         poison(outputs)
-        times = self._intervals(graph.replay, count + 1)[1:]
+        warm_up = 1 + round(WARM_UP_US / (once * passes))
+        times = self._intervals(graph.replay, warm_up + count)[warm_up:]
         return round(statistics.median(times) / (passes * len(actions)), 3)
 
     def eager_us(self, actions: Sequence[Action]) -> float:

@@ -289,6 +289,9 @@ def plans(q_len: int, group: int, head_dim: int, page_size: int, nbits: int, cro
         yield planned(128, 8, 1, width, head_dim, nbits, HALF_SHARED_NBYTES)
     groups = 1 << (width // 8 - 1).bit_length()  # of eight columns
     padded = padded_columns(q_len, group, groups)
+    if width == 16 and head_dim <= 128 and crowded:
+        half = planned(64, 4, groups, padded, head_dim, nbits, HALF_SHARED_NBYTES)
+        yield replace(small(half, head_dim, nbits), blocks_per_sm=2)
     if width > 8 and head_dim <= 128:
         yield planned(64, 8, groups, padded, head_dim, nbits, SHARED_NBYTES)
     yield planned(64, max(4, groups), groups, padded, head_dim, nbits, SHARED_NBYTES)
