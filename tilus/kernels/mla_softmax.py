@@ -13,7 +13,7 @@ from tilus.kernels.attention import NO_SCORE
 from tilus.kernels.mla_stages import PIECE, ROWS, Exchange, Ring
 from tilus.kernels.paged_decode_split import Part
 
-COLUMNS = 64  # of queries and latents that are multiplied together
+COLUMNS = 192  # of queries and latents that are multiplied together
 
 
 class Scores:
@@ -51,10 +51,9 @@ class Scores:
         """[64, tokens], not scaled. Of some columns at a time, so that few places of operands are held in registers."""
         rows, width = self.queries.shape
         scores = tilus.zeros([rows, tokens.shape[0]])
-        for column in tilus.range(0, width, COLUMNS):
-            scores = tilus.wgmma(
-                self.queries, tokens, scores, shape=(rows, tokens.shape[0], COLUMNS), x_offsets=[0, column], y_offsets=[0, column]
-            )
+        for block in tilus.range(width // COLUMNS):
+            start, extents = [0, block * COLUMNS], (rows, tokens.shape[0], COLUMNS)
+            scores = tilus.wgmma(self.queries, tokens, scores, shape=extents, x_offsets=start, y_offsets=start)
         tilus.wgmma_wait()
         return scores
 
