@@ -1,4 +1,4 @@
-"""Scores of 64 rows with the latents of a part, and their softmax: the warpgroup that makes weights for those with the results.
+"""Scores of 64 rows with a run of latents, and their softmax: the warpgroup that makes weights for those with the results.
 
 Online softmax: M. Milakov and N. Gimelshein, arXiv 1805.02867.
 """
@@ -10,50 +10,51 @@ from typing import Any
 
 import tilus
 from tilus.kernels.attention import NO_SCORE
-from tilus.kernels.mla_stages import PIECE, ROWS, Exchange, Ring
-from tilus.kernels.paged_decode_split import Part
+from tilus.kernels.mla_stages import LATENT, PIECE, ROWS, Exchange, Queries, Ring
 
-COLUMNS = 192  # of queries and latents that are multiplied together
+COLUMNS = 192  # of queries and latents that are multiplied together: more of them take more registers for their places
 
 
 class Scores:
-    """Each row's highest score, before it is scaled, and sum of weights. q_len, heads: of the queries, which rows go through."""
+    """Each row's highest score, before it is scaled, and sum of weights. Rows go through query tokens, and in each through heads."""
 
-    def __init__(self, ring: Ring, exchange: Exchange, queries: Any, scale_log2: Any, q_len: int, heads: int) -> None:
-        self.ring, self.exchange, self.queries, self.scale_log2 = ring, exchange, queries, scale_log2
-        self.q_len, self.heads = q_len, heads
+    def __init__(self, queries: Queries, ring: Ring, exchange: Exchange, scale_log2: Any, heads: int) -> None:
+        self.queries, self.ring, self.exchange = queries, ring, exchange
+        self.scale_log2, self.heads = scale_log2, heads
         self.highest, self.total = tilus.full([ROWS, 1], NO_SCORE), tilus.zeros([ROWS, 1])
 
-    def attend(self, part: Part, first_row: Any, latent: int) -> None:
-        """Weights of all tiles of a part. first_row: of the sequence's rows, the first one of this block."""
+    def attend(self, token: Any, end_token: Any, limit: Any, first_row: Any) -> None:
+        """Weights of all tiles of the tokens from `token` to before `end_token`. limit: tokens that the sequence's first query
+        sees. first_row: of the sequence's rows, the first one of this block."""
         ring, exchange = self.ring, self.exchange
         tile = ring.tiles.shape[1]
         self.highest, self.total = tilus.full([ROWS, 1], NO_SCORE), tilus.zeros([ROWS, 1])
-        query = (tilus.arange(ROWS, shape=[ROWS, 1]) + first_row) // self.heads
-        limits = query + (part.length - self.q_len + 1)
+        limits = (tilus.arange(ROWS, shape=[ROWS, 1]) + first_row) // self.heads + limit
         key = tilus.arange(tile, shape=[1, tile], axis=1)
         exchange.wait_taken()
-        exchange.give(numbers=(tilus.cdiv(part.end_token - part.token, tile),))
-        for first in tilus.range(part.token, part.end_token, tile):
+        exchange.give(numbers=(tilus.cdiv(max(end_token - token, 0), tile),))
+        self.queries.wait_full()
+        for first in tilus.range(token, end_token, tile):
             tokens = ring.wait_full()
             scores = self.scores(tokens)
-            if first + tile > part.length - self.q_len + 1:
+            if first + tile > limit:
                 scores = tilus.where(key < limits - first, scores, -math.inf)
             weights, shrink = self.weights(scores)
-            if first + tile > part.end_token:
-                clear_end(tokens, part.end_token - first, latent)
+            if first + tile > end_token:
+                clear_end(tokens, end_token - first)
             exchange.wait_taken()
-            tilus.store_shared(exchange.weights[exchange.slot], weights.to(self.queries.dtype))
+            tilus.store_shared(exchange.weights[exchange.slot], weights.to(self.queries.tile.dtype))
             exchange.give((shrink,))
             ring.advance()
+        self.queries.give_back()
 
     def scores(self, tokens: Any) -> Any:
-        """[64, tokens], not scaled. Of some columns at a time, so that few places of operands are held in registers."""
-        rows, width = self.queries.shape
+        """[64, tokens], not scaled."""
+        rows, width = self.queries.tile.shape
         scores = tilus.zeros([rows, tokens.shape[0]])
         for block in tilus.range(width // COLUMNS):
             start, extents = [0, block * COLUMNS], (rows, tokens.shape[0], COLUMNS)
-            scores = tilus.wgmma(self.queries, tokens, scores, shape=extents, x_offsets=start, y_offsets=start)
+            scores = tilus.wgmma(self.queries.tile, tokens, scores, shape=extents, x_offsets=start, y_offsets=start)
         tilus.wgmma_wait()
         return scores
 
@@ -67,17 +68,18 @@ class Scores:
         return weights, shrink
 
     def finish(self, numbers: tuple[Any, ...]) -> None:
-        """What the result is divided by, and the logarithm of base 2 of the sum of exp(scaled score), NO_SCORE without keys."""
+        """The last message of a part; the logarithm, of base 2, is NO_SCORE where there was no key."""
         found = self.total > 0.0
-        log2 = tilus.where(found, tilus.log2(tilus.where(found, self.total, 1.0)) + self.highest * self.scale_log2, NO_SCORE)
+        total = tilus.where(found, self.total, 1.0)
+        log2 = tilus.where(found, tilus.log2(total) + self.highest * self.scale_log2, NO_SCORE)
         self.exchange.wait_taken()
-        self.exchange.give((tilus.rcp(tilus.where(found, self.total, 1.0)), log2), numbers)
+        self.exchange.give((tilus.rcp(total), log2), numbers)
 
 
-def clear_end(tokens: Any, count: Any, latent: int) -> None:
+def clear_end(tokens: Any, count: Any) -> None:
     """Behind the first `count` tokens there may be anything in the page, also no number, which a weight of zero does not undo."""
     for start in tilus.range(count // PIECE * PIECE, tokens.shape[0], PIECE):
-        piece = tilus.load_shared(tokens, [start, 0], [PIECE, latent])
+        piece = tilus.load_shared(tokens, [start, 0], [PIECE, LATENT])
         inside = tilus.arange(PIECE, shape=[PIECE, 1]) < count - start
         tilus.sync()
         tilus.store_shared(tokens, tilus.where(inside, piece, 0.0), [start, 0])

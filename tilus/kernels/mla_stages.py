@@ -1,4 +1,4 @@
-"""Tiles of a cache of latents on their way through shared memory, and what the warps of a block tell each other.
+"""Queries and tiles of a cache of latents on their way through shared memory, and what the roles of a block tell each other.
 
 Blocks of a cluster have different rows of the same sequences. Each brings a share of every tile for all of them.
 """
@@ -9,19 +9,45 @@ from typing import Any
 
 import tilus
 from tilus import int32
-from tilus.kernels.paged_decode_split import Part
 
+LATENT, ROPE = 512, 64  # elements of a token; all are its key, the latent ones its value
+WIDTH = LATENT + ROPE
+OUTPUT_WARPS, SCORE_WARPS, COPY_WARPS = 8, 4, 4
+WARPS = OUTPUT_WARPS + SCORE_WARPS + COPY_WARPS
 ROWS = 64  # of a block: query tokens and heads
-WEIGHTS = 4096  # of all slots for weights
+EXCHANGED = 4096  # weights in all slots of an exchange
 NUMBERS = 5  # of a message
 PIECE = 16  # tokens: every page is a multiple
 
 
-class Ring:
-    """Stages of tiles [stages, tokens, width], in which the copying warps and those that compute count on their own."""
+class Queries:
+    """The rows of a block [64, width], and their barriers."""
 
-    def __init__(self, tiles: Any, full: Any, empty: Any, cluster: int) -> None:
-        self.tiles, self.full, self.empty, self.cluster = tiles, full, empty, cluster
+    def __init__(self, tile: Any, full: Any, empty: Any) -> None:
+        self.tile, self.full, self.empty = tile, full, empty
+        self.turn = 0
+
+    def fill(self, q: Any, row: Any) -> None:
+        """From row `row` of q on. What is behind the block's last row may be other rows, whose results nobody stores."""
+        tilus.wait_barrier(self.empty[0], 1 - self.turn)
+        tilus.arrive(self.full[0], nbytes=self.tile.nbytes)
+        tilus.copy_tensor(self.tile, q, [row, 0], barrier=self.full[0])
+        self.turn = 1 - self.turn
+
+    def wait_full(self) -> None:
+        tilus.wait_barrier(self.full[0], self.turn)
+
+    def give_back(self) -> None:
+        tilus.arrive(self.empty[0])
+        self.turn = 1 - self.turn
+
+
+class Ring:
+    """Stages of tiles [stages, tokens, width]; roles count on their own. rank: of the block in its cluster."""
+
+    def __init__(self, tiles: Any, full: Any, empty: Any, cluster: int, rank: Any) -> None:
+        self.tiles, self.full, self.empty = tiles, full, empty
+        self.cluster, self.rank = cluster, rank
         self.stage, self.turn = 0, 0
 
     def wait_full(self) -> Any:
@@ -42,25 +68,26 @@ class Ring:
         self.turn = 1 - self.turn if last else self.turn
         self.stage = 0 if last else self.stage + 1
 
-    def fill(self, cache: Any, table: Any, part: Part, rank: Any) -> None:
-        """The tiles of a part. For pieces behind its end zeros arrive."""
+    def fill(self, cache: Any, table: Any, token: Any, end_token: Any, evict: str | None) -> None:
+        """Tiles from `token` to before `end_token`. A piece behind the end is copied from a page that does not exist: zeros.
+
+        The pages of a tile are looked up before its stage is free. evict: a hint for the L2 cache.
+        """
         _, tile, width = self.tiles.shape
         page_size = cache.shape[1]
         piece = min(page_size, tile // self.cluster)
         everyone = None if self.cluster == 1 else (1 << self.cluster) - 1
-        steps = range(0, tile, piece * self.cluster)
-        for first in tilus.range(part.token, part.end_token, tile):
-            starts = [at + rank * piece for at in steps]
-            pages = [table[min(first + at, part.end_token - 1) // page_size] for at in starts]
+        for first in tilus.range(token, end_token, tile):
+            starts = [at + self.rank * piece for at in range(0, tile, piece * self.cluster)]
+            pages = [table[min(first + at, end_token - 1) // page_size] for at in starts]
             tilus.wait_barrier(self.empty[self.stage], 1 - self.turn)
             tilus.arrive(self.full[self.stage], nbytes=self.tiles[0].nbytes)
             for at, page in zip(starts, pages):
-                token = first + at
+                slot = (first + at) % page_size // piece * piece
                 tilus.copy_tensor(
-                    self.tiles[self.stage], cache,
-                    [page if token < part.end_token else cache.shape[0], token % page_size // piece * piece, 0],
+                    self.tiles[self.stage], cache, [page if first + at < end_token else cache.shape[0], slot, 0],
                     shape=[piece, width], dst_offsets=[at, 0], barrier=self.full[self.stage], dims=[1, 2],
-                    multicast=everyone, evict="first" if self.cluster > 1 else None,
+                    multicast=everyone, evict=evict,
                 )  # fmt: skip
             self.advance()
 
@@ -69,7 +96,7 @@ class Exchange:
     """What the warps with scores tell those with results, in order; each message has a slot, and waits until it is free.
 
     Of a part first the number of its tiles; of each tile its weights [64, tokens] and the factors [64] of what was added up
-    before; then where the result goes, what it is divided by and its logarithm. Behind the last part a number below zero.
+    before; then where the result goes, what it is multiplied by and its logarithm. Behind the last part a number below zero.
     weights: [slots, 64, tokens]. factors: f32 [slots, 2, 64]. numbers: int32 [slots, NUMBERS].
     """
 
@@ -90,6 +117,11 @@ class Exchange:
         tilus.fence_async()
         tilus.arrive(self.ready[self.slot])
         self.advance()
+
+    def end(self) -> None:
+        """There are no more parts."""
+        self.wait_taken()
+        self.give(numbers=(-1,))
 
     def wait_ready(self) -> None:
         tilus.wait_barrier(self.ready[self.slot], self.turn)
@@ -112,4 +144,5 @@ class Exchange:
 
 
 def exchange_slots(tile: int) -> int:
-    return WEIGHTS // (ROWS * tile)
+    """For tiles of so many tokens."""
+    return EXCHANGED // (ROWS * tile)
