@@ -70,7 +70,14 @@ def mla_attention_kernel(
 
 
 def mla_attention(
-    q: Any, cache: Any, block_tables: Any, q_start: Any, kv_lens: Any, scale: float, return_lse: bool, device: str | None
+    q: Any,
+    cache: Any,
+    block_tables: Any,
+    q_start: Any,
+    kv_lens: Any,
+    scale: float,
+    return_lse: bool,
+    device: str | None,
 ) -> tuple[Any, Any]:
     """(output [M, H, 512], logarithms [M, H] or None) of ragged queries, as `mla_prefill` says."""
     out = empty(q, (*q.shape[:2], LATENT))

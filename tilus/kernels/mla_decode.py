@@ -1,17 +1,18 @@
 """Multi-head latent attention of few queries a sequence over a paged cache of latents, on Hopper: one launch, no plan.
 
-All heads share one key of 576 elements a token, whose first 512 are the value (DeepSeek-V2, arXiv 2405.04434). With the
-projections absorbed into the queries, the heads of a token are rows of one product, 64 rows a block. Cached tokens of the whole
-batch are shared evenly among clusters of blocks (`paged_decode_split`). A block has three roles: four warps copy tiles of 64 tokens
-(`mla_stages`), a warpgroup makes scores and weights (`mla_softmax`), two warpgroups add up the weighted latents (`mla_output`),
-so that softmax and products go on at the same time. The latents are read where they are, as keys and, transposed, as values.
+All heads share one key of 576 elements a token, whose first 512 are the value (DeepSeek-V2, arXiv 2405.04434). With the key
+projection absorbed into the queries, the heads of a token are rows of one product, 64 rows a block. Cached tokens of the
+whole batch are shared evenly among clusters of blocks (`paged_decode_split`). A block has three roles: four warps copy tiles of
+64 tokens (`mla_stages`), a warpgroup makes scores and weights (`mla_softmax`), two warpgroups add up the weighted latents
+(`mla_output`), so that softmax and products go on at the same time. Latents are read where they are, as keys and, transposed,
+as values.
 
-Budget of 64 rows by a tile of 64 tokens, in cycles of a multiprocessor of an H100. 64 x 64 x (576 + 512) multiplications at 2048 a
-cycle are 2176. Of shared memory the scores read 36 x (2 + 2) KB, the sums 2 x 8 x (2 + 4) KB, and 72 KB arrive: 312 KB at 128 bytes
-a cycle are 2500, the limit of 128 heads. A tile of 72 KB takes 5400 cycles to come from memory where every multiprocessor reads
-its own, 2700 where two blocks of a cluster, with 64 of 128 heads each, bring halves for each other: so memory is the limit
-of up to 64 heads. Shared memory holds 72 KB of queries, 144 KB of two tiles and 8 KB of weights. Registers of a thread: 128 for
-sums, 32 for scores.
+Budget of 64 rows by a tile of 64 tokens, in cycles of a multiprocessor of an H100. 64 x 64 x (576 + 512) multiplications at
+2048 a cycle are 2176. Of shared memory the scores read 36 x (2 + 2) KB, the sums 2 x 8 x (2 + 4) KB, and 72 KB arrive: 312 KB
+at 128 bytes a cycle are 2500, the limit of 128 heads. A tile of 72 KB takes 5400 cycles to come from memory where every
+multiprocessor reads its own, 2700 where two blocks of a cluster, with 64 of 128 heads each, bring halves for each other: so
+memory is the limit of up to 64 heads. Shared memory holds 72 KB of queries, 144 KB of two tiles and 8 KB of weights. Registers
+of a thread: 128 for sums, 32 for scores.
 """
 
 from __future__ import annotations
@@ -264,7 +265,8 @@ def check_shapes(what: str, q: Any, cache: Any, scale: float) -> None:
         raise TilusError(f"{what}: q of {q.dtype} and cache of {cache.dtype}, expected the same dtype")
     if cache.ndim != 3 or q.shape[-1] != WIDTH or cache.shape[2] != WIDTH:
         raise TilusError(
-            f"{what}: q {list(q.shape)} and cache {list(cache.shape)}, expected [..., heads, {WIDTH}] and [pages, page_size, {WIDTH}]",
+            f"{what}: q {list(q.shape)} and cache {list(cache.shape)}, expected [..., heads, {WIDTH}] and "
+            f"[pages, page_size, {WIDTH}]",
             hint=f"{LATENT} elements of the latent, then {WIDTH - LATENT} that are rotated",
         )
     if q.shape[-2] not in HEADS:

@@ -117,15 +117,18 @@ def mla_prefill_kernel(
 class Visits:
     """The tiles of rows of a cluster, and what of the cache they see. queries: of the batch."""
 
-    def __init__(self, q_start: Any, kv_lens: Any, heads: int, queries: Any, cluster: int, rank: Any, teams: Any) -> None:
+    def __init__(
+        self, q_start: Any, kv_lens: Any, heads: int, queries: Any, cluster: int, rank: Any, teams: Any
+    ) -> None:
         self.q_start, self.kv_lens, self.heads, self.queries = q_start, kv_lens, heads, queries
         self.cluster, self.rank, self.teams = cluster, rank, teams
         self.tokens = tokens_of(heads, cluster)
 
     def each(self, work: Any) -> None:
-        """`work(sequence, row, first_row, limit, end_token, last_row)` for each. row, last_row: of q, the block's first one and the one
-        behind the sequence's last. first_row: of the sequence's rows. limit: tokens that the sequence's first query sees.
-        end_token: behind those that any row of the cluster sees."""
+        """`work(sequence, row, first_row, limit, end_token, last_row)` for each.
+
+        row, last_row: of q, the block's first one and the one behind the sequence's last. first_row: of the sequence's rows.
+        limit: tokens that the sequence's first query sees. end_token: behind those that any row of the cluster sees."""
         sequences = self.kv_lens.shape[0]
         count = slots(self.queries, sequences, self.tokens)
         team = tilus.block_id(0) // self.cluster
@@ -155,8 +158,8 @@ def mla_prefill(
 ) -> Any:  # fmt: skip
     """Multi-head latent attention of ragged queries over paged caches of latents, causal and aligned at the end.
 
-    q: float16 or bfloat16 [M, H, 576], contiguous, the queries of all sequences one after another, with the key projection absorbed.
-    q_start: int32 [S + 1], where each sequence's queries start in q. The other arguments, what is looked at, and where it runs
+    q: float16 or bfloat16 [M, H, 576], contiguous, the queries of all sequences one after another, with the key projection
+    absorbed. q_start: int32 [S + 1], where each sequence's queries start in q. The other arguments, what is looked at, and where it runs
     are as in `mla_decode`. Any number of queries, chunks of prompts on top of what is cached among them.
 
     Returns: [M, H, 512]; with return_lse also float32 [M, H].

@@ -16,7 +16,7 @@ COLUMNS = 192  # of queries and latents that are multiplied together: more of th
 
 
 class Scores:
-    """Each row's highest score, before it is scaled, and sum of weights. Rows go through query tokens, and in each through heads."""
+    """Each row's highest score, before it is scaled, and sum of weights. Rows go through query tokens, then heads."""
 
     def __init__(self, queries: Queries, ring: Ring, exchange: Exchange, scale_log2: Any, heads: int) -> None:
         self.queries, self.ring, self.exchange = queries, ring, exchange
