@@ -3,6 +3,7 @@
     python benchmarks/attention.py --out FILE       decoding: batches of 1 to 128 sequences of 1k to 16k tokens, and skewed ones
     python benchmarks/attention.py --quantised      caches of fp8, int8 and int4 instead, without peers
     python benchmarks/attention.py --plans          by several plans, tilus alone; with --quantised, too
+    python benchmarks/attention.py --mla            multi-head latent attention, without peers
     python benchmarks/attention.py --batch 8,32     only batches of so many sequences
     python benchmarks/attention.py --no-peers       only tilus and reads
 
@@ -17,7 +18,7 @@ Output, as JSON; times in microseconds, null where there is none:
     device, torch, cuda, triton, python    what it ran on; triton: null where it is missing
     l2_nbytes, replays     the GPU's L2 cache; the most replays of a graph
     seconds                since the start, when the last row was done
-    suites                 {decode: {rows}}, or {plans: {rows}}
+    suites                 {decode: {rows}}, or {plans: {rows}}, or {mla: {rows}}
 Every row has phase, batch, context (of a skewed batch the mean), skewed, q_len, heads, kv_heads, head_dim, page, kv_dtype and
     us, plain_us           tilus, calls in a row with dependent launch and without; lengths and block tables are constant
     tbps                   TB/s: the bytes of all cached keys and values, scales included, by us
@@ -27,6 +28,7 @@ Every row has phase, batch, context (of a skewed batch the mean), skewed, q_len,
                            the fastest of a few configurations of the kernel in paged/triton_decode.py
     bar, met               wanted tbps, and whether it was reached
     failures               {peer: why there is no time}
+mla: phase, batch, context, q_len, heads, page, kv_dtype, us, tbps, tflops (of keys that are seen), read_us and error.
 plans: tile, stages, warps, blocks, us, tbps and error of each plan.
 """
 
@@ -38,9 +40,10 @@ import importlib.util
 import platform
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from paged import decode
+from paged import decode, mla
 from paged.cases import DECODE, QUANTISED
 from products.report import Report
 from products.timing import Budget
@@ -60,6 +63,7 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="write the JSON here")
     parser.add_argument("--quantised", action="store_true", help="caches of 8 and 4 bits")
     parser.add_argument("--plans", action="store_true", help="compare plans")
+    parser.add_argument("--mla", action="store_true", help="multi-head latent attention")
     parser.add_argument("--batch", type=numbers_in, help="numbers of sequences, separated by commas")
     parser.add_argument("--no-peers", action="store_true", help="measure tilus and reads only")
     parser.add_argument("--replays", type=int, default=30, help="at most so many graph replays a time (default 30)")
@@ -79,14 +83,20 @@ def main() -> None:
         "l2_nbytes": run.timer.l2_nbytes, "replays": run.timer.replays,
     }  # fmt: skip
     report = Report(options.out, facts)
-    cases = [
-        case
-        for case in (QUANTISED if options.quantised else DECODE)
-        if options.batch is None or case.batch in options.batch
-    ]
+
+    def chosen(cases: Sequence[Any]) -> list[Any]:
+        return [case for case in cases if options.batch is None or case.batch in options.batch]
+
+    def seconds() -> dict[str, float]:
+        return {"seconds": round(run.budget.used, 1)}
+
     with torch.cuda.stream(torch.cuda.Stream()):
-        rows = run.rows(cases)
-        report.suite("decode", rows, decode.COLUMNS, decode.cells, facts=lambda: {"seconds": round(run.budget.used, 1)})
+        if options.mla:
+            rows = mla.MlaRun(run.timer, run.budget).rows(chosen(mla.CASES))
+            report.suite("mla", rows, mla.COLUMNS, mla.cells, facts=seconds)
+        else:
+            rows = run.rows(chosen(QUANTISED if options.quantised else DECODE))
+            report.suite("decode", rows, decode.COLUMNS, decode.cells, facts=seconds)
 
 
 if __name__ == "__main__":

@@ -159,8 +159,8 @@ def mla_prefill(
     """Multi-head latent attention of ragged queries over paged caches of latents, causal and aligned at the end.
 
     q: float16 or bfloat16 [M, H, 576], contiguous, the queries of all sequences one after another, with the key projection
-    absorbed. q_start: int32 [S + 1], where each sequence's queries start in q. The other arguments, what is looked at, and where it runs
-    are as in `mla_decode`. Any number of queries, chunks of prompts on top of what is cached among them.
+    absorbed. q_start: int32 [S + 1], where each sequence's queries start in q. The other arguments, what is looked at, and where
+    it runs are as in `mla_decode`. Any number of queries, chunks of prompts on top of what is cached among them.
 
     Returns: [M, H, 512]; with return_lse also float32 [M, H].
     Raises: TilusError when shapes, dtypes or devices do not fit together.
