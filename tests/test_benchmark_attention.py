@@ -6,6 +6,7 @@ import attention
 import kv_errors
 import pytest
 import torch
+from paged import mla
 from paged.batches import check, elements_of, error_of, random_batch
 from paged.cases import DECODE, LONGEST, QUANTISED, Case
 from paged.plans import PLANS
@@ -63,3 +64,17 @@ def test_errors_of_caches_are_in_the_order_of_their_bits(monkeypatch: pytest.Mon
     monkeypatch.setattr(kv_errors, "TOKENS", 32)
     errors = [kv_errors.error_of("normal", 64, name) for name in ("bfloat16", "int8", "fp8", "int4")]
     assert errors == sorted(errors) and errors[0] < 2e-3 and errors[-1] < 0.3
+
+
+@pytest.mark.parametrize("q_len", [1, 6])
+def test_rows_of_latent_attention(q_len: int) -> None:
+    """A right result passes and a wrong one does not; what is counted is what a query sees."""
+    case = mla.MlaCase(2, 64, 16, q_len)
+    assert case.nbytes == 2 * 64 * 1152
+    assert case.operations == 2 * 2 * 16 * (512 + 576) * sum(range(64 - q_len + 1, 64 + 1))
+    batch = mla.random_batch(case, 1, "cpu")
+    out = mla.attend(batch, batch.caches[0], "reference")
+    assert mla.check(batch, out) < 4e-3
+    out[1, q_len - 1, 3] += 0.1
+    with pytest.raises(SystemExit, match=f"MLA of 2 x {q_len} on 64, 16 heads"):
+        mla.check(batch, out)

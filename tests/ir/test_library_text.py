@@ -18,6 +18,7 @@ from tilus.ir.function import Function
 from tilus.ir.printer import print_function
 from tilus.kernels.gemm_schedule import Plan
 from tilus.kernels.kv_cache import KV_FORMATS
+from tilus.kernels.mla_decode import MlaPlan
 from tilus.kernels.paged_decode import DecodePlan
 from tilus.kernels.paged_decode_split import Split
 from tilus.kernels.paged_prefill import PrefillPlan
@@ -92,6 +93,23 @@ SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
         },
     ],
     "merge_states.merge_states_kernel": [{"head_dim": 128, "rows": 4}],
+    "mla_attention.mla_attention_kernel": [{"width": 576, "latent": 512, "page_size": 16}],
+    "mla_decode.mla_decode_kernel": [
+        {
+            "width": 576,
+            "latent": 512,
+            "q_len": 1,
+            "heads": 128,
+            "groups": 1,
+            "eights": 8,
+            "page_size": 64,
+            "split": Split(256),
+            "plan": MlaPlan(cluster=2),
+        }
+    ],
+    "mla_prefill.mla_prefill_kernel": [
+        {"width": 576, "latent": 512, "heads": 16, "page_size": 16, "plan": MlaPlan(cluster=2)}
+    ],
     "norm.rms_norm_kernel": [{"hidden": 768}],
     "paged_decode.paged_decode_kernel": [
         {

@@ -44,6 +44,7 @@ class AsyncProxy:
         self.swizzles = np.zeros(granules if enabled else 0, np.uint8)
 
     def reset(self) -> None:
+        self.stored[:] = 0
         self.swizzles[:] = 0
         self.loans[:] = 0
         self.num_loans = 0

@@ -1,0 +1,72 @@
+"""Latents weighted and added up by two warpgroups, and where the sums go: to the output, or to be merged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import tilus
+from tilus import int32
+from tilus.kernels.mla_stages import LATENT, OUTPUT_WARPS, ROWS, Exchange, Ring
+from tilus.kernels.paged_decode_columns import Columns
+
+EIGHT = 8  # rows that are stored and merged together
+HALF = LATENT // 2
+
+
+def weighted_sum(ring: Ring, exchange: Exchange, tiles: Any) -> Any:
+    """(softmax-weighted sums of the first and the second half of the latents, [64, HALF] each; their logarithms [64, 1]).
+
+    An instruction's accumulators have to fit into the 128 registers of a thread with which the block starts, so they are halves.
+    The last message is not taken: it says where the result goes.
+    """
+    extents = (ROWS, HALF, ring.tiles.shape[1])
+    first, second = tilus.zeros([ROWS, HALF]), tilus.zeros([ROWS, HALF])
+    for _ in tilus.range(tiles):
+        exchange.wait_ready()
+        factor = exchange.factor(0)
+        first, second = first * factor, second * factor
+        tokens, weights = ring.wait_full(), exchange.weights[exchange.slot]
+        first = tilus.wgmma(weights, tokens, first, shape=extents, y_transposed=True)
+        second = tilus.wgmma(weights, tokens, second, shape=extents, y_offsets=[0, HALF], y_transposed=True)
+        tilus.wgmma_wait()
+        exchange.take()
+        ring.give_back()
+        ring.advance()
+    exchange.wait_ready()
+    factor, log2 = exchange.factor(0), exchange.factor(1)
+    return (first * factor, second * factor), log2
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A block of rows of the output, which `Columns` takes for a sequence with one kv head."""
+
+    sequence: Any
+    head: int = 0
+
+
+class Results:
+    """out: [row blocks, eights, 1, 8, latent]. lse: likewise, or None. partial_out: [places, eights, 8, latent]. tickets: one
+    for each block of rows."""
+
+    def __init__(self, out: Any, lse: Any, partial_out: Any, partial_lse: Any, tickets: Any, eights: int) -> None:
+        self.out, self.lse, self.tickets = out, lse, tickets
+        self.partial_out, self.partial_lse = partial_out, partial_lse
+        self.columns = Columns(eights, EIGHT, LATENT, OUTPUT_WARPS, 1)
+
+    def store(self, halves: Any, log2: Any, block: Any) -> None:
+        for index, half in enumerate(halves):
+            rows = half.reshape([EIGHT, EIGHT, HALF]).to(self.out.dtype)
+            tilus.store(self.out[block], [0, 0, 0, index * HALF], rows, dims=[0, 2, 3])
+        self.columns.store_lse(self.lse, Block(block), 0, log2.reshape([EIGHT, EIGHT]))
+
+    def merge(self, halves: Any, log2: Any, block: Any, count: Any, first_place: Any, index: Any) -> None:
+        """Store one of `count` partial results; whoever comes last adds up all of them in order."""
+        for part, half in enumerate(halves):
+            rows = half.reshape([EIGHT, EIGHT, HALF])
+            tilus.store(self.partial_out[first_place + index], [0, 0, part * HALF], rows)
+        tilus.store(self.partial_lse[first_place + index], [0, 0], log2.reshape([EIGHT, EIGHT]))
+        if tilus.atomic_add(self.tickets, [block], 1) == count - 1:
+            tilus.store(self.tickets, [block], tilus.zeros([1], int32))
+            self.columns.merge(self.partial_out, self.partial_lse, first_place, count, self.out, self.lse, Block(block))
