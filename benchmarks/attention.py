@@ -3,6 +3,7 @@
     python benchmarks/attention.py --out FILE       decoding: batches of 1 to 128 sequences of 1k to 16k tokens, and skewed ones
     python benchmarks/attention.py --quantised      caches of fp8, int8 and int4 instead, without peers
     python benchmarks/attention.py --plans          by several plans, tilus alone; with --quantised, too
+    python benchmarks/attention.py --prefixes       sequences that begin with the same pages, tilus alone
     python benchmarks/attention.py --batch 8,32     only batches of so many sequences
     python benchmarks/attention.py --no-peers       only tilus and reads
 
@@ -17,7 +18,7 @@ Output, as JSON; times in microseconds, null where there is none:
     device, torch, cuda, triton, python    what it ran on; triton: null where it is missing
     l2_nbytes, replays     the GPU's L2 cache; the most replays of a graph
     seconds                since the start, when the last row was done
-    suites                 {decode: {rows}}, or {plans: {rows}}
+    suites                 {decode: {rows}}, {plans: {rows}} or {prefixes: {rows}}
 Every row has phase, batch, context (of a skewed batch the mean), skewed, q_len, heads, kv_heads, head_dim, page, kv_dtype and
     us, plain_us           tilus, calls in a row with dependent launch and without; lengths and block tables are constant
     tbps                   TB/s: the bytes of all cached keys and values, scales included, by us
@@ -28,6 +29,9 @@ Every row has phase, batch, context (of a skewed batch the mean), skewed, q_len,
     bar, met               wanted tbps, and whether it was reached
     failures               {peer: why there is no time}
 plans: tile, stages, warps, blocks, us, tbps and error of each plan.
+prefixes: tokens of a prefix, groups that have one each, own tokens of a sequence; us with the groups found before, with_find_us,
+    find_us and prefixes_us (the launches that find groups and attend to prefixes, alone), paged_decode_us (which shares nothing),
+    read_us of every page once; bar in microseconds.
 """
 
 from __future__ import annotations
@@ -40,7 +44,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from paged import decode
+from paged import decode, prefixes
 from paged.cases import DECODE, QUANTISED
 from products.report import Report
 from products.timing import Budget
@@ -60,6 +64,7 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="write the JSON here")
     parser.add_argument("--quantised", action="store_true", help="caches of 8 and 4 bits")
     parser.add_argument("--plans", action="store_true", help="compare plans")
+    parser.add_argument("--prefixes", action="store_true", help="sequences that begin with the same pages")
     parser.add_argument("--batch", type=numbers_in, help="numbers of sequences, separated by commas")
     parser.add_argument("--no-peers", action="store_true", help="measure tilus and reads only")
     parser.add_argument("--replays", type=int, default=30, help="at most so many graph replays a time (default 30)")
@@ -84,9 +89,15 @@ def main() -> None:
         for case in (QUANTISED if options.quantised else DECODE)
         if options.batch is None or case.batch in options.batch
     ]
+    seconds = lambda: {"seconds": round(run.budget.used, 1)}  # noqa: E731
     with torch.cuda.stream(torch.cuda.Stream()):
+        if options.prefixes:
+            chosen = [case for case in prefixes.PREFIXES if options.batch is None or case.batch in options.batch]
+            found = prefixes.rows(run.timer, run.budget, chosen)
+            report.suite("prefixes", found, prefixes.COLUMNS, prefixes.cells, facts=seconds)
+            return
         rows = run.rows(cases)
-        report.suite("decode", rows, decode.COLUMNS, decode.cells, facts=lambda: {"seconds": round(run.budget.used, 1)})
+        report.suite("decode", rows, decode.COLUMNS, decode.cells, facts=seconds)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ Online softmax: M. Milakov and N. Gimelshein, arXiv 1805.02867.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +29,7 @@ from tilus import Const, Tensor, TilusError, f16, f32, int32
 from tilus.kernels.allocate import counters, empty, is_cuda
 from tilus.kernels.attention import MAX_GROUP, power_of_two
 from tilus.kernels.kv_cache import QuantizedCache
-from tilus.kernels.paged_decode_columns import Columns, normalized, padded_columns
+from tilus.kernels.paged_decode_columns import Columns, narrowed, normalized, padded_columns
 from tilus.kernels.paged_decode_operands import UNIT_NBITS, Codes, Elements
 from tilus.kernels.paged_decode_softmax import Softmax, attend_to_part
 from tilus.kernels.paged_decode_split import (
@@ -42,6 +42,7 @@ from tilus.kernels.paged_decode_split import (
 )
 from tilus.kernels.paged_decode_stages import Stages, fill_part
 from tilus.kernels.plan_choice import num_sms_of
+from tilus.kernels.shared_prefix_groups import LENGTH, TOKENS, PrefixResults, prefix_results, results_of
 from tilus.ptx.assembler import SpillError
 from tilus.runtime.execute import place
 from tilus.target import TARGETS
@@ -84,6 +85,9 @@ def paged_decode_kernel(
     scale_log2: float,
     lse: Tensor[f32, "sequences", "q_len", "kv_heads", "group"] = None,
     factors: Tensor[f16, "pages", "kv_heads", 2, "kinds", "page_size"] = None,
+    shared: Tensor[int32, 6, "sequences"] = None,
+    shared_out: Tensor[f32, "shared_places", "row_tokens", "heads", "head_dim"] = None,
+    shared_lse: Tensor[f32, "shared_places", "row_tokens", "heads"] = None,
     *,
     q_len: Const,
     group: Const,
@@ -94,12 +98,14 @@ def paged_decode_kernel(
     plan: Const,
     code: Const = None,
     early: Const = False,
+    prefix_split: Const = None,
 ):
     """tickets: zeros, one for each sequence and kv head, and left so. places: as `paged_decode_split.places` says.
 
     code: of a quantised cache, whose rows are its codes in units of 16 bits. factors: scales of keys and values (kind 0) and what
     is added (kind 1), if anything is, for each token and head. early: block_tables and kv_lens may be read while the kernel in
-    front still runs.
+    front still runs. shared, shared_out, shared_lse, prefix_split: of `shared_prefix_decode`: what sequences share, and attention
+    over it; here follows the rest.
     """
     kv_heads, warps, all_warps = q.shape[2], plan.warps, plan.warps + 1
     tilus.grid(blocks, warps=all_warps, blocks_per_sm=plan.blocks_per_sm)
@@ -113,15 +119,17 @@ def paged_decode_kernel(
     constant = [kv_lens, block_tables] if early else []
     if not early:
         tilus.wait_dependencies()
-    units, begin, end, start = find_share(kv_lens, kv_heads, split, all_warps, blocks, tilus.block_id(0))
+    lengths = kv_lens if shared is None else shared[LENGTH]
+    units, begin, end, start = find_share(lengths, kv_heads, split, all_warps, blocks, tilus.block_id(0))
 
     with tilus.warps(warps, 1):
         filling = Stages(ring, factor_ring, full, empty)
 
         def fill(part):
-            fill_part(part, filling, kv_cache, factors, block_tables, constant)
+            passed = 0 if shared is None else shared[TOKENS, part.sequence]
+            fill_part(part, filling, kv_cache, factors, block_tables, passed, constant)
 
-        each_part(kv_lens, kv_heads, start, begin, end, split, fill)
+        each_part(lengths, kv_heads, start, begin, end, split, fill)
         tilus.wait_dependencies(constant=constant)
 
     with tilus.warps(0, warps):
@@ -137,15 +145,20 @@ def paged_decode_kernel(
             result, result_lse = normalized(softmax.highest, softmax.total, softmax.weighted_sum(), layout)
             result = operands.natural(result)
             count, index, place = parts_of(part, units, blocks, split)
-            if count > 1:
+            partial, all_parts = [narrowed(partial_out, partial_lse, place, count)], count
+            if shared is not None:
+                of_prefix, first, member = prefix_results(shared, part.sequence, part.head, kv_heads, prefix_split)
+                own = [tilus.narrow(results, 1, member * q_len, q_len) for results in (shared_out, shared_lse)]
+                partial, all_parts = [*partial, narrowed(own[0], own[1], first, of_prefix)], count + of_prefix
+            if all_parts > 1:
                 columns.store_partial(partial_out, partial_lse, place + index, result, result_lse)
                 if tilus.atomic_add(tickets, [part.pair], 1) == count - 1:
                     tilus.store(tickets, [part.pair], tilus.zeros([1], int32))
-                    columns.merge(partial_out, partial_lse, place, count, out, lse, part)
+                    columns.merge(partial, out, lse, part)
             else:
                 columns.store(out, lse, part, result, result_lse)
 
-        each_part(kv_lens, kv_heads, start, begin, end, split, attend)
+        each_part(lengths, kv_heads, start, begin, end, split, attend)
 
 
 def paged_decode(
@@ -173,42 +186,55 @@ def paged_decode(
     infinity where there is no key. Scores and sums are f32; weights of the softmax are rounded to f16, or to two bf16.
     Raises: TilusError when shapes, dtypes or devices do not fit together.
     """
-    group = _check(q, kv_cache, block_tables, kv_lens, fixed_split)
+    group = check_decode(q, kv_cache, block_tables, kv_lens, fixed_split)
     if q.shape[0] == 0:
         out = empty(q, tuple(q.shape))
         return (out, empty(q, tuple(q.shape[:3]), "float32")) if return_lse else out
     if q.shape[1] > most_queries(group, q.shape[3]):
-        out, lse = _by_queries(
-            q, kv_cache, block_tables, kv_lens, scale, most_queries(group, q.shape[3]), fixed_split, device
-        )
+
+        def attend(part: Any, lens: Any) -> tuple[Any, Any]:
+            return paged_decode(
+                part, kv_cache, block_tables, lens, scale, return_lse=True, fixed_split=fixed_split, device=device
+            )  # fmt: skip
+
+        out, lse = by_queries(q, kv_lens, most_queries(group, q.shape[3]), attend)
         return (out, lse) if return_lse else out
+    out, lse = by_plans(q, kv_cache, block_tables, kv_lens, scale, return_lse, fixed_split, device, constant_tables)
+    return (out, lse) if return_lse else out
+
+
+def by_plans(
+    q: Any, kv_cache: Any, block_tables: Any, kv_lens: Any, scale: float, return_lse: bool, fixed_split: int | None,
+    device: str | None, constant_tables: bool, prefix: PrefixResults | None = None,
+) -> tuple[Any, Any]:  # fmt: skip
+    """(output, log-sum-exp or None) by the first plan that the registers suffice for, of arguments that fit."""
     _, _, page_size, kv_heads, head_dim = kv_cache.shape
     where = place(device, is_cuda(q))
     num_sms, pairs = num_sms_of(q, where), q.shape[0] * kv_heads
-    shape = (q.shape[1], group, head_dim, page_size, nbits_of(kv_cache), pairs >= num_sms)
-    key = (*shape, q.dtype, return_lse, fixed_split is None, constant_tables, where)
+    shape = (q.shape[1], q.shape[2] // kv_heads, head_dim, page_size, nbits_of(kv_cache), pairs >= num_sms)
+    key = (*shape, q.dtype, return_lse, fixed_split is None, constant_tables, where, prefix is not None)
     spilled: SpillError | None = None
     for plan in [_found[key]] if key in _found else plans(*shape):
         split = Split(min(plan.tile, page_size)) if fixed_split is None else Split(fixed_split, fixed=True)
         units = pairs * units_of(block_tables.shape[1] * page_size, split.unit)
         blocks = blocks_of(pairs, units, num_sms, plan)
         try:
-            out, lse = launch(
-                q, kv_cache, block_tables, kv_lens, scale, plan, split, blocks, return_lse, device, constant_tables
+            result = launch(
+                q, kv_cache, block_tables, kv_lens, scale, plan, split, blocks, return_lse, device, constant_tables, prefix
             )  # fmt: skip
         except SpillError as error:
             spilled = error
         else:
             _found[key] = plan
-            return (out, lse) if return_lse else out
+            return result
     raise spilled or TilusError(f"paged_decode: no plan for {shape}")
 
 
 def launch(
     q: Any, kv_cache: Any, block_tables: Any, kv_lens: Any, scale: float, plan: DecodePlan, split: Split, blocks: int,
-    return_lse: bool, device: str | None, constant_tables: bool = False,
+    return_lse: bool, device: str | None, constant_tables: bool = False, prefix: PrefixResults | None = None,
 ) -> tuple[Any, Any]:  # fmt: skip
-    """(output, log-sum-exp or None) by a given plan."""
+    """(output, log-sum-exp or None) by a given plan. prefix: what has been done, where sequences share pages."""
     sequences, q_len, q_heads, head_dim = q.shape
     page_size, kv_heads = kv_cache.shape[2:4]
     group, pairs = q_heads // kv_heads, sequences * kv_heads
@@ -221,30 +247,25 @@ def launch(
     paged_decode_kernel.on(device)(
         q.unflatten(2, (kv_heads, group)), rows, block_tables, kv_lens, out,
         empty(q, (most, q_len, group, head_dim), "float32"), empty(q, (most, q_len, group), "float32"),
-        counters(q, pairs), scale * math.log2(math.e), lse, factors,
+        counters(q, pairs), scale * math.log2(math.e), lse, factors, *results_of(prefix),
         q_len=q_len, group=group, head_dim=head_dim, page_size=page_size, blocks=blocks, split=split, plan=plan, code=code,
-        early=constant_tables,
+        early=constant_tables, prefix_split=None if prefix is None else prefix.split,
     )  # fmt: skip
     return out.flatten(2, 3), None if lse is None else lse.flatten(2, 3)
 
 
-def _by_queries(
-    q: Any, kv_cache: Any, block_tables: Any, kv_lens: Any, scale: float, most: int, fixed_split: int | None,
-    device: str | None,
-) -> tuple[Any, Any]:  # fmt: skip
-    """(output, log-sum-exp) by several launches, for `most` queries each; to earlier ones sequences are shorter.
+def by_queries(q: Any, kv_lens: Any, most: int, attend: Callable[[Any, Any], tuple[Any, Any]]) -> tuple[Any, Any]:
+    """(output, log-sum-exp) by several calls of attend(queries, lengths), for `most` queries each; to earlier ones sequences are
+    shorter.
 
     Lengths are computed right in front of the launches, so that they are not constant.
     """
     import torch
 
     parts = [
-        paged_decode(
-            q[:, first : first + most], kv_cache, block_tables, kv_lens - max(q.shape[1] - first - most, 0), scale,
-            return_lse=True, fixed_split=fixed_split, device=device,
-        )
+        attend(q[:, first : first + most], kv_lens - max(q.shape[1] - first - most, 0))
         for first in range(0, q.shape[1], most)
-    ]  # fmt: skip
+    ]
     return torch.cat([out for out, _ in parts], dim=1), torch.cat([lse for _, lse in parts], dim=1)
 
 
@@ -307,7 +328,7 @@ def blocks_of(pairs: int, units: int, num_sms: int, plan: DecodePlan) -> int:
     return max(1, min(most // pairs * pairs if pairs <= most else most, units))
 
 
-def _check(q: Any, kv_cache: Any, block_tables: Any, kv_lens: Any, fixed_split: int | None) -> int:
+def check_decode(q: Any, kv_cache: Any, block_tables: Any, kv_lens: Any, fixed_split: int | None) -> int:
     """The number of query heads per kv head."""
     if not isinstance(kv_cache, QuantizedCache) and q.dtype != kv_cache.dtype:
         raise TilusError(

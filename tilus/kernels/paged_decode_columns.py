@@ -16,6 +16,7 @@ from tilus.layout.atoms import mma_c
 
 MERGED = 16  # partial results that are loaded together, at most
 MERGED_REGISTERS = 64  # of a thread for them
+FEW_MERGED_REGISTERS = 16  # where there are two lists of them
 MERGED_ELEMENTS = 16  # of a thread, of the result
 
 
@@ -76,39 +77,43 @@ class Columns:
         tilus.store(partial_out[place], [0, 0, 0], self.rows(result))
         tilus.store(partial_lse[place], [0, 0], result_lse.reshape([self.tokens, self.heads]))
 
-    def merge(self, partial_out: Any, partial_lse: Any, place: Any, count: Any, out: Any, lse: Any, part: Part) -> None:
-        """Add up `count` partial results from `place` on, always in the same order, and store the sums."""
-        outs, logs = tilus.narrow(partial_out, 0, place, count), tilus.narrow(partial_lse, 0, place, count)
+    def merge(self, partial: list[Any], out: Any, lse: Any, part: Part) -> None:
+        """Add up partial results, always in the same order, and store the sums. partial: (results, logarithms, how many)."""
         tokens = 1
         while tokens < self.q_len and 2 * tokens * self.heads * self.head_dim <= MERGED_ELEMENTS * 32 * self.warps:
             tokens *= 2
         for first in tilus.range(0, self.q_len, tokens):
-            self.merge_tokens(outs, logs, count, out, lse, part, first, tokens)
+            self.merge_tokens(partial, out, lse, part, first, tokens)
 
-    def merge_tokens(
-        self, outs: Any, logs: Any, count: Any, out: Any, lse: Any, part: Part, first: Any, tokens: int
-    ) -> None:
+    def merge_tokens(self, partial: list[Any], out: Any, lse: Any, part: Part, first: Any, tokens: int) -> None:
         """The same for some query tokens."""
         rows, head_dim = (tokens, self.heads), self.head_dim
         layout = by_vector((*rows, head_dim), self.warps)
-        together = max(1, min(MERGED, MERGED_REGISTERS // layout.num_locals))
+        registers = MERGED_REGISTERS if len(partial) == 1 else FEW_MERGED_REGISTERS
+        together = max(1, min(MERGED, registers // layout.num_locals))
         acc = tilus.zeros([*rows, head_dim], layout=layout)
         total, highest = tilus.zeros([*rows, 1]), tilus.full([*rows, 1], NO_SCORE)
-        for at in tilus.range(0, count, together):
-            spread = layout.unsqueeze(0).expand(0, together)
-            values = tilus.load(outs, [at, first, 0, 0], [together, *rows, head_dim], layout=spread)
-            log2 = tilus.load(logs, [at, first, 0], [together, *rows]).reshape([together, *rows, 1])
-            log2 = tilus.where(tilus.arange(together, shape=[together, 1, 1, 1], start=at) < count, log2, NO_SCORE)
-            higher = tilus.maximum(highest, tilus.max(log2, 0))
-            shrink = tilus.exp2(highest - higher)
-            factors = tilus.where(log2 > NO_SCORE, tilus.exp2(log2 - higher), 0.0)
-            acc = acc * shrink + tilus.sum(values * factors, 0)
-            total = total * shrink + tilus.sum(factors, 0)
-            highest = higher
+        for outs, logs, count in partial:
+            for at in tilus.range(0, count, together):
+                spread = layout.unsqueeze(0).expand(0, together)
+                values = tilus.load(outs, [at, first, 0, 0], [together, *rows, head_dim], layout=spread)
+                log2 = tilus.load(logs, [at, first, 0], [together, *rows]).reshape([together, *rows, 1])
+                log2 = tilus.where(tilus.arange(together, shape=[together, 1, 1, 1], start=at) < count, log2, NO_SCORE)
+                higher = tilus.maximum(highest, tilus.max(log2, 0))
+                shrink = tilus.exp2(highest - higher)
+                factors = tilus.where(log2 > NO_SCORE, tilus.exp2(log2 - higher), 0.0)
+                acc = acc * shrink + tilus.sum(values * factors, 0)
+                total = total * shrink + tilus.sum(factors, 0)
+                highest = higher
         result = acc * tilus.rcp(tilus.where(total > 0.0, total, 1.0))
         tilus.store(out[part.sequence], [first, part.head, 0, 0], result.to(out.dtype), dims=[0, 2, 3])
         log2 = tilus.where(total > 0.0, tilus.log2(total) + highest, NO_SCORE)
         self.store_lse(lse, part, first, log2.reshape(rows))
+
+
+def narrowed(outs: Any, logs: Any, place: Any, count: Any) -> tuple[Any, Any, Any]:
+    """`count` partial results from `place` on, and how many they are."""
+    return tilus.narrow(outs, 0, place, count), tilus.narrow(logs, 0, place, count), count
 
 
 def by_vector(shape: tuple[int, int, int], warps: int) -> RegisterLayout:
