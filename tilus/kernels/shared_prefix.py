@@ -1,7 +1,7 @@
 """Decoding of batches whose sequences begin with the same pages: those are read once for all of them.
 
 Launches that depend on each other: one finds the groups (`shared_prefix_groups`), one attends to their prefixes, with many
-queries a product (`shared_prefix_rows`), and one, `paged_decode`'s, to the rest of each sequence, and adds everything up. The host
+queries a product (`shared_prefix_rows`), and one, `paged_decode`'s, to the rest of each sequence, and adds all up. The host
 reads nothing. The groups are the same in all layers of a model: found once, they leave two launches.
 
 Budget for 64 sequences with 8192 tokens in common and 256 of their own, 32 query heads and 8 of keys, 128 elements of 16 bits,
@@ -128,8 +128,12 @@ def attend_to_prefixes(
 
 
 def prefix_plans(heads: int, head_dim: int) -> tuple[PrefillPlan, ...]:
-    """Those of prefill; the warps that copy also look for their tiles, and get registers for it."""
-    return tuple(replace(plan, registers=216, registers_to_copy=72) for plan in plans_of(heads, head_dim))
+    """Those of prefill; the warps that copy also look for their tiles, and get registers for it where the others have some."""
+    return tuple(
+        replace(plan, registers=registers, registers_to_copy=504 - 2 * registers)
+        for plan in plans_of(heads, head_dim)
+        for registers in (216, 232)
+    )
 
 
 def unit_of(page_size: int) -> int:
