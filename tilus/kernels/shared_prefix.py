@@ -40,6 +40,7 @@ from tilus.runtime.execute import place
 
 UNIT = 128  # tokens
 LEAST_LANES = 32
+MOST_HEAD_DIM = 128
 
 
 def shared_prefix_decode(
@@ -56,11 +57,12 @@ def shared_prefix_decode(
     what is common to all.
 
     shared: what `find_shared_prefixes` gave for these tables and lengths, to use it in all layers of a model: two launches. By
-    default it is found here, by one more. Caches of codes are decoded by `paged_decode`, and nothing is shared.
+    default it is found here, by one more. Caches of codes and heads of 256 elements, for which the registers do not suffice, are
+    left to `paged_decode`, and nothing is shared.
     """
     group = check_decode(q, kv_cache, block_tables, kv_lens, None)
     q_len, head_dim = q.shape[1], q.shape[3]
-    if isinstance(kv_cache, QuantizedCache) or q.shape[0] < 2:
+    if isinstance(kv_cache, QuantizedCache) or head_dim > MOST_HEAD_DIM or q.shape[0] < 2:
         return paged_decode(
             q, kv_cache, block_tables, kv_lens, scale, return_lse=return_lse, constant_tables=constant_tables, device=device
         )  # fmt: skip
