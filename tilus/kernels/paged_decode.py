@@ -28,6 +28,7 @@ import tilus
 from tilus import Const, Tensor, TilusError, f16, f32, int32
 from tilus.kernels.allocate import counters, empty, is_cuda
 from tilus.kernels.attention import MAX_GROUP, power_of_two
+from tilus.kernels.index_checks import check_tables
 from tilus.kernels.kv_cache import QuantizedCache
 from tilus.kernels.paged_decode_columns import Columns, narrowed, normalized, padded_columns
 from tilus.kernels.paged_decode_operands import UNIT_NBITS, Codes, Elements
@@ -184,9 +185,11 @@ def paged_decode(
 
     Returns: [S, q_len, Hq, D]; with return_lse also float32 [S, q_len, Hq], the logarithm of the sum of exp(scaled score), minus
     infinity where there is no key. Scores and sums are f32; weights of the softmax are rounded to f16, or to two bf16.
-    Raises: TilusError when shapes, dtypes or devices do not fit together.
+    Raises: TilusError when shapes, dtypes or devices do not fit together; with TILUS_DEBUG=1 also for lengths longer than the
+    block table and entries that are no pages.
     """
     group = check_decode(q, kv_cache, block_tables, kv_lens, fixed_split)
+    check_tables("paged_decode", block_tables, kv_lens, kv_cache, device=device)
     if q.shape[0] == 0:
         out = empty(q, tuple(q.shape))
         return (out, empty(q, tuple(q.shape[:3]), "float32")) if return_lse else out

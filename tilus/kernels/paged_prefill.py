@@ -26,6 +26,7 @@ from tilus import Const, Tensor, TilusError, f32, int32
 from tilus.kernels.allocate import empty, is_cuda
 from tilus.kernels.attention import MAX_GROUP, power_of_two
 from tilus.kernels.attention_variant import Variant
+from tilus.kernels.index_checks import check_tables
 from tilus.kernels.paged_prefill_softmax import Kind, Rows, Turns
 from tilus.kernels.paged_prefill_stages import Stages
 from tilus.kernels.paged_prefill_tiles import ROWS, Visits, each_tile, slots, tokens_of
@@ -122,9 +123,11 @@ def paged_prefill(
     Returns: [M, Hq, D]; with return_lse also float32 [M, Hq], the natural logarithm of the sum of exp(scaled score), minus
     infinity where there is no key (`merge_states` takes both). Scores and sums are f32; the softmax weights are rounded to q's
     dtype.
-    Raises: TilusError when shapes, dtypes or devices do not fit together.
+    Raises: TilusError when shapes, dtypes or devices do not fit together; with TILUS_DEBUG=1 also for lengths longer than the
+    block table, entries that are no pages, and starts that are not in order.
     """
     group = _check(q, kv_cache, q_start, kv_lens, scale)
+    check_tables("paged_prefill", block_tables, kv_lens, kv_cache, q_start=q_start, queries=q.shape[0], device=device)
     sequences, kv_heads = kv_lens.shape[0], kv_cache.shape[3]
     heads = heads_of(q.shape[0], sequences, group)
     tiles = slots(q.shape[0], sequences, tokens_of(heads)) * kv_heads * -(-group // heads)

@@ -22,6 +22,7 @@ from typing import Any
 from tilus import TilusError
 from tilus.kernels.allocate import counters, empty, is_cuda
 from tilus.kernels.attention import power_of_two
+from tilus.kernels.index_checks import check_tables
 from tilus.kernels.kv_cache import QuantizedCache
 from tilus.kernels.paged_decode import by_plans, by_queries, check_decode, most_queries, paged_decode
 from tilus.kernels.paged_prefill import PrefillPlan, by_fitting_plan, plans_of
@@ -61,6 +62,7 @@ def shared_prefix_decode(
     left to `paged_decode`, and nothing is shared.
     """
     group = check_decode(q, kv_cache, block_tables, kv_lens, None)
+    check_tables("shared_prefix_decode", block_tables, kv_lens, kv_cache, device=device)
     q_len, head_dim = q.shape[1], q.shape[3]
     if isinstance(kv_cache, QuantizedCache) or head_dim > MOST_HEAD_DIM or q.shape[0] < 2:
         return paged_decode(

@@ -10,12 +10,14 @@ heads are two row tiles a kv head, of which the second reads the L2 cache.
 
 from __future__ import annotations
 
+from typing import Any
+
 import tilus
 from tilus import Const, Tensor, f32, int32
 from tilus.kernels.attention_variant import Variant
 from tilus.kernels.paged_prefill_softmax import HALF, Kind, Rows, Turns
 from tilus.kernels.paged_prefill_stages import Stages
-from tilus.kernels.shared_prefix_groups import SharedTile, each_shared_tile
+from tilus.kernels.shared_prefix_groups import each_shared_tile
 
 CONSUMERS, PRODUCERS = 8, 4  # warps
 
@@ -23,8 +25,8 @@ CONSUMERS, PRODUCERS = 8, 4  # warps
 class SharedRows(Rows):
     """64 rows of a row tile, whose results are partial ones."""
 
-    def store(self, tile: SharedTile) -> None:
-        """The weighted mean of the values, and log2 of the sum of weights: there always is a key."""
+    def store(self, tile: Any) -> None:
+        """Of a `SharedTile`: the weighted mean of the values, and log2 of the sum of weights: there always is a key."""
         where, rows = [self.first_token, self.first_head(tile)], [self.per_half, self.tokens]
         result = (self.acc * tilus.rcp(self.total)).reshape([*rows, self.acc.shape[1]])
         tilus.store(tilus.narrow(self.out[tile.place], 0, 0, tile.queries), [*where, 0], result, dims=[1, 0, 2])
