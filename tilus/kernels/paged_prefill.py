@@ -25,7 +25,7 @@ import tilus
 from tilus import Const, Tensor, TilusError, f32, int32
 from tilus.kernels.allocate import empty, is_cuda
 from tilus.kernels.attention import MAX_GROUP, power_of_two
-from tilus.kernels.attention_variant import Variant
+from tilus.kernels.attention_variant import NO_VARIANT, Variant, check_variant
 from tilus.kernels.index_checks import check_tables
 from tilus.kernels.paged_prefill_softmax import Kind, Rows, Turns
 from tilus.kernels.paged_prefill_stages import Stages
@@ -36,7 +36,6 @@ from tilus.runtime.execute import place
 
 HEAD_DIMS = (64, 96, 128, 256)
 CONSUMERS, PRODUCERS = 8, 4  # warps
-NO_VARIANT = Variant()
 _fitting: dict[tuple[Any, ...], PrefillPlan] = {}
 
 
@@ -64,6 +63,7 @@ def paged_prefill_kernel(
     blocks: int32,
     lse: Tensor[f32, "tokens", "kv_heads", "group"] = None,
     parameters: Tensor[f32, "count"] = None,
+    bits: Tensor[int32, "tokens", "words"] = None,
     *,
     kv_heads: Const,
     group: Const,
@@ -72,8 +72,9 @@ def paged_prefill_kernel(
     causal: Const,
     plan: Const,
     variant: Const = NO_VARIANT,
+    words: Const = 0,
 ):
-    visits = Visits(plan.heads, plan.kv_tile, causal, masked=variant.mask is not None)
+    visits = Visits(plan.heads, plan.kv_tile, causal, variant.hides, variant.window)
     tilus.grid(blocks, warps=CONSUMERS + PRODUCERS)
     tilus.launch_dependents()
     queries = tilus.shared(q.dtype, [2, ROWS // 2, head_dim])
@@ -97,14 +98,15 @@ def paged_prefill_kernel(
         with tilus.warps(4 * half, 4, registers=plan.registers):
             tilus.wait_dependencies()
             using = Stages(queries, keys, values, full, empty)
-            kind = Kind(plan.heads, causal, variant)
-            rows = Rows(using, Turns(turns, half), (out, lse), scale_log2, kind, parameters)
+            kind = Kind(plan.heads, causal, variant, words)
+            rows = Rows(using, Turns(turns, half), (out, lse), scale_log2, kind, parameters, bits)
             each_tile(q, q_start, kv_lens, blocks, visits, rows.compute)
 
 
 def paged_prefill(
     q: Any, kv_cache: Any, block_tables: Any, q_start: Any, kv_lens: Any, scale: float, *, causal: bool = True,
-    return_lse: bool = False, variant: Variant = NO_VARIANT, parameters: Any = None, device: str | None = None,
+    return_lse: bool = False, variant: Variant = NO_VARIANT, parameters: Any = None, bits: Any = None,
+    device: str | None = None,
 ) -> Any:  # fmt: skip
     """Attention of ragged queries over paged keys and values (sm_90a): `paged_attention` for many queries a sequence.
 
@@ -113,8 +115,9 @@ def paged_prefill(
     [S, max_pages], the pages of each sequence in order. q_start: int32 [S + 1], where each sequence's queries start in q.
     kv_lens: int32 [S], tokens in the cache, those of the queries included. Hq / Hkv is 1 to 16, D 64, 96, 128 or 256, page_size
     16, 32, 64 or a multiple of 128. scale: what scores are multiplied with, above 0. variant: functions that change scores, hide
-    keys or add a sink; parameters: their f32 tensor, if any. Torch tensors. device: where to run (reference, emulator, cuda), by
-    default as the arguments say.
+    keys or add a sink, and a window; parameters: their f32 tensor, if any; bits: int32 [M, words], what `pack_bits` makes of up
+    to 256 conditions of each query, if any. Torch tensors. device: where to run (reference, emulator, cuda), by default as the
+    arguments say.
 
     Query j of a sequence with q_len queries sees the first kv_len - q_len + j + 1 tokens of the cache, or all of them where it is
     not causal; one that sees none gets zeros. Nothing beyond kv_len is looked at. One launch; the host reads no tensor, so it can
@@ -127,6 +130,7 @@ def paged_prefill(
     block table, entries that are no pages, and starts that are not in order.
     """
     group = _check(q, kv_cache, q_start, kv_lens, scale)
+    check_variant("paged_prefill", variant, bits, q.shape[0], causal)
     check_tables("paged_prefill", block_tables, kv_lens, kv_cache, q_start=q_start, queries=q.shape[0], device=device)
     sequences, kv_heads = kv_lens.shape[0], kv_cache.shape[3]
     heads = heads_of(q.shape[0], sequences, group)
@@ -148,6 +152,7 @@ def paged_prefill(
             device,
             variant,
             parameters,
+            bits,
         )
 
     key = q.dtype, kv_heads, heads, group, kv_cache.shape[2], q.shape[2], causal, return_lse, variant
@@ -177,6 +182,7 @@ def plans_of(heads: int, head_dim: int) -> tuple[PrefillPlan, ...]:
 def launch(
     q: Any, kv_cache: Any, block_tables: Any, q_start: Any, kv_lens: Any, scale: float, causal: bool, plan: PrefillPlan,
     blocks: int, return_lse: bool, device: str | None, variant: Variant = NO_VARIANT, parameters: Any = None,
+    bits: Any = None,
 ) -> tuple[Any, Any]:  # fmt: skip
     """(result, logarithms or None) by a given plan, on so many blocks."""
     page_size, kv_heads, head_dim = kv_cache.shape[2:]
@@ -185,9 +191,9 @@ def launch(
     if q.shape[0]:
         paged_prefill_kernel.on(device)(
             q.unflatten(1, by_head), kv_cache, block_tables, q_start, kv_lens, out.unflatten(1, by_head),
-            scale * math.log2(math.e), blocks, None if lse is None else lse.unflatten(1, by_head), parameters,
+            scale * math.log2(math.e), blocks, None if lse is None else lse.unflatten(1, by_head), parameters, bits,
             kv_heads=kv_heads, group=by_head[1], head_dim=head_dim, page_size=page_size, causal=causal, plan=plan,
-            variant=variant,
+            variant=variant, words=0 if bits is None else bits.shape[1],
         )  # fmt: skip
     return out, lse
 

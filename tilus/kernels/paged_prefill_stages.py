@@ -47,7 +47,7 @@ class Stages:
     def fill(self, kv_cache: Any, table: Any, tile: Tile) -> None:
         """The tiles of the cache that some row sees, the last one first."""
         length = self.keys.shape[1]
-        at = tile.steps * length  # a variable: computed once, not at each use
+        at = tile.end * length  # a variable: computed once, not at each use
         for _ in tilus.range(tile.steps):
             at -= length
             if at + length > tile.length:

@@ -183,8 +183,8 @@ def each_shared_tile(
         length = min((until - of_pair) * split.unit, tokens) - token
         rows = shared[MEMBERS, sequence] * q_len
         work(index, SharedTile(
-            sequence, head, 0, sequence * q_len, rows, length, 0, length // kv_tile, tilus.cdiv(length, kv_tile),
-            token, block + shared[TILE, sequence] * kv_heads + head,
+            sequence, head, 0, sequence * q_len, rows, length, 0, 0, length // kv_tile, tilus.cdiv(length, kv_tile),
+            tilus.cdiv(length, kv_tile), token, block + shared[TILE, sequence] * kv_heads + head,
         ))  # fmt: skip
         unit = until
         index += 1

@@ -14,7 +14,7 @@ from typing import Any
 
 import tilus
 from tilus import Const, Tensor, f32, int32
-from tilus.kernels.attention_variant import Variant
+from tilus.kernels.attention_variant import NO_VARIANT
 from tilus.kernels.paged_prefill_softmax import HALF, Kind, Rows, Turns
 from tilus.kernels.paged_prefill_stages import Stages
 from tilus.kernels.shared_prefix_groups import each_shared_tile
@@ -79,6 +79,6 @@ def shared_prefix_kernel(
         with tilus.warps(4 * half, 4, registers=plan.registers):
             tilus.wait_dependencies()
             using = Stages(queries, keys, values, full, empty)
-            kind = Kind(plan.heads, False, Variant())
-            rows = SharedRows(using, Turns(turns, half), (partial_out, partial_lse), scale_log2, kind, None)
+            kind = Kind(plan.heads, False, NO_VARIANT)
+            rows = SharedRows(using, Turns(turns, half), (partial_out, partial_lse), scale_log2, kind, None, None)
             each_shared_tile(shared, kv_heads, q_len, split, plan.kv_tile, 4, rows.compute)
