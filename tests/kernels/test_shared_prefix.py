@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tilus import TilusError
 from tilus.kernels import paged_decode
-from tilus.kernels.paged_decode import DecodePlan, by_plans, paged_decode_kernel, plans
+from tilus.kernels.paged_decode import DecodePlan, by_plans, paged_decode_kernel, plans, with_whole_pairs
 from tilus.kernels.paged_decode_split import Split, share
 from tilus.kernels.paged_prefill import PrefillPlan
 from tilus.kernels.shared_prefix import attend_to_prefixes, find_shared_prefixes, prefix_plans, shared_prefix_decode
@@ -317,3 +317,9 @@ def test_assembles_without_spills(head_dim: int, group: int, page_size: int, q_l
         members=members_of(q_len, group), unit=128, lanes=64,
     )  # fmt: skip
     assert build(special.function, get_target("sm_90a"))[1]
+
+
+def test_short_rests_are_not_cut() -> None:
+    """512 pairs for 264 blocks: two each for 256 of them; where that takes more than a twentieth of the blocks they stay."""
+    assert with_whole_pairs(264, 512) == 256 and with_whole_pairs(132, 264) == 132
+    assert with_whole_pairs(264, 270) == 264 and with_whole_pairs(7, 3) == 7

@@ -32,7 +32,7 @@ from tilus.kernels.attention_variant import AS_IT_IS, NO_VARIANT, GivenVariant, 
 from tilus.kernels.index_checks import check_tables
 from tilus.kernels.kv_cache import QuantizedCache
 from tilus.kernels.paged_decode_arguments import check_decode, check_given
-from tilus.kernels.paged_decode_columns import Columns, narrowed, normalized, padded_columns
+from tilus.kernels.paged_decode_columns import Columns, normalized, padded_columns
 from tilus.kernels.paged_decode_operands import UNIT_NBITS, Codes, Elements
 from tilus.kernels.paged_decode_softmax import Columnwise, Softmax, attend_to_part
 from tilus.kernels.paged_decode_split import (
@@ -150,16 +150,18 @@ def paged_decode_kernel(
             result, result_lse = normalized(softmax.highest, softmax.total, softmax.weighted_sum(), layout)
             result = operands.natural(result)
             count, index, place = parts_of(part, units, blocks, split)
-            partial, all_parts = [narrowed(partial_out, partial_lse, place, count)], count
-            if shared is not None:
+            if shared is not None:  # the first part takes the prefix, too
                 of_prefix, first, member = prefix_results(shared, part.sequence, part.head, kv_heads, prefix_split)
-                own = [tilus.narrow(results, 1, member * q_len, q_len) for results in (shared_out, shared_lse)]
-                partial, all_parts = [*partial, narrowed(own[0], own[1], first, of_prefix)], count + of_prefix
-            if all_parts > 1:
+                of_prefix = of_prefix if index == 0 else 0
+                own = [tilus.narrow(t, 1, member * q_len, q_len) for t in (shared_out, shared_lse)]
+                own = [tilus.narrow(t, 0, first, of_prefix) for t in own]
+                result, result_lse = columns.with_partial(result, result_lse, own[0], own[1], of_prefix)
+            if count > 1:
                 columns.store_partial(partial_out, partial_lse, place + index, result, result_lse)
                 if tilus.atomic_add(tickets, [part.pair], 1) == count - 1:
                     tilus.store(tickets, [part.pair], tilus.zeros([1], int32))
-                    columns.merge(partial, out, lse, part)
+                    outs, logs = [tilus.narrow(t, 0, place, count) for t in (partial_out, partial_lse)]
+                    columns.merge(outs, logs, count, out, lse, part)
             else:
                 columns.store(out, lse, part, result, result_lse)
 
@@ -247,6 +249,8 @@ def by_plans(
         split = Split(unit, fixed_split is not None, recent, 1 if recent is None else page_size)
         units = pairs * units_of(block_tables.shape[1] * page_size, split.unit)
         blocks = blocks_of(pairs, units, num_sms, plan)
+        if prefix is not None:
+            blocks = with_whole_pairs(blocks, pairs)
         try:
             result = launch(
                 q, kv_cache, block_tables, kv_lens, scale, plan, split, blocks, return_lse, device, constant_tables, prefix,
@@ -353,6 +357,12 @@ def planned(
     to_merge = head_dim * width * f32.nbytes * (warps // groups)
     stage_nbytes = 2 * tile * (head_dim * nbits // 8 + (0 if nbits == 16 else MOST_FACTORS_NBYTES))
     return DecodePlan(tile, (shared_nbytes - RESERVED_NBYTES - to_merge) // stage_nbytes, warps, groups)
+
+
+def with_whole_pairs(blocks: int, pairs: int) -> int:
+    """A few blocks less where each of them then has whole pairs, if sequences are as long: short rests are better not cut."""
+    each = -(-pairs // blocks)
+    return pairs // each if pairs % each == 0 and pairs // each > 0.95 * blocks else blocks
 
 
 def blocks_of(pairs: int, units: int, num_sms: int, plan: DecodePlan) -> int:
