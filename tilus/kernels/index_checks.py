@@ -80,6 +80,28 @@ def check_tables(
         )
 
 
+def check_lists(
+    what: str, block_start: Any, blocks: Any, kv_lens: Any, kv_cache: Any, *, device: str | None = None
+) -> None:
+    """Raise, in the debug mode, unless lists of blocks follow each other, have blocks for all lengths, and these are there.
+
+    Raises: TilusError that names the row or the entry, what it has and what was expected.
+    """
+    if not _checking(what):
+        return
+    starts, lens, page_size = _on_host(block_start).tolist(), _on_host(kv_lens).tolist(), kv_cache.shape[2]
+    for row, (start, end, length) in enumerate(zip(starts[:-1], starts[1:], lens, strict=True)):
+        if not 0 <= start <= end <= blocks.shape[0] or not 0 <= length <= (end - start) * page_size:
+            raise TilusError(
+                f"{what}: row {row} has entries {start} to {end} and kv_len {length}, expected entries in order up to "
+                f"{blocks.shape[0]} and up to {page_size} tokens for each"
+            )
+    wrong = _first_outside(blocks.reshape((1, -1)), 0, kv_cache.shape[0], None, 1, device) if blocks.shape[0] else None
+    if wrong is not None:
+        _, entry, block = wrong
+        raise TilusError(f"{what}: entry {entry} of blocks is {block}, expected 0 to {kv_cache.shape[0] - 1}")
+
+
 def check_tokens(
     what: str, positions: Any, slots: Any, max_positions: int, kv_cache: Any, *, device: str | None = None
 ) -> None:

@@ -25,7 +25,7 @@ import tilus
 from tilus import Const, Tensor, TilusError, f32, int32
 from tilus.kernels.allocate import empty, is_cuda
 from tilus.kernels.attention import MAX_GROUP, power_of_two
-from tilus.kernels.attention_variant import NO_VARIANT, Variant, check_variant
+from tilus.kernels.attention_variant import AS_IT_IS, NO_VARIANT, GivenVariant, Variant, check_variant
 from tilus.kernels.index_checks import check_tables
 from tilus.kernels.paged_prefill_softmax import Kind, Rows, Turns
 from tilus.kernels.paged_prefill_stages import Stages
@@ -55,7 +55,7 @@ class PrefillPlan:
 def paged_prefill_kernel(
     q: Tensor["dtype", "tokens", "kv_heads", "group", "head_dim"],
     kv_cache: Tensor["dtype", "pages", 2, "page_size", "kv_heads", "head_dim"],
-    block_tables: Tensor[int32, "sequences", "max_pages"],
+    block_tables: Tensor[int32, "tables", "max_pages"],
     q_start: Tensor[int32, "sequences_plus_1"],
     kv_lens: Tensor[int32, "sequences"],
     out: Tensor["dtype", "tokens", "kv_heads", "group", "head_dim"],
@@ -64,6 +64,7 @@ def paged_prefill_kernel(
     lse: Tensor[f32, "tokens", "kv_heads", "group"] = None,
     parameters: Tensor[f32, "count"] = None,
     bits: Tensor[int32, "tokens", "words"] = None,
+    lists: Tensor[int32, "sequences_plus_1"] = None,
     *,
     kv_heads: Const,
     group: Const,
@@ -74,6 +75,7 @@ def paged_prefill_kernel(
     variant: Const = NO_VARIANT,
     words: Const = 0,
 ):
+    """lists: where the pages of each sequence begin in the only row of block_tables; without it each sequence has a row."""
     visits = Visits(plan.heads, plan.kv_tile, causal, variant.hides, variant.window)
     tilus.grid(blocks, warps=CONSUMERS + PRODUCERS)
     tilus.launch_dependents()
@@ -90,7 +92,11 @@ def paged_prefill_kernel(
 
         def fill(index, tile):
             filling.fill_queries(q, tile, index, plan.heads)
-            filling.fill(kv_cache, block_tables[tile.sequence], tile)
+            if lists is None:
+                table = block_tables[tile.sequence]
+            else:
+                table = tilus.narrow(block_tables[0], 0, lists[tile.sequence], tilus.cdiv(tile.length, page_size))
+            filling.fill(kv_cache, table, tile)
 
         each_tile(q, q_start, kv_lens, blocks, visits, fill)
 
@@ -129,35 +135,40 @@ def paged_prefill(
     Raises: TilusError when shapes, dtypes or devices do not fit together; with TILUS_DEBUG=1 also for lengths longer than the
     block table, entries that are no pages, and starts that are not in order.
     """
-    group = _check(q, kv_cache, q_start, kv_lens, scale)
+    check_prefill("paged_prefill", q, kv_cache, q_start, kv_lens, scale)
+    if block_tables.ndim != 2 or block_tables.shape[0] != kv_lens.shape[0]:
+        raise TilusError(
+            f"paged_prefill: block_tables of shape {list(block_tables.shape)} for {kv_lens.shape[0]} sequences, expected "
+            f"[{kv_lens.shape[0]}, max_pages]"
+        )
     check_variant("paged_prefill", variant, bits, q.shape[0], causal)
     check_tables("paged_prefill", block_tables, kv_lens, kv_cache, q_start=q_start, queries=q.shape[0], device=device)
+    given = GivenVariant(variant, parameters, bits)
+    out, lse = by_plans(q, kv_cache, block_tables, q_start, kv_lens, scale, causal, return_lse, device, given)
+    return (out, lse) if return_lse else out
+
+
+def by_plans(
+    q: Any, kv_cache: Any, block_tables: Any, q_start: Any, kv_lens: Any, scale: float, causal: bool, return_lse: bool,
+    device: str | None, given: GivenVariant, lists: Any = None,
+) -> tuple[Any, Any]:  # fmt: skip
+    """(result, logarithms or None) by the first plan that the registers suffice for. lists: see the kernel."""
     sequences, kv_heads = kv_lens.shape[0], kv_cache.shape[3]
+    group = q.shape[1] // kv_heads
     heads = heads_of(q.shape[0], sequences, group)
     tiles = slots(q.shape[0], sequences, tokens_of(heads)) * kv_heads * -(-group // heads)
     blocks = min(tiles, num_sms_of(q, place(device, is_cuda(q))))
 
     def by(plan: PrefillPlan) -> tuple[Any, Any]:
         return launch(
-            q,
-            kv_cache,
-            block_tables,
-            q_start,
-            kv_lens,
-            scale,
-            causal,
-            plan,
-            blocks,
-            return_lse,
-            device,
-            variant,
-            parameters,
-            bits,
-        )
+            q, kv_cache, block_tables, q_start, kv_lens, scale, causal, plan, blocks, return_lse, device, given, lists
+        )  # fmt: skip
 
-    key = q.dtype, kv_heads, heads, group, kv_cache.shape[2], q.shape[2], causal, return_lse, variant
-    out, lse = by_fitting_plan(key, plans_of(heads, q.shape[2]), by)
-    return (out, lse) if return_lse else out
+    key = (
+        q.dtype, kv_heads, heads, group, kv_cache.shape[2], q.shape[2], causal, return_lse, given.variant, given.words,
+        lists is None,
+    )  # fmt: skip
+    return by_fitting_plan(key, plans_of(heads, q.shape[2]), by)
 
 
 def by_fitting_plan(key: tuple[Any, ...], plans: Sequence[PrefillPlan], launch_by: Callable[[PrefillPlan], Any]) -> Any:
@@ -181,8 +192,7 @@ def plans_of(heads: int, head_dim: int) -> tuple[PrefillPlan, ...]:
 
 def launch(
     q: Any, kv_cache: Any, block_tables: Any, q_start: Any, kv_lens: Any, scale: float, causal: bool, plan: PrefillPlan,
-    blocks: int, return_lse: bool, device: str | None, variant: Variant = NO_VARIANT, parameters: Any = None,
-    bits: Any = None,
+    blocks: int, return_lse: bool, device: str | None, given: GivenVariant = AS_IT_IS, lists: Any = None,
 ) -> tuple[Any, Any]:  # fmt: skip
     """(result, logarithms or None) by a given plan, on so many blocks."""
     page_size, kv_heads, head_dim = kv_cache.shape[2:]
@@ -191,9 +201,10 @@ def launch(
     if q.shape[0]:
         paged_prefill_kernel.on(device)(
             q.unflatten(1, by_head), kv_cache, block_tables, q_start, kv_lens, out.unflatten(1, by_head),
-            scale * math.log2(math.e), blocks, None if lse is None else lse.unflatten(1, by_head), parameters, bits,
+            scale * math.log2(math.e), blocks, None if lse is None else lse.unflatten(1, by_head), given.parameters, given.bits,
+            lists,
             kv_heads=kv_heads, group=by_head[1], head_dim=head_dim, page_size=page_size, causal=causal, plan=plan,
-            variant=variant, words=0 if bits is None else bits.shape[1],
+            variant=given.variant, words=given.words,
         )  # fmt: skip
     return out, lse
 
@@ -208,31 +219,30 @@ def heads_of(queries: int, sequences: int, group: int) -> int:
     return min((h for h in (16, 8, 4, 2, 1) if h <= power_of_two(group)), key=tiles)
 
 
-def _check(q: Any, kv_cache: Any, q_start: Any, kv_lens: Any, scale: float) -> int:
-    """The number of query heads per kv head."""
+def check_prefill(what: str, q: Any, kv_cache: Any, q_start: Any, kv_lens: Any, scale: float) -> None:
+    """Raise a TilusError where shapes do not fit a call of the function `what`."""
     if q.ndim != 3 or kv_cache.ndim != 5 or kv_lens.ndim != 1:
         raise TilusError(
-            f"paged_prefill: shapes q {list(q.shape)}, kv_cache {list(kv_cache.shape)} and kv_lens {list(kv_lens.shape)}, "
+            f"{what}: shapes q {list(q.shape)}, kv_cache {list(kv_cache.shape)} and kv_lens {list(kv_lens.shape)}, "
             "expected [tokens, q_heads, head_dim], [pages, 2, page_size, kv_heads, head_dim] and [sequences]"
         )
     sequences, (page_size, kv_heads, head_dim) = kv_lens.shape[0], kv_cache.shape[2:]
     if tuple(q_start.shape) != (sequences + 1,):
         raise TilusError(
-            f"paged_prefill: q_start of shape {list(q_start.shape)} for {sequences} sequences, expected [{sequences + 1}]",
+            f"{what}: q_start of shape {list(q_start.shape)} for {sequences} sequences, expected [{sequences + 1}]",
             hint="the last entry is the number of query tokens",
         )
     group, rest = divmod(q.shape[1], kv_heads)
     if rest or not 1 <= group <= MAX_GROUP:
         raise TilusError(
-            f"paged_prefill: {q.shape[1]} query heads for {kv_heads} kv heads, expected 1 to {MAX_GROUP} times as many"
+            f"{what}: {q.shape[1]} query heads for {kv_heads} kv heads, expected 1 to {MAX_GROUP} times as many"
         )
     if head_dim not in HEAD_DIMS:
         raise TilusError(
-            f"paged_prefill: head_dim {head_dim}, expected one of {', '.join(map(str, HEAD_DIMS))}",
+            f"{what}: head_dim {head_dim}, expected one of {', '.join(map(str, HEAD_DIMS))}",
             hint="pad heads with zeros; scale stays that of the real head_dim",
         )
     if page_size not in (16, 32, 64) and (page_size < 128 or page_size % 128):
-        raise TilusError(f"paged_prefill: page_size {page_size}, expected 16, 32, 64 or a multiple of 128")
+        raise TilusError(f"{what}: page_size {page_size}, expected 16, 32, 64 or a multiple of 128")
     if not scale > 0.0:
-        raise TilusError(f"paged_prefill: scale {scale}, expected more than 0", hint="negate q for a negative scale")
-    return group
+        raise TilusError(f"{what}: scale {scale}, expected more than 0", hint="negate q for a negative scale")
