@@ -20,7 +20,7 @@ from tilus import Const, Tensor, int32
 from tilus.kernels.attention import power_of_two
 from tilus.kernels.paged_decode_split import owner, share
 from tilus.kernels.paged_prefill_tiles import ROWS, Tile
-from tilus.layout import replicated, spatial
+from tilus.layout import local, replicated, spatial
 
 LEAST_TOKENS = 256  # of a prefix: less is read as fast by every sequence on its own
 WARPS = 4
@@ -140,14 +140,16 @@ def make_groups(common: Any, kv_lens: Any, shared: Any, page_size: int, members:
     tilus.store(shared[MEMBER], [0], tilus.where(joined, own, MANY))
     tilus.sync()
     pages, count = tilus.full([lanes], MANY, int32), tilus.zeros([lanes], int32)
-    together = max(1, PAIRS // lanes)
+    together = max(1, min(FOUND, PAIRS // lanes))
+    across = min(lanes, 32 * WARPS)
+    by_lane = replicated(32 * WARPS // across, 2) * spatial(across, 1) * local(lanes // across, together)
+    own_first = tilus.with_layout(tilus.broadcast(first.reshape([lanes, 1]), [lanes, together]), by_lane)
     for at in tilus.range(0, kv_lens.shape[0], together):
         others = tilus.load(shared, [TILE, at], [1, together])
+        theirs = tilus.load(shared, [MEMBER, at], [1, together])
         inside = tilus.arange(together, shape=[1, together], axis=1, start=at) < kv_lens.shape[0]
-        same = (others == first.reshape([lanes, 1])) & inside
-        pages = tilus.minimum(
-            pages, tilus.min(tilus.where(same, tilus.load(shared, [MEMBER, at], [1, together]), MANY), 1)
-        )
+        same = (own_first == others) & inside  # a thread has whole rows of pairs: they need no exchange between threads
+        pages = tilus.minimum(pages, tilus.min(tilus.where(same, theirs, MANY), 1))
         count = count + tilus.sum(same.to(int32), 1)
     tilus.sync()
     member = index - first
