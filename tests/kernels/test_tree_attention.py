@@ -27,6 +27,10 @@ def ancestors(at):
     return (at.key < at.past) | at.bit(at.key - at.past)
 
 
+def sink(at):
+    return 0.5 - at.head.to(tilus.f32)
+
+
 def soft_cap(score, at):
     return tilus.tanh(score * (1 / 2.0)) * 2.0
 
@@ -53,9 +57,12 @@ def trees(batch: Batch, seed: int) -> Array:
 
 
 Change = Callable[[Array, Array, Array, int, Array], Array]
+SINKS = {"sinks", "all"}
 
 
-def exact(inputs: Inputs, batch: Batch, change: Change, nodes: Array) -> tuple[Array, Array, Array]:
+def exact(
+    inputs: Inputs, batch: Batch, change: Change, nodes: Array, sinks: bool = False
+) -> tuple[Array, Array, Array]:
     """(result, sums of weight * |value|, logarithms) of scores as `change` makes them, causal. nodes: see `trees`."""
     q, cache = inputs.q.double().numpy(), inputs.kv_cache.double().numpy()
     out, size, lse, row = np.zeros_like(q), np.zeros_like(q), np.full(q.shape[:2], -np.inf), 0
@@ -69,7 +76,7 @@ def exact(inputs: Inputs, batch: Batch, change: Change, nodes: Array) -> tuple[A
             k, v = (x[:, head // batch.group] for x in (keys, values))
             scores = change(q[own, head] @ k.T * inputs.scale, query, key, head, nodes[own])
             scores = np.where(key <= query, scores, -np.inf)
-            logs = np.logaddexp.reduce(scores, axis=1, initial=-np.inf)
+            logs = np.logaddexp.reduce(scores, axis=1, initial=0.5 - head if sinks else -np.inf)
             weights = np.exp(scores - np.where(np.isneginf(logs), 0, logs)[:, None])
             out[own, head], size[own, head], lse[own, head] = weights @ v, weights @ np.abs(v), logs
     return out, size, lse
@@ -93,8 +100,9 @@ VARIANTS: dict[str, tuple[Variant, Change]] = {
         Variant(mask=even_heads),
         lambda s, query, key, head, nodes: np.where((key % 2 == 0) | (head % 2 == 0), s, -np.inf),
     ),
+    "sinks": (Variant(sink=sink), lambda s, query, key, head, nodes: s),
     "all": (
-        Variant(logits=soft_cap, mask=ancestors, window=40),
+        Variant(logits=soft_cap, mask=ancestors, window=40, sink=sink),
         lambda s, query, key, head, nodes: of_tree(
             recent(2 * np.tanh(s / 2), query, key, head, nodes), query, key, head, nodes
         ),
@@ -124,7 +132,7 @@ def check(name: str, function: Any, batch: Batch, device: str) -> None:
     """Scores are within 2^-9 of themselves where there is a tanh (of a GPU), and so are weights."""
     inputs, nodes = make_inputs(batch, 0), trees(batch, 0)
     out, lse = run(name, function, inputs, batch.lengths[0][0], pack_bits(torch.from_numpy(nodes)), device)
-    expected, size, expected_lse = exact(inputs, batch, VARIANTS[name][1], nodes)
+    expected, size, expected_lse = exact(inputs, batch, VARIANTS[name][1], nodes, name in SINKS)
     inexact = 2.0**-9 if VARIANTS[name][0].logits is soft_cap else 0.0
     assert (np.abs(out - expected) <= limit_of(batch, expected, size) + inexact * size).all()
     assert np.array_equal(np.isneginf(lse), np.isneginf(expected_lse))
@@ -209,6 +217,10 @@ def test_wrong_variants_and_tensors(function: Any) -> None:
     cases: list[tuple[dict[str, Any], list[str]]] = [
         ({"variant": Variant(mask=no_condition)}, ["no_condition, gives int32", "boolean", "def no_condition(at):"]),
         ({"variant": Variant(logits=no_tile)}, ["no_tile, gives no tile", "f32", "def no_tile(score, at):"]),
+        (
+            {"variant": Variant(sink=no_condition)},
+            ["sink", "no_condition, gives int32", "f32", "def no_condition(at):"],
+        ),
         ({"variant": Variant(mask=ancestors)}, ["no bits", "pack_bits", "def ancestors(at):"]),
         ({"variant": Variant(mask=ancestors), "bits": zeros[1:]}, ["[3, 1]", "[4, 1 to 8 words]"]),
         ({"variant": Variant(mask=ancestors), "bits": zeros.expand(4, 9)}, ["[4, 9]", "[4, 1 to 8 words]"]),
@@ -222,6 +234,11 @@ def test_wrong_variants_and_tensors(function: Any) -> None:
         Variant(window=0)
 
 
-def test_what_one_of_the_two_does_not_take() -> None:
-    assert "sink" in wrong(paged_decode, variant=Variant(sink=no_condition))
+def test_what_does_not_go_together() -> None:
     assert "window=4 and causal=False" in wrong(paged_prefill, variant=Variant(window=4), causal=False)
+    inputs = make_inputs(Batch(((8, 20),), kv_heads=1, group=16), 0)
+    args = (inputs.q[None], inputs.kv_cache, inputs.block_tables, inputs.kv_lens, inputs.scale)
+    with pytest.raises(TilusError, match="bits with 8 queries a sequence, expected at most 4"):
+        paged_decode(
+            *args, variant=Variant(mask=ancestors), bits=torch.zeros(8, 1, dtype=torch.int32), device="reference"
+        )

@@ -162,12 +162,12 @@ def seen(mask: Callable[..., Any], allowed: Any, at: Position, shape: tuple[int,
     return allowed & found
 
 
-def sink_log2(sink: Callable[..., Any], at: Position, rows: int) -> Any:
-    """[rows, 1]"""
+def sink_log2(sink: Callable[..., Any], at: Position, shape: tuple[int, ...]) -> Any:
+    """The logits of sinks times log2(e), a tile of that shape."""
     found = sink(at)
     if not isinstance(found, (int, float)):
-        check_tile("sink", sink, shape_of(found), dtype_of(found), (rows, 1), f32)
-    return tilus.zeros([rows, 1]) + found * math.log2(math.e)
+        check_tile("sink", sink, shape_of(found), dtype_of(found), shape, f32)
+    return tilus.zeros(shape) + found * math.log2(math.e)
 
 
 def shape_of(value: Any) -> Any:

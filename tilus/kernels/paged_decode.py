@@ -150,6 +150,8 @@ def paged_decode_kernel(
             result, result_lse = normalized(softmax.highest, softmax.total, softmax.weighted_sum(), layout)
             result = operands.natural(result)
             count, index, place = parts_of(part, units, blocks, split)
+            if variant.sink is not None and index == 0:
+                result, result_lse = changed.with_sink(result, result_lse, part)
             if shared is not None:  # the first part takes the prefix, too
                 of_prefix, first, member = prefix_results(shared, part.sequence, part.head, kv_heads, prefix_split)
                 of_prefix = of_prefix if index == 0 else 0
@@ -182,10 +184,10 @@ def paged_decode(
     scores are multiplied with. Torch tensors. fixed_split: tokens of a part, a multiple of 128. Sequences are then cut at its
     multiples alone, so that the bits of a result do not depend on what else is in the batch; by default they are cut so that all
     multiprocessors have the same to do. constant_tables: block_tables and kv_lens are constant in the sense of "Dependent launch"
-    (docs/language.md), and may be read while the kernel in front still runs. variant: functions that change scores or hide keys,
-    and a window, in front of which only the page that it begins on is read; parameters: their f32 tensor, if any; bits: int32
-    [S q_len, words], what `pack_bits` makes of up to 256 conditions of each query, if any. device: where to run (reference,
-    emulator, cuda), by default as the arguments say.
+    (docs/language.md), and may be read while the kernel in front still runs. variant: functions that change scores, hide keys or
+    add a sink, and a window, in front of which only the page that it begins on is read; parameters: their f32 tensor, if any;
+    bits: int32 [S q_len, words], what `pack_bits` makes of up to 256 conditions of each query, if any. device: where to run
+    (reference, emulator, cuda), by default as the arguments say.
 
     Query j of a sequence sees the first kv_len - q_len + j + 1 tokens of the cache; one that sees none gets zeros. Nothing beyond
     kv_len is looked at, nor are entries of block_tables for it. One launch for up to 64 columns, q_len times Hq / Hkv rounded up

@@ -17,8 +17,6 @@ MAX_QUERIES = 8
 def check_given(given: GivenVariant, q: Any, most: int) -> None:
     """Raise a TilusError where a variant and its tensors do not fit; bits only come with `most` queries of a launch."""
     check_variant("paged_decode", given.variant, given.bits, q.shape[0] * q.shape[1], causal=True)
-    if given.variant.sink is not None:
-        raise TilusError("paged_decode: a variant with a sink", hint="paged_prefill takes it, also for single queries")
     if given.bits is not None and q.shape[1] > most:
         raise TilusError(
             f"paged_decode: bits with {q.shape[1]} queries a sequence, expected at most {most}: those of a launch",

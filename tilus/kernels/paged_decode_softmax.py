@@ -6,9 +6,9 @@ import math
 from typing import Any
 
 import tilus
-from tilus import bf16, f32
+from tilus import bf16, f32, int32
 from tilus.kernels.attention import NO_SCORE
-from tilus.kernels.attention_variant import Position, Variant, Words, scaled_logits, seen
+from tilus.kernels.attention_variant import Position, Variant, Words, scaled_logits, seen, sink_log2
 from tilus.kernels.paged_decode_columns import Columns
 from tilus.kernels.paged_decode_operands import ROWS
 from tilus.kernels.paged_decode_split import Part
@@ -44,6 +44,15 @@ class Columnwise:
     def scores(self, scaled: Any, at: Position) -> Any:
         """What the exponential of base 2 is taken of, of scores times log2(e)."""
         return scaled if self.variant.logits is None else scaled_logits(self.variant.logits, scaled, 1.0, at)
+
+    def with_sink(self, result: Any, result_lse: Any, part: Part) -> tuple[Any, Any]:
+        """What `normalized` gave, and the sink, whose value is zero."""
+        at = self.position(part, tilus.zeros([1, 1, 1], int32))
+        sink = sink_log2(self.variant.sink, at, (1, 1, self.columns.width)).reshape([1, self.columns.width])
+        higher = tilus.maximum(result_lse, sink)
+        weight = tilus.exp2(result_lse - higher)
+        total = weight + tilus.exp2(sink - higher)
+        return result * (weight * tilus.rcp(total)), tilus.log2(total) + higher
 
 
 class Softmax:

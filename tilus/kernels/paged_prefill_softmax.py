@@ -121,7 +121,7 @@ class Rows:
         """Nothing is seen yet, but the variant's sink."""
         self.highest, self.total = tilus.full([HALF, 1], NO_SCORE), tilus.zeros([HALF, 1])
         if self.variant.sink is not None:
-            self.highest = sink_log2(self.variant.sink, self.position(tile, 0, 1), HALF) * (1.0 / self.unit)
+            self.highest = sink_log2(self.variant.sink, self.position(tile, 0, 1), (HALF, 1)) * (1.0 / self.unit)
             self.total = tilus.full([HALF, 1], 1.0)
 
     def step(self, tile: Tile, at: Any, masked: bool) -> None:
