@@ -110,6 +110,9 @@ def paged_decode_kernel(
     is added (kind 1), if anything is, for each token and head. early: block_tables and kv_lens may be read while the kernel in
     front still runs. shared, shared_out, shared_lse, prefix_split: of `shared_prefix_decode`: what sequences share, and attention
     over it; here follows the rest.
+
+    The kernel in front is then `shared_prefix_kernel`, which lets this one start when all others in front of it have ended. So
+    only its own results are waited for: all else is as good as constant.
     """
     kv_heads, warps, all_warps = q.shape[2], plan.warps, plan.warps + 1
     tilus.grid(blocks, warps=all_warps, blocks_per_sm=plan.blocks_per_sm)
@@ -121,7 +124,9 @@ def paged_decode_kernel(
     factor_ring = None if code is None else tilus.shared(f16, [plan.stages, plan.tile // chunk, 2, kinds, chunk])
     full, empty = tilus.mbarrier(plan.stages), tilus.mbarrier(plan.stages)
     constant = [kv_lens, block_tables] if early else []
-    if not early:
+    if shared is not None:
+        constant = [q, kv_cache, block_tables, shared]
+    elif not early:
         tilus.wait_dependencies()
     lengths = kv_lens if shared is None else shared[LENGTH]
     units, begin, end, start = find_share(lengths, kv_heads, split, all_warps, blocks, tilus.block_id(0))
@@ -131,13 +136,14 @@ def paged_decode_kernel(
 
         def fill(part):
             passed = part.passed if shared is None else shared[TOKENS, part.sequence]
-            fill_part(part, filling, kv_cache, factors, block_tables, passed, constant)
+            fill_part(part, filling, kv_cache, factors, block_tables, passed, constant if shared is None else None)
 
         each_part(lengths, kv_heads, start, begin, end, split, fill)
         tilus.wait_dependencies(constant=constant)
 
     with tilus.warps(0, warps):
-        tilus.wait_dependencies(constant=constant)
+        if shared is None:
+            tilus.wait_dependencies(constant=constant)
         using = Stages(ring, factor_ring, full, empty)
         columns = Columns(q_len, group, head_dim, plan.warps, plan.column_groups)
         changed = None if variant == NO_VARIANT else Columnwise(variant, columns, parameters, bits, words)
@@ -146,6 +152,8 @@ def paged_decode_kernel(
         def attend(part):
             softmax = Softmax(columns, operands, columns.queries(q, part), scale_log2, kinds, changed)
             attend_to_part(part, using, softmax)
+            if shared is not None:  # now the prefixes are needed
+                tilus.wait_dependencies(constant=constant)
             layout = operands.ordered_layout(columns.result_layout())
             result, result_lse = normalized(softmax.highest, softmax.total, softmax.weighted_sum(), layout)
             result = operands.natural(result)
@@ -168,6 +176,8 @@ def paged_decode_kernel(
                 columns.store(out, lse, part, result, result_lse)
 
         each_part(lengths, kv_heads, start, begin, end, split, attend)
+        if shared is not None:
+            tilus.wait_dependencies(constant=constant)
 
 
 def paged_decode(

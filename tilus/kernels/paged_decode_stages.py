@@ -56,10 +56,12 @@ class Stages:
 
 
 def fill_part(
-    part: Part, stages: Stages, kv_cache: Any, factors: Any, block_tables: Any, passed: Any, constant: list[Any]
+    part: Part, stages: Stages, kv_cache: Any, factors: Any, block_tables: Any, passed: Any,
+    constant: list[Any] | None,
 ) -> None:  # fmt: skip
     """Copy the tiles of a part into the ring. For pages behind the part's end zeros arrive, and no memory is read; their
-    factors are those of some page. passed: tokens at the start of the sequence that do not count."""
+    factors are those of some page. passed: tokens at the start of the sequence that do not count. constant: see
+    "Dependent launch" (docs/language.md); None where nothing is to be waited for."""
     _, chunks, _, chunk, _ = stages.ring.shape
     page_size, nowhere = kv_cache.shape[2], kv_cache.shape[0]
     tile, token, end = chunks * chunk, part.token, part.end_token
@@ -67,9 +69,8 @@ def fill_part(
     window = PAGES // chunks * chunks  # pages, so that a tile does not reach into the next one
     for pages in tilus.range(token // page_size, tilus.cdiv(end, page_size), window):
         table = tilus.load(block_tables, [part.sequence, pages + passed // page_size], [PAGES], layout=lanes)
-        tilus.wait_dependencies(
-            constant=constant
-        )  # the first time; nothing before has read or written what it waits for
+        if constant is not None:  # the first time; nothing before has read or written what it waits for
+            tilus.wait_dependencies(constant=constant)
         for first in tilus.range(max(token, pages * page_size), min(end, (pages + window) * page_size), tile):
             stages.wait_empty()
             full = stages.full[stages.stage]

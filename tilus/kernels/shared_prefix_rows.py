@@ -51,9 +51,11 @@ def shared_prefix_kernel(
     split: Const,
     plan: Const,
 ):
-    """q: q_len tokens of each sequence. shared: what `shared_prefix_groups` found. places: as `places` says."""
+    """q: q_len tokens of each sequence. shared: what `shared_prefix_groups` found. places: as `places` says.
+
+    The next kernel may start once all earlier ones have ended: it relies on that.
+    """
     tilus.grid(split.blocks, warps=CONSUMERS + PRODUCERS)
-    tilus.launch_dependents()
     kv_heads = q.shape[1]
     queries = tilus.shared(q.dtype, [2, HALF, head_dim])
     keys = tilus.shared(q.dtype, [plan.stages, plan.kv_tile, head_dim])
@@ -61,9 +63,10 @@ def shared_prefix_kernel(
     full = tilus.mbarrier(), tilus.mbarrier(plan.stages), tilus.mbarrier(plan.stages)
     empty = tilus.mbarrier(arrivals=2), tilus.mbarrier(plan.stages, arrivals=2), tilus.mbarrier(plan.stages, arrivals=2)
     turns = tilus.mbarrier(2)
+    tilus.wait_dependencies()
+    tilus.launch_dependents()
 
     with tilus.warps(CONSUMERS, PRODUCERS, registers=plan.registers_to_copy):
-        tilus.wait_dependencies()
         filling = Stages(queries, keys, values, full, empty)
 
         def fill(index, tile):
@@ -77,7 +80,6 @@ def shared_prefix_kernel(
 
     for half in range(2):
         with tilus.warps(4 * half, 4, registers=plan.registers):
-            tilus.wait_dependencies()
             using = Stages(queries, keys, values, full, empty)
             kind = Kind(plan.heads, False, NO_VARIANT)
             rows = SharedRows(using, Turns(turns, half), (partial_out, partial_lse), scale_log2, kind, None, None)
