@@ -59,6 +59,15 @@ def check_window(sees: list[int], found: tuple[int, int, int], window: int, end:
     assert end - steps == first // KV_TILE
 
 
+def test_the_first_tile_of_a_window() -> None:
+    """Is that of the first key that the first query sees, for all windows and numbers of keys."""
+    for limit in range(1, 3 * KV_TILE):
+        for window in range(1, 2 * KV_TILE + 2):
+            _, end, steps = visited(limit, 4 * KV_TILE, Visits(16, KV_TILE, True, True, window))
+            first_key = next(key for key in (0, limit - window) if key > limit - 1 - window)
+            assert end - steps == first_key // KV_TILE
+
+
 @given(st.integers(0, 5000), st.integers(1, 40), st.sampled_from([8, 32, 128]))
 def test_slots_are_not_many_more_than_needed(queries: int, sequences: int, tokens: int) -> None:
     assert slots(queries, sequences, tokens) <= queries // tokens + sequences
