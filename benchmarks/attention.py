@@ -3,6 +3,7 @@
     python benchmarks/attention.py decode --out FILE    batches of 1 to 128 sequences of 1k to 16k tokens, and skewed ones
     python benchmarks/attention.py quantised            decoding from caches of fp8, int8 and int4, without peers
     python benchmarks/attention.py prefill              causal prefill, and appending to a cache
+    python benchmarks/attention.py prefixes             sequences that begin with the same pages, tilus alone
     python benchmarks/attention.py mla                  multi-head latent attention, without peers
     python benchmarks/attention.py plans                decoding by several plans, tilus alone; quantised_plans likewise
     python benchmarks/attention.py decode prefill       one after the other; without a name all but plans
@@ -31,6 +32,9 @@ Every row has phase, batch, context (of a skewed batch the mean), q_len, heads, 
                            the fastest of a few configurations of the kernel in paged/triton_decode.py
     bar, met               wanted tbps or tflops, and whether it was reached
     failures               {peer: why there is no time}
+prefixes: tokens of a prefix, groups that have one each, own tokens of a sequence; us with the groups found before, with_find_us,
+    find_us and prefixes_us (the launches that find groups and attend to prefixes, alone), paged_decode_us (which shares nothing),
+    read_us of every page once; bar in microseconds.
 mla: phase, batch, context, q_len, heads, page, kv_dtype, us, tbps, tflops (of keys that are seen), read_us and error.
 plans: tile, stages, warps, blocks, us, tbps and error of each plan.
 """
@@ -45,7 +49,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from paged import decode, mla, plans, prefill
+from paged import decode, mla, plans, prefill, prefixes
 from paged.cases import DECODE, PREFILL, QUANTISED
 from products.report import Report
 from products.timing import Budget, Timer
@@ -54,11 +58,12 @@ SUITES = {
     "decode": (decode, DECODE),
     "quantised": (decode, QUANTISED),
     "prefill": (prefill, PREFILL),
+    "prefixes": (prefixes, prefixes.PREFIXES),
     "mla": (mla, mla.CASES),
     "plans": (plans, DECODE),
     "quantised_plans": (plans, QUANTISED),
 }
-DEFAULT = ("decode", "quantised", "prefill", "mla")
+DEFAULT = ("decode", "quantised", "prefill", "prefixes", "mla")
 
 
 def numbers_in(text: str) -> list[int]:

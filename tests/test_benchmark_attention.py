@@ -10,8 +10,9 @@ from paged import mla
 from paged.batches import check, elements_of, error_of, random_batch
 from paged.cases import DECODE, LONGEST, QUANTISED, Case
 from paged.plans import PLANS
+from paged.prefixes import PREFIXES, PrefixCase, shared_batch
 
-from tilus.kernels import paged_decode
+from tilus.kernels import find_shared_prefixes, paged_decode
 
 SMALL = {"heads": 4, "kv_heads": 2, "head_dim": 64}
 
@@ -43,6 +44,20 @@ def test_bytes_and_lengths() -> None:
     assert Case(1, 4096, kv_dtype="fp8").nbytes == 4096 * 8 * 2 * 130
     assert Case(1, 4096, kv_dtype="int4").nbytes == 4096 * 8 * 2 * 68
     assert Case(8, 4096, skewed=True).lengths[0] > 7 * Case(8, 4096, skewed=True).lengths[-1]
+
+
+def test_sequences_of_a_group_begin_with_the_same_pages() -> None:
+    """And all others are different; bytes count every page once."""
+    wanted = PrefixCase(4, 272, 32, groups=2)
+    batch = shared_batch(wanted, 1, "cpu")
+    tables = batch.block_tables
+    assert batch.kv_lens.tolist() == [304] * 4 and tables.shape == (4, 19)
+    assert len(set(tables.flatten().tolist())) == 2 * 17 + 4 * 2 == batch.caches[0].shape[0]
+    assert torch.equal(tables[0, :17], tables[1, :17]) and torch.equal(tables[2, :17], tables[3, :17])
+    assert wanted.nbytes == batch.caches[0].nbytes
+    shared = find_shared_prefixes(tables, batch.kv_lens, 1, 4, 16, device="reference")
+    assert shared[1].tolist() == [272] * 4
+    assert all(case.batch % case.groups == 0 for case in PREFIXES)
 
 
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "fp8", "int4"])

@@ -92,6 +92,14 @@ def autotune() -> bool:
     return value == "1"
 
 
+def debug() -> bool:
+    """TILUS_DEBUG: 1 checks block tables, lengths, positions and slots before attention and appends run; default 0."""
+    value = os.environ.get("TILUS_DEBUG", "0")
+    if value not in ("0", "1"):
+        raise TilusError(f"TILUS_DEBUG is {value!r}, expected 0 or 1")
+    return value == "1"
+
+
 def dump_dir() -> Path | None:
     """TILUS_DUMP_DIR: when set, the IR after each pass and the PTX or C of every kernel are written under it."""
     value = os.environ.get("TILUS_DUMP_DIR")

@@ -13,7 +13,7 @@ from paged.batches import PagedBatch, check
 from paged.cases import Case
 from paged.decode import AttentionRun
 from tilus.kernels import paged_decode, paged_prefill
-from tilus.kernels.paged_decode import MAX_QUERIES
+from tilus.kernels.paged_decode_arguments import MAX_QUERIES
 
 COLUMNS = {
     "batch": 7, "new": 7, "context": 9, "heads": 8, "page": 6, "us": 10, "TFLOP/s": 9, "plain": 10, "best peer": 24, "bar": 6,

@@ -23,6 +23,7 @@ from tilus.kernels.paged_decode import DecodePlan
 from tilus.kernels.paged_decode_split import Split
 from tilus.kernels.paged_prefill import PrefillPlan
 from tilus.kernels.quantize.tiles import ROWS
+from tilus.kernels.shared_prefix_groups import PrefixSplit
 from tilus.kernels.warpgroup_linear import WarpgroupPlan
 from tilus.lang.kernel import Kernel
 from tilus.target import get_target
@@ -46,6 +47,7 @@ SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
         {"wdtype": uint4, "scale_dtype": f16, "span": 128, "plan": WarpgroupPlan(8, 1, 2, 1, 2, 8)},
         {"wdtype": int4, "scale_dtype": f16, "span": 0, "plan": WarpgroupPlan(64, 2, 1, 1, 1, 4)},
     ],
+    "index_checks.first_outside_kernel": [{}],
     "kv_cache.rope_append_quantized_kernel": [
         {"head_dim": 64, "q_heads": 3, "kv_heads": 3, "page_size": 16, "kind": KV_FORMATS["int4"]}
     ],
@@ -138,6 +140,20 @@ SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
     "paged_prefill.paged_prefill_kernel": [
         {"kv_heads": 2, "group": 4, "head_dim": 128, "page_size": 16, "causal": True, "plan": PrefillPlan(4)},
         {"kv_heads": 1, "group": 1, "head_dim": 64, "page_size": 128, "causal": False, "plan": PrefillPlan(1)},
+    ],
+    "shared_prefix_groups.shared_prefix_groups_kernel": [
+        {"q_len": 2, "page_size": 16, "members": 16, "unit": 128, "lanes": 64},
+        {"q_len": 1, "page_size": 256, "members": 32, "unit": 256, "lanes": 256, "early": True},
+    ],
+    "shared_prefix_rows.shared_prefix_kernel": [
+        {
+            "q_len": 2,
+            "group": 4,
+            "head_dim": 64,
+            "page_size": 16,
+            "split": PrefixSplit(128, 132),
+            "plan": PrefillPlan(4),
+        }
     ],
     "quantize.codes.pack_codes_kernel": [
         {"wdtype": uint4, "lookup": False},

@@ -56,6 +56,7 @@ VARIANTS: dict[str, tuple[Variant, Scores, list[float] | None]] = {
         lambda s, query, key, head: s if head % 2 == 0 else np.where(key % 2 == 0, s, -np.inf),
         None,
     ),
+    "window that skips": (Variant(window=32), lambda s, query, key, head: np.where(query - key < 32, s, -np.inf), None),
     "sinks": (Variant(sink=sink), lambda s, query, key, head: s, [-1.0, 2.0, 0.0, 3.0]),
     "all": (
         Variant(soft_cap, window, sink),

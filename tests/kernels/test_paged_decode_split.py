@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,8 +43,11 @@ def first_units(lengths: Sequence[int], kv_heads: int, unit: int) -> list[int]:
     return [0, *np.cumsum([max(1, -(-n // unit)) * kv_heads for n in lengths]).tolist()]
 
 
-def parts_by_block(lengths: Sequence[int], kv_heads: int, blocks: int, split: Split) -> list[list[Part]]:
-    firsts = first_units(lengths, kv_heads, split.unit)
+def parts_by_block(
+    lengths: Sequence[int], kv_heads: int, blocks: int, split: Split, counted: Sequence[int] | None = None
+) -> list[list[Part]]:
+    """counted: of each sequence the tokens that count; all by default."""
+    firsts = first_units(counted or lengths, kv_heads, split.unit)
     units, result = firsts[-1], list[list[Part]]()
     for block in range(blocks):
         begin, end = share(units, blocks, block), share(units, blocks, block + 1)
@@ -52,6 +56,34 @@ def parts_by_block(lengths: Sequence[int], kv_heads: int, blocks: int, split: Sp
         each_part(lengths, kv_heads, (sequence, firsts[sequence]), begin, end, split, found.append)
         result.append(found)
     return result
+
+
+def read_pages(part: Part, page_size: int) -> range:
+    """Places in the sequence's block table whose pages a part reads from."""
+    return range((part.passed + part.token) // page_size, -(-(part.passed + part.end_token) // page_size))
+
+
+def check_pages(
+    by_block: list[list[Part]], lengths: list[int], kv_heads: int, page_size: int, recent: int | None
+) -> None:
+    """Each page of each head is read once, those wholly in front of the last `recent` tokens not at all."""
+    read = Counter(
+        (part.sequence, part.head, page) for block in by_block for part in block for page in read_pages(part, page_size)
+        if part.end_token > part.token
+    )  # fmt: skip
+    first = [0 if recent is None else max(0, length - recent) // page_size for length in lengths]
+    assert read == Counter(
+        (sequence, head, page)
+        for sequence, length in enumerate(lengths)
+        for head in range(kv_heads)
+        for page in range(first[sequence], -(-length // page_size))
+    )
+
+
+def check_balance(by_block: list[list[Part]], blocks: int, unit: int) -> None:
+    """No block has more units than the mean by more than 5 % and one, which may be a sequence's last and not full."""
+    work = [sum((part.end - part.begin) * unit for part in block) for block in by_block]
+    assert max(work) <= 1.05 * sum(work) / blocks + unit
 
 
 def check_batch(lengths: list[int], kv_heads: int, unit: int, blocks: int, fixed: bool) -> None:
@@ -104,6 +136,22 @@ def test_edges(batch: tuple[list[int], int, int, int]) -> None:
     check_batch(*batch, fixed=True)
 
 
+def test_pages_of_random_batches() -> None:
+    """Units within a page or of whole pages, as the kernel has them; with a window and without."""
+    rng = np.random.default_rng(7)
+    for number in range(BATCHES):
+        lengths, kv_heads, _, blocks = random_batch(rng)
+        page_size, recent = int(rng.choice([16, 32, 64, 128, 256])), None if number % 2 else int(rng.integers(1, 2000))
+        split = Split(min(int(rng.choice([64, 128])), page_size), False, recent, 1 if recent is None else page_size)
+        counted = [n if recent is None else n - max(0, n - recent) // page_size * page_size for n in lengths]
+        by_block = parts_by_block(lengths, kv_heads, blocks, split, counted)
+        if split.unit == page_size:
+            check_pages(by_block, lengths, kv_heads, page_size, recent)
+        check_balance(by_block, blocks, split.unit)
+        tokens = sum(part.end_token - part.token for block in by_block for part in block)
+        assert tokens == sum(counted) * kv_heads
+
+
 @given(st.integers(1, 400), st.integers(1, 50))
 def test_owner_is_the_inverse_of_share(units: int, blocks: int) -> None:
     runs = [range(share(units, blocks, block), share(units, blocks, block + 1)) for block in range(blocks)]
@@ -122,6 +170,19 @@ def test_parts_of_a_sequence_depend_on_nothing_else_when_fixed() -> None:
         lengths, _, _, blocks = random_batch(rng)
         chosen = int(rng.integers(len(lengths)))
         assert cuts(lengths, chosen, blocks) == cuts([lengths[chosen]], 0, int(rng.integers(1, 99)))
+
+
+@pytest.mark.parametrize("device", ["reference", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_kernels_count_what_a_window_leaves(device: str) -> None:
+    rng = np.random.default_rng(5)
+    lengths = rng.integers(0, 900, 150).astype(np.int32)
+    found = np.zeros((6, 5), np.int32)
+    starts.on(device)(lengths, found, 3, split=Split(16, False, 100, 32), blocks=6)
+    counted = [n - max(0, n - 100) // 32 * 32 for n in lengths.tolist()]
+    firsts = first_units(counted, 3, 16)
+    assert found[0, 2] == firsts[-1] and found[:, 0].tolist() == [
+        next(s for s in range(150) if firsts[s + 1] > share(firsts[-1], 6, block)) for block in range(6)
+    ]
 
 
 @tilus.kernel

@@ -16,9 +16,11 @@ KV_TILE = 128
 
 @given(
     st.lists(st.tuples(st.integers(0, 300), st.integers(-20, 400)), min_size=1, max_size=8),
-    st.sampled_from([1, 2, 4, 8, 16]), st.booleans(), st.integers(1, 7),
+    st.sampled_from([1, 2, 4, 8, 16]), st.booleans(), st.integers(1, 7), st.integers(1, 500),
 )  # fmt: skip
-def test_pairs_of_rows_and_cached_tiles(lengths: list[tuple[int, int]], heads: int, causal: bool, blocks: int) -> None:
+def test_pairs_of_rows_and_cached_tiles(
+    lengths: list[tuple[int, int]], heads: int, causal: bool, blocks: int, window: int
+) -> None:
     """Of one head: the numbers of all blocks are all slots; slots are all queries; tiles of the cache are those that some query
     of a slot sees, unmasked ones those that each of them sees whole."""
     tokens = tokens_of(heads)
@@ -35,15 +37,35 @@ def test_pairs_of_rows_and_cached_tiles(lengths: list[tuple[int, int]], heads: i
         computed.update(starts[sequence] + query for query in queries)
         length = cached[sequence]
         limit = length - lengths[sequence][0] + first + 1
-        unmasked, steps = visited(limit, length, Visits(heads, KV_TILE, causal))
+        unmasked, end, steps = visited(limit, length, Visits(heads, KV_TILE, causal))
+        assert steps == end
         sees = [max(0, length - lengths[sequence][0] + query + 1) if causal else length for query in queries]
         if sees:
+            if causal:
+                check_window(sees, visited(limit, length, Visits(heads, KV_TILE, True, True, window)), window, end)
             assert 0 <= unmasked <= steps
             assert unmasked == min(sees) // KV_TILE
             assert -(-max(sees) // KV_TILE) <= steps <= -(-length // KV_TILE)
             if len(queries) == tokens:
                 assert steps == -(-max(sees) // KV_TILE)
     assert computed == Counter(range(starts[-1]))
+
+
+def check_window(sees: list[int], found: tuple[int, int, int], window: int, end: int) -> None:
+    """Of queries that see so many keys without a window: what they see is in the visited tiles, and so is the first of them."""
+    unmasked, same_end, steps = found
+    assert unmasked == 0 and same_end == end and 0 <= steps <= end
+    first = max(min(sees) - window, 0)
+    assert end - steps == first // KV_TILE
+
+
+def test_the_first_tile_of_a_window() -> None:
+    """Is that of the first key that the first query sees, for all windows and numbers of keys."""
+    for limit in range(1, 3 * KV_TILE):
+        for window in range(1, 2 * KV_TILE + 2):
+            _, end, steps = visited(limit, 4 * KV_TILE, Visits(16, KV_TILE, True, True, window))
+            first_key = next(key for key in (0, limit - window) if key > limit - 1 - window)
+            assert end - steps == first_key // KV_TILE
 
 
 @given(st.integers(0, 5000), st.integers(1, 40), st.sampled_from([8, 32, 128]))

@@ -6,6 +6,7 @@
 from tilus.kernels import quantize as quantize
 from tilus.kernels.activation import silu_mul as silu_mul
 from tilus.kernels.attention import paged_attention as paged_attention
+from tilus.kernels.block_sparse import block_sparse_attention as block_sparse_attention
 from tilus.kernels.embedding import embedding as embedding
 from tilus.kernels.gemm import gemm as gemm
 from tilus.kernels.grouped_linear import grouped_linear as grouped_linear
@@ -24,4 +25,6 @@ from tilus.kernels.paged_prefill import paged_prefill as paged_prefill
 from tilus.kernels.quantize import QuantizedWeight as QuantizedWeight
 from tilus.kernels.quantize_tokens import quantize_tokens as quantize_tokens
 from tilus.kernels.rope import rope_append as rope_append
+from tilus.kernels.shared_prefix import find_shared_prefixes as find_shared_prefixes
+from tilus.kernels.shared_prefix import shared_prefix_decode as shared_prefix_decode
 from tilus.kernels.w4a8_linear import w4a8_linear as w4a8_linear

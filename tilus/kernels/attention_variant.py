@@ -10,6 +10,15 @@ The last 1024 tokens, and scores between -30 and 30, are
 
     paged_prefill(..., variant=Variant(logits=soft_cap, mask=window))
 
+With Variant(window=1024) the same tokens are seen, and tiles without any of them are not even read. A tree of speculated tokens,
+which are the last tokens of a sequence and its queries, each of which sees its ancestors and itself, is
+
+    def ancestors(at):
+        return (at.key < at.past) | at.bit(at.key - at.past)
+
+    bits = pack_bits(sees)  # boolean [queries of all sequences, queries of a sequence at most]
+    paged_prefill(..., variant=Variant(mask=ancestors), bits=bits)  # or paged_decode
+
 Variants are equal when their functions are: define them once, at the top of a module, so that a kernel is compiled once.
 """
 
@@ -25,6 +34,9 @@ import tilus
 from tilus.dtypes import DataType, boolean, f32
 from tilus.errors import Loc, TilusError
 
+WORD_NBITS = 32
+MOST_WORDS = 8
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -32,11 +44,18 @@ class Variant:
 
     logits(score, at): in place of the scaled score, f32. mask(at): which keys a query sees, boolean, beside what causality and
     lengths say. sink(at): the logit of one more key, whose value is zero, f32 [rows, 1] or a number; it counts in the logarithms.
+    window: where queries do not see what comes behind them, how many keys one sees at most: the last ones, its own included.
     """
 
     logits: Callable[[Any, Any], Any] | None = None
     mask: Callable[[Any], Any] | None = None
     sink: Callable[[Any], Any] | None = None
+    window: int | None = None
+
+    @property
+    def hides(self) -> bool:
+        """Whether keys are hidden beside what causality and lengths say."""
+        return self.mask is not None or self.window is not None
 
     def __post_init__(self) -> None:
         for what, function, expected in (
@@ -46,28 +65,87 @@ class Variant:
         ):
             if function is not None:
                 _check_signature(what, function, expected)
+        if self.window is not None and self.window < 1:
+            raise TilusError(
+                f"the window of an attention variant is {self.window}, expected at least 1, the query's own key"
+            )
+
+
+NO_VARIANT = Variant()
+
+
+@dataclass(frozen=True, eq=False)
+class GivenVariant:
+    """A variant with the tensors of a call, each of which may be None."""
+
+    variant: Variant = NO_VARIANT
+    parameters: Any = None
+    bits: Any = None
+
+    @property
+    def words(self) -> int:
+        return 0 if self.bits is None else self.bits.shape[1]
+
+
+AS_IT_IS = GivenVariant()
+
+
+@dataclass(frozen=True, eq=False)
+class Words:
+    """Bits of the queries of some rows, int32: `count` words bits[row + token] for rows in runs of (heads, tokens).
+
+    token_first: rows follow each other token by token instead. shape: of a word's tile. variant: that asks for them.
+    """
+
+    variant: Variant
+    bits: Any
+    count: int
+    row: Any
+    runs: tuple[int, int]
+    shape: tuple[int, ...]
+    token_first: bool = False
+
+    def word(self, index: int) -> Any:
+        heads, tokens = self.runs
+        values = tilus.load(self.bits, [self.row, index], [tokens, 1])
+        if self.token_first:
+            return tilus.broadcast(values, [tokens, heads]).reshape(self.shape)
+        return tilus.broadcast(values.reshape([1, tokens]), [heads, tokens]).reshape(self.shape)
 
 
 @dataclass(frozen=True, eq=False)
 class Position:
     """Where scores are. query [rows, 1], key [1, keys]: positions in the sequence, int32. head [rows, 1]: of all query heads.
 
-    parameters: the caller's f32 tensor, None where there is none. head_runs: rows follow each other in such runs of one head,
-    from the head `first_head` on.
+    In decoding rows are columns of the products: query and head are [1, 1, rows], key is [warps, keys, 1].
+    past: cached tokens in front of the sequence's queries. parameters: the caller's f32 tensor, None where there is none.
+    first_head: of the rows. words: of the caller's bits; they also say how rows follow each other.
     """
 
     query: Any
     key: Any
     head: Any
+    past: Any
     parameters: Any
     first_head: Any
-    head_runs: tuple[int, int]
+    words: Words
+
+    def bit(self, index: Any) -> Any:
+        """The index-th bit of each row's query, boolean; index: int32, [1, keys] or [rows, keys]. False where there is none."""
+        _check_words(self.words.count, self.words.variant)
+        found = 0
+        for number in range(self.words.count):
+            word = self.words.word(number) >> (index % WORD_NBITS)
+            found = tilus.where(index // WORD_NBITS == number, word & 1, found)
+        return found == 1
 
     def of_heads(self, offset: int = 0) -> Any:
         """parameters[offset + head] of each row, [rows, 1]."""
-        heads, rows = self.head_runs
+        heads, tokens = self.words.runs
         values = tilus.load(self.parameters, [self.first_head + offset], [heads])
-        return tilus.broadcast(values.reshape([heads, 1]), [heads, rows]).reshape([heads * rows, 1])
+        if self.words.token_first:
+            return tilus.broadcast(values.reshape([1, heads]), [tokens, heads]).reshape(self.words.shape)
+        return tilus.broadcast(values.reshape([heads, 1]), [heads, tokens]).reshape(self.words.shape)
 
 
 def scaled_logits(logits: Callable[..., Any], scores: Any, scale_log2: Any, at: Position) -> Any:
@@ -77,19 +155,19 @@ def scaled_logits(logits: Callable[..., Any], scores: Any, scale_log2: Any, at: 
     return found * math.log2(math.e)
 
 
-def seen(mask: Callable[..., Any], allowed: Any, at: Position, shape: tuple[int, int]) -> Any:
+def seen(mask: Callable[..., Any], allowed: Any, at: Position, shape: tuple[int, ...]) -> Any:
     """Which keys are seen, of those that are allowed."""
     found = mask(at)
     check_tile("mask", mask, shape_of(found), dtype_of(found), shape, boolean)
     return allowed & found
 
 
-def sink_log2(sink: Callable[..., Any], at: Position, rows: int) -> Any:
-    """[rows, 1]"""
+def sink_log2(sink: Callable[..., Any], at: Position, shape: tuple[int, ...]) -> Any:
+    """The logits of sinks times log2(e), a tile of that shape."""
     found = sink(at)
     if not isinstance(found, (int, float)):
-        check_tile("sink", sink, shape_of(found), dtype_of(found), (rows, 1), f32)
-    return tilus.zeros([rows, 1]) + found * math.log2(math.e)
+        check_tile("sink", sink, shape_of(found), dtype_of(found), shape, f32)
+    return tilus.zeros(shape) + found * math.log2(math.e)
 
 
 def shape_of(value: Any) -> Any:
@@ -102,12 +180,12 @@ def dtype_of(value: Any) -> Any:
 
 def check_tile(
     what: str, function: Callable[..., Any], shape: tuple[int, ...] | None, dtype: DataType | None,
-    wanted: tuple[int, int], wanted_dtype: DataType,
+    wanted: tuple[int, ...], wanted_dtype: DataType,
 ) -> None:  # fmt: skip
     """Raise at the user's function unless its result is a tile that broadcasts to the wanted one."""
     fits = (
         shape is not None
-        and len(shape) <= 2
+        and len(shape) <= len(wanted)
         and all(have in (1, want) for have, want in zip(reversed(shape), reversed(wanted)))
     )
     if fits and dtype == wanted_dtype:
@@ -124,6 +202,43 @@ def check_tile(
             else ", a score is f32 [rows, keys]: cast integers by .to(tilus.f32)"
         ),
     )
+
+
+def pack_bits(conditions: Any) -> Any:
+    """What `bits` of attention takes: boolean torch [queries, n], n up to 256, as int32 [queries, n / 32 rounded up].
+
+    Bit i of word w is condition 32 w + i."""
+    import torch
+
+    queries, count = conditions.shape
+    words = -(-count // WORD_NBITS)
+    padded = torch.zeros(queries, words * WORD_NBITS, dtype=torch.int64, device=conditions.device)
+    padded[:, :count] = conditions
+    values = (padded.unflatten(1, (words, WORD_NBITS)) << torch.arange(WORD_NBITS, device=conditions.device)).sum(2)
+    return torch.where(values < 2**31, values, values - 2**32).to(torch.int32)
+
+
+def check_variant(what: str, variant: Variant, bits: Any, queries: int, causal: bool) -> None:
+    """Raise a TilusError where a variant does not fit the call of the function `what`."""
+    if variant.window is not None and not causal:
+        raise TilusError(
+            f"{what}: window={variant.window} and causal=False, expected causal=True", hint="write a mask for it"
+        )
+    if bits is not None and (bits.ndim != 2 or bits.shape[0] != queries or not 1 <= bits.shape[1] <= MOST_WORDS):
+        raise TilusError(
+            f"{what}: bits of shape {list(bits.shape)}, expected [{queries}, 1 to {MOST_WORDS} words]",
+            hint="tilus.kernels.attention_variant.pack_bits makes them of booleans",
+        )
+
+
+def _check_words(count: int, variant: Variant) -> None:
+    if count == 0:
+        function = variant.mask or variant.logits or variant.sink
+        raise TilusError(
+            "at.bit of an attention variant, but the call has no bits",
+            loc=None if function is None else _defined_at(function),
+            hint="pass bits=pack_bits(...)",
+        )
 
 
 def _check_signature(what: str, function: Callable[..., Any], expected: tuple[str, ...]) -> None:

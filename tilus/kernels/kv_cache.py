@@ -14,6 +14,7 @@ from tilus import Const, Tensor, TilusError, f16, f32, int32, uint8
 from tilus.dtypes import DataType, float8_e4m3, int8, uint4
 from tilus.kernels.allocate import empty
 from tilus.kernels.attention import power_of_two
+from tilus.kernels.index_checks import check_tokens
 from tilus.kernels.rope import rotated
 from tilus.layout import RegisterLayout, local, replicated, spatial
 
@@ -184,6 +185,7 @@ def rope_append_quantized(
             f"rope_append_quantized: rows of {qkv.shape[1]} elements with {kv_heads} kv heads of {head_dim}, expected heads of "
             f"32, 64, 128 or 256 and (q_heads + {2 * kv_heads}) * {head_dim} elements with at least one q head"
         )
+    check_tokens("rope_append_quantized", positions, slots, cos_sin.shape[0], cache, device=device)
     q = empty(qkv, (qkv.shape[0], q_heads, head_dim))
     rope_append_quantized_kernel.on(device)(
         qkv.unflatten(1, (heads, head_dim)), positions, cos_sin, slots, cache.codes, cache.factors, q,

@@ -69,4 +69,5 @@ class Results:
         tilus.store(self.partial_lse[first_place + index], [0, 0], log2.reshape([EIGHT, EIGHT]))
         if tilus.atomic_add(self.tickets, [block], 1) == count - 1:
             tilus.store(self.tickets, [block], tilus.zeros([1], int32))
-            self.columns.merge(self.partial_out, self.partial_lse, first_place, count, self.out, self.lse, Block(block))
+            outs, logs = (tilus.narrow(t, 0, first_place, count) for t in (self.partial_out, self.partial_lse))
+            self.columns.merge(outs, logs, count, self.out, self.lse, Block(block))

@@ -20,18 +20,21 @@ Online softmax: M. Milakov and N. Gimelshein, arXiv 1805.02867.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import tilus
 from tilus import Const, Tensor, TilusError, f16, f32, int32
 from tilus.kernels.allocate import counters, empty, is_cuda
-from tilus.kernels.attention import MAX_GROUP, power_of_two
+from tilus.kernels.attention import power_of_two
+from tilus.kernels.attention_variant import AS_IT_IS, NO_VARIANT, GivenVariant, Variant
+from tilus.kernels.index_checks import check_tables
 from tilus.kernels.kv_cache import QuantizedCache
+from tilus.kernels.paged_decode_arguments import check_decode, check_given
 from tilus.kernels.paged_decode_columns import Columns, normalized, padded_columns
 from tilus.kernels.paged_decode_operands import UNIT_NBITS, Codes, Elements
-from tilus.kernels.paged_decode_softmax import Softmax, attend_to_part
+from tilus.kernels.paged_decode_softmax import Columnwise, Softmax, attend_to_part
 from tilus.kernels.paged_decode_split import (
     Split,
     each_part,
@@ -42,13 +45,11 @@ from tilus.kernels.paged_decode_split import (
 )
 from tilus.kernels.paged_decode_stages import Stages, fill_part
 from tilus.kernels.plan_choice import num_sms_of
+from tilus.kernels.shared_prefix_groups import LENGTH, TOKENS, PrefixResults, prefix_results, results_of
 from tilus.ptx.assembler import SpillError
 from tilus.runtime.execute import place
 from tilus.target import TARGETS
 
-UNIT = 128  # tokens: parts of a fixed split are multiples of it
-HEAD_DIMS = (64, 96, 128, 256)
-MAX_QUERIES = 8
 SHARED_NBYTES = TARGETS["sm_90a"].max_shared_nbytes
 HALF_SHARED_NBYTES = TARGETS["sm_90a"].shared_nbytes_per_sm // 2 - 1024  # each block takes 1 KB more than it asks for
 RESERVED_NBYTES = 1024  # for barriers and the starts of tensors
@@ -85,6 +86,11 @@ def paged_decode_kernel(
     scale_log2: float,
     lse: Tensor[f32, "sequences", "q_len", "kv_heads", "group"] = None,
     factors: Tensor[f16, "pages", "kv_heads", 2, "kinds", "page_size"] = None,
+    shared: Tensor[int32, 6, "sequences"] = None,
+    shared_out: Tensor[f32, "shared_places", "row_tokens", "heads", "head_dim"] = None,
+    shared_lse: Tensor[f32, "shared_places", "row_tokens", "heads"] = None,
+    parameters: Tensor[f32, "count"] = None,
+    bits: Tensor[int32, "queries", "words"] = None,
     *,
     q_len: Const,
     group: Const,
@@ -95,12 +101,19 @@ def paged_decode_kernel(
     plan: Const,
     code: Const = None,
     early: Const = False,
+    prefix_split: Const = None,
+    variant: Const = NO_VARIANT,
+    words: Const = 0,
 ):
     """tickets: zeros, one for each sequence and kv head, and left so. places: as `paged_decode_split.places` says.
 
     code: of a quantised cache, whose rows are its codes in units of 16 bits. factors: scales of keys and values (kind 0) and what
     is added (kind 1), if anything is, for each token and head. early: block_tables and kv_lens may be read while the kernel in
-    front still runs.
+    front still runs. shared, shared_out, shared_lse, prefix_split: of `shared_prefix_decode`: what sequences share, and attention
+    over it; here follows the rest.
+
+    The kernel in front is then `shared_prefix_kernel`, which lets this one start when all others in front of it have ended. So
+    only its own results are waited for: all else is as good as constant.
     """
     kv_heads, warps, all_warps = q.shape[2], plan.warps, plan.warps + 1
     tilus.grid(blocks, warps=all_warps, blocks_per_sm=plan.blocks_per_sm)
@@ -112,46 +125,66 @@ def paged_decode_kernel(
     factor_ring = None if code is None else tilus.shared(f16, [plan.stages, plan.tile // chunk, 2, kinds, chunk])
     full, empty = tilus.mbarrier(plan.stages), tilus.mbarrier(plan.stages)
     constant = [kv_lens, block_tables] if early else []
-    if not early:
+    if shared is not None:
+        constant = [q, kv_cache, block_tables, shared]
+    elif not early:
         tilus.wait_dependencies()
-    units, begin, end, start = find_share(kv_lens, kv_heads, split, all_warps, blocks, tilus.block_id(0))
+    lengths = kv_lens if shared is None else shared[LENGTH]
+    units, begin, end, start = find_share(lengths, kv_heads, split, all_warps, blocks, tilus.block_id(0))
 
     with tilus.warps(warps, 1):
         filling = Stages(ring, factor_ring, full, empty)
 
         def fill(part):
-            fill_part(part, filling, kv_cache, factors, block_tables, constant)
+            passed = part.passed if shared is None else shared[TOKENS, part.sequence]
+            fill_part(part, filling, kv_cache, factors, block_tables, passed, constant if shared is None else None)
 
-        each_part(kv_lens, kv_heads, start, begin, end, split, fill)
+        each_part(lengths, kv_heads, start, begin, end, split, fill)
         tilus.wait_dependencies(constant=constant)
 
     with tilus.warps(0, warps):
-        tilus.wait_dependencies(constant=constant)
+        if shared is None:
+            tilus.wait_dependencies(constant=constant)
         using = Stages(ring, factor_ring, full, empty)
         columns = Columns(q_len, group, head_dim, plan.warps, plan.column_groups)
+        changed = None if variant == NO_VARIANT else Columnwise(variant, columns, parameters, bits, words)
         operands = Elements() if code is None else Codes(code, head_dim, columns.parts, columns.column_groups)
 
         def attend(part):
-            softmax = Softmax(columns, operands, columns.queries(q, part), scale_log2, kinds)
+            softmax = Softmax(columns, operands, columns.queries(q, part), scale_log2, kinds, changed)
             attend_to_part(part, using, softmax)
+            if shared is not None:  # now the prefixes are needed
+                tilus.wait_dependencies(constant=constant)
             layout = operands.ordered_layout(columns.result_layout())
             result, result_lse = normalized(softmax.highest, softmax.total, softmax.weighted_sum(), layout)
             result = operands.natural(result)
             count, index, place = parts_of(part, units, blocks, split)
+            if changed is not None and variant.sink is not None and index == 0:
+                result, result_lse = changed.with_sink(result, result_lse, part)
+            if shared is not None:  # the first part takes the prefix, too
+                of_prefix, first, member = prefix_results(shared, part.sequence, part.head, kv_heads, prefix_split)
+                of_prefix = of_prefix if index == 0 else 0
+                own = [tilus.narrow(t, 1, member * q_len, q_len) for t in (shared_out, shared_lse)]
+                own = [tilus.narrow(t, 0, first, of_prefix) for t in own]
+                result, result_lse = columns.with_partial(result, result_lse, own[0], own[1], of_prefix)
             if count > 1:
                 columns.store_partial(partial_out, partial_lse, place + index, result, result_lse)
                 if tilus.atomic_add(tickets, [part.pair], 1) == count - 1:
                     tilus.store(tickets, [part.pair], tilus.zeros([1], int32))
-                    columns.merge(partial_out, partial_lse, place, count, out, lse, part)
+                    outs, logs = [tilus.narrow(t, 0, place, count) for t in (partial_out, partial_lse)]
+                    columns.merge(outs, logs, count, out, lse, part)
             else:
                 columns.store(out, lse, part, result, result_lse)
 
-        each_part(kv_lens, kv_heads, start, begin, end, split, attend)
+        each_part(lengths, kv_heads, start, begin, end, split, attend)
+        if shared is not None:
+            tilus.wait_dependencies(constant=constant)
 
 
 def paged_decode(
     q: Any, kv_cache: Any, block_tables: Any, kv_lens: Any, scale: float, *, return_lse: bool = False,
-    fixed_split: int | None = None, constant_tables: bool = False, device: str | None = None,
+    fixed_split: int | None = None, constant_tables: bool = False, variant: Variant = NO_VARIANT, parameters: Any = None,
+    bits: Any = None, device: str | None = None,
 ) -> Any:  # fmt: skip
     """Attention of the last few tokens of each sequence over its paged keys and values, causal (sm_90a).
 
@@ -162,55 +195,86 @@ def paged_decode(
     scores are multiplied with. Torch tensors. fixed_split: tokens of a part, a multiple of 128. Sequences are then cut at its
     multiples alone, so that the bits of a result do not depend on what else is in the batch; by default they are cut so that all
     multiprocessors have the same to do. constant_tables: block_tables and kv_lens are constant in the sense of "Dependent launch"
-    (docs/language.md), and may be read while the kernel in front still runs. device: where to run (reference, emulator, cuda), by
-    default as the arguments say.
+    (docs/language.md), and may be read while the kernel in front still runs. variant: functions that change scores, hide keys or
+    add a sink, and a window, in front of which only the page that it begins on is read; parameters: their f32 tensor, if any;
+    bits: int32 [S q_len, words], what `pack_bits` makes of up to 256 conditions of each query, if any. device: where to run
+    (reference, emulator, cuda), by default as the arguments say.
 
     Query j of a sequence sees the first kv_len - q_len + j + 1 tokens of the cache; one that sees none gets zeros. Nothing beyond
     kv_len is looked at, nor are entries of block_tables for it. One launch for up to 64 columns, q_len times Hq / Hkv rounded up
     to a power of two (32 columns with D = 256); more take several, each of which reads the cache. The host reads no tensor, so it
     can be captured in a CUDA graph, and the lengths may change from replay to replay.
 
-    Returns: [S, q_len, Hq, D]; with return_lse also float32 [S, q_len, Hq], the logarithm of the sum of exp(scaled score), minus
-    infinity where there is no key. Scores and sums are f32; weights of the softmax are rounded to f16, or to two bf16.
-    Raises: TilusError when shapes, dtypes or devices do not fit together.
+    Returns: [S, q_len, Hq, D]; with return_lse also float32 [S, q_len, Hq], the natural logarithm of the sum of exp(scaled
+    score), minus infinity where there is no key (`merge_states` takes both). Scores and sums are f32; weights of the softmax are
+    rounded to f16, or to two bf16.
+    Raises: TilusError when shapes, dtypes or devices do not fit together; with TILUS_DEBUG=1 also for lengths longer than the
+    block table and entries that are no pages.
     """
-    group = _check(q, kv_cache, block_tables, kv_lens, fixed_split)
+    group = check_decode(q, kv_cache, block_tables, kv_lens, fixed_split)
+    given = GivenVariant(variant, parameters, bits)
+    check_given(given, q, most_queries(group, q.shape[3]))
+    check_tables("paged_decode", block_tables, kv_lens, kv_cache, device=device)
     if q.shape[0] == 0:
         out = empty(q, tuple(q.shape))
         return (out, empty(q, tuple(q.shape[:3]), "float32")) if return_lse else out
     if q.shape[1] > most_queries(group, q.shape[3]):
-        out, lse = _by_queries(
-            q, kv_cache, block_tables, kv_lens, scale, most_queries(group, q.shape[3]), fixed_split, device
-        )
+
+        def attend(part: Any, lens: Any) -> tuple[Any, Any]:
+            return paged_decode(
+                part, kv_cache, block_tables, lens, scale, return_lse=True, fixed_split=fixed_split, variant=variant,
+                parameters=parameters, device=device,
+            )  # fmt: skip
+
+        out, lse = by_queries(q, kv_lens, most_queries(group, q.shape[3]), attend)
         return (out, lse) if return_lse else out
+    out, lse = by_plans(
+        q, kv_cache, block_tables, kv_lens, scale, return_lse, fixed_split, device, constant_tables, given=given
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def by_plans(
+    q: Any, kv_cache: Any, block_tables: Any, kv_lens: Any, scale: float, return_lse: bool, fixed_split: int | None,
+    device: str | None, constant_tables: bool, prefix: PrefixResults | None = None, given: GivenVariant = AS_IT_IS,
+) -> tuple[Any, Any]:  # fmt: skip
+    """(output, log-sum-exp or None) by the first plan that the registers suffice for, of arguments that fit."""
     _, _, page_size, kv_heads, head_dim = kv_cache.shape
     where = place(device, is_cuda(q))
     num_sms, pairs = num_sms_of(q, where), q.shape[0] * kv_heads
     crowded = fixed_split is None and CROWDED_PAIRS * pairs >= num_sms  # else bits would depend on the batch
-    shape = (q.shape[1], group, head_dim, page_size, nbits_of(kv_cache), crowded)
-    key = (*shape, q.dtype, return_lse, fixed_split is None, constant_tables, where)
+    shape = (q.shape[1], q.shape[2] // kv_heads, head_dim, page_size, nbits_of(kv_cache), crowded)
+    parts = (return_lse, fixed_split is None, constant_tables, where, prefix is not None, given.variant, given.words)
+    key = (*shape, q.dtype, *parts)
     spilled: SpillError | None = None
     for plan in [_found[key]] if key in _found else plans(*shape):
-        split = Split(min(plan.tile, page_size)) if fixed_split is None else Split(fixed_split, fixed=True)
+        window = given.variant.window
+        recent = None if window is None else window + q.shape[1] - 1
+        unit = min(plan.tile, page_size) if fixed_split is None else fixed_split
+        split = Split(unit, fixed_split is not None, recent, 1 if recent is None else page_size)
         units = pairs * units_of(block_tables.shape[1] * page_size, split.unit)
         blocks = blocks_of(pairs, units, num_sms, plan)
+        if prefix is not None:
+            blocks = with_whole_pairs(blocks, pairs)
         try:
-            out, lse = launch(
-                q, kv_cache, block_tables, kv_lens, scale, plan, split, blocks, return_lse, device, constant_tables
+            result = launch(
+                q, kv_cache, block_tables, kv_lens, scale, plan, split, blocks, return_lse, device, constant_tables, prefix,
+                given,
             )  # fmt: skip
         except SpillError as error:
             spilled = error
         else:
             _found[key] = plan
-            return (out, lse) if return_lse else out
+            return result
     raise spilled or TilusError(f"paged_decode: no plan for {shape}")
 
 
 def launch(
     q: Any, kv_cache: Any, block_tables: Any, kv_lens: Any, scale: float, plan: DecodePlan, split: Split, blocks: int,
-    return_lse: bool, device: str | None, constant_tables: bool = False,
+    return_lse: bool, device: str | None, constant_tables: bool = False, prefix: PrefixResults | None = None,
+    given: GivenVariant = AS_IT_IS,
 ) -> tuple[Any, Any]:  # fmt: skip
-    """(output, log-sum-exp or None) by a given plan."""
+    """(output, log-sum-exp or None) by a given plan. prefix: what has been done, where sequences share pages."""
     sequences, q_len, q_heads, head_dim = q.shape
     page_size, kv_heads = kv_cache.shape[2:4]
     group, pairs = q_heads // kv_heads, sequences * kv_heads
@@ -223,30 +287,27 @@ def launch(
     paged_decode_kernel.on(device)(
         q.unflatten(2, (kv_heads, group)), rows, block_tables, kv_lens, out,
         empty(q, (most, q_len, group, head_dim), "float32"), empty(q, (most, q_len, group), "float32"),
-        counters(q, pairs), scale * math.log2(math.e), lse, factors,
+        counters(q, pairs), scale * math.log2(math.e), lse, factors, *results_of(prefix),
+        given.parameters, given.bits,
         q_len=q_len, group=group, head_dim=head_dim, page_size=page_size, blocks=blocks, split=split, plan=plan, code=code,
-        early=constant_tables,
+        early=constant_tables, prefix_split=None if prefix is None else prefix.split,
+        variant=given.variant, words=given.words,
     )  # fmt: skip
     return out.flatten(2, 3), None if lse is None else lse.flatten(2, 3)
 
 
-def _by_queries(
-    q: Any, kv_cache: Any, block_tables: Any, kv_lens: Any, scale: float, most: int, fixed_split: int | None,
-    device: str | None,
-) -> tuple[Any, Any]:  # fmt: skip
-    """(output, log-sum-exp) by several launches, for `most` queries each; to earlier ones sequences are shorter.
+def by_queries(q: Any, kv_lens: Any, most: int, attend: Callable[[Any, Any], tuple[Any, Any]]) -> tuple[Any, Any]:
+    """(output, log-sum-exp) by several calls of attend(queries, lengths), for `most` queries each; to earlier ones sequences are
+    shorter.
 
     Lengths are computed right in front of the launches, so that they are not constant.
     """
     import torch
 
     parts = [
-        paged_decode(
-            q[:, first : first + most], kv_cache, block_tables, kv_lens - max(q.shape[1] - first - most, 0), scale,
-            return_lse=True, fixed_split=fixed_split, device=device,
-        )
+        attend(q[:, first : first + most], kv_lens - max(q.shape[1] - first - most, 0))
         for first in range(0, q.shape[1], most)
-    ]  # fmt: skip
+    ]
     return torch.cat([out for out, _ in parts], dim=1), torch.cat([lse for _, lse in parts], dim=1)
 
 
@@ -317,46 +378,13 @@ def stage_nbytes(tile: int, head_dim: int, nbits: int) -> int:
     return 2 * tile * (head_dim * nbits // 8 + (0 if nbits == 16 else MOST_FACTORS_NBYTES))
 
 
+def with_whole_pairs(blocks: int, pairs: int) -> int:
+    """A few blocks less where each of them then has whole pairs, if sequences are as long: short rests are better not cut."""
+    each = -(-pairs // blocks)
+    return pairs // each if pairs % each == 0 and pairs // each > 0.95 * blocks else blocks
+
+
 def blocks_of(pairs: int, units: int, num_sms: int, plan: DecodePlan) -> int:
     """As many as run at once; a little fewer where pairs of equal lengths then have blocks of their own, and less is merged."""
     most = num_sms * plan.blocks_per_sm
     return max(1, min(most // pairs * pairs if pairs <= most else most, units))
-
-
-def _check(q: Any, kv_cache: Any, block_tables: Any, kv_lens: Any, fixed_split: int | None) -> int:
-    """The number of query heads per kv head."""
-    if not isinstance(kv_cache, QuantizedCache) and q.dtype != kv_cache.dtype:
-        raise TilusError(
-            f"paged_decode: q of {q.dtype} and kv_cache of {kv_cache.dtype}, expected the same dtype",
-            hint="caches of other types are QuantizedCache: tilus.kernels.kv_cache.quantized_cache",
-        )
-    if q.ndim != 4 or len(kv_cache.shape) != 5 or block_tables.ndim != 2 or kv_lens.ndim != 1:
-        raise TilusError(
-            f"paged_decode: shapes q {list(q.shape)}, kv_cache {list(kv_cache.shape)}, block_tables {list(block_tables.shape)} "
-            f"and kv_lens {list(kv_lens.shape)}, expected [sequences, q_len, q_heads, head_dim], [pages, 2, page_size, kv_heads, "
-            "head_dim], [sequences, max_pages] and [sequences]",
-            hint="one query a sequence: q.unsqueeze(1)",
-        )
-    page_size, kv_heads, head_dim = kv_cache.shape[2:]
-    group, rest = divmod(q.shape[2], kv_heads)
-    if rest or not 1 <= group <= MAX_GROUP:
-        raise TilusError(
-            f"paged_decode: {q.shape[2]} query heads for {kv_heads} kv heads, expected 1 to {MAX_GROUP} times as many"
-        )
-    if not 1 <= q.shape[1] <= MAX_QUERIES:
-        raise TilusError(
-            f"paged_decode: {q.shape[1]} queries a sequence, expected 1 to {MAX_QUERIES}",
-            hint="tilus.kernels.paged_attention takes more",
-        )
-    if q.shape[3] != head_dim:
-        raise TilusError(f"paged_decode: head_dim {q.shape[3]} of q and {head_dim} of kv_cache, expected the same")
-    if head_dim not in HEAD_DIMS:
-        raise TilusError(
-            f"paged_decode: head_dim {head_dim}, expected one of {', '.join(map(str, HEAD_DIMS))}",
-            hint="pad heads with zeros; scale stays that of the real head_dim",
-        )
-    if page_size not in (16, 32, 64) and (page_size < UNIT or page_size % UNIT):
-        raise TilusError(f"paged_decode: page_size {page_size}, expected 16, 32, 64 or a multiple of {UNIT}")
-    if fixed_split is not None and (fixed_split < UNIT or fixed_split % UNIT):
-        raise TilusError(f"paged_decode: fixed_split={fixed_split}, expected a multiple of {UNIT}")
-    return group

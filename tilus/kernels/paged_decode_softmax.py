@@ -6,12 +6,53 @@ import math
 from typing import Any
 
 import tilus
-from tilus import bf16, f32
+from tilus import bf16, f32, int32
 from tilus.kernels.attention import NO_SCORE
+from tilus.kernels.attention_variant import Position, Variant, Words, scaled_logits, seen, sink_log2
 from tilus.kernels.paged_decode_columns import Columns
 from tilus.kernels.paged_decode_operands import ROWS
 from tilus.kernels.paged_decode_split import Part
 from tilus.kernels.paged_decode_stages import Stages
+
+
+class Columnwise:
+    """A variant, in the columns of a block's products. words: of the bits of a query, see `Words`."""
+
+    def __init__(self, variant: Variant, columns: Columns, parameters: Any, bits: Any, words: int) -> None:
+        self.variant, self.columns = variant, columns
+        self.parameters, self.bits, self.words = parameters, bits, words
+
+    def position(self, part: Part, key: Any) -> Position:
+        """Of scores of all columns with the keys at these positions."""
+        columns, first = self.columns, part.head * self.columns.group
+        column = tilus.arange(columns.width, shape=[1, 1, columns.width], axis=2)
+        past = part.length + part.passed - columns.q_len
+        runs, shape = (columns.heads, columns.tokens), (1, 1, columns.width)
+        row = part.sequence * columns.q_len
+        words = Words(self.variant, self.bits, self.words, row, runs, shape, token_first=True)
+        query, head = column // columns.heads + past, column % columns.heads + first
+        return Position(query, key, head, past, self.parameters, first, words)
+
+    def seen(self, allowed: Any, at: Position) -> Any:
+        """Those of the allowed keys that are not hidden."""
+        if self.variant.window is not None:
+            allowed = allowed & (at.key > at.query - self.variant.window)
+        if self.variant.mask is not None:
+            allowed = seen(self.variant.mask, allowed, at, tuple(allowed.shape))
+        return allowed
+
+    def scores(self, scaled: Any, at: Position) -> Any:
+        """What the exponential of base 2 is taken of, of scores times log2(e)."""
+        return scaled if self.variant.logits is None else scaled_logits(self.variant.logits, scaled, 1.0, at)
+
+    def with_sink(self, result: Any, result_lse: Any, part: Part) -> tuple[Any, Any]:
+        """What `normalized` gave, and the sink, whose value is zero."""
+        at = self.position(part, tilus.zeros([1, 1, 1], int32))
+        sink = sink_log2(self.variant.sink, at, (1, 1, self.columns.width)).reshape([1, self.columns.width])
+        higher = tilus.maximum(result_lse, sink)
+        weight = tilus.exp2(result_lse - higher)
+        total = weight + tilus.exp2(sink - higher)
+        return result * (weight * tilus.rcp(total)), tilus.log2(total) + higher
 
 
 class Softmax:
@@ -21,8 +62,17 @@ class Softmax:
     element: to a score that times the sum of the query's elements, to each element of the result the sum of it times the weights.
     """
 
-    def __init__(self, columns: Columns, operands: Any, queries: Any, scale_log2: Any, kinds: int | None) -> None:
+    def __init__(
+        self,
+        columns: Columns,
+        operands: Any,
+        queries: Any,
+        scale_log2: Any,
+        kinds: int | None,
+        variant: Columnwise | None,
+    ) -> None:
         self.columns, self.operands, self.scale_log2, self.kinds = columns, operands, scale_log2, kinds
+        self.variant = variant
         parts, width, head_dim = columns.parts, columns.width, columns.head_dim
         ordered = operands.ordered_queries(queries)
         repeated = tilus.transpose(ordered.reshape([1, width, head_dim]), [0, 2, 1])
@@ -32,16 +82,19 @@ class Softmax:
         self.acc = tilus.zeros([parts, head_dim, width], layout=columns.layout(head_dim))
         self.added = tilus.zeros([parts, 1, width]) if kinds == 2 else None
 
-    def weights(self, stages: Stages, step: Any, seen: Any, valid: Any) -> Any:
+    def weights(self, stages: Stages, step: Any, seen: Any, valid: Any, at: Position | None) -> Any:
         """Of 16 tokens for each warp, in f32 [parts, 16, width], scales of values included.
 
         seen [parts, 16, width]: by which columns. valid [parts, 16, 1]: which of the tokens there are; others may be anything,
-        also no number.
+        also no number. at: where the scores are, if there is a variant.
         """
         parts, width, count = self.columns.parts, self.columns.width, ROWS * self.columns.parts
         scores = tilus.zeros([parts, ROWS, width], layout=self.columns.layout(ROWS))
         scores = tilus.dot(self.operands.keys(stages, step, count), self.queries, scores)
-        weights = self.weights_of(self.scaled(scores, stages, step, count), seen)
+        scores = self.scaled(scores, stages, step, count)
+        if self.variant is not None:
+            scores = self.variant.scores(scores, at)
+        weights = self.weights_of(scores, seen)
         if self.kinds is not None:
             scales = tilus.where(valid, stages.factor(1, 0, step, count), 0.0)
             if self.kinds == 2:
@@ -98,7 +151,11 @@ def attend_to_part(part: Part, stages: Stages, softmax: Softmax) -> None:
         for step in tilus.range(tile // count):
             at = first + step * count
             valid = token < end - at
-            weights = softmax.weights(stages, step, token < limits - at, valid)
+            allowed, position = token < limits - at, None
+            if softmax.variant is not None:
+                position = softmax.variant.position(part, token + (at + part.passed))
+                allowed = softmax.variant.seen(allowed, position)
+            weights = softmax.weights(stages, step, allowed, valid, position)
             values = softmax.operands.values(stages, step, count)
             if end - at < count:  # what lies behind the end may be anything, also no number
                 values = tilus.where(tilus.transpose(valid, [0, 2, 1]), values, 0.0)

@@ -25,25 +25,29 @@ LENGTHS = 128  # sequences that a warp looks at together
 
 @dataclass(frozen=True)
 class Split:
-    """unit: tokens of a unit. fixed: whether every unit is a part of its own."""
+    """unit: tokens of a unit. fixed: whether every unit is a part of its own. recent: if given, only so many of the last tokens
+    of a sequence count, and those in front that share a page of `page_size` tokens with them."""
 
     unit: int
     fixed: bool = False
+    recent: int | None = None
+    page_size: int = 1
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
     """What a block does of a pair at a time; of numbers that a kernel knows at run time.
 
-    length: cached tokens of the sequence. first, last: units of the pair, counted through the batch; last is behind the end.
-    begin, end: those of them that are in this part, which are the tokens from `token` to before `end_token`. pair: sequence * kv
-    heads + head.
+    length: cached tokens of the sequence that count. passed: those in front of them. first, last: units of the pair, counted
+    through the batch; last is behind the end. begin, end: those of them that are in this part, which are the tokens from `token`
+    to before `end_token` of those that count. pair: sequence * kv heads + head.
     """
 
     sequence: Any
     head: Any
     pair: Any
     length: Any
+    passed: Any
     first: Any
     last: Any
     begin: Any
@@ -55,6 +59,11 @@ class Part:
 def units_of(length: Any, unit: int) -> Any:
     """Units of a sequence for each kv head; one where there are no tokens, so that somebody writes its result."""
     return max((length + (unit - 1)) // unit, 1)
+
+
+def passed_of(length: Any, split: Split) -> Any:
+    """Tokens of a sequence that do not count: whole pages."""
+    return 0 if split.recent is None else max(length - split.recent, 0) // split.page_size * split.page_size
 
 
 def share(units: Any, blocks: Any, block: Any) -> Any:
@@ -102,6 +111,8 @@ def each_part(
     head, pair, of_pair, until, token, end_token = 0, 0, 0, 0, 0, 0  # variables: computed once, not at each use
     while unit < end:
         length = max(lengths[sequence], 0)
+        passed = passed_of(length, split)
+        length -= passed
         count = units_of(length, split.unit)
         behind = first + count * kv_heads
         stop = min(behind, end)
@@ -112,7 +123,7 @@ def each_part(
             until = unit + 1 if split.fixed else min(of_pair + count, stop)
             token = max(unit - of_pair, 0) * split.unit
             end_token = min((until - of_pair) * split.unit, length)
-            work(Part(sequence, head, pair, length, of_pair, of_pair + count, unit, until, token, end_token))
+            work(Part(sequence, head, pair, length, passed, of_pair, of_pair + count, unit, until, token, end_token))
             unit = until
         first = behind
         sequence = sequence + 1
@@ -149,5 +160,7 @@ def _units(lengths: Any, at: Any, split: Split, warps: int) -> Any:
     """Of LENGTHS sequences; none of those behind the last one."""
     lanes = replicated(warps, 1) * spatial(32).local(LENGTHS // 32)
     cached = tilus.load(lengths, [at], [LENGTHS], layout=lanes)
+    if split.recent is not None:
+        cached = cached - tilus.maximum(cached - split.recent, 0) // split.page_size * split.page_size
     inside = tilus.arange(LENGTHS, start=at) < lengths.shape[0]
     return tilus.where(inside, tilus.maximum((cached + (split.unit - 1)) // split.unit, 1), 0)

@@ -57,10 +57,12 @@ class Stages:
 
 
 def fill_part(
-    part: Part, stages: Stages, kv_cache: Any, factors: Any, block_tables: Any, constant: list[Any]
+    part: Part, stages: Stages, kv_cache: Any, factors: Any, block_tables: Any, passed: Any,
+    constant: list[Any] | None,
 ) -> None:  # fmt: skip
     """Copy the tiles of a part into the ring. For pages behind the part's end zeros arrive, and no memory is read; their
-    factors are those of some page."""
+    factors are those of some page. passed: tokens at the start of the sequence that do not count. constant: see
+    "Dependent launch" (docs/language.md); None where nothing is to be waited for."""
     count, chunks, _, chunk, row = stages.ring.shape
     page_size, nowhere = kv_cache.shape[2], kv_cache.shape[0]
     tile, end = chunks * chunk, part.end_token
@@ -71,7 +73,9 @@ def fill_part(
     def look_up(first: Any) -> Any:
         """The pages of the tiles from a token on."""
         layout = lanes if together > 1 else everywhere
-        return tilus.load(block_tables, [part.sequence, first // page_size], [together * chunks], layout=layout)
+        return tilus.load(
+            block_tables, [part.sequence, (first + passed) // page_size], [together * chunks], layout=layout
+        )
 
     def pages_of(known: Any, index: int, first: Any) -> Any:
         """Those of a tile; behind the end of the part pages that do not exist, which are not read."""
@@ -105,7 +109,8 @@ def fill_part(
                 where = [0, 0, slot_of(first), part.head, 0]
                 tilus.prefetch_gathered(kv_cache, pages, where, [2, chunk, row], dims=[1, 2, 4])
     stages.used = 1
-    tilus.wait_dependencies(constant=constant)  # the first time; nothing before has read or written what it waits for
+    if constant is not None:  # the first time; nothing before has read or written what it waits for
+        tilus.wait_dependencies(constant=constant)
     for first in tilus.range(part.token, end, together * tile):
         following = look_up(first + together * tile)
         for index in range(together):

@@ -25,7 +25,8 @@ import tilus
 from tilus import Const, Tensor, TilusError, f32, int32
 from tilus.kernels.allocate import empty, is_cuda
 from tilus.kernels.attention import MAX_GROUP, power_of_two
-from tilus.kernels.attention_variant import Variant
+from tilus.kernels.attention_variant import AS_IT_IS, NO_VARIANT, GivenVariant, Variant, check_variant
+from tilus.kernels.index_checks import check_tables
 from tilus.kernels.paged_prefill_softmax import Kind, Rows, Turns
 from tilus.kernels.paged_prefill_stages import Stages
 from tilus.kernels.paged_prefill_tiles import ROWS, Visits, each_tile, slots, tokens_of
@@ -35,7 +36,6 @@ from tilus.runtime.execute import place
 
 HEAD_DIMS = (64, 96, 128, 256)
 CONSUMERS, PRODUCERS = 8, 4  # warps
-NO_VARIANT = Variant()
 _fitting: dict[tuple[Any, ...], PrefillPlan] = {}
 
 
@@ -55,7 +55,7 @@ class PrefillPlan:
 def paged_prefill_kernel(
     q: Tensor["dtype", "tokens", "kv_heads", "group", "head_dim"],
     kv_cache: Tensor["dtype", "pages", 2, "page_size", "kv_heads", "head_dim"],
-    block_tables: Tensor[int32, "sequences", "max_pages"],
+    block_tables: Tensor[int32, "tables", "max_pages"],
     q_start: Tensor[int32, "sequences_plus_1"],
     kv_lens: Tensor[int32, "sequences"],
     out: Tensor["dtype", "tokens", "kv_heads", "group", "head_dim"],
@@ -63,6 +63,8 @@ def paged_prefill_kernel(
     blocks: int32,
     lse: Tensor[f32, "tokens", "kv_heads", "group"] = None,
     parameters: Tensor[f32, "count"] = None,
+    bits: Tensor[int32, "tokens", "words"] = None,
+    lists: Tensor[int32, "sequences_plus_1"] = None,
     *,
     kv_heads: Const,
     group: Const,
@@ -71,8 +73,10 @@ def paged_prefill_kernel(
     causal: Const,
     plan: Const,
     variant: Const = NO_VARIANT,
+    words: Const = 0,
 ):
-    visits = Visits(plan.heads, plan.kv_tile, causal, masked=variant.mask is not None)
+    """lists: where the pages of each sequence begin in the only row of block_tables; without it each sequence has a row."""
+    visits = Visits(plan.heads, plan.kv_tile, causal, variant.hides, variant.window)
     tilus.grid(blocks, warps=CONSUMERS + PRODUCERS)
     tilus.launch_dependents()
     queries = tilus.shared(q.dtype, [2, ROWS // 2, head_dim])
@@ -88,7 +92,11 @@ def paged_prefill_kernel(
 
         def fill(index, tile):
             filling.fill_queries(q, tile, index, plan.heads)
-            filling.fill(kv_cache, block_tables[tile.sequence], tile)
+            if lists is None:
+                table = block_tables[tile.sequence]
+            else:
+                table = tilus.narrow(block_tables[0], 0, lists[tile.sequence], tilus.cdiv(tile.length, page_size))
+            filling.fill(kv_cache, table, tile)
 
         each_tile(q, q_start, kv_lens, blocks, visits, fill)
 
@@ -96,14 +104,15 @@ def paged_prefill_kernel(
         with tilus.warps(4 * half, 4, registers=plan.registers):
             tilus.wait_dependencies()
             using = Stages(queries, keys, values, full, empty)
-            kind = Kind(plan.heads, causal, variant)
-            rows = Rows(using, Turns(turns, half), (out, lse), scale_log2, kind, parameters)
+            kind = Kind(plan.heads, causal, variant, words)
+            rows = Rows(using, Turns(turns, half), (out, lse), scale_log2, kind, parameters, bits)
             each_tile(q, q_start, kv_lens, blocks, visits, rows.compute)
 
 
 def paged_prefill(
     q: Any, kv_cache: Any, block_tables: Any, q_start: Any, kv_lens: Any, scale: float, *, causal: bool = True,
-    return_lse: bool = False, variant: Variant = NO_VARIANT, parameters: Any = None, device: str | None = None,
+    return_lse: bool = False, variant: Variant = NO_VARIANT, parameters: Any = None, bits: Any = None,
+    device: str | None = None,
 ) -> Any:  # fmt: skip
     """Attention of ragged queries over paged keys and values (sm_90a): `paged_attention` for many queries a sequence.
 
@@ -112,8 +121,9 @@ def paged_prefill(
     [S, max_pages], the pages of each sequence in order. q_start: int32 [S + 1], where each sequence's queries start in q.
     kv_lens: int32 [S], tokens in the cache, those of the queries included. Hq / Hkv is 1 to 16, D 64, 96, 128 or 256, page_size
     16, 32, 64 or a multiple of 128. scale: what scores are multiplied with, above 0. variant: functions that change scores, hide
-    keys or add a sink; parameters: their f32 tensor, if any. Torch tensors. device: where to run (reference, emulator, cuda), by
-    default as the arguments say.
+    keys or add a sink, and a window; parameters: their f32 tensor, if any; bits: int32 [M, words], what `pack_bits` makes of up
+    to 256 conditions of each query, if any. Torch tensors. device: where to run (reference, emulator, cuda), by default as the
+    arguments say.
 
     Query j of a sequence with q_len queries sees the first kv_len - q_len + j + 1 tokens of the cache, or all of them where it is
     not causal; one that sees none gets zeros. Nothing beyond kv_len is looked at. One launch; the host reads no tensor, so it can
@@ -122,34 +132,43 @@ def paged_prefill(
     Returns: [M, Hq, D]; with return_lse also float32 [M, Hq], the natural logarithm of the sum of exp(scaled score), minus
     infinity where there is no key (`merge_states` takes both). Scores and sums are f32; the softmax weights are rounded to q's
     dtype.
-    Raises: TilusError when shapes, dtypes or devices do not fit together.
+    Raises: TilusError when shapes, dtypes or devices do not fit together; with TILUS_DEBUG=1 also for lengths longer than the
+    block table, entries that are no pages, and starts that are not in order.
     """
-    group = _check(q, kv_cache, q_start, kv_lens, scale)
+    check_prefill("paged_prefill", q, kv_cache, q_start, kv_lens, scale)
+    if block_tables.ndim != 2 or block_tables.shape[0] != kv_lens.shape[0]:
+        raise TilusError(
+            f"paged_prefill: block_tables of shape {list(block_tables.shape)} for {kv_lens.shape[0]} sequences, expected "
+            f"[{kv_lens.shape[0]}, max_pages]"
+        )
+    check_variant("paged_prefill", variant, bits, q.shape[0], causal)
+    check_tables("paged_prefill", block_tables, kv_lens, kv_cache, q_start=q_start, queries=q.shape[0], device=device)
+    given = GivenVariant(variant, parameters, bits)
+    out, lse = by_plans(q, kv_cache, block_tables, q_start, kv_lens, scale, causal, return_lse, device, given)
+    return (out, lse) if return_lse else out
+
+
+def by_plans(
+    q: Any, kv_cache: Any, block_tables: Any, q_start: Any, kv_lens: Any, scale: float, causal: bool, return_lse: bool,
+    device: str | None, given: GivenVariant, lists: Any = None,
+) -> tuple[Any, Any]:  # fmt: skip
+    """(result, logarithms or None) by the first plan that the registers suffice for. lists: see the kernel."""
     sequences, kv_heads = kv_lens.shape[0], kv_cache.shape[3]
+    group = q.shape[1] // kv_heads
     heads = heads_of(q.shape[0], sequences, group)
     tiles = slots(q.shape[0], sequences, tokens_of(heads)) * kv_heads * -(-group // heads)
     blocks = min(tiles, num_sms_of(q, place(device, is_cuda(q))))
 
     def by(plan: PrefillPlan) -> tuple[Any, Any]:
         return launch(
-            q,
-            kv_cache,
-            block_tables,
-            q_start,
-            kv_lens,
-            scale,
-            causal,
-            plan,
-            blocks,
-            return_lse,
-            device,
-            variant,
-            parameters,
-        )
+            q, kv_cache, block_tables, q_start, kv_lens, scale, causal, plan, blocks, return_lse, device, given, lists
+        )  # fmt: skip
 
-    key = q.dtype, kv_heads, heads, group, kv_cache.shape[2], q.shape[2], causal, return_lse, variant
-    out, lse = by_fitting_plan(key, plans_of(heads, q.shape[2]), by)
-    return (out, lse) if return_lse else out
+    key = (
+        q.dtype, kv_heads, heads, group, kv_cache.shape[2], q.shape[2], causal, return_lse, given.variant, given.words,
+        lists is None,
+    )  # fmt: skip
+    return by_fitting_plan(key, plans_of(heads, q.shape[2]), by)
 
 
 def by_fitting_plan(key: tuple[Any, ...], plans: Sequence[PrefillPlan], launch_by: Callable[[PrefillPlan], Any]) -> Any:
@@ -175,7 +194,7 @@ def plans_of(heads: int, head_dim: int) -> tuple[PrefillPlan, ...]:
 
 def launch(
     q: Any, kv_cache: Any, block_tables: Any, q_start: Any, kv_lens: Any, scale: float, causal: bool, plan: PrefillPlan,
-    blocks: int, return_lse: bool, device: str | None, variant: Variant = NO_VARIANT, parameters: Any = None,
+    blocks: int, return_lse: bool, device: str | None, given: GivenVariant = AS_IT_IS, lists: Any = None,
 ) -> tuple[Any, Any]:  # fmt: skip
     """(result, logarithms or None) by a given plan, on so many blocks."""
     page_size, kv_heads, head_dim = kv_cache.shape[2:]
@@ -184,9 +203,10 @@ def launch(
     if q.shape[0]:
         paged_prefill_kernel.on(device)(
             q.unflatten(1, by_head), kv_cache, block_tables, q_start, kv_lens, out.unflatten(1, by_head),
-            scale * math.log2(math.e), blocks, None if lse is None else lse.unflatten(1, by_head), parameters,
+            scale * math.log2(math.e), blocks, None if lse is None else lse.unflatten(1, by_head), given.parameters, given.bits,
+            lists,
             kv_heads=kv_heads, group=by_head[1], head_dim=head_dim, page_size=page_size, causal=causal, plan=plan,
-            variant=variant,
+            variant=given.variant, words=given.words,
         )  # fmt: skip
     return out, lse
 
@@ -201,31 +221,30 @@ def heads_of(queries: int, sequences: int, group: int) -> int:
     return min((h for h in (16, 8, 4, 2, 1) if h <= power_of_two(group)), key=tiles)
 
 
-def _check(q: Any, kv_cache: Any, q_start: Any, kv_lens: Any, scale: float) -> int:
-    """The number of query heads per kv head."""
+def check_prefill(what: str, q: Any, kv_cache: Any, q_start: Any, kv_lens: Any, scale: float) -> None:
+    """Raise a TilusError where shapes do not fit a call of the function `what`."""
     if q.ndim != 3 or kv_cache.ndim != 5 or kv_lens.ndim != 1:
         raise TilusError(
-            f"paged_prefill: shapes q {list(q.shape)}, kv_cache {list(kv_cache.shape)} and kv_lens {list(kv_lens.shape)}, "
+            f"{what}: shapes q {list(q.shape)}, kv_cache {list(kv_cache.shape)} and kv_lens {list(kv_lens.shape)}, "
             "expected [tokens, q_heads, head_dim], [pages, 2, page_size, kv_heads, head_dim] and [sequences]"
         )
     sequences, (page_size, kv_heads, head_dim) = kv_lens.shape[0], kv_cache.shape[2:]
     if tuple(q_start.shape) != (sequences + 1,):
         raise TilusError(
-            f"paged_prefill: q_start of shape {list(q_start.shape)} for {sequences} sequences, expected [{sequences + 1}]",
+            f"{what}: q_start of shape {list(q_start.shape)} for {sequences} sequences, expected [{sequences + 1}]",
             hint="the last entry is the number of query tokens",
         )
     group, rest = divmod(q.shape[1], kv_heads)
     if rest or not 1 <= group <= MAX_GROUP:
         raise TilusError(
-            f"paged_prefill: {q.shape[1]} query heads for {kv_heads} kv heads, expected 1 to {MAX_GROUP} times as many"
+            f"{what}: {q.shape[1]} query heads for {kv_heads} kv heads, expected 1 to {MAX_GROUP} times as many"
         )
     if head_dim not in HEAD_DIMS:
         raise TilusError(
-            f"paged_prefill: head_dim {head_dim}, expected one of {', '.join(map(str, HEAD_DIMS))}",
+            f"{what}: head_dim {head_dim}, expected one of {', '.join(map(str, HEAD_DIMS))}",
             hint="pad heads with zeros; scale stays that of the real head_dim",
         )
     if page_size not in (16, 32, 64) and (page_size < 128 or page_size % 128):
-        raise TilusError(f"paged_prefill: page_size {page_size}, expected 16, 32, 64 or a multiple of 128")
+        raise TilusError(f"{what}: page_size {page_size}, expected 16, 32, 64 or a multiple of 128")
     if not scale > 0.0:
-        raise TilusError(f"paged_prefill: scale {scale}, expected more than 0", hint="negate q for a negative scale")
-    return group
+        raise TilusError(f"{what}: scale {scale}, expected more than 0", hint="negate q for a negative scale")

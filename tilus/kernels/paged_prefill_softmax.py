@@ -16,7 +16,7 @@ from typing import Any
 import tilus
 from tilus import f32
 from tilus.kernels.attention import NO_SCORE
-from tilus.kernels.attention_variant import Position, Variant, scaled_logits, seen, sink_log2
+from tilus.kernels.attention_variant import Position, Variant, Words, scaled_logits, seen, sink_log2
 from tilus.kernels.paged_prefill_stages import Stages
 from tilus.kernels.paged_prefill_tiles import Tile
 from tilus.layout import local
@@ -41,26 +41,28 @@ class Turns:
 
 @dataclass(frozen=True)
 class Kind:
-    """heads: of a tile of rows. causal: whether queries see what comes behind them."""
+    """heads: of a tile of rows. causal: whether queries do not see what comes behind them. words: of the bits of a query."""
 
     heads: int
     causal: bool
     variant: Variant
+    words: int = 0
 
 
 class Rows:
     """64 rows of a tile: the highest score, the sum of weights and the weighted sum of values of each, as far as seen.
 
     Without a variant's logits, scores are not scaled before the exponential: scale_log2, which is positive, is part of its
-    argument, `unit`. outputs: (of results, of logarithms or None). parameters: of the variant, or None.
+    argument, `unit`. outputs: (of results, of logarithms or None). parameters, bits: of the variant, or None.
     """
 
     def __init__(
-        self, stages: Stages, turns: Turns, outputs: Any, scale_log2: Any, kind: Kind, parameters: Any
+        self, stages: Stages, turns: Turns, outputs: Any, scale_log2: Any, kind: Kind, parameters: Any, bits: Any
     ) -> None:
         self.stages, self.turns, self.scale_log2 = stages, turns, scale_log2
         self.out, self.lse = outputs
         self.heads, self.causal, self.variant, self.parameters = kind.heads, kind.causal, kind.variant, parameters
+        self.bits, self.words = bits, kind.words
         self.unit = scale_log2 if kind.variant.logits is None else 1.0
         self.used = 0
         self.highest, self.total = tilus.full([HALF, 1], NO_SCORE), tilus.zeros([HALF, 1])
@@ -100,13 +102,13 @@ class Rows:
             turns.give()
             tilus.wgmma_wait()
             tilus.arrive(stages.empty[1][stage])
-            weights, _ = self.weights(scores, tile, tile.steps - 1, True)
+            weights, _ = self.weights(scores, tile, tile.end - 1, True)
             self.factors = weights.to(stages.values.dtype)
             for step in tilus.range(1, tile.steps - tile.unmasked):
-                self.step(tile, tile.steps - 1 - step, True)
-            if self.variant.mask is None:
+                self.step(tile, tile.end - 1 - step, True)
+            if not self.variant.hides:
                 for step in tilus.range(max(tile.steps - tile.unmasked, 1), tile.steps):
-                    self.step(tile, tile.steps - 1 - step, False)
+                    self.step(tile, tile.end - 1 - step, False)
         tilus.arrive(stages.empty[0][0])
         if tile.steps > 0:
             stage = self.wait(2, self.used)
@@ -119,7 +121,7 @@ class Rows:
         """Nothing is seen yet, but the variant's sink."""
         self.highest, self.total = tilus.full([HALF, 1], NO_SCORE), tilus.zeros([HALF, 1])
         if self.variant.sink is not None:
-            self.highest = sink_log2(self.variant.sink, self.position(tile, 0, 1), HALF) * (1.0 / self.unit)
+            self.highest = sink_log2(self.variant.sink, self.position(tile, 0, 1), (HALF, 1)) * (1.0 / self.unit)
             self.total = tilus.full([HALF, 1], 1.0)
 
     def step(self, tile: Tile, at: Any, masked: bool) -> None:
@@ -167,8 +169,10 @@ class Rows:
         key = tilus.arange(length, shape=[1, length], axis=1)
         if self.causal:
             query = tilus.arange(HALF, shape=[HALF, 1]) % self.tokens
-            limits = tilus.minimum(query + (tile.limit + self.first_token), tile.length)
-            allowed = key < limits - first
+            limits = query + (tile.limit + self.first_token)
+            allowed = key < tilus.minimum(limits, tile.length) - first
+            if self.variant.window is not None:
+                allowed = allowed & (key >= limits - (first + self.variant.window))
         else:
             allowed = key < tile.length - first
         if self.variant.mask is not None:
@@ -181,7 +185,9 @@ class Rows:
         head = tile.kv_head * self.out.shape[2] + self.first_head(tile)
         query = rows % self.tokens + (tile.limit - 1 + self.first_token)
         key = tilus.arange(length, start=first, shape=[1, length], axis=1)
-        return Position(query, key, rows // self.tokens + head, self.parameters, head, (self.per_half, self.tokens))
+        runs = self.per_half, self.tokens
+        words = Words(self.variant, self.bits, self.words, tile.row + self.first_token, runs, (HALF, 1))
+        return Position(query, key, rows // self.tokens + head, tile.past, self.parameters, head, words)
 
     def first_head(self, tile: Tile) -> Any:
         """The first of the kv head's query heads that these rows have."""

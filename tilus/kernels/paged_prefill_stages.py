@@ -48,7 +48,7 @@ class Stages:
         """The tiles of the cache that some row sees, the last one first. Pages of the next one are looked up ahead."""
         length, page_size = self.keys.shape[1], kv_cache.shape[2]
         count = max(length // page_size, 1)
-        at = (tile.steps - 1) * length  # a variable: computed once, not at each use
+        at = (tile.end - 1) * length  # a variable: computed once, not at each use
         pages = tilus.load(table, [at // page_size], [count])
         for _ in tilus.range(tile.steps):
             following = tilus.load(table, [(at - length) // page_size], [count])

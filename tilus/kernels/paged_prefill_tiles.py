@@ -23,8 +23,9 @@ class Tile:
     """Rows of one sequence and kv head, of numbers that a kernel knows at run time.
 
     head: of the query heads of the kv head, the first one. row: of q, that of its first query. queries: of the sequence, from
-    that on. length: cached tokens. limit: how many of them the first query sees; the next one sees one more. unmasked, steps:
-    tiles of the cache that all rows see whole, and that any row sees.
+    that on. length: cached tokens. past: those in front of the sequence's queries. limit: how many of them the first query sees;
+    the next one sees one more. unmasked: tiles of the cache, from the first one on, that all rows see whole. end: the tile behind
+    the last one that any row sees. steps: how many of those in front of it some row sees.
     """
 
     sequence: Any
@@ -33,20 +34,23 @@ class Tile:
     row: Any
     queries: Any
     length: Any
+    past: Any
     limit: Any
     unmasked: Any
+    end: Any
     steps: Any
 
 
 @dataclass(frozen=True)
 class Visits:
     """heads: of a tile of rows. kv_tile: tokens of a tile of the cache. causal: queries do not see what comes behind them.
-    masked: any key may be hidden from any query."""
+    masked: any key may be hidden from any query. window: how many keys a query sees at most, the last ones."""
 
     heads: int
     kv_tile: int
     causal: bool
     masked: bool = False
+    window: int | None = None
 
 
 def tokens_of(heads: int) -> int:
@@ -65,11 +69,13 @@ def number(turn: Any, block: Any, blocks: Any) -> Any:
 
 
 def visited(limit: Any, length: Any, visits: Visits) -> Any:
-    """(tiles of the cache that all rows see whole, that any of them sees)"""
+    """(tiles of the cache from the first on that all rows see whole, the tile behind the last one that any row sees, how many of
+    those in front of it some row sees)"""
     first = min(limit, length) if visits.causal else length
     last = min(length, limit + (tokens_of(visits.heads) - 1)) if visits.causal else length
     unmasked = 0 if visits.masked else max(first, 0) // visits.kv_tile
-    return unmasked, tilus.cdiv(max(last, 0), visits.kv_tile)
+    end = tilus.cdiv(max(last, 0), visits.kv_tile)
+    return unmasked, end, end if visits.window is None else end - max(limit - visits.window, 0) // visits.kv_tile
 
 
 def each_tile(q: Any, q_start: Any, kv_lens: Any, blocks: Any, visits: Visits, work: Any) -> None:
@@ -82,7 +88,7 @@ def each_tile(q: Any, q_start: Any, kv_lens: Any, blocks: Any, visits: Visits, w
     rows = slots(q.shape[0], sequences, tokens)
     count = rows * kv_heads * parts
     # Variables: computed once, not at each use.
-    index, at, sequence, first, row, queries, length, limit, unmasked, steps = 0, 0, 0, 0, 0, 0, 0, 0, 0, 0
+    index, at, sequence, first, row, queries, length, limit, unmasked, end, steps = 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0
     for turn in tilus.range(tilus.cdiv(count, blocks)):
         at = number(turn, tilus.block_id(0), blocks)
         if at < count:
@@ -92,7 +98,8 @@ def each_tile(q: Any, q_start: Any, kv_lens: Any, blocks: Any, visits: Visits, w
             if queries > 0:
                 length = kv_lens[sequence]
                 limit = length - queries + 1
-                unmasked, steps = visited(limit, length, visits)
+                unmasked, end, steps = visited(limit, length, visits)
                 kv_head, head = at % (kv_heads * parts) // parts, at % parts * heads
-                work(index, Tile(sequence, kv_head, head, row, queries, length, limit, unmasked, steps))
+                past = limit - 1 - first
+                work(index, Tile(sequence, kv_head, head, row, queries, length, past, limit, unmasked, end, steps))
                 index += 1

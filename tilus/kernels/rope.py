@@ -12,6 +12,7 @@ import tilus
 from tilus import Const, Tensor, TilusError, f32, int32
 from tilus.kernels.allocate import empty
 from tilus.kernels.attention import power_of_two
+from tilus.kernels.index_checks import check_tokens
 
 
 @tilus.kernel
@@ -73,7 +74,8 @@ def rope_append(qkv: Any, positions: Any, cos_sin: Any, slots: Any, kv_cache: An
     Torch tensors. device: where to run (reference, emulator, cpu, cuda), by default as the arguments say.
 
     Returns: the rotated queries [M, Hq, D]. Rotations are computed in f32 and rounded once.
-    Raises: TilusError when shapes, dtypes or devices do not fit together.
+    Raises: TilusError when shapes, dtypes or devices do not fit together; with TILUS_DEBUG=1 also for positions without angles
+    and slots behind the cache.
     """
     if qkv.ndim != 2 or kv_cache.ndim != 5:
         raise TilusError(
@@ -88,6 +90,7 @@ def rope_append(qkv: Any, positions: Any, cos_sin: Any, slots: Any, kv_cache: An
             f"rope_append: rows of {qkv.shape[1]} elements with {kv_heads} kv heads of {head_dim}, expected an even head "
             f"size and (q_heads + {2 * kv_heads}) * {head_dim} elements with at least one q head"
         )
+    check_tokens("rope_append", positions, slots, cos_sin.shape[0], kv_cache, device=device)
     q = empty(qkv, (qkv.shape[0], q_heads, head_dim))
     rope_append_kernel.on(device)(
         qkv.unflatten(1, (heads, head_dim)), positions, cos_sin, slots, kv_cache, q,

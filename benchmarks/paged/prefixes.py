@@ -1,0 +1,129 @@
+"""Rows of decoding where sequences begin with the same pages: shared_prefix_decode beside paged_decode, which reads all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from products.reads import Reads
+from products.timing import Budget, Timer
+
+from paged.batches import PagedBatch, check, random_batch
+from paged.cases import Case
+from tilus.kernels import paged_decode
+from tilus.kernels.attention import power_of_two
+from tilus.kernels.shared_prefix import attend_to_prefixes, find_shared_prefixes, prefix_plans, shared_prefix_decode
+
+COLUMNS = {
+    "batch": 7, "prefix": 8, "groups": 8, "own": 6, "us": 9, "found": 8, "find": 7, "prefixes": 10, "decode": 9, "read": 8,
+    "bar": 6,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PrefixCase:
+    """batch: sequences, in `groups` equal runs of neighbours that share `prefix` tokens; own: further ones of each. bar: wanted
+    microseconds."""
+
+    batch: int
+    prefix: int
+    own: int
+    groups: int = 1
+    bar: float | None = None
+
+    @property
+    def case(self) -> Case:
+        return Case(self.batch, self.prefix + self.own)
+
+    @property
+    def nbytes(self) -> int:
+        """That have to be read once."""
+        tokens = self.groups * self.prefix + self.batch * self.own
+        return self.case.nbytes // sum(self.case.lengths) * tokens
+
+
+PREFIXES = [
+    PrefixCase(64, 8192, 256, bar=55.0), PrefixCase(16, 8192, 256), PrefixCase(64, 32768, 256), PrefixCase(256, 8192, 256),
+    PrefixCase(64, 2048, 256, groups=8), PrefixCase(64, 0, 1024),
+]  # fmt: skip
+
+
+def shared_batch(wanted: PrefixCase, l2_nbytes: int, device: str = "cuda") -> PagedBatch:
+    """Pages of all sequences in random order; those of a prefix are those of its group's first sequence."""
+    own = random_batch(replace(wanted.case, context=wanted.own), 1, device)
+    prefixes = random_batch(Case(wanted.groups, max(wanted.prefix, wanted.case.page)), 1, device)
+    pages = own.caches[0].shape[0]
+    each = wanted.batch // wanted.groups
+    tables = prefixes.block_tables[:, : wanted.prefix // wanted.case.page].repeat_interleave(each, dim=0) + pages
+    cache = torch.cat([own.caches[0], prefixes.caches[0]])
+    order = torch.randperm(cache.shape[0], generator=torch.Generator().manual_seed(0)).to(device)
+    moved = torch.empty_like(cache)
+    moved[order] = cache
+    tables = order[torch.cat([tables, own.block_tables], dim=1).long()].int()
+    copies = max(1, -(-3 * l2_nbytes // wanted.nbytes))
+    caches = [moved, *(moved.clone() for _ in range(copies - 1))]
+    return PagedBatch(wanted.case, own.q, caches, tables, own.kv_lens + wanted.prefix, own.scale)
+
+
+def rows(timer: Timer, budget: Budget, peers: bool, cases: Sequence[PrefixCase]) -> Iterator[dict[str, Any]]:
+    """peers: of no meaning here; the other suites have them."""
+    reads = Reads(timer)
+    for wanted in cases:
+        if budget.exhausted:
+            return
+        batch = shared_batch(wanted, timer.l2_nbytes)
+        yield row(timer, reads, wanted, batch)
+        del batch
+        torch.cuda.empty_cache()
+
+
+def row(timer: Timer, reads: Reads, wanted: PrefixCase, batch: PagedBatch) -> dict[str, Any]:
+    case, tables, lens = wanted.case, batch.block_tables, batch.kv_lens
+    group = case.heads // case.kv_heads
+    plan = prefix_plans(power_of_two(group), case.head_dim)[0]
+
+    def find() -> Any:
+        return find_shared_prefixes(tables, lens, case.q_len, group, case.page, constant_tables=True)
+
+    def attend(cache: Any, shared: Any = None) -> torch.Tensor:
+        return shared_prefix_decode(batch.q, cache, tables, lens, batch.scale, constant_tables=True, shared=shared)
+
+    def decode(cache: Any) -> torch.Tensor:
+        return paged_decode(batch.q, cache, tables, lens, batch.scale, constant_tables=True)
+
+    shared = find()
+    error = check(batch, attend(batch.caches[0], shared), "shared_prefix_decode")
+    us = timer.us([lambda cache=cache: attend(cache, shared) for cache in batch.caches])
+    with_find_us = timer.us([lambda cache=cache: attend(cache) for cache in batch.caches])
+    error = max(error, check(batch, attend(batch.caches[-1]), "shared_prefix_decode"))
+    check(batch, decode(batch.caches[0]), "paged_decode")
+    decode_us = timer.us([lambda cache=cache: decode(cache) for cache in batch.caches])
+    prefixes = [
+        lambda cache=cache: attend_to_prefixes(batch.q, cache, tables, shared, batch.scale, plan, None)
+        for cache in batch.caches
+    ]
+    return {
+        "phase": "decode", "batch": case.batch, "prefix": wanted.prefix, "groups": wanted.groups, "own": wanted.own,
+        "heads": case.heads, "kv_heads": case.kv_heads, "head_dim": case.head_dim, "page": case.page,
+        "kv_dtype": case.kv_dtype, "us": us, "with_find_us": with_find_us, "find_us": timer.us([find]),
+        "prefixes_us": timer.us(prefixes), "paged_decode_us": decode_us, "read_us": reads.us(wanted.nbytes)[0],
+        "error": round(error, 6), "bar": wanted.bar, "met": None if wanted.bar is None else us <= wanted.bar, "failures": {},
+    }  # fmt: skip
+
+
+def cells(row: dict[str, Any]) -> list[Any]:
+    keys = (
+        "batch",
+        "prefix",
+        "groups",
+        "own",
+        "us",
+        "with_find_us",
+        "find_us",
+        "prefixes_us",
+        "paged_decode_us",
+        "read_us",
+    )
+    return [*(row[key] for key in keys), row["bar"]]

@@ -1,0 +1,325 @@
+"""shared_prefix_decode against attention in float64, whatever the tables share; the groups that it finds, and who has which."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from attention_batches import Batch, Inputs, exact_attention, exact_lse, limit_of, make_inputs, on_gpu
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tilus import TilusError
+from tilus.kernels import paged_decode
+from tilus.kernels.paged_decode import DecodePlan, by_plans, paged_decode_kernel, plans, with_whole_pairs
+from tilus.kernels.paged_decode_split import Split, share
+from tilus.kernels.paged_prefill import PrefillPlan
+from tilus.kernels.shared_prefix import attend_to_prefixes, find_shared_prefixes, prefix_plans, shared_prefix_decode
+from tilus.kernels.shared_prefix_groups import (
+    ENDS,
+    LENGTH,
+    MEMBER,
+    MEMBERS,
+    TILE,
+    TOKENS,
+    PrefixSplit,
+    members_of,
+    places,
+    prefix_results,
+    shared_prefix_groups_kernel,
+)
+from tilus.kernels.shared_prefix_rows import shared_prefix_kernel
+from tilus.ptx.assembler import SpillError
+from tilus.runtime.execute import build
+from tilus.target import get_target
+
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+PAGE = 16
+LEAST = 256  # tokens
+
+
+def shared_inputs(batch: Batch, common: list[int], seed: int = 0) -> Inputs:
+    """Each sequence begins with the first common[s] pages of the one in front of it, as far as that has them."""
+    inputs = make_inputs(batch, seed)
+    for row in range(1, len(common)):
+        count = min(common[row], *(lengths[1] // batch.page_size for lengths in batch.lengths[row - 1 : row + 1]))
+        inputs.block_tables[row, :count] = inputs.block_tables[row - 1, :count]
+    return inputs
+
+
+def expected_groups(tables: Any, lens: Any, q_len: int, page: int) -> list[tuple[int, int, int]]:
+    """(first sequence, sequences, tokens of the prefix) of all groups, one sequence after another."""
+    common = [0]
+    for row in range(1, len(lens)):
+        most = max(0, min(int(lens[row]), int(lens[row - 1])) - q_len + 1) // page
+        same = [bool(tables[row][i] == tables[row - 1][i]) for i in range(most)]
+        common.append(same.index(False) if False in same else most)
+    groups, first = list[tuple[int, int, int]](), 0
+    for row in range(1, len(lens) + 1):
+        if row < len(lens):
+            beside = [common[i] for i in (row - 1, row + 1) if i < len(lens)]
+            if common[row] * page >= LEAST and all(2 * common[row] >= other for other in beside):
+                continue
+        if row - first > 1:
+            groups.append((first, row - first, min(common[first + 1 : row]) * page))
+        first = row
+    return groups
+
+
+def check_found(found: Any, tables: Any, lens: Any, q_len: int, members: int, page: int, unit: int) -> None:
+    """What `find_shared_prefixes` gives, by sequence, is what its groups say."""
+    tokens, ends, tile = [0] * len(lens), 0, -1
+    wanted = np.zeros((6, len(lens)), np.int64)
+    for first, count, prefix in expected_groups(tables, lens, q_len, page):
+        for member in range(count):
+            tokens[first + member] = prefix
+            wanted[MEMBER, first + member] = member % members
+            wanted[MEMBERS, first + member] = min(members, count - member // members * members)
+            tile += member % members == 0
+            ends += (member % members == 0) * -(-prefix // unit)
+            wanted[TILE, first + member], wanted[ENDS, first + member] = tile, ends
+    wanted[TOKENS], wanted[LENGTH] = tokens, np.array(lens) - tokens
+    shared = np.array(tokens) > 0
+    for field in (TOKENS, LENGTH):
+        assert np.array_equal(found[field], wanted[field])
+    for field in (MEMBER, MEMBERS, TILE, ENDS):
+        assert np.array_equal(found[field][shared], wanted[field][shared]), field
+    assert np.array_equal(found[ENDS], np.maximum.accumulate(wanted[ENDS]))
+
+
+def random_tables(rng: np.random.Generator, count: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Neighbours share nothing, a little, much or all; lengths end before, at and behind what is shared."""
+    tables = np.arange(count * 96, dtype=np.int32).reshape(count, 96)
+    for row in range(1, count):
+        same = int(rng.choice([0, 1, 15, 16, 17, 20, 24, 40, 41, 80, 81, 96]))
+        tables[row, :same] = tables[row - 1, :same]
+        if rng.integers(4) == 0:  # equal again behind a difference
+            tables[row, same + 1 :] = tables[row - 1, same + 1 :]
+    return tables, rng.choice([0, 1, 255, 256, 263, 300, 650, 1300, *[1536] * 12], count).astype(np.int32)
+
+
+@pytest.mark.parametrize("device", ["reference", CUDA])
+def test_groups_of_random_tables(device: str) -> None:
+    rng = np.random.default_rng(0)
+    for count, q_len, group in [(1, 1, 4), (2, 1, 1), (31, 3, 4), (64, 1, 16), (200, 8, 16), (33, 1, 8)] * 3:
+        tables, lens = random_tables(rng, count)
+        arguments = [torch.from_numpy(a) for a in (tables, lens)]
+        if device == "cuda":
+            arguments = [a.cuda() for a in arguments]
+        found = find_shared_prefixes(*arguments, q_len, group, PAGE, device=device).cpu().numpy()
+        check_found(found, tables, lens, q_len, members_of(q_len, group), PAGE, 128)
+
+
+def test_groups_on_the_emulator() -> None:
+    rng = np.random.default_rng(1)
+    tables, lens = random_tables(rng, 21)
+    found = find_shared_prefixes(torch.from_numpy(tables), torch.from_numpy(lens), 1, 16, PAGE, device="emulator")
+    check_found(found.numpy(), tables, lens, 1, 8, PAGE, 128)
+
+
+def without_spills(candidates: list[Any], assemble: Callable[[Any], Any]) -> Any:
+    """By the first plan that the registers suffice for."""
+    for plan in candidates:
+        try:
+            return assemble(plan)
+        except SpillError as error:
+            spilled = error
+    raise spilled
+
+
+def test_every_partial_result_has_a_place_of_its_own() -> None:
+    """Of random groups: what the blocks of prefixes write is what the sequences add up, and nothing is written twice."""
+    rng = np.random.default_rng(2)
+    for count, blocks in [(2, 1), (17, 5), (40, 132), (64, 264), (9, 1000)]:
+        tables, lens = random_tables(rng, count)
+        q_len, group, kv_heads = 1, int(rng.choice([1, 4, 16])), int(rng.choice([1, 3, 8]))
+        members = members_of(q_len, group)
+        found = find_shared_prefixes(
+            torch.from_numpy(tables), torch.from_numpy(lens), q_len, group, PAGE, device="reference"
+        ).numpy()
+        total, written = int(found[ENDS, -1]) * kv_heads, dict[int, tuple[int, int]]()
+        first = {int(found[TILE, s]): s for s in reversed(range(count)) if found[TOKENS, s]}
+        numbers = [
+            (tile, head)
+            for tile, s in sorted(first.items())
+            for head in range(kv_heads)
+            for _ in range(-(-int(found[TOKENS, s]) // 128))
+        ]
+        assert len(numbers) == total
+        for block in range(blocks):
+            for tile, head in dict.fromkeys(numbers[share(total, blocks, block) : share(total, blocks, block + 1)]):
+                assert written.setdefault(block + tile * kv_heads + head, (tile, head)) == (tile, head)
+        assert all(0 <= place < places(count, members, kv_heads, blocks) for place in written)
+        for s in range(count):
+            for head in range(kv_heads):
+                many, place, _ = prefix_results(found, s, head, kv_heads, PrefixSplit(128, blocks))
+                if not found[TOKENS, s]:
+                    assert many == 0
+                    continue
+                pair = int(found[TILE, s]), head
+                assert [place + i for i in range(many)] == sorted(p for p, of in written.items() if of == pair)
+
+
+def check(batch: Batch, common: list[int], device: str, blocks: int | None = None) -> None:
+    """Within the bound of `limit_of`, as paged_decode; logarithms within f32 arithmetic."""
+    inputs, q_len = shared_inputs(batch, common), batch.lengths[0][0]
+    tensors = [inputs.q.unflatten(0, (-1, q_len)), inputs.kv_cache, inputs.block_tables, inputs.kv_lens]
+    if device == "cuda":
+        tensors = [on_gpu(t) for t in tensors]
+    out, lse = shared_prefix_decode(*tensors, inputs.scale, return_lse=True, device=device)
+    expected, size = exact_attention(inputs, batch)
+    error, limit = np.abs(out.flatten(0, 1).cpu().double().numpy() - expected), limit_of(batch, expected, size)
+    assert out.dtype == batch.dtype and out.shape == tensors[0].shape
+    assert (error <= limit).all(), f"{batch}: off by {error.max()}, {(error / (limit + 1e-30)).max()} of the limit"
+    wanted, found = exact_lse(inputs, batch), lse.flatten(0, 1).cpu().double().numpy()
+    assert np.array_equal(np.isneginf(found), np.isneginf(wanted))
+    finite = np.isfinite(wanted)
+    assert np.abs(found[finite] - wanted[finite]).max(initial=0) < 2.0**-14
+
+
+def decoding(kv_lens: tuple[int, ...], q_len: int = 1, **shape: Any) -> Batch:
+    return Batch(tuple((q_len, n) for n in kv_lens), **shape)
+
+
+TWO_GROUPS = (400, 500, 256, 20, 500, 660), [0, 20, 24, 0, 0, 30]
+
+
+@pytest.mark.parametrize("device", ["emulator", CUDA])
+def test_two_groups(device: str) -> None:
+    """Prefixes of different lengths, one whose sequence has nothing else, and a sequence that shares nothing."""
+    check(decoding(TWO_GROUPS[0], kv_heads=1, group=2, head_dim=64), TWO_GROUPS[1], device)
+
+
+@pytest.mark.parametrize("device", [pytest.param("emulator", marks=pytest.mark.exhaustive), CUDA])
+@pytest.mark.parametrize(
+    ("batch", "common"),
+    [
+        (decoding((300,) * 9, 8, kv_heads=1, group=4), [18] * 9),  # more sequences than a row tile has
+        (decoding((300, 280, 290), 2, kv_heads=2, group=1, head_dim=128), [17] * 3),
+        (decoding((600, 700), 3, kv_heads=1, group=3, head_dim=96, dtype=torch.bfloat16), [33] * 2),
+        (decoding((1100, 1100, 1050), kv_heads=1, group=16, head_dim=256), [66] * 3),
+        (decoding((900, 800, 810), kv_heads=2, group=4, page_size=256), [3] * 3),
+        (decoding((500, 480, 530), kv_heads=2, group=4, page_size=64), [7] * 3),
+        (decoding((0, 300, 3, 300), kv_heads=2, group=4), [0] * 4),  # nothing to share
+    ],
+    ids=str,
+)
+def test_shapes(batch: Batch, common: list[int], device: str) -> None:
+    check(batch, common, device)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 700), st.sampled_from([0, 16, 20, 40])), min_size=2, max_size=5),
+    st.integers(1, 4),
+    st.integers(1, 3),
+)
+@settings(max_examples=4)
+def test_any_batch(sequences: list[tuple[int, int]], group: int, q_len: int) -> None:
+    batch = decoding(tuple(length for length, _ in sequences), q_len, kv_heads=1, group=group)
+    check(batch, [common for _, common in sequences], "reference")
+
+
+def test_pages_of_a_prefix_are_read_by_the_prefix_alone() -> None:
+    """The rest sees none of them: with the pages of the prefix gone, it still has what it had."""
+    batch = decoding(TWO_GROUPS[0], kv_heads=1, group=2)
+    inputs = shared_inputs(batch, TWO_GROUPS[1])
+    q = inputs.q[:, None]
+    shared = find_shared_prefixes(inputs.block_tables, inputs.kv_lens, 1, 2, PAGE, device="reference")
+    assert shared[TOKENS].tolist() == [256, 256, 256, 0, 480, 480]
+    rest = inputs.block_tables.clone()
+    for row, tokens in enumerate(shared[TOKENS].tolist()):
+        rest[row, : tokens // PAGE] = 2**20  # no page
+    plan = prefix_plans(2, 64)[0]
+    prefix = attend_to_prefixes(q, inputs.kv_cache, inputs.block_tables, shared, inputs.scale, plan, "reference")
+    out, _ = by_plans(q, inputs.kv_cache, rest, inputs.kv_lens, inputs.scale, False, None, "reference", False, prefix)
+    expected, size = exact_attention(inputs, batch)
+    assert (np.abs(out[:, 0].double().numpy() - expected) <= limit_of(batch, expected, size)).all()
+
+
+def test_groups_found_once_serve_all_layers() -> None:
+    """The same bits with groups that are given; those of another batch are refused; one sequence shares nothing."""
+    batch = decoding((300, 290), kv_heads=1, group=2)
+    inputs = shared_inputs(batch, [0, 17])
+    args = (inputs.q[:, None], inputs.kv_cache, inputs.block_tables, inputs.kv_lens, inputs.scale)
+    shared = find_shared_prefixes(inputs.block_tables, inputs.kv_lens, 1, 2, PAGE, device="reference")
+    out = shared_prefix_decode(*args, device="reference")
+    assert torch.equal(shared_prefix_decode(*args, shared=shared, device="reference"), out)
+    with pytest.raises(TilusError, match=r"\[6, 1\] for 2 sequences, expected \[6, 2\]"):
+        shared_prefix_decode(*args, shared=shared[:, :1], device="reference")
+    one = (args[0][:1], args[1], args[2][:1], args[3][:1], args[4])
+    assert torch.equal(shared_prefix_decode(*one, device="reference"), paged_decode(*one, device="reference"))
+
+
+@pytest.mark.gpu
+def test_a_captured_launch_follows_the_tables() -> None:
+    """What is shared may change from replay to replay."""
+    batch = decoding((700, 690, 680, 300), kv_heads=2, group=4, head_dim=128)
+    inputs = shared_inputs(batch, [0, 30, 20, 0])
+    tensors = [on_gpu(t) for t in (inputs.q[:, None], inputs.kv_cache, inputs.block_tables, inputs.kv_lens)]
+    shared_prefix_decode(*tensors, inputs.scale)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = shared_prefix_decode(*tensors, inputs.scale)
+    for common in ([0, 30, 20, 0], [0, 0, 0, 18], [0, 0, 0, 0]):
+        now = shared_inputs(batch, common)
+        tensors[2].copy_(now.block_tables)
+        graph.replay()
+        expected, size = exact_attention(dataclasses.replace(inputs, block_tables=now.block_tables), batch)
+        error = np.abs(out[:, 0].cpu().double().numpy() - expected)
+        assert (error <= limit_of(batch, expected, size)).all()
+
+
+KINDS = [
+    (128, 4, 16, 1),
+    *((d, g, p, n) for d in (64, 96, 128) for g, p, n in ((1, 16, 8), (8, 64, 1), (16, 256, 4))),
+]
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "group", "page_size", "q_len"),
+    [pytest.param(*kind, marks=() if kind == KINDS[0] else pytest.mark.exhaustive) for kind in KINDS],
+)
+def test_assembles_without_spills(head_dim: int, group: int, page_size: int, q_len: int) -> None:
+    """`build` raises for spills: the groups, and by some plan prefixes and the rest. That of the usual shape is the first."""
+    half, tables = torch.bfloat16, torch.zeros(64, 32, dtype=torch.int32)
+    lens, heads, found = tables[:, 0].contiguous(), 1 << (group - 1).bit_length(), torch.zeros(6, 64, dtype=torch.int32)
+    rows, split = torch.zeros(4, 128 // heads, heads, head_dim), PrefixSplit(max(128, page_size), 132)
+    cache = torch.zeros(8, 2, page_size, 8, head_dim, dtype=half)
+    shape = {"q_len": q_len, "group": group, "head_dim": head_dim, "page_size": page_size}
+
+    def of_prefixes(plan: PrefillPlan) -> Any:
+        special = shared_prefix_kernel.specialize(
+            torch.zeros(64 * q_len, 8, group, head_dim, dtype=half), cache, tables, found, rows, rows[..., 0].contiguous(), 1.0,
+            **shape, split=split, plan=plan,
+        )  # fmt: skip
+        return build(special.function, get_target("sm_90a"))[0]
+
+    def of_the_rest(plan: DecodePlan) -> Any:
+        q, partial = torch.zeros(64, q_len, 8, group, head_dim, dtype=half), torch.zeros(9, q_len, group, head_dim)
+        special = paged_decode_kernel.specialize(
+            q, cache, tables, lens, q, partial, partial[..., 0].contiguous(), tables[0], 1.0, None, None, found, rows,
+            rows[..., 0].contiguous(), **shape, blocks=132, split=Split(min(plan.tile, page_size)), plan=plan, prefix_split=split,
+        )  # fmt: skip
+        return build(special.function, get_target("sm_90a"))[0]
+
+    usual = (head_dim, group, page_size, q_len) == KINDS[0]
+    prefix = list(prefix_plans(heads, head_dim))[: 1 if usual else None]
+    rest = list(plans(q_len, group, head_dim, page_size, 16, True))[: 1 if usual else None]
+    compiled = without_spills(prefix, of_prefixes)
+    assert "cp.async.bulk.tensor.5d" in compiled.ptx and "wgmma.mma_async" in compiled.ptx
+    assert "mma.sync" in without_spills(rest, of_the_rest).ptx
+    special = shared_prefix_groups_kernel.specialize(
+        tables, lens, tables[0], found, tables[0], q_len=q_len, page_size=page_size,
+        members=members_of(q_len, group), unit=128, lanes=64,
+    )  # fmt: skip
+    assert build(special.function, get_target("sm_90a"))[1]
+
+
+def test_short_rests_are_not_cut() -> None:
+    """512 pairs for 264 blocks: two each for 256 of them; where that takes more than a twentieth of the blocks they stay."""
+    assert with_whole_pairs(264, 512) == 256 and with_whole_pairs(132, 264) == 132
+    assert with_whole_pairs(264, 270) == 264 and with_whole_pairs(7, 3) == 7
