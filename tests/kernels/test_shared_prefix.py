@@ -202,6 +202,7 @@ def test_two_groups(device: str) -> None:
         (decoding((300, 280, 290), 2, kv_heads=2, group=1, head_dim=128), [17] * 3),
         (decoding((600, 700), 3, kv_heads=1, group=3, head_dim=96, dtype=torch.bfloat16), [33] * 2),
         (decoding((1100, 1100, 1050), kv_heads=1, group=16, head_dim=256), [66] * 3),
+        (decoding((300, 290), 3, kv_heads=1, group=16), [17] * 2),  # more columns than a launch takes
         (decoding((900, 800, 810), kv_heads=2, group=4, page_size=256), [3] * 3),
         (decoding((500, 480, 530), kv_heads=2, group=4, page_size=64), [7] * 3),
         (decoding((0, 300, 3, 300), kv_heads=2, group=4), [0] * 4),  # nothing to share
@@ -275,7 +276,7 @@ def test_a_captured_launch_follows_the_tables() -> None:
 
 KINDS = [
     (128, 4, 16, 1),
-    *((d, g, p, n) for d in (64, 96, 128) for g, p, n in ((1, 16, 8), (8, 64, 1), (16, 256, 4))),
+    *((d, g, p, n) for d in (64, 96, 128) for g, p, n in ((1, 16, 8), (8, 64, 1), (8, 64, 4), (16, 256, 2))),
 ]
 
 

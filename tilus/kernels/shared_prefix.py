@@ -24,7 +24,7 @@ from tilus.kernels.allocate import counters, empty, is_cuda
 from tilus.kernels.attention import power_of_two
 from tilus.kernels.index_checks import check_tables
 from tilus.kernels.kv_cache import QuantizedCache
-from tilus.kernels.paged_decode import by_plans, by_queries, check_decode, most_queries, paged_decode
+from tilus.kernels.paged_decode import by_plans, by_queries, check_decode, paged_decode
 from tilus.kernels.paged_prefill import PrefillPlan, by_fitting_plan, plans_of
 from tilus.kernels.paged_prefill_tiles import ROWS
 from tilus.kernels.plan_choice import num_sms_of
@@ -42,6 +42,7 @@ from tilus.runtime.execute import place
 UNIT = 128  # tokens
 LEAST_LANES = 32
 MOST_HEAD_DIM = 128
+MOST_COLUMNS = 32  # of a launch; with more the registers do not suffice for prefixes and the rest
 
 
 def shared_prefix_decode(
@@ -50,7 +51,8 @@ def shared_prefix_decode(
 ) -> Any:  # fmt: skip
     """`paged_decode`, which reads pages that neighbouring sequences begin with once for all of them (sm_90a).
 
-    Arguments, result and errors are those of `paged_decode`, and so is the meaning, whatever the tables hold; bits may differ.
+    Arguments, result and errors are those of `paged_decode`, without fixed_split and variants, and so is the meaning, whatever
+    the tables hold; bits may differ.
     What counts is equal entries at the start of the block tables of neighbours in the batch: at least 256 tokens that all
     queries of both see whole. There may be several groups with prefixes of different lengths, and sequences that share nothing;
     put those with the same prefix next to each other. Where prefixes are nested, each sequence takes part in one: neighbours
@@ -58,8 +60,9 @@ def shared_prefix_decode(
     what is common to all.
 
     shared: what `find_shared_prefixes` gave for these tables and lengths, to use it in all layers of a model: two launches. By
-    default it is found here, by one more. Caches of codes and heads of 256 elements, for which the registers do not suffice, are
-    left to `paged_decode`, and nothing is shared.
+    default it is found here, by one more. More than 32 columns, q_len times Hq / Hkv rounded up to a power of two, take several
+    calls, which find their own. Caches of codes and heads of 256 elements, for which the registers do not suffice, are left to
+    `paged_decode`, and nothing is shared.
     """
     group = check_decode(q, kv_cache, block_tables, kv_lens, None)
     check_tables("shared_prefix_decode", block_tables, kv_lens, kv_cache, device=device)
@@ -68,12 +71,13 @@ def shared_prefix_decode(
         return paged_decode(
             q, kv_cache, block_tables, kv_lens, scale, return_lse=return_lse, constant_tables=constant_tables, device=device
         )  # fmt: skip
-    if q_len > most_queries(group, head_dim):
+    most = MOST_COLUMNS // power_of_two(group)
+    if q_len > most:
 
         def attend(part: Any, lens: Any) -> tuple[Any, Any]:
             return shared_prefix_decode(part, kv_cache, block_tables, lens, scale, return_lse=True, device=device)
 
-        out, lse = by_queries(q, kv_lens, most_queries(group, head_dim), attend)
+        out, lse = by_queries(q, kv_lens, most, attend)
         return (out, lse) if return_lse else out
     if shared is None:
         shared = find_shared_prefixes(
