@@ -13,7 +13,7 @@ from latent_batches import SCALE, LatentBatch, LatentInputs, assert_close, make_
 
 from tilus import TilusError
 from tilus.kernels import merge_states, mla_decode
-from tilus.kernels.mla_decode import MlaPlan, launch, mla_decode_kernel, plan_of
+from tilus.kernels.mla_decode import MlaPlan, launch, mla_decode_kernel, parts_of_sequence, plan_of
 from tilus.kernels.paged_decode_split import Split
 from tilus.runtime.execute import build
 from tilus.target import get_target
@@ -118,6 +118,18 @@ def test_fixed_split_gives_the_same_bits_alone_and_in_any_batch(device: str) -> 
         q[2:], cache, tables[2:].contiguous(), lens[2:].contiguous(), SCALE, MlaPlan(), split, 1, False, device
     )
     assert torch.equal(alone[0], together[2])
+
+
+@given(st.integers(0, 2**20), st.integers(1, 64))
+def test_parts_are_whole_units_and_about_as_many_as_is_best(tokens: int, rows: int) -> None:
+    """Of what reading and merging takes, in tokens, no more than half above the least of all numbers of parts."""
+    units, parts = max(1, -(-tokens // 256)), parts_of_sequence(tokens, rows)
+    assert 1 <= parts <= units
+
+    def cost(number: int) -> float:
+        return 256 * -(-units // number) + (8 + 3 * rows / 4) * number
+
+    assert cost(parts) <= 1.5 * min(cost(number) for number in range(1, min(units, 2000) + 1))
 
 
 def test_tickets_are_left_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
