@@ -15,7 +15,7 @@ from tilus.kernels import mla_decode, mla_prefill
 
 LATENT, WIDTH = 512, 576
 SCALE = 192**-0.5
-COLUMNS = {"phase": 9, "batch": 7, "context": 9, "heads": 7, "page": 6, "us": 10, "TB/s": 7, "TFLOP/s": 9, "read": 9}
+COLUMNS = {"phase": 9, "batch": 7, "context": 12, "heads": 7, "page": 6, "us": 10, "TB/s": 7, "TFLOP/s": 9, "read": 9}
 
 
 @dataclass(frozen=True)
