@@ -10,8 +10,10 @@ from typing import Any
 
 from serving.quantize import WEIGHT_DTYPES
 from tilus.errors import TilusError
+from tilus.kernels import KV_FORMATS
 
 DEVICES = ("auto", "cpu", "cuda", "reference")
+KV_DTYPES = ("fp16", "bf16", *KV_FORMATS)
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class ModelConfig:
 
     @property
     def kv_values_per_token(self) -> int:
-        """float16 values that one token keeps in the cache, over all layers."""
+        """Elements that one token keeps in the cache, over all layers."""
         return self.num_layers * 2 * self.num_kv_heads * self.head_dim
 
 
@@ -101,6 +103,21 @@ class ServerConfig:
         "weights that are stored quantised stay as they are",
         choices=WEIGHT_DTYPES,
     )
+    kv_dtype: str = _option(
+        "fp16",
+        "how keys and values are kept: fp8, int8 and int4 take half or a quarter of the memory and of the time to read it, with "
+        "a scale for each token and head (int4: and a minimum); see docs/serving.md for what they cost in accuracy",
+        choices=KV_DTYPES,
+    )
+    batch_invariant: bool = _option(
+        False,
+        "give a request the same bits whatever else runs beside it, however its prompt is cut and whether it is computed again; "
+        "slower",
+    )
+    dummy: bool = _option(
+        False,
+        "random weights in the shape of --model, a config.json or a directory with one; tokens are bytes: to measure speed",
+    )
     max_batch: int = _option(32, "how many requests may run at the same time; the others wait", "N")
     max_step_tokens: int = _option(
         512, "tokens that go through the model in one step; longer prompts are cut into chunks of what is left", "N"
@@ -134,6 +151,9 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="`python -m serving bench` measures a server that runs: see `python -m serving bench --help`.",
     )
     for item in dataclasses.fields(ServerConfig):
+        if item.type == "bool":
+            parser.add_argument("--" + item.name.replace("_", "-"), action="store_true", help=item.metadata["help"])
+            continue
         default = "" if item.default is None else f" (default: {item.default})"
         parser.add_argument(
             "--" + item.name.replace("_", "-"),

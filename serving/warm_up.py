@@ -7,17 +7,16 @@ from collections.abc import Callable
 from serving.core import Request, SamplingParams
 from serving.engine import Engine
 
-_LARGEST_SMALL_BATCH = 8
 _QUESTION = 40  # tokens of a short question in a chat's template
 
 
-def warm_up(engine: Engine, thoroughly: bool, progress: Callable[[int, int], None]) -> None:
-    """Answer a few requests. thoroughly: batches of 8, 7, ..., 1 decoding sequences, then a chunk of a prompt that is as large
-    as they come; else one short answer to a question. progress is called with (steps done, steps in all).
+def warm_up(engine: Engine, thoroughly: bool, progress: Callable[[int, int], None], widest: int = 8) -> None:
+    """Answer a few requests. thoroughly: batches of `widest`, ..., 2, 1 decoding sequences, then a chunk of a prompt that is as
+    large as they come; else one short answer to a question. progress is called with (steps done, steps in all).
 
     Raises what the kernels raise.
     """
-    width = min(_LARGEST_SMALL_BATCH, engine.config.max_batch, engine.max_model_len - 1)
+    width = min(widest, engine.config.max_batch, engine.max_model_len - 1)
     chunk = min(engine.config.max_step_tokens, engine.max_model_len - 1)
     if thoroughly:
         total = width + 1

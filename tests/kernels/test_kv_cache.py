@@ -14,8 +14,8 @@ from test_rope import make_inputs, rotated
 
 import tilus
 from tilus import TilusError
-from tilus.kernels import paged_decode
-from tilus.kernels.kv_cache import KV_FORMATS, QuantizedCache, quantized_cache, rope_append_quantized
+from tilus.kernels import paged_decode, rope_append
+from tilus.kernels.kv_cache import KV_FORMATS, QuantizedCache, quantized_cache
 from tilus.kernels.paged_decode import DecodePlan, launch, most_queries, paged_decode_kernel, plans, units_of_codes
 from tilus.kernels.paged_decode_split import Split
 from tilus.ptx.assembler import SpillError
@@ -194,7 +194,7 @@ def test_append(name: str, device: str) -> None:
     before = numbers_of(cache)[1].copy()
     there = moved(cache, device)
     given = {key: t.cuda() if device == "cuda" else t for key, t in inputs.items()}
-    q = rope_append_quantized(**given, cache=there, device=device).cpu()
+    q = rope_append(**given, kv_cache=there, device=device).cpu()
     found = numbers_of(there)[1]
     factors = there.factors.cpu().double().numpy()
     rows = inputs["qkv"].double().numpy().reshape(5, -1, head_dim)
@@ -228,7 +228,7 @@ def test_names_and_shapes() -> None:
         quantized_cache("int3", 1, 16, 1, 64)
     inputs, cache = append_inputs("int4", (3, 2), 64, 16)
     with pytest.raises(TilusError, match=r"rows of 100 elements with 2 kv heads of 64"):
-        rope_append_quantized(**{**inputs, "qkv": torch.zeros(5, 100).half()}, cache=cache, device="reference")
+        rope_append(**{**inputs, "qkv": torch.zeros(5, 100).half()}, kv_cache=cache, device="reference")
     with pytest.raises(TilusError, match="head_dim 128 of q and 64 of kv_cache"):
         tables, lens = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
         paged_decode(torch.zeros(1, 1, 2, 128).half(), cache, tables, lens, 1.0, device="reference")

@@ -13,12 +13,12 @@ import tilus
 from tilus import Const, Tensor, TilusError, f16, f32, int32, uint8
 from tilus.dtypes import DataType, float8_e4m3, int8, uint4
 from tilus.kernels.allocate import empty
-from tilus.kernels.attention import power_of_two
-from tilus.kernels.rope import rotated
-from tilus.layout import RegisterLayout, local, replicated, spatial
+from tilus.kernels.rotation import rotated
+from tilus.kernels.vectors import by_vector, power_of_two
 
 WARPS = 4
 VECTOR = 4  # neighbouring elements of a thread
+MAX_HEAD_DIM = 256
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def rope_append_quantized_kernel(
     def halves(first: int, count: int) -> Any:
         """The two halves of some heads, in f32."""
         part, shape = qkv[token, first : first + count], [power_of_two(count), half]
-        layout = by_vector(shape[0], half, VECTOR)
+        layout = by_vector(shape[0], half, VECTOR, WARPS)
         return [tilus.load(part, [0, at], shape, layout=layout).to(f32) for at in (0, half)]
 
     def append(which: int, low: Any, high: Any) -> None:
@@ -143,50 +143,29 @@ def codes_of(elements: Any, scale: Any, minimum: Any, kind: KvFormat) -> Any:
     factor = tilus.where(wide > 0.0, tilus.rcp(tilus.where(wide > 0.0, wide, 1.0)), 0.0)
     shifted = elements if minimum is None else elements - minimum.to(f32)
     rows, columns = elements.shape
-    return tilus.cast(shifted * factor, kind.code, layout=by_vector(rows, columns, VECTOR))
+    return tilus.cast(shifted * factor, kind.code, layout=by_vector(rows, columns, VECTOR, WARPS))
 
 
 def as_bytes(codes: Any, kind: KvFormat) -> Any:
     rows, columns = codes.shape
     nbytes = columns * kind.code.nbits // 8
-    return tilus.view(codes, uint8, [rows, nbytes], by_vector(rows, nbytes, VECTOR * kind.code.nbits // 8))
+    return tilus.view(codes, uint8, [rows, nbytes], by_vector(rows, nbytes, VECTOR * kind.code.nbits // 8, WARPS))
 
 
-def by_vector(rows: int, columns: int, vector: int) -> RegisterLayout:
-    """[rows, columns] over all threads, each of which has whole vectors of a row; with too few of them threads repeat others."""
-    vectors = columns // vector
-    down = min(rows, max(1, 32 * WARPS // vectors))
-    copies = 32 * WARPS // (down * vectors)
-    return replicated(copies, 2) * local(rows // down, 1) * spatial(down, vectors) * local(1, vector)
-
-
-def rope_append_quantized(
-    qkv: Any, positions: Any, cos_sin: Any, slots: Any, cache: QuantizedCache, *, device: str | None = None
-) -> Any:
-    """Rotate queries and keys by their positions; write keys and values to the cache, quantised.
-
-    qkv, positions, cos_sin, slots: as of `rope_append`. cache: with heads of 32, 64, 128 or 256 elements. Scales and minimums are
-    rounded to f16 and codes computed with those, so that an element is off by half a step at most, half of the last place of an
-    fp8 code. device: where to run (reference, emulator, cpu, cuda), by default as the arguments say.
-
-    Returns: the rotated queries [M, Hq, D]. Rotations are computed in f32; keys are not rounded before they are quantised.
-    Raises: TilusError when shapes, dtypes or devices do not fit together.
-    """
+def append_quantized(
+    qkv: Any, positions: Any, cos_sin: Any, slots: Any, cache: QuantizedCache, device: str | None
+) -> Any:  # fmt: skip
+    """`rope_append` with a quantised cache. qkv: [M, heads, D]. Raises: TilusError for heads that kernels do not have."""
     _, _, page_size, kv_heads, head_dim = cache.shape
-    if qkv.ndim != 2:
+    if head_dim % 16 or not 16 <= head_dim <= MAX_HEAD_DIM:
         raise TilusError(
-            f"rope_append_quantized: qkv of shape {list(qkv.shape)}, expected [tokens, (q_heads + 2 kv_heads) * head_dim]"
+            f"rope_append: quantised heads of {head_dim} elements, expected a multiple of 16 from 16 to {MAX_HEAD_DIM}",
+            hint="a cache of 16 bits takes any even number",
         )
-    heads, rest = divmod(qkv.shape[1], head_dim)
-    q_heads = heads - 2 * kv_heads
-    if rest or q_heads < 1 or head_dim not in (32, 64, 128, 256):
-        raise TilusError(
-            f"rope_append_quantized: rows of {qkv.shape[1]} elements with {kv_heads} kv heads of {head_dim}, expected heads of "
-            f"32, 64, 128 or 256 and (q_heads + {2 * kv_heads}) * {head_dim} elements with at least one q head"
-        )
+    q_heads = qkv.shape[1] - 2 * kv_heads
     q = empty(qkv, (qkv.shape[0], q_heads, head_dim))
     rope_append_quantized_kernel.on(device)(
-        qkv.unflatten(1, (heads, head_dim)), positions, cos_sin, slots, cache.codes, cache.factors, q,
+        qkv, positions, cos_sin, slots, cache.codes, cache.factors, q,
         head_dim=head_dim, q_heads=q_heads, kv_heads=kv_heads, page_size=page_size, kind=cache.format,
     )  # fmt: skip
     return q

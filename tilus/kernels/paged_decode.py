@@ -27,7 +27,7 @@ from typing import Any
 import tilus
 from tilus import Const, Tensor, TilusError, f16, f32, int32
 from tilus.kernels.allocate import counters, empty, is_cuda
-from tilus.kernels.attention import MAX_GROUP, power_of_two
+from tilus.kernels.attention import MAX_GROUP
 from tilus.kernels.kv_cache import QuantizedCache
 from tilus.kernels.paged_decode_columns import Columns, normalized, padded_columns
 from tilus.kernels.paged_decode_operands import UNIT_NBITS, Codes, Elements
@@ -42,6 +42,7 @@ from tilus.kernels.paged_decode_split import (
 )
 from tilus.kernels.paged_decode_stages import Stages, fill_part
 from tilus.kernels.plan_choice import num_sms_of
+from tilus.kernels.vectors import power_of_two
 from tilus.ptx.assembler import SpillError
 from tilus.runtime.execute import place
 from tilus.target import TARGETS
@@ -77,7 +78,7 @@ def paged_decode_kernel(
     kv_cache: Tensor["unit", "pages", 2, "page_size", "kv_heads", "row"],
     block_tables: Tensor[int32, "sequences", "max_pages"],
     kv_lens: Tensor[int32, "sequences"],
-    out: Tensor["dtype", "sequences", "q_len", "kv_heads", "group", "head_dim"],
+    out: Tensor["out_dtype", "sequences", "q_len", "kv_heads", "group", "head_dim"],
     partial_out: Tensor[f32, "places", "q_len", "group", "head_dim"],
     partial_lse: Tensor[f32, "places", "q_len", "group"],
     tickets: Tensor[int32, "pairs"],
@@ -150,7 +151,7 @@ def paged_decode_kernel(
 
 def paged_decode(
     q: Any, kv_cache: Any, block_tables: Any, kv_lens: Any, scale: float, *, return_lse: bool = False,
-    fixed_split: int | None = None, constant_tables: bool = False, device: str | None = None,
+    fixed_split: int | None = None, constant_tables: bool = False, device: str | None = None, out: Any = None,
 ) -> Any:  # fmt: skip
     """Attention of the last few tokens of each sequence over its paged keys and values, causal (sm_90a).
 
@@ -162,7 +163,7 @@ def paged_decode(
     multiples alone, so that the bits of a result do not depend on what else is in the batch; by default they are cut so that all
     multiprocessors have the same to do. constant_tables: block_tables and kv_lens are constant in the sense of "Dependent launch"
     (docs/language.md), and may be read while the kernel in front still runs. device: where to run (reference, emulator, cuda), by
-    default as the arguments say.
+    default as the arguments say. out: where the result goes, contiguous, float16 or bfloat16; by default a tensor like q.
 
     Query j of a sequence sees the first kv_len - q_len + j + 1 tokens of the cache; one that sees none gets zeros. Nothing beyond
     kv_len is looked at, nor are entries of block_tables for it. One launch for up to 64 columns, q_len times Hq / Hkv rounded up
@@ -174,27 +175,28 @@ def paged_decode(
     Raises: TilusError when shapes, dtypes or devices do not fit together.
     """
     group = _check(q, kv_cache, block_tables, kv_lens, fixed_split)
+    out = empty(q, tuple(q.shape)) if out is None else out
     if q.shape[0] == 0:
-        out = empty(q, tuple(q.shape))
         return (out, empty(q, tuple(q.shape[:3]), "float32")) if return_lse else out
     if q.shape[1] > most_queries(group, q.shape[3]):
-        out, lse = _by_queries(
+        found, lse = _by_queries(
             q, kv_cache, block_tables, kv_lens, scale, most_queries(group, q.shape[3]), fixed_split, device
         )
+        out.copy_(found)
         return (out, lse) if return_lse else out
     _, _, page_size, kv_heads, head_dim = kv_cache.shape
     where = place(device, is_cuda(q))
     num_sms, pairs = num_sms_of(q, where), q.shape[0] * kv_heads
     shape = (q.shape[1], group, head_dim, page_size, nbits_of(kv_cache), pairs >= num_sms)
-    key = (*shape, q.dtype, return_lse, fixed_split is None, constant_tables, where)
+    key = (*shape, q.dtype, out.dtype, return_lse, fixed_split is None, constant_tables, where)
     spilled: SpillError | None = None
     for plan in [_found[key]] if key in _found else plans(*shape):
         split = Split(min(plan.tile, page_size)) if fixed_split is None else Split(fixed_split, fixed=True)
         units = pairs * units_of(block_tables.shape[1] * page_size, split.unit)
         blocks = blocks_of(pairs, units, num_sms, plan)
         try:
-            out, lse = launch(
-                q, kv_cache, block_tables, kv_lens, scale, plan, split, blocks, return_lse, device, constant_tables
+            _, lse = launch(
+                q, kv_cache, block_tables, kv_lens, scale, plan, split, blocks, return_lse, device, constant_tables, out
             )  # fmt: skip
         except SpillError as error:
             spilled = error
@@ -206,26 +208,26 @@ def paged_decode(
 
 def launch(
     q: Any, kv_cache: Any, block_tables: Any, kv_lens: Any, scale: float, plan: DecodePlan, split: Split, blocks: int,
-    return_lse: bool, device: str | None, constant_tables: bool = False,
+    return_lse: bool, device: str | None, constant_tables: bool = False, out: Any = None,
 ) -> tuple[Any, Any]:  # fmt: skip
     """(output, log-sum-exp or None) by a given plan."""
     sequences, q_len, q_heads, head_dim = q.shape
     page_size, kv_heads = kv_cache.shape[2:4]
     group, pairs = q_heads // kv_heads, sequences * kv_heads
     most = places(pairs, block_tables.shape[1] * page_size, blocks, split)
-    out = empty(q, (sequences, q_len, kv_heads, group, head_dim))
+    out = empty(q, tuple(q.shape)) if out is None else out
     lse = empty(q, (sequences, q_len, kv_heads, group), "float32") if return_lse else None
     rows, factors, code = kv_cache, None, None
     if isinstance(kv_cache, QuantizedCache):
         rows, factors, code = units_of_codes(kv_cache), kv_cache.factors, kv_cache.format.code
     paged_decode_kernel.on(device)(
-        q.unflatten(2, (kv_heads, group)), rows, block_tables, kv_lens, out,
+        q.unflatten(2, (kv_heads, group)), rows, block_tables, kv_lens, out.unflatten(2, (kv_heads, group)),
         empty(q, (most, q_len, group, head_dim), "float32"), empty(q, (most, q_len, group), "float32"),
         counters(q, pairs), scale * math.log2(math.e), lse, factors,
         q_len=q_len, group=group, head_dim=head_dim, page_size=page_size, blocks=blocks, split=split, plan=plan, code=code,
         early=constant_tables,
     )  # fmt: skip
-    return out.flatten(2, 3), None if lse is None else lse.flatten(2, 3)
+    return out, None if lse is None else lse.flatten(2, 3)
 
 
 def _by_queries(

@@ -24,12 +24,13 @@ from typing import Any
 import tilus
 from tilus import Const, Tensor, TilusError, f32, int32
 from tilus.kernels.allocate import empty, is_cuda
-from tilus.kernels.attention import MAX_GROUP, power_of_two
+from tilus.kernels.attention import MAX_GROUP
 from tilus.kernels.attention_variant import Variant
 from tilus.kernels.paged_prefill_softmax import Kind, Rows, Turns
 from tilus.kernels.paged_prefill_stages import Stages
 from tilus.kernels.paged_prefill_tiles import ROWS, Visits, each_tile, slots, tokens_of
 from tilus.kernels.plan_choice import num_sms_of
+from tilus.kernels.vectors import power_of_two
 from tilus.ptx.assembler import SpillError
 from tilus.runtime.execute import place
 
@@ -58,7 +59,7 @@ def paged_prefill_kernel(
     block_tables: Tensor[int32, "sequences", "max_pages"],
     q_start: Tensor[int32, "sequences_plus_1"],
     kv_lens: Tensor[int32, "sequences"],
-    out: Tensor["dtype", "tokens", "kv_heads", "group", "head_dim"],
+    out: Tensor["out_dtype", "tokens", "kv_heads", "group", "head_dim"],
     scale_log2: float,
     blocks: int32,
     lse: Tensor[f32, "tokens", "kv_heads", "group"] = None,
@@ -104,6 +105,7 @@ def paged_prefill_kernel(
 def paged_prefill(
     q: Any, kv_cache: Any, block_tables: Any, q_start: Any, kv_lens: Any, scale: float, *, causal: bool = True,
     return_lse: bool = False, variant: Variant = NO_VARIANT, parameters: Any = None, device: str | None = None,
+    out: Any = None,
 ) -> Any:  # fmt: skip
     """Attention of ragged queries over paged keys and values (sm_90a): `paged_attention` for many queries a sequence.
 
@@ -113,7 +115,7 @@ def paged_prefill(
     kv_lens: int32 [S], tokens in the cache, those of the queries included. Hq / Hkv is 1 to 16, D 64, 96, 128 or 256, page_size
     16, 32, 64 or a multiple of 128. scale: what scores are multiplied with, above 0. variant: functions that change scores, hide
     keys or add a sink; parameters: their f32 tensor, if any. Torch tensors. device: where to run (reference, emulator, cuda), by
-    default as the arguments say.
+    default as the arguments say. out: where the result goes, contiguous, float16 or bfloat16; by default a tensor like q.
 
     Query j of a sequence with q_len queries sees the first kv_len - q_len + j + 1 tokens of the cache, or all of them where it is
     not causal; one that sees none gets zeros. Nothing beyond kv_len is looked at. One launch; the host reads no tensor, so it can
@@ -126,6 +128,7 @@ def paged_prefill(
     """
     group = _check(q, kv_cache, q_start, kv_lens, scale)
     sequences, kv_heads = kv_lens.shape[0], kv_cache.shape[3]
+    out = empty(q, tuple(q.shape)) if out is None else out
     heads = heads_of(q.shape[0], sequences, group)
     tiles = slots(q.shape[0], sequences, tokens_of(heads)) * kv_heads * -(-group // heads)
     blocks = min(tiles, num_sms_of(q, place(device, is_cuda(q))))
@@ -145,10 +148,11 @@ def paged_prefill(
             device,
             variant,
             parameters,
+            out,
         )
 
-    key = q.dtype, kv_heads, heads, group, kv_cache.shape[2], q.shape[2], causal, return_lse, variant
-    out, lse = by_fitting_plan(key, plans_of(heads, q.shape[2]), by)
+    key = q.dtype, out.dtype, kv_heads, heads, group, kv_cache.shape[2], q.shape[2], causal, return_lse, variant
+    _, lse = by_fitting_plan(key, plans_of(heads, q.shape[2]), by)
     return (out, lse) if return_lse else out
 
 
@@ -174,11 +178,15 @@ def plans_of(heads: int, head_dim: int) -> tuple[PrefillPlan, ...]:
 def launch(
     q: Any, kv_cache: Any, block_tables: Any, q_start: Any, kv_lens: Any, scale: float, causal: bool, plan: PrefillPlan,
     blocks: int, return_lse: bool, device: str | None, variant: Variant = NO_VARIANT, parameters: Any = None,
+    out: Any = None,
 ) -> tuple[Any, Any]:  # fmt: skip
     """(result, logarithms or None) by a given plan, on so many blocks."""
     page_size, kv_heads, head_dim = kv_cache.shape[2:]
     by_head = (kv_heads, q.shape[1] // kv_heads)
-    out, lse = empty(q, tuple(q.shape)), empty(q, tuple(q.shape[:2]), "float32") if return_lse else None
+    out, lse = (
+        empty(q, tuple(q.shape)) if out is None else out,
+        empty(q, tuple(q.shape[:2]), "float32") if return_lse else None,
+    )
     if q.shape[0]:
         paged_prefill_kernel.on(device)(
             q.unflatten(1, by_head), kv_cache, block_tables, q_start, kv_lens, out.unflatten(1, by_head),
