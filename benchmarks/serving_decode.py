@@ -19,6 +19,7 @@ import platform
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,7 +33,7 @@ from serving.dummy import open_dummy
 from serving.kernels import default_kernels
 from serving.kv_pool import KvPool
 from serving.model import Model, build_model
-from serving.packing import pack_weights
+from serving.packing import FUSED, NORMS, PackedWeights, pack_weights
 from serving.runner import TorchRunner, step_tensors
 from tilus.dtypes import dtype
 
@@ -49,17 +50,31 @@ STEPS = 30
 
 def open_model(options: argparse.Namespace) -> tuple[Model, int]:
     """On the GPU, and the bytes of its linear layers."""
-    if options.config is None:
-        settings = LLAMA_3_8B | {"num_hidden_layers": options.layers or 32}
-        with TemporaryDirectory() as directory:
-            path = Path(directory) / "config.json"
-            path.write_text(json.dumps(settings))
-            checkpoint = open_dummy(path, dtype(options.weight_dtype), options.group)
-    else:
-        checkpoint = open_dummy(options.config, dtype(options.weight_dtype), options.group)
-    packed = pack_weights(checkpoint, default_kernels(), torch.device("cuda"))
+    settings: dict[str, Any] = LLAMA_3_8B if options.config is None else json.loads(options.config.read_text())
+    layers = options.layers or int(settings["num_hidden_layers"])
+    with TemporaryDirectory() as directory:
+        path = Path(directory) / "config.json"
+        path.write_text(json.dumps(settings | {"num_hidden_layers": 1}))
+        checkpoint = open_dummy(path, dtype(options.weight_dtype), options.group)
+    packed = with_layers(pack_weights(checkpoint, default_kernels(), torch.device("cuda")), layers)
     nbytes = sum(int(part.nbytes) for parts in packed.linears.values() for part in parts)
-    return build_model(checkpoint.config, default_kernels(), packed), nbytes
+    config = replace(checkpoint.config, num_layers=layers)
+    return build_model(config, default_kernels(), packed), nbytes
+
+
+def with_layers(packed: PackedWeights, count: int) -> PackedWeights:
+    """Copies of the only layer, each in memory of its own."""
+    tensors, linears = dict(packed.tensors), dict(packed.linears)
+    for index in range(1, count):
+        for name in (*FUSED, *NORMS):
+            first, copy = f"blk.0.{name}", f"blk.{index}.{name}"
+            if name in NORMS:
+                tensors[copy] = tensors[first].clone()
+            else:
+                linears[copy] = tuple(
+                    replace(part, codes=part.codes.clone(), scales=part.scales.clone()) for part in linears[first]
+                )
+    return PackedWeights(tensors, linears)
 
 
 def decode_batch(size: int, context: int) -> Batch:
@@ -139,7 +154,7 @@ def numbers(text: str) -> list[int]:
 def options_of() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="a config.json; default: that of Llama-3-8B")
-    parser.add_argument("--layers", type=int, help="fewer layers of the default model: to compile kernels ahead")
+    parser.add_argument("--layers", type=int, help="fewer layers than the model has: to compile kernels ahead")
     parser.add_argument("--weight-dtype", default="int4", help="type of the weights (default int4)")
     parser.add_argument("--group", type=int, default=128, help="weights that share a scale (default 128)")
     parser.add_argument("--batch", type=numbers, default=[1, 16, 64], help="sequences, separated by commas")
@@ -165,7 +180,7 @@ def main() -> None:
         for row in measure(model, weights_nbytes, kv_dtype, options, report):
             report["rows"].append(row)
             print(
-                f"{kv_dtype:6}{row['batch']:5}{row['step_us']:9}{row['graph_us']:10}{row['read_us']:10}{row['ratio']:7}",
+                f"{kv_dtype:6}{row['batch']:5}{row['step_us']:9}{row['graph_us']:10}{row['read_us']:10}{row['ratio']:8}",
                 flush=True,
             )
             if options.out is not None:

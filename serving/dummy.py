@@ -90,9 +90,9 @@ class DummyWeights:
         n, k = shape
         if k % group:
             raise TilusError(f"rows of {k} weights in groups of {group}, expected a multiple")
-        numbers = dtype.decode(np.arange(dtype.num_codes, dtype=np.uint8))
+        numbers = dtype.decode(np.arange(dtype.num_codes, dtype=np.uint8)).astype(np.float64)
         usable = np.flatnonzero(np.isfinite(numbers)).astype(np.uint8)
-        codes = np.resize(usable[self._block % len(usable)], shape)
+        codes = np.resize(usable[self._block.astype(np.int64) % len(usable)], shape)
         spread = float(np.sqrt(np.mean(numbers[usable] ** 2))) or 1.0
         scale = np.float32(np.float16(1 / (spread * k**0.5)))
         return QuantizedMatrix(codes, np.full((n, k // group), scale), None, dtype)

@@ -55,16 +55,19 @@ LIBRARY: list[tuple[Kernel, dict[str, Any]]] = [
     (quantized_embedding_kernel, {"dtype": tilus.f16, "code": tilus.int8, "group": 32}),
     (
         rope_append_kernel,
-        {"dtype": tilus.f16, "head_dim": 64, "heads": 15, "q_heads": 9, "kv_heads": 3, "page_size": 16},
+        {"act": tilus.f16, "dtype": tilus.f16, "head_dim": 64, "heads": 15, "q_heads": 9, "kv_heads": 3, "page_size": 16},
     ),
     (
         rope_append_kernel,
-        {"dtype": tilus.bf16, "head_dim": 128, "heads": 48, "q_heads": 32, "kv_heads": 8, "page_size": 16},
+        {"act": tilus.bf16, "dtype": tilus.bf16, "head_dim": 128, "heads": 48, "q_heads": 32, "kv_heads": 8, "page_size": 16},
     ),
     *(
         (
             paged_attention_kernel,
-            {"dtype": dtype, "group": group, "head_dim": head_dim, "page_size": 16, "rows": rows, "kv_tile": kv_tile},
+            {
+                "dtype": dtype, "unit": dtype, "out_dtype": dtype, "group": group, "head_dim": head_dim, "page_size": 16,
+                "rows": rows, "kv_tile": kv_tile,
+            },
         )
         for dtype, group, head_dim, rows, kv_tile in (
             (tilus.f16, 3, 64, 16, 64),

@@ -81,6 +81,11 @@ def rope_append(qkv: Any, positions: Any, cos_sin: Any, slots: Any, kv_cache: An
             f"rope_append: rows of {qkv.shape[1]} elements with {kv_heads} kv heads of {head_dim}, expected an even head "
             f"size and (q_heads + {2 * kv_heads}) * {head_dim} elements with at least one q head"
         )
+    if not isinstance(kv_cache, QuantizedCache) and str(kv_cache.dtype) not in ("torch.float16", "torch.bfloat16"):
+        raise TilusError(
+            f"rope_append: kv_cache of {kv_cache.dtype}, expected float16 or bfloat16",
+            hint="caches of fewer bits are made by quantized_cache",
+        )
     by_head = qkv.unflatten(1, (heads, head_dim))
     if isinstance(kv_cache, QuantizedCache):
         return append_quantized(by_head, positions, cos_sin, slots, kv_cache, device)
