@@ -6,14 +6,16 @@ Expected values are attention in float64 over the elements that codes stand for.
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from attention_batches import Batch
+from attention_batches import Batch, exact_attention, limit_of, make_inputs, on_gpu
 from test_kv_cache import NAMES, NO_PAGE, Array, moved, numbers_of, random_cache
 
+from tilus import TilusError
 from tilus.kernels import paged_attention, quantized_cache
 from tilus.kernels.attention import paged_attention_kernel, rows_of_codes
 from tilus.kernels.kv_cache import QuantizedCache
@@ -125,3 +127,104 @@ def test_quantised_kernels_assemble_without_spills(name: str, head_dim: int, row
     )  # fmt: skip
     compiled, cubin = build(special.function, get_target(sm))
     assert cubin and "mma.sync.aligned.m16n8k16" in compiled.ptx and "ldmatrix" in compiled.ptx
+
+
+def run(batch: Batch, device: str, seed: int = 0, **options: Any) -> torch.Tensor:
+    """Of a cache of 16 bits."""
+    inputs, decodes = make_inputs(batch, seed), options.get("decodes", 0)
+    tensors = [inputs.q, inputs.kv_cache, inputs.block_tables, starts(batch, decodes), inputs.kv_lens]
+    if device == "cuda":
+        tensors = [on_gpu(t) for t in tensors]
+    return paged_attention(*tensors, inputs.scale, device=device, **options).cpu()
+
+
+@pytest.mark.parametrize("device", EXECUTIONS)
+@pytest.mark.parametrize("decodes", range(3))
+def test_batches_that_decode_in_part(decodes: int, device: str) -> None:
+    batch = Batch(MIXED, head_dim=64)
+    expected, size = exact_attention(make_inputs(batch, 0), batch)
+    error = np.abs(run(batch, device, decodes=decodes).double().numpy() - expected)
+    assert (error <= limit_of(batch, expected, size)).all()
+
+
+@pytest.mark.parametrize("device", EXECUTIONS)
+def test_results_of_another_type(device: str) -> None:
+    """A bf16 cache for f16 activations: half a step of bf16 in the weights, of f16 in the result."""
+    batch = Batch(MIXED, dtype=torch.bfloat16)
+    expected, size = exact_attention(make_inputs(batch, 0), batch)
+    found = run(batch, device, decodes=2, out_dtype=torch.float16)
+    assert found.dtype == torch.float16
+    limit = 2.0**-11 * np.abs(expected) + (2.0**-8 + 2.0**-15) * size + 2.0**-25
+    assert (np.abs(found.double().numpy() - expected) <= limit).all()
+
+
+@pytest.mark.parametrize("device", ["reference", "cpu", "emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("name", [None, "fp8", "int4"])
+def test_invariant_bits(name: str | None, device: str) -> None:
+    """A row that decodes, the same in a chunk with others before it, and alone: the same bits."""
+    batch, chunked = Batch(((1, 40), (1, 90), (18, 30))), Batch(((6, 40), (1, 90), (2, 14)))
+
+    def of(lengths: Batch, decodes: int) -> torch.Tensor:
+        if name is None:
+            whole = make_inputs(Batch(((40, 40), (90, 90), (30, 30))), 0)
+            q, cache, tables = whole.q, whole.kv_cache, whole.block_tables
+        else:
+            q, cache, tables, _ = quantized_inputs(name, Batch(((40, 40), (90, 90), (30, 30))))
+        ends = [(0, 40), (40, 90), (130, 30)]
+        rows = torch.cat([q[start + kv - n : start + kv] for (start, _), (n, kv) in zip(ends, lengths.lengths)])
+        lens = torch.tensor([kv for _, kv in lengths.lengths], dtype=torch.int32)
+        tensors = [rows, tables, starts(lengths, decodes), lens]
+        if device == "cuda":
+            tensors = [t.cuda() for t in tensors]
+            cache = on_gpu(cache) if isinstance(cache, torch.Tensor) else moved(cache, device)
+        return paged_attention(
+            tensors[0], cache, *tensors[1:], 0.125, decodes=decodes, invariant=True, device=device
+        ).cpu()  # fmt: skip
+
+    decoded, prefilled = of(batch, 2), of(chunked, 0)
+    assert torch.equal(decoded, of(batch, 0)) and torch.equal(decoded[:1], prefilled[5:6])
+    assert torch.equal(decoded[1:2], prefilled[6:7]) and torch.equal(decoded[2:4], prefilled[7:9])
+
+
+@pytest.mark.parametrize("name", [None, "fp8"])
+def test_on_hopper_each_part_goes_to_its_kernel(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the emulator, which stands for an H100: those that decode to paged_decode, others to paged_prefill or, of codes, to the
+    portable kernel; and what comes out is attention."""
+    module, called = sys.modules[paged_attention.__module__], list[str]()
+    monkeypatch.setattr(module, "_is_hopper", lambda q, where: True)
+
+    def watched(function: str) -> Any:
+        real = getattr(module, function)
+
+        def call(*args: Any, **options: Any) -> Any:
+            called.append(function)
+            return real(*args, **options)
+
+        return call
+
+    for function in ("paged_decode", "paged_prefill", "portable_attention"):
+        monkeypatch.setattr(module, function, watched(function))
+    batch = Batch(((1, 40), (1, 70), (9, 30)), kv_heads=1)
+    if name is None:
+        expected, size = exact_attention(make_inputs(batch, 0), batch)
+        error = np.abs(run(batch, "emulator", decodes=2, constant_tables=True).double().numpy() - expected)
+        assert (error <= limit_of(batch, expected, size)).all()
+    else:
+        check(name, batch, "emulator", decodes=2)
+    assert called == ["paged_decode", "paged_prefill" if name is None else "portable_attention"]
+
+
+def test_arguments_that_do_not_fit_are_refused_with_both_values() -> None:
+    inputs = make_inputs(Batch(((1, 5), (2, 33))), 0)
+
+    def wrong(**change: Any) -> str:
+        with pytest.raises(TilusError) as caught:
+            paged_attention(**(vars(inputs) | {"device": "reference"} | change))
+        return str(caught.value)
+
+    assert "decodes = 3 with 3 queries of 2 sequences" in wrong(decodes=3)
+    assert "no q_start for 1 sequences" in wrong(decodes=1, q_start=None)
+    assert "q_start of shape [3] for 1 sequences, expected [2]" in wrong(decodes=1)
+    assert "3 queries of 2 sequences that decode" in wrong(decodes=2, q_start=torch.zeros(1, dtype=torch.int32))
+    assert "q of torch.float16 and kv_cache of torch.bfloat16" in wrong(kv_cache=inputs.kv_cache.bfloat16())
+    assert "head_dim 64 of q and 32 of kv_cache" in wrong(kv_cache=quantized_cache("int4", 4, 16, 2, 32))

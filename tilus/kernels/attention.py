@@ -22,6 +22,7 @@ from tilus.runtime.execute import place
 WARPS = 4
 FRAGMENT_ROWS = 16  # rows of a tensor-core product, of which a warp takes one
 CPU_ROWS = 48  # rows of a block that does not decode, about
+CPU_INVARIANT_ROWS = 16  # of any block, about, where a row's bits must not depend on it
 KV_TILE = 64  # tokens of the cache per iteration, at most
 MAX_GROUP = 16
 MAX_HEAD_DIM = 128
@@ -170,7 +171,7 @@ def portable_attention(
         q.unflatten(1, by_head), rows_of_codes(kv_cache) if quantized else kv_cache, block_tables, kv_lens,
         out.unflatten(1, by_head), scale * math.log2(math.e), q_start, kv_cache.factors if quantized else None,
         group=by_head[1], head_dim=head_dim, page_size=page_size, kind=kv_cache.format if quantized else None,
-        **(_cpu_tiles(q_start is None, by_head[1]) if on_cpu else _tensor_core_tiles(few, head_dim)),
+        **(_cpu_tiles(q_start is None, by_head[1], invariant) if on_cpu else _tensor_core_tiles(few, head_dim)),
     )  # fmt: skip
 
 
@@ -187,7 +188,11 @@ def _tensor_core_tiles(few: bool, head_dim: int) -> dict[str, int]:
     }
 
 
-def _cpu_tiles(single: bool, group: int) -> dict[str, int]:
-    """No row that is not needed, and one kv tile at a time: copies do not run ahead."""
-    tokens = 1 if single else max(1, CPU_ROWS // group)
+def _cpu_tiles(single: bool, group: int, invariant: bool) -> dict[str, int]:
+    """No row that is not needed, and one kv tile at a time: copies do not run ahead.
+
+    Products of few rows add up in another order than those of many, so that invariant ones have as many rows in all cases.
+    """
+    rows = CPU_INVARIANT_ROWS if invariant else 1 if single else CPU_ROWS
+    tokens = max(1, rows // group)
     return {"heads": group, "rows": tokens * group, "parts": 1, "kv_tile": KV_TILE, "stages": 1}
