@@ -2,6 +2,10 @@
 
 Scales of single tokens and heads need no calibration, and follow outliers: "per-token" quantisation as in C. Hooper et al.,
 "KVQuant", arXiv 2401.18079, and Z. Liu et al., "KIVI", arXiv 2402.02750, there for values.
+
+Keys have few channels that are much larger than others, whose range would be everybody's. A Hadamard transform spreads them over
+all channels (S. Ashkboos et al., "QuaRot", arXiv 2404.00456). It is orthogonal: queries that are transformed alike have the same
+products with keys, so that attention does not know of it.
 """
 
 from __future__ import annotations
@@ -24,11 +28,13 @@ MAX_HEAD_DIM = 256
 @dataclass(frozen=True)
 class KvFormat:
     """code: the type of the codes. largest: the code of the largest magnitude, or of the largest element where `has_minimum`;
-    then each token and head has its least element, too."""
+    then each token and head has its least element, too. mixes_keys: whether keys and queries go through a Hadamard transform,
+    which codes with an exponent do not need."""
 
     code: DataType
     largest: float
     has_minimum: bool = False
+    mixes_keys: bool = True
 
     @property
     def kinds(self) -> int:
@@ -37,7 +43,7 @@ class KvFormat:
 
 
 KV_FORMATS = {
-    "fp8": KvFormat(float8_e4m3, 448.0),
+    "fp8": KvFormat(float8_e4m3, 448.0, mixes_keys=False),
     "int8": KvFormat(int8, 127.0),
     "int4": KvFormat(uint4, 15.0, has_minimum=True),
 }
@@ -45,7 +51,8 @@ KV_FORMATS = {
 
 @dataclass(frozen=True, eq=False)
 class QuantizedCache:
-    """Keys (0) and values (1) of pages: element = code * scale, or code * scale + minimum.
+    """Keys (0) and values (1) of pages: element = code * scale, or code * scale + minimum. Elements of keys are those of their
+    Hadamard transform where the format mixes them: as `rope_append` writes them, and gives queries.
 
     codes: uint8 [pages, Hkv, 2, page_size, D * nbits / 8], of 4 bits the even element in the lower half of a byte. factors:
     float16 [pages, Hkv, 2, kinds, page_size], scales and then minimums. Both may be strided views (one layer of a pool) with
@@ -120,11 +127,39 @@ def rope_append_quantized_kernel(
             first = [page, 0, which, offset, at * kind.code.nbits // 8]
             tilus.store(codes, first, as_bytes(codes_of(elements, scale, minimum, kind), kind), dims=[1, 4])
 
-    low, high = rotated(halves(0, q_heads), cos_sin, position)
+    def turned(first: int, count: int) -> Any:
+        """Queries or keys."""
+        low, high = rotated(halves(first, count), cos_sin, position)
+        return mixed(low, high) if kind.mixes_keys else (low, high)
+
+    low, high = turned(0, q_heads)
     tilus.store(q, [token, 0, 0], low.to(q.dtype))
     tilus.store(q, [token, 0, half], high.to(q.dtype))
-    append(0, *rotated(halves(q_heads, kv_heads), cos_sin, position))
+    append(0, *turned(q_heads, kv_heads))
     append(1, *halves(q_heads + kv_heads, kv_heads))
+
+
+def mixed(low: Any, high: Any) -> Any:
+    """The Hadamard transform of heads whose halves [heads, D/2] are given, orthonormal: of all elements where D is a power of
+    two, else of runs of as many as the largest one that divides D, in each half."""
+    half = low.shape[1]
+    run = half & -half
+    if run == half:
+        low, high = low + high, low - high
+    factor = (2 * run if run == half else run) ** -0.5
+    return butterflies(low, run) * factor, butterflies(high, run) * factor
+
+
+def butterflies(x: Any, run: int) -> Any:
+    """Sums and differences [rows, columns] of each run of elements, at distances 1, 2, 4, ..."""
+    rows, columns = x.shape
+    distance = 1
+    while distance < run:
+        pairs = x.reshape([rows, columns // (2 * distance), 2, distance])
+        second = tilus.arange(2, shape=[1, 1, 2, 1], axis=2).to(f32)
+        x = (tilus.sum(pairs, 2, keepdims=True) - pairs * (second * 2.0)).reshape([rows, columns])  # a + b, a - b
+        distance *= 2
+    return x
 
 
 def factors_of(low: Any, high: Any, kind: KvFormat) -> Any:

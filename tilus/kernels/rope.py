@@ -64,7 +64,8 @@ def rope_append(qkv: Any, positions: Any, cos_sin: Any, slots: Any, kv_cache: An
     that an element is off by half a step at most, half of the last place of an fp8 code. Torch tensors. device: where to run
     (reference, emulator, cpu, cuda), by default as the arguments say.
 
-    Returns: the rotated queries [M, Hq, D], of the dtype of a 16-bit cache, else of qkv's. Rotations are computed in f32 and
+    Returns: the rotated queries [M, Hq, D], of the dtype of a 16-bit cache, else of qkv's; for a quantised cache whose format
+    mixes keys, transformed as they are. Rotations are computed in f32 and
     rounded once; keys are not rounded before they are quantised.
     Raises: TilusError when shapes, dtypes or devices do not fit together.
     """
