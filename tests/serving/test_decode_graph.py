@@ -20,7 +20,7 @@ from serving.core import Batch, BatchItem, Request, SampledToken, SamplingParams
 from serving.decode_graph import LARGEST_BATCH, DecodeGraphs, GraphLimits, graph_sizes
 from serving.engine import Engine
 from serving.execution import Execution
-from serving.kernels import Kernels
+from serving.kernels import Kernels, default_kernels
 from serving.kv_pool import KvPool, PageShape
 from serving.loader import Checkpoint
 from serving.model import Model, load_model
@@ -217,3 +217,21 @@ def test_only_native_kernels_of_tilus_are_captured(
     assert isinstance(runner, TorchRunner) and (runner._graphs is not None) == captures
     if runner._graphs is not None:
         assert runner._graphs._max_pages == 6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_dtype", ["fp16", "int8"])
+@torch.inference_mode()
+def test_cuda_graphs_compute_the_bits_of_the_model(tiny_checkpoint: Checkpoint, kv_dtype: str) -> None:
+    """Batches of 1 to 11, by graphs of 1, 2, 4, 8 and 11: also with sequences that are made up, over page borders."""
+    gpu = torch.device("cuda")
+    model = load_model(tiny_checkpoint, default_kernels(invariant=True), gpu)
+    pools = [KvPool(PageShape(model.config, PAGE, kv_dtype), 11 * MAX_PAGES, gpu) for _ in range(2)]
+    graphs, rng = DecodeGraphs(model, pools[0], GraphLimits(11, MAX_PAGES)), np.random.default_rng(0)
+    lengths = rng.integers(0, PAGE * MAX_PAGES - 3, 11)
+    for size in (11, 3, 1, 8, 2, 5, 11):
+        batch = random_batch(rng, lengths[:size].tolist(), 11 * MAX_PAGES)
+        found = graphs.forward(batch)
+        expected = model.forward(step_tensors(batch, PAGE, gpu), pools[1].layers)
+        assert found.shape == expected.shape and torch.equal(found, expected)
+        assert torch.equal(pools[0].memory, pools[1].memory)
