@@ -53,6 +53,7 @@ def build_engine(
         max_batch=config.max_batch,
         max_step_tokens=config.max_step_tokens,
         request_timeout=config.request_timeout,
+        prefix_cache=not config.no_prefix_cache,
     )
     model = build_model(checkpoint.config, kernels, packed)
     pages = min(limits.num_pages, -(-max_model_len // PAGE_SIZE))

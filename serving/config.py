@@ -18,7 +18,8 @@ KV_DTYPES = ("fp16", "bf16", *KV_FORMATS)
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """The engine's limits. num_pages pages of page_size tokens are the cache; times are in seconds.
+    """The engine's limits. num_pages pages of page_size tokens are the cache; times are in seconds. prefix_cache: whether pages
+    of ended requests serve others that begin alike.
 
     Raises TilusError when the limits contradict each other.
     """
@@ -29,6 +30,7 @@ class EngineConfig:
     max_batch: int = 32
     max_step_tokens: int = 512
     request_timeout: float = 3600.0
+    prefix_cache: bool = True
 
     def __post_init__(self) -> None:
         for name in ("num_pages", "max_model_len", "page_size", "max_batch", "max_step_tokens", "request_timeout"):
@@ -113,6 +115,9 @@ class ServerConfig:
         False,
         "give a request the same bits whatever else runs beside it, however its prompt is cut and whether it is computed again; "
         "slower",
+    )
+    no_prefix_cache: bool = _option(
+        False, "compute every prompt, also one whose beginning an earlier request has left in the key-value cache"
     )
     dummy: bool = _option(
         False,

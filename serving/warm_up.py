@@ -21,7 +21,7 @@ def warm_up(engine: Engine, thoroughly: bool, progress: Callable[[int, int], Non
     if thoroughly:
         total = width + 1
         # The first step has all of them; one finishes in each step.
-        rounds = [[_request(index, 1, index + 1) for index in range(width)], [_request(width, chunk, 1)]]
+        rounds = [[_request(index, 1, index + 1) for index in range(width)], [_request(width, chunk, 1, token=1)]]
     else:
         total = 2
         question = max(1, min(_QUESTION, chunk - 1))
@@ -38,5 +38,8 @@ def warm_up(engine: Engine, thoroughly: bool, progress: Callable[[int, int], Non
     engine.check()
 
 
-def _request(index: int, prompt: int, answer: int) -> Request:
-    return Request(f"warm-up {index}", (0,) * prompt, SamplingParams(max_tokens=answer, temperature=0, ignore_eos=True))
+def _request(index: int, prompt: int, answer: int, token: int = 0) -> Request:
+    """token: prompts of another one have nothing in the cache."""
+    return Request(
+        f"warm-up {index}", (token,) * prompt, SamplingParams(max_tokens=answer, temperature=0, ignore_eos=True)
+    )

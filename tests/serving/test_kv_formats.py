@@ -12,7 +12,7 @@ from serving_fakes import ManualClock
 from tiny_llama import CPU, TINY
 
 from serving.config import KV_DTYPES, EngineConfig
-from serving.core import Request, SampledToken, SamplingParams
+from serving.core import Batch, Request, SampledToken, SamplingParams, StepOutput
 from serving.decode_graph import GraphLimits
 from serving.engine import Engine
 from serving.kernels import default_kernels
@@ -36,44 +36,65 @@ def model(tiny_checkpoint: Checkpoint) -> Model:
     return load_model(tiny_checkpoint, default_kernels(invariant=True), CPU)
 
 
+class Counting(TorchRunner):
+    """Counts the tokens that go through the model."""
+
+    count = 0
+
+    def execute(self, batch: Batch) -> StepOutput:
+        self.count += sum(len(item.token_ids) for item in batch.items)
+        return super().execute(batch)
+
+
+Answers = dict[str, list[SampledToken]]
+
+
 def answers(
-    model: Model, checkpoint: Checkpoint, kv_dtype: str, graphs: bool, **limits: int
-) -> dict[str, list[SampledToken]]:
-    """Of nine requests that come together, greedy, logarithms of probabilities included."""
-    config = EngineConfig(**({"num_pages": 64, "max_model_len": 96, "max_step_tokens": 64} | limits))
+    model: Model, checkpoint: Checkpoint, kv_dtype: str, graphs: bool, rounds: int = 1, **limits: int
+) -> tuple[Answers, list[int]]:
+    """Of nine requests that come together, greedy, logarithms of probabilities included: those of the last round, and how many
+    tokens were computed in each."""
+    given = {"num_pages": 64, "max_model_len": 96, "max_step_tokens": 64, "prefix_cache": rounds > 1}
+    config = EngineConfig(**(given | limits))
     captures = GraphLimits(config.max_batch, 6) if graphs else None
-    runner = TorchRunner(model, config.num_pages, PAGE, CPU, kv_dtype=kv_dtype, graphs=captures)
+    runner = Counting(model, config.num_pages, PAGE, CPU, kv_dtype=kv_dtype, graphs=captures)
     engine = Engine(runner, checkpoint.tokenizer, config, ManualClock())
-    rng, found = np.random.default_rng(5), dict[str, list[SampledToken]]()
-    for index in range(9):
-        tokens = tuple(rng.integers(0, 256, rng.integers(1, 60)).tolist())
-        params = SamplingParams(max_tokens=int(rng.integers(6, 30)), temperature=0, ignore_eos=True, logprobs=2)
-        engine.add(Request(str(index), tokens, params))
-    preempted = 0
-    while engine.has_work:
-        for output in engine.step():
-            found.setdefault(output.request_id, []).extend(output.tokens)
-        engine.check()
-        preempted = max(
-            preempted, *(seq.num_preemptions for seq in [*engine.scheduler.waiting, *engine.scheduler.running]), 0
-        )
-    assert (preempted > 0) == (config.num_pages < 64)
-    return found
+    found, counts, preempted = Answers(), list[int](), 0
+    for _ in range(rounds):
+        rng, found, runner.count = np.random.default_rng(5), {}, 0
+        for index in range(9):
+            tokens = tuple(rng.integers(0, 256, rng.integers(1, 60)).tolist())
+            params = SamplingParams(max_tokens=int(rng.integers(6, 30)), temperature=0, ignore_eos=True, logprobs=2)
+            engine.add(Request(str(index), tokens, params))
+        while engine.has_work:
+            for output in engine.step():
+                found.setdefault(output.request_id, []).extend(output.tokens)
+            engine.check()
+            preempted += sum(seq.num_preemptions for seq in engine.scheduler.waiting)
+        counts.append(runner.count)
+    assert (preempted > 0) == (config.num_pages < 32)
+    return found, counts
 
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 def test_the_same_text_however_it_is_run(model: Model, tiny_checkpoint: Checkpoint, kv_dtype: str) -> None:
-    loop = answers(model, tiny_checkpoint, kv_dtype, False, max_batch=1)
+    def run(graphs: bool, **limits: int) -> tuple[Answers, list[int]]:
+        return answers(model, tiny_checkpoint, kv_dtype, graphs, **limits)
+
+    loop, (count,) = run(False, max_batch=1)
     assert len(loop) == 9 and all(len(tokens) >= 6 for tokens in loop.values())
-    assert answers(model, tiny_checkpoint, kv_dtype, False, max_batch=9) == loop, "batched"
-    assert answers(model, tiny_checkpoint, kv_dtype, True, max_batch=7) == loop, "batched, captured"
-    assert answers(model, tiny_checkpoint, kv_dtype, False, max_batch=4, max_step_tokens=7) == loop, "in chunks"
-    assert answers(model, tiny_checkpoint, kv_dtype, True, max_batch=9, num_pages=12) == loop, "computed again"
+    assert run(False, max_batch=9) == (loop, [count]), "batched"
+    assert run(True, max_batch=7) == (loop, [count]), "batched, captured"
+    assert run(False, max_batch=4, max_step_tokens=7) == (loop, [count]), "in chunks"
+    again, counts = run(True, max_batch=9, num_pages=12)
+    assert again == loop and counts[0] > count, "computed again"
+    cached, counts = run(True, max_batch=9, rounds=2)
+    assert cached == loop and counts[0] == count and counts[1] < 0.8 * count, "beginnings found in the cache"
 
 
 def test_formats_differ(model: Model, tiny_checkpoint: Checkpoint) -> None:
     """So that the test above does not compare one format five times."""
-    found = [answers(model, tiny_checkpoint, name, False, max_batch=9) for name in KV_DTYPES]
+    found = [answers(model, tiny_checkpoint, name, False, max_batch=9)[0] for name in KV_DTYPES]
     assert all(a != b for index, a in enumerate(found) for b in found[:index])
 
 
