@@ -17,7 +17,7 @@ import tilus.kernels
 from serving import build
 from serving.config import EngineConfig, ServerConfig
 from serving.core import Batch, BatchItem, Request, SampledToken, SamplingParams
-from serving.decode_graph import LARGEST_BATCH, DecodeGraphs, GraphLimits, graph_sizes
+from serving.decode_graph import LARGEST_BATCH, DecodeGraphs, GraphLimits, _Inputs, graph_sizes
 from serving.engine import Engine
 from serving.execution import Execution
 from serving.kernels import Kernels, default_kernels
@@ -217,6 +217,22 @@ def test_only_native_kernels_of_tilus_are_captured(
     assert isinstance(runner, TorchRunner) and (runner._graphs is not None) == captures
     if runner._graphs is not None:
         assert runner._graphs._max_pages == 6
+
+
+@pytest.mark.parametrize("kv_dtype", ["fp16", "int4"])
+@torch.inference_mode()
+def test_sequences_that_are_made_up_change_nothing(tiny_checkpoint: Checkpoint, kv_dtype: str) -> None:
+    """A GPU runs three sequences in a step of five, which held five others before: their rows neither write nor disturb."""
+    model, rng = load_model(tiny_checkpoint, default_kernels(invariant=True), CPU), np.random.default_rng(6)
+    pool = random_pool(rng, model, 5 * MAX_PAGES, kv_dtype)
+    plain, inputs = copy_of(pool), _Inputs(5, PAGE, MAX_PAGES, CPU)
+    for count in (5, 3):
+        batch = random_batch(rng, [70, 5, 31, 16, 8][:count], 5 * MAX_PAGES)
+        inputs.write(batch)
+        found = model.forward(inputs.step, pool.layers)
+        expected = model.forward(step_tensors(batch, PAGE, CPU), plain.layers)
+        assert torch.equal(pool.memory, plain.memory)
+        assert torch.equal(found[:count], expected) and found.isfinite().all()
 
 
 @pytest.mark.gpu
