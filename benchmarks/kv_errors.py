@@ -3,7 +3,7 @@
     python benchmarks/kv_errors.py --out FILE
 
 Sequences of TOKENS tokens with heads of 64 and 128 elements, one query each, whose keys and values are appended by
-rope_append_quantized (positions 0, so that nothing is turned) and read by paged_decode, both on the reference. Elements are
+rope_append (positions 0, so that nothing is turned) and read by paged_attention, both on the reference. Elements are
 normal numbers; in "outliers" every sixteenth element of keys is ten times as large. Errors are relative, in the L2 norm over
 all queries and heads; bfloat16 is a cache of 16 bits, for comparison.
 
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from tilus.kernels import paged_decode, quantized_cache, rope_append, rope_append_quantized
+from tilus.kernels import paged_attention, quantized_cache, rope_append
 from tilus.kernels.kv_cache import KV_FORMATS
 
 SEQUENCES, TOKENS, KV_HEADS, GROUP, PAGE = 4, 256, 2, 4, 16
@@ -40,27 +40,27 @@ def rows() -> Iterator[dict[str, Any]]:
 def error_of(elements: str, head_dim: int, name: str) -> float:
     generator = torch.Generator().manual_seed(head_dim)
     rows = SEQUENCES * TOKENS
-    qkv = torch.randn(rows, 3, KV_HEADS, head_dim, generator=generator)
+    keys_and_values = torch.randn(rows, 2, KV_HEADS, head_dim, generator=generator)
     if elements == "outliers":
-        qkv[:, 1, :, :: OUTLIERS["step"]] *= OUTLIERS["factor"]
-    qkv = qkv.bfloat16()
-    q = torch.randn(SEQUENCES, 1, KV_HEADS * GROUP, head_dim, generator=generator).bfloat16()
-    arguments = {
-        "qkv": qkv.flatten(1), "positions": torch.zeros(rows, dtype=torch.int32),
-        "cos_sin": torch.cat([torch.ones(1, head_dim // 2), torch.zeros(1, head_dim // 2)], dim=1),
-        "slots": torch.arange(rows, dtype=torch.int32), "device": "reference",
-    }  # fmt: skip
+        keys_and_values[:, 0, :, :: OUTLIERS["step"]] *= OUTLIERS["factor"]
+    keys_and_values = keys_and_values.bfloat16()
+    q = torch.randn(SEQUENCES, KV_HEADS * GROUP, head_dim, generator=generator).bfloat16()
+    every_q = q.repeat_interleave(TOKENS, dim=0)
+    qkv = torch.cat([every_q, keys_and_values.flatten(1, 2)], dim=1).flatten(1)
     pages = rows // PAGE
     if name in KV_FORMATS:
         cache = quantized_cache(name, pages, PAGE, KV_HEADS, head_dim)
-        rope_append_quantized(**arguments, cache=cache)
     else:
         cache = torch.zeros(pages, 2, PAGE, KV_HEADS, head_dim, dtype=torch.bfloat16)
-        rope_append(**arguments, kv_cache=cache)
+    cos_sin = torch.cat([torch.ones(1, head_dim // 2), torch.zeros(1, head_dim // 2)], dim=1)
+    positions, slots = torch.zeros(rows, dtype=torch.int32), torch.arange(rows, dtype=torch.int32)
+    mixed = rope_append(qkv, positions, cos_sin, slots, cache, device="reference")
     tables = torch.arange(pages, dtype=torch.int32).view(SEQUENCES, -1)
     lens, scale = torch.full((SEQUENCES,), TOKENS, dtype=torch.int32), head_dim**-0.5
-    found = paged_decode(q, cache, tables, lens, scale, device="reference")[:, 0].double()
-    keys, values = qkv[:, 1:].double().view(SEQUENCES, TOKENS, 2, KV_HEADS, head_dim).unbind(2)
+    found = paged_attention(
+        mixed[::TOKENS].contiguous(), cache, tables, None, lens, scale, decodes=SEQUENCES, device="reference"
+    ).double()
+    keys, values = keys_and_values.double().view(SEQUENCES, TOKENS, 2, KV_HEADS, head_dim).unbind(2)
     queries = q.double().view(SEQUENCES, KV_HEADS, GROUP, head_dim)
     weights = (torch.einsum("shgd,sthd->shgt", queries, keys) * scale).softmax(-1)
     wanted = torch.einsum("shgt,sthd->shgd", weights, values).flatten(1, 2)

@@ -60,7 +60,7 @@ from tilus.layout.normal_form import normal_form
 from tilus.target import get_target
 from tilus.transforms import run_pipeline
 
-ATTENTION = {"dtype": f16, "page_size": 16, "stages": 2}
+ATTENTION = {"dtype": f16, "unit": f16, "out_dtype": f16, "page_size": 16, "stages": 2}
 PLAN = {"rows": 1, "warps": 4, "stages": 1, "blocks_per_sm": 1}
 LINEAR = {"act": f16, "out": f16, "bias_type": f16, "scale_dtype": f16, "span": 128, **PLAN}
 LIBRARY: list[tuple[Kernel, dict[str, Any]]] = [
@@ -68,7 +68,10 @@ LIBRARY: list[tuple[Kernel, dict[str, Any]]] = [
     (dense_embedding_kernel, {"dtype": f16}),
     (quantized_embedding_kernel, {"dtype": f16, "code": int8, "group": 32}),
     (rms_norm_kernel, {"dtype": f16, "hidden": 768}),
-    (rope_append_kernel, {"dtype": f16, "head_dim": 64, "heads": 9, "q_heads": 3, "kv_heads": 3, "page_size": 16}),
+    (
+        rope_append_kernel,
+        {"act": f16, "dtype": f16, "head_dim": 64, "heads": 9, "q_heads": 3, "kv_heads": 3, "page_size": 16},
+    ),
     (paged_attention_kernel, {**ATTENTION, "group": 3, "head_dim": 64, "rows": 16, "kv_tile": 64}),
     (paged_attention_kernel, {**ATTENTION, "group": 4, "head_dim": 128, "rows": 64, "kv_tile": 64}),
     (quantized_linear, {**LINEAR, "wdtype": uint4, "tokens": 16}),

@@ -31,6 +31,8 @@ def kernels() -> Iterator[tuple[str, Function]]:
     for head_dim, rows, kv_tile in ((64, 16, 64), (64, 64, 64), (128, 16, 64), (128, 64, 32)):
         values = {
             "dtype": tilus.f16,
+            "unit": tilus.f16,
+            "out_dtype": tilus.f16,
             "group": 4,
             "head_dim": head_dim,
             "page_size": 16,

@@ -9,6 +9,7 @@ import torch
 
 from serving.config import EngineConfig, ServerConfig
 from serving.core import MonotonicClock
+from serving.decode_graph import GraphLimits
 from serving.engine import Engine
 from serving.execution import Execution
 from serving.kernels import Kernels, default_kernels
@@ -37,10 +38,10 @@ def build_engine(
     _say(f"loading {checkpoint.name} on {device.type}")
     if not execution.is_compiled:
         _say(f"kernels are interpreted ({execution.way}), which is slow")
-    cache = _cache(path, config.weight_dtype, kernels, device)
+    cache = None if config.dummy else _cache(path, config.weight_dtype, kernels, device)
     packed = cache.load() if cache is not None else None
     size = expected_size(checkpoint, kernels, device) if packed is None else size_of(packed)
-    wishes = Wishes(config.max_batch, config.max_step_tokens, config.max_model_len, config.num_pages)
+    wishes = Wishes(config.max_batch, config.max_step_tokens, config.max_model_len, config.num_pages, config.kv_dtype)
     memory = plan(checkpoint.config, size, wishes, free_nbytes(device), device)
     _say(memory.table())
     if packed is None:
@@ -52,12 +53,16 @@ def build_engine(
         max_batch=config.max_batch,
         max_step_tokens=config.max_step_tokens,
         request_timeout=config.request_timeout,
+        prefix_cache=not config.no_prefix_cache,
     )
     model = build_model(checkpoint.config, kernels, packed)
     pages = min(limits.num_pages, -(-max_model_len // PAGE_SIZE))
     # A capture sees no launches but those of tilus.
-    graph_pages = pages if execution.way == "cpu" and kernels is default_kernels() else None
-    runner = TorchRunner(model, limits.num_pages, limits.page_size, device, graph_pages=graph_pages)
+    captures = execution.is_compiled and kernels is default_kernels(config.batch_invariant)
+    runner = TorchRunner(
+        model, limits.num_pages, limits.page_size, device, kv_dtype=config.kv_dtype,
+        graphs=GraphLimits(config.max_batch, pages) if captures else None,
+    )  # fmt: skip
     return Engine(runner, checkpoint.tokenizer, limits, MonotonicClock())
 
 

@@ -10,13 +10,16 @@ from typing import Any
 
 from serving.quantize import WEIGHT_DTYPES
 from tilus.errors import TilusError
+from tilus.kernels import KV_FORMATS
 
 DEVICES = ("auto", "cpu", "cuda", "reference")
+KV_DTYPES = ("fp16", "bf16", *KV_FORMATS)
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """The engine's limits. num_pages pages of page_size tokens are the cache; times are in seconds.
+    """The engine's limits. num_pages pages of page_size tokens are the cache; times are in seconds. prefix_cache: whether pages
+    of ended requests serve others that begin alike.
 
     Raises TilusError when the limits contradict each other.
     """
@@ -27,6 +30,7 @@ class EngineConfig:
     max_batch: int = 32
     max_step_tokens: int = 512
     request_timeout: float = 3600.0
+    prefix_cache: bool = True
 
     def __post_init__(self) -> None:
         for name in ("num_pages", "max_model_len", "page_size", "max_batch", "max_step_tokens", "request_timeout"):
@@ -66,7 +70,7 @@ class ModelConfig:
 
     @property
     def kv_values_per_token(self) -> int:
-        """float16 values that one token keeps in the cache, over all layers."""
+        """Elements that one token keeps in the cache, over all layers."""
         return self.num_layers * 2 * self.num_kv_heads * self.head_dim
 
 
@@ -101,6 +105,24 @@ class ServerConfig:
         "weights that are stored quantised stay as they are",
         choices=WEIGHT_DTYPES,
     )
+    kv_dtype: str = _option(
+        "fp16",
+        "how keys and values are kept: fp8, int8 and int4 take half or a quarter of the memory and of the time to read it, with "
+        "a scale for each token and head (int4: and a minimum); see docs/serving.md for what they cost in accuracy",
+        choices=KV_DTYPES,
+    )
+    batch_invariant: bool = _option(
+        False,
+        "give a request the same bits whatever else runs beside it, however its prompt is cut and whether it is computed again; "
+        "slower",
+    )
+    no_prefix_cache: bool = _option(
+        False, "compute every prompt, also one whose beginning an earlier request has left in the key-value cache"
+    )
+    dummy: bool = _option(
+        False,
+        "random weights in the shape of --model, a config.json or a directory with one; tokens are bytes: to measure speed",
+    )
     max_batch: int = _option(32, "how many requests may run at the same time; the others wait", "N")
     max_step_tokens: int = _option(
         512, "tokens that go through the model in one step; longer prompts are cut into chunks of what is left", "N"
@@ -134,6 +156,9 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="`python -m serving bench` measures a server that runs: see `python -m serving bench --help`.",
     )
     for item in dataclasses.fields(ServerConfig):
+        if item.type == "bool":
+            parser.add_argument("--" + item.name.replace("_", "-"), action="store_true", help=item.metadata["help"])
+            continue
         default = "" if item.default is None else f" (default: {item.default})"
         parser.add_argument(
             "--" + item.name.replace("_", "-"),

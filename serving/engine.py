@@ -45,7 +45,7 @@ class Engine:
         self._vocabulary = vocabulary
         self._clock = clock
         self.config = config
-        self.pages = PageTables(config.num_pages, config.page_size)
+        self.pages = PageTables(config.num_pages, config.page_size, reuse=config.prefix_cache)
         self.scheduler = Scheduler(self.pages, max_batch=config.max_batch, max_step_tokens=config.max_step_tokens)
         self.max_model_len = min(config.max_model_len, self.pages.capacity)
         self._live: dict[str, _Live] = {}

@@ -29,12 +29,13 @@ def open_directory(directory: Path, weight_dtype: DataType) -> Checkpoint:
     settings = read_json(directory / "config.json")
     if not settings:
         raise TilusError(f"{directory} has no config.json, so it is no model in Hugging Face's format")
-    config = _model_config(directory, settings)
+    config = model_config(directory, settings)
     weights = DirectoryWeights(directory, weight_dtype, tied=bool(settings.get("tie_word_embeddings", False)))
     return Checkpoint(directory.resolve().name, config, tokenizer.from_huggingface(directory), weights)
 
 
-def _model_config(directory: Path, settings: dict[str, Any]) -> ModelConfig:
+def model_config(directory: Path, settings: dict[str, Any]) -> ModelConfig:
+    """The shape of the model that a config.json describes; raises TilusError, by name, for what is not supported."""
     architectures = settings.get("architectures") or ["(none)"]
     if architectures[0] not in _ARCHITECTURES:
         raise TilusError(

@@ -5,17 +5,22 @@ All tensors are torch's, on one device; activations are float16. M counts the to
 
 from __future__ import annotations
 
-from types import ModuleType
+import functools
+from types import ModuleType, SimpleNamespace
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from tilus.errors import TilusError
+from tilus.kernels import QuantizedCache
 from tilus.kernels.quantize import QuantizedMatrix
 
 # Each library has its own packed form of a weight; the model carries it from `pack` to `linear`, and asks it for `shape`, (N, K).
 PackedWeight = Any
+
+# One layer's keys and values: float16 or bfloat16 [pages, 2, page_size, Hkv, D], keys at index 0, or quantised.
+KvCache = Tensor | QuantizedCache
 
 
 class Quantize(Protocol):
@@ -44,22 +49,24 @@ class Kernels(Protocol):
         """residual (float32 [M, H]) += x in place; returns its norm, float16 [M, H]."""
         ...
 
-    def rope_append(self, qkv: Tensor, positions: Tensor, cos_sin: Tensor, slots: Tensor, kv_cache: Tensor) -> Tensor:
-        """Rotate q and k of qkv [M, (Hq + 2 Hkv) D], write k and v to the cache at slots; returns q [M, Hq, D].
+    def rope_append(self, qkv: Tensor, positions: Tensor, cos_sin: Tensor, slots: Tensor, kv_cache: KvCache) -> Tensor:
+        """Rotate q and k of qkv [M, (Hq + 2 Hkv) D], write k and v to the cache at slots, in its format; returns q [M, Hq, D] in
+        the dtype of a cache of 16 bits, else in qkv's.
 
-        positions, slots: int32 [M], a slot being page * page_size + offset. cos_sin: float32 [max_pos, D], first the
-        D/2 cosines, then the sines; halves are rotated as in Hugging Face's models. kv_cache: [pages, 2, page_size,
-        Hkv, D].
+        positions, slots: int32 [M], a slot being page * page_size + offset; negative ones are not written. cos_sin: float32
+        [max_pos, D], first the D/2 cosines, then the sines; halves are rotated as in Hugging Face's models.
         """
         ...
 
     def paged_attention(
-        self, q: Tensor, kv_cache: Tensor, block_tables: Tensor, q_start: Tensor, kv_lens: Tensor, scale: float
-    ) -> Tensor:
-        """Causal attention of q [M, Hq, D] over pages -> [M, Hq, D].
+        self, q: Tensor, kv_cache: KvCache, block_tables: Tensor, q_start: Tensor, kv_lens: Tensor, scale: float, *,
+        decodes: int = 0, out_dtype: torch.dtype | None = None, constant_tables: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Causal attention of q [M, Hq, D] over pages -> [M, Hq, D] in out_dtype.
 
-        block_tables: int32 [S, max_pages]. q_start: int32 [S + 1], rows of q by sequence. kv_lens: int32 [S]. Token j
-        of a sequence with q_len of them sees the first kv_len - q_len + j + 1 entries.
+        block_tables: int32 [S, max_pages]. kv_lens: int32 [S]. The first `decodes` sequences have one row of q each; q_start:
+        int32 [S - decodes + 1], where the rows of the others start behind those. Token j of a sequence with q_len of them sees
+        the first kv_len - q_len + j + 1 entries. constant_tables: nothing in front in the stream still writes the integers.
         """
         ...
 
@@ -72,8 +79,13 @@ class Kernels(Protocol):
         ...
 
 
-def default_kernels() -> Kernels:
-    """`tilus.kernels`, imported when a model is loaded and not before."""
+@functools.cache
+def default_kernels(invariant: bool = False) -> Kernels:
+    """`tilus.kernels`, imported when a model is loaded and not before.
+
+    invariant: such that a token's results have the same bits whatever else is in its step, however prompts are cut, and whether
+    it is computed again. Sums are then cut in one way, at the cost of time.
+    """
     import importlib
 
     try:
@@ -81,4 +93,7 @@ def default_kernels() -> Kernels:
         module: ModuleType = importlib.import_module("tilus.kernels")
     except ModuleNotFoundError as error:
         raise TilusError(f"the kernel library cannot be imported: {error}") from error
-    return cast(Kernels, module)
+    if not invariant:
+        return cast(Kernels, module)
+    changed = {name: functools.partial(getattr(module, name), invariant=True) for name in ("linear", "paged_attention")}
+    return cast(Kernels, SimpleNamespace(**vars(module) | changed))

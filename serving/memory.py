@@ -12,6 +12,7 @@ from serving.config import ModelConfig
 from serving.decode_graph import LARGEST_BATCH
 from serving.host_memory import available_nbytes
 from serving.kernels import Kernels, PackedWeight
+from serving.kv_pool import PageShape
 from serving.loader import Checkpoint, Weights
 from serving.packing import FUSED, HEAD, NORMS, TABLE, TABLE_SCALES, PackedWeights, keeps_codes
 from serving.quantize import with_short_scales
@@ -92,11 +93,12 @@ def expected_size(checkpoint: Checkpoint, kernels: Kernels, device: torch.device
 
 def activation_nbytes(config: ModelConfig, max_step_tokens: int, max_batch: int, device: torch.device) -> int:
     """About what a step needs besides: float16 values of one layer's tensors, the float32 residual, logits and sampling; on a
-    CPU also what captured decode steps keep, which is all layers' tensors and the logits."""
+    CPU also what captured decode steps keep, which is all layers' tensors and the logits, on a GPU the logits of the largest."""
     heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     of_token = 2 * (3 * config.hidden_size + 2 * heads + 3 * config.ffn_size) + 4 * config.hidden_size
     rows_kept = sum(range(1, min(LARGEST_BATCH, max_batch) + 1)) if device.type == "cpu" else 0
     kept = rows_kept * (config.num_layers * of_token + config.vocab_size * 4)
+    kept += max_batch * config.vocab_size * 4 if device.type == "cuda" else 0
     return max_step_tokens * of_token + max_batch * config.vocab_size * _SAMPLING_NBYTES + kept
 
 
@@ -113,6 +115,7 @@ class Wishes:
     max_step_tokens: int
     max_model_len: int | None
     num_pages: int | None
+    kv_dtype: str = "fp16"
 
 
 def plan(config: ModelConfig, size: ModelSize, wishes: Wishes, available: int, device: torch.device) -> MemoryPlan:
@@ -121,7 +124,7 @@ def plan(config: ModelConfig, size: ModelSize, wishes: Wishes, available: int, d
 
     Raises: TilusError with the numbers when that does not fit.
     """
-    page_nbytes = PAGE_SIZE * config.kv_values_per_token * 2
+    page_nbytes = PageShape(config, PAGE_SIZE, wishes.kv_dtype).nbytes
     activations = activation_nbytes(config, wishes.max_step_tokens, wishes.max_batch, device)
     left = available - size.weights - size.embedding - activations
     full = -(-(wishes.max_model_len or config.max_positions) // PAGE_SIZE)
@@ -140,8 +143,8 @@ def plan(config: ModelConfig, size: ModelSize, wishes: Wishes, available: int, d
 def _refusal(plan: MemoryPlan) -> TilusError:
     return TilusError(
         f"the model needs {plan.total / 2**20:.0f} MiB, but {plan.available / 2**20:.0f} MiB are available\n{plan.table()}",
-        hint="take fewer bits with --weight-dtype (weights that are stored as floats), a smaller cache with --num-pages or "
-        "--max-model-len, smaller steps with --max-step-tokens and --max-batch, or end other programs",
+        hint="take fewer bits with --weight-dtype (weights that are stored as floats) and --kv-dtype, a smaller cache with "
+        "--num-pages or --max-model-len, smaller steps with --max-step-tokens and --max-batch, or end other programs",
     )
 
 

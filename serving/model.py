@@ -5,13 +5,14 @@ Activations are float16; the residual stream is float32, so that it does not los
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from serving.config import ModelConfig
-from serving.kernels import Kernels, PackedWeight
+from serving.kernels import Kernels, KvCache, PackedWeight
 from serving.loader import Checkpoint
 from serving.packing import HEAD, NORM, ROPE, TABLE, TABLE_SCALES, PackedWeights, pack_weights
 
@@ -20,8 +21,9 @@ from serving.packing import HEAD, NORM, ROPE, TABLE, TABLE_SCALES, PackedWeights
 class StepTensors:
     """A batch on the device. M tokens of S sequences, all int32.
 
-    token_ids, positions, slots: [M]. block_tables: [S, max_pages]. q_start: [S + 1]. kv_lens: [S]. last: [L], the rows
-    whose logits are wanted; None for all.
+    token_ids, positions, slots: [M]. block_tables: [S, max_pages]. kv_lens: [S]. last: [L], the rows whose logits are wanted;
+    None for all. The first `decodes` sequences have one token each. q_start: [S - decodes + 1], where the tokens of the others
+    start, counted from the first of them.
     """
 
     token_ids: Tensor
@@ -31,6 +33,7 @@ class StepTensors:
     q_start: Tensor
     kv_lens: Tensor
     last: Tensor | None
+    decodes: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,17 +82,15 @@ class Model:
     head: PackedWeight
     cos_sin: Tensor
 
-    def forward(self, step: StepTensors, kv_pool: Tensor) -> Tensor:
+    def forward(self, step: StepTensors, layers: Sequence[KvCache], out: Tensor | None = None) -> Tensor:
         """Logits float32 [L, vocabulary] of the rows `step.last`. Where these are all rows, only kernels compute, so that the
-        step may be captured.
-
-        kv_pool: float16 [pages, layers, 2, page_size, Hkv, D], so that a page of all layers is contiguous.
+        step may be captured. layers: each one's cache. out: where the logits go.
         """
         kernels, eps = self.kernels, self.config.rms_eps
         x = kernels.embedding(step.token_ids, self.embedding.table, self.embedding.scales)
         x, residual = kernels.start_rms_norm(x, self.layers[0].attn_norm, eps)
         next_norms = [*(layer.attn_norm for layer in self.layers[1:]), self.norm]
-        for layer, next_norm, kv_cache in zip(self.layers, next_norms, kv_pool.unbind(1)):
+        for layer, next_norm, kv_cache in zip(self.layers, next_norms, layers, strict=True):
             x = self._attention(layer, x, step, kv_cache)
             x = kernels.add_rms_norm(x, residual, layer.ffn_norm, eps)
             x = layer.down(kernels, kernels.silu_mul(layer.gate_up(kernels, x)))
@@ -98,13 +99,16 @@ class Model:
             x = x[step.last.long()]
         if x.shape[0] == 0:  # only chunks inside prompts
             return torch.empty((0, self.config.vocab_size), dtype=torch.float32, device=x.device)
-        return kernels.linear(x, self.head, out_dtype=torch.float32)
+        return kernels.linear(x, self.head, out_dtype=torch.float32, **({} if out is None else {"out": out}))
 
-    def _attention(self, layer: Layer, x: Tensor, step: StepTensors, kv_cache: Tensor) -> Tensor:
+    def _attention(self, layer: Layer, x: Tensor, step: StepTensors, kv_cache: KvCache) -> Tensor:
         kernels = self.kernels
         q = kernels.rope_append(layer.qkv(kernels, x), step.positions, self.cos_sin, step.slots, kv_cache)
         scale = self.config.head_dim**-0.5
-        out = kernels.paged_attention(q, kv_cache, step.block_tables, step.q_start, step.kv_lens, scale)
+        out = kernels.paged_attention(
+            q, kv_cache, step.block_tables, step.q_start, step.kv_lens, scale,
+            decodes=step.decodes, out_dtype=x.dtype, constant_tables=True,
+        )  # fmt: skip
         return layer.attn_output(kernels, out.reshape(out.shape[0], -1))
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import mmap
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -12,7 +9,8 @@ from torch import Tensor
 
 from serving import sampling
 from serving.core import Batch, StepOutput
-from serving.decode_graph import DecodeGraphs
+from serving.decode_graph import DecodeGraphs, GraphLimits
+from serving.kv_pool import KvPool, PageShape
 from serving.model import Model, StepTensors
 
 _ALIGNMENT = 16  # int32 values: arrays and table rows start at multiples of 64 bytes, so that kernels see one alignment
@@ -21,20 +19,18 @@ _ALIGNMENT = 16  # int32 values: arrays and table rows start at multiples of 64 
 class TorchRunner:
     """Owns the key-value pool. Keys and values of a page that nobody owns are left as they are, and never read.
 
-    graph_pages: when decode steps are to be captured and replayed, which kernels of tilus as native code on the CPU allow, how
-    many pages a sequence may have; None to launch each step's kernels.
+    graphs: how decode steps are captured and replayed, where kernels are those of tilus, compiled; None to launch each step's.
     """
 
     def __init__(
-        self, model: Model, num_pages: int, page_size: int, device: torch.device, *, graph_pages: int | None = None
-    ) -> None:
-        config = model.config
-        shape = (num_pages, config.num_layers, 2, page_size, config.num_kv_heads, config.head_dim)
-        self.kv_pool = _zero_pool(shape, device)
+        self, model: Model, num_pages: int, page_size: int, device: torch.device, *, kv_dtype: str = "fp16",
+        graphs: GraphLimits | None = None,
+    ) -> None:  # fmt: skip
+        self.kv_pool = KvPool(PageShape(model.config, page_size, kv_dtype), num_pages, device)
         self._model = model
         self._page_size = page_size
         self._device = device
-        self._graphs = None if graph_pages is None else DecodeGraphs(model, self.kv_pool, page_size, graph_pages)
+        self._graphs = None if graphs is None else DecodeGraphs(model, self.kv_pool, graphs)
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> StepOutput:
@@ -43,21 +39,14 @@ class TorchRunner:
     def _logits(self, batch: Batch) -> Tensor:
         if self._graphs is not None and self._graphs.fits(batch):
             return self._graphs.forward(batch)
-        return self._model.forward(step_tensors(batch, self._page_size, self._device), self.kv_pool)
-
-
-def _zero_pool(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """float16 zeros. On the CPU the system makes them when a page is first touched: no start waits for a pool of a GiB."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=torch.float16, device=device)
-    memory = mmap.mmap(-1, math.prod(shape) * 2, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(memory, dtype=torch.float16).view(shape)
+        return self._model.forward(step_tensors(batch, self._page_size, self._device), self.kv_pool.layers)
 
 
 def step_tensors(batch: Batch, page_size: int, device: torch.device) -> StepTensors:
     """The batch as int32 tensors, moved to the device in one copy."""
     q_lens = [len(item.token_ids) for item in batch.items]
-    q_start = np.cumsum([0, *q_lens])
+    decodes = next((index for index, count in enumerate(q_lens) if count != 1), len(q_lens))
+    q_end = np.cumsum(q_lens)
     positions = np.concatenate([np.arange(item.start, item.kv_len) for item in batch.items])
     width = -(-max(len(item.pages) for item in batch.items) // _ALIGNMENT) * _ALIGNMENT
     block_tables = np.zeros((len(batch.items), width), np.int64)
@@ -69,12 +58,12 @@ def step_tensors(batch: Batch, page_size: int, device: torch.device) -> StepTens
         positions,
         block_tables[owners, positions // page_size] * page_size + positions % page_size,
         block_tables,
-        q_start,
+        np.array([0, *(q_end[decodes:] - decodes)]),
         np.array([item.kv_len for item in batch.items]),
-        np.array([end - 1 for item, end in zip(batch.items, q_start[1:]) if item.params is not None], np.int64),
+        np.array([end - 1 for item, end in zip(batch.items, q_end) if item.params is not None], np.int64),
     )
     *step, last = _move(arrays, device)
-    return StepTensors(*step, last=None if last.shape == step[0].shape else last)
+    return StepTensors(*step, last=None if last.shape == step[0].shape else last, decodes=decodes)
 
 
 def _move(arrays: tuple[npt.NDArray[np.int64], ...], device: torch.device) -> list[Tensor]:

@@ -4,7 +4,8 @@ Each step has a token budget. Sequences that decode come first (one token each),
 newcomers; a prompt that exceeds what is left is cut into chunks, so prefill and decode share steps (SplitFuse,
 Sarathi-Serve). Service is first come, first served: running sequences are always older than waiting ones.
 
-Pages: a newcomer is admitted only when pages for all of its tokens are free. A decoding sequence that needs a page when
+Pages: a newcomer is admitted only when pages for all of its tokens are free; those that hold its beginning already count as its
+own, and their tokens are not computed again. A decoding sequence that needs a page when
 none is free takes those of the youngest running sequence, which goes back to the head of the queue and computes again
 later. The oldest sequence therefore always moves on, and, since no request may exceed the pool, nothing can deadlock.
 """
@@ -62,6 +63,7 @@ class Scheduler:
     def advance(self, seq: Sequence, count: int) -> None:
         """`count` more tokens of a sequence have been computed."""
         seq.num_computed += count
+        self.pages.publish(seq.id, seq.tokens, seq.num_computed)
 
     def _plan_decodes(self, plan: dict[Sequence, int]) -> None:
         for seq in [seq for seq in self.running if seq.num_pending == 1]:
@@ -81,8 +83,12 @@ class Scheduler:
     def _plan_newcomers(self, plan: dict[Sequence, int], budget: int) -> None:
         while self.waiting and budget > 0 and len(self.running) < self.max_batch:
             seq = self.waiting[0]
+            found = self.pages.adopt(seq.id, seq.tokens)
             if not self.pages.reserve(seq.id, len(seq.tokens)):
+                if found:
+                    self.pages.release(seq.id)
                 return
+            seq.num_computed = found
             self.running.append(self.waiting.popleft())
             budget = self._plan_prefills(plan, [seq], budget)
 

@@ -20,6 +20,8 @@ from serving.api import create_app
 from serving.async_engine import AsyncEngine
 from serving.build import build_engine
 from serving.config import ServerConfig
+from serving.decode_graph import LARGEST_BATCH
+from serving.dummy import open_dummy
 from serving.engine import Engine
 from serving.execution import Execution, choose_execution
 from serving.kernels import Kernels, default_kernels
@@ -48,19 +50,20 @@ def serve(config: ServerConfig, kernels: Callable[[], Kernels] | None = None) ->
     Raises: TilusError when the port is taken, the model is not supported or does not fit, the device is not there.
     """
     execution = choose_execution(config.device)
-    library = (kernels or default_kernels)()
+    library = kernels() if kernels is not None else default_kernels(config.batch_invariant)
     if execution.device.type == "cpu":
         torch.set_num_threads(1)  # what torch does here is small; its threads would only take the kernels' cores away
     with _bind(config.host, config.port) as listener:  # before minutes of loading, not after
         path = Path(config.model) if config.model else default_model()
-        checkpoint = open_checkpoint(path, dtype(config.weight_dtype))
+        checkpoint = (open_dummy if config.dummy else open_checkpoint)(path, dtype(config.weight_dtype))
         name = config.model_name or checkpoint.name
         engine = build_engine(config, path, checkpoint, library, execution)
         with progress("warming up", "step") as show:
             warm_up(engine, False, show)
-        if tilus.num_compilations():  # nothing of it was on the disk, so the rest is not either
-            with progress("compiling kernels", "step") as show:
-                warm_up(engine, execution.is_compiled, show)
+        on_gpu = execution.way == "cuda"
+        if on_gpu or tilus.num_compilations():  # nothing of it was on the disk, so the rest is not either
+            with progress("capturing steps" if on_gpu else "compiling kernels", "step") as show:
+                warm_up(engine, execution.is_compiled, show, config.max_batch if on_gpu else LARGEST_BATCH)
         app = create_app(AsyncEngine(engine, config.max_waiting), checkpoint.tokenizer, name)
         port = int(listener.getsockname()[1])
         server = _Server(

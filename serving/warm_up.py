@@ -7,22 +7,21 @@ from collections.abc import Callable
 from serving.core import Request, SamplingParams
 from serving.engine import Engine
 
-_LARGEST_SMALL_BATCH = 8
 _QUESTION = 40  # tokens of a short question in a chat's template
 
 
-def warm_up(engine: Engine, thoroughly: bool, progress: Callable[[int, int], None]) -> None:
-    """Answer a few requests. thoroughly: batches of 8, 7, ..., 1 decoding sequences, then a chunk of a prompt that is as large
-    as they come; else one short answer to a question. progress is called with (steps done, steps in all).
+def warm_up(engine: Engine, thoroughly: bool, progress: Callable[[int, int], None], widest: int = 8) -> None:
+    """Answer a few requests. thoroughly: batches of `widest`, ..., 2, 1 decoding sequences, then a chunk of a prompt that is as
+    large as they come; else one short answer to a question. progress is called with (steps done, steps in all).
 
     Raises what the kernels raise.
     """
-    width = min(_LARGEST_SMALL_BATCH, engine.config.max_batch, engine.max_model_len - 1)
+    width = min(widest, engine.config.max_batch, engine.max_model_len - 1)
     chunk = min(engine.config.max_step_tokens, engine.max_model_len - 1)
     if thoroughly:
         total = width + 1
         # The first step has all of them; one finishes in each step.
-        rounds = [[_request(index, 1, index + 1) for index in range(width)], [_request(width, chunk, 1)]]
+        rounds = [[_request(index, 1, index + 1) for index in range(width)], [_request(width, chunk, 1, token=1)]]
     else:
         total = 2
         question = max(1, min(_QUESTION, chunk - 1))
@@ -39,5 +38,8 @@ def warm_up(engine: Engine, thoroughly: bool, progress: Callable[[int, int], Non
     engine.check()
 
 
-def _request(index: int, prompt: int, answer: int) -> Request:
-    return Request(f"warm-up {index}", (0,) * prompt, SamplingParams(max_tokens=answer, temperature=0, ignore_eos=True))
+def _request(index: int, prompt: int, answer: int, token: int = 0) -> Request:
+    """token: prompts of another one have nothing in the cache."""
+    return Request(
+        f"warm-up {index}", (token,) * prompt, SamplingParams(max_tokens=answer, temperature=0, ignore_eos=True)
+    )

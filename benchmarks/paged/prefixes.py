@@ -13,7 +13,7 @@ from products.timing import Budget, Timer
 from paged.batches import PagedBatch, check, random_batch
 from paged.cases import Case
 from tilus.kernels import paged_decode
-from tilus.kernels.attention import power_of_two
+from tilus.kernels.vectors import power_of_two
 from tilus.kernels.shared_prefix import attend_to_prefixes, find_shared_prefixes, prefix_plans, shared_prefix_decode
 
 COLUMNS = {

@@ -198,7 +198,16 @@ def test_every_kernel_is_here() -> None:
 )
 def test_round_trip(name: str, consts: dict[str, Any]) -> None:
     target = get_target("sm_90a")
-    types = {"act": f16, "weight": f16, "out": f16, "dtype": f16, "code": int8, "bias_type": f32}
+    types = {
+        "act": f16,
+        "weight": f16,
+        "out": f16,
+        "out_dtype": f16,
+        "unit": f16,
+        "dtype": f16,
+        "code": int8,
+        "bias_type": f32,
+    }
     kernel = library()[name]
     wanted = {t: dtype for t, dtype in types.items() if any(p.type.dtype == t for p in kernel.signature.tensors)}
     function = kernel.ir(**(wanted | consts))

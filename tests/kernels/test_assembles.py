@@ -18,6 +18,7 @@ from tilus.kernels.gemm import kernel_call as gemm_call
 from tilus.kernels.gemm_kernel import gemm_kernel
 from tilus.kernels.gemm_schedule import Plan, stages_of
 from tilus.kernels.grouped_linear import grouped_linear_kernel, plans
+from tilus.kernels.kv_cache import KV_FORMATS, rope_append_quantized_kernel
 from tilus.kernels.linear import quantized_linear
 from tilus.kernels.norm import rms_norm_kernel
 from tilus.kernels.quantize import WeightHeader
@@ -55,16 +56,59 @@ LIBRARY: list[tuple[Kernel, dict[str, Any]]] = [
     (quantized_embedding_kernel, {"dtype": tilus.f16, "code": tilus.int8, "group": 32}),
     (
         rope_append_kernel,
-        {"dtype": tilus.f16, "head_dim": 64, "heads": 15, "q_heads": 9, "kv_heads": 3, "page_size": 16},
+        {
+            "act": tilus.f16,
+            "dtype": tilus.f16,
+            "head_dim": 64,
+            "heads": 15,
+            "q_heads": 9,
+            "kv_heads": 3,
+            "page_size": 16,
+        },
     ),
     (
         rope_append_kernel,
-        {"dtype": tilus.bf16, "head_dim": 128, "heads": 48, "q_heads": 32, "kv_heads": 8, "page_size": 16},
+        {
+            "act": tilus.bf16,
+            "dtype": tilus.bf16,
+            "head_dim": 128,
+            "heads": 48,
+            "q_heads": 32,
+            "kv_heads": 8,
+            "page_size": 16,
+        },
+    ),
+    *(
+        (
+            rope_append_quantized_kernel,
+            {
+                "dtype": dtype,
+                "head_dim": head_dim,
+                "q_heads": q_heads,
+                "kv_heads": kv_heads,
+                "page_size": 16,
+                "kind": KV_FORMATS[name],
+            },
+        )
+        for name, dtype, head_dim, q_heads, kv_heads in (
+            ("fp8", tilus.f16, 64, 9, 3),
+            ("int4", tilus.bf16, 128, 32, 8),
+            ("int8", tilus.f16, 256, 8, 1),
+        )
     ),
     *(
         (
             paged_attention_kernel,
-            {"dtype": dtype, "group": group, "head_dim": head_dim, "page_size": 16, "rows": rows, "kv_tile": kv_tile},
+            {
+                "dtype": dtype,
+                "unit": dtype,
+                "out_dtype": dtype,
+                "group": group,
+                "head_dim": head_dim,
+                "page_size": 16,
+                "rows": rows,
+                "kv_tile": kv_tile,
+            },
         )
         for dtype, group, head_dim, rows, kv_tile in (
             (tilus.f16, 3, 64, 16, 64),

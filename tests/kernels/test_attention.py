@@ -120,9 +120,16 @@ def test_assembles_without_spills(sm: str, head_dim: int) -> None:
         batch = Batch(((1, 5), (2, 33)), group=group, head_dim=head_dim, page_size=page_size)
         inputs, heads = make_inputs(batch, 0), (2, group)
         q = inputs.q.unflatten(1, heads)
-        tensors = (q, inputs.kv_cache, inputs.block_tables, inputs.q_start, inputs.kv_lens, torch.empty_like(q))
+        tensors = (q, inputs.kv_cache, inputs.block_tables, inputs.kv_lens, torch.empty_like(q))
         special = paged_attention_kernel.specialize(
-            *tensors, 1.0, group=group, head_dim=head_dim, page_size=page_size, rows=rows, kv_tile=kv_tile
+            *tensors,
+            1.0,
+            inputs.q_start,
+            group=group,
+            head_dim=head_dim,
+            page_size=page_size,
+            rows=rows,
+            kv_tile=kv_tile,
         )
         compiled, cubin = build(special.function, get_target(sm))
         assert cubin and "mma.sync.aligned.m16n8k16" in compiled.ptx and "ldmatrix" in compiled.ptx
@@ -143,7 +150,7 @@ def test_arguments_that_do_not_fit_are_refused_with_both_values() -> None:
     expect(wrong({"q": torch.zeros(3, 34, 64).half()}), "34 query heads", "1 to 16")
     expect(wrong({"q": torch.zeros(3, 6 * 64).half()}), "[3, 384]", "[tokens, q_heads, head_dim]")
     expect(wrong({"q": torch.zeros(3, 6, 32).half()}), "head_dim", "32", "64")
-    expect(wrong({"q": torch.zeros(3, 6, 64)}), "f32", "f16")
+    expect(wrong({"q": torch.zeros(3, 6, 64)}), "q of torch.float32", "kv_cache of torch.float16", "quantized_cache")
     expect(wrong({"kv_cache": torch.zeros(9, 2, 24, 2, 64).half()}), "page_size 24", "16, 32 or a multiple of 64")
     expect(wrong({"q_start": torch.zeros(2, dtype=torch.int32)}), "[2]", "[3]")
     expect(wrong({"kv_lens": torch.zeros(2, dtype=torch.int64)}), "int64", "int32")

@@ -15,8 +15,8 @@ from test_rope import make_inputs, rotated
 
 import tilus
 from tilus import TilusError
-from tilus.kernels import paged_decode
-from tilus.kernels.kv_cache import KV_FORMATS, QuantizedCache, quantized_cache, rope_append_quantized
+from tilus.kernels import paged_decode, rope_append
+from tilus.kernels.kv_cache import KV_FORMATS, QuantizedCache, quantized_cache
 from tilus.kernels.paged_decode import DecodePlan, launch, most_queries, paged_decode_kernel, plans, units_of_codes
 from tilus.kernels.paged_decode_split import Split
 from tilus.ptx.assembler import SpillError
@@ -194,25 +194,36 @@ def append_inputs(
     return inputs, random_cache(name, pages, page_size, heads[1], head_dim, 5)
 
 
+def hadamard(row: Array) -> Array:
+    """Of the whole row, or of the largest runs of a power of two that it, or each half of it, consists of; orthonormal."""
+    half = len(row) // 2
+    run = half & -half
+    run = len(row) if run == half else run
+    bits = np.arange(run)
+    parity = np.vectorize(lambda n: n.bit_count() % 2)(bits[:, None] & bits)
+    return ((1 - 2 * parity) @ row.reshape(-1, run).T).T.reshape(-1) / math.sqrt(run)
+
+
 @pytest.mark.parametrize("device", ["reference", "cpu", "emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("name", NAMES)
-def test_append(name: str, device: str) -> None:
+@pytest.mark.parametrize(("name", "head_dim"), [*((name, 64) for name in NAMES), ("int4", 96), ("int8", 16)])
+def test_append(name: str, head_dim: int, device: str) -> None:
     """Factors are f16 next to what the extremes ask for; elements are off by half a step of their codes.
 
     Everything else in the cache stays as it was, and the queries are those of rope_append.
     """
-    q_heads, kv_heads, head_dim, page_size = 3, 2, 64, 16
+    q_heads, kv_heads, page_size = 3, 2, 16
     inputs, cache = append_inputs(name, (q_heads, kv_heads), head_dim, page_size)
     before = numbers_of(cache)[1].copy()
     there = moved(cache, device)
     given = {key: t.cuda() if device == "cuda" else t for key, t in inputs.items()}
-    q = rope_append_quantized(**given, cache=there, device=device).cpu()
+    q = rope_append(**given, kv_cache=there, device=device).cpu()
     found = numbers_of(there)[1]
     factors = there.factors.cpu().double().numpy()
+    mix = hadamard if name != "fp8" else lambda row: row
     rows = inputs["qkv"].double().numpy().reshape(5, -1, head_dim)
     cos_sin, largest = inputs["cos_sin"].double().numpy(), cache.format.largest
     for token, (position, slot) in enumerate(zip(inputs["positions"].tolist(), inputs["slots"].tolist(), strict=True)):
-        turned = [rotated(row, cos_sin[position]) for row in rows[token, : q_heads + kv_heads]]
+        turned = [mix(rotated(row, cos_sin[position])) for row in rows[token, : q_heads + kv_heads]]
         assert np.allclose(q[token].double().numpy(), turned[:q_heads], rtol=2.0**-10, atol=2.0**-20)
         if slot < 0:
             continue
@@ -240,7 +251,7 @@ def test_names_and_shapes() -> None:
         quantized_cache("int3", 1, 16, 1, 64)
     inputs, cache = append_inputs("int4", (3, 2), 64, 16)
     with pytest.raises(TilusError, match=r"rows of 100 elements with 2 kv heads of 64"):
-        rope_append_quantized(**{**inputs, "qkv": torch.zeros(5, 100).half()}, cache=cache, device="reference")
+        rope_append(**{**inputs, "qkv": torch.zeros(5, 100).half()}, kv_cache=cache, device="reference")
     with pytest.raises(TilusError, match="head_dim 128 of q and 64 of kv_cache"):
         tables, lens = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
         paged_decode(torch.zeros(1, 1, 2, 128).half(), cache, tables, lens, 1.0, device="reference")

@@ -131,7 +131,7 @@ def test_arguments_that_do_not_fit_are_refused_with_both_values() -> None:
 
     assert "rows of 500 elements with 3 kv heads of 64" in message(qkv=torch.zeros(4, 500).half())
     assert "rows of 384 elements" in message(qkv=torch.zeros(4, 384).half())
-    assert "found dtype f32, expected f16" in message(kv_cache=torch.zeros(4, 2, 16, 3, 64))
+    assert "kv_cache of torch.float32, expected float16 or bfloat16" in message(kv_cache=torch.zeros(4, 2, 16, 3, 64))
     assert "found tokens = 5, expected 4" in message(slots=torch.zeros(5, dtype=torch.int32))
     assert "found dtype int64, expected int32" in message(positions=torch.zeros(4, dtype=torch.int64))
     assert "[4, 9, 64]" in message(qkv=torch.zeros(4, 9, 64).half())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from serving_fakes import ManualClock
 from test_serving_model import mixed_checkpoint
-from tiny_llama import CPU, TINY
+from tiny_llama import CPU
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch_kernels import TorchKernels
 
@@ -17,10 +17,11 @@ import tilus.kernels
 from serving import build
 from serving.config import EngineConfig, ServerConfig
 from serving.core import Batch, BatchItem, Request, SampledToken, SamplingParams
-from serving.decode_graph import LARGEST_BATCH, DecodeGraphs
+from serving.decode_graph import LARGEST_BATCH, DecodeGraphs, GraphLimits, _Inputs, graph_sizes
 from serving.engine import Engine
 from serving.execution import Execution
-from serving.kernels import Kernels
+from serving.kernels import Kernels, default_kernels
+from serving.kv_pool import KvPool, PageShape
 from serving.loader import Checkpoint
 from serving.model import Model, load_model
 from serving.runner import TorchRunner, step_tensors
@@ -47,9 +48,26 @@ def mixed_model(tiny_checkpoint: Checkpoint) -> Model:
     return load_model(mixed_checkpoint(tiny_checkpoint), tilus.kernels, CPU)
 
 
-def random_pool(rng: np.random.Generator, pages: int) -> torch.Tensor:
-    shape = (pages, TINY["num_hidden_layers"], 2, PAGE, TINY["num_key_value_heads"], TINY["head_dim"])
-    return torch.from_numpy(rng.normal(size=shape).astype(np.float16))
+def random_pool(rng: np.random.Generator, model: Model, pages: int, kv_dtype: str = "fp16") -> KvPool:
+    """Elements, or scales, of the order of one; codes are any but those of fp8's NaN."""
+    pool = KvPool(PageShape(model.config, PAGE, kv_dtype), pages, CPU)
+    for cache in pool.layers:
+        if isinstance(cache, torch.Tensor):
+            cache.copy_(torch.from_numpy(rng.normal(size=tuple(cache.shape))))
+        else:
+            cache.codes.copy_(torch.from_numpy(rng.integers(0, 120, tuple(cache.codes.shape), np.uint8)))
+            cache.factors.copy_(torch.from_numpy(rng.uniform(-0.02, 0.02, tuple(cache.factors.shape))))
+    return pool
+
+
+def copy_of(pool: KvPool) -> KvPool:
+    copy = KvPool(pool.shape, len(pool.memory), CPU)
+    copy.memory.copy_(pool.memory)
+    return copy
+
+
+def graphs_of(model: Model, pool: KvPool) -> DecodeGraphs:
+    return DecodeGraphs(model, pool, GraphLimits(max_batch=32, max_pages=MAX_PAGES))
 
 
 def random_batch(rng: np.random.Generator, starts: Sequence[int], num_pages: int) -> Batch:
@@ -65,22 +83,26 @@ def random_batch(rng: np.random.Generator, starts: Sequence[int], num_pages: int
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("kind", ["fused", "parts"])
+@pytest.mark.parametrize(
+    ("kind", "kv_dtype"), [("fused", "fp16"), ("parts", "fp16"), ("fused", "bf16"), ("fused", "int4"), ("fused", "fp8")]
+)
 @torch.inference_mode()
-def test_logits_and_cache_are_the_same_bits(model: Model, mixed_model: Model, kind: str, size: int) -> None:
+def test_logits_and_cache_are_the_same_bits(
+    model: Model, mixed_model: Model, kind: str, kv_dtype: str, size: int
+) -> None:
     """All inputs change from step to step, over page borders; whatever were computed outside of the kernels would not."""
     rng, chosen, num_pages = np.random.default_rng(size), model if kind == "fused" else mixed_model, 5 * MAX_PAGES
-    pool = random_pool(rng, num_pages)
-    plain = pool.clone()
-    graphs = DecodeGraphs(chosen, pool, PAGE, MAX_PAGES)
+    pool = random_pool(rng, chosen, num_pages, kv_dtype)
+    plain = copy_of(pool)
+    graphs = graphs_of(chosen, pool)
     lengths = rng.integers(0, PAGE * MAX_PAGES - 12, size)
     for step in range(12):
         batch = random_batch(rng, (lengths + step).tolist(), num_pages)
         assert graphs.fits(batch)
         found = graphs.forward(batch)
-        expected = chosen.forward(step_tensors(batch, PAGE, CPU), plain)
+        expected = chosen.forward(step_tensors(batch, PAGE, CPU), plain.layers)
         assert torch.equal(found, expected)
-        assert torch.equal(pool, plain)
+        assert torch.equal(pool.memory, plain.memory)
     assert len(graphs._graphs) == 1
 
 
@@ -98,16 +120,16 @@ class Watching(TorchDispatchMode):
 
 def test_torch_computes_nothing_in_a_step_whose_rows_are_all_wanted(mixed_model: Model) -> None:
     rng = np.random.default_rng(1)
-    pool, step = random_pool(rng, 10), step_tensors(random_batch(rng, [3, 20], 10), PAGE, CPU)
+    pool, step = random_pool(rng, mixed_model, 10), step_tensors(random_batch(rng, [3, 20], 10), PAGE, CPU)
     assert step.last is None
     with Watching() as watching:
-        mixed_model.forward(step, pool)
-    assert watching.seen <= {"empty", "view", "unbind", "split", "split_with_sizes"}
+        mixed_model.forward(step, pool.layers)
+    assert watching.seen <= {"empty", "view", "slice", "select", "split", "split_with_sizes"}
 
 
 def new_engine(model: Model, checkpoint: Checkpoint, *, graphs: bool, num_pages: int) -> Engine:
     config = EngineConfig(num_pages=num_pages, max_model_len=80, page_size=PAGE, max_batch=5, max_step_tokens=24)
-    runner = TorchRunner(model, num_pages, PAGE, CPU, graph_pages=MAX_PAGES if graphs else None)
+    runner = TorchRunner(model, num_pages, PAGE, CPU, graphs=GraphLimits(5, MAX_PAGES) if graphs else None)
     return Engine(runner, checkpoint.tokenizer, config, ManualClock())
 
 
@@ -145,7 +167,7 @@ def test_requests_that_come_and_go(model: Model, tiny_checkpoint: Checkpoint, nu
 
 
 def test_which_batches_fit(model: Model) -> None:
-    graphs = DecodeGraphs(model, torch.zeros(1), PAGE, MAX_PAGES)
+    graphs = graphs_of(model, KvPool(PageShape(model.config, PAGE), 1, CPU))
     decode = BatchItem("a", (1,), 4, (0,), GREEDY, 0)
     assert graphs.fits(Batch((decode,) * LARGEST_BATCH))
     assert not graphs.fits(Batch((decode,) * (LARGEST_BATCH + 1)))
@@ -153,11 +175,20 @@ def test_which_batches_fit(model: Model) -> None:
     assert not graphs.fits(Batch((decode, BatchItem("b", (1,), 0, (1,), None, 0))))
 
 
+def test_sizes_of_graphs() -> None:
+    """On a CPU every small batch has its own, on a GPU every batch one that is less than 8 larger."""
+    assert graph_sizes(CPU, 32) == tuple(range(1, LARGEST_BATCH + 1)) and graph_sizes(CPU, 3) == (1, 2, 3)
+    for max_batch in range(1, 70):
+        sizes = graph_sizes(torch.device("cuda"), max_batch)
+        assert sizes[-1] == max_batch and sizes == tuple(sorted(set(sizes)))
+        assert all(next(size for size in sizes if size >= batch) < batch + 8 for batch in range(1, max_batch + 1))
+
+
 @torch.inference_mode()
 def test_a_capture_that_failed_is_tried_again(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(4)
-    pool = random_pool(rng, 10)
-    graphs, batch = DecodeGraphs(model, pool, PAGE, MAX_PAGES), random_batch(rng, [5, 18], 10)
+    pool = random_pool(rng, model, 10)
+    graphs, batch = graphs_of(model, pool), random_batch(rng, [5, 18], 10)
 
     def fails(*args: object) -> None:
         raise TilusError("the compiler is gone")
@@ -166,7 +197,7 @@ def test_a_capture_that_failed_is_tried_again(model: Model, monkeypatch: pytest.
         broken.setattr(tilus.kernels, "silu_mul", fails)
         with pytest.raises(TilusError, match="the compiler is gone"):
             graphs.forward(batch)
-    expected = model.forward(step_tensors(batch, PAGE, CPU), pool.clone())
+    expected = model.forward(step_tensors(batch, PAGE, CPU), copy_of(pool).layers)
     for _ in range(2):
         assert torch.equal(graphs.forward(batch), expected)
 
@@ -186,3 +217,37 @@ def test_only_native_kernels_of_tilus_are_captured(
     assert isinstance(runner, TorchRunner) and (runner._graphs is not None) == captures
     if runner._graphs is not None:
         assert runner._graphs._max_pages == 6
+
+
+@pytest.mark.parametrize("kv_dtype", ["fp16", "int4"])
+@torch.inference_mode()
+def test_sequences_that_are_made_up_change_nothing(tiny_checkpoint: Checkpoint, kv_dtype: str) -> None:
+    """A GPU runs three sequences in a step of five, which held five others before: their rows neither write nor disturb."""
+    model, rng = load_model(tiny_checkpoint, default_kernels(invariant=True), CPU), np.random.default_rng(6)
+    pool = random_pool(rng, model, 5 * MAX_PAGES, kv_dtype)
+    plain, inputs = copy_of(pool), _Inputs(5, PAGE, MAX_PAGES, CPU)
+    for count in (5, 3):
+        batch = random_batch(rng, [70, 5, 31, 16, 8][:count], 5 * MAX_PAGES)
+        inputs.write(batch)
+        found = model.forward(inputs.step, pool.layers)
+        expected = model.forward(step_tensors(batch, PAGE, CPU), plain.layers)
+        assert torch.equal(pool.memory, plain.memory)
+        assert torch.equal(found[:count], expected) and found.isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_dtype", ["fp16", "int8"])
+@torch.inference_mode()
+def test_cuda_graphs_compute_the_bits_of_the_model(tiny_checkpoint: Checkpoint, kv_dtype: str) -> None:
+    """Batches of 1 to 11, by graphs of 1, 2, 4, 8 and 11: also with sequences that are made up, over page borders."""
+    gpu = torch.device("cuda")
+    model = load_model(tiny_checkpoint, default_kernels(invariant=True), gpu)
+    pools = [KvPool(PageShape(model.config, PAGE, kv_dtype), 11 * MAX_PAGES, gpu) for _ in range(2)]
+    graphs, rng = DecodeGraphs(model, pools[0], GraphLimits(11, MAX_PAGES)), np.random.default_rng(0)
+    lengths = rng.integers(0, PAGE * MAX_PAGES - 3, 11)
+    for size in (11, 3, 1, 8, 2, 5, 11):
+        batch = random_batch(rng, lengths[:size].tolist(), 11 * MAX_PAGES)
+        found = graphs.forward(batch)
+        expected = model.forward(step_tensors(batch, PAGE, gpu), pools[1].layers)
+        assert found.shape == expected.shape and torch.equal(found, expected)
+        assert torch.equal(pools[0].memory, pools[1].memory)

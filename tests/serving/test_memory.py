@@ -86,9 +86,10 @@ def test_the_size_is_what_the_model_holds(tiny_checkpoint: Checkpoint) -> None:
 def test_the_cache_is_what_the_runner_allocates(tiny_checkpoint: Checkpoint) -> None:
     found = plan(tiny_checkpoint.config, ModelSize(0, 0), Wishes(4, 64, None, None), 2**30, CPU)
     runner = TorchRunner(load_model(tiny_checkpoint, TorchKernels(), CPU), found.num_pages, 16, CPU)
-    assert runner.kv_pool.nbytes == found.cache
-    assert runner.kv_pool.data_ptr() % 4096 == 0
-    assert not runner.kv_pool.any()
+    memory = runner.kv_pool.memory
+    assert memory.nbytes == found.cache
+    assert memory.data_ptr() % 4096 == 0
+    assert not memory.any()
 
 
 amounts = st.integers(0, 4 * 2**30)
@@ -143,8 +144,8 @@ def test_the_table_and_the_refusal() -> None:
         "the model needs 1551 MiB, but 1000 MiB are available\nmemory in MiB\n  weights"
     )
     assert str(caught.value).endswith(
-        "\n  hint: take fewer bits with --weight-dtype (weights that are stored as floats), a smaller cache with --num-pages "
-        "or --max-model-len, smaller steps with --max-step-tokens and --max-batch, or end other programs"
+        "\n  hint: take fewer bits with --weight-dtype (weights that are stored as floats) and --kv-dtype, a smaller cache "
+        "with --num-pages or --max-model-len, smaller steps with --max-step-tokens and --max-batch, or end other programs"
     )
 
 

@@ -71,7 +71,7 @@ def test_logits_on_real_text(
         item = BatchItem("text", tuple(window), 0, tuple(range(pages)), SamplingParams(temperature=0), 0)
         step = step_tensors(Batch((item,)), PAGE, where)
         every_row = replace(step, last=torch.arange(WINDOW, dtype=torch.int32, device=where))
-        found.append(model.forward(every_row, pool).cpu())
+        found.append(model.forward(every_row, pool.unbind(1)).cpu())
     logits = torch.stack(found)
     same = (logits.argmax(-1) == expected.argmax(-1)).float().mean().item()
     ratio = math.exp(nll(logits, windows) - nll(expected, windows))

@@ -96,7 +96,7 @@ def logits_of(model: Model) -> torch.Tensor:
     items = tuple(
         BatchItem("r", (7 * page, 3, 9, 200), 0, (page,), SamplingParams(temperature=0), 0) for page in range(4)
     )
-    return model.forward(step_tensors(Batch(items), 4, CPU), pool)
+    return model.forward(step_tensors(Batch(items), 4, CPU), pool.unbind(1))
 
 
 @pytest.mark.parametrize("kind", [GGMLQuantizationType.Q8_0, GGMLQuantizationType.F32])
@@ -188,7 +188,7 @@ class ShapeKernels:
         assert {t.device for t in (qkv, positions, cos_sin, slots, kv_cache)} == {META}
         return torch.empty(qkv.shape[0], TINY["num_attention_heads"], TINY["head_dim"], dtype=qkv.dtype, device=META)
 
-    def paged_attention(self, q, kv_cache, block_tables, q_start, kv_lens, scale):
+    def paged_attention(self, q, kv_cache, block_tables, q_start, kv_lens, scale, **options):
         assert {t.device for t in (q, kv_cache, block_tables, q_start, kv_lens)} == {META}
         return torch.empty_like(q)
 
@@ -205,7 +205,7 @@ def test_every_tensor_lives_on_the_models_device(tiny_checkpoint: Checkpoint) ->
     model = load_model(tiny_checkpoint, ShapeKernels(), META)
     params = SamplingParams(top_k=3, top_p=0.5)
     items = (BatchItem("a", (1, 2), 0, (0,), params, 0), BatchItem("b", (3,), 4, (1, 2), params, 0))
-    pool = torch.empty(4, 2, 2, 4, 2, 16, dtype=torch.float16, device=META)
+    pool = torch.empty(2, 4, 2, 4, 2, 16, dtype=torch.float16, device=META)
     logits = model.forward(step_tensors(Batch(items), 4, META), pool)
     assert (logits.device, logits.dtype, logits.shape) == (META, torch.float32, (2, TINY["vocab_size"]))
     candidates = torch.empty(2, 5, dtype=torch.float64, device=META)

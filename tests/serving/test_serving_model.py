@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,13 +36,15 @@ class WideKernels(TorchKernels):
         return values.float()
 
 
-def new_pool(dtype: torch.dtype, pages: int = 40) -> torch.Tensor:
+def new_pool(dtype: torch.dtype, pages: int = 40) -> tuple[torch.Tensor, ...]:
     """Poisoned: what is read without having been written shows."""
     shape = (pages, TINY["num_hidden_layers"], 2, PAGE_SIZE, TINY["num_key_value_heads"], TINY["head_dim"])
-    return torch.full(shape, torch.nan, dtype=dtype)
+    return torch.full(shape, torch.nan, dtype=dtype).unbind(1)
 
 
-def logits_of(model: Model, tokens: list[int], chunks: list[int], pages: list[int], pool: torch.Tensor) -> torch.Tensor:
+def logits_of(
+    model: Model, tokens: list[int], chunks: list[int], pages: list[int], pool: Sequence[torch.Tensor]
+) -> torch.Tensor:
     """Logits after each chunk, [number of chunks, vocabulary]; the tokens go through one chunk a step."""
     rows, start = [], 0
     for size in chunks:
@@ -169,13 +172,21 @@ def test_step_tensors_place_every_token() -> None:
     assert step.token_ids.tolist() == [7, 8, 9, 1, 2, 3]
     assert step.positions.tolist() == [3, 4, 5, 0, 7, 8]
     assert step.slots.tolist() == [5 * 4 + 3, 2 * 4, 2 * 4 + 1, 4 * 4, 0 * 4 + 3, 6 * 4]
-    assert step.q_start.tolist() == [0, 3, 4, 6]
+    assert step.q_start.tolist() == [0, 3, 4, 6] and step.decodes == 0
     assert step.kv_lens.tolist() == [6, 1, 9]
     assert step.last.tolist() == [2, 5]
     assert [row[: len(i.pages)] for row, i in zip(step.block_tables.tolist(), items)] == [[5, 2], [4], [1, 0, 6]]
-    for tensor in vars(step).values():
+    for tensor in (value for value in vars(step).values() if isinstance(value, torch.Tensor)):
         assert tensor.dtype == torch.int32
         assert tensor.numel() == 0 or (tensor.data_ptr() - step.token_ids.data_ptr()) % 64 == 0
+
+
+def test_sequences_with_one_token_in_front_decode() -> None:
+    items = [BatchItem(name, (7,) * count, 3, (5, 2), GREEDY, 0) for name, count in zip("abcd", (1, 1, 3, 1))]
+    found = [step_tensors(Batch(tuple(items[:count])), PAGE_SIZE, CPU) for count in (2, 4)]
+    assert [(step.decodes, step.q_start.tolist()) for step in found] == [(2, [0]), (2, [0, 3, 4])]
+    mixed = step_tensors(Batch(tuple(reversed(items))), PAGE_SIZE, CPU)
+    assert (mixed.decodes, mixed.q_start.tolist()) == (1, [0, 3, 4, 5])
 
 
 def test_greedy_text_equals_transformers(tiny_model: Model, tiny_checkpoint: Checkpoint, reference) -> None:

@@ -226,7 +226,7 @@ def logits_of(path: Path, kernels: object, dtype: torch.dtype, device: torch.dev
     item = BatchItem("r", tuple(TOKENS), 0, (0, 1), SamplingParams(temperature=0), 0)
     step = step_tensors(Batch((item,)), PAGE, device)
     every_row = replace(step, last=torch.arange(len(TOKENS), dtype=torch.int32, device=device))
-    return model.forward(every_row, pool).cpu()
+    return model.forward(every_row, pool.unbind(1)).cpu()
 
 
 def dense_model(dense: dict[str, torch.Tensor]):

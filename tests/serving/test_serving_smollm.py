@@ -72,7 +72,7 @@ def test_logits_equal_transformers(model: Model, checkpoint: Checkpoint) -> None
     pool = torch.zeros(8, 30, 2, 16, 3, 64, dtype=torch.float16)
     pages, greedy = tuple(range(8)), SamplingParams(temperature=0)
     rows = [
-        model.forward(step_tensors(Batch((BatchItem("r", (t,), i, pages, greedy, 0),)), 16, CPU), pool)
+        model.forward(step_tensors(Batch((BatchItem("r", (t,), i, pages, greedy, 0),)), 16, CPU), pool.unbind(1))
         for i, t in enumerate(tokens)
     ]
     found = torch.cat(rows)

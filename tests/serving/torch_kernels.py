@@ -71,16 +71,17 @@ class TorchKernels:
             return self.round(torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1))
 
         pages, offsets = slots.long() // page_size, slots.long() % page_size
-        kv_cache[pages, 0, offsets] = rotate(k)
-        kv_cache[pages, 1, offsets] = self.round(v)
-        return rotate(q)
+        kv_cache[pages, 0, offsets] = rotate(k).to(kv_cache.dtype)
+        kv_cache[pages, 1, offsets] = self.round(v).to(kv_cache.dtype)
+        return rotate(q).to(kv_cache.dtype)
 
     def paged_attention(
-        self, q: Tensor, kv_cache: Tensor, block_tables: Tensor, q_start: Tensor, kv_lens: Tensor, scale: float
-    ) -> Tensor:
+        self, q: Tensor, kv_cache: Tensor, block_tables: Tensor, q_start: Tensor, kv_lens: Tensor, scale: float, *,
+        decodes: int = 0, out_dtype: torch.dtype | None = None, constant_tables: bool = False,
+    ) -> Tensor:  # fmt: skip
         _, _, page_size, kv_heads, head_dim = kv_cache.shape
-        out = torch.empty_like(q)
-        starts = q_start.tolist()
+        out = torch.empty_like(q, dtype=out_dtype)
+        starts = [*range(decodes), *(q_start + decodes).tolist()]
         for row, kv_len in enumerate(kv_lens.tolist()):
             pages = block_tables[row, : math.ceil(kv_len / page_size)].long()
             keys, values = kv_cache[pages].transpose(0, 1).reshape(2, -1, kv_heads, head_dim)[:, :kv_len]
@@ -90,7 +91,7 @@ class TorchKernels:
             scores = torch.einsum("qhd,khd->hqk", queries, keys) * scale
             seen = torch.arange(kv_len) <= torch.arange(kv_len - len(queries), kv_len)[:, None]
             weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
-            out[starts[row] : starts[row + 1]] = self.round(torch.einsum("hqk,khd->qhd", weights, values))
+            out[starts[row] : starts[row + 1]] = self.round(torch.einsum("hqk,khd->qhd", weights, values)).to(out.dtype)
         return out
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:

@@ -62,7 +62,16 @@ def layouts(function: Function) -> dict[str, SharedLayout | None]:
 
 
 PAGED = [
-    {"dtype": dtype, "group": group, "head_dim": head_dim, "page_size": 16, "rows": rows, "kv_tile": kv_tile}
+    {
+        "dtype": dtype,
+        "unit": dtype,
+        "out_dtype": dtype,
+        "group": group,
+        "head_dim": head_dim,
+        "page_size": 16,
+        "rows": rows,
+        "kv_tile": kv_tile,
+    }
     for dtype, group, head_dim, rows, kv_tile in (
         (f16, 3, 64, 16, 64),
         (tilus.bf16, 4, 128, 16, 64),

@@ -5,14 +5,13 @@
 
 from tilus.kernels import quantize as quantize
 from tilus.kernels.activation import silu_mul as silu_mul
-from tilus.kernels.attention import paged_attention as paged_attention
 from tilus.kernels.block_sparse import block_sparse_attention as block_sparse_attention
 from tilus.kernels.embedding import embedding as embedding
 from tilus.kernels.gemm import gemm as gemm
 from tilus.kernels.grouped_linear import grouped_linear as grouped_linear
+from tilus.kernels.kv_cache import KV_FORMATS as KV_FORMATS
 from tilus.kernels.kv_cache import QuantizedCache as QuantizedCache
 from tilus.kernels.kv_cache import quantized_cache as quantized_cache
-from tilus.kernels.kv_cache import rope_append_quantized as rope_append_quantized
 from tilus.kernels.linear import linear as linear
 from tilus.kernels.merge_states import merge_states as merge_states
 from tilus.kernels.mla_decode import mla_decode as mla_decode
@@ -20,6 +19,7 @@ from tilus.kernels.mla_prefill import mla_prefill as mla_prefill
 from tilus.kernels.norm import add_rms_norm as add_rms_norm
 from tilus.kernels.norm import rms_norm as rms_norm
 from tilus.kernels.norm import start_rms_norm as start_rms_norm
+from tilus.kernels.paged_attention import paged_attention as paged_attention
 from tilus.kernels.paged_decode import paged_decode as paged_decode
 from tilus.kernels.paged_prefill import paged_prefill as paged_prefill
 from tilus.kernels.quantize import QuantizedWeight as QuantizedWeight

@@ -1,4 +1,4 @@
-"""Causal attention over a paged key-value cache: one kernel and one launch for prefill, chunked prefill and decode.
+"""Causal attention over a paged key-value cache on any device: one kernel for prefill, chunked prefill and decode.
 
 Online softmax: M. Milakov and N. Gimelshein, arXiv 1805.02867; tiling: T. Dao et al., "FlashAttention", arXiv 2205.14135. The
 query heads that share a kv head are rows of one tile (J. Ainslie et al., "GQA", arXiv 2305.13245).
@@ -10,8 +10,11 @@ import math
 from typing import Any
 
 import tilus
-from tilus import Const, Tensor, TilusError, int32
-from tilus.kernels.allocate import empty, is_cuda
+from tilus import Const, Tensor, f16, f32, int32
+from tilus.kernels.allocate import is_cuda
+from tilus.kernels.attention_tiles import CodeTiles, ElementTiles
+from tilus.kernels.kv_cache import QuantizedCache
+from tilus.kernels.vectors import power_of_two
 from tilus.layout import RegisterLayout, local, spatial
 from tilus.layout.atoms import mma_c
 from tilus.runtime.execute import place
@@ -19,6 +22,7 @@ from tilus.runtime.execute import place
 WARPS = 4
 FRAGMENT_ROWS = 16  # rows of a tensor-core product, of which a warp takes one
 CPU_ROWS = 48  # rows of a block that does not decode, about
+CPU_INVARIANT_ROWS = 16  # of any block, about, where a row's bits must not depend on it
 KV_TILE = 64  # tokens of the cache per iteration, at most
 MAX_GROUP = 16
 MAX_HEAD_DIM = 128
@@ -28,12 +32,13 @@ NO_SCORE = -1e30  # the maximum of no scores; finite, so that differences with i
 @tilus.kernel
 def paged_attention_kernel(
     q: Tensor["dtype", "tokens", "kv_heads", "group", "head_dim"],
-    kv_cache: Tensor["dtype", "pages", 2, "page_size", "kv_heads", "head_dim"],
+    kv_cache: Tensor["unit", "pages", 2, "page_size", "kv_heads", "row"],
     block_tables: Tensor[int32, "sequences", "max_pages"],
-    q_start: Tensor[int32, "sequences_plus_1"],
     kv_lens: Tensor[int32, "sequences"],
-    out: Tensor["dtype", "tokens", "kv_heads", "group", "head_dim"],
+    out: Tensor["out_dtype", "tokens", "kv_heads", "group", "head_dim"],
     scale_log2: float,
+    q_start: Tensor[int32, "sequences_plus_1"] = None,
+    factors: Tensor[f16, "pages", "kv_heads", 2, "kinds", "page_size"] = None,
     *,
     group: Const,
     head_dim: Const,
@@ -43,6 +48,7 @@ def paged_attention_kernel(
     stages: Const = 2,
     heads: Const = None,
     parts: Const = None,
+    kind: Const = None,
 ):
     """A block computes `rows` rows, a row being a query token and a head of the group, for one kv head.
 
@@ -50,6 +56,7 @@ def paged_attention_kernel(
     quarter of every kv tile. In both cases a warp's softmax is its own business: warps meet only to share loaded tiles, and
     at the end, when the parts of the softmax (axis 0 of all tiles) are merged.
 
+    q_start: None where each sequence has one query. factors: of a quantised cache of the format `kind`, whose rows are bytes.
     kv_tile: tokens of the cache per iteration. stages: kv tiles in shared memory; one is used while the others arrive.
     heads: rows of a token, those of its group first; by default a power of two. parts: of a kv tile; by default as many as
     the warps need.
@@ -59,22 +66,27 @@ def paged_attention_kernel(
     tokens = rows // heads
     keys = kv_tile // parts
     sequences = kv_lens.shape[0]
-    tilus.grid((q.shape[0] + sequences * (tokens - 1)) // tokens, q.shape[1], warps=WARPS)
+    blocks = sequences if q_start is None else (q.shape[0] + sequences * (tokens - 1)) // tokens
+    tilus.grid(blocks, q.shape[1], warps=WARPS)
     tilus.launch_dependents()
     tilus.wait_dependencies()
     head = tilus.block_id(1)
-    sequence, first = find_queries(q_start, sequences, tokens, tilus.block_id(0))
-    begin, end = q_start[sequence], q_start[sequence + 1]
+    if q_start is None:
+        sequence, first, begin, end = tilus.block_id(0), 0, tilus.block_id(0), tilus.block_id(0) + 1
+    else:
+        sequence, first = find_queries(q_start, sequences, tokens, tilus.block_id(0))
+        begin, end = q_start[sequence], q_start[sequence + 1]
     if begin + first >= end:
         return
     kv_len = kv_lens[sequence]
     limit = kv_len - (end - begin) + first + 1  # keys that the block's first query sees
     tiles = tilus.cdiv(max(min(kv_len, limit - 1 + tokens), 0), kv_tile)
-    kv = KvTiles(kv_cache[:, :, :, head], block_tables[sequence], kv_len, [stages, parts, keys])
-    for tile in range(stages - 1):
-        if tile < tiles:
-            kv.fetch(tile, kv.pages(tile))
-        tilus.commit()
+    ring = [stages, parts, keys, head_dim]
+    if kind is None:
+        kv = ElementTiles(kv_cache[:, :, :, head], block_tables[sequence], kv_len, ring)
+    else:
+        kv = CodeTiles(kv_cache[:, :, :, head], block_tables[sequence], kv_len, ring, factors[:, head], kind)
+    kv.begin(tiles)
     queries = tilus.load(q, [begin + first, head, 0, 0], [tokens, heads, head_dim], dims=[0, 2, 3])
     queries = tilus.broadcast(queries.reshape([1, rows, head_dim]), [parts, rows, head_dim])
     limits = limit + tilus.arange(rows, shape=[1, rows, 1], axis=1) // heads
@@ -82,68 +94,28 @@ def paged_attention_kernel(
     highest = tilus.full([parts, rows, 1], NO_SCORE)
     total = tilus.zeros([parts, rows, 1])
     acc = tilus.zeros([parts, rows, head_dim], layout=rows_by_warp(parts, rows, head_dim))
+    added = tilus.zeros([parts, rows, 1])
+    query_sums = tilus.sum(queries.to(f32), 2, keepdims=True) if kv.has_minimum else None
+    operands = queries.to(kv.dtype)
     for tile in tilus.range(tiles):
-        following = tile + (stages - 1)
-        pages = kv.pages(following)  # before the wait: the copies need them
-        tilus.wait(max(stages - 2, 0))
-        tilus.sync()
-        if following < tiles:
-            kv.fetch(following, pages)
-        tilus.commit()
+        ahead = kv.arrive(tile, tiles)
         scores = tilus.zeros([parts, rows, keys], layout=rows_by_warp(parts, rows, keys))
-        scores = tilus.dot(queries, kv.keys(tile), scores) * scale_log2
+        scores = kv.scores(tilus.dot(operands, kv.keys(tile), scores), tile, query_sums) * scale_log2
         scores = tilus.where(key < limits - tile * kv_tile, scores, -math.inf)
         higher = tilus.maximum(highest, tilus.max(scores, 2, keepdims=True))
         weights = tilus.exp2(scores - higher)
         shrink = tilus.exp2(highest - higher)
         highest = higher
         total = total * shrink + tilus.sum(weights, 2, keepdims=True)
-        acc = tilus.dot(weights.to(q.dtype), kv.values(tile), acc * shrink)
-    tilus.wait(0)
-    result = merged(highest, total, acc).to(q.dtype).reshape([tokens, heads, head_dim])
-    tilus.store(out[begin:end], [first, head, 0, 0], result, dims=[0, 2, 3])
-
-
-class KvTiles:
-    """Keys and values of one sequence and head, a ring of tiles in shared memory.
-
-    cache: [pages, 2, page_size, head_dim]. table: its pages in order. length: in tokens. ring: stages, parts of a tile, and
-    keys of a part.
-    """
-
-    def __init__(self, cache: Any, table: Any, length: Any, ring: Any) -> None:
-        self.cache, self.table, self.length = cache, table, length
-        self.stages, self.parts, self.part = ring
-        _, _, self.page_size, self.head_dim = cache.shape
-        self.chunk = min(self.page_size, self.part)  # tokens of one page in one part
-        self.tile = self.parts * self.part
-        self.buffer = tilus.shared(cache.dtype, [self.stages, self.parts, 2, self.part, self.head_dim])
-
-    def pages(self, tile: Any) -> Any:
-        """The page of each chunk of a tile; behind the sequence's end, its last one."""
-        last = self.length - 1
-        return [
-            self.table[min(tile * self.tile + at, last) // self.page_size] for at in range(0, self.tile, self.chunk)
-        ]
-
-    def fetch(self, tile: Any, pages: Any) -> None:
-        """Start copying a tile; tokens behind the sequence's end arrive as zeros, whatever the page holds there."""
-        for at, page in zip(range(0, self.tile, self.chunk), pages):
-            token = tile * self.tile + at
-            slot = 0 if self.page_size == self.chunk else token % self.page_size
-            source = tilus.narrow(self.cache[page], 1, slot, max(0, min(self.length - token, self.chunk)))
-            place = [tile % self.stages, at // self.part, 0, at % self.part, 0]
-            tilus.copy_async(source, [0, 0, 0], self.buffer, shape=[2, self.chunk, self.head_dim], dst_offsets=place)
-
-    def keys(self, tile: Any) -> Any:
-        """[parts, head_dim, keys of a part]"""
-        shape = [self.parts, self.head_dim, self.part]
-        return tilus.load_shared(self.buffer, [tile % self.stages, 0, 0, 0, 0], shape, dims=[1, 4, 3])
-
-    def values(self, tile: Any) -> Any:
-        """[parts, keys of a part, head_dim]"""
-        shape = [self.parts, self.part, self.head_dim]
-        return tilus.load_shared(self.buffer, [tile % self.stages, 0, 1, 0, 0], shape, dims=[1, 3, 4])
+        if kv.has_minimum:
+            added = added * shrink + tilus.sum(weights * kv.factor(tile, 1, 1), 2, keepdims=True)
+        acc = tilus.dot(kv.weights(weights, tile).to(kv.dtype), kv.values(tile), acc * shrink)
+        kv.leave(tile, ahead)
+    kv.end()
+    result = merged(highest, total, acc + added if kv.has_minimum else acc)
+    tilus.store(
+        out[begin:end], [first, head, 0, 0], result.to(out.dtype).reshape([tokens, heads, head_dim]), dims=[0, 2, 3]
+    )
 
 
 def find_queries(q_start: Any, sequences: Any, tokens: int, block: Any) -> Any:
@@ -173,11 +145,6 @@ def merged(highest: Any, total: Any, acc: Any) -> Any:
     return tilus.sum(acc * factor, 0) / tilus.where(total > 0.0, total, 1.0)
 
 
-def power_of_two(count: int) -> int:
-    """The least power of two that is not below `count`."""
-    return 1 << (count - 1).bit_length()
-
-
 def rows_by_warp(parts: int, rows: int, columns: int) -> RegisterLayout | None:
     """The accumulator of `parts` products [rows, columns] in which every row belongs to one warp; None for tiles of CPUs."""
     if parts * rows != FRAGMENT_ROWS * WARPS:
@@ -186,75 +153,46 @@ def rows_by_warp(parts: int, rows: int, columns: int) -> RegisterLayout | None:
     return spatial(parts, 1, 1) * spatial(1, WARPS // parts, 1) * fragments
 
 
-def paged_attention(
-    q: Any, kv_cache: Any, block_tables: Any, q_start: Any, kv_lens: Any, scale: float, *, device: str | None = None
-) -> Any:
-    """Attention of ragged queries over paged keys and values, causal and aligned at the end.
+def portable_attention(
+    q: Any, kv_cache: Any, block_tables: Any, q_start: Any, kv_lens: Any, out: Any, scale: float, device: str | None,
+    invariant: bool = False,
+) -> None:  # fmt: skip
+    """Attention into `out` on any device: the arguments are those of `paged_attention`, which has checked them.
 
-    q: float16 or bfloat16 [M, Hq, D], the queries of all sequences one after another. kv_cache: [pages, 2, page_size, Hkv, D]
-    of the same dtype, keys at index 0, values at 1; a strided view (one layer of a pool, say) is fine. block_tables: int32
-    [S, max_pages], the pages of each sequence in order. q_start: int32 [S + 1], where each sequence's queries start in q.
-    kv_lens: int32 [S], tokens in the cache, those of the queries included. scale: what scores are multiplied with. Torch
-    tensors. device: where to run (reference, emulator, cpu, cuda), by default as the arguments say.
-
-    Query j of a sequence with q_len queries sees the first kv_len - q_len + j + 1 tokens of the cache; one that sees none gets
-    zeros. Nothing beyond kv_len is looked at. The host reads no tensor, so launches can be captured in a CUDA graph.
-
-    Returns: [M, Hq, D]. Scores and sums are f32; the softmax weights are rounded to q's dtype for the tensor cores.
-    Raises: TilusError when shapes, dtypes or devices do not fit together.
+    q_start: where each sequence's queries start in q; None where each has one. invariant: a row has the same bits whatever its
+    company is.
     """
-    group = _check(q, kv_cache, q_start, kv_lens)
-    page_size, kv_heads, head_dim = kv_cache.shape[2:]
-    out = empty(q, tuple(q.shape))
+    _, _, page_size, kv_heads, head_dim = kv_cache.shape
+    by_head = kv_heads, q.shape[1] // kv_heads
     on_cpu = place(device, is_cuda(q)) == "cpu"
-    tiles = _cpu_tiles if on_cpu else _tensor_core_tiles
+    few = not invariant and q.shape[0] <= kv_lens.shape[0] * (FRAGMENT_ROWS // power_of_two(by_head[1]))
+    quantized = isinstance(kv_cache, QuantizedCache)
     paged_attention_kernel.on(device)(
-        q.unflatten(1, (kv_heads, group)), kv_cache, block_tables, q_start, kv_lens, out.unflatten(1, (kv_heads, group)),
-        scale * math.log2(math.e), group=group, head_dim=head_dim, page_size=page_size,
-        **tiles(q.shape[0], kv_lens.shape[0], group, head_dim),
+        q.unflatten(1, by_head), rows_of_codes(kv_cache) if quantized else kv_cache, block_tables, kv_lens,
+        out.unflatten(1, by_head), scale * math.log2(math.e), q_start, kv_cache.factors if quantized else None,
+        group=by_head[1], head_dim=head_dim, page_size=page_size, kind=kv_cache.format if quantized else None,
+        **(_cpu_tiles(q_start is None, by_head[1], invariant) if on_cpu else _tensor_core_tiles(few, head_dim)),
     )  # fmt: skip
-    return out
 
 
-def _tensor_core_tiles(queries: int, sequences: int, group: int, head_dim: int) -> dict[str, int]:
-    """Rows that fill the tensor cores' 16, or 16 for each warp."""
-    few = queries <= sequences * (FRAGMENT_ROWS // power_of_two(group))  # as many as decoding has
+def rows_of_codes(cache: QuantizedCache) -> Any:
+    """[pages, 2, page_size, Hkv, bytes of a row]"""
+    return cache.codes.permute(0, 2, 3, 1, 4)
+
+
+def _tensor_core_tiles(few: bool, head_dim: int) -> dict[str, int]:
+    """Rows that fill the tensor cores' 16, for few of them as decoding has, or 16 for each warp."""
     return {
         "rows": FRAGMENT_ROWS if few else FRAGMENT_ROWS * WARPS,
         "kv_tile": KV_TILE if few or head_dim <= 64 else KV_TILE // 2,  # more would not fit into the registers
     }
 
 
-def _cpu_tiles(queries: int, sequences: int, group: int, head_dim: int) -> dict[str, int]:
-    """No row that is not needed, and one kv tile at a time: copies do not run ahead."""
-    tokens = 1 if queries <= sequences else max(1, CPU_ROWS // group)
+def _cpu_tiles(single: bool, group: int, invariant: bool) -> dict[str, int]:
+    """No row that is not needed, and one kv tile at a time: copies do not run ahead.
+
+    Products of few rows add up in another order than those of many, so that invariant ones have as many rows in all cases.
+    """
+    rows = CPU_INVARIANT_ROWS if invariant else 1 if single else CPU_ROWS
+    tokens = max(1, rows // group)
     return {"heads": group, "rows": tokens * group, "parts": 1, "kv_tile": KV_TILE, "stages": 1}
-
-
-def _check(q: Any, kv_cache: Any, q_start: Any, kv_lens: Any) -> int:
-    """The number of query heads per kv head."""
-    if q.ndim != 3 or kv_cache.ndim != 5 or kv_lens.ndim != 1:
-        raise TilusError(
-            f"paged_attention: shapes q {list(q.shape)}, kv_cache {list(kv_cache.shape)} and kv_lens {list(kv_lens.shape)}, "
-            "expected [tokens, q_heads, head_dim], [pages, 2, page_size, kv_heads, head_dim] and [sequences]"
-        )
-    sequences = kv_lens.shape[0]
-    if tuple(q_start.shape) != (sequences + 1,):
-        raise TilusError(
-            f"paged_attention: q_start of shape {list(q_start.shape)} for {sequences} sequences, expected [{sequences + 1}]",
-            hint="the last entry is the number of query tokens",
-        )
-    page_size, kv_heads, head_dim = kv_cache.shape[2:]
-    group, rest = divmod(q.shape[1], kv_heads)
-    if rest or not 1 <= group <= MAX_GROUP:
-        raise TilusError(
-            f"paged_attention: {q.shape[1]} query heads for {kv_heads} kv heads, expected 1 to {MAX_GROUP} times as many"
-        )
-    if head_dim % 16 or not 16 <= head_dim <= MAX_HEAD_DIM:
-        raise TilusError(
-            f"paged_attention: head_dim {head_dim}, expected a multiple of 16 from 16 to {MAX_HEAD_DIM}",
-            hint="pad heads with zeros; scale stays that of the real head_dim",
-        )
-    if page_size not in (16, 32) and (page_size < KV_TILE or page_size % KV_TILE):
-        raise TilusError(f"paged_attention: page_size {page_size}, expected 16, 32 or a multiple of {KV_TILE}")
-    return group

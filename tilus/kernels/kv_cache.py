@@ -2,6 +2,10 @@
 
 Scales of single tokens and heads need no calibration, and follow outliers: "per-token" quantisation as in C. Hooper et al.,
 "KVQuant", arXiv 2401.18079, and Z. Liu et al., "KIVI", arXiv 2402.02750, there for values.
+
+Keys have few channels that are much larger than others, whose range would be everybody's. A Hadamard transform spreads them over
+all channels (S. Ashkboos et al., "QuaRot", arXiv 2404.00456). It is orthogonal: queries that are transformed alike have the same
+products with keys, so that attention does not know of it.
 """
 
 from __future__ import annotations
@@ -13,23 +17,24 @@ import tilus
 from tilus import Const, Tensor, TilusError, f16, f32, int32, uint8
 from tilus.dtypes import DataType, float8_e4m3, int8, uint4
 from tilus.kernels.allocate import empty
-from tilus.kernels.attention import power_of_two
-from tilus.kernels.index_checks import check_tokens
-from tilus.kernels.rope import rotated
-from tilus.layout import RegisterLayout, local, replicated, spatial
+from tilus.kernels.rotation import rotated
+from tilus.kernels.vectors import by_vector, power_of_two
 
 WARPS = 4
 VECTOR = 4  # neighbouring elements of a thread
+MAX_HEAD_DIM = 256
 
 
 @dataclass(frozen=True)
 class KvFormat:
     """code: the type of the codes. largest: the code of the largest magnitude, or of the largest element where `has_minimum`;
-    then each token and head has its least element, too."""
+    then each token and head has its least element, too. mixes_keys: whether keys and queries go through a Hadamard transform,
+    which codes with an exponent do not need."""
 
     code: DataType
     largest: float
     has_minimum: bool = False
+    mixes_keys: bool = True
 
     @property
     def kinds(self) -> int:
@@ -38,7 +43,7 @@ class KvFormat:
 
 
 KV_FORMATS = {
-    "fp8": KvFormat(float8_e4m3, 448.0),
+    "fp8": KvFormat(float8_e4m3, 448.0, mixes_keys=False),
     "int8": KvFormat(int8, 127.0),
     "int4": KvFormat(uint4, 15.0, has_minimum=True),
 }
@@ -46,7 +51,8 @@ KV_FORMATS = {
 
 @dataclass(frozen=True, eq=False)
 class QuantizedCache:
-    """Keys (0) and values (1) of pages: element = code * scale, or code * scale + minimum.
+    """Keys (0) and values (1) of pages: element = code * scale, or code * scale + minimum. Elements of keys are those of their
+    Hadamard transform where the format mixes them: as `rope_append` writes them, and gives queries.
 
     codes: uint8 [pages, Hkv, 2, page_size, D * nbits / 8], of 4 bits the even element in the lower half of a byte. factors:
     float16 [pages, Hkv, 2, kinds, page_size], scales and then minimums. Both may be strided views (one layer of a pool) with
@@ -108,7 +114,7 @@ def rope_append_quantized_kernel(
     def halves(first: int, count: int) -> Any:
         """The two halves of some heads, in f32."""
         part, shape = qkv[token, first : first + count], [power_of_two(count), half]
-        layout = by_vector(shape[0], half, VECTOR)
+        layout = by_vector(shape[0], half, VECTOR, WARPS)
         return [tilus.load(part, [0, at], shape, layout=layout).to(f32) for at in (0, half)]
 
     def append(which: int, low: Any, high: Any) -> None:
@@ -121,11 +127,39 @@ def rope_append_quantized_kernel(
             first = [page, 0, which, offset, at * kind.code.nbits // 8]
             tilus.store(codes, first, as_bytes(codes_of(elements, scale, minimum, kind), kind), dims=[1, 4])
 
-    low, high = rotated(halves(0, q_heads), cos_sin, position)
+    def turned(first: int, count: int) -> Any:
+        """Queries or keys."""
+        low, high = rotated(halves(first, count), cos_sin, position)
+        return mixed(low, high) if kind.mixes_keys else (low, high)
+
+    low, high = turned(0, q_heads)
     tilus.store(q, [token, 0, 0], low.to(q.dtype))
     tilus.store(q, [token, 0, half], high.to(q.dtype))
-    append(0, *rotated(halves(q_heads, kv_heads), cos_sin, position))
+    append(0, *turned(q_heads, kv_heads))
     append(1, *halves(q_heads + kv_heads, kv_heads))
+
+
+def mixed(low: Any, high: Any) -> Any:
+    """The Hadamard transform of heads whose halves [heads, D/2] are given, orthonormal: of all elements where D is a power of
+    two, else of runs of as many as the largest one that divides D, in each half."""
+    half = low.shape[1]
+    run = half & -half
+    if run == half:
+        low, high = low + high, low - high
+    factor = (2 * run if run == half else run) ** -0.5
+    return butterflies(low, run) * factor, butterflies(high, run) * factor
+
+
+def butterflies(x: Any, run: int) -> Any:
+    """Sums and differences [rows, columns] of each run of elements, at distances 1, 2, 4, ..."""
+    rows, columns = x.shape
+    distance = 1
+    while distance < run:
+        pairs = x.reshape([rows, columns // (2 * distance), 2, distance])
+        second = tilus.arange(2, shape=[1, 1, 2, 1], axis=2).to(f32)
+        x = (tilus.sum(pairs, 2, keepdims=True) - pairs * (second * 2.0)).reshape([rows, columns])  # a + b, a - b
+        distance *= 2
+    return x
 
 
 def factors_of(low: Any, high: Any, kind: KvFormat) -> Any:
@@ -144,51 +178,29 @@ def codes_of(elements: Any, scale: Any, minimum: Any, kind: KvFormat) -> Any:
     factor = tilus.where(wide > 0.0, tilus.rcp(tilus.where(wide > 0.0, wide, 1.0)), 0.0)
     shifted = elements if minimum is None else elements - minimum.to(f32)
     rows, columns = elements.shape
-    return tilus.cast(shifted * factor, kind.code, layout=by_vector(rows, columns, VECTOR))
+    return tilus.cast(shifted * factor, kind.code, layout=by_vector(rows, columns, VECTOR, WARPS))
 
 
 def as_bytes(codes: Any, kind: KvFormat) -> Any:
     rows, columns = codes.shape
     nbytes = columns * kind.code.nbits // 8
-    return tilus.view(codes, uint8, [rows, nbytes], by_vector(rows, nbytes, VECTOR * kind.code.nbits // 8))
+    return tilus.view(codes, uint8, [rows, nbytes], by_vector(rows, nbytes, VECTOR * kind.code.nbits // 8, WARPS))
 
 
-def by_vector(rows: int, columns: int, vector: int) -> RegisterLayout:
-    """[rows, columns] over all threads, each of which has whole vectors of a row; with too few of them threads repeat others."""
-    vectors = columns // vector
-    down = min(rows, max(1, 32 * WARPS // vectors))
-    copies = 32 * WARPS // (down * vectors)
-    return replicated(copies, 2) * local(rows // down, 1) * spatial(down, vectors) * local(1, vector)
-
-
-def rope_append_quantized(
-    qkv: Any, positions: Any, cos_sin: Any, slots: Any, cache: QuantizedCache, *, device: str | None = None
-) -> Any:
-    """Rotate queries and keys by their positions; write keys and values to the cache, quantised.
-
-    qkv, positions, cos_sin, slots: as of `rope_append`. cache: with heads of 32, 64, 128 or 256 elements. Scales and minimums are
-    rounded to f16 and codes computed with those, so that an element is off by half a step at most, half of the last place of an
-    fp8 code. device: where to run (reference, emulator, cpu, cuda), by default as the arguments say.
-
-    Returns: the rotated queries [M, Hq, D]. Rotations are computed in f32; keys are not rounded before they are quantised.
-    Raises: TilusError when shapes, dtypes or devices do not fit together.
-    """
+def append_quantized(
+    qkv: Any, positions: Any, cos_sin: Any, slots: Any, cache: QuantizedCache, device: str | None
+) -> Any:  # fmt: skip
+    """`rope_append` with a quantised cache. qkv: [M, heads, D]. Raises: TilusError for heads that kernels do not have."""
     _, _, page_size, kv_heads, head_dim = cache.shape
-    if qkv.ndim != 2:
+    if head_dim % 16 or not 16 <= head_dim <= MAX_HEAD_DIM:
         raise TilusError(
-            f"rope_append_quantized: qkv of shape {list(qkv.shape)}, expected [tokens, (q_heads + 2 kv_heads) * head_dim]"
+            f"rope_append: quantised heads of {head_dim} elements, expected a multiple of 16 from 16 to {MAX_HEAD_DIM}",
+            hint="a cache of 16 bits takes any even number",
         )
-    heads, rest = divmod(qkv.shape[1], head_dim)
-    q_heads = heads - 2 * kv_heads
-    if rest or q_heads < 1 or head_dim not in (32, 64, 128, 256):
-        raise TilusError(
-            f"rope_append_quantized: rows of {qkv.shape[1]} elements with {kv_heads} kv heads of {head_dim}, expected heads of "
-            f"32, 64, 128 or 256 and (q_heads + {2 * kv_heads}) * {head_dim} elements with at least one q head"
-        )
-    check_tokens("rope_append_quantized", positions, slots, cos_sin.shape[0], cache, device=device)
+    q_heads = qkv.shape[1] - 2 * kv_heads
     q = empty(qkv, (qkv.shape[0], q_heads, head_dim))
     rope_append_quantized_kernel.on(device)(
-        qkv.unflatten(1, (heads, head_dim)), positions, cos_sin, slots, cache.codes, cache.factors, q,
+        qkv, positions, cos_sin, slots, cache.codes, cache.factors, q,
         head_dim=head_dim, q_heads=q_heads, kv_heads=kv_heads, page_size=page_size, kind=cache.format,
     )  # fmt: skip
     return q

@@ -27,7 +27,6 @@ from typing import Any
 import tilus
 from tilus import Const, Tensor, TilusError, f16, f32, int32
 from tilus.kernels.allocate import counters, empty, is_cuda
-from tilus.kernels.attention import power_of_two
 from tilus.kernels.attention_variant import AS_IT_IS, NO_VARIANT, GivenVariant, Variant
 from tilus.kernels.index_checks import check_tables
 from tilus.kernels.kv_cache import QuantizedCache
@@ -46,6 +45,7 @@ from tilus.kernels.paged_decode_split import (
 from tilus.kernels.paged_decode_stages import Stages, fill_part
 from tilus.kernels.plan_choice import num_sms_of
 from tilus.kernels.shared_prefix_groups import LENGTH, TOKENS, PrefixResults, prefix_results, results_of
+from tilus.kernels.vectors import power_of_two
 from tilus.ptx.assembler import SpillError
 from tilus.runtime.execute import place
 from tilus.target import TARGETS
@@ -79,7 +79,7 @@ def paged_decode_kernel(
     kv_cache: Tensor["unit", "pages", 2, "page_size", "kv_heads", "row"],
     block_tables: Tensor[int32, "sequences", "max_pages"],
     kv_lens: Tensor[int32, "sequences"],
-    out: Tensor["dtype", "sequences", "q_len", "kv_heads", "group", "head_dim"],
+    out: Tensor["out_dtype", "sequences", "q_len", "kv_heads", "group", "head_dim"],
     partial_out: Tensor[f32, "places", "q_len", "group", "head_dim"],
     partial_lse: Tensor[f32, "places", "q_len", "group"],
     tickets: Tensor[int32, "pairs"],
@@ -184,7 +184,7 @@ def paged_decode_kernel(
 def paged_decode(
     q: Any, kv_cache: Any, block_tables: Any, kv_lens: Any, scale: float, *, return_lse: bool = False,
     fixed_split: int | None = None, constant_tables: bool = False, variant: Variant = NO_VARIANT, parameters: Any = None,
-    bits: Any = None, device: str | None = None,
+    bits: Any = None, device: str | None = None, out: Any = None,
 ) -> Any:  # fmt: skip
     """Attention of the last few tokens of each sequence over its paged keys and values, causal (sm_90a).
 
@@ -198,7 +198,8 @@ def paged_decode(
     (docs/language.md), and may be read while the kernel in front still runs. variant: functions that change scores, hide keys or
     add a sink, and a window, in front of which only the page that it begins on is read; parameters: their f32 tensor, if any;
     bits: int32 [S q_len, words], what `pack_bits` makes of up to 256 conditions of each query, if any. device: where to run
-    (reference, emulator, cuda), by default as the arguments say.
+    (reference, emulator, cuda), by default as the arguments say. out: where the result goes,
+    contiguous, float16 or bfloat16; by default a tensor like q.
 
     Query j of a sequence sees the first kv_len - q_len + j + 1 tokens of the cache; one that sees none gets zeros. Nothing beyond
     kv_len is looked at, nor are entries of block_tables for it. One launch for up to 64 columns, q_len times Hq / Hkv rounded up
@@ -215,8 +216,8 @@ def paged_decode(
     given = GivenVariant(variant, parameters, bits)
     check_given(given, q, most_queries(group, q.shape[3]))
     check_tables("paged_decode", block_tables, kv_lens, kv_cache, device=device)
+    out = empty(q, tuple(q.shape)) if out is None else out
     if q.shape[0] == 0:
-        out = empty(q, tuple(q.shape))
         return (out, empty(q, tuple(q.shape[:3]), "float32")) if return_lse else out
     if q.shape[1] > most_queries(group, q.shape[3]):
 
@@ -226,10 +227,11 @@ def paged_decode(
                 parameters=parameters, device=device,
             )  # fmt: skip
 
-        out, lse = by_queries(q, kv_lens, most_queries(group, q.shape[3]), attend)
+        found, lse = by_queries(q, kv_lens, most_queries(group, q.shape[3]), attend)
+        out.copy_(found)
         return (out, lse) if return_lse else out
     out, lse = by_plans(
-        q, kv_cache, block_tables, kv_lens, scale, return_lse, fixed_split, device, constant_tables, given=given
+        q, kv_cache, block_tables, kv_lens, scale, return_lse, fixed_split, device, constant_tables, given=given, out=out
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -237,15 +239,17 @@ def paged_decode(
 def by_plans(
     q: Any, kv_cache: Any, block_tables: Any, kv_lens: Any, scale: float, return_lse: bool, fixed_split: int | None,
     device: str | None, constant_tables: bool, prefix: PrefixResults | None = None, given: GivenVariant = AS_IT_IS,
+    out: Any = None,
 ) -> tuple[Any, Any]:  # fmt: skip
     """(output, log-sum-exp or None) by the first plan that the registers suffice for, of arguments that fit."""
     _, _, page_size, kv_heads, head_dim = kv_cache.shape
+    out = empty(q, tuple(q.shape)) if out is None else out
     where = place(device, is_cuda(q))
     num_sms, pairs = num_sms_of(q, where), q.shape[0] * kv_heads
     crowded = fixed_split is None and CROWDED_PAIRS * pairs >= num_sms  # else bits would depend on the batch
     shape = (q.shape[1], q.shape[2] // kv_heads, head_dim, page_size, nbits_of(kv_cache), crowded)
     parts = (return_lse, fixed_split is None, constant_tables, where, prefix is not None, given.variant, given.words)
-    key = (*shape, q.dtype, *parts)
+    key = (*shape, q.dtype, out.dtype, *parts)
     spilled: SpillError | None = None
     for plan in [_found[key]] if key in _found else plans(*shape):
         window = given.variant.window
@@ -259,7 +263,7 @@ def by_plans(
         try:
             result = launch(
                 q, kv_cache, block_tables, kv_lens, scale, plan, split, blocks, return_lse, device, constant_tables, prefix,
-                given,
+                given, out,
             )  # fmt: skip
         except SpillError as error:
             spilled = error
@@ -272,20 +276,20 @@ def by_plans(
 def launch(
     q: Any, kv_cache: Any, block_tables: Any, kv_lens: Any, scale: float, plan: DecodePlan, split: Split, blocks: int,
     return_lse: bool, device: str | None, constant_tables: bool = False, prefix: PrefixResults | None = None,
-    given: GivenVariant = AS_IT_IS,
+    given: GivenVariant = AS_IT_IS, out: Any = None,
 ) -> tuple[Any, Any]:  # fmt: skip
     """(output, log-sum-exp or None) by a given plan. prefix: what has been done, where sequences share pages."""
     sequences, q_len, q_heads, head_dim = q.shape
     page_size, kv_heads = kv_cache.shape[2:4]
     group, pairs = q_heads // kv_heads, sequences * kv_heads
     most = places(pairs, block_tables.shape[1] * page_size, blocks, split)
-    out = empty(q, (sequences, q_len, kv_heads, group, head_dim))
+    out = empty(q, tuple(q.shape)) if out is None else out
     lse = empty(q, (sequences, q_len, kv_heads, group), "float32") if return_lse else None
     rows, factors, code = kv_cache, None, None
     if isinstance(kv_cache, QuantizedCache):
         rows, factors, code = units_of_codes(kv_cache), kv_cache.factors, kv_cache.format.code
     paged_decode_kernel.on(device)(
-        q.unflatten(2, (kv_heads, group)), rows, block_tables, kv_lens, out,
+        q.unflatten(2, (kv_heads, group)), rows, block_tables, kv_lens, out.unflatten(2, (kv_heads, group)),
         empty(q, (most, q_len, group, head_dim), "float32"), empty(q, (most, q_len, group), "float32"),
         counters(q, pairs), scale * math.log2(math.e), lse, factors, *results_of(prefix),
         given.parameters, given.bits,
@@ -293,7 +297,7 @@ def launch(
         early=constant_tables, prefix_split=None if prefix is None else prefix.split,
         variant=given.variant, words=given.words,
     )  # fmt: skip
-    return out.flatten(2, 3), None if lse is None else lse.flatten(2, 3)
+    return out, None if lse is None else lse.flatten(2, 3)
 
 
 def by_queries(q: Any, kv_lens: Any, most: int, attend: Callable[[Any, Any], tuple[Any, Any]]) -> tuple[Any, Any]:

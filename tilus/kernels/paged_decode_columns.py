@@ -9,8 +9,9 @@ import math
 from typing import Any
 
 import tilus
-from tilus.kernels.attention import NO_SCORE, power_of_two
+from tilus.kernels.attention import NO_SCORE
 from tilus.kernels.paged_decode_split import Part
+from tilus.kernels.vectors import power_of_two
 from tilus.layout import RegisterLayout, local, replicated, spatial
 from tilus.layout.atoms import mma_c
 

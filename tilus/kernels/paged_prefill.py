@@ -24,13 +24,14 @@ from typing import Any
 import tilus
 from tilus import Const, Tensor, TilusError, f32, int32
 from tilus.kernels.allocate import empty, is_cuda
-from tilus.kernels.attention import MAX_GROUP, power_of_two
+from tilus.kernels.attention import MAX_GROUP
 from tilus.kernels.attention_variant import AS_IT_IS, NO_VARIANT, GivenVariant, Variant, check_variant
 from tilus.kernels.index_checks import check_tables
 from tilus.kernels.paged_prefill_softmax import Kind, Rows, Turns
 from tilus.kernels.paged_prefill_stages import Stages
 from tilus.kernels.paged_prefill_tiles import ROWS, Visits, each_tile, slots, tokens_of
 from tilus.kernels.plan_choice import num_sms_of
+from tilus.kernels.vectors import power_of_two
 from tilus.ptx.assembler import SpillError
 from tilus.runtime.execute import place
 
@@ -58,7 +59,7 @@ def paged_prefill_kernel(
     block_tables: Tensor[int32, "tables", "max_pages"],
     q_start: Tensor[int32, "sequences_plus_1"],
     kv_lens: Tensor[int32, "sequences"],
-    out: Tensor["dtype", "tokens", "kv_heads", "group", "head_dim"],
+    out: Tensor["out_dtype", "tokens", "kv_heads", "group", "head_dim"],
     scale_log2: float,
     blocks: int32,
     lse: Tensor[f32, "tokens", "kv_heads", "group"] = None,
@@ -112,7 +113,7 @@ def paged_prefill_kernel(
 def paged_prefill(
     q: Any, kv_cache: Any, block_tables: Any, q_start: Any, kv_lens: Any, scale: float, *, causal: bool = True,
     return_lse: bool = False, variant: Variant = NO_VARIANT, parameters: Any = None, bits: Any = None,
-    device: str | None = None,
+    device: str | None = None, out: Any = None,
 ) -> Any:  # fmt: skip
     """Attention of ragged queries over paged keys and values (sm_90a): `paged_attention` for many queries a sequence.
 
@@ -123,7 +124,8 @@ def paged_prefill(
     16, 32, 64 or a multiple of 128. scale: what scores are multiplied with, above 0. variant: functions that change scores, hide
     keys or add a sink, and a window; parameters: their f32 tensor, if any; bits: int32 [M, words], what `pack_bits` makes of up
     to 256 conditions of each query, if any. Torch tensors. device: where to run (reference, emulator, cuda), by default as the
-    arguments say.
+    arguments say. out: where the result goes,
+    contiguous, float16 or bfloat16; by default a tensor like q.
 
     Query j of a sequence with q_len queries sees the first kv_len - q_len + j + 1 tokens of the cache, or all of them where it is
     not causal; one that sees none gets zeros. Nothing beyond kv_len is looked at. One launch; the host reads no tensor, so it can
@@ -144,28 +146,29 @@ def paged_prefill(
     check_variant("paged_prefill", variant, bits, q.shape[0], causal)
     check_tables("paged_prefill", block_tables, kv_lens, kv_cache, q_start=q_start, queries=q.shape[0], device=device)
     given = GivenVariant(variant, parameters, bits)
-    out, lse = by_plans(q, kv_cache, block_tables, q_start, kv_lens, scale, causal, return_lse, device, given)
+    out, lse = by_plans(q, kv_cache, block_tables, q_start, kv_lens, scale, causal, return_lse, device, given, out=out)
     return (out, lse) if return_lse else out
 
 
 def by_plans(
     q: Any, kv_cache: Any, block_tables: Any, q_start: Any, kv_lens: Any, scale: float, causal: bool, return_lse: bool,
-    device: str | None, given: GivenVariant, lists: Any = None,
+    device: str | None, given: GivenVariant, lists: Any = None, out: Any = None,
 ) -> tuple[Any, Any]:  # fmt: skip
     """(result, logarithms or None) by the first plan that the registers suffice for. lists: see the kernel."""
     sequences, kv_heads = kv_lens.shape[0], kv_cache.shape[3]
     group = q.shape[1] // kv_heads
+    out = empty(q, tuple(q.shape)) if out is None else out
     heads = heads_of(q.shape[0], sequences, group)
     tiles = slots(q.shape[0], sequences, tokens_of(heads)) * kv_heads * -(-group // heads)
     blocks = min(tiles, num_sms_of(q, place(device, is_cuda(q))))
 
     def by(plan: PrefillPlan) -> tuple[Any, Any]:
         return launch(
-            q, kv_cache, block_tables, q_start, kv_lens, scale, causal, plan, blocks, return_lse, device, given, lists
+            q, kv_cache, block_tables, q_start, kv_lens, scale, causal, plan, blocks, return_lse, device, given, lists, out
         )  # fmt: skip
 
     key = (
-        q.dtype, kv_heads, heads, group, kv_cache.shape[2], q.shape[2], causal, return_lse, given.variant, given.words,
+        q.dtype, out.dtype, kv_heads, heads, group, kv_cache.shape[2], q.shape[2], causal, return_lse, given.variant, given.words,
         lists is None,
     )  # fmt: skip
     return by_fitting_plan(key, plans_of(heads, q.shape[2]), by)
@@ -195,11 +198,15 @@ def plans_of(heads: int, head_dim: int) -> tuple[PrefillPlan, ...]:
 def launch(
     q: Any, kv_cache: Any, block_tables: Any, q_start: Any, kv_lens: Any, scale: float, causal: bool, plan: PrefillPlan,
     blocks: int, return_lse: bool, device: str | None, given: GivenVariant = AS_IT_IS, lists: Any = None,
+    out: Any = None,
 ) -> tuple[Any, Any]:  # fmt: skip
     """(result, logarithms or None) by a given plan, on so many blocks."""
     page_size, kv_heads, head_dim = kv_cache.shape[2:]
     by_head = (kv_heads, q.shape[1] // kv_heads)
-    out, lse = empty(q, tuple(q.shape)), empty(q, tuple(q.shape[:2]), "float32") if return_lse else None
+    out, lse = (
+        empty(q, tuple(q.shape)) if out is None else out,
+        empty(q, tuple(q.shape[:2]), "float32") if return_lse else None,
+    )
     if q.shape[0]:
         paged_prefill_kernel.on(device)(
             q.unflatten(1, by_head), kv_cache, block_tables, q_start, kv_lens, out.unflatten(1, by_head),

@@ -1,8 +1,4 @@
-"""Rotary position embedding of queries and keys, fused with the write of keys and values to the paged cache.
-
-Rotation: J. Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", arXiv 2104.09864, with the pairs of
-Hugging Face's models: element i of a head's first half goes with element i of its second half.
-"""
+"""Rotary position embedding of queries and keys, fused with the write of keys and values to the paged cache."""
 
 from __future__ import annotations
 
@@ -11,13 +7,15 @@ from typing import Any
 import tilus
 from tilus import Const, Tensor, TilusError, f32, int32
 from tilus.kernels.allocate import empty
-from tilus.kernels.attention import power_of_two
 from tilus.kernels.index_checks import check_tokens
+from tilus.kernels.kv_cache import QuantizedCache, append_quantized
+from tilus.kernels.rotation import rotated
+from tilus.kernels.vectors import power_of_two
 
 
 @tilus.kernel
 def rope_append_kernel(
-    qkv: Tensor["dtype", "tokens", "heads", "head_dim"],
+    qkv: Tensor["act", "tokens", "heads", "head_dim"],
     positions: Tensor[int32, "tokens"],
     cos_sin: Tensor[f32, "max_positions", "head_dim"],
     slots: Tensor[int32, "tokens"],
@@ -50,34 +48,30 @@ def rope_append_kernel(
     tilus.store(q, [token, 0, 0], low.to(q.dtype))
     tilus.store(q, [token, 0, half], high.to(q.dtype))
     low, high = rotated_heads(q_heads, kv_heads)
-    tilus.store(kv_cache, [page, 0, offset, 0, 0], low.to(q.dtype))
-    tilus.store(kv_cache, [page, 0, offset, 0, half], high.to(q.dtype))
+    tilus.store(kv_cache, [page, 0, offset, 0, 0], low.to(kv_cache.dtype))
+    tilus.store(kv_cache, [page, 0, offset, 0, half], high.to(kv_cache.dtype))
     values = tilus.load(qkv[token, q_heads + kv_heads : heads], [0, 0], [power_of_two(kv_heads), head_dim])
-    tilus.store(kv_cache, [page, 1, offset, 0, 0], values)
-
-
-def rotated(halves: Any, cos_sin: Any, position: Any) -> Any:
-    """The two halves [heads, D/2] of heads, turned by the angles of a position."""
-    low, high = halves
-    half = low.shape[1]
-    cos, sin = (tilus.load(cos_sin, [position, at], [1, half]) for at in (0, half))
-    return low * cos - high * sin, high * cos + low * sin
+    tilus.store(kv_cache, [page, 1, offset, 0, 0], values.to(kv_cache.dtype))
 
 
 def rope_append(qkv: Any, positions: Any, cos_sin: Any, slots: Any, kv_cache: Any, *, device: str | None = None) -> Any:
-    """Rotate queries and keys by their positions; write keys and values to the cache.
+    """Rotate queries and keys by their positions; write keys and values to the cache, in its format.
 
     qkv: float16 or bfloat16 [M, (Hq + 2 Hkv) D], the heads of queries, keys and values of M tokens one after another.
     positions: int32 [M]. cos_sin: float32 [max_positions, D], the D/2 cosines, then the D/2 sines of each position.
     slots: int32 [M], page * page_size + offset; a token whose slot is outside of the cache (a negative one, say) is not
-    written to it. kv_cache: [pages, 2, page_size, Hkv, D] of qkv's dtype, keys at index 0, values at 1; may be strided.
-    Torch tensors. device: where to run (reference, emulator, cpu, cuda), by default as the arguments say.
+    written to it. kv_cache: float16 or bfloat16 [pages, 2, page_size, Hkv, D], keys at index 0, values at 1; may be strided. Or a
+    `QuantizedCache`, with D a multiple of 16 up to 256: scales and minimums are rounded to f16 and codes computed with those, so
+    that an element is off by half a step at most, half of the last place of an fp8 code. Torch tensors. device: where to run
+    (reference, emulator, cpu, cuda), by default as the arguments say.
 
-    Returns: the rotated queries [M, Hq, D]. Rotations are computed in f32 and rounded once.
+    Returns: the rotated queries [M, Hq, D], of the dtype of a 16-bit cache, else of qkv's; for a quantised cache whose format
+    mixes keys, transformed as they are. Rotations are computed in f32 and
+    rounded once; keys are not rounded before they are quantised.
     Raises: TilusError when shapes, dtypes or devices do not fit together; with TILUS_DEBUG=1 also for positions without angles
     and slots behind the cache.
     """
-    if qkv.ndim != 2 or kv_cache.ndim != 5:
+    if qkv.ndim != 2 or len(kv_cache.shape) != 5:
         raise TilusError(
             f"rope_append: qkv of shape {list(qkv.shape)} and kv_cache of shape {list(kv_cache.shape)}, "
             "expected [tokens, (q_heads + 2 kv_heads) * head_dim] and [pages, 2, page_size, kv_heads, head_dim]"
@@ -90,10 +84,18 @@ def rope_append(qkv: Any, positions: Any, cos_sin: Any, slots: Any, kv_cache: An
             f"rope_append: rows of {qkv.shape[1]} elements with {kv_heads} kv heads of {head_dim}, expected an even head "
             f"size and (q_heads + {2 * kv_heads}) * {head_dim} elements with at least one q head"
         )
+    if not isinstance(kv_cache, QuantizedCache) and str(kv_cache.dtype) not in ("torch.float16", "torch.bfloat16"):
+        raise TilusError(
+            f"rope_append: kv_cache of {kv_cache.dtype}, expected float16 or bfloat16",
+            hint="caches of fewer bits are made by quantized_cache",
+        )
     check_tokens("rope_append", positions, slots, cos_sin.shape[0], kv_cache, device=device)
-    q = empty(qkv, (qkv.shape[0], q_heads, head_dim))
+    by_head = qkv.unflatten(1, (heads, head_dim))
+    if isinstance(kv_cache, QuantizedCache):
+        return append_quantized(by_head, positions, cos_sin, slots, kv_cache, device)
+    q = empty(qkv, (qkv.shape[0], q_heads, head_dim), kv_cache.dtype)
     rope_append_kernel.on(device)(
-        qkv.unflatten(1, (heads, head_dim)), positions, cos_sin, slots, kv_cache, q,
+        by_head, positions, cos_sin, slots, kv_cache, q,
         head_dim=head_dim, heads=heads, q_heads=q_heads, kv_heads=kv_heads, page_size=page_size,
     )  # fmt: skip
     return q

@@ -21,7 +21,6 @@ from typing import Any
 
 from tilus import TilusError
 from tilus.kernels.allocate import counters, empty, is_cuda
-from tilus.kernels.attention import power_of_two
 from tilus.kernels.index_checks import check_tables
 from tilus.kernels.kv_cache import QuantizedCache
 from tilus.kernels.paged_decode import by_plans, by_queries, check_decode, paged_decode
@@ -37,6 +36,7 @@ from tilus.kernels.shared_prefix_groups import (
     shared_prefix_groups_kernel,
 )
 from tilus.kernels.shared_prefix_rows import shared_prefix_kernel
+from tilus.kernels.vectors import power_of_two
 from tilus.runtime.execute import place
 
 UNIT = 128  # tokens

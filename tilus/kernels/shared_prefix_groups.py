@@ -17,9 +17,9 @@ from typing import Any
 
 import tilus
 from tilus import Const, Tensor, int32
-from tilus.kernels.attention import power_of_two
 from tilus.kernels.paged_decode_split import owner, share
 from tilus.kernels.paged_prefill_tiles import ROWS, Tile
+from tilus.kernels.vectors import power_of_two
 from tilus.layout import local, replicated, spatial
 
 LEAST_TOKENS = 256  # of a prefix: less is read as fast by every sequence on its own

@@ -1,0 +1,106 @@
+"""Models of random weights in the shape of a config.json (`--dummy`): for measurements, which need no checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, pre_tokenizers
+
+from serving.config import ModelConfig
+from serving.huggingface import model_config
+from serving.loader import Checkpoint
+from serving.quantize import GROUP
+from serving.tokenizer import Tokenizer
+from tilus.dtypes import DataType, int8
+from tilus.errors import TilusError
+from tilus.kernels.quantize import QuantizedMatrix
+
+_BLOCK = 2**20 + 7  # random codes that repeat: an odd number, so that rows differ
+
+
+def open_dummy(path: Path, weight_dtype: DataType, group: int = GROUP) -> Checkpoint:
+    """The model of a config.json, or of a directory with one. Its tokens are bytes, and no answer ends by itself.
+
+    Raises: TilusError when there is none, and, by name, for what is not supported.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise TilusError(f"there is no {file}", hint="--dummy takes a config.json, or a directory with one, as --model")
+    try:
+        settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TilusError(f"{file} is not valid JSON: {error}") from error
+    config = model_config(file.parent, settings)
+    weights = DummyWeights(config, weight_dtype, group, tied=bool(settings.get("tie_word_embeddings", False)))
+    return Checkpoint(f"dummy-{file.resolve().parent.name}", config, _byte_tokenizer(), weights)
+
+
+class DummyWeights:
+    """Random codes in groups along K, of scales that keep activations of the order of one. The embedding is int8 in groups of 32.
+
+    Layers have the same codes, each in memory of its own once it is packed.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: DataType, group: int, *, tied: bool) -> None:
+        hidden, ffn, vocab = config.hidden_size, config.ffn_size, config.vocab_size
+        q, kv = (heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads))
+        self._shapes = {
+            "attn_q": (q, hidden), "attn_k": (kv, hidden), "attn_v": (kv, hidden), "attn_output": (hidden, q),
+            "ffn_gate": (ffn, hidden), "ffn_up": (ffn, hidden), "ffn_down": (hidden, ffn), "token_embd": (vocab, hidden),
+        }  # fmt: skip
+        if not tied:
+            self._shapes["output"] = (vocab, hidden)
+        self._hidden, self._dtype, self._group = hidden, dtype, group
+        self._block = np.random.default_rng(0).integers(0, 256, _BLOCK, np.uint8)
+
+    def has(self, name: str) -> bool:
+        return name.rpartition(".")[2] in self._shapes
+
+    def vector(self, name: str) -> npt.NDArray[np.float32]:
+        return np.ones(self._hidden, np.float32)
+
+    def matrix(self, name: str) -> QuantizedMatrix:
+        return self._random(self._shape(name), self._dtype, self._group)
+
+    def table(self) -> QuantizedMatrix:
+        return self._random(self._shapes["token_embd"], int8, 32)
+
+    def is_float(self, name: str) -> bool:
+        return False
+
+    def first_row(self, name: str) -> QuantizedMatrix:
+        kind = (int8, 32) if name == "token_embd" else (self._dtype, self._group)
+        return self._random((1, self._shape(name)[1]), *kind)
+
+    def num_rows(self, name: str) -> int:
+        return self._shape(name)[0]
+
+    def stored_nbytes(self, name: str) -> int:
+        return 0
+
+    def _shape(self, name: str) -> tuple[int, int]:
+        return self._shapes[name.rpartition(".")[2]]
+
+    def _random(self, shape: tuple[int, int], dtype: DataType, group: int) -> QuantizedMatrix:
+        n, k = shape
+        if k % group:
+            raise TilusError(f"rows of {k} weights in groups of {group}, expected a multiple")
+        numbers = dtype.decode(np.arange(dtype.num_codes, dtype=np.uint8)).astype(np.float64)
+        usable = np.flatnonzero(np.isfinite(numbers)).astype(np.uint8)
+        codes = np.resize(usable[self._block.astype(np.int64) % len(usable)], shape)
+        spread = float(np.sqrt(np.mean(numbers[usable] ** 2))) or 1.0
+        scale = np.float32(np.float16(1 / (spread * k**0.5)))
+        return QuantizedMatrix(codes, np.full((n, k // group), scale), None, dtype)
+
+
+def _byte_tokenizer() -> Tokenizer:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    fast = FastTokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    return Tokenizer(fast=fast, eos_ids=frozenset(), chat_template=None, special={}, vocab_size=len(alphabet))
