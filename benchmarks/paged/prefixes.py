@@ -13,8 +13,8 @@ from products.timing import Budget, Timer
 from paged.batches import PagedBatch, check, random_batch
 from paged.cases import Case
 from tilus.kernels import paged_decode
-from tilus.kernels.vectors import power_of_two
 from tilus.kernels.shared_prefix import attend_to_prefixes, find_shared_prefixes, prefix_plans, shared_prefix_decode
+from tilus.kernels.vectors import power_of_two
 
 COLUMNS = {
     "batch": 7, "prefix": 8, "groups": 8, "own": 6, "us": 9, "found": 8, "find": 7, "prefixes": 10, "decode": 9, "read": 8,

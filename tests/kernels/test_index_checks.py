@@ -16,7 +16,6 @@ from tilus.kernels import (
     paged_prefill,
     quantized_cache,
     rope_append,
-    rope_append_quantized,
     shared_prefix_decode,
 )
 
@@ -97,19 +96,18 @@ def test_tokens(quantised: bool, device: str) -> None:
     """Of an append: positions and slots, of which negative ones are right."""
     at = "cuda" if device == "cuda" else "cpu"
     cache = quantized_cache("int8", 4, 16, 1, 64, at) if quantised else torch.zeros(4, 2, 16, 1, 64, device=at).half()
-    append = rope_append_quantized if quantised else rope_append
     qkv, angles = torch.zeros(3, 192).half(), torch.zeros(100, 64)
     positions, slots = torch.tensor([0, 99, 5], dtype=torch.int32), torch.tensor([-1, 63, 5], dtype=torch.int32)
 
     def found(positions: torch.Tensor, slots: torch.Tensor) -> str:
-        return found_by(append, qkv, positions, angles, slots, cache, device=device)
+        return found_by(rope_append, qkv, positions, angles, slots, cache, device=device)
 
-    assert f"{append.__name__}: token 1 has slot 64, expected less than 64" in found(positions, change(slots, 1, 64))
+    assert "rope_append: token 1 has slot 64, expected less than 64" in found(positions, change(slots, 1, 64))
     for position in (100, -1):
         text = found(change(positions, 2, position), slots)
-        assert f"{append.__name__}: token 2 has position {position}, expected 0 to 99" in text
+        assert f"rope_append: token 2 has position {position}, expected 0 to 99" in text
     arguments = [on_gpu(t) if device == "cuda" else t for t in (qkv, positions, angles, slots)]
-    append(*arguments, cache, device=device)
+    rope_append(*arguments, cache, device=device)
 
 
 def test_without_the_mode_nothing_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:

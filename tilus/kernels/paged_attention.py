@@ -14,7 +14,8 @@ from tilus.kernels.allocate import empty, is_cuda
 from tilus.kernels.attention import KV_TILE, MAX_GROUP, MAX_HEAD_DIM, portable_attention
 from tilus.kernels.kv_cache import QuantizedCache
 from tilus.kernels.linear import gpu_of
-from tilus.kernels.paged_decode import HEAD_DIMS, paged_decode
+from tilus.kernels.paged_decode import paged_decode
+from tilus.kernels.paged_decode_arguments import HEAD_DIMS
 from tilus.kernels.paged_prefill import paged_prefill
 from tilus.runtime.execute import place
 
