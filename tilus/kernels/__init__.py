@@ -22,4 +22,5 @@ from tilus.kernels.paged_prefill import paged_prefill as paged_prefill
 from tilus.kernels.quantize import QuantizedWeight as QuantizedWeight
 from tilus.kernels.quantize_tokens import quantize_tokens as quantize_tokens
 from tilus.kernels.rope import rope_append as rope_append
+from tilus.kernels.sampling import sample as sample
 from tilus.kernels.w4a8_linear import w4a8_linear as w4a8_linear

@@ -1,17 +1,16 @@
 """Tokens from logits: one launch for all requests of a batch, no sorting, nothing on the host.
 
-The token is the winner of a race. Token i gets the number E_i from the exponential distribution, and among the tokens that the
-filters keep, the one with the largest `logit_i / temperature - log(E_i)` is chosen: then each is chosen with its probability of the
-softmax over the kept ones (E. J. Gumbel, "Statistical theory of extreme values", 1954; C. Maddison, D. Tarlow, T. Minka, "A*
-sampling", 2014). E_i depends on the request's seed, its position and i alone. So the choice needs neither sums nor an order of
-evaluation, and does not depend on the batch.
+The token is the winner of a race. Token i gets a number E_i from the exponential distribution, and among the tokens that the
+filters keep, the one with the largest `logit_i / temperature - log(E_i)` is chosen: then each is chosen with its probability
+of the softmax over the kept ones (E. J. Gumbel, "Statistical theory of extreme values", 1954; C. Maddison, D. Tarlow, T. Minka,
+"A* sampling", 2014). E_i depends on the request's seed, its position and i alone. So the choice needs neither sums nor an order
+of evaluation, and does not depend on the batch.
 
 What the filters keep is a threshold on the logits. It is found by search over values: sums over the logits above some pivots
 decide between which of them it lies. One cluster of blocks has the row in its registers, so that a step of the search reads no
 memory, and its sums come in the same order whatever the batch is.
 
-Budget, one H100, 152k logits of 32 bits: reading is 0.19 us a row at 3.14 TB/s, and 1.3 us is the time of an empty kernel in a graph.
-A cluster of 8 blocks gets its row of 0.6 MB at 8 x 24 bytes in a nanosecond, 3.2 us from memory, which the launches in front may
+Budget, one H100, 152k logits of 32 bits: reading is 0.19 us a row at 3.14 TB/s; an empty kernel in a graph takes 1.3 us. A cluster of 8 blocks gets its row of 0.6 MB at 8 x 24 bytes in a nanosecond, 3.2 us from memory, which the launches in front may
 hide only in part; from 17 rows on all multiprocessors read. The random numbers are 25 instructions a logit.
 """
 
@@ -97,8 +96,10 @@ def weights_of(row: Any, most: Any, rate: Any) -> Any:
 def filtered(
     row: Any, most: Any, least: Any, finite: Any, rate: Any, top_k: Any, top_p: Any, min_p: Any, pivots: Any
 ) -> Any:  # fmt: skip
-    """The least logit that top_k, top_p and min_p keep, a scalar. most, least, finite: the largest finite logit, the least one, and
-    how many there are. rate: log2(e) / temperature."""
+    """The least logit that top_k, top_p and min_p keep, a scalar.
+
+    most, least, finite: the largest finite logit, the least one, and how many there are. rate: log2(e) / temperature.
+    """
     bound = least
     if top_k > 0 and float(top_k) < finite:
         counts, _ = row.measure([most])
@@ -172,11 +173,52 @@ def sample(
     logits: Any, *, temperature: Any, top_k: Any, top_p: Any, min_p: Any, seeds: Any, positions: Any,
     return_logprobs: bool = False, device: str | None = None,
 ) -> Any:  # fmt: skip
+    """One token for each request, from its logits.
+
+    One launch, for sm_90 and later. The host reads nothing, so that it can be captured in a CUDA graph.
+
+    logits: f16, bf16 or f32 [R, V] with V up to 262144. For each request, [R]: temperature f32, 0 for the largest logit, the
+    lowest token on ties; top_k int32, 0 for no limit; top_p f32, 1 for no limit; min_p f32, 0 for no limit; seeds int64 or uint64 and
+    positions int32 or uint32, the counter of the request's random numbers, for example how many tokens it has. Torch tensors or
+    numpy arrays. device: where to run (reference, emulator, cpu, cuda), by default as the arguments say.
+
+    The filters apply one after the other, as in Hugging Face's transformers: logits are divided by the temperature; top_k keeps
+    the logits that are not below the k-th largest; top_p keeps those above which less than top_p of what then is left has gathered;
+    min_p keeps those of at least min_p times the largest probability. Equal logits are kept or dropped together. (transformers
+    breaks up ties at the border of top_p, as its sort has them.) Sums are f32.
+
+    A token is a function of the logits of its row, the parameters, the seed and the position: the number of token i is word i % 4
+    of Philox 4x32-10 with the seed as its key and the counter (i // 4, position, 0, 0).
+
+    Returns: int32 [R], -1 for a row with NaN or plus infinity or without any finite logit; minus infinity is never chosen. With
+    return_logprobs also f32 [R], the natural logarithm of the token's probability in the softmax of the logits as they are, NaN
+    where there is no token.
+    Raises: TilusError when shapes or dtypes do not fit together.
+    """
+    _check(logits, temperature, top_k, top_p, min_p, seeds, positions)
     tokens = empty(logits, (logits.shape[0],), "int32")
     logprobs = empty(logits, (logits.shape[0],), "float32") if return_logprobs else None
     plan = plan_of(int(logits.shape[1]), place(device, is_cuda(logits)) in ("cuda", "emulator"))
     launch(logits, temperature, top_k, top_p, min_p, seeds, positions, tokens, logprobs, plan, device)
     return (tokens, logprobs) if return_logprobs else tokens
+
+
+def _check(logits: Any, *of_requests: Any) -> None:
+    if logits.ndim != 2 or not 1 <= logits.shape[1] <= MAX_VOCABULARY:
+        raise TilusError(
+            f"sample: logits of shape {list(logits.shape)}, expected [requests, vocabulary] with 1 to {MAX_VOCABULARY} logits",
+            hint="one request: logits[None]",
+        )
+    shapes = [list(array.shape) for array in of_requests]
+    if any(shape != [logits.shape[0]] for shape in shapes):
+        raise TilusError(
+            f"sample: temperature, top_k, top_p, min_p, seeds and positions of shapes {', '.join(map(str, shapes))}, expected "
+            f"[{logits.shape[0]}] each, as there are so many rows of logits",
+        )
+    if of_requests[4].dtype.itemsize != 8 or of_requests[5].dtype.itemsize != 4:
+        raise TilusError(
+            f"sample: seeds of {of_requests[4].dtype} and positions of {of_requests[5].dtype}, expected int64 and int32"
+        )
 
 
 def launch(
@@ -185,7 +227,8 @@ def launch(
 ) -> None:  # fmt: skip
     """By a given plan."""
     sample_kernel.on(device)(
-        logits, temperature, top_k, top_p, min_p, _words(seeds, 2), _words(positions, 1), tokens, logprobs, plan=plan, pivots=pivots
+        logits, temperature, top_k, top_p, min_p, _words(seeds, 2), _words(positions, 1), tokens, logprobs, plan=plan,
+        pivots=pivots,
     )  # fmt: skip
 
 
@@ -194,6 +237,8 @@ def plan_of(vocabulary: int, has_clusters: bool) -> RowPlan:
     fours = -(-vocabulary // QUAD)
     cluster = CLUSTER if has_clusters and vocabulary > SMALL else 1
     warps = min(WARPS, power_of_two(-(-fours // (32 * cluster))))
+    if has_clusters and fours > 32 * WARPS * CLUSTER * MOST_KEPT:
+        warps = WARPS // 2  # a thread's own registers are fewer beside more logits
     quads = -(-fours // (32 * warps * cluster))
     return RowPlan(cluster, warps, quads, quads if has_clusters else 1, quads <= MOST_KEPT)
 

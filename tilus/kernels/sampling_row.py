@@ -21,8 +21,8 @@ NO_TOKEN = 1e9  # more than any index; indices are exact in f32
 
 @dataclass(frozen=True)
 class RowPlan:
-    """Who holds what of a row. cluster: blocks. warps: of a block. quads: fours of tokens that a thread holds, in so many `slices`
-    that are worked on one after the other. keeps_weights: whether a search keeps exp(logit) in registers."""
+    """Who holds what of a row. cluster: blocks. warps: of a block. quads: fours of tokens that a thread holds, in so many
+    `slices` that are worked on one after the other. keeps_weights: whether a search keeps exp(logit) in registers."""
 
     cluster: int
     warps: int
