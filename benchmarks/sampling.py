@@ -19,14 +19,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from products.report import Report
+from products.report import Report, Row
 from products.timing import Action, Budget, Timer
 
-from tilus.kernels.sampling import launch, plan_of, sample
+from tilus.kernels.sampling import PIVOTS, launch, plan_of, sample
 from tilus.kernels.sampling_row import RowPlan
+from tilus.ptx.assembler import SpillError
 
 BATCHES = (1, 16, 64, 256)
 VOCABULARIES = (32000, 128256, 151936)
@@ -87,7 +91,7 @@ def check(logits: torch.Tensor, filters: str) -> None:
 def tilus_actions(rows: list[torch.Tensor], filters: str, plan: RowPlan, pivots: int) -> list[Action]:
     given = parameters(len(rows[0]), filters)
     tokens = torch.zeros(len(rows[0]), dtype=torch.int32, device="cuda")
-    return [lambda x=x: launch(x, *given, tokens, None, plan, None, pivots) for x in rows]
+    return [functools.partial(launch, x, *given, tokens, None, plan, None, pivots) for x in rows]
 
 
 def plans_of(vocabulary: int) -> list[tuple[RowPlan, int]]:
@@ -99,22 +103,83 @@ def plans_of(vocabulary: int) -> list[tuple[RowPlan, int]]:
     return found
 
 
-def measure(report: Report, timer: Timer, budget: Budget, plans: bool, checked: bool) -> None:
+def cases() -> Iterator[tuple[int, int, str]]:
     for vocabulary in VOCABULARIES:
         for batch in BATCHES:
-            rows = copies_of(timer, batch, vocabulary)
-            for filters in FILTERS:
-                if budget.exhausted:
-                    return
-                row: dict[str, object] = {"batch": batch, "vocabulary": vocabulary, "filters": filters}
-                row["limit_us"] = limit_us(batch, vocabulary)
-                if plans:
-                    for plan, pivots in plans_of(vocabulary):
-                        us = timer.us(tilus_actions(rows, filters, plan, pivots))
-                        report.add("plans", {**row, **dataclasses.asdict(plan), "pivots": pivots, "us": us})
-                    continue
-                if checked and batch <= 16:
-                    check(rows[0], filters)
-                row["us"] = timer.us(tilus_actions(rows, filters, plan_of(vocabulary, True), 3))
-                row["torch_us"] = timer.us([lambda x=x: by_torch(x, filters) for x in rows[:4]])
-                report.add("sampling", row)
+            yield from ((vocabulary, batch, filters) for filters in FILTERS)
+
+
+def rows_of(timer: Timer, budget: Budget, plans: bool) -> Iterator[Row]:
+    known: tuple[int, int] | None = None
+    logits: list[torch.Tensor] = []
+    for vocabulary, batch, filters in cases():
+        if budget.exhausted:
+            return
+        if known != (vocabulary, batch):
+            logits.clear()  # before there are others
+            logits, known = copies_of(timer, batch, vocabulary), (vocabulary, batch)
+        row: Row = {
+            "batch": batch,
+            "vocabulary": vocabulary,
+            "filters": filters,
+            "limit_us": limit_us(batch, vocabulary),
+        }
+        if plans:
+            for plan, pivots in plans_of(vocabulary):
+                failures: dict[str, str] = {}
+                us = None
+                try:
+                    us = timer.us(tilus_actions(logits, filters, plan, pivots))
+                except SpillError as error:
+                    failures["us"] = str(error).splitlines()[0]
+                yield {
+                    **row,
+                    **dataclasses.asdict(plan),
+                    "pivots": pivots,
+                    "us": us,
+                    "torch_us": None,
+                    "failures": failures,
+                }
+            continue
+        if batch == BATCHES[0]:
+            check(logits[0], filters)
+        us = timer.us(tilus_actions(logits, filters, plan_of(vocabulary, True), PIVOTS))
+        torch_us = timer.us([functools.partial(by_torch, x, filters) for x in logits[:4]])
+        yield {**row, "us": us, "torch_us": torch_us, "failures": {}}
+
+
+COLUMNS = {"batch": 7, "vocabulary": 12, "filters": 13, "us": 10, "limit": 10, "torch": 10, "plan": 24}
+
+
+def cells(row: Row) -> list[Any]:
+    plan = "-".join(str(row[key]) for key in ("cluster", "warps", "quads", "pivots") if key in row)
+    return [*(row[key] for key in ("batch", "vocabulary", "filters", "us", "limit_us", "torch_us")), plan]
+
+
+def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the JSON here")
+    parser.add_argument("--plans", action="store_true", help="compare plans")
+    parser.add_argument("--replays", type=int, default=30, help="at most so many graph replays a time (default 30)")
+    parser.add_argument("--budget", type=float, help="seconds after which no row starts")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = options_of()
+    if not torch.cuda.is_available():
+        raise SystemExit("no GPU: `tilus doctor` says what is missing")
+    timer, budget = Timer(options.replays), Budget(options.budget)
+    facts = {
+        "device": torch.cuda.get_device_name(0), "torch": torch.__version__, "cuda": torch.version.cuda,
+        "l2_nbytes": timer.l2_nbytes, "replays": timer.replays,
+    }  # fmt: skip
+    report = Report(options.out, facts)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        rows = rows_of(timer, budget, options.plans)
+        name = "plans" if options.plans else "sampling"
+        report.suite(name, rows, COLUMNS, cells, facts=lambda: {"seconds": round(budget.used, 1)})
+
+
+if __name__ == "__main__":
+    main()

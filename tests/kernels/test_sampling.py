@@ -252,14 +252,21 @@ def test_kept_sets_in_a_cluster() -> None:
     check_kept(logits, RANDOM, RowPlan(4, 1, 1, 1), "emulator")
 
 
-@given(st.integers(0, 10**6), st.integers(1, 400), st.sampled_from([0.01, 1.0, 30.0]), st.sampled_from([0.0, 0.25, 2.0]))
+@given(
+    st.integers(0, 10**6), st.integers(1, 400), st.sampled_from([0.01, 1.0, 30.0]), st.sampled_from([0.0, 0.25, 2.0])
+)
 @settings(max_examples=25)
 def test_kept_sets_of_any_row(seed: int, size: int, spread: float, step: float) -> None:
     """A step makes ties."""
     generator = np.random.default_rng(seed)
     values = generator.normal(0, spread, size)
     logits = (np.round(values / step) * step if step else values).astype(np.float32)
-    params = [Params(t, k, p, m) for t, k, p, m in zip([0.3, 1, 2], generator.integers(0, size + 2, 3), generator.uniform(0.05, 1, 3), [0, 0.02, 0.3])]
+    params = [
+        Params(t, k, p, m)
+        for t, k, p, m in zip(
+            [0.3, 1, 2], generator.integers(0, size + 2, 3), generator.uniform(0.05, 1, 3), [0, 0.02, 0.3]
+        )
+    ]
     check_kept(np.tile(logits, (3, 1)), params, plan_of(size, False), "cpu")
 
 
