@@ -261,12 +261,8 @@ def test_kept_sets_of_any_row(seed: int, size: int, spread: float, step: float) 
     generator = np.random.default_rng(seed)
     values = generator.normal(0, spread, size)
     logits = (np.round(values / step) * step if step else values).astype(np.float32)
-    params = [
-        Params(t, k, p, m)
-        for t, k, p, m in zip(
-            [0.3, 1, 2], generator.integers(0, size + 2, 3), generator.uniform(0.05, 1, 3), [0, 0.02, 0.3]
-        )
-    ]
+    counts, shares = generator.integers(0, size + 2, 3), generator.uniform(0.05, 1, 3)
+    params = [Params(t, int(k), p, m) for t, k, p, m in zip([0.3, 1, 2], counts, shares, [0, 0.02, 0.3])]
     check_kept(np.tile(logits, (3, 1)), params, plan_of(size, False), "cpu")
 
 

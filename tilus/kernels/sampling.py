@@ -10,8 +10,9 @@ What the filters keep is a threshold on the logits. It is found by search over v
 decide between which of them it lies. One cluster of blocks has the row in its registers, so that a step of the search reads no
 memory, and its sums come in the same order whatever the batch is.
 
-Budget, one H100, 152k logits of 32 bits: reading is 0.19 us a row at 3.14 TB/s; an empty kernel in a graph takes 1.3 us. A cluster of 8 blocks gets its row of 0.6 MB at 8 x 24 bytes in a nanosecond, 3.2 us from memory, which the launches in front may
-hide only in part; from 17 rows on all multiprocessors read. The random numbers are 25 instructions a logit.
+Budget, one H100, 152k logits of 32 bits: reading is 0.19 us a row at 3.14 TB/s; an empty kernel in a graph takes 1.3 us. A
+cluster of 8 blocks gets its row of 0.6 MB at 8 x 24 bytes in a nanosecond, 3.2 us from memory; from 17 rows on all
+multiprocessors read. The random numbers are about 35 instructions a logit.
 """
 
 from __future__ import annotations
@@ -178,13 +179,13 @@ def sample(
     One launch, for sm_90 and later. The host reads nothing, so that it can be captured in a CUDA graph.
 
     logits: f16, bf16 or f32 [R, V] with V up to 262144. For each request, [R]: temperature f32, 0 for the largest logit, the
-    lowest token on ties; top_k int32, 0 for no limit; top_p f32, 1 for no limit; min_p f32, 0 for no limit; seeds int64 or uint64 and
-    positions int32 or uint32, the counter of the request's random numbers, for example how many tokens it has. Torch tensors or
+    lowest token on ties; top_k int32, 0 for no limit; top_p f32, 1 for no limit; min_p f32, 0 for no limit; seeds int64 or
+    uint64 and positions int32 or uint32, the counter of the request's random numbers, for example how many tokens it has. Torch tensors or
     numpy arrays. device: where to run (reference, emulator, cpu, cuda), by default as the arguments say.
 
     The filters apply one after the other, as in Hugging Face's transformers: logits are divided by the temperature; top_k keeps
-    the logits that are not below the k-th largest; top_p keeps those above which less than top_p of what then is left has gathered;
-    min_p keeps those of at least min_p times the largest probability. Equal logits are kept or dropped together. (transformers
+    the logits that are not below the k-th largest; top_p keeps those above which less than top_p of what is left then has
+    gathered; min_p keeps those of at least min_p times the largest probability. Equal logits are kept or dropped together. (transformers
     breaks up ties at the border of top_p, as its sort has them.) Sums are f32.
 
     A token is a function of the logits of its row, the parameters, the seed and the position: the number of token i is word i % 4
