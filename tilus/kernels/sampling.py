@@ -70,12 +70,12 @@ def sample_kernel(
         layout = replicated(plan.threads, 1)
         key, position = tilus.load(seeds, [request, 0], [2]), tilus.load(positions, [request], [1], layout=layout)
 
-        def race(i):
+        def race(i: Any) -> Any:
             return raced(row, i, bound, most, rate, key, position)
 
         _, token = row.winner(race)
     else:
-        _, token = row.winner(lambda i: row.slices[i])
+        _, token = row.winner(row.slices.__getitem__)
     if broken > 0.0:
         token = -1
     if tilus.cluster_rank() == 0:
@@ -91,7 +91,11 @@ def sample_kernel(
 
 def weights_of(row: Any, most: Any, rate: Any) -> Any:
     """weigh(slice, j) of `Row.measure`: 2^(rate (logit - most))."""
-    return lambda i, j: tilus.exp2((row.slices[i][j] - most) * rate)
+
+    def weigh(i: Any, j: Any) -> Any:
+        return tilus.exp2((row.slices[i][j] - most) * rate)
+
+    return weigh
 
 
 def filtered(
@@ -112,7 +116,10 @@ def filtered(
         weigh = weights_of(row, most, rate)
         if row.plan.keeps_weights:
             known = [[weigh(i, j) for j in range(QUAD)] for i in range(row.plan.slices)]
-            weigh = lambda i, j: known[i][j]  # noqa: E731
+
+            def weigh(i: Any, j: Any) -> Any:
+                return known[i][j]
+
         _, weights = row.measure([bound, most], weigh)
         kept, best = row.ask(weights)
         target = total(kept) * top_p
@@ -180,13 +187,13 @@ def sample(
 
     logits: f16, bf16 or f32 [R, V] with V up to 262144. For each request, [R]: temperature f32, 0 for the largest logit, the
     lowest token on ties; top_k int32, 0 for no limit; top_p f32, 1 for no limit; min_p f32, 0 for no limit; seeds int64 or
-    uint64 and positions int32 or uint32, the counter of the request's random numbers, for example how many tokens it has. Torch tensors or
-    numpy arrays. device: where to run (reference, emulator, cpu, cuda), by default as the arguments say.
+    uint64; positions int32 or uint32, the counter of the request's random numbers, for example how many tokens it has. Torch
+    tensors or numpy arrays. device: where to run (reference, emulator, cpu, cuda), by default as the arguments say.
 
     The filters apply one after the other, as in Hugging Face's transformers: logits are divided by the temperature; top_k keeps
     the logits that are not below the k-th largest; top_p keeps those above which less than top_p of what is left then has
-    gathered; min_p keeps those of at least min_p times the largest probability. Equal logits are kept or dropped together. (transformers
-    breaks up ties at the border of top_p, as its sort has them.) Sums are f32.
+    gathered; min_p keeps those of at least min_p times the largest probability. Equal logits are kept or dropped together.
+    (transformers breaks up ties at the border of top_p, as its sort has them.) Sums are f32.
 
     A token is a function of the logits of its row, the parameters, the seed and the position: the number of token i is word i % 4
     of Philox 4x32-10 with the seed as its key and the counter (i // 4, position, 0, 0).
