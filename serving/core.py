@@ -35,6 +35,7 @@ class SamplingParams:
     """How to choose tokens and when to stop.
 
     max_tokens: None means as many as the context holds. temperature: 0 means greedy. top_k: 0 means no limit.
+    min_p: tokens with less than min_p times the largest probability are never chosen; 0 means no limit.
     seed: the only source of randomness; equal requests with equal seeds get equal answers, whoever shares the batch.
     logprobs: None for none, else how many alternatives to report beside the chosen token (0 to 20).
     Raises RequestError for a value outside its range.
@@ -44,6 +45,7 @@ class SamplingParams:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     seed: int = 0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
@@ -54,6 +56,7 @@ class SamplingParams:
             (self.max_tokens is None or self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1"),
             (0.0 <= self.temperature <= 2.0, "temperature", self.temperature, "between 0 and 2"),
             (0.0 < self.top_p <= 1.0, "top_p", self.top_p, "above 0 and at most 1"),
+            (0.0 <= self.min_p <= 1.0, "min_p", self.min_p, "between 0 and 1"),
             (self.top_k >= 0, "top_k", self.top_k, "at least 1, or 0 for no limit"),
             (0 <= self.seed < 2**64, "seed", self.seed, "between 0 and 2^64 - 1"),
             (

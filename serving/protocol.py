@@ -51,6 +51,7 @@ class GenerationBody(BaseModel):
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
     seed: int | None = None
     n: int | None = None
     stop: str | list[str] | None = None
@@ -86,6 +87,7 @@ class GenerationBody(BaseModel):
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
             top_k=self.top_k or 0,
+            min_p=self.min_p or 0.0,
             seed=seed % _SEEDS,
             stop=stop,
             ignore_eos=bool(self.ignore_eos),

@@ -32,7 +32,7 @@ def sample(logits: Tensor, items: Sequence[BatchItem]) -> tuple[SampledToken | N
         temperature=of_requests([p.temperature for p in params], torch.float32),
         top_k=of_requests([min(p.top_k, logits.shape[1]) for p in params], torch.int32),
         top_p=of_requests([p.top_p for p in params], torch.float32),
-        min_p=of_requests([0.0] * len(params), torch.float32),
+        min_p=of_requests([p.min_p for p in params], torch.float32),
         seeds=of_requests([p.seed - (p.seed >> 63 << 64) for p in params], torch.int64),  # the same bits, signed
         positions=of_requests([item.draw for item in items], torch.int32),
     )

@@ -119,6 +119,12 @@ def test_tokens_that_are_ruled_out_are_never_chosen() -> None:
     assert sample(logits, [item(draw) for draw in range(64)])[5] is None
 
 
+def test_min_p() -> None:
+    logits = torch.linspace(0, 2.2, VOCABULARY).expand(200, -1)
+    kept = {i for i in range(VOCABULARY) if math.exp(logits[0, i] - logits[0, -1]) >= 0.5}
+    assert set(chosen(logits, [item(draw, min_p=0.5) for draw in range(200)])) == kept
+
+
 def test_every_seed_and_draw_is_its_own() -> None:
     logits = torch.zeros(1, 4096)
     items = [item(draw, seed=seed) for draw in range(8) for seed in (0, 1, 2**32, 2**63, 2**64 - 1)]
@@ -139,6 +145,7 @@ def test_no_rows_are_no_tokens() -> None:
         ({"temperature": math.nan}, "temperature is nan, but must be between 0 and 2"),
         ({"top_p": 0.0}, "top_p is 0.0, but must be above 0 and at most 1"),
         ({"top_p": 1.1}, "top_p is 1.1, but must be above 0 and at most 1"),
+        ({"min_p": 1.5}, "min_p is 1.5, but must be between 0 and 1"),
         ({"top_k": -1}, "top_k is -1, but must be at least 1, or 0 for no limit"),
         ({"seed": 2**64}, "seed is 18446744073709551616, but must be between 0 and 2^64 - 1"),
         ({"stop": ("a", "")}, "stop is ['a', ''], but must be at most 16 strings of 1 to 256 characters"),
