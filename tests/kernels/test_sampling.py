@@ -302,6 +302,14 @@ def test_known_answers(device: str) -> None:
     np.testing.assert_array_equal(uniform(0, 0, 4) * 2**32 - 0.5, expected[0])
 
 
+@pytest.mark.parametrize(
+    "p", [Params(1e-45), Params(1e-29), Params(1, 0, 0.0), Params(1, 0, -1.0), Params(1, 0, 1, 7.0)], ids=str
+)
+def test_extreme_parameters_leave_the_best_token(p: Params) -> None:
+    logits = np.random.default_rng(14).normal(0, 1, (1, 80)).astype(np.float32)
+    assert drawn(logits, [p], "reference").tolist() == [np.argmax(logits)]
+
+
 def test_what_does_not_fit_is_refused() -> None:
     logits = np.zeros((2, 8), np.float32)
     with pytest.raises(TilusError, match=r"logits of shape \[8\], expected \[requests, vocabulary\]"):

@@ -35,6 +35,7 @@ MAX_VOCABULARY = 1 << 18
 PIVOTS = 3
 WARPS = 16
 CLUSTER = 8
+COLDEST = 1e-30  # temperatures whose inverse is safely finite
 SMALL = 1024  # a vocabulary that one block has
 MOST_KEPT = 10  # fours of a thread whose weights fit into the registers beside the logits
 _LOG2_E = math.log2(math.e)
@@ -64,7 +65,7 @@ def sample_kernel(
     row = Row(logits, request, plan)
     most, least, finite, broken = row.survey()
     token = 0
-    if temperature[request] > 0.0:
+    if temperature[request] > COLDEST:
         rate = _LOG2_E / temperature[request]
         bound = filtered(row, most, least, finite, rate, top_k[request], top_p[request], min_p[request], pivots)
         layout = replicated(plan.threads, 1)
@@ -128,7 +129,7 @@ def filtered(
         if total(best) < target:
             bound = threshold(row, weigh, target, lowest, most, finite, pivots)
     if min_p > 0.0:
-        bound = max(bound, most + tilus.item(tilus.log2(tilus.full([1], min_p))) / rate)
+        bound = min(max(bound, most + tilus.item(tilus.log2(tilus.full([1], min_p))) / rate), most)
     return bound
 
 
@@ -185,7 +186,7 @@ def sample(
 
     One launch, for sm_90 and later. The host reads nothing, so that it can be captured in a CUDA graph.
 
-    logits: f16, bf16 or f32 [R, V] with V up to 262144. For each request, [R]: temperature f32, 0 for the largest logit, the
+    logits: f16, bf16 or f32 [R, V] with V up to 262144. For each request, [R]: temperature f32, up to 1e-30 for the largest logit, the
     lowest token on ties; top_k int32, 0 for no limit; top_p f32, 1 for no limit; min_p f32, 0 for no limit; seeds int64 or
     uint64; positions int32 or uint32, the counter of the request's random numbers, for example how many tokens it has. Torch
     tensors or numpy arrays. device: where to run (reference, emulator, cpu, cuda), by default as the arguments say.
