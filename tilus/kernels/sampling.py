@@ -186,10 +186,10 @@ def sample(
 
     One launch, for sm_90 and later. The host reads nothing, so that it can be captured in a CUDA graph.
 
-    logits: f16, bf16 or f32 [R, V] with V up to 262144. For each request, [R]: temperature f32, up to 1e-30 for the largest logit, the
-    lowest token on ties; top_k int32, 0 for no limit; top_p f32, 1 for no limit; min_p f32, 0 for no limit; seeds int64 or
-    uint64; positions int32 or uint32, the counter of the request's random numbers, for example how many tokens it has. Torch
-    tensors or numpy arrays. device: where to run (reference, emulator, cpu, cuda), by default as the arguments say.
+    logits: f16, bf16 or f32 [R, V] with V up to 262144. For each request, [R]: temperature f32, up to 1e-30 for the largest
+    logit, the lowest token on ties; top_k int32, 0 for no limit; top_p f32, 1 for no limit; min_p f32, 0 for no limit; seeds
+    int64 or uint64; positions int32 or uint32, the counter of the request's random numbers, for example how many tokens it has.
+    Torch tensors or numpy arrays. device: where to run (reference, emulator, cpu, cuda), by default as the arguments say.
 
     The filters apply one after the other, as in Hugging Face's transformers: logits are divided by the temperature; top_k keeps
     the logits that are not below the k-th largest; top_p keeps those above which less than top_p of what is left then has
