@@ -162,6 +162,7 @@ SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
     "quantize.codes.unpack_codes_kernel": [{"wdtype": int8, "lookup": True}],
     "quantize_tokens.quantize_tokens_kernel": [{"columns": 768}, {"columns": 20000, "paired": True}],
     "rope.rope_append_kernel": [{"head_dim": 64, "heads": 9, "q_heads": 3, "kv_heads": 3, "page_size": 16}],
+    "sampling.sample_kernel": [{"plan": RowPlan(2, 4, 2, 1)}],
     "warpgroup_linear.warpgroup_linear": [
         {"wdtype": uint4, "scale_dtype": f16, "span": 128, "plan": WarpgroupPlan(16, 1, 2, 1, 2, 4)},
         {"wdtype": int8, "scale_dtype": f32, "span": 0, "plan": WarpgroupPlan(8, 1, 1, 2, 1, 3)},

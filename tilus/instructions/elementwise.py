@@ -314,7 +314,7 @@ def _rounded(value: Array, dtype: DataType) -> Array:
 # What users call.
 
 
-def _as_tile(b: IRBuilder, value: Value, like: RegisterTensor) -> RegisterTensor:
+def as_tile(b: IRBuilder, value: Value, like: RegisterTensor) -> RegisterTensor:
     if isinstance(value, RegisterTensor):
         return value
     expr = as_expr(value)
@@ -338,7 +338,7 @@ def binary_op(b: IRBuilder, op: str, lhs: Value, rhs: Value) -> RegisterTensor |
     if not isinstance(like, RegisterTensor):
         raise TilusError(f"{op} needs at least one tile")
     op = {"and": "&", "or": "|"}.get(op, op)
-    a, c = _as_tile(b, lhs, like), _as_tile(b, rhs, like)
+    a, c = as_tile(b, lhs, like), as_tile(b, rhs, like)
     shape = broadcast_shapes(op, a.shape, c.shape)
     if op in COMPARISONS:
         return b.emit(CompareTile(b.tile(boolean, shape), op, a, c)).out
@@ -365,7 +365,7 @@ def where(b: IRBuilder, cond: RegisterTensor, on_true: Value, on_false: Value) -
     like = on_true if isinstance(on_true, RegisterTensor) else on_false
     if not isinstance(like, RegisterTensor):
         raise TilusError("where: both sides are scalars, so their dtype is unknown", hint="make one a tile: tilus.full")
-    a, c = _as_tile(b, on_true, like), _as_tile(b, on_false, like)
+    a, c = as_tile(b, on_true, like), as_tile(b, on_false, like)
     shape = broadcast_shapes("where", cond.shape, a.shape, c.shape)
     return b.emit(Where(b.tile(like.dtype, shape), cond, a, c)).out
 
@@ -472,6 +472,6 @@ def absolute(b: IRBuilder, x: Value) -> RegisterTensor | Expr:
 @builtin
 def fma(b: IRBuilder, x: RegisterTensor, y: Value, z: Value) -> RegisterTensor:
     """`x * y + z` with one rounding, elementwise on f16, bf16 or f32."""
-    c, d = _as_tile(b, y, x), _as_tile(b, z, x)
+    c, d = as_tile(b, y, x), as_tile(b, z, x)
     shape = broadcast_shapes("fma", x.shape, c.shape, d.shape)
     return b.emit(FusedMultiplyAdd(b.tile(x.dtype, shape), x, c, d)).out

@@ -25,6 +25,7 @@ from tilus.kernels.paged_prefill import paged_prefill as paged_prefill
 from tilus.kernels.quantize import QuantizedWeight as QuantizedWeight
 from tilus.kernels.quantize_tokens import quantize_tokens as quantize_tokens
 from tilus.kernels.rope import rope_append as rope_append
+from tilus.kernels.sampling import sample as sample
 from tilus.kernels.shared_prefix import find_shared_prefixes as find_shared_prefixes
 from tilus.kernels.shared_prefix import shared_prefix_decode as shared_prefix_decode
 from tilus.kernels.w4a8_linear import w4a8_linear as w4a8_linear
