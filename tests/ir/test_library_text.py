@@ -23,6 +23,7 @@ from tilus.kernels.paged_decode import DecodePlan
 from tilus.kernels.paged_decode_split import Split
 from tilus.kernels.paged_prefill import PrefillPlan
 from tilus.kernels.quantize.tiles import ROWS
+from tilus.kernels.sampling_row import RowPlan
 from tilus.kernels.shared_prefix_groups import PrefixSplit
 from tilus.kernels.warpgroup_linear import WarpgroupPlan
 from tilus.lang.kernel import Kernel
