@@ -320,6 +320,17 @@ def test_assembles_without_spills(head_dim: int, group: int, page_size: int, q_l
     assert build(special.function, get_target("sm_90a"))[1]
 
 
+@pytest.mark.parametrize("sequences", [2, 3, 17, pytest.param(500, marks=pytest.mark.exhaustive)])
+def test_groups_of_any_number_of_sequences_assemble_without_spills(sequences: int) -> None:
+    tables, found = torch.zeros(sequences, 32, dtype=torch.int32), torch.zeros(6, sequences, dtype=torch.int32)
+    lens, common = tables[:, 0].contiguous(), torch.zeros(sequences + 1, dtype=torch.int32)
+    special = shared_prefix_groups_kernel.specialize(
+        tables, lens, common, found, lens[:1], q_len=1, page_size=16, members=32, unit=128,
+        lanes=1 << (sequences - 1).bit_length(),
+    )  # fmt: skip
+    assert build(special.function, get_target("sm_90a"))[1]
+
+
 def test_short_rests_are_not_cut() -> None:
     """512 pairs for 264 blocks: two each for 256 of them; where that takes more than a twentieth of the blocks they stay."""
     assert with_whole_pairs(264, 512) == 256 and with_whole_pairs(132, 264) == 132

@@ -26,7 +26,7 @@ LEAST_TOKENS = 256  # of a prefix: less is read as fast by every sequence on its
 WARPS = 4
 COLUMNS = 1024  # entries of a block table that are compared together
 PAIRS = 4096  # of sequences that are compared together
-FOUND = 128  # sequences that a warp looks at together
+FOUND = 32  # sequences that a warp looks at together
 MANY = 2**30
 # What is found of each sequence, rows of a tensor:
 LENGTH = 0  # tokens behind the prefix
