@@ -7,10 +7,10 @@ products of shared memory, weights stay in registers as left operands of the pro
 Budget of 128 rows by 128 tokens of 128 elements, in cycles of a multiprocessor of an H100. The products take 1024 each, 2048
 together: 2 x 128 x 128 x 128 multiplications at 2048 a cycle. 128 x 128 exponentials at 16 a cycle take 1024 of another unit. The
 machine code of a step without mask has 464 instructions a warp, and each of the four schedulers issues those of two warps: 928,
-with mask 1284. The warps that copy pages of 16 tokens issue 56 for a page of keys or of values, 896 on each scheduler, and
-pages of 64 a quarter of that. Of shared memory each warpgroup's products read 16 KB of queries, 32 KB of keys and 32 KB of
+with mask 1284. The four warps that copy share pages of 16 tokens out: about 140 on each scheduler.
+Of shared memory each warpgroup's products read 16 KB of queries, 32 KB of keys and 32 KB of
 values: for both of them 160 KB, at 128 bytes a cycle 1280. So the products are the limit, as long as the other warpgroup,
-whose turn it is not, has its softmax under them; with pages of 16 tokens the schedulers come close to theirs.
+whose turn it is not, has its softmax under them.
 Shared memory holds 32 KB of queries, twice 64 KB of keys and values, and 8 KB for results: one block on a multiprocessor.
 """
 
