@@ -20,13 +20,16 @@ from tilus.kernels.gemm_schedule import Plan, stages_of
 from tilus.kernels.grouped_linear import grouped_linear_kernel, plans
 from tilus.kernels.kv_cache import KV_FORMATS, rope_append_quantized_kernel
 from tilus.kernels.linear import quantized_linear
+from tilus.kernels.linear_problem import LinearProblem, heuristic
 from tilus.kernels.norm import rms_norm_kernel
 from tilus.kernels.quantize import WeightHeader
 from tilus.kernels.quantize_tokens import quantize_tokens_kernel
 from tilus.kernels.rope import rope_append_kernel
 from tilus.kernels.schedule import MOST_FACTOR_WORDS, schedule
+from tilus.kernels.tune_linear import compile_plan
 from tilus.kernels.w4a8_linear import plans as w4a8_plans
 from tilus.kernels.warpgroup_linear import warpgroup_linear
+from tilus.kernels.warpgroup_schedule import WarpgroupPlan
 from tilus.lang.kernel import Kernel
 from tilus.ptx.assembler import SpillError, assemble
 from tilus.target import get_target
@@ -293,3 +296,22 @@ def test_w4a8_linear(act: torch.dtype, m: int, shape: tuple[int, int]) -> None:
 def test_examples_for_hopper(name: str) -> None:
     module = runpy.run_path(str(EXAMPLES / f"{name}.py"))
     assert_no_spills(module[name.split("_v")[0]], "sm_90a")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "m"),
+    [
+        (tilus.int8, (128256, 4096), 256),
+        (tilus.int3, (4096, 4096), 1024),
+        pytest.param(tilus.uint4, (6144, 4096), 4096, marks=pytest.mark.exhaustive),
+        pytest.param(tilus.int8, (4096, 14336), 128, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_short_groups_find_a_plan_for_many_tokens(dtype: Any, shape: tuple[int, int], m: int) -> None:
+    """Scales of 32 weights take registers that the best plan does not have."""
+    header = WeightHeader(dtype, shape, 32, "f16", None, False, False)
+    problem = LinearProblem.of(header, m, tilus.f16, tilus.f16)
+    best = heuristic(problem, 132, hopper=True)
+    assert isinstance(best, WarpgroupPlan) and best.tokens > 64
+    found = compile_plan(problem, best, get_target("sm_90a"))
+    assert isinstance(found, WarpgroupPlan) and found != best

@@ -97,6 +97,8 @@ class WarpgroupPlan:
             return replace(self, blocks_per_sm=1)
         if self.splits > 1:
             return replace(self, splits=1)
+        if self.scaled:  # scales of short groups take registers
+            return replace(self, scaled=False, tokens=self.tokens // 2)
         return self.narrower()
 
     def narrower(self) -> WarpgroupPlan | None:

@@ -225,6 +225,10 @@ _LOSSES: tuple[tuple[str, str], ...] = (
 )
 
 
+# Remarks that a kernel which is right gets where registers are too few: left operands then move while products read them.
+_SHORT_OF_REGISTERS = ("insufficient register", "defining input registers")
+
+
 def _refuse_performance_loss(ptx: str, log: str) -> None:
     remarks = list(dict.fromkeys(_PERFORMANCE_LOSS.findall(log)))
     if not remarks:
@@ -232,7 +236,7 @@ def _refuse_performance_loss(ptx: str, log: str) -> None:
     where = re.search(r"line (\d+)", remarks[0])
     line = int(where[1]) if where else None
     what = "does not set registers" if "setmaxnreg" in remarks[0] else "inserts waits between wgmma instructions"
-    kind = SpillError if "insufficient register" in remarks[0] else TilusError
+    kind = SpillError if any(text in remarks[0] for text in _SHORT_OF_REGISTERS) else TilusError
     raise kind(
         f"ptxas {what}, expected machine code as the PTX says:\n"
         + "\n".join(remarks)
