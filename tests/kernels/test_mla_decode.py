@@ -73,6 +73,7 @@ def test_rows(q_len: int, heads: int, device: str) -> None:
     check(decode_batch((70, 2), q_len, heads=heads), device, teams=2)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("device", EXECUTIONS)
 @pytest.mark.parametrize(
     ("page_size", "heads"),
@@ -88,6 +89,7 @@ def test_bfloat16(device: str) -> None:
     check(decode_batch((70, 33), q_len=2, dtype=torch.bfloat16), device)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("device", EXECUTIONS)
 @pytest.mark.parametrize(
     "plan",
@@ -99,6 +101,7 @@ def test_plans(plan: MlaPlan, device: str) -> None:
     check(decode_batch((100,), heads=128), device, 3, plan=plan)
 
 
+@pytest.mark.exhaustive
 @given(
     st.lists(st.integers(0, 130), min_size=1, max_size=3),
     st.integers(1, 4),
@@ -136,6 +139,7 @@ def test_parts_are_whole_units_and_about_as_many_as_is_best(tokens: int, rows: i
     assert cost(parts) <= 1.5 * min(cost(number) for number in range(1, min(units, 2000) + 1))
 
 
+@pytest.mark.exhaustive
 def test_tickets_are_left_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     """The next launch finds them as this one did, and its partial results meet in the same order."""
     module = sys.modules[mla_decode_kernel.python.__module__]

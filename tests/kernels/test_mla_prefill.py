@@ -45,6 +45,7 @@ def test_heads_and_pages(heads: int, page_size: int, device: str) -> None:
     check(LatentBatch(((2, 66), (1, 20)), heads, page_size, torch.bfloat16), device)
 
 
+@pytest.mark.exhaustive
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 100)), min_size=1, max_size=3), st.sampled_from([16, 64]))
 @settings(max_examples=2)
 def test_any_batch(lengths: list[tuple[int, int]], heads: int) -> None:

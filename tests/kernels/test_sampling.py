@@ -159,6 +159,7 @@ def test_a_row_is_drawn_alike_alone_and_in_company(device: str) -> None:
     assert drawn(logits[::-1].copy(), params[::-1], device)[::-1].tolist() == together.tolist()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "plan", [RowPlan(1, 1, 3, 3), RowPlan(2, 2, 2, 1), RowPlan(8, 1, 1, 1), RowPlan(4, 2, 2, 2, False)], ids=str
 )
