@@ -83,6 +83,7 @@ def test_last_blocks_that_are_not_full(device: str) -> None:
     check(problem(ROWS, 2, 2, 32), device, [70, 1, 0, 0, 192, 33])
 
 
+@pytest.mark.exhaustive
 @given(st.lists(st.tuples(st.integers(0, 40), st.lists(st.integers(0, 9), max_size=6)), min_size=1, max_size=5))
 @settings(max_examples=8)
 def test_any_lists(rows: list[tuple[int, list[int]]]) -> None:

@@ -213,6 +213,7 @@ def test_shapes(batch: Batch, common: list[int], device: str) -> None:
     check(batch, common, device)
 
 
+@pytest.mark.exhaustive
 @given(
     st.lists(st.tuples(st.integers(0, 700), st.sampled_from([0, 16, 20, 40])), min_size=2, max_size=5),
     st.integers(1, 4),
