@@ -3,7 +3,7 @@
     python benchmarks/kv_errors.py --out FILE
 
 Sequences of TOKENS tokens with heads of 64 and 128 elements, one query each, whose keys and values are appended by
-rope_append (positions 0, so that nothing is turned) and read by paged_attention, both on the reference. Elements are
+rope_append (positions 0, so that nothing is turned) and read by paged_decode, both on the reference. Elements are
 normal numbers; in "outliers" every sixteenth element of keys is ten times as large. Errors are relative, in the L2 norm over
 all queries and heads; bfloat16 is a cache of 16 bits, for comparison.
 
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from tilus.kernels import paged_attention, quantized_cache, rope_append
+from tilus.kernels import paged_decode, quantized_cache, rope_append
 from tilus.kernels.kv_cache import KV_FORMATS
 
 SEQUENCES, TOKENS, KV_HEADS, GROUP, PAGE = 4, 256, 2, 4, 16
@@ -57,9 +57,9 @@ def error_of(elements: str, head_dim: int, name: str) -> float:
     mixed = rope_append(qkv, positions, cos_sin, slots, cache, device="reference")
     tables = torch.arange(pages, dtype=torch.int32).view(SEQUENCES, -1)
     lens, scale = torch.full((SEQUENCES,), TOKENS, dtype=torch.int32), head_dim**-0.5
-    found = paged_attention(
-        mixed[::TOKENS].contiguous(), cache, tables, None, lens, scale, decodes=SEQUENCES, device="reference"
-    ).double()
+    found = paged_decode(mixed[::TOKENS, None].contiguous(), cache, tables, lens, scale, device="reference")[
+        :, 0
+    ].double()
     keys, values = keys_and_values.double().view(SEQUENCES, TOKENS, 2, KV_HEADS, head_dim).unbind(2)
     queries = q.double().view(SEQUENCES, KV_HEADS, GROUP, head_dim)
     weights = (torch.einsum("shgd,sthd->shgt", queries, keys) * scale).softmax(-1)
