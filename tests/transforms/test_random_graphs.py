@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from layout_checker import check, holds
 from tile_graphs import BOUND, DTYPES, SIDE, Graph
@@ -56,6 +56,7 @@ def check_conversions(placed: Function) -> None:
 
 
 @given(seed=st.integers(0, 2**32))
+@example(186506562)  # a loop that needs nothing but what was converted in front of it
 def test_every_instruction_can_run_in_the_layouts_of_its_tiles(seed: int) -> None:
     outcome(seed)
 

@@ -45,15 +45,16 @@ class _Inserter:
     def __init__(self, num_threads: int) -> None:
         self.num_threads = num_threads
         self.open: list[_Block] = []
-        self.count = 0
+        self.count = 0  # of tiles that are made
+        self.changed = 0  # instructions, also those that take what another one had converted
 
     def block(self, body: Stmt, *, is_loop: bool) -> Stmt:
         """The body with its conversions; the same object when it needs none."""
-        count = self.count
+        changed = self.changed
         self.open.append(_Block(is_loop))
         self.statement(body)
         done = self.open.pop()
-        return body if self.count == count else Seq(tuple(done.stmts))
+        return body if self.changed == changed else Seq(tuple(done.stmts))
 
     def statement(self, stmt: Stmt) -> None:
         match stmt:
@@ -96,6 +97,7 @@ class _Inserter:
         }
         block = self.open[-1]
         changed = _over(inst, operands, made) if operands or made else inst
+        self.changed += changed is not inst
         block.stmts.append(stmt if changed is inst else Inst(changed, stmt.loc))
         block.stmts.extend(Inst(Convert(tile, source), stmt.loc) for tile, source in made.items())
         block.defined.update(inst.register_results)
