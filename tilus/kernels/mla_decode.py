@@ -31,16 +31,12 @@ from tilus.kernels.mla_softmax import Scores
 from tilus.kernels.mla_stages import (
     COPY_WARPS,
     LATENT,
-    NUMBERS,
     OUTPUT_WARPS,
     ROWS,
     SCORE_WARPS,
     WARPS,
     WIDTH,
-    Exchange,
-    Queries,
-    Ring,
-    exchange_slots,
+    BlockMemory,
 )
 from tilus.kernels.paged_decode_split import Split, each_part, find_share, parts_of, places, units_of
 from tilus.kernels.plan_choice import num_sms_of
@@ -94,14 +90,7 @@ def mla_decode_kernel(
     cluster = plan.cluster
     tilus.grid(teams * cluster, warps=WARPS, cluster=cluster)
     tilus.launch_dependents()
-    query_tile = tilus.shared(q.dtype, [ROWS, width])
-    tiles = tilus.shared(q.dtype, [plan.stages, plan.tile, width])
-    slots = exchange_slots(plan.tile)
-    weights, factors = tilus.shared(q.dtype, [slots, ROWS, plan.tile]), tilus.shared(f32, [slots, 2, ROWS])
-    numbers = tilus.shared(int32, [slots, NUMBERS])
-    full, empty = tilus.mbarrier(plan.stages), tilus.mbarrier(plan.stages, arrivals=cluster)
-    ready, taken = tilus.mbarrier(slots), tilus.mbarrier(slots)
-    queries_full, queries_empty = tilus.mbarrier(), tilus.mbarrier()
+    memory = BlockMemory(q.dtype, width, plan)
     tilus.wait_dependencies()
     rank = tilus.cluster_rank() if cluster > 1 else 0
     units, begin, end, start = find_share(kv_lens, groups, split, WARPS, teams, tilus.block_id(0) // cluster)
@@ -109,7 +98,7 @@ def mla_decode_kernel(
         tilus.cluster_sync()
 
     with tilus.warps(OUTPUT_WARPS + SCORE_WARPS, COPY_WARPS, registers=plan.copy_registers):
-        filling, bringing = Queries(query_tile, queries_full, queries_empty), Ring(tiles, full, empty, cluster, rank)
+        filling, bringing = memory.queries(), memory.ring(rank)
         evict = "first" if groups == 1 else None
 
         def fill(part):
@@ -119,8 +108,8 @@ def mla_decode_kernel(
         each_part(kv_lens, groups, start, begin, end, split, fill)
 
     with tilus.warps(OUTPUT_WARPS, SCORE_WARPS, registers=plan.score_registers):
-        giving = Exchange(weights, factors, numbers, ready, taken)
-        queries, reading = Queries(query_tile, queries_full, queries_empty), Ring(tiles, full, empty, cluster, rank)
+        giving = memory.exchange()
+        queries, reading = memory.queries(), memory.ring(rank)
         scores = Scores(queries, reading, giving, scale_log2, heads)
 
         def weigh(part):
@@ -133,7 +122,7 @@ def mla_decode_kernel(
         giving.end()
 
     with tilus.warps(0, OUTPUT_WARPS, registers=plan.output_registers):
-        using, taking = Ring(tiles, full, empty, cluster, rank), Exchange(weights, factors, numbers, ready, taken)
+        using, taking = memory.ring(rank), memory.exchange()
         results = Results(out, lse, partial_out, partial_lse, tickets, eights)
         taking.wait_ready()
         count_of_tiles = taking.number(0)

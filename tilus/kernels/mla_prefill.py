@@ -22,16 +22,12 @@ from tilus.kernels.mla_softmax import Scores
 from tilus.kernels.mla_stages import (
     COPY_WARPS,
     LATENT,
-    NUMBERS,
     OUTPUT_WARPS,
     ROWS,
     SCORE_WARPS,
     WARPS,
     WIDTH,
-    Exchange,
-    Queries,
-    Ring,
-    exchange_slots,
+    BlockMemory,
 )
 from tilus.kernels.paged_prefill_tiles import number, slots
 from tilus.kernels.plan_choice import num_sms_of
@@ -61,14 +57,7 @@ def mla_prefill_kernel(
     cluster = plan.cluster
     tilus.grid(teams * cluster, warps=WARPS, cluster=cluster)
     tilus.launch_dependents()
-    query_tile = tilus.shared(q.dtype, [ROWS, width])
-    tiles = tilus.shared(q.dtype, [plan.stages, plan.tile, width])
-    messages = exchange_slots(plan.tile)
-    weights, factors = tilus.shared(q.dtype, [messages, ROWS, plan.tile]), tilus.shared(f32, [messages, 2, ROWS])
-    numbers = tilus.shared(int32, [messages, NUMBERS])
-    full, empty = tilus.mbarrier(plan.stages), tilus.mbarrier(plan.stages, arrivals=cluster)
-    ready, taken = tilus.mbarrier(messages), tilus.mbarrier(messages)
-    queries_full, queries_empty = tilus.mbarrier(), tilus.mbarrier()
+    memory = BlockMemory(q.dtype, width, plan)
     tilus.wait_dependencies()
     rank = tilus.cluster_rank() if cluster > 1 else 0
     if cluster > 1:
@@ -76,7 +65,7 @@ def mla_prefill_kernel(
     visits = Visits(q_start, kv_lens, heads, q.shape[0] // heads, cluster, rank, teams)
 
     with tilus.warps(OUTPUT_WARPS + SCORE_WARPS, COPY_WARPS, registers=plan.copy_registers):
-        filling, bringing = Queries(query_tile, queries_full, queries_empty), Ring(tiles, full, empty, cluster, rank)
+        filling, bringing = memory.queries(), memory.ring(rank)
 
         def fill(sequence, row, first_row, limit, end_token, last_row):
             filling.fill(q, row)
@@ -85,8 +74,8 @@ def mla_prefill_kernel(
         visits.each(fill)
 
     with tilus.warps(OUTPUT_WARPS, SCORE_WARPS, registers=plan.score_registers):
-        giving = Exchange(weights, factors, numbers, ready, taken)
-        queries, reading = Queries(query_tile, queries_full, queries_empty), Ring(tiles, full, empty, cluster, rank)
+        giving = memory.exchange()
+        queries, reading = memory.queries(), memory.ring(rank)
         scores = Scores(queries, reading, giving, scale_log2, heads)
 
         def weigh(sequence, row, first_row, limit, end_token, last_row):
@@ -97,7 +86,7 @@ def mla_prefill_kernel(
         giving.end()
 
     with tilus.warps(0, OUTPUT_WARPS, registers=plan.output_registers):
-        using, taking = Ring(tiles, full, empty, cluster, rank), Exchange(weights, factors, numbers, ready, taken)
+        using, taking = memory.ring(rank), memory.exchange()
         taking.wait_ready()
         count_of_tiles = taking.number(0)
         while count_of_tiles >= 0:

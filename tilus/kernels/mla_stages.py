@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import tilus
-from tilus import int32
+from tilus import f32, int32
 
 LATENT, ROPE = 512, 64  # elements of a token; all are its key, the latent ones its value
 WIDTH = LATENT + ROPE
@@ -141,6 +141,30 @@ class Exchange:
         last = self.slot == self.weights.shape[0] - 1
         self.turn = 1 - self.turn if last else self.turn
         self.slot = 0 if last else self.slot + 1
+
+
+class BlockMemory:
+    """Shared memory and barriers of a block, made in front of its roles, each of which counts with objects of its own."""
+
+    def __init__(self, dtype: Any, width: int, plan: Any) -> None:
+        self.cluster = plan.cluster
+        tile = tilus.shared(dtype, [ROWS, width])
+        self.tiles = tilus.shared(dtype, [plan.stages, plan.tile, width])
+        slots = exchange_slots(plan.tile)
+        weights, factors = tilus.shared(dtype, [slots, ROWS, plan.tile]), tilus.shared(f32, [slots, 2, ROWS])
+        numbers = tilus.shared(int32, [slots, NUMBERS])
+        self.full, self.empty = tilus.mbarrier(plan.stages), tilus.mbarrier(plan.stages, arrivals=self.cluster)
+        self.exchanged = weights, factors, numbers, tilus.mbarrier(slots), tilus.mbarrier(slots)
+        self.asked = tile, tilus.mbarrier(), tilus.mbarrier()
+
+    def queries(self) -> Queries:
+        return Queries(*self.asked)
+
+    def ring(self, rank: Any) -> Ring:
+        return Ring(self.tiles, self.full, self.empty, self.cluster, rank)
+
+    def exchange(self) -> Exchange:
+        return Exchange(*self.exchanged)
 
 
 def exchange_slots(tile: int) -> int:
