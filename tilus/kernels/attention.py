@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 import tilus
-from tilus import Const, Tensor, f16, f32, int32
+from tilus import Const, Tensor, TilusError, f16, f32, int32
 from tilus.kernels.allocate import is_cuda
 from tilus.kernels.attention_tiles import CodeTiles, ElementTiles
 from tilus.kernels.kv_cache import QuantizedCache
@@ -27,6 +27,16 @@ KV_TILE = 64  # tokens of the cache per iteration, at most
 MAX_GROUP = 16
 MAX_HEAD_DIM = 128
 NO_SCORE = -1e30  # the maximum of no scores; finite, so that differences with it are no NaN
+
+
+def group_of(what: str, q_heads: int, kv_heads: int) -> int:
+    """Query heads per kv head. Raises: TilusError, of the function `what`, where there are none of a kind that kernels have."""
+    group, rest = divmod(q_heads, kv_heads)
+    if rest or not 1 <= group <= MAX_GROUP:
+        raise TilusError(
+            f"{what}: {q_heads} query heads for {kv_heads} kv heads, expected 1 to {MAX_GROUP} times as many"
+        )
+    return group
 
 
 @tilus.kernel

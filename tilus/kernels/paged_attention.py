@@ -11,7 +11,7 @@ from typing import Any
 
 from tilus import TilusError
 from tilus.kernels.allocate import empty, is_cuda
-from tilus.kernels.attention import KV_TILE, MAX_GROUP, MAX_HEAD_DIM, portable_attention
+from tilus.kernels.attention import KV_TILE, MAX_HEAD_DIM, group_of, portable_attention
 from tilus.kernels.kv_cache import QuantizedCache
 from tilus.kernels.linear import gpu_of
 from tilus.kernels.paged_decode import paged_decode
@@ -89,11 +89,7 @@ def _check(q: Any, kv_cache: Any, q_start: Any, kv_lens: Any, decodes: int) -> N
             f"paged_attention: q of {q.dtype} and kv_cache of {kv_cache.dtype}, expected the same dtype",
             hint="rope_append gives queries of the cache's dtype; caches of other types are made by quantized_cache",
         )
-    group, rest = divmod(q.shape[1], kv_heads)
-    if rest or not 1 <= group <= MAX_GROUP:
-        raise TilusError(
-            f"paged_attention: {q.shape[1]} query heads for {kv_heads} kv heads, expected 1 to {MAX_GROUP} times as many"
-        )
+    group_of("paged_attention", q.shape[1], kv_heads)
     if q.shape[2] != head_dim:
         raise TilusError(f"paged_attention: head_dim {q.shape[2]} of q and {head_dim} of kv_cache, expected the same")
     if head_dim % 16 or not 16 <= head_dim <= MAX_HEAD_DIM:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tilus import TilusError
-from tilus.kernels.attention import MAX_GROUP
+from tilus.kernels.attention import group_of
 from tilus.kernels.attention_variant import GivenVariant, check_variant
 from tilus.kernels.kv_cache import QuantizedCache
 
@@ -39,11 +39,7 @@ def check_decode(q: Any, kv_cache: Any, block_tables: Any, kv_lens: Any, fixed_s
             hint="one query a sequence: q.unsqueeze(1)",
         )
     page_size, kv_heads, head_dim = kv_cache.shape[2:]
-    group, rest = divmod(q.shape[2], kv_heads)
-    if rest or not 1 <= group <= MAX_GROUP:
-        raise TilusError(
-            f"paged_decode: {q.shape[2]} query heads for {kv_heads} kv heads, expected 1 to {MAX_GROUP} times as many"
-        )
+    group = group_of("paged_decode", q.shape[2], kv_heads)
     if not 1 <= q.shape[1] <= MAX_QUERIES:
         raise TilusError(
             f"paged_decode: {q.shape[1]} queries a sequence, expected 1 to {MAX_QUERIES}",

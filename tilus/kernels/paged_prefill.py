@@ -24,7 +24,7 @@ from typing import Any
 import tilus
 from tilus import Const, Tensor, TilusError, f32, int32
 from tilus.kernels.allocate import empty, is_cuda
-from tilus.kernels.attention import MAX_GROUP
+from tilus.kernels.attention import group_of
 from tilus.kernels.attention_variant import AS_IT_IS, NO_VARIANT, GivenVariant, Variant, check_variant
 from tilus.kernels.index_checks import check_tables
 from tilus.kernels.paged_prefill_softmax import Kind, Rows, Turns
@@ -241,11 +241,7 @@ def check_prefill(what: str, q: Any, kv_cache: Any, q_start: Any, kv_lens: Any, 
             f"{what}: q_start of shape {list(q_start.shape)} for {sequences} sequences, expected [{sequences + 1}]",
             hint="the last entry is the number of query tokens",
         )
-    group, rest = divmod(q.shape[1], kv_heads)
-    if rest or not 1 <= group <= MAX_GROUP:
-        raise TilusError(
-            f"{what}: {q.shape[1]} query heads for {kv_heads} kv heads, expected 1 to {MAX_GROUP} times as many"
-        )
+    group_of(what, q.shape[1], kv_heads)
     if head_dim not in HEAD_DIMS:
         raise TilusError(
             f"{what}: head_dim {head_dim}, expected one of {', '.join(map(str, HEAD_DIMS))}",
