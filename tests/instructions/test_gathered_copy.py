@@ -118,3 +118,44 @@ def test_refusals(case: str, message: str) -> None:
     with pytest.raises(tilus.TilusError, match=message) as error:
         wrong.on("reference")(np.zeros((9, 16, 64), np.float16), np.zeros(8, np.int32), case=case)
     assert "tilus.gather_tensor(" in str(error.value)  # the user's line
+
+
+@tilus.kernel
+def asked_for(
+    x: Tensor[f16, "pages", 2, "page", 64], table: Tensor[int32, "entries"], y: Tensor[f16, "n", "page", 64], *,
+    count: Const, page: Const, dims: Const = (1, 2, 3),
+):  # fmt: skip
+    """`pages_of`, once the kernel in front has ended; before, its pages are brought into the L2 cache."""
+    tilus.grid(1, warps=3)
+    ring, full = tilus.shared(f16, [count, page, 64]), tilus.mbarrier()
+    with tilus.warps(0, 2):
+        index = tilus.load(table, [0], [count])
+        tilus.prefetch_gathered(x, index, [0, 0, 0, 0], [2, page, 64], dims=dims)
+        tilus.wait_dependencies(constant=[table])
+        tilus.arrive(full[0], nbytes=ring.nbytes)
+        tilus.gather_tensor(ring, x, index, [0, 1, 0, 0], dims=[2, 3], barrier=full[0])
+    with tilus.warps(2, 1):
+        tilus.wait_dependencies(constant=[table])
+        tilus.wait_barrier(full[0], 0)
+        tilus.store(y, [0, 0, 0], tilus.load_shared(ring))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_the_kernel_in_front_may_still_write_may_be_asked_for(device: str) -> None:
+    """Also pages that do not exist. It changes nothing."""
+    x, table, y = drawn(5, 8, 64), np.array([4, 7, -1, 0], np.int32), np.ones((4, 8, 64), np.float16)
+    asked_for.on(device)(x, table, y, count=4, page=8)
+    np.testing.assert_array_equal(y[[0, 3]], x[[4, 0], 1])
+    assert not y[1:3].any()
+
+
+def test_each_warp_asks_for_its_own_pages_before_it_waits() -> None:
+    ptx = compile_function(asked_for.ir(count=4, page=8), get_target("sm_90a")).ptx
+    asked = "cp.async.bulk.prefetch.tensor.4d.L2.global.tile"
+    assert ptx.count(asked) == 2 and ptx.rindex(asked) < ptx.index("griddepcontrol.wait")
+
+
+def test_pages_along_a_dim_of_the_tiles_are_refused() -> None:
+    x, table, y = drawn(5, 8, 64), np.zeros(4, np.int32), np.ones((4, 8, 64), np.float16)
+    with pytest.raises(tilus.TilusError, match="prefetch_gathered: indices along dim 0 of x, whose tiles run along"):
+        asked_for.on("reference")(x, table, y, count=4, page=8, dims=(0, 2, 3))

@@ -184,6 +184,23 @@ def test_the_rule() -> None:
     assert (8192 + 16) % TILE
 
 
+@pytest.mark.parametrize("n", [1024, 2560, 4096, 6144, 14336])
+@pytest.mark.parametrize("k", [2048, 4096, 14336])
+@pytest.mark.parametrize("m", [33, 64, 100, 128])
+def test_few_rows_have_fewer_tokens_a_block_instead_of_sums_across_blocks(n: int, k: int, m: int) -> None:
+    """As long as there are multiprocessors for them, and K is short."""
+    best = warpgroup_plans(header("int4", n, k, 128), m, 132)[0]
+    rows, every = -(-n // TILE), 64 if m <= 64 else 128
+    if best.tokens < every:
+        assert -(-n // (TILE * best.rows)) * -(-m // best.tokens) * best.blocks <= 132 and k < 14336
+    elif best.blocks > 1:
+        assert k == 14336
+    if k == 4096 and n == 4096:
+        assert (best.tokens, best.blocks) == (every // 2, 1)
+    if 2 * rows > 132:
+        assert best.tokens == every
+
+
 @pytest.mark.parametrize(
     ("splits", "stages", "changes", "message"),
     [
@@ -205,3 +222,9 @@ def test_easier_plans_end() -> None:
         plan = plan.easier()
     assert len(seen) == len(set(seen)) == 7
     assert seen[-1] == WarpgroupPlan(8, 1, 1, 1, 2, 4)
+    plan, tokens = WarpgroupPlan(256, 2, 1, 1, 2, 2, 208, scaled=True, sharing=2, launched=132), []
+    while plan is not None:
+        tokens.append((plan.tokens, plan.scaled, plan.launched))
+        plan = plan.easier()
+    narrow = [(n, False, 0) for n in (128, 64, 32, 16, 8)]
+    assert tokens == [(256, True, 132), (256, True, 0), *narrow]
