@@ -100,10 +100,6 @@ def wrong(x: Tensor[f16, 9, 16, 64], table: Tensor[int32, 8], *, case: Const):
         tilus.gather_tensor(ring, x, index, [0, 0, 0], dims=[2], barrier=full)
     elif case == "dtype":
         tilus.gather_tensor(ring, x, index.to(f16), [0, 0, 0], dims=[1, 2], barrier=full)
-    elif case == "start":
-        tilus.gather_bulk(ring, tilus.narrow(x, 2, 4, 60), index, [0, 0, 0], dims=[1, 2], barrier=full)
-    else:
-        tilus.gather_tensor(ring[0], x, index, [0, 0, 0], dims=[2], barrier=full, dim=0)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +114,20 @@ def test_refusals(case: str, message: str) -> None:
     with pytest.raises(tilus.TilusError, match=message) as error:
         wrong.on("reference")(np.zeros((9, 16, 64), np.float16), np.zeros(8, np.int32), case=case)
     assert "tilus.gather_tensor(" in str(error.value)  # the user's line
+
+
+@tilus.kernel
+def between_units(x: Tensor[f16, 9, 3, 4], table: Tensor[int32, 2]):
+    """Tiles of 16 bytes, every other of which starts 8 bytes off."""
+    tilus.grid(1, warps=1)
+    ring, full = tilus.shared(f16, [2, 2, 4]), tilus.mbarrier()
+    tilus.arrive(full, nbytes=ring.nbytes)
+    tilus.gather_bulk(ring, x, tilus.load(table, [0], [2]), [0, 0, 0], dims=[1, 2], barrier=full)
+
+
+def test_bulk_copies_start_at_units_whatever_the_index() -> None:
+    with pytest.raises(tilus.TilusError, match="known to start at multiples of 8 bytes, expected 16 bytes"):
+        compile_function(between_units.ir(), get_target("sm_90a"))
 
 
 @tilus.kernel

@@ -99,6 +99,24 @@ def test_lengths(kv_len: int, device: str) -> None:
     check(decode_batch((kv_len,), kv_heads=1, group=8, head_dim=64), device, blocks)
 
 
+@pytest.mark.parametrize("page_size", [16, 128])
+def test_a_part_of_more_pages_than_are_looked_up_at_once(page_size: int) -> None:
+    """Twice over, and the last ones fewer."""
+    check(decode_batch((1100,), kv_heads=1, group=1, head_dim=64, page_size=page_size), "reference", blocks=1)
+
+
+@pytest.mark.parametrize("device", ["reference", "emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_pages_behind_the_end_are_not_looked_at(device: str) -> None:
+    """Entries behind the last one may name pages of others, here of NaN."""
+    batch = decode_batch((32, 17), kv_heads=1, group=1, head_dim=64)
+    inputs, right = make_inputs(batch, 0), run(batch, "reference", 2)[0]
+    unused = set(range(inputs.kv_cache.shape[0])) - set(inputs.block_tables.flatten().tolist())
+    tables = torch.where(inputs.block_tables < inputs.kv_cache.shape[0], inputs.block_tables, min(unused))
+    tensors = [inputs.q[:, None], inputs.kv_cache, tables.int(), inputs.kv_lens]
+    out = paged_decode(*([on_gpu(t) for t in tensors] if device == "cuda" else tensors), inputs.scale, device=device)
+    assert (out[:, 0].float().cpu() - right.float()).abs().max() <= 2.0**-8 * right.float().abs().max()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("group", [1, 3, 4, 8, 16])
