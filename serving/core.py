@@ -17,6 +17,7 @@ FinishReason = Literal["stop", "length", "timeout", "error"]
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
+MAX_BIASES = 1024
 
 
 class Clock(Protocol):
@@ -31,10 +32,22 @@ class MonotonicClock:
 
 
 @dataclass(frozen=True)
+class Grammar:
+    """What an answer must match: a JSON schema as text ("{}" for any JSON), or a regular expression."""
+
+    kind: Literal["json_schema", "regex"]
+    text: str
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How to choose tokens and when to stop.
 
     max_tokens: None means as many as the context holds. temperature: 0 means greedy. top_k: 0 means no limit.
+    min_p: tokens less probable than this times the best one's probability are left out.
+    presence_penalty, frequency_penalty: subtracted from the logits of tokens of the answer so far, once or for each time.
+    repetition_penalty: by which logits of tokens of the prompt and the answer so far are divided, or multiplied below 0.
+    logit_bias: pairs of a token and what is added to its logit. grammar: what the answer must match.
     seed: the only source of randomness; equal requests with equal seeds get equal answers, whoever shares the batch.
     logprobs: None for none, else how many alternatives to report beside the chosen token (0 to 20).
     Raises RequestError for a value outside its range.
@@ -44,6 +57,12 @@ class SamplingParams:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    grammar: Grammar | None = None
     seed: int = 0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
@@ -55,6 +74,21 @@ class SamplingParams:
             (0.0 <= self.temperature <= 2.0, "temperature", self.temperature, "between 0 and 2"),
             (0.0 < self.top_p <= 1.0, "top_p", self.top_p, "above 0 and at most 1"),
             (self.top_k >= 0, "top_k", self.top_k, "at least 1, or 0 for no limit"),
+            (0.0 <= self.min_p <= 1.0, "min_p", self.min_p, "between 0 and 1"),
+            (abs(self.presence_penalty) <= 2.0, "presence_penalty", self.presence_penalty, "between -2 and 2"),
+            (abs(self.frequency_penalty) <= 2.0, "frequency_penalty", self.frequency_penalty, "between -2 and 2"),
+            (
+                0.0 < self.repetition_penalty <= 2.0,
+                "repetition_penalty",
+                self.repetition_penalty,
+                "above 0 and at most 2",
+            ),
+            (
+                len(self.logit_bias) <= MAX_BIASES and all(abs(bias) <= 100 for _, bias in self.logit_bias),
+                "logit_bias",
+                dict(self.logit_bias),
+                f"at most {MAX_BIASES} tokens with numbers between -100 and 100",
+            ),
             (0 <= self.seed < 2**64, "seed", self.seed, "between 0 and 2^64 - 1"),
             (
                 len(self.stop) <= MAX_STOPS and all(0 < len(stop) <= MAX_STOP_LENGTH for stop in self.stop),
@@ -72,6 +106,12 @@ class SamplingParams:
         for holds, name, value, expected in rules:
             if not holds:
                 raise RequestError(f"{name} is {value!r}, but must be {expected}", param=name)
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether the next token's choice depends on the ones before it otherwise than through the model."""
+        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1.0)
+        return self.grammar is not None or any(penalties)
 
 
 @dataclass(frozen=True)
@@ -121,7 +161,9 @@ class BatchItem:
     """One sequence's share of a step: `token_ids` at positions start, start + 1, ... with `pages` as its block table.
 
     params is None when this step does not reach the sequence's end, so that nothing is sampled; draw counts the tokens
-    sampled before, and picks the random number.
+    sampled before, and picks the random number. history: all tokens of the sequence, the last `draw` of them its answer, where
+    `params.needs_history`. allowed: a bit for each token of the vocabulary, the first in the lowest bit of the first byte, where
+    a grammar decides; None for all.
     """
 
     request_id: str
@@ -130,6 +172,8 @@ class BatchItem:
     pages: tuple[int, ...]
     params: SamplingParams | None
     draw: int
+    history: tuple[int, ...] = ()
+    allowed: bytes | None = None
 
     @property
     def kv_len(self) -> int:
