@@ -54,6 +54,7 @@ def build_engine(
         max_step_tokens=config.max_step_tokens,
         request_timeout=config.request_timeout,
         prefix_cache=not config.no_prefix_cache,
+        overlap=device.type == "cuda" and not config.no_overlap,  # a launch on a CPU ends when the step does
     )
     model = build_model(checkpoint.config, kernels, packed)
     pages = min(limits.num_pages, -(-max_model_len // PAGE_SIZE))
@@ -61,7 +62,7 @@ def build_engine(
     captures = execution.is_compiled and kernels is default_kernels(config.batch_invariant)
     runner = TorchRunner(
         model, limits.num_pages, limits.page_size, device, kv_dtype=config.kv_dtype,
-        graphs=GraphLimits(config.max_batch, pages) if captures else None,
+        max_rows=config.max_batch, graphs=GraphLimits(config.max_batch, pages) if captures else None,
     )  # fmt: skip
     return Engine(runner, checkpoint.tokenizer, limits, MonotonicClock())
 

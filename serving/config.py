@@ -19,7 +19,7 @@ KV_DTYPES = ("fp16", "bf16", *KV_FORMATS)
 @dataclass(frozen=True)
 class EngineConfig:
     """The engine's limits. num_pages pages of page_size tokens are the cache; times are in seconds. prefix_cache: whether pages
-    of ended requests serve others that begin alike.
+    of ended requests serve others that begin alike. overlap: whether a step is scheduled while the one before it runs.
 
     Raises TilusError when the limits contradict each other.
     """
@@ -31,6 +31,7 @@ class EngineConfig:
     max_step_tokens: int = 512
     request_timeout: float = 3600.0
     prefix_cache: bool = True
+    overlap: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_pages", "max_model_len", "page_size", "max_batch", "max_step_tokens", "request_timeout"):
@@ -118,6 +119,11 @@ class ServerConfig:
     )
     no_prefix_cache: bool = _option(
         False, "compute every prompt, also one whose beginning an earlier request has left in the key-value cache"
+    )
+    no_overlap: bool = _option(
+        False,
+        "schedule each step only when the tokens of the one before are known, also on a GPU, where the next step is otherwise "
+        "launched while one runs",
     )
     dummy: bool = _option(
         False,

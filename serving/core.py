@@ -8,12 +8,14 @@ engine turns that into one `RequestOutput` for each request that moved.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from serving.errors import RequestError
 
 FinishReason = Literal["stop", "length", "timeout", "error"]
+UNKNOWN = -1  # in place of a token that has been sampled, or will be, but is still on the device
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
@@ -123,20 +125,33 @@ class Request:
     params: SamplingParams
 
 
+class Matcher(Protocol):
+    """A grammar's state behind the tokens of one answer."""
+
+    def allowed(self) -> bytes:
+        """The tokens that may come next, as `BatchItem.allowed`."""
+        ...
+
+    def accept(self, token_id: int) -> None: ...
+
+
 @dataclass(eq=False)
 class Sequence:
     """A request inside the engine.
 
-    tokens: the prompt, then the output so far. num_computed: how many of them have keys and values in the cache; it
-    falls to 0 when the sequence loses its pages, and everything is computed again later. max_tokens: the limit on
-    output with the default resolved. deadline: the clock's time after which the request is given up.
+    tokens: the prompt, then the output so far; UNKNOWN at its end stands for what launched steps sample. num_computed: how many
+    of them have keys and values in the cache once the launched steps have run; it falls to 0 when the sequence loses its
+    pages, and everything is computed again later. max_tokens: the limit on output with the default resolved. deadline: the
+    clock's time after which the request is given up. matcher: of the request's grammar, if it has one.
     """
 
     request: Request
     max_tokens: int
     deadline: float
+    matcher: Matcher | None = None
     tokens: list[int] = field(init=False)
     num_computed: int = 0
+    num_unknown: int = 0
     num_preemptions: int = 0
 
     def __post_init__(self) -> None:
@@ -155,15 +170,22 @@ class Sequence:
         """Tokens that must go through the model before the next one can be sampled; 1 while decoding."""
         return len(self.tokens) - self.num_computed
 
+    @property
+    def is_full(self) -> bool:
+        """Whether it has as many tokens as it may, known or not: it only waits for its end to be told."""
+        return self.num_output >= self.max_tokens
+
 
 @dataclass(frozen=True)
 class BatchItem:
     """One sequence's share of a step: `token_ids` at positions start, start + 1, ... with `pages` as its block table.
 
-    params is None when this step does not reach the sequence's end, so that nothing is sampled; draw counts the tokens
-    sampled before, and picks the random number. history: all tokens of the sequence, the last `draw` of them its answer, where
-    `params.needs_history`. allowed: a bit for each token of the vocabulary, the first in the lowest bit of the first byte, where
-    a grammar decides; None for all.
+    A token UNKNOWN is the one that the step launched just before sampled for the same request. params is None when this step
+    does not reach the sequence's end, so that nothing is sampled; draw counts the tokens sampled before, and picks the random
+    number. history: all tokens of the sequence, the last `draw` of them its answer, where `params.needs_history`. allowed: a
+    bit for each token of the vocabulary, the first in the lowest bit of the first byte, where a grammar decides; None for all.
+    num_drafts: how many of the last tokens are guesses, which the step checks: behind the token in front of them and behind
+    each of them one is sampled, with draw, draw + 1, ...
     """
 
     request_id: str
@@ -174,6 +196,7 @@ class BatchItem:
     draw: int
     history: tuple[int, ...] = ()
     allowed: bytes | None = None
+    num_drafts: int = 0
 
     @property
     def kv_len(self) -> int:
@@ -207,9 +230,11 @@ class SampledToken:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """One entry for each of `Batch.sampled`, in order; None where the logits were not numbers."""
+    """One entry for each of `Batch.sampled`, in order: its new tokens, one, or as many drafts as agreed with what was sampled in
+    their places and one more. None where the logits were not numbers.
+    """
 
-    tokens: tuple[SampledToken | None, ...]
+    tokens: tuple[tuple[SampledToken, ...] | None, ...]
 
 
 @dataclass(frozen=True)
@@ -227,4 +252,8 @@ class RequestOutput:
 class Runner(Protocol):
     """Executes batches. Whatever runs the model, a GPU or a test's arithmetic, the engine sees only this."""
 
-    def execute(self, batch: Batch) -> StepOutput: ...
+    def launch(self, batch: Batch) -> Callable[[], StepOutput]:
+        """Start a step and return at once; what is returned waits for the step's tokens. Steps take effect in the order of their
+        launches, so that a page may be in a later batch with another owner while an earlier step has not ended.
+        """
+        ...

@@ -7,14 +7,15 @@ that are made up have no tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import tilus
-from serving.core import Batch
+from serving.core import UNKNOWN, Batch, BatchItem
 from serving.kv_pool import KvPool
 from serving.model import Model, StepTensors
 
@@ -38,19 +39,24 @@ def graph_sizes(device: torch.device, max_batch: int) -> tuple[int, ...]:
     return tuple(sorted({min(size, max_batch) for size in (1, 2, 4, *range(8, max_batch + 8, 8))}))
 
 
+def known_tokens(token_ids: Tensor, sources: Tensor, last: Tensor, out: Tensor | None = None) -> Tensor:
+    """A step's tokens, int32: `sources` says where each is in `last`, what the step before sampled, and `token_ids` behind it."""
+    return torch.index_select(torch.cat((last, token_ids)), 0, sources, out=out)
+
+
 class DecodeGraphs:
     """One graph for each size, made when such a batch first comes. Its logits are the bits that the model computes.
 
-    Only for kernels of tilus that are compiled: native code on the CPU, or a GPU.
+    last: int32, what the step before sampled. Only for kernels of tilus that are compiled: native code on the CPU, or a GPU.
     """
 
-    def __init__(self, model: Model, pool: KvPool, limits: GraphLimits) -> None:
+    def __init__(self, model: Model, pool: KvPool, limits: GraphLimits, last: Tensor) -> None:
         self._model = model
         self._pool = pool
-        self._max_pages = limits.max_pages
         self._device = pool.memory.device
         self.sizes = graph_sizes(self._device, limits.max_batch)
-        self._graphs: dict[int, _DecodeGraph] = {}
+        self._inputs = DecodeInputs(self.sizes[-1], pool.shape.page_size, limits.max_pages, last)
+        self._graphs: dict[int, tuple[tilus.LaunchGraph | torch.cuda.CUDAGraph, Tensor]] = {}
         self._on_gpu = _GpuCapture(model, self.sizes[-1]) if self._device.type == "cuda" else None
 
     def fits(self, batch: Batch) -> bool:
@@ -59,75 +65,99 @@ class DecodeGraphs:
             len(item.token_ids) == 1 and item.params is not None for item in batch.items
         )
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Logits float32 [S, vocabulary] of a batch that fits, valid until the next call."""
+    def forward(self, batch: Batch, rows: Mapping[str, int]) -> Tensor:
+        """Logits float32 [S, vocabulary] of a batch that fits, valid until the next call. rows: those of `last`, by request."""
         count = len(batch.items)
         size = next(size for size in self.sizes if size >= count)
-        graph = self._graphs.get(size)
-        if graph is None:
-            inputs = _Inputs(size, self._pool.shape.page_size, self._max_pages, self._device)
-            graph = self._graphs[size] = _DecodeGraph(inputs, self._on_gpu)
-        return graph.forward(batch, self._model, self._pool)[:count]
-
-
-class _Inputs:
-    """The tensors of a step of `size` sequences, which every step is written to, on a GPU by one copy."""
-
-    def __init__(self, size: int, page_size: int, max_pages: int, device: torch.device) -> None:
-        self._page_size = page_size
-        shapes = ((size,), (size,), (size,), (size, max_pages), (1,), (size,))
-        self._host, arrays = _int32(shapes, torch.device("cpu"), pinned=device.type == "cuda")
-        self._there, tensors = (self._host, arrays) if device.type == "cpu" else _int32(shapes, device)
-        self._token_ids, self._positions, self._slots, self._block_tables, _, self._kv_lens = (
-            a.numpy() for a in arrays
-        )
-        self.step = StepTensors(*tensors, last=None, decodes=size)
-
-    def write(self, batch: Batch) -> None:
-        """What earlier sequences left in a row of the block table, behind its sequence's pages, is never read."""
-        items, size = batch.items, self._page_size
-        count = len(items)
-        for row, item in enumerate(items):
-            self._block_tables[row, : len(item.pages)] = item.pages
-        self._token_ids[:count] = [item.token_ids[0] for item in items]
-        self._positions[:count] = [item.start for item in items]
-        self._slots[:count] = [item.pages[item.start // size] * size + item.start % size for item in items]
-        self._kv_lens[:count] = [item.kv_len for item in items]
-        self._slots[count:], self._kv_lens[count:] = -1, 0
-        if self._there is not self._host:
-            self._there.copy_(self._host, non_blocking=True)  # the last step's has ended: its tokens are known
-
-
-def _int32(
-    shapes: Sequence[tuple[int, ...]], device: torch.device, *, pinned: bool = False
-) -> tuple[Tensor, list[Tensor]]:
-    """One tensor of zeros, and its parts."""
-    sizes = [torch.Size(shape).numel() for shape in shapes]
-    starts = [sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes[:index]) for index in range(len(sizes) + 1)]
-    whole = torch.zeros(starts[-1], dtype=torch.int32, device=device, pin_memory=pinned)
-    return whole, [whole[start : start + size].view(shape) for start, size, shape in zip(starts, sizes, shapes)]
-
-
-class _DecodeGraph:
-    """The launches of a step over its inputs."""
-
-    def __init__(self, inputs: _Inputs, on_gpu: _GpuCapture | None) -> None:
-        self._inputs = inputs
-        self._on_gpu = on_gpu
-        self._captured: tuple[tilus.LaunchGraph | torch.cuda.CUDAGraph, Tensor] | None = None
-
-    def forward(self, batch: Batch, model: Model, pool: KvPool) -> Tensor:
-        self._inputs.write(batch)
-        if self._captured is None and self._on_gpu is not None:
-            self._captured = self._on_gpu.capture(self._inputs.step, pool)
-        elif self._captured is None:
+        self._inputs.write(batch, size, rows)
+        captured = self._graphs.get(size)
+        if captured is not None:
+            captured[0].replay()
+            return captured[1][:count]
+        step = self._inputs.step(size)
+        if self._on_gpu is not None:
+            self._graphs[size] = graph, logits = self._on_gpu.capture(self._inputs, step, self._pool)
+            graph.replay()
+        else:
             with tilus.capture() as launches:
-                logits = model.forward(self._inputs.step, pool.layers)
-            self._captured = launches, logits
-            return logits
-        graph, logits = self._captured
-        graph.replay()
-        return logits
+                logits = self._model.forward(step, self._pool.layers)
+            self._graphs[size] = launches, logits
+        return logits[:count]
+
+
+class DecodeInputs:
+    """The tensors of decode steps of up to `max_batch` sequences, which every step is written to, on a GPU by one copy.
+
+    Most of a block table is that of the step before: only what has changed is written.
+    """
+
+    def __init__(self, max_batch: int, page_size: int, max_pages: int, last: Tensor) -> None:
+        self._page_size = page_size
+        self._last = last
+        shapes = (*[(max_batch,)] * 5, (max_batch, max_pages))
+        self._on_gpu = last.device.type == "cuda"
+        self._host, arrays = _int32(shapes, torch.device("cpu"))
+        self._there, self._tensors = _int32(shapes, last.device) if self._on_gpu else (self._host, arrays)
+        self._arrays = [array.numpy() for array in arrays]
+        self._token_ids = torch.zeros(max_batch, dtype=torch.int32, device=last.device)
+        self._q_start = torch.zeros(1, dtype=torch.int32, device=last.device)
+        self._tables: dict[str, tuple[int, tuple[int, ...]]] = {}  # by request: the row, and the pages that are there
+
+    def step(self, size: int) -> StepTensors:
+        """The first `size` sequences."""
+        _, _, positions, slots, kv_lens, tables = (tensor[:size] for tensor in self._tensors)
+        return StepTensors(self._token_ids[:size], positions, slots, tables, self._q_start, kv_lens, None, size)
+
+    def gather(self, size: int) -> None:
+        """Put the tokens that only the device knows in their places; in a GPU's graph, so that no step waits for them."""
+        given, sources = self._tensors[0][:size], self._tensors[1][:size]
+        known_tokens(given, sources, self._last, out=self._token_ids[:size])
+
+    def write(self, batch: Batch, size: int, rows: Mapping[str, int]) -> None:
+        """What earlier sequences left in a row of the block table, behind its sequence's pages, is never read."""
+        items, page_size = batch.items, self._page_size
+        count, known = len(items), len(self._last)
+        token_ids, sources, positions, slots, kv_lens, tables = self._arrays
+        given = [item.token_ids[0] for item in items]
+        token_ids[:count] = given
+        sources[:size] = np.arange(known, known + size)
+        if UNKNOWN in given:
+            unknown = [row for row, token_id in enumerate(given) if token_id == UNKNOWN]
+            sources[unknown] = [rows[items[row].request_id] for row in unknown]
+        starts = np.array([item.start for item in items])
+        self._write_tables(items)
+        positions[:count] = starts
+        slots[:count] = tables[np.arange(count), starts // page_size] * page_size + starts % page_size
+        kv_lens[:count] = starts + 1
+        token_ids[count:size], slots[count:size], kv_lens[count:size] = 0, -1, 0
+        if self._on_gpu:
+            end = len(self._host) - tables.size + size * tables.shape[1]
+            staging = torch.empty(end, dtype=torch.int32, pin_memory=True)
+            staging.copy_(self._host[:end])
+            self._there[:end].copy_(staging, non_blocking=True)
+        else:
+            self.gather(size)
+
+    def _write_tables(self, items: Sequence[BatchItem]) -> None:
+        tables = self._arrays[-1]
+        known = [self._tables.get(item.request_id, (-1, ())) for item in items]
+        moved = [row for row, _ in known]
+        if any(old not in (row, -1) for row, old in enumerate(moved)):
+            tables[: len(items)] = tables[moved]
+        self._tables = {item.request_id: (row, item.pages) for row, item in enumerate(items)}
+        for row, (item, (_, old)) in enumerate(zip(items, known)):
+            pages = item.pages
+            if pages is not old:
+                same = len(old) if pages[: len(old)] == old else 0
+                tables[row, same : len(pages)] = pages[same:]
+
+
+def _int32(shapes: Sequence[tuple[int, ...]], device: torch.device) -> tuple[Tensor, list[Tensor]]:
+    """One tensor of zeros, and its parts, the last of which ends it."""
+    sizes = [torch.Size(shape).numel() for shape in shapes]
+    starts = [sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes[:index]) for index in range(len(sizes))]
+    whole = torch.zeros(starts[-1] + sizes[-1], dtype=torch.int32, device=device)
+    return whole, [whole[start : start + size].view(shape) for start, size, shape in zip(starts, sizes, shapes)]
 
 
 class _GpuCapture:
@@ -140,14 +170,20 @@ class _GpuCapture:
         self._stream = torch.cuda.Stream(device)
         self._memory = torch.cuda.graph_pool_handle()
 
-    def capture(self, step: StepTensors, pool: KvPool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def capture(self, inputs: DecodeInputs, step: StepTensors, pool: KvPool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """The step runs once before: kernels are compiled then, and what they keep is made."""
-        logits = self._logits[: step.token_ids.shape[0]]
+        size = step.token_ids.shape[0]
+        logits = self._logits[:size]
+
+        def run() -> None:
+            inputs.gather(size)
+            self._model.forward(step, pool.layers, logits)
+
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            self._model.forward(step, pool.layers, logits)
+            run()
         self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"):
-            self._model.forward(step, pool.layers, logits)
+            run()
         return graph, logits

@@ -1,12 +1,26 @@
-"""The engine: schedule, run, commit. Plain Python over an injected clock and runner; one thread calls it."""
+"""The engine: schedule, launch, commit. Plain Python over an injected clock and runner; one thread calls it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from serving.config import EngineConfig
-from serving.core import BatchItem, Clock, FinishReason, Request, RequestOutput, Runner, SampledToken, Sequence
+from serving.core import (
+    UNKNOWN,
+    BatchItem,
+    Clock,
+    FinishReason,
+    Grammar,
+    Matcher,
+    Request,
+    RequestOutput,
+    Runner,
+    SampledToken,
+    Sequence,
+    StepOutput,
+)
 from serving.errors import RequestError
 from serving.kv import PageTables
 from serving.scheduler import Scheduler
@@ -34,25 +48,49 @@ class _Live:
     stop: StopMatcher
 
 
+@dataclass(frozen=True, eq=False)
+class _Launched:
+    """A step that runs: what it samples, for whom, and how to wait for it."""
+
+    items: tuple[BatchItem, ...]
+    sampled: tuple[_Live, ...]
+    wait: Callable[[], StepOutput]
+
+    @property
+    def decides_the_next(self) -> bool:
+        """Whether the next step cannot be scheduled without this one's tokens."""
+        return any(item.num_drafts or (item.params and item.params.needs_history) for item in self.items)
+
+
 class Engine:
     """Generates for many requests at once: `add` them, call `step` while `has_work`, and hand out its outputs.
 
-    Every request that was added ends in exactly one output with a finish reason, or by `abort`.
+    Every request that was added ends in exactly one output with a finish reason, or by `abort`. matcher: makes those of grammars;
+    without it, requests with a grammar are refused.
     """
 
-    def __init__(self, runner: Runner, vocabulary: Vocabulary, config: EngineConfig, clock: Clock) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        vocabulary: Vocabulary,
+        config: EngineConfig,
+        clock: Clock,
+        matcher: Callable[[Grammar], Matcher] | None = None,
+    ) -> None:
         self._runner = runner
         self._vocabulary = vocabulary
         self._clock = clock
+        self._matcher = matcher
         self.config = config
         self.pages = PageTables(config.num_pages, config.page_size, reuse=config.prefix_cache)
         self.scheduler = Scheduler(self.pages, max_batch=config.max_batch, max_step_tokens=config.max_step_tokens)
         self.max_model_len = min(config.max_model_len, self.pages.capacity)
         self._live: dict[str, _Live] = {}
+        self._launched: _Launched | None = None
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self._launched is not None
 
     def validate(self, request: Request) -> None:
         """Raise RequestError unless this engine can serve the request. Reads only constants: any thread may ask."""
@@ -65,6 +103,8 @@ class Engine:
                 f"the prompt contains token {bad}, but token ids go from 0 to {self._vocabulary.vocab_size - 1}",
                 param="prompt",
             )
+        if request.params.grammar is not None and self._matcher is None:
+            raise RequestError("this server has no grammars, but the answer must match one", param="response_format")
         if size + (wanted or 1) > limit:
             asked = f" and max_tokens is {wanted}, together {size + wanted}" if wanted else ""
             room = "" if wanted else "; it must leave room for at least 1 token"
@@ -80,7 +120,9 @@ class Engine:
         if request.id in self._live:
             raise TilusError(f"request id {request.id!r} is live already, but ids must be unique")
         limit = request.params.max_tokens or self.max_model_len - len(request.prompt)
-        seq = Sequence(request, max_tokens=limit, deadline=self._clock.now() + self.config.request_timeout)
+        grammar, deadline = request.params.grammar, self._clock.now() + self.config.request_timeout
+        matcher = self._matcher(grammar) if grammar is not None and self._matcher is not None else None
+        seq = Sequence(request, limit, deadline, matcher)
         self._live[request.id] = _Live(seq, Detokenizer(self._vocabulary.decode), StopMatcher(request.params.stop))
         self.scheduler.add(seq)
 
@@ -91,22 +133,29 @@ class Engine:
             self.scheduler.remove(live.seq)
 
     def step(self) -> list[RequestOutput]:
-        """Run one batch; the outputs of the requests that gained something."""
+        """Launch one batch; the outputs of the requests that gained something.
+
+        With overlap these are outputs of the batch before, whose tokens are waited for when the next one is in the device's
+        queue: so the device does not wait for what is done here. Sequences that turn out to have ended have a row in the next
+        batch already, whose token is dropped.
+        """
         outputs = self._expire()
-        batch = self.scheduler.schedule()
-        if not batch.items:
-            return outputs
-        result = self._runner.execute(batch)
-        if len(result.tokens) != len(batch.sampled):
-            raise TilusError(f"the runner sampled {len(result.tokens)} tokens, expected {len(batch.sampled)}")
-        for item in batch.items:
-            self.scheduler.advance(self._live[item.request_id].seq, len(item.token_ids))
-        pairs = zip(batch.sampled, result.tokens)
-        return outputs + [self._commit(item, token) for item, token in pairs]
+        if self._launched is not None and self._launched.decides_the_next:
+            outputs += self._finish()
+        before, self._launched = self._launched, self._launch()
+        outputs += self._commit(before)
+        if not self.config.overlap:
+            outputs += self._finish()
+        return outputs
 
     def check(self) -> None:
-        """Raise unless pages, scheduler and requests agree: run after steps in tests, and when idle in production."""
+        """Raise unless pages, scheduler and requests agree: run after steps in tests and with TILUS_DEBUG, and when idle."""
         self.pages.check()
+        sampled = () if self._launched is None else self._launched.sampled
+        for name, live in self._live.items():
+            unknown, counted = live.seq.tokens.count(UNKNOWN), live.seq.num_unknown
+            if not unknown == counted == (live in sampled):
+                raise TilusError(f"request {name!r} has {unknown} unknown tokens, {counted} by its own count")
         running = frozenset(seq.id for seq in self.scheduler.running)
         waiting = [seq.id for seq in self.scheduler.waiting]
         if self.pages.owners() != running:
@@ -121,23 +170,70 @@ class Engine:
             self.abort(request_id)
         return [RequestOutput(request_id, "", (), "timeout") for request_id in late]
 
-    def _commit(self, item: BatchItem, token: SampledToken | None) -> RequestOutput:
-        live = self._live[item.request_id]
-        if token is None:  # not-a-number logits: this request ends, the others go on
+    def _launch(self) -> _Launched | None:
+        batch = self.scheduler.schedule()
+        if not batch.items:
+            return None
+        wait = self._runner.launch(batch)
+        sampled: list[_Live] = []
+        for item in batch.items:
+            live = self._live[item.request_id]
+            self.scheduler.advance(live.seq, len(item.token_ids))
+            if item.params is not None:
+                live.seq.tokens.append(UNKNOWN)
+                live.seq.num_unknown += 1
+                sampled.append(live)
+        return _Launched(batch.sampled, tuple(sampled), wait)
+
+    def _finish(self) -> list[RequestOutput]:
+        step, self._launched = self._launched, None
+        return self._commit(step)
+
+    def _commit(self, step: _Launched | None) -> list[RequestOutput]:
+        """Wait for a step. What was sampled for requests that have gone since is dropped."""
+        if step is None:
+            return []
+        tokens = step.wait().tokens
+        if len(tokens) != len(step.items):
+            raise TilusError(f"the runner sampled {len(tokens)} tokens, expected {len(step.items)}")
+        return [
+            self._extend(live, item, found)
+            for item, live, found in zip(step.items, step.sampled, tokens)
+            if self._live.get(item.request_id) is live
+        ]
+
+    def _extend(self, live: _Live, item: BatchItem, tokens: tuple[SampledToken, ...] | None) -> RequestOutput:
+        if tokens is None:  # not-a-number logits: this request ends, the others go on
             self.abort(item.request_id)
             return RequestOutput(item.request_id, "", (), "error")
-        live.seq.tokens.append(token.token_id)
-        is_eos = token.token_id in self._vocabulary.eos_ids and not live.seq.request.params.ignore_eos
-        text = live.stop.push("" if is_eos else live.detokenizer.push(token.token_id))
+        seq, position = live.seq, item.kv_len - item.num_drafts
+        seq.tokens[position : position + 1] = [token.token_id for token in tokens]
+        seq.num_unknown -= 1
+        seq.num_computed -= item.num_drafts - (len(tokens) - 1)  # drafts that did not agree are computed again
+        text, reason = "", None
+        for count, token in enumerate(tokens, 1):
+            piece, reason = self._append(live, token.token_id, item.draw + count)
+            text += piece
+            if reason is not None:
+                self.abort(item.request_id)
+                return RequestOutput(item.request_id, text, tokens[:count], reason)
+        return RequestOutput(item.request_id, text, tokens)
+
+    def _append(self, live: _Live, token_id: int, num_output: int) -> tuple[str, FinishReason | None]:
+        """The text that can be shown with an answer's `num_output`-th token, and whether it ends there."""
+        params = live.seq.request.params
+        if live.seq.matcher is not None:
+            live.seq.matcher.accept(token_id)
+        is_eos = token_id in self._vocabulary.eos_ids and not params.ignore_eos
+        text = live.stop.push("" if is_eos else live.detokenizer.push(token_id))
         reason: FinishReason | None = None
         if is_eos or live.stop.found:
             reason = "stop"
-        elif live.seq.num_output >= live.seq.max_tokens:
+        elif num_output >= live.seq.max_tokens:
             reason = "length"
         if reason is not None:
             text += live.stop.push(live.detokenizer.flush())
             text += live.stop.flush()
             if live.stop.found:  # completed by the last half character
                 reason = "stop"
-            self.abort(item.request_id)
-        return RequestOutput(item.request_id, text, (token,), reason)
+        return text, reason

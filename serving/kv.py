@@ -28,7 +28,7 @@ class PageTables:
         self.page_size = page_size
         self._free = list(range(num_pages - 1, -1, -1))  # a stack: the page freed last is used first, still in caches
         self._kept: dict[int, None] = {}  # in the order in which they were released
-        self._tables: dict[str, list[int]] = {}
+        self._tables: dict[str, tuple[int, ...]] = {}  # most steps ask for one that has not changed
         self._num_owners = Counter[int]()
         self._prefixes = Prefixes(page_size) if reuse else None
         self._ends: dict[str, tuple[int, int]] = {}  # of an owner's known pages: how many, the number of the last one
@@ -52,7 +52,7 @@ class PageTables:
         for page in pages:
             self._kept.pop(page, None)
             self._num_owners[page] += 1
-        self._tables[owner] = pages
+        self._tables[owner] = tuple(pages)
         self._ends[owner] = len(pages), self._prefixes.number(pages[-1])
         return len(pages) * self.page_size
 
@@ -68,11 +68,12 @@ class PageTables:
 
     def reserve(self, owner: str, num_tokens: int) -> bool:
         """Grow the owner's table until it holds `num_tokens`. False, and nothing changed, when pages are lacking."""
-        missing = -(-num_tokens // self.page_size) - len(self._tables.get(owner, ()))
+        table = self._tables.get(owner, ())
+        missing = -(-num_tokens // self.page_size) - len(table)
         if missing > self.num_free:
             return False
-        table = self._tables.setdefault(owner, [])
-        table.extend(self._take() for _ in range(missing))
+        if missing > 0:
+            self._tables[owner] = (*table, *(self._take() for _ in range(missing)))
         return True
 
     def release(self, owner: str) -> None:
@@ -89,7 +90,8 @@ class PageTables:
                 self._free.append(page)
 
     def table(self, owner: str) -> tuple[int, ...]:
-        return tuple(self._tables[owner])
+        """Until it grows, the same object."""
+        return self._tables[owner]
 
     def owners(self) -> frozenset[str]:
         return frozenset(self._tables)

@@ -1,17 +1,25 @@
-"""Runs batches on a torch device: flattens them to tensors, calls the model, samples."""
+"""Runs batches on a torch device: flattens them to tensors, calls the model, samples.
+
+On a GPU nothing here waits for it. A step's tokens stay on the device, where the next step finds those that it names UNKNOWN;
+inputs go through pinned memory that torch keeps until they have been read, results come back into such memory behind an event.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from serving import sampling
-from serving.core import Batch, StepOutput
-from serving.decode_graph import DecodeGraphs, GraphLimits
+from serving.core import UNKNOWN, Batch, BatchItem, SampledToken, StepOutput
+from serving.decode_graph import DecodeGraphs, GraphLimits, known_tokens
 from serving.kv_pool import KvPool, PageShape
 from serving.model import Model, StepTensors
+from serving.sampling import Sampler
+from tilus.errors import TilusError
 
 _ALIGNMENT = 16  # int32 values: arrays and table rows start at multiples of 64 bytes, so that kernels see one alignment
 
@@ -19,31 +27,88 @@ _ALIGNMENT = 16  # int32 values: arrays and table rows start at multiples of 64 
 class TorchRunner:
     """Owns the key-value pool. Keys and values of a page that nobody owns are left as they are, and never read.
 
-    graphs: how decode steps are captured and replayed, where kernels are those of tilus, compiled; None to launch each step's.
+    max_rows: tokens that a step samples at most. graphs: how decode steps are captured and replayed, where kernels are those of
+    tilus, compiled; None to launch each step's.
     """
 
     def __init__(
         self, model: Model, num_pages: int, page_size: int, device: torch.device, *, kv_dtype: str = "fp16",
-        graphs: GraphLimits | None = None,
+        max_rows: int = 32, graphs: GraphLimits | None = None,
     ) -> None:  # fmt: skip
         self.kv_pool = KvPool(PageShape(model.config, page_size, kv_dtype), num_pages, device)
         self._model = model
         self._page_size = page_size
         self._device = device
-        self._graphs = None if graphs is None else DecodeGraphs(model, self.kv_pool, graphs)
+        self._sampler = Sampler(model.config.vocab_size, max_rows, device)
+        self._last = torch.zeros(max_rows, dtype=torch.int32, device=device)  # what the last step sampled
+        self._rows: dict[str, int] = {}  # for whom, by the row of its token
+        self._graphs = None if graphs is None else DecodeGraphs(model, self.kv_pool, graphs, self._last)
 
     @torch.inference_mode()
-    def execute(self, batch: Batch) -> StepOutput:
-        return StepOutput(sampling.sample(self._logits(batch), batch.sampled))
+    def launch(self, batch: Batch) -> Callable[[], StepOutput]:
+        items = batch.sampled
+        rows = tuple(row for item in items for row in _rows_of(item))
+        if len(rows) > len(self._last):
+            raise TilusError(f"the step samples {len(rows)} tokens, but at most {len(self._last)} were expected")
+        if not rows:
+            self._logits(batch)
+            self._rows = {}
+            return lambda: StepOutput(())
+        self._sampler.write(rows)
+        tokens = self._sampler.run(self._logits(batch), len(rows))
+        torch.clamp(
+            tokens, min=0, out=self._last[: len(rows)]
+        )  # a row without numbers has no token, but must not harm others
+        self._rows = {row.request_id: index for index, row in enumerate(rows)}
+        collect = self._sampler.collect(rows)
+        return lambda: StepOutput(_agreeing(items, collect()))
 
     def _logits(self, batch: Batch) -> Tensor:
         if self._graphs is not None and self._graphs.fits(batch):
-            return self._graphs.forward(batch)
-        return self._model.forward(step_tensors(batch, self._page_size, self._device), self.kv_pool.layers)
+            return self._graphs.forward(batch, self._rows)
+        step = step_tensors(batch, self._page_size, self._device, self._last, self._rows)
+        return self._model.forward(step, self.kv_pool.layers)
 
 
-def step_tensors(batch: Batch, page_size: int, device: torch.device) -> StepTensors:
-    """The batch as int32 tensors, moved to the device in one copy."""
+def _rows_of(item: BatchItem) -> tuple[BatchItem, ...]:
+    """What is to be sampled for an item: behind its last token, and behind those in front of each draft."""
+    if not item.num_drafts:
+        return (item,)
+    drafts = item.token_ids[-item.num_drafts :]
+    return tuple(
+        replace(item, draw=item.draw + count, history=(*item.history, *drafts[:count]) if item.history else ())
+        for count in range(item.num_drafts + 1)
+    )
+
+
+def _agreeing(
+    items: tuple[BatchItem, ...], found: tuple[SampledToken | None, ...]
+) -> tuple[tuple[SampledToken, ...] | None, ...]:
+    """For each item its tokens up to the first that differs from its draft.
+
+    What is sampled behind a right draft is what would have been sampled without drafts: its random number is the same.
+    """
+    tokens: list[tuple[SampledToken, ...] | None] = []
+    rows = iter(found)
+    for item in items:
+        mine = [next(rows) for _ in range(item.num_drafts + 1)]
+        drafts = item.token_ids[len(item.token_ids) - item.num_drafts :]
+        agreed = 0
+        while agreed < len(drafts) and (token := mine[agreed]) is not None and token.token_id == drafts[agreed]:
+            agreed += 1
+        kept = [token for token in mine[: agreed + 1] if token is not None]
+        tokens.append(tuple(kept) if len(kept) == agreed + 1 else None)
+    return tuple(tokens)
+
+
+def step_tensors(
+    batch: Batch,
+    page_size: int,
+    device: torch.device,
+    last: Tensor | None = None,
+    rows: Mapping[str, int] | None = None,
+) -> StepTensors:
+    """The batch as int32 tensors, moved to the device in one copy. last, rows: the tokens of the step before, and their rows."""
     q_lens = [len(item.token_ids) for item in batch.items]
     decodes = next((index for index, count in enumerate(q_lens) if count != 1), len(q_lens))
     q_end = np.cumsum(q_lens)
@@ -53,23 +118,43 @@ def step_tensors(batch: Batch, page_size: int, device: torch.device) -> StepTens
     for row, item in enumerate(batch.items):
         block_tables[row, : len(item.pages)] = item.pages
     owners = np.repeat(np.arange(len(batch.items)), q_lens)
+    token_ids = np.array([token_id for item in batch.items for token_id in item.token_ids])
+    wanted = [
+        np.arange(end - 1 - item.num_drafts, end) for item, end in zip(batch.items, q_end) if item.params is not None
+    ]
     arrays = (
-        np.array([token_id for item in batch.items for token_id in item.token_ids]),
+        token_ids,
         positions,
         block_tables[owners, positions // page_size] * page_size + positions % page_size,
         block_tables,
         np.array([0, *(q_end[decodes:] - decodes)]),
         np.array([item.kv_len for item in batch.items]),
-        np.array([end - 1 for item, end in zip(batch.items, q_end) if item.params is not None], np.int64),
+        np.concatenate([np.empty(0, np.int64), *wanted]),
+        _sources(batch, token_ids, last, rows or {}),
     )
-    *step, last = _move(arrays, device)
-    return StepTensors(*step, last=None if last.shape == step[0].shape else last, decodes=decodes)
+    *step, wanted_rows, sources = _move(arrays, device)
+    if last is not None and len(sources):
+        step[0] = known_tokens(step[0], sources, last)
+    return StepTensors(*step, last=None if wanted_rows.shape == step[0].shape else wanted_rows, decodes=decodes)
+
+
+def _sources(
+    batch: Batch, token_ids: npt.NDArray[np.int64], last: Tensor | None, rows: Mapping[str, int]
+) -> npt.NDArray[np.int64]:
+    """Where each token is in `last` and `token_ids`, one behind the other; empty where all are known."""
+    if last is None or token_ids.min() > UNKNOWN:
+        return np.empty(0, np.int64)
+    sources = np.arange(len(last), len(last) + len(token_ids))
+    unknown = [rows[item.request_id] for item in batch.items if item.token_ids[-1 - item.num_drafts] == UNKNOWN]
+    sources[token_ids == UNKNOWN] = unknown
+    return sources
 
 
 def _move(arrays: tuple[npt.NDArray[np.int64], ...], device: torch.device) -> list[Tensor]:
     starts = np.cumsum([0, *(-(-array.size // _ALIGNMENT) * _ALIGNMENT for array in arrays)])
-    staging = np.zeros(starts[-1], np.int32)
+    staging = torch.zeros(int(starts[-1]), dtype=torch.int32, pin_memory=device.type == "cuda")
+    values = staging.numpy()
     for array, start in zip(arrays, starts):
-        staging[start : start + array.size] = array.reshape(-1)
-    moved = torch.from_numpy(staging).to(device)
+        values[start : start + array.size] = array.reshape(-1)
+    moved = staging.to(device, non_blocking=True)
     return [moved[start : start + array.size].view(array.shape) for array, start in zip(arrays, starts)]

@@ -16,6 +16,27 @@ from torch import Tensor
 from serving.core import BatchItem, SampledToken, SamplingParams, TokenLogprobs
 
 
+class Sampler:
+    """For steps of up to `max_rows` rows: `write` what the rows ask for, `run` on their logits, `collect` what was chosen."""
+
+    def __init__(self, vocab_size: int, max_rows: int, device: torch.device) -> None:
+        self._items: Sequence[BatchItem] = ()
+        self._found: tuple[SampledToken | None, ...] = ()
+
+    def write(self, items: Sequence[BatchItem]) -> None:
+        self._items = items
+
+    def run(self, logits: Tensor, rows: int) -> Tensor:
+        """int32 [rows], on the device; -1 for a row that is not all finite."""
+        self._found = sample(logits, self._items)
+        token_ids = [-1 if token is None else token.token_id for token in self._found]
+        return torch.tensor(token_ids, dtype=torch.int32, device=logits.device)
+
+    def collect(self, items: Sequence[BatchItem]) -> Callable[[], tuple[SampledToken | None, ...]]:
+        found = self._found
+        return lambda: found
+
+
 def sample(logits: Tensor, items: Sequence[BatchItem]) -> tuple[SampledToken | None, ...]:
     """The next token of each row. logits: float32 [S, V]; items: S of them, all with params.
 

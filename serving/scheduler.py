@@ -8,6 +8,11 @@ Pages: a newcomer is admitted only when pages for all of its tokens are free; th
 own, and their tokens are not computed again. A decoding sequence that needs a page when
 none is free takes those of the youngest running sequence, which goes back to the head of the queue and computes again
 later. The oldest sequence therefore always moves on, and, since no request may exceed the pool, nothing can deadlock.
+
+Steps are scheduled while the ones before them run, whose tokens are UNKNOWN: a sequence goes on as if its last token did not end
+it. Pages are given back, and given to others, while launched steps still write to them. That is safe because steps take effect in
+order: a step that was launched when the page had its old owner writes before any step of the new one reads or writes, and within
+a step each page has the owners that it has in the tables.
 """
 
 from __future__ import annotations
@@ -39,21 +44,21 @@ class Scheduler:
         """Forget a sequence, wherever it is, and take its pages back."""
         if seq in self.running:
             self.running.remove(seq)
-            self.pages.release(seq.id)
+            self._release(seq)
         else:
             self.waiting.remove(seq)
 
     def schedule(self) -> Batch:
-        """The next step's batch; empty only when there is no work."""
+        """The next step's batch; empty only when there is no work, or all that runs is full and waits for its last token."""
         plan: dict[Sequence, int] = {}
         num_running = len(self.running)
         self._plan_decodes(plan)
         preempted = len(self.running) < num_running
         budget = self.max_step_tokens - sum(plan.values())
-        budget = self._plan_prefills(plan, (seq for seq in self.running if seq not in plan), budget)
+        budget = self._plan_prefills(plan, (seq for seq in self.running if not (seq in plan or seq.is_full)), budget)
         if not preempted:
             self._plan_newcomers(plan, budget)
-        if self.has_work and not plan:
+        if self.has_work and not plan and not any(seq.is_full for seq in (*self.running, *self.waiting)):
             raise TilusError(
                 f"nothing can run: {len(self.waiting)} waiting, {len(self.running)} running, "
                 f"{self.pages.num_free} of {self.pages.num_pages} pages free"
@@ -61,12 +66,12 @@ class Scheduler:
         return Batch(tuple(self._item(seq, count) for seq, count in plan.items()))
 
     def advance(self, seq: Sequence, count: int) -> None:
-        """`count` more tokens of a sequence have been computed."""
+        """A step has been launched that computes `count` more tokens of a sequence. Steps after it may read them."""
         seq.num_computed += count
-        self.pages.publish(seq.id, seq.tokens, seq.num_computed)
+        self._publish(seq)
 
     def _plan_decodes(self, plan: dict[Sequence, int]) -> None:
-        for seq in [seq for seq in self.running if seq.num_pending == 1]:
+        for seq in [seq for seq in self.running if seq.num_pending == 1 and not seq.is_full]:
             while seq in self.running and not self.pages.reserve(seq.id, len(seq.tokens)):
                 self._preempt_youngest()  # never one planned already: those are older than `seq`
             if seq in self.running:
@@ -94,18 +99,29 @@ class Scheduler:
 
     def _preempt_youngest(self) -> None:
         seq = self.running.pop()
-        self.pages.release(seq.id)
+        self._release(seq)
         seq.num_computed = 0
         seq.num_preemptions += 1
         self.waiting.appendleft(seq)
 
+    def _publish(self, seq: Sequence) -> None:
+        """Only pages whose tokens are known have names."""
+        self.pages.publish(seq.id, seq.tokens, min(seq.num_computed, len(seq.tokens) - seq.num_unknown))
+
+    def _release(self, seq: Sequence) -> None:
+        self._publish(seq)
+        self.pages.release(seq.id)
+
     def _item(self, seq: Sequence, count: int) -> BatchItem:
-        start, end = seq.num_computed, seq.num_computed + count
+        start, end, params = seq.num_computed, seq.num_computed + count, seq.request.params
+        is_sampled = end == len(seq.tokens)
         return BatchItem(
             request_id=seq.id,
             token_ids=tuple(seq.tokens[start:end]),
             start=start,
             pages=self.pages.table(seq.id),
-            params=seq.request.params if end == len(seq.tokens) else None,
+            params=params if is_sampled else None,
             draw=seq.num_output,
+            history=tuple(seq.tokens) if is_sampled and params.needs_history else (),
+            allowed=seq.matcher.allowed() if is_sampled and seq.matcher is not None else None,
         )

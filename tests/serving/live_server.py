@@ -46,12 +46,12 @@ class ThrottledRunner:
         self.open = threading.Event()
         self.open.set()
 
-    def execute(self, batch: Batch) -> StepOutput:
+    def launch(self, batch: Batch) -> Callable[[], StepOutput]:
         self.open.wait(30)
         time.sleep(self.delay)
         if self.error is not None:
             raise self.error
-        return self._runner.execute(batch)
+        return self._runner.launch(batch)
 
 
 @dataclass(frozen=True)

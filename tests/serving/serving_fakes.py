@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from serving.core import Batch, SampledToken, StepOutput
+from serving.core import UNKNOWN, Batch, BatchItem, SampledToken, StepOutput
 
 EOS = 0
 VOCABULARY = 64
@@ -39,19 +39,39 @@ class FakeRunner:
 
     The cache is a dictionary from (page, offset) to (position, token). What a sequence sees of its history is read back
     through its block table, so a wrong page, a lost token or a page in two hands changes the answer.
+
+    lazy: steps run as late as they may, when the tokens of one behind them are waited for.
     """
 
-    def __init__(self, page_size: int) -> None:
+    def __init__(self, page_size: int, *, lazy: bool = False) -> None:
         self.page_size = page_size
         self.memory: dict[tuple[int, int], tuple[int, int]] = {}
         self.batches: list[Batch] = []
+        self._lazy = lazy
+        self._outputs: list[StepOutput] = []
+        self._last: dict[str, int] = {}  # what the last step that ran sampled
+
+    def launch(self, batch: Batch) -> Callable[[], StepOutput]:
+        self.batches.append(batch)
+        number = len(self.batches)
+        if not self._lazy:
+            self._run_until(number)
+        return lambda: self._run_until(number)
 
     def execute(self, batch: Batch) -> StepOutput:
-        self.batches.append(batch)
-        return StepOutput(tuple(token for item in batch.items if (token := self._run(item)) is not None))
+        results = [(item, self._run(item)) for item in batch.items]
+        sampled = [(item.request_id, tokens) for item, tokens in results if tokens is not None]
+        self._last = {request_id: tokens[-1].token_id for request_id, tokens in sampled}
+        return StepOutput(tuple(tokens for _, tokens in sampled))
 
-    def _run(self, item) -> SampledToken | None:
-        for position, token_id in enumerate(item.token_ids, item.start):
+    def _run_until(self, number: int) -> StepOutput:
+        while len(self._outputs) < number:
+            self._outputs.append(self.execute(self.batches[len(self._outputs)]))
+        return self._outputs[number - 1]
+
+    def _run(self, item: BatchItem) -> tuple[SampledToken, ...] | None:
+        token_ids = [self._last[item.request_id] if token_id == UNKNOWN else token_id for token_id in item.token_ids]
+        for position, token_id in enumerate(token_ids, item.start):
             slot = (item.pages[position // self.page_size], position % self.page_size)
             self.memory[slot] = (position, token_id)
         history = []
@@ -60,7 +80,17 @@ class FakeRunner:
             stored_position, token_id = self.memory[slot]
             assert stored_position == position, f"{item.request_id} reads position {stored_position} at {position}"
             history.append(token_id)
-        return SampledToken(next_token(history)) if item.params is not None else None
+        return None if item.params is None else accepted(history, item.num_drafts)
+
+
+def accepted(history: Sequence[int], num_drafts: int) -> tuple[SampledToken, ...]:
+    """The drafts at the end of `history` that agree with the model, and the token behind them."""
+    tokens: list[int] = []
+    for end in range(len(history) - num_drafts, len(history) + 1):
+        tokens.append(next_token(history[:end]))
+        if end < len(history) and history[end] != tokens[-1]:
+            break
+    return tuple(SampledToken(token_id) for token_id in tokens)
 
 
 def reference_answer(prompt: Sequence[int], max_tokens: int, *, ignore_eos: bool = False) -> list[int]:

@@ -17,7 +17,7 @@ import tilus.kernels
 from serving import build
 from serving.config import EngineConfig, ServerConfig
 from serving.core import Batch, BatchItem, Request, SampledToken, SamplingParams
-from serving.decode_graph import LARGEST_BATCH, DecodeGraphs, GraphLimits, _Inputs, graph_sizes
+from serving.decode_graph import LARGEST_BATCH, DecodeGraphs, DecodeInputs, GraphLimits, graph_sizes
 from serving.engine import Engine
 from serving.execution import Execution
 from serving.kernels import Kernels, default_kernels
@@ -67,7 +67,11 @@ def copy_of(pool: KvPool) -> KvPool:
 
 
 def graphs_of(model: Model, pool: KvPool) -> DecodeGraphs:
-    return DecodeGraphs(model, pool, GraphLimits(max_batch=32, max_pages=MAX_PAGES))
+    return DecodeGraphs(model, pool, GraphLimits(max_batch=32, max_pages=MAX_PAGES), last_tokens(32))
+
+
+def last_tokens(count: int, device: torch.device = CPU) -> torch.Tensor:
+    return torch.zeros(count, dtype=torch.int32, device=device)
 
 
 def random_batch(rng: np.random.Generator, starts: Sequence[int], num_pages: int) -> Batch:
@@ -99,7 +103,7 @@ def test_logits_and_cache_are_the_same_bits(
     for step in range(12):
         batch = random_batch(rng, (lengths + step).tolist(), num_pages)
         assert graphs.fits(batch)
-        found = graphs.forward(batch)
+        found = graphs.forward(batch, {})
         expected = chosen.forward(step_tensors(batch, PAGE, CPU), plain.layers)
         assert torch.equal(found, expected)
         assert torch.equal(pool.memory, plain.memory)
@@ -196,10 +200,10 @@ def test_a_capture_that_failed_is_tried_again(model: Model, monkeypatch: pytest.
     with monkeypatch.context() as broken:
         broken.setattr(tilus.kernels, "silu_mul", fails)
         with pytest.raises(TilusError, match="the compiler is gone"):
-            graphs.forward(batch)
+            graphs.forward(batch, {})
     expected = model.forward(step_tensors(batch, PAGE, CPU), copy_of(pool).layers)
     for _ in range(2):
-        assert torch.equal(graphs.forward(batch), expected)
+        assert torch.equal(graphs.forward(batch, {}), expected)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +220,7 @@ def test_only_native_kernels_of_tilus_are_captured(
     runner = engine._runner
     assert isinstance(runner, TorchRunner) and (runner._graphs is not None) == captures
     if runner._graphs is not None:
-        assert runner._graphs._max_pages == 6
+        assert runner._graphs._inputs.step(2).block_tables.shape == (2, 6)
 
 
 @pytest.mark.parametrize("kv_dtype", ["fp16", "int4"])
@@ -225,11 +229,11 @@ def test_sequences_that_are_made_up_change_nothing(tiny_checkpoint: Checkpoint, 
     """A GPU runs three sequences in a step of five, which held five others before: their rows neither write nor disturb."""
     model, rng = load_model(tiny_checkpoint, default_kernels(invariant=True), CPU), np.random.default_rng(6)
     pool = random_pool(rng, model, 5 * MAX_PAGES, kv_dtype)
-    plain, inputs = copy_of(pool), _Inputs(5, PAGE, MAX_PAGES, CPU)
+    plain, inputs = copy_of(pool), DecodeInputs(5, PAGE, MAX_PAGES, last_tokens(5))
     for count in (5, 3):
         batch = random_batch(rng, [70, 5, 31, 16, 8][:count], 5 * MAX_PAGES)
-        inputs.write(batch)
-        found = model.forward(inputs.step, pool.layers)
+        inputs.write(batch, 5, {})
+        found = model.forward(inputs.step(5), pool.layers)
         expected = model.forward(step_tensors(batch, PAGE, CPU), plain.layers)
         assert torch.equal(pool.memory, plain.memory)
         assert torch.equal(found[:count], expected) and found.isfinite().all()
@@ -243,11 +247,12 @@ def test_cuda_graphs_compute_the_bits_of_the_model(tiny_checkpoint: Checkpoint, 
     gpu = torch.device("cuda")
     model = load_model(tiny_checkpoint, default_kernels(invariant=True), gpu)
     pools = [KvPool(PageShape(model.config, PAGE, kv_dtype), 11 * MAX_PAGES, gpu) for _ in range(2)]
-    graphs, rng = DecodeGraphs(model, pools[0], GraphLimits(11, MAX_PAGES)), np.random.default_rng(0)
+    limits, rng = GraphLimits(11, MAX_PAGES), np.random.default_rng(0)
+    graphs = DecodeGraphs(model, pools[0], limits, last_tokens(11, gpu))
     lengths = rng.integers(0, PAGE * MAX_PAGES - 3, 11)
     for size in (11, 3, 1, 8, 2, 5, 11):
         batch = random_batch(rng, lengths[:size].tolist(), 11 * MAX_PAGES)
-        found = graphs.forward(batch)
+        found = graphs.forward(batch, {})
         expected = model.forward(step_tensors(batch, PAGE, gpu), pools[1].layers)
         assert found.shape == expected.shape and torch.equal(found, expected)
         assert torch.equal(pools[0].memory, pools[1].memory)

@@ -5,6 +5,8 @@ The runs differ in company, chunks, captured steps and sequences that lose their
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -41,9 +43,9 @@ class Counting(TorchRunner):
 
     count = 0
 
-    def execute(self, batch: Batch) -> StepOutput:
+    def launch(self, batch: Batch) -> Callable[[], StepOutput]:
         self.count += sum(len(item.token_ids) for item in batch.items)
-        return super().execute(batch)
+        return super().launch(batch)
 
 
 Answers = dict[str, list[SampledToken]]

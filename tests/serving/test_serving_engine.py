@@ -73,15 +73,15 @@ arrivals = st.lists(
     spare_pages=st.integers(0, 6),
     max_batch=st.integers(1, 6),
     spare_tokens=st.integers(0, 20),
+    overlap=st.booleans(),
 )
 def test_every_request_gets_its_own_answer(
-    arrivals: list[Arrival], page_size: int, spare_pages: int, max_batch: int, spare_tokens: int
+    arrivals: list[Arrival], page_size: int, spare_pages: int, max_batch: int, spare_tokens: int, overlap: bool
 ) -> None:
     num_pages = -(-32 // page_size) + spare_pages  # the longest request just fits
-    runner = FakeRunner(page_size)
-    engine = make_engine(
-        runner, num_pages=num_pages, page_size=page_size, max_batch=max_batch, max_step_tokens=max_batch + spare_tokens
-    )
+    runner = FakeRunner(page_size, lazy=overlap)
+    limits = {"num_pages": num_pages, "page_size": page_size, "max_batch": max_batch, "overlap": overlap}
+    engine = make_engine(runner, max_step_tokens=max_batch + spare_tokens, **limits)
     outputs: dict[str, list[RequestOutput]] = {}
     aborted: set[str] = set()
     for step in range(5_000):
@@ -94,7 +94,7 @@ def test_every_request_gets_its_own_answer(
                 aborted.add(name)
                 engine.abort(name)
                 engine.check()
-        oldest = engine.scheduler.running[0] if engine.scheduler.running else None
+        oldest = next((seq for seq in engine.scheduler.running if not seq.is_full), None)
         before = oldest.num_computed if oldest else 0
         for output in engine.step():
             assert output.request_id not in aborted
@@ -237,7 +237,7 @@ def test_an_item_without_numbers_ends_alone() -> None:
         def execute(self, batch: Batch) -> StepOutput:
             output = super().execute(batch)
             broken = [item.request_id == "bad" for item in batch.sampled]
-            return StepOutput(tuple(None if bad else token for bad, token in zip(broken, output.tokens)))
+            return StepOutput(tuple(None if bad else tokens for bad, tokens in zip(broken, output.tokens)))
 
     engine = make_engine(Broken(4))
     engine.add(request("bad", [1], max_tokens=3))

@@ -126,7 +126,7 @@ def test_check_names_wrong_sharing(corrupt, message: str) -> None:
     [
         (lambda t: t._free.pop(), "lost [2], owned twice [], out of range []"),
         (lambda t: t._free.append(3), "lost [], owned twice [3], out of range []"),
-        (lambda t: t._tables["a"].append(9), "lost [], owned twice [], out of range [9]"),
+        (lambda t: t._tables.update(a=(*t._tables["a"], 9)), "lost [], owned twice [], out of range [9]"),
         (lambda t: t._free.__setitem__(0, t._tables["a"][0]), "lost [3], owned twice [0], out of range []"),
     ],
 )

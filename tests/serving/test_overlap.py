@@ -1,0 +1,286 @@
+"""The overlapped loop gives what the plain one gives, token for token, on a runner that runs every step as late as it may.
+
+That runner checks each read of the cache, so it also proves that pages may change hands while launched steps still write to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from serving_fakes import EOS, FakeRunner, FakeVocabulary, ManualClock, next_token, reference_answer
+from tiny_llama import CPU
+
+from serving.config import EngineConfig
+from serving.core import UNKNOWN, Batch, FinishReason, Grammar, Request, SampledToken, SamplingParams, StepOutput
+from serving.decode_graph import GraphLimits
+from serving.engine import Engine
+from serving.errors import RequestError
+from serving.kernels import default_kernels
+from serving.loader import Checkpoint
+from serving.model import load_model
+from serving.runner import TorchRunner
+from tilus.errors import TilusError
+
+PAGE = 3
+TIMEOUT = 40.0
+
+
+@dataclass(frozen=True)
+class Arrival:
+    step: int
+    prompt: tuple[int, ...]
+    max_tokens: int
+    stop: tuple[str, ...]
+    ignore_eos: bool
+    has_penalty: bool
+    abort_after: int | None
+
+
+Answer = tuple[list[int], str, FinishReason | None]
+
+
+class EvenTokens:
+    """A grammar that admits even tokens only."""
+
+    def allowed(self) -> bytes:
+        return bytes([0b01010101] * 8)
+
+    def accept(self, token_id: int) -> None:
+        assert token_id % 2 == 0
+
+
+def make_engine(runner: FakeRunner, *, overlap: bool, clock: ManualClock | None = None, **limits: int) -> Engine:
+    given = {"num_pages": 16, "max_model_len": 30, "max_batch": 4, "max_step_tokens": 12} | limits
+    config = EngineConfig(**given, page_size=PAGE, request_timeout=TIMEOUT, overlap=overlap)
+    return Engine(runner, FakeVocabulary(), config, clock or ManualClock())
+
+
+def answers(engine: Engine, arrivals: Sequence[Arrival], clock: ManualClock) -> dict[str, Answer]:
+    """What each request got, with the integrity check after each step."""
+    found: dict[str, Answer] = {}
+    for step in range(2_000):
+        for index, arrival in enumerate(arrivals):
+            name = f"r{index}"
+            if arrival.step == step:
+                found[name] = [], "", None
+                penalty = 0.5 if arrival.has_penalty else 0.0
+                params = SamplingParams(
+                    max_tokens=arrival.max_tokens, temperature=0, stop=arrival.stop, ignore_eos=arrival.ignore_eos,
+                    presence_penalty=penalty,
+                )  # fmt: skip
+                engine.add(Request(name, arrival.prompt, params))
+            if arrival.abort_after is not None and arrival.step + arrival.abort_after == step:
+                engine.abort(name)
+                engine.check()
+        for output in engine.step():
+            tokens, text, reason = found[output.request_id]
+            assert reason is None, "nothing comes behind the end"
+            found[output.request_id] = (
+                tokens + [token.token_id for token in output.tokens], text + output.text, output.finish_reason
+            )  # fmt: skip
+        engine.check()
+        clock.time += 0.5
+        if step > 30 and not engine.has_work:
+            assert engine.pages.num_free == engine.pages.num_pages
+            return found
+    raise AssertionError("the engine does not come to an end")
+
+
+letters = st.integers(1, 3)  # few, so that prompts begin alike and share pages
+stops = st.text(st.sampled_from([chr(32 + token) for token in range(0, 64, 5)]), min_size=1, max_size=2)
+arrivals = st.lists(
+    st.builds(
+        Arrival,
+        step=st.integers(0, 25),
+        prompt=st.lists(letters, min_size=1, max_size=14).map(tuple),
+        max_tokens=st.integers(1, 12),
+        stop=st.lists(stops, max_size=2).map(tuple),
+        ignore_eos=st.booleans(),
+        has_penalty=st.booleans(),
+        abort_after=st.one_of(st.none(), st.integers(0, 15)),
+    ),
+    min_size=1,
+    max_size=10,
+)  # fmt: skip
+
+
+@given(arrivals=arrivals, num_pages=st.integers(10, 16), max_batch=st.integers(1, 5), lazy=st.booleans())
+def test_overlapped_is_plain(arrivals: list[Arrival], num_pages: int, max_batch: int, lazy: bool) -> None:
+    """Also what ended by a timeout or an abort is a beginning of the plain answer."""
+    limits, found = {"num_pages": num_pages, "max_batch": max_batch}, []
+    for overlap in (False, True):
+        clock = ManualClock()
+        engine = make_engine(FakeRunner(PAGE, lazy=lazy and overlap), overlap=overlap, clock=clock, **limits)
+        found.append(answers(engine, arrivals, clock))
+    for index, arrival in enumerate(arrivals):
+        (plain_tokens, plain_text, plain_reason), (tokens, text, reason) = (run[f"r{index}"] for run in found)
+        if {plain_reason, reason} & {None, "timeout"}:
+            expected = reference_answer(arrival.prompt, arrival.max_tokens, ignore_eos=arrival.ignore_eos)
+            assert tokens == expected[: len(tokens)] and plain_tokens == expected[: len(plain_tokens)]
+            assert arrival.abort_after is not None or "timeout" in (plain_reason, reason)
+        else:
+            assert (tokens, text, reason) == (plain_tokens, plain_text, plain_reason)
+
+
+def request(name: str, prompt: Sequence[int], max_tokens: int, **params) -> Request:
+    return Request(name, tuple(prompt), SamplingParams(max_tokens=max_tokens, temperature=0, **params))
+
+
+def run(engine: Engine) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for _ in range(1_000):
+        if not engine.has_work:
+            return found
+        for output in engine.step():
+            found.setdefault(output.request_id, []).extend(token.token_id for token in output.tokens)
+        engine.check()
+    raise AssertionError("the engine does not come to an end")
+
+
+def test_a_step_is_launched_before_the_tokens_of_the_one_before_are_waited_for() -> None:
+    events: list[str] = []
+
+    class Watched(FakeRunner):
+        def launch(self, batch: Batch):
+            number = len(self.batches)
+            events.append(f"launch {number}")
+            wait = super().launch(batch)
+
+            def waits() -> StepOutput:
+                events.append(f"wait {number}")
+                return wait()
+
+            return waits
+
+    for overlap in (True, False):
+        events.clear()
+        engine = make_engine(Watched(PAGE, lazy=True), overlap=overlap)
+        engine.add(request("r", [1], 3, ignore_eos=True))
+        run(engine)
+        late = ["launch 0", "launch 1", "wait 0", "launch 2", "wait 1", "wait 2"]
+        assert events == (late if overlap else sorted(late, key=lambda event: (event[-1], event)))
+
+
+def test_ends_that_are_known_ahead_waste_no_row() -> None:
+    runner = FakeRunner(PAGE, lazy=True)
+    engine = make_engine(runner, overlap=True)
+    lengths = {"a": 1, "b": 4, "c": 7}
+    for name, length in lengths.items():
+        engine.add(request(name, [1, 2], length, ignore_eos=True))
+    run(engine)
+    sampled = [item.request_id for batch in runner.batches for item in batch.sampled]
+    assert {name: sampled.count(name) for name in lengths} == lengths
+
+
+def test_an_end_that_is_not_known_costs_one_row() -> None:
+    prompt = next((p, 3) for p in range(1, 64) if EOS in reference_answer([p, 3], 8)[1:7])
+    expected = reference_answer(prompt, 8)
+    runner = FakeRunner(PAGE, lazy=True)
+    engine = make_engine(runner, overlap=True)
+    engine.add(request("r", prompt, 8))
+    assert run(engine) == {"r": expected}
+    assert len(runner.batches) == len(expected) + 1
+    assert runner.batches[-1].items[0].token_ids == (UNKNOWN,)
+
+
+@pytest.mark.parametrize("params", [{"presence_penalty": 1.0}, {"grammar": Grammar("regex", "x")}])
+def test_what_depends_on_the_tokens_before_waits_for_them(params: dict[str, object]) -> None:
+    """And finds them in its history; the others beside it go on as they are."""
+    config = EngineConfig(num_pages=16, max_model_len=30, page_size=PAGE, overlap=True)
+
+    class Even(FakeRunner):
+        def execute(self, batch: Batch) -> StepOutput:
+            even = [None if t is None else (SampledToken(t[-1].token_id & ~1),) for t in super().execute(batch).tokens]
+            self._last = {item.request_id: t[-1].token_id for item, t in zip(batch.sampled, even) if t is not None}
+            return StepOutput(tuple(even))
+
+    runner = Even(PAGE, lazy=True)
+    engine = Engine(runner, FakeVocabulary(), config, ManualClock(), lambda grammar: EvenTokens())
+    engine.add(request("careful", [1, 2], 6, ignore_eos=True, **params))
+    engine.add(request("other", [5], 9, ignore_eos=True))
+    found = run(engine)
+    for batch in runner.batches:
+        item = next((item for item in batch.items if item.request_id == "careful"), None)
+        if item is not None:
+            assert item.history == (1, 2, *found["careful"][: item.draw]) and UNKNOWN not in item.token_ids
+            assert item.allowed == (EvenTokens().allowed() if "grammar" in params else None)
+    assert len(found["careful"]) == 6 and len(found["other"]) == 9
+    assert any(item.token_ids == (UNKNOWN,) for batch in runner.batches for item in batch.items), "later it runs ahead"
+
+
+def test_a_grammar_without_a_matcher_is_refused() -> None:
+    engine = make_engine(FakeRunner(PAGE), overlap=True)
+    with pytest.raises(RequestError, match="this server has no grammars, but the answer must match one"):
+        engine.add(request("r", [1], 1, grammar=Grammar("regex", "a")))
+
+
+def test_a_name_that_is_used_again_gets_nothing_of_the_step_that_runs() -> None:
+    engine = make_engine(FakeRunner(PAGE, lazy=True), overlap=True)
+    engine.add(request("r", [1, 2], 5, ignore_eos=True))
+    engine.step()
+    engine.abort("r")
+    engine.add(request("r", [9], 3, ignore_eos=True))
+    engine.check()
+    assert run(engine) == {"r": reference_answer([9], 3, ignore_eos=True)}
+
+
+def test_a_sequence_without_numbers_ends_though_it_has_a_row_in_the_next_step() -> None:
+    class Broken(FakeRunner):
+        def execute(self, batch: Batch) -> StepOutput:
+            found = zip(batch.sampled, super().execute(batch).tokens)
+            return StepOutput(tuple(None if item.request_id == "bad" else tokens for item, tokens in found))
+
+    engine = make_engine(Broken(PAGE, lazy=True), overlap=True)
+    engine.add(request("bad", [1], 5))
+    engine.add(request("good", [2], 5, ignore_eos=True))
+    assert run(engine) == {"bad": [], "good": reference_answer([2], 5, ignore_eos=True)}
+
+
+def test_check_sees_unknown_tokens_that_nothing_will_tell() -> None:
+    engine = make_engine(FakeRunner(PAGE), overlap=True)
+    engine.add(request("r", [1], 5, ignore_eos=True))
+    engine.step()
+    engine._launched = None
+    with pytest.raises(TilusError, match="request 'r' has 1 unknown tokens, 1 by its own count"):
+        engine.check()
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_the_model_gives_the_same_tokens(
+    tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, graphs: bool
+) -> None:
+    """Random requests, captured steps or none, prompts beside answers, logarithms of probabilities included."""
+    monkeypatch.delenv("TILUS_DEVICE", raising=False)
+    model = load_model(tiny_checkpoint, default_kernels(invariant=True), CPU)
+    found: list[dict[str, list[SampledToken]]] = []
+    for overlap in (False, True):
+        config = EngineConfig(30, 96, page_size=16, max_batch=5, max_step_tokens=24, overlap=overlap)
+        runner = TorchRunner(model, 30, 16, CPU, graphs=GraphLimits(5, 6) if graphs else None)
+        engine, rng = Engine(runner, tiny_checkpoint.tokenizer, config, ManualClock()), np.random.default_rng(1)
+        run_of: dict[str, list[SampledToken]] = {}
+        for index in range(9):
+            prompt = tuple(rng.integers(0, 256, rng.integers(1, 40)).tolist())
+            params = SamplingParams(
+                max_tokens=int(rng.integers(1, 30)),
+                temperature=index % 3 / 2,
+                seed=index,
+                logprobs=2,
+                ignore_eos=index > 3,
+            )
+            engine.add(Request(str(index), prompt, params))
+        while engine.has_work:
+            for output in engine.step():
+                run_of.setdefault(output.request_id, []).extend(output.tokens)
+            engine.check()
+        found.append(run_of)
+    assert found[0] == found[1] and len(found[0]) == 9
+
+
+def test_the_fake_model_is_a_function_of_all_tokens() -> None:
+    """Guards the tests above."""
+    assert len({next_token([first, 1]) for first in range(20)}) > 10
