@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 
 from serving.errors import RequestError
 
-FinishReason = Literal["stop", "length", "timeout", "error"]
+FinishReason = Literal["stop", "length", "timeout", "error", "grammar"]
 UNKNOWN = -1  # in place of a token that has been sampled, or will be, but is still on the device
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
@@ -127,6 +127,11 @@ class Request:
 
 class Matcher(Protocol):
     """A grammar's state behind the tokens of one answer."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether it can go on no more; then the answer must end."""
+        ...
 
     def allowed(self) -> bytes:
         """The tokens that may come next, as `BatchItem.allowed`."""

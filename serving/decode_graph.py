@@ -7,7 +7,7 @@ that are made up have no tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ import tilus
 from serving.core import UNKNOWN, Batch, BatchItem
 from serving.kv_pool import KvPool
 from serving.model import Model, StepTensors
+from serving.sampling import Sampler
 
 # Sequences of a step on a CPU: graphs keep their activations, and with more of them kernels take most of the time anyway.
 LARGEST_BATCH = 8
@@ -40,24 +41,28 @@ def graph_sizes(device: torch.device, max_batch: int) -> tuple[int, ...]:
 
 
 def known_tokens(token_ids: Tensor, sources: Tensor, last: Tensor, out: Tensor | None = None) -> Tensor:
-    """A step's tokens, int32: `sources` says where each is in `last`, what the step before sampled, and `token_ids` behind it."""
-    return torch.index_select(torch.cat((last, token_ids)), 0, sources, out=out)
+    """A step's tokens, int32: `sources` says where each is in `last`, what the step before sampled, and `token_ids` behind it.
+
+    A sequence without numbers has -1 there, and ends as soon as that is known; until then any other token will do.
+    """
+    return torch.index_select(torch.cat((last, token_ids)), 0, sources, out=out).clamp_(min=0)
 
 
 class DecodeGraphs:
     """One graph for each size, made when such a batch first comes. Its logits are the bits that the model computes.
 
-    last: int32, what the step before sampled. Only for kernels of tilus that are compiled: native code on the CPU, or a GPU.
+    Only for kernels of tilus that are compiled: native code on the CPU, or a GPU, where a graph also samples.
     """
 
-    def __init__(self, model: Model, pool: KvPool, limits: GraphLimits, last: Tensor) -> None:
+    def __init__(self, model: Model, pool: KvPool, limits: GraphLimits, sampler: Sampler) -> None:
         self._model = model
         self._pool = pool
-        self._device = pool.memory.device
-        self.sizes = graph_sizes(self._device, limits.max_batch)
-        self._inputs = DecodeInputs(self.sizes[-1], pool.shape.page_size, limits.max_pages, last)
+        self._sampler = sampler
+        device = pool.memory.device
+        self.sizes = graph_sizes(device, limits.max_batch)
+        self._inputs = DecodeInputs(self.sizes[-1], pool.shape.page_size, limits.max_pages, sampler.tokens)
         self._graphs: dict[int, tuple[tilus.LaunchGraph | torch.cuda.CUDAGraph, Tensor]] = {}
-        self._on_gpu = _GpuCapture(model, self.sizes[-1]) if self._device.type == "cuda" else None
+        self._on_gpu = _GpuCapture(model, sampler, self.sizes[-1]) if device.type == "cuda" else None
 
     def fits(self, batch: Batch) -> bool:
         """Whether a batch only decodes, and is small enough."""
@@ -65,24 +70,34 @@ class DecodeGraphs:
             len(item.token_ids) == 1 and item.params is not None for item in batch.items
         )
 
-    def forward(self, batch: Batch, rows: Mapping[str, int]) -> Tensor:
-        """Logits float32 [S, vocabulary] of a batch that fits, valid until the next call. rows: those of `last`, by request."""
+    def samples(self, rows: Sequence[BatchItem]) -> bool:
+        """Whether a replay leaves the tokens of such rows in the sampler."""
+        return self._on_gpu is not None and self._sampler.plain(rows)
+
+    def prepare(self, batch: Batch, rows: Mapping[str, int]) -> Callable[[], Tensor]:
+        """Write the inputs of a batch that fits. What is returned launches it; its logits, float32 [S, vocabulary], are valid
+        until the next call. rows: of the tokens that the last step sampled, by request.
+        """
         count = len(batch.items)
         size = next(size for size in self.sizes if size >= count)
         self._inputs.write(batch, size, rows)
-        captured = self._graphs.get(size)
-        if captured is not None:
-            captured[0].replay()
-            return captured[1][:count]
-        step = self._inputs.step(size)
-        if self._on_gpu is not None:
-            self._graphs[size] = graph, logits = self._on_gpu.capture(self._inputs, step, self._pool)
+        if size not in self._graphs:
+            self._graphs[size] = self._capture(size)
+        graph, logits = self._graphs[size]
+
+        def replay() -> Tensor:
             graph.replay()
-        else:
-            with tilus.capture() as launches:
-                logits = self._model.forward(step, self._pool.layers)
-            self._graphs[size] = launches, logits
-        return logits[:count]
+            return logits[:count]
+
+        return replay
+
+    def _capture(self, size: int) -> tuple[tilus.LaunchGraph | torch.cuda.CUDAGraph, Tensor]:
+        """Computes the step, too: kernels are compiled then, and what they keep is made."""
+        if self._on_gpu is not None:
+            return self._on_gpu.capture(self._inputs, size, self._pool)
+        with tilus.capture() as launches:
+            logits = self._model.forward(self._inputs.step(size), self._pool.layers)
+        return launches, logits
 
 
 class DecodeInputs:
@@ -163,25 +178,28 @@ def _int32(shapes: Sequence[tuple[int, ...]], device: torch.device) -> tuple[Ten
 class _GpuCapture:
     """Captures steps as CUDA graphs, which share the memory of activations and logits: they never run at the same time."""
 
-    def __init__(self, model: Model, max_batch: int) -> None:
+    def __init__(self, model: Model, sampler: Sampler, max_batch: int) -> None:
         device = model.norm.device
         self._model = model
+        self._sampler = sampler
         self._logits = torch.empty((max_batch, model.config.vocab_size), dtype=torch.float32, device=device)
         self._stream = torch.cuda.Stream(device)
         self._memory = torch.cuda.graph_pool_handle()
 
-    def capture(self, inputs: DecodeInputs, step: StepTensors, pool: KvPool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """The step runs once before: kernels are compiled then, and what they keep is made."""
-        size = step.token_ids.shape[0]
-        logits = self._logits[:size]
+    def capture(self, inputs: DecodeInputs, size: int, pool: KvPool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """The step runs once before."""
+        step, logits, last = inputs.step(size), self._logits[:size], self._sampler.tokens.clone()
 
         def run() -> None:
             inputs.gather(size)
             self._model.forward(step, pool.layers, logits)
+            self._sampler.run(logits, size)
 
+        self._sampler.write(())  # what is captured is the plain way
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             run()
+            self._sampler.tokens.copy_(last)  # which the replay will look for
         self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"):

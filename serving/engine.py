@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,6 +10,7 @@ from typing import Protocol
 from serving.config import EngineConfig
 from serving.core import (
     UNKNOWN,
+    Batch,
     BatchItem,
     Clock,
     FinishReason,
@@ -103,8 +105,6 @@ class Engine:
                 f"the prompt contains token {bad}, but token ids go from 0 to {self._vocabulary.vocab_size - 1}",
                 param="prompt",
             )
-        if request.params.grammar is not None and self._matcher is None:
-            raise RequestError("this server has no grammars, but the answer must match one", param="response_format")
         if size + (wanted or 1) > limit:
             asked = f" and max_tokens is {wanted}, together {size + wanted}" if wanted else ""
             room = "" if wanted else "; it must leave room for at least 1 token"
@@ -114,15 +114,25 @@ class Engine:
                 code="context_length_exceeded",
             )
 
+    def new_matcher(self, grammar: Grammar | None) -> Matcher | None:
+        """At the start of a grammar; None for none. The first time it may take a tenth of a second: any thread may ask ahead.
+
+        Raises RequestError for a grammar that cannot be used.
+        """
+        if grammar is None:
+            return None
+        if self._matcher is None:
+            raise RequestError("this server has no grammars, but the answer must match one", param="response_format")
+        return self._matcher(grammar)
+
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError when it can never be served."""
         self.validate(request)
         if request.id in self._live:
             raise TilusError(f"request id {request.id!r} is live already, but ids must be unique")
         limit = request.params.max_tokens or self.max_model_len - len(request.prompt)
-        grammar, deadline = request.params.grammar, self._clock.now() + self.config.request_timeout
-        matcher = self._matcher(grammar) if grammar is not None and self._matcher is not None else None
-        seq = Sequence(request, limit, deadline, matcher)
+        deadline = self._clock.now() + self.config.request_timeout
+        seq = Sequence(request, limit, deadline, self.new_matcher(request.params.grammar))
         self._live[request.id] = _Live(seq, Detokenizer(self._vocabulary.decode), StopMatcher(request.params.stop))
         self.scheduler.add(seq)
 
@@ -163,6 +173,19 @@ class Engine:
         if sorted([*running, *waiting]) != sorted(self._live):
             raise TilusError(f"scheduled are {sorted([*running, *waiting])}, but live are {sorted(self._live)}")
 
+    def _informed(self, batch: Batch) -> Batch:
+        """The batch with what sampling must know beyond the logits."""
+        if not any(item.params is not None and item.params.needs_history for item in batch.items):
+            return batch
+        return Batch(tuple(self._informed_item(item) for item in batch.items))
+
+    def _informed_item(self, item: BatchItem) -> BatchItem:
+        if item.params is None or not item.params.needs_history:
+            return item
+        seq = self._live[item.request_id].seq
+        allowed = seq.matcher.allowed() if seq.matcher is not None else None
+        return dataclasses.replace(item, history=tuple(seq.tokens), allowed=allowed)
+
     def _expire(self) -> list[RequestOutput]:
         now = self._clock.now()
         late = [request_id for request_id, live in self._live.items() if live.seq.deadline < now]
@@ -171,7 +194,7 @@ class Engine:
         return [RequestOutput(request_id, "", (), "timeout") for request_id in late]
 
     def _launch(self) -> _Launched | None:
-        batch = self.scheduler.schedule()
+        batch = self._informed(self.scheduler.schedule())
         if not batch.items:
             return None
         wait = self._runner.launch(batch)
@@ -229,6 +252,8 @@ class Engine:
         reason: FinishReason | None = None
         if is_eos or live.stop.found:
             reason = "stop"
+        elif live.seq.matcher is not None and live.seq.matcher.failed:
+            reason = "grammar"
         elif num_output >= live.seq.max_tokens:
             reason = "length"
         if reason is not None:

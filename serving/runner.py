@@ -19,7 +19,6 @@ from serving.decode_graph import DecodeGraphs, GraphLimits, known_tokens
 from serving.kv_pool import KvPool, PageShape
 from serving.model import Model, StepTensors
 from serving.sampling import Sampler
-from tilus.errors import TilusError
 
 _ALIGNMENT = 16  # int32 values: arrays and table rows start at multiples of 64 bytes, so that kernels see one alignment
 
@@ -40,34 +39,26 @@ class TorchRunner:
         self._page_size = page_size
         self._device = device
         self._sampler = Sampler(model.config.vocab_size, max_rows, device)
-        self._last = torch.zeros(max_rows, dtype=torch.int32, device=device)  # what the last step sampled
-        self._rows: dict[str, int] = {}  # for whom, by the row of its token
-        self._graphs = None if graphs is None else DecodeGraphs(model, self.kv_pool, graphs, self._last)
+        self._rows: dict[str, int] = {}  # of the tokens that the last step sampled, by request
+        self._graphs = None if graphs is None else DecodeGraphs(model, self.kv_pool, graphs, self._sampler)
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Callable[[], StepOutput]:
         items = batch.sampled
         rows = tuple(row for item in items for row in _rows_of(item))
-        if len(rows) > len(self._last):
-            raise TilusError(f"the step samples {len(rows)} tokens, but at most {len(self._last)} were expected")
-        if not rows:
-            self._logits(batch)
-            self._rows = {}
-            return lambda: StepOutput(())
+        graphs = self._graphs if self._graphs is not None and self._graphs.fits(batch) else None
+        compute = self._prepare(batch) if graphs is None else graphs.prepare(batch, self._rows)
         self._sampler.write(rows)
-        tokens = self._sampler.run(self._logits(batch), len(rows))
-        torch.clamp(
-            tokens, min=0, out=self._last[: len(rows)]
-        )  # a row without numbers has no token, but must not harm others
+        logits = compute()
+        if graphs is None or not graphs.samples(rows):
+            self._sampler.run(logits, len(rows))
         self._rows = {row.request_id: index for index, row in enumerate(rows)}
         collect = self._sampler.collect(rows)
         return lambda: StepOutput(_agreeing(items, collect()))
 
-    def _logits(self, batch: Batch) -> Tensor:
-        if self._graphs is not None and self._graphs.fits(batch):
-            return self._graphs.forward(batch, self._rows)
-        step = step_tensors(batch, self._page_size, self._device, self._last, self._rows)
-        return self._model.forward(step, self.kv_pool.layers)
+    def _prepare(self, batch: Batch) -> Callable[[], Tensor]:
+        step = step_tensors(batch, self._page_size, self._device, self._sampler.tokens, self._rows)
+        return lambda: self._model.forward(step, self.kv_pool.layers)
 
 
 def _rows_of(item: BatchItem) -> tuple[BatchItem, ...]:

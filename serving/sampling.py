@@ -20,17 +20,23 @@ class Sampler:
     """For steps of up to `max_rows` rows: `write` what the rows ask for, `run` on their logits, `collect` what was chosen."""
 
     def __init__(self, vocab_size: int, max_rows: int, device: torch.device) -> None:
+        self.tokens = torch.zeros(max_rows, dtype=torch.int32, device=device)
         self._items: Sequence[BatchItem] = ()
         self._found: tuple[SampledToken | None, ...] = ()
+
+    @staticmethod
+    def plain(items: Sequence[BatchItem]) -> bool:
+        return False
 
     def write(self, items: Sequence[BatchItem]) -> None:
         self._items = items
 
     def run(self, logits: Tensor, rows: int) -> Tensor:
         """int32 [rows], on the device; -1 for a row that is not all finite."""
-        self._found = sample(logits, self._items)
+        self._found = sample(logits, self._items) if rows else ()
         token_ids = [-1 if token is None else token.token_id for token in self._found]
-        return torch.tensor(token_ids, dtype=torch.int32, device=logits.device)
+        self.tokens[:rows] = torch.tensor(token_ids, dtype=torch.int32)
+        return self.tokens[:rows]
 
     def collect(self, items: Sequence[BatchItem]) -> Callable[[], tuple[SampledToken | None, ...]]:
         found = self._found

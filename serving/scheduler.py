@@ -113,15 +113,12 @@ class Scheduler:
         self.pages.release(seq.id)
 
     def _item(self, seq: Sequence, count: int) -> BatchItem:
-        start, end, params = seq.num_computed, seq.num_computed + count, seq.request.params
-        is_sampled = end == len(seq.tokens)
+        start, end = seq.num_computed, seq.num_computed + count
         return BatchItem(
             request_id=seq.id,
             token_ids=tuple(seq.tokens[start:end]),
             start=start,
             pages=self.pages.table(seq.id),
-            params=params if is_sampled else None,
+            params=seq.request.params if end == len(seq.tokens) else None,
             draw=seq.num_output,
-            history=tuple(seq.tokens) if is_sampled and params.needs_history else (),
-            allowed=seq.matcher.allowed() if is_sampled and seq.matcher is not None else None,
         )

@@ -25,6 +25,7 @@ from serving.kv_pool import KvPool, PageShape
 from serving.loader import Checkpoint
 from serving.model import Model, load_model
 from serving.runner import TorchRunner, step_tensors
+from serving.sampling import Sampler
 from tilus.errors import TilusError
 
 PAGE = 16
@@ -67,11 +68,9 @@ def copy_of(pool: KvPool) -> KvPool:
 
 
 def graphs_of(model: Model, pool: KvPool) -> DecodeGraphs:
-    return DecodeGraphs(model, pool, GraphLimits(max_batch=32, max_pages=MAX_PAGES), last_tokens(32))
-
-
-def last_tokens(count: int, device: torch.device = CPU) -> torch.Tensor:
-    return torch.zeros(count, dtype=torch.int32, device=device)
+    return DecodeGraphs(
+        model, pool, GraphLimits(max_batch=32, max_pages=MAX_PAGES), Sampler(model.config.vocab_size, 32, CPU)
+    )
 
 
 def random_batch(rng: np.random.Generator, starts: Sequence[int], num_pages: int) -> Batch:
@@ -103,7 +102,7 @@ def test_logits_and_cache_are_the_same_bits(
     for step in range(12):
         batch = random_batch(rng, (lengths + step).tolist(), num_pages)
         assert graphs.fits(batch)
-        found = graphs.forward(batch, {})
+        found = graphs.prepare(batch, {})()
         expected = chosen.forward(step_tensors(batch, PAGE, CPU), plain.layers)
         assert torch.equal(found, expected)
         assert torch.equal(pool.memory, plain.memory)
@@ -200,10 +199,10 @@ def test_a_capture_that_failed_is_tried_again(model: Model, monkeypatch: pytest.
     with monkeypatch.context() as broken:
         broken.setattr(tilus.kernels, "silu_mul", fails)
         with pytest.raises(TilusError, match="the compiler is gone"):
-            graphs.forward(batch, {})
+            graphs.prepare(batch, {})()
     expected = model.forward(step_tensors(batch, PAGE, CPU), copy_of(pool).layers)
     for _ in range(2):
-        assert torch.equal(graphs.forward(batch, {}), expected)
+        assert torch.equal(graphs.prepare(batch, {})(), expected)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +228,7 @@ def test_sequences_that_are_made_up_change_nothing(tiny_checkpoint: Checkpoint, 
     """A GPU runs three sequences in a step of five, which held five others before: their rows neither write nor disturb."""
     model, rng = load_model(tiny_checkpoint, default_kernels(invariant=True), CPU), np.random.default_rng(6)
     pool = random_pool(rng, model, 5 * MAX_PAGES, kv_dtype)
-    plain, inputs = copy_of(pool), DecodeInputs(5, PAGE, MAX_PAGES, last_tokens(5))
+    plain, inputs = copy_of(pool), DecodeInputs(5, PAGE, MAX_PAGES, torch.zeros(5, dtype=torch.int32))
     for count in (5, 3):
         batch = random_batch(rng, [70, 5, 31, 16, 8][:count], 5 * MAX_PAGES)
         inputs.write(batch, 5, {})
@@ -248,11 +247,11 @@ def test_cuda_graphs_compute_the_bits_of_the_model(tiny_checkpoint: Checkpoint, 
     model = load_model(tiny_checkpoint, default_kernels(invariant=True), gpu)
     pools = [KvPool(PageShape(model.config, PAGE, kv_dtype), 11 * MAX_PAGES, gpu) for _ in range(2)]
     limits, rng = GraphLimits(11, MAX_PAGES), np.random.default_rng(0)
-    graphs = DecodeGraphs(model, pools[0], limits, last_tokens(11, gpu))
+    graphs = DecodeGraphs(model, pools[0], limits, Sampler(model.config.vocab_size, 11, gpu))
     lengths = rng.integers(0, PAGE * MAX_PAGES - 3, 11)
     for size in (11, 3, 1, 8, 2, 5, 11):
         batch = random_batch(rng, lengths[:size].tolist(), 11 * MAX_PAGES)
-        found = graphs.forward(batch, {})
+        found = graphs.prepare(batch, {})()
         expected = model.forward(step_tensors(batch, PAGE, gpu), pools[1].layers)
         assert found.shape == expected.shape and torch.equal(found, expected)
         assert torch.equal(pools[0].memory, pools[1].memory)

@@ -47,6 +47,8 @@ Answer = tuple[list[int], str, FinishReason | None]
 class EvenTokens:
     """A grammar that admits even tokens only."""
 
+    failed = False
+
     def allowed(self) -> bytes:
         return bytes([0b01010101] * 8)
 
