@@ -7,11 +7,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from serving import sampling
 from serving.core import Batch, StepOutput
 from serving.decode_graph import DecodeGraphs, GraphLimits
 from serving.kv_pool import KvPool, PageShape
 from serving.model import Model, StepTensors
+from serving.sampling import Sampler
 
 _ALIGNMENT = 16  # int32 values: arrays and table rows start at multiples of 64 bytes, so that kernels see one alignment
 
@@ -30,11 +30,23 @@ class TorchRunner:
         self._model = model
         self._page_size = page_size
         self._device = device
+        self._sampler: Sampler | None = None
         self._graphs = None if graphs is None else DecodeGraphs(model, self.kv_pool, graphs)
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> StepOutput:
-        return StepOutput(sampling.sample(self._logits(batch), batch.sampled))
+        sampled = batch.sampled
+        logits = self._logits(batch)
+        sampler = self._sampler_for(len(sampled))
+        sampler.write(sampled)
+        sampler.run(logits, len(sampled))
+        return StepOutput(sampler.collect(sampled)())
+
+    def _sampler_for(self, rows: int) -> Sampler:
+        """With room for so many rows."""
+        if self._sampler is None or self._sampler.max_rows < rows:
+            self._sampler = Sampler(self._model.config.vocab_size, rows, self._device)
+        return self._sampler
 
     def _logits(self, batch: Batch) -> Tensor:
         if self._graphs is not None and self._graphs.fits(batch):
