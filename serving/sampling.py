@@ -1,159 +1,119 @@
-"""Choosing tokens from logits, for all rows of a batch at once.
+"""Choosing tokens from logits on the device, for all rows of a step at once: what requests ask for becomes inputs of kernels.
 
-Randomness is counter-based (Philox; Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): the number
-that decides a token depends on the request's seed and on how many tokens it has, and on nothing else. So an answer
-does not change when others join the batch, or when the sequence was preempted and computed again.
+Random numbers are counter-based (Philox; see `tilus.kernels.sampling`): a token depends on the row's logits, the request's
+parameters and seed, and on how many tokens were sampled before, and on nothing else. So an answer does not change when others
+join the batch, or when the sequence was preempted and computed again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from serving.core import BatchItem, SampledToken, SamplingParams, TokenLogprobs
+from tilus.kernels import sample
+
+Tokens = tuple[SampledToken | None, ...]
+_GREEDY = SamplingParams(temperature=0.0)
 
 
 class Sampler:
-    """For steps of up to `max_rows` rows: `write` what the rows ask for, `run` on their logits, `collect` what was chosen."""
+    """The inputs and outputs of sampling on a device, for steps of up to max_rows rows of logits.
+
+    A step is write, run, collect, each of which returns at once on a GPU: they only put work into the current stream. What `run`
+    launches follows from the last `write`: for plain rows always the same, at fixed addresses, so that it can be captured.
+    """
 
     def __init__(self, vocab_size: int, max_rows: int, device: torch.device) -> None:
-        self.tokens = torch.zeros(max_rows, dtype=torch.int32, device=device)
-        self._items: Sequence[BatchItem] = ()
-        self._found: tuple[SampledToken | None, ...] = ()
+        self.max_rows = max_rows
+        self._vocab_size = vocab_size
+        self._device = device
+        self._inputs = _Inputs(torch.zeros(_WORDS * max_rows, dtype=torch.int32, device=device), max_rows)
+        self.tokens = torch.full((max_rows,), -1, dtype=torch.int32, device=device)
+        self._logits: Tensor | None = None
 
     @staticmethod
     def plain(items: Sequence[BatchItem]) -> bool:
-        return False
+        """Whether a step needs no more than temperature, top_k, top_p and min_p: then a captured `run` may be replayed."""
+        return not any(
+            item.allowed is not None or (p := item.params or _GREEDY).logprobs is not None or p.logit_bias
+            or p.needs_history for item in items
+        )  # fmt: skip
 
     def write(self, items: Sequence[BatchItem]) -> None:
-        self._items = items
+        """Start the copy of the parameters of a step's rows: an item for each of them, those of drafts with a draw of their own."""
+        staging = torch.zeros_like(self._inputs.memory, device="cpu", pin_memory=self._device.type == "cuda")
+        _Inputs(staging, self.max_rows).fill(items)
+        self._inputs.memory.copy_(staging, non_blocking=True)
 
     def run(self, logits: Tensor, rows: int) -> Tensor:
-        """int32 [rows], on the device; -1 for a row that is not all finite."""
-        self._found = sample(logits, self._items) if rows else ()
-        token_ids = [-1 if token is None else token.token_id for token in self._found]
-        self.tokens[:rows] = torch.tensor(token_ids, dtype=torch.int32)
-        return self.tokens[:rows]
+        """Launch the kernels. logits: float32 [at least rows, V]. Returns int32 [rows], on the device, valid until the next
+        run: -1 where the logits are not numbers."""
+        self._logits = logits
+        of_rows = {name: column[:rows] for name, column in self._inputs.columns.items()}
+        return sample(logits[:rows], **of_rows, out=self.tokens[:rows])
 
-    def collect(self, items: Sequence[BatchItem]) -> Callable[[], tuple[SampledToken | None, ...]]:
-        found = self._found
-        return lambda: found
+    def collect(self, items: Sequence[BatchItem]) -> Callable[[], Tokens]:
+        """Start the copy of what the last `run` chose to the host. The result waits for it: a token for each row, None where
+        the logits are not numbers."""
+        if not items:
+            return tuple
+        count = len(items)
+        tokens = self.tokens[:count].to("cpu", non_blocking=True)
+        logprobs = _logprobs(self._logits, self.tokens[:count], [item.params or _GREEDY for item in items])
+        copied = None
+        if self._device.type == "cuda":
+            copied = torch.cuda.Event()
+            copied.record()
 
+        def wait() -> Tokens:
+            if copied is not None:
+                copied.synchronize()
+            return tuple(
+                None if token_id < 0 else SampledToken(token_id, logprobs.get(row))
+                for row, token_id in enumerate(tokens.tolist())
+            )
 
-def sample(logits: Tensor, items: Sequence[BatchItem]) -> tuple[SampledToken | None, ...]:
-    """The next token of each row. logits: float32 [S, V]; items: S of them, all with params.
-
-    None for a row that is not all finite: the fault of one request must not become another's.
-    """
-    params = [item.params or SamplingParams() for item in items]
-    # The largest and the smallest are finite only where all are: NaN is propagated. Much cheaper than to look at each.
-    broken = ~(logits.amax(dim=-1).isfinite() & logits.amin(dim=-1).isfinite())
-    choice = _largest(logits)
-    for draw, rows in _draws(params):
-        index = torch.tensor(rows, device=logits.device)
-        finite = logits[index].masked_fill(broken[index, None], 0.0)
-        uniform = [uniform_number(params[row].seed, items[row].draw) for row in rows]
-        choice[index] = draw(finite, [params[row] for row in rows], uniform)
-    token_ids, is_broken = torch.stack([choice, broken.to(choice.dtype)]).tolist()
-    logprobs = _logprobs(logits, choice, params)
-    return tuple(
-        None if is_broken[row] else SampledToken(token_id, logprobs.get(row)) for row, token_id in enumerate(token_ids)
-    )
+        return wait
 
 
-def _largest(logits: Tensor) -> Tensor:
-    """The place of each row's largest element; on a CPU numpy finds it in a tenth of torch's time."""
-    return torch.from_numpy(logits.numpy().argmax(-1)) if logits.device.type == "cpu" else logits.argmax(dim=-1)
+_WORDS = 8  # of 32 bits for a row
 
 
-def uniform_number(seed: int, draw: int) -> float:
-    """In [0, 1): the `draw`-th number of the stream `seed`."""
-    return float(np.random.Generator(np.random.Philox(key=seed, counter=draw)).random())
+class _Inputs:
+    """Parameters of rows, columns that lie in one piece of memory."""
+
+    def __init__(self, memory: Tensor, max_rows: int) -> None:
+        self.memory = memory
+        seeds, temperature, top_k, top_p, min_p, positions, _ = memory.split([2 * max_rows, *[max_rows] * 6])
+        self.columns = {
+            "seeds": seeds.view(torch.int64), "temperature": temperature.view(torch.float32), "top_k": top_k,
+            "top_p": top_p.view(torch.float32), "min_p": min_p.view(torch.float32), "positions": positions,
+        }  # fmt: skip
+
+    def fill(self, items: Sequence[BatchItem]) -> None:
+        params = [item.params or _GREEDY for item in items]
+        values = {
+            "seeds": np.array([p.seed for p in params], np.uint64).view(np.int64),
+            "temperature": [p.temperature for p in params], "top_k": [min(p.top_k, 2**31 - 1) for p in params],
+            "top_p": [p.top_p for p in params], "min_p": [p.min_p for p in params],
+            "positions": [item.draw for item in items],
+        }  # fmt: skip
+        for name, column in values.items():
+            self.columns[name].numpy()[: len(items)] = column
 
 
-_Draw = Callable[[Tensor, Sequence[SamplingParams], Sequence[float]], Tensor]
-
-
-def _draws(params: Sequence[SamplingParams]) -> Iterator[tuple[_Draw, list[int]]]:
-    """The rows that are random, by how they are drawn. A row's way depends on nothing but its own parameters."""
-    random = [row for row, p in enumerate(params) if p.temperature > 0]
-    limited = [row for row in random if params[row].top_k > 0 or params[row].top_p < 1]
-    unlimited = [row for row in random if row not in limited]
-    if unlimited:
-        yield _draw_from_all, unlimited
-    if limited:
-        yield _draw_from_best, limited
-
-
-def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]
-
-
-def _draw_from_all(logits: Tensor, params: Sequence[SamplingParams], uniform: Sequence[float]) -> Tensor:
-    """Inverse-transform sampling in the order of the vocabulary: without top_k and top_p, nothing has to be sorted. int64 [S]."""
-    scaled = logits.double() / _column([p.temperature for p in params], logits)
-    gathered = scaled.softmax(dim=-1).cumsum(dim=-1)
-    target = _column(uniform, logits) * gathered[:, -1:]
-    return torch.searchsorted(gathered, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-
-
-def _draw_from_best(logits: Tensor, params: Sequence[SamplingParams], uniform: Sequence[float]) -> Tensor:
-    """Inverse-transform sampling, best token first, after temperature, top_k and top_p. int64 [S]."""
-    scaled = logits.double() / _column([p.temperature for p in params], logits)
-    probabilities = scaled.softmax(dim=-1)
-    return _draw_sorted(*_candidates(probabilities, params), params, uniform)
-
-
-def _candidates(probabilities: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, Tensor]:
-    """Probabilities and ids, [S, C], of all tokens that top_k and top_p can leave, best first and ties in the vocabulary's order.
-
-    To sort the whole vocabulary takes longer than a step of a small model. Tokens with less than (1 - top_p) / V each have less
-    than 1 - top_p together, so that all others reach top_p without them; half of that leaves room for rounding.
-    """
-    size = probabilities.shape[-1]
-    top_k = [min(p.top_k, size) for p in params]
-    bound = _column([(1 - p.top_p) / (2 * size) for p in params], probabilities)
-    if any(top_k):
-        best = probabilities.topk(max(top_k), dim=-1).values
-        last = torch.tensor([[max(k, 1) - 1] for k in top_k], device=probabilities.device)
-        limited = torch.tensor([[k > 0] for k in top_k], device=probabilities.device)
-        bound = torch.where(limited, best.gather(-1, last), bound)
-    candidates = probabilities.where(probabilities >= bound, 0.0)
-    count = int((candidates > 0).sum(dim=-1).max())
-    token_ids = candidates.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
-    best, order = candidates.gather(-1, token_ids).sort(dim=-1, descending=True, stable=True)
-    return best, token_ids.gather(-1, order)
-
-
-def _draw_sorted(
-    probabilities: Tensor, token_ids: Tensor, params: Sequence[SamplingParams], uniform: Sequence[float]
-) -> Tensor:
-    size = probabilities.shape[-1]
-    top_k = _column([p.top_k for p in params], probabilities)
-    allowed = (torch.arange(size, device=probabilities.device) < top_k) | (top_k == 0)
-    probabilities = probabilities * allowed
-    # Without top_k the others, which are not here, count too: then the sum of all is 1.
-    probabilities = probabilities / torch.where(top_k > 0, probabilities.sum(dim=-1, keepdim=True), 1.0)
-    # top_p keeps the shortest list of best tokens that reaches it: those before whom less than top_p has gathered.
-    gathered = probabilities.cumsum(dim=-1)
-    kept = allowed & (gathered - probabilities < _column([p.top_p for p in params], probabilities))
-    gathered = (probabilities * kept).cumsum(dim=-1)
-    target = _column(uniform, probabilities) * gathered[:, -1:]
-    rank = (gathered <= target).sum(dim=-1).clamp(max=kept.sum(dim=-1) - 1)
-    return token_ids.gather(-1, rank[:, None])[:, 0]
-
-
-def _logprobs(logits: Tensor, choice: Tensor, params: Sequence[SamplingParams]) -> dict[int, TokenLogprobs]:
+def _logprobs(logits: Tensor | None, choice: Tensor, params: Sequence[SamplingParams]) -> dict[int, TokenLogprobs]:
     """By row, for those that asked."""
     rows = [row for row, p in enumerate(params) if p.logprobs is not None]
-    if not rows:
+    if not rows or logits is None:
         return {}
     index = torch.tensor(rows, device=logits.device)
     logprobs = logits[index].log_softmax(dim=-1)
-    chosen = logprobs.gather(-1, choice[index][:, None])[:, 0].tolist()
+    chosen = logprobs.gather(-1, choice[index][:, None].clamp(min=0).long())[:, 0].tolist()
     most = min(max(params[row].logprobs or 0 for row in rows), logits.shape[-1])
     values, token_ids = (found.tolist() for found in logprobs.topk(most, dim=-1))
     return {

@@ -1,8 +1,7 @@
-"""A row of logits in the registers of a cluster of blocks, and what its threads find out about it together.
+"""A row of logits that a block looks through, tile by tile: who wins a race, where a threshold lies, how much is above a value.
 
-Each block holds a run of the row, each thread four neighbours at a time: `columns[j]` has those at place j of four. What is found
-about the row is reduced within warps; each warp writes its part to the shared memory of all blocks, and after one barrier of the
-cluster everybody combines all parts by himself, in the same order. So a question costs one barrier, whatever is asked at once.
+Neighbouring threads have neighbouring fours of tokens. A tile is four parts, one for each place of a four, as one call of Philox
+gives four random numbers.
 """
 
 from __future__ import annotations
@@ -12,154 +11,160 @@ from dataclasses import dataclass
 from typing import Any
 
 import tilus
-from tilus import f32
-from tilus.layout import local, replicated, spatial
+from tilus import f32, int32, uint32
+from tilus.kernels.philox import log2_exponential, philox
+from tilus.layout import local, replicated
 
 QUAD = 4  # neighbouring tokens of a thread
 NO_TOKEN = 1e9  # more than any index; indices are exact in f32
+PIVOTS = 8  # the last one is the upper end of what is left
 
 
 @dataclass(frozen=True)
-class RowPlan:
-    """Who holds what of a row. cluster: blocks. warps: of a block. quads: fours of tokens that a thread holds, in so many
-    `slices` that are worked on one after the other. keeps_weights: whether a search keeps exp(logit) in registers."""
+class Tiling:
+    """How a block goes through a row. quads: fours of tokens of a thread in a tile. unroll: tiles whose reads are under way
+    together, where little is done with them."""
 
-    cluster: int
     warps: int
     quads: int
-    slices: int
-    keeps_weights: bool = True
-
-    @property
-    def width(self) -> int:
-        """Tokens that a block holds."""
-        return self.quads * self.warps * 32 * QUAD
-
-    @property
-    def threads(self) -> int:
-        return 32 * self.warps
+    unroll: int = 1
 
     @property
     def shape(self) -> list[int]:
-        """Of a tile: its last two dims are the threads."""
-        return [self.quads // self.slices, self.warps, 32]
+        """Of a part of a tile."""
+        return [self.quads, 32 * self.warps]
+
+    @property
+    def width(self) -> int:
+        """Tokens of a tile."""
+        return QUAD * 32 * self.warps * self.quads
+
+
+@dataclass(frozen=True, eq=False)
+class Dice:
+    """The random numbers of a request: key, uint32 [2], and position, uint32 [1], are tiles. rate: log2(e) / temperature."""
+
+    key: Any
+    position: Any
+    rate: Any
+
+    def scores(self, parts: Any, quads: Any, most: Any) -> list[Any]:
+        """What decides the race for a tile. quads: number of each four in the row. most: subtracted first, so that nothing
+        overflows."""
+        zero = tilus.zeros([1, 1], uint32)
+        first, second = [tilus.reshape(tilus.select(self.key, 0, half), [1, 1]) for half in range(2)]
+        counter = (quads.to(uint32), tilus.reshape(self.position, [1, 1]), zero, zero)
+        words = philox(counter, (first, second))
+        return [(part - most) * self.rate - log2_exponential(word) for part, word in zip(parts, words)]
 
 
 class Row:
-    """Logits [vocabulary] of one request, as f32, minus infinity behind the end. For use in a kernel, by all its threads.
+    """f32 logits [vocabulary] of a request, minus infinity behind the end. For use in a kernel, by all threads of a block."""
 
-    slices: [slice][place in a four], tiles of `plan.shape`. quads: of a slice, the number of each four in the row, int32.
+    def __init__(self, logits: Any, row: Any, tiling: Any) -> None:
+        self.logits = logits
+        self.row = row
+        self.tiling = tiling
+
+    def tile(self, index: Any) -> list[Any]:
+        """The four parts of a tile."""
+        width, start = self.tiling.width, index * self.tiling.width
+        layout = local(self.tiling.quads).spatial(32 * self.tiling.warps).local(QUAD)
+        tile = tilus.load(self.logits, [self.row, start], [width], layout=layout).to(f32)
+        tile = tilus.where(tilus.arange(width, start=start) < self.logits.shape[1], tile, -math.inf)
+        tile = tilus.reshape(tile, [*self.tiling.shape, QUAD])
+        return [tilus.select(tile, 2, j) for j in range(QUAD)]
+
+    def quads(self, index: Any) -> Any:
+        """The number of each four of a tile in the row, int32."""
+        count = self.tiling.width // QUAD
+        return tilus.reshape(tilus.arange(count, start=index * count), self.tiling.shape)
+
+    def tiles(self, unroll: Any = 1) -> Any:
+        """For a loop over all of them."""
+        return tilus.range(tilus.cdiv(self.logits.shape[1], self.tiling.width), unroll=unroll)
+
+    def race(self, dice: Any, most: Any, bound: Any) -> Any:
+        """(logit, token) of the winner among the logits that are not below a bound: scalars of f32 and int32."""
+        leaders = [Leader(self.tiling.shape) for _ in range(QUAD)]
+        for index in self.tiles():
+            parts, quads = self.tile(index), self.quads(index)
+            for part, score, leader in zip(parts, dice.scores(parts, quads, most), leaders):
+                leader.meet(tilus.where(part >= bound, score, -math.inf), quads)
+        _, token = winner([leader.score for leader in leaders], [leader.quads.to(f32) for leader in leaders])
+        chosen = tilus.item(token.to(int32))
+        return self.logits[self.row, chosen].to(f32), chosen
+
+    def above(self, bound: Any, lowest: Any, most: Any, rate: Any) -> Any:
+        """Scalars: what the logits above a bound weigh, what those not below `lowest` weigh, the least logit above the bound."""
+        higher, kept = tilus.zeros(self.tiling.shape), tilus.zeros(self.tiling.shape)
+        least = tilus.full(self.tiling.shape, math.inf)
+        for index in self.tiles(self.tiling.unroll):
+            for part in self.tile(index):
+                weight = tilus.exp2((part - most) * rate)
+                higher = higher + tilus.where(part > bound, weight, 0.0)
+                kept = kept + tilus.where(part >= lowest, weight, 0.0)
+                least = tilus.minimum(least, tilus.where(part > bound, part, math.inf))
+        return scalar(tilus.sum(higher)), scalar(tilus.sum(kept)), scalar(tilus.min(least))
+
+    def largest(self, count: Any, least: Any, most: Any, finite: Any) -> Any:
+        """The greatest bound that at least `count` of the finite logits are not below, a scalar.
+
+        A search over values. It ends when exactly so many are not below the bound, when one logit or none lies between the two
+        ends of what is left, or no number does.
+        """
+        low, high, many, few = least, most, finite, 0.0
+        layout = replicated(32 * self.tiling.warps, 1).local(PIVOTS)
+        steps = tilus.with_layout((tilus.arange(PIVOTS, start=1)).to(f32) * (1 / PIVOTS), layout)
+        middle = low * 0.5 + high * 0.5
+        while low < middle and middle < high and many != count and many - few > 1.0:
+            points = low * (1.0 - steps) + high * steps
+            found = self.not_below(points)
+            enough = found >= count
+            low, many = (
+                scalar(tilus.max(tilus.where(enough, points, low))), scalar(tilus.min(tilus.where(enough, found, many))),
+            )  # fmt: skip
+            high, few = (
+                scalar(tilus.min(tilus.where(enough, high, points))), scalar(tilus.max(tilus.where(enough, few, found))),
+            )  # fmt: skip
+            middle = low * 0.5 + high * 0.5
+        return low
+
+    def not_below(self, points: Any) -> Any:
+        """For each of some points, f32 [PIVOTS], how many logits are not below it, f32."""
+        counts = tilus.zeros([PIVOTS, *self.tiling.shape])
+        points = tilus.reshape(points, [PIVOTS, 1, 1])
+        for index in self.tiles(self.tiling.unroll):
+            for part in self.tile(index):
+                part = tilus.reshape(part, [1, *self.tiling.shape])
+                counts = counts + tilus.where(part >= points, tilus.full([1, 1, 1], 1.0), 0.0)
+        return tilus.sum(counts, (1, 2))
+
+
+class Leader:
+    """The best scores so far, tile by tile, and the fours that they are in."""
+
+    def __init__(self, shape: Any) -> None:
+        self.score = tilus.full(shape, -math.inf)
+        self.quads = tilus.zeros(shape, int32)
+
+    def meet(self, score: Any, quads: Any) -> None:
+        self.quads = tilus.where(score > self.score, quads, self.quads)
+        self.score = tilus.maximum(score, self.score)
+
+
+def winner(scores: Any, quads: Any) -> Any:
+    """(score, token) of the largest of four parts of scores, the lowest token on ties: tiles of f32 [1].
+
+    quads: for each part the number of the four in the row, f32.
     """
-
-    def __init__(self, logits: Any, row: Any, plan: Any) -> None:
-        self.plan = plan
-        self.dtype = logits.dtype
-        self.rank = tilus.cluster_rank()
-        self.one = tilus.full([1, 1, 1], 1.0)
-        fours = plan.width // QUAD
-        layout = local(plan.quads).spatial(plan.threads).local(QUAD)
-        tile = tilus.load(logits, [row, self.rank * plan.width], [plan.width], layout=layout, evict="first").to(f32)
-        tokens = tilus.arange(plan.width, start=self.rank * plan.width)
-        tile = tilus.where(tokens < logits.shape[1], tile, -math.inf)
-        tile = tilus.reshape(tile, [plan.slices, *plan.shape, QUAD])
-        self.slices = [[tilus.select(tilus.select(tile, 4, j), 0, i) for j in range(QUAD)] for i in range(plan.slices)]
-        quads = tilus.reshape(tilus.arange(fours, start=self.rank * fours), [plan.slices, *plan.shape])
-        self.quads = [tilus.select(quads, 0, i) for i in range(plan.slices)]
-
-    def ask(self, parts: Any) -> list[Any]:
-        """Parts that warps have, f32 [warps] each, as those of all warps of the cluster, [all] in every thread."""
-        return self._gathered(self.box(len(parts)), 0, parts)
-
-    def box(self, count: Any) -> Any:
-        """Where answers to `count` questions meet."""
-        return tilus.shared(f32, [count, self.plan.cluster * self.plan.warps])
-
-    def ask_again(self, box: Any, trip: Any, parts: Any) -> list[Any]:
-        """As `ask`, in a loop. box: for twice as many; they take turns, so that nobody overwrites what others still read."""
-        return self._gathered(box, trip % 2 * len(parts), parts)
-
-    def _gathered(self, box: Any, first: Any, parts: Any) -> list[Any]:
-        plan = self.plan
-        for index in range(len(parts)):
-            for block in range(plan.cluster):
-                part = tilus.reshape(parts[index], [1, plan.warps])
-                tilus.store_shared(box, part, [first + index, self.rank * plan.warps], block=block)
-        tilus.cluster_sync()
-        count = plan.cluster * plan.warps
-        lanes = min(32, count)
-        layout = replicated(plan.threads // lanes, 1) * spatial(lanes).local(count // lanes)
-        return [
-            tilus.reshape(tilus.load_shared(box, [first + index, 0], [1, count], layout=layout.unsqueeze(0)), [count])
-            for index in range(len(parts))
-        ]
-
-    def survey(self) -> Any:
-        """(largest logit, least finite one, how many are finite, how many are NaN or plus infinity), scalars of f32.
-
-        A row without any finite logit counts as one that is broken.
-        """
-        zeros = tilus.zeros(self.plan.shape)
-        most, least, finite, broken = zeros - math.inf, zeros + math.inf, zeros, zeros
-        for tiles in self.slices:
-            for tile in tiles:
-                is_finite = tilus.absolute(tile) < math.inf
-                most = tilus.maximum(most, tile)
-                least = tilus.minimum(least, tilus.where(is_finite, tile, math.inf))
-                finite = finite + tilus.where(is_finite, 1.0, zeros)
-                broken = broken + tilus.where(tile < math.inf, zeros, 1.0)
-        found = self.ask(
-            [tilus.max(most, (0, 2)), tilus.min(least, (0, 2)), tilus.sum(finite, (0, 2)), tilus.sum(broken, (0, 2))]
-        )
-        number = total(found[2])
-        return (
-            tilus.item(tilus.max(found[0], 0, keepdims=True)), tilus.item(tilus.min(found[1], 0, keepdims=True)),
-            number, total(found[3]) + (0.0 if number > 0.0 else 1.0),
-        )  # fmt: skip
-
-    def representable(self, value: Any) -> Any:
-        """A scalar rounded to the type of the logits."""
-        return tilus.item(tilus.full([1], value).to(self.dtype).to(f32))
-
-    def measure(self, points: Any, weigh: Any = None) -> Any:
-        """For each point how many logits are not below it, and what they weigh together: two lists of sums by warps.
-
-        weigh(slice, j): the weights of a tile; None: 1 each.
-        """
-        counts = [tilus.zeros(self.plan.shape) for _ in points]
-        weights = [tilus.zeros(self.plan.shape) for _ in points]
-        for i in range(self.plan.slices):
-            for j in range(QUAD):
-                inside = [self.slices[i][j] >= point for point in points]
-                counts = [count + tilus.where(it, self.one, 0.0) for count, it in zip(counts, inside)]
-                if weigh is not None:
-                    each = weigh(i, j)
-                    weights = [weight + tilus.where(it, each, 0.0) for weight, it in zip(weights, inside)]
-        counts = [tilus.sum(count, (0, 2)) for count in counts]
-        return counts, counts if weigh is None else [tilus.sum(weight, (0, 2)) for weight in weights]
-
-    def winner(self, score: Any) -> Any:
-        """The largest score of the row and its token, the lowest one on ties: scalars (f32, int32).
-
-        score(slice): the scores of its four tiles.
-        """
-        best, where = tilus.full(self.plan.shape, -math.inf), tilus.zeros(self.plan.shape)
-        for i in range(self.plan.slices):
-            scores = score(i)
-            for j in range(QUAD):
-                better = scores[j] > best
-                best = tilus.where(better, scores[j], best)
-                where = tilus.where(better, 1.0 * (i * QUAD + j), where)  # the place among the tiles, a constant
-        tile = tilus.floor(where * (1 / QUAD))
-        step = self.plan.width // self.plan.slices
-        token = (self.quads[0] * QUAD).to(f32) + (where + tile * (step - QUAD))
-        most = tilus.max(best, (0, 2))
-        is_most = best == tilus.reshape(most, [1, self.plan.warps, 1])
-        values, tokens = self.ask([most, tilus.min(tilus.where(is_most, token, NO_TOKEN), (0, 2))])
-        most = tilus.max(values, 0, keepdims=True)
-        found = tilus.min(tilus.where(values == most, tokens, NO_TOKEN), 0, keepdims=True)
-        return tilus.item(most), tilus.item(found.to(tilus.int32))
+    most = tilus.maximum(tilus.maximum(scores[0], scores[1]), tilus.maximum(scores[2], scores[3]))
+    most = tilus.reshape(tilus.max(most), [1, 1])
+    tokens = [tilus.where(scores[j] == most, quads[j] * QUAD + j, NO_TOKEN) for j in range(QUAD)]
+    first = tilus.minimum(tilus.minimum(tokens[0], tokens[1]), tilus.minimum(tokens[2], tokens[3]))
+    return tilus.reshape(most, [1]), tilus.reshape(tilus.min(first), [1])
 
 
-def total(parts: Any) -> Any:
-    """The sum of all parts, a scalar."""
-    return tilus.item(tilus.sum(parts, 0, keepdims=True))
+def scalar(tile: Any) -> Any:
+    """The only element of a tile that was reduced over all axes."""
+    return tilus.item(tilus.reshape(tile, [1]))
