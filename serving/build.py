@@ -8,46 +8,84 @@ from pathlib import Path
 import torch
 
 from serving.config import EngineConfig, ServerConfig
-from serving.core import MonotonicClock
+from serving.core import MonotonicClock, Runner
 from serving.decode_graph import GraphLimits
+from serving.dummy import open_dummy
 from serving.engine import Engine
-from serving.execution import Execution
+from serving.execution import Execution, choose_execution
 from serving.kernels import Kernels, default_kernels
-from serving.loader import Checkpoint
+from serving.loader import Checkpoint, default_model, open_checkpoint
 from serving.memory import PAGE_SIZE, Wishes, expected_size, free_nbytes, plan, size_of
 from serving.model import build_model
 from serving.packing import PackedWeights, pack_weights
 from serving.progress import progress
 from serving.runner import TorchRunner
+from serving.shards import shard
+from serving.tensor_parallel import Group, ParallelRunner, Ranks
 from serving.weight_cache import WeightCache, packed_form
+from tilus.dtypes import dtype
 from tilus.errors import TilusError
 
 
+def open_model(config: ServerConfig) -> tuple[Path, Checkpoint]:
+    """What --model says, and where it is."""
+    path = Path(config.model) if config.model else default_model()
+    return path, (open_dummy if config.dummy else open_checkpoint)(path, dtype(config.weight_dtype))
+
+
 def build_engine(
-    config: ServerConfig, path: Path, checkpoint: Checkpoint, kernels: Kernels, execution: Execution
-) -> Engine:
+    config: ServerConfig, path: Path, checkpoint: Checkpoint, kernels: Kernels, execution: Execution,
+    ranks: Ranks | None = None,
+) -> Engine:  # fmt: skip
     """The engine that serves a checkpoint, read from `path`. Says on stderr what happens and what it takes of the memory.
 
+    ranks: the processes that hold a part of the model each, this one the first.
     Raises: TilusError when the model does not fit, or --max-model-len is more than it was made for.
     """
+    group = None if ranks is None else ranks.group
+    runner, limits = build_runner(config, path, checkpoint, kernels, execution, group)
+    parallel = runner if ranks is None else ParallelRunner(runner, ranks.others)
+    return Engine(parallel, checkpoint.tokenizer, limits, MonotonicClock())
+
+
+def rank_runner(config: ServerConfig, group: Group) -> Runner:
+    """The runner of another process of --tp."""
+    path, checkpoint = open_model(config)
+    return build_runner(
+        config, path, checkpoint, default_kernels(config.batch_invariant), choose_execution(config.device), group
+    )[0]
+
+
+def build_runner(
+    config: ServerConfig,
+    path: Path,
+    checkpoint: Checkpoint,
+    kernels: Kernels,
+    execution: Execution,
+    group: Group | None,
+) -> tuple[TorchRunner, EngineConfig]:
+    """What runs a checkpoint's steps in this process, and the limits that follow from the memory of all."""
+    checkpoint = checkpoint if group is None else shard(checkpoint, group.share)
     model_limit = checkpoint.config.max_positions
     max_model_len = config.max_model_len or model_limit
     if max_model_len > model_limit:
         raise TilusError(f"--max-model-len is {max_model_len}, but the model was made for at most {model_limit} tokens")
     device = execution.device
-    _say(f"loading {checkpoint.name} on {device.type}")
+    parts = "" if group is None else f"s of {group.share.count} processes"
+    _say(f"loading {checkpoint.name} on {device.type}{parts}")
     if not execution.is_compiled:
         _say(f"kernels are interpreted ({execution.way}), which is slow")
-    cache = None if config.dummy else _cache(path, config.weight_dtype, kernels, device)
+    cache = None if config.dummy or group is not None else _cache(path, config.weight_dtype, kernels, device)
     packed = cache.load() if cache is not None else None
     size = expected_size(checkpoint, kernels, device) if packed is None else size_of(packed)
     wishes = Wishes(config.max_batch, config.max_step_tokens, config.max_model_len, config.num_pages, config.kv_dtype)
     memory = plan(checkpoint.config, size, wishes, free_nbytes(device), device)
     _say(memory.table())
+    num_pages = memory.num_pages if group is None else group.least(memory.num_pages)
     if packed is None:
         packed = _pack(checkpoint, kernels, device, cache)
     limits = EngineConfig(
-        num_pages=memory.num_pages,
+        num_pages=num_pages,
         max_model_len=max_model_len,
         page_size=PAGE_SIZE,
         max_batch=config.max_batch,
@@ -56,15 +94,16 @@ def build_engine(
         prefix_cache=not config.no_prefix_cache,
         overlap=device.type == "cuda" and not config.no_overlap,  # a launch on a CPU ends when the step does
     )
-    model = build_model(checkpoint.config, kernels, packed)
+    model = build_model(checkpoint.config, kernels, packed, None if group is None else group.sum)
     pages = min(limits.num_pages, -(-max_model_len // PAGE_SIZE))
-    # A capture sees no launches but those of tilus.
+    # A capture on a CPU sees no launches but those of tilus.
     captures = execution.is_compiled and kernels is default_kernels(config.batch_invariant)
+    captures &= group is None or device.type == "cuda"
     runner = TorchRunner(
         model, limits.num_pages, limits.page_size, device, kv_dtype=config.kv_dtype,
         max_rows=config.max_batch, graphs=GraphLimits(config.max_batch, pages) if captures else None,
     )  # fmt: skip
-    return Engine(runner, checkpoint.tokenizer, limits, MonotonicClock())
+    return runner, limits
 
 
 def _cache(path: Path, weight_dtype: str, kernels: Kernels, device: torch.device) -> WeightCache | None:

@@ -112,6 +112,9 @@ class ServerConfig:
         "a scale for each token and head (int4: and a minimum); see docs/serving.md for what they cost in accuracy",
         choices=KV_DTYPES,
     )
+    tp: int = _option(
+        1, "processes that share the model, each on a GPU of its own, and compute every step together", "N"
+    )
     batch_invariant: bool = _option(
         False,
         "give a request the same bits whatever else runs beside it, however its prompt is cut and whether it is computed again; "
@@ -181,7 +184,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> ServerConfig:
     """ServerConfig from a command line; exits with a message on a wrong one, as programs do."""
     parser = build_parser()
     config = ServerConfig(**vars(parser.parse_args(arguments)))
-    for name in ("max_batch", "max_step_tokens", "max_waiting", "max_model_len", "num_pages", "request_timeout"):
+    for name in ("max_batch", "max_step_tokens", "max_waiting", "max_model_len", "num_pages", "request_timeout", "tp"):
         value = getattr(config, name)
         if value is not None and value <= 0:
             parser.error(f"argument --{name.replace('_', '-')}: {value} is not positive")

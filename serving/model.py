@@ -5,7 +5,7 @@ Activations are float16; the residual stream is float32, so that it does not los
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,15 +36,21 @@ class StepTensors:
     decodes: int
 
 
+Combine = Callable[[Tensor], Tensor]
+
+
 @dataclass(frozen=True, eq=False)
 class Linear:
     """One linear layer. Fused layers are a single weight where their parts are quantised alike, else several."""
 
     parts: tuple[PackedWeight, ...]
 
-    def __call__(self, kernels: Kernels, x: Tensor) -> Tensor:
-        if len(self.parts) == 1:
+    def __call__(self, kernels: Kernels, x: Tensor, combine: Combine | None = None) -> Tensor:
+        """combine: of parts that several devices compute of the sums."""
+        if len(self.parts) == 1 and combine is None:
             return kernels.linear(x, self.parts[0])
+        if combine is not None:  # rounded once, as on one device
+            return combine(kernels.linear(x, self.parts[0], out_dtype=torch.float32)).to(x.dtype)
         widths = [int(part.shape[0]) for part in self.parts]
         out = torch.empty((x.shape[0], sum(widths)), dtype=x.dtype, device=x.device)
         for part, columns in zip(self.parts, out.split(widths, dim=1)):
@@ -72,7 +78,9 @@ class Embedding:
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """Weights on a device, and the computation. `forward` writes the keys and values of its tokens into the cache."""
+    """Weights on a device, and the computation. `forward` writes the keys and values of its tokens into the cache. combine: adds
+    up what several devices have computed of the same rows, where each has a part of the weights.
+    """
 
     config: ModelConfig
     kernels: Kernels
@@ -81,6 +89,7 @@ class Model:
     norm: Tensor
     head: PackedWeight
     cos_sin: Tensor
+    combine: Combine | None = None
 
     def forward(self, step: StepTensors, layers: Sequence[KvCache], out: Tensor | None = None) -> Tensor:
         """Logits float32 [L, vocabulary] of the rows `step.last`. Where these are all rows, only kernels compute, so that the
@@ -93,7 +102,7 @@ class Model:
         for layer, next_norm, kv_cache in zip(self.layers, next_norms, layers, strict=True):
             x = self._attention(layer, x, step, kv_cache)
             x = kernels.add_rms_norm(x, residual, layer.ffn_norm, eps)
-            x = layer.down(kernels, kernels.silu_mul(layer.gate_up(kernels, x)))
+            x = layer.down(kernels, kernels.silu_mul(layer.gate_up(kernels, x)), self.combine)
             x = kernels.add_rms_norm(x, residual, next_norm, eps)
         if step.last is not None:
             x = x[step.last.long()]
@@ -109,10 +118,10 @@ class Model:
             q, kv_cache, step.block_tables, step.q_start, step.kv_lens, scale,
             decodes=step.decodes, out_dtype=x.dtype, constant_tables=True,
         )  # fmt: skip
-        return layer.attn_output(kernels, out.reshape(out.shape[0], -1))
+        return layer.attn_output(kernels, out.reshape(out.shape[0], -1), self.combine)
 
 
-def build_model(config: ModelConfig, kernels: Kernels, packed: PackedWeights) -> Model:
+def build_model(config: ModelConfig, kernels: Kernels, packed: PackedWeights, combine: Combine | None = None) -> Model:
     """The model of packed weights, which it shares."""
 
     def layer(prefix: str) -> Layer:
@@ -133,6 +142,7 @@ def build_model(config: ModelConfig, kernels: Kernels, packed: PackedWeights) ->
         norm=packed.tensors[NORM],
         head=packed.linears[HEAD][0],
         cos_sin=packed.tensors[ROPE],
+        combine=combine,
     )
 
 

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from contextlib import ExitStack
 from types import FrameType
 
 import torch
@@ -18,17 +18,15 @@ import uvicorn
 import tilus
 from serving.api import create_app
 from serving.async_engine import AsyncEngine
-from serving.build import build_engine
+from serving.build import build_engine, open_model, rank_runner
 from serving.config import ServerConfig
 from serving.decode_graph import LARGEST_BATCH
-from serving.dummy import open_dummy
 from serving.engine import Engine
 from serving.execution import Execution, choose_execution
 from serving.kernels import Kernels, default_kernels
-from serving.loader import default_model, open_checkpoint
 from serving.progress import progress
+from serving.tensor_parallel import ranks
 from serving.warm_up import warm_up
-from tilus.dtypes import dtype
 from tilus.errors import TilusError
 
 
@@ -53,11 +51,12 @@ def serve(config: ServerConfig, kernels: Callable[[], Kernels] | None = None) ->
     library = kernels() if kernels is not None else default_kernels(config.batch_invariant)
     if execution.device.type == "cpu":
         torch.set_num_threads(1)  # what torch does here is small; its threads would only take the kernels' cores away
-    with _bind(config.host, config.port) as listener:  # before minutes of loading, not after
-        path = Path(config.model) if config.model else default_model()
-        checkpoint = (open_dummy if config.dummy else open_checkpoint)(path, dtype(config.weight_dtype))
+    with ExitStack() as stack:
+        listener = stack.enter_context(_bind(config.host, config.port))  # before minutes of loading, not after
+        path, checkpoint = open_model(config)
         name = config.model_name or checkpoint.name
-        engine = build_engine(config, path, checkpoint, library, execution)
+        others = stack.enter_context(ranks(config, execution.device, rank_runner)) if config.tp > 1 else None
+        engine = build_engine(config, path, checkpoint, library, execution, others)
         with progress("warming up", "step") as show:
             warm_up(engine, False, show)
         on_gpu = execution.way == "cuda"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tilus import TilusError
 from tilus.kernels.allocate import empty, is_cuda
 from tilus.kernels.gemm_kernel import gemm_kernel
-from tilus.kernels.gemm_schedule import Plan, launched
+from tilus.kernels.gemm_schedule import Plan, invariant_plan, launched
 from tilus.kernels.linear import EMULATED_SMS, gpu_of
 from tilus.lang.arguments import dtype_of_name
 from tilus.runtime.autotune import chosen
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @lru_cache(maxsize=4096)
-def _plan(m: int, n: int, k: int, dtypes: tuple[Any, Any, Any], device: Device | None) -> Plan:
+def _plan(m: int, n: int, k: int, dtypes: tuple[Any, Any, Any], device: Device | None, invariant: bool) -> Plan:
     """The tuned plan of a GPU where there is one, else by rule. dtypes: of x, w and y."""
     from tilus.kernels.tune_gemm import PLANS, GemmProblem, heuristic, measure  # it launches what is here
 
@@ -32,6 +32,8 @@ def _plan(m: int, n: int, k: int, dtypes: tuple[Any, Any, Any], device: Device |
     if act is None or weight is None or out is None:
         raise TilusError(f"gemm of {names[0]} and {names[1]} to {names[2]}, which kernels do not have")
     problem, sms = GemmProblem(m, n, k, act, weight, out), device.num_sms if device else EMULATED_SMS
+    if invariant:
+        return invariant_plan(problem.product(sms))
     if device is not None:
         found = chosen(problem.key(device.name), PLANS, lambda: measure(problem.tuned_as, device))
         if found is not None:
@@ -42,6 +44,7 @@ def _plan(m: int, n: int, k: int, dtypes: tuple[Any, Any, Any], device: Device |
 def gemm(
     x: Any, w: Any, *, bias: Any | None = None, scale: float = 1.0, x_scale: Any | None = None, w_scale: Any | None = None,
     out_dtype: Any = None, out: Any = None, constant: bool = False, device: str | None = None,
+    invariant: bool = False,
 ) -> Any:  # fmt: skip
     """x [M, K] times the transpose of w [N, K], times scales, plus a bias [N]: [M, N] of `out_dtype` (sm_90a).
 
@@ -52,6 +55,8 @@ def gemm(
     16 bytes, too. out: written in place when given. constant: a promise that w, w_scale and bias are those of a layer, written
     neither by the last kernel or copy in the stream that is launched in the ordinary way nor by anything after it; the kernel
     then asks for weights while the one in front of it ends (`tilus.wait_dependencies`).
+    invariant: a row of the result has the same bits whatever the other rows are and however many there are, as nothing is cut
+    along K.
     device: where to run (reference, emulator, cuda), by default as the arguments say. Products are added up in f32 (of 8-bit
     floats hardware keeps fewer bits of each step), those of integers exactly in 32 bits, in which any K below 2^17 fits. The sums
     are scaled in f32 and rounded once.
@@ -69,7 +74,7 @@ def gemm(
     if m and n:
         where = place(device, is_cuda(x))
         gpu = gpu_of(x) if where == "cuda" else None
-        found = _plan(m, n, int(x.shape[1]), (x.dtype, w.dtype, y.dtype), gpu)
+        found = _plan(m, n, int(x.shape[1]), (x.dtype, w.dtype, y.dtype), gpu, invariant)
         launch(x, w, y, (scale, x_scale, w_scale, bias), found, device, constant)
     return y
 

@@ -130,15 +130,21 @@ def plan(product: Product) -> Plan:
     return min(possible(product), key=lambda found: estimated_us(found, product))
 
 
-def possible(product: Product) -> Iterator[Plan]:
-    """Plans for which there is room."""
-    for form in _forms(product):
+def invariant_plan(product: Product) -> Plan:
+    """The fastest one by the model of those that add up along K in one way."""
+    alone = (found for found in possible(product, turns=False) if found.blocks == 1)
+    return min(alone, key=lambda found: estimated_us(found, product))
+
+
+def possible(product: Product, *, turns: bool = True) -> Iterator[Plan]:
+    """Plans for which there is room. turns: whether warpgroups may take turns along K."""
+    for form in _forms(product, turns):
         stages = stages_of(form, product.out_nbytes)
         if stages >= 2 * form.splits and stages * form.stage_nbytes >= LEAST_UNDER_WAY:
             yield launched(replace(form, stages=stages), product.m, product.n, product.num_sms)
 
 
-def _forms(product: Product) -> Iterator[Plan]:
+def _forms(product: Product, may_turn: bool) -> Iterator[Plan]:
     """Plans without stages, whose tiles are not mostly padding and whose parts of K are not too short."""
     m, n = product.m, product.n
     fewest = next((tokens for tokens in WIDTHS if tokens >= m), WIDTHS[-1])
@@ -146,7 +152,7 @@ def _forms(product: Product) -> Iterator[Plan]:
     for tokens, groups, blocks in itertools.product(widths, (1, 2), (1, 2)):
         if groups > 1 and n <= GROUP_ROWS:
             continue
-        turns = groups == 1 and tokens <= TURNS_TOKENS and product.steps >= 2 * LEAST_STEPS * blocks
+        turns = may_turn and groups == 1 and tokens <= TURNS_TOKENS and product.steps >= 2 * LEAST_STEPS * blocks
         alone = Plan(tokens, groups, 2 if turns else 1, 0, blocks, once=m <= tokens)
         num_tiles = alone.tiles(m, n)
         if blocks > 1 and (num_tiles > product.num_sms or product.steps < LEAST_STEPS * blocks * alone.splits):

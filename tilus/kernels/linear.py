@@ -48,6 +48,7 @@ from tilus.runtime.cpu.threads import num_threads
 from tilus.runtime.execute import place
 
 if TYPE_CHECKING:
+    from tilus.kernels.dense_weight import DenseWeight
     from tilus.runtime.cuda import Device
 
 EMULATED_SMS = 132  # an H100
@@ -167,10 +168,10 @@ def load_table(table, act: DataType, warps: int):
 
 
 def linear(
-    x: Any, weight: QuantizedWeight, *, bias: Any | None = None, out_dtype: Any = None, out: Any = None,
+    x: Any, weight: QuantizedWeight | DenseWeight, *, bias: Any | None = None, out_dtype: Any = None, out: Any = None,
     device: str | None = None, invariant: bool = False,
 ) -> Any:  # fmt: skip
-    """x [M, K] of f16 or bf16 times the transpose of a packed weight (N, K), plus a bias [N]: [M, N] of `out_dtype`.
+    """x [M, K] of f16 or bf16 times the transpose of a packed or dense weight (N, K), plus a bias [N]: [M, N] of `out_dtype`.
 
     x, bias, out: torch tensors or numpy arrays, on the weight's device. bias: f16, bf16 or f32, added in f32. out_dtype: by
     default that of x. out: written in place when given. device: where to run (reference, emulator, cpu, cuda), by default as the
@@ -178,7 +179,8 @@ def linear(
     device): sums along K are then cut in one way for every M, which takes longer for most.
     The kernel may start while the one in front of it runs, and then reads the weight and the bias, but not x: nothing that is
     still on its way in the stream may write those two.
-    Raises: TilusError when K, dtypes or devices do not fit, and for a weight that is packed for CPUs on a GPU.
+    Raises: TilusError when K, dtypes or devices do not fit, for a weight that is packed for CPUs on a GPU, and for a dense one
+    without Hopper's tensor cores.
     """
     n, k = weight.shape
     if x.ndim != 2 or x.shape[1] != k:
@@ -187,6 +189,10 @@ def linear(
         raise TilusError(f"linear: x has dtype {x.dtype}, expected float16 or bfloat16", hint="convert it: x.half()")
     if bias is not None and tuple(bias.shape) != (n,):
         raise TilusError(f"linear: bias has shape {list(bias.shape)}, expected {[n]} for the weight of {[n, k]}")
+    if not isinstance(weight, QuantizedWeight):
+        from tilus.kernels.dense_weight import dense_linear  # dense products take their GPU from here
+
+        return dense_linear(x, weight, bias, out_dtype, out, device, invariant)
     m = int(x.shape[0])
     y = empty(x, (m, n), out_dtype) if out is None else out
     if m == 0:

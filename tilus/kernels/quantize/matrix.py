@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -68,6 +70,26 @@ class QuantizedMatrix:
             mins=None if self.mins is None else self.mins[rows],
             zeros=None if self.zeros is None else self.zeros[rows],
         )
+
+    def take_columns(self, start: int, stop: int) -> QuantizedMatrix:
+        """The matrix of the columns `start` to `stop` - 1. Where these cut a group, all groups become shorter, of equal scales.
+
+        Raises: TilusError where columns are stored in another order.
+        """
+        if self.columns is not None:
+            raise TilusError(
+                f"columns {start} to {stop} of a matrix of {list(self.shape)} with columns in another order"
+            )
+        whole = self.group == self.shape[1]  # one scale a row, which serves any part of it
+        group = self.group if whole else math.gcd(self.group, start, stop)
+
+        def groups(part: npt.NDArray[Any] | None) -> Any:
+            if part is None or whole:
+                return part
+            return np.repeat(part, self.group // group, axis=1)[:, start // group : stop // group]
+
+        codes, scales = self.codes[:, start:stop], groups(self.scales)
+        return replace(self, codes=codes, scales=scales, mins=groups(self.mins), zeros=groups(self.zeros))
 
     def stacks_with(self, other: QuantizedMatrix) -> bool:
         """Whether the rows of both can be those of one matrix."""

@@ -1,0 +1,112 @@
+"""What each of several devices holds of a model: whole key-value heads with their query heads, a part of the feed-forward layer.
+
+Of query, key, value, gate and up a device has rows, of the two layers behind them the columns for these, so that its results are
+parts of sums; embedding, norms and output are whole everywhere (M. Shoeybi et al., "Megatron-LM", arXiv 1909.08053). Ranges are
+as equal as whole heads and groups of scales allow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from serving.config import ModelConfig
+from serving.loader import Checkpoint, Weights
+from tilus.errors import TilusError
+from tilus.kernels.quantize import QuantizedMatrix
+
+_UNGROUPED = 64  # columns of a range where one scale serves a whole row
+
+
+@dataclass(frozen=True)
+class Share:
+    """Device `index` of `count`."""
+
+    index: int
+    count: int
+
+    def of(self, number: int) -> range:
+        return range(self.index * number // self.count, (self.index + 1) * number // self.count)
+
+
+def shard(checkpoint: Checkpoint, share: Share) -> Checkpoint:
+    """The checkpoint that one device loads. Raises TilusError where there are fewer key-value heads than devices."""
+    config = checkpoint.config
+    if config.num_kv_heads < share.count:
+        raise TilusError(
+            f"{checkpoint.name} has {config.num_kv_heads} key-value heads, which {share.count} devices cannot share",
+            hint=f"use --tp {config.num_kv_heads} or less",
+        )
+    ranges = _Ranges(config, share, _group(checkpoint.weights, config))
+    heads, ffn = ranges.kv_heads, ranges.ffn
+    local = replace(
+        config,
+        num_heads=len(heads) * (config.num_heads // config.num_kv_heads),
+        num_kv_heads=len(heads),
+        ffn_size=len(ffn),
+    )
+    return Checkpoint(checkpoint.name, local, checkpoint.tokenizer, ShardedWeights(checkpoint.weights, ranges))
+
+
+def _group(weights: Weights, config: ModelConfig) -> int:
+    """Columns of the feed-forward layer that stay together."""
+    row = weights.first_row("blk.0.ffn_down") or weights.matrix("blk.0.ffn_down")
+    return row.group if row.group < config.ffn_size else _UNGROUPED
+
+
+class _Ranges:
+    """Of the rows or columns that a device has of each matrix."""
+
+    def __init__(self, config: ModelConfig, share: Share, group: int) -> None:
+        ratio, dim = config.num_heads // config.num_kv_heads, config.head_dim
+        self.kv_heads = share.of(config.num_kv_heads)
+        blocks = share.of(-(-config.ffn_size // group))
+        self.ffn = range(blocks.start * group, min(blocks.stop * group, config.ffn_size))
+        kv = range(self.kv_heads.start * dim, self.kv_heads.stop * dim)
+        q = range(kv.start * ratio, kv.stop * ratio)
+        self.rows = {"attn_q": q, "attn_k": kv, "attn_v": kv, "ffn_gate": self.ffn, "ffn_up": self.ffn}
+        self.columns = {"attn_output": q, "ffn_down": self.ffn}
+
+
+class ShardedWeights:
+    """`serving.loader.Weights` of one device."""
+
+    def __init__(self, weights: Weights, ranges: _Ranges) -> None:
+        self._weights = weights
+        self._ranges = ranges
+
+    def has(self, name: str) -> bool:
+        return self._weights.has(name)
+
+    def vector(self, name: str) -> npt.NDArray[np.float32]:
+        return self._weights.vector(name)
+
+    def table(self) -> QuantizedMatrix:
+        return self._weights.table()
+
+    def matrix(self, name: str) -> QuantizedMatrix:
+        matrix, rows = self._columns(name, self._weights.matrix(name)), self._rows(name)
+        return matrix if rows is None else matrix.take_rows(np.arange(rows.start, rows.stop))
+
+    def is_float(self, name: str) -> bool:
+        return self._weights.is_float(name)
+
+    def first_row(self, name: str) -> QuantizedMatrix | None:
+        row = self._weights.first_row(name)
+        return None if row is None else self._columns(name, row)
+
+    def num_rows(self, name: str) -> int:
+        rows = self._rows(name)
+        return self._weights.num_rows(name) if rows is None else len(rows)
+
+    def stored_nbytes(self, name: str) -> int:
+        return self._weights.stored_nbytes(name)
+
+    def _rows(self, name: str) -> range | None:
+        return self._ranges.rows.get(name.rpartition(".")[2])
+
+    def _columns(self, name: str, matrix: QuantizedMatrix) -> QuantizedMatrix:
+        columns = self._ranges.columns.get(name.rpartition(".")[2])
+        return matrix if columns is None else matrix.take_columns(columns.start, columns.stop)

@@ -1,0 +1,112 @@
+"""Several processes that hold a model together: parts of weights, and the answers of all of them together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_llama import CPU, write_tiny
+from torch_kernels import TorchKernels
+
+from serving.build import build_engine, build_runner
+from serving.config import ServerConfig
+from serving.core import Request, Runner, SamplingParams
+from serving.engine import Engine
+from serving.execution import Execution
+from serving.loader import Checkpoint, open_checkpoint
+from serving.shards import Share, shard
+from serving.tensor_parallel import Group, ranks
+from tilus.dtypes import uint4
+from tilus.errors import TilusError
+from tilus.kernels.quantize import QuantizedMatrix
+
+ROWS = ("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up")
+COLUMNS = ("attn_output", "ffn_down")
+WAY = Execution(CPU, "reference")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@given(number=st.integers(0, 50), count=st.integers(1, 9))
+def test_shares_are_everything_once_and_as_equal_as_can_be(number: int, count: int) -> None:
+    shares = [Share(index, count).of(number) for index in range(count)]
+    assert [item for share in shares for item in share] == list(range(number))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def values(checkpoint: Checkpoint, name: str) -> np.ndarray:
+    return checkpoint.weights.matrix(f"blk.1.{name}").dequantize()
+
+
+def test_parts_are_the_matrices_of_the_model(tiny: Path) -> None:
+    """Two key-value heads go to two devices; of 160 columns in groups of 32, one gets 64 and one 96."""
+    whole = open_checkpoint(tiny)
+    parts = [shard(whole, Share(index, 2)) for index in range(2)]
+    assert [(p.config.num_heads, p.config.num_kv_heads, p.config.ffn_size) for p in parts] == [(3, 1, 64), (3, 1, 96)]
+    for axis, names in enumerate((ROWS, COLUMNS)):
+        for name in names:
+            found = np.concatenate([values(part, name) for part in parts], axis)
+            np.testing.assert_array_equal(found, values(whole, name))
+            for part in parts:
+                row = part.weights.first_row(f"blk.1.{name}")
+                assert row is not None
+                assert row.stacks_with(part.weights.matrix(f"blk.1.{name}"))
+                assert part.weights.num_rows(f"blk.1.{name}") == len(values(part, name))
+    np.testing.assert_array_equal(parts[1].weights.vector("output_norm"), whole.weights.vector("output_norm"))
+
+
+def test_more_devices_than_heads_are_refused(tiny: Path) -> None:
+    with pytest.raises(TilusError, match="2 key-value heads, which 3 devices cannot share"):
+        shard(open_checkpoint(tiny), Share(0, 3))
+
+
+@pytest.mark.parametrize("group", [32, 96])
+@pytest.mark.parametrize(("start", "stop"), [(32, 96), (0, 48), (16, 80)])
+def test_columns_of_a_matrix_keep_their_values(group: int, start: int, stop: int) -> None:
+    rng = np.random.default_rng(0)
+    codes, sets = rng.integers(0, 16, (3, 96), np.uint8), 96 // group
+    scales, mins = (rng.normal(size=(3, sets)).astype(np.float32) for _ in range(2))
+    matrix = QuantizedMatrix(codes, scales, mins, dtype=uint4, zeros=rng.integers(0, 8, (3, sets)).astype(np.int16))
+    np.testing.assert_array_equal(matrix.take_columns(start, stop).dequantize(), matrix.dequantize()[:, start:stop])
+
+
+def options(tiny: Path, **changes: object) -> ServerConfig:
+    return ServerConfig(**({"model": str(tiny), "max_batch": 4, "max_step_tokens": 16, "num_pages": 24} | changes))
+
+
+def oracle_runner(config: ServerConfig, group: Group) -> Runner:
+    """What the other process runs."""
+    return build_runner(
+        config, Path(config.model or ""), open_checkpoint(Path(config.model or "")), TorchKernels(), WAY, group
+    )[0]
+
+
+def answers(engine: Engine) -> dict[str, list[int]]:
+    tokens: dict[str, list[int]] = {}
+    for index in range(5):
+        prompt = tuple(np.random.default_rng(index).integers(0, 256, 5 + 9 * index).tolist())
+        params = SamplingParams(max_tokens=8 + index, temperature=float(index % 2), seed=index, ignore_eos=True)
+        engine.add(Request(str(index), prompt, params))
+    while engine.has_work:
+        for output in engine.step():
+            tokens.setdefault(output.request_id, []).extend(token.token_id for token in output.tokens)
+    engine.check()
+    return tokens
+
+
+def test_two_processes_answer_as_one(tiny: Path) -> None:
+    """Greedy and random answers, prompts in chunks, a cache so small that sequences lose their pages."""
+    torch.set_num_threads(1)
+    checkpoint, kernels = open_checkpoint(tiny), TorchKernels()
+    alone = answers(build_engine(options(tiny), tiny, checkpoint, kernels, WAY))
+    config = options(tiny, tp=2)
+    with ranks(config, CPU, oracle_runner) as both:
+        together = answers(build_engine(config, tiny, checkpoint, kernels, WAY, both))
+    assert together == alone
