@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from serving.dummy import open_dummy
 from serving.engine import Engine
 from serving.execution import Execution, choose_execution
 from serving.kernels import Kernels, default_kernels
+from serving.kv import PageTables
 from serving.loader import Checkpoint, default_model, open_checkpoint
 from serving.memory import PAGE_SIZE, Wishes, expected_size, free_nbytes, plan, size_of
 from serving.model import build_model
@@ -21,6 +23,7 @@ from serving.packing import PackedWeights, pack_weights
 from serving.progress import progress
 from serving.runner import TorchRunner
 from serving.shards import shard
+from serving.speculation import Drafter, DraftModel, PromptLookup
 from serving.tensor_parallel import Group, ParallelRunner, Ranks
 from serving.weight_cache import WeightCache, packed_form
 from tilus.dtypes import dtype
@@ -43,9 +46,33 @@ def build_engine(
     Raises: TilusError when the model does not fit, or --max-model-len is more than it was made for.
     """
     group = None if ranks is None else ranks.group
+    drafter = _drafter(config, checkpoint, kernels, execution)  # first: the model's cache takes what is left
     runner, limits = build_runner(config, path, checkpoint, kernels, execution, group)
     parallel = runner if ranks is None else ParallelRunner(runner, ranks.others)
-    return Engine(parallel, checkpoint.tokenizer, limits, MonotonicClock())
+    return Engine(parallel, checkpoint.tokenizer, limits, MonotonicClock(), drafter=drafter)
+
+
+def _drafter(config: ServerConfig, checkpoint: Checkpoint, kernels: Kernels, execution: Execution) -> Drafter | None:
+    """What --drafts and --draft-model ask for. A draft model's cache holds half of what the largest batch may need.
+
+    Raises: TilusError when the draft model has other tokens.
+    """
+    if not config.drafts:
+        return None
+    if config.draft_model is None:
+        return PromptLookup()
+    path = Path(config.draft_model)
+    small = (open_dummy if config.dummy else open_checkpoint)(path, dtype(config.weight_dtype))
+    if small.tokenizer.vocab_size != checkpoint.tokenizer.vocab_size:
+        raise TilusError(
+            f"the draft model has {small.tokenizer.vocab_size} tokens, {checkpoint.name} has {checkpoint.tokenizer.vocab_size}",
+            hint="--draft-model must be of the same family",
+        )
+    length = min(config.max_model_len or checkpoint.config.max_positions, small.config.max_positions)
+    num_pages = -(-length // PAGE_SIZE) * max(1, config.max_batch // 2)
+    options = replace(config, max_model_len=length, num_pages=num_pages, drafts=0)
+    runner, limits = build_runner(options, path, small, kernels, execution, None)
+    return DraftModel(runner, PageTables(num_pages, PAGE_SIZE), limits.max_step_tokens)
 
 
 def rank_runner(config: ServerConfig, group: Group) -> Runner:
@@ -92,6 +119,7 @@ def build_runner(
         max_step_tokens=config.max_step_tokens,
         request_timeout=config.request_timeout,
         prefix_cache=not config.no_prefix_cache,
+        num_drafts=config.drafts,
         overlap=device.type == "cuda" and not config.no_overlap,  # a launch on a CPU ends when the step does
     )
     model = build_model(checkpoint.config, kernels, packed, None if group is None else group.sum)
@@ -101,7 +129,7 @@ def build_runner(
     captures &= group is None or device.type == "cuda"
     runner = TorchRunner(
         model, limits.num_pages, limits.page_size, device, kv_dtype=config.kv_dtype,
-        max_rows=config.max_batch, graphs=GraphLimits(config.max_batch, pages) if captures else None,
+        max_rows=config.max_batch * (1 + config.drafts), graphs=GraphLimits(config.max_batch, pages) if captures else None,
     )  # fmt: skip
     return runner, limits
 

@@ -13,6 +13,7 @@ from tilus.errors import TilusError
 from tilus.kernels import KV_FORMATS
 
 DEVICES = ("auto", "cpu", "cuda", "reference")
+MAX_DRAFTS = 8
 KV_DTYPES = ("fp16", "bf16", *KV_FORMATS)
 
 
@@ -20,6 +21,7 @@ KV_DTYPES = ("fp16", "bf16", *KV_FORMATS)
 class EngineConfig:
     """The engine's limits. num_pages pages of page_size tokens are the cache; times are in seconds. prefix_cache: whether pages
     of ended requests serve others that begin alike. overlap: whether a step is scheduled while the one before it runs.
+    num_drafts: guesses of a sequence's next tokens that a step checks.
 
     Raises TilusError when the limits contradict each other.
     """
@@ -32,6 +34,7 @@ class EngineConfig:
     request_timeout: float = 3600.0
     prefix_cache: bool = True
     overlap: bool = False
+    num_drafts: int = 0
 
     def __post_init__(self) -> None:
         for name in ("num_pages", "max_model_len", "page_size", "max_batch", "max_step_tokens", "request_timeout"):
@@ -115,6 +118,13 @@ class ServerConfig:
     tp: int = _option(
         1, "processes that share the model, each on a GPU of its own, and compute every step together", "N"
     )
+    drafts: int = _option(
+        0,
+        "guesses of each answer's next tokens that a step checks, up to 8: they do not change answers; from --draft-model, or "
+        "what followed in the prompt and the answer after the same tokens",
+        "N",
+    )
+    draft_model: str | None = _option(None, "a small model of the same vocabulary that makes --drafts", "DIR|FILE.gguf")
     batch_invariant: bool = _option(
         False,
         "give a request the same bits whatever else runs beside it, however its prompt is cut and whether it is computed again; "
@@ -188,6 +198,10 @@ def parse_args(arguments: Sequence[str] | None = None) -> ServerConfig:
         value = getattr(config, name)
         if value is not None and value <= 0:
             parser.error(f"argument --{name.replace('_', '-')}: {value} is not positive")
+    if not 0 <= config.drafts <= MAX_DRAFTS:
+        parser.error(f"argument --drafts: {config.drafts} is not between 0 and {MAX_DRAFTS}")
+    if config.draft_model is not None and not config.drafts:
+        parser.error("argument --draft-model: nothing is guessed without --drafts")
     if not 0 <= config.port <= 65535:
         parser.error(f"argument --port: {config.port} is not between 0 and 65535")
     return config

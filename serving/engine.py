@@ -26,6 +26,7 @@ from serving.core import (
 from serving.errors import RequestError
 from serving.kv import PageTables
 from serving.scheduler import Scheduler
+from serving.speculation import Drafter, Drafts
 from serving.stop import StopMatcher
 from serving.tokenizer import Detokenizer
 from tilus.errors import TilusError
@@ -68,7 +69,8 @@ class Engine:
     """Generates for many requests at once: `add` them, call `step` while `has_work`, and hand out its outputs.
 
     Every request that was added ends in exactly one output with a finish reason, or by `abort`. matcher: makes those of grammars;
-    without it, requests with a grammar are refused.
+    without it, requests with a grammar are refused. drafter: guesses up to `config.num_drafts` tokens of each sequence; without
+    overlap, as the tokens of a step must be known then before the next one is scheduled.
     """
 
     def __init__(
@@ -78,11 +80,13 @@ class Engine:
         config: EngineConfig,
         clock: Clock,
         matcher: Callable[[Grammar], Matcher] | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         self._runner = runner
         self._vocabulary = vocabulary
         self._clock = clock
         self._matcher = matcher
+        self._drafter = drafter
         self.config = config
         self.pages = PageTables(config.num_pages, config.page_size, reuse=config.prefix_cache)
         self.scheduler = Scheduler(self.pages, max_batch=config.max_batch, max_step_tokens=config.max_step_tokens)
@@ -141,6 +145,8 @@ class Engine:
         live = self._live.pop(request_id, None)
         if live is not None:
             self.scheduler.remove(live.seq)
+            if self._drafter is not None:
+                self._drafter.forget(request_id)
 
     def step(self) -> list[RequestOutput]:
         """Launch one batch; the outputs of the requests that gained something.
@@ -154,7 +160,7 @@ class Engine:
             outputs += self._finish()
         before, self._launched = self._launched, self._launch()
         outputs += self._commit(before)
-        if not self.config.overlap:
+        if not self.config.overlap or self._drafter is not None:
             outputs += self._finish()
         return outputs
 
@@ -194,7 +200,7 @@ class Engine:
         return [RequestOutput(request_id, "", (), "timeout") for request_id in late]
 
     def _launch(self) -> _Launched | None:
-        batch = self._informed(self.scheduler.schedule())
+        batch = self._informed(self.scheduler.schedule(self._drafts()))
         if not batch.items:
             return None
         wait = self._runner.launch(batch)
@@ -207,6 +213,17 @@ class Engine:
                 live.seq.num_unknown += 1
                 sampled.append(live)
         return _Launched(batch.sampled, tuple(sampled), wait)
+
+    def _drafts(self) -> Drafts:
+        """Guesses for sequences whose next tokens depend on nothing but the model and random numbers."""
+        if self._drafter is None:
+            return {}
+        wanted: dict[Sequence, int] = {}
+        for seq in self.scheduler.decoding():
+            room = min(seq.max_tokens, self.max_model_len - len(seq.request.prompt)) - seq.num_output - 1
+            if not seq.request.params.needs_history and room > 0:
+                wanted[seq] = min(self.config.num_drafts, room)
+        return self._drafter.propose(wanted)
 
     def _finish(self) -> list[RequestOutput]:
         step, self._launched = self._launched, None

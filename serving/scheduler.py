@@ -18,11 +18,13 @@ a step each page has the owners that it has in the tables.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from serving.core import Batch, BatchItem, Sequence
 from serving.kv import PageTables
 from tilus.errors import TilusError
+
+_NO_DRAFTS: Mapping[str, tuple[int, ...]] = {}
 
 
 class Scheduler:
@@ -48,13 +50,22 @@ class Scheduler:
         else:
             self.waiting.remove(seq)
 
-    def schedule(self) -> Batch:
-        """The next step's batch; empty only when there is no work, or all that runs is full and waits for its last token."""
+    def decoding(self) -> list[Sequence]:
+        """The sequences that will get a token in the next step if they keep their pages, oldest first."""
+        return [seq for seq in self.running if seq.num_pending == 1 and not seq.is_full]
+
+    def schedule(self, drafts: Mapping[str, tuple[int, ...]] = _NO_DRAFTS) -> Batch:
+        """The next step's batch; empty only when there is no work, or all that runs is full and waits for its last token.
+
+        drafts: by request, guesses of the next tokens of sequences that decode, taken as far as there are pages and tokens left.
+        """
         plan: dict[Sequence, int] = {}
         num_running = len(self.running)
         self._plan_decodes(plan)
         preempted = len(self.running) < num_running
         budget = self.max_step_tokens - sum(plan.values())
+        taken = self._plan_drafts(plan, drafts, budget)
+        budget -= sum(map(len, taken.values()))
         budget = self._plan_prefills(plan, (seq for seq in self.running if not (seq in plan or seq.is_full)), budget)
         if not preempted:
             self._plan_newcomers(plan, budget)
@@ -63,7 +74,7 @@ class Scheduler:
                 f"nothing can run: {len(self.waiting)} waiting, {len(self.running)} running, "
                 f"{self.pages.num_free} of {self.pages.num_pages} pages free"
             )
-        return Batch(tuple(self._item(seq, count) for seq, count in plan.items()))
+        return Batch(tuple(self._item(seq, count, taken.get(seq.id, ())) for seq, count in plan.items()))
 
     def advance(self, seq: Sequence, count: int) -> None:
         """A step has been launched that computes `count` more tokens of a sequence. Steps after it may read them."""
@@ -71,11 +82,23 @@ class Scheduler:
         self._publish(seq)
 
     def _plan_decodes(self, plan: dict[Sequence, int]) -> None:
-        for seq in [seq for seq in self.running if seq.num_pending == 1 and not seq.is_full]:
+        for seq in self.decoding():
             while seq in self.running and not self.pages.reserve(seq.id, len(seq.tokens)):
                 self._preempt_youngest()  # never one planned already: those are older than `seq`
             if seq in self.running:
                 plan[seq] = 1
+
+    def _plan_drafts(
+        self, plan: Mapping[Sequence, int], drafts: Mapping[str, tuple[int, ...]], budget: int
+    ) -> dict[str, tuple[int, ...]]:
+        """Those that are taken. Nobody loses pages for them."""
+        taken: dict[str, tuple[int, ...]] = {}
+        for seq in plan:
+            guesses = drafts.get(seq.id, ())[:budget]
+            if guesses and self.pages.reserve(seq.id, len(seq.tokens) + len(guesses)):
+                taken[seq.id] = guesses
+                budget -= len(guesses)
+        return taken
 
     def _plan_prefills(self, plan: dict[Sequence, int], prompts: Iterable[Sequence], budget: int) -> int:
         for seq in prompts:
@@ -112,13 +135,14 @@ class Scheduler:
         self._publish(seq)
         self.pages.release(seq.id)
 
-    def _item(self, seq: Sequence, count: int) -> BatchItem:
+    def _item(self, seq: Sequence, count: int, drafts: tuple[int, ...]) -> BatchItem:
         start, end = seq.num_computed, seq.num_computed + count
         return BatchItem(
             request_id=seq.id,
-            token_ids=tuple(seq.tokens[start:end]),
+            token_ids=(*seq.tokens[start:end], *drafts),
             start=start,
             pages=self.pages.table(seq.id),
             params=seq.request.params if end == len(seq.tokens) else None,
             draw=seq.num_output,
+            num_drafts=len(drafts),
         )

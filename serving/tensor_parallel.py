@@ -71,10 +71,10 @@ class ParallelRunner:
         self._local = local
         self._others = others
 
-    def execute(self, batch: Batch) -> StepOutput:
+    def launch(self, batch: Batch) -> Callable[[], StepOutput]:
         for other in self._others:
             other.send(batch)
-        return self._local.execute(batch)
+        return self._local.launch(batch)
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +153,7 @@ def _work(config: ServerConfig, index: int, meeting: Path, batches: Connection, 
             batch: Batch = batches.recv()
         except EOFError:
             break
-        runner.execute(batch)
+        runner.launch(batch)  # nothing waits for its tokens here: the next step finds them on the device
     dist.destroy_process_group()
 
 
