@@ -18,7 +18,9 @@ from serving.memory import PAGE_SIZE, Wishes, expected_size, free_nbytes, plan, 
 from serving.model import build_model
 from serving.packing import PackedWeights, pack_weights
 from serving.progress import progress
+from serving.request_log import log_request
 from serving.runner import TorchRunner
+from serving.trace import Trace
 from serving.weight_cache import WeightCache, packed_form
 from tilus.errors import TilusError
 
@@ -35,6 +37,7 @@ def build_engine(
     if max_model_len > model_limit:
         raise TilusError(f"--max-model-len is {max_model_len}, but the model was made for at most {model_limit} tokens")
     device = execution.device
+    trace = Trace(Path(config.trace)) if config.trace is not None else None
     _say(f"loading {checkpoint.name} on {device.type}")
     if not execution.is_compiled:
         _say(f"kernels are interpreted ({execution.way}), which is slow")
@@ -62,9 +65,12 @@ def build_engine(
     captures = execution.is_compiled and kernels is default_kernels(config.batch_invariant)
     runner = TorchRunner(
         model, limits.num_pages, limits.page_size, device, kv_dtype=config.kv_dtype,
-        max_rows=config.max_batch, graphs=GraphLimits(config.max_batch, pages) if captures else None,
+        max_rows=config.max_batch, graphs=GraphLimits(config.max_batch, pages) if captures else None, trace=trace,
     )  # fmt: skip
-    return Engine(runner, checkpoint.tokenizer, limits, MonotonicClock())
+    return Engine(
+        runner, checkpoint.tokenizer, limits, MonotonicClock(),
+        trace=trace, on_end=log_request if config.log_requests else None,
+    )  # fmt: skip
 
 
 def _cache(path: Path, weight_dtype: str, kernels: Kernels, device: torch.device) -> WeightCache | None:

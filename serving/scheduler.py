@@ -73,9 +73,12 @@ class Scheduler:
     def _plan_decodes(self, plan: dict[Sequence, int]) -> None:
         for seq in [seq for seq in self.running if seq.num_pending == 1 and not seq.is_full]:
             while seq in self.running and not self.pages.reserve(seq.id, len(seq.tokens)):
+                if any(other.is_full for other in self.running):  # pages will be free when its end is told
+                    break
                 self._preempt_youngest()  # never one planned already: those are older than `seq`
-            if seq in self.running:
-                plan[seq] = 1
+            else:
+                if seq in self.running:
+                    plan[seq] = 1
 
     def _plan_prefills(self, plan: dict[Sequence, int], prompts: Iterable[Sequence], budget: int) -> int:
         for seq in prompts:
