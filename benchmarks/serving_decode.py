@@ -18,7 +18,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,6 +35,7 @@ from serving.kv_pool import KvPool
 from serving.model import Model, build_model
 from serving.packing import FUSED, NORMS, PackedWeights, pack_weights
 from serving.runner import TorchRunner, step_tensors
+from serving.sampling import Sampler
 from tilus.dtypes import dtype
 
 LLAMA_3_8B = {
@@ -48,15 +49,15 @@ GREEDY = SamplingParams(temperature=0)
 STEPS = 30
 
 
-def open_model(options: argparse.Namespace) -> tuple[Model, int]:
-    """On the GPU, and the bytes of its linear layers."""
+def open_model(options: argparse.Namespace, device: str = "cuda") -> tuple[Model, int]:
+    """And the bytes of its linear layers."""
     settings: dict[str, Any] = LLAMA_3_8B if options.config is None else json.loads(options.config.read_text())
     layers = options.layers or int(settings["num_hidden_layers"])
     with TemporaryDirectory() as directory:
         path = Path(directory) / "config.json"
         path.write_text(json.dumps(settings | {"num_hidden_layers": 1}))
         checkpoint = open_dummy(path, dtype(options.weight_dtype), options.group)
-    packed = with_layers(pack_weights(checkpoint, default_kernels(), torch.device("cuda")), layers)
+    packed = with_layers(pack_weights(checkpoint, default_kernels(), torch.device(device)), layers)
     nbytes = sum(int(part.nbytes) for parts in packed.linears.values() for part in parts)
     config = replace(checkpoint.config, num_layers=layers)
     return build_model(config, default_kernels(), packed), nbytes
@@ -114,21 +115,24 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     largest, pages = max(options.batch), -(-max(options.context, options.prefill) // PAGE)
     limits = GraphLimits(largest, pages)
-    runner = TorchRunner(model, largest * pages, PAGE, torch.device("cuda"), kv_dtype=kv_dtype, graphs=limits)
+    runner = TorchRunner(
+        model, largest * pages, PAGE, torch.device("cuda"), kv_dtype=kv_dtype, max_rows=largest, graphs=limits
+    )
     fill(runner.kv_pool)
-    graphs = DecodeGraphs(model, runner.kv_pool, limits)
+    sampler = Sampler(model.config.vocab_size, largest, torch.device("cuda"))
+    graphs = DecodeGraphs(model, runner.kv_pool, limits, sampler)
     page_nbytes = runner.kv_pool.shape.nbytes
     for size in options.batch:
         batch = decode_batch(size, options.context)
         for _ in range(3):
-            runner.execute(batch)
-        step_us = median_us(lambda batch=batch: runner.execute(batch), STEPS)
+            runner.launch(batch)()
+        step_us = median_us(lambda batch=batch: runner.launch(batch)(), STEPS)
         with torch.inference_mode():
-            graphs.forward(batch)
+            replay = graphs.prepare(batch, {})
 
-            def several(batch: Batch = batch) -> None:
+            def several(replay: Callable[[], torch.Tensor] = replay) -> None:
                 for _ in range(5):
-                    graphs.forward(batch)
+                    replay()
 
             graph_us = round(median_us(several, 10) / 5, 1)
         nbytes = weights_nbytes + size * -(-options.context // PAGE) * page_nbytes

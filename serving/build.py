@@ -21,10 +21,12 @@ from serving.memory import PAGE_SIZE, Wishes, expected_size, free_nbytes, plan, 
 from serving.model import build_model
 from serving.packing import PackedWeights, pack_weights
 from serving.progress import progress
+from serving.request_log import log_request
 from serving.runner import TorchRunner
 from serving.shards import shard
 from serving.speculation import Drafter, DraftModel, PromptLookup
 from serving.tensor_parallel import Group, ParallelRunner, Ranks
+from serving.trace import Trace
 from serving.weight_cache import WeightCache, packed_form
 from tilus.dtypes import dtype
 from tilus.errors import TilusError
@@ -47,9 +49,12 @@ def build_engine(
     """
     group = None if ranks is None else ranks.group
     drafter = _drafter(config, checkpoint, kernels, execution)  # first: the model's cache takes what is left
-    runner, limits = build_runner(config, path, checkpoint, kernels, execution, group)
-    parallel = runner if ranks is None else ParallelRunner(runner, ranks.others)
-    return Engine(parallel, checkpoint.tokenizer, limits, MonotonicClock(), drafter=drafter)
+    trace = Trace(Path(config.trace)) if config.trace is not None else None
+    runner, limits = build_runner(config, path, checkpoint, kernels, execution, group, trace)
+    return Engine(
+        runner if ranks is None else ParallelRunner(runner, ranks.others), checkpoint.tokenizer, limits, MonotonicClock(),
+        drafter=drafter, trace=trace, on_end=log_request if config.log_requests else None,
+    )  # fmt: skip
 
 
 def _drafter(config: ServerConfig, checkpoint: Checkpoint, kernels: Kernels, execution: Execution) -> Drafter | None:
@@ -71,7 +76,7 @@ def _drafter(config: ServerConfig, checkpoint: Checkpoint, kernels: Kernels, exe
     length = min(config.max_model_len or checkpoint.config.max_positions, small.config.max_positions)
     num_pages = -(-length // PAGE_SIZE) * max(1, config.max_batch // 2)
     options = replace(config, max_model_len=length, num_pages=num_pages, drafts=0)
-    runner, limits = build_runner(options, path, small, kernels, execution, None)
+    runner, limits = build_runner(options, path, small, kernels, execution)
     return DraftModel(runner, PageTables(num_pages, PAGE_SIZE), limits.max_step_tokens)
 
 
@@ -89,7 +94,8 @@ def build_runner(
     checkpoint: Checkpoint,
     kernels: Kernels,
     execution: Execution,
-    group: Group | None,
+    group: Group | None = None,
+    trace: Trace | None = None,
 ) -> tuple[TorchRunner, EngineConfig]:
     """What runs a checkpoint's steps in this process, and the limits that follow from the memory of all."""
     checkpoint = checkpoint if group is None else shard(checkpoint, group.share)
@@ -130,6 +136,7 @@ def build_runner(
     runner = TorchRunner(
         model, limits.num_pages, limits.page_size, device, kv_dtype=config.kv_dtype,
         max_rows=config.max_batch * (1 + config.drafts), graphs=GraphLimits(config.max_batch, pages) if captures else None,
+        trace=trace,
     )  # fmt: skip
     return runner, limits
 

@@ -138,6 +138,12 @@ class ServerConfig:
         "schedule each step only when the tokens of the one before are known, also on a GPU, where the next step is otherwise "
         "launched while one runs",
     )
+    log_requests: bool = _option(False, "print a line for each request that ends: its tokens, and where its time went")
+    trace: str | None = _option(
+        None,
+        "write what the engine and the GPU did when to this file at the end, in Chrome's format: open it in ui.perfetto.dev",
+        "FILE",
+    )
     dummy: bool = _option(
         False,
         "random weights in the shape of --model, a config.json or a directory with one; tokens are bytes: to measure speed",

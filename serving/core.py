@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 from serving.errors import RequestError
 
 FinishReason = Literal["stop", "length", "timeout", "error", "grammar"]
+Ending = FinishReason | Literal["abort"]  # the client has gone
 UNKNOWN = -1  # in place of a token that has been sampled, or will be, but is still on the device
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
@@ -148,6 +149,7 @@ class Sequence:
     of them have keys and values in the cache once the launched steps have run; it falls to 0 when the sequence loses its
     pages, and everything is computed again later. max_tokens: the limit on output with the default resolved. deadline: the
     clock's time after which the request is given up. matcher: of the request's grammar, if it has one.
+    arrived, started, answered: the clock's times of arrival, of the first step and of the first token.
     """
 
     request: Request
@@ -158,6 +160,9 @@ class Sequence:
     num_computed: int = 0
     num_unknown: int = 0
     num_preemptions: int = 0
+    arrived: float = 0.0
+    started: float | None = None
+    answered: float | None = None
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +14,7 @@ from serving.core import (
     Batch,
     BatchItem,
     Clock,
+    Ending,
     FinishReason,
     Grammar,
     Matcher,
@@ -29,6 +31,8 @@ from serving.scheduler import Scheduler
 from serving.speculation import Drafter, Drafts
 from serving.stop import StopMatcher
 from serving.tokenizer import Detokenizer
+from serving.trace import Trace
+from tilus import config as environment
 from tilus.errors import TilusError
 
 
@@ -70,7 +74,8 @@ class Engine:
 
     Every request that was added ends in exactly one output with a finish reason, or by `abort`. matcher: makes those of grammars;
     without it, requests with a grammar are refused. drafter: guesses up to `config.num_drafts` tokens of each sequence; without
-    overlap, as the tokens of a step must be known then before the next one is scheduled.
+    overlap, as the tokens of a step must be known then before the next one is scheduled. trace: gets the times of the parts of
+    steps. on_end: called with each sequence that ends, why it does, and the clock's time.
     """
 
     def __init__(
@@ -80,13 +85,19 @@ class Engine:
         config: EngineConfig,
         clock: Clock,
         matcher: Callable[[Grammar], Matcher] | None = None,
+        *,
         drafter: Drafter | None = None,
+        trace: Trace | None = None,
+        on_end: Callable[[Sequence, Ending, float], None] | None = None,
     ) -> None:
         self._runner = runner
         self._vocabulary = vocabulary
         self._clock = clock
         self._matcher = matcher
         self._drafter = drafter
+        self._on_end = on_end
+        self._checks = environment.debug()
+        self.trace = trace
         self.config = config
         self.pages = PageTables(config.num_pages, config.page_size, reuse=config.prefix_cache)
         self.scheduler = Scheduler(self.pages, max_batch=config.max_batch, max_step_tokens=config.max_step_tokens)
@@ -135,18 +146,16 @@ class Engine:
         if request.id in self._live:
             raise TilusError(f"request id {request.id!r} is live already, but ids must be unique")
         limit = request.params.max_tokens or self.max_model_len - len(request.prompt)
-        deadline = self._clock.now() + self.config.request_timeout
-        seq = Sequence(request, limit, deadline, self.new_matcher(request.params.grammar))
+        now = self._clock.now()
+        matcher = self.new_matcher(request.params.grammar)
+        seq = Sequence(request, limit, now + self.config.request_timeout, matcher, arrived=now)
         self._live[request.id] = _Live(seq, Detokenizer(self._vocabulary.decode), StopMatcher(request.params.stop))
         self.scheduler.add(seq)
 
     def abort(self, request_id: str) -> None:
         """Drop a request and take its pages back. One that has finished already is no mistake: clients race."""
-        live = self._live.pop(request_id, None)
-        if live is not None:
-            self.scheduler.remove(live.seq)
-            if self._drafter is not None:
-                self._drafter.forget(request_id)
+        if request_id in self._live:
+            self._end(request_id, "abort")
 
     def step(self) -> list[RequestOutput]:
         """Launch one batch; the outputs of the requests that gained something.
@@ -162,6 +171,8 @@ class Engine:
         outputs += self._commit(before)
         if not self.config.overlap or self._drafter is not None:
             outputs += self._finish()
+        if self._checks:
+            self.check()
         return outputs
 
     def check(self) -> None:
@@ -178,6 +189,17 @@ class Engine:
             raise TilusError(f"pages belong to {sorted(self.pages.owners())}, but {sorted(running)} are running")
         if sorted([*running, *waiting]) != sorted(self._live):
             raise TilusError(f"scheduled are {sorted([*running, *waiting])}, but live are {sorted(self._live)}")
+
+    def _end(self, request_id: str, ending: Ending) -> None:
+        seq = self._live.pop(request_id).seq
+        self.scheduler.remove(seq)
+        if self._drafter is not None:
+            self._drafter.forget(request_id)
+        if self._on_end is not None:
+            self._on_end(seq, ending, self._clock.now())
+
+    def _span(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext() if self.trace is None else self.trace.span(name)
 
     def _informed(self, batch: Batch) -> Batch:
         """The batch with what sampling must know beyond the logits."""
@@ -196,18 +218,21 @@ class Engine:
         now = self._clock.now()
         late = [request_id for request_id, live in self._live.items() if live.seq.deadline < now]
         for request_id in late:
-            self.abort(request_id)
+            self._end(request_id, "timeout")
         return [RequestOutput(request_id, "", (), "timeout") for request_id in late]
 
     def _launch(self) -> _Launched | None:
-        batch = self._informed(self.scheduler.schedule(self._drafts()))
+        with self._span("schedule"):
+            batch = self._informed(self.scheduler.schedule(self._drafts()))
         if not batch.items:
             return None
-        wait = self._runner.launch(batch)
-        sampled: list[_Live] = []
+        with self._span("launch"):
+            wait = self._runner.launch(batch)
+        now, sampled = self._clock.now(), list[_Live]()
         for item in batch.items:
             live = self._live[item.request_id]
             self.scheduler.advance(live.seq, len(item.token_ids))
+            live.seq.started = now if live.seq.started is None else live.seq.started
             if item.params is not None:
                 live.seq.tokens.append(UNKNOWN)
                 live.seq.num_unknown += 1
@@ -233,29 +258,35 @@ class Engine:
         """Wait for a step. What was sampled for requests that have gone since is dropped."""
         if step is None:
             return []
-        tokens = step.wait().tokens
+        with self._span("wait"):
+            tokens = step.wait().tokens
         if len(tokens) != len(step.items):
             raise TilusError(f"the runner sampled {len(tokens)} tokens, expected {len(step.items)}")
-        return [
-            self._extend(live, item, found)
-            for item, live, found in zip(step.items, step.sampled, tokens)
-            if self._live.get(item.request_id) is live
-        ]
+        now = self._clock.now()
+        with self._span("commit"):
+            return [
+                self._extend(live, item, found, now)
+                for item, live, found in zip(step.items, step.sampled, tokens)
+                if self._live.get(item.request_id) is live
+            ]
 
-    def _extend(self, live: _Live, item: BatchItem, tokens: tuple[SampledToken, ...] | None) -> RequestOutput:
+    def _extend(
+        self, live: _Live, item: BatchItem, tokens: tuple[SampledToken, ...] | None, now: float
+    ) -> RequestOutput:
         if tokens is None:  # not-a-number logits: this request ends, the others go on
-            self.abort(item.request_id)
+            self._end(item.request_id, "error")
             return RequestOutput(item.request_id, "", (), "error")
         seq, position = live.seq, item.kv_len - item.num_drafts
         seq.tokens[position : position + 1] = [token.token_id for token in tokens]
         seq.num_unknown -= 1
+        seq.answered = now if seq.answered is None else seq.answered
         seq.num_computed -= item.num_drafts - (len(tokens) - 1)  # drafts that did not agree are computed again
         text, reason = "", None
         for count, token in enumerate(tokens, 1):
             piece, reason = self._append(live, token.token_id, item.draw + count)
             text += piece
             if reason is not None:
-                self.abort(item.request_id)
+                self._end(item.request_id, reason)
                 return RequestOutput(item.request_id, text, tokens[:count], reason)
         return RequestOutput(item.request_id, text, tokens)
 

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from serving.core import UNKNOWN, Batch, BatchItem, SampledToken, StepOutput
 from serving.decode_graph import DecodeGraphs, GraphLimits, known_tokens
+from serving.gpu_spans import GpuSpans
 from serving.kv_pool import KvPool, PageShape
 from serving.model import Model, StepTensors
 from serving.sampling import Sampler
+from serving.trace import Trace
 
 _ALIGNMENT = 16  # int32 values: arrays and table rows start at multiples of 64 bytes, so that kernels see one alignment
 
@@ -27,18 +29,19 @@ class TorchRunner:
     """Owns the key-value pool. Keys and values of a page that nobody owns are left as they are, and never read.
 
     max_rows: tokens that a step samples at most. graphs: how decode steps are captured and replayed, where kernels are those of
-    tilus, compiled; None to launch each step's.
+    tilus, compiled; None to launch each step's. trace: gets the times of steps on a GPU.
     """
 
     def __init__(
         self, model: Model, num_pages: int, page_size: int, device: torch.device, *, kv_dtype: str = "fp16",
-        max_rows: int = 32, graphs: GraphLimits | None = None,
+        max_rows: int = 32, graphs: GraphLimits | None = None, trace: Trace | None = None,
     ) -> None:  # fmt: skip
         self.kv_pool = KvPool(PageShape(model.config, page_size, kv_dtype), num_pages, device)
         self._model = model
         self._page_size = page_size
         self._device = device
         self._sampler = Sampler(model.config.vocab_size, max_rows, device)
+        self._gpu_spans = GpuSpans(trace) if trace is not None and device.type == "cuda" else None
         self._rows: dict[str, int] = {}  # of the tokens that the last step sampled, by request
         self._graphs = None if graphs is None else DecodeGraphs(model, self.kv_pool, graphs, self._sampler)
 
@@ -49,12 +52,24 @@ class TorchRunner:
         graphs = self._graphs if self._graphs is not None and self._graphs.fits(batch) else None
         compute = self._prepare(batch) if graphs is None else graphs.prepare(batch, self._rows)
         self._sampler.write(rows)
+        start = self._mark()
         logits = compute()
-        if graphs is None or not graphs.samples(rows):
+        if rows and (graphs is None or not graphs.samples(rows)):
             self._sampler.run(logits, len(rows))
+        end = self._mark()
         self._rows = {row.request_id: index for index, row in enumerate(rows)}
         collect = self._sampler.collect(rows)
-        return lambda: StepOutput(_agreeing(items, collect()))
+
+        def wait() -> StepOutput:
+            output = StepOutput(_agreeing(items, collect()))
+            if self._gpu_spans is not None and start is not None and end is not None:
+                self._gpu_spans.add(f"{len(batch.items)} sequences", start, end)
+            return output
+
+        return wait
+
+    def _mark(self) -> torch.cuda.Event | None:
+        return None if self._gpu_spans is None else self._gpu_spans.mark()
 
     def _prepare(self, batch: Batch) -> Callable[[], Tensor]:
         step = step_tensors(batch, self._page_size, self._device, self._sampler.tokens, self._rows)

@@ -44,7 +44,7 @@ class Sampler:
         )  # fmt: skip
 
     def write(self, items: Sequence[BatchItem]) -> None:
-        """Start the copy of the parameters of a step's rows: an item for each of them, those of drafts with a draw of their own."""
+        """Start the copy of the parameters of a step's rows: an item for each, those of drafts with a draw of their own."""
         staging = torch.zeros_like(self._inputs.memory, device="cpu", pin_memory=self._device.type == "cuda")
         _Inputs(staging, self.max_rows).fill(items)
         self._inputs.memory.copy_(staging, non_blocking=True)
@@ -62,7 +62,7 @@ class Sampler:
         if not items:
             return tuple
         count = len(items)
-        tokens = self.tokens[:count].to("cpu", non_blocking=True)
+        tokens = self.tokens[:count].to("cpu", non_blocking=True, copy=True)  # the next run may come before the wait
         logprobs = _logprobs(self._logits, self.tokens[:count], [item.params or _GREEDY for item in items])
         copied = None
         if self._device.type == "cuda":

@@ -84,9 +84,12 @@ class Scheduler:
     def _plan_decodes(self, plan: dict[Sequence, int]) -> None:
         for seq in self.decoding():
             while seq in self.running and not self.pages.reserve(seq.id, len(seq.tokens)):
+                if any(other.is_full for other in self.running):  # pages will be free when its end is told
+                    break
                 self._preempt_youngest()  # never one planned already: those are older than `seq`
-            if seq in self.running:
-                plan[seq] = 1
+            else:
+                if seq in self.running:
+                    plan[seq] = 1
 
     def _plan_drafts(
         self, plan: Mapping[Sequence, int], drafts: Mapping[str, tuple[int, ...]], budget: int

@@ -73,6 +73,8 @@ def serve(config: ServerConfig, kernels: Callable[[], Kernels] | None = None) ->
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _satisfied)
         server.run(sockets=[listener])
+        if engine.trace is not None:
+            engine.trace.write()
     _say("stopped")
 
 

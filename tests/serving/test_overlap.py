@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from serving_fakes import EOS, FakeRunner, FakeVocabulary, ManualClock, next_token, reference_answer
@@ -252,35 +253,35 @@ def test_check_sees_unknown_tokens_that_nothing_will_tell() -> None:
         engine.check()
 
 
-@pytest.mark.parametrize("graphs", [True, False])
-def test_the_model_gives_the_same_tokens(
-    tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, graphs: bool
-) -> None:
-    """Random requests, captured steps or none, prompts beside answers, logarithms of probabilities included."""
+def answers_of(checkpoint: Checkpoint, device: torch.device, *, overlap: bool) -> dict[str, list[SampledToken]]:
+    """Greedy and random requests, some with logarithms of probabilities; prompts beside answers, and captured steps."""
+    model = load_model(checkpoint, default_kernels(invariant=True), device)
+    config = EngineConfig(20, 96, page_size=16, max_batch=3, max_step_tokens=24, overlap=overlap)
+    runner = TorchRunner(model, 20, 16, device, max_rows=3, graphs=GraphLimits(3, 6))
+    engine, rng = Engine(runner, checkpoint.tokenizer, config, ManualClock()), np.random.default_rng(1)
+    for index in range(6):
+        prompt = tuple(rng.integers(0, 256, rng.integers(1, 40)).tolist())
+        length, logprobs = int(rng.integers(1, 25)), 2 if index % 2 else None
+        params = SamplingParams(length, temperature=index % 3 / 2, seed=index, logprobs=logprobs, ignore_eos=index > 3)
+        engine.add(Request(str(index), prompt, params))
+    found: dict[str, list[SampledToken]] = {}
+    while engine.has_work:
+        for output in engine.step():
+            found.setdefault(output.request_id, []).extend(output.tokens)
+        engine.check()
+    return found
+
+
+def test_the_model_gives_the_same_tokens(tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TILUS_DEVICE", raising=False)
-    model = load_model(tiny_checkpoint, default_kernels(invariant=True), CPU)
-    found: list[dict[str, list[SampledToken]]] = []
-    for overlap in (False, True):
-        config = EngineConfig(30, 96, page_size=16, max_batch=5, max_step_tokens=24, overlap=overlap)
-        runner = TorchRunner(model, 30, 16, CPU, graphs=GraphLimits(5, 6) if graphs else None)
-        engine, rng = Engine(runner, tiny_checkpoint.tokenizer, config, ManualClock()), np.random.default_rng(1)
-        run_of: dict[str, list[SampledToken]] = {}
-        for index in range(9):
-            prompt = tuple(rng.integers(0, 256, rng.integers(1, 40)).tolist())
-            params = SamplingParams(
-                max_tokens=int(rng.integers(1, 30)),
-                temperature=index % 3 / 2,
-                seed=index,
-                logprobs=2,
-                ignore_eos=index > 3,
-            )
-            engine.add(Request(str(index), prompt, params))
-        while engine.has_work:
-            for output in engine.step():
-                run_of.setdefault(output.request_id, []).extend(output.tokens)
-            engine.check()
-        found.append(run_of)
-    assert found[0] == found[1] and len(found[0]) == 9
+    plain, overlapped = (answers_of(tiny_checkpoint, CPU, overlap=overlap) for overlap in (False, True))
+    assert len(plain) == 6 and overlapped == plain
+
+
+@pytest.mark.gpu
+def test_the_model_gives_the_same_tokens_on_a_gpu(tiny_checkpoint: Checkpoint) -> None:
+    plain, overlapped = (answers_of(tiny_checkpoint, torch.device("cuda"), overlap=way) for way in (False, True))
+    assert len(plain) == 6 and overlapped == plain
 
 
 def test_the_fake_model_is_a_function_of_all_tokens() -> None:

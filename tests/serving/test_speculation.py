@@ -206,6 +206,7 @@ def run_unchecked(engine: Engine) -> dict[str, list[int]]:
     return found
 
 
+@pytest.mark.exhaustive
 def test_a_model_drafts_for_itself(tiny_checkpoint: Checkpoint) -> None:
     """All guesses of the same model are right, at any temperature: they are drawn with the random numbers that check them."""
     model = load_model(tiny_checkpoint, TorchKernels(), CPU)
