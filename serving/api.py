@@ -101,7 +101,7 @@ class _Service:
         prompts = [await self._prompt_ids(prompt) for prompt in body.prompts()]
         header = self._header("cmpl")
         requests = [
-            Request(f"{header.id}-{i * body.num_choices + choice}", prompt, body.choice_params(choice))
+            body.request(f"{header.id}-{i * body.num_choices + choice}", prompt, choice)
             for i, prompt in enumerate(prompts)
             for choice in range(body.num_choices)
         ]
@@ -115,9 +115,7 @@ class _Service:
         messages = [message.for_template() for message in body.messages]
         prompt = await asyncio.to_thread(self._tokenizer.encode_chat, messages)
         header = self._header("chatcmpl")
-        requests = [
-            Request(f"{header.id}-{choice}", prompt, body.choice_params(choice)) for choice in range(body.num_choices)
-        ]
+        requests = [body.request(f"{header.id}-{choice}", prompt, choice) for choice in range(body.num_choices)]
         return await self._respond(body, http, header, requests, len(prompt), ChatFormat(self._tokenizer.token_text))
 
     async def models(self) -> Json:

@@ -116,11 +116,15 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Request:
-    """One continuation to generate. `id` is unique among the live requests."""
+    """One continuation to generate. `id` is unique among the live requests. priority: the lower, the sooner. user: whom the
+    client asks for, "" if it did not say.
+    """
 
     id: str
     prompt: tuple[int, ...]
     params: SamplingParams
+    priority: int = 0
+    user: str = ""
 
 
 @dataclass(eq=False)

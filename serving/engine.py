@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Protocol
 
 from serving.config import EngineConfig
-from serving.core import BatchItem, Clock, FinishReason, Request, RequestOutput, Runner, SampledToken, Sequence
+from serving.core import Batch, BatchItem, Clock, FinishReason, Request, RequestOutput, Runner, SampledToken, Sequence
 from serving.errors import RequestError
 from serving.kv import PageTables
 from serving.scheduler import Scheduler
@@ -59,12 +60,14 @@ class Engine:
         size, limit, wanted = len(request.prompt), self.max_model_len, request.params.max_tokens
         if size == 0:
             raise RequestError("the prompt has no tokens, but at least 1 is needed", param="prompt")
-        bad = next((t for t in request.prompt if not 0 <= t < self._vocabulary.vocab_size), None)
-        if bad is not None:
-            raise RequestError(
-                f"the prompt contains token {bad}, but token ids go from 0 to {self._vocabulary.vocab_size - 1}",
-                param="prompt",
-            )
+        biased = (token_id for token_id, _ in request.params.logit_bias)
+        for name, param, token_ids in (("the prompt", "prompt", request.prompt), ("logit_bias", "logit_bias", biased)):
+            bad = next((t for t in token_ids if not 0 <= t < self._vocabulary.vocab_size), None)
+            if bad is not None:
+                raise RequestError(
+                    f"{name} contains token {bad}, but token ids go from 0 to {self._vocabulary.vocab_size - 1}",
+                    param=param,
+                )
         if size + (wanted or 1) > limit:
             asked = f" and max_tokens is {wanted}, together {size + wanted}" if wanted else ""
             room = "" if wanted else "; it must leave room for at least 1 token"
@@ -93,7 +96,7 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Run one batch; the outputs of the requests that gained something."""
         outputs = self._expire()
-        batch = self.scheduler.schedule()
+        batch = self._informed(self.scheduler.schedule())
         if not batch.items:
             return outputs
         result = self._runner.execute(batch)
@@ -113,6 +116,15 @@ class Engine:
             raise TilusError(f"pages belong to {sorted(self.pages.owners())}, but {sorted(running)} are running")
         if sorted([*running, *waiting]) != sorted(self._live):
             raise TilusError(f"scheduled are {sorted([*running, *waiting])}, but live are {sorted(self._live)}")
+
+    def _informed(self, batch: Batch) -> Batch:
+        """The batch with what sampling must know beyond the logits."""
+        return Batch(tuple(self._informed_item(item) for item in batch.items))
+
+    def _informed_item(self, item: BatchItem) -> BatchItem:
+        if item.params is None or not item.params.needs_history:
+            return item
+        return dataclasses.replace(item, history=tuple(self._live[item.request_id].seq.tokens))
 
     def _expire(self) -> list[RequestOutput]:
         now = self._clock.now()

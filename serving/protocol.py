@@ -6,24 +6,22 @@ A field that would change the answer is served or refused, never ignored.
 from __future__ import annotations
 
 import random
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from serving.core import SamplingParams
+from serving.core import Request, SamplingParams
 from serving.errors import RequestError
 
 MAX_CHOICES = 128
 _SEEDS = 2**64
 
 # Fields that do not change the answer.
-_WITHOUT_EFFECT = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
+_WITHOUT_EFFECT = frozenset({"metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
 # Fields that are not supported, with the values that ask for nothing.
 _ONLY_NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
-    "logit_bias": (None, {}),
     "best_of": (None, 1),
     "echo": (None, False),
     "suffix": (None, ""),
@@ -51,12 +49,19 @@ class GenerationBody(BaseModel):
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
     seed: int | None = None
     n: int | None = None
     stop: str | list[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
+    priority: int | None = None
+    user: str | None = None
 
     @property
     def num_choices(self) -> int:
@@ -77,6 +82,14 @@ class GenerationBody(BaseModel):
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options is only allowed when stream is true", param="stream_options")
 
+    def request(self, request_id: str, prompt: tuple[int, ...], choice: int) -> Request:
+        """One of the `n` choices for a prompt."""
+        return Request(request_id, prompt, self.choice_params(choice), self.priority or 0, self.user or "")
+
+    @abstractmethod
+    def choice_params(self, choice: int) -> SamplingParams:
+        """Sampling parameters of one of `n` choices."""
+
     def params(self, choice: int, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """Sampling parameters of one of `n` choices: each has a random stream of its own, following from `seed`."""
         seed = random.getrandbits(64) if self.seed is None else self.seed + choice
@@ -86,11 +99,25 @@ class GenerationBody(BaseModel):
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
             top_k=self.top_k or 0,
+            min_p=self.min_p or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            logit_bias=self._biases(),
             seed=seed % _SEEDS,
             stop=stop,
             ignore_eos=bool(self.ignore_eos),
             logprobs=logprobs,
         )
+
+    def _biases(self) -> tuple[tuple[int, float], ...]:
+        """JSON knows only texts as names: a token's id comes as its decimal digits."""
+        bad = next(
+            (name for name in self.logit_bias or {} if not (name.isascii() and name.isdigit() and len(name) < 10)), None
+        )
+        if bad is not None:
+            raise RequestError(f"logit_bias has the name {bad!r}, but names must be token ids", param="logit_bias")
+        return tuple((int(name), bias) for name, bias in (self.logit_bias or {}).items())
 
 
 class CompletionBody(GenerationBody):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from serving.core import BatchItem, SampledToken, SamplingParams, TokenLogprobs
+from serving.logits import adjusted
 
 
 def sample(logits: Tensor, items: Sequence[BatchItem]) -> tuple[SampledToken | None, ...]:
@@ -24,10 +25,11 @@ def sample(logits: Tensor, items: Sequence[BatchItem]) -> tuple[SampledToken | N
     params = [item.params or SamplingParams() for item in items]
     # The largest and the smallest are finite only where all are: NaN is propagated. Much cheaper than to look at each.
     broken = ~(logits.amax(dim=-1).isfinite() & logits.amin(dim=-1).isfinite())
-    choice = _largest(logits)
+    wanted = adjusted(logits, items)
+    choice = _largest(wanted)
     for draw, rows in _draws(params):
         index = torch.tensor(rows, device=logits.device)
-        finite = logits[index].masked_fill(broken[index, None], 0.0)
+        finite = wanted[index].masked_fill(broken[index, None], 0.0)
         uniform = [uniform_number(params[row].seed, items[row].draw) for row in rows]
         choice[index] = draw(finite, [params[row] for row in rows], uniform)
     token_ids, is_broken = torch.stack([choice, broken.to(choice.dtype)]).tolist()

@@ -144,6 +144,25 @@ def test_token_ids_as_prompts(client: openai.OpenAI, tiny_checkpoint: Checkpoint
         assert reply.choices[0].text == answer("hello", temperature=0)
 
 
+def test_what_is_asked_of_the_logits(client: openai.OpenAI, tiny_checkpoint: Checkpoint, answer) -> None:
+    """Fields reach the sampler: each answer is that of an engine asked the same, and not the one without the field."""
+    plain = answer("x", temperature=1, seed=3)
+    (letter,) = tiny_checkpoint.tokenizer.encode("q")
+    for standard, own in (
+        ({"presence_penalty": 2, "frequency_penalty": 2}, {}),
+        ({}, {"repetition_penalty": 2}),
+        ({}, {"min_p": 0.2}),
+    ):
+        params = {"temperature": 1, "seed": 3} | standard
+        own_fields = {"ignore_eos": True, "priority": -1} | own
+        reply = client.completions.create(model=MODEL, prompt="x", max_tokens=12, extra_body=own_fields, **params)
+        assert reply.choices[0].text == answer("x", **(params | own)) != plain, (standard, own)
+    reply = client.completions.create(
+        model=MODEL, prompt="x", max_tokens=3, temperature=0, logit_bias={str(letter): 100}
+    )
+    assert reply.choices[0].text == "qqq"
+
+
 def test_stop_strings_never_show(client: openai.OpenAI, answer) -> None:
     whole = answer(USER, temperature=0, max_tokens=40)
     stop = whole[9:13]
@@ -299,10 +318,32 @@ REFUSED = [
     ("completions", COMPLETION | {"echo": True}, 400, "echo", "echo = True is not supported by this server"),
     (
         "completions",
-        COMPLETION | {"presence_penalty": 0.5},
+        COMPLETION | {"presence_penalty": -2.5},
         400,
         "presence_penalty",
-        "presence_penalty = 0.5 is not supported by this server",
+        "presence_penalty is -2.5, but must be between -2 and 2",
+    ),
+    ("completions", COMPLETION | {"min_p": 1.5}, 400, "min_p", "min_p is 1.5, but must be between 0 and 1"),
+    (
+        "completions",
+        COMPLETION | {"logit_bias": {"x": 1}},
+        400,
+        "logit_bias",
+        "logit_bias has the name 'x', but names must be token ids",
+    ),
+    (
+        "completions",
+        COMPLETION | {"logit_bias": {"259": 1}},
+        400,
+        "logit_bias",
+        "logit_bias contains token 259, but token ids go from 0 to 258",
+    ),
+    (
+        "completions",
+        COMPLETION | {"logit_bias": {"5": 101}},
+        400,
+        "logit_bias",
+        "logit_bias is {5: 101.0}, but must be at most 1024 tokens with numbers between -100 and 100",
     ),
     ("completions", COMPLETION | {"typo": 1}, 400, "typo", "typo = 1 is not supported by this server"),
     (
