@@ -162,6 +162,7 @@ class _Service:
         num_prompt: int,
         format: Format,
     ) -> Response:
+        await asyncio.to_thread(self._engine.engine.new_matcher, requests[0].params.grammar)
         generation = self._engine.submit(requests)
         choices = {request.id: Choice(index) for index, request in enumerate(requests)}
         if body.stream:
@@ -220,6 +221,10 @@ def _raise_failure(output: RequestOutput) -> None:
         raise RequestError("the request took longer than the server allows", status=504, kind="timeout_error")
     if output.finish_reason == "error":
         raise RequestError("the model computed no valid numbers for this request", status=500, kind="server_error")
+    if output.finish_reason == "grammar":
+        raise RequestError(
+            "the grammar that the answer must match became too complex on the way", param="response_format"
+        )
 
 
 @asynccontextmanager

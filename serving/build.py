@@ -12,6 +12,7 @@ from serving.core import MonotonicClock
 from serving.decode_graph import GraphLimits
 from serving.engine import Engine
 from serving.execution import Execution
+from serving.grammar import Grammars
 from serving.kernels import Kernels, default_kernels
 from serving.loader import Checkpoint
 from serving.memory import PAGE_SIZE, Wishes, expected_size, free_nbytes, plan, size_of
@@ -63,7 +64,7 @@ def build_engine(
         model, limits.num_pages, limits.page_size, device, kv_dtype=config.kv_dtype,
         graphs=GraphLimits(config.max_batch, pages) if captures else None,
     )  # fmt: skip
-    return Engine(runner, checkpoint.tokenizer, limits, MonotonicClock())
+    return Engine(runner, checkpoint.tokenizer, limits, MonotonicClock(), Grammars(checkpoint.tokenizer).matcher)
 
 
 def _cache(path: Path, weight_dtype: str, kernels: Kernels, device: torch.device) -> WeightCache | None:

@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 
 from serving.errors import RequestError
 
-FinishReason = Literal["stop", "length", "timeout", "error"]
+FinishReason = Literal["stop", "length", "timeout", "error", "grammar"]
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
@@ -33,9 +33,10 @@ class MonotonicClock:
 
 @dataclass(frozen=True)
 class Grammar:
-    """What an answer must match: a JSON schema as text ("{}" for any JSON), or a regular expression."""
+    """What an answer must match: a JSON schema as text ("{}" for any JSON), a regular expression, or a context-free grammar in
+    the form of llguidance's dialect of Lark."""
 
-    kind: Literal["json_schema", "regex"]
+    kind: Literal["json_schema", "regex", "lark"]
     text: str
 
 
@@ -127,18 +128,35 @@ class Request:
     user: str = ""
 
 
+class Matcher(Protocol):
+    """A grammar's state behind the tokens of one answer."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether it can go on no more; then the answer must end."""
+        ...
+
+    def allowed(self) -> bytes:
+        """The tokens that may come next, as `BatchItem.allowed`."""
+        ...
+
+    def accept(self, token_id: int) -> None: ...
+
+
 @dataclass(eq=False)
 class Sequence:
     """A request inside the engine.
 
     tokens: the prompt, then the output so far. num_computed: how many of them have keys and values in the cache; it
     falls to 0 when the sequence loses its pages, and everything is computed again later. max_tokens: the limit on
-    output with the default resolved. deadline: the clock's time after which the request is given up.
+    output with the default resolved. deadline: the clock's time after which the request is given up. matcher: of the request's
+    grammar, if it has one.
     """
 
     request: Request
     max_tokens: int
     deadline: float
+    matcher: Matcher | None = None
     tokens: list[int] = field(init=False)
     num_computed: int = 0
     num_preemptions: int = 0

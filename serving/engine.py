@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from serving.config import EngineConfig
-from serving.core import Batch, BatchItem, Clock, FinishReason, Request, RequestOutput, Runner, SampledToken, Sequence
+from serving.core import (
+    Batch,
+    BatchItem,
+    Clock,
+    FinishReason,
+    Grammar,
+    Matcher,
+    Request,
+    RequestOutput,
+    Runner,
+    SampledToken,
+    Sequence,
+)
 from serving.errors import RequestError
 from serving.kv import PageTables
 from serving.scheduler import Scheduler
@@ -38,13 +51,22 @@ class _Live:
 class Engine:
     """Generates for many requests at once: `add` them, call `step` while `has_work`, and hand out its outputs.
 
-    Every request that was added ends in exactly one output with a finish reason, or by `abort`.
+    Every request that was added ends in exactly one output with a finish reason, or by `abort`. matcher: makes those of grammars;
+    without it, requests with a grammar are refused.
     """
 
-    def __init__(self, runner: Runner, vocabulary: Vocabulary, config: EngineConfig, clock: Clock) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        vocabulary: Vocabulary,
+        config: EngineConfig,
+        clock: Clock,
+        matcher: Callable[[Grammar], Matcher] | None = None,
+    ) -> None:
         self._runner = runner
         self._vocabulary = vocabulary
         self._clock = clock
+        self._matcher = matcher
         self.config = config
         self.pages = PageTables(config.num_pages, config.page_size, reuse=config.prefix_cache)
         self.scheduler = Scheduler(self.pages, max_batch=config.max_batch, max_step_tokens=config.max_step_tokens)
@@ -77,13 +99,25 @@ class Engine:
                 code="context_length_exceeded",
             )
 
+    def new_matcher(self, grammar: Grammar | None) -> Matcher | None:
+        """At the start of a grammar; None for none. The first time it may take a tenth of a second: any thread may ask ahead.
+
+        Raises RequestError for a grammar that cannot be used.
+        """
+        if grammar is None:
+            return None
+        if self._matcher is None:
+            raise RequestError("this server has no grammars, but the answer must match one", param="response_format")
+        return self._matcher(grammar)
+
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError when it can never be served."""
         self.validate(request)
         if request.id in self._live:
             raise TilusError(f"request id {request.id!r} is live already, but ids must be unique")
         limit = request.params.max_tokens or self.max_model_len - len(request.prompt)
-        seq = Sequence(request, max_tokens=limit, deadline=self._clock.now() + self.config.request_timeout)
+        deadline = self._clock.now() + self.config.request_timeout
+        seq = Sequence(request, limit, deadline, self.new_matcher(request.params.grammar))
         self._live[request.id] = _Live(seq, Detokenizer(self._vocabulary.decode), StopMatcher(request.params.stop))
         self.scheduler.add(seq)
 
@@ -124,7 +158,9 @@ class Engine:
     def _informed_item(self, item: BatchItem) -> BatchItem:
         if item.params is None or not item.params.needs_history:
             return item
-        return dataclasses.replace(item, history=tuple(self._live[item.request_id].seq.tokens))
+        seq = self._live[item.request_id].seq
+        allowed = seq.matcher.allowed() if seq.matcher is not None else None
+        return dataclasses.replace(item, history=tuple(seq.tokens), allowed=allowed)
 
     def _expire(self) -> list[RequestOutput]:
         now = self._clock.now()
@@ -139,11 +175,15 @@ class Engine:
             self.abort(item.request_id)
             return RequestOutput(item.request_id, "", (), "error")
         live.seq.tokens.append(token.token_id)
+        if live.seq.matcher is not None:
+            live.seq.matcher.accept(token.token_id)
         is_eos = token.token_id in self._vocabulary.eos_ids and not live.seq.request.params.ignore_eos
         text = live.stop.push("" if is_eos else live.detokenizer.push(token.token_id))
         reason: FinishReason | None = None
         if is_eos or live.stop.found:
             reason = "stop"
+        elif live.seq.matcher is not None and live.seq.matcher.failed:
+            reason = "grammar"
         elif live.seq.num_output >= live.seq.max_tokens:
             reason = "length"
         if reason is not None:

@@ -5,14 +5,15 @@ A field that would change the answer is served or refused, never ignored.
 
 from __future__ import annotations
 
+import json
 import random
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from serving.core import Request, SamplingParams
+from serving.core import Grammar, Request, SamplingParams
 from serving.errors import RequestError
 
 MAX_CHOICES = 128
@@ -30,7 +31,6 @@ _ONLY_NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "parallel_tool_calls": (None, True, False),
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
     "modalities": (None, ["text"]),
 }
 
@@ -38,6 +38,56 @@ _ONLY_NEUTRAL: Mapping[str, tuple[object, ...]] = {
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     include_usage: bool = False
+
+
+class JsonSchemaFormat(BaseModel):
+    """A named JSON schema. strict: schemas are always enforced; whether they are supported is found when they are compiled."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    name: str
+    description: str | None = None
+    json_schema: dict[str, Any] | bool = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    """OpenAI's way to ask for JSON."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+    def grammar(self) -> Grammar | None:
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            raise RequestError(
+                "json_schema must be given with type = 'json_schema', and only then", param="response_format"
+            )
+        if self.json_schema is not None:
+            return Grammar("json_schema", json.dumps(self.json_schema.json_schema))
+        return Grammar("json_schema", '{"type": "object"}') if self.type == "json_object" else None
+
+
+class StructuredOutputs(BaseModel):
+    """vLLM's way to ask for what OpenAI has no word for: one of a JSON schema, a regular expression, or some texts."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    json_schema: dict[str, Any] | str | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = Field(None, min_length=1)
+
+    def grammar(self) -> Grammar:
+        asked = [value for value in (self.json_schema, self.regex, self.choice) if value is not None]
+        if len(asked) != 1:
+            raise RequestError(
+                f"structured_outputs has {len(asked)} of json, regex and choice, but needs one",
+                param="structured_outputs",
+            )
+        if self.regex is not None:
+            return Grammar("regex", self.regex)
+        if self.choice is not None:
+            return Grammar("lark", "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in self.choice))
+        schema = self.json_schema
+        return Grammar("json_schema", schema if isinstance(schema, str) else json.dumps(schema))
 
 
 class GenerationBody(BaseModel):
@@ -60,6 +110,8 @@ class GenerationBody(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     priority: int | None = None
     user: str | None = None
 
@@ -81,6 +133,23 @@ class GenerationBody(BaseModel):
             raise RequestError(f"n is {self.n}, but must be between 1 and {MAX_CHOICES}", param="n")
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options is only allowed when stream is true", param="stream_options")
+        if self.ignore_eos and self.grammar() is not None:
+            raise RequestError(
+                "ignore_eos cannot be given when the answer must match a grammar, which has an end", param="ignore_eos"
+            )
+
+    def grammar(self) -> Grammar | None:
+        """What the answer must match, if anything."""
+        asked = (
+            self.response_format and self.response_format.grammar(),
+            self.structured_outputs and self.structured_outputs.grammar(),
+        )
+        if None not in asked:
+            raise RequestError(
+                "response_format and structured_outputs both say what the answer must match; give one",
+                param="structured_outputs",
+            )
+        return asked[0] or asked[1]
 
     def request(self, request_id: str, prompt: tuple[int, ...], choice: int) -> Request:
         """One of the `n` choices for a prompt."""
@@ -104,6 +173,7 @@ class GenerationBody(BaseModel):
             frequency_penalty=self.frequency_penalty or 0.0,
             repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
             logit_bias=self._biases(),
+            grammar=self.grammar(),
             seed=seed % _SEEDS,
             stop=stop,
             ignore_eos=bool(self.ignore_eos),

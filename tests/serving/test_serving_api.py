@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
-from live_server import MODEL, LiveServer, serve, wait_until
+from live_server import CONFIG, MODEL, LiveServer, serve, wait_until
 from tiny_llama import CPU, tiny_engine
 
 from serving.config import EngineConfig
@@ -19,16 +19,13 @@ from serving.loader import Checkpoint
 from serving.model import Model
 from serving.runner import TorchRunner
 
-CONFIG = EngineConfig(num_pages=60, max_model_len=200, page_size=4, max_batch=4, max_step_tokens=24)
 USER = [{"role": "user", "content": "hi"}]
 FIXED = {"temperature": 0, "max_tokens": 12, "extra_body": {"ignore_eos": True}}
 
 
-@pytest.fixture(scope="module")
-def server(tiny_model: Model, tiny_checkpoint: Checkpoint) -> Iterator[LiveServer]:
-    runner = TorchRunner(tiny_model, CONFIG.num_pages, CONFIG.page_size, CPU)
-    with serve(runner, tiny_checkpoint, CONFIG) as live:
-        yield live
+@pytest.fixture
+def server(tiny_server: LiveServer) -> LiveServer:
+    return tiny_server
 
 
 @pytest.fixture
