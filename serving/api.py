@@ -25,6 +25,7 @@ from serving.errors import RequestError
 from serving.protocol import ChatBody, CompletionBody, GenerationBody
 from serving.responses import ChatFormat, Choice, CompletionFormat, Format, Header, Json, usage
 from serving.tokenizer import Tokenizer
+from serving.tools import CallParser, call_grammar, style_of
 
 _LOG = logging.getLogger("serving")
 _MAX_BODY_NBYTES = 16 * 2**20
@@ -101,7 +102,7 @@ class _Service:
         prompts = [await self._prompt_ids(prompt) for prompt in body.prompts()]
         header = self._header("cmpl")
         requests = [
-            body.request(f"{header.id}-{i * body.num_choices + choice}", prompt, choice)
+            body.request(f"{header.id}-{i * body.num_choices + choice}", prompt, choice, body.grammar())
             for i, prompt in enumerate(prompts)
             for choice in range(body.num_choices)
         ]
@@ -113,10 +114,17 @@ class _Service:
     async def chat_completions(self, body: ChatBody, http: HTTPRequest) -> Response:
         self._check(body)
         messages = [message.for_template() for message in body.messages]
-        prompt = await asyncio.to_thread(self._tokenizer.encode_chat, messages)
-        header = self._header("chatcmpl")
-        requests = [body.request(f"{header.id}-{choice}", prompt, choice) for choice in range(body.num_choices)]
-        return await self._respond(body, http, header, requests, len(prompt), ChatFormat(self._tokenizer.token_text))
+        tools, style = body.offered_tools(), style_of(self._tokenizer.chat_template)
+        prompt = await asyncio.to_thread(self._tokenizer.encode_chat, messages, tools)
+        header, grammar = self._header("chatcmpl"), body.grammar()
+        if functions := body.required_functions():
+            grammar = call_grammar(functions, style, several=body.parallel_tool_calls is not False)
+        requests = [
+            body.request(f"{header.id}-{choice}", prompt, choice, grammar) for choice in range(body.num_choices)
+        ]
+        names = frozenset(tool["function"]["name"] for tool in tools)
+        format = ChatFormat(self._tokenizer.token_text, (lambda: CallParser(style, names)) if tools else None)
+        return await self._respond(body, http, header, requests, len(prompt), format)
 
     async def models(self) -> Json:
         limit = self._engine.engine.max_model_len
@@ -201,7 +209,7 @@ async def _events(
             _raise_failure(output)
             num_output += len(output.tokens)
             delta = format.delta(choices[output.request_id], output)
-            if output.text or delta["logprobs"] or output.finish_reason:
+            if delta is not None:
                 yield chunk(delta)
     except RequestError as error:
         yield _event(error.body())

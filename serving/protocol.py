@@ -9,6 +9,7 @@ import json
 import random
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -26,9 +27,6 @@ _ONLY_NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "best_of": (None, 1),
     "echo": (None, False),
     "suffix": (None, ""),
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "parallel_tool_calls": (None, True, False),
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
     "modalities": (None, ["text"]),
@@ -151,9 +149,10 @@ class GenerationBody(BaseModel):
             )
         return asked[0] or asked[1]
 
-    def request(self, request_id: str, prompt: tuple[int, ...], choice: int) -> Request:
+    def request(self, request_id: str, prompt: tuple[int, ...], choice: int, grammar: Grammar | None) -> Request:
         """One of the `n` choices for a prompt."""
-        return Request(request_id, prompt, self.choice_params(choice), self.priority or 0, self.user or "")
+        params = replace(self.choice_params(choice), grammar=grammar)
+        return Request(request_id, prompt, params, self.priority or 0, self.user or "")
 
     @abstractmethod
     def choice_params(self, choice: int) -> SamplingParams:
@@ -173,7 +172,6 @@ class GenerationBody(BaseModel):
             frequency_penalty=self.frequency_penalty or 0.0,
             repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
             logit_bias=self._biases(),
-            grammar=self.grammar(),
             seed=seed % _SEEDS,
             stop=stop,
             ignore_eos=bool(self.ignore_eos),
@@ -223,16 +221,87 @@ class TextPart(BaseModel):
     text: str
 
 
-class Message(BaseModel):
+class FunctionCall(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
+    name: str
+    arguments: str
 
-    def for_template(self) -> dict[str, str]:
-        """Role and text as chat templates expect them; `developer` is OpenAI's newer word for `system`."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+    def for_template(self) -> dict[str, Any]:
+        """Templates write the arguments themselves, and want them as an object."""
+        try:
+            arguments = json.loads(self.arguments)
+        except (ValueError, RecursionError) as error:
+            raise RequestError(
+                f"the arguments of a call of {self.name!r} are not valid JSON: {error}", param="messages"
+            ) from error
+        return {"name": self.name, "arguments": arguments}
+
+
+class MessageToolCall(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(BaseModel):
+    """One of a conversation. What only answers have may come back, as clients send answers as they got them."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[MessageToolCall] | None = None
+    tool_call_id: str | None = None
+    refusal: str | None = None
+    annotations: list[Any] | None = None
+    audio: None = None
+    function_call: None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates expect it; `developer` is OpenAI's newer word for `system`."""
+        if self.content is None and not self.tool_calls:
+            raise RequestError(
+                f"a message of the role {self.role!r} has neither content nor tool_calls", param="messages"
+            )
+        if self.tool_calls and self.role != "assistant":
+            raise RequestError(
+                f"a message of the role {self.role!r} has tool_calls, but only 'assistant' calls", param="messages"
+            )
+        content = "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content
+        message = {"role": "system" if self.role == "developer" else self.role, "content": content or ""}
+        if self.tool_calls:
+            calls = [call.model_dump() | {"function": call.function.for_template()} for call in self.tool_calls]
+            return message | {"tool_calls": calls}
+        extra = {"name": self.name, "tool_call_id": self.tool_call_id}
+        return message | {name: value for name, value in extra.items() if value is not None}
+
+
+class Function(BaseModel):
+    """parameters: a JSON schema; None for a function without any."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    name: str
+
+
+class NamedTool(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class ChatBody(GenerationBody):
@@ -242,9 +311,33 @@ class ChatBody(GenerationBody):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+
+    def offered_tools(self) -> list[dict[str, Any]]:
+        """What the model may call, in OpenAI's form; nothing with the choice `none`."""
+        tools = [] if self.tool_choice == "none" else self.tools or []
+        return [tool.model_dump(exclude_none=True) for tool in tools]
+
+    def required_functions(self) -> list[dict[str, Any]]:
+        """Those of which the answer must be a call; none where it may be text."""
+        functions = [tool["function"] for tool in self.offered_tools()]
+        if isinstance(self.tool_choice, NamedTool):
+            return [function for function in functions if function["name"] == self.tool_choice.function.name]
+        return functions if self.tool_choice == "required" else []
 
     def check(self) -> None:
         super().check()
+        if self.tool_choice not in (None, "none", "auto") and not self.required_functions():
+            names = [tool.function.name for tool in self.tools or []]
+            wanted = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else "a tool"
+            raise RequestError(f"tool_choice wants a call of {wanted!r}, but tools has {names}", param="tool_choice")
+        if self.offered_tools() and self.grammar() is not None:
+            raise RequestError(
+                "the answer must match a grammar and may be a call of a tool; give tool_choice = 'none' or no grammar",
+                param="tool_choice",
+            )
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs is only allowed when logprobs is true", param="top_logprobs")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
