@@ -23,6 +23,7 @@ from serving.core import (
 )
 from serving.errors import RequestError
 from serving.kv import PageTables
+from serving.observer import Observer
 from serving.scheduler import Scheduler
 from serving.stop import StopMatcher
 from serving.tokenizer import Detokenizer
@@ -70,6 +71,7 @@ class Engine:
         self.config = config
         self.pages = PageTables(config.num_pages, config.page_size, reuse=config.prefix_cache)
         self.scheduler = Scheduler(self.pages, max_batch=config.max_batch, max_step_tokens=config.max_step_tokens)
+        self.observers: list[Observer] = []
         self.max_model_len = min(config.max_model_len, self.pages.capacity)
         self._live: dict[str, _Live] = {}
 
@@ -120,26 +122,39 @@ class Engine:
         seq = Sequence(request, limit, deadline, self.new_matcher(request.params.grammar))
         self._live[request.id] = _Live(seq, Detokenizer(self._vocabulary.decode), StopMatcher(request.params.stop))
         self.scheduler.add(seq)
+        for observer in self.observers:
+            observer.queued(seq, self._clock.now())
 
     def abort(self, request_id: str) -> None:
         """Drop a request and take its pages back. One that has finished already is no mistake: clients race."""
-        live = self._live.pop(request_id, None)
-        if live is not None:
-            self.scheduler.remove(live.seq)
+        if request_id in self._live:
+            self._remove(request_id)
+            for observer in self.observers:
+                observer.dropped(request_id, self._clock.now())
+
+    def _remove(self, request_id: str) -> None:
+        self.scheduler.remove(self._live.pop(request_id).seq)
 
     def step(self) -> list[RequestOutput]:
         """Run one batch; the outputs of the requests that gained something."""
-        outputs = self._expire()
+        outputs = self._expire() + self._run()
+        for observer in self.observers:
+            observer.produced(outputs, self._clock.now())
+        return outputs
+
+    def _run(self) -> list[RequestOutput]:
         batch = self._informed(self.scheduler.schedule())
         if not batch.items:
-            return outputs
+            return []
+        for observer in self.observers:
+            observer.scheduled(batch, self._clock.now())
         result = self._runner.execute(batch)
         if len(result.tokens) != len(batch.sampled):
             raise TilusError(f"the runner sampled {len(result.tokens)} tokens, expected {len(batch.sampled)}")
         for item in batch.items:
             self.scheduler.advance(self._live[item.request_id].seq, len(item.token_ids))
         pairs = zip(batch.sampled, result.tokens)
-        return outputs + [self._commit(item, token) for item, token in pairs]
+        return [self._commit(item, token) for item, token in pairs]
 
     def check(self) -> None:
         """Raise unless pages, scheduler and requests agree: run after steps in tests, and when idle in production."""
@@ -166,13 +181,13 @@ class Engine:
         now = self._clock.now()
         late = [request_id for request_id, live in self._live.items() if live.seq.deadline < now]
         for request_id in late:
-            self.abort(request_id)
+            self._remove(request_id)
         return [RequestOutput(request_id, "", (), "timeout") for request_id in late]
 
     def _commit(self, item: BatchItem, token: SampledToken | None) -> RequestOutput:
         live = self._live[item.request_id]
         if token is None:  # not-a-number logits: this request ends, the others go on
-            self.abort(item.request_id)
+            self._remove(item.request_id)
             return RequestOutput(item.request_id, "", (), "error")
         live.seq.tokens.append(token.token_id)
         if live.seq.matcher is not None:
@@ -191,5 +206,5 @@ class Engine:
             text += live.stop.flush()
             if live.stop.found:  # completed by the last half character
                 reason = "stop"
-            self.abort(item.request_id)
+            self._remove(item.request_id)
         return RequestOutput(item.request_id, text, (token,), reason)

@@ -350,3 +350,28 @@ class ChatBody(GenerationBody):
     def choice_params(self, choice: int) -> SamplingParams:
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return self.params(choice, limit, (self.top_logprobs or 0) if self.logprobs else None)
+
+
+class TokenizeBody(BaseModel):
+    """POST /tokenize, as in vLLM: the tokens of a prompt, or of messages as a chat would have them."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = Field(None, min_length=1)
+    tools: list[Tool] | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool | None = None
+
+    def text(self) -> str:
+        if self.prompt is None:
+            raise RequestError("give a prompt or messages", param="prompt")
+        return self.prompt
+
+
+class DetokenizeBody(BaseModel):
+    """POST /detokenize, as in vLLM."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    model: str | None = None
+    tokens: list[int]

@@ -58,9 +58,9 @@ class Tokenizer:
     special: Mapping[str, str]
     vocab_size: int
 
-    def encode(self, text: str) -> tuple[int, ...]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Token ids of a plain prompt, with the tokens that the model wants around it (such as bos)."""
-        return self._ids(text, "prompt", add_special_tokens=True)
+        return self._ids(text, "prompt", add_special_tokens=add_special_tokens)
 
     def encode_chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> tuple[int, ...]:
         """Token ids of a conversation (role, content, tool_calls with arguments as objects) and of the tools that the model may
@@ -92,13 +92,13 @@ class Tokenizer:
             ) from error
         return tuple(self.fast.encode(text, add_special_tokens=add_special_tokens).ids)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without special tokens; bytes that are not UTF-8 become U+FFFD."""
-        return self.fast.decode(list(ids), skip_special_tokens=True)
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of token ids, without special tokens unless asked; bytes that are not UTF-8 become U+FFFD."""
+        return self.fast.decode(list(ids), skip_special_tokens=skip_special)
 
     def token_text(self, token_id: int) -> str:
         """One token as text, special tokens included."""
-        return self.fast.decode([token_id], skip_special_tokens=False)
+        return self.decode([token_id], skip_special=False)
 
     @cached_property
     def _template(self) -> jinja2.Template | None:

@@ -74,13 +74,15 @@ class LiveServer:
 
 
 @contextlib.contextmanager
-def serve(runner: Runner, checkpoint: Checkpoint, config: EngineConfig, max_waiting: int = 64) -> Iterator[LiveServer]:
+def serve(
+    runner: Runner, checkpoint: Checkpoint, config: EngineConfig, max_waiting: int = 64, api_key: str | None = None
+) -> Iterator[LiveServer]:
     throttled = ThrottledRunner(runner)
     engine = CheckedEngine(
         throttled, checkpoint.tokenizer, config, MonotonicClock(), Grammars(checkpoint.tokenizer).matcher
     )
     async_engine = AsyncEngine(engine, max_waiting)
-    app = create_app(async_engine, checkpoint.tokenizer, MODEL)
+    app = create_app(async_engine, checkpoint.tokenizer, MODEL, api_key)
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
