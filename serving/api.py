@@ -17,21 +17,27 @@ from fastapi import Request as HTTPRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from serving.async_engine import AsyncEngine, Generation
 from serving.core import Request, RequestOutput
 from serving.errors import RequestError
-from serving.protocol import ChatBody, CompletionBody, GenerationBody
+from serving.metrics import CONTENT_TYPE, Metrics
+from serving.middleware import BodyLimit, KeyCheck, error_response
+from serving.protocol import ChatBody, CompletionBody, DetokenizeBody, GenerationBody, TokenizeBody
 from serving.responses import ChatFormat, Choice, CompletionFormat, Format, Header, Json, usage
 from serving.tokenizer import Tokenizer
+from serving.tools import CallParser, call_grammar, style_of
 
 _LOG = logging.getLogger("serving")
 _MAX_BODY_NBYTES = 16 * 2**20
 
 
-def create_app(engine: AsyncEngine, tokenizer: Tokenizer, model_name: str) -> FastAPI:
-    """The web application. It starts the engine's thread when it starts, and stops it when it stops."""
+def create_app(engine: AsyncEngine, tokenizer: Tokenizer, model_name: str, api_key: str | None = None) -> FastAPI:
+    """The web application. It starts the engine's thread when it starts, and stops it when it stops.
+
+    api_key: what requests must have in their header; None lets everyone in.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
@@ -42,6 +48,8 @@ def create_app(engine: AsyncEngine, tokenizer: Tokenizer, model_name: str) -> Fa
     app = FastAPI(title="tilus", lifespan=lifespan)
     service = _Service(engine, tokenizer, model_name)
     app.add_middleware(BodyLimit, max_nbytes=_MAX_BODY_NBYTES)
+    if api_key is not None:
+        app.add_middleware(KeyCheck, key=api_key)
     app.add_exception_handler(RequestValidationError, _invalid_body)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestError, _request_error)
@@ -49,30 +57,12 @@ def create_app(engine: AsyncEngine, tokenizer: Tokenizer, model_name: str) -> Fa
     app.add_api_route("/v1/completions", service.completions, methods=["POST"], response_model=None)
     app.add_api_route("/v1/chat/completions", service.chat_completions, methods=["POST"], response_model=None)
     app.add_api_route("/v1/models", service.models, methods=["GET"])
+    app.add_api_route("/tokenize", service.tokenize, methods=["POST"])
+    app.add_api_route("/detokenize", service.detokenize, methods=["POST"])
+    app.add_api_route("/metrics", service.metrics, methods=["GET"], response_model=None)
     app.add_api_route("/health", service.health, methods=["GET"], response_model=None)
     app.add_api_route("/version", service.version, methods=["GET"])
     return app
-
-
-class BodyLimit:
-    """ASGI middleware: bodies beyond a size are refused while they arrive, before anything parses them."""
-
-    def __init__(self, app: ASGIApp, max_nbytes: int) -> None:
-        self._app = app
-        self._max_nbytes = max_nbytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        nbytes = 0
-
-        async def limited() -> Message:
-            nonlocal nbytes
-            message = await receive()
-            nbytes += len(message.get("body", b""))
-            if nbytes > self._max_nbytes:
-                raise HTTPException(413, f"the body has more than {self._max_nbytes} bytes")
-            return message
-
-        await self._app(scope, limited, send)
 
 
 class EventStream(StreamingResponse):
@@ -95,13 +85,14 @@ class _Service:
         self._tokenizer = tokenizer
         self._model_name = model_name
         self._created = int(time.time())
+        self._metrics = Metrics(engine.engine, model_name)
 
     async def completions(self, body: CompletionBody, http: HTTPRequest) -> Response:
         self._check(body)
         prompts = [await self._prompt_ids(prompt) for prompt in body.prompts()]
         header = self._header("cmpl")
         requests = [
-            Request(f"{header.id}-{i * body.num_choices + choice}", prompt, body.choice_params(choice))
+            body.request(f"{header.id}-{i * body.num_choices + choice}", prompt, choice, body.grammar())
             for i, prompt in enumerate(prompts)
             for choice in range(body.num_choices)
         ]
@@ -113,17 +104,45 @@ class _Service:
     async def chat_completions(self, body: ChatBody, http: HTTPRequest) -> Response:
         self._check(body)
         messages = [message.for_template() for message in body.messages]
-        prompt = await asyncio.to_thread(self._tokenizer.encode_chat, messages)
-        header = self._header("chatcmpl")
+        tools, style = body.offered_tools(), style_of(self._tokenizer.chat_template)
+        prompt = await asyncio.to_thread(self._tokenizer.encode_chat, messages, tools)
+        header, grammar = self._header("chatcmpl"), body.grammar()
+        if functions := body.required_functions():
+            grammar = call_grammar(functions, style, several=body.parallel_tool_calls is not False)
         requests = [
-            Request(f"{header.id}-{choice}", prompt, body.choice_params(choice)) for choice in range(body.num_choices)
+            body.request(f"{header.id}-{choice}", prompt, choice, grammar) for choice in range(body.num_choices)
         ]
-        return await self._respond(body, http, header, requests, len(prompt), ChatFormat(self._tokenizer.token_text))
+        names = frozenset(tool["function"]["name"] for tool in tools)
+        format = ChatFormat(self._tokenizer.token_text, (lambda: CallParser(style, names)) if tools else None)
+        return await self._respond(body, http, header, requests, len(prompt), format)
 
     async def models(self) -> Json:
         limit = self._engine.engine.max_model_len
         model = {"id": self._model_name, "object": "model", "created": self._created, "owned_by": "tilus"}
         return {"object": "list", "data": [model | {"max_model_len": limit}]}
+
+    async def tokenize(self, body: TokenizeBody) -> Json:
+        self._check_model(body.model)
+        if body.messages is not None:
+            tools = [tool.model_dump(exclude_none=True) for tool in body.tools or []]
+            messages = [message.for_template() for message in body.messages]
+            tokens = await asyncio.to_thread(self._tokenizer.encode_chat, messages, tools)
+        else:
+            tokens = await asyncio.to_thread(self._tokenizer.encode, body.text(), body.add_special_tokens)
+        texts = [self._tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
+        limit = self._engine.engine.max_model_len
+        return {"count": len(tokens), "max_model_len": limit, "tokens": list(tokens), "token_strs": texts}
+
+    async def detokenize(self, body: DetokenizeBody) -> Json:
+        self._check_model(body.model)
+        bad = next((token for token in body.tokens if not 0 <= token < self._tokenizer.vocab_size), None)
+        if bad is not None:
+            limit = self._tokenizer.vocab_size - 1
+            raise RequestError(f"tokens contains {bad}, but token ids go from 0 to {limit}", param="tokens")
+        return {"prompt": await asyncio.to_thread(self._tokenizer.decode, body.tokens, skip_special=False)}
+
+    async def metrics(self) -> Response:
+        return Response(self._metrics.exposition(), media_type=CONTENT_TYPE)
 
     async def health(self) -> Response:
         failure = self._engine.failure
@@ -139,9 +158,13 @@ class _Service:
 
     def _check(self, body: GenerationBody) -> None:
         body.check()
-        if body.model != self._model_name:
+        self._check_model(body.model)
+
+    def _check_model(self, name: str | None) -> None:
+        """None, where a field may be left out, is the only model."""
+        if name not in (None, self._model_name):
             raise RequestError(
-                f"the model {body.model!r} does not exist; this server has {self._model_name!r}",
+                f"the model {name!r} does not exist; this server has {self._model_name!r}",
                 status=404,
                 param="model",
                 code="model_not_found",
@@ -164,6 +187,7 @@ class _Service:
         num_prompt: int,
         format: Format,
     ) -> Response:
+        await asyncio.to_thread(self._engine.engine.new_matcher, requests[0].params.grammar)
         generation = self._engine.submit(requests)
         choices = {request.id: Choice(index) for index, request in enumerate(requests)}
         if body.stream:
@@ -202,7 +226,7 @@ async def _events(
             _raise_failure(output)
             num_output += len(output.tokens)
             delta = format.delta(choices[output.request_id], output)
-            if output.text or delta["logprobs"] or output.finish_reason:
+            if delta is not None:
                 yield chunk(delta)
     except RequestError as error:
         yield _event(error.body())
@@ -222,6 +246,10 @@ def _raise_failure(output: RequestOutput) -> None:
         raise RequestError("the request took longer than the server allows", status=504, kind="timeout_error")
     if output.finish_reason == "error":
         raise RequestError("the model computed no valid numbers for this request", status=500, kind="server_error")
+    if output.finish_reason == "grammar":
+        raise RequestError(
+            "the grammar that the answer must match became too complex on the way", param="response_format"
+        )
 
 
 @asynccontextmanager
@@ -241,18 +269,11 @@ async def _abandoned_with(receive: Receive, generation: Generation) -> AsyncGene
         generation.close()
 
 
-def _error_response(error: RequestError) -> Response:
-    headers = {"Retry-After": "1"} if error.status == 429 else None
-    # Escaped as ASCII: what clients sent, and messages quote, may not be encodable.
-    content = json.dumps(error.body())
-    return Response(content, error.status, headers, "application/json")
-
-
 # FastAPI types every handler as taking Exception; each gets only what it was registered for.
 
 
 async def _request_error(_: HTTPRequest, error: Exception) -> Response:
-    return _error_response(cast(RequestError, error))
+    return error_response(cast(RequestError, error))
 
 
 async def _invalid_body(_: HTTPRequest, error: Exception) -> Response:
@@ -261,19 +282,19 @@ async def _invalid_body(_: HTTPRequest, error: Exception) -> Response:
     where = ".".join(str(part) for part in first["loc"][1:])
     if first["type"] == "json_invalid":
         message = f"the body is not valid JSON: {first['ctx']['error']} at character {where}"
-        return _error_response(RequestError(message))
+        return error_response(RequestError(message))
     if isinstance(first["input"], bytes):
-        return _error_response(RequestError("the body must be JSON, sent with Content-Type: application/json"))
+        return error_response(RequestError("the body must be JSON, sent with Content-Type: application/json"))
     found = "" if first["type"] == "missing" else f", but found {first['input']!r:.200}"
     message = f"{where or 'the body'}: {first['msg'][:1].lower()}{first['msg'][1:]}{found}"
-    return _error_response(RequestError(message, param=where or None))
+    return error_response(RequestError(message, param=where or None))
 
 
 async def _http_error(http: HTTPRequest, error: Exception) -> Response:
     cause = cast(HTTPException, error)
-    return _error_response(RequestError(f"{http.method} {http.url.path}: {cause.detail}", status=cause.status_code))
+    return error_response(RequestError(f"{http.method} {http.url.path}: {cause.detail}", status=cause.status_code))
 
 
 async def _internal_error(http: HTTPRequest, error: Exception) -> Response:
     _LOG.error("%s %s failed", http.method, http.url.path, exc_info=error)
-    return _error_response(RequestError("internal error", status=500, kind="server_error"))
+    return error_response(RequestError("internal error", status=500, kind="server_error"))

@@ -14,6 +14,7 @@ from serving.decode_graph import GraphLimits
 from serving.dummy import open_dummy
 from serving.engine import Engine
 from serving.execution import Execution, choose_execution
+from serving.grammar import Grammars
 from serving.kernels import Kernels, default_kernels
 from serving.kv import PageTables
 from serving.loader import Checkpoint, default_model, open_checkpoint
@@ -21,7 +22,7 @@ from serving.memory import PAGE_SIZE, Wishes, expected_size, free_nbytes, plan, 
 from serving.model import build_model
 from serving.packing import PackedWeights, pack_weights
 from serving.progress import progress
-from serving.request_log import log_request
+from serving.request_log import RequestLog
 from serving.runner import TorchRunner
 from serving.shards import shard
 from serving.speculation import Drafter, DraftModel, PromptLookup
@@ -51,10 +52,12 @@ def build_engine(
     drafter = _drafter(config, checkpoint, kernels, execution)  # first: the model's cache takes what is left
     trace = Trace(Path(config.trace)) if config.trace is not None else None
     runner, limits = build_runner(config, path, checkpoint, kernels, execution, group, trace)
-    return Engine(
+    engine = Engine(
         runner if ranks is None else ParallelRunner(runner, ranks.others), checkpoint.tokenizer, limits, MonotonicClock(),
-        drafter=drafter, trace=trace, on_end=log_request if config.log_requests else None,
+        Grammars(checkpoint.tokenizer).matcher, drafter=drafter, trace=trace,
     )  # fmt: skip
+    engine.observers += [RequestLog()] if config.log_requests else []
+    return engine
 
 
 def _drafter(config: ServerConfig, checkpoint: Checkpoint, kernels: Kernels, execution: Execution) -> Drafter | None:

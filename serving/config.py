@@ -97,6 +97,12 @@ class ServerConfig:
     )
     host: str = _option("127.0.0.1", "the address to listen on; 0.0.0.0 for all of this machine's", "ADDRESS")
     port: int = _option(8000, "the port to listen on; 0 picks a free one", "PORT")
+    api_key: str | None = _option(
+        None,
+        "what clients must send as `Authorization: Bearer KEY`; better given as TILUS_API_KEY, which lists of processes do not "
+        "show; default: everyone who reaches the port is served",
+        "KEY",
+    )
     device: str = _option(
         "auto",
         "where the model runs: cpu is native code for this machine where it can be compiled, reference the slow meaning of "

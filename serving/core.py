@@ -36,9 +36,10 @@ class MonotonicClock:
 
 @dataclass(frozen=True)
 class Grammar:
-    """What an answer must match: a JSON schema as text ("{}" for any JSON), or a regular expression."""
+    """What an answer must match: a JSON schema as text ("{}" for any JSON), a regular expression, or a context-free grammar in
+    the form of llguidance's dialect of Lark."""
 
-    kind: Literal["json_schema", "regex"]
+    kind: Literal["json_schema", "regex", "lark"]
     text: str
 
 
@@ -119,11 +120,15 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Request:
-    """One continuation to generate. `id` is unique among the live requests."""
+    """One continuation to generate. `id` is unique among the live requests. priority: the lower, the sooner. user: whom the
+    client asks for, "" if it did not say.
+    """
 
     id: str
     prompt: tuple[int, ...]
     params: SamplingParams
+    priority: int = 0
+    user: str = ""
 
 
 class Matcher(Protocol):

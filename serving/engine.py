@@ -27,6 +27,7 @@ from serving.core import (
 )
 from serving.errors import RequestError
 from serving.kv import PageTables
+from serving.observer import Observer
 from serving.scheduler import Scheduler
 from serving.speculation import Drafter, Drafts
 from serving.stop import StopMatcher
@@ -75,7 +76,7 @@ class Engine:
     Every request that was added ends in exactly one output with a finish reason, or by `abort`. matcher: makes those of grammars;
     without it, requests with a grammar are refused. drafter: guesses up to `config.num_drafts` tokens of each sequence; without
     overlap, as the tokens of a step must be known then before the next one is scheduled. trace: gets the times of the parts of
-    steps. on_end: called with each sequence that ends, why it does, and the clock's time.
+    steps. `observers` are told what happens to requests.
     """
 
     def __init__(
@@ -88,19 +89,18 @@ class Engine:
         *,
         drafter: Drafter | None = None,
         trace: Trace | None = None,
-        on_end: Callable[[Sequence, Ending, float], None] | None = None,
     ) -> None:
         self._runner = runner
         self._vocabulary = vocabulary
         self._clock = clock
         self._matcher = matcher
         self._drafter = drafter
-        self._on_end = on_end
         self._checks = environment.debug()
         self.trace = trace
         self.config = config
         self.pages = PageTables(config.num_pages, config.page_size, reuse=config.prefix_cache)
         self.scheduler = Scheduler(self.pages, max_batch=config.max_batch, max_step_tokens=config.max_step_tokens)
+        self.observers: list[Observer] = []
         self.max_model_len = min(config.max_model_len, self.pages.capacity)
         self._live: dict[str, _Live] = {}
         self._launched: _Launched | None = None
@@ -114,12 +114,14 @@ class Engine:
         size, limit, wanted = len(request.prompt), self.max_model_len, request.params.max_tokens
         if size == 0:
             raise RequestError("the prompt has no tokens, but at least 1 is needed", param="prompt")
-        bad = next((t for t in request.prompt if not 0 <= t < self._vocabulary.vocab_size), None)
-        if bad is not None:
-            raise RequestError(
-                f"the prompt contains token {bad}, but token ids go from 0 to {self._vocabulary.vocab_size - 1}",
-                param="prompt",
-            )
+        biased = (token_id for token_id, _ in request.params.logit_bias)
+        for name, param, token_ids in (("the prompt", "prompt", request.prompt), ("logit_bias", "logit_bias", biased)):
+            bad = next((t for t in token_ids if not 0 <= t < self._vocabulary.vocab_size), None)
+            if bad is not None:
+                raise RequestError(
+                    f"{name} contains token {bad}, but token ids go from 0 to {self._vocabulary.vocab_size - 1}",
+                    param=param,
+                )
         if size + (wanted or 1) > limit:
             asked = f" and max_tokens is {wanted}, together {size + wanted}" if wanted else ""
             room = "" if wanted else "; it must leave room for at least 1 token"
@@ -151,6 +153,8 @@ class Engine:
         seq = Sequence(request, limit, now + self.config.request_timeout, matcher, arrived=now)
         self._live[request.id] = _Live(seq, Detokenizer(self._vocabulary.decode), StopMatcher(request.params.stop))
         self.scheduler.add(seq)
+        for observer in self.observers:
+            observer.queued(seq, now)
 
     def abort(self, request_id: str) -> None:
         """Drop a request and take its pages back. One that has finished already is no mistake: clients race."""
@@ -195,8 +199,8 @@ class Engine:
         self.scheduler.remove(seq)
         if self._drafter is not None:
             self._drafter.forget(request_id)
-        if self._on_end is not None:
-            self._on_end(seq, ending, self._clock.now())
+        for observer in self.observers:
+            observer.ended(seq, ending, self._clock.now())
 
     def _span(self, name: str) -> AbstractContextManager[None]:
         return nullcontext() if self.trace is None else self.trace.span(name)
@@ -229,6 +233,8 @@ class Engine:
         with self._span("launch"):
             wait = self._runner.launch(batch)
         now, sampled = self._clock.now(), list[_Live]()
+        for observer in self.observers:
+            observer.scheduled(batch, now)
         for item in batch.items:
             live = self._live[item.request_id]
             self.scheduler.advance(live.seq, len(item.token_ids))
@@ -281,14 +287,16 @@ class Engine:
         seq.num_unknown -= 1
         seq.answered = now if seq.answered is None else seq.answered
         seq.num_computed -= item.num_drafts - (len(tokens) - 1)  # drafts that did not agree are computed again
-        text, reason = "", None
-        for count, token in enumerate(tokens, 1):
-            piece, reason = self._append(live, token.token_id, item.draw + count)
+        text, reason, count = "", None, 0
+        while count < len(tokens) and reason is None:
+            count += 1
+            piece, reason = self._append(live, tokens[count - 1].token_id, item.draw + count)
             text += piece
-            if reason is not None:
-                self._end(item.request_id, reason)
-                return RequestOutput(item.request_id, text, tokens[:count], reason)
-        return RequestOutput(item.request_id, text, tokens)
+        for observer in self.observers:
+            observer.produced(seq, count, now)
+        if reason is not None:
+            self._end(item.request_id, reason)
+        return RequestOutput(item.request_id, text, tokens[:count], reason)
 
     def _append(self, live: _Live, token_id: int, num_output: int) -> tuple[str, FinishReason | None]:
         """The text that can be shown with an answer's `num_output`-th token, and whether it ends there."""

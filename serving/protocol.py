@@ -5,34 +5,30 @@ A field that would change the answer is served or refused, never ignored.
 
 from __future__ import annotations
 
+import json
 import random
+from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from serving.core import SamplingParams
+from serving.core import Grammar, Request, SamplingParams
 from serving.errors import RequestError
 
 MAX_CHOICES = 128
 _SEEDS = 2**64
 
 # Fields that do not change the answer.
-_WITHOUT_EFFECT = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
+_WITHOUT_EFFECT = frozenset({"metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
 # Fields that are not supported, with the values that ask for nothing.
 _ONLY_NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
-    "logit_bias": (None, {}),
     "best_of": (None, 1),
     "echo": (None, False),
     "suffix": (None, ""),
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "parallel_tool_calls": (None, True, False),
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
     "modalities": (None, ["text"]),
 }
 
@@ -40,6 +36,56 @@ _ONLY_NEUTRAL: Mapping[str, tuple[object, ...]] = {
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     include_usage: bool = False
+
+
+class JsonSchemaFormat(BaseModel):
+    """A named JSON schema. strict: schemas are always enforced; whether they are supported is found when they are compiled."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    name: str
+    description: str | None = None
+    json_schema: dict[str, Any] | bool = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    """OpenAI's way to ask for JSON."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+    def grammar(self) -> Grammar | None:
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            raise RequestError(
+                "json_schema must be given with type = 'json_schema', and only then", param="response_format"
+            )
+        if self.json_schema is not None:
+            return Grammar("json_schema", json.dumps(self.json_schema.json_schema))
+        return Grammar("json_schema", '{"type": "object"}') if self.type == "json_object" else None
+
+
+class StructuredOutputs(BaseModel):
+    """vLLM's way to ask for what OpenAI has no word for: one of a JSON schema, a regular expression, or some texts."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    json_schema: dict[str, Any] | str | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = Field(None, min_length=1)
+
+    def grammar(self) -> Grammar:
+        asked = [value for value in (self.json_schema, self.regex, self.choice) if value is not None]
+        if len(asked) != 1:
+            raise RequestError(
+                f"structured_outputs has {len(asked)} of json, regex and choice, but needs one",
+                param="structured_outputs",
+            )
+        if self.regex is not None:
+            return Grammar("regex", self.regex)
+        if self.choice is not None:
+            return Grammar("lark", "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in self.choice))
+        schema = self.json_schema
+        return Grammar("json_schema", schema if isinstance(schema, str) else json.dumps(schema))
 
 
 class GenerationBody(BaseModel):
@@ -51,12 +97,21 @@ class GenerationBody(BaseModel):
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
     seed: int | None = None
     n: int | None = None
     stop: str | list[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    priority: int | None = None
+    user: str | None = None
 
     @property
     def num_choices(self) -> int:
@@ -76,6 +131,32 @@ class GenerationBody(BaseModel):
             raise RequestError(f"n is {self.n}, but must be between 1 and {MAX_CHOICES}", param="n")
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options is only allowed when stream is true", param="stream_options")
+        if self.ignore_eos and self.grammar() is not None:
+            raise RequestError(
+                "ignore_eos cannot be given when the answer must match a grammar, which has an end", param="ignore_eos"
+            )
+
+    def grammar(self) -> Grammar | None:
+        """What the answer must match, if anything."""
+        asked = (
+            self.response_format and self.response_format.grammar(),
+            self.structured_outputs and self.structured_outputs.grammar(),
+        )
+        if None not in asked:
+            raise RequestError(
+                "response_format and structured_outputs both say what the answer must match; give one",
+                param="structured_outputs",
+            )
+        return asked[0] or asked[1]
+
+    def request(self, request_id: str, prompt: tuple[int, ...], choice: int, grammar: Grammar | None) -> Request:
+        """One of the `n` choices for a prompt."""
+        params = replace(self.choice_params(choice), grammar=grammar)
+        return Request(request_id, prompt, params, self.priority or 0, self.user or "")
+
+    @abstractmethod
+    def choice_params(self, choice: int) -> SamplingParams:
+        """Sampling parameters of one of `n` choices."""
 
     def params(self, choice: int, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """Sampling parameters of one of `n` choices: each has a random stream of its own, following from `seed`."""
@@ -86,11 +167,25 @@ class GenerationBody(BaseModel):
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
             top_k=self.top_k or 0,
+            min_p=self.min_p or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            logit_bias=self._biases(),
             seed=seed % _SEEDS,
             stop=stop,
             ignore_eos=bool(self.ignore_eos),
             logprobs=logprobs,
         )
+
+    def _biases(self) -> tuple[tuple[int, float], ...]:
+        """JSON knows only texts as names: a token's id comes as its decimal digits."""
+        bad = next(
+            (name for name in self.logit_bias or {} if not (name.isascii() and name.isdigit() and len(name) < 10)), None
+        )
+        if bad is not None:
+            raise RequestError(f"logit_bias has the name {bad!r}, but names must be token ids", param="logit_bias")
+        return tuple((int(name), bias) for name, bias in (self.logit_bias or {}).items())
 
 
 class CompletionBody(GenerationBody):
@@ -126,16 +221,87 @@ class TextPart(BaseModel):
     text: str
 
 
-class Message(BaseModel):
+class FunctionCall(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
+    name: str
+    arguments: str
 
-    def for_template(self) -> dict[str, str]:
-        """Role and text as chat templates expect them; `developer` is OpenAI's newer word for `system`."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+    def for_template(self) -> dict[str, Any]:
+        """Templates write the arguments themselves, and want them as an object."""
+        try:
+            arguments = json.loads(self.arguments)
+        except (ValueError, RecursionError) as error:
+            raise RequestError(
+                f"the arguments of a call of {self.name!r} are not valid JSON: {error}", param="messages"
+            ) from error
+        return {"name": self.name, "arguments": arguments}
+
+
+class MessageToolCall(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(BaseModel):
+    """One of a conversation. What only answers have may come back, as clients send answers as they got them."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[MessageToolCall] | None = None
+    tool_call_id: str | None = None
+    refusal: str | None = None
+    annotations: list[Any] | None = None
+    audio: None = None
+    function_call: None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates expect it; `developer` is OpenAI's newer word for `system`."""
+        if self.content is None and not self.tool_calls:
+            raise RequestError(
+                f"a message of the role {self.role!r} has neither content nor tool_calls", param="messages"
+            )
+        if self.tool_calls and self.role != "assistant":
+            raise RequestError(
+                f"a message of the role {self.role!r} has tool_calls, but only 'assistant' calls", param="messages"
+            )
+        content = "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content
+        message = {"role": "system" if self.role == "developer" else self.role, "content": content or ""}
+        if self.tool_calls:
+            calls = [call.model_dump() | {"function": call.function.for_template()} for call in self.tool_calls]
+            return message | {"tool_calls": calls}
+        extra = {"name": self.name, "tool_call_id": self.tool_call_id}
+        return message | {name: value for name, value in extra.items() if value is not None}
+
+
+class Function(BaseModel):
+    """parameters: a JSON schema; None for a function without any."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    name: str
+
+
+class NamedTool(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class ChatBody(GenerationBody):
@@ -145,9 +311,33 @@ class ChatBody(GenerationBody):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+
+    def offered_tools(self) -> list[dict[str, Any]]:
+        """What the model may call, in OpenAI's form; nothing with the choice `none`."""
+        tools = [] if self.tool_choice == "none" else self.tools or []
+        return [tool.model_dump(exclude_none=True) for tool in tools]
+
+    def required_functions(self) -> list[dict[str, Any]]:
+        """Those of which the answer must be a call; none where it may be text."""
+        functions = [tool["function"] for tool in self.offered_tools()]
+        if isinstance(self.tool_choice, NamedTool):
+            return [function for function in functions if function["name"] == self.tool_choice.function.name]
+        return functions if self.tool_choice == "required" else []
 
     def check(self) -> None:
         super().check()
+        if self.tool_choice not in (None, "none", "auto") and not self.required_functions():
+            names = [tool.function.name for tool in self.tools or []]
+            wanted = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else "a tool"
+            raise RequestError(f"tool_choice wants a call of {wanted!r}, but tools has {names}", param="tool_choice")
+        if self.offered_tools() and self.grammar() is not None:
+            raise RequestError(
+                "the answer must match a grammar and may be a call of a tool; give tool_choice = 'none' or no grammar",
+                param="tool_choice",
+            )
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs is only allowed when logprobs is true", param="top_logprobs")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
@@ -160,3 +350,28 @@ class ChatBody(GenerationBody):
     def choice_params(self, choice: int) -> SamplingParams:
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return self.params(choice, limit, (self.top_logprobs or 0) if self.logprobs else None)
+
+
+class TokenizeBody(BaseModel):
+    """POST /tokenize, as in vLLM: the tokens of a prompt, or of messages as a chat would have them."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = Field(None, min_length=1)
+    tools: list[Tool] | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool | None = None
+
+    def text(self) -> str:
+        if self.prompt is None:
+            raise RequestError("give a prompt or messages", param="prompt")
+        return self.prompt
+
+
+class DetokenizeBody(BaseModel):
+    """POST /detokenize, as in vLLM."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    model: str | None = None
+    tokens: list[int]

@@ -5,10 +5,14 @@ from __future__ import annotations
 import sys
 
 from serving.core import Ending, Sequence
+from serving.observer import Observer
 
 
-def log_request(seq: Sequence, ending: Ending, now: float) -> None:
-    print(request_line(seq, ending, now), file=sys.stderr, flush=True)
+class RequestLog(Observer):
+    """Says it on stderr."""
+
+    def ended(self, seq: Sequence, ending: Ending, now: float) -> None:
+        print(request_line(seq, ending, now), file=sys.stderr, flush=True)
 
 
 def request_line(seq: Sequence, ending: Ending, now: float) -> str:

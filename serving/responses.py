@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from serving.core import FinishReason, RequestOutput, SampledToken
+from serving.tools import CallParser, ToolCall
 
 Json = dict[str, Any]
 TokenText = Callable[[int], str]
@@ -44,6 +46,34 @@ def usage(num_prompt: int, num_output: int) -> Json:
     return {"prompt_tokens": num_prompt, "completion_tokens": num_output, "total_tokens": num_prompt + num_output}
 
 
+class _CallStream:
+    """The text of an answer and its calls, in OpenAI's form and counted, as they are found. A call comes whole."""
+
+    def __init__(self, parser: CallParser) -> None:
+        self._parser = parser
+        self._num_calls = 0
+
+    def push(self, text: str, *, ended: bool) -> tuple[str, list[Json]]:
+        events = self._parser.push(text) + (self._parser.flush() if ended else [])
+        calls: list[Json] = []
+        for event in events:
+            if isinstance(event, ToolCall):
+                function = {"name": event.name, "arguments": event.arguments}
+                calls.append(
+                    {
+                        "index": self._num_calls,
+                        "id": f"call_{uuid.uuid4().hex}",
+                        "type": "function",
+                        "function": function,
+                    }
+                )
+                self._num_calls += 1
+        return "".join(event for event in events if isinstance(event, str)), calls
+
+    def reason(self, reason: FinishReason | None) -> str | None:
+        return "tool_calls" if self._num_calls and reason == "stop" else reason
+
+
 class Format(Protocol):
     """How an endpoint words its answers."""
 
@@ -55,33 +85,58 @@ class Format(Protocol):
         ...
 
     def choice(self, choice: Choice) -> Json: ...
-    def delta(self, choice: Choice, output: RequestOutput) -> Json: ...
+    def delta(self, choice: Choice, output: RequestOutput) -> Json | None:
+        """The next chunk's choice, if there is anything to tell."""
+        ...
 
 
 class ChatFormat:
+    """parser: makes what finds tool calls in an answer; None where there are no tools."""
+
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
 
-    def __init__(self, token_text: TokenText) -> None:
+    def __init__(self, token_text: TokenText, parser: Callable[[], CallParser] | None = None) -> None:
         self._token_text = token_text
+        self._parser = parser
+        self._streams: dict[int, _CallStream] = {}
 
     def opening(self, index: int) -> Json | None:
         return self._delta(index, {"role": "assistant", "content": ""}, None, None)
 
     def choice(self, choice: Choice) -> Json:
+        message: Json = {"role": "assistant", "content": choice.text, "refusal": None}
+        reason = choice.finish_reason
+        if self._parser is not None:
+            stream = _CallStream(self._parser())
+            content, calls = stream.push(choice.text, ended=True)
+            reason = stream.reason(reason)
+            message["content"] = content
+            if calls:
+                message["content"] = content or None
+                message["tool_calls"] = [
+                    {name: value for name, value in call.items() if name != "index"} for call in calls
+                ]
         return {
             "index": choice.index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "message": message,
             "logprobs": self._logprobs(choice.tokens),
-            "finish_reason": choice.finish_reason,
+            "finish_reason": reason,
         }
 
-    def delta(self, choice: Choice, output: RequestOutput) -> Json:
-        content = {"content": output.text} if output.text else {}
-        return self._delta(choice.index, content, self._logprobs(output.tokens), output.finish_reason)
+    def delta(self, choice: Choice, output: RequestOutput) -> Json | None:
+        content, calls, reason = output.text, list[Json](), output.finish_reason
+        if self._parser is not None:
+            stream = self._streams.get(choice.index) or _CallStream(self._parser())
+            self._streams[choice.index] = stream
+            content, calls = stream.push(output.text, ended=reason is not None)
+            reason = stream.reason(reason)
+        delta = ({"content": content} if content else {}) | ({"tool_calls": calls} if calls else {})
+        logprobs = self._logprobs(output.tokens)
+        return self._delta(choice.index, delta, logprobs, reason) if delta or logprobs or reason else None
 
     @staticmethod
-    def _delta(index: int, delta: Json, logprobs: Json | None, finish_reason: FinishReason | None) -> Json:
+    def _delta(index: int, delta: Json, logprobs: Json | None, finish_reason: str | None) -> Json:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
     def _logprobs(self, tokens: Sequence[SampledToken]) -> Json | None:
@@ -110,8 +165,9 @@ class CompletionFormat:
     def choice(self, choice: Choice) -> Json:
         return self._choice(choice, choice.text, choice.tokens, choice.finish_reason)
 
-    def delta(self, choice: Choice, output: RequestOutput) -> Json:
-        return self._choice(choice, output.text, output.tokens, output.finish_reason)
+    def delta(self, choice: Choice, output: RequestOutput) -> Json | None:
+        chunk = self._choice(choice, output.text, output.tokens, output.finish_reason)
+        return chunk if output.text or chunk["logprobs"] or output.finish_reason else None
 
     def _choice(
         self, choice: Choice, text: str, tokens: Sequence[SampledToken], finish_reason: FinishReason | None

@@ -27,6 +27,7 @@ from serving.kernels import Kernels, default_kernels
 from serving.progress import progress
 from serving.tensor_parallel import ranks
 from serving.warm_up import warm_up
+from tilus.config import api_key
 from tilus.errors import TilusError
 
 
@@ -63,7 +64,9 @@ def serve(config: ServerConfig, kernels: Callable[[], Kernels] | None = None) ->
         if on_gpu or tilus.num_compilations():  # nothing of it was on the disk, so the rest is not either
             with progress("capturing steps" if on_gpu else "compiling kernels", "step") as show:
                 warm_up(engine, execution.is_compiled, show, config.max_batch if on_gpu else LARGEST_BATCH)
-        app = create_app(AsyncEngine(engine, config.max_waiting), checkpoint.tokenizer, name)
+        app = create_app(
+            AsyncEngine(engine, config.max_waiting), checkpoint.tokenizer, name, config.api_key or api_key()
+        )
         port = int(listener.getsockname()[1])
         server = _Server(
             uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=max(1, round(config.drain_timeout))),

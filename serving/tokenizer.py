@@ -20,6 +20,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as FastTokenizer
 
 from serving.errors import RequestError
+from serving.tools import told_in_words
 from tilus.errors import TilusError
 from tilus.kernels.quantize import GGUFFile
 
@@ -39,6 +40,11 @@ def _strftime_now(pattern: str) -> str:
     return datetime.now().strftime(pattern)
 
 
+def _tojson(value: object, ensure_ascii: bool = False, indent: int | None = None, sort_keys: bool = False) -> str:
+    """As templates expect it: jinja's own escapes what HTML reserves, and sorts."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)
+
+
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
     """A model's vocabulary and chat template.
@@ -52,23 +58,29 @@ class Tokenizer:
     special: Mapping[str, str]
     vocab_size: int
 
-    def encode(self, text: str) -> tuple[int, ...]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Token ids of a plain prompt, with the tokens that the model wants around it (such as bos)."""
-        return self._ids(text, "prompt", add_special_tokens=True)
+        return self._ids(text, "prompt", add_special_tokens=add_special_tokens)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
-        """Token ids of a conversation (role, content), up to where the assistant's answer starts.
+    def encode_chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> tuple[int, ...]:
+        """Token ids of a conversation (role, content, tool_calls with arguments as objects) and of the tools that the model may
+        call, in OpenAI's form, up to where the assistant's answer starts.
 
         Raises RequestError when the model has no chat template, or its template refuses the messages.
         """
-        return self._ids(self.render_chat(messages), "messages", add_special_tokens=False)
+        return self._ids(self.render_chat(messages, tools), "messages", add_special_tokens=False)
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def render_chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> str:
         if self._template is None:
             raise RequestError("this model has no chat template; use /v1/completions", param="messages")
+        with_tools = bool(tools) or any(message["role"] == "tool" or "tool_calls" in message for message in messages)
+        if with_tools and "tools" not in (self.chat_template or ""):
+            messages, tools = told_in_words(messages, tools), ()
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True, **self.special)
-        except jinja2.TemplateError as error:
+            return self._template.render(
+                messages=messages, tools=list(tools) or None, add_generation_prompt=True, **self.special
+            )
+        except Exception as error:  # a template is a program that came with the model: it may raise anything
             raise RequestError(f"the model's chat template refuses the messages: {error}", param="messages") from error
 
     def _ids(self, text: str, param: str, *, add_special_tokens: bool) -> tuple[int, ...]:
@@ -80,13 +92,13 @@ class Tokenizer:
             ) from error
         return tuple(self.fast.encode(text, add_special_tokens=add_special_tokens).ids)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without special tokens; bytes that are not UTF-8 become U+FFFD."""
-        return self.fast.decode(list(ids), skip_special_tokens=True)
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of token ids, without special tokens unless asked; bytes that are not UTF-8 become U+FFFD."""
+        return self.fast.decode(list(ids), skip_special_tokens=skip_special)
 
     def token_text(self, token_id: int) -> str:
         """One token as text, special tokens included."""
-        return self.fast.decode([token_id], skip_special_tokens=False)
+        return self.decode([token_id], skip_special=False)
 
     @cached_property
     def _template(self) -> jinja2.Template | None:
@@ -96,6 +108,7 @@ class Tokenizer:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
+        environment.filters["tojson"] = _tojson
         try:
             names = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
             return environment.from_string(self.chat_template, globals=names)

@@ -104,3 +104,8 @@ def dump_dir() -> Path | None:
     """TILUS_DUMP_DIR: when set, the IR after each pass and the PTX or C of every kernel are written under it."""
     value = os.environ.get("TILUS_DUMP_DIR")
     return Path(value) if value else None
+
+
+def api_key() -> str | None:
+    """TILUS_API_KEY: what clients of the server must send, where its command line does not say."""
+    return os.environ.get("TILUS_API_KEY") or None

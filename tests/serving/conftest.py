@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from live_server import CONFIG, LiveServer, serve
 from tiny_llama import CPU, write_tiny
 from torch_kernels import TorchKernels
 
 from serving.loader import Checkpoint, open_checkpoint
 from serving.model import Model, load_model
+from serving.runner import TorchRunner
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -31,3 +34,11 @@ def tiny_checkpoint(tiny_directory: Path) -> Checkpoint:
 @pytest.fixture(scope="session")
 def tiny_model(tiny_checkpoint: Checkpoint) -> Model:
     return load_model(tiny_checkpoint, TorchKernels(), CPU)
+
+
+@pytest.fixture(scope="session")
+def tiny_server(tiny_model: Model, tiny_checkpoint: Checkpoint) -> Iterator[LiveServer]:
+    """One for all tests that leave it as they found it."""
+    runner = TorchRunner(tiny_model, CONFIG.num_pages, CONFIG.page_size, CPU)
+    with serve(runner, tiny_checkpoint, CONFIG) as live:
+        yield live

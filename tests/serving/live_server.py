@@ -17,9 +17,11 @@ from serving.async_engine import AsyncEngine
 from serving.config import EngineConfig
 from serving.core import Batch, MonotonicClock, Runner, StepOutput
 from serving.engine import Engine
+from serving.grammar import Grammars
 from serving.loader import Checkpoint
 
 MODEL = "tiny"
+CONFIG = EngineConfig(num_pages=60, max_model_len=200, page_size=4, max_batch=4, max_step_tokens=24)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
@@ -72,11 +74,15 @@ class LiveServer:
 
 
 @contextlib.contextmanager
-def serve(runner: Runner, checkpoint: Checkpoint, config: EngineConfig, max_waiting: int = 64) -> Iterator[LiveServer]:
+def serve(
+    runner: Runner, checkpoint: Checkpoint, config: EngineConfig, max_waiting: int = 64, api_key: str | None = None
+) -> Iterator[LiveServer]:
     throttled = ThrottledRunner(runner)
-    engine = CheckedEngine(throttled, checkpoint.tokenizer, config, MonotonicClock())
+    engine = CheckedEngine(
+        throttled, checkpoint.tokenizer, config, MonotonicClock(), Grammars(checkpoint.tokenizer).matcher
+    )
     async_engine = AsyncEngine(engine, max_waiting)
-    app = create_app(async_engine, checkpoint.tokenizer, MODEL)
+    app = create_app(async_engine, checkpoint.tokenizer, MODEL, api_key)
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

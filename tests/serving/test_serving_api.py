@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
-from live_server import MODEL, LiveServer, serve, wait_until
+from live_server import CONFIG, MODEL, LiveServer, serve, wait_until
 from tiny_llama import CPU, tiny_engine
 
 from serving.config import EngineConfig
@@ -19,16 +19,13 @@ from serving.loader import Checkpoint
 from serving.model import Model
 from serving.runner import TorchRunner
 
-CONFIG = EngineConfig(num_pages=60, max_model_len=200, page_size=4, max_batch=4, max_step_tokens=24)
 USER = [{"role": "user", "content": "hi"}]
 FIXED = {"temperature": 0, "max_tokens": 12, "extra_body": {"ignore_eos": True}}
 
 
-@pytest.fixture(scope="module")
-def server(tiny_model: Model, tiny_checkpoint: Checkpoint) -> Iterator[LiveServer]:
-    runner = TorchRunner(tiny_model, CONFIG.num_pages, CONFIG.page_size, CPU)
-    with serve(runner, tiny_checkpoint, CONFIG) as live:
-        yield live
+@pytest.fixture
+def server(tiny_server: LiveServer) -> LiveServer:
+    return tiny_server
 
 
 @pytest.fixture
@@ -142,6 +139,25 @@ def test_token_ids_as_prompts(client: openai.OpenAI, tiny_checkpoint: Checkpoint
     for prompt in (ids, [ids]):
         reply = client.completions.create(model=MODEL, prompt=prompt, **FIXED)
         assert reply.choices[0].text == answer("hello", temperature=0)
+
+
+def test_what_is_asked_of_the_logits(client: openai.OpenAI, tiny_checkpoint: Checkpoint, answer) -> None:
+    """Fields reach the sampler: each answer is that of an engine asked the same, and not the one without the field."""
+    plain = answer("x", temperature=1, seed=3)
+    (letter,) = tiny_checkpoint.tokenizer.encode("q")
+    for standard, own in (
+        ({"presence_penalty": 2, "frequency_penalty": 2}, {}),
+        ({}, {"repetition_penalty": 2}),
+        ({}, {"min_p": 0.2}),
+    ):
+        params = {"temperature": 1, "seed": 3} | standard
+        own_fields = {"ignore_eos": True, "priority": -1} | own
+        reply = client.completions.create(model=MODEL, prompt="x", max_tokens=12, extra_body=own_fields, **params)
+        assert reply.choices[0].text == answer("x", **(params | own)) != plain, (standard, own)
+    reply = client.completions.create(
+        model=MODEL, prompt="x", max_tokens=3, temperature=0, logit_bias={str(letter): 100}
+    )
+    assert reply.choices[0].text == "qqq"
 
 
 def test_stop_strings_never_show(client: openai.OpenAI, answer) -> None:
@@ -299,10 +315,32 @@ REFUSED = [
     ("completions", COMPLETION | {"echo": True}, 400, "echo", "echo = True is not supported by this server"),
     (
         "completions",
-        COMPLETION | {"presence_penalty": 0.5},
+        COMPLETION | {"presence_penalty": -2.5},
         400,
         "presence_penalty",
-        "presence_penalty = 0.5 is not supported by this server",
+        "presence_penalty is -2.5, but must be between -2 and 2",
+    ),
+    ("completions", COMPLETION | {"min_p": 1.5}, 400, "min_p", "min_p is 1.5, but must be between 0 and 1"),
+    (
+        "completions",
+        COMPLETION | {"logit_bias": {"x": 1}},
+        400,
+        "logit_bias",
+        "logit_bias has the name 'x', but names must be token ids",
+    ),
+    (
+        "completions",
+        COMPLETION | {"logit_bias": {"259": 1}},
+        400,
+        "logit_bias",
+        "logit_bias contains token 259, but token ids go from 0 to 258",
+    ),
+    (
+        "completions",
+        COMPLETION | {"logit_bias": {"5": 101}},
+        400,
+        "logit_bias",
+        "logit_bias is {5: 101.0}, but must be at most 1024 tokens with numbers between -100 and 100",
     ),
     ("completions", COMPLETION | {"typo": 1}, 400, "typo", "typo = 1 is not supported by this server"),
     (
@@ -324,14 +362,21 @@ REFUSED = [
         CHAT | {"messages": [{"role": "robot", "content": "x"}]},
         400,
         "messages.0.role",
-        "messages.0.role: input should be 'system', 'developer', 'user' or 'assistant', but found 'robot'",
+        "messages.0.role: input should be 'system', 'developer', 'user', 'assistant' or 'tool', but found 'robot'",
     ),
     (
         "chat/completions",
         CHAT | {"tools": [{"type": "function"}]},
         400,
-        "tools",
-        "tools = [{'type': 'function'}] is not supported by this server",
+        "tools.0.function",
+        "tools.0.function: field required",
+    ),
+    (
+        "chat/completions",
+        CHAT | {"functions": [{"name": "f"}]},
+        400,
+        "functions",
+        "functions = [{'name': 'f'}] is not supported by this server",
     ),
     (
         "chat/completions",

@@ -1,0 +1,60 @@
+"""What every request passes before an endpoint sees it: a limit on its size, and a key where the server has one."""
+
+from __future__ import annotations
+
+import hmac
+import json
+
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving.errors import RequestError
+
+_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}
+_OPEN = frozenset({"/", "/health", "/version", "/metrics"})
+
+
+class BodyLimit:
+    """Bodies beyond a size are refused while they arrive, before anything parses them."""
+
+    def __init__(self, app: ASGIApp, max_nbytes: int) -> None:
+        self._app = app
+        self._max_nbytes = max_nbytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        nbytes = 0
+
+        async def limited() -> Message:
+            nonlocal nbytes
+            message = await receive()
+            nbytes += len(message.get("body", b""))
+            if nbytes > self._max_nbytes:
+                raise HTTPException(413, f"the body has more than {self._max_nbytes} bytes")
+            return message
+
+        await self._app(scope, limited, send)
+
+
+class KeyCheck:
+    """Requests without the header `Authorization: Bearer KEY` get status 401, but for what tells nothing of anyone's prompts."""
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self._app = app
+        self._expected = f"Bearer {key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in _OPEN:
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(given, self._expected):
+                found = "another one" if given else "none"
+                message = f"this server wants its key in the header 'Authorization: Bearer KEY', but found {found}"
+                error = RequestError(message, status=401, code="invalid_api_key")
+                await error_response(error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def error_response(error: RequestError) -> Response:
+    """OpenAI's error body, escaped as ASCII: what clients sent, and messages quote, may not be encodable."""
+    return Response(json.dumps(error.body()), error.status, _HEADERS.get(error.status), "application/json")

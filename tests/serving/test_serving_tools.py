@@ -1,0 +1,290 @@
+"""Tool calls: found in any text however it is cut, made by grammars, told to any template, and as OpenAI's client sees them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import random
+from collections.abc import Iterator
+
+import httpx
+import openai
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from live_server import CONFIG, MODEL, LiveServer, serve
+from test_serving_grammar import set_bits, walk
+from tiny_llama import TEMPLATE, byte_tokenizer
+
+from serving.core import Batch, BatchItem, SampledToken, StepOutput
+from serving.grammar import Grammars
+from serving.loader import Checkpoint
+from serving.tokenizer import Tokenizer
+from serving.tools import CallParser, ToolCall, call_grammar, style_of, told_in_words
+
+NAMES = frozenset({"f", "g"})
+POINT = {
+    "type": "object",
+    "properties": {"p": {"$ref": "#/$defs/point"}},
+    "required": ["p"],
+    "additionalProperties": False,
+    "$defs": {"point": {"enum": [[1, 2], [3, 4]]}},
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "f", "description": "Draws.", "parameters": POINT}},
+    {"type": "function", "function": {"name": "g"}},
+]
+USER = [{"role": "user", "content": "hi"}]
+
+
+def tagged(name: str, arguments: object) -> str:
+    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
+
+
+def parsed(style, pieces: list[str]) -> list[str | ToolCall]:
+    """All events, with texts that follow each other put together."""
+    parser = CallParser(style, NAMES)
+    merged: list[str | ToolCall] = []
+    for event in [event for piece in pieces for event in parser.push(piece)] + parser.flush():
+        if isinstance(event, str) and merged and isinstance(merged[-1], str):
+            merged[-1] += event
+        else:
+            merged.append(event)
+    return merged
+
+
+WORDS = st.sampled_from(
+    ["a", "<", "<tool", "tool_call>", "<<tool_call", "}", "</tool_call>", "one  two", '{"name": "f"}']
+)
+CALLS = st.builds(ToolCall, st.sampled_from("fg"), st.sampled_from(["{}", '{"x": "<tool_call>"}', '{"y": [1, "}"]}']))
+SEGMENTS = st.lists(WORDS | CALLS, max_size=6)
+
+
+@given(segments=SEGMENTS, cuts=st.lists(st.integers(0, 400), max_size=8), blank=st.sampled_from(["", "\n", " \n"]))
+def test_calls_between_tags_however_the_text_is_cut(
+    segments: list[str | ToolCall], cuts: list[int], blank: str
+) -> None:
+    expected: list[str | ToolCall] = []
+    for segment in segments:
+        if isinstance(segment, str) and expected and isinstance(expected[-1], str):
+            expected[-1] += blank + segment
+        else:
+            expected.append(segment)
+    written = [s if isinstance(s, str) else tagged(s.name, json.loads(s.arguments)) for s in segments]
+    text = blank.join(written)
+    places = sorted({min(cut, len(text)) for cut in cuts} | {0, len(text)})
+    pieces = [text[a:b] for a, b in itertools.pairwise(places)]
+    assert parsed("tags", pieces) == parsed("tags", [text]) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<tool_call>\nno json\n</tool_call> after",
+        tagged("unknown", {}),
+        tagged("f", [1]),
+        "<tool_call>" + "[" * 100_000,
+        "waits <tool_call>",
+        '{"name": "f", "parameters": {}}',
+    ],
+)
+def test_what_is_no_call_stays_text(text: str) -> None:
+    assert "".join(map(str, parsed("tags", list(text) if len(text) < 99 else [text]))) == text
+
+
+def test_a_call_without_its_end_is_one() -> None:
+    assert parsed("tags", ["so ", tagged("f", {"a": 1}).removesuffix("</tool_call>")]) == [
+        "so",
+        ToolCall("f", '{"a": 1}'),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text", ['{"name": "f", "parameters": {"a": "ü"}}', ' \n{"name": "f", "parameters": {"a": "ü"}} ']
+)
+def test_an_answer_that_is_a_call_as_a_whole(text: str) -> None:
+    assert parsed("json", list(text)) == parsed("json", [text]) == [ToolCall("f", '{"a": "ü"}')]
+
+
+@pytest.mark.parametrize("text", ["plain {text}", '{"name": "x", "parameters": {}}', "{broken", "", " "])
+def test_an_answer_that_is_no_call_as_a_whole(text: str) -> None:
+    assert "".join(map(str, parsed("json", list(text)))) == text
+
+
+@pytest.mark.parametrize(("style", "several"), [("tags", True), ("tags", False), ("json", True)])
+def test_every_way_through_the_grammar_is_calls(tiny_checkpoint: Checkpoint, style, several: bool) -> None:
+    """Of any of the functions; references of a schema point into it, also where several are together."""
+    grammars, rng, seen, most = Grammars(tiny_checkpoint.tokenizer), random.Random(3), set(), 0
+    grammar = call_grammar([tool["function"] for tool in TOOLS], style, several=several)
+    for _ in range(30):
+        events = parsed(style, [walk(grammars, grammar, tiny_checkpoint.tokenizer, rng)])
+        assert events and all(isinstance(event, ToolCall) for event in events)
+        for call in events:
+            arguments = json.loads(call.arguments)
+            assert arguments == {} if call.name == "g" else arguments in ({"p": [1, 2]}, {"p": [3, 4]})
+        seen |= {(event.name, event.arguments) for event in events}
+        most = max(most, len(events))
+    assert len(seen) == 3 and (most > 1) == (several and style == "tags")
+
+
+HERMES = (
+    "{% if tools %}{{ '<|im_start|>system\n' }}{% for t in tools %}{{ t | tojson }}\n{% endfor %}<tool_call></tool_call>"
+    "{{ '<|im_end|>\n' }}{% endif %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }} {{ c.function.arguments | tojson(indent=2) }}</tool_call>"
+    "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TURN = [
+    {"role": "user", "content": "draw <b>"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": {"z": "<ü>", "a": 1}}}],
+    },
+    {"role": "tool", "tool_call_id": "1", "content": "done"},
+]
+
+
+def with_template(template: str) -> Tokenizer:
+    return Tokenizer(byte_tokenizer(), frozenset({258}), template, {"bos_token": "", "eos_token": ""}, 259)
+
+
+def test_a_template_that_knows_tools_gets_them_as_in_transformers() -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    reference = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer(), chat_template=HERMES)
+    expected = reference.apply_chat_template(TURN, tools=TOOLS, add_generation_prompt=True, tokenize=False)
+    assert with_template(HERMES).render_chat(TURN, TOOLS) == expected
+    assert '"name": "f", "description": "Draws."' in expected and "<ü>" in expected
+    assert style_of(HERMES) == "tags" and style_of("""'{"name": "' + name + '", "parameters": '""") == "json"
+
+
+def test_a_template_that_knows_no_tools_gets_them_in_words() -> None:
+    told = with_template(TEMPLATE).render_chat([{"role": "system", "content": "Be brief."}, *TURN], TOOLS)
+    assert told.startswith("<|im_start|>system\nBe brief.\n\nYou can call these functions")
+    for tool in TOOLS:
+        assert json.dumps(tool) in told
+    assert '<|im_start|>assistant\n<tool_call>\n{"name": "f", "arguments": {"z": "<ü>", "a": 1}}\n</tool_call>' in told
+    assert told.endswith("user\n<tool_response>\ndone\n</tool_response><|im_end|>\n<|im_start|>assistant\n")
+    assert with_template(TEMPLATE).render_chat(USER) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert told_in_words(USER, ()) == USER
+
+
+class ScriptRunner:
+    """Writes one text, whatever it is asked, then ends; where a grammar decides, anything that it allows."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.text = ""
+
+    def execute(self, batch: Batch) -> StepOutput:
+        return StepOutput(tuple(SampledToken(self._next(item)) for item in batch.sampled))
+
+    def _next(self, item: BatchItem) -> int:
+        if item.allowed is not None:
+            return random.Random(f"{item.params.seed} {item.draw}").choice(set_bits(item.allowed))
+        return (*self._tokenizer.encode(self.text), *self._tokenizer.eos_ids)[item.draw]
+
+
+@pytest.fixture(scope="module")
+def script(tiny_checkpoint: Checkpoint) -> ScriptRunner:
+    return ScriptRunner(tiny_checkpoint.tokenizer)
+
+
+@pytest.fixture(scope="module")
+def scripted(script: ScriptRunner, tiny_checkpoint: Checkpoint) -> Iterator[LiveServer]:
+    with serve(script, tiny_checkpoint, dataclasses.replace(CONFIG, num_pages=800, max_model_len=3000)) as live:
+        yield live
+
+
+def final(client: openai.OpenAI, **params):
+    """Streamed, and put together by OpenAI's own client."""
+    with client.chat.completions.stream(model=MODEL, messages=USER, **params) as stream:
+        return stream.get_final_completion().choices[0]
+
+
+def test_calls_of_a_free_answer(scripted: LiveServer, script: ScriptRunner) -> None:
+    script.text = f"I draw.\n{tagged('f', {'p': [1, 2]})}\n{tagged('g', {})}"
+    with scripted.client() as client:
+        whole = client.chat.completions.create(model=MODEL, messages=USER, tools=TOOLS).choices[0]
+        for choice in (whole, final(client, tools=TOOLS)):
+            assert (choice.finish_reason, choice.message.content) == ("tool_calls", "I draw.")
+            calls = choice.message.tool_calls
+            assert [(c.type, c.function.name, json.loads(c.function.arguments)) for c in calls] == [
+                ("function", "f", {"p": [1, 2]}),
+                ("function", "g", {}),
+            ]
+            assert len({c.id for c in calls}) == 2
+        history = [
+            *USER,
+            whole.message,
+            {"role": "tool", "tool_call_id": whole.message.tool_calls[0].id, "content": "done"},
+        ]
+        script.text = "Drawn."
+        assert (
+            client.chat.completions.create(model=MODEL, messages=history, tools=TOOLS).choices[0].message.content
+            == "Drawn."
+        )
+        script.text = tagged("g", {})
+        for more in ({}, {"tools": TOOLS, "tool_choice": "none"}):  # who offers no tools gets text
+            choice = client.chat.completions.create(model=MODEL, messages=USER, **more).choices[0]
+            assert (choice.finish_reason, choice.message.content) == ("stop", script.text)
+            assert choice.message.tool_calls is None
+    scripted.check_idle()
+
+
+def test_calls_that_are_required(scripted: LiveServer) -> None:
+    named = {"type": "function", "function": {"name": "g"}}
+    with scripted.client() as client:
+        for seed in range(3):
+            params = {"messages": USER, "tools": TOOLS, "seed": seed, "model": MODEL}
+            whole = client.chat.completions.create(**params, tool_choice=named, n=2, parallel_tool_calls=False)
+            for choice in whole.choices:
+                (call,) = choice.message.tool_calls
+                assert (call.function.name, json.loads(call.function.arguments)) == ("g", {})
+                assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+            streamed = final(client, tools=TOOLS, tool_choice="required", seed=seed)
+            assert streamed.finish_reason == "tool_calls" and not streamed.message.content
+            for call in streamed.message.tool_calls:
+                assert json.loads(call.function.arguments) in ({}, {"p": [1, 2]}, {"p": [3, 4]})
+            cut = client.chat.completions.create(**params, tool_choice=named, max_tokens=9).choices[0]
+            assert cut.finish_reason == "length" and tagged("g", {}).startswith(cut.message.content)
+    scripted.check_idle()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tool_choice": "required"}, "tool_choice wants a call of 'a tool', but tools has []"),
+        (
+            {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "h"}}},
+            "tool_choice wants a call of 'h', but tools has ['f', 'g']",
+        ),
+        (
+            {"tools": TOOLS, "response_format": {"type": "json_object"}},
+            "the answer must match a grammar and may be a call of a tool; give tool_choice = 'none' or no grammar",
+        ),
+        (
+            {"tools": [TOOLS[1], {"type": "function", "function": {"name": "f", "parameters": {"type": "odd"}}}],
+             "tool_choice": "required"},
+            "the grammar cannot be used: ",
+        ),
+        (
+            {"messages": [*USER, {"role": "assistant", "content": None}]},
+            "a message of the role 'assistant' has neither content nor tool_calls",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "x", "tool_calls": [
+                {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]}]},
+            "a message of the role 'user' has tool_calls, but only 'assistant' calls",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [
+                {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{"}}]}]},
+            "the arguments of a call of 'f' are not valid JSON: ",
+        ),
+    ],
+)  # fmt: skip
+def test_refusals(tiny_server: LiveServer, fields: dict[str, object], message: str) -> None:
+    reply = httpx.post(f"{tiny_server.url}/v1/chat/completions", json={"model": MODEL, "messages": USER} | fields)
+    assert reply.status_code == 400 and reply.json()["error"]["message"].startswith(message)
