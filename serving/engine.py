@@ -230,11 +230,11 @@ class Engine:
             batch = self._informed(self.scheduler.schedule(self._drafts()))
         if not batch.items:
             return None
-        with self._span("launch"):
-            wait = self._runner.launch(batch)
         now, sampled = self._clock.now(), list[_Live]()
         for observer in self.observers:
             observer.scheduled(batch, now)
+        with self._span("launch"):
+            wait = self._runner.launch(batch)
         for item in batch.items:
             live = self._live[item.request_id]
             self.scheduler.advance(live.seq, len(item.token_ids))

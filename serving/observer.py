@@ -12,7 +12,7 @@ class Observer:
         """A request has been taken up, and waits. The sequence goes on changing."""
 
     def scheduled(self, batch: Batch, now: float) -> None:
-        """A step has been launched."""
+        """A step starts."""
 
     def produced(self, seq: Sequence, count: int, now: float) -> None:
         """A request has got so many tokens."""

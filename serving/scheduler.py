@@ -66,7 +66,10 @@ class Scheduler:
         budget = self.max_step_tokens - sum(plan.values())
         taken = self._plan_drafts(plan, drafts, budget)
         budget -= sum(map(len, taken.values()))
-        budget = self._plan_prefills(plan, (seq for seq in self.running if not (seq in plan or seq.is_full)), budget)
+        # One token is what a sequence decodes, in the plan or without a page for it.
+        budget = self._plan_prefills(
+            plan, (seq for seq in self.running if seq.num_pending > 1 and not seq.is_full), budget
+        )
         if not preempted:
             self._plan_newcomers(plan, budget)
         if self.has_work and not plan and not any(seq.is_full for seq in (*self.running, *self.waiting)):
