@@ -35,6 +35,8 @@ def test_programs(seed: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimized_c")
-@pytest.mark.parametrize("seed", range(25, 50))
+@pytest.mark.parametrize(
+    "seed", [pytest.param(n, marks=() if n < 30 else pytest.mark.exhaustive) for n in range(25, 50)]
+)
 def test_more_programs(seed: int) -> None:
     check(seed)

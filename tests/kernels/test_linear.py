@@ -76,7 +76,7 @@ EACH_GROUP = [16, 32, 64, 128, 0]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", CODE_TYPES, ids=str)
-@pytest.mark.parametrize("turn", [0, 1])
+@pytest.mark.parametrize("turn", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_every_type_with_some_groups(device: str, dtype: DataType, turn: int) -> None:
     """Two groups besides that of `test_every_type`; the next type meets other ones, and each type both kinds of activations."""
     index = CODE_TYPES.index(dtype)

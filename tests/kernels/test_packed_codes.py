@@ -74,13 +74,16 @@ PACKED = [(code, packed_for) for code in CODE_TYPES for packed_for in (f16, f32)
 
 # C takes seconds to compile for each: on the CPU all types in natural order, and the orders that share code with a few.
 ON_CPU = [(code, f32) for code in CODE_TYPES] + PACKED[:: len(CODE_TYPES) // 4]
+# The emulator takes seconds, too: it sees each type in one order, the orders in turn, and everything with `exhaustive`.
+OFTEN = {(code, (f16, f32, bf16)[index % (3 if code.is_float else 2)]) for index, code in enumerate(CODE_TYPES)}
 PLACES = [
     pytest.param(name, *case, marks=marks, id=f"{name}-{case[0]}-{case[1]}")
-    for name, cases, marks in (
-        ("reference", PACKED, ()), ("cpu", dict.fromkeys(ON_CPU), ()), ("emulator", PACKED, pytest.mark.slow),
-        ("cuda", PACKED, pytest.mark.gpu),
+    for name, cases, mark in (
+        ("reference", PACKED, ()), ("cpu", dict.fromkeys(ON_CPU), ()), ("emulator", PACKED, (pytest.mark.slow,)),
+        ("cuda", PACKED, (pytest.mark.gpu,)),
     )
     for case in cases
+    for marks in [mark if name != "emulator" or case in OFTEN else (*mark, pytest.mark.exhaustive)]
 ]  # fmt: skip
 
 

@@ -132,12 +132,14 @@ def test_where_each_factor_of_the_order_rows_stands() -> None:
                 assert not found[70:].any()
 
 
-# C takes seconds to compile for each: on the CPU the order of CPUs for all types, the other one for a few.
+# C takes seconds to compile for each: on the CPU the order of CPUs for all types, the other one for a few. On the emulator, too,
+# each type in one order, and all of them with `exhaustive`.
 KERNELS = [
     pytest.param(name, dtype, order, marks=marks, id=f"{name}-{dtype}-{order}")
-    for name, marks in (("reference", ()), ("cpu", ()), ("emulator", pytest.mark.slow), ("cuda", pytest.mark.gpu))
-    for order in (MMA, ROWS)
+    for name, mark in (("reference", ()), ("cpu", ()), ("emulator", (pytest.mark.slow,)), ("cuda", (pytest.mark.gpu,)))
+    for turn, order in enumerate((MMA, ROWS))
     for index, dtype in enumerate(CODE_TYPES)
+    for marks in [mark if name != "emulator" or index % 2 == turn else (*mark, pytest.mark.exhaustive)]
     if name != "cpu" or order == ROWS or index % 5 == 0
 ]
 

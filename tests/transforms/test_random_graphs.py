@@ -99,6 +99,8 @@ def test_executions_agree(seed: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(12, 150))
+@pytest.mark.parametrize(
+    "seed", [pytest.param(n, marks=() if n < 60 else pytest.mark.exhaustive) for n in range(12, 150)]
+)
 def test_executions_agree_on_more_programs(seed: int) -> None:
     executions_agree(seed)

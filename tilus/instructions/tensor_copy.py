@@ -10,6 +10,7 @@ is stored has a negative coordinate; loads may have those (both found on an H100
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -201,14 +202,18 @@ def _check_strides(what: str, memory: GlobalTensor) -> None:
             )
 
 
-def _swizzles(copy: SharedCopy) -> dict[SharedLayout, int]:
+def _swizzles(copy: SharedCopy) -> Mapping[SharedLayout, int]:
+    shape = copy.buffer.shape
+    return _swizzles_of(shape, tuple(shape[d] for d in copy.shared_dims), copy.memory.dtype.nbytes)
+
+
+@functools.lru_cache(maxsize=1024)  # asked for every copy after every pass
+def _swizzles_of(shape: tuple[int, ...], tile: tuple[int, ...], nbytes: int) -> Mapping[SharedLayout, int]:
     """The layouts that the shared tensor may have, wide swizzles first, and the bytes that each of them swizzles.
 
     The hardware swizzles by the address, whose pattern starts again every 8 rows; parts of the tensor and boxes that lie side by
     side have to start where the pattern does.
     """
-    shape, nbytes = copy.buffer.shape, copy.memory.dtype.nbytes
-    tile = tuple(shape[d] for d in copy.shared_dims)
     found: dict[SharedLayout, int] = {}
     for swizzle in SWIZZLES_NBYTES:
         width = swizzle // nbytes or tile[-1]

@@ -8,6 +8,7 @@ hold no lists.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
@@ -84,26 +85,27 @@ class Instruction:
     asynchronous: ClassVar[bool] = False
 
     def fields(self) -> Iterator[tuple[str, Any]]:
-        for field in dataclasses.fields(self):
-            yield field.name, getattr(self, field.name)
+        return ((name, getattr(self, name)) for name in _field_names(type(self)))
 
-    @property
+    # Every pass and the verifier ask for these again and again, so an instruction keeps its answers.
+
+    @functools.cached_property
     def results(self) -> tuple[RegisterTensor | Var, ...]:
         return tuple(v for name, v in self.fields() if is_out(name) and isinstance(v, (RegisterTensor, Var)))
 
-    @property
+    @functools.cached_property
     def operands(self) -> tuple[Tensor, ...]:
         return tuple(t for name, value in self.fields() if not is_out(name) for t in _tensors(value))
 
-    @property
+    @functools.cached_property
     def register_operands(self) -> tuple[RegisterTensor, ...]:
         return tuple(t for t in self.operands if isinstance(t, RegisterTensor))
 
-    @property
+    @functools.cached_property
     def register_results(self) -> tuple[RegisterTensor, ...]:
         return tuple(t for t in self.results if isinstance(t, RegisterTensor))
 
-    @property
+    @functools.cached_property
     def scalars(self) -> tuple[Expr, ...]:
         """Scalar expressions that the instruction reads."""
         return tuple(e for name, value in self.fields() if not is_out(name) for e in _exprs(value))
@@ -174,6 +176,11 @@ class Instruction:
     def emit_c(self, ctx: CContext) -> None:
         """Write C for a CPU: read operand tiles from `ctx`, define the results."""
         raise NotImplementedError(f"{type(self).__name__}.emit_c")
+
+
+@functools.cache
+def _field_names(cls: type[Instruction]) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(cls))
 
 
 def is_out(name: str) -> bool:

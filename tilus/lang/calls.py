@@ -55,17 +55,26 @@ def _is_hashable(value: Value) -> bool:
 
 def _build(frame: Frame, builtin: Builtin, args: Sequence[Value], kwargs: Mapping[str, Value]) -> Value:
     name = getattr(builtin, "__name__", "?")
-    signature = inspect.signature(builtin)
-    plain = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
-    usage = f"its signature is {name}{signature.replace(parameters=plain, return_annotation=signature.empty)}"
+    signature = _signature(builtin)
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
-        raise TilusError(f"tilus.{name}: {error}", hint=usage) from None
+        raise TilusError(f"tilus.{name}: {error}", hint=_usage(name, signature)) from None
     try:
         return builtin.build(frame.builder, *args, **kwargs)
     except (TypeError, ValueError, AttributeError, IndexError, KeyError, ZeroDivisionError) as error:
-        raise TilusError(f"tilus.{name} does not take these arguments: {error}", hint=usage) from error
+        message = f"tilus.{name} does not take these arguments: {error}"
+        raise TilusError(message, hint=_usage(name, signature)) from error
+
+
+@functools.cache
+def _signature(builtin: Builtin) -> inspect.Signature:
+    return inspect.signature(builtin)
+
+
+def _usage(name: str, signature: inspect.Signature) -> str:
+    plain = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    return f"its signature is {name}{signature.replace(parameters=plain, return_annotation=signature.empty)}"
 
 
 def _all_known(frame: Frame, args: Sequence[Value], kwargs: Mapping[str, Value]) -> bool:
@@ -74,7 +83,7 @@ def _all_known(frame: Frame, args: Sequence[Value], kwargs: Mapping[str, Value])
 
 
 def _function(frame: Frame, function: FunctionType, args: Sequence[Value], kwargs: Mapping[str, Value]) -> Value:
-    if _all_known(frame, args, kwargs) and not uses_language(function):
+    if _all_known(frame, args, kwargs) and not uses_language(frame, function):
         return python_value(lambda: function(*args, **kwargs))
     return frame.inline(function, args, kwargs)
 
@@ -124,7 +133,7 @@ def check_mutable(frame: Frame, container: Value, what: str) -> None:
 
 def _instance(frame: Frame, cls: type, args: Sequence[Value], kwargs: Mapping[str, Value]) -> Value:
     """An instance of a class: its __init__ is inlined when it may see run-time values."""
-    if _all_known(frame, args, kwargs) and not uses_language(cls):
+    if _all_known(frame, args, kwargs) and not uses_language(frame, cls):
         result = python_value(lambda: cls(*args, **kwargs))
         return result if isinstance(result, (int, float, str, tuple)) else frame.translation.own(result)
     if cls.__module__ == "builtins" or issubclass(cls, BaseException):
@@ -157,9 +166,12 @@ def _other(frame: Frame, callee: Value, args: Sequence[Value], kwargs: Mapping[s
     )
 
 
-def uses_language(function: FunctionType | type) -> bool:
+def uses_language(frame: Frame, function: FunctionType | type) -> bool:
     """Whether a helper, or a function that it calls, belongs to the language, so that it must be inlined."""
-    return _uses_language(function, set())
+    known = frame.translation.uses_language
+    if function not in known:
+        known[function] = _uses_language(function, set())
+    return known[function]
 
 
 def _uses_language(function: FunctionType | type, seen: set[object]) -> bool:

@@ -120,6 +120,7 @@ class Translation:
     level: how many run-time loops and branches are open. role_level: that of the body of the role that is open. owned: objects
     and containers made by the kernel, which may be changed, with the level of their birth. attributes: those that the kernel
     set; journal: what to restore when the code of a loop is translated again. calls: functions being inlined, outermost first.
+    uses_language: of functions and classes, where it has been asked (tilus.lang.calls).
     """
 
     builder: KernelBuilder
@@ -130,6 +131,7 @@ class Translation:
     attributes: dict[tuple[int, str], Binding] = field(default_factory=dict[tuple[int, str], Binding])
     journal: list[tuple[Any, str, Binding | None]] = field(default_factory=list[tuple[Any, str, "Binding | None"]])
     calls: list[tuple[object, Loc | None]] = field(default_factory=list[tuple[object, "Loc | None"]])
+    uses_language: dict[object, bool] = field(default_factory=dict[object, bool])
 
     def own(self, value: Value) -> Value:
         self.owned[id(value)] = Binding(value, self.level)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import linecache
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import CodeType, FunctionType
 
@@ -81,8 +82,13 @@ def _covers(body: ast.expr, code: CodeType) -> bool:
     return any(p[0] == body.lineno and p[2] == body.col_offset and p[3] == body.end_col_offset for p in spans)
 
 
-def assigned_names(nodes: list[ast.stmt]) -> frozenset[str]:
+def assigned_names(nodes: Sequence[ast.stmt]) -> frozenset[str]:
     """Names that these statements bind, not those of functions nested in them."""
+    return _assigned_names(tuple(nodes))
+
+
+@functools.lru_cache(maxsize=4096)  # helpers are inlined many times
+def _assigned_names(nodes: tuple[ast.stmt, ...]) -> frozenset[str]:
     names: set[str] = set()
     pending: list[ast.AST] = list(nodes)
     while pending:

@@ -21,6 +21,9 @@ class RegClass(enum.Enum):
     B32 = "b32"
     B64 = "b64"
 
+    # Members are singletons. The hash of `Enum` is a Python function, which registers as keys call all the time.
+    __hash__ = object.__hash__
+
     @property
     def prefix(self) -> str:
         return {"pred": "%p", "b16": "%h", "b32": "%r", "b64": "%d"}[self.value]

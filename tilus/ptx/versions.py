@@ -60,7 +60,7 @@ _INTRODUCED_IN_WGMMA = {".s32.u8.s8": (8, 4), ".s32.s8.u8": (8, 4)}
 def required_version(opcodes: Iterable[str], target: Target) -> tuple[int, int]:
     """The lowest `.version` for these opcodes on this target."""
     version = max(BASE_VERSION, target.ptx_version)
-    for opcode in opcodes:
+    for opcode in set(opcodes):
         for prefix, introduced in _INTRODUCED.items():
             if opcode.startswith(prefix):
                 version = max(version, introduced)

@@ -60,8 +60,9 @@ def run_pipeline(
         raise TilusError(f"no pass is called {after!r}", hint=f"passes: {', '.join(names)}")
     verify(function)
     for step in passes:
-        function = step.run(function, target)
-        verify(function)
+        before, function = function, step.run(function, target)
+        if function is not before:
+            verify(function)
         if observe is not None:
             observe(step.name, function)
         if step.name == after:
