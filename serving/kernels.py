@@ -36,9 +36,11 @@ class Kernels(Protocol):
     def quantize(self) -> Quantize: ...
 
     def linear(
-        self, x: Tensor, weight: PackedWeight, *, out_dtype: torch.dtype = ..., out: Tensor | None = None
-    ) -> Tensor:
-        """x [M, K] by weight [N, K] -> [M, N] in out_dtype, float16 by default. out: columns that it is written to."""
+        self, x: Tensor, weight: PackedWeight, *, bias: Tensor | None = None, out_dtype: torch.dtype = ...,
+        out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """x [M, K] by weight [N, K], plus bias float32 [N] -> [M, N] in out_dtype, float16 by default. out: columns that it is
+        written to."""
         ...
 
     def start_rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -49,24 +51,29 @@ class Kernels(Protocol):
         """residual (float32 [M, H]) += x in place; returns its norm, float16 [M, H]."""
         ...
 
-    def rope_append(self, qkv: Tensor, positions: Tensor, cos_sin: Tensor, slots: Tensor, kv_cache: KvCache) -> Tensor:
+    def rope_append(
+        self, qkv: Tensor, positions: Tensor, cos_sin: Tensor, slots: Tensor, kv_cache: KvCache, *,
+        q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = ...,
+    ) -> Tensor:  # fmt: skip
         """Rotate q and k of qkv [M, (Hq + 2 Hkv) D], write k and v to the cache at slots, in its format; returns q [M, Hq, D] in
         the dtype of a cache of 16 bits, else in qkv's.
 
         positions, slots: int32 [M], a slot being page * page_size + offset; negative ones are not written. cos_sin: float32
-        [max_pos, D], first the D/2 cosines, then the sines; halves are rotated as in Hugging Face's models.
+        [max_pos, D], first the D/2 cosines, then the sines; halves are rotated as in Hugging Face's models. q_norm, k_norm:
+        float32 [D], weights of the norm of each head in front of its rotation.
         """
         ...
 
     def paged_attention(
         self, q: Tensor, kv_cache: KvCache, block_tables: Tensor, q_start: Tensor, kv_lens: Tensor, scale: float, *,
-        decodes: int = 0, out_dtype: torch.dtype | None = None, constant_tables: bool = False,
+        window: int | None = None, decodes: int = 0, out_dtype: torch.dtype | None = None, constant_tables: bool = False,
     ) -> Tensor:  # fmt: skip
         """Causal attention of q [M, Hq, D] over pages -> [M, Hq, D] in out_dtype.
 
         block_tables: int32 [S, max_pages]. kv_lens: int32 [S]. The first `decodes` sequences have one row of q each; q_start:
         int32 [S - decodes + 1], where the rows of the others start behind those. Token j of a sequence with q_len of them sees
-        the first kv_len - q_len + j + 1 entries. constant_tables: nothing in front in the stream still writes the integers.
+        the first kv_len - q_len + j + 1 entries, of these only the last `window`. constant_tables: nothing in front in the stream
+        still writes the integers.
         """
         ...
 

@@ -1,6 +1,7 @@
-"""A Llama-like decoder on paged key-value memory: RMS norm, rotary embedding, grouped-query attention, SwiGLU.
+"""A decoder on paged key-value memory: RMS norms, rotary embedding, grouped-query attention, gated feed-forward layers.
 
-Activations are float16; the residual stream is float32, so that it does not lose small updates over many layers.
+What models of an architecture have or have not is data: tensors that are None, and numbers of `ModelConfig`. Activations are
+float16; the residual stream is float32, so that it does not lose small updates over many layers.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 from serving.config import ModelConfig
 from serving.kernels import Kernels, KvCache, PackedWeight
 from serving.loader import Checkpoint
-from serving.packing import HEAD, NORM, ROPE, TABLE, TABLE_SCALES, PackedWeights, pack_weights
+from serving.packing import BIAS, HEAD, NORM, ROPE, TABLE, TABLE_SCALES, PackedWeights, pack_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,21 +42,30 @@ class Linear:
     """One linear layer. Fused layers are a single weight where their parts are quantised alike, else several."""
 
     parts: tuple[PackedWeight, ...]
+    bias: Tensor | None = None
 
     def __call__(self, kernels: Kernels, x: Tensor) -> Tensor:
         if len(self.parts) == 1:
-            return kernels.linear(x, self.parts[0])
+            return kernels.linear(x, self.parts[0], bias=self.bias)
         widths = [int(part.shape[0]) for part in self.parts]
         out = torch.empty((x.shape[0], sum(widths)), dtype=x.dtype, device=x.device)
-        for part, columns in zip(self.parts, out.split(widths, dim=1)):
-            kernels.linear(x, part, out=columns)
+        biases = [None] * len(widths) if self.bias is None else self.bias.split(widths)
+        for part, bias, columns in zip(self.parts, biases, out.split(widths, dim=1)):
+            kernels.linear(x, part, bias=bias, out=columns)
         return out
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
+    """cos_sin: the table of its rotary embedding. window: how many tokens one sees at most. Norms that a model does not have are
+    None."""
+
     attn_norm: Tensor
     qkv: Linear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    cos_sin: Tensor
+    window: int | None
     attn_output: Linear
     ffn_norm: Tensor
     gate_up: Linear
@@ -80,7 +90,6 @@ class Model:
     layers: tuple[Layer, ...]
     norm: Tensor
     head: PackedWeight
-    cos_sin: Tensor
 
     def forward(self, step: StepTensors, layers: Sequence[KvCache], out: Tensor | None = None) -> Tensor:
         """Logits float32 [L, vocabulary] of the rows `step.last`. Where these are all rows, only kernels compute, so that the
@@ -103,10 +112,12 @@ class Model:
 
     def _attention(self, layer: Layer, x: Tensor, step: StepTensors, kv_cache: KvCache) -> Tensor:
         kernels = self.kernels
-        q = kernels.rope_append(layer.qkv(kernels, x), step.positions, self.cos_sin, step.slots, kv_cache)
-        scale = self.config.head_dim**-0.5
+        q = kernels.rope_append(
+            layer.qkv(kernels, x), step.positions, layer.cos_sin, step.slots, kv_cache,
+            q_norm=layer.q_norm, k_norm=layer.k_norm, eps=self.config.rms_eps,
+        )  # fmt: skip
         out = kernels.paged_attention(
-            q, kv_cache, step.block_tables, step.q_start, step.kv_lens, scale,
+            q, kv_cache, step.block_tables, step.q_start, step.kv_lens, self.config.attention_scale, window=layer.window,
             decodes=step.decodes, out_dtype=x.dtype, constant_tables=True,
         )  # fmt: skip
         return layer.attn_output(kernels, out.reshape(out.shape[0], -1))
@@ -115,24 +126,31 @@ class Model:
 def build_model(config: ModelConfig, kernels: Kernels, packed: PackedWeights) -> Model:
     """The model of packed weights, which it shares."""
 
-    def layer(prefix: str) -> Layer:
+    def linear(name: str) -> Linear:
+        return Linear(packed.linears[name], packed.tensors.get(name + BIAS))
+
+    def layer(index: int) -> Layer:
+        prefix, attention = f"blk.{index}.", config.attention_of(index)
         return Layer(
             attn_norm=packed.tensors[prefix + "attn_norm"],
-            qkv=Linear(packed.linears[prefix + "attn_qkv"]),
-            attn_output=Linear(packed.linears[prefix + "attn_output"]),
+            qkv=linear(prefix + "attn_qkv"),
+            q_norm=packed.tensors.get(prefix + "attn_q_norm"),
+            k_norm=packed.tensors.get(prefix + "attn_k_norm"),
+            cos_sin=packed.tensors[f"{ROPE}.{config.ropes.index(attention.rope)}"],
+            window=attention.window,
+            attn_output=linear(prefix + "attn_output"),
             ffn_norm=packed.tensors[prefix + "ffn_norm"],
-            gate_up=Linear(packed.linears[prefix + "ffn_gate_up"]),
-            down=Linear(packed.linears[prefix + "ffn_down"]),
+            gate_up=linear(prefix + "ffn_gate_up"),
+            down=linear(prefix + "ffn_down"),
         )
 
     return Model(
         config=config,
         kernels=kernels,
         embedding=Embedding(packed.tensors[TABLE], packed.tensors.get(TABLE_SCALES)),
-        layers=tuple(layer(f"blk.{index}.") for index in range(config.num_layers)),
+        layers=tuple(layer(index) for index in range(config.num_layers)),
         norm=packed.tensors[NORM],
         head=packed.linears[HEAD][0],
-        cos_sin=packed.tensors[ROPE],
     )
 
 

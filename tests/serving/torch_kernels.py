@@ -42,15 +42,20 @@ class TorchKernels:
         return dense.view(n, k).to(device)
 
     def linear(
-        self, x: Tensor, weight: Tensor, *, out_dtype: torch.dtype = torch.float16, out: Tensor | None = None
-    ) -> Tensor:
-        assert x.dtype == torch.float16
-        y = (x.to(self.compute) @ weight.T).to(out_dtype)
+        self, x: Tensor, weight: Tensor, *, bias: Tensor | None = None, out_dtype: torch.dtype = torch.float16,
+        out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        assert x.dtype == self.round(x).dtype
+        y = x.to(self.compute) @ weight.T
+        y = (y if bias is None else y + bias).to(out_dtype)
         return y if out is None else out.copy_(y)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def normed(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.to(self.compute)
-        return self.round(wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt() * weight)
+        return wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return self.round(self.normed(x, weight, eps))
 
     def start_rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         return self.rms_norm(x, weight, eps), x.float()
@@ -60,10 +65,14 @@ class TorchKernels:
         residual += x.float()
         return self.rms_norm(residual, weight, eps)
 
-    def rope_append(self, qkv: Tensor, positions: Tensor, cos_sin: Tensor, slots: Tensor, kv_cache: Tensor) -> Tensor:
+    def rope_append(
+        self, qkv: Tensor, positions: Tensor, cos_sin: Tensor, slots: Tensor, kv_cache: Tensor, *,
+        q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 0.0,
+    ) -> Tensor:  # fmt: skip
         _, _, page_size, kv_heads, head_dim = kv_cache.shape
         heads = qkv.view(qkv.shape[0], -1, head_dim).to(self.compute)
         q, k, v = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
+        q, k = (x if norm is None else self.normed(x, norm, eps) for x, norm in ((q, q_norm), (k, k_norm)))
         cos, sin = cos_sin[positions.long()].to(self.compute)[:, None].chunk(2, dim=-1)
 
         def rotate(vectors: Tensor) -> Tensor:
@@ -77,7 +86,7 @@ class TorchKernels:
 
     def paged_attention(
         self, q: Tensor, kv_cache: Tensor, block_tables: Tensor, q_start: Tensor, kv_lens: Tensor, scale: float, *,
-        decodes: int = 0, out_dtype: torch.dtype | None = None, constant_tables: bool = False,
+        window: int | None = None, decodes: int = 0, out_dtype: torch.dtype | None = None, constant_tables: bool = False,
     ) -> Tensor:  # fmt: skip
         _, _, page_size, kv_heads, head_dim = kv_cache.shape
         out = torch.empty_like(q, dtype=out_dtype)
@@ -89,7 +98,10 @@ class TorchKernels:
             repeat = q.shape[1] // kv_heads
             keys, values = (t.to(self.compute).repeat_interleave(repeat, dim=1) for t in (keys, values))
             scores = torch.einsum("qhd,khd->hqk", queries, keys) * scale
-            seen = torch.arange(kv_len) <= torch.arange(kv_len - len(queries), kv_len)[:, None]
+            position = torch.arange(kv_len - len(queries), kv_len)[:, None]
+            seen = torch.arange(kv_len) <= position
+            if window is not None:
+                seen &= position - torch.arange(kv_len) < window
             weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
             out[starts[row] : starts[row + 1]] = self.round(torch.einsum("hqk,khd->qhd", weights, values)).to(out.dtype)
         return out
