@@ -108,6 +108,11 @@ class ModelConfig:
         """The different ones."""
         return tuple(dict.fromkeys(layer.rope for layer in self.attention))
 
+    @property
+    def embedding_scale(self) -> float:
+        """What rows of the embedding are multiplied with."""
+        return self.hidden_size**0.5 if self.architecture.scales_embedding else 1.0
+
     def attention_of(self, layer: int) -> LayerAttention:
         return self.attention[layer % len(self.attention)]
 

@@ -1,6 +1,7 @@
 """What the model asks of a kernel library. `tilus.kernels` is the one in use; tests bring another as an oracle.
 
-All tensors are torch's, on one device; activations are float16. M counts the tokens of a step, S its sequences.
+All tensors are torch's, on one device; activations are float16, or bfloat16 where a model's do not fit. M counts the tokens of a
+step, S its sequences.
 """
 
 from __future__ import annotations
@@ -43,12 +44,18 @@ class Kernels(Protocol):
         written to."""
         ...
 
-    def start_rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """x float16 [M, H], weight float32 [H] -> its norm, float16 [M, H], and the residual stream that begins with x."""
+    def start_rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, *, scale: float = 1.0, out_dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """x [M, H], weight float32 [H] -> the norm of x * scale, [M, H] in out_dtype, by default that of x, and the residual
+        stream, float32, that begins with x * scale."""
         ...
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """residual (float32 [M, H]) += x in place; returns its norm, float16 [M, H]."""
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, x_norm: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
+        """residual (float32 [M, H]) += x in place, or where x_norm (float32 [H]) is given the norm of x with this weight;
+        returns the norm of the sum, [M, H] in the dtype of x."""
         ...
 
     def rope_append(
@@ -66,19 +73,28 @@ class Kernels(Protocol):
 
     def paged_attention(
         self, q: Tensor, kv_cache: KvCache, block_tables: Tensor, q_start: Tensor, kv_lens: Tensor, scale: float, *,
-        window: int | None = None, decodes: int = 0, out_dtype: torch.dtype | None = None, constant_tables: bool = False,
+        window: int | None = None, soft_cap: float | None = None, decodes: int = 0, out_dtype: torch.dtype | None = None,
+        constant_tables: bool = False,
     ) -> Tensor:  # fmt: skip
         """Causal attention of q [M, Hq, D] over pages -> [M, Hq, D] in out_dtype.
 
         block_tables: int32 [S, max_pages]. kv_lens: int32 [S]. The first `decodes` sequences have one row of q each; q_start:
         int32 [S - decodes + 1], where the rows of the others start behind those. Token j of a sequence with q_len of them sees
-        the first kv_len - q_len + j + 1 entries, of these only the last `window`. constant_tables: nothing in front in the stream
-        still writes the integers.
+        the first kv_len - q_len + j + 1 entries, of these only the last `window`. soft_cap: scaled scores s become
+        soft_cap * tanh(s / soft_cap). constant_tables: nothing in front in the stream still writes the integers.
         """
         ...
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """gate_up [M, 2 F] -> silu(first half) * second half, [M, F]."""
+        ...
+
+    def gelu_mul(self, gate_up: Tensor) -> Tensor:
+        """The same with gelu, in its approximation by tanh."""
+        ...
+
+    def soft_cap(self, x: Tensor, cap: float) -> Tensor:
+        """x float32 [M, N] = cap * tanh(x / cap), in place."""
         ...
 
     def embedding(self, ids: Tensor, table: Tensor, scales: Tensor | None = None) -> Tensor:

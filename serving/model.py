@@ -1,7 +1,8 @@
 """A decoder on paged key-value memory: RMS norms, rotary embedding, grouped-query attention, gated feed-forward layers.
 
 What models of an architecture have or have not is data: tensors that are None, and numbers of `ModelConfig`. Activations are
-float16; the residual stream is float32, so that it does not lose small updates over many layers.
+float16, or bfloat16 where they would not fit; the residual stream is float32, so that it does not lose small updates over many
+layers.
 """
 
 from __future__ import annotations
@@ -67,9 +68,11 @@ class Layer:
     cos_sin: Tensor
     window: int | None
     attn_output: Linear
+    post_attention_norm: Tensor | None
     ffn_norm: Tensor
     gate_up: Linear
     down: Linear
+    post_ffw_norm: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,20 +98,28 @@ class Model:
         """Logits float32 [L, vocabulary] of the rows `step.last`. Where these are all rows, only kernels compute, so that the
         step may be captured. layers: each one's cache. out: where the logits go.
         """
-        kernels, eps = self.kernels, self.config.rms_eps
+        kernels, config, eps = self.kernels, self.config, self.config.rms_eps
         x = kernels.embedding(step.token_ids, self.embedding.table, self.embedding.scales)
-        x, residual = kernels.start_rms_norm(x, self.layers[0].attn_norm, eps)
+        x, residual = kernels.start_rms_norm(
+            x, self.layers[0].attn_norm, eps, scale=config.embedding_scale,
+            out_dtype=torch.bfloat16 if config.architecture.wide else None,
+        )  # fmt: skip
         next_norms = [*(layer.attn_norm for layer in self.layers[1:]), self.norm]
         for layer, next_norm, kv_cache in zip(self.layers, next_norms, layers, strict=True):
             x = self._attention(layer, x, step, kv_cache)
-            x = kernels.add_rms_norm(x, residual, layer.ffn_norm, eps)
-            x = layer.down(kernels, kernels.silu_mul(layer.gate_up(kernels, x)))
-            x = kernels.add_rms_norm(x, residual, next_norm, eps)
+            x = kernels.add_rms_norm(x, residual, layer.ffn_norm, eps, x_norm=layer.post_attention_norm)
+            x = layer.down(kernels, self._gated(layer.gate_up(kernels, x)))
+            x = kernels.add_rms_norm(x, residual, next_norm, eps, x_norm=layer.post_ffw_norm)
         if step.last is not None:
             x = x[step.last.long()]
         if x.shape[0] == 0:  # only chunks inside prompts
-            return torch.empty((0, self.config.vocab_size), dtype=torch.float32, device=x.device)
-        return kernels.linear(x, self.head, out_dtype=torch.float32, **({} if out is None else {"out": out}))
+            return torch.empty((0, config.vocab_size), dtype=torch.float32, device=x.device)
+        logits = kernels.linear(x, self.head, out_dtype=torch.float32, **({} if out is None else {"out": out}))
+        return logits if config.final_cap is None else kernels.soft_cap(logits, config.final_cap)
+
+    def _gated(self, gate_up: Tensor) -> Tensor:
+        is_silu = self.config.architecture.activation == "silu"
+        return self.kernels.silu_mul(gate_up) if is_silu else self.kernels.gelu_mul(gate_up)
 
     def _attention(self, layer: Layer, x: Tensor, step: StepTensors, kv_cache: KvCache) -> Tensor:
         kernels = self.kernels
@@ -118,7 +129,7 @@ class Model:
         )  # fmt: skip
         out = kernels.paged_attention(
             q, kv_cache, step.block_tables, step.q_start, step.kv_lens, self.config.attention_scale, window=layer.window,
-            decodes=step.decodes, out_dtype=x.dtype, constant_tables=True,
+            soft_cap=self.config.attention_cap, decodes=step.decodes, out_dtype=x.dtype, constant_tables=True,
         )  # fmt: skip
         return layer.attn_output(kernels, out.reshape(out.shape[0], -1))
 
@@ -139,9 +150,11 @@ def build_model(config: ModelConfig, kernels: Kernels, packed: PackedWeights) ->
             cos_sin=packed.tensors[f"{ROPE}.{config.ropes.index(attention.rope)}"],
             window=attention.window,
             attn_output=linear(prefix + "attn_output"),
+            post_attention_norm=packed.tensors.get(prefix + "post_attention_norm"),
             ffn_norm=packed.tensors[prefix + "ffn_norm"],
             gate_up=linear(prefix + "ffn_gate_up"),
             down=linear(prefix + "ffn_down"),
+            post_ffw_norm=packed.tensors.get(prefix + "post_ffw_norm"),
         )
 
     return Model(

@@ -183,11 +183,11 @@ class ShapeKernels:
         assert x.device == weight.device == META and x.dtype == torch.float16
         return torch.empty(x.shape[0], weight.shape[0], dtype=out_dtype, device=META)
 
-    def start_rms_norm(self, x, weight, eps):
+    def start_rms_norm(self, x, weight, eps, **options):
         assert x.device == weight.device == META and weight.dtype == torch.float32
         return torch.empty_like(x, dtype=torch.float16), torch.empty_like(x, dtype=torch.float32)
 
-    def add_rms_norm(self, x, residual, weight, eps):
+    def add_rms_norm(self, x, residual, weight, eps, **options):
         assert residual.device == META and residual.dtype == torch.float32 and residual.shape == x.shape
         return torch.empty_like(x, dtype=torch.float16)
 

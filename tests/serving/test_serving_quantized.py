@@ -35,6 +35,8 @@ GROUP = 32
 class DenseKernels(TorchKernels):
     """The oracle kernels on weights of any scheme, without rounding activations."""
 
+    activations = (torch.float32,)
+
     def pack(self, matrix, device):
         codes = torch.from_numpy(matrix.codes.astype(np.int64))
         table = (
@@ -56,7 +58,7 @@ class DenseKernels(TorchKernels):
     def linear(self, x, weight, *, out_dtype=torch.float32, **options):
         return super().linear(x, weight, out_dtype=torch.float32, **options)
 
-    def round(self, values):
+    def round(self, values, dtype=None):
         return values.float()
 
 

@@ -54,17 +54,25 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "sliding_window": 8, "max_window_layers": 1, "rope_scaling": {"type": "yarn", **_SCALED},
     },
     "qwen 3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "sliding_window": None},
+    "gemma 2": {
+        "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": None, "sliding_window": 8,
+        "query_pre_attn_scalar": 24, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0,
+    },
+    "gemma 3": {
+        "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "hidden_act": None,
+        "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": None, "sliding_window": 8,
+        "query_pre_attn_scalar": 24, "sliding_window_pattern": 2, "rope_theta": 1e6, "rope_local_base_freq": 100.0,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+    },
 }  # fmt: skip
 
 
-def settings_of(family: str) -> dict[str, Any]:
-    return {key: value for key, value in (_SHARED | FAMILIES[family]).items() if value is not None}
-
-
-def write_family(directory: Path, family: str) -> Path:
-    """A model of a family as a directory, in the format of the hub."""
+def write_family(directory: Path, family: str, **changes: object) -> Path:
+    """A model of a family as a directory, in the format of the hub, with some keys of config.json changed (None removes one)."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(settings_of(family)))
+    settings = {key: value for key, value in (_SHARED | FAMILIES[family] | changes).items() if value is not None}
+    (directory / "config.json").write_text(json.dumps(settings))
     (directory / "tokenizer_config.json").write_text(
         json.dumps({"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"})
     )
@@ -130,6 +138,11 @@ def write_gguf_family(path: Path, directory: Path, architecture: str) -> Path:
         writer.add_value_length(settings["head_dim"])
     writer.add_layer_norm_rms_eps(settings["rms_norm_eps"])
     writer.add_rope_freq_base(settings["rope_theta"])
+    if "sliding_window" in settings:
+        writer.add_sliding_window(settings["sliding_window"])
+    if "attn_logit_softcapping" in settings:
+        writer.add_attn_logit_softcapping(settings["attn_logit_softcapping"])
+        writer.add_final_logit_softcapping(settings["final_logit_softcapping"])
     add_vocabulary(writer)
     kind = next(key for key, name in MODEL_ARCH_NAMES.items() if name == architecture)
     names = get_tensor_name_map(kind, layers)
@@ -137,6 +150,8 @@ def write_gguf_family(path: Path, directory: Path, architecture: str) -> Path:
         values = tensor.numpy()
         if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
             values = interleave(values, heads if "q_proj" in name else kv_heads)
+        if "gemma" in architecture and "norm" in name:
+            values = values + 1
         stored_as = GGMLQuantizationType.Q8_0 if values.ndim == 2 else GGMLQuantizationType.F32
         own = names.get_name(name, try_suffixes=(".weight", ".bias"))
         writer.add_tensor(own, quants.quantize(values, stored_as), raw_dtype=stored_as)
