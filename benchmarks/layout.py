@@ -38,7 +38,7 @@ from typing import Any
 from tilus import f16, int8, uint4
 from tilus.ir.tensor import RegisterTensor, SharedTensor
 from tilus.ir.visit import instructions
-from tilus.kernels.activation import silu_mul_kernel
+from tilus.kernels.activation import gated_kernel
 from tilus.kernels.attention import paged_attention_kernel
 from tilus.kernels.embedding import dense_embedding_kernel, quantized_embedding_kernel
 from tilus.kernels.linear import quantized_linear
@@ -64,10 +64,10 @@ ATTENTION = {"dtype": f16, "unit": f16, "out_dtype": f16, "page_size": 16, "stag
 PLAN = {"rows": 1, "warps": 4, "stages": 1, "blocks_per_sm": 1}
 LINEAR = {"act": f16, "out": f16, "bias_type": f16, "scale_dtype": f16, "span": 128, **PLAN}
 LIBRARY: list[tuple[Kernel, dict[str, Any]]] = [
-    (silu_mul_kernel, {"dtype": f16}),
+    (gated_kernel, {"dtype": f16}),
     (dense_embedding_kernel, {"dtype": f16}),
     (quantized_embedding_kernel, {"dtype": f16, "code": int8, "group": 32}),
-    (rms_norm_kernel, {"dtype": f16, "hidden": 768}),
+    (rms_norm_kernel, {"dtype": f16, "out_dtype": f16, "hidden": 768}),
     (
         rope_append_kernel,
         {"act": f16, "dtype": f16, "head_dim": 64, "heads": 9, "q_heads": 3, "kv_heads": 3, "page_size": 16},

@@ -13,7 +13,8 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from serving.config import ModelConfig
 from serving.huggingface import model_config
-from serving.loader import Checkpoint
+from serving.loader import ALWAYS_INT8, Checkpoint
+from serving.packing import layer_vectors
 from serving.quantize import GROUP
 from serving.tokenizer import Tokenizer
 from tilus.dtypes import DataType, int8
@@ -56,32 +57,39 @@ class DummyWeights:
         if not tied:
             self._shapes["output"] = (vocab, hidden)
         self._hidden, self._dtype, self._group = hidden, dtype, group
+        self._vectors = layer_vectors(config)
         self._block = np.random.default_rng(0).integers(0, 256, _BLOCK, np.uint8)
 
     def has(self, name: str) -> bool:
         return name.rpartition(".")[2] in self._shapes
 
     def vector(self, name: str) -> npt.NDArray[np.float32]:
-        return np.ones(self._hidden, np.float32)
+        part = name.rpartition(".")[2]
+        return np.ones(self._vectors.get(part, self._hidden), np.float32)
+
+    def bias(self, name: str) -> npt.NDArray[np.float32]:
+        return np.zeros(self._shape(name)[0], np.float32)
 
     def matrix(self, name: str) -> QuantizedMatrix:
-        return self._random(self._shape(name), self._dtype, self._group)
+        return self._random(self._shape(name), *self._kind(name))
 
     def table(self) -> QuantizedMatrix:
-        return self._random(self._shapes["token_embd"], int8, 32)
+        return self.matrix("token_embd")
 
     def is_float(self, name: str) -> bool:
         return False
 
     def first_row(self, name: str) -> QuantizedMatrix:
-        kind = (int8, 32) if name == "token_embd" else (self._dtype, self._group)
-        return self._random((1, self._shape(name)[1]), *kind)
+        return self._random((1, self._shape(name)[1]), *self._kind(name))
 
     def num_rows(self, name: str) -> int:
         return self._shape(name)[0]
 
     def stored_nbytes(self, name: str) -> int:
         return 0
+
+    def _kind(self, name: str) -> tuple[DataType, int]:
+        return (int8, 32) if name.rpartition(".")[2] in ALWAYS_INT8 else (self._dtype, self._group)
 
     def _shape(self, name: str) -> tuple[int, int]:
         return self._shapes[name.rpartition(".")[2]]

@@ -1,6 +1,7 @@
 """What the model asks of a kernel library. `tilus.kernels` is the one in use; tests bring another as an oracle.
 
-All tensors are torch's, on one device; activations are float16. M counts the tokens of a step, S its sequences.
+All tensors are torch's, on one device; activations are float16, or bfloat16 where a model's do not fit. M counts the tokens of a
+step, S its sequences.
 """
 
 from __future__ import annotations
@@ -36,42 +37,64 @@ class Kernels(Protocol):
     def quantize(self) -> Quantize: ...
 
     def linear(
-        self, x: Tensor, weight: PackedWeight, *, out_dtype: torch.dtype = ..., out: Tensor | None = None
-    ) -> Tensor:
-        """x [M, K] by weight [N, K] -> [M, N] in out_dtype, float16 by default. out: columns that it is written to."""
+        self, x: Tensor, weight: PackedWeight, *, bias: Tensor | None = None, out_dtype: torch.dtype = ...,
+        out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """x [M, K] by weight [N, K], plus bias float32 [N] -> [M, N] in out_dtype, float16 by default. out: columns that it is
+        written to."""
         ...
 
-    def start_rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """x float16 [M, H], weight float32 [H] -> its norm, float16 [M, H], and the residual stream that begins with x."""
+    def start_rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, *, scale: float = 1.0, out_dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """x [M, H], weight float32 [H] -> the norm of x * scale, [M, H] in out_dtype, by default that of x, and the residual
+        stream, float32, that begins with x * scale."""
         ...
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """residual (float32 [M, H]) += x in place; returns its norm, float16 [M, H]."""
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, x_norm: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
+        """residual (float32 [M, H]) += x in place, or where x_norm (float32 [H]) is given the norm of x with this weight;
+        returns the norm of the sum, [M, H] in the dtype of x."""
         ...
 
-    def rope_append(self, qkv: Tensor, positions: Tensor, cos_sin: Tensor, slots: Tensor, kv_cache: KvCache) -> Tensor:
+    def rope_append(
+        self, qkv: Tensor, positions: Tensor, cos_sin: Tensor, slots: Tensor, kv_cache: KvCache, *,
+        q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = ...,
+    ) -> Tensor:  # fmt: skip
         """Rotate q and k of qkv [M, (Hq + 2 Hkv) D], write k and v to the cache at slots, in its format; returns q [M, Hq, D] in
         the dtype of a cache of 16 bits, else in qkv's.
 
         positions, slots: int32 [M], a slot being page * page_size + offset; negative ones are not written. cos_sin: float32
-        [max_pos, D], first the D/2 cosines, then the sines; halves are rotated as in Hugging Face's models.
+        [max_pos, D], first the D/2 cosines, then the sines; halves are rotated as in Hugging Face's models. q_norm, k_norm:
+        float32 [D], weights of the norm of each head in front of its rotation.
         """
         ...
 
     def paged_attention(
         self, q: Tensor, kv_cache: KvCache, block_tables: Tensor, q_start: Tensor, kv_lens: Tensor, scale: float, *,
-        decodes: int = 0, out_dtype: torch.dtype | None = None, constant_tables: bool = False,
+        window: int | None = None, soft_cap: float | None = None, decodes: int = 0, out_dtype: torch.dtype | None = None,
+        constant_tables: bool = False,
     ) -> Tensor:  # fmt: skip
         """Causal attention of q [M, Hq, D] over pages -> [M, Hq, D] in out_dtype.
 
         block_tables: int32 [S, max_pages]. kv_lens: int32 [S]. The first `decodes` sequences have one row of q each; q_start:
         int32 [S - decodes + 1], where the rows of the others start behind those. Token j of a sequence with q_len of them sees
-        the first kv_len - q_len + j + 1 entries. constant_tables: nothing in front in the stream still writes the integers.
+        the first kv_len - q_len + j + 1 entries, of these only the last `window`. soft_cap: scaled scores s become
+        soft_cap * tanh(s / soft_cap). constant_tables: nothing in front in the stream still writes the integers.
         """
         ...
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """gate_up [M, 2 F] -> silu(first half) * second half, [M, F]."""
+        ...
+
+    def gelu_mul(self, gate_up: Tensor) -> Tensor:
+        """The same with gelu, in its approximation by tanh."""
+        ...
+
+    def soft_cap(self, x: Tensor, cap: float) -> Tensor:
+        """x float32 [M, N] = cap * tanh(x / cap), in place."""
         ...
 
     def embedding(self, ids: Tensor, table: Tensor, scales: Tensor | None = None) -> Tensor:

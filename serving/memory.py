@@ -14,7 +14,7 @@ from serving.host_memory import available_nbytes
 from serving.kernels import Kernels, PackedWeight
 from serving.kv_pool import PageShape
 from serving.loader import Checkpoint, Weights
-from serving.packing import FUSED, HEAD, NORMS, TABLE, TABLE_SCALES, PackedWeights, keeps_codes
+from serving.packing import HEAD, TABLE, TABLE_SCALES, PackedWeights, keeps_codes, layer_linears, layer_vectors
 from serving.quantize import with_short_scales
 from tilus.errors import TilusError
 from tilus.kernels.quantize import QuantizedMatrix, QuantizedWeight
@@ -83,12 +83,12 @@ def expected_size(checkpoint: Checkpoint, kernels: Kernels, device: torch.device
     linears = sum(
         sizing.packed_nbytes([f"blk.{index}.{part}" for part in parts])
         for index in range(config.num_layers)
-        for parts in FUSED.values()
+        for parts in layer_linears(config).values()
     )
     head = sizing.packed_nbytes([HEAD if checkpoint.weights.has(HEAD) else TABLE])
-    norms = (config.num_layers * len(NORMS) + 1) * config.hidden_size
-    rope = config.max_positions * config.head_dim
-    return ModelSize(linears + head + 4 * (norms + rope), sizing.embedding_nbytes(config))
+    vectors = config.num_layers * sum(layer_vectors(config).values()) + config.hidden_size
+    ropes = len(config.ropes) * config.max_positions * config.head_dim
+    return ModelSize(linears + head + 4 * (vectors + ropes), sizing.embedding_nbytes(config))
 
 
 def activation_nbytes(config: ModelConfig, max_step_tokens: int, max_batch: int, device: torch.device) -> int:

@@ -1,6 +1,8 @@
-"""A Llama-like decoder on paged key-value memory: RMS norm, rotary embedding, grouped-query attention, SwiGLU.
+"""A decoder on paged key-value memory: RMS norms, rotary embedding, grouped-query attention, gated feed-forward layers.
 
-Activations are float16; the residual stream is float32, so that it does not lose small updates over many layers.
+What models of an architecture have or have not is data: tensors that are None, and numbers of `ModelConfig`. Activations are
+float16, or bfloat16 where they would not fit; the residual stream is float32, so that it does not lose small updates over many
+layers.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from torch import Tensor
 from serving.config import ModelConfig
 from serving.kernels import Kernels, KvCache, PackedWeight
 from serving.loader import Checkpoint
-from serving.packing import HEAD, NORM, ROPE, TABLE, TABLE_SCALES, PackedWeights, pack_weights
+from serving.packing import BIAS, HEAD, NORM, ROPE, TABLE, TABLE_SCALES, PackedWeights, pack_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,28 +46,40 @@ class Linear:
     """One linear layer. Fused layers are a single weight where their parts are quantised alike, else several."""
 
     parts: tuple[PackedWeight, ...]
+    bias: Tensor | None = None
 
     def __call__(self, kernels: Kernels, x: Tensor, combine: Combine | None = None) -> Tensor:
         """combine: of parts that several devices compute of the sums."""
-        if len(self.parts) == 1 and combine is None:
-            return kernels.linear(x, self.parts[0])
         if combine is not None:  # rounded once, as on one device
-            return combine(kernels.linear(x, self.parts[0], out_dtype=torch.float32)).to(x.dtype)
+            total = combine(kernels.linear(x, self.parts[0], out_dtype=torch.float32))
+            return (total if self.bias is None else total + self.bias).to(x.dtype)
+        if len(self.parts) == 1:
+            return kernels.linear(x, self.parts[0], bias=self.bias)
         widths = [int(part.shape[0]) for part in self.parts]
         out = torch.empty((x.shape[0], sum(widths)), dtype=x.dtype, device=x.device)
-        for part, columns in zip(self.parts, out.split(widths, dim=1)):
-            kernels.linear(x, part, out=columns)
+        biases = [None] * len(widths) if self.bias is None else self.bias.split(widths)
+        for part, bias, columns in zip(self.parts, biases, out.split(widths, dim=1)):
+            kernels.linear(x, part, bias=bias, out=columns)
         return out
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
+    """cos_sin: the table of its rotary embedding. window: how many tokens one sees at most. Norms that a model does not have are
+    None."""
+
     attn_norm: Tensor
     qkv: Linear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    cos_sin: Tensor
+    window: int | None
     attn_output: Linear
+    post_attention_norm: Tensor | None
     ffn_norm: Tensor
     gate_up: Linear
     down: Linear
+    post_ffw_norm: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,35 +102,44 @@ class Model:
     layers: tuple[Layer, ...]
     norm: Tensor
     head: PackedWeight
-    cos_sin: Tensor
     combine: Combine | None = None
 
     def forward(self, step: StepTensors, layers: Sequence[KvCache], out: Tensor | None = None) -> Tensor:
         """Logits float32 [L, vocabulary] of the rows `step.last`. Where these are all rows, only kernels compute, so that the
         step may be captured. layers: each one's cache. out: where the logits go.
         """
-        kernels, eps = self.kernels, self.config.rms_eps
+        kernels, config, eps = self.kernels, self.config, self.config.rms_eps
         x = kernels.embedding(step.token_ids, self.embedding.table, self.embedding.scales)
-        x, residual = kernels.start_rms_norm(x, self.layers[0].attn_norm, eps)
+        x, residual = kernels.start_rms_norm(
+            x, self.layers[0].attn_norm, eps, scale=config.embedding_scale,
+            out_dtype=torch.bfloat16 if config.architecture.wide else None,
+        )  # fmt: skip
         next_norms = [*(layer.attn_norm for layer in self.layers[1:]), self.norm]
         for layer, next_norm, kv_cache in zip(self.layers, next_norms, layers, strict=True):
             x = self._attention(layer, x, step, kv_cache)
-            x = kernels.add_rms_norm(x, residual, layer.ffn_norm, eps)
-            x = layer.down(kernels, kernels.silu_mul(layer.gate_up(kernels, x)), self.combine)
-            x = kernels.add_rms_norm(x, residual, next_norm, eps)
+            x = kernels.add_rms_norm(x, residual, layer.ffn_norm, eps, x_norm=layer.post_attention_norm)
+            x = layer.down(kernels, self._gated(layer.gate_up(kernels, x)), self.combine)
+            x = kernels.add_rms_norm(x, residual, next_norm, eps, x_norm=layer.post_ffw_norm)
         if step.last is not None:
             x = x[step.last.long()]
         if x.shape[0] == 0:  # only chunks inside prompts
-            return torch.empty((0, self.config.vocab_size), dtype=torch.float32, device=x.device)
-        return kernels.linear(x, self.head, out_dtype=torch.float32, **({} if out is None else {"out": out}))
+            return torch.empty((0, config.vocab_size), dtype=torch.float32, device=x.device)
+        logits = kernels.linear(x, self.head, out_dtype=torch.float32, **({} if out is None else {"out": out}))
+        return logits if config.final_cap is None else kernels.soft_cap(logits, config.final_cap)
+
+    def _gated(self, gate_up: Tensor) -> Tensor:
+        is_silu = self.config.architecture.activation == "silu"
+        return self.kernels.silu_mul(gate_up) if is_silu else self.kernels.gelu_mul(gate_up)
 
     def _attention(self, layer: Layer, x: Tensor, step: StepTensors, kv_cache: KvCache) -> Tensor:
         kernels = self.kernels
-        q = kernels.rope_append(layer.qkv(kernels, x), step.positions, self.cos_sin, step.slots, kv_cache)
-        scale = self.config.head_dim**-0.5
+        q = kernels.rope_append(
+            layer.qkv(kernels, x), step.positions, layer.cos_sin, step.slots, kv_cache,
+            q_norm=layer.q_norm, k_norm=layer.k_norm, eps=self.config.rms_eps,
+        )  # fmt: skip
         out = kernels.paged_attention(
-            q, kv_cache, step.block_tables, step.q_start, step.kv_lens, scale,
-            decodes=step.decodes, out_dtype=x.dtype, constant_tables=True,
+            q, kv_cache, step.block_tables, step.q_start, step.kv_lens, self.config.attention_scale, window=layer.window,
+            soft_cap=self.config.attention_cap, decodes=step.decodes, out_dtype=x.dtype, constant_tables=True,
         )  # fmt: skip
         return layer.attn_output(kernels, out.reshape(out.shape[0], -1), self.combine)
 
@@ -124,24 +147,33 @@ class Model:
 def build_model(config: ModelConfig, kernels: Kernels, packed: PackedWeights, combine: Combine | None = None) -> Model:
     """The model of packed weights, which it shares."""
 
-    def layer(prefix: str) -> Layer:
+    def linear(name: str) -> Linear:
+        return Linear(packed.linears[name], packed.tensors.get(name + BIAS))
+
+    def layer(index: int) -> Layer:
+        prefix, attention = f"blk.{index}.", config.attention_of(index)
         return Layer(
             attn_norm=packed.tensors[prefix + "attn_norm"],
-            qkv=Linear(packed.linears[prefix + "attn_qkv"]),
-            attn_output=Linear(packed.linears[prefix + "attn_output"]),
+            qkv=linear(prefix + "attn_qkv"),
+            q_norm=packed.tensors.get(prefix + "attn_q_norm"),
+            k_norm=packed.tensors.get(prefix + "attn_k_norm"),
+            cos_sin=packed.tensors[f"{ROPE}.{config.ropes.index(attention.rope)}"],
+            window=attention.window,
+            attn_output=linear(prefix + "attn_output"),
+            post_attention_norm=packed.tensors.get(prefix + "post_attention_norm"),
             ffn_norm=packed.tensors[prefix + "ffn_norm"],
-            gate_up=Linear(packed.linears[prefix + "ffn_gate_up"]),
-            down=Linear(packed.linears[prefix + "ffn_down"]),
+            gate_up=linear(prefix + "ffn_gate_up"),
+            down=linear(prefix + "ffn_down"),
+            post_ffw_norm=packed.tensors.get(prefix + "post_ffw_norm"),
         )
 
     return Model(
         config=config,
         kernels=kernels,
         embedding=Embedding(packed.tensors[TABLE], packed.tensors.get(TABLE_SCALES)),
-        layers=tuple(layer(f"blk.{index}.") for index in range(config.num_layers)),
+        layers=tuple(layer(index) for index in range(config.num_layers)),
         norm=packed.tensors[NORM],
         head=packed.linears[HEAD][0],
-        cos_sin=packed.tensors[ROPE],
         combine=combine,
     )
 

@@ -12,8 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from serving import tokenizer
+from serving.config import LayerAttention
+from serving.gguf_tokenizer import from_gguf
 from serving.loader import GGUFWeights, gguf_config
-from serving.names import full_name
+from serving.rope import rope_of
 from serving.tokenizer import Tokenizer, read_json
 from tilus.dtypes import f16, f32
 from tilus.errors import TilusError
@@ -21,6 +23,8 @@ from tilus.kernels.quantize import CheckpointWriter, GGUFFile, QuantizedMatrix, 
 
 _Floats = npt.NDArray[np.float32]
 
+# GGUF's architectures whose config.json is written here, and what transformers calls them.
+_MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 # Weights in other formats, and what belongs to the weights as they were.
 _NOT_COPIED_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")
 _NOT_COPIED = ("config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json")
@@ -107,24 +111,37 @@ class DirectorySource:
 
 
 class GGUFSource:
-    """A GGUF file of architecture llama. What stays unquantised is stored as float16, vectors as float32."""
+    """A GGUF file of a dense model whose rotary embedding is not scaled. What stays unquantised is stored as float16, vectors as
+    float32. Raises TilusError for others."""
 
     def __init__(self, path: Path) -> None:
         self._file = GGUFFile(path)
         self._config = gguf_config(self._file)
+        self._architecture = self._config.architecture
+        self._theta = self._file.number(f"{self._architecture.gguf}.rope.freq_base", 10000.0)
+        plain = LayerAttention(rope_of({"rope_theta": self._theta}, self._config.head_dim, 1, str(path)))
+        if self._architecture.gguf not in _MODEL_TYPES or self._config.experts or self._config.attention != (plain,):
+            raise TilusError(
+                f"{path} is a {self._architecture.huggingface} that would need more than sizes in its config.json",
+                hint="quantise the same model in Hugging Face's format",
+            )
         self._weights = GGUFWeights(self._file, self._config)
-        self._tokenizer = tokenizer.from_gguf(self._file)
-        own_names = [name.removesuffix(".weight") for name in self._file.tensors]
-        self._own_name = {full_name(name): name for name in own_names}
+        self._tokenizer = from_gguf(self._file)
+        self._own_name = {self._full_name(name): name for name in self._file.tensors}
+
+    def _full_name(self, name: str) -> str:
+        module, _, kind = name.rpartition(".")
+        return self._architecture.full_name(module).removesuffix("weight") + kind
 
     def names(self) -> Iterator[str]:
         return iter(self._own_name)
 
     def is_matrix(self, name: str) -> bool:
-        return len(self._file.tensor(f"{self._own_name[name]}.weight").shape) == 2
+        return len(self._file.tensor(self._own_name[name]).shape) == 2
 
     def floats(self, name: str) -> _Floats:
-        return self._weights.floats(self._own_name[name])
+        module, _, kind = self._own_name[name].rpartition(".")
+        return self._weights.floats(module, kind)
 
     def copy(self, name: str, writer: CheckpointWriter) -> None:
         values = self.floats(name)
@@ -133,8 +150,8 @@ class GGUFSource:
     def config(self) -> dict[str, Any]:
         config = self._config
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [self._architecture.huggingface],
+            "model_type": _MODEL_TYPES[self._architecture.gguf],
             "hidden_size": config.hidden_size,
             "num_hidden_layers": config.num_layers,
             "num_attention_heads": config.num_heads,
@@ -144,7 +161,7 @@ class GGUFSource:
             "vocab_size": config.vocab_size,
             "max_position_embeddings": config.max_positions,
             "rms_norm_eps": config.rms_eps,
-            "rope_theta": config.rope_theta,
+            "rope_theta": self._theta,
             "hidden_act": "silu",
             "tie_word_embeddings": not self._weights.has("output"),
             "bos_token_id": self._file.integer("tokenizer.ggml.bos_token_id"),

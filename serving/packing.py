@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from serving.architectures import QKV
 from serving.config import ModelConfig
 from serving.kernels import Kernels, PackedWeight
 from serving.loader import Checkpoint
@@ -17,10 +18,12 @@ from serving.quantize import fit_float16, with_short_scales
 from tilus.dtypes import int8
 from tilus.kernels.quantize import QuantizedMatrix
 
-TABLE, TABLE_SCALES, NORM, ROPE, HEAD = "token_embd", "token_embd.scales", "output_norm", "cos_sin", "output"
-# The linear layers of a block, and the matrices that each is made of.
+TABLE, TABLE_SCALES, NORM, ROPE, HEAD, BIAS = (
+    "token_embd", "token_embd.scales", "output_norm", "cos_sin", "output", ".bias",
+)  # fmt: skip
+# The linear layers of a dense block, and the matrices that each is made of.
 FUSED: Mapping[str, tuple[str, ...]] = {
-    "attn_qkv": ("attn_q", "attn_k", "attn_v"),
+    "attn_qkv": QKV,
     "attn_output": ("attn_output",),
     "ffn_gate_up": ("ffn_gate", "ffn_up"),
     "ffn_down": ("ffn_down",),
@@ -33,8 +36,9 @@ class PackedWeights:
     """All that a model's computation needs besides its configuration, by name.
 
     tensors: `token_embd` (int8 [V, H] with float16 `token_embd.scales` [V, H / 32], or float16 [V, H] without), norms
-    (`blk.3.attn_norm`, ..., `output_norm`; float32 [H]), `cos_sin` (float32 [positions, D]). linears: `blk.3.attn_qkv`, ...,
-    `output`; a fused layer is one weight where its parts are quantised alike, else several.
+    (`blk.3.attn_norm`, ..., `output_norm`; float32 [H], of heads [D]), biases (`blk.3.attn_qkv.bias`, float32 [N]) and a table
+    of each rotary embedding (`cos_sin.0`, ...; float32 [positions, D]). linears: `blk.3.attn_qkv`, ..., `output`; a fused layer
+    is one weight where its parts are quantised alike, else several.
     """
 
     tensors: Mapping[str, Tensor]
@@ -58,11 +62,26 @@ def pack_weights(
     return PackedWeights(packing.tensors, packing.linears)
 
 
-def rope_table(config: ModelConfig, num_positions: int) -> npt.NDArray[np.float32]:
-    """float32 [positions, D]: cosines, then sines, of position / theta^(2 i / D) for i < D / 2."""
-    exponents = np.arange(0, config.head_dim, 2) / config.head_dim
-    angles = np.outer(np.arange(num_positions), config.rope_theta**-exponents)
-    return np.concatenate([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
+def layer_linears(config: ModelConfig) -> Mapping[str, tuple[str, ...]]:
+    """The linear layers of a block, and the matrices that each is made of."""
+    return FUSED
+
+
+def layer_vectors(config: ModelConfig) -> Mapping[str, int]:
+    """The lengths of a block's norms and of the biases of its fused layers."""
+    heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+    names, architecture = list(NORMS), config.architecture
+    names += ["post_attention_norm", "post_ffw_norm"] if architecture.post_norms else []
+    lengths = dict.fromkeys(names, config.hidden_size)
+    lengths |= dict.fromkeys(["attn_q_norm", "attn_k_norm"], dim) if architecture.qk_norm else {}
+    widths = {
+        "attn_qkv": (heads + 2 * kv_heads) * dim,
+        "attn_output": config.hidden_size,
+        "ffn_gate_up": 2 * config.ffn_size,
+        "ffn_down": config.hidden_size,
+    }
+    biased = [name for name, parts in FUSED.items() if set(parts) & set(config.biases)]
+    return lengths | {f"{name}{BIAS}": widths[name] for name in biased}
 
 
 def stack_alike(matrices: Sequence[QuantizedMatrix]) -> list[QuantizedMatrix]:
@@ -91,9 +110,12 @@ class _Packing:
         self._device = device
 
     def add_layer(self, prefix: str) -> None:
-        for norm in NORMS:
-            self.tensors[prefix + norm] = self._tensor(self._weights.vector(prefix + norm))
-        for fused, parts in FUSED.items():
+        linears = layer_linears(self._config)
+        for name in layer_vectors(self._config):
+            fused = name.removesuffix(BIAS)
+            values = self._weights.vector(prefix + name) if fused == name else self._bias(prefix, linears[fused])
+            self.tensors[prefix + name] = self._tensor(values)
+        for fused, parts in linears.items():
             matrices = [self._weights.matrix(prefix + part) for part in parts]
             self.linears[prefix + fused] = self._packed(matrices, prefix + parts[0])
 
@@ -108,7 +130,20 @@ class _Packing:
         head = self._weights.matrix(HEAD) if self._weights.has(HEAD) else table
         self.linears[HEAD] = self._packed([head], HEAD)
         self.tensors[NORM] = self._tensor(self._weights.vector(NORM))
-        self.tensors[ROPE] = self._tensor(rope_table(self._config, self._config.max_positions))
+        for index, rope in enumerate(self._config.ropes):
+            self.tensors[f"{ROPE}.{index}"] = self._tensor(rope.table(self._config.max_positions))
+
+    def _bias(self, prefix: str, parts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """Of a fused layer; zeros for parts that have none."""
+        weights = self._weights
+        return np.concatenate(
+            [
+                weights.bias(prefix + part)
+                if part in self._config.biases
+                else np.zeros(weights.num_rows(prefix + part), np.float32)
+                for part in parts
+            ]
+        )
 
     def _packed(self, matrices: Sequence[QuantizedMatrix], name: str) -> tuple[PackedWeight, ...]:
         pack = self._kernels.quantize.pack

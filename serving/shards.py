@@ -83,6 +83,10 @@ class ShardedWeights:
     def vector(self, name: str) -> npt.NDArray[np.float32]:
         return self._weights.vector(name)
 
+    def bias(self, name: str) -> npt.NDArray[np.float32]:
+        bias, rows = self._weights.bias(name), self._rows(name)
+        return bias if rows is None else bias[rows.start : rows.stop]
+
     def table(self) -> QuantizedMatrix:
         return self._weights.table()
 

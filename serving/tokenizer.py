@@ -1,7 +1,7 @@
 """Text to token ids and back, and chats to prompts.
 
-The algorithm comes from the `tokenizers` library; here is how to build one from a GGUF file's metadata or a Hugging
-Face directory, how to render a chat template, and how to turn a stream of tokens into a stream of text.
+The algorithm comes from the `tokenizers` library; here is how to build one from a Hugging Face directory, how to render a chat
+template, and how to turn a stream of tokens into a stream of text. `gguf_tokenizer` builds one from a GGUF file.
 """
 
 from __future__ import annotations
@@ -16,16 +16,13 @@ from typing import Any, NoReturn
 
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as FastTokenizer
 
 from serving.errors import RequestError
 from serving.tools import told_in_words
 from tilus.errors import TilusError
-from tilus.kernels.quantize import GGUFFile
 
 _REPLACEMENT = "\ufffd"
-_CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 
 
 class _TemplateRefusal(jinja2.TemplateError):
@@ -148,57 +145,6 @@ class Detokenizer:
     def _piece(self) -> str:
         shown = self._decode(self._context)
         return self._decode(self._context + self._new)[len(shown) :]
-
-
-def _smollm() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-
-
-# How text is cut before byte-pair merging, by tokenizer.ggml.pre. Only what is tested against the original is listed.
-_PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {"smollm": _smollm}
-
-
-def from_gguf(file: GGUFFile) -> Tokenizer:
-    """The tokenizer in a GGUF file's metadata. Raises TilusError for a kind that is not supported."""
-    kind, pre = file.text("tokenizer.ggml.model"), file.text("tokenizer.ggml.pre", "(missing)")
-    if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
-        raise TilusError(
-            f"{file.path}: its tokenizer is {kind!r} with tokenizer.ggml.pre = {pre!r}, but supported is 'gpt2' with "
-            + " or ".join(repr(name) for name in _PRE_TOKENIZERS),
-            hint="use the same model in Hugging Face's format, whose tokenizer.json says everything",
-        )
-    tokens, types = file.texts("tokenizer.ggml.tokens"), file.integers("tokenizer.ggml.token_type")
-    pairs = [merge.partition(" ") for merge in file.texts("tokenizer.ggml.merges")]
-    try:
-        model = models.BPE(
-            vocab={token: index for index, token in enumerate(tokens)},
-            merges=[(left, right) for left, _, right in pairs],
-        )
-    except Exception as error:  # the library raises nothing narrower
-        raise TilusError(f"{file.path}: its tokenizer contradicts itself: {error}") from error
-    fast = FastTokenizer(model)
-    fast.pre_tokenizer = _PRE_TOKENIZERS[pre]()
-    fast.decoder = decoders.ByteLevel()
-    fast.add_special_tokens(
-        [AddedToken(token, normalized=False, special=True) for token, kind in zip(tokens, types) if kind == _CONTROL]
-    )
-    fast.add_tokens(
-        [AddedToken(token, normalized=False) for token, kind in zip(tokens, types) if kind == _USER_DEFINED]
-    )
-    bos, eos = (file.integer(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos"))
-    if file.flag("tokenizer.ggml.add_bos_token", False):
-        fast.post_processor = processors.TemplateProcessing(
-            single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
-        )
-    return Tokenizer(
-        fast=fast,
-        eos_ids=frozenset({eos}),
-        chat_template=file.text("tokenizer.chat_template", "") or None,
-        special={"bos_token": tokens[bos], "eos_token": tokens[eos]},
-        vocab_size=len(tokens),
-    )
 
 
 def from_huggingface(directory: Path) -> Tokenizer:

@@ -16,6 +16,7 @@ from tilus.instructions import INSTRUCTIONS
 from tilus.ir import parser
 from tilus.ir.function import Function
 from tilus.ir.printer import print_function
+from tilus.kernels.activation import silu
 from tilus.kernels.gemm_schedule import Plan
 from tilus.kernels.kv_cache import KV_FORMATS
 from tilus.kernels.mla_decode import MlaPlan
@@ -31,7 +32,8 @@ from tilus.target import get_target
 
 # Compile-time values for each kernel; a new kernel needs an entry.
 SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
-    "activation.silu_mul_kernel": [{}],
+    "activation.gated_kernel": [{"activation": silu}],
+    "activation.soft_cap_kernel": [{}],
     "attention.paged_attention_kernel": [
         {"group": 3, "head_dim": 64, "page_size": 16, "rows": 16, "kv_tile": 64, "stages": 2},
         {"group": 4, "head_dim": 128, "page_size": 16, "rows": 64, "kv_tile": 64, "stages": 2},

@@ -1,4 +1,4 @@
-"""SiLU-mul against float64. The f32 work in between: an exponential (ex2.approx), a division, two products."""
+"""Gated activations and caps against float64. The f32 work in between: an exponential (ex2.approx), a division, products."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from rounding import assert_rounded_once, float64
 
 from tilus import TilusError
-from tilus.kernels import silu_mul
-from tilus.kernels.activation import silu_mul_kernel
+from tilus.kernels import gelu_mul, silu_mul, soft_cap
+from tilus.kernels.activation import gated_kernel
 
 
 def exact_silu_mul(gate_up: torch.Tensor) -> np.ndarray:
@@ -41,10 +41,38 @@ def test_large_gates(device: str) -> None:
     assert torch.equal(silu_mul(gate_up, device=device), torch.tensor([[0.0, 0.0, 0.0, 65504.0]], dtype=torch.float16))
 
 
+@pytest.mark.parametrize("width", [7, 1025])
+def test_gelu_mul(device: str, width: int) -> None:
+    """The error of the exponential's argument, up to 40 and more with the error of the cube, is relative to the result, also in
+    the tail where a tanh would have lost it; results below f16's normal numbers are rounded absolutely."""
+    gate_up = inputs(3, width) / 4
+    gate, up = np.split(float64(gate_up), 2, axis=-1)
+    u = np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)
+    assert np.abs(u).max() > 8
+    assert_rounded_once(gelu_mul(gate_up, device=device), gate * up / (1 + np.exp(-2 * u)), work=2.0**-14)
+
+
+@pytest.mark.parametrize("width", [7, 1025])
+def test_soft_cap(device: str, width: int) -> None:
+    """Also of logits at which the exponential overflows."""
+    x = 20 * torch.randn(2, width, generator=torch.Generator().manual_seed(width))
+    x[0, :3] = torch.tensor([-3e4, 3e4, 0.0])
+    expected = 30 * np.tanh(float64(x) / 30)
+    assert soft_cap(x, 30.0, device=device) is x
+    assert np.abs(float64(x) - expected).max() <= 30 * 2.0**-21
+
+
+def test_caps_are_positive() -> None:
+    with pytest.raises(
+        TilusError, match=r"soft_cap: x has shape \[2, 7\] and the cap is 0, expected \[rows, width\]"
+    ):
+        soft_cap(torch.zeros(2, 7), 0)
+
+
 def test_other_block_sizes(device: str) -> None:
     gate_up = inputs(2, 300)
     out = torch.empty(2, 300, dtype=torch.float16)
-    silu_mul_kernel.on(device)(gate_up.view(2, 2, 300), out, block=256)
+    gated_kernel.on(device)(gate_up.view(2, 2, 300), out, block=256)
     assert torch.equal(out, silu_mul(gate_up, device=device))
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tilus
-from tilus.kernels.activation import silu_mul_kernel
+from tilus.kernels.activation import gated_kernel, gelu_tanh, soft_cap_kernel
 from tilus.kernels.attention import paged_attention_kernel
 from tilus.kernels.embedding import dense_embedding_kernel, quantized_embedding_kernel
 from tilus.kernels.gemm import kernel_call as gemm_call
@@ -48,13 +48,18 @@ def assert_no_spills(kernel: Kernel, target: str, *args: Any, **values: Any) -> 
 
 # These, those of LINEAR, and the examples are compiled for every target by test_conversions.py.
 LIBRARY: list[tuple[Kernel, dict[str, Any]]] = [
-    *((rms_norm_kernel, {"dtype": tilus.f16, "hidden": hidden}) for hidden in (100, 576, 4096, 16384)),
+    *(
+        (rms_norm_kernel, {"dtype": tilus.f16, "out_dtype": tilus.f16, "hidden": hidden})
+        for hidden in (100, 576, 4096, 16384)
+    ),
     *(
         (quantize_tokens_kernel, {"act": tilus.bf16, "code": code, "columns": columns, "paired": paired})
         for code in (tilus.int8, tilus.float8_e4m3)
         for columns, paired in ((100, False), (16384, False), (16384, True), (28672, True))
     ),
-    (silu_mul_kernel, {"dtype": tilus.f16}),
+    (gated_kernel, {"dtype": tilus.f16}),
+    (gated_kernel, {"dtype": tilus.bf16, "activation": gelu_tanh}),
+    (soft_cap_kernel, {}),
     (dense_embedding_kernel, {"dtype": tilus.bf16}),
     (quantized_embedding_kernel, {"dtype": tilus.f16, "code": tilus.int8, "group": 32}),
     (
@@ -126,7 +131,7 @@ LIBRARY: list[tuple[Kernel, dict[str, Any]]] = [
 @pytest.mark.parametrize("target", TARGETS)
 def test_add_rms_norm(target: str) -> None:
     x, residual, weight = torch.empty(4, 4096).half(), torch.empty(4, 4096), torch.empty(4096)
-    assert_no_spills(rms_norm_kernel, target, x, weight, x, 1e-5, residual, hidden=4096)
+    assert_no_spills(rms_norm_kernel, target, x, weight, x, 1e-5, residual, weight, hidden=4096)
 
 
 F16, F32 = tilus.f16, tilus.f32

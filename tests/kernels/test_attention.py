@@ -11,6 +11,7 @@ import torch
 from attention_batches import Batch, Inputs, exact_attention, limit_of, make_inputs, on_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_attention_variant import exact
 
 from tilus import TilusError
 from tilus.kernels import paged_attention
@@ -85,6 +86,45 @@ def test_bfloat16(device: str) -> None:
     check(Batch(((1, 70), (18, 30)), dtype=torch.bfloat16), device)
 
 
+@pytest.mark.parametrize("device", EXECUTIONS)
+@pytest.mark.parametrize(("window", "soft_cap"), [(20, None), (1, 2.0), (64, 0.5)])
+@pytest.mark.parametrize(
+    "lengths", [((1, 140), (1, 64), (1, 3)), ((18, 150), (70, 70), (3, 2))], ids=["decode", "prefill"]
+)
+def test_windows_and_soft_caps(
+    lengths: tuple[tuple[int, int], ...], window: int, soft_cap: float | None, device: str
+) -> None:
+    """Windows within a tile, of one key, and of a whole tile; scores within 2^-9 of themselves (tanh of a GPU)."""
+    if device == "emulator" and window == 64:
+        lengths = lengths[:1]
+    batch = Batch(lengths, kv_heads=1, group=2)
+    inputs = make_inputs(batch, 0)
+    cap = 1e30 if soft_cap is None else soft_cap
+    expected, size, _ = exact(
+        inputs, batch, lambda s, query, key, head: np.where(query - key < window, cap * np.tanh(s / cap), -np.inf), None
+    )
+    tensors = [inputs.q, inputs.kv_cache, inputs.block_tables, inputs.q_start, inputs.kv_lens]
+    if device == "cuda":
+        tensors = [on_gpu(t) for t in tensors]
+    found = paged_attention(*tensors, inputs.scale, window=window, soft_cap=soft_cap, device=device)
+    limit = limit_of(batch, expected, size) + (0.0 if soft_cap is None else 2.0**-9 * size)
+    assert (np.abs(found.cpu().double().numpy() - expected) <= limit).all()
+
+
+def test_what_a_window_hides_is_not_read() -> None:
+    """Pages in front of the tile that the first query's window begins in are no pages at all."""
+    batch = Batch(((2, 300),), kv_heads=1, group=1)
+    inputs = make_inputs(batch, 0)
+    expected = paged_attention(*vars(inputs).values(), window=40, device="reference")
+    inputs.block_tables[0, : 256 // 16] = 2**20
+    assert torch.equal(paged_attention(*vars(inputs).values(), window=40, device="reference"), expected)
+
+
+@pytest.mark.parametrize("device", ["reference", "cpu"])
+def test_heads_of_256_on_a_cpu(device: str) -> None:
+    check(Batch(((1, 70), (18, 40)), kv_heads=1, group=2, head_dim=256), device)
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 40), st.integers(0, 90)), min_size=1, max_size=6),
     st.integers(1, 5),
@@ -130,15 +170,17 @@ def test_assembles_without_spills(sm: str, head_dim: int) -> None:
             page_size=page_size,
             rows=rows,
             kv_tile=kv_tile,
+            window=None if group == 1 else 100,
+            soft_cap=30.0 if group == 8 else None,
         )
         compiled, cubin = build(special.function, get_target(sm))
         assert cubin and "mma.sync.aligned.m16n8k16" in compiled.ptx and "ldmatrix" in compiled.ptx
 
 
 def wrong(change: dict[str, Any]) -> str:
-    inputs = {**vars(make_inputs(Batch(((1, 5), (2, 33))), 0)), **change}
+    inputs = {**vars(make_inputs(Batch(((1, 5), (2, 33))), 0)), "device": "reference", **change}
     with pytest.raises(TilusError) as caught:
-        paged_attention(**inputs, device="reference")
+        paged_attention(**inputs)
     return str(caught.value)
 
 
@@ -150,6 +192,10 @@ def test_arguments_that_do_not_fit_are_refused_with_both_values() -> None:
     expect(wrong({"q": torch.zeros(3, 34, 64).half()}), "34 query heads", "1 to 16")
     expect(wrong({"q": torch.zeros(3, 6 * 64).half()}), "[3, 384]", "[tokens, q_heads, head_dim]")
     expect(wrong({"q": torch.zeros(3, 6, 32).half()}), "head_dim", "32", "64")
+    expect(wrong({"window": 0}), "window of an attention variant is 0, expected at least 1")
+    expect(wrong({"soft_cap": -1.0}), "soft_cap is -1.0, expected a positive number")
+    large = {"q": torch.zeros(3, 6, 256).half(), "kv_cache": torch.zeros(9, 2, 16, 2, 256).half(), "device": "emulator"}
+    expect(wrong(large), "head_dim 256 for the kernel of all GPUs, expected at most 128")
     expect(wrong({"q": torch.zeros(3, 6, 64)}), "q of torch.float32", "kv_cache of torch.float16", "quantized_cache")
     expect(wrong({"kv_cache": torch.zeros(9, 2, 24, 2, 64).half()}), "page_size 24", "16, 32 or a multiple of 64")
     expect(wrong({"q_start": torch.zeros(2, dtype=torch.int32)}), "[2]", "[3]")

@@ -48,6 +48,25 @@ def test_start_rms_norm(device: str, hidden: int) -> None:
     assert torch.equal(out, rms_norm(x, weight, EPS, device=device))
 
 
+@pytest.mark.parametrize("hidden", [100, 576])
+def test_what_is_added_may_be_normed_first(device: str, hidden: int) -> None:
+    x, residual = normal(3, hidden, dtype=torch.float16), 30 * normal(3, hidden, seed=2)
+    weight, x_norm = normal(hidden, seed=1), normal(hidden, seed=3)
+    total = float64(residual) + exact_norm(float64(x), x_norm)
+    out = add_rms_norm(x, residual, weight, EPS, x_norm=x_norm, device=device)
+    assert_rounded_once(residual, total, np.abs(total) + 4 * np.abs(float64(x_norm)))
+    assert_rounded_once(out, exact_norm(float64(residual), weight))
+
+
+def test_a_stream_may_begin_scaled_and_go_on_wider(device: str) -> None:
+    """A scale whose products need more than 16 bits, and a norm in another type than x."""
+    x, weight = normal(3, 100, dtype=torch.float16), normal(100, seed=1)
+    out, residual = start_rms_norm(x, weight, EPS, scale=10.1, out_dtype=torch.bfloat16, device=device)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(residual, x.float() * 10.1)
+    assert_rounded_once(out, exact_norm(float64(residual), weight))
+
+
 def test_bfloat16(device: str) -> None:
     x, weight = normal(2, 576, dtype=torch.bfloat16), normal(576, seed=1)
     out = rms_norm(x, weight, EPS, device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from tilus import TilusError
-from tilus.kernels import rope_append
+from tilus.kernels import quantized_cache, rope_append
 from tilus.kernels.rope import rope_append_kernel
 from tilus.runtime.execute import build
 from tilus.target import get_target
@@ -104,20 +105,78 @@ def test_slots_outside_of_the_cache_are_not_written(device: str) -> None:
     check(inputs, 3, device)
 
 
+@pytest.mark.parametrize("device", EXECUTIONS)
+@pytest.mark.parametrize(
+    ("name", "head_dim"), [(None, 80), pytest.param("fp8", 64, marks=pytest.mark.exhaustive), ("int4", 48)]
+)
+def test_heads_are_normed_before_they_are_rotated(name: str | None, head_dim: int, device: str) -> None:
+    """Queries and keys have weights of their own; values are left alone. A cache of codes is off by half a step of its scale, as
+    without norms: its elements are compared with those that a cache gets from heads that float64 has normed."""
+    inputs = make_inputs(3, (3, 2), head_dim, 16)
+    q_norm, k_norm, eps = torch.rand(head_dim) + 0.5, torch.rand(head_dim) + 0.5, 0.25
+    heads = inputs["qkv"].double().unflatten(1, (7, head_dim))
+    weights = torch.stack([*[q_norm] * 3, *[k_norm] * 2]).double()
+    turned = heads[:, :5]
+    turned = turned / (turned.square().mean(-1, keepdim=True) + eps).sqrt() * weights
+    cos, sin = inputs["cos_sin"][inputs["positions"].long()].double()[:, None].chunk(2, dim=-1)
+    low, high = turned.chunk(2, dim=-1)
+    expected = torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1).numpy()
+    cache = (
+        inputs["kv_cache"].clone() if name is None else quantized_cache(name, len(inputs["kv_cache"]), 16, 2, head_dim)
+    )
+    tensors = {key: value for key, value in inputs.items() if key != "kv_cache"} | {"q_norm": q_norm, "k_norm": k_norm}
+    if device == "cuda":
+        tensors = {key: value.cuda() for key, value in tensors.items()}
+        there = cache.cuda() if name is None else replace(cache, codes=cache.codes.cuda(), factors=cache.factors.cuda())
+    else:
+        there = cache
+    q = rope_append(**tensors, kv_cache=there, eps=eps, device=device).cpu()
+    pages, offsets = (inputs["slots"].long() // 16).tolist(), (inputs["slots"].long() % 16).tolist()
+    if name is None:
+        close(q, expected[:, :3])
+        close(there[pages, 0, offsets].cpu(), expected[:, 3:])
+        assert torch.equal(there[pages, 1, offsets].cpu(), inputs["qkv"].unflatten(1, (7, head_dim))[:, 5:])
+        return
+    mixed = expected if name == "fp8" else hadamard(expected)
+    codes, factors = (part.cpu()[pages, :, 0, ..., offsets] for part in (there.codes.movedim(3, -1), there.factors))
+    assert np.abs(q.double().numpy() - mixed[:, :3]).max() <= 2.0**-8
+    if name == "int4":
+        numbers = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
+    else:
+        numbers = codes.view(torch.float8_e4m3fn)
+    found = numbers.double() * factors[..., :1].double() + (factors[..., 1:].double() if name == "int4" else 0.0)
+    step = factors[..., :1].double().numpy() * (16 if name == "fp8" else 0.5)  # fp8: codes up to 448 are 32 apart
+    assert (np.abs(found.numpy() - mixed[:, 3:]) <= step * 1.01 + 2.0**-8).all()
+
+
+def hadamard(vectors: Any) -> Any:
+    """Sums and differences of all pairs of halves, orthonormal, over runs of the largest power of two in half a head."""
+    half = vectors.shape[-1] // 2
+    run = half & -half
+    if run == half:
+        run = 2 * half
+    runs = vectors.reshape(*vectors.shape[:-1], -1, run)
+    matrix = np.ones((1, 1))
+    while len(matrix) < run:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return (runs @ matrix.T / np.sqrt(run)).reshape(vectors.shape)
+
+
 def test_no_tokens() -> None:
     inputs = make_inputs(0, (3, 3), 64, 16)
     assert rope_append(**inputs, device="reference").shape == (0, 3, 64)
 
 
 @pytest.mark.parametrize("sm", ["sm_80", "sm_89", "sm_90a", "sm_100a"])
-@pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim"), [(9, 3, 64), (32, 8, 128)])
-def test_assembles_without_spills(q_heads: int, kv_heads: int, head_dim: int, sm: str) -> None:
+@pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim", "normed"), [(9, 3, 64, False), (32, 8, 128, True)])
+def test_assembles_without_spills(q_heads: int, kv_heads: int, head_dim: int, sm: str, normed: bool) -> None:
     """`build` raises for spills."""
+    norm = torch.ones(head_dim) if normed else None
     inputs = make_inputs(3, (q_heads, kv_heads), head_dim, 16)
     heads = q_heads + 2 * kv_heads
     inputs["qkv"] = inputs["qkv"].unflatten(1, (heads, head_dim))
     special = rope_append_kernel.specialize(
-        **inputs, q=torch.empty(3, q_heads, head_dim).half(),
+        **inputs, q=torch.empty(3, q_heads, head_dim).half(), eps=1e-6, q_norm=norm, k_norm=norm,
         head_dim=head_dim, heads=heads, q_heads=q_heads, kv_heads=kv_heads, page_size=16,
     )  # fmt: skip
     assert build(special.function, get_target(sm))[1]

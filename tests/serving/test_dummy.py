@@ -55,6 +55,6 @@ def test_what_is_missing_or_not_supported_is_named(config: Path, tmp_path: Path)
     with pytest.raises(TilusError, match="is not valid JSON"):
         open_dummy(config, dtype("int4"))
     (config / "config.json").write_text(json.dumps(TINY | {"architectures": ["GPT2LMHeadModel"]}))
-    with pytest.raises(TilusError, match="architecture GPT2LMHeadModel"):
+    with pytest.raises(TilusError, match="architecture 'GPT2LMHeadModel'"):
         open_dummy(config, dtype("int4"))
     assert parse_args(["--model", "m", "--dummy"]).dummy and not parse_args([]).dummy

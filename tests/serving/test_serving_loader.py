@@ -78,6 +78,8 @@ def write_gguf(path: Path, kind: GGMLQuantizationType, **changes: object) -> Pat
     for key, value in changes.items():
         if isinstance(value, str):
             writer.add_string(key, value)
+        if isinstance(value, float):
+            writer.add_float32(key, value)
     for name, tensor in tiny_tensors().items():
         values = tensor.numpy()
         for part, heads in (("q_proj", TINY["num_attention_heads"]), ("k_proj", TINY["num_key_value_heads"])):
@@ -120,14 +122,19 @@ def test_tokenizers_of_both_formats_agree(tmp_path: Path, tiny_checkpoint: Check
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"general.architecture": "mamba"}, "has architecture 'mamba', but supported is 'llama'"),
-        ({"llama.rope.dimension_count": 8}, "rotates 8 of 16 dimensions of a head, but must rotate all"),
+        ({"general.architecture": "mamba"}, "has architecture 'mamba', but supported are gemma2, gemma3, llama, "),
+        ({"llama.rope.dimension_count": 8}, "rotates 8 of 16 dimensions of a head, but must be all"),
+        ({"llama.attention.value_length": 8}, "has values of 8 of 16 dimensions of a head, but must be all"),
+        ({"llama.rope.scaling.type": "yarn"}, "metadata key llama.rope.scaling.factor is missing, expected float"),
         (
-            {"llama.rope.scaling.type": "yarn"},
-            "scales its rotary embedding (yarn), but only unscaled ones are supported",
+            {"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 2.0},
+            "'rope_type': 'longrope', 'factor': 2.0}",
         ),
-        ({"llama.expert_count": 8}, "is a mixture of experts, but only dense models are supported"),
-        ({"tokenizer.ggml.pre": "qwen2"}, "tokenizer.ggml.pre = 'qwen2', but supported is 'gpt2' with 'smollm'"),
+        ({"llama.expert_count": 8}, "metadata key llama.expert_used_count is missing"),
+        (
+            {"tokenizer.ggml.pre": "bloom"},
+            "tokenizer.ggml.pre = 'bloom', but supported is 'llama', or 'gpt2' with 'smollm'",
+        ),
     ],
 )
 def test_other_models_are_named(tmp_path: Path, changes: dict[str, object], message: str) -> None:
@@ -172,19 +179,19 @@ class ShapeKernels:
         assert device == META and matrix.mins is None
         return torch.tensor(matrix.codes, device=device)
 
-    def linear(self, x, weight, *, out_dtype=torch.float16):
+    def linear(self, x, weight, *, bias=None, out_dtype=torch.float16):
         assert x.device == weight.device == META and x.dtype == torch.float16
         return torch.empty(x.shape[0], weight.shape[0], dtype=out_dtype, device=META)
 
-    def start_rms_norm(self, x, weight, eps):
+    def start_rms_norm(self, x, weight, eps, **options):
         assert x.device == weight.device == META and weight.dtype == torch.float32
         return torch.empty_like(x, dtype=torch.float16), torch.empty_like(x, dtype=torch.float32)
 
-    def add_rms_norm(self, x, residual, weight, eps):
+    def add_rms_norm(self, x, residual, weight, eps, **options):
         assert residual.device == META and residual.dtype == torch.float32 and residual.shape == x.shape
         return torch.empty_like(x, dtype=torch.float16)
 
-    def rope_append(self, qkv, positions, cos_sin, slots, kv_cache):
+    def rope_append(self, qkv, positions, cos_sin, slots, kv_cache, **norms):
         assert {t.device for t in (qkv, positions, cos_sin, slots, kv_cache)} == {META}
         return torch.empty(qkv.shape[0], TINY["num_attention_heads"], TINY["head_dim"], dtype=qkv.dtype, device=META)
 

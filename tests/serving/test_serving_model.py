@@ -29,10 +29,12 @@ PAGE_SIZE = 4
 class WideKernels(TorchKernels):
     """The same kernels without rounding activations to float16."""
 
-    def linear(self, x, weight, *, out_dtype=torch.float32):
-        return (x.to(self.compute) @ weight.T).to(torch.float32)
+    activations = (torch.float32,)
 
-    def round(self, values):
+    def linear(self, x, weight, *, out_dtype=torch.float32, **options):
+        return super().linear(x, weight, out_dtype=torch.float32, **options)
+
+    def round(self, values, dtype=None):
         return values.float()
 
 
@@ -137,14 +139,14 @@ def test_a_prompt_longer_than_a_step_goes_in_chunks(tiny_checkpoint: Checkpoint,
     """The same answer as in one piece, and the head sees only rows whose token is wanted."""
 
     class Watching(TorchKernels):
-        def linear(self, x, weight, *, out_dtype=torch.float16):
+        def linear(self, x, weight, *, out_dtype=torch.float16, **options):
             if out_dtype == torch.float32:
                 head_rows.append(x.shape[0])
-            return super().linear(x, weight, out_dtype=out_dtype)
+            return super().linear(x, weight, out_dtype=out_dtype, **options)
 
-        def rms_norm(self, x, weight, eps):
+        def rms_norm(self, x, *arguments):
             step_rows.add(x.shape[0])
-            return super().rms_norm(x, weight, eps)
+            return super().rms_norm(x, *arguments)
 
     head_rows: list[int] = []
     step_rows: set[int] = set()
@@ -268,14 +270,33 @@ def test_parts_that_are_quantised_differently_stay_apart(tiny_checkpoint: Checkp
     [
         (
             {"architectures": ["GPT2LMHeadModel"]},
-            "has architecture GPT2LMHeadModel, but supported are LlamaForCausalLM and MistralForCausalLM",
+            "has architecture 'GPT2LMHeadModel', but supported are Gemma2ForCausalLM, Gemma3ForCausalLM, LlamaForCausalLM, ",
         ),
-        ({"attention_bias": True}, "config.json has attention_bias = True, which is not supported"),
+        ({"partial_rotary_factor": 0.5}, "config.json has partial_rotary_factor = 0.5, which is not supported"),
         ({"hidden_act": "gelu"}, "config.json has hidden_act = 'gelu', which is not supported"),
-        ({"sliding_window": 64}, "config.json has sliding_window = 64, which is not supported"),
+        (
+            {"sliding_window": 64, "layer_types": ["linear_attention", "full_attention"]},
+            "config.json has layers of type linear_attention, which are not supported",
+        ),
         ({"quantization_config": {"quant_method": "quip"}}, "is quantised by 'quip', but supported are gptq, awq, "),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "has rope_scaling = {'rope_type': 'yarn', 'factor': 4}"),
-        ({"hidden_size": None}, "config.json has no key 'hidden_size', which a Llama-like model needs"),
+        (
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 4}},
+            "config.json has a rotary embedding of {'rope_theta': 10000.0, 'rope_type': 'dynamic', 'factor': 4}, which is not",
+        ),
+        (
+            {"rope_scaling": {"type": "llama3", "factor": 4}},
+            "config.json has a rotary embedding of type 'llama3' without 'low_freq_factor'",
+        ),
+        ({"hidden_size": None}, "config.json has no key 'hidden_size', which a LlamaForCausalLM needs"),
+        (
+            {
+                "architectures": ["Qwen3MoeForCausalLM"],
+                "num_experts": 4,
+                "num_experts_per_tok": 5,
+                "moe_intermediate_size": 32,
+            },
+            "5 of 4 experts compute a token, but must be at least one of them",
+        ),
         ({"num_key_value_heads": 4}, "the model has 6 query heads and 4 key-value heads, but the first must be"),
         ({"vocab_size": 100}, "the tokenizer has 259 tokens, but the embedding only 100"),
     ],

@@ -35,6 +35,8 @@ GROUP = 32
 class DenseKernels(TorchKernels):
     """The oracle kernels on weights of any scheme, without rounding activations."""
 
+    activations = (torch.float32,)
+
     def pack(self, matrix, device):
         codes = torch.from_numpy(matrix.codes.astype(np.int64))
         table = (
@@ -53,11 +55,10 @@ class DenseKernels(TorchKernels):
             dense = torch.empty_like(dense).index_copy_(1, torch.from_numpy(matrix.columns.astype(np.int64)), dense)
         return dense
 
-    def linear(self, x, weight, *, out_dtype=torch.float32, out=None):
-        y = (x.to(self.compute) @ weight.T).to(torch.float32)
-        return y if out is None else out.copy_(y)
+    def linear(self, x, weight, *, out_dtype=torch.float32, **options):
+        return super().linear(x, weight, out_dtype=torch.float32, **options)
 
-    def round(self, values):
+    def round(self, values, dtype=None):
         return values.float()
 
 
@@ -306,5 +307,5 @@ def test_a_bias_that_matters_is_refused(tmp_path: Path) -> None:
     name = "model.layers.1.mlp.up_proj"
     stored[f"{name}.bias"][3] = 1
     save_file(stored, path / "model.safetensors")
-    with pytest.raises(TilusError, match=rf"{name}\.bias is not zero, but biases are not supported"):
+    with pytest.raises(TilusError, match=rf"{name}\.bias is not zero, but LlamaForCausalLM has no such bias"):
         load_model(open_checkpoint(path), DenseKernels(), CPU)

@@ -12,8 +12,9 @@ from tiny_llama import byte_tokenizer, write_tiny
 
 from serving import tokenizer as tokenizers_module
 from serving.errors import RequestError
+from serving.gguf_tokenizer import from_gguf
 from serving.loader import default_model
-from serving.tokenizer import Detokenizer, Tokenizer, from_gguf, from_huggingface
+from serving.tokenizer import Detokenizer, Tokenizer, from_huggingface
 from tilus.errors import TilusError
 from tilus.kernels.quantize import GGUFFile
 
@@ -182,12 +183,13 @@ def test_a_broken_template_is_the_models_fault(tiny: Tokenizer) -> None:
 
 def test_unknown_tokenizers_are_named() -> None:
     file = GGUFFile(default_model())
-    file.metadata["tokenizer.ggml.pre"] = "llama-bpe"
+    file.metadata["tokenizer.ggml.pre"] = "bloom"
     with pytest.raises(TilusError) as caught:
         from_gguf(file)
     assert str(caught.value) == (
-        f"{file.path}: its tokenizer is 'gpt2' with tokenizer.ggml.pre = 'llama-bpe', but supported is 'gpt2' with "
-        "'smollm'\n  hint: use the same model in Hugging Face's format, whose tokenizer.json says everything"
+        f"{file.path}: its tokenizer is 'gpt2' with tokenizer.ggml.pre = 'bloom', but supported is 'llama', or 'gpt2' with "
+        "'smollm' or 'gpt-2' or 'qwen2' or 'llama-bpe' or 'default'\n"
+        "  hint: use the same model in Hugging Face's format, whose tokenizer.json says everything"
     )
 
 

@@ -15,12 +15,14 @@ from tilus.kernels.quantize import QuantizedMatrix
 
 
 class TorchKernels:
+    activations: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
+
     def __init__(self, compute: torch.dtype = torch.float64) -> None:
         self.compute = compute
 
-    def round(self, values: Tensor) -> Tensor:
-        """Activations are float16."""
-        return values.half()
+    def round(self, values: Tensor, dtype: torch.dtype = torch.float16) -> Tensor:
+        """Activations are float16 by default."""
+        return values.to(dtype)
 
     @property
     def quantize(self) -> TorchKernels:
@@ -42,42 +44,58 @@ class TorchKernels:
         return dense.view(n, k).to(device)
 
     def linear(
-        self, x: Tensor, weight: Tensor, *, out_dtype: torch.dtype = torch.float16, out: Tensor | None = None
-    ) -> Tensor:
-        assert x.dtype == torch.float16
-        y = (x.to(self.compute) @ weight.T).to(out_dtype)
+        self, x: Tensor, weight: Tensor, *, bias: Tensor | None = None, out_dtype: torch.dtype | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        assert x.dtype in self.activations
+        y = x.to(self.compute) @ weight.T
+        y = (y if bias is None else y + bias).to(out_dtype or x.dtype)
         return y if out is None else out.copy_(y)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def normed(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.to(self.compute)
-        return self.round(wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt() * weight)
+        return wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt() * weight
 
-    def start_rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        return self.rms_norm(x, weight, eps), x.float()
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        return self.round(self.normed(x, weight, eps), dtype)
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def start_rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, *, scale: float = 1.0, out_dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        residual = x.float() * scale
+        return self.rms_norm(residual, weight, eps, out_dtype or x.dtype), residual
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, x_norm: Tensor | None = None
+    ) -> Tensor:
         assert residual.dtype == torch.float32
-        residual += x.float()
-        return self.rms_norm(residual, weight, eps)
+        residual += x.float() if x_norm is None else self.normed(x, x_norm, eps).float()
+        return self.rms_norm(residual, weight, eps, x.dtype)
 
-    def rope_append(self, qkv: Tensor, positions: Tensor, cos_sin: Tensor, slots: Tensor, kv_cache: Tensor) -> Tensor:
+    def rope_append(
+        self, qkv: Tensor, positions: Tensor, cos_sin: Tensor, slots: Tensor, kv_cache: Tensor, *,
+        q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 0.0,
+    ) -> Tensor:  # fmt: skip
         _, _, page_size, kv_heads, head_dim = kv_cache.shape
         heads = qkv.view(qkv.shape[0], -1, head_dim).to(self.compute)
         q, k, v = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
+        q, k = (x if norm is None else self.normed(x, norm, eps) for x, norm in ((q, q_norm), (k, k_norm)))
         cos, sin = cos_sin[positions.long()].to(self.compute)[:, None].chunk(2, dim=-1)
 
         def rotate(vectors: Tensor) -> Tensor:
             first, second = vectors.chunk(2, dim=-1)
-            return self.round(torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1))
+            turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+            return self.round(turned, kv_cache.dtype)
 
         pages, offsets = slots.long() // page_size, slots.long() % page_size
-        kv_cache[pages, 0, offsets] = rotate(k).to(kv_cache.dtype)
-        kv_cache[pages, 1, offsets] = self.round(v).to(kv_cache.dtype)
-        return rotate(q).to(kv_cache.dtype)
+        kv_cache[pages, 0, offsets] = rotate(k)
+        kv_cache[pages, 1, offsets] = self.round(v, kv_cache.dtype)
+        return rotate(q)
 
     def paged_attention(
         self, q: Tensor, kv_cache: Tensor, block_tables: Tensor, q_start: Tensor, kv_lens: Tensor, scale: float, *,
-        decodes: int = 0, out_dtype: torch.dtype | None = None, constant_tables: bool = False,
+        window: int | None = None, soft_cap: float | None = None, decodes: int = 0, out_dtype: torch.dtype | None = None,
+        constant_tables: bool = False,
     ) -> Tensor:  # fmt: skip
         _, _, page_size, kv_heads, head_dim = kv_cache.shape
         out = torch.empty_like(q, dtype=out_dtype)
@@ -89,14 +107,27 @@ class TorchKernels:
             repeat = q.shape[1] // kv_heads
             keys, values = (t.to(self.compute).repeat_interleave(repeat, dim=1) for t in (keys, values))
             scores = torch.einsum("qhd,khd->hqk", queries, keys) * scale
-            seen = torch.arange(kv_len) <= torch.arange(kv_len - len(queries), kv_len)[:, None]
+            position = torch.arange(kv_len - len(queries), kv_len)[:, None]
+            seen = torch.arange(kv_len) <= position
+            if window is not None:
+                seen &= position - torch.arange(kv_len) < window
+            if soft_cap is not None:
+                scores = soft_cap * (scores / soft_cap).tanh()
             weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
-            out[starts[row] : starts[row + 1]] = self.round(torch.einsum("hqk,khd->qhd", weights, values)).to(out.dtype)
+            out[starts[row] : starts[row + 1]] = self.round(torch.einsum("hqk,khd->qhd", weights, values), out.dtype)
         return out
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.to(self.compute).chunk(2, dim=-1)
-        return self.round(torch.nn.functional.silu(gate) * up)
+        return self.round(torch.nn.functional.silu(gate) * up, gate_up.dtype)
+
+    def gelu_mul(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.to(self.compute).chunk(2, dim=-1)
+        return self.round(torch.nn.functional.gelu(gate, approximate="tanh") * up, gate_up.dtype)
+
+    def soft_cap(self, x: Tensor, cap: float) -> Tensor:
+        assert x.dtype == torch.float32
+        return x.copy_(cap * (x.to(self.compute) / cap).tanh())
 
     def embedding(self, ids: Tensor, table: Tensor, scales: Tensor | None = None) -> Tensor:
         rows = table[ids.long()].to(self.compute)

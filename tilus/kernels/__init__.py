@@ -4,7 +4,9 @@
 """
 
 from tilus.kernels import quantize as quantize
+from tilus.kernels.activation import gelu_mul as gelu_mul
 from tilus.kernels.activation import silu_mul as silu_mul
+from tilus.kernels.activation import soft_cap as soft_cap
 from tilus.kernels.block_sparse import block_sparse_attention as block_sparse_attention
 from tilus.kernels.dense_weight import DenseWeight as DenseWeight
 from tilus.kernels.embedding import embedding as embedding

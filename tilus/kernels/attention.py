@@ -25,7 +25,7 @@ CPU_ROWS = 48  # rows of a block that does not decode, about
 CPU_INVARIANT_ROWS = 16  # of any block, about, where a row's bits must not depend on it
 KV_TILE = 64  # tokens of the cache per iteration, at most
 MAX_GROUP = 16
-MAX_HEAD_DIM = 128
+MAX_HEAD_DIM, CPU_MAX_HEAD_DIM = 128, 256  # accumulators and queries of more do not fit into the registers of a GPU
 NO_SCORE = -1e30  # the maximum of no scores; finite, so that differences with it are no NaN
 
 
@@ -59,6 +59,8 @@ def paged_attention_kernel(
     heads: Const = None,
     parts: Const = None,
     kind: Const = None,
+    window: Const = None,
+    soft_cap: Const = None,
 ):
     """A block computes `rows` rows, a row being a query token and a head of the group, for one kv head.
 
@@ -69,7 +71,7 @@ def paged_attention_kernel(
     q_start: None where each sequence has one query. factors: of a quantised cache of the format `kind`, whose rows are bytes.
     kv_tile: tokens of the cache per iteration. stages: kv tiles in shared memory; one is used while the others arrive.
     heads: rows of a token, those of its group first; by default a power of two. parts: of a kv tile; by default as many as
-    the warps need.
+    the warps need. window: how many keys a query sees at most, the last ones. soft_cap: see `paged_attention`.
     """
     heads = power_of_two(group) if heads is None else heads
     parts = FRAGMENT_ROWS * WARPS // rows if parts is None else parts
@@ -91,12 +93,13 @@ def paged_attention_kernel(
     kv_len = kv_lens[sequence]
     limit = kv_len - (end - begin) + first + 1  # keys that the block's first query sees
     tiles = tilus.cdiv(max(min(kv_len, limit - 1 + tokens), 0), kv_tile)
+    start = 0 if window is None else max(limit - window, 0) // kv_tile  # the first tile that the first query sees
     ring = [stages, parts, keys, head_dim]
     if kind is None:
         kv = ElementTiles(kv_cache[:, :, :, head], block_tables[sequence], kv_len, ring)
     else:
         kv = CodeTiles(kv_cache[:, :, :, head], block_tables[sequence], kv_len, ring, factors[:, head], kind)
-    kv.begin(tiles)
+    kv.begin(start, tiles)
     queries = tilus.load(q, [begin + first, head, 0, 0], [tokens, heads, head_dim], dims=[0, 2, 3])
     queries = tilus.broadcast(queries.reshape([1, rows, head_dim]), [parts, rows, head_dim])
     limits = limit + tilus.arange(rows, shape=[1, rows, 1], axis=1) // heads
@@ -107,11 +110,16 @@ def paged_attention_kernel(
     added = tilus.zeros([parts, rows, 1])
     query_sums = tilus.sum(queries.to(f32), 2, keepdims=True) if kv.has_minimum else None
     operands = queries.to(kv.dtype)
-    for tile in tilus.range(tiles):
+    for tile in tilus.range(start, tiles):
         ahead = kv.arrive(tile, tiles)
         scores = tilus.zeros([parts, rows, keys], layout=rows_by_warp(parts, rows, keys))
         scores = kv.scores(tilus.dot(operands, kv.keys(tile), scores), tile, query_sums) * scale_log2
-        scores = tilus.where(key < limits - tile * kv_tile, scores, -math.inf)
+        if soft_cap is not None:
+            scores = tilus.tanh(scores * (math.log(2.0) / soft_cap)) * (soft_cap * math.log2(math.e))
+        behind = limits - tile * kv_tile
+        scores = tilus.where(key < behind, scores, -math.inf)
+        if window is not None:
+            scores = tilus.where(key >= behind - window, scores, -math.inf)
         higher = tilus.maximum(highest, tilus.max(scores, 2, keepdims=True))
         weights = tilus.exp2(scores - higher)
         shrink = tilus.exp2(highest - higher)
@@ -165,22 +173,28 @@ def rows_by_warp(parts: int, rows: int, columns: int) -> RegisterLayout | None:
 
 def portable_attention(
     q: Any, kv_cache: Any, block_tables: Any, q_start: Any, kv_lens: Any, out: Any, scale: float, device: str | None,
-    invariant: bool = False,
+    invariant: bool = False, window: int | None = None, soft_cap: float | None = None,
 ) -> None:  # fmt: skip
     """Attention into `out` on any device: the arguments are those of `paged_attention`, which has checked them.
 
     q_start: where each sequence's queries start in q; None where each has one. invariant: a row has the same bits whatever its
-    company is.
+    company is. window, soft_cap: as there.
     """
     _, _, page_size, kv_heads, head_dim = kv_cache.shape
-    by_head = kv_heads, q.shape[1] // kv_heads
-    on_cpu = place(device, is_cuda(q)) == "cpu"
+    by_head, where = (kv_heads, q.shape[1] // kv_heads), place(device, is_cuda(q))
+    if head_dim > MAX_HEAD_DIM and where in ("cuda", "emulator"):
+        raise TilusError(
+            f"paged_attention: head_dim {head_dim} for the kernel of all GPUs, expected at most {MAX_HEAD_DIM}",
+            hint="on Hopper, caches of 16 bits have kernels for 256, but not with invariant=True",
+        )
+    on_cpu = where == "cpu"
     few = not invariant and q.shape[0] <= kv_lens.shape[0] * (FRAGMENT_ROWS // power_of_two(by_head[1]))
     quantized = isinstance(kv_cache, QuantizedCache)
     paged_attention_kernel.on(device)(
         q.unflatten(1, by_head), rows_of_codes(kv_cache) if quantized else kv_cache, block_tables, kv_lens,
         out.unflatten(1, by_head), scale * math.log2(math.e), q_start, kv_cache.factors if quantized else None,
         group=by_head[1], head_dim=head_dim, page_size=page_size, kind=kv_cache.format if quantized else None,
+        window=window, soft_cap=soft_cap,
         **(_cpu_tiles(q_start is None, by_head[1], invariant) if on_cpu else _tensor_core_tiles(few, head_dim)),
     )  # fmt: skip
 

@@ -70,8 +70,10 @@ class ElementTiles(Tiles):
         self.dtype = cache.dtype
         self.buffer = tilus.shared(cache.dtype, [self.stages, self.parts, 2, self.part, self.head_dim])
 
-    def begin(self, tiles: Any) -> None:
-        for tile in range(self.stages - 1):
+    def begin(self, start: Any, tiles: Any) -> None:
+        """Ask for the first tiles, from the number `start` on."""
+        for ahead in range(self.stages - 1):
+            tile = start + ahead
             if tile < tiles:
                 self.fetch(tile, self.pages(tile))
             tilus.commit()
@@ -117,9 +119,9 @@ class CodeTiles(Tiles):
         self.buffer = tilus.shared(f16, [self.stages, self.parts, 2, self.part, self.head_dim])
         self.numbers = tilus.shared(f16, [self.stages, self.parts, 2, kind.kinds, self.part])
 
-    def begin(self, tiles: Any) -> None:
-        if self.stages > 1 and tiles > 0:
-            self.put(0, self.load(0))
+    def begin(self, start: Any, tiles: Any) -> None:
+        if self.stages > 1 and start < tiles:
+            self.put(start, self.load(start))
 
     def arrive(self, tile: Any, tiles: Any) -> Any:
         """Make a tile visible; of the next one, what `leave` stores."""

@@ -24,6 +24,7 @@ Variants are equal when their functions are: define them once, at the top of a m
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -72,6 +73,23 @@ class Variant:
 
 
 NO_VARIANT = Variant()
+
+
+@functools.cache
+def windowed(window: int | None, soft_cap: float | None) -> Variant:
+    """The last `window` keys, and scores s as soft_cap * tanh(s / soft_cap); None for no such thing.
+
+    Raises: TilusError for a window or cap that is not positive."""
+    if soft_cap is None:
+        return Variant(window=window)
+    if not soft_cap > 0:
+        raise TilusError(f"soft_cap is {soft_cap}, expected a positive number")
+    inverse = 1.0 / soft_cap
+
+    def capped(score: Any, at: Position) -> Any:
+        return tilus.tanh(score * inverse) * soft_cap
+
+    return Variant(logits=capped, window=window)
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ import tilus
 from tilus import Const, Tensor, TilusError, f16, f32, int32, uint8
 from tilus.dtypes import DataType, float8_e4m3, int8, uint4
 from tilus.kernels.allocate import empty
-from tilus.kernels.rotation import rotated
+from tilus.kernels.rotation import normed, rotated
 from tilus.kernels.vectors import by_vector, power_of_two
 
 WARPS = 4
@@ -95,6 +95,9 @@ def rope_append_quantized_kernel(
     codes: Tensor[uint8, "pages", "kv_heads", 2, "page_size", "nbytes"],
     factors: Tensor[f16, "pages", "kv_heads", 2, "kinds", "page_size"],
     q: Tensor["dtype", "tokens", "q_heads", "head_dim"],
+    eps: f32,
+    q_norm: Tensor[f32, "head_dim"] = None,
+    k_norm: Tensor[f32, "head_dim"] = None,
     *,
     head_dim: Const,
     q_heads: Const,
@@ -127,15 +130,15 @@ def rope_append_quantized_kernel(
             first = [page, 0, which, offset, at * kind.code.nbits // 8]
             tilus.store(codes, first, as_bytes(codes_of(elements, scale, minimum, kind), kind), dims=[1, 4])
 
-    def turned(first: int, count: int) -> Any:
+    def turned(first: int, count: int, norm: Any) -> Any:
         """Queries or keys."""
-        low, high = rotated(halves(first, count), cos_sin, position)
+        low, high = rotated(normed(halves(first, count), norm, eps), cos_sin, position)
         return mixed(low, high) if kind.mixes_keys else (low, high)
 
-    low, high = turned(0, q_heads)
+    low, high = turned(0, q_heads, q_norm)
     tilus.store(q, [token, 0, 0], low.to(q.dtype))
     tilus.store(q, [token, 0, half], high.to(q.dtype))
-    append(0, *turned(q_heads, kv_heads))
+    append(0, *turned(q_heads, kv_heads, k_norm))
     append(1, *halves(q_heads + kv_heads, kv_heads))
 
 
@@ -188,19 +191,22 @@ def as_bytes(codes: Any, kind: KvFormat) -> Any:
 
 
 def append_quantized(
-    qkv: Any, positions: Any, cos_sin: Any, slots: Any, cache: QuantizedCache, device: str | None
+    qkv: Any, positions: Any, cos_sin: Any, slots: Any, cache: QuantizedCache, norms: tuple[Any, Any, float], device: str | None
 ) -> Any:  # fmt: skip
-    """`rope_append` with a quantised cache. qkv: [M, heads, D]. Raises: TilusError for heads that kernels do not have."""
+    """`rope_append` with a quantised cache. qkv: [M, heads, D]. norms: q_norm, k_norm and eps.
+
+    Raises: TilusError for heads that kernels do not have."""
     _, _, page_size, kv_heads, head_dim = cache.shape
     if head_dim % 16 or not 16 <= head_dim <= MAX_HEAD_DIM:
         raise TilusError(
             f"rope_append: quantised heads of {head_dim} elements, expected a multiple of 16 from 16 to {MAX_HEAD_DIM}",
             hint="a cache of 16 bits takes any even number",
         )
+    q_norm, k_norm, eps = norms
     q_heads = qkv.shape[1] - 2 * kv_heads
     q = empty(qkv, (qkv.shape[0], q_heads, head_dim))
     rope_append_quantized_kernel.on(device)(
-        qkv, positions, cos_sin, slots, cache.codes, cache.factors, q,
+        qkv, positions, cos_sin, slots, cache.codes, cache.factors, q, eps, q_norm, k_norm,
         head_dim=head_dim, q_heads=q_heads, kv_heads=kv_heads, page_size=page_size, kind=cache.format,
     )  # fmt: skip
     return q

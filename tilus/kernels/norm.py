@@ -19,15 +19,17 @@ MAX_WARPS = 8
 def rms_norm_kernel(
     x: Tensor["dtype", "rows", "hidden"],
     weight: Tensor[f32, "hidden"],
-    out: Tensor["dtype", "rows", "hidden"],
+    out: Tensor["out_dtype", "rows", "hidden"],
     eps: f32,
     residual: Tensor[f32, "rows", "hidden"] = None,
+    x_norm: Tensor[f32, "hidden"] = None,
     *,
     hidden: Const,
     starts: Const = False,
+    scale: Const = 1.0,
 ):
-    """One row a block; every thread holds its part of the row from the load to the store. starts: x begins the residual stream,
-    instead of being added to it."""
+    """One row a block; every thread holds its part of the row from the load to the store. starts: x times the scale begins the
+    residual stream, instead of being added to it. x_norm: weight of the norm of x in front of all else."""
     warps = min(MAX_WARPS, tilus.cdiv(hidden, 32 * VECTOR))
     step = 32 * VECTOR * warps
     width = tilus.cdiv(hidden, step) * step
@@ -35,15 +37,22 @@ def rms_norm_kernel(
     tilus.launch_dependents()
     tilus.wait_dependencies()
     row = tilus.block_id(0)
+
+    def normed(values: Any, weight: Any) -> Any:
+        """Elements beyond the row are zeros and add nothing."""
+        inverse = tilus.rsqrt(tilus.sum(values * values, 0, keepdims=True) / hidden + eps)
+        return values * inverse * tilus.load(weight, [0], [width])
+
     values = tilus.load(x, [row, 0], [width]).to(f32)
+    if scale != 1.0:
+        values = values * scale
+    if x_norm is not None:
+        values = normed(values, x_norm)
     if residual is not None:
         if not starts:
             values = values + tilus.load(residual, [row, 0], [width])
         tilus.store(residual, [row, 0], values)
-    # Elements beyond the row are zeros and add nothing.
-    inverse = tilus.rsqrt(tilus.sum(values * values, 0, keepdims=True) / hidden + eps)
-    result = values * inverse * tilus.load(weight, [0], [width])
-    tilus.store(out, [row, 0], result.to(out.dtype))
+    tilus.store(out, [row, 0], normed(values, weight).to(out.dtype))
 
 
 def rms_norm(x: Any, weight: Any, eps: float, *, device: str | None = None) -> Any:
@@ -61,33 +70,37 @@ def rms_norm(x: Any, weight: Any, eps: float, *, device: str | None = None) -> A
     return out
 
 
-def start_rms_norm(x: Any, weight: Any, eps: float, *, device: str | None = None) -> tuple[Any, Any]:
-    """Begin a residual stream with x, and normalise it: `rms_norm(x, weight, eps), x.float()`.
+def start_rms_norm(
+    x: Any, weight: Any, eps: float, *, scale: float = 1.0, out_dtype: Any = None, device: str | None = None
+) -> tuple[Any, Any]:  # fmt: skip
+    """Begin a residual stream with x, and normalise it: `stream = x.float() * scale; rms_norm(stream, weight, eps), stream`.
 
-    x: float16 or bfloat16 [M, H], rows may be strided. weight: float32 [H]. Torch tensors or numpy arrays. device: where to
-    run (reference, emulator, cpu, cuda), by default as the arguments say.
+    x: float16 or bfloat16 [M, H], rows may be strided. weight: float32 [H]. Torch tensors or numpy arrays. out_dtype: of the
+    norm, by default that of x. device: where to run (reference, emulator, cpu, cuda), by default as the arguments say.
 
-    Returns: the norm, [M, H] in the dtype of x, and the residual stream, float32 [M, H], for `add_rms_norm`.
+    Returns: the norm, [M, H] in out_dtype, and the residual stream, float32 [M, H], for `add_rms_norm`.
     Raises: TilusError when shapes, dtypes or devices do not fit together.
     """
     _check_rank("start_rms_norm", x)
-    out, residual = empty(x, tuple(x.shape)), empty(x, tuple(x.shape), "float32")
-    rms_norm_kernel.on(device)(x, weight, out, eps, residual, hidden=int(x.shape[1]), starts=True)
+    out, residual = empty(x, tuple(x.shape), out_dtype), empty(x, tuple(x.shape), "float32")
+    rms_norm_kernel.on(device)(x, weight, out, eps, residual, hidden=int(x.shape[1]), starts=True, scale=scale)
     return out, residual
 
 
-def add_rms_norm(x: Any, residual: Any, weight: Any, eps: float, *, device: str | None = None) -> Any:
+def add_rms_norm(
+    x: Any, residual: Any, weight: Any, eps: float, *, x_norm: Any = None, device: str | None = None
+) -> Any:  # fmt: skip
     """Add x to the residual stream, in place, and normalise the sum: `residual += x; rms_norm(residual, weight, eps)`.
 
-    x: float16 or bfloat16 [M, H]. residual: float32 [M, H]. weight: float32 [H]. The sum is normalised as it is, before any
-    rounding to the dtype of x.
+    x: float16 or bfloat16 [M, H]. residual: float32 [M, H]. weight: float32 [H]. x_norm: float32 [H]; where given,
+    `rms_norm(x, x_norm, eps)` is added instead of x. Nothing is rounded to the dtype of x but the result.
 
     Returns: [M, H] in the dtype of x.
     Raises: TilusError when shapes, dtypes or devices do not fit together.
     """
     _check_rank("add_rms_norm", x)
     out = empty(x, tuple(x.shape))
-    rms_norm_kernel.on(device)(x, weight, out, eps, residual, hidden=int(x.shape[1]))
+    rms_norm_kernel.on(device)(x, weight, out, eps, residual, x_norm, hidden=int(x.shape[1]))
     return out
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from tilus import TilusError
 from tilus.kernels.allocate import empty, is_cuda
-from tilus.kernels.attention import KV_TILE, MAX_HEAD_DIM, group_of, portable_attention
+from tilus.kernels.attention import CPU_MAX_HEAD_DIM, KV_TILE, group_of, portable_attention
+from tilus.kernels.attention_variant import windowed
 from tilus.kernels.kv_cache import QuantizedCache
 from tilus.kernels.linear import gpu_of
 from tilus.kernels.paged_decode import paged_decode
@@ -22,7 +23,8 @@ from tilus.runtime.execute import place
 
 def paged_attention(
     q: Any, kv_cache: Any, block_tables: Any, q_start: Any, kv_lens: Any, scale: float, *, decodes: int = 0,
-    out_dtype: Any = None, invariant: bool = False, constant_tables: bool = False, device: str | None = None,
+    window: int | None = None, soft_cap: float | None = None, out_dtype: Any = None, invariant: bool = False,
+    constant_tables: bool = False, device: str | None = None,
 ) -> Any:  # fmt: skip
     """Attention of ragged queries over paged keys and values, causal and aligned at the end.
 
@@ -31,9 +33,11 @@ def paged_attention(
     layer of a pool, say) is fine. Or a `QuantizedCache`, whose codes are multiplied in f16. block_tables: int32 [S, max_pages],
     the pages of each sequence in order. q_start: int32 [S - decodes + 1], where the queries of each of the other sequences
     start, counted from the first of them; None where there are none. kv_lens: int32 [S], tokens in the cache, those of the
-    queries included. scale: what scores are multiplied with. out_dtype: float16 or bfloat16, by default that of q. invariant: a
-    row has the same bits whatever its company is, and whether it decodes (on one kind of device), which takes longer for rows
-    that decode. constant_tables: block_tables and kv_lens are constant in the sense of "Dependent launch" (docs/language.md).
+    queries included. scale: what scores are multiplied with. window: how many keys a query sees at most, the last ones, its own
+    included. soft_cap: scaled scores s become soft_cap * tanh(s / soft_cap). out_dtype: float16 or bfloat16, by default that of
+    q. invariant: a row has the same bits whatever its company is, and whether it decodes (on one kind of device), which takes
+    longer for rows that decode. constant_tables: block_tables and kv_lens are constant in the sense of "Dependent launch"
+    (docs/language.md).
     Torch tensors. device: where to run (reference, emulator, cpu, cuda), by default as the arguments say.
 
     Query j of a sequence with q_len queries sees the first kv_len - q_len + j + 1 tokens of the cache; one that sees none gets
@@ -44,6 +48,7 @@ def paged_attention(
     Raises: TilusError when shapes, dtypes or devices do not fit together.
     """
     _check(q, kv_cache, q_start, kv_lens, decodes)
+    variant = windowed(window, soft_cap)
     out = empty(q, tuple(q.shape), out_dtype)
     where = place(device, is_cuda(q))
     hopper = _is_hopper(q, where) and _fits_hopper(kv_cache, scale)
@@ -51,17 +56,19 @@ def paged_attention(
         first = (q[:decodes], kv_cache, block_tables[:decodes])
         if hopper and not invariant:
             paged_decode(
-                first[0][:, None], *first[1:], kv_lens[:decodes], scale, constant_tables=constant_tables, device=device,
-                out=out[:decodes, None],
+                first[0][:, None], *first[1:], kv_lens[:decodes], scale, constant_tables=constant_tables, variant=variant,
+                device=device, out=out[:decodes, None],
             )  # fmt: skip
         else:
-            portable_attention(*first, None, kv_lens[:decodes], out[:decodes], scale, device, invariant)
+            portable_attention(
+                *first, None, kv_lens[:decodes], out[:decodes], scale, device, invariant, window, soft_cap
+            )
     if decodes < kv_lens.shape[0] and decodes < q.shape[0]:
         others = (q[decodes:], kv_cache, block_tables[decodes:], q_start, kv_lens[decodes:])
         if hopper and not invariant and not isinstance(kv_cache, QuantizedCache):
-            paged_prefill(*others, scale, device=device, out=out[decodes:])
+            paged_prefill(*others, scale, variant=variant, device=device, out=out[decodes:])
         else:
-            portable_attention(*others, out[decodes:], scale, device, invariant)
+            portable_attention(*others, out[decodes:], scale, device, invariant, window, soft_cap)
     return out
 
 
@@ -92,9 +99,9 @@ def _check(q: Any, kv_cache: Any, q_start: Any, kv_lens: Any, decodes: int) -> N
     group_of("paged_attention", q.shape[1], kv_heads)
     if q.shape[2] != head_dim:
         raise TilusError(f"paged_attention: head_dim {q.shape[2]} of q and {head_dim} of kv_cache, expected the same")
-    if head_dim % 16 or not 16 <= head_dim <= MAX_HEAD_DIM:
+    if head_dim % 16 or not 16 <= head_dim <= CPU_MAX_HEAD_DIM:
         raise TilusError(
-            f"paged_attention: head_dim {head_dim}, expected a multiple of 16 from 16 to {MAX_HEAD_DIM}",
+            f"paged_attention: head_dim {head_dim}, expected a multiple of 16 from 16 to {CPU_MAX_HEAD_DIM}",
             hint="pad heads with zeros; scale stays that of the real head_dim",
         )
     if page_size not in (16, 32) and (page_size < KV_TILE or page_size % KV_TILE):

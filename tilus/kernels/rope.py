@@ -1,4 +1,5 @@
-"""Rotary position embedding of queries and keys, fused with the write of keys and values to the paged cache."""
+"""Rotary position embedding of queries and keys, fused with the norm of their heads in front of it, where there is one, and the
+write of keys and values to the paged cache."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from tilus import Const, Tensor, TilusError, f32, int32
 from tilus.kernels.allocate import empty
 from tilus.kernels.index_checks import check_tokens
 from tilus.kernels.kv_cache import QuantizedCache, append_quantized
-from tilus.kernels.rotation import rotated
+from tilus.kernels.rotation import normed, rotated
 from tilus.kernels.vectors import power_of_two
 
 
@@ -21,6 +22,9 @@ def rope_append_kernel(
     slots: Tensor[int32, "tokens"],
     kv_cache: Tensor["dtype", "pages", 2, "page_size", "kv_heads", "head_dim"],
     q: Tensor["dtype", "tokens", "q_heads", "head_dim"],
+    eps: f32,
+    q_norm: Tensor[f32, "head_dim"] = None,
+    k_norm: Tensor[f32, "head_dim"] = None,
     *,
     head_dim: Const,
     heads: Const,
@@ -37,24 +41,27 @@ def rope_append_kernel(
     position, slot = positions[token], slots[token]
     page, offset = slot // page_size, slot % page_size
 
-    def rotated_heads(first: int, count: int) -> Any:
+    def rotated_heads(first: int, count: int, norm: Any) -> Any:
         part = qkv[token, first : first + count]
         shape = [power_of_two(count), half]
         low = tilus.load(part, [0, 0], shape).to(f32)
         high = tilus.load(part, [0, half], shape).to(f32)
-        return rotated((low, high), cos_sin, position)
+        return rotated(normed((low, high), norm, eps), cos_sin, position)
 
-    low, high = rotated_heads(0, q_heads)
+    low, high = rotated_heads(0, q_heads, q_norm)
     tilus.store(q, [token, 0, 0], low.to(q.dtype))
     tilus.store(q, [token, 0, half], high.to(q.dtype))
-    low, high = rotated_heads(q_heads, kv_heads)
+    low, high = rotated_heads(q_heads, kv_heads, k_norm)
     tilus.store(kv_cache, [page, 0, offset, 0, 0], low.to(kv_cache.dtype))
     tilus.store(kv_cache, [page, 0, offset, 0, half], high.to(kv_cache.dtype))
     values = tilus.load(qkv[token, q_heads + kv_heads : heads], [0, 0], [power_of_two(kv_heads), head_dim])
     tilus.store(kv_cache, [page, 1, offset, 0, 0], values.to(kv_cache.dtype))
 
 
-def rope_append(qkv: Any, positions: Any, cos_sin: Any, slots: Any, kv_cache: Any, *, device: str | None = None) -> Any:
+def rope_append(
+    qkv: Any, positions: Any, cos_sin: Any, slots: Any, kv_cache: Any, *, q_norm: Any = None, k_norm: Any = None,
+    eps: float = 0.0, device: str | None = None,
+) -> Any:  # fmt: skip
     """Rotate queries and keys by their positions; write keys and values to the cache, in its format.
 
     qkv: float16 or bfloat16 [M, (Hq + 2 Hkv) D], the heads of queries, keys and values of M tokens one after another.
@@ -62,12 +69,13 @@ def rope_append(qkv: Any, positions: Any, cos_sin: Any, slots: Any, kv_cache: An
     slots: int32 [M], page * page_size + offset; a token whose slot is outside of the cache (a negative one, say) is not
     written to it. kv_cache: float16 or bfloat16 [pages, 2, page_size, Hkv, D], keys at index 0, values at 1; may be strided. Or a
     `QuantizedCache`, with D a multiple of 16 up to 256: scales and minimums are rounded to f16 and codes computed with those, so
-    that an element is off by half a step at most, half of the last place of an fp8 code. Torch tensors. device: where to run
-    (reference, emulator, cpu, cuda), by default as the arguments say.
+    that an element is off by half a step at most, half of the last place of an fp8 code. q_norm, k_norm: float32 [D]; where
+    given, each head of queries (keys) becomes its `rms_norm` with this weight and eps before it is rotated. Torch tensors.
+    device: where to run (reference, emulator, cpu, cuda), by default as the arguments say.
 
     Returns: the rotated queries [M, Hq, D], of the dtype of a 16-bit cache, else of qkv's; for a quantised cache whose format
-    mixes keys, transformed as they are. Rotations are computed in f32 and
-    rounded once; keys are not rounded before they are quantised.
+    mixes keys, transformed as they are. Norms and rotations are
+    computed in f32 and rounded once; keys are not rounded before they are quantised.
     Raises: TilusError when shapes, dtypes or devices do not fit together; with TILUS_DEBUG=1 also for positions without angles
     and slots behind the cache.
     """
@@ -92,10 +100,10 @@ def rope_append(qkv: Any, positions: Any, cos_sin: Any, slots: Any, kv_cache: An
     check_tokens("rope_append", positions, slots, cos_sin.shape[0], kv_cache, device=device)
     by_head = qkv.unflatten(1, (heads, head_dim))
     if isinstance(kv_cache, QuantizedCache):
-        return append_quantized(by_head, positions, cos_sin, slots, kv_cache, device)
+        return append_quantized(by_head, positions, cos_sin, slots, kv_cache, (q_norm, k_norm, eps), device)
     q = empty(qkv, (qkv.shape[0], q_heads, head_dim), kv_cache.dtype)
     rope_append_kernel.on(device)(
-        by_head, positions, cos_sin, slots, kv_cache, q,
+        by_head, positions, cos_sin, slots, kv_cache, q, eps, q_norm, k_norm,
         head_dim=head_dim, heads=heads, q_heads=q_heads, kv_heads=kv_heads, page_size=page_size,
     )  # fmt: skip
     return q

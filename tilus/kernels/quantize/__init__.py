@@ -5,6 +5,7 @@ Torch is not imported.
 """
 
 from tilus.kernels.quantize.checkpoint.gguf import GGUFFile as GGUFFile
+from tilus.kernels.quantize.checkpoint.gguf import GGUFTensor as GGUFTensor
 from tilus.kernels.quantize.checkpoint.safetensors import StoredTensor as StoredTensor
 from tilus.kernels.quantize.error_feedback import quantize_for as quantize_for
 from tilus.kernels.quantize.header import WeightHeader as WeightHeader

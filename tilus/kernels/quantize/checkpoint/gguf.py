@@ -148,14 +148,27 @@ class GGUFFile:
         return self.tensors[name]
 
     def first_row(self, name: str) -> QuantizedMatrix | npt.NDArray[np.float32]:
-        """`read` of a matrix, but only its first row: how the tensor is stored, at no cost."""
+        """`read` of a matrix, or of the first one of a stack, but only its first row: how the tensor is stored, at no cost."""
         tensor = self.tensor(name)
-        row = replace(tensor, shape=(1, *tensor.shape[1:]), rows=tensor.rows[:1])
+        row = replace(tensor, shape=(1, tensor.shape[-1]), rows=tensor.rows[:1])
         return self._values(row)
 
-    def read(self, name: str) -> QuantizedMatrix | npt.NDArray[np.float32]:
-        """A tensor's codes and scales, or its values as float32 where it is stored as floats."""
-        return self._values(self.tensor(name))
+    def read(self, name: str, index: int | None = None) -> QuantizedMatrix | npt.NDArray[np.float32]:
+        """A tensor's codes and scales, or its values as float32 where it is stored as floats. index: of a matrix in a stack.
+
+        Raises: TilusError for what is not there.
+        """
+        tensor = self.tensor(name)
+        if index is None:
+            return self._values(tensor)
+        if len(tensor.shape) != 3 or not 0 <= index < tensor.shape[0]:
+            raise TilusError(
+                f"{self.path}: {name} has shape {list(tensor.shape)}, expected a stack with a matrix {index}"
+            )
+        count = tensor.shape[1]
+        return self._values(
+            replace(tensor, shape=tensor.shape[1:], rows=tensor.rows[index * count : (index + 1) * count])
+        )
 
     def _values(self, tensor: GGUFTensor) -> QuantizedMatrix | npt.NDArray[np.float32]:
         if tensor.format.is_float:
@@ -184,6 +197,9 @@ class GGUFFile:
 
     def integers(self, key: str) -> list[int]:
         return self._list(key, int)
+
+    def numbers(self, key: str) -> list[float]:
+        return self._list(key, float)
 
     def _get(self, key: str, kind: type[_T], default: _T | None) -> _T:
         value = self.metadata.get(key, default)
