@@ -104,7 +104,7 @@ def rope_append_quantized_kernel(
     kv_heads: Const,
     page_size: Const,
     kind: Const,
-    constant: Const,
+    constant: Const = False,
 ):
     """One token a block. Tiles hold a power of two of heads: those beyond the last read zeros and are not written."""
     tilus.grid(qkv.shape[0], warps=WARPS)
