@@ -2,7 +2,7 @@
 
 A `Request` is what a client asked for. Inside the engine it is a `Sequence`: its tokens and how many of them have their
 keys and values in the cache. Each step the scheduler makes a `Batch`, the runner turns it into a `StepOutput`, and the
-engine turns that into one `RequestOutput` for each request that moved. What each sequence has in each step is a named tuple: it is
+engine turns that into one `RequestOutput` for each request that moved. What a sequence has in a step is a named tuple: it is
 made in a third of the time of a frozen dataclass.
 """
 

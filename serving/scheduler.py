@@ -55,7 +55,7 @@ class Scheduler:
         self._plan_decodes(plan)
         preempted = len(self.running) < num_running
         budget = self.max_step_tokens - sum(plan.values())
-        budget = self._plan_prefills(plan, (seq for seq in self.running if not (seq in plan or seq.is_full)), budget)
+        budget = self._plan_prefills(plan, (seq for seq in self.running if seq.num_pending > 1), budget)
         if not preempted:
             self._plan_newcomers(plan, budget)
         if self.has_work and not plan and not any(seq.is_full for seq in (*self.running, *self.waiting)):
