@@ -75,6 +75,10 @@ class Row:
         tile = tilus.reshape(tile, [*self.tiling.shape, QUAD])
         return [tilus.select(tile, 2, j) for j in range(QUAD)]
 
+    def logit(self, token: Any) -> Any:
+        """A scalar of f32."""
+        return tilus.item(tilus.load(self.logits, [self.row, token], [1]).to(f32))
+
     def quads(self, index: Any) -> Any:
         """The number of each four of a tile in the row, int32."""
         count = self.tiling.width // QUAD
@@ -93,7 +97,7 @@ class Row:
                 leader.meet(tilus.where(part >= bound, score, -math.inf), quads)
         _, token = winner([leader.score for leader in leaders], [leader.quads.to(f32) for leader in leaders])
         chosen = tilus.item(token.to(int32))
-        return self.logits[self.row, chosen].to(f32), chosen
+        return self.logit(chosen), chosen
 
     def above(self, bound: Any, lowest: Any, most: Any, rate: Any) -> Any:
         """Scalars: what the logits above a bound weigh, what those not below `lowest` weigh, the least logit above the bound."""
