@@ -72,31 +72,26 @@ def survey_kernel(
     tilus.wait_dependencies()
     run, request = tilus.block_id(0), tilus.block_id(1)
     row = Row(logits, request, tiling)
-    parts, quads = row.tile(run), row.quads(run)
-    places = [quads.to(f32)] * len(parts)
-    broken = tilus.zeros(tiling.shape)
-    for part in parts:
-        broken = broken + tilus.where(part < math.inf, tilus.zeros([1, 1]), 1.0)
-    tilus.store(runs, [request, BROKEN, run], tilus.reshape(tilus.sum(broken), [1]))
+    tile, one = row.tile(run), tilus.full([1], 1.0)
+    broken = tilus.sum(tilus.where(tile < math.inf, 0.0, one), 0, keepdims=True)
+    tilus.store(runs, [request, BROKEN, run], broken)
     if temperature[request] > COLDEST:
+        parts, quads = row.parts(tile), row.quads(run)
         dice = dice_of(seeds, positions, temperature, request)
-        score, token = winner(dice.scores(parts, quads, 0.0), places)
+        score, token = winner(dice.scores(parts, quads, 0.0), [quads.to(f32)] * len(parts))
         tilus.store(runs, [request, SCORE, run], score)
         tilus.store(runs, [request, TOKEN, run], token)
-        most = tilus.maximum(tilus.maximum(parts[0], parts[1]), tilus.maximum(parts[2], parts[3]))
-        tilus.store(runs, [request, MOST, run], tilus.reshape(tilus.max(most), [1]))
+        tilus.store(runs, [request, MOST, run], tilus.max(tile, 0, keepdims=True))
         if top_k[request] > 0:
-            least, finite = tilus.full(tiling.shape, math.inf), tilus.zeros(tiling.shape)
-            for part in parts:
-                is_finite = part > -math.inf
-                least = tilus.minimum(least, tilus.where(is_finite, part, math.inf))
-                finite = finite + tilus.where(is_finite, tilus.full([1, 1], 1.0), 0.0)
-            tilus.store(runs, [request, LEAST, run], tilus.reshape(tilus.min(least), [1]))
-            tilus.store(runs, [request, FINITE, run], tilus.reshape(tilus.sum(finite), [1]))
+            is_finite = tile > -math.inf
+            least = tilus.min(tilus.where(is_finite, tile, math.inf), 0, keepdims=True)
+            tilus.store(runs, [request, LEAST, run], least)
+            tilus.store(runs, [request, FINITE, run], tilus.sum(tilus.where(is_finite, one, 0.0), 0, keepdims=True))
     else:
-        score, token = winner(parts, places)
-        tilus.store(runs, [request, SCORE, run], score)
-        tilus.store(runs, [request, TOKEN, run], token)
+        most = tilus.max(tile, 0, keepdims=True)
+        numbers = tilus.arange(tiling.width, start=run * tiling.width).to(f32)
+        tilus.store(runs, [request, SCORE, run], most)
+        tilus.store(runs, [request, TOKEN, run], tilus.min(tilus.where(tile == most, numbers, NO_TOKEN), 0, keepdims=True))
 
 
 @tilus.kernel
