@@ -121,12 +121,10 @@ def other_actions(rows: list[torch.Tensor], kind: str) -> list[Action]:
 
 def plans() -> list[Plan]:
     """Other tiles, and more blocks beside each other."""
-    runs = [(8, 4, 1), (8, 4, 4), (8, 2, 1), (4, 4, 1), (4, 4, 8), (4, 8, 4), (16, 2, 2)]
-    found = [replace(GPU_PLAN, run=Tiling(warps, quads), blocks_per_sm=blocks) for warps, quads, blocks in runs]
-    return found + [
-        replace(GPU_PLAN, whole=whole)
-        for whole in (Tiling(16, 1, 2), Tiling(16, 2, 2), Tiling(8, 2, 2), Tiling(32, 1, 1))
-    ]
+    runs = [(8, 4, 1, 1), (8, 2, 1, 1), (8, 2, 1, 8), (4, 4, 1, 8), (4, 8, 1, 4), (16, 2, 1, 2)]
+    wholes = [(16, 1, 4, 1), (16, 1, 1, 2), (32, 1, 1, 1), (8, 1, 2, 4)]
+    found = [GPU_PLAN, *(replace(GPU_PLAN, run=Tiling(*run)) for run in runs)]
+    return found + [replace(GPU_PLAN, whole=Tiling(*whole)) for whole in wholes]
 
 
 def cases() -> Iterator[tuple[int, int, str]]:
@@ -175,7 +173,7 @@ COLUMNS = {"batch": 7, "vocabulary": 12, "filters": 13, "us": 10, "limit": 10, "
 
 def cells(row: Row) -> list[Any]:
     run, whole = (row.get(key, {}) for key in ("run", "whole"))
-    plan = "-".join(str(value) for value in (*run.values(), row.get("blocks_per_sm", ""), *whole.values()))
+    plan = "-".join(str(value) for value in (*run.values(), *whole.values()))
     return [*(row[key] for key in ("batch", "vocabulary", "filters", "us", "limit_us", "torch_us")), plan]
 
 

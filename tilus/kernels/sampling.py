@@ -42,15 +42,13 @@ _LOG2_E = math.log2(math.e)
 
 @dataclass(frozen=True)
 class Plan:
-    """run: how the first launch goes through a run, which is one tile, blocks_per_sm of them at once on a multiprocessor. whole:
-    how the second one goes through a row."""
+    """run: of the first launch, whose runs are tiles. whole: of the second one, a block of which goes through a row."""
 
     run: Tiling
     whole: Tiling
-    blocks_per_sm: int = 1
 
 
-GPU_PLAN = Plan(Tiling(warps=8, quads=4), Tiling(warps=16, quads=1, unroll=4), blocks_per_sm=4)
+GPU_PLAN = Plan(Tiling(warps=8, quads=4, blocks_per_sm=4), Tiling(warps=16, quads=1, unroll=2, blocks_per_sm=2))
 CPU_PLAN = Plan(Tiling(warps=8, quads=4), Tiling(warps=8, quads=2))
 
 
@@ -64,10 +62,9 @@ def survey_kernel(
     runs: Tensor[f32, "requests", 6, "count"],
     *,
     tiling: Const,
-    blocks_per_sm: Const,
 ):
     """A block a run of a row: the winner over all tokens, and what the filters ask for."""
-    tilus.grid(runs.shape[2], logits.shape[0], warps=tiling.warps, blocks_per_sm=blocks_per_sm)
+    tilus.grid(runs.shape[2], logits.shape[0], warps=tiling.warps, blocks_per_sm=tiling.blocks_per_sm)
     tilus.launch_dependents()
     tilus.wait_dependencies()
     run, request = tilus.block_id(0), tilus.block_id(1)
@@ -110,7 +107,7 @@ def choose_kernel(
     most_runs: Const,
 ):
     """A block a row: the winner among what the filters keep."""
-    tilus.grid(logits.shape[0], warps=tiling.warps)
+    tilus.grid(logits.shape[0], warps=tiling.warps, blocks_per_sm=tiling.blocks_per_sm)
     tilus.launch_dependents()
     tilus.wait_dependencies()
     request = tilus.block_id(0)
@@ -204,7 +201,7 @@ def launch(
     runs = empty(logits, (logits.shape[0], FIELDS, -(-logits.shape[1] // plan.run.width)), "float32")
     seeds, positions = _words(seeds, 2), _words(positions, 1)
     survey_kernel.on(device)(
-        logits, temperature, top_k, seeds, positions, runs, tiling=plan.run, blocks_per_sm=plan.blocks_per_sm
+        logits, temperature, top_k, seeds, positions, runs, tiling=plan.run
     )  # fmt: skip
     choose_kernel.on(device)(
         logits, temperature, top_k, top_p, min_p, seeds, positions, runs, out, tiling=plan.whole,

@@ -23,11 +23,12 @@ PIVOTS = 8  # the last one is the upper end of what is left
 @dataclass(frozen=True)
 class Tiling:
     """How a block goes through a row. quads: fours of tokens of a thread in a tile. unroll: tiles whose reads are under way
-    together, where little is done with them."""
+    together, where little is done with them. blocks_per_sm: that run beside each other on a multiprocessor."""
 
     warps: int
     quads: int
     unroll: int = 1
+    blocks_per_sm: int = 1
 
     @property
     def shape(self) -> list[int]:
