@@ -85,14 +85,16 @@ class Scheduler:
         self._publish(seq)
 
     def _plan_decodes(self, plan: dict[Sequence, int]) -> None:
-        for seq in self.decoding():
-            while seq in self.running and not self.pages.reserve(seq.id, len(seq.tokens)):
-                if any(other.is_full for other in self.running):  # pages will be free when its end is told
-                    break
-                self._preempt_youngest()  # never one planned already: those are older than `seq`
-            else:
-                if seq in self.running:
+        index = 0
+        while index < len(self.running):
+            seq = self.running[index]
+            if seq.num_pending == 1 and not seq.is_full:
+                if self.pages.reserve(seq.id, len(seq.tokens)):
                     plan[seq] = 1
+                elif not any(other.is_full for other in self.running):  # else pages are free when its end is told
+                    self._preempt_youngest()  # never one planned already: those are older than `seq`
+                    continue
+            index += 1
 
     def _plan_drafts(
         self, plan: Mapping[Sequence, int], drafts: Mapping[str, tuple[int, ...]], budget: int
