@@ -16,7 +16,6 @@ from serving.core import Batch, BatchItem, SamplingParams
 from serving.loader import Checkpoint, default_model, open_checkpoint
 from serving.model import Model, load_model
 from serving.runner import step_tensors
-from serving.sampling import _draw_sorted
 from tilus.errors import TilusError
 
 GGUF_NAMES = {
@@ -203,11 +202,8 @@ class ShapeKernels:
 def test_every_tensor_lives_on_the_models_device(tiny_checkpoint: Checkpoint) -> None:
     """What would mix a GPU's tensors with the CPU's fails here, without a GPU."""
     model = load_model(tiny_checkpoint, ShapeKernels(), META)
-    params = SamplingParams(top_k=3, top_p=0.5)
+    params = SamplingParams()
     items = (BatchItem("a", (1, 2), 0, (0,), params, 0), BatchItem("b", (3,), 4, (1, 2), params, 0))
     pool = torch.empty(2, 4, 2, 4, 2, 16, dtype=torch.float16, device=META)
     logits = model.forward(step_tensors(Batch(items), 4, META), pool)
     assert (logits.device, logits.dtype, logits.shape) == (META, torch.float32, (2, TINY["vocab_size"]))
-    candidates = torch.empty(2, 5, dtype=torch.float64, device=META)
-    chosen = _draw_sorted(candidates, candidates.long(), [params, params], [0.1, 0.2])
-    assert (chosen.device, chosen.shape) == (META, (2,))

@@ -88,7 +88,9 @@ def survey_kernel(
         most = tilus.max(tile, 0, keepdims=True)
         numbers = tilus.arange(tiling.width, start=run * tiling.width).to(f32)
         tilus.store(runs, [request, SCORE, run], most)
-        tilus.store(runs, [request, TOKEN, run], tilus.min(tilus.where(tile == most, numbers, NO_TOKEN), 0, keepdims=True))
+        tilus.store(
+            runs, [request, TOKEN, run], tilus.min(tilus.where(tile == most, numbers, NO_TOKEN), 0, keepdims=True)
+        )
 
 
 @tilus.kernel
@@ -136,7 +138,10 @@ def choose_kernel(
                 bound = min(most + share / dice.rate, most)
             logit, lowest = row.logit(token), -math.inf
             racing = logit < bound or abs(tilus.item(score)) > LARGE
-            finite, limit = 0.0, 0.0  # how many the logits are, and how many of them top_k keeps where it is not yet looked for
+            finite, limit = (
+                0.0,
+                0.0,
+            )  # how many the logits are, and how many of them top_k keeps where it is not yet looked for
             if top_k[request] > 0:
                 finite, limit = scalar(tilus.sum(of_runs(FINITE, 0.0))), float(top_k[request])
             limit = limit if limit < finite else 0.0

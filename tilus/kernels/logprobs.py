@@ -98,8 +98,8 @@ def token_logprobs(
     """Natural logarithms of probabilities in the softmax of logits, for the rows that ask. Two launches; the host reads nothing.
 
     logits: f16, bf16 or f32 [R, V] with V up to 262144. chosen: int32 [R], a token of each row. asking: int32 [A], rows. counts:
-    int32 [A], how many of the most probable tokens each of them wants, up to 20 and up to V. Torch tensors or numpy arrays. device:
-    where to run (reference, emulator, cpu, cuda), by default as the arguments say.
+    int32 [A], how many of the most probable tokens each of them wants, up to 20 and up to V. Torch tensors or numpy arrays.
+    device: where to run (reference, emulator, cpu, cuda), by default as the arguments say.
 
     Returns: (f32 [A, 21], int32 [A, 20]): at [a, 0] the logarithm of the chosen token, at [a, 1 + i] that of the i-th best token,
     which [a, i] of the second one names; the lower token is first on ties. What is behind counts[a] is undefined, and so is a row
@@ -108,7 +108,7 @@ def token_logprobs(
     """
     if logits.ndim != 2 or not 1 <= logits.shape[1] <= MOST_RUNS * RUN:
         raise TilusError(
-            f"token_logprobs: logits of shape {list(logits.shape)}, expected [rows, vocabulary] with up to {MOST_RUNS * RUN} logits"
+            f"token_logprobs: logits of shape {list(logits.shape)}, expected [rows, vocabulary] of up to {MOST_RUNS * RUN} logits"
         )
     if list(chosen.shape) != [logits.shape[0]] or asking.ndim != 1 or asking.shape != counts.shape:
         raise TilusError(
