@@ -28,6 +28,7 @@ class Sampler:
 
     A step is write, run, collect. On a GPU they only put work into the current stream, and nothing waits. What `run` launches
     follows from the last `write`: for plain rows always the same, at fixed addresses, so that it can be captured.
+    tokens: int32 [max_rows] on the device, what the last run chose, for the next step to read there.
     """
 
     def __init__(self, vocab_size: int, max_rows: int, device: torch.device) -> None:
@@ -37,7 +38,7 @@ class Sampler:
         self._parameters = torch.zeros(_WORDS * max_rows, dtype=torch.int32, device=device)
         self._columns = _columns(self._parameters)
         self._staging = [_Staging(max_rows, device) for _ in range(2)]  # a step's copy may wait behind the step before
-        self._tokens = torch.full((max_rows,), -1, dtype=torch.int32, device=device)
+        self.tokens = torch.full((max_rows,), -1, dtype=torch.int32, device=device)
         self._edits: _Edits | None = None
         self._asking: _Asking | None = None
 
@@ -64,9 +65,9 @@ class Sampler:
     def run(self, logits: Tensor, rows: int) -> Tensor:
         """Launch the kernels. logits: float32 [rows or more, V], which are not changed; rows without an item are greedy.
 
-        Returns: int32 [rows] on the device, at the same address in each step: -1 where the logits are not numbers.
+        Returns: the first rows of `tokens`, -1 where the logits are not numbers or nothing is allowed.
         """
-        logits, tokens, edits = logits[:rows], self._tokens[:rows], self._edits
+        logits, tokens, edits = logits[:rows], self.tokens[:rows], self._edits
         wanted = logits
         if edits is not None:
             wanted = edit_logits(
@@ -86,7 +87,7 @@ class Sampler:
 
         Returns: what waits for it and gives a token for each row; None where the logits are not numbers, or nothing is allowed.
         """
-        tokens = self._tokens[: len(items)].to("cpu", non_blocking=True, copy=True)
+        tokens = self.tokens[: len(items)].to("cpu", non_blocking=True, copy=True)
         found = () if self._asking is None else tuple(t.to("cpu", non_blocking=True) for t in self._asking.found)
         copied = torch.cuda.Event() if self._device.type == "cuda" else None
         if copied is not None:
