@@ -24,7 +24,7 @@ _CPU_CACHE_NBYTES = 2**30
 _CPU_CACHE_SHARE = 0.5
 _GPU_CACHE_SHARE = 0.9
 _LEAST_CONTEXT = 512  # tokens: with less, a server is of no use
-_SAMPLING_NBYTES = 72  # a logit's in float32, and what sampling makes of it in float64 and int64
+_SAMPLING_NBYTES = 8  # a logit's in float32, and that of a copy in which requests have changed some
 
 
 @dataclass(frozen=True)

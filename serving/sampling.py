@@ -28,15 +28,16 @@ class Sampler:
 
     A step is write, run, collect. On a GPU they only put work into the current stream, and nothing waits. What `run` launches
     follows from the last `write`: for plain rows always the same, at fixed addresses, so that it can be captured.
-
-    tokens: int32 [max_rows] on the device, what the last `run` chose.
+    tokens: int32 [max_rows] on the device, what the last run chose, for the next step to read there.
     """
 
     def __init__(self, vocab_size: int, max_rows: int, device: torch.device) -> None:
         self.max_rows = max_rows
         self._vocab_size = vocab_size
         self._device = device
-        self._columns = _Columns(torch.zeros(_WORDS * max_rows, dtype=torch.int32, device=device))
+        self._parameters = torch.zeros(_WORDS * max_rows, dtype=torch.int32, device=device)
+        self._columns = _columns(self._parameters)
+        self._staging = [_Staging(max_rows, device) for _ in range(2)]  # a step's copy may wait behind the step before
         self.tokens = torch.full((max_rows,), -1, dtype=torch.int32, device=device)
         self._edits: _Edits | None = None
         self._asking: _Asking | None = None
@@ -47,29 +48,36 @@ class Sampler:
         return not any(_asks(item) or _edits(item) for item in items)
 
     def write(self, items: Sequence[BatchItem]) -> None:
-        """Start the copy of the parameters of a step's rows: an item for each, those of drafts with a draw of their own."""
-        staging = torch.zeros(_WORDS * self.max_rows, dtype=torch.int32, pin_memory=self._device.type == "cuda")
-        _Columns(staging).fill(items)
-        self._columns.memory.copy_(staging, non_blocking=True)
+        """Start the copy of the parameters of a step's rows: an item for each, those of drafts with draws of their own."""
+        self._staging.reverse()
+        self._staging[0].fill(items)
+        self._staging[0].copy_to(self._parameters)
         self._edits = self._asking = None
         if any(_edits(item) for item in items):
-            self._edits = _Edits(*_move(_edit_arrays(items, self._vocab_size, self.max_rows), self._device))
+            bits, *rest = _move(_edit_arrays(items, self._vocab_size, self.max_rows), self._device)
+            mask_of, rows, tokens, penalties, addends = rest
+            floats = (penalties.view(torch.float32), addends.view(torch.float32))
+            self._edits = _Edits(bits.view(torch.uint8), mask_of, rows, tokens, *floats)
         if any(_asks(item) for item in items):
-            self._asking = _Asking(*_move(_asking_arrays(items, self._vocab_size), self._device))
+            rows, counts = _move(_asking_arrays(items, self._vocab_size), self._device)
+            self._asking = _Asking(rows, counts)
 
     def run(self, logits: Tensor, rows: int) -> Tensor:
         """Launch the kernels. logits: float32 [rows or more, V], which are not changed; rows without an item are greedy.
 
-        Returns: int32 [rows] on the device, at the same address in each step: -1 where the logits are not numbers.
+        Returns: the first rows of `tokens`, -1 where the logits are not numbers or nothing is allowed.
         """
         logits, tokens, edits = logits[:rows], self.tokens[:rows], self._edits
         wanted = logits
         if edits is not None:
             wanted = edit_logits(
-                logits, bits=edits.bits.view(torch.uint8), mask_of=edits.mask_of[:rows], rows=edits.rows, tokens=edits.tokens,
-                penalties=edits.penalties.view(torch.float32), addends=edits.addends.view(torch.float32),
+                logits, bits=edits.bits, mask_of=edits.mask_of[:rows], rows=edits.rows, tokens=edits.tokens,
+                penalties=edits.penalties, addends=edits.addends,
             )  # fmt: skip
-        sample(wanted, **{name: column[:rows] for name, column in self._columns.by_name.items()}, out=tokens)
+        seeds, temperature, top_k, top_p, min_p, positions = (column[:rows] for column in self._columns)
+        sample(
+            wanted, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seeds=seeds, positions=positions, out=tokens
+        )  # fmt: skip
         if self._asking is not None:
             self._asking.found = token_logprobs(logits, tokens, asking=self._asking.rows, counts=self._asking.counts)
         return tokens
@@ -108,33 +116,48 @@ def _edits(item: BatchItem) -> bool:
     return item.allowed is not None or (params is not None and (bool(params.logit_bias) or params.needs_history))
 
 
-class _Columns:
-    """Parameters of rows, by their names in `tilus.kernels.sample`, in one piece of memory, int32 [_WORDS * rows]."""
+def _columns(memory: Tensor) -> list[Tensor]:
+    """Seeds, temperature, top_k, top_p, min_p and positions of rows, which lie in one piece of memory."""
+    rows = len(memory) // _WORDS
+    seeds, temperature, top_k, top_p, min_p, positions, _ = memory.split([2 * rows, *[rows] * 6])
+    floats = [column.view(torch.float32) for column in (temperature, top_p, min_p)]
+    return [seeds.view(torch.int64), floats[0], top_k, floats[1], floats[2], positions]
 
-    def __init__(self, memory: Tensor) -> None:
-        self.memory = memory
-        rows = len(memory) // _WORDS
-        seeds, temperature, top_k, top_p, min_p, positions, _ = memory.split([2 * rows, *[rows] * 6])
-        self.by_name = {
-            "seeds": seeds.view(torch.int64), "temperature": temperature.view(torch.float32), "top_k": top_k,
-            "top_p": top_p.view(torch.float32), "min_p": min_p.view(torch.float32), "positions": positions,
-        }  # fmt: skip
+
+class _Staging:
+    """Parameters of rows in the host's memory, on their way to the device."""
+
+    def __init__(self, max_rows: int, device: torch.device) -> None:
+        self._memory = torch.zeros(_WORDS * max_rows, dtype=torch.int32, pin_memory=device.type == "cuda")
+        *self._columns, self._positions = (column.numpy() for column in _columns(self._memory))
+        self._params: list[SamplingParams] = []
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
 
     def fill(self, items: Sequence[BatchItem]) -> None:
+        """Rows without an item are greedy."""
+        if self._copied is not None:
+            self._copied.synchronize()
         params = [item.params or _GREEDY for item in items]
-        values = {
-            "seeds": np.array([p.seed for p in params], np.uint64).view(np.int64),
-            "temperature": [p.temperature for p in params], "top_k": [min(p.top_k, 2**31 - 1) for p in params],
-            "top_p": [p.top_p for p in params], "min_p": [p.min_p for p in params],
-            "positions": [item.draw for item in items],
-        }  # fmt: skip
-        for name, column in values.items():
-            self.by_name[name].numpy()[: len(items)] = column
+        if params != self._params:  # else the same requests go on, which is quickly seen
+            padded = params + [_GREEDY] * (len(self._params) - len(params))
+            values = (
+                np.array([p.seed for p in padded], np.uint64).view(np.int64), [p.temperature for p in padded],
+                [min(p.top_k, 2**31 - 1) for p in padded], [p.top_p for p in padded], [p.min_p for p in padded],
+            )  # fmt: skip
+            for column, of_rows in zip(self._columns, values):
+                column[: len(padded)] = of_rows
+            self._params = params
+        self._positions[: len(items)] = [item.draw for item in items]
+
+    def copy_to(self, there: Tensor) -> None:
+        there.copy_(self._memory, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
 
 
 @dataclass(frozen=True)
 class _Edits:
-    """Arguments of `tilus.kernels.edit_logits`, all as int32."""
+    """Arguments of `tilus.kernels.edit_logits`."""
 
     bits: Tensor
     mask_of: Tensor

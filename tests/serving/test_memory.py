@@ -141,7 +141,7 @@ def test_the_table_and_the_refusal() -> None:
     with pytest.raises(TilusError) as caught:
         plan(config, size, Wishes(1, 512, None, 4000), 1000 * MIB, CPU)
     assert str(caught.value).startswith(
-        "the model needs 1551 MiB, but 1000 MiB are available\nmemory in MiB\n  weights"
+        "the model needs 1548 MiB, but 1000 MiB are available\nmemory in MiB\n  weights"
     )
     assert str(caught.value).endswith(
         "\n  hint: take fewer bits with --weight-dtype (weights that are stored as floats) and --kv-dtype, a smaller cache "

@@ -209,7 +209,7 @@ class ShapeKernels:
 def test_every_tensor_lives_on_the_models_device(tiny_checkpoint: Checkpoint) -> None:
     """What would mix a GPU's tensors with the CPU's fails here, without a GPU."""
     model = load_model(tiny_checkpoint, ShapeKernels(), META)
-    params = SamplingParams(top_k=3, top_p=0.5)
+    params = SamplingParams()
     items = (BatchItem("a", (1, 2), 0, (0,), params, 0), BatchItem("b", (3,), 4, (1, 2), params, 0))
     pool = torch.empty(2, 4, 2, 4, 2, 16, dtype=torch.float16, device=META)
     logits = model.forward(step_tensors(Batch(items), 4, META), pool)

@@ -1,149 +1,220 @@
-"""Sampling: the distribution that was asked for, and a result that depends on nothing but the request."""
+"""Sampling in the server: what requests ask for reaches the kernels, and a result depends on nothing but its request."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import RepetitionPenaltyLogitsProcessor
 
-from serving.core import BatchItem, SamplingParams
+import tilus
+from serving.core import BatchItem, SampledToken, SamplingParams
 from serving.errors import RequestError
-from serving.sampling import sample, uniform_number
+from serving.sampling import Sampler
 
-VOCABULARY = 12
+VOCABULARY, MAX_ROWS = 20, 4000
+CPU = torch.device("cpu")
+SAMPLER = Sampler(VOCABULARY, MAX_ROWS, CPU)
 
 
-def item(draw: int = 0, **params) -> BatchItem:
-    return BatchItem("r", (1,), 0, (0,), SamplingParams(**params), draw)
+def item(draw: int = 0, history: tuple[int, ...] = (), allowed: bytes | None = None, **params) -> BatchItem:
+    return BatchItem("r", (1,), 0, (0,), SamplingParams(**params), draw, history, allowed)
+
+
+def sampled(
+    logits: torch.Tensor, items: list[BatchItem], sampler: Sampler = SAMPLER
+) -> tuple[SampledToken | None, ...]:
+    sampler.write(items)
+    sampler.run(logits, len(items))
+    return sampler.collect(items)()
 
 
 def chosen(logits: torch.Tensor, items: list[BatchItem]) -> list[int]:
-    return [token.token_id for token in sample(logits, items) if token is not None]
+    return [-1 if token is None else token.token_id for token in sampled(logits, items)]
 
 
 def random_logits(rows: int, key: int = 0) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(key).normal(0, 1.5, (rows, VOCABULARY)).astype(np.float32))
 
 
-def distribution(logits: list[float], temperature: float, top_k: int, top_p: float) -> np.ndarray:
+def distribution(logits: list[float], params: SamplingParams) -> npt.NDArray[np.float64]:
     """By the definition, one token at a time."""
-    weights = [math.exp(x / temperature) for x in logits]
+    weights = [math.exp(x / params.temperature) for x in logits]
     order = sorted(range(len(logits)), key=lambda i: -logits[i])
-    allowed = order[: top_k or None]
+    allowed = order[: params.top_k or None]
     mass = sum(weights[i] for i in allowed)
     kept, gathered = [], 0.0
     for i in allowed:
-        if gathered >= top_p:
+        if gathered >= params.top_p:
             break
         kept.append(i)
         gathered += weights[i] / mass
+    kept = [i for i in kept if weights[i] >= params.min_p * max(weights)]
     total = sum(weights[i] for i in kept)
     return np.array([weights[i] / total if i in kept else 0.0 for i in range(len(logits))])
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"), [(1, 0, 1), (0.7, 0, 0.8), (1.6, 4, 1), (1.0, 5, 0.6), (2.0, 1, 1)]
+    "params",
+    [
+        {},
+        {"temperature": 0.7, "top_p": 0.8},
+        {"temperature": 1.6, "top_k": 4},
+        {"top_k": 5, "top_p": 0.6},
+        {"min_p": 0.2},
+    ],
+    ids=str,
 )
-def test_frequencies_are_the_distribution(temperature: float, top_k: int, top_p: float) -> None:
-    logits, draws = random_logits(1), 4000
-    items = [item(draw, temperature=temperature, top_k=top_k, top_p=top_p, seed=5) for draw in range(draws)]
-    counts = np.bincount(chosen(logits.expand(draws, -1), items), minlength=VOCABULARY)
-    expected = distribution(logits[0].tolist(), temperature, top_k, top_p)
+def test_frequencies_are_the_distribution(params: dict[str, float]) -> None:
+    logits = random_logits(1)
+    found = chosen(logits.expand(MAX_ROWS, -1).contiguous(), [item(draw, seed=5, **params) for draw in range(MAX_ROWS)])
+    counts = np.bincount(found, minlength=VOCABULARY)
+    expected = distribution(logits[0].tolist(), SamplingParams(**params))
     assert np.all(counts[expected == 0] == 0)
     # Four standard deviations of a binomial, with fixed seeds: no luck involved.
-    assert np.all(np.abs(counts - draws * expected) <= 4 * np.sqrt(draws * expected * (1 - expected)) + 1e-9)
+    assert np.all(np.abs(counts - MAX_ROWS * expected) <= 4 * np.sqrt(MAX_ROWS * expected * (1 - expected)) + 1e-9)
 
 
-rows = st.lists(
-    st.builds(
-        item,
-        draw=st.integers(0, 1000),
-        temperature=st.sampled_from([0.0, 0.5, 1.0, 2.0]),
-        top_k=st.integers(0, VOCABULARY + 3),
-        top_p=st.just(1.0) | st.floats(0.01, 1.0),
-        seed=st.integers(0, 2**64 - 1),
-    ),
-    min_size=1,
-    max_size=6,
-)
+def edited(logits: list[float], it: BatchItem) -> list[float]:
+    """What the documentation of the parameters says, one token at a time."""
+    params, counts = it.params or SamplingParams(), Counter(it.history[len(it.history) - it.draw :])
+    result = list(logits)
+    for token in range(len(result)):
+        if token in it.history:
+            penalty = params.repetition_penalty
+            result[token] = result[token] / penalty if result[token] > 0 else result[token] * penalty
+        result[token] -= counts[token] * params.frequency_penalty + (counts[token] > 0) * params.presence_penalty
+        result[token] += sum(bias for other, bias in params.logit_bias if other == token)
+        if it.allowed is not None and not it.allowed[token // 8] >> token % 8 & 1:
+            result[token] = -math.inf
+    return result
 
 
-@given(rows, st.integers(0, 100))
-def test_company_does_not_matter(items: list[BatchItem], key: int) -> None:
+tokens = st.integers(0, VOCABULARY - 1)
+
+
+@st.composite
+def wishes(draw) -> BatchItem:
+    history = tuple(draw(st.lists(tokens, max_size=12)))
+    return item(
+        draw(st.integers(0, len(history))), history, draw(st.none() | st.binary(min_size=3, max_size=3)),
+        temperature=draw(st.sampled_from([0.0, 0.0, 0.8])), seed=draw(st.integers(0, 2**64 - 1)),
+        top_k=draw(st.integers(0, VOCABULARY + 3)), top_p=draw(st.just(1.0) | st.floats(0.01, 1.0)),
+        repetition_penalty=draw(st.sampled_from([1.0, 1.3, 0.7])), presence_penalty=draw(st.sampled_from([0.0, 1.5, -0.5])),
+        frequency_penalty=draw(st.sampled_from([0.0, 0.5])), logprobs=draw(st.sampled_from([None, None, 0, 3])),
+        logit_bias=tuple(draw(st.lists(st.tuples(tokens, st.sampled_from([-100.0, 2.5])), max_size=3))),
+    )  # fmt: skip
+
+
+@given(st.lists(wishes(), min_size=1, max_size=5), st.integers(0, 100))
+@settings(max_examples=40)
+def test_what_requests_ask_for(items: list[BatchItem], key: int) -> None:
+    """Greedy rows take the best of the edited logits, random ones a token of the kept set of these; None where nothing is
+    allowed. Logarithms are those of the model. And company does not matter."""
     logits = random_logits(len(items), key)
-    together = chosen(logits, items)
-    alone = [chosen(logits[row : row + 1], [items[row]])[0] for row in range(len(items))]
-    assert together == alone
-
-
-@given(rows, st.integers(0, 100))
-def test_inverse_transform(items: list[BatchItem], key: int) -> None:
-    """The token is where the cumulative distribution passes the request's number: best token first where top_k or top_p cut
-    the others off, else in the order of the vocabulary."""
-    logits = random_logits(len(items), key)
-    for row, (found, spec) in enumerate(zip(chosen(logits, items), items)):
-        params = spec.params
-        values = logits[row].tolist()
-        order = sorted(range(VOCABULARY), key=lambda i: -values[i])
-        if params.temperature == 0:
-            assert found == order[0]
+    together = sampled(logits, items)
+    assert torch.equal(logits, random_logits(len(items), key))
+    log_softmax = torch.log_softmax(logits.double(), -1)
+    for row, (it, token) in enumerate(zip(items, together)):
+        wanted = edited(logits[row].tolist(), it)
+        best = max(wanted)
+        if token is None:
+            assert best == -math.inf
             continue
-        if params.top_k == 0 and params.top_p == 1:
-            order = list(range(VOCABULARY))
-        expected = distribution(values, params.temperature, params.top_k, params.top_p)[order]
-        position = order.index(found)
-        number = uniform_number(params.seed, spec.draw)
-        below = expected[:position].sum()
-        assert expected[position] > 0
-        assert below - 1e-9 <= number <= below + expected[position] + 1e-9
+        if it.params.temperature == 0:
+            assert wanted[token.token_id] >= best - 1e-4
+        else:
+            assert wanted[token.token_id] > -math.inf
+            assert sum(x > wanted[token.token_id] + 1e-4 for x in wanted) < (it.params.top_k or VOCABULARY)
+        assert (token.logprobs is None) == (it.params.logprobs is None)
+        if token.logprobs is not None:
+            order = sorted(range(VOCABULARY), key=lambda i: -logits[row, i])[: it.params.logprobs]
+            assert [token_id for token_id, _ in token.logprobs.top] == order
+            found = [token.logprobs.logprob, *(value for _, value in token.logprobs.top)]
+            expected = [log_softmax[row, i].item() for i in (token.token_id, *order)]
+            assert found == pytest.approx(expected, abs=1e-5)
+    assert [sampled(logits[row : row + 1], [it])[0] for row, it in enumerate(items)] == list(together)
 
 
-def test_numbers_are_uniform_and_of_their_own() -> None:
-    numbers = np.array([[uniform_number(seed, draw) for draw in range(50)] for seed in range(50)])
-    assert np.unique(numbers).size == numbers.size
-    assert numbers.min() >= 0 and numbers.max() < 1
-    counts, _ = np.histogram(numbers, 10, (0, 1))
-    assert np.all(np.abs(counts - 250) < 4 * np.sqrt(250 * 0.9))
-    assert uniform_number(3, 4) == uniform_number(3, 4)
+def test_repetition_penalty_is_that_of_transformers() -> None:
+    """As the order of penalised logits, found by forbidding the best token again and again."""
+    logits, history = random_logits(1), (3, 3, 0, 7, 19)
+    expected = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([history]), logits.clone())[0]
+    banned: list[int] = []
+    for _ in range(VOCABULARY):
+        bias = tuple((token, -100.0) for token in banned)
+        banned += chosen(logits, [item(0, history, temperature=0, repetition_penalty=1.7, logit_bias=bias)])
+    assert banned == expected.argsort(descending=True).tolist()
 
 
-def test_greedy_breaks_ties_the_same_way_alone_and_in_company() -> None:
-    tied = torch.zeros(1, VOCABULARY)
-    assert chosen(tied, [item(temperature=0)]) == chosen(tied.expand(3, -1), [item(temperature=0)] * 3)[:1]
+def test_a_mask_forbids_whatever_the_bias() -> None:
+    """Bits beyond the vocabulary mean nothing; a mask that is too short forbids the rest."""
+    logits = random_logits(3)
+    only_five = bytes([1 << 5, 0, 0xF0])
+    items = [item(allowed=only_five, logit_bias=((6, 100.0),)), item(allowed=bytes(3)), item(allowed=b"\x80", seed=9)]
+    assert chosen(logits, items) == [5, -1, 7]
 
 
 def test_a_row_of_nan_harms_no_other() -> None:
-    logits = random_logits(3)
-    clean = sample(logits, [item(seed=1), item(seed=2), item(seed=3)])
-    for temperature, bad in itertools.product((0.0, 1.0), (math.nan, math.inf, -math.inf)):
+    clean = sampled(random_logits(3), [item(seed=1), item(seed=2), item(seed=3)])
+    for temperature, bad in itertools.product((0.0, 1.0), (math.nan, math.inf)):
+        logits = random_logits(3)
         logits[1, 4] = bad
-        tokens = sample(logits, [item(seed=1), item(seed=2, temperature=temperature), item(seed=3)])
-        assert tokens == (clean[0], None, clean[2])
+        assert sampled(logits, [item(seed=1), item(seed=2, temperature=temperature), item(seed=3)]) == (
+            clean[0],
+            None,
+            clean[2],
+        )
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logprobs_are_the_models_own(temperature: float) -> None:
-    logits = random_logits(3)
-    expected = torch.log_softmax(logits.double(), -1)
-    tokens = sample(
-        logits, [item(temperature=temperature), item(logprobs=0), item(logprobs=3, temperature=temperature)]
-    )
-    assert [token is not None and token.logprobs is None for token in tokens] == [True, False, False]
-    for row, count in ((1, 0), (2, 3)):
-        token = tokens[row]
-        assert token.logprobs.logprob == pytest.approx(expected[row, token.token_id].item(), abs=1e-6)
-        best = sorted(range(VOCABULARY), key=lambda i: -expected[row, i])[:count]
-        assert [token_id for token_id, _ in token.logprobs.top] == best
-        assert [value for _, value in token.logprobs.top] == pytest.approx(expected[row, best].tolist(), abs=1e-6)
+def test_draws_have_numbers_of_their_own() -> None:
+    """Of equal logits: every draw and seed chooses anew, and the same ones the same."""
+    items = [item(draw, seed=seed) for seed in range(20) for draw in range(40)]
+    found = chosen(torch.zeros(800, VOCABULARY), items)
+    assert found == chosen(torch.zeros(800, VOCABULARY), items)
+    counts = np.bincount(found, minlength=VOCABULARY)
+    assert np.all(np.abs(counts - 40) < 4 * math.sqrt(40))
+    assert len({tuple(found[40 * seed : 40 * seed + 40]) for seed in range(20)}) == 20
+
+
+def test_which_rows_are_plain() -> None:
+    assert Sampler.plain([item(top_k=3, top_p=0.5, min_p=0.1), item(temperature=0), replace(item(), params=None)])
+    for it in (
+        item(logprobs=0), item(logit_bias=((1, 1.0),)), item(presence_penalty=1.0), item(frequency_penalty=1.0),
+        item(repetition_penalty=1.1), item(allowed=b"\xff"),
+    ):  # fmt: skip
+        assert not Sampler.plain([item(), it])
+
+
+def test_a_captured_run_follows_what_is_written() -> None:
+    """Rows without an item are greedy."""
+    sampler, logits = Sampler(VOCABULARY, 4, CPU), torch.zeros(4, VOCABULARY)
+    sampler.write([item()])
+    with tilus.capture() as launches:
+        where = sampler.run(logits, 4)
+    for key in range(3):
+        items = [item(key, seed=7), item(temperature=0.5, top_k=3, seed=key)]
+        logits.copy_(random_logits(4, key))
+        expected = chosen(logits[:2], items)
+        sampler.write(items)
+        launches.replay()
+        assert [token.token_id for token in sampler.collect(items)()] == expected
+        assert where[2:].tolist() == logits[2:].argmax(-1).tolist()
+        sampler.write([])
+        launches.replay()
+        assert where.tolist() == logits.argmax(-1).tolist()
 
 
 def test_no_rows_are_no_tokens() -> None:
-    assert sample(torch.empty(0, VOCABULARY), []) == ()
+    assert sampled(torch.empty(0, VOCABULARY), []) == ()
 
 
 @pytest.mark.parametrize(
@@ -155,6 +226,14 @@ def test_no_rows_are_no_tokens() -> None:
         ({"top_p": 0.0}, "top_p is 0.0, but must be above 0 and at most 1"),
         ({"top_p": 1.1}, "top_p is 1.1, but must be above 0 and at most 1"),
         ({"top_k": -1}, "top_k is -1, but must be at least 1, or 0 for no limit"),
+        ({"min_p": 1.5}, "min_p is 1.5, but must be between 0 and 1"),
+        ({"presence_penalty": 2.5}, "presence_penalty is 2.5, but must be between -2 and 2"),
+        ({"frequency_penalty": -3.0}, "frequency_penalty is -3.0, but must be between -2 and 2"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0, but must be above 0 and at most 2"),
+        (
+            {"logit_bias": ((4, 101.0),)},
+            "logit_bias is {4: 101.0}, but must be at most 1024 tokens with numbers between -100 and 100",
+        ),
         ({"seed": 2**64}, "seed is 18446744073709551616, but must be between 0 and 2^64 - 1"),
         ({"stop": ("a", "")}, "stop is ['a', ''], but must be at most 16 strings of 1 to 256 characters"),
         ({"stop": ("a" * 257,)}, f"stop is ['{'a' * 257}'], but must be at most 16 strings of 1 to 256 characters"),

@@ -9,7 +9,6 @@ from tilus.kernels.activation import silu_mul as silu_mul
 from tilus.kernels.activation import soft_cap as soft_cap
 from tilus.kernels.block_sparse import block_sparse_attention as block_sparse_attention
 from tilus.kernels.dense_weight import DenseWeight as DenseWeight
-from tilus.kernels.edit_logits import edit_logits as edit_logits
 from tilus.kernels.embedding import embedding as embedding
 from tilus.kernels.gemm import gemm as gemm
 from tilus.kernels.grouped_linear import grouped_linear as grouped_linear
@@ -17,6 +16,8 @@ from tilus.kernels.kv_cache import KV_FORMATS as KV_FORMATS
 from tilus.kernels.kv_cache import QuantizedCache as QuantizedCache
 from tilus.kernels.kv_cache import quantized_cache as quantized_cache
 from tilus.kernels.linear import linear as linear
+from tilus.kernels.logit_edits import edit_logits as edit_logits
+from tilus.kernels.logprobs import token_logprobs as token_logprobs
 from tilus.kernels.merge_states import merge_states as merge_states
 from tilus.kernels.mla_decode import mla_decode as mla_decode
 from tilus.kernels.mla_prefill import mla_prefill as mla_prefill
@@ -32,5 +33,4 @@ from tilus.kernels.rope import rope_append as rope_append
 from tilus.kernels.sampling import sample as sample
 from tilus.kernels.shared_prefix import find_shared_prefixes as find_shared_prefixes
 from tilus.kernels.shared_prefix import shared_prefix_decode as shared_prefix_decode
-from tilus.kernels.token_logprobs import token_logprobs as token_logprobs
 from tilus.kernels.w4a8_linear import w4a8_linear as w4a8_linear

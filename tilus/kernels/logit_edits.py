@@ -60,10 +60,11 @@ def edit_logits(
     """Logits f32 [R, V] with some tokens forbidden and some changed. Two launches, one where there are no edits.
 
     bits: uint8 [masks, at least V / 8 bytes], a bit for each token, the first in the lowest bit of the first byte: 0 makes its
-    logit minus infinity. mask_of: int32 [R], the mask of each row, negative for none. Then each of the edits, [E], one for a token
-    of a row: rows, tokens int32; penalties f32 above 0, which positive logits are divided by and others multiplied with (N. S.
-    Keskar et al., "CTRL", arXiv 1909.05858); addends f32, added afterwards. Torch tensors or numpy arrays. out: where the result
-    goes, f32 [R, V], other memory than logits. device: where to run (reference, emulator, cpu, cuda), by default as the arguments say.
+    logit minus infinity. mask_of: int32 [R], the mask of each row, negative for none. Then each of the edits, [E], no two of the
+    same token of a row: rows, tokens int32; penalties f32 above 0, which positive logits are divided by and others multiplied
+    with (N. S. Keskar et al., "CTRL", arXiv 1909.05858); addends f32, added afterwards. Torch tensors or numpy arrays. out: where
+    the result goes, f32 [R, V], other memory than logits. device: where to run (reference, emulator, cpu, cuda), by default as
+    the arguments say.
 
     Raises: TilusError when shapes do not fit together.
     """
