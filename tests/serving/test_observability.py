@@ -89,17 +89,19 @@ def test_a_line_says_where_the_time_of_a_request_went() -> None:
     With overlap the second one's first step is launched when the first one's last step begins.
     """
     clock, lines = ManualClock(), list[str]()
-    engine = Engine(
-        SlowRunner(clock), FakeVocabulary(), CONFIG, clock,
-        on_end=lambda seq, ending, now: lines.append(request_line(seq, ending, now)),
-    )  # fmt: skip
-    add(engine, "first", 4)
-    add(engine, "leaves", 20)
-    add(engine, "late", 20)
+    engine = Engine(SlowRunner(clock), FakeVocabulary(), CONFIG, clock)
+    for name, length in (("first", 4), ("leaves", 20), ("late", 20)):
+        add(engine, name, length)
+    sequences = {seq.id: seq for seq in engine.scheduler.waiting}
     for step in range(40):
-        engine.step()
+        start = clock.time
+        for output in engine.step():
+            if output.finish_reason is not None:
+                now = start if output.finish_reason == "timeout" else clock.time
+                lines.append(request_line(sequences[output.request_id], output.finish_reason, now))
         if step == 9:
             engine.abort("leaves")
+            lines.append(request_line(sequences["leaves"], "abort", clock.time))
             clock.time = 31.0
     assert not engine.has_work
     assert lines == [
