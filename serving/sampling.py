@@ -37,20 +37,28 @@ class Sampler:
         self._vocab_size = vocab_size
         self._device = device
         self._columns = _Columns(torch.zeros(_WORDS * max_rows, dtype=torch.int32, device=device))
+        self._given = _Columns(torch.zeros(_WORDS * max_rows, dtype=torch.int32))
+        self._params: list[SamplingParams] = []  # of the rows that are given
         self.tokens = torch.full((max_rows,), -1, dtype=torch.int32, device=device)
         self._edits: _Edits | None = None
         self._asking: _Asking | None = None
 
-    @staticmethod
-    def plain(items: Sequence[BatchItem]) -> bool:
-        """Whether a step's rows ask for no more than temperature, top_k, top_p and min_p: a captured `run` is for these only."""
-        return not any(_asks(item) or _edits(item) for item in items)
+    @property
+    def is_plain(self) -> bool:
+        """Whether the rows ask for no more than temperature, top_k, top_p and min_p: a captured `run` is for these only."""
+        return self._edits is None and self._asking is None
 
     def write(self, items: Sequence[BatchItem]) -> None:
         """Start the copy of the parameters of a step's rows: an item for each, those of drafts with a draw of their own."""
-        staging = torch.zeros(_WORDS * self.max_rows, dtype=torch.int32, pin_memory=self._device.type == "cuda")
-        _Columns(staging).fill(items)
-        self._columns.memory.copy_(staging, non_blocking=True)
+        params = [item.params or _GREEDY for item in items]
+        if params != self._params:  # seldom from step to step
+            self._given.fill(params)
+            self._params = params
+        self._given.by_name["positions"].numpy()[: len(items)] = [item.draw for item in items]
+        given = self._given.memory
+        if self._device.type == "cuda":
+            given = torch.empty(given.shape, dtype=torch.int32, pin_memory=True).copy_(given)
+        self._columns.memory.copy_(given, non_blocking=True)
         self._edits = self._asking = None
         if any(_edits(item) for item in items):
             self._edits = _Edits(*_move(_edit_arrays(items, self._vocab_size, self.max_rows), self._device))
@@ -120,16 +128,16 @@ class _Columns:
             "top_p": top_p.view(torch.float32), "min_p": min_p.view(torch.float32), "positions": positions,
         }  # fmt: skip
 
-    def fill(self, items: Sequence[BatchItem]) -> None:
-        params = [item.params or _GREEDY for item in items]
+    def fill(self, params: Sequence[SamplingParams]) -> None:
+        """All but the positions. Rows behind these are greedy."""
+        self.memory.zero_()
         values = {
             "seeds": np.array([p.seed for p in params], np.uint64).view(np.int64),
             "temperature": [p.temperature for p in params], "top_k": [min(p.top_k, 2**31 - 1) for p in params],
             "top_p": [p.top_p for p in params], "min_p": [p.min_p for p in params],
-            "positions": [item.draw for item in items],
         }  # fmt: skip
         for name, column in values.items():
-            self.by_name[name].numpy()[: len(items)] = column
+            self.by_name[name].numpy()[: len(params)] = column
 
 
 @dataclass(frozen=True)
