@@ -13,6 +13,7 @@ Output, as JSON:
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import statistics
@@ -97,6 +98,7 @@ def run(runner: TorchRunner, model: Model, size: int, overlap: bool, trace: Span
                 tokens.setdefault(output.request_id, []).extend(token.token_id for token in output.tokens)
 
     steps(WARM_UP)
+    gc.freeze()  # as the server does when it is ready
     trace.found = {}
     start = time.perf_counter()
     steps(options.steps)

@@ -70,9 +70,10 @@ class DecodeGraphs:
             len(item.token_ids) == 1 and item.params is not None for item in batch.items
         )
 
-    def samples(self, rows: Sequence[BatchItem]) -> bool:
-        """Whether a replay leaves the tokens of such rows in the sampler."""
-        return self._on_gpu is not None and self._sampler.plain(rows)
+    @property
+    def samples(self) -> bool:
+        """Whether a replay leaves the tokens of the rows that the sampler has in the sampler."""
+        return self._on_gpu is not None and self._sampler.is_plain
 
     def prepare(self, batch: Batch, rows: Mapping[str, int]) -> Callable[[], Tensor]:
         """Write the inputs of a batch that fits. What is returned launches it; its logits, float32 [S, vocabulary], are valid

@@ -47,23 +47,25 @@ class TorchRunner:
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Callable[[], StepOutput]:
         items = batch.sampled
-        rows = tuple(row for item in items for row in _rows_of(item))
+        has_drafts = any(item.num_drafts for item in items)
+        rows = tuple(row for item in items for row in _rows_of(item)) if has_drafts else items
         graphs = self._graphs if self._graphs is not None and self._graphs.fits(batch) else None
         compute = self._prepare(batch) if graphs is None else graphs.prepare(batch, self._rows)
         self._sampler.write(rows)
         start = self._mark()
         logits = compute()
-        if rows and (graphs is None or not graphs.samples(rows)):
+        if rows and (graphs is None or not graphs.samples):
             self._sampler.run(logits, len(rows))
         end = self._mark()
         self._rows = {row.request_id: index for index, row in enumerate(rows)}
         collect = self._sampler.collect(rows)
 
         def wait() -> StepOutput:
-            output = StepOutput(_agreeing(items, collect()))
+            found = collect()
+            tokens = _agreeing(items, found) if has_drafts else tuple(None if t is None else (t,) for t in found)
             if self._gpu_spans is not None and start is not None and end is not None:
                 self._gpu_spans.add(f"{len(batch.items)} sequences", start, end)
-            return output
+            return StepOutput(tokens)
 
         return wait
 

@@ -42,10 +42,10 @@ class Sampler:
         self._edits: _Edits | None = None
         self._asking: _Asking | None = None
 
-    @staticmethod
-    def plain(items: Sequence[BatchItem]) -> bool:
-        """Whether a step's rows ask for no more than temperature, top_k, top_p and min_p: a captured `run` is for these only."""
-        return not any(_asks(item) or _edits(item) for item in items)
+    @property
+    def is_plain(self) -> bool:
+        """Whether the rows ask for no more than temperature, top_k, top_p and min_p: a captured `run` is for these only."""
+        return self._edits is None and self._asking is None
 
     def write(self, items: Sequence[BatchItem]) -> None:
         """Start the copy of the parameters of a step's rows: an item for each, those of drafts with draws of their own."""

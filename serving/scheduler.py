@@ -117,7 +117,8 @@ class Scheduler:
         return budget
 
     def _plan_newcomers(self, plan: dict[Sequence, int], budget: int) -> None:
-        while self.waiting and budget > 0 and len(self.running) < self.max_batch:
+        free = self.max_batch - sum(not seq.is_full for seq in self.running)  # those that are full have no row any more
+        while self.waiting and budget > 0 and free > 0:
             seq = self.waiting[0]
             found = self.pages.adopt(seq.id, seq.tokens)
             if not self.pages.reserve(seq.id, len(seq.tokens)):
@@ -126,6 +127,7 @@ class Scheduler:
                 return
             seq.num_computed = found
             self.running.append(self.waiting.popleft())
+            free -= 1
             budget = self._plan_prefills(plan, [seq], budget)
 
     def _preempt_youngest(self) -> None:

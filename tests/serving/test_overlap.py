@@ -180,6 +180,28 @@ def test_ends_that_are_known_ahead_waste_no_row() -> None:
     assert {name: sampled.count(name) for name in lengths} == lengths
 
 
+def test_the_place_of_one_that_ends_is_taken_at_once() -> None:
+    runner = FakeRunner(PAGE, lazy=True)
+    engine = make_engine(runner, overlap=True, max_batch=1)
+    for name in ("a", "b"):
+        engine.add(request(name, [1, 2], 2, ignore_eos=True))
+    for _ in range(4):
+        engine.step()
+        engine.check()
+    assert [[item.request_id for item in batch.items] for batch in runner.batches] == [["a"], ["a"], ["b"], ["b"]]
+
+
+def test_pages_of_one_that_ends_are_waited_for() -> None:
+    """Nobody loses pages for want of some that are free a step later."""
+    engine = make_engine(FakeRunner(PAGE, lazy=True), overlap=True, num_pages=4)
+    for name, length in (("ends", 2), ("goes on", 5)):
+        engine.add(request(name, [1, 2, 3, 4, 5], length, ignore_eos=True))
+    goes_on = engine.scheduler.waiting[1]
+    expected = reference_answer([1, 2, 3, 4, 5], 5, ignore_eos=True)
+    assert run(engine) == {"ends": expected[:2], "goes on": expected}
+    assert goes_on.num_preemptions == 0
+
+
 def test_an_end_that_is_not_known_costs_one_row() -> None:
     prompt = next((p, 3) for p in range(1, 64) if EOS in reference_answer([p, 3], 8)[1:7])
     expected = reference_answer(prompt, 8)

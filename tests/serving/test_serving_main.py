@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -68,8 +69,9 @@ class Process:
 
 
 @pytest.fixture
-def ready(tiny_directory: Path) -> Iterator[tuple[Process, str]]:
-    server = Process("--model", str(tiny_directory), "--port", "0", "--device", "cpu", "--max-batch", "4")
+def ready(tiny_directory: Path, tmp_path: Path) -> Iterator[tuple[Process, str]]:
+    traced = ("--log-requests", "--trace", str(tmp_path / "trace.json"))
+    server = Process("--model", str(tiny_directory), "--port", "0", "--device", "cpu", "--max-batch", "4", *traced)
     url = server.wait_for(r"ready: tiny on cpu at (http://127\.0\.0\.1:\d+)\n").group(1)
     server.wait_for("curl .*\n")
     yield server, url
@@ -93,7 +95,9 @@ def test_the_printed_curl_line_works(ready: tuple[Process, str]) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_running_requests_finish_after_a_signal(ready: tuple[Process, str], number: signal.Signals) -> None:
+def test_running_requests_finish_after_a_signal(
+    ready: tuple[Process, str], number: signal.Signals, tmp_path: Path
+) -> None:
     server, url = ready
     body = {"model": "tiny", "prompt": "a", "max_tokens": 200, "ignore_eos": True, "stream": True, "temperature": 0}
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as reply:
@@ -106,6 +110,10 @@ def test_running_requests_finish_after_a_signal(ready: tuple[Process, str], numb
     assert server.process.wait(30) == 0
     server.finish()
     assert server.text.endswith("stopped\n")
+    phases = r"queued [\d.]+ ms, prefill [\d.]+ ms, decode [\d.]+ ms \([\d.]+ a token\)"
+    assert re.search(rf"\nrequest cmpl-\w+-0 length: 1 tokens in, 200 out; {phases}\n", server.text)
+    names = [event["name"] for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]]
+    assert names.count("commit") >= 200 and names[0] == "thread_name"
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{url}/health")
 
