@@ -28,8 +28,8 @@ from tilus.kernels.attention import group_of
 from tilus.kernels.attention_variant import AS_IT_IS, NO_VARIANT, GivenVariant, Variant, check_variant
 from tilus.kernels.index_checks import check_tables
 from tilus.kernels.paged_prefill_softmax import Kind, Rows, Turns
-from tilus.kernels.paged_prefill_stages import Stages
-from tilus.kernels.paged_prefill_tiles import ROWS, Visits, each_tile, slots, tokens_of
+from tilus.kernels.paged_prefill_stages import Memory
+from tilus.kernels.paged_prefill_tiles import Visits, each_tile, slots, tokens_of
 from tilus.kernels.plan_choice import num_sms_of
 from tilus.kernels.vectors import power_of_two
 from tilus.ptx.assembler import SpillError
@@ -43,11 +43,13 @@ _fitting: dict[tuple[Any, ...], PrefillPlan] = {}
 @dataclass(frozen=True)
 class PrefillPlan:
     """What a block does. heads: query heads of a tile of rows, a power of two up to 16. kv_tile: tokens of the cache in a stage.
-    stages: of keys, and as many of values. registers, registers_to_copy: of a thread that computes, and that copies."""
+    key_stages, value_stages: tiles of keys and of values in shared memory. registers, registers_to_copy: of a thread that
+    computes, and that copies."""
 
     heads: int
     kv_tile: int = 128
-    stages: int = 2
+    key_stages: int = 2
+    value_stages: int = 2
     registers: int = 232
     registers_to_copy: int = 40
 
@@ -80,16 +82,11 @@ def paged_prefill_kernel(
     visits = Visits(plan.heads, plan.kv_tile, causal, variant.hides, variant.window)
     tilus.grid(blocks, warps=CONSUMERS + PRODUCERS)
     tilus.launch_dependents()
-    queries = tilus.shared(q.dtype, [2, ROWS // 2, head_dim])
-    keys = tilus.shared(q.dtype, [plan.stages, plan.kv_tile, head_dim])
-    values = tilus.shared(q.dtype, [plan.stages, plan.kv_tile, head_dim])
-    full = tilus.mbarrier(), tilus.mbarrier(plan.stages), tilus.mbarrier(plan.stages)
-    empty = tilus.mbarrier(arrivals=2), tilus.mbarrier(plan.stages, arrivals=2), tilus.mbarrier(plan.stages, arrivals=2)
-    turns = tilus.mbarrier(2)
+    memory = Memory(q.dtype, head_dim, plan)
 
     with tilus.warps(CONSUMERS, PRODUCERS, registers=plan.registers_to_copy):
         tilus.wait_dependencies()
-        filling = Stages(queries, keys, values, full, empty)
+        filling = memory.stages()
 
         def fill(index, tile):
             filling.fill_queries(q, tile, index, plan.heads)
@@ -104,9 +101,8 @@ def paged_prefill_kernel(
     for half in range(2):
         with tilus.warps(4 * half, 4, registers=plan.registers):
             tilus.wait_dependencies()
-            using = Stages(queries, keys, values, full, empty)
             kind = Kind(plan.heads, causal, variant, words)
-            rows = Rows(using, Turns(turns, half), (out, lse), scale_log2, kind, parameters, bits)
+            rows = Rows(memory.stages(), Turns(memory.turns, half), (out, lse), scale_log2, kind, parameters, bits)
             each_tile(q, q_start, kv_lens, blocks, visits, rows.compute)
 
 
@@ -192,7 +188,7 @@ def plans_of(heads: int, head_dim: int) -> tuple[PrefillPlan, ...]:
     """The largest tile of the cache first: the fewer tiles, the less what each takes beside its products counts."""
     kv_tiles = (128, 64) if head_dim <= 128 else (32, 16)
     registers = (224, 56) if head_dim in (96, 256) else (232, 40)  # copies of more boxes take more
-    return tuple(PrefillPlan(heads, kv_tile, 2, *registers) for kv_tile in kv_tiles)
+    return tuple(PrefillPlan(heads, kv_tile, 2, 2, *registers) for kv_tile in kv_tiles)
 
 
 def launch(

@@ -30,10 +30,12 @@ class Turns:
 
     def __init__(self, barriers: Any, half: int) -> None:
         self.barriers, self.half = barriers, half
+        self.parity = 1 - half  # the first warpgroup does not wait for its first turn
 
-    def wait(self, turn: Any) -> None:
-        """Until it is this warpgroup's turn; of turns from 0 on."""
-        tilus.wait_barrier(self.barriers[self.half], (turn + 1 - self.half) % 2)
+    def wait(self) -> None:
+        """Until it is this warpgroup's turn."""
+        tilus.wait_barrier(self.barriers[self.half], self.parity)
+        self.parity = 1 - self.parity
 
     def give(self) -> None:
         tilus.arrive(self.barriers[1 - self.half])
@@ -64,10 +66,10 @@ class Rows:
         self.heads, self.causal, self.variant, self.parameters = kind.heads, kind.causal, kind.variant, parameters
         self.bits, self.words = bits, kind.words
         self.unit = scale_log2 if kind.variant.logits is None else 1.0
-        self.used = 0
         self.highest, self.total = tilus.full([HALF, 1], NO_SCORE), tilus.zeros([HALF, 1])
-        self.acc = tilus.zeros([HALF, stages.keys.shape[2]])
-        self.factors = tilus.zeros([HALF, stages.keys.shape[1]], stages.keys.dtype)
+        _, length, head_dim = stages.keys.tiles.shape
+        self.acc = tilus.zeros([HALF, head_dim])
+        self.factors = tilus.zeros([HALF, length], stages.keys.tiles.dtype)
 
     @property
     def per_half(self) -> int:
@@ -91,31 +93,30 @@ class Rows:
 
     def attend(self, index: Any, tile: Tile) -> None:
         """All tiles of the cache that these rows see, from the last to the first one."""
-        stages, turns = self.stages, self.turns
-        self.acc = tilus.zeros([HALF, stages.keys.shape[2]])
+        stages, turns, keys, values = self.stages, self.turns, self.stages.keys, self.stages.values
+        self.acc = tilus.zeros(self.acc.shape)
         self.begin(tile)
-        tilus.wait_barrier(stages.full[0][0], index % 2)
+        tilus.wait_barrier(stages.full[0], index % 2)
         if tile.steps > 0:
-            stage = self.wait(1, self.used)
-            turns.wait(self.used)
-            scores = tilus.wgmma(stages.queries[turns.half], stages.keys[stage])
+            keys.wait_full()
+            turns.wait()
+            scores = tilus.wgmma(stages.queries[turns.half], keys.tiles[keys.stage])
             turns.give()
             tilus.wgmma_wait()
-            tilus.arrive(stages.empty[1][stage])
+            keys.leave()
             weights, _ = self.weights(scores, tile, tile.end - 1, True)
-            self.factors = weights.to(stages.values.dtype)
+            self.factors = weights.to(values.tiles.dtype)
             for step in tilus.range(1, tile.steps - tile.unmasked):
                 self.step(tile, tile.end - 1 - step, True)
             if not self.variant.hides:
                 for step in tilus.range(max(tile.steps - tile.unmasked, 1), tile.steps):
                     self.step(tile, tile.end - 1 - step, False)
-        tilus.arrive(stages.empty[0][0])
+        tilus.arrive(stages.empty[0])
         if tile.steps > 0:
-            stage = self.wait(2, self.used)
-            self.acc = tilus.wgmma(self.factors, stages.values[stage], self.acc, y_transposed=True)
+            values.wait_full()
+            self.acc = tilus.wgmma(self.factors, values.tiles[values.stage], self.acc, y_transposed=True)
             tilus.wgmma_wait()
-            tilus.arrive(stages.empty[2][stage])
-            self.used += 1
+            values.leave()
 
     def begin(self, tile: Tile) -> None:
         """Nothing is seen yet, but the variant's sink."""
@@ -126,27 +127,20 @@ class Rows:
 
     def step(self, tile: Tile, at: Any, masked: bool) -> None:
         """Add the values of the tile behind the at-th, whose weights are there, and make the weights of the at-th."""
-        stages, turns = self.stages, self.turns
-        keys, values = self.wait(1, self.used + 1), self.used % stages.count
-        turns.wait(self.used + 1)
-        scores = tilus.wgmma(stages.queries[turns.half], stages.keys[keys])
-        self.wait(2, self.used)
-        self.acc = tilus.wgmma(self.factors, stages.values[values], self.acc, y_transposed=True)
+        stages, turns, keys, values = self.stages, self.turns, self.stages.keys, self.stages.values
+        keys.wait_full()
+        turns.wait()
+        scores = tilus.wgmma(stages.queries[turns.half], keys.tiles[keys.stage])
+        values.wait_full()
+        self.acc = tilus.wgmma(self.factors, values.tiles[values.stage], self.acc, y_transposed=True)
         turns.give()
         tilus.wgmma_wait(1)
-        tilus.arrive(stages.empty[1][keys])
+        keys.leave()
         weights, shrink = self.weights(scores, tile, at, masked)
         tilus.wgmma_wait()
-        tilus.arrive(stages.empty[2][values])
-        self.used += 1
-        self.factors = weights.to(stages.values.dtype)
+        values.leave()
+        self.factors = weights.to(values.tiles.dtype)
         self.acc = self.acc * shrink
-
-    def wait(self, which: int, use: Any) -> Any:
-        """The stage of a use of keys (1) or values (2), once it is there."""
-        stage = use % self.stages.count
-        tilus.wait_barrier(self.stages.full[which][stage], use // self.stages.count % 2)
-        return stage
 
     def weights(self, scores: Any, tile: Tile, at: Any, masked: bool) -> Any:
         """The weights of the at-th tile of the cache, and the factor of what has been added up before."""
