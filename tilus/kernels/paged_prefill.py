@@ -18,15 +18,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import tilus
-from tilus import Const, Tensor, TilusError, f32, int32
+from tilus import Const, Tensor, TilusError, bf16, f16, f32, int32
 from tilus.kernels.allocate import empty, is_cuda
 from tilus.kernels.attention import group_of
 from tilus.kernels.attention_variant import AS_IT_IS, NO_VARIANT, GivenVariant, Variant, check_variant
 from tilus.kernels.index_checks import check_tables
+from tilus.kernels.kv_cache import QuantizedCache
+from tilus.kernels.paged_decode import units_of_codes
+from tilus.kernels.paged_prefill_codes import CONVERTERS, CodeMemory
 from tilus.kernels.paged_prefill_softmax import Kind, Rows, Turns
 from tilus.kernels.paged_prefill_stages import Memory
 from tilus.kernels.paged_prefill_tiles import Visits, each_tile, slots, tokens_of
@@ -36,7 +39,11 @@ from tilus.ptx.assembler import SpillError
 from tilus.runtime.execute import place
 
 HEAD_DIMS = (64, 96, 128, 256)
+DTYPES = ("torch.float16", "torch.bfloat16")
 CONSUMERS, PRODUCERS = 8, 4  # warps
+FACTORS_NBITS = 32  # of a token's keys or values, at most
+MOST_CODE_STAGES = 6
+CODES_NBYTES = 50 * 1024  # of shared memory for tiles of codes and their factors
 _fitting: dict[tuple[Any, ...], PrefillPlan] = {}
 
 
@@ -44,7 +51,8 @@ _fitting: dict[tuple[Any, ...], PrefillPlan] = {}
 class PrefillPlan:
     """What a block does. heads: query heads of a tile of rows, a power of two up to 16. kv_tile: tokens of the cache in a stage.
     key_stages, value_stages: tiles of keys and of values in shared memory. registers, registers_to_copy: of a thread that
-    computes, and that copies."""
+    computes, and that copies. code_stages: of tiles of codes, where the cache is quantised. ahead: tiles of the
+    cache by which the L2 cache is asked earlier."""
 
     heads: int
     kv_tile: int = 128
@@ -52,12 +60,14 @@ class PrefillPlan:
     value_stages: int = 2
     registers: int = 232
     registers_to_copy: int = 40
+    code_stages: int = 0
+    ahead: int = 0
 
 
 @tilus.kernel
 def paged_prefill_kernel(
     q: Tensor["dtype", "tokens", "kv_heads", "group", "head_dim"],
-    kv_cache: Tensor["dtype", "pages", 2, "page_size", "kv_heads", "head_dim"],
+    kv_cache: Tensor["unit", "pages", 2, "page_size", "kv_heads", "row"],
     block_tables: Tensor[int32, "tables", "max_pages"],
     q_start: Tensor[int32, "sequences_plus_1"],
     kv_lens: Tensor[int32, "sequences"],
@@ -68,6 +78,7 @@ def paged_prefill_kernel(
     parameters: Tensor[f32, "count"] = None,
     bits: Tensor[int32, "tokens", "words"] = None,
     lists: Tensor[int32, "sequences_plus_1"] = None,
+    factors: Tensor[f16, "pages", "kv_heads", 2, "kinds", "page_size"] = None,
     *,
     kv_heads: Const,
     group: Const,
@@ -77,16 +88,24 @@ def paged_prefill_kernel(
     plan: Const,
     variant: Const = NO_VARIANT,
     words: Const = 0,
+    kind: Const = None,
+    q_type: Const = None,
 ):
-    """lists: where the pages of each sequence begin in the only row of block_tables; without it each sequence has a row."""
+    """lists: where the pages of each sequence begin in the only row of block_tables; without it each sequence has a row.
+
+    kind: the format of a quantised cache, whose rows are its codes in units of 16 bits, and whose factors are given. q_type:
+    what the bits of q are where they are not those of q's dtype; they become it.
+    """
     visits = Visits(plan.heads, plan.kv_tile, causal, variant.hides, variant.window)
-    tilus.grid(blocks, warps=CONSUMERS + PRODUCERS)
+    tilus.grid(blocks, warps=CONSUMERS + PRODUCERS + (0 if kind is None else CONVERTERS))
     tilus.launch_dependents()
     memory = Memory(q.dtype, head_dim, plan)
+    code_memory = None if kind is None else CodeMemory(kind, head_dim, page_size, plan)
 
     with tilus.warps(CONSUMERS, PRODUCERS, registers=plan.registers_to_copy):
         tilus.wait_dependencies()
         filling = memory.stages()
+        codes = None if code_memory is None else code_memory.codes_of()
 
         def fill(index, tile):
             filling.fill_queries(q, tile, index, plan.heads)
@@ -94,15 +113,24 @@ def paged_prefill_kernel(
                 table = block_tables[tile.sequence]
             else:
                 table = tilus.narrow(block_tables[0], 0, lists[tile.sequence], tilus.cdiv(tile.length, page_size))
-            filling.fill(kv_cache, table, tile)
+            if codes is None:
+                filling.fill(kv_cache, table, tile, plan.ahead, tokens_of(plan.heads))
+            else:
+                codes.fill(kv_cache, factors, table, tile)
 
         each_tile(q, q_start, kv_lens, blocks, visits, fill)
+
+    if code_memory is not None:
+        with tilus.warps(CONSUMERS + PRODUCERS, CONVERTERS, registers=plan.registers_to_copy):
+            tilus.wait_dependencies()
+            making, taking = memory.stages(), code_memory.codes_of()
+            each_tile(q, q_start, kv_lens, blocks, visits, lambda _, tile: taking.convert(making, tile))
 
     for half in range(2):
         with tilus.warps(4 * half, 4, registers=plan.registers):
             tilus.wait_dependencies()
-            kind = Kind(plan.heads, causal, variant, words)
-            rows = Rows(memory.stages(), Turns(memory.turns, half), (out, lse), scale_log2, kind, parameters, bits)
+            rows_kind = Kind(plan.heads, causal, variant, words, q_type)
+            rows = Rows(memory.stages(), Turns(memory.turns, half), (out, lse), scale_log2, rows_kind, parameters, bits)
             each_tile(q, q_start, kv_lens, blocks, visits, rows.compute)
 
 
@@ -114,14 +142,13 @@ def paged_prefill(
     """Attention of ragged queries over paged keys and values (sm_90a): `paged_attention` for many queries a sequence.
 
     q: float16 or bfloat16 [M, Hq, D], the queries of all sequences one after another. kv_cache: [pages, 2, page_size, Hkv, D]
-    of the same dtype, keys at index 0, values at 1; a strided view (one layer of a pool, say) is fine. block_tables: int32
-    [S, max_pages], the pages of each sequence in order. q_start: int32 [S + 1], where each sequence's queries start in q.
-    kv_lens: int32 [S], tokens in the cache, those of the queries included. Hq / Hkv is 1 to 16, D 64, 96, 128 or 256, page_size
-    16, 32, 64 or a multiple of 128. scale: what scores are multiplied with, above 0. variant: functions that change scores, hide
-    keys or add a sink, and a window; parameters: their f32 tensor, if any; bits: int32 [M, words], what `pack_bits` makes of up
-    to 256 conditions of each query, if any. Torch tensors. device: where to run (reference, emulator, cuda), by default as the
-    arguments say. out: where the result goes,
-    contiguous, float16 or bfloat16; by default a tensor like q.
+    of the same dtype, keys at index 0, values at 1; a strided view (one layer of a pool, say) is fine. Or a `QuantizedCache`.
+    block_tables: int32 [S, max_pages], the pages of each sequence in order. q_start: int32 [S + 1], where each sequence's queries
+    start in q. kv_lens: int32 [S], tokens in the cache, those of the queries included. Hq / Hkv is 1 to 16, D 64, 96, 128 or 256,
+    page_size 16, 32, 64 or a multiple of 128. scale: what scores are multiplied with, above 0. variant: functions that change
+    scores, hide keys or add a sink, and a window; parameters: their f32 tensor, if any; bits: int32 [M, words], what `pack_bits`
+    makes of up to 256 conditions of each query, if any. Torch tensors. device: where to run (reference, emulator, cuda), by
+    default as the arguments say. out: where the result goes, contiguous, float16 or bfloat16; by default a tensor like q.
 
     Query j of a sequence with q_len queries sees the first kv_len - q_len + j + 1 tokens of the cache, or all of them where it is
     not causal; one that sees none gets zeros. Nothing beyond kv_len is looked at. One launch; the host reads no tensor, so it can
@@ -129,7 +156,8 @@ def paged_prefill(
 
     Returns: [M, Hq, D]; with return_lse also float32 [M, Hq], the natural logarithm of the sum of exp(scaled score), minus
     infinity where there is no key (`merge_states` takes both). Scores and sums are f32; the softmax weights are rounded to q's
-    dtype.
+    dtype. With a quantised cache all products are of f16: queries and weights are rounded to it, and so are elements, code *
+    scale or code * scale + minimum.
     Raises: TilusError when shapes, dtypes or devices do not fit together; with TILUS_DEBUG=1 also for lengths longer than the
     block table, entries that are no pages, and starts that are not in order.
     """
@@ -163,11 +191,13 @@ def by_plans(
             q, kv_cache, block_tables, q_start, kv_lens, scale, causal, plan, blocks, return_lse, device, given, lists, out
         )  # fmt: skip
 
+    kind = kv_cache.format if isinstance(kv_cache, QuantizedCache) else None
     key = (
         q.dtype, out.dtype, kv_heads, heads, group, kv_cache.shape[2], q.shape[2], causal, return_lse, given.variant, given.words,
-        lists is None,
+        lists is None, kind,
     )  # fmt: skip
-    return by_fitting_plan(key, plans_of(heads, q.shape[2]), by)
+    plans = plans_of(heads, q.shape[2]) if kind is None else plans_of_codes(heads, q.shape[2], kind.code.nbits)
+    return by_fitting_plan(key, plans, by)
 
 
 def by_fitting_plan(key: tuple[Any, ...], plans: Sequence[PrefillPlan], launch_by: Callable[[PrefillPlan], Any]) -> Any:
@@ -191,6 +221,16 @@ def plans_of(heads: int, head_dim: int) -> tuple[PrefillPlan, ...]:
     return tuple(PrefillPlan(heads, kv_tile, 2, 2, *registers) for kv_tile in kv_tiles)
 
 
+def plans_of_codes(heads: int, head_dim: int, nbits: int) -> tuple[PrefillPlan, ...]:
+    """Those for a quantised cache: sixteen warps share the registers, and codes have the memory that elements leave."""
+    plans = plans_of(heads, head_dim)
+    stages = [CODES_NBYTES * 8 // (plan.kv_tile * (head_dim * nbits + FACTORS_NBITS)) for plan in plans]
+    return tuple(
+        replace(plan, registers=216, registers_to_copy=40, code_stages=min(count, MOST_CODE_STAGES))
+        for plan, count in zip(plans, stages, strict=True)
+    )
+
+
 def launch(
     q: Any, kv_cache: Any, block_tables: Any, q_start: Any, kv_lens: Any, scale: float, causal: bool, plan: PrefillPlan,
     blocks: int, return_lse: bool, device: str | None, given: GivenVariant = AS_IT_IS, lists: Any = None,
@@ -203,15 +243,26 @@ def launch(
         empty(q, tuple(q.shape)) if out is None else out,
         empty(q, tuple(q.shape[:2]), "float32") if return_lse else None,
     )
+    rows, factors, kind, q_type = kv_cache, None, None, None
+    if isinstance(kv_cache, QuantizedCache):
+        rows, factors, kind = units_of_codes(kv_cache), kv_cache.factors, kv_cache.format
+        q, q_type = as_f16(q)
     if q.shape[0]:
         paged_prefill_kernel.on(device)(
-            q.unflatten(1, by_head), kv_cache, block_tables, q_start, kv_lens, out.unflatten(1, by_head),
+            q.unflatten(1, by_head), rows, block_tables, q_start, kv_lens, out.unflatten(1, by_head),
             scale * math.log2(math.e), blocks, None if lse is None else lse.unflatten(1, by_head), given.parameters, given.bits,
-            lists,
+            lists, factors,
             kv_heads=kv_heads, group=by_head[1], head_dim=head_dim, page_size=page_size, causal=causal, plan=plan,
-            variant=given.variant, words=given.words,
+            variant=given.variant, words=given.words, kind=kind, q_type=q_type,
         )  # fmt: skip
     return out, lse
+
+
+def as_f16(q: Any) -> tuple[Any, Any]:
+    """(the bits of queries as f16, what they are where they are not f16): tiles of both have one type in the kernel."""
+    import torch
+
+    return (q, None) if q.dtype == torch.float16 else (q.view(torch.float16), bf16)
 
 
 def heads_of(queries: int, sequences: int, group: int) -> int:
@@ -226,7 +277,7 @@ def heads_of(queries: int, sequences: int, group: int) -> int:
 
 def check_prefill(what: str, q: Any, kv_cache: Any, q_start: Any, kv_lens: Any, scale: float) -> None:
     """Raise a TilusError where shapes do not fit a call of the function `what`."""
-    if q.ndim != 3 or kv_cache.ndim != 5 or kv_lens.ndim != 1:
+    if q.ndim != 3 or len(kv_cache.shape) != 5 or kv_lens.ndim != 1:
         raise TilusError(
             f"{what}: shapes q {list(q.shape)}, kv_cache {list(kv_cache.shape)} and kv_lens {list(kv_lens.shape)}, "
             "expected [tokens, q_heads, head_dim], [pages, 2, page_size, kv_heads, head_dim] and [sequences]"
@@ -238,6 +289,15 @@ def check_prefill(what: str, q: Any, kv_cache: Any, q_start: Any, kv_lens: Any, 
             hint="the last entry is the number of query tokens",
         )
     group_of(what, q.shape[1], kv_heads)
+    if q.shape[2] != head_dim:
+        raise TilusError(f"{what}: head_dim {q.shape[2]} of q and {head_dim} of kv_cache, expected the same")
+    quantised = isinstance(kv_cache, QuantizedCache)
+    if str(q.dtype) not in DTYPES or not (quantised or q.dtype == kv_cache.dtype):
+        cached = "codes" if quantised else kv_cache.dtype
+        raise TilusError(
+            f"{what}: q of {q.dtype} and kv_cache of {cached}, expected float16 or bfloat16, and the same for elements",
+            hint="caches of other types are QuantizedCache: tilus.kernels.kv_cache.quantized_cache",
+        )
     if head_dim not in HEAD_DIMS:
         raise TilusError(
             f"{what}: head_dim {head_dim}, expected one of {', '.join(map(str, HEAD_DIMS))}",

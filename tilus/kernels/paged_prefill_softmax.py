@@ -15,13 +15,16 @@ from typing import Any
 
 import tilus
 from tilus import f32
+from tilus.dtypes import DataType
 from tilus.kernels.attention import NO_SCORE
 from tilus.kernels.attention_variant import Position, Variant, Words, scaled_logits, seen, sink_log2
 from tilus.kernels.paged_prefill_stages import Stages
 from tilus.kernels.paged_prefill_tiles import Tile
+from tilus.kernels.vectors import by_vector
 from tilus.layout import local
 
 HALF = 64  # rows of a warpgroup
+CONVERTED_ROWS = 16  # of queries, together
 STORED_COLUMNS = 32  # of the result, together
 
 
@@ -43,12 +46,14 @@ class Turns:
 
 @dataclass(frozen=True)
 class Kind:
-    """heads: of a tile of rows. causal: whether queries do not see what comes behind them. words: of the bits of a query."""
+    """heads: of a tile of rows. causal: whether queries do not see what comes behind them. words: of the bits of a query. q_type:
+    of queries that come as bits of another type, and are converted to it."""
 
     heads: int
     causal: bool
     variant: Variant
     words: int = 0
+    q_type: Any = None
 
 
 class Rows:
@@ -64,7 +69,7 @@ class Rows:
         self.stages, self.turns, self.scale_log2 = stages, turns, scale_log2
         self.out, self.lse = outputs
         self.heads, self.causal, self.variant, self.parameters = kind.heads, kind.causal, kind.variant, parameters
-        self.bits, self.words = bits, kind.words
+        self.bits, self.words, self.q_type = bits, kind.words, kind.q_type
         self.unit = scale_log2 if kind.variant.logits is None else 1.0
         self.highest, self.total = tilus.full([HALF, 1], NO_SCORE), tilus.zeros([HALF, 1])
         _, length, head_dim = stages.keys.tiles.shape
@@ -97,6 +102,8 @@ class Rows:
         self.acc = tilus.zeros(self.acc.shape)
         self.begin(tile)
         tilus.wait_barrier(stages.full[0], index % 2)
+        if self.q_type is not None:
+            convert_bits(stages.queries[turns.half], self.q_type)
         if tile.steps > 0:
             keys.wait_full()
             turns.wait()
@@ -205,6 +212,17 @@ class Rows:
             logs = natural_lse(self.highest, self.total, self.unit).reshape([self.per_half, self.tokens])
             where = [self.first_token, tile.kv_head, head]
             tilus.store(tilus.narrow(self.lse, 0, tile.row, tile.queries), where, logs, dims=[2, 0])
+
+
+def convert_bits(rows: Any, source: DataType) -> None:
+    """Numbers of the type `source`, whose bits are in shared memory, converted where they are to the type of that memory."""
+    count, head_dim = rows.shape
+    for first in range(0, count, CONVERTED_ROWS):
+        shape, layout = [CONVERTED_ROWS, head_dim], by_vector(CONVERTED_ROWS, head_dim, 8, 4)
+        raw = tilus.load_shared(rows, [first, 0], shape, layout=layout)
+        tilus.store_shared(rows, tilus.view(raw, source, shape, layout).to(rows.dtype), [first, 0])
+    tilus.fence_async()
+    tilus.sync()
 
 
 def natural_lse(highest: Any, total: Any, unit: Any) -> Any:
