@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tilus import TilusError
+from tilus.kernels.kv_cache import quantized_cache
 from tilus.kernels.merge_states import merge_states
 from tilus.kernels.paged_prefill import PrefillPlan, heads_of, launch, paged_prefill, paged_prefill_kernel, plans_of
 from tilus.runtime.execute import build
@@ -245,7 +246,9 @@ def test_arguments_that_do_not_fit_are_refused_with_both_values() -> None:
     expect(wrong(q=torch.zeros(3, 34, 64, dtype=half)), "34 query heads", "1 to 16")
     expect(wrong(q=torch.zeros(3, 384, dtype=half)), "[3, 384]", "[tokens, q_heads, head_dim]")
     expect(wrong(q=torch.zeros(3, 6, 32, dtype=half)), "head_dim", "32", "64")
-    expect(wrong(q=torch.zeros(3, 6, 64)), "f32", "f16")
+    expect(wrong(q=torch.zeros(3, 6, 64)), "float32", "float16", "QuantizedCache")
+    expect(wrong(q=torch.zeros(3, 6, 96, dtype=half)), "head_dim 96 of q and 64 of kv_cache")
+    expect(wrong(kv_cache=quantized_cache("fp8", 9, 16, 2, 256), q=torch.zeros(3, 6, 256, dtype=half)), "head_dim 256", "128")
     eighty = {"q": torch.zeros(3, 6, 80, dtype=half), "kv_cache": torch.zeros(9, 2, 16, 2, 80, dtype=half)}
     expect(wrong(**eighty), "head_dim 80", "64, 96, 128, 256")
     expect(wrong(kv_cache=torch.zeros(9, 2, 24, 2, 64, dtype=half)), "page_size 24", "16, 32, 64 or a multiple of 128")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from attention_batches import Batch, Inputs, exact_attention, exact_lse, limit_o
 from test_kv_cache import NAMES, moved, numbers_of
 from test_paged_attention import quantized_inputs, starts
 
-from tilus.kernels.kv_cache import KV_FORMATS, QuantizedCache, quantized_cache
+from tilus.kernels.kv_cache import QuantizedCache, quantized_cache
 from tilus.kernels.paged_decode import units_of_codes
 from tilus.kernels.paged_prefill import (
     PrefillPlan,
@@ -26,6 +26,7 @@ from tilus.target import get_target
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 EXECUTIONS = [*(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("reference", "emulator")), CUDA]
+PLAN = PrefillPlan(2, registers=216, code_stages=3)
 MIXED = ((0, 20), (18, 18), (5, 2), (9, 150), (1, 0), (40, 129))
 
 
@@ -41,14 +42,13 @@ def check(name: str, batch: Batch, device: str, plan: PrefillPlan | None = None,
     q, cache, tables, lens = quantized_inputs(name, batch)
     scale = batch.head_dim**-0.5
     inputs = Inputs(q, elements_of(cache), tables, starts(batch, 0), lens, scale)
-    tensors = [q, tables, inputs.q_start, lens]
-    if device == "cuda":
-        tensors = [t.cuda() for t in tensors]
-    arguments = tensors[0], moved(cache, device), *tensors[1:]
+    given = [q, tables, inputs.q_start, lens]
+    queries, table, q_start, kv_lens = [t.cuda() for t in given] if device == "cuda" else given
+    arguments = queries, moved(cache, device), table, q_start, kv_lens, scale
     if plan is None:
-        out, lse = paged_prefill(*arguments, scale, return_lse=True, device=device)
+        out, lse = paged_prefill(*arguments, return_lse=True, device=device)
     else:
-        out, lse = launch(*arguments, scale, True, plan, blocks, True, device)
+        out, lse = launch(*arguments, True, plan, blocks, True, device)
     (expected, size), wanted = exact_attention(inputs, batch), exact_lse(inputs, batch)
     error = np.abs(out.cpu().double().numpy() - expected)
     limit = limit_of(batch, expected, size, weight_step=2.0**-11)
@@ -64,9 +64,68 @@ def check(name: str, batch: Batch, device: str, plan: PrefillPlan | None = None,
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_mixed_batches(dtype: torch.dtype, name: str, device: str) -> None:
     """Prompts, chunks, decoding, sequences without queries, queries without keys; more tiles than blocks."""
-    check(name, Batch(MIXED, group=2, dtype=dtype), device, PrefillPlan(2, registers=216, code_stages=3))
+    check(name, Batch(MIXED, group=2, dtype=dtype), device, PLAN)
 
 
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.exhaustive) for name in NAMES if name != "int4"] + ["int4"]
+)
+def test_end_of_a_tile(name: str) -> None:
+    """Two tiles of which the last one ends inside of a page."""
+    check(name, Batch(((7, 71),), kv_heads=1, group=2, dtype=torch.bfloat16), "emulator", replace(PLAN, kv_tile=64), 1)
+
+
+@pytest.mark.parametrize("device", EXECUTIONS)
 @pytest.mark.parametrize("name", NAMES)
-def test_chunk(name: str) -> None:
-    check(name, Batch(((7, 39),), kv_heads=1, group=2, dtype=torch.bfloat16), "emulator", PrefillPlan(2, 64, registers=216, code_stages=3))
+@pytest.mark.parametrize(
+    ("group", "head_dim", "page_size", "dtype"),
+    [
+        (1, 128, 16, torch.bfloat16),
+        (3, 96, 32, torch.float16),
+        (16, 64, 128, torch.bfloat16),
+        (4, 128, 256, torch.float16),
+    ],
+)
+def test_shapes(group: int, head_dim: int, page_size: int, dtype: torch.dtype, name: str, device: str) -> None:
+    batch = Batch(
+        ((20, 20), (5, 150), (1, 300)), kv_heads=1, group=group, head_dim=head_dim, page_size=page_size, dtype=dtype
+    )
+    check(name, batch, device)
+
+
+@pytest.mark.parametrize("device", EXECUTIONS)
+@pytest.mark.parametrize("stages", [(1, 1, 6), (1, 2, 2), (2, 1, 3), (2, 2, 1)])
+def test_stages(stages: tuple[int, int, int], device: str) -> None:
+    """Of keys, of values and of codes: any numbers will do, whatever their turns."""
+    keys, values, codes = stages
+    plan = replace(PLAN, kv_tile=64, key_stages=keys, value_stages=values, code_stages=codes)
+    check("fp8", Batch(((70, 300), (3, 200)), kv_heads=1, group=2), device, plan)
+
+
+SHAPES = [(128, 4, 16, torch.bfloat16, True), (64, 2, 128, torch.float16, False), (96, 16, 32, torch.bfloat16, True)]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        pytest.param(name, shape, marks=() if (name, shape) == ("int4", SHAPES[0]) else pytest.mark.exhaustive)
+        for name in NAMES
+        for shape in SHAPES
+    ],
+)
+def test_assembles_without_spills(name: str, shape: tuple[int, int, int, torch.dtype, bool]) -> None:
+    head_dim, heads, page_size, dtype, causal = shape
+    cache = quantized_cache(name, 4, page_size, 2, head_dim)
+    q, table, starts_ = (
+        torch.zeros(2, 2, heads, head_dim, dtype=dtype),
+        torch.zeros(2, 2, dtype=torch.int32),
+        torch.zeros(3).int(),
+    )
+    bits, q_type = as_f16(q)
+    special = paged_prefill_kernel.specialize(
+        bits, units_of_codes(cache), table, starts_, table[0], q, 1.0, 132, torch.zeros(2, 2, heads), None, None, None,
+        cache.factors, head_dim=head_dim, page_size=page_size, kv_heads=2, group=heads, causal=causal, kind=cache.format,
+        plan=plans_of_codes(heads, head_dim, cache.format.code.nbits)[0], q_type=q_type,
+    )  # fmt: skip
+    compiled, cubin = build(special.function, get_target("sm_90a"))
+    assert cubin and "wgmma.mma_async" in compiled.ptx and ".f32.f16.f16" in compiled.ptx

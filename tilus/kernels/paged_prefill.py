@@ -39,6 +39,7 @@ from tilus.ptx.assembler import SpillError
 from tilus.runtime.execute import place
 
 HEAD_DIMS = (64, 96, 128, 256)
+HEAD_DIMS_OF_CODES = (64, 96, 128)  # registers do not suffice for more
 DTYPES = ("torch.float16", "torch.bfloat16")
 CONSUMERS, PRODUCERS = 8, 4  # warps
 FACTORS_NBITS = 32  # of a token's keys or values, at most
@@ -124,7 +125,11 @@ def paged_prefill_kernel(
         with tilus.warps(CONSUMERS + PRODUCERS, CONVERTERS, registers=plan.registers_to_copy):
             tilus.wait_dependencies()
             making, taking = memory.stages(), code_memory.codes_of()
-            each_tile(q, q_start, kv_lens, blocks, visits, lambda _, tile: taking.convert(making, tile))
+
+            def convert(index, tile):
+                taking.convert(making, tile)
+
+            each_tile(q, q_start, kv_lens, blocks, visits, convert)
 
     for half in range(2):
         with tilus.warps(4 * half, 4, registers=plan.registers):
@@ -144,11 +149,11 @@ def paged_prefill(
     q: float16 or bfloat16 [M, Hq, D], the queries of all sequences one after another. kv_cache: [pages, 2, page_size, Hkv, D]
     of the same dtype, keys at index 0, values at 1; a strided view (one layer of a pool, say) is fine. Or a `QuantizedCache`.
     block_tables: int32 [S, max_pages], the pages of each sequence in order. q_start: int32 [S + 1], where each sequence's queries
-    start in q. kv_lens: int32 [S], tokens in the cache, those of the queries included. Hq / Hkv is 1 to 16, D 64, 96, 128 or 256,
-    page_size 16, 32, 64 or a multiple of 128. scale: what scores are multiplied with, above 0. variant: functions that change
-    scores, hide keys or add a sink, and a window; parameters: their f32 tensor, if any; bits: int32 [M, words], what `pack_bits`
-    makes of up to 256 conditions of each query, if any. Torch tensors. device: where to run (reference, emulator, cuda), by
-    default as the arguments say. out: where the result goes, contiguous, float16 or bfloat16; by default a tensor like q.
+    start in q. kv_lens: int32 [S], tokens in the cache, those of the queries included. Hq / Hkv is 1 to 16, D 64, 96, 128 or, of
+    elements, 256, page_size 16, 32, 64 or a multiple of 128. scale: what scores are multiplied with, above 0. variant: functions
+    that change scores, hide keys or add a sink, and a window; parameters: their f32 tensor, if any; bits: int32 [M, words], what
+    `pack_bits` makes of up to 256 conditions of each query, if any. Torch tensors. device: where to run (reference, emulator,
+    cuda), by default as the arguments say. out: where the result goes, contiguous, float16 or bfloat16; by default like q.
 
     Query j of a sequence with q_len queries sees the first kv_len - q_len + j + 1 tokens of the cache, or all of them where it is
     not causal; one that sees none gets zeros. Nothing beyond kv_len is looked at. One launch; the host reads no tensor, so it can
@@ -298,9 +303,10 @@ def check_prefill(what: str, q: Any, kv_cache: Any, q_start: Any, kv_lens: Any, 
             f"{what}: q of {q.dtype} and kv_cache of {cached}, expected float16 or bfloat16, and the same for elements",
             hint="caches of other types are QuantizedCache: tilus.kernels.kv_cache.quantized_cache",
         )
-    if head_dim not in HEAD_DIMS:
+    head_dims = HEAD_DIMS_OF_CODES if quantised else HEAD_DIMS
+    if head_dim not in head_dims:
         raise TilusError(
-            f"{what}: head_dim {head_dim}, expected one of {', '.join(map(str, HEAD_DIMS))}",
+            f"{what}: head_dim {head_dim}, expected one of {', '.join(map(str, head_dims))}",
             hint="pad heads with zeros; scale stays that of the real head_dim",
         )
     if page_size not in (16, 32, 64) and (page_size < 128 or page_size % 128):

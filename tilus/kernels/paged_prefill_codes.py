@@ -55,7 +55,7 @@ class Codes:
         for _ in tilus.range(tile.steps):
             following = tilus.load(table, [(at - length) // page_size], [count])
             there = tilus.where(tilus.arange(count) * chunk < tile.length - at, pages, nowhere)
-            slot = 0 if page_size <= length else at % page_size
+            slot = 0 if page_size <= length else at % page_size // length * length
             for which in range(2):
                 self.fill_one(which, there, kv_cache, factors, slot, tile.kv_head)
             pages = following

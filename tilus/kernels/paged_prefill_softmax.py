@@ -21,11 +21,11 @@ from tilus.kernels.attention_variant import Position, Variant, Words, scaled_log
 from tilus.kernels.paged_prefill_stages import Stages
 from tilus.kernels.paged_prefill_tiles import Tile
 from tilus.kernels.vectors import by_vector
-from tilus.layout import local
+from tilus.layout import spatial
 
 HALF = 64  # rows of a warpgroup
 CONVERTED_ROWS = 16  # of queries, together
-STORED_COLUMNS = 32  # of the result, together
+STORED_COLUMNS = 16  # of the result, together
 
 
 class Turns:
@@ -195,12 +195,11 @@ class Rows:
         return tile.head + (self.turns.half * self.per_half if self.heads > 1 else 0)
 
     def store(self, tile: Tile) -> None:
-        """Rows without any key are zero. Some columns at a time meet in shared memory, so that a thread has 16 bytes of a row."""
-        head_dim = self.acc.shape[1]
-        width = math.gcd(head_dim, STORED_COLUMNS)
+        """Rows without any key are zero. Neighbouring lanes exchange columns, so that each has 8 bytes of a row."""
+        head_dim, width = self.acc.shape[1], STORED_COLUMNS
         result = self.acc * tilus.rcp(tilus.where(self.total > 0.0, self.total, 1.0))
         parts = result.to(self.out.dtype).reshape([HALF, head_dim // width, width])
-        layout = local(1, width // 32).spatial(4, 1).local(2, 1).spatial(8, 4).local(1, 8)
+        layout = spatial(4, 1).local(2, 1).spatial(8, 4).local(1, width // 4)
         head = self.first_head(tile)
         for part in range(head_dim // width):
             runs = tilus.with_layout(tilus.select(parts, 1, part), layout)
