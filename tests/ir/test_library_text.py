@@ -11,7 +11,7 @@ import pytest
 
 import tilus.kernels
 from tilus.compiler import compile_function
-from tilus.dtypes import bf16, f16, f32, float6_e3m2, float8_e4m3, int4, int8, int16, uint4
+from tilus.dtypes import f16, f32, float6_e3m2, float8_e4m3, int4, int8, int16, uint4
 from tilus.instructions import INSTRUCTIONS
 from tilus.ir import parser
 from tilus.ir.function import Function
@@ -141,10 +141,6 @@ SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
     "paged_prefill.paged_prefill_kernel": [
         {"kv_heads": 2, "group": 4, "head_dim": 128, "page_size": 16, "causal": True, "plan": PrefillPlan(4)},
         {"kv_heads": 1, "group": 1, "head_dim": 64, "page_size": 128, "causal": False, "plan": PrefillPlan(1)},
-        {
-            "kv_heads": 2, "group": 4, "head_dim": 128, "page_size": 16, "causal": True, "unit": int16, "dtype": f16,
-            "plan": PrefillPlan(4, registers=216, code_stages=3), "kind": KV_FORMATS["fp8"], "q_type": bf16,
-        },
     ],
     "shared_prefix_groups.shared_prefix_groups_kernel": [
         {"q_len": 2, "page_size": 16, "members": 16, "unit": 128, "lanes": 64},

@@ -26,7 +26,7 @@ from tilus.target import get_target
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 EXECUTIONS = [*(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("reference", "emulator")), CUDA]
-PLAN = PrefillPlan(2, registers=216, code_stages=3)
+PLAN = PrefillPlan(2, registers=224, registers_to_copy=32, code_stages=3)
 MIXED = ((0, 20), (18, 18), (5, 2), (9, 150), (1, 0), (40, 129))
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import tilus
 from tilus import Const, Tensor, TilusError, bf16, f16, f32, int32
-from tilus.kernels.allocate import empty, is_cuda
+from tilus.kernels.allocate import counters, empty, is_cuda
 from tilus.kernels.attention import group_of
 from tilus.kernels.attention_variant import AS_IT_IS, NO_VARIANT, GivenVariant, Variant, check_variant
 from tilus.kernels.index_checks import check_tables
@@ -31,8 +31,9 @@ from tilus.kernels.kv_cache import QuantizedCache
 from tilus.kernels.paged_decode import units_of_codes
 from tilus.kernels.paged_prefill_codes import CONVERTERS, CodeMemory
 from tilus.kernels.paged_prefill_softmax import Kind, Rows, Turns
+from tilus.kernels.paged_prefill_split import SplitRows, splits_of
 from tilus.kernels.paged_prefill_stages import Memory
-from tilus.kernels.paged_prefill_tiles import Visits, each_tile, slots, tokens_of
+from tilus.kernels.paged_prefill_tiles import LEAST_STEPS, ROWS, Visits, each_tile, slots, tokens_of
 from tilus.kernels.plan_choice import num_sms_of
 from tilus.kernels.vectors import power_of_two
 from tilus.ptx.assembler import SpillError
@@ -44,6 +45,7 @@ DTYPES = ("torch.float16", "torch.bfloat16")
 CONSUMERS, PRODUCERS = 8, 4  # warps
 FACTORS_NBITS = 32  # of a token's keys or values, at most
 MOST_CODE_STAGES = 6
+LEAST_SPLIT = 2 * LEAST_STEPS * 128  # tokens of the longest sequence, from which on tiles may be shared out
 CODES_NBYTES = 50 * 1024  # of shared memory for tiles of codes and their factors
 _fitting: dict[tuple[Any, ...], PrefillPlan] = {}
 
@@ -80,6 +82,10 @@ def paged_prefill_kernel(
     bits: Tensor[int32, "tokens", "words"] = None,
     lists: Tensor[int32, "sequences_plus_1"] = None,
     factors: Tensor[f16, "pages", "kv_heads", 2, "kinds", "page_size"] = None,
+    splits: int32 = 1,
+    partial_out: Tensor[f32, "places", 128, "head_dim"] = None,
+    partial_lse: Tensor[f32, "places", 128] = None,
+    tickets: Tensor[int32, "counters"] = None,
     *,
     kv_heads: Const,
     group: Const,
@@ -95,11 +101,13 @@ def paged_prefill_kernel(
     """lists: where the pages of each sequence begin in the only row of block_tables; without it each sequence has a row.
 
     kind: the format of a quantised cache, whose rows are its codes in units of 16 bits, and whose factors are given. q_type:
-    what the bits of q are where they are not those of q's dtype; they become it.
+    what the bits of q are where they are not those of q's dtype; they become it. splits, partial_out, partial_lse, tickets: where
+    blocks share tiles of rows, as `SplitRows` says.
     """
     visits = Visits(plan.heads, plan.kv_tile, causal, variant.hides, variant.window)
     tilus.grid(blocks, warps=CONSUMERS + PRODUCERS + (0 if kind is None else CONVERTERS))
     tilus.launch_dependents()
+    parts = None if partial_out is None else splits
     memory = Memory(q.dtype, head_dim, plan)
     code_memory = None if kind is None else CodeMemory(kind, head_dim, page_size, plan)
 
@@ -119,7 +127,7 @@ def paged_prefill_kernel(
             else:
                 codes.fill(kv_cache, factors, table, tile)
 
-        each_tile(q, q_start, kv_lens, blocks, visits, fill)
+        each_tile(q, q_start, kv_lens, blocks, visits, fill, parts)
 
     if code_memory is not None:
         with tilus.warps(CONSUMERS + PRODUCERS, CONVERTERS, registers=plan.registers_to_copy):
@@ -129,14 +137,19 @@ def paged_prefill_kernel(
             def convert(index, tile):
                 taking.convert(making, tile)
 
-            each_tile(q, q_start, kv_lens, blocks, visits, convert)
+            each_tile(q, q_start, kv_lens, blocks, visits, convert, parts)
 
     for half in range(2):
         with tilus.warps(4 * half, 4, registers=plan.registers):
             tilus.wait_dependencies()
             rows_kind = Kind(plan.heads, causal, variant, words, q_type)
-            rows = Rows(memory.stages(), Turns(memory.turns, half), (out, lse), scale_log2, rows_kind, parameters, bits)
-            each_tile(q, q_start, kv_lens, blocks, visits, rows.compute)
+            stages, turns, outputs = memory.stages(), Turns(memory.turns, half), (out, lse)
+            if parts is None:
+                rows = Rows(stages, turns, outputs, scale_log2, rows_kind, parameters, bits)
+            else:
+                partials = partial_out, partial_lse, tickets
+                rows = SplitRows(stages, turns, outputs, scale_log2, rows_kind, parameters, bits, partials)
+            each_tile(q, q_start, kv_lens, blocks, visits, rows.compute, parts)
 
 
 def paged_prefill(
@@ -188,18 +201,22 @@ def by_plans(
     group = q.shape[1] // kv_heads
     out = empty(q, tuple(q.shape)) if out is None else out
     heads = heads_of(q.shape[0], sequences, group)
-    tiles = slots(q.shape[0], sequences, tokens_of(heads)) * kv_heads * -(-group // heads)
-    blocks = min(tiles, num_sms_of(q, place(device, is_cuda(q))))
+    tiles = tiles_of(q.shape[0], sequences, kv_heads, group, heads)
+    num_sms = num_sms_of(q, place(device, is_cuda(q)))
+    longest = block_tables.shape[1] * kv_cache.shape[2]  # tokens
+    splits = splits_of(tiles, num_sms) if longest >= LEAST_SPLIT and given.variant.sink is None else 1
+    blocks = min(tiles * splits, num_sms)
 
     def by(plan: PrefillPlan) -> tuple[Any, Any]:
         return launch(
-            q, kv_cache, block_tables, q_start, kv_lens, scale, causal, plan, blocks, return_lse, device, given, lists, out
+            q, kv_cache, block_tables, q_start, kv_lens, scale, causal, plan, blocks, return_lse, device, given, lists, out,
+            splits,
         )  # fmt: skip
 
     kind = kv_cache.format if isinstance(kv_cache, QuantizedCache) else None
     key = (
         q.dtype, out.dtype, kv_heads, heads, group, kv_cache.shape[2], q.shape[2], causal, return_lse, given.variant, given.words,
-        lists is None, kind,
+        lists is None, kind, splits > 1,
     )  # fmt: skip
     plans = plans_of(heads, q.shape[2]) if kind is None else plans_of_codes(heads, q.shape[2], kind.code.nbits)
     return by_fitting_plan(key, plans, by)
@@ -231,7 +248,7 @@ def plans_of_codes(heads: int, head_dim: int, nbits: int) -> tuple[PrefillPlan, 
     plans = plans_of(heads, head_dim)
     stages = [CODES_NBYTES * 8 // (plan.kv_tile * (head_dim * nbits + FACTORS_NBITS)) for plan in plans]
     return tuple(
-        replace(plan, registers=216, registers_to_copy=40, code_stages=min(count, MOST_CODE_STAGES))
+        replace(plan, registers=224, registers_to_copy=32, code_stages=min(count, MOST_CODE_STAGES))
         for plan, count in zip(plans, stages, strict=True)
     )
 
@@ -239,9 +256,9 @@ def plans_of_codes(heads: int, head_dim: int, nbits: int) -> tuple[PrefillPlan, 
 def launch(
     q: Any, kv_cache: Any, block_tables: Any, q_start: Any, kv_lens: Any, scale: float, causal: bool, plan: PrefillPlan,
     blocks: int, return_lse: bool, device: str | None, given: GivenVariant = AS_IT_IS, lists: Any = None,
-    out: Any = None,
+    out: Any = None, splits: int = 1,
 ) -> tuple[Any, Any]:  # fmt: skip
-    """(result, logarithms or None) by a given plan, on so many blocks."""
+    """(result, logarithms or None) by a given plan, on so many blocks. splits: parts of a tile of rows, at most."""
     page_size, kv_heads, head_dim = kv_cache.shape[2:]
     by_head = (kv_heads, q.shape[1] // kv_heads)
     out, lse = (
@@ -256,11 +273,25 @@ def launch(
         paged_prefill_kernel.on(device)(
             q.unflatten(1, by_head), rows, block_tables, q_start, kv_lens, out.unflatten(1, by_head),
             scale * math.log2(math.e), blocks, None if lse is None else lse.unflatten(1, by_head), given.parameters, given.bits,
-            lists, factors,
+            lists, factors, *partials_of(q, tiles_of(q.shape[0], kv_lens.shape[0], *by_head, plan.heads), splits),
             kv_heads=kv_heads, group=by_head[1], head_dim=head_dim, page_size=page_size, causal=causal, plan=plan,
             variant=given.variant, words=given.words, kind=kind, q_type=q_type,
         )  # fmt: skip
     return out, lse
+
+
+def tiles_of(queries: int, sequences: int, kv_heads: int, group: int, heads: int) -> int:
+    """Tiles of rows, at most."""
+    return slots(queries, sequences, tokens_of(heads)) * kv_heads * -(-group // heads)
+
+
+def partials_of(q: Any, tiles: int, splits: int) -> tuple[Any, ...]:
+    """(splits, places for partial results of tiles, for their logarithms, tickets); None where tiles are whole."""
+    if splits == 1:
+        return 1, None, None, None
+    places, head_dim = tiles * splits, q.shape[2]
+    results, logs = empty(q, (places, ROWS, head_dim), "float32"), empty(q, (places, ROWS), "float32")
+    return splits, results, logs, counters(q, 2 * tiles)
 
 
 def as_f16(q: Any) -> tuple[Any, Any]:

@@ -113,10 +113,11 @@ class Rows:
             keys.leave()
             weights, _ = self.weights(scores, tile, tile.end - 1, True)
             self.factors = weights.to(values.tiles.dtype)
-            for step in tilus.range(1, tile.steps - tile.unmasked):
+            masked = min(tile.steps, tile.end - tile.unmasked)
+            for step in tilus.range(1, masked):
                 self.step(tile, tile.end - 1 - step, True)
             if not self.variant.hides:
-                for step in tilus.range(max(tile.steps - tile.unmasked, 1), tile.steps):
+                for step in tilus.range(max(masked, 1), tile.steps):
                     self.step(tile, tile.end - 1 - step, False)
         tilus.arrive(stages.empty[0])
         if tile.steps > 0:

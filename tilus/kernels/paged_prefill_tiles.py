@@ -16,6 +16,7 @@ import tilus
 from tilus.kernels.attention import find_queries
 
 ROWS = 128  # of a tile; each of two warpgroups has half of them
+LEAST_STEPS = 4  # of a part of a tile: what is stored and merged for it takes as long as about two
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +40,17 @@ class Tile:
     unmasked: Any
     end: Any
     steps: Any
+
+
+@dataclass(frozen=True, eq=False)
+class PartOfTile(Tile):
+    """Some steps of a tile, of which other blocks have the others. number: of the tile. part, parts: which of how many. place: of
+    the first part's partial result, the others' follow."""
+
+    number: Any
+    part: Any
+    parts: Any
+    place: Any
 
 
 @dataclass(frozen=True)
@@ -78,20 +90,30 @@ def visited(limit: Any, length: Any, visits: Visits) -> Any:
     return unmasked, end, end if visits.window is None else end - max(limit - visits.window, 0) // visits.kv_tile
 
 
-def each_tile(q: Any, q_start: Any, kv_lens: Any, blocks: Any, visits: Visits, work: Any) -> None:
+def steps_of(part: Any, parts: Any, steps: Any) -> Any:
+    """(the first step of a part of so many steps, the first one behind it)"""
+    return part * steps // parts, (part + 1) * steps // parts
+
+
+def each_tile(
+    q: Any, q_start: Any, kv_lens: Any, blocks: Any, visits: Visits, work: Any, splits: Any = None
+) -> None:  # fmt: skip
     """`work(index, tile)` for the tiles of this block, in order; index counts them. Empty ones are left out.
 
-    q: [tokens, kv_heads, group, head_dim].
+    q: [tokens, kv_heads, group, head_dim]. splits: if given, what blocks take in turns are parts of tiles, `PartOfTile`, so many
+    of each, or less where it has few steps.
     """
     heads, tokens, sequences = visits.heads, tokens_of(visits.heads), kv_lens.shape[0]
     kv_heads, parts = q.shape[1], tilus.cdiv(q.shape[2], heads)
     rows = slots(q.shape[0], sequences, tokens)
-    count = rows * kv_heads * parts
+    count = rows * kv_heads * parts * (1 if splits is None else splits)
     # Variables: computed once, not at each use.
     index, at, sequence, first, row, queries, length, limit, unmasked, end, steps = 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0
+    sharers, begin, behind = 0, 0, 0
     for turn in tilus.range(tilus.cdiv(count, blocks)):
-        at = number(turn, tilus.block_id(0), blocks)
-        if at < count:
+        taken = number(turn, tilus.block_id(0), blocks)
+        at = taken if splits is None else taken // splits
+        if taken < count:
             sequence, first = find_queries(q_start, sequences, tokens, rows - 1 - at // (kv_heads * parts))
             row = q_start[sequence] + first
             queries = q_start[sequence + 1] - row
@@ -101,5 +123,16 @@ def each_tile(q: Any, q_start: Any, kv_lens: Any, blocks: Any, visits: Visits, w
                 unmasked, end, steps = visited(limit, length, visits)
                 kv_head, head = at % (kv_heads * parts) // parts, at % parts * heads
                 past = limit - 1 - first
-                work(index, Tile(sequence, kv_head, head, row, queries, length, past, limit, unmasked, end, steps))
-                index += 1
+                if splits is None:
+                    work(index, Tile(sequence, kv_head, head, row, queries, length, past, limit, unmasked, end, steps))
+                    index += 1
+                else:
+                    sharers = max(1, min(splits, steps // LEAST_STEPS))
+                    part = taken % splits
+                    if part < sharers:
+                        begin, behind = steps_of(part, sharers, steps)
+                        work(index, PartOfTile(
+                            sequence, kv_head, head, row, queries, length, past, limit, unmasked, end - begin, behind - begin,
+                            at, part, sharers, at * splits,
+                        ))  # fmt: skip
+                        index += 1
