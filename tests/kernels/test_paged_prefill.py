@@ -156,10 +156,6 @@ def test_blocks_share_tiles_of_rows(causal: bool, splits: int, device: str) -> N
     check(batch, device, causal, PrefillPlan(2, 16), splits=splits)
 
 
-def test_a_shared_tile_of_rows() -> None:
-    check(Batch(((4, 132),), kv_heads=1, group=1), "emulator", True, PrefillPlan(1, 16), splits=2)
-
-
 @pytest.mark.parametrize("device", EXECUTIONS)
 @pytest.mark.parametrize("stages", [(1, 1), (3, 2), (2, 3), (5, 4)])
 def test_stages(stages: tuple[int, int], device: str) -> None:

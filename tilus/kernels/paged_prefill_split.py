@@ -51,8 +51,8 @@ class SplitRows(Rows):
         Rows.__init__(self, stages, turns, outputs, scale_log2, kind, parameters, bits)
         self.results, self.logs, self.tickets = partials
 
-    def compute(self, index: Any, tile: PartOfTile) -> None:
-        """The result of the index-th part of a tile of the block; of the whole tile, if it is the last one to come."""
+    def compute(self, index: Any, tile: Any) -> None:
+        """What the index-th `PartOfTile` of the block adds; the result of the whole tile, if it is the last one to come."""
         self.attend(index, tile)
         complete = 1
         if tile.parts > 1:
