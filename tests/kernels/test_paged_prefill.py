@@ -164,13 +164,6 @@ def test_stages(stages: tuple[int, int], device: str) -> None:
 
 
 @pytest.mark.parametrize("device", EXECUTIONS)
-@pytest.mark.parametrize("page_size", [16, 32, 128])
-def test_asking_ahead_changes_nothing(page_size: int, device: str) -> None:
-    batch = Batch(((70, 700), (3, 200)), kv_heads=1, group=2, page_size=page_size)
-    check(batch, device, True, PrefillPlan(2, 128, 2, 2, 224, 56, ahead=2))
-
-
-@pytest.mark.parametrize("device", EXECUTIONS)
 def test_chunks_have_the_bits_of_the_whole(device: str) -> None:
     """What a query sees is visited in the same tiles, whichever queries are beside it."""
     batch = Batch(((200, 200),), kv_heads=1, group=2)

@@ -33,7 +33,7 @@ from tilus.kernels.paged_prefill_codes import CONVERTERS, CodeMemory
 from tilus.kernels.paged_prefill_softmax import Kind, Rows, Turns
 from tilus.kernels.paged_prefill_split import SplitRows, splits_of
 from tilus.kernels.paged_prefill_stages import Memory
-from tilus.kernels.paged_prefill_tiles import LEAST_STEPS, ROWS, Visits, each_tile, slots, tokens_of
+from tilus.kernels.paged_prefill_tiles import LEAST_STEPS, ROWS, Visits, each_tile, slack_of, slots, tokens_of
 from tilus.kernels.plan_choice import num_sms_of
 from tilus.kernels.vectors import power_of_two
 from tilus.ptx.assembler import SpillError
@@ -54,8 +54,7 @@ _fitting: dict[tuple[Any, ...], PrefillPlan] = {}
 class PrefillPlan:
     """What a block does. heads: query heads of a tile of rows, a power of two up to 16. kv_tile: tokens of the cache in a stage.
     key_stages, value_stages: tiles of keys and of values in shared memory. registers, registers_to_copy: of a thread that
-    computes, and that copies. code_stages: of tiles of codes, where the cache is quantised. ahead: tiles of the
-    cache by which the L2 cache is asked earlier."""
+    computes, and that copies. code_stages: of tiles of codes, where the cache is quantised."""
 
     heads: int
     kv_tile: int = 128
@@ -64,7 +63,6 @@ class PrefillPlan:
     registers: int = 232
     registers_to_copy: int = 40
     code_stages: int = 0
-    ahead: int = 0
 
 
 @tilus.kernel
@@ -105,14 +103,18 @@ def paged_prefill_kernel(
     blocks share tiles of rows, as `SplitRows` says.
     """
     visits = Visits(plan.heads, plan.kv_tile, causal, variant.hides, variant.window)
-    tilus.grid(blocks, warps=CONSUMERS + PRODUCERS + (0 if kind is None else CONVERTERS))
+    warps = CONSUMERS + PRODUCERS + (0 if kind is None else CONVERTERS)
+    tilus.grid(blocks, warps=warps)
     tilus.launch_dependents()
+    tilus.wait_dependencies()
+    slack = tilus.shared(int32, [1])
+    tilus.store_shared(slack, tilus.full([1], slack_of(q_start, tokens_of(plan.heads), warps), int32))
+    tilus.sync()
     parts = None if partial_out is None else splits
     memory = Memory(q.dtype, head_dim, plan)
     code_memory = None if kind is None else CodeMemory(kind, head_dim, page_size, plan)
 
     with tilus.warps(CONSUMERS, PRODUCERS, registers=plan.registers_to_copy):
-        tilus.wait_dependencies()
         filling = memory.stages()
         codes = None if code_memory is None else code_memory.codes_of()
 
@@ -123,25 +125,23 @@ def paged_prefill_kernel(
             else:
                 table = tilus.narrow(block_tables[0], 0, lists[tile.sequence], tilus.cdiv(tile.length, page_size))
             if codes is None:
-                filling.fill(kv_cache, table, tile, plan.ahead, tokens_of(plan.heads))
+                filling.fill(kv_cache, table, tile)
             else:
                 codes.fill(kv_cache, factors, table, tile)
 
-        each_tile(q, q_start, kv_lens, blocks, visits, fill, parts)
+        each_tile(q, q_start, kv_lens, blocks, slack, visits, fill, parts)
 
     if code_memory is not None:
         with tilus.warps(CONSUMERS + PRODUCERS, CONVERTERS, registers=plan.registers_to_copy):
-            tilus.wait_dependencies()
             making, taking = memory.stages(), code_memory.codes_of()
 
             def convert(index, tile):
                 taking.convert(making, tile)
 
-            each_tile(q, q_start, kv_lens, blocks, visits, convert, parts)
+            each_tile(q, q_start, kv_lens, blocks, slack, visits, convert, parts)
 
     for half in range(2):
         with tilus.warps(4 * half, 4, registers=plan.registers):
-            tilus.wait_dependencies()
             rows_kind = Kind(plan.heads, causal, variant, words, q_type)
             stages, turns, outputs = memory.stages(), Turns(memory.turns, half), (out, lse)
             if parts is None:
@@ -149,7 +149,7 @@ def paged_prefill_kernel(
             else:
                 partials = partial_out, partial_lse, tickets
                 rows = SplitRows(stages, turns, outputs, scale_log2, rows_kind, parameters, bits, partials)
-            each_tile(q, q_start, kv_lens, blocks, visits, rows.compute, parts)
+            each_tile(q, q_start, kv_lens, blocks, slack, visits, rows.compute, parts)
 
 
 def paged_prefill(

@@ -13,7 +13,6 @@ from typing import Any
 import tilus
 from tilus.kernels.paged_prefill_tiles import ROWS, Tile
 
-SHARERS = 4  # blocks that ask for keys and values together
 PIECE = 16  # tokens of a copy around the end of a sequence: every page is a multiple
 
 
@@ -71,31 +70,6 @@ class Memory:
         return Stages(self.queries, self.full, self.empty, Ring(*keys), Ring(*values))
 
 
-class Ahead:
-    """Asks the L2 cache for tiles of keys and values some tiles early: memory takes longer to answer than the rings are long.
-
-    Blocks that have neighbouring tiles of rows read the same keys and values at the same time, so that each asks for a quarter.
-    """
-
-    def __init__(self, length: int, page_size: int, tiles: int, number: Any) -> None:
-        """number: of the tile of rows."""
-        self.distance, self.page_size = tiles * length, page_size
-        self.tokens = length // SHARERS
-        self.own = number % SHARERS * self.tokens
-
-    def pages(self, table: Any, at: Any) -> Any:
-        """Those to ask for when the tile that starts at token `at` is copied."""
-        first = at - self.distance + self.own
-        return tilus.load(table, [first // self.page_size], [max(1, self.tokens // self.page_size)])
-
-    def ask(self, kv_cache: Any, pages: Any, head: Any, head_dim: int, at: Any, first: Any) -> None:
-        """For nothing in front of the token `first`."""
-        if at - self.distance >= first:
-            slot = 0 if self.page_size <= self.tokens else (at + self.own) % self.page_size
-            shape = [2, min(self.tokens, self.page_size), head_dim]
-            tilus.prefetch_gathered(kv_cache, pages, [0, 0, slot, head, 0], shape, dims=[1, 2, 4])
-
-
 class Stages:
     """The tile of queries [2, 64, head_dim], and rings of tiles of keys and of values. full, empty: barriers of the queries."""
 
@@ -119,23 +93,14 @@ class Stages:
                     dst_offsets=[i * tokens, 0], barrier=full[0], dims=[0, 3],
                 )  # fmt: skip
 
-    def fill(self, kv_cache: Any, table: Any, tile: Tile, ahead: int, tokens: int) -> None:
-        """The tiles of the cache that some row sees, the last one first. Pages of the next one are looked up ahead.
-
-        ahead: by how many tiles the L2 cache is asked for a tile earlier; tokens: queries of a tile of rows, see `Ahead`.
-        """
+    def fill(self, kv_cache: Any, table: Any, tile: Tile) -> None:
+        """The tiles of the cache that some row sees, the last one first. Pages of the next one are looked up ahead."""
         length, page_size = self.keys.tiles.shape[1], kv_cache.shape[2]
         count = max(length // page_size, 1)
         at = (tile.end - 1) * length  # a variable: computed once, not at each use
         pages = tilus.load(table, [at // page_size], [count])
-        early = Ahead(length, page_size, ahead, (tile.limit - 1 - tile.past) // tokens) if ahead else None
-        first = (tile.end - tile.steps) * length
-        soon = early.pages(table, at) if early is not None else 0
         for _ in tilus.range(tile.steps):
             following = tilus.load(table, [(at - length) // page_size], [count])
-            if early is not None:
-                early.ask(kv_cache, soon, tile.kv_head, self.keys.tiles.shape[2], at, first)
-                soon = early.pages(table, at - length)
             if at + length > tile.length:
                 self.fill_end(kv_cache, table, tile, at)
             else:

@@ -69,7 +69,7 @@ def shared_prefix_kernel(
             pages = tilus.narrow(
                 block_tables[tile.sequence], 0, tile.token // page_size, tilus.cdiv(tile.length, page_size)
             )
-            filling.fill(kv_cache, pages, tile, 0, 1)
+            filling.fill(kv_cache, pages, tile)
 
         each_shared_tile(shared, kv_heads, q_len, split, plan.kv_tile, PRODUCERS, fill)
 
