@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tilus import TilusError
+from tilus.kernels.kv_cache import quantized_cache
 from tilus.kernels.merge_states import merge_states
 from tilus.kernels.paged_prefill import PrefillPlan, heads_of, launch, paged_prefill, paged_prefill_kernel, plans_of
 from tilus.runtime.execute import build
@@ -48,23 +49,25 @@ def exact(inputs: Inputs, batch: Batch, causal: bool = True) -> tuple[Array, Arr
 
 
 def run(
-    inputs: Inputs, device: str, causal: bool = True, plan: PrefillPlan | None = None, blocks: int = 2
+    inputs: Inputs, device: str, causal: bool = True, plan: PrefillPlan | None = None, blocks: int = 2, splits: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The result and its logarithms, by the plan and blocks of the library or by those given."""
+    """The result and its logarithms, by the plan, blocks and splits of the library or by those given."""
     tensors = [inputs.q, inputs.kv_cache, inputs.block_tables, inputs.q_start, inputs.kv_lens]
     if device == "cuda":
         tensors = [on_gpu(t) for t in tensors]
     if plan is None:
         out, lse = paged_prefill(*tensors, inputs.scale, causal=causal, return_lse=True, device=device)
     else:
-        out, lse = launch(*tensors, inputs.scale, causal, plan, blocks, True, device)
+        out, lse = launch(*tensors, inputs.scale, causal, plan, blocks, True, device, splits=splits)
     return out.cpu(), lse.cpu()
 
 
-def check(batch: Batch, device: str, causal: bool = True, plan: PrefillPlan | None = None, seed: int = 0) -> None:
+def check(
+    batch: Batch, device: str, causal: bool = True, plan: PrefillPlan | None = None, seed: int = 0, splits: int = 1
+) -> None:  # fmt: skip
     """Results within the bound of `limit_of`, logarithms within f32 arithmetic on scores below 16."""
     inputs = make_inputs(batch, seed)
-    out, lse = run(inputs, device, causal, plan)
+    out, lse = run(inputs, device, causal, plan, splits=splits)
     expected, size, expected_lse = exact(inputs, batch, causal)
     error, limit = np.abs(out.double().numpy() - expected), limit_of(batch, expected, size)
     assert out.dtype == batch.dtype
@@ -142,6 +145,22 @@ def test_any_batch(lengths: list[tuple[int, int]], causal: bool, seed: int) -> N
 @settings(max_examples=30)
 def test_many_batches(lengths: list[tuple[int, int]], causal: bool, seed: int) -> None:
     check_any(lengths, causal, seed)
+
+
+@pytest.mark.parametrize("device", EXECUTIONS)
+@pytest.mark.parametrize("splits", [2, 5])
+@pytest.mark.parametrize("causal", [True, False])
+def test_blocks_share_tiles_of_rows(causal: bool, splits: int, device: str) -> None:
+    """By tiles of the cache of 16 tokens, so that tiles of rows have one to five parts; some have no keys at all."""
+    batch = Batch(((40, 340), (1, 130), (3, 3), (0, 9), (5, 2), (70, 70)), kv_heads=2, group=2)
+    check(batch, device, causal, PrefillPlan(2, 16), splits=splits)
+
+
+@pytest.mark.parametrize("device", EXECUTIONS)
+@pytest.mark.parametrize("stages", [(1, 1), (3, 2), (2, 3), (5, 4)])
+def test_stages(stages: tuple[int, int], device: str) -> None:
+    """Of keys and of values: any numbers will do."""
+    check(Batch(((70, 300), (3, 200)), kv_heads=1, group=2), device, True, PrefillPlan(2, 48, *stages, 224, 56))
 
 
 @pytest.mark.parametrize("device", EXECUTIONS)
@@ -245,7 +264,13 @@ def test_arguments_that_do_not_fit_are_refused_with_both_values() -> None:
     expect(wrong(q=torch.zeros(3, 34, 64, dtype=half)), "34 query heads", "1 to 16")
     expect(wrong(q=torch.zeros(3, 384, dtype=half)), "[3, 384]", "[tokens, q_heads, head_dim]")
     expect(wrong(q=torch.zeros(3, 6, 32, dtype=half)), "head_dim", "32", "64")
-    expect(wrong(q=torch.zeros(3, 6, 64)), "f32", "f16")
+    expect(wrong(q=torch.zeros(3, 6, 64)), "float32", "float16", "QuantizedCache")
+    expect(wrong(q=torch.zeros(3, 6, 96, dtype=half)), "head_dim 96 of q and 64 of kv_cache")
+    expect(
+        wrong(kv_cache=quantized_cache("fp8", 9, 16, 2, 256), q=torch.zeros(3, 6, 256, dtype=half)),
+        "head_dim 256",
+        "128",
+    )
     eighty = {"q": torch.zeros(3, 6, 80, dtype=half), "kv_cache": torch.zeros(9, 2, 16, 2, 80, dtype=half)}
     expect(wrong(**eighty), "head_dim 80", "64, 96, 128, 256")
     expect(wrong(kv_cache=torch.zeros(9, 2, 24, 2, 64, dtype=half)), "page_size 24", "16, 32, 64 or a multiple of 128")

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tilus.kernels.attention import find_queries
-from tilus.kernels.paged_prefill_tiles import Visits, number, slots, tokens_of, visited
+from tilus.kernels.paged_prefill_split import MOST_SPLITS, splits_of
+from tilus.kernels.paged_prefill_tiles import Visits, number, slots, steps_of, tokens_of, visited
 
 KV_TILE = 128
 
@@ -66,6 +67,25 @@ def test_the_first_tile_of_a_window() -> None:
             _, end, steps = visited(limit, 4 * KV_TILE, Visits(16, KV_TILE, True, True, window))
             first_key = next(key for key in (0, limit - window) if key > limit - 1 - window)
             assert end - steps == first_key // KV_TILE
+
+
+@given(st.integers(0, 5000), st.integers(1, MOST_SPLITS))
+def test_parts_of_a_tile_are_all_of_its_steps(steps: int, parts: int) -> None:
+    """Each step once, in order, and as many in each part as in any other, but for one."""
+    found = [range(*steps_of(part, parts, steps)) for part in range(parts)]
+    assert [step for part in found for step in part] == list(range(steps))
+    assert max(map(len, found)) - min(map(len, found)) <= 1
+
+
+@given(st.integers(1, 1000), st.integers(1, 200))
+def test_more_parts_only_where_they_gain(tiles: int, num_sms: int) -> None:
+    """The time of a block in tiles: turns over parts. More parts save at least a tenth of it; none in batches of many tiles."""
+    splits = splits_of(tiles, num_sms)
+    whole, shared = -(-tiles // num_sms), -(-tiles * splits // num_sms) / splits
+    assert 1 <= splits <= MOST_SPLITS and (splits == 1 or shared <= 0.9 * whole)
+    assert splits == 1 or tiles <= 2 * num_sms
+    if 2 * tiles <= num_sms:
+        assert shared <= 0.5
 
 
 @given(st.integers(0, 5000), st.integers(1, 40), st.sampled_from([8, 32, 128]))

@@ -136,15 +136,17 @@ def paged_attention_kernel(
     )
 
 
-def find_queries(q_start: Any, sequences: Any, tokens: int, block: Any) -> Any:
+def find_queries(q_start: Any, sequences: Any, tokens: int, block: Any, slack: Any = None) -> Any:
     """The sequence whose queries a block computes, and the first of them, counted from the sequence's first.
 
     Blocks `first_block(s)` to `first_block(s + 1) - 1` serve sequence s: at least as many as it has tiles of queries, and at
     most one more, since floor(x + y) >= floor(x) + floor(y). Binary search for the last sequence that starts here or before.
+    slack: queries that the last tile of any sequence lacks, at most; by default tokens - 1.
     """
+    lacking = tokens - 1 if slack is None else slack
 
     def first_block(sequence: Any) -> Any:
-        return (q_start[sequence] + sequence * (tokens - 1)) // tokens
+        return (q_start[sequence] + sequence * lacking) // tokens
 
     low, high = 0, sequences
     while high - low > 1:

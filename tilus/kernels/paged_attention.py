@@ -65,7 +65,7 @@ def paged_attention(
             )
     if decodes < kv_lens.shape[0] and decodes < q.shape[0]:
         others = (q[decodes:], kv_cache, block_tables[decodes:], q_start, kv_lens[decodes:])
-        if hopper and not invariant and not isinstance(kv_cache, QuantizedCache):
+        if hopper and not invariant:
             paged_prefill(*others, scale, variant=variant, device=device, out=out[decodes:])
         else:
             portable_attention(*others, out[decodes:], scale, device, invariant, window, soft_cap)

@@ -18,44 +18,57 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import tilus
-from tilus import Const, Tensor, TilusError, f32, int32
-from tilus.kernels.allocate import empty, is_cuda
+from tilus import Const, Tensor, TilusError, bf16, f16, f32, int32
+from tilus.kernels.allocate import counters, empty, is_cuda
 from tilus.kernels.attention import group_of
 from tilus.kernels.attention_variant import AS_IT_IS, NO_VARIANT, GivenVariant, Variant, check_variant
 from tilus.kernels.index_checks import check_tables
+from tilus.kernels.kv_cache import QuantizedCache
+from tilus.kernels.paged_decode import units_of_codes
+from tilus.kernels.paged_prefill_codes import CONVERTERS, CodeMemory
 from tilus.kernels.paged_prefill_softmax import Kind, Rows, Turns
-from tilus.kernels.paged_prefill_stages import Stages
-from tilus.kernels.paged_prefill_tiles import ROWS, Visits, each_tile, slots, tokens_of
+from tilus.kernels.paged_prefill_split import SplitRows, splits_of
+from tilus.kernels.paged_prefill_stages import Memory
+from tilus.kernels.paged_prefill_tiles import LEAST_STEPS, ROWS, Visits, each_tile, slack_of, slots, tokens_of
 from tilus.kernels.plan_choice import num_sms_of
 from tilus.kernels.vectors import power_of_two
 from tilus.ptx.assembler import SpillError
 from tilus.runtime.execute import place
 
 HEAD_DIMS = (64, 96, 128, 256)
+HEAD_DIMS_OF_CODES = (64, 96, 128)  # registers do not suffice for more
+DTYPES = ("torch.float16", "torch.bfloat16")
 CONSUMERS, PRODUCERS = 8, 4  # warps
+FACTORS_NBITS = 32  # of a token's keys or values, at most
+MOST_CODE_STAGES = 6
+LEAST_SPLIT = 2 * LEAST_STEPS * 128  # tokens of the longest sequence, from which on tiles may be shared out
+CODES_NBYTES = 50 * 1024  # of shared memory for tiles of codes and their factors
 _fitting: dict[tuple[Any, ...], PrefillPlan] = {}
 
 
 @dataclass(frozen=True)
 class PrefillPlan:
     """What a block does. heads: query heads of a tile of rows, a power of two up to 16. kv_tile: tokens of the cache in a stage.
-    stages: of keys, and as many of values. registers, registers_to_copy: of a thread that computes, and that copies."""
+    key_stages, value_stages: tiles of keys and of values in shared memory. registers, registers_to_copy: of a thread that
+    computes, and that copies. code_stages: of tiles of codes, where the cache is quantised."""
 
     heads: int
     kv_tile: int = 128
-    stages: int = 2
+    key_stages: int = 2
+    value_stages: int = 2
     registers: int = 232
     registers_to_copy: int = 40
+    code_stages: int = 0
 
 
 @tilus.kernel
 def paged_prefill_kernel(
     q: Tensor["dtype", "tokens", "kv_heads", "group", "head_dim"],
-    kv_cache: Tensor["dtype", "pages", 2, "page_size", "kv_heads", "head_dim"],
+    kv_cache: Tensor["unit", "pages", 2, "page_size", "kv_heads", "row"],
     block_tables: Tensor[int32, "tables", "max_pages"],
     q_start: Tensor[int32, "sequences_plus_1"],
     kv_lens: Tensor[int32, "sequences"],
@@ -66,6 +79,11 @@ def paged_prefill_kernel(
     parameters: Tensor[f32, "count"] = None,
     bits: Tensor[int32, "tokens", "words"] = None,
     lists: Tensor[int32, "sequences_plus_1"] = None,
+    factors: Tensor[f16, "pages", "kv_heads", 2, "kinds", "page_size"] = None,
+    splits: int32 = 1,
+    partial_out: Tensor[f32, "places", 128, "head_dim"] = None,
+    partial_lse: Tensor[f32, "places", 128] = None,
+    tickets: Tensor[int32, "counters"] = None,
     *,
     kv_heads: Const,
     group: Const,
@@ -75,21 +93,30 @@ def paged_prefill_kernel(
     plan: Const,
     variant: Const = NO_VARIANT,
     words: Const = 0,
+    kind: Const = None,
+    q_type: Const = None,
 ):
-    """lists: where the pages of each sequence begin in the only row of block_tables; without it each sequence has a row."""
+    """lists: where the pages of each sequence begin in the only row of block_tables; without it each sequence has a row.
+
+    kind: the format of a quantised cache, whose rows are its codes in units of 16 bits, and whose factors are given. q_type:
+    what the bits of q are where they are not those of q's dtype; they become it. splits, partial_out, partial_lse, tickets: where
+    blocks share tiles of rows, as `SplitRows` says.
+    """
     visits = Visits(plan.heads, plan.kv_tile, causal, variant.hides, variant.window)
-    tilus.grid(blocks, warps=CONSUMERS + PRODUCERS)
+    warps = CONSUMERS + PRODUCERS + (0 if kind is None else CONVERTERS)
+    tilus.grid(blocks, warps=warps)
     tilus.launch_dependents()
-    queries = tilus.shared(q.dtype, [2, ROWS // 2, head_dim])
-    keys = tilus.shared(q.dtype, [plan.stages, plan.kv_tile, head_dim])
-    values = tilus.shared(q.dtype, [plan.stages, plan.kv_tile, head_dim])
-    full = tilus.mbarrier(), tilus.mbarrier(plan.stages), tilus.mbarrier(plan.stages)
-    empty = tilus.mbarrier(arrivals=2), tilus.mbarrier(plan.stages, arrivals=2), tilus.mbarrier(plan.stages, arrivals=2)
-    turns = tilus.mbarrier(2)
+    tilus.wait_dependencies()
+    slack = tilus.shared(int32, [1])
+    tilus.store_shared(slack, tilus.full([1], slack_of(q_start, tokens_of(plan.heads), warps), int32))
+    tilus.sync()
+    parts = None if partial_out is None else splits
+    memory = Memory(q.dtype, head_dim, plan)
+    code_memory = None if kind is None else CodeMemory(kind, head_dim, page_size, plan)
 
     with tilus.warps(CONSUMERS, PRODUCERS, registers=plan.registers_to_copy):
-        tilus.wait_dependencies()
-        filling = Stages(queries, keys, values, full, empty)
+        filling = memory.stages()
+        codes = None if code_memory is None else code_memory.codes_of()
 
         def fill(index, tile):
             filling.fill_queries(q, tile, index, plan.heads)
@@ -97,17 +124,32 @@ def paged_prefill_kernel(
                 table = block_tables[tile.sequence]
             else:
                 table = tilus.narrow(block_tables[0], 0, lists[tile.sequence], tilus.cdiv(tile.length, page_size))
-            filling.fill(kv_cache, table, tile)
+            if codes is None:
+                filling.fill(kv_cache, table, tile)
+            else:
+                codes.fill(kv_cache, factors, table, tile)
 
-        each_tile(q, q_start, kv_lens, blocks, visits, fill)
+        each_tile(q, q_start, kv_lens, blocks, slack, visits, fill, parts)
+
+    if code_memory is not None:
+        with tilus.warps(CONSUMERS + PRODUCERS, CONVERTERS, registers=plan.registers_to_copy):
+            making, taking = memory.stages(), code_memory.codes_of()
+
+            def convert(index, tile):
+                taking.convert(making, tile)
+
+            each_tile(q, q_start, kv_lens, blocks, slack, visits, convert, parts)
 
     for half in range(2):
         with tilus.warps(4 * half, 4, registers=plan.registers):
-            tilus.wait_dependencies()
-            using = Stages(queries, keys, values, full, empty)
-            kind = Kind(plan.heads, causal, variant, words)
-            rows = Rows(using, Turns(turns, half), (out, lse), scale_log2, kind, parameters, bits)
-            each_tile(q, q_start, kv_lens, blocks, visits, rows.compute)
+            rows_kind = Kind(plan.heads, causal, variant, words, q_type)
+            stages, turns, outputs = memory.stages(), Turns(memory.turns, half), (out, lse)
+            if parts is None:
+                rows = Rows(stages, turns, outputs, scale_log2, rows_kind, parameters, bits)
+            else:
+                partials = partial_out, partial_lse, tickets
+                rows = SplitRows(stages, turns, outputs, scale_log2, rows_kind, parameters, bits, partials)
+            each_tile(q, q_start, kv_lens, blocks, slack, visits, rows.compute, parts)
 
 
 def paged_prefill(
@@ -118,14 +160,13 @@ def paged_prefill(
     """Attention of ragged queries over paged keys and values (sm_90a): `paged_attention` for many queries a sequence.
 
     q: float16 or bfloat16 [M, Hq, D], the queries of all sequences one after another. kv_cache: [pages, 2, page_size, Hkv, D]
-    of the same dtype, keys at index 0, values at 1; a strided view (one layer of a pool, say) is fine. block_tables: int32
-    [S, max_pages], the pages of each sequence in order. q_start: int32 [S + 1], where each sequence's queries start in q.
-    kv_lens: int32 [S], tokens in the cache, those of the queries included. Hq / Hkv is 1 to 16, D 64, 96, 128 or 256, page_size
-    16, 32, 64 or a multiple of 128. scale: what scores are multiplied with, above 0. variant: functions that change scores, hide
-    keys or add a sink, and a window; parameters: their f32 tensor, if any; bits: int32 [M, words], what `pack_bits` makes of up
-    to 256 conditions of each query, if any. Torch tensors. device: where to run (reference, emulator, cuda), by default as the
-    arguments say. out: where the result goes,
-    contiguous, float16 or bfloat16; by default a tensor like q.
+    of the same dtype, keys at index 0, values at 1; a strided view (one layer of a pool, say) is fine. Or a `QuantizedCache`.
+    block_tables: int32 [S, max_pages], the pages of each sequence in order. q_start: int32 [S + 1], where each sequence's queries
+    start in q. kv_lens: int32 [S], tokens in the cache, those of the queries included. Hq / Hkv is 1 to 16, D 64, 96, 128 or, of
+    elements, 256, page_size 16, 32, 64 or a multiple of 128. scale: what scores are multiplied with, above 0. variant: functions
+    that change scores, hide keys or add a sink, and a window; parameters: their f32 tensor, if any; bits: int32 [M, words], what
+    `pack_bits` makes of up to 256 conditions of each query, if any. Torch tensors. device: where to run (reference, emulator,
+    cuda), by default as the arguments say. out: where the result goes, contiguous, float16 or bfloat16; by default like q.
 
     Query j of a sequence with q_len queries sees the first kv_len - q_len + j + 1 tokens of the cache, or all of them where it is
     not causal; one that sees none gets zeros. Nothing beyond kv_len is looked at. One launch; the host reads no tensor, so it can
@@ -133,7 +174,8 @@ def paged_prefill(
 
     Returns: [M, Hq, D]; with return_lse also float32 [M, Hq], the natural logarithm of the sum of exp(scaled score), minus
     infinity where there is no key (`merge_states` takes both). Scores and sums are f32; the softmax weights are rounded to q's
-    dtype.
+    dtype. With a quantised cache all products are of f16: queries and weights are rounded to it, and so are elements, code *
+    scale or code * scale + minimum.
     Raises: TilusError when shapes, dtypes or devices do not fit together; with TILUS_DEBUG=1 also for lengths longer than the
     block table, entries that are no pages, and starts that are not in order.
     """
@@ -159,19 +201,25 @@ def by_plans(
     group = q.shape[1] // kv_heads
     out = empty(q, tuple(q.shape)) if out is None else out
     heads = heads_of(q.shape[0], sequences, group)
-    tiles = slots(q.shape[0], sequences, tokens_of(heads)) * kv_heads * -(-group // heads)
-    blocks = min(tiles, num_sms_of(q, place(device, is_cuda(q))))
+    tiles = tiles_of(q.shape[0], sequences, kv_heads, group, heads)
+    num_sms = num_sms_of(q, place(device, is_cuda(q)))
+    longest = block_tables.shape[1] * kv_cache.shape[2]  # tokens
+    splits = splits_of(tiles, num_sms) if longest >= LEAST_SPLIT and given.variant.sink is None else 1
+    blocks = min(tiles * splits, num_sms)
 
     def by(plan: PrefillPlan) -> tuple[Any, Any]:
         return launch(
-            q, kv_cache, block_tables, q_start, kv_lens, scale, causal, plan, blocks, return_lse, device, given, lists, out
+            q, kv_cache, block_tables, q_start, kv_lens, scale, causal, plan, blocks, return_lse, device, given, lists, out,
+            splits,
         )  # fmt: skip
 
+    kind = kv_cache.format if isinstance(kv_cache, QuantizedCache) else None
     key = (
         q.dtype, out.dtype, kv_heads, heads, group, kv_cache.shape[2], q.shape[2], causal, return_lse, given.variant, given.words,
-        lists is None,
+        lists is None, kind, splits > 1,
     )  # fmt: skip
-    return by_fitting_plan(key, plans_of(heads, q.shape[2]), by)
+    plans = plans_of(heads, q.shape[2]) if kind is None else plans_of_codes(heads, q.shape[2], kind.code.nbits)
+    return by_fitting_plan(key, plans, by)
 
 
 def by_fitting_plan(key: tuple[Any, ...], plans: Sequence[PrefillPlan], launch_by: Callable[[PrefillPlan], Any]) -> Any:
@@ -192,30 +240,65 @@ def plans_of(heads: int, head_dim: int) -> tuple[PrefillPlan, ...]:
     """The largest tile of the cache first: the fewer tiles, the less what each takes beside its products counts."""
     kv_tiles = (128, 64) if head_dim <= 128 else (32, 16)
     registers = (224, 56) if head_dim in (96, 256) else (232, 40)  # copies of more boxes take more
-    return tuple(PrefillPlan(heads, kv_tile, 2, *registers) for kv_tile in kv_tiles)
+    return tuple(PrefillPlan(heads, kv_tile, 2, 2, *registers) for kv_tile in kv_tiles)
+
+
+def plans_of_codes(heads: int, head_dim: int, nbits: int) -> tuple[PrefillPlan, ...]:
+    """Those for a quantised cache: sixteen warps share the registers, and codes have the memory that elements leave."""
+    plans = plans_of(heads, head_dim)
+    stages = [CODES_NBYTES * 8 // (plan.kv_tile * (head_dim * nbits + FACTORS_NBITS)) for plan in plans]
+    return tuple(
+        replace(plan, registers=224, registers_to_copy=32, code_stages=min(count, MOST_CODE_STAGES))
+        for plan, count in zip(plans, stages, strict=True)
+    )
 
 
 def launch(
     q: Any, kv_cache: Any, block_tables: Any, q_start: Any, kv_lens: Any, scale: float, causal: bool, plan: PrefillPlan,
     blocks: int, return_lse: bool, device: str | None, given: GivenVariant = AS_IT_IS, lists: Any = None,
-    out: Any = None,
+    out: Any = None, splits: int = 1,
 ) -> tuple[Any, Any]:  # fmt: skip
-    """(result, logarithms or None) by a given plan, on so many blocks."""
+    """(result, logarithms or None) by a given plan, on so many blocks. splits: parts of a tile of rows, at most."""
     page_size, kv_heads, head_dim = kv_cache.shape[2:]
     by_head = (kv_heads, q.shape[1] // kv_heads)
     out, lse = (
         empty(q, tuple(q.shape)) if out is None else out,
         empty(q, tuple(q.shape[:2]), "float32") if return_lse else None,
     )
+    rows, factors, kind, q_type = kv_cache, None, None, None
+    if isinstance(kv_cache, QuantizedCache):
+        rows, factors, kind = units_of_codes(kv_cache), kv_cache.factors, kv_cache.format
+        q, q_type = as_f16(q)
     if q.shape[0]:
         paged_prefill_kernel.on(device)(
-            q.unflatten(1, by_head), kv_cache, block_tables, q_start, kv_lens, out.unflatten(1, by_head),
+            q.unflatten(1, by_head), rows, block_tables, q_start, kv_lens, out.unflatten(1, by_head),
             scale * math.log2(math.e), blocks, None if lse is None else lse.unflatten(1, by_head), given.parameters, given.bits,
-            lists,
+            lists, factors, *partials_of(q, tiles_of(q.shape[0], kv_lens.shape[0], *by_head, plan.heads), splits),
             kv_heads=kv_heads, group=by_head[1], head_dim=head_dim, page_size=page_size, causal=causal, plan=plan,
-            variant=given.variant, words=given.words,
+            variant=given.variant, words=given.words, kind=kind, q_type=q_type,
         )  # fmt: skip
     return out, lse
+
+
+def tiles_of(queries: int, sequences: int, kv_heads: int, group: int, heads: int) -> int:
+    """Tiles of rows, at most."""
+    return slots(queries, sequences, tokens_of(heads)) * kv_heads * -(-group // heads)
+
+
+def partials_of(q: Any, tiles: int, splits: int) -> tuple[Any, ...]:
+    """(splits, places for partial results of tiles, for their logarithms, tickets); None where tiles are whole."""
+    if splits == 1:
+        return 1, None, None, None
+    places, head_dim = tiles * splits, q.shape[2]
+    results, logs = empty(q, (places, ROWS, head_dim), "float32"), empty(q, (places, ROWS), "float32")
+    return splits, results, logs, counters(q, 2 * tiles)
+
+
+def as_f16(q: Any) -> tuple[Any, Any]:
+    """(the bits of queries as f16, what they are where they are not f16): tiles of both have one type in the kernel."""
+    import torch
+
+    return (q, None) if q.dtype == torch.float16 else (q.view(torch.float16), bf16)
 
 
 def heads_of(queries: int, sequences: int, group: int) -> int:
@@ -230,7 +313,7 @@ def heads_of(queries: int, sequences: int, group: int) -> int:
 
 def check_prefill(what: str, q: Any, kv_cache: Any, q_start: Any, kv_lens: Any, scale: float) -> None:
     """Raise a TilusError where shapes do not fit a call of the function `what`."""
-    if q.ndim != 3 or kv_cache.ndim != 5 or kv_lens.ndim != 1:
+    if q.ndim != 3 or len(kv_cache.shape) != 5 or kv_lens.ndim != 1:
         raise TilusError(
             f"{what}: shapes q {list(q.shape)}, kv_cache {list(kv_cache.shape)} and kv_lens {list(kv_lens.shape)}, "
             "expected [tokens, q_heads, head_dim], [pages, 2, page_size, kv_heads, head_dim] and [sequences]"
@@ -242,9 +325,19 @@ def check_prefill(what: str, q: Any, kv_cache: Any, q_start: Any, kv_lens: Any, 
             hint="the last entry is the number of query tokens",
         )
     group_of(what, q.shape[1], kv_heads)
-    if head_dim not in HEAD_DIMS:
+    if q.shape[2] != head_dim:
+        raise TilusError(f"{what}: head_dim {q.shape[2]} of q and {head_dim} of kv_cache, expected the same")
+    quantised = isinstance(kv_cache, QuantizedCache)
+    if str(q.dtype) not in DTYPES or not (quantised or q.dtype == kv_cache.dtype):
+        cached = "codes" if quantised else kv_cache.dtype
         raise TilusError(
-            f"{what}: head_dim {head_dim}, expected one of {', '.join(map(str, HEAD_DIMS))}",
+            f"{what}: q of {q.dtype} and kv_cache of {cached}, expected float16 or bfloat16, and the same for elements",
+            hint="caches of other types are QuantizedCache: tilus.kernels.kv_cache.quantized_cache",
+        )
+    head_dims = HEAD_DIMS_OF_CODES if quantised else HEAD_DIMS
+    if head_dim not in head_dims:
+        raise TilusError(
+            f"{what}: head_dim {head_dim}, expected one of {', '.join(map(str, head_dims))}",
             hint="pad heads with zeros; scale stays that of the real head_dim",
         )
     if page_size not in (16, 32, 64) and (page_size < 128 or page_size % 128):

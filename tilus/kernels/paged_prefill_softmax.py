@@ -15,14 +15,17 @@ from typing import Any
 
 import tilus
 from tilus import f32
+from tilus.dtypes import DataType
 from tilus.kernels.attention import NO_SCORE
 from tilus.kernels.attention_variant import Position, Variant, Words, scaled_logits, seen, sink_log2
 from tilus.kernels.paged_prefill_stages import Stages
 from tilus.kernels.paged_prefill_tiles import Tile
-from tilus.layout import local
+from tilus.kernels.vectors import by_vector
+from tilus.layout import spatial
 
 HALF = 64  # rows of a warpgroup
-STORED_COLUMNS = 32  # of the result, together
+CONVERTED_ROWS = 16  # of queries, together
+STORED_COLUMNS = 16  # of the result, together
 
 
 class Turns:
@@ -30,10 +33,12 @@ class Turns:
 
     def __init__(self, barriers: Any, half: int) -> None:
         self.barriers, self.half = barriers, half
+        self.parity = 1 - half  # the first warpgroup does not wait for its first turn
 
-    def wait(self, turn: Any) -> None:
-        """Until it is this warpgroup's turn; of turns from 0 on."""
-        tilus.wait_barrier(self.barriers[self.half], (turn + 1 - self.half) % 2)
+    def wait(self) -> None:
+        """Until it is this warpgroup's turn."""
+        tilus.wait_barrier(self.barriers[self.half], self.parity)
+        self.parity = 1 - self.parity
 
     def give(self) -> None:
         tilus.arrive(self.barriers[1 - self.half])
@@ -41,12 +46,14 @@ class Turns:
 
 @dataclass(frozen=True)
 class Kind:
-    """heads: of a tile of rows. causal: whether queries do not see what comes behind them. words: of the bits of a query."""
+    """heads: of a tile of rows. causal: whether queries do not see what comes behind them. words: of the bits of a query. q_type:
+    of queries that come as bits of another type, and are converted to it."""
 
     heads: int
     causal: bool
     variant: Variant
     words: int = 0
+    q_type: Any = None
 
 
 class Rows:
@@ -62,12 +69,12 @@ class Rows:
         self.stages, self.turns, self.scale_log2 = stages, turns, scale_log2
         self.out, self.lse = outputs
         self.heads, self.causal, self.variant, self.parameters = kind.heads, kind.causal, kind.variant, parameters
-        self.bits, self.words = bits, kind.words
+        self.bits, self.words, self.q_type = bits, kind.words, kind.q_type
         self.unit = scale_log2 if kind.variant.logits is None else 1.0
-        self.used = 0
         self.highest, self.total = tilus.full([HALF, 1], NO_SCORE), tilus.zeros([HALF, 1])
-        self.acc = tilus.zeros([HALF, stages.keys.shape[2]])
-        self.factors = tilus.zeros([HALF, stages.keys.shape[1]], stages.keys.dtype)
+        _, length, head_dim = stages.keys.tiles.shape
+        self.acc = tilus.zeros([HALF, head_dim])
+        self.factors = tilus.zeros([HALF, length], stages.keys.tiles.dtype)
 
     @property
     def per_half(self) -> int:
@@ -91,31 +98,33 @@ class Rows:
 
     def attend(self, index: Any, tile: Tile) -> None:
         """All tiles of the cache that these rows see, from the last to the first one."""
-        stages, turns = self.stages, self.turns
-        self.acc = tilus.zeros([HALF, stages.keys.shape[2]])
+        stages, turns, keys, values = self.stages, self.turns, self.stages.keys, self.stages.values
+        self.acc = tilus.zeros(self.acc.shape)
         self.begin(tile)
-        tilus.wait_barrier(stages.full[0][0], index % 2)
+        tilus.wait_barrier(stages.full[0], index % 2)
+        if self.q_type is not None:
+            convert_bits(stages.queries[turns.half], self.q_type)
         if tile.steps > 0:
-            stage = self.wait(1, self.used)
-            turns.wait(self.used)
-            scores = tilus.wgmma(stages.queries[turns.half], stages.keys[stage])
+            keys.wait_full()
+            turns.wait()
+            scores = tilus.wgmma(stages.queries[turns.half], keys.tiles[keys.stage])
             turns.give()
             tilus.wgmma_wait()
-            tilus.arrive(stages.empty[1][stage])
+            keys.leave()
             weights, _ = self.weights(scores, tile, tile.end - 1, True)
-            self.factors = weights.to(stages.values.dtype)
-            for step in tilus.range(1, tile.steps - tile.unmasked):
+            self.factors = weights.to(values.tiles.dtype)
+            masked = min(tile.steps, tile.end - tile.unmasked)
+            for step in tilus.range(1, masked):
                 self.step(tile, tile.end - 1 - step, True)
             if not self.variant.hides:
-                for step in tilus.range(max(tile.steps - tile.unmasked, 1), tile.steps):
+                for step in tilus.range(max(masked, 1), tile.steps):
                     self.step(tile, tile.end - 1 - step, False)
-        tilus.arrive(stages.empty[0][0])
+        tilus.arrive(stages.empty[0])
         if tile.steps > 0:
-            stage = self.wait(2, self.used)
-            self.acc = tilus.wgmma(self.factors, stages.values[stage], self.acc, y_transposed=True)
+            values.wait_full()
+            self.acc = tilus.wgmma(self.factors, values.tiles[values.stage], self.acc, y_transposed=True)
             tilus.wgmma_wait()
-            tilus.arrive(stages.empty[2][stage])
-            self.used += 1
+            values.leave()
 
     def begin(self, tile: Tile) -> None:
         """Nothing is seen yet, but the variant's sink."""
@@ -126,27 +135,20 @@ class Rows:
 
     def step(self, tile: Tile, at: Any, masked: bool) -> None:
         """Add the values of the tile behind the at-th, whose weights are there, and make the weights of the at-th."""
-        stages, turns = self.stages, self.turns
-        keys, values = self.wait(1, self.used + 1), self.used % stages.count
-        turns.wait(self.used + 1)
-        scores = tilus.wgmma(stages.queries[turns.half], stages.keys[keys])
-        self.wait(2, self.used)
-        self.acc = tilus.wgmma(self.factors, stages.values[values], self.acc, y_transposed=True)
+        stages, turns, keys, values = self.stages, self.turns, self.stages.keys, self.stages.values
+        keys.wait_full()
+        turns.wait()
+        scores = tilus.wgmma(stages.queries[turns.half], keys.tiles[keys.stage])
+        values.wait_full()
+        self.acc = tilus.wgmma(self.factors, values.tiles[values.stage], self.acc, y_transposed=True)
         turns.give()
         tilus.wgmma_wait(1)
-        tilus.arrive(stages.empty[1][keys])
+        keys.leave()
         weights, shrink = self.weights(scores, tile, at, masked)
         tilus.wgmma_wait()
-        tilus.arrive(stages.empty[2][values])
-        self.used += 1
-        self.factors = weights.to(stages.values.dtype)
+        values.leave()
+        self.factors = weights.to(values.tiles.dtype)
         self.acc = self.acc * shrink
-
-    def wait(self, which: int, use: Any) -> Any:
-        """The stage of a use of keys (1) or values (2), once it is there."""
-        stage = use % self.stages.count
-        tilus.wait_barrier(self.stages.full[which][stage], use // self.stages.count % 2)
-        return stage
 
     def weights(self, scores: Any, tile: Tile, at: Any, masked: bool) -> Any:
         """The weights of the at-th tile of the cache, and the factor of what has been added up before."""
@@ -194,12 +196,11 @@ class Rows:
         return tile.head + (self.turns.half * self.per_half if self.heads > 1 else 0)
 
     def store(self, tile: Tile) -> None:
-        """Rows without any key are zero. Some columns at a time meet in shared memory, so that a thread has 16 bytes of a row."""
-        head_dim = self.acc.shape[1]
-        width = math.gcd(head_dim, STORED_COLUMNS)
+        """Rows without any key are zero. Neighbouring lanes exchange columns, so that each has 8 bytes of a row."""
+        head_dim, width = self.acc.shape[1], STORED_COLUMNS
         result = self.acc * tilus.rcp(tilus.where(self.total > 0.0, self.total, 1.0))
         parts = result.to(self.out.dtype).reshape([HALF, head_dim // width, width])
-        layout = local(1, width // 32).spatial(4, 1).local(2, 1).spatial(8, 4).local(1, 8)
+        layout = spatial(4, 1).local(2, 1).spatial(8, 4).local(1, width // 4)
         head = self.first_head(tile)
         for part in range(head_dim // width):
             runs = tilus.with_layout(tilus.select(parts, 1, part), layout)
@@ -211,6 +212,17 @@ class Rows:
             logs = natural_lse(self.highest, self.total, self.unit).reshape([self.per_half, self.tokens])
             where = [self.first_token, tile.kv_head, head]
             tilus.store(tilus.narrow(self.lse, 0, tile.row, tile.queries), where, logs, dims=[2, 0])
+
+
+def convert_bits(rows: Any, source: DataType) -> None:
+    """Numbers of the type `source`, whose bits are in shared memory, converted where they are to the type of that memory."""
+    count, head_dim = rows.shape
+    for first in range(0, count, CONVERTED_ROWS):
+        shape, layout = [CONVERTED_ROWS, head_dim], by_vector(CONVERTED_ROWS, head_dim, 8, 4)
+        raw = tilus.load_shared(rows, [first, 0], shape, layout=layout)
+        tilus.store_shared(rows, tilus.view(raw, source, shape, layout).to(rows.dtype), [first, 0])
+    tilus.fence_async()
+    tilus.sync()
 
 
 def natural_lse(highest: Any, total: Any, unit: Any) -> Any:

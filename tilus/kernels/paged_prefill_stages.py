@@ -11,26 +11,75 @@ from __future__ import annotations
 from typing import Any
 
 import tilus
-from tilus.kernels.paged_prefill_tiles import Tile
+from tilus.kernels.paged_prefill_tiles import ROWS, Tile
 
 PIECE = 16  # tokens of a copy around the end of a sequence: every page is a multiple
 
 
-class Stages:
-    """Rings of tiles of keys and of values [stages, tokens, head_dim], and the tile of queries [2, 64, head_dim].
+class Ring:
+    """Tiles of keys or of values [stages, tokens, head_dim], and which stage is next.
 
-    full, empty: (of queries, of keys, of values). The warps that copy and those that compute count on their own.
+    A turn is a round through all stages; barriers tell even and odd ones apart. The warps that fill and those that use a ring
+    count on their own.
     """
 
-    def __init__(self, queries: Any, keys: Any, values: Any, full: Any, empty: Any) -> None:
-        self.queries, self.keys, self.values = queries, keys, values
-        self.full, self.empty = full, empty
-        self.count = keys.shape[0]
-        self.filled = 0
+    def __init__(self, tiles: Any, full: Any, empty: Any) -> None:
+        self.tiles, self.full, self.empty = tiles, full, empty
+        self.stage, self.turn = 0, 0
+
+    def wait_full(self) -> None:
+        tilus.wait_barrier(self.full[self.stage], self.turn)
+
+    def wait_empty(self) -> None:
+        tilus.wait_barrier(self.empty[self.stage], 1 - self.turn)
+
+    def announce(self, nbytes: Any) -> None:
+        """So many bytes will come into the present stage."""
+        tilus.arrive(self.full[self.stage], nbytes=nbytes)
+
+    def leave(self) -> None:
+        """The present stage has been read, and may be filled again."""
+        tilus.arrive(self.empty[self.stage])
+        self.advance()
+
+    def advance(self) -> None:
+        last = self.stage == self.tiles.shape[0] - 1
+        self.turn = 1 - self.turn if last else self.turn
+        self.stage = 0 if last else self.stage + 1
+
+
+class Memory:
+    """The shared memory of a block: a tile of queries, tiles of keys and of values, and their barriers."""
+
+    def __init__(self, dtype: Any, head_dim: int, plan: Any) -> None:
+        self.queries = tilus.shared(dtype, [2, ROWS // 2, head_dim])
+        self.full, self.empty = tilus.mbarrier(), tilus.mbarrier(arrivals=2)
+        self.rings = [
+            (
+                tilus.shared(dtype, [count, plan.kv_tile, head_dim]),
+                tilus.mbarrier(count),
+                tilus.mbarrier(count, arrivals=2),
+            )
+            for count in (plan.key_stages, plan.value_stages)
+        ]
+        self.turns = tilus.mbarrier(2)
+
+    def stages(self) -> Stages:
+        """For one role, which counts on its own."""
+        keys, values = self.rings
+        return Stages(self.queries, self.full, self.empty, Ring(*keys), Ring(*values))
+
+
+class Stages:
+    """The tile of queries [2, 64, head_dim], and rings of tiles of keys and of values. full, empty: barriers of the queries."""
+
+    def __init__(self, queries: Any, full: Any, empty: Any, keys: Ring, values: Ring) -> None:
+        self.queries, self.full, self.empty = queries, full, empty
+        self.keys, self.values = keys, values
 
     def fill_queries(self, q: Any, tile: Tile, index: Any, heads: int) -> None:
         """One copy for each head: 64 rows of a warpgroup are `heads` / 2 of them, or half of the tokens of the only one."""
-        full, empty = self.full[0], self.empty[0]
+        full, empty = self.full, self.empty
         tilus.wait_barrier(empty[0], (index + 1) % 2)
         tilus.arrive(full[0], nbytes=self.queries.nbytes)
         _, rows, head_dim = self.queries.shape
@@ -46,7 +95,7 @@ class Stages:
 
     def fill(self, kv_cache: Any, table: Any, tile: Tile) -> None:
         """The tiles of the cache that some row sees, the last one first. Pages of the next one are looked up ahead."""
-        length, page_size = self.keys.shape[1], kv_cache.shape[2]
+        length, page_size = self.keys.tiles.shape[1], kv_cache.shape[2]
         count = max(length // page_size, 1)
         at = (tile.end - 1) * length  # a variable: computed once, not at each use
         pages = tilus.load(table, [at // page_size], [count])
@@ -55,56 +104,47 @@ class Stages:
             if at + length > tile.length:
                 self.fill_end(kv_cache, table, tile, at)
             else:
-                for which in range(2):
-                    self.fill_whole(which, pages, kv_cache, tile, at)
+                self.fill_whole(self.keys, 0, pages, kv_cache, tile, at)
+                self.fill_whole(self.values, 1, pages, kv_cache, tile, at)
             pages = following
             at -= length
-            self.filled += 1
 
-    def fill_whole(self, which: int, pages: Any, kv_cache: Any, tile: Tile, at: Any) -> None:
+    def fill_whole(self, ring: Ring, which: int, pages: Any, kv_cache: Any, tile: Tile, at: Any) -> None:
         """Keys (0) or values (1) of the tile of the cache that starts at token `at`, which lies in these pages."""
-        length = self.keys.shape[1]
-        ring, full, stage = self.next_stage(which, self.keys[0].nbytes)
-        slot = 0 if kv_cache.shape[2] <= length else at % kv_cache.shape[2]
+        ring.wait_empty()
+        ring.announce(ring.tiles[0].nbytes)
+        slot = 0 if kv_cache.shape[2] <= ring.tiles.shape[1] else at % kv_cache.shape[2]
         tilus.gather_tensor(
-            ring[stage], kv_cache, pages, [0, which, slot, tile.kv_head, 0], dims=[2, 4], barrier=full[stage]
+            ring.tiles[ring.stage], kv_cache, pages, [0, which, slot, tile.kv_head, 0], dims=[2, 4],
+            barrier=ring.full[ring.stage],
         )  # fmt: skip
-
-    def next_stage(self, which: int, nbytes: Any) -> Any:
-        """(ring, its barriers, the stage) of keys (0) or values (1), once it is free; so many bytes will come."""
-        stage = self.wait_empty(which)
-        full = self.full[1 + which]
-        tilus.arrive(full[stage], nbytes=nbytes)
-        return (self.keys, self.values)[which], full, stage
-
-    def wait_empty(self, which: int) -> Any:
-        stage = self.filled % self.count
-        tilus.wait_barrier(self.empty[1 + which][stage], (self.filled // self.count + 1) % 2)
-        return stage
+        ring.advance()
 
     def fill_end(self, kv_cache: Any, table: Any, tile: Tile, at: Any) -> None:
         """The tile of the cache that contains the end of the sequence, which starts at token `at`."""
-        pages, _, page_size, _, head_dim = kv_cache.shape
-        length = self.keys.shape[1]
-        nbytes = self.keys[0].nbytes
+        pages, page_size = kv_cache.shape[0], kv_cache.shape[2]
+        _, length, head_dim = self.keys.tiles.shape
+        nbytes = self.keys.tiles[0].nbytes
         rest = tile.length % PIECE
         whole = (tile.length - at) // PIECE * PIECE  # tokens in front of the piece with the end
         for which in range(2):
-            stage = self.wait_empty(which)
+            ring = (self.keys, self.values)[which]
+            ring.wait_empty()
             if which == 1 and rest > 0:
                 token = at + whole
                 rows = tilus.narrow(kv_cache[table[token // page_size], 1], 0, token % page_size, rest)
                 end = tilus.load(rows, [0, tile.kv_head, 0], [PIECE, head_dim], dims=[0, 2])
-                tilus.store_shared(self.values[stage], end, [whole, 0])
+                tilus.store_shared(ring.tiles[ring.stage], end, [whole, 0])
                 tilus.fence_async()
             through_registers = min(rest, 1) * which
-            ring, full, _ = self.next_stage(which, nbytes - through_registers * (nbytes * PIECE // length))
+            ring.announce(nbytes - through_registers * (nbytes * PIECE // length))
             for piece in tilus.range(length // PIECE):
                 token = at + piece * PIECE
                 page = table[min(token, tile.length - 1) // page_size]
                 if piece * PIECE != whole or through_registers == 0:
                     slot = token % page_size // PIECE * PIECE
                     tilus.copy_tensor(
-                        ring[stage], kv_cache, [page if token < tile.length else pages, which, slot, tile.kv_head, 0],
-                        shape=[PIECE, head_dim], dst_offsets=[piece * PIECE, 0], barrier=full[stage], dims=[2, 4],
+                        ring.tiles[ring.stage], kv_cache, [page if token < tile.length else pages, which, slot, tile.kv_head, 0],
+                        shape=[PIECE, head_dim], dst_offsets=[piece * PIECE, 0], barrier=ring.full[ring.stage], dims=[2, 4],
                     )  # fmt: skip
+            ring.advance()

@@ -14,8 +14,11 @@ from typing import Any
 
 import tilus
 from tilus.kernels.attention import find_queries
+from tilus.layout import replicated, spatial
 
 ROWS = 128  # of a tile; each of two warpgroups has half of them
+SEQUENCES = 128  # that a warp looks at together
+LEAST_STEPS = 4  # of a part of a tile: what is stored and merged for it takes as long as about two
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +44,17 @@ class Tile:
     steps: Any
 
 
+@dataclass(frozen=True, eq=False)
+class PartOfTile(Tile):
+    """Some steps of a tile, of which other blocks have the others. number: of the tile. part, parts: which of how many. place: of
+    the first part's partial result, the others' follow."""
+
+    number: Any
+    part: Any
+    parts: Any
+    place: Any
+
+
 @dataclass(frozen=True)
 class Visits:
     """heads: of a tile of rows. kv_tile: tokens of a tile of the cache. causal: queries do not see what comes behind them.
@@ -58,9 +72,25 @@ def tokens_of(heads: int) -> int:
     return ROWS // heads
 
 
-def slots(queries: Any, sequences: Any, tokens: int) -> Any:
-    """Tiles that batches of so many queries have for each head, at most: those of ragged batches may stay empty."""
-    return (queries + sequences * (tokens - 1)) // tokens
+def slots(queries: Any, sequences: Any, tokens: int, slack: Any = None) -> Any:
+    """Tiles that batches of so many queries have for each head, at most: those of ragged batches may stay empty.
+
+    slack: what `slack_of` finds in a batch, by default the most that there is in any.
+    """
+    return (queries + sequences * (tokens - 1 if slack is None else slack)) // tokens
+
+
+def slack_of(q_start: Any, tokens: int, warps: int) -> Any:
+    """Queries that the last tile of any sequence lacks, at most. Where all sequences lack as many, no slot stays empty."""
+    lanes = replicated(warps, 1) * spatial(32).local(SEQUENCES // 32)
+    slack = 0
+    for at in tilus.range(0, q_start.shape[0] - 1, SEQUENCES):
+        begin = tilus.load(q_start, [at], [SEQUENCES], layout=lanes)
+        end = tilus.load(q_start, [at + 1], [SEQUENCES], layout=lanes)
+        inside = tilus.arange(SEQUENCES, start=at) < q_start.shape[0] - 1
+        lacking = tilus.where(inside, tokens - 1 - (end - begin + (tokens - 1)) % tokens, 0)
+        slack = max(slack, tilus.item(tilus.max(lacking)))
+    return slack
 
 
 def number(turn: Any, block: Any, blocks: Any) -> Any:
@@ -78,21 +108,32 @@ def visited(limit: Any, length: Any, visits: Visits) -> Any:
     return unmasked, end, end if visits.window is None else end - max(limit - visits.window, 0) // visits.kv_tile
 
 
-def each_tile(q: Any, q_start: Any, kv_lens: Any, blocks: Any, visits: Visits, work: Any) -> None:
+def steps_of(part: Any, parts: Any, steps: Any) -> Any:
+    """(the first step of a part of so many steps, the first one behind it)"""
+    return part * steps // parts, (part + 1) * steps // parts
+
+
+def each_tile(
+    q: Any, q_start: Any, kv_lens: Any, blocks: Any, slack: Any, visits: Visits, work: Any, splits: Any = None
+) -> None:  # fmt: skip
     """`work(index, tile)` for the tiles of this block, in order; index counts them. Empty ones are left out.
 
-    q: [tokens, kv_heads, group, head_dim].
+    q: [tokens, kv_heads, group, head_dim]. slack: what `slack_of` finds in the batch, in shared memory, where it costs no register.
+    splits: if given, what blocks take in turns are parts of tiles, `PartOfTile`, so many of each, or less where it has few steps.
     """
     heads, tokens, sequences = visits.heads, tokens_of(visits.heads), kv_lens.shape[0]
     kv_heads, parts = q.shape[1], tilus.cdiv(q.shape[2], heads)
-    rows = slots(q.shape[0], sequences, tokens)
-    count = rows * kv_heads * parts
+    each = kv_heads * parts * (1 if splits is None else splits)  # tiles, or parts of them, of a slot
     # Variables: computed once, not at each use.
     index, at, sequence, first, row, queries, length, limit, unmasked, end, steps = 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0
-    for turn in tilus.range(tilus.cdiv(count, blocks)):
-        at = number(turn, tilus.block_id(0), blocks)
-        if at < count:
-            sequence, first = find_queries(q_start, sequences, tokens, rows - 1 - at // (kv_heads * parts))
+    sharers, begin, behind = 0, 0, 0
+    for turn in tilus.range(tilus.cdiv(slots(q.shape[0], sequences, tokens) * each, blocks)):
+        lacking = tilus.item(tilus.load_shared(slack))
+        rows = slots(q.shape[0], sequences, tokens, lacking)
+        taken = number(turn, tilus.block_id(0), blocks)
+        at = taken if splits is None else taken // splits
+        if taken < rows * each:
+            sequence, first = find_queries(q_start, sequences, tokens, rows - 1 - at // (kv_heads * parts), lacking)
             row = q_start[sequence] + first
             queries = q_start[sequence + 1] - row
             if queries > 0:
@@ -101,5 +142,16 @@ def each_tile(q: Any, q_start: Any, kv_lens: Any, blocks: Any, visits: Visits, w
                 unmasked, end, steps = visited(limit, length, visits)
                 kv_head, head = at % (kv_heads * parts) // parts, at % parts * heads
                 past = limit - 1 - first
-                work(index, Tile(sequence, kv_head, head, row, queries, length, past, limit, unmasked, end, steps))
-                index += 1
+                if splits is None:
+                    work(index, Tile(sequence, kv_head, head, row, queries, length, past, limit, unmasked, end, steps))
+                    index += 1
+                else:
+                    sharers = max(1, min(splits, steps // LEAST_STEPS))
+                    part = taken % splits
+                    if part < sharers:
+                        begin, behind = steps_of(part, sharers, steps)
+                        work(index, PartOfTile(
+                            sequence, kv_head, head, row, queries, length, past, limit, unmasked, end - begin, behind - begin,
+                            at, part, sharers, at * splits,
+                        ))  # fmt: skip
+                        index += 1

@@ -15,8 +15,8 @@ from typing import Any
 import tilus
 from tilus import Const, Tensor, f32, int32
 from tilus.kernels.attention_variant import NO_VARIANT
-from tilus.kernels.paged_prefill_softmax import HALF, Kind, Rows, Turns
-from tilus.kernels.paged_prefill_stages import Stages
+from tilus.kernels.paged_prefill_softmax import Kind, Rows, Turns
+from tilus.kernels.paged_prefill_stages import Memory
 from tilus.kernels.shared_prefix_groups import each_shared_tile
 
 CONSUMERS, PRODUCERS = 8, 4  # warps
@@ -57,17 +57,12 @@ def shared_prefix_kernel(
     """
     tilus.grid(split.blocks, warps=CONSUMERS + PRODUCERS)
     kv_heads = q.shape[1]
-    queries = tilus.shared(q.dtype, [2, HALF, head_dim])
-    keys = tilus.shared(q.dtype, [plan.stages, plan.kv_tile, head_dim])
-    values = tilus.shared(q.dtype, [plan.stages, plan.kv_tile, head_dim])
-    full = tilus.mbarrier(), tilus.mbarrier(plan.stages), tilus.mbarrier(plan.stages)
-    empty = tilus.mbarrier(arrivals=2), tilus.mbarrier(plan.stages, arrivals=2), tilus.mbarrier(plan.stages, arrivals=2)
-    turns = tilus.mbarrier(2)
+    memory = Memory(q.dtype, head_dim, plan)
     tilus.wait_dependencies()
     tilus.launch_dependents()
 
     with tilus.warps(CONSUMERS, PRODUCERS, registers=plan.registers_to_copy):
-        filling = Stages(queries, keys, values, full, empty)
+        filling = memory.stages()
 
         def fill(index, tile):
             filling.fill_queries(q, tile, index, plan.heads)
@@ -80,7 +75,8 @@ def shared_prefix_kernel(
 
     for half in range(2):
         with tilus.warps(4 * half, 4, registers=plan.registers):
-            using = Stages(queries, keys, values, full, empty)
             kind = Kind(plan.heads, False, NO_VARIANT)
-            rows = SharedRows(using, Turns(turns, half), (partial_out, partial_lse), scale_log2, kind, None, None)
+            rows = SharedRows(
+                memory.stages(), Turns(memory.turns, half), (partial_out, partial_lse), scale_log2, kind, None, None
+            )
             each_shared_tile(shared, kv_heads, q_len, split, plan.kv_tile, 4, rows.compute)

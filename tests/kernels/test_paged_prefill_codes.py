@@ -1,0 +1,160 @@
+"""paged_prefill over quantised caches against attention in float64 of the elements that codes stand for, rounded to f16."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from attention_batches import Batch, Inputs, exact_attention, exact_lse, limit_of
+from test_kv_cache import NAMES, moved, numbers_of
+from test_paged_attention import quantized_inputs, starts
+
+import tilus
+from tilus.kernels.attention_variant import GivenVariant, Variant
+from tilus.kernels.kv_cache import QuantizedCache, quantized_cache
+from tilus.kernels.paged_decode import units_of_codes
+from tilus.kernels.paged_prefill import (
+    PrefillPlan,
+    as_f16,
+    launch,
+    paged_prefill,
+    paged_prefill_kernel,
+    plans_of_codes,
+)
+from tilus.runtime.execute import build
+from tilus.target import get_target
+
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+EXECUTIONS = [*(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("reference", "emulator")), CUDA]
+PLAN = PrefillPlan(2, registers=224, registers_to_copy=32, code_stages=3)
+MIXED = ((0, 20), (18, 18), (5, 2), (9, 150), (1, 0), (40, 129))
+
+
+def elements_of(cache: QuantizedCache) -> torch.Tensor:
+    """f16 [pages, 2, page_size, Hkv, D]: products and sums of f16 numbers are exact in float64, and then rounded once."""
+    with np.errstate(invalid="ignore"):
+        rounded = numbers_of(cache)[1].astype(np.float16)
+    return torch.from_numpy(rounded).permute(0, 2, 3, 1, 4)
+
+
+def check(
+    name: str, batch: Batch, device: str, plan: PrefillPlan | None = None, splits: int = 1
+) -> None:  # fmt: skip
+    """Results as close as those of a cache of f16, but for one rounding to q's dtype; NaN is in all that nobody sees."""
+    q, cache, tables, lens = quantized_inputs(name, batch)
+    scale = batch.head_dim**-0.5
+    inputs = Inputs(q, elements_of(cache), tables, starts(batch, 0), lens, scale)
+    given = [q, tables, inputs.q_start, lens]
+    queries, table, q_start, kv_lens = [t.cuda() for t in given] if device == "cuda" else given
+    arguments = queries, moved(cache, device), table, q_start, kv_lens, scale
+    if plan is None:
+        out, lse = paged_prefill(*arguments, return_lse=True, device=device)
+    else:
+        out, lse = launch(*arguments, True, plan, 2, True, device, splits=splits)
+    (expected, size), wanted = exact_attention(inputs, batch), exact_lse(inputs, batch)
+    error = np.abs(out.cpu().double().numpy() - expected)
+    limit = limit_of(batch, expected, size, weight_step=2.0**-11)
+    assert out.dtype == batch.dtype
+    assert (error <= limit).all(), f"off by {error.max()}, {(error / (limit + 1e-30)).max()} of the limit"
+    found, finite = lse.cpu().double().numpy(), np.isfinite(wanted)
+    assert np.array_equal(np.isneginf(found), ~finite)
+    assert np.abs(found[finite] - wanted[finite]).max(initial=0) < 2.0**-14
+
+
+@pytest.mark.parametrize("device", EXECUTIONS)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_mixed_batches(dtype: torch.dtype, name: str, device: str) -> None:
+    """Prompts, chunks, decoding, sequences without queries, queries without keys; more tiles than blocks."""
+    check(name, Batch(MIXED, group=2, dtype=dtype), device, PLAN)
+
+
+@pytest.mark.parametrize("device", ["reference", *EXECUTIONS[1:]])
+def test_a_tile_of_rows_that_two_blocks_share(device: str) -> None:
+    """Of nine tiles of the cache, the last one of which ends inside of a page."""
+    batch = Batch(((4, 135),), kv_heads=1, group=1, dtype=torch.bfloat16)
+    check("int4", batch, device, replace(PLAN, heads=1, kv_tile=16), splits=2)
+
+
+@pytest.mark.parametrize("device", EXECUTIONS)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("group", "head_dim", "page_size", "dtype"),
+    [
+        (1, 128, 16, torch.bfloat16),
+        (3, 96, 32, torch.float16),
+        (16, 64, 128, torch.bfloat16),
+        (4, 128, 256, torch.float16),
+    ],
+)
+def test_shapes(group: int, head_dim: int, page_size: int, dtype: torch.dtype, name: str, device: str) -> None:
+    batch = Batch(
+        ((20, 20), (5, 150), (1, 300)), kv_heads=1, group=group, head_dim=head_dim, page_size=page_size, dtype=dtype
+    )
+    check(name, batch, device)
+
+
+@pytest.mark.parametrize("device", EXECUTIONS)
+@pytest.mark.parametrize("stages", [(1, 1, 6), (1, 2, 2), (2, 1, 3), (2, 2, 1)])
+def test_stages(stages: tuple[int, int, int], device: str) -> None:
+    """Of keys, of values and of codes: any numbers will do, whatever their turns."""
+    keys, values, codes = stages
+    plan = replace(PLAN, kv_tile=64, key_stages=keys, value_stages=values, code_stages=codes)
+    check("fp8", Batch(((70, 300), (3, 200)), kv_heads=1, group=2), device, plan)
+
+
+def soft_cap(score: Any, at: Any) -> Any:
+    return tilus.tanh(score * 0.5) * 2.0
+
+
+@pytest.mark.parametrize("device", EXECUTIONS)
+@pytest.mark.parametrize("name", NAMES)
+def test_codes_have_the_bits_of_their_elements(name: str, device: str) -> None:
+    """As a cache of f16 holds them: what computes does not know of codes. So variants, splits and all else hold for both."""
+    batch = Batch(((40, 150), (3, 300)), group=2)
+    q, cache, tables, lens = quantized_inputs(name, batch)
+    tensors = [t.cuda() if device == "cuda" else t for t in (tables, starts(batch, 0), lens)]
+    given = GivenVariant(Variant(soft_cap, window=100), None, None)
+
+    def attend(kv_cache: Any, plan: PrefillPlan) -> torch.Tensor:
+        own = q.cuda() if device == "cuda" else q
+        return launch(own, kv_cache, *tensors, 0.125, True, plan, 2, True, device, given, splits=2)[0].cpu()
+
+    elements = elements_of(cache).contiguous()
+    plain = replace(PLAN, kv_tile=16, registers=232, registers_to_copy=40)
+    found = attend(moved(cache, device), replace(PLAN, kv_tile=16))
+    assert (
+        torch.equal(found, attend(elements.cuda() if device == "cuda" else elements, plain)) and found.isfinite().all()
+    )
+
+
+SHAPES = [(128, 4, 16, torch.bfloat16, True), (64, 2, 128, torch.float16, False), (96, 16, 32, torch.bfloat16, True)]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        pytest.param(name, shape, marks=() if (name, shape) == ("fp8", SHAPES[0]) else pytest.mark.exhaustive)
+        for name in NAMES
+        for shape in SHAPES
+    ],
+)
+def test_assembles_without_spills(name: str, shape: tuple[int, int, int, torch.dtype, bool]) -> None:
+    head_dim, heads, page_size, dtype, causal = shape
+    cache = quantized_cache(name, 4, page_size, 2, head_dim)
+    q, table, starts_ = (
+        torch.zeros(2, 2, heads, head_dim, dtype=dtype),
+        torch.zeros(2, 2, dtype=torch.int32),
+        torch.zeros(3).int(),
+    )
+    bits, q_type = as_f16(q)
+    special = paged_prefill_kernel.specialize(
+        bits, units_of_codes(cache), table, starts_, table[0], q, 1.0, 132, torch.zeros(2, 2, heads), None, None, None,
+        cache.factors, head_dim=head_dim, page_size=page_size, kv_heads=2, group=heads, causal=causal, kind=cache.format,
+        plan=plans_of_codes(heads, head_dim, cache.format.code.nbits)[0], q_type=q_type,
+    )  # fmt: skip
+    compiled, cubin = build(special.function, get_target("sm_90a"))
+    assert cubin and "wgmma.mma_async" in compiled.ptx and ".f32.f16.f16" in compiled.ptx
