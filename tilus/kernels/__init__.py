@@ -16,6 +16,7 @@ from tilus.kernels.kv_cache import QuantizedCache as QuantizedCache
 from tilus.kernels.kv_cache import quantized_cache as quantized_cache
 from tilus.kernels.linear import linear as linear
 from tilus.kernels.merge_states import merge_states as merge_states
+from tilus.kernels.mixture import mixture as mixture
 from tilus.kernels.mla_decode import mla_decode as mla_decode
 from tilus.kernels.mla_prefill import mla_prefill as mla_prefill
 from tilus.kernels.norm import add_rms_norm as add_rms_norm
