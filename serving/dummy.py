@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,6 @@ class DummyWeights:
             self._shapes["output"] = (vocab, hidden)
         self._hidden, self._dtype, self._group = hidden, dtype, group
         self._vectors = layer_vectors(config)
-        self._block = np.random.default_rng(0).integers(0, 256, _BLOCK, np.uint8)
 
     def has(self, name: str) -> bool:
         return _part(name) in self._shapes
@@ -100,12 +100,18 @@ class DummyWeights:
         n, k = shape
         if k % group:
             raise TilusError(f"rows of {k} weights in groups of {group}, expected a multiple")
-        numbers = dtype.decode(np.arange(dtype.num_codes, dtype=np.uint8)).astype(np.float64)
-        usable = np.flatnonzero(np.isfinite(numbers)).astype(np.uint8)
-        codes = np.resize(usable[self._block.astype(np.int64) % len(usable)], shape)
-        spread = float(np.sqrt(np.mean(numbers[usable] ** 2))) or 1.0
+        codes, spread = _random_codes(dtype)
         scale = np.float32(np.float16(1 / (spread * k**0.5)))
-        return QuantizedMatrix(codes, np.full((n, k // group), scale), None, dtype)
+        return QuantizedMatrix(np.resize(codes, shape), np.full((n, k // group), scale), None, dtype)
+
+
+@functools.cache
+def _random_codes(dtype: DataType) -> tuple[npt.NDArray[np.uint8], float]:
+    """And the size of the numbers that they stand for; a mixture asks for thousands of matrices."""
+    numbers = dtype.decode(np.arange(dtype.num_codes, dtype=np.uint8)).astype(np.float64)
+    usable = np.flatnonzero(np.isfinite(numbers)).astype(np.uint8)
+    chosen = np.random.default_rng(0).integers(0, 256, _BLOCK) % len(usable)
+    return usable[chosen], float(np.sqrt(np.mean(numbers[usable] ** 2))) or 1.0
 
 
 def _part(name: str) -> str:
