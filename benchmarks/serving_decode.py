@@ -33,7 +33,7 @@ from serving.dummy import open_dummy
 from serving.kernels import default_kernels
 from serving.kv_pool import KvPool
 from serving.model import Model, build_model
-from serving.packing import FUSED, NORMS, PackedWeights, pack_weights
+from serving.packing import PackedWeights, pack_weights
 from serving.runner import TorchRunner, step_tensors
 from serving.sampling import Sampler
 from tilus.dtypes import dtype
@@ -67,13 +67,13 @@ def with_layers(packed: PackedWeights, count: int) -> PackedWeights:
     """Copies of the only layer, each in memory of its own."""
     tensors, linears = dict(packed.tensors), dict(packed.linears)
     for index in range(1, count):
-        for name in (*FUSED, *NORMS):
-            first, copy = f"blk.0.{name}", f"blk.{index}.{name}"
-            if name in NORMS:
-                tensors[copy] = tensors[first].clone()
-            else:
-                linears[copy] = tuple(
-                    replace(part, codes=part.codes.clone(), scales=part.scales.clone()) for part in linears[first]
+        for name, tensor in packed.tensors.items():
+            if name.startswith("blk.0."):
+                tensors[f"blk.{index}.{name[6:]}"] = tensor.clone()
+        for name, parts in packed.linears.items():
+            if name.startswith("blk.0."):
+                linears[f"blk.{index}.{name[6:]}"] = tuple(
+                    replace(part, codes=part.codes.clone(), scales=part.scales.clone()) for part in parts
                 )
     return PackedWeights(tensors, linears)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -48,24 +49,25 @@ class DummyWeights:
     """
 
     def __init__(self, config: ModelConfig, dtype: DataType, group: int, *, tied: bool) -> None:
-        hidden, ffn, vocab = config.hidden_size, config.ffn_size, config.vocab_size
+        hidden, vocab = config.hidden_size, config.vocab_size
+        ffn = config.ffn_size if config.experts is None else config.experts.ffn_size
         q, kv = (heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads))
         self._shapes = {
             "attn_q": (q, hidden), "attn_k": (kv, hidden), "attn_v": (kv, hidden), "attn_output": (hidden, q),
             "ffn_gate": (ffn, hidden), "ffn_up": (ffn, hidden), "ffn_down": (hidden, ffn), "token_embd": (vocab, hidden),
         }  # fmt: skip
+        if config.experts is not None:
+            self._shapes["ffn_gate_inp"] = (config.experts.count, hidden)
         if not tied:
             self._shapes["output"] = (vocab, hidden)
         self._hidden, self._dtype, self._group = hidden, dtype, group
         self._vectors = layer_vectors(config)
-        self._block = np.random.default_rng(0).integers(0, 256, _BLOCK, np.uint8)
 
     def has(self, name: str) -> bool:
-        return name.rpartition(".")[2] in self._shapes
+        return _part(name) in self._shapes
 
     def vector(self, name: str) -> npt.NDArray[np.float32]:
-        part = name.rpartition(".")[2]
-        return np.ones(self._vectors.get(part, self._hidden), np.float32)
+        return np.ones(self._vectors.get(_part(name), self._hidden), np.float32)
 
     def bias(self, name: str) -> npt.NDArray[np.float32]:
         return np.zeros(self._shape(name)[0], np.float32)
@@ -89,21 +91,33 @@ class DummyWeights:
         return 0
 
     def _kind(self, name: str) -> tuple[DataType, int]:
-        return (int8, 32) if name.rpartition(".")[2] in ALWAYS_INT8 else (self._dtype, self._group)
+        return (int8, 32) if _part(name) in ALWAYS_INT8 else (self._dtype, self._group)
 
     def _shape(self, name: str) -> tuple[int, int]:
-        return self._shapes[name.rpartition(".")[2]]
+        return self._shapes[_part(name)]
 
     def _random(self, shape: tuple[int, int], dtype: DataType, group: int) -> QuantizedMatrix:
         n, k = shape
         if k % group:
             raise TilusError(f"rows of {k} weights in groups of {group}, expected a multiple")
-        numbers = dtype.decode(np.arange(dtype.num_codes, dtype=np.uint8)).astype(np.float64)
-        usable = np.flatnonzero(np.isfinite(numbers)).astype(np.uint8)
-        codes = np.resize(usable[self._block.astype(np.int64) % len(usable)], shape)
-        spread = float(np.sqrt(np.mean(numbers[usable] ** 2))) or 1.0
+        codes, spread = _random_codes(dtype)
         scale = np.float32(np.float16(1 / (spread * k**0.5)))
-        return QuantizedMatrix(codes, np.full((n, k // group), scale), None, dtype)
+        return QuantizedMatrix(np.resize(codes, shape), np.full((n, k // group), scale), None, dtype)
+
+
+@functools.cache
+def _random_codes(dtype: DataType) -> tuple[npt.NDArray[np.uint8], float]:
+    """And the size of the numbers that they stand for; a mixture asks for thousands of matrices."""
+    numbers = dtype.decode(np.arange(dtype.num_codes, dtype=np.uint8)).astype(np.float64)
+    usable = np.flatnonzero(np.isfinite(numbers)).astype(np.uint8)
+    chosen = np.random.default_rng(0).integers(0, 256, _BLOCK) % len(usable)
+    return usable[chosen], float(np.sqrt(np.mean(numbers[usable] ** 2))) or 1.0
+
+
+def _part(name: str) -> str:
+    """`ffn_up` of `blk.3.ffn_up` and of `blk.3.ffn_up.5`."""
+    parts = name.split(".")
+    return parts[2] if len(parts) > 2 else parts[0]
 
 
 def _byte_tokenizer() -> Tokenizer:

@@ -149,6 +149,7 @@ class DirectoryWeights:
         self._tensors = open_tensors(directory)
         self._weight_dtype = weight_dtype
         self._config = config
+        self._rows: dict[tuple[int, DataType], QuantizedMatrix] = {}
         self._tied = tied
 
     def has(self, name: str) -> bool:
@@ -173,9 +174,10 @@ class DirectoryWeights:
     def first_row(self, name: str) -> QuantizedMatrix | None:
         if not self.is_float(name):
             return None
-        stored_name = self._full_name(name)
-        row = np.zeros((1, self._tensors.stored(stored_name).shape[-1]), np.float32)
-        return quantize_on_load(row, self._dtype(name), stored_name)
+        width, dtype = self._tensors.stored(self._full_name(name)).shape[-1], self._dtype(name)
+        if (width, dtype) not in self._rows:  # a mixture has thousands of matrices
+            self._rows[width, dtype] = quantize_on_load(np.zeros((1, width), np.float32), dtype, self._full_name(name))
+        return self._rows[width, dtype]
 
     def num_rows(self, name: str) -> int:
         return self._tensors.stored(self._full_name(name)).shape[0]

@@ -17,6 +17,9 @@ from tilus.errors import TilusError
 from tilus.kernels import QuantizedCache
 from tilus.kernels.quantize import QuantizedMatrix
 
+# What cuts sums in one way or another.
+_SUMMING = ("linear", "paged_attention", "mixture")
+
 # Each library has its own packed form of a weight; the model carries it from `pack` to `linear`, and asks it for `shape`, (N, K).
 PackedWeight = Any
 
@@ -98,6 +101,14 @@ class Kernels(Protocol):
         """x float32 [M, N] = cap * tanh(x / cap), in place."""
         ...
 
+    def mixture(
+        self, x: Tensor, logits: Tensor, gate_up: PackedWeight, down: PackedWeight, *, top: int, normalized: bool
+    ) -> Tensor:
+        """Of each token x [M, H] the sum of what its `top` experts give, which have the largest logits (float32 [M, E]), weighted
+        by the softmax of all, normalized: over its experts. gate_up: of all experts on top of each other, of each F gates and
+        then F factors, [E * 2 F, H]; down: [E * H, F]."""
+        ...
+
     def embedding(self, ids: Tensor, table: Tensor, scales: Tensor | None = None) -> Tensor:
         """Rows of the table: float16 [V, H], or int8 [V, H] with scales float16 [V, H / 32] -> float16 [M, H]."""
         ...
@@ -119,5 +130,5 @@ def default_kernels(invariant: bool = False) -> Kernels:
         raise TilusError(f"the kernel library cannot be imported: {error}") from error
     if not invariant:
         return cast(Kernels, module)
-    changed = {name: functools.partial(getattr(module, name), invariant=True) for name in ("linear", "paged_attention")}
+    changed = {name: functools.partial(getattr(module, name), invariant=True) for name in _SUMMING}
     return cast(Kernels, SimpleNamespace(**vars(module) | changed))

@@ -95,7 +95,9 @@ def activation_nbytes(config: ModelConfig, max_step_tokens: int, max_batch: int,
     """About what a step needs besides: float16 values of one layer's tensors, the float32 residual, logits and sampling; on a
     CPU also what captured decode steps keep, which is all layers' tensors and the logits, on a GPU the logits of the largest."""
     heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    of_token = 2 * (3 * config.hidden_size + 2 * heads + 3 * config.ffn_size) + 4 * config.hidden_size
+    experts = config.experts
+    active, ffn = (0, config.ffn_size) if experts is None else (experts.active, experts.active * experts.ffn_size)
+    of_token = 2 * ((3 + 2 * active) * config.hidden_size + 2 * heads + 3 * ffn) + 4 * config.hidden_size
     rows_kept = sum(range(1, min(LARGEST_BATCH, max_batch) + 1)) if device.type == "cpu" else 0
     kept = rows_kept * (config.num_layers * of_token + config.vocab_size * 4)
     kept += max_batch * config.vocab_size * 4 if device.type == "cuda" else 0

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from serving.config import ModelConfig
+from serving.config import Experts, ModelConfig
 from serving.kernels import Kernels, KvCache, PackedWeight
 from serving.loader import Checkpoint
 from serving.packing import BIAS, HEAD, NORM, ROPE, TABLE, TABLE_SCALES, PackedWeights, pack_weights
@@ -64,6 +64,35 @@ class Linear:
 
 
 @dataclass(frozen=True, eq=False)
+class Dense:
+    """A gated feed-forward layer."""
+
+    gate_up: Linear
+    down: Linear
+    activation: str
+
+    def __call__(self, kernels: Kernels, x: Tensor, combine: Combine | None = None) -> Tensor:
+        gate_up = self.gate_up(kernels, x)
+        gated = kernels.silu_mul(gate_up) if self.activation == "silu" else kernels.gelu_mul(gate_up)
+        return self.down(kernels, gated, combine)
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """A feed-forward layer of experts, each of which is gated by SiLU. All of them on each device: there is nothing to combine."""
+
+    router: PackedWeight
+    gate_up: PackedWeight
+    down: PackedWeight
+    experts: Experts
+
+    def __call__(self, kernels: Kernels, x: Tensor, combine: Combine | None = None) -> Tensor:
+        logits = kernels.linear(x, self.router, out_dtype=torch.float32)
+        top, normalized = self.experts.active, self.experts.normalized
+        return kernels.mixture(x, logits, self.gate_up, self.down, top=top, normalized=normalized)
+
+
+@dataclass(frozen=True, eq=False)
 class Layer:
     """cos_sin: the table of its rotary embedding. window: how many tokens one sees at most. Norms that a model does not have are
     None."""
@@ -77,8 +106,7 @@ class Layer:
     attn_output: Linear
     post_attention_norm: Tensor | None
     ffn_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    feed_forward: Dense | Mixture
     post_ffw_norm: Tensor | None
 
 
@@ -118,7 +146,7 @@ class Model:
         for layer, next_norm, kv_cache in zip(self.layers, next_norms, layers, strict=True):
             x = self._attention(layer, x, step, kv_cache)
             x = kernels.add_rms_norm(x, residual, layer.ffn_norm, eps, x_norm=layer.post_attention_norm, constant=True)
-            x = layer.down(kernels, self._gated(layer.gate_up(kernels, x)), self.combine)
+            x = layer.feed_forward(kernels, x, self.combine)
             x = kernels.add_rms_norm(x, residual, next_norm, eps, x_norm=layer.post_ffw_norm, constant=True)
         if step.last is not None:
             x = x[step.last.long()]
@@ -126,10 +154,6 @@ class Model:
             return torch.empty((0, config.vocab_size), dtype=torch.float32, device=x.device)
         logits = kernels.linear(x, self.head, out_dtype=torch.float32, **({} if out is None else {"out": out}))
         return logits if config.final_cap is None else kernels.soft_cap(logits, config.final_cap)
-
-    def _gated(self, gate_up: Tensor) -> Tensor:
-        is_silu = self.config.architecture.activation == "silu"
-        return self.kernels.silu_mul(gate_up) if is_silu else self.kernels.gelu_mul(gate_up)
 
     def _attention(self, layer: Layer, x: Tensor, step: StepTensors, kv_cache: KvCache) -> Tensor:
         kernels = self.kernels
@@ -150,6 +174,15 @@ def build_model(config: ModelConfig, kernels: Kernels, packed: PackedWeights, co
     def linear(name: str) -> Linear:
         return Linear(packed.linears[name], packed.tensors.get(name + BIAS))
 
+    def feed_forward(prefix: str) -> Dense | Mixture:
+        if config.experts is None:
+            gate_up, down = linear(prefix + "ffn_gate_up"), linear(prefix + "ffn_down")
+            return Dense(gate_up, down, config.architecture.activation)
+        router, gate_up, down = (
+            packed.linears[prefix + name][0] for name in ("ffn_gate_inp", "ffn_gate_up", "ffn_down")
+        )
+        return Mixture(router, gate_up, down, config.experts)
+
     def layer(index: int) -> Layer:
         prefix, attention = f"blk.{index}.", config.attention_of(index)
         return Layer(
@@ -162,8 +195,7 @@ def build_model(config: ModelConfig, kernels: Kernels, packed: PackedWeights, co
             attn_output=linear(prefix + "attn_output"),
             post_attention_norm=packed.tensors.get(prefix + "post_attention_norm"),
             ffn_norm=packed.tensors[prefix + "ffn_norm"],
-            gate_up=linear(prefix + "ffn_gate_up"),
-            down=linear(prefix + "ffn_down"),
+            feed_forward=feed_forward(prefix),
             post_ffw_norm=packed.tensors.get(prefix + "post_ffw_norm"),
         )
 

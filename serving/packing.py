@@ -16,6 +16,7 @@ from serving.kernels import Kernels, PackedWeight
 from serving.loader import Checkpoint
 from serving.quantize import fit_float16, with_short_scales
 from tilus.dtypes import int8
+from tilus.errors import TilusError
 from tilus.kernels.quantize import QuantizedMatrix
 
 TABLE, TABLE_SCALES, NORM, ROPE, HEAD, BIAS = (
@@ -63,8 +64,16 @@ def pack_weights(
 
 
 def layer_linears(config: ModelConfig) -> Mapping[str, tuple[str, ...]]:
-    """The linear layers of a block, and the matrices that each is made of."""
-    return FUSED
+    """The linear layers of a block, and the matrices that each is made of; those of all experts are one."""
+    if config.experts is None:
+        return FUSED
+    experts = range(config.experts.count)
+    dense = {name: FUSED[name] for name in ("attn_qkv", "attn_output")}
+    return dense | {
+        "ffn_gate_inp": ("ffn_gate_inp",),
+        "ffn_gate_up": tuple(f"{part}.{expert}" for expert in experts for part in FUSED["ffn_gate_up"]),
+        "ffn_down": tuple(f"ffn_down.{expert}" for expert in experts),
+    }
 
 
 def layer_vectors(config: ModelConfig) -> Mapping[str, int]:
@@ -86,13 +95,13 @@ def layer_vectors(config: ModelConfig) -> Mapping[str, int]:
 
 def stack_alike(matrices: Sequence[QuantizedMatrix]) -> list[QuantizedMatrix]:
     """The matrices, neighbours that are quantised alike stacked into one."""
-    stacked: list[QuantizedMatrix] = []
+    runs: list[list[QuantizedMatrix]] = []
     for matrix in matrices:
-        if stacked and stacked[-1].stacks_with(matrix):
-            stacked[-1] = stacked[-1].stack(matrix)
+        if runs and runs[-1][0].stacks_with(matrix):
+            runs[-1].append(matrix)
         else:
-            stacked.append(matrix)
-    return stacked
+            runs.append([matrix])
+    return [run[0].stack(*run[1:]) for run in runs]
 
 
 def keeps_codes(table: QuantizedMatrix) -> bool:
@@ -118,6 +127,11 @@ class _Packing:
         for fused, parts in linears.items():
             matrices = [self._weights.matrix(prefix + part) for part in parts]
             self.linears[prefix + fused] = self._packed(matrices, prefix + parts[0])
+            if len(self.linears[prefix + fused]) > 1 and fused.startswith("ffn") and self._config.experts:
+                raise TilusError(
+                    f"{prefix}{fused}: experts, or their gates and factors, are quantised in different ways, expected one",
+                    hint="quantise the model again",
+                )
 
     def add_ends(self) -> None:
         """What comes before and after the layers."""

@@ -2,7 +2,7 @@
 
 Of query, key, value, gate and up a device has rows, of the two layers behind them the columns for these, so that its results are
 parts of sums; embedding, norms and output are whole everywhere (M. Shoeybi et al., "Megatron-LM", arXiv 1909.08053). Ranges are
-as equal as whole heads and groups of scales allow.
+as equal as whole heads and groups of scales allow. Mixtures of experts are whole everywhere, too.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ def shard(checkpoint: Checkpoint, share: Share) -> Checkpoint:
             f"{checkpoint.name} has {config.num_kv_heads} key-value heads, which {share.count} devices cannot share",
             hint=f"use --tp {config.num_kv_heads} or less",
         )
-    ranges = _Ranges(config, share, _group(checkpoint.weights, config))
-    heads, ffn = ranges.kv_heads, ranges.ffn
+    dense = config.experts is None
+    ranges = _Ranges(config, share, _group(checkpoint.weights, config) if dense else config.ffn_size)
+    heads, ffn = ranges.kv_heads, ranges.ffn if dense else range(config.ffn_size)
     local = replace(
         config,
         num_heads=len(heads) * (config.num_heads // config.num_kv_heads),

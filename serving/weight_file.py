@@ -25,7 +25,7 @@ from serving.packing import PackedWeights
 from tilus.errors import TilusError
 from tilus.kernels.quantize import QuantizedWeight, WeightHeader
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TEMPORARY = ".part"
 _MAGIC = f"tilusW{FORMAT_VERSION:02}".encode()
 _PREFIX = struct.Struct("<8sQ32s")

@@ -115,6 +115,10 @@ SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
     "mla_prefill.mla_prefill_kernel": [
         {"width": 576, "latent": 512, "heads": 16, "page_size": 16, "plan": MlaPlan(cluster=2)}
     ],
+    "mixture.route_kernel": [{"experts": 60, "top": 4, "normalized": True}],
+    "mixture.places_kernel": [{}],
+    "mixture.scatter_kernel": [{"top": 2}],
+    "mixture.combine_kernel": [{"top": 2}],
     "norm.rms_norm_kernel": [{"hidden": 768}],
     "paged_decode.paged_decode_kernel": [
         {

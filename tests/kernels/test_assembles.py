@@ -21,6 +21,7 @@ from tilus.kernels.grouped_linear import grouped_linear_kernel, plans
 from tilus.kernels.kv_cache import KV_FORMATS, rope_append_quantized_kernel
 from tilus.kernels.linear import quantized_linear
 from tilus.kernels.linear_problem import LinearProblem, heuristic
+from tilus.kernels.mixture import combine_kernel, places_kernel, route_kernel, scatter_kernel
 from tilus.kernels.norm import rms_norm_kernel
 from tilus.kernels.quantize import WeightHeader
 from tilus.kernels.quantize_tokens import quantize_tokens_kernel
@@ -60,6 +61,10 @@ LIBRARY: list[tuple[Kernel, dict[str, Any]]] = [
     (gated_kernel, {"dtype": tilus.f16}),
     (gated_kernel, {"dtype": tilus.bf16, "activation": gelu_tanh}),
     (soft_cap_kernel, {}),
+    (route_kernel, {"experts": 128, "top": 8, "normalized": True}),
+    (places_kernel, {}),
+    (scatter_kernel, {"dtype": tilus.f16, "top": 8}),
+    (combine_kernel, {"dtype": tilus.f16, "top": 8}),
     (dense_embedding_kernel, {"dtype": tilus.bf16}),
     (quantized_embedding_kernel, {"dtype": tilus.f16, "code": tilus.int8, "group": 32}),
     (

@@ -97,7 +97,7 @@ def test_words_are_those_of_the_original(tmp_path: Path, pre: str) -> None:
     fast = byte_pairs(tmp_path / "t.gguf", pre).fast
     expected = default_words if pre == "default" else words_of_transformers(pre)
 
-    @settings(max_examples=150)
+    @settings(max_examples=60)
     @given(texts)
     def check(text: str) -> None:
         normal = text if fast.normalizer is None else fast.normalizer.normalize_str(text)
@@ -165,7 +165,7 @@ def joined(text: str) -> list[str]:
 def test_sentencepiece_joins_the_best_first(tmp_path: Path, prefix: bool) -> None:
     tokenizer = sentencepiece(tmp_path / "t.gguf", add_space_prefix=prefix)
 
-    @settings(max_examples=150)
+    @settings(max_examples=60)
     @given(st.text("abc é中\n", max_size=14))
     def check(text: str) -> None:
         found = [SENTENCE[index] for index in tokenizer.encode(text)]

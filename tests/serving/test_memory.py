@@ -76,7 +76,12 @@ def test_stored_quantised_weights_count_as_they_are_stored(tiny_directory: Path,
 
 def test_the_size_is_what_the_model_holds(tiny_checkpoint: Checkpoint) -> None:
     model = load_model(tiny_checkpoint, tilus.kernels, CPU)
-    linears = [part for x in model.layers for f in (x.qkv, x.attn_output, x.gate_up, x.down) for part in f.parts]
+    linears = [
+        part
+        for x in model.layers
+        for f in (x.qkv, x.attn_output, x.feed_forward.gate_up, x.feed_forward.down)
+        for part in f.parts
+    ]
     weights = sum(part.nbytes for part in [*linears, model.head]) + model.norm.nbytes + model.layers[0].cos_sin.nbytes
     weights += sum(layer.attn_norm.nbytes + layer.ffn_norm.nbytes for layer in model.layers)
     embedding = model.embedding.table.nbytes + model.embedding.scales.nbytes

@@ -7,6 +7,7 @@ Weights are multiples of float16 scales by integers up to 127, as `tiny_llama` e
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 24, "sliding_window_pattern": 2, "rope_theta": 1e6, "rope_local_base_freq": 100.0,
         "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
     },
+    "mixtral": {
+        "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 5, "num_experts_per_tok": 2,
+        "sliding_window": None, "intermediate_size": 64,
+    },
+    "qwen 3 with experts": {
+        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 3,
+        "moe_intermediate_size": 64, "norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": [],
+    },
 }  # fmt: skip
+
+
+# Of random weights with which no expert is chosen by a hair.
+_SEEDS = {"mixtral": 3, "qwen 3 with experts": 8}
 
 
 def write_family(directory: Path, family: str, **changes: object) -> Path:
@@ -77,20 +90,21 @@ def write_family(directory: Path, family: str, **changes: object) -> Path:
         json.dumps({"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"})
     )
     byte_tokenizer().save(str(directory / "tokenizer.json"))
-    save_file(tensors_of(directory), directory / "model.safetensors", {"format": "pt"})
+    save_file(tensors_of(directory, _SEEDS.get(family, 5)), directory / "model.safetensors", {"format": "pt"})
     return directory
 
 
-def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
+def tensors_of(directory: Path, seed: int) -> dict[str, torch.Tensor]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
-    rng = np.random.default_rng(5)
+    rng = np.random.default_rng(seed)
+    mixtral = model.config.model_type == "mixtral"
     offset = 0.0 if "gemma" in model.config.model_type else 1.0
     tensors: dict[str, torch.Tensor] = {}
     for name, shape in [
-        entry for key, value in model.state_dict().items() for entry in stored(key, tuple(value.shape))
+        entry for key, value in model.state_dict().items() for entry in stored(key, tuple(value.shape), mixtral=mixtral)
     ]:
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
@@ -104,9 +118,17 @@ def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def stored(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
-    """A module's tensor as files hold it."""
-    return [(name, shape)]
+def stored(name: str, shape: tuple[int, ...], *, mixtral: bool) -> list[tuple[str, tuple[int, ...]]]:
+    """A module's tensor as files hold it: of experts, one for each, gates and factors apart."""
+    if "experts" not in name:
+        return [(name.replace("mlp.gate.", "block_sparse_moe.gate.") if mixtral else name, shape)]
+    prefix, _, kind = name.partition("mlp.experts.")
+    count, rows, width = shape
+    own = f"{prefix}block_sparse_moe.experts" if mixtral else f"{prefix}mlp.experts"
+    names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    if kind == "down_proj":
+        return [(f"{own}.{e}.{names[2]}.weight", (rows, width)) for e in range(count)]
+    return [(f"{own}.{e}.{part}.weight", (rows // 2, width)) for e in range(count) for part in names[:2]]
 
 
 def transformers_logits(directory: Path, prompt: list[int]) -> torch.Tensor:
@@ -143,18 +165,29 @@ def write_gguf_family(path: Path, directory: Path, architecture: str) -> Path:
     if "attn_logit_softcapping" in settings:
         writer.add_attn_logit_softcapping(settings["attn_logit_softcapping"])
         writer.add_final_logit_softcapping(settings["final_logit_softcapping"])
+    if "num_experts_per_tok" in settings:
+        writer.add_expert_count(settings.get("num_local_experts") or settings["num_experts"])
+        writer.add_expert_used_count(settings["num_experts_per_tok"])
+    if "moe_intermediate_size" in settings:
+        writer.add_expert_feed_forward_length(settings["moe_intermediate_size"])
     add_vocabulary(writer)
     kind = next(key for key, name in MODEL_ARCH_NAMES.items() if name == architecture)
     names = get_tensor_name_map(kind, layers)
-    for name, tensor in load_file(directory / "model.safetensors").items():
-        values = tensor.numpy()
+    experts: dict[str, list[np.ndarray]] = {}
+    tensors = load_file(directory / "model.safetensors")
+    for name in sorted(tensors, key=lambda name: [int(part) if part.isdigit() else 0 for part in name.split(".")]):
+        values = tensors[name].numpy()
         if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
             values = interleave(values, heads if "q_proj" in name else kv_heads)
         if "gemma" in architecture and "norm" in name:
             values = values + 1
-        stored_as = GGMLQuantizationType.Q8_0 if values.ndim == 2 else GGMLQuantizationType.F32
-        own = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        writer.add_tensor(own, quants.quantize(values, stored_as), raw_dtype=stored_as)
+        if ".experts." in name:
+            module, _, part = re.sub(r"experts\.\d+", "experts", name).removesuffix(".weight").rpartition(".")
+            experts.setdefault(f"{module}.{part}.weight", []).append(values)
+            continue
+        add_tensor(writer, names.get_name(name, try_suffixes=(".weight", ".bias")), values)
+    for name, matrices in experts.items():
+        add_tensor(writer, names.get_name(name, try_suffixes=(".weight",)), np.stack(matrices))
     if settings.get("rope_scaling", {}).get("rope_type") == "llama3":
         writer.add_tensor("rope_freqs.weight", slowed(directory))
     writer.write_header_to_file()
@@ -162,6 +195,12 @@ def write_gguf_family(path: Path, directory: Path, architecture: str) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def add_tensor(writer: GGUFWriter, name: str, values: np.ndarray) -> None:
+    """Matrices in Q8_0, in which the tiny weights lose nothing."""
+    stored_as = GGMLQuantizationType.Q8_0 if values.ndim > 1 else GGMLQuantizationType.F32
+    writer.add_tensor(name, quants.quantize(values, stored_as), raw_dtype=stored_as)
 
 
 def add_vocabulary(writer: GGUFWriter) -> None:

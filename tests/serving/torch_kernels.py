@@ -132,6 +132,19 @@ class TorchKernels:
         gate, up = gate_up.to(self.compute).chunk(2, dim=-1)
         return self.round(torch.nn.functional.gelu(gate, approximate="tanh") * up, gate_up.dtype)
 
+    def mixture(
+        self, x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, *, top: int, normalized: bool
+    ) -> Tensor:
+        share, chosen = logits.to(self.compute).softmax(-1).topk(top)
+        share = share / share.sum(-1, keepdim=True) if normalized else share
+        first, second = gate_up.chunk(logits.shape[1]), down.chunk(logits.shape[1])
+        rows: list[Tensor] = []
+        for token, (weights, experts) in enumerate(zip(share, chosen.tolist())):
+            row = x[token : token + 1]
+            given = [self.linear(self.silu_mul(self.linear(row, first[e])), second[e]) for e in experts]
+            rows.append(sum(w * y.to(self.compute) for w, y in zip(weights, given)))
+        return self.round(torch.cat(rows), x.dtype)
+
     def soft_cap(self, x: Tensor, cap: float) -> Tensor:
         assert x.dtype == torch.float32
         return x.copy_(cap * (x.to(self.compute) / cap).tanh())

@@ -19,6 +19,7 @@ from tilus.kernels.linear import linear as linear
 from tilus.kernels.logit_edits import edit_logits as edit_logits
 from tilus.kernels.logprobs import token_logprobs as token_logprobs
 from tilus.kernels.merge_states import merge_states as merge_states
+from tilus.kernels.mixture import mixture as mixture
 from tilus.kernels.mla_decode import mla_decode as mla_decode
 from tilus.kernels.mla_prefill import mla_prefill as mla_prefill
 from tilus.kernels.norm import add_rms_norm as add_rms_norm

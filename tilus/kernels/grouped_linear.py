@@ -1,5 +1,6 @@
-"""Quantised linear layers of many experts in one launch (mixture of experts), on Hopper: each row of x times its expert's weight.
+"""Quantised linear layers of many experts in one launch (mixture of experts): each row of x times its expert's weight.
 
+Here is the kernel for Hopper; elsewhere it is that of `linear`, whose blocks then find their expert.
 Rows come sorted by expert, and where an expert's rows begin is read on the GPU: the host waits for nothing. A product is cut
 into items: of one expert, some tiles of 64 rows of its weight and `tokens` rows of x. As many blocks as run at once share the
 items in turn, token tiles of the same weight beside each other, so that only one of them reads it from memory. An item is
@@ -21,11 +22,14 @@ from tilus.dtypes import DTYPES
 from tilus.errors import TilusError
 from tilus.kernels.allocate import empty, is_cuda
 from tilus.kernels.columns import take_columns
+from tilus.kernels.linear import gpu_of, kernel_call
 from tilus.kernels.linear_step import residual
 from tilus.kernels.plan_choice import launch_without_spills, num_sms_of
 from tilus.kernels.quantize.header import WeightHeader
 from tilus.kernels.quantize.packed import QuantizedWeight
 from tilus.kernels.quantize.tiles import MMA, TILE, WHOLE
+from tilus.kernels.schedule import Schedule
+from tilus.kernels.vectors import power_of_two
 from tilus.kernels.warpgroup_linear import store_rows, with_bias
 from tilus.kernels.warpgroup_operands import Unpacking, table_entries, tile_nbytes
 from tilus.kernels.warpgroup_products import sum_of_steps
@@ -220,17 +224,30 @@ def plans(m: int, experts: int, header: WeightHeader, num_sms: int) -> Iterator[
                 yield GroupedPlan(item, min(num_sms * blocks_per_sm, tiles_n // rows * most_pairs))
 
 
+def portable_plans(m: int, experts: int, tiles_k: int, where: str) -> Iterator[Schedule]:
+    """For the kernel of `linear`: the best one, then those that need fewer registers. Blocks have as many tokens as an expert on
+    average, on tensor cores at least 8, of which registers hold no more than 16."""
+    mean = power_of_two(-(-m // experts))
+    if where in ("cpu", "reference"):
+        yield Schedule(min(mean, 64), 1, 1, 0)
+        return
+    plan: Schedule | None = Schedule(16 if mean > 8 else 8, 1, min(4, 1 << (tiles_k.bit_length() - 1)), 1)
+    while plan is not None:
+        yield plan
+        plan = plan.easier()
+
+
 def grouped_linear(
     x: Any, weight: QuantizedWeight, offsets: Any, *, bias: Any | None = None, out_dtype: Any = None, out: Any = None,
-    device: str | None = None,
+    invariant: bool = False, device: str | None = None,
 ) -> Any:  # fmt: skip
-    """Rows of x [M, K], sorted by expert, each times the transpose of its expert's weight (N, K), plus its bias: [M, N] (sm_90a).
+    """Rows of x [M, K], sorted by expert, each times the transpose of its expert's weight (N, K), plus its bias: [M, N].
 
     x: f16 or bf16, rows contiguous; K is a multiple of 64. weight: those of all experts on top of each other (`quantize.stack`),
-    [experts * N, K], packed for GPUs; N is a multiple of 64. offsets: int32 [experts + 1] where x is, from 0 to M without going
+    [experts * N, K]; N is a multiple of 64. offsets: int32 [experts + 1] where x is, from 0 to M without going
     down: expert e has the rows from offsets[e] to before offsets[e + 1]. What is outside of all is not written.
-    bias: f16, bf16 or f32 [experts, N]. out_dtype: by default that of x. out: written in place when given. device: where to run
-    (reference, emulator, cuda), by default as the arguments say.
+    bias: f16, bf16 or f32 [experts, N]. out_dtype: by default that of x. out: written in place when given. invariant: as in
+    `linear`. device: where to run (reference, emulator, cpu, cuda), by default as the arguments say.
 
     One launch, and nothing is read back: offsets may come from the kernel in front. As in `linear`, the kernel may start while
     that one runs, and then reads the weight and the bias; results are as exact.
@@ -244,21 +261,35 @@ def grouped_linear(
         return y
     ordered = x if weight.columns is None else take_columns(x, weight.columns, device=device)
     where = place(device, is_cuda(x))
-    key = ("grouped", m, experts, x.dtype, y.dtype, bias is None, where)
+    if where == "cuda" and header.order != MMA:
+        raise TilusError(
+            f"grouped_linear on a GPU with a weight packed in the order {header.order}, expected {MMA}",
+            hint='pack it again: weight.to("cuda"), or pack(matrix, device, order="mma")',
+        )
+    hopper = header.order == MMA and where != "cpu" and (where != "cuda" or gpu_of(x).target.sm == 90)
+    planned_m = experts if invariant else m  # one row of each, whatever comes
+    key = ("grouped", planned_m, experts, x.dtype, y.dtype, bias is None, where)
     launch_without_spills(
         weight,
         key,
-        plans(m, experts, header, num_sms_of(x, where)),
+        plans(planned_m, experts, header, num_sms_of(x, where))
+        if hopper
+        else portable_plans(planned_m, experts, header.shape[1] // TILE, where),
         lambda plan: launch(ordered, weight, y, offsets, bias, plan, device),
     )
     return y
 
 
 def launch(
-    x: Any, weight: QuantizedWeight, y: Any, offsets: Any, bias: Any | None, plan: GroupedPlan, device: str | None
-) -> None:
+    x: Any, weight: QuantizedWeight, y: Any, offsets: Any, bias: Any | None, plan: GroupedPlan | Schedule, device: str | None
+) -> None:  # fmt: skip
     """The kernel with a given plan, on activations whose columns are in the order of the weight's."""
     header = weight.header
+    if isinstance(plan, Schedule):
+        every_bias = None if bias is None else bias.reshape(-1)
+        kernel, arguments, values = kernel_call(x, weight, y, every_bias, plan, offsets)
+        kernel.on(device)(*arguments, **values)
+        return
     codes, scales, mins, zeros = (
         None if array is None else array.reshape(array.shape[0], -1)
         for array in (weight.codes, weight.scales, weight.mins, weight.zeros)
@@ -292,8 +323,3 @@ def _check(x: Any, weight: QuantizedWeight, offsets: Any, bias: Any | None) -> N
         )
     if bias is not None and tuple(bias.shape) != (experts, rows // experts):
         raise TilusError(f"grouped_linear: bias has shape {list(bias.shape)}, expected {[experts, rows // experts]}")
-    if weight.header.order != MMA:
-        raise TilusError(
-            f"grouped_linear with a weight packed in the order {weight.header.order}, expected {MMA}",
-            hint='pack it again: weight.to("cuda"), or pack(matrix, device, order="mma")',
-        )

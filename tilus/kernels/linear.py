@@ -21,6 +21,7 @@ from tilus import Const, Tensor, f32, int32, uint8
 from tilus.dtypes import DTYPES, DataType
 from tilus.errors import TilusError
 from tilus.kernels.allocate import counters, empty, is_cuda, is_torch
+from tilus.kernels.attention import find_queries
 from tilus.kernels.columns import take_columns
 from tilus.kernels.linear_problem import PLANS, LinearProblem, Plan, heuristic, invariant_plans
 from tilus.kernels.linear_step import (
@@ -64,9 +65,10 @@ def quantized_linear(
     mins: Tensor[uint8, "tiles_n", "sets", 8, "min_nbytes"] = None,
     zeros: Tensor[uint8, "tiles_n", "sets", 8, "zero_nbytes"] = None,
     table: Tensor[f32, 16] = None,
-    bias: Tensor["bias_type", "n"] = None,
+    bias: Tensor["bias_type", "biases"] = None,
     partial: Tensor[f32, "splits", "m", "n"] = None,
     tickets: Tensor[int32, "blocks"] = None,
+    offsets: Tensor[int32, "bounds"] = None,
     *,
     wdtype: Const,
     scale_dtype: Const,
@@ -79,13 +81,24 @@ def quantized_linear(
     blocks_per_sm: Const,
     order: Const = MMA,
 ):
+    """offsets: of `grouped_linear`: the weight is those of all experts on top of each other, and rows are sorted by them. A
+    block has rows of one expert, which it finds like the sequence of queries."""
     splits = 1 if partial is None else partial.shape[0]
-    blocks = (tilus.cdiv(codes.shape[0], rows), tilus.cdiv(y.shape[0], tokens), splits)
-    tilus.grid(*blocks, warps=rows * warps, blocks_per_sm=blocks_per_sm)
+    experts = 1 if offsets is None else offsets.shape[0] - 1
+    own_tiles = codes.shape[0] // experts
+    of_tokens = tilus.cdiv(y.shape[0], tokens) if offsets is None else (y.shape[0] + experts * (tokens - 1)) // tokens
+    tilus.grid(tilus.cdiv(own_tiles, rows), of_tokens, splits, warps=rows * warps, blocks_per_sm=blocks_per_sm)
     tilus.launch_dependents()
     step = Step(order, span, rows, warps)
-    row_tile = tilus.block_id(0) * rows
+    out_tile = row_tile = tilus.block_id(0) * rows
     first_token = tilus.block_id(1) * tokens
+    if offsets is not None:
+        tilus.wait_dependencies(constant=[codes, scales, mins, zeros, table, bias])
+        expert, first_token = find_queries(offsets, experts, tokens, tilus.block_id(1))
+        if offsets[expert] + first_token >= offsets[expert + 1]:
+            return
+        x, y = x[offsets[expert] : offsets[expert + 1]], y[offsets[expert] : offsets[expert + 1]]
+        row_tile = row_tile + expert * own_tiles
     tiles = warps * max(stages, 1)  # along K in an iteration of the loop
     per_split = tilus.cdiv(tilus.cdiv(codes.shape[1], tiles), splits) * tiles
     begin = tilus.block_id(2) * per_split
@@ -102,7 +115,8 @@ def quantized_linear(
         once = ahead[0].numbers(exponent, x.dtype)
     for index in range(stages):
         ahead[index].fetch(begin + index * warps)
-    tilus.wait_dependencies(constant=[codes, scales, mins, zeros, table, bias])
+    if offsets is None:
+        tilus.wait_dependencies(constant=[codes, scales, mins, zeros, table, bias])
     total = tilus.zeros([step.batch, TILE, tokens], f32)
     sums = tilus.zeros([step.batch, sum_rows(step), tokens], f32)
     for first in tilus.range(begin, end, tiles):
@@ -133,7 +147,7 @@ def quantized_linear(
     result = tilus.reshape(by_row, [rows * TILE, tokens]) * 2.0**exponent
     if partial is None:
         y_tile = finished(result, global_scale, bias, row_tile, y.dtype, [rows * TILE, 1])
-        tilus.store(y, [first_token, row_tile * TILE], y_tile, dims=[1, 0])
+        tilus.store(y, [first_token, out_tile * TILE], y_tile, dims=[1, 0])
     else:
         tilus.store(partial, [tilus.block_id(2), first_token, row_tile * TILE], result, dims=[2, 1])
         add_splits(y, partial, tickets, global_scale, bias, first_token, row_tile, [tokens, rows * TILE], splits)
@@ -228,9 +242,9 @@ def launch(x: Any, weight: QuantizedWeight, y: Any, bias: Any | None, plan: Plan
 
 
 def kernel_call(
-    x: Any, weight: QuantizedWeight, y: Any, bias: Any | None, plan: Plan
+    x: Any, weight: QuantizedWeight, y: Any, bias: Any | None, plan: Plan, offsets: Any | None = None
 ) -> tuple[Kernel, list[Any], dict[str, Any]]:
-    """What a plan means: its kernel, arguments and compile-time values."""
+    """What a plan means: its kernel, arguments and compile-time values. offsets: of `grouped_linear`."""
     if isinstance(plan, WarpgroupPlan):
         return warpgroup_call(x, weight, y, bias, plan)
     m, n = (int(extent) for extent in y.shape)
@@ -241,6 +255,7 @@ def kernel_call(
         tickets = counters(x, int(weight.codes.shape[0]) * -(-m // plan.tokens))
     arguments = [
         x, weight.codes, weight.scales, y, header.global_scale, weight.mins, weight.zeros, weight.table, bias, partial, tickets,
+        offsets,
     ]  # fmt: skip
     values = {
         "wdtype": header.dtype, "scale_dtype": DTYPES[header.scale_dtype],

@@ -20,8 +20,9 @@ from tilus.kernels.quantize import GGUFFile, QuantizedMatrix, Recipe, WeightHead
 
 ARCHITECTURES = (
     "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MixtralForCausalLM",
-    "Qwen3MoeForCausalLM",
+    "Qwen3MoeForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM",
 )  # fmt: skip
+GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
 HEAD = "lm_head"
 # The layers of a block in a GGUF file, and the matrices that each is made of.
 _GGUF_LAYERS = {
@@ -160,11 +161,12 @@ def _header(row: QuantizedMatrix, n: int) -> WeightHeader:
 
 def _gguf_layers(file: GGUFFile, weight: Recipe | None, head: Recipe | None) -> list[Layer]:
     architecture = file.text("general.architecture")
-    if architecture != "llama" or file.integer("llama.expert_count", 0):
-        kind = "a mixture of experts" if architecture == "llama" else f"of architecture {architecture!r}"
-        raise TilusError(f"{file.path} is {kind}, expected a dense model of architecture 'llama'")
+    if architecture not in GGUF_ARCHITECTURES or file.integer(f"{architecture}.expert_count", 0):
+        kind = "a mixture of experts" if architecture in GGUF_ARCHITECTURES else f"of architecture {architecture!r}"
+        known = ", ".join(GGUF_ARCHITECTURES)
+        raise TilusError(f"{file.path} is {kind}, expected a dense model of architecture {known}")
     layers: list[Layer] = []
-    for block in range(file.integer("llama.block_count")):
+    for block in range(file.integer(f"{architecture}.block_count")):
         for name, parts in _GGUF_LAYERS.items():
             layers += _stacked(file, name, [f"blk.{block}.{part}.weight" for part in parts], weight)
     output = "output.weight" if "output.weight" in file.tensors else "token_embd.weight"

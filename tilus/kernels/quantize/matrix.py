@@ -105,16 +105,19 @@ class QuantizedMatrix:
             self.dtype, self.group, self.shape[1], self.global_scale, self.scale_dtype, *(part is None for part in parts)
         )  # fmt: skip
 
-    def stack(self, other: QuantizedMatrix) -> QuantizedMatrix:
-        """The rows of self, then those of other, which must stack."""
-        if not self.stacks_with(other):
-            raise TilusError(f"matrices of {self._kind()} and {other._kind()} do not stack")
+    def stack(self, *others: QuantizedMatrix) -> QuantizedMatrix:
+        """The rows of self, then those of the others, which must stack."""
+        for other in others:
+            if not self.stacks_with(other):
+                raise TilusError(f"matrices of {self._kind()} and {other._kind()} do not stack")
+        whole = (self, *others)
+        mins, zeros = [m.mins for m in whole if m.mins is not None], [m.zeros for m in whole if m.zeros is not None]
         return replace(
             self,
-            codes=np.concatenate([self.codes, other.codes]),
-            scales=np.concatenate([self.scales, other.scales]),
-            mins=None if self.mins is None or other.mins is None else np.concatenate([self.mins, other.mins]),
-            zeros=None if self.zeros is None or other.zeros is None else np.concatenate([self.zeros, other.zeros]),
+            codes=np.concatenate([m.codes for m in whole]),
+            scales=np.concatenate([m.scales for m in whole]),
+            mins=np.concatenate(mins) if mins else None,
+            zeros=np.concatenate(zeros) if zeros else None,
         )
 
     def dequantize(self) -> Floats:
