@@ -10,12 +10,13 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import cast
 
 from fastapi import FastAPI
 from fastapi import Request as HTTPRequest
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
@@ -31,6 +32,11 @@ from serving.tools import CallParser, call_grammar, style_of
 
 _LOG = logging.getLogger("serving")
 _MAX_BODY_NBYTES = 16 * 2**20
+_PAGE = Path(__file__).parent / "page.html"
+# The page talks to this server and nobody else, whatever a model may write into it.
+_PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+)
 
 
 def create_app(engine: AsyncEngine, tokenizer: Tokenizer, model_name: str, api_key: str | None = None) -> FastAPI:
@@ -54,6 +60,7 @@ def create_app(engine: AsyncEngine, tokenizer: Tokenizer, model_name: str, api_k
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestError, _request_error)
     app.add_exception_handler(Exception, _internal_error)
+    app.add_api_route("/", service.page, methods=["GET"], include_in_schema=False)
     app.add_api_route("/v1/completions", service.completions, methods=["POST"], response_model=None)
     app.add_api_route("/v1/chat/completions", service.chat_completions, methods=["POST"], response_model=None)
     app.add_api_route("/v1/models", service.models, methods=["GET"])
@@ -140,6 +147,9 @@ class _Service:
             limit = self._tokenizer.vocab_size - 1
             raise RequestError(f"tokens contains {bad}, but token ids go from 0 to {limit}", param="tokens")
         return {"prompt": await asyncio.to_thread(self._tokenizer.decode, body.tokens, skip_special=False)}
+
+    async def page(self) -> FileResponse:
+        return FileResponse(_PAGE, media_type="text/html", headers={"Content-Security-Policy": _PAGE_POLICY})
 
     async def metrics(self) -> Response:
         return Response(self._metrics.exposition(), media_type=CONTENT_TYPE)
