@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import httpx
 import pytest
-from any_token_runner import AnyTokenRunner
 from hypothesis import HealthCheck, Phase, given, settings
-from live_server import CONFIG, MODEL, LiveServer, serve
+from live_server import MODEL, LiveServer
 from pydantic import TypeAdapter
 from test_serving_tools import TOOLS
 
 from serving import schemas
-from serving.loader import Checkpoint
-
-
-@pytest.fixture(scope="module")
-def server(tiny_checkpoint: Checkpoint) -> Iterator[LiveServer]:
-    runner = AnyTokenRunner(CONFIG.page_size, tiny_checkpoint.tokenizer.vocab_size)
-    with serve(runner, tiny_checkpoint, CONFIG) as live:
-        yield live
 
 
 @pytest.mark.exhaustive
-def test_nothing_made_up_from_the_document_breaks_the_server(server: LiveServer) -> None:
+def test_nothing_made_up_from_the_document_breaks_the_server(any_token_server: LiveServer) -> None:
     """Bodies that fit the document and bodies that do not, also with the name of the model, without which none gets far."""
     import schemathesis
     from schemathesis import GenerationMode, checks
@@ -35,7 +24,7 @@ def test_nothing_made_up_from_the_document_breaks_the_server(server: LiveServer)
         checks.content_type_conformance,
         checks.response_schema_conformance,
     )
-    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    schema = schemathesis.openapi.from_url(f"{any_token_server.url}/openapi.json")
     operations = [found.ok() for found in schema.get_all_operations()]
     statuses: dict[str, set[int]] = {operation.path: set() for operation in operations}
     for operation in operations:
@@ -56,7 +45,7 @@ def test_nothing_made_up_from_the_document_breaks_the_server(server: LiveServer)
 
             run()
     assert len(operations) == 8 and all(200 in found for found in statuses.values()), statuses
-    server.check_idle()
+    any_token_server.check_idle()
 
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}
@@ -82,7 +71,9 @@ NAMED = {"type": "function", "function": {"name": "g"}}
         ("version", None, schemas.Version),
     ],
 )  # fmt: skip
-def test_answers_are_as_the_document_says(server: LiveServer, path: str, body: dict | None, kind: type) -> None:
-    reply = httpx.request("GET" if body is None else "POST", f"{server.url}/{path}", json=body)
+def test_answers_are_as_the_document_says(
+    any_token_server: LiveServer, path: str, body: dict | None, kind: type
+) -> None:
+    reply = httpx.request("GET" if body is None else "POST", f"{any_token_server.url}/{path}", json=body)
     assert (reply.status_code == 400) == (kind is schemas.ErrorBody), reply.text
     TypeAdapter(kind).validate_python(reply.json(), strict=True)
