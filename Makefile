@@ -6,7 +6,7 @@ MODEL ?=
 PORT ?= 8000
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: serve test exhaustive check fast lint docs clean
+.PHONY: serve test exhaustive browser check fast lint docs clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,15 +26,19 @@ serve: $(VENV)/.base          ## start the server on whatever device there is
 	$(BIN)/python -m serving --port $(PORT) $(if $(MODEL),--model $(MODEL))
 
 test: $(VENV)/.test           ## all tests that need no GPU
-	$(BIN)/python -m pytest -W error -n auto -m "not gpu and not exhaustive"
+	$(BIN)/python -m pytest -W error -n auto -m "not gpu and not exhaustive and not browser"
 
 exhaustive: $(VENV)/.test     ## those that take minutes on the emulator
 	$(BIN)/python -m pytest -W error -n auto -m "exhaustive and not gpu"
 
+browser: $(VENV)/.test        ## the chat page in Chromium or Chrome, which must be installed
+	$(PIP) -e '.[browser]'
+	$(BIN)/python -m pytest -W error -m browser
+
 check: $(VENV)/.dev           ## lint, types and the fast tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/basedpyright
-	$(BIN)/python -m pytest -q -W error -n auto -m "not gpu and not slow and not exhaustive"
+	$(BIN)/python -m pytest -q -W error -n auto -m "not gpu and not slow and not exhaustive and not browser"
 
 docs: $(VENV)/.base           ## regenerate docs/instructions.md and the pictures of docs/layouts.md
 	$(BIN)/python -m tilus.docs > docs/instructions.md

@@ -10,14 +10,15 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import cast
 
 from fastapi import FastAPI
 from fastapi import Request as HTTPRequest
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from serving.async_engine import AsyncEngine, Generation
 from serving.core import Request, RequestOutput
@@ -26,11 +27,28 @@ from serving.metrics import CONTENT_TYPE, Metrics
 from serving.middleware import BodyLimit, KeyCheck, error_response
 from serving.protocol import ChatBody, CompletionBody, DetokenizeBody, GenerationBody, TokenizeBody
 from serving.responses import ChatFormat, Choice, CompletionFormat, Format, Header, Json, usage
+from serving.schemas import (
+    ChatCompletion,
+    Completion,
+    Detokenized,
+    Health,
+    ModelList,
+    Tokenized,
+    Version,
+    responses,
+)
 from serving.tokenizer import Tokenizer
 from serving.tools import CallParser, call_grammar, style_of
 
 _LOG = logging.getLogger("serving")
 _MAX_BODY_NBYTES = 16 * 2**20
+_MAX_BODY_SECONDS = 60.0
+_MAX_SEND_SECONDS = 60.0
+_PAGE = Path(__file__).parent / "page.html"
+# The page talks to this server and nobody else, whatever a model may write into it.
+_PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+)
 
 
 def create_app(engine: AsyncEngine, tokenizer: Tokenizer, model_name: str, api_key: str | None = None) -> FastAPI:
@@ -47,34 +65,52 @@ def create_app(engine: AsyncEngine, tokenizer: Tokenizer, model_name: str, api_k
 
     app = FastAPI(title="tilus", lifespan=lifespan)
     service = _Service(engine, tokenizer, model_name)
-    app.add_middleware(BodyLimit, max_nbytes=_MAX_BODY_NBYTES)
+    app.add_middleware(BodyLimit, max_nbytes=_MAX_BODY_NBYTES, seconds=_MAX_BODY_SECONDS)
     if api_key is not None:
         app.add_middleware(KeyCheck, key=api_key)
     app.add_exception_handler(RequestValidationError, _invalid_body)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestError, _request_error)
     app.add_exception_handler(Exception, _internal_error)
-    app.add_api_route("/v1/completions", service.completions, methods=["POST"], response_model=None)
-    app.add_api_route("/v1/chat/completions", service.chat_completions, methods=["POST"], response_model=None)
-    app.add_api_route("/v1/models", service.models, methods=["GET"])
-    app.add_api_route("/tokenize", service.tokenize, methods=["POST"])
-    app.add_api_route("/detokenize", service.detokenize, methods=["POST"])
-    app.add_api_route("/metrics", service.metrics, methods=["GET"], response_model=None)
-    app.add_api_route("/health", service.health, methods=["GET"], response_model=None)
-    app.add_api_route("/version", service.version, methods=["GET"])
+    app.add_api_route("/", service.page, methods=["GET"], include_in_schema=False)
+    for path, endpoint, method, answers in (
+        ("/v1/completions", service.completions, "POST", responses(Completion, stream=True)),
+        ("/v1/chat/completions", service.chat_completions, "POST", responses(ChatCompletion, stream=True)),
+        ("/v1/models", service.models, "GET", responses(ModelList)),
+        ("/tokenize", service.tokenize, "POST", responses(Tokenized)),
+        ("/detokenize", service.detokenize, "POST", responses(Detokenized)),
+        ("/health", service.health, "GET", responses(Health) | {503: {"model": Health}}),
+        ("/version", service.version, "GET", responses(Version)),
+    ):
+        app.add_api_route(path, endpoint, methods=[method], responses=answers, response_model=None)
+    app.add_api_route("/metrics", service.metrics, methods=["GET"], response_class=PlainTextResponse)
     return app
 
 
+class _StalledClient(Exception):
+    """A client has not read for too long."""
+
+
 class EventStream(StreamingResponse):
-    """Server-sent events of a generation, which is given up when the client leaves, at whatever point."""
+    """Server-sent events of a generation, which is given up when the client leaves, at whatever point, or reads no more."""
 
     def __init__(self, generation: Generation, events: AsyncIterator[str]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         self._generation = generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_in_time(message: Message) -> None:
+            try:
+                async with asyncio.timeout(_MAX_SEND_SECONDS):
+                    await send(message)
+            except TimeoutError as error:
+                raise _StalledClient from error
+
         async with _abandoned_with(receive, self._generation):
-            await super().__call__(scope, receive, send)
+            try:
+                await super().__call__(scope, receive, send_in_time)
+            except _StalledClient:  # returning before the end closes the connection
+                _LOG.warning("a client has read nothing for %g seconds and is given up", _MAX_SEND_SECONDS)
 
 
 class _Service:
@@ -140,6 +176,9 @@ class _Service:
             limit = self._tokenizer.vocab_size - 1
             raise RequestError(f"tokens contains {bad}, but token ids go from 0 to {limit}", param="tokens")
         return {"prompt": await asyncio.to_thread(self._tokenizer.decode, body.tokens, skip_special=False)}
+
+    async def page(self) -> FileResponse:
+        return FileResponse(_PAGE, media_type="text/html", headers={"Content-Security-Policy": _PAGE_POLICY})
 
     async def metrics(self) -> Response:
         return Response(self._metrics.exposition(), media_type=CONTENT_TYPE)

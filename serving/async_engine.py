@@ -22,7 +22,8 @@ _GRACE = 60.0  # seconds by which a step may overrun a request's own deadline
 class Generation:
     """The outputs of requests that belong together, as one asynchronous iterator; ends when all have finished.
 
-    Raises EngineFailure when the engine stops. `close` gives up what has not finished and ends the iteration.
+    Who reads slowly gets more at once: outputs of a request that have not been read are put together, so that at most its answer
+    is held. Raises EngineFailure when the engine stops. `close` gives up what has not finished and ends the iteration.
     """
 
     def __init__(self, ids: Iterable[str], timeout: float, abort: Callable[[Sequence[str]], None]) -> None:
@@ -30,33 +31,53 @@ class Generation:
         self._timeout = timeout
         self._abort = abort
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[RequestOutput | EngineFailure | None] = asyncio.Queue()
+        self._unread: dict[str, list[RequestOutput]] = {}
+        self._failure: EngineFailure | None = None
+        self._changed = asyncio.Event()
 
     def send(self, event: RequestOutput | EngineFailure) -> None:
         """Called by the engine's thread."""
-        self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
+        self._loop.call_soon_threadsafe(self._put, event)
+
+    def _put(self, event: RequestOutput | EngineFailure) -> None:
+        if isinstance(event, EngineFailure):
+            self._failure = event
+        else:
+            self._unread.setdefault(event.request_id, []).append(event)
+        self._changed.set()
 
     def close(self) -> None:
         if self._unfinished:
             self._abort(sorted(self._unfinished))
             self._unfinished.clear()
-            self._queue.put_nowait(None)
+            self._changed.set()
 
     async def __aiter__(self) -> AsyncIterator[RequestOutput]:
         while self._unfinished:
             try:
                 async with asyncio.timeout(self._timeout):
-                    event = await self._queue.get()
+                    await self._changed.wait()
             except TimeoutError:
                 raise EngineFailure(f"the engine gave no sign of life for {self._timeout:g} seconds") from None
-            if event is None:
-                return
-            if isinstance(event, EngineFailure):
+            self._changed.clear()
+            while self._unread and self._unfinished:
+                request_id = next(iter(self._unread))
+                output = _together(self._unread.pop(request_id))
+                if output.finish_reason is not None:
+                    self._unfinished.discard(request_id)
+                yield output
+            if self._failure is not None and self._unfinished:
                 self._unfinished.clear()
-                raise event
-            if event.finish_reason is not None:
-                self._unfinished.discard(event.request_id)
-            yield event
+                raise self._failure
+
+
+def _together(outputs: Sequence[RequestOutput]) -> RequestOutput:
+    """One output of what a request has gained in several steps."""
+    if len(outputs) == 1:
+        return outputs[0]
+    text = "".join(output.text for output in outputs)
+    tokens = tuple(token for output in outputs for token in output.tokens)
+    return RequestOutput(outputs[0].request_id, text, tokens, outputs[-1].finish_reason)
 
 
 class AsyncEngine:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 
@@ -16,18 +17,26 @@ _OPEN = frozenset({"/", "/health", "/version", "/metrics"})
 
 
 class BodyLimit:
-    """Bodies beyond a size are refused while they arrive, before anything parses them."""
+    """Bodies beyond a size are refused while they arrive, before anything parses them, and so are those that take too long."""
 
-    def __init__(self, app: ASGIApp, max_nbytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_nbytes: int, seconds: float) -> None:
         self._app = app
         self._max_nbytes = max_nbytes
+        self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        nbytes = 0
+        nbytes, is_whole = 0, False
+        end = asyncio.get_running_loop().time() + self._seconds
 
         async def limited() -> Message:
-            nonlocal nbytes
-            message = await receive()
+            nonlocal nbytes, is_whole
+            try:
+                # Behind the body comes nothing but the client's leaving, for which there is no hurry.
+                async with asyncio.timeout_at(None if is_whole else end):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, f"the body did not arrive within {self._seconds:g} seconds") from None
+            is_whole = not message.get("more_body", False)
             nbytes += len(message.get("body", b""))
             if nbytes > self._max_nbytes:
                 raise HTTPException(413, f"the body has more than {self._max_nbytes} bytes")

@@ -114,6 +114,7 @@ def _ready(host: str, port: int, name: str, engine: Engine, execution: Execution
         f"ready: {name} on {execution.device.type} at {url}\n"
         f"  context {engine.max_model_len} tokens, {engine.config.num_pages} pages, "
         f"up to {engine.config.max_batch} requests at once; stop with Ctrl-C\n"
+        f"  a page to chat: {url}/\n"
         f"try:\n  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}"
     )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from any_token_runner import AnyTokenRunner
 from live_server import CONFIG, LiveServer, serve
 from tiny_llama import CPU, write_tiny
 from torch_kernels import TorchKernels
@@ -40,5 +41,13 @@ def tiny_model(tiny_checkpoint: Checkpoint) -> Model:
 def tiny_server(tiny_model: Model, tiny_checkpoint: Checkpoint) -> Iterator[LiveServer]:
     """One for all tests that leave it as they found it."""
     runner = TorchRunner(tiny_model, CONFIG.num_pages, CONFIG.page_size, CPU)
+    with serve(runner, tiny_checkpoint, CONFIG) as live:
+        yield live
+
+
+@pytest.fixture(scope="session")
+def any_token_server(tiny_checkpoint: Checkpoint) -> Iterator[LiveServer]:
+    """The same without a model: answers are a function of the prompt, and cost nothing."""
+    runner = AnyTokenRunner(CONFIG.page_size, tiny_checkpoint.tokenizer.vocab_size)
     with serve(runner, tiny_checkpoint, CONFIG) as live:
         yield live

@@ -84,6 +84,9 @@ def serve(
     async_engine = AsyncEngine(engine, max_waiting)
     app = create_app(async_engine, checkpoint.tokenizer, MODEL, api_key)
     listener = socket.create_server(("127.0.0.1", 0))
+    listener.setsockopt(
+        socket.SOL_SOCKET, socket.SO_SNDBUF, 8192
+    )  # small, so that it shows when a client does not read
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

@@ -58,6 +58,27 @@ def test_answers_arrive_and_the_thread_ends() -> None:
     asyncio.run(scenario())
 
 
+def test_who_reads_slowly_gets_more_at_once_and_nothing_less() -> None:
+    """All is done before the first look: one output for each request, with all that it gained."""
+
+    async def scenario() -> None:
+        engine, runner = make()
+        runner.gate.set()
+        engine.start()
+        generation = engine.submit([request("a", 20), request("b", 7)])
+        async with asyncio.timeout(10):
+            while sum(outputs[-1].finish_reason is not None for outputs in generation._unread.values()) < 2:
+                await asyncio.sleep(0.005)
+        outputs = {output.request_id: output async for output in generation}
+        for name, size in (("a", 20), ("b", 7)):
+            expected = reference_answer([1, 2, 3], size, ignore_eos=True)
+            assert [token.token_id for token in outputs[name].tokens] == expected
+            assert outputs[name].text == FakeVocabulary().decode(expected) and outputs[name].finish_reason == "length"
+        await engine.stop()
+
+    asyncio.run(scenario())
+
+
 def test_a_hung_engine_is_noticed() -> None:
     async def scenario() -> None:
         aborted: list[str] = []

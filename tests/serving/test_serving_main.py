@@ -118,6 +118,39 @@ def test_running_requests_finish_after_a_signal(
         httpx.get(f"{url}/health")
 
 
+@pytest.mark.exhaustive
+def test_a_server_that_is_killed_starts_again(tiny_directory: Path, tmp_path: Path) -> None:
+    """While it loads, and in the middle of an answer: the next one serves, on the same port and files. Its key is a variable."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    url, headers = f"http://127.0.0.1:{port}", {"Authorization": "Bearer secret"}
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 100, "ignore_eos": True, "temperature": 0}
+    answers = []
+    for kill_at in ("loading tiny", "packing weights", "ready", "ready", ""):
+        arguments = ("--model", str(tiny_directory), "--port", str(port), "--device", "reference", "--max-batch", "2")
+        server = Process(*arguments, program=REAL, TILUS_CACHE_DIR=str(tmp_path), TILUS_API_KEY="secret")
+        server.wait_for(kill_at or "ready")
+        if kill_at in ("ready", ""):
+            server.wait_for("curl .*\n")
+            assert httpx.get(f"{url}/v1/models").status_code == 401
+            with httpx.stream(
+                "POST", f"{url}/v1/completions", json=body | {"stream": True}, headers=headers, timeout=60
+            ) as reply:
+                next(reply.iter_lines())
+                if kill_at:
+                    server.process.kill()
+        if kill_at:
+            server.process.kill()
+            assert server.finish() == -signal.SIGKILL
+            continue
+        for _ in range(2):
+            reply = httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=60)
+            answers.append(reply.json()["choices"][0]["text"])
+        server.process.terminate()
+        assert server.finish() == 0
+    assert len(answers) == 2 and len(set(answers)) == 1
+
+
 def test_a_port_in_use_is_said_before_loading(tiny_directory: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
