@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import platform
 import sys
 from pathlib import Path
 
@@ -9,9 +12,11 @@ import torch
 
 from serving.config import EngineConfig, ServerConfig
 from serving.core import MonotonicClock
+from serving.cost_model import CostModel
 from serving.decode_graph import GraphLimits
 from serving.engine import Engine
 from serving.execution import Execution
+from serving.host_memory import available_nbytes
 from serving.kernels import Kernels, default_kernels
 from serving.loader import Checkpoint
 from serving.memory import PAGE_SIZE, Wishes, expected_size, free_nbytes, plan, size_of
@@ -20,6 +25,7 @@ from serving.packing import PackedWeights, pack_weights
 from serving.progress import progress
 from serving.runner import TorchRunner
 from serving.weight_cache import WeightCache, packed_form
+from tilus.config import cache_dir
 from tilus.errors import TilusError
 
 
@@ -54,6 +60,10 @@ def build_engine(
         max_step_tokens=config.max_step_tokens,
         request_timeout=config.request_timeout,
         prefix_cache=not config.no_prefix_cache,
+        itl_slo=None if config.itl_slo is None else config.itl_slo / 1e3,
+        admission=config.admission,
+        schedule=config.schedule,
+        num_host_pages=_num_host_pages(config.swap_space, memory.page_nbytes),
     )
     model = build_model(checkpoint.config, kernels, packed)
     pages = min(limits.num_pages, -(-max_model_len // PAGE_SIZE))
@@ -61,9 +71,38 @@ def build_engine(
     captures = execution.is_compiled and kernels is default_kernels(config.batch_invariant)
     runner = TorchRunner(
         model, limits.num_pages, limits.page_size, device, kv_dtype=config.kv_dtype,
-        graphs=GraphLimits(config.max_batch, pages) if captures else None,
+        graphs=GraphLimits(config.max_batch, pages) if captures else None, num_host_pages=limits.num_host_pages,
     )  # fmt: skip
-    return Engine(runner, checkpoint.tokenizer, limits, MonotonicClock())
+    page_copy_seconds = 0.0 if runner.swapper is None else runner.swapper.seconds_a_page()
+    cost = CostModel(_steps_file(config, checkpoint, execution), page_copy_seconds)
+    return Engine(runner, checkpoint.tokenizer, limits, MonotonicClock(), cost)
+
+
+def _num_host_pages(swap_space: float, page_nbytes: int) -> int:
+    """How many pages so many GiB hold, which the host must have."""
+    nbytes, left = int(swap_space * 2**30), available_nbytes()
+    if nbytes > left:
+        raise TilusError(
+            f"--swap-space is {swap_space:g} GiB, but the host has {left / 2**30:.1f} GiB left",
+            hint="take less; requests that lose their place and find no room there are computed again",
+        )
+    return nbytes // page_nbytes
+
+
+def _steps_file(config: ServerConfig, checkpoint: Checkpoint, execution: Execution) -> Path:
+    """Where the times of steps are kept, by what they depend on."""
+    on_gpu = execution.device.type == "cuda"
+    device = torch.cuda.get_device_name(execution.device) if on_gpu else f"{platform.node()} {os.cpu_count()}"
+    parts = (
+        checkpoint.name,
+        checkpoint.config,
+        config.weight_dtype,
+        config.kv_dtype,
+        config.batch_invariant,
+        execution.way,
+        device,
+    )
+    return cache_dir() / "steps" / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}.json"
 
 
 def _cache(path: Path, weight_dtype: str, kernels: Kernels, device: torch.device) -> WeightCache | None:

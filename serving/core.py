@@ -116,20 +116,26 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Request:
-    """One continuation to generate. `id` is unique among the live requests."""
+    """One continuation to generate. `id` is unique among the live requests.
+
+    priority: lower goes first, with `--schedule priority`. user: who asked, for `--schedule fair`.
+    """
 
     id: str
     prompt: tuple[int, ...]
     params: SamplingParams
+    priority: int = 0
+    user: str = ""
 
 
 @dataclass(eq=False)
 class Sequence:
     """A request inside the engine.
 
-    tokens: the prompt, then the output so far. num_computed: how many of them have keys and values in the cache; it
-    falls to 0 when the sequence loses its pages, and everything is computed again later. max_tokens: the limit on
-    output with the default resolved. deadline: the clock's time after which the request is given up.
+    tokens: the prompt, then the output so far. num_computed: how many of them have keys and values in the cache; it falls to 0
+    when the sequence loses its pages, and everything is computed again later, or copied back from the host. max_tokens: the
+    limit on output with the default resolved. deadline: the clock's time after which the request is given up. number: in order
+    of arrival. num_shared: pages that others had already when it was admitted. num_preemptions: how often it lost its pages.
     """
 
     request: Request
@@ -137,6 +143,8 @@ class Sequence:
     deadline: float
     tokens: list[int] = field(init=False)
     num_computed: int = 0
+    number: int = 0
+    num_shared: int = 0
     num_preemptions: int = 0
 
     def __post_init__(self) -> None:
@@ -182,8 +190,20 @@ class BatchItem:
 
 
 @dataclass(frozen=True)
+class PageCopy:
+    """Of one page, between the cache and the host's memory: to the host, or back from there."""
+
+    page: int
+    host_page: int
+    to_host: bool
+
+
+@dataclass(frozen=True)
 class Batch:
+    """A step. Before its items are computed, pages are copied, in order."""
+
     items: tuple[BatchItem, ...]
+    copies: tuple[PageCopy, ...] = ()
 
     @property
     def sampled(self) -> tuple[BatchItem, ...]:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from serving.config import EngineConfig
 from serving.core import BatchItem, Clock, FinishReason, Request, RequestOutput, Runner, SampledToken, Sequence
+from serving.cost_model import CostModel, StepWork
 from serving.errors import RequestError
 from serving.kv import PageTables
 from serving.scheduler import Scheduler
@@ -40,13 +41,16 @@ class Engine:
     Every request that was added ends in exactly one output with a finish reason, or by `abort`.
     """
 
-    def __init__(self, runner: Runner, vocabulary: Vocabulary, config: EngineConfig, clock: Clock) -> None:
+    def __init__(
+        self, runner: Runner, vocabulary: Vocabulary, config: EngineConfig, clock: Clock, cost: CostModel | None = None
+    ) -> None:
         self._runner = runner
         self._vocabulary = vocabulary
         self._clock = clock
         self.config = config
         self.pages = PageTables(config.num_pages, config.page_size, reuse=config.prefix_cache)
-        self.scheduler = Scheduler(self.pages, max_batch=config.max_batch, max_step_tokens=config.max_step_tokens)
+        self.cost = CostModel() if cost is None else cost
+        self.scheduler = Scheduler(self.pages, config, self.cost)
         self.max_model_len = min(config.max_model_len, self.pages.capacity)
         self._live: dict[str, _Live] = {}
 
@@ -92,6 +96,7 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Run one batch; the outputs of the requests that gained something."""
+        started = self._clock.now()
         outputs = self._expire()
         batch = self.scheduler.schedule()
         if not batch.items:
@@ -101,18 +106,16 @@ class Engine:
             raise TilusError(f"the runner sampled {len(result.tokens)} tokens, expected {len(batch.sampled)}")
         for item in batch.items:
             self.scheduler.advance(self._live[item.request_id].seq, len(item.token_ids))
-        pairs = zip(batch.sampled, result.tokens)
-        return outputs + [self._commit(item, token) for item, token in pairs]
+        outputs += [self._commit(item, token) for item, token in zip(batch.sampled, result.tokens)]
+        self.cost.observe(StepWork.of(batch), self._clock.now() - started)
+        return outputs
 
     def check(self) -> None:
         """Raise unless pages, scheduler and requests agree: run after steps in tests, and when idle in production."""
-        self.pages.check()
-        running = frozenset(seq.id for seq in self.scheduler.running)
-        waiting = [seq.id for seq in self.scheduler.waiting]
-        if self.pages.owners() != running:
-            raise TilusError(f"pages belong to {sorted(self.pages.owners())}, but {sorted(running)} are running")
-        if sorted([*running, *waiting]) != sorted(self._live):
-            raise TilusError(f"scheduled are {sorted([*running, *waiting])}, but live are {sorted(self._live)}")
+        self.scheduler.check()
+        scheduled = sorted(seq.id for seq in (*self.scheduler.running, *self.scheduler.waiting))
+        if scheduled != sorted(self._live):
+            raise TilusError(f"scheduled are {scheduled}, but live are {sorted(self._live)}")
 
     def _expire(self) -> list[RequestOutput]:
         now = self._clock.now()
@@ -139,5 +142,5 @@ class Engine:
             text += live.stop.flush()
             if live.stop.found:  # completed by the last half character
                 reason = "stop"
-            self.abort(item.request_id)
+            self.scheduler.finish(self._live.pop(item.request_id).seq)
         return RequestOutput(item.request_id, text, (token,), reason)

@@ -12,6 +12,7 @@ from serving.core import Batch, StepOutput
 from serving.decode_graph import DecodeGraphs, GraphLimits
 from serving.kv_pool import KvPool, PageShape
 from serving.model import Model, StepTensors
+from serving.swap import PageSwapper
 
 _ALIGNMENT = 16  # int32 values: arrays and table rows start at multiples of 64 bytes, so that kernels see one alignment
 
@@ -20,13 +21,15 @@ class TorchRunner:
     """Owns the key-value pool. Keys and values of a page that nobody owns are left as they are, and never read.
 
     graphs: how decode steps are captured and replayed, where kernels are those of tilus, compiled; None to launch each step's.
+    num_host_pages: in the host's memory, for sequences that lose their place.
     """
 
     def __init__(
         self, model: Model, num_pages: int, page_size: int, device: torch.device, *, kv_dtype: str = "fp16",
-        graphs: GraphLimits | None = None,
+        graphs: GraphLimits | None = None, num_host_pages: int = 0,
     ) -> None:  # fmt: skip
         self.kv_pool = KvPool(PageShape(model.config, page_size, kv_dtype), num_pages, device)
+        self.swapper = PageSwapper(self.kv_pool, num_host_pages) if num_host_pages else None
         self._model = model
         self._page_size = page_size
         self._device = device
@@ -34,6 +37,8 @@ class TorchRunner:
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> StepOutput:
+        if self.swapper is not None:
+            self.swapper.begin(batch)
         return StepOutput(sampling.sample(self._logits(batch), batch.sampled))
 
     def _logits(self, batch: Batch) -> Tensor:

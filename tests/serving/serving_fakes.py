@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 
-from serving.core import Batch, SampledToken, StepOutput
+from serving.core import Batch, PageCopy, SampledToken, StepOutput
 
 EOS = 0
 VOCABULARY = 64
@@ -38,17 +38,32 @@ class FakeRunner:
     """Checks every batch like a memory would: a token may only read what was written to its own pages before.
 
     The cache is a dictionary from (page, offset) to (position, token). What a sequence sees of its history is read back
-    through its block table, so a wrong page, a lost token or a page in two hands changes the answer.
+    through its block table, so a wrong page, a lost token or a page in two hands changes the answer. The host's memory is another
+    dictionary; a page that was never copied there cannot come back.
     """
 
     def __init__(self, page_size: int) -> None:
         self.page_size = page_size
         self.memory: dict[tuple[int, int], tuple[int, int]] = {}
+        self.host: dict[int, dict[int, tuple[int, int]]] = {}
         self.batches: list[Batch] = []
 
     def execute(self, batch: Batch) -> StepOutput:
         self.batches.append(batch)
+        for copy in batch.copies:
+            self._copy(copy)
         return StepOutput(tuple(token for item in batch.items if (token := self._run(item)) is not None))
+
+    def _copy(self, copy: PageCopy) -> None:
+        if copy.to_host:
+            self.host[copy.host_page] = {
+                i: self.memory[copy.page, i] for i in range(self.page_size) if (copy.page, i) in self.memory
+            }
+            return
+        for offset in range(self.page_size):
+            self.memory.pop((copy.page, offset), None)
+        for offset, stored in self.host[copy.host_page].items():
+            self.memory[copy.page, offset] = stored
 
     def _run(self, item) -> SampledToken | None:
         for position, token_id in enumerate(item.token_ids, item.start):

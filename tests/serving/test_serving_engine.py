@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from serving_fakes import EOS, VOCABULARY, FakeRunner, FakeVocabulary, ManualClock, next_token, reference_answer
 
-from serving.config import EngineConfig
+from serving.config import ADMISSION_POLICIES, EngineConfig
 from serving.core import Batch, Request, RequestOutput, SamplingParams, StepOutput
 from serving.engine import Engine
 from serving.errors import RequestError
@@ -58,7 +58,10 @@ arrivals = st.lists(
     st.builds(
         Arrival,
         step=st.integers(0, 30),
-        prompt=st.lists(st.integers(1, VOCABULARY - 1), min_size=1, max_size=20),
+        prompt=st.one_of(
+            st.lists(st.integers(1, VOCABULARY - 1), min_size=1, max_size=20),
+            st.integers(1, 20).map(lambda size: list(range(1, size + 1))),  # these share their beginnings
+        ),
         max_tokens=st.integers(1, 12),
         abort_after=st.one_of(st.none(), st.integers(0, 15)),
     ),
@@ -73,15 +76,26 @@ arrivals = st.lists(
     spare_pages=st.integers(0, 6),
     max_batch=st.integers(1, 6),
     spare_tokens=st.integers(0, 20),
+    admission=st.sampled_from(ADMISSION_POLICIES),
+    num_host_pages=st.integers(0, 12),
+    prefill_first=st.booleans(),
 )
 def test_every_request_gets_its_own_answer(
-    arrivals: list[Arrival], page_size: int, spare_pages: int, max_batch: int, spare_tokens: int
+    arrivals: list[Arrival],
+    page_size: int,
+    spare_pages: int,
+    max_batch: int,
+    spare_tokens: int,
+    admission: str,
+    num_host_pages: int,
+    prefill_first: bool,
 ) -> None:
     num_pages = -(-32 // page_size) + spare_pages  # the longest request just fits
     runner = FakeRunner(page_size)
     engine = make_engine(
-        runner, num_pages=num_pages, page_size=page_size, max_batch=max_batch, max_step_tokens=max_batch + spare_tokens
-    )
+        runner, num_pages=num_pages, page_size=page_size, max_batch=max_batch, max_step_tokens=max_batch + spare_tokens,
+        admission=admission, num_host_pages=num_host_pages, prefill_first=prefill_first,
+    )  # fmt: skip
     outputs: dict[str, list[RequestOutput]] = {}
     aborted: set[str] = set()
     for step in range(5_000):
@@ -102,12 +116,14 @@ def test_every_request_gets_its_own_answer(
         engine.check()
         order = [*engine.scheduler.running, *engine.scheduler.waiting]  # first come, first served
         assert [seq.id for seq in order] == [name for name in outputs if name in {seq.id for seq in order}]
-        if oldest:  # progress: the oldest request is never pushed back
+        if oldest and not prefill_first:  # progress: the oldest request is never pushed back
             assert oldest.num_computed > before
         if step > 50 and not engine.has_work:
             break
     assert not engine.has_work
-    assert engine.pages.num_free == num_pages
+    assert engine.pages.num_free == num_pages and engine.scheduler.host.num_free == num_host_pages
+    if admission == "conservative":
+        assert engine.scheduler.num_recomputed == engine.scheduler.num_swapped == 0
     for index, arrival in enumerate(arrivals):
         name = f"r{index}"
         expected = reference_answer(arrival.prompt, arrival.max_tokens)
@@ -138,11 +154,11 @@ def test_prefill_and_decode_share_a_step() -> None:
 
 
 def test_preemption_takes_the_youngest_and_keeps_its_answer_and_its_turn() -> None:
-    engine = make_engine(num_pages=4, page_size=4, max_model_len=16, max_batch=2)
+    engine = make_engine(num_pages=4, page_size=4, max_model_len=16, max_batch=2, admission="aggressive")
     prompts = {"old": [1, 2, 3, 4], "young": [5, 6, 7, 8], "later": [9]}
     for name, prompt in prompts.items():
         engine.add(request(name, prompt, max_tokens=10, ignore_eos=True))
-    young = engine.scheduler.waiting[1]
+    young = list(engine.scheduler.waiting)[1]
     outputs: dict[str, list[RequestOutput]] = {name: [] for name in prompts}
     while young.num_preemptions == 0:
         for output in engine.step():
@@ -257,7 +273,7 @@ def test_random_numbers_follow_the_request_not_the_batch() -> None:
                 draws.setdefault(item.request_id, []).append(item.draw)
             return super().execute(batch)
 
-    engine = make_engine(Recording(4), num_pages=4, page_size=4, max_model_len=16, max_batch=2)
+    engine = make_engine(Recording(4), num_pages=4, page_size=4, max_model_len=16, max_batch=2, admission="aggressive")
     for name in ("old", "young"):
         engine.add(request(name, [1, 2, 3, 4], max_tokens=10, ignore_eos=True))
     run(engine)
