@@ -192,7 +192,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m serving",
         description=__import__("serving").__doc__,
-        epilog="`python -m serving bench` measures a server that runs: see `python -m serving bench --help`.",
+        epilog="`python -m serving bench` measures a server that runs, and `python -m serving simulate` compares ways to "
+        "schedule without one: see their --help.",
     )
     for item in dataclasses.fields(ServerConfig):
         if item.type == "bool":
