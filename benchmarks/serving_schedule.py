@@ -11,8 +11,8 @@ times of steps first measured for the cost model). Answers end where the plan sa
 
 Output, as JSON: runner, device, options, and rows, a list of {case, metric, value, unit, baseline, limit}: baseline is the value
 of what is compared with, limit what the value may be at most (evictions, times) or must be at least (rates), null where none was
-set. With --runner cuda also rows of case "agreement ...": the GPU's value, with the simulator's for the same plan and the measured
-steps as baseline; limit is the part by which they may differ.
+set. With --runner cuda also rows of case "agreement ...": the GPU's value, with the simulator's for the same plan and the
+measured steps as baseline; limit is the part by which they may differ.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def compare_chunks(
     plan = at_rate(conversation(options), LOAD * served)
     longest = max(planned.output_tokens for planned in plan)
     chunks = run(plan, limits(options, itl_slo=options.itl_slo / 1e3), longest)
-    first = run(plan, limits(options, prefill_first=True, max_step_tokens=max(8192, options.max_step_tokens)), longest)
+    first = run(plan, limits(options, prefill_first=True, max_step_tokens=options.prefill_tokens), longest)
     case = f"conversation at {LOAD * served:.2f} requests a second"
     return [
         row(case, "inter-token latency, p99", p99(chunks), "ms", p99(first), 0.4 * p99(first)),
@@ -134,11 +134,10 @@ class Gpu:
         self._runner = TorchRunner(
             model, options.num_pages, PAGE, torch.device("cuda"), graphs=GraphLimits(options.max_batch, pages)
         )
-        self.cost = CostModel(options.steps)
+        self._cost = CostModel(options.steps)
         engine = self._engine(self._runner, limits(options))
         warm_up(engine, True, lambda done, total: None, options.max_batch)
-        if options.layers is None:
-            measure_steps(engine)
+        measure_steps(engine)
 
     def __call__(self, plan: list[PlannedRequest], config: EngineConfig, max_tokens: int) -> Outcome:
         lengths = {str(index): planned.output_tokens for index, planned in enumerate(plan)}
@@ -148,7 +147,7 @@ class Gpu:
         return Outcome(summarise(seen), engine.scheduler.num_recomputed, engine.scheduler.num_swapped)
 
     def _engine(self, runner: Runner, config: EngineConfig) -> Engine:
-        return Engine(runner, PlainVocabulary(), config, RealClock(), self.cost)
+        return Engine(runner, PlainVocabulary(), config, RealClock(), self._cost)
 
 
 def agreement(case: str, gpu: list[Outcome], simulated: list[Outcome]) -> list[dict[str, Any]]:
@@ -162,9 +161,7 @@ def agreement(case: str, gpu: list[Outcome], simulated: list[Outcome]) -> list[d
 
 def measure(options: argparse.Namespace, report: dict[str, Any]) -> None:
     gpu = Gpu(options) if options.runner == "cuda" else None
-    if gpu is not None and options.layers is not None:
-        return  # kernels are compiled now
-    known = gpu.cost if gpu is not None else CostModel(options.steps)
+    known = CostModel(options.steps)  # for the simulator: what was known before the first replay
     in_theory = simulator(known.predict if known.is_fitted else roofline)
     report["steps"] = "measured" if known.is_fitted else "estimated"
     at_once = scaled(conversation(options), rate=1e9)
@@ -200,18 +197,17 @@ def options_of() -> argparse.Namespace:
     add("--context", type=int, default=16384, help="tokens of a request (default 16384)")
     add("--itl-slo", type=float, default=30, help="milliseconds between two tokens (default 30)")
     add("--steps", type=Path, help="times of steps: read, and with --runner cuda written")
-    add("--layers", type=int, help="a model of fewer layers, only to compile kernels ahead")
+    add("--prefill-tokens", type=int, default=8192, help="of a step of prompts first (default 8192)")
     add("--out", type=Path, help="write the JSON here")
-    parser.set_defaults(config=None, weight_dtype="int4", group=128)
+    parser.set_defaults(config=None, layers=None, weight_dtype="int4", group=128)
     return parser.parse_args()
 
 
 def main() -> None:
     options = options_of()
-    names = ("requests", "longest", "few_pages", "num_pages", "max_batch", "max_step_tokens", "context", "itl_slo")
     report: dict[str, Any] = {
         "runner": options.runner, "trace": options.trace and options.trace.name, "rows": [],
-        "options": {name: getattr(options, name) for name in names},
+        "options": {name: value for name, value in vars(options).items() if isinstance(value, int | float)},
     }  # fmt: skip
     if options.runner == "cuda":
         import torch
