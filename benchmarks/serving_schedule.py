@@ -123,7 +123,6 @@ class Gpu:
     """Replays on the GPU, on one model and runner."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        import torch
         from serving_decode import open_model  # beside this file
 
         from serving.decode_graph import GraphLimits
@@ -132,7 +131,7 @@ class Gpu:
         model, _ = open_model(options)
         pages = -(-options.context // PAGE)
         self._runner = TorchRunner(
-            model, options.num_pages, PAGE, torch.device("cuda"), graphs=GraphLimits(options.max_batch, pages)
+            model, options.num_pages, PAGE, model.norm.device, graphs=GraphLimits(options.max_batch, pages)
         )
         self._cost = CostModel(options.steps)
         engine = self._engine(self._runner, limits(options))
