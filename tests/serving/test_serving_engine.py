@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving_fakes import EOS, VOCABULARY, FakeRunner, FakeVocabulary, ManualClock, next_token, reference_answer
 
@@ -138,6 +138,42 @@ def test_every_request_gets_its_own_answer(
     for batch in runner.batches:
         assert len(batch.items) <= max_batch
         assert 0 < sum(len(item.token_ids) for item in batch.items) <= max_batch + spare_tokens
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(4, 8), st.integers(10, 12)), min_size=4, max_size=8),
+    aborts=st.lists(st.tuples(st.integers(3, 25), st.integers(0, 7)), max_size=3),
+    page_size=st.integers(1, 3),
+    num_host_pages=st.integers(20, 40),
+)
+@settings(max_examples=25)
+def test_what_was_on_the_host_comes_back(
+    lengths: list[tuple[int, int]], aborts: list[tuple[int, int]], page_size: int, num_host_pages: int
+) -> None:
+    """Many answers in a cache for one or two: they lose their places time and again, and some leave while they have none."""
+    engine = make_engine(
+        num_pages=-(-24 // page_size), page_size=page_size, max_model_len=24, num_host_pages=num_host_pages,
+        admission="aggressive", max_step_tokens=32,
+    )  # fmt: skip
+    tokens = {str(index): list[int]() for index in range(len(lengths))}
+    for index, (size, answer) in enumerate(lengths):
+        engine.add(request(str(index), [index + 1] * size, max_tokens=answer, ignore_eos=True))
+    aborted, step = set[str](), 0
+    while engine.has_work:
+        for when, index in aborts:
+            if when == step:
+                aborted.add(str(index))
+                engine.abort(str(index))
+        for output in engine.step():
+            tokens[output.request_id] += [token.token_id for token in output.tokens]
+        engine.check()
+        step += 1
+    assert engine.scheduler.num_swapped > 0 or aborted
+    assert engine.scheduler.host.num_free == num_host_pages and engine.pages.num_free == engine.pages.num_pages
+    for index, (size, answer) in enumerate(lengths):
+        expected = reference_answer([index + 1] * size, answer, ignore_eos=True)
+        found = tokens[str(index)]
+        assert found == expected or (str(index) in aborted and found == expected[: len(found)])
 
 
 def test_prefill_and_decode_share_a_step() -> None:

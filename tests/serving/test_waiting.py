@@ -89,7 +89,7 @@ users = st.lists(
 
 
 @given(users, st.integers(1, 6), st.integers(20, 40))
-@settings(max_examples=30)
+@settings(max_examples=20)
 def test_users_who_always_wait_get_equal_shares(
     plans: list[list[tuple[int, int]]], max_batch: int, num_pages: int
 ) -> None:
@@ -125,6 +125,16 @@ def shares(schedule: str) -> list[str]:
 def test_many_requests_of_one_user_do_not_delay_another() -> None:
     assert "modest" not in shares("fcfs")[:40]
     assert shares("fair")[:12].count("modest") == 4
+
+
+def test_answers_count_twice_as_much_as_prompts() -> None:
+    """A prompt of two tokens with an answer of eleven costs 24, with one of one token 4: six of these for each of the others."""
+    engine = make_engine("fair", max_batch=1)
+    for index in range(60):
+        engine.add(request(f"long-{index}", [1, 2], 11, user="long"))
+        engine.add(request(f"short-{index}", [1, 2], 1, user="short"))
+    order, _ = finish(engine)
+    assert 35 <= sum(name.startswith("short") for name in order[:42]) <= 37
 
 
 def test_idle_time_earns_nothing() -> None:
