@@ -41,6 +41,7 @@ from serving.warm_up import measure_steps, warm_up
 PAGE = 16
 LOAD = 0.8  # of what can be served
 AGREEMENT = 0.15
+START = time.perf_counter()
 Replay = Callable[[list[PlannedRequest], EngineConfig, int], Outcome]
 
 
@@ -61,6 +62,10 @@ def limits(options: argparse.Namespace, **policy: Any) -> EngineConfig:
     return EngineConfig(
         max_model_len=options.context, max_batch=options.max_batch, request_timeout=1e9, prefix_cache=False, **given
     )
+
+
+def say(text: str) -> None:
+    print(f"{time.perf_counter() - START:6.1f} s  {text}", file=sys.stderr, flush=True)
 
 
 def p99(outcome: Outcome) -> float:
@@ -135,8 +140,11 @@ class Gpu:
         )
         self._cost = CostModel(options.steps)
         engine = self._engine(self._runner, limits(options))
+        say("loaded")
         warm_up(engine, True, lambda done, total: None, options.max_batch)
+        say("captured")
         measure_steps(engine)
+        say("steps measured")
 
     def __call__(self, plan: list[PlannedRequest], config: EngineConfig, max_tokens: int) -> Outcome:
         lengths = {str(index): planned.output_tokens for index, planned in enumerate(plan)}
@@ -170,14 +178,13 @@ def measure(options: argparse.Namespace, report: dict[str, Any]) -> None:
         ("conversation", lambda run: compare_chunks(options, run, served)),
         ("long answers", lambda run: compare_admission(options, run)),
     ):
-        started = time.perf_counter()
         rows, outcomes = compare(gpu or in_theory)
         if gpu is not None:
             rows += agreement(case, outcomes, compare(in_theory)[1])
         report["rows"] += rows
         for found in rows:
             print(*found.values(), sep="  ", flush=True)
-        print(f"{case}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
+        say(case)
         if options.out is not None:
             options.out.write_text(json.dumps(report, indent=1) + "\n")
 

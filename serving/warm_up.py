@@ -49,11 +49,13 @@ def _request(index: int, prompt: int, answer: int, token: int = 0) -> Request:
 
 
 def measure_steps(engine: Engine) -> None:
-    """Teach the engine's cost model what steps take, once kernels are compiled: prompts of many lengths beside many answers."""
-    longest = engine.max_model_len - _MEASURED_STEPS
+    """Teach the engine's cost model what steps take, once kernels are compiled: prompts of many lengths, in chunks and whole, beside
+    more and more answers.
+    """
+    longest, chunk = engine.max_model_len - _MEASURED_STEPS, engine.config.max_step_tokens
     for round_, width in enumerate((1, 4, 16, 64, 256)):
         for index in range(min(width, engine.config.max_batch)):
-            prompt = max(1, longest * (index + 1) // (width + 1) // 4)
+            prompt = max(1, min(longest, 4 * chunk // (index + 1)))
             engine.add(_request(index, prompt, min(_MEASURED_STEPS, engine.max_model_len - prompt), token=round_ + 2))
         while engine.has_work:
             engine.step()
