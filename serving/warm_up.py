@@ -49,8 +49,8 @@ def _request(index: int, prompt: int, answer: int, token: int = 0) -> Request:
 
 
 def measure_steps(engine: Engine) -> None:
-    """Teach the engine's cost model what steps take, once kernels are compiled: prompts of many lengths, in chunks and whole, beside
-    more and more answers.
+    """Teach the engine's cost model what steps take, once kernels are compiled: prompts of many lengths beside more and more
+    answers.
     """
     longest, chunk = engine.max_model_len - _MEASURED_STEPS, engine.config.max_step_tokens
     for round_, width in enumerate((1, 4, 16, 64, 256)):
