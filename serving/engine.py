@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from serving.config import EngineConfig
-from serving.core import BatchItem, Clock, FinishReason, Request, RequestOutput, Runner, SampledToken, Sequence
+from serving.core import Batch, BatchItem, Clock, FinishReason, Request, RequestOutput, Runner, SampledToken, Sequence
 from serving.cost_model import CostModel, StepWork
 from serving.errors import RequestError
 from serving.kv import PageTables
@@ -53,6 +53,7 @@ class Engine:
         self.scheduler = Scheduler(self.pages, config, self.cost)
         self.max_model_len = min(config.max_model_len, self.pages.capacity)
         self._live: dict[str, _Live] = {}
+        self._waited = True  # for the last step's end
 
     @property
     def has_work(self) -> bool:
@@ -107,7 +108,7 @@ class Engine:
         for item in batch.items:
             self.scheduler.advance(self._live[item.request_id].seq, len(item.token_ids))
         outputs += [self._commit(item, token) for item, token in zip(batch.sampled, result.tokens)]
-        self.cost.observe(StepWork.of(batch), self._clock.now() - started)
+        self._observe(batch, self._clock.now() - started)
         return outputs
 
     def check(self) -> None:
@@ -116,6 +117,12 @@ class Engine:
         scheduled = sorted(seq.id for seq in (*self.scheduler.running, *self.scheduler.waiting))
         if scheduled != sorted(self._live):
             raise TilusError(f"scheduled are {scheduled}, but live are {sorted(self._live)}")
+
+    def _observe(self, batch: Batch, seconds: float) -> None:
+        """Of a step that samples nothing a GPU's end is not waited for: neither its time is known nor that of the one behind it."""
+        if batch.sampled and self._waited:
+            self.cost.observe(StepWork.of(batch), seconds)
+        self._waited = bool(batch.sampled)
 
     def _expire(self) -> list[RequestOutput]:
         now = self._clock.now()
