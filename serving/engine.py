@@ -119,7 +119,7 @@ class Engine:
             raise TilusError(f"scheduled are {scheduled}, but live are {sorted(self._live)}")
 
     def _observe(self, batch: Batch, seconds: float) -> None:
-        """Of a step that samples nothing a GPU's end is not waited for: neither its time is known nor that of the one behind it."""
+        """The end of a step that samples nothing is not waited for on a GPU: neither its time is known nor the next one's."""
         if batch.sampled and self._waited:
             self.cost.observe(StepWork.of(batch), seconds)
         self._waited = bool(batch.sampled)
