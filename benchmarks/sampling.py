@@ -21,6 +21,7 @@ import argparse
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ import torch
 from products.report import Report, Row
 from products.timing import Action, Budget, Timer
 
-from tilus.kernels.sampling import PIVOTS, launch, plan_of, sample
-from tilus.kernels.sampling_row import RowPlan
+from tilus.kernels import edit_logits, sample, token_logprobs
+from tilus.kernels.sampling import GPU_PLAN, Plan, launch
+from tilus.kernels.sampling_row import Tiling
 from tilus.ptx.assembler import SpillError
 
 BATCHES = (1, 16, 64, 256)
@@ -88,28 +90,50 @@ def check(logits: torch.Tensor, filters: str) -> None:
         raise SystemExit(f"wrong tokens with {filters}: {found[:few].tolist()}, expected {wanted.tolist()}")
 
 
-def tilus_actions(rows: list[torch.Tensor], filters: str, plan: RowPlan, pivots: int) -> list[Action]:
+def tilus_actions(rows: list[torch.Tensor], filters: str, plan: Plan) -> list[Action]:
     given = parameters(len(rows[0]), filters)
     tokens = torch.zeros(len(rows[0]), dtype=torch.int32, device="cuda")
-    return [functools.partial(launch, x, *given, tokens, None, plan, None, pivots) for x in rows]
+    return [functools.partial(launch, x, *given, tokens, plan, None) for x in rows]
 
 
-def plans_of(vocabulary: int) -> list[tuple[RowPlan, int]]:
-    """Other warps, clusters and pivots."""
-    found = []
-    for cluster, warps, pivots in [(8, 16, 3), (8, 16, 1), (8, 8, 3), (8, 8, 1), (4, 16, 3)]:
-        quads = -(-vocabulary // (128 * warps * cluster))
-        found.append((RowPlan(cluster, warps, quads, quads, quads <= 160 // warps), pivots))
-    return found
+def other_actions(rows: list[torch.Tensor], kind: str) -> list[Action]:
+    """edits: a mask for half of the rows and 64 changed tokens in each. logprobs: 20 of each row."""
+    batch, vocabulary = rows[0].shape
+
+    def ints(values: torch.Tensor) -> torch.Tensor:
+        return values.to(device="cuda", dtype=torch.int32)
+
+    requests = ints(torch.arange(batch))
+    if kind == "logprobs":
+        counts = ints(torch.full((batch,), 20))
+        return [functools.partial(token_logprobs, x, requests, asking=requests, counts=counts) for x in rows]
+    bits = torch.randint(0, 256, (1, -(-vocabulary // 32) * 4), dtype=torch.uint8, device="cuda")
+    tokens = torch.arange(64, device="cuda").repeat(batch) * (vocabulary // 64)
+    out, ones = torch.empty_like(rows[0]), torch.ones(64 * batch, device="cuda")
+    return [
+        functools.partial(
+            edit_logits, x, bits=bits, mask_of=requests % 2 - 1, rows=requests.repeat_interleave(64), tokens=ints(tokens),
+            penalties=ones, addends=ones, out=out,
+        )
+        for x in rows
+    ]  # fmt: skip
+
+
+def plans() -> list[Plan]:
+    """Other tiles, and more blocks beside each other."""
+    runs = [(8, 4, 1, 1), (8, 2, 1, 1), (8, 2, 1, 8), (4, 4, 1, 8), (4, 8, 1, 4), (16, 2, 1, 2)]
+    wholes = [(16, 1, 4, 1), (32, 1, 1, 1), (8, 1, 2, 4), (8, 2, 2, 2)]
+    found = [GPU_PLAN, *(replace(GPU_PLAN, run=Tiling(*run)) for run in runs)]
+    return found + [replace(GPU_PLAN, whole=Tiling(*whole)) for whole in wholes]
 
 
 def cases() -> Iterator[tuple[int, int, str]]:
     for vocabulary in VOCABULARIES:
         for batch in BATCHES:
-            yield from ((vocabulary, batch, filters) for filters in FILTERS)
+            yield from ((vocabulary, batch, filters) for filters in (*FILTERS, "edits", "logprobs"))
 
 
-def rows_of(timer: Timer, budget: Budget, plans: bool) -> Iterator[Row]:
+def rows_of(timer: Timer, budget: Budget, compare: bool) -> Iterator[Row]:
     known: tuple[int, int] | None = None
     logits: list[torch.Tensor] = []
     for vocabulary, batch, filters in cases():
@@ -124,35 +148,32 @@ def rows_of(timer: Timer, budget: Budget, plans: bool) -> Iterator[Row]:
             "filters": filters,
             "limit_us": limit_us(batch, vocabulary),
         }
-        if plans:
-            for plan, pivots in plans_of(vocabulary):
-                failures: dict[str, str] = {}
-                us = None
-                try:
-                    us = timer.us(tilus_actions(logits, filters, plan, pivots))
-                except SpillError as error:
-                    failures["us"] = str(error).splitlines()[0]
-                yield {
-                    **row,
-                    **dataclasses.asdict(plan),
-                    "pivots": pivots,
-                    "us": us,
-                    "torch_us": None,
-                    "failures": failures,
-                }
-            continue
-        if batch == BATCHES[0]:
-            check(logits[0], filters)
-        us = timer.us(tilus_actions(logits, filters, plan_of(vocabulary, True), PIVOTS))
-        torch_us = timer.us([functools.partial(by_torch, x, filters) for x in logits[:4]])
-        yield {**row, "us": us, "torch_us": torch_us, "failures": {}}
+        if compare:
+            for plan in plans() if filters in ("greedy", "none", "top_k", "top_p") else ():
+                yield {**row, **timed(timer, plan, logits, filters), "torch_us": None}
+        elif filters in ("edits", "logprobs"):
+            yield {**row, "us": timer.us(other_actions(logits, filters)), "torch_us": None, "failures": {}}
+        else:
+            if batch == BATCHES[0]:
+                check(logits[0], filters)
+            torch_us = timer.us([functools.partial(by_torch, x, filters) for x in logits[:4]])
+            yield {**row, **timed(timer, GPU_PLAN, logits, filters), "torch_us": torch_us}
+
+
+def timed(timer: Timer, plan: Plan, logits: list[torch.Tensor], filters: str) -> Row:
+    try:
+        us, failures = timer.us(tilus_actions(logits, filters, plan)), {}
+    except SpillError as error:
+        us, failures = None, {"us": str(error).splitlines()[0]}
+    return {**dataclasses.asdict(plan), "us": us, "failures": failures}
 
 
 COLUMNS = {"batch": 7, "vocabulary": 12, "filters": 13, "us": 10, "limit": 10, "torch": 10, "plan": 24}
 
 
 def cells(row: Row) -> list[Any]:
-    plan = "-".join(str(row[key]) for key in ("cluster", "warps", "quads", "pivots") if key in row)
+    run, whole = (row.get(key, {}) for key in ("run", "whole"))
+    plan = "-".join(str(value) for value in (*run.values(), *whole.values()))
     return [*(row[key] for key in ("batch", "vocabulary", "filters", "us", "limit_us", "torch_us")), plan]
 
 

@@ -2,7 +2,8 @@
 
 A `Request` is what a client asked for. Inside the engine it is a `Sequence`: its tokens and how many of them have their
 keys and values in the cache. Each step the scheduler makes a `Batch`, the runner turns it into a `StepOutput`, and the
-engine turns that into one `RequestOutput` for each request that moved.
+engine turns that into one `RequestOutput` for each request that moved. What a sequence has in a step is a named tuple: it is
+made in a third of the time of a frozen dataclass.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from functools import cached_property
+from typing import Literal, NamedTuple, Protocol
 
 from serving.errors import RequestError
 
@@ -111,7 +113,7 @@ class SamplingParams:
             if not holds:
                 raise RequestError(f"{name} is {value!r}, but must be {expected}", param=name)
 
-    @property
+    @cached_property
     def needs_history(self) -> bool:
         """Whether the next token's choice depends on the ones before it otherwise than through the model."""
         penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1.0)
@@ -196,8 +198,7 @@ class Sequence:
         return self.num_output >= self.max_tokens
 
 
-@dataclass(frozen=True)
-class BatchItem:
+class BatchItem(NamedTuple):
     """One sequence's share of a step: `token_ids` at positions start, start + 1, ... with `pages` as its block table.
 
     A token UNKNOWN is the one that the step launched just before sampled for the same request. params is None when this step
@@ -254,8 +255,7 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]
 
 
-@dataclass(frozen=True)
-class SampledToken:
+class SampledToken(NamedTuple):
     token_id: int
     logprobs: TokenLogprobs | None = None
 
@@ -269,8 +269,7 @@ class StepOutput:
     tokens: tuple[tuple[SampledToken, ...] | None, ...]
 
 
-@dataclass(frozen=True)
-class RequestOutput:
+class RequestOutput(NamedTuple):
     """What a request gained in one step. `text` may lag behind `tokens`: half characters and possible beginnings of a
     stop string are held back. After an output with a finish reason there is none.
     """

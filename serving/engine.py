@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from serving.config import EngineConfig
@@ -66,7 +65,6 @@ class _Launched:
     sampled: tuple[_Live, ...]
     wait: Callable[[], StepOutput]
 
-    @property
     def decides_the_next(self) -> bool:
         """Whether the next step cannot be scheduled without this one's tokens."""
         return any(item.num_drafts or (item.params and item.params.needs_history) for item in self.items)
@@ -176,7 +174,7 @@ class Engine:
         batch already, whose token is dropped.
         """
         outputs = self._expire()
-        if self._launched is not None and self._launched.decides_the_next:
+        if self._launched is not None and self._launched.decides_the_next():
             outputs += self._finish()
         before, self._launched = self._launched, self._launch()
         outputs += self._commit(before)
@@ -216,14 +214,14 @@ class Engine:
         """The batch with what sampling must know beyond the logits."""
         if not any(item.params is not None and item.params.needs_history for item in batch.items):
             return batch
-        return dataclasses.replace(batch, items=tuple(self._informed_item(item) for item in batch.items))
+        return replace(batch, items=tuple(self._informed_item(item) for item in batch.items))
 
     def _informed_item(self, item: BatchItem) -> BatchItem:
         if item.params is None or not item.params.needs_history:
             return item
         seq = self._live[item.request_id].seq
         allowed = seq.matcher.allowed() if seq.matcher is not None else None
-        return dataclasses.replace(item, history=tuple(seq.tokens), allowed=allowed)
+        return item._replace(history=tuple(seq.tokens), allowed=allowed)
 
     def _expire(self) -> list[RequestOutput]:
         now = self._clock.now()

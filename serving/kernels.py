@@ -52,22 +52,23 @@ class Kernels(Protocol):
         ...
 
     def add_rms_norm(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, x_norm: Tensor | None = None
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, x_norm: Tensor | None = None, constant: bool = False
     ) -> Tensor:  # fmt: skip
         """residual (float32 [M, H]) += x in place, or where x_norm (float32 [H]) is given the norm of x with this weight;
-        returns the norm of the sum, [M, H] in the dtype of x."""
+        returns the norm of the sum, [M, H] in the dtype of x. constant: nothing in front in the stream still writes weights."""
         ...
 
     def rope_append(
         self, qkv: Tensor, positions: Tensor, cos_sin: Tensor, slots: Tensor, kv_cache: KvCache, *,
-        q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = ...,
+        q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = ..., constant: bool = False,
     ) -> Tensor:  # fmt: skip
         """Rotate q and k of qkv [M, (Hq + 2 Hkv) D], write k and v to the cache at slots, in its format; returns q [M, Hq, D] in
         the dtype of a cache of 16 bits, else in qkv's.
 
         positions, slots: int32 [M], a slot being page * page_size + offset; negative ones are not written. cos_sin: float32
         [max_pos, D], first the D/2 cosines, then the sines; halves are rotated as in Hugging Face's models. q_norm, k_norm:
-        float32 [D], weights of the norm of each head in front of its rotation.
+        float32 [D], weights of the norm of each head in front of its rotation. constant: nothing in front in the stream still
+        writes the integers, cos_sin and the weights.
         """
         ...
 

@@ -117,9 +117,9 @@ class Model:
         next_norms = [*(layer.attn_norm for layer in self.layers[1:]), self.norm]
         for layer, next_norm, kv_cache in zip(self.layers, next_norms, layers, strict=True):
             x = self._attention(layer, x, step, kv_cache)
-            x = kernels.add_rms_norm(x, residual, layer.ffn_norm, eps, x_norm=layer.post_attention_norm)
+            x = kernels.add_rms_norm(x, residual, layer.ffn_norm, eps, x_norm=layer.post_attention_norm, constant=True)
             x = layer.down(kernels, self._gated(layer.gate_up(kernels, x)), self.combine)
-            x = kernels.add_rms_norm(x, residual, next_norm, eps, x_norm=layer.post_ffw_norm)
+            x = kernels.add_rms_norm(x, residual, next_norm, eps, x_norm=layer.post_ffw_norm, constant=True)
         if step.last is not None:
             x = x[step.last.long()]
         if x.shape[0] == 0:  # only chunks inside prompts
@@ -135,7 +135,7 @@ class Model:
         kernels = self.kernels
         q = kernels.rope_append(
             layer.qkv(kernels, x), step.positions, layer.cos_sin, step.slots, kv_cache,
-            q_norm=layer.q_norm, k_norm=layer.k_norm, eps=self.config.rms_eps,
+            q_norm=layer.q_norm, k_norm=layer.k_norm, eps=self.config.rms_eps, constant=True,
         )  # fmt: skip
         out = kernels.paged_attention(
             q, kv_cache, step.block_tables, step.q_start, step.kv_lens, self.config.attention_scale, window=layer.window,

@@ -7,7 +7,6 @@ inputs go through pinned memory that torch keeps until they have been read, resu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -87,7 +86,7 @@ def _rows_of(item: BatchItem) -> tuple[BatchItem, ...]:
         return (item,)
     drafts = item.token_ids[-item.num_drafts :]
     return tuple(
-        replace(item, draw=item.draw + count, history=(*item.history, *drafts[:count]) if item.history else ())
+        item._replace(draw=item.draw + count, history=(*item.history, *drafts[:count]) if item.history else ())
         for count in range(item.num_drafts + 1)
     )
 

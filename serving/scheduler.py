@@ -86,7 +86,6 @@ class Scheduler:
         """
         plan: dict[Sequence, int] = {}
         taken: dict[str, tuple[int, ...]] = {}
-        self._copies = []
         if self._config.prefill_first:
             self._plan_prompts(plan, StepWork())
         if not plan:
@@ -102,8 +101,11 @@ class Scheduler:
                 f"nothing can run: {len(self.waiting)} waiting, {len(self.running)} running, "
                 f"{self.pages.num_free} of {self.pages.num_pages} pages free"
             )
-        items = (self._item(seq, count, taken.get(seq.id, ())) for seq, count in plan.items())
-        return Batch(tuple(items), tuple(self._copies))
+        items = tuple(self._item(seq, count, taken.get(seq.id, ())) for seq, count in plan.items())
+        if not items:
+            return Batch(())  # copies go with the next step
+        copies, self._copies = tuple(self._copies), []
+        return Batch(items, copies)
 
     def advance(self, seq: Sequence, count: int) -> None:
         """A step has been launched that computes `count` more tokens of a sequence. Steps after it may read them."""

@@ -19,6 +19,8 @@ class StopMatcher:
         """The text that can be shown now; once a stop string is found, `found` is set and nothing follows."""
         if self.found:
             return ""
+        if not self._stops:
+            return piece
         text = self._held + piece
         hits = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
         self.found = bool(hits)

@@ -63,9 +63,7 @@ def test_soft_cap(device: str, width: int) -> None:
 
 
 def test_caps_are_positive() -> None:
-    with pytest.raises(
-        TilusError, match=r"soft_cap: x has shape \[2, 7\] and the cap is 0, expected \[rows, width\]"
-    ):
+    with pytest.raises(TilusError, match=r"soft_cap: x has shape \[2, 7\] and the cap is 0, expected \[rows, width\]"):
         soft_cap(torch.zeros(2, 7), 0)
 
 

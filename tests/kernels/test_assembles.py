@@ -96,6 +96,7 @@ LIBRARY: list[tuple[Kernel, dict[str, Any]]] = [
                 "kv_heads": kv_heads,
                 "page_size": 16,
                 "kind": KV_FORMATS[name],
+                "constant": True,
             },
         )
         for name, dtype, head_dim, q_heads, kv_heads in (

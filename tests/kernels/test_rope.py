@@ -49,17 +49,17 @@ def rotated(vector: Any, cos_sin: Any) -> Any:
     return result
 
 
-def check(inputs: dict[str, Any], q_heads: int, device: str) -> None:
+def check(inputs: dict[str, Any], q_heads: int, device: str, **options: Any) -> None:
     before = {name: tensor.clone() for name, tensor in inputs.items()}
     pool = inputs["kv_cache"]._base
     others = pool[:, 0].clone()
     if device == "cuda":
         moved = {name: tensor.cuda() for name, tensor in inputs.items() if name != "kv_cache"}
         pool_there = pool.cuda()
-        q = rope_append(**moved, kv_cache=pool_there[:, 1], device=device).cpu()
+        q = rope_append(**moved, kv_cache=pool_there[:, 1], device=device, **options).cpu()
         pool.copy_(pool_there)
     else:
-        q = rope_append(**inputs, device=device)
+        q = rope_append(**inputs, device=device, **options)
     expected = before["kv_cache"].double().numpy()
     page_size, kv_heads, head_dim = expected.shape[2:]
     heads = before["qkv"].double().numpy().reshape(len(q), -1, head_dim)
@@ -89,7 +89,7 @@ def close(found: torch.Tensor, expected: Any) -> None:
 @pytest.mark.parametrize("heads", [(9, 3), (4, 4), (1, 1), (8, 1)], ids=str)
 @pytest.mark.parametrize(("head_dim", "page_size"), [(64, 16), (128, 32), (80, 5)])
 def test_rotation_and_cache(tokens: int, heads: tuple[int, int], head_dim: int, page_size: int, device: str) -> None:
-    check(make_inputs(tokens, heads, head_dim, page_size), heads[0], device)
+    check(make_inputs(tokens, heads, head_dim, page_size), heads[0], device, constant=tokens == 7)
 
 
 @pytest.mark.parametrize("device", EXECUTIONS)
@@ -177,7 +177,7 @@ def test_assembles_without_spills(q_heads: int, kv_heads: int, head_dim: int, sm
     inputs["qkv"] = inputs["qkv"].unflatten(1, (heads, head_dim))
     special = rope_append_kernel.specialize(
         **inputs, q=torch.empty(3, q_heads, head_dim).half(), eps=1e-6, q_norm=norm, k_norm=norm,
-        head_dim=head_dim, heads=heads, q_heads=q_heads, kv_heads=kv_heads, page_size=16,
+        head_dim=head_dim, heads=heads, q_heads=q_heads, kv_heads=kv_heads, page_size=16, constant=normed,
     )  # fmt: skip
     assert build(special.function, get_target(sm))[1]
 

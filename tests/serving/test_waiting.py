@@ -18,7 +18,7 @@ PAGE = 2
 
 def make_engine(schedule: str, num_pages: int = 32, **limits) -> Engine:
     config = EngineConfig(num_pages, 40, page_size=PAGE, schedule=schedule, prefix_cache=False, **limits)
-    return Engine(FakeRunner(PAGE), FakeVocabulary(), config, ManualClock())
+    return Engine(FakeRunner(PAGE, lazy=config.overlap), FakeVocabulary(), config, ManualClock())
 
 
 def request(name: str, prompt: list[int], length: int, priority: int = 0, user: str = "") -> Request:
@@ -53,15 +53,21 @@ def test_one_at_a_time_goes_by_priority_and_then_by_arrival(wanted: list[tuple[i
     st.integers(1, 4),
     st.integers(0, 16),
     st.sampled_from([20, 400]),
+    st.booleans(),
 )
 @settings(max_examples=40)
 def test_none_runs_in_place_of_one_with_a_better_priority(
-    arrivals: list[tuple[int, int, int]], max_batch: int, num_host_pages: int, num_pages: int
+    arrivals: list[tuple[int, int, int]], max_batch: int, num_host_pages: int, num_pages: int, overlap: bool
 ) -> None:
     """Where there are pages for all, the first of those that wait takes the place of a worse one in a step. And all get their own
     answers, whoever took their place."""
     engine = make_engine(
-        "priority", num_pages, max_batch=max_batch, num_host_pages=num_host_pages, admission="aggressive"
+        "priority",
+        num_pages,
+        max_batch=max_batch,
+        num_host_pages=num_host_pages,
+        admission="aggressive",
+        overlap=overlap,
     )
     tokens: dict[str, list[int]] = {}
     for step in range(2000):

@@ -66,7 +66,14 @@ class TorchKernels:
         return self.rms_norm(residual, weight, eps, out_dtype or x.dtype), residual
 
     def add_rms_norm(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, x_norm: Tensor | None = None
+        self,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        *,
+        x_norm: Tensor | None = None,
+        constant: bool = False,
     ) -> Tensor:
         assert residual.dtype == torch.float32
         residual += x.float() if x_norm is None else self.normed(x, x_norm, eps).float()
@@ -74,7 +81,7 @@ class TorchKernels:
 
     def rope_append(
         self, qkv: Tensor, positions: Tensor, cos_sin: Tensor, slots: Tensor, kv_cache: Tensor, *,
-        q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 0.0,
+        q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 0.0, constant: bool = False,
     ) -> Tensor:  # fmt: skip
         _, _, page_size, kv_heads, head_dim = kv_cache.shape
         heads = qkv.view(qkv.shape[0], -1, head_dim).to(self.compute)

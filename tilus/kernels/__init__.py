@@ -9,6 +9,7 @@ from tilus.kernels.activation import silu_mul as silu_mul
 from tilus.kernels.activation import soft_cap as soft_cap
 from tilus.kernels.block_sparse import block_sparse_attention as block_sparse_attention
 from tilus.kernels.dense_weight import DenseWeight as DenseWeight
+from tilus.kernels.edit_logits import edit_logits as edit_logits
 from tilus.kernels.embedding import embedding as embedding
 from tilus.kernels.gemm import gemm as gemm
 from tilus.kernels.grouped_linear import grouped_linear as grouped_linear
@@ -31,4 +32,5 @@ from tilus.kernels.rope import rope_append as rope_append
 from tilus.kernels.sampling import sample as sample
 from tilus.kernels.shared_prefix import find_shared_prefixes as find_shared_prefixes
 from tilus.kernels.shared_prefix import shared_prefix_decode as shared_prefix_decode
+from tilus.kernels.token_logprobs import token_logprobs as token_logprobs
 from tilus.kernels.w4a8_linear import w4a8_linear as w4a8_linear

@@ -17,7 +17,7 @@ import tilus
 from tilus import Const, Tensor, TilusError, f16, f32, int32, uint8
 from tilus.dtypes import DataType, float8_e4m3, int8, uint4
 from tilus.kernels.allocate import empty
-from tilus.kernels.rotation import normed, rotated
+from tilus.kernels.rotation import angles_of, loaded_norm, normed, rotated
 from tilus.kernels.vectors import by_vector, power_of_two
 
 WARPS = 4
@@ -104,14 +104,20 @@ def rope_append_quantized_kernel(
     kv_heads: Const,
     page_size: Const,
     kind: Const,
+    constant: Const = False,
 ):
     """One token a block. Tiles hold a power of two of heads: those beyond the last read zeros and are not written."""
     tilus.grid(qkv.shape[0], warps=WARPS)
     tilus.launch_dependents()
-    tilus.wait_dependencies()
     token = tilus.block_id(0)
     half = head_dim // 2
+    if not constant:
+        tilus.wait_dependencies()
     position, slot = positions[token], slots[token]
+    angles = angles_of(cos_sin, position, half)
+    q_weight, k_weight = loaded_norm(q_norm, half), loaded_norm(k_norm, half)
+    if constant:  # asked for while the kernel in front ends
+        tilus.wait_dependencies(constant=[positions, slots, cos_sin, q_norm, k_norm])
     page, offset = slot // page_size, slot % page_size
 
     def halves(first: int, count: int) -> Any:
@@ -132,13 +138,13 @@ def rope_append_quantized_kernel(
 
     def turned(first: int, count: int, norm: Any) -> Any:
         """Queries or keys."""
-        low, high = rotated(normed(halves(first, count), norm, eps), cos_sin, position)
+        low, high = rotated(normed(halves(first, count), norm, eps), angles)
         return mixed(low, high) if kind.mixes_keys else (low, high)
 
-    low, high = turned(0, q_heads, q_norm)
+    low, high = turned(0, q_heads, q_weight)
     tilus.store(q, [token, 0, 0], low.to(q.dtype))
     tilus.store(q, [token, 0, half], high.to(q.dtype))
-    append(0, *turned(q_heads, kv_heads, k_norm))
+    append(0, *turned(q_heads, kv_heads, k_weight))
     append(1, *halves(q_heads + kv_heads, kv_heads))
 
 
@@ -191,7 +197,8 @@ def as_bytes(codes: Any, kind: KvFormat) -> Any:
 
 
 def append_quantized(
-    qkv: Any, positions: Any, cos_sin: Any, slots: Any, cache: QuantizedCache, norms: tuple[Any, Any, float], device: str | None
+    qkv: Any, positions: Any, cos_sin: Any, slots: Any, cache: QuantizedCache, norms: tuple[Any, Any, float],
+    constant: bool, device: str | None,
 ) -> Any:  # fmt: skip
     """`rope_append` with a quantised cache. qkv: [M, heads, D]. norms: q_norm, k_norm and eps.
 
@@ -208,5 +215,6 @@ def append_quantized(
     rope_append_quantized_kernel.on(device)(
         qkv, positions, cos_sin, slots, cache.codes, cache.factors, q, eps, q_norm, k_norm,
         head_dim=head_dim, q_heads=q_heads, kv_heads=kv_heads, page_size=page_size, kind=cache.format,
+        constant=constant,
     )  # fmt: skip
     return q

@@ -27,6 +27,7 @@ def rms_norm_kernel(
     hidden: Const,
     starts: Const = False,
     scale: Const = 1.0,
+    constant: Const = False,
 ):
     """One row a block; every thread holds its part of the row from the load to the store. starts: x times the scale begins the
     residual stream, instead of being added to it. x_norm: weight of the norm of x in front of all else."""
@@ -35,24 +36,29 @@ def rms_norm_kernel(
     width = tilus.cdiv(hidden, step) * step
     tilus.grid(x.shape[0], warps=warps)
     tilus.launch_dependents()
-    tilus.wait_dependencies()
+    if not constant:
+        tilus.wait_dependencies()
+    factors = tilus.load(weight, [0], [width])
+    x_factors = None if x_norm is None else tilus.load(x_norm, [0], [width])
+    if constant:  # asked for while the kernel in front ends
+        tilus.wait_dependencies(constant=[weight, x_norm])
     row = tilus.block_id(0)
 
-    def normed(values: Any, weight: Any) -> Any:
+    def normed(values: Any, factors: Any) -> Any:
         """Elements beyond the row are zeros and add nothing."""
         inverse = tilus.rsqrt(tilus.sum(values * values, 0, keepdims=True) / hidden + eps)
-        return values * inverse * tilus.load(weight, [0], [width])
+        return values * inverse * factors
 
     values = tilus.load(x, [row, 0], [width]).to(f32)
     if scale != 1.0:
         values = values * scale
     if x_norm is not None:
-        values = normed(values, x_norm)
+        values = normed(values, x_factors)
     if residual is not None:
         if not starts:
             values = values + tilus.load(residual, [row, 0], [width])
         tilus.store(residual, [row, 0], values)
-    tilus.store(out, [row, 0], normed(values, weight).to(out.dtype))
+    tilus.store(out, [row, 0], normed(values, factors).to(out.dtype))
 
 
 def rms_norm(x: Any, weight: Any, eps: float, *, device: str | None = None) -> Any:
@@ -88,19 +94,20 @@ def start_rms_norm(
 
 
 def add_rms_norm(
-    x: Any, residual: Any, weight: Any, eps: float, *, x_norm: Any = None, device: str | None = None
+    x: Any, residual: Any, weight: Any, eps: float, *, x_norm: Any = None, constant: bool = False, device: str | None = None
 ) -> Any:  # fmt: skip
     """Add x to the residual stream, in place, and normalise the sum: `residual += x; rms_norm(residual, weight, eps)`.
 
     x: float16 or bfloat16 [M, H]. residual: float32 [M, H]. weight: float32 [H]. x_norm: float32 [H]; where given,
-    `rms_norm(x, x_norm, eps)` is added instead of x. Nothing is rounded to the dtype of x but the result.
+    `rms_norm(x, x_norm, eps)` is added instead of x. Nothing is rounded to the dtype of x but the result. constant: the weights
+    are constant in the sense of "Dependent launch" (docs/language.md): read while the kernel in front ends.
 
     Returns: [M, H] in the dtype of x.
     Raises: TilusError when shapes, dtypes or devices do not fit together.
     """
     _check_rank("add_rms_norm", x)
     out = empty(x, tuple(x.shape))
-    rms_norm_kernel.on(device)(x, weight, out, eps, residual, x_norm, hidden=int(x.shape[1]))
+    rms_norm_kernel.on(device)(x, weight, out, eps, residual, x_norm, hidden=int(x.shape[1]), constant=constant)
     return out
 
 

@@ -10,7 +10,7 @@ from tilus import Const, Tensor, TilusError, f32, int32
 from tilus.kernels.allocate import empty
 from tilus.kernels.index_checks import check_tokens
 from tilus.kernels.kv_cache import QuantizedCache, append_quantized
-from tilus.kernels.rotation import normed, rotated
+from tilus.kernels.rotation import angles_of, loaded_norm, normed, rotated
 from tilus.kernels.vectors import power_of_two
 
 
@@ -31,14 +31,20 @@ def rope_append_kernel(
     q_heads: Const,
     kv_heads: Const,
     page_size: Const,
+    constant: Const = False,
 ):
     """One token a block. Tiles hold a power of two of heads: those beyond the last read zeros and are not written."""
     tilus.grid(qkv.shape[0], warps=4)
     tilus.launch_dependents()
-    tilus.wait_dependencies()
     token = tilus.block_id(0)
     half = head_dim // 2
+    if not constant:
+        tilus.wait_dependencies()
     position, slot = positions[token], slots[token]
+    angles = angles_of(cos_sin, position, half)
+    q_weight, k_weight = loaded_norm(q_norm, half), loaded_norm(k_norm, half)
+    if constant:  # asked for while the kernel in front ends
+        tilus.wait_dependencies(constant=[positions, slots, cos_sin, q_norm, k_norm])
     page, offset = slot // page_size, slot % page_size
 
     def rotated_heads(first: int, count: int, norm: Any) -> Any:
@@ -46,12 +52,12 @@ def rope_append_kernel(
         shape = [power_of_two(count), half]
         low = tilus.load(part, [0, 0], shape).to(f32)
         high = tilus.load(part, [0, half], shape).to(f32)
-        return rotated(normed((low, high), norm, eps), cos_sin, position)
+        return rotated(normed((low, high), norm, eps), angles)
 
-    low, high = rotated_heads(0, q_heads, q_norm)
+    low, high = rotated_heads(0, q_heads, q_weight)
     tilus.store(q, [token, 0, 0], low.to(q.dtype))
     tilus.store(q, [token, 0, half], high.to(q.dtype))
-    low, high = rotated_heads(q_heads, kv_heads, k_norm)
+    low, high = rotated_heads(q_heads, kv_heads, k_weight)
     tilus.store(kv_cache, [page, 0, offset, 0, 0], low.to(kv_cache.dtype))
     tilus.store(kv_cache, [page, 0, offset, 0, half], high.to(kv_cache.dtype))
     values = tilus.load(qkv[token, q_heads + kv_heads : heads], [0, 0], [power_of_two(kv_heads), head_dim])
@@ -60,7 +66,7 @@ def rope_append_kernel(
 
 def rope_append(
     qkv: Any, positions: Any, cos_sin: Any, slots: Any, kv_cache: Any, *, q_norm: Any = None, k_norm: Any = None,
-    eps: float = 0.0, device: str | None = None,
+    eps: float = 0.0, constant: bool = False, device: str | None = None,
 ) -> Any:  # fmt: skip
     """Rotate queries and keys by their positions; write keys and values to the cache, in its format.
 
@@ -71,6 +77,8 @@ def rope_append(
     `QuantizedCache`, with D a multiple of 16 up to 256: scales and minimums are rounded to f16 and codes computed with those, so
     that an element is off by half a step at most, half of the last place of an fp8 code. q_norm, k_norm: float32 [D]; where
     given, each head of queries (keys) becomes its `rms_norm` with this weight and eps before it is rotated. Torch tensors.
+    constant: positions, slots, cos_sin and the norms' weights are constant in the sense of "Dependent launch"
+    (docs/language.md): read while the kernel in front ends.
     device: where to run (reference, emulator, cpu, cuda), by default as the arguments say.
 
     Returns: the rotated queries [M, Hq, D], of the dtype of a 16-bit cache, else of qkv's; for a quantised cache whose format
@@ -100,10 +108,11 @@ def rope_append(
     check_tokens("rope_append", positions, slots, cos_sin.shape[0], kv_cache, device=device)
     by_head = qkv.unflatten(1, (heads, head_dim))
     if isinstance(kv_cache, QuantizedCache):
-        return append_quantized(by_head, positions, cos_sin, slots, kv_cache, (q_norm, k_norm, eps), device)
+        return append_quantized(by_head, positions, cos_sin, slots, kv_cache, (q_norm, k_norm, eps), constant, device)
     q = empty(qkv, (qkv.shape[0], q_heads, head_dim), kv_cache.dtype)
     rope_append_kernel.on(device)(
         by_head, positions, cos_sin, slots, kv_cache, q, eps, q_norm, k_norm,
         head_dim=head_dim, heads=heads, q_heads=q_heads, kv_heads=kv_heads, page_size=page_size,
+        constant=constant,
     )  # fmt: skip
     return q

@@ -11,22 +11,30 @@ from typing import Any
 import tilus
 
 
+def loaded_norm(weight: Any, half: int) -> Any:
+    """The two halves [1, D/2] of a norm's weight [D]; None without one."""
+    return None if weight is None else [tilus.load(weight, [at], [half]).reshape([1, half]) for at in (0, half)]
+
+
 def normed(halves: Any, weight: Any, eps: Any) -> Any:
-    """The two halves [heads, D/2] of heads, each head divided by its root mean square and multiplied by a weight [D]; as they
-    are where there is none."""
+    """The two halves [heads, D/2] of heads, each head divided by its root mean square and multiplied by a weight, whose halves
+    are given; as they are where there is none."""
     if weight is None:
         return halves
     low, high = halves
     half = low.shape[1]
     squares = tilus.sum(low * low, 1, keepdims=True) + tilus.sum(high * high, 1, keepdims=True)
     inverse = tilus.rsqrt(squares / (2 * half) + eps)
-    first, second = (tilus.load(weight, [at], [half]).reshape([1, half]) for at in (0, half))
-    return low * inverse * first, high * inverse * second
+    return low * inverse * weight[0], high * inverse * weight[1]
 
 
-def rotated(halves: Any, cos_sin: Any, position: Any) -> Any:
+def angles_of(cos_sin: Any, position: Any, half: int) -> Any:
+    """Cosines and sines [1, D/2] of a position's angles."""
+    return [tilus.load(cos_sin, [position, at], [1, half]) for at in (0, half)]
+
+
+def rotated(halves: Any, angles: Any) -> Any:
     """The two halves [heads, D/2] of heads, turned by the angles of a position."""
     low, high = halves
-    half = low.shape[1]
-    cos, sin = (tilus.load(cos_sin, [position, at], [1, half]) for at in (0, half))
+    cos, sin = angles
     return low * cos - high * sin, high * cos + low * sin

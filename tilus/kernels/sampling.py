@@ -19,6 +19,7 @@ instructions for each logit, which is what the random numbers take; a greedy cho
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,15 +30,26 @@ from tilus.kernels.allocate import empty, is_cuda, is_torch
 from tilus.kernels.sampling_row import NO_TOKEN, Dice, Row, Tiling, scalar, winner
 from tilus.kernels.vectors import power_of_two
 from tilus.layout import replicated, spatial
+from tilus.runtime.execute import place
 
 MAX_VOCABULARY = 1 << 18
 COLDEST = 1e-30  # temperatures whose inverse is safely finite
 LARGE = 1e38  # scores beyond it may have overflowed
 SCORE, TOKEN, MOST, BROKEN, LEAST, FINITE = range(6)  # what is known of a run of a row
 FIELDS = 6
-RUN = Tiling(warps=8, quads=4)
-WHOLE = Tiling(warps=16, quads=1, unroll=4)
 _LOG2_E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """run: of the first launch, whose runs are tiles. whole: of the second one, a block of which goes through a row."""
+
+    run: Tiling
+    whole: Tiling
+
+
+GPU_PLAN = Plan(Tiling(warps=8, quads=4, blocks_per_sm=4), Tiling(warps=16, quads=1, unroll=2))
+CPU_PLAN = Plan(Tiling(warps=8, quads=4), Tiling(warps=8, quads=2))
 
 
 @tilus.kernel
@@ -52,36 +64,33 @@ def survey_kernel(
     tiling: Const,
 ):
     """A block a run of a row: the winner over all tokens, and what the filters ask for."""
-    tilus.grid(runs.shape[2], logits.shape[0], warps=tiling.warps)
+    tilus.grid(runs.shape[2], logits.shape[0], warps=tiling.warps, blocks_per_sm=tiling.blocks_per_sm)
     tilus.launch_dependents()
     tilus.wait_dependencies()
     run, request = tilus.block_id(0), tilus.block_id(1)
     row = Row(logits, request, tiling)
-    parts, quads = row.tile(run), row.quads(run)
-    places = [quads.to(f32)] * len(parts)
-    broken = tilus.zeros(tiling.shape)
-    for part in parts:
-        broken = broken + tilus.where(part < math.inf, tilus.zeros([1, 1]), 1.0)
-    tilus.store(runs, [request, BROKEN, run], tilus.reshape(tilus.sum(broken), [1]))
+    tile, one = row.tile(run), tilus.full([1], 1.0)
+    broken = tilus.sum(tilus.where(tile < math.inf, 0.0, one), 0, keepdims=True)
+    tilus.store(runs, [request, BROKEN, run], broken)
     if temperature[request] > COLDEST:
+        parts, quads = row.parts(tile), row.quads(run)
         dice = dice_of(seeds, positions, temperature, request)
-        score, token = winner(dice.scores(parts, quads, 0.0), places)
+        score, token = winner(dice.scores(parts, quads, 0.0), [quads.to(f32)] * len(parts))
         tilus.store(runs, [request, SCORE, run], score)
         tilus.store(runs, [request, TOKEN, run], token)
-        most = tilus.maximum(tilus.maximum(parts[0], parts[1]), tilus.maximum(parts[2], parts[3]))
-        tilus.store(runs, [request, MOST, run], tilus.reshape(tilus.max(most), [1]))
+        tilus.store(runs, [request, MOST, run], tilus.max(tile, 0, keepdims=True))
         if top_k[request] > 0:
-            least, finite = tilus.full(tiling.shape, math.inf), tilus.zeros(tiling.shape)
-            for part in parts:
-                is_finite = part > -math.inf
-                least = tilus.minimum(least, tilus.where(is_finite, part, math.inf))
-                finite = finite + tilus.where(is_finite, tilus.full([1, 1], 1.0), 0.0)
-            tilus.store(runs, [request, LEAST, run], tilus.reshape(tilus.min(least), [1]))
-            tilus.store(runs, [request, FINITE, run], tilus.reshape(tilus.sum(finite), [1]))
+            is_finite = tile > -math.inf
+            least = tilus.min(tilus.where(is_finite, tile, math.inf), 0, keepdims=True)
+            tilus.store(runs, [request, LEAST, run], least)
+            tilus.store(runs, [request, FINITE, run], tilus.sum(tilus.where(is_finite, one, 0.0), 0, keepdims=True))
     else:
-        score, token = winner(parts, places)
-        tilus.store(runs, [request, SCORE, run], score)
-        tilus.store(runs, [request, TOKEN, run], token)
+        most = tilus.max(tile, 0, keepdims=True)
+        numbers = tilus.arange(tiling.width, start=run * tiling.width).to(f32)
+        tilus.store(runs, [request, SCORE, run], most)
+        tilus.store(
+            runs, [request, TOKEN, run], tilus.min(tilus.where(tile == most, numbers, NO_TOKEN), 0, keepdims=True)
+        )
 
 
 @tilus.kernel
@@ -97,41 +106,59 @@ def choose_kernel(
     tokens: Tensor[int32, "requests"],
     *,
     tiling: Const,
+    most_runs: Const,
 ):
     """A block a row: the winner among what the filters keep."""
-    tilus.grid(logits.shape[0], warps=tiling.warps)
+    tilus.grid(logits.shape[0], warps=tiling.warps, blocks_per_sm=tiling.blocks_per_sm)
     tilus.launch_dependents()
     tilus.wait_dependencies()
     request = tilus.block_id(0)
-    scores = of_runs(runs, request, SCORE, -math.inf, tiling)
+    lanes = min(32, most_runs)
+    layout = replicated(32 * tiling.warps // lanes, 1) * spatial(lanes).local(most_runs // lanes)
+
+    def of_runs(field: Any, nothing: Any) -> Any:
+        """What is known of all runs, f32 [most_runs], each warp having all of it."""
+        found = tilus.load(runs, [request, field, 0], [most_runs], layout=layout)
+        return tilus.where(tilus.arange(most_runs) < runs.shape[2], found, nothing)
+
+    scores = of_runs(SCORE, -math.inf)
     score = tilus.max(scores, 0, keepdims=True)
-    found = tilus.where(scores == score, of_runs(runs, request, TOKEN, NO_TOKEN, tiling), NO_TOKEN)
+    found = tilus.where(scores == score, of_runs(TOKEN, NO_TOKEN), NO_TOKEN)
     token = scalar(tilus.min(found).to(int32))
-    is_row = scalar(tilus.sum(of_runs(runs, request, BROKEN, 0.0, tiling))) == 0.0
+    is_row = scalar(tilus.sum(of_runs(BROKEN, 0.0))) == 0.0
     if temperature[request] > COLDEST:
-        most = scalar(tilus.max(of_runs(runs, request, MOST, -math.inf, tiling)))
+        most = scalar(tilus.max(of_runs(MOST, -math.inf)))
         is_row = is_row and most > -math.inf
         if is_row:
             row = Row(logits, request, tiling)
             dice = dice_of(seeds, positions, temperature, request)
-            lowest = -math.inf
-            if top_k[request] > 0:
-                finite = scalar(tilus.sum(of_runs(runs, request, FINITE, 0.0, tiling)))
-                if float(top_k[request]) < finite:
-                    least = scalar(tilus.min(of_runs(runs, request, LEAST, math.inf, tiling)))
-                    lowest = row.largest(float(top_k[request]), least, most, finite)
-            bound = lowest
+            bound = -math.inf
             if min_p[request] > 0.0:
                 share = tilus.item(tilus.log2(tilus.full([1], min_p[request])))
-                bound = max(bound, min(most + share / dice.rate, most))
-            logit = logits[request, token].to(f32)
-            if logit < bound or tilus.item(score) > LARGE or tilus.item(score) < -LARGE:
-                logit, token = row.race(dice, most, bound)
-            if top_p[request] < 1.0:
-                higher, kept, above = row.above(logit, lowest, most, dice.rate)
-                while higher >= top_p[request] * kept and logit < most:
-                    logit, token = row.race(dice, most, above)
-                    higher, kept, above = row.above(logit, lowest, most, dice.rate)
+                bound = min(most + share / dice.rate, most)
+            logit, lowest = row.logit(token), -math.inf
+            racing = logit < bound or abs(tilus.item(score)) > LARGE
+            finite, limit = 0.0, 0.0  # how many the logits are, and how many of them top_k keeps where it is not yet looked for
+            if top_k[request] > 0:
+                finite, limit = scalar(tilus.sum(of_runs(FINITE, 0.0))), float(top_k[request])
+            limit = limit if limit < finite else 0.0
+            choosing = True
+            while choosing:
+                if racing:
+                    logit, token = row.race(dice, most, bound)
+                choosing, racing = False, False
+                if limit > 0.0 or top_p[request] < 1.0:
+                    count, higher, kept, above = row.above(logit, lowest, most, dice.rate)
+                    if limit > 0.0:  # what top_k keeps weighs at least as much as what is known of it
+                        kept = higher + tilus.item(tilus.exp2(tilus.full([1], (logit - most) * dice.rate)))
+                    fits = higher < top_p[request] * kept or logit == most or top_p[request] >= 1.0
+                    if limit > 0.0 and (count >= limit or not fits):
+                        least = scalar(tilus.min(of_runs(LEAST, math.inf)))
+                        lowest = row.largest(limit, least, most, finite)
+                        bound, limit = max(bound, lowest), 0.0
+                        choosing, racing = True, logit < bound
+                    elif not fits:
+                        choosing, racing, bound = True, True, above
     elif tilus.item(score) == -math.inf:
         is_row = False
     tilus.store(tokens, [request], tilus.full([1], token if is_row else -1, int32))
@@ -140,15 +167,6 @@ def choose_kernel(
 def dice_of(seeds: Any, positions: Any, temperature: Any, request: Any) -> Dice:
     key, position = tilus.load(seeds, [request, 0], [2]), tilus.load(positions, [request], [1])
     return Dice(key, position, _LOG2_E / temperature[request])
-
-
-def of_runs(runs: Any, request: Any, field: Any, nothing: Any, tiling: Any) -> Any:
-    """What is known of all runs of a row, f32 [at least as many], each warp having all of it."""
-    count = power_of_two(-(-MAX_VOCABULARY // RUN.width))
-    lanes = min(32, count)
-    layout = replicated(32 * tiling.warps // lanes, 1) * spatial(lanes).local(count // lanes)
-    found = tilus.load(runs, [request, field, 0], [count], layout=layout)
-    return tilus.where(tilus.arange(count) < runs.shape[2], found, nothing)
 
 
 def sample(
@@ -177,15 +195,26 @@ def sample(
     Raises: TilusError when shapes or dtypes do not fit together.
     """
     _check(logits, temperature, top_k, top_p, min_p, seeds, positions)
-    requests, vocabulary = logits.shape
-    out = empty(logits, (requests,), "int32") if out is None else out
-    runs = empty(logits, (requests, FIELDS, -(-vocabulary // RUN.width)), "float32")
-    seeds, positions = _words(seeds, 2), _words(positions, 1)
-    survey_kernel.on(device)(logits, temperature, top_k, seeds, positions, runs, tiling=RUN)
-    choose_kernel.on(device)(
-        logits, temperature, top_k, top_p, min_p, seeds, positions, runs, out, tiling=WHOLE
-    )  # fmt: skip
+    out = empty(logits, (logits.shape[0],), "int32") if out is None else out
+    plan = GPU_PLAN if place(device, is_cuda(logits)) in ("cuda", "emulator") else CPU_PLAN
+    launch(logits, temperature, top_k, top_p, min_p, seeds, positions, out, plan, device)
     return out
+
+
+def launch(
+    logits: Any, temperature: Any, top_k: Any, top_p: Any, min_p: Any, seeds: Any, positions: Any, out: Any, plan: Plan,
+    device: str | None,
+) -> None:  # fmt: skip
+    """By a given plan. Only the last bits of sums depend on it."""
+    runs = empty(logits, (logits.shape[0], FIELDS, -(-logits.shape[1] // plan.run.width)), "float32")
+    seeds, positions = _words(seeds, 2), _words(positions, 1)
+    survey_kernel.on(device)(
+        logits, temperature, top_k, seeds, positions, runs, tiling=plan.run
+    )  # fmt: skip
+    choose_kernel.on(device)(
+        logits, temperature, top_k, top_p, min_p, seeds, positions, runs, out, tiling=plan.whole,
+        most_runs=power_of_two(-(-MAX_VOCABULARY // plan.run.width)),
+    )  # fmt: skip
 
 
 def _check(logits: Any, *of_requests: Any) -> None:

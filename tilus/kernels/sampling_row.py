@@ -23,11 +23,12 @@ PIVOTS = 8  # the last one is the upper end of what is left
 @dataclass(frozen=True)
 class Tiling:
     """How a block goes through a row. quads: fours of tokens of a thread in a tile. unroll: tiles whose reads are under way
-    together, where little is done with them."""
+    together, where little is done with them. blocks_per_sm: that run beside each other on a multiprocessor."""
 
     warps: int
     quads: int
     unroll: int = 1
+    blocks_per_sm: int = 1
 
     @property
     def shape(self) -> list[int]:
@@ -66,14 +67,21 @@ class Row:
         self.row = row
         self.tiling = tiling
 
-    def tile(self, index: Any) -> list[Any]:
-        """The four parts of a tile."""
+    def tile(self, index: Any) -> Any:
+        """f32 [width]."""
         width, start = self.tiling.width, index * self.tiling.width
         layout = local(self.tiling.quads).spatial(32 * self.tiling.warps).local(QUAD)
         tile = tilus.load(self.logits, [self.row, start], [width], layout=layout).to(f32)
-        tile = tilus.where(tilus.arange(width, start=start) < self.logits.shape[1], tile, -math.inf)
+        return tilus.where(tilus.arange(width, start=start) < self.logits.shape[1], tile, -math.inf)
+
+    def parts(self, tile: Any) -> list[Any]:
+        """The four parts of a tile."""
         tile = tilus.reshape(tile, [*self.tiling.shape, QUAD])
         return [tilus.select(tile, 2, j) for j in range(QUAD)]
+
+    def logit(self, token: Any) -> Any:
+        """A scalar of f32."""
+        return tilus.item(tilus.load(self.logits, [self.row, token], [1]).to(f32))
 
     def quads(self, index: Any) -> Any:
         """The number of each four of a tile in the row, int32."""
@@ -88,24 +96,27 @@ class Row:
         """(logit, token) of the winner among the logits that are not below a bound: scalars of f32 and int32."""
         leaders = [Leader(self.tiling.shape) for _ in range(QUAD)]
         for index in self.tiles():
-            parts, quads = self.tile(index), self.quads(index)
+            parts, quads = self.parts(self.tile(index)), self.quads(index)
             for part, score, leader in zip(parts, dice.scores(parts, quads, most), leaders):
                 leader.meet(tilus.where(part >= bound, score, -math.inf), quads)
         _, token = winner([leader.score for leader in leaders], [leader.quads.to(f32) for leader in leaders])
         chosen = tilus.item(token.to(int32))
-        return self.logits[self.row, chosen].to(f32), chosen
+        return self.logit(chosen), chosen
 
     def above(self, bound: Any, lowest: Any, most: Any, rate: Any) -> Any:
-        """Scalars: what the logits above a bound weigh, what those not below `lowest` weigh, the least logit above the bound."""
-        higher, kept = tilus.zeros(self.tiling.shape), tilus.zeros(self.tiling.shape)
-        least = tilus.full(self.tiling.shape, math.inf)
+        """Scalars: how many logits are above a bound, what they weigh, what those not below `lowest` weigh, the least logit above
+        the bound."""
+        zeros = tilus.zeros([self.tiling.width])
+        count, higher, kept = zeros, zeros, zeros
+        least = zeros + math.inf
         for index in self.tiles(self.tiling.unroll):
-            for part in self.tile(index):
-                weight = tilus.exp2((part - most) * rate)
-                higher = higher + tilus.where(part > bound, weight, 0.0)
-                kept = kept + tilus.where(part >= lowest, weight, 0.0)
-                least = tilus.minimum(least, tilus.where(part > bound, part, math.inf))
-        return scalar(tilus.sum(higher)), scalar(tilus.sum(kept)), scalar(tilus.min(least))
+            tile = self.tile(index)
+            weight, is_above = tilus.exp2((tile - most) * rate), tile > bound
+            count = tilus.where(is_above, count + 1.0, count)
+            higher = tilus.where(is_above, higher + weight, higher)
+            kept = tilus.where(tile >= lowest, kept + weight, kept)
+            least = tilus.minimum(least, tilus.where(is_above, tile, math.inf))
+        return scalar(tilus.sum(count)), scalar(tilus.sum(higher)), scalar(tilus.sum(kept)), scalar(tilus.min(least))
 
     def largest(self, count: Any, least: Any, most: Any, finite: Any) -> Any:
         """The greatest bound that at least `count` of the finite logits are not below, a scalar.
@@ -135,9 +146,9 @@ class Row:
         counts = tilus.zeros([PIVOTS, *self.tiling.shape])
         points = tilus.reshape(points, [PIVOTS, 1, 1])
         for index in self.tiles(self.tiling.unroll):
-            for part in self.tile(index):
+            for part in self.parts(self.tile(index)):
                 part = tilus.reshape(part, [1, *self.tiling.shape])
-                counts = counts + tilus.where(part >= points, tilus.full([1, 1, 1], 1.0), 0.0)
+                counts = tilus.where(part >= points, counts + 1.0, counts)
         return tilus.sum(counts, (1, 2))
 
 

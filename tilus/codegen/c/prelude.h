@@ -161,6 +161,27 @@ TL_INLINE float tl_exp(float x) { /* x log2(e) in two parts: one product would l
     float power = tl_exp2(high);
     return power + (power < TL_INF ? power * (rest * 0.6931471806f) : 0.0f);
 }
+/* x = 2^n (1 + f) with 1 + f around 1, so that f is exact: log2(1 + f) is f log2(e) in two parts plus f^2 times a polynomial. */
+TL_INLINE float tl_log2(float x) {
+    float scaled = x < 1.17549435e-38f ? x * 8388608.0f : x;
+    uint32_t bits = tl_bits(scaled), shifted = bits - 0x3F3504F3u;
+    int32_t n = (int32_t)shifted >> 23;
+    float f = tl_float(bits - ((uint32_t)n << 23)) - 1.0f;
+    float p = -1.0997752e-1f;
+    p = p * f + 1.8618706e-1f;
+    p = p * f - 1.9105583e-1f;
+    p = p * f + 2.0459774e-1f;
+    p = p * f - 2.3961803e-1f;
+    p = p * f + 2.8856763e-1f;
+    p = p * f - 3.6069660e-1f;
+    p = p * f + 4.8089823e-1f;
+    p = __builtin_fmaf(p, f, -7.2134733e-1f);
+    float square = f * f, lost = __builtin_fmaf(f, f, -square);
+    float rest = __builtin_fmaf(square, p, f * 1.92596299e-8f - lost * 0.72134752f);
+    float found = (float)(x < 1.17549435e-38f ? n - 23 : n) + __builtin_fmaf(f, 1.44269504f, rest);
+    found = x > 0.0f ? found : x == 0.0f ? -TL_INF : TL_NAN;
+    return x < TL_INF ? found : x;
+}
 TL_INLINE float tl_exp2_ftz(float x) { return x < -126.0f ? 0.0f : tl_exp2(x); }
 TL_INLINE float tl_rsqrt(float x) { return 1.0f / sqrtf(x); }
 TL_INLINE float tl_rcp(float x) { return 1.0f / x; }

@@ -14,7 +14,14 @@ BLOCK_IDS = ("block_x", "block_y", "block_z")
 
 _CALLS = {"min": "tl_min", "max": "tl_max", "<<": "tl_shl", ">>": "tl_shr"}
 _FLOAT_CALLS = {"min": "tl_fmin", "max": "tl_fmax"}
-_FUNCTIONS = {"exp": "tl_exp", "exp2": "tl_exp2", "log2": "log2f", "sqrt": "sqrtf", "rsqrt": "tl_rsqrt", "abs": "fabsf"}
+_FUNCTIONS = {
+    "exp": "tl_exp",
+    "exp2": "tl_exp2",
+    "log2": "tl_log2",
+    "sqrt": "sqrtf",
+    "rsqrt": "tl_rsqrt",
+    "abs": "fabsf",
+}
 
 
 def scalar_type(expr: Expr) -> str:
