@@ -1,4 +1,5 @@
-"""`python -m serving`: load a model, serve it, and finish what is running when told to stop. And `bench`, which measures."""
+"""`python -m serving`: load a model, serve it, and finish what is running when told to stop. And `bench`, which measures,
+and `simulate`, which compares policies."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None, kernels: Callable[[], Kernels] | None = None) -> int:
     """Serve until SIGTERM or SIGINT; the process's exit status. kernels: another library than `tilus.kernels`."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["bench"]:
-        return _bench(arguments[1:])
+    if arguments[:1] in (["bench"], ["simulate"]):
+        return _measure(arguments[0], arguments[1:])
     config = parse_args(arguments)
     # Importing and loading make no garbage worth a search: without it a start takes a sixth less time. `serve` ends this.
     gc.disable()
@@ -36,14 +37,17 @@ def main(arguments: Sequence[str] | None = None, kernels: Callable[[], Kernels] 
     return 0
 
 
-def _bench(arguments: Sequence[str]) -> int:
-    try:
-        from serving.bench.command import main as bench  # the server needs nothing of it
+def _measure(command: str, arguments: Sequence[str]) -> int:
+    try:  # the server needs nothing of it
+        if command == "bench":
+            from serving.bench.command import main as run
+        else:
+            from serving.simulate import main as run
     except ModuleNotFoundError as missing:
         error = TilusError(f"measuring needs the package {missing.name}", hint="pip install 'tilus[bench]'")
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return bench(arguments)
+    return run(arguments)
 
 
 if __name__ == "__main__":

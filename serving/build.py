@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import platform
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +13,13 @@ import torch
 
 from serving.config import EngineConfig, ServerConfig
 from serving.core import MonotonicClock, Runner
+from serving.cost_model import CostModel
 from serving.decode_graph import GraphLimits
 from serving.dummy import open_dummy
 from serving.engine import Engine
 from serving.execution import Execution, choose_execution
 from serving.grammar import Grammars
+from serving.host_memory import available_nbytes
 from serving.kernels import Kernels, default_kernels
 from serving.kv import PageTables
 from serving.loader import Checkpoint, default_model, open_checkpoint
@@ -29,6 +34,7 @@ from serving.speculation import Drafter, DraftModel, PromptLookup
 from serving.tensor_parallel import Group, ParallelRunner, Ranks
 from serving.trace import Trace
 from serving.weight_cache import WeightCache, packed_form
+from tilus.config import cache_dir
 from tilus.dtypes import dtype
 from tilus.errors import TilusError
 
@@ -52,9 +58,11 @@ def build_engine(
     drafter = _drafter(config, checkpoint, kernels, execution)  # first: the model's cache takes what is left
     trace = Trace(Path(config.trace)) if config.trace is not None else None
     runner, limits = build_runner(config, path, checkpoint, kernels, execution, group, trace)
+    page_copy_seconds = 0.0 if runner.swapper is None else runner.swapper.seconds_a_page()
+    cost = CostModel(_steps_file(config, checkpoint, execution), page_copy_seconds)
     engine = Engine(
         runner if ranks is None else ParallelRunner(runner, ranks.others), checkpoint.tokenizer, limits, MonotonicClock(),
-        Grammars(checkpoint.tokenizer).matcher, drafter=drafter, trace=trace,
+        Grammars(checkpoint.tokenizer).matcher, drafter=drafter, trace=trace, cost=cost,
     )  # fmt: skip
     engine.observers += [RequestLog()] if config.log_requests else []
     return engine
@@ -78,7 +86,7 @@ def _drafter(config: ServerConfig, checkpoint: Checkpoint, kernels: Kernels, exe
         )
     length = min(config.max_model_len or checkpoint.config.max_positions, small.config.max_positions)
     num_pages = -(-length // PAGE_SIZE) * max(1, config.max_batch // 2)
-    options = replace(config, max_model_len=length, num_pages=num_pages, drafts=0)
+    options = replace(config, max_model_len=length, num_pages=num_pages, drafts=0, swap_space=0.0)
     runner, limits = build_runner(options, path, small, kernels, execution)
     return DraftModel(runner, PageTables(num_pages, PAGE_SIZE), limits.max_step_tokens)
 
@@ -130,6 +138,10 @@ def build_runner(
         prefix_cache=not config.no_prefix_cache,
         num_drafts=config.drafts,
         overlap=device.type == "cuda" and not config.no_overlap,  # a launch on a CPU ends when the step does
+        itl_slo=None if config.itl_slo is None else config.itl_slo / 1e3,
+        admission=config.admission,
+        schedule=config.schedule,
+        num_host_pages=_num_host_pages(config.swap_space, memory.page_nbytes),
     )
     model = build_model(checkpoint.config, kernels, packed, None if group is None else group.sum)
     pages = min(limits.num_pages, -(-max_model_len // PAGE_SIZE))
@@ -139,9 +151,37 @@ def build_runner(
     runner = TorchRunner(
         model, limits.num_pages, limits.page_size, device, kv_dtype=config.kv_dtype,
         max_rows=config.max_batch * (1 + config.drafts), graphs=GraphLimits(config.max_batch, pages) if captures else None,
-        trace=trace,
+        num_host_pages=limits.num_host_pages, trace=trace,
     )  # fmt: skip
     return runner, limits
+
+
+def _num_host_pages(swap_space: float, page_nbytes: int) -> int:
+    """How many pages so many GiB hold, which the host must have."""
+    nbytes, left = int(swap_space * 2**30), available_nbytes()
+    if nbytes > left:
+        raise TilusError(
+            f"--swap-space is {swap_space:g} GiB, but the host has {left / 2**30:.1f} GiB left",
+            hint="take less; requests that lose their place and find no room there are computed again",
+        )
+    return nbytes // page_nbytes
+
+
+def _steps_file(config: ServerConfig, checkpoint: Checkpoint, execution: Execution) -> Path:
+    """Where the times of steps are kept, by what they depend on."""
+    on_gpu = execution.device.type == "cuda"
+    device = torch.cuda.get_device_name(execution.device) if on_gpu else f"{platform.node()} {os.cpu_count()}"
+    parts = (
+        checkpoint.name,
+        checkpoint.config,
+        config.weight_dtype,
+        config.kv_dtype,
+        config.batch_invariant,
+        config.tp,
+        execution.way,
+        device,
+    )
+    return cache_dir() / "steps" / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}.json"
 
 
 def _cache(path: Path, weight_dtype: str, kernels: Kernels, device: torch.device) -> WeightCache | None:

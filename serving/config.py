@@ -17,13 +17,18 @@ from tilus.kernels import KV_FORMATS
 DEVICES = ("auto", "cpu", "cuda", "reference")
 MAX_DRAFTS = 8
 KV_DTYPES = ("fp16", "bf16", *KV_FORMATS)
+ADMISSION_POLICIES = ("past-future", "aggressive", "conservative")
+SCHEDULES = ("fcfs", "priority", "fair")
 
 
 @dataclass(frozen=True)
 class EngineConfig:
     """The engine's limits. num_pages pages of page_size tokens are the cache; times are in seconds. prefix_cache: whether pages
     of ended requests serve others that begin alike. overlap: whether a step is scheduled while the one before it runs.
-    num_drafts: guesses of a sequence's next tokens that a step checks.
+    num_drafts: guesses of a sequence's next tokens that a step checks. itl_slo: the limit on the time between two tokens of an
+    answer, which decides how much of prompts goes into a step; None for none. num_host_pages: in the host's memory, for sequences
+    that lose their place. prefill_first: prompts before answers, each in steps of their own, which is how servers were before
+    chunks: to compare with.
 
     Raises TilusError when the limits contradict each other.
     """
@@ -37,11 +42,21 @@ class EngineConfig:
     prefix_cache: bool = True
     overlap: bool = False
     num_drafts: int = 0
+    itl_slo: float | None = None
+    admission: str = "past-future"
+    schedule: str = "fcfs"
+    num_host_pages: int = 0
+    prefill_first: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_pages", "max_model_len", "page_size", "max_batch", "max_step_tokens", "request_timeout"):
             if getattr(self, name) <= 0:
                 raise TilusError(f"{name} is {getattr(self, name)}, but must be positive")
+        if self.itl_slo is not None and not self.itl_slo > 0:
+            raise TilusError(f"itl_slo is {self.itl_slo}, but must be positive")
+        for name, choices in (("admission", ADMISSION_POLICIES), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in choices:
+                raise TilusError(f"{name} is {getattr(self, name)!r}, but must be one of {', '.join(choices)}")
         if self.max_step_tokens < self.max_batch:
             raise TilusError(
                 f"max_step_tokens is {self.max_step_tokens}, but every one of max_batch = {self.max_batch} sequences "
@@ -206,6 +221,30 @@ class ServerConfig:
     max_step_tokens: int = _option(
         512, "tokens that go through the model in one step; longer prompts are cut into chunks of what is left", "N"
     )
+    itl_slo: float | None = _option(
+        None,
+        "milliseconds that may pass between two tokens of an answer: steps then take no more of prompts than fits into that, as "
+        "steps before them tell; --max-step-tokens still holds",
+        "MS",
+    )
+    admission: str = _option(
+        "past-future",
+        "when a request may start: past-future expects answers as long as those before, aggressive starts what fits now and "
+        "takes the place away again when it turns out too little, conservative keeps room for the longest answer allowed",
+        choices=ADMISSION_POLICIES,
+    )
+    schedule: str = _option(
+        "fcfs",
+        "whose turn it is: first come, first served; by the field priority of requests, the lowest first; or the user who was "
+        "served least",
+        choices=SCHEDULES,
+    )
+    swap_space: float = _option(
+        0.0,
+        "memory of the host for requests that lose their place in the cache, where copying them there and back is faster than "
+        "computing them again",
+        "GIB",
+    )
     max_waiting: int = _option(256, "requests that may wait; more are answered with status 429", "N")
     max_model_len: int | None = _option(
         None, "tokens of a prompt and its answer together; default: the model's own limit", "N"
@@ -232,7 +271,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m serving",
         description=__import__("serving").__doc__,
-        epilog="`python -m serving bench` measures a server that runs: see `python -m serving bench --help`.",
+        epilog="`python -m serving bench` measures a server that runs, and `python -m serving simulate` compares ways to "
+        "schedule without one: see their --help.",
     )
     for item in dataclasses.fields(ServerConfig):
         if item.type == "bool":
@@ -254,7 +294,16 @@ def parse_args(arguments: Sequence[str] | None = None) -> ServerConfig:
     """ServerConfig from a command line; exits with a message on a wrong one, as programs do."""
     parser = build_parser()
     config = ServerConfig(**vars(parser.parse_args(arguments)))
-    for name in ("max_batch", "max_step_tokens", "max_waiting", "max_model_len", "num_pages", "request_timeout", "tp"):
+    for name in (
+        "max_batch",
+        "max_step_tokens",
+        "max_waiting",
+        "max_model_len",
+        "num_pages",
+        "request_timeout",
+        "tp",
+        "itl_slo",
+    ):
         value = getattr(config, name)
         if value is not None and value <= 0:
             parser.error(f"argument --{name.replace('_', '-')}: {value} is not positive")
@@ -262,6 +311,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> ServerConfig:
         parser.error(f"argument --drafts: {config.drafts} is not between 0 and {MAX_DRAFTS}")
     if config.draft_model is not None and not config.drafts:
         parser.error("argument --draft-model: nothing is guessed without --drafts")
+    if config.swap_space < 0:
+        parser.error(f"argument --swap-space: {config.swap_space} is negative")
     if not 0 <= config.port <= 65535:
         parser.error(f"argument --port: {config.port} is not between 0 and 65535")
     return config

@@ -122,8 +122,10 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Request:
-    """One continuation to generate. `id` is unique among the live requests. priority: the lower, the sooner. user: whom the
-    client asks for, "" if it did not say.
+    """One continuation to generate. `id` is unique among the live requests.
+
+    priority: lower goes first, with `--schedule priority`. user: whom the client asks for, "" if it did not say, for
+    `--schedule fair`.
     """
 
     id: str
@@ -154,9 +156,10 @@ class Sequence:
 
     tokens: the prompt, then the output so far; UNKNOWN at its end stands for what launched steps sample. num_computed: how many
     of them have keys and values in the cache once the launched steps have run; it falls to 0 when the sequence loses its
-    pages, and everything is computed again later. max_tokens: the limit on output with the default resolved. deadline: the
-    clock's time after which the request is given up. matcher: of the request's grammar, if it has one.
-    arrived, started, answered: the clock's times of arrival, of the first step and of the first token.
+    pages, and everything is computed again later, or copied back from the host. max_tokens: the limit on output with the
+    default resolved. deadline: the clock's time after which the request is given up. matcher: of the request's grammar, if it
+    has one. number: in order of arrival. num_shared: pages that others had already when it was admitted. num_preemptions: how
+    often it lost its pages. arrived, started, answered: the clock's times of arrival, of the first step and of the first token.
     """
 
     request: Request
@@ -166,6 +169,8 @@ class Sequence:
     tokens: list[int] = field(init=False)
     num_computed: int = 0
     num_unknown: int = 0
+    number: int = 0
+    num_shared: int = 0
     num_preemptions: int = 0
     arrived: float = 0.0
     started: float | None = None
@@ -221,8 +226,20 @@ class BatchItem(NamedTuple):
 
 
 @dataclass(frozen=True)
+class PageCopy:
+    """Of one page, between the cache and the host's memory: to the host, or back from there."""
+
+    page: int
+    host_page: int
+    to_host: bool
+
+
+@dataclass(frozen=True)
 class Batch:
+    """A step. Before its items are computed, pages are copied, in order."""
+
     items: tuple[BatchItem, ...]
+    copies: tuple[PageCopy, ...] = ()
 
     @property
     def sampled(self) -> tuple[BatchItem, ...]:

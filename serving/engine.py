@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from serving.config import EngineConfig
@@ -24,6 +24,7 @@ from serving.core import (
     Sequence,
     StepOutput,
 )
+from serving.cost_model import CostModel, StepWork
 from serving.errors import RequestError
 from serving.kv import PageTables
 from serving.observer import Observer
@@ -57,8 +58,9 @@ class _Live:
 
 @dataclass(frozen=True, eq=False)
 class _Launched:
-    """A step that runs: what it samples, for whom, and how to wait for it."""
+    """A step that runs: what it does and samples, for whom, and how to wait for it."""
 
+    work: StepWork
     items: tuple[BatchItem, ...]
     sampled: tuple[_Live, ...]
     wait: Callable[[], StepOutput]
@@ -74,7 +76,7 @@ class Engine:
     Every request that was added ends in exactly one output with a finish reason, or by `abort`. matcher: makes those of grammars;
     without it, requests with a grammar are refused. drafter: guesses up to `config.num_drafts` tokens of each sequence; without
     overlap, as the tokens of a step must be known then before the next one is scheduled. trace: gets the times of the parts of
-    steps. `observers` are told what happens to requests.
+    steps. cost: learns what steps take. `observers` are told what happens to requests.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Engine:
         *,
         drafter: Drafter | None = None,
         trace: Trace | None = None,
+        cost: CostModel | None = None,
     ) -> None:
         self._runner = runner
         self._vocabulary = vocabulary
@@ -97,11 +100,13 @@ class Engine:
         self.trace = trace
         self.config = config
         self.pages = PageTables(config.num_pages, config.page_size, reuse=config.prefix_cache)
-        self.scheduler = Scheduler(self.pages, max_batch=config.max_batch, max_step_tokens=config.max_step_tokens)
+        self.cost = CostModel() if cost is None else cost
+        self.scheduler = Scheduler(self.pages, config, self.cost)
         self.observers: list[Observer] = []
         self.max_model_len = min(config.max_model_len, self.pages.capacity)
         self._live: dict[str, _Live] = {}
         self._launched: _Launched | None = None
+        self._since: float | None = None  # when the step that is waited for next began; None where that is not known
 
     @property
     def has_work(self) -> bool:
@@ -147,6 +152,8 @@ class Engine:
             raise TilusError(f"request id {request.id!r} is live already, but ids must be unique")
         limit = request.params.max_tokens or self.max_model_len - len(request.prompt)
         now = self._clock.now()
+        if not self.has_work:
+            self._since = now
         matcher = self.new_matcher(request.params.grammar)
         seq = Sequence(request, limit, now + self.config.request_timeout, matcher, arrived=now)
         self._live[request.id] = _Live(seq, Detokenizer(self._vocabulary.decode), StopMatcher(request.params.stop))
@@ -179,22 +186,22 @@ class Engine:
 
     def check(self) -> None:
         """Raise unless pages, scheduler and requests agree: run after steps in tests and with TILUS_DEBUG, and when idle."""
-        self.pages.check()
+        self.scheduler.check()
         sampled = () if self._launched is None else self._launched.sampled
         for name, live in self._live.items():
             unknown, counted = live.seq.tokens.count(UNKNOWN), live.seq.num_unknown
             if not unknown == counted == (live in sampled):
                 raise TilusError(f"request {name!r} has {unknown} unknown tokens, {counted} by its own count")
-        running = frozenset(seq.id for seq in self.scheduler.running)
-        waiting = [seq.id for seq in self.scheduler.waiting]
-        if self.pages.owners() != running:
-            raise TilusError(f"pages belong to {sorted(self.pages.owners())}, but {sorted(running)} are running")
-        if sorted([*running, *waiting]) != sorted(self._live):
-            raise TilusError(f"scheduled are {sorted([*running, *waiting])}, but live are {sorted(self._live)}")
+        scheduled = sorted(seq.id for seq in (*self.scheduler.running, *self.scheduler.waiting))
+        if scheduled != sorted(self._live):
+            raise TilusError(f"scheduled are {scheduled}, but live are {sorted(self._live)}")
 
     def _end(self, request_id: str, ending: Ending) -> None:
         seq = self._live.pop(request_id).seq
-        self.scheduler.remove(seq)
+        if ending in ("stop", "length", "grammar"):
+            self.scheduler.finish(seq)
+        else:
+            self.scheduler.remove(seq)
         if self._drafter is not None:
             self._drafter.forget(request_id)
         for observer in self.observers:
@@ -207,7 +214,7 @@ class Engine:
         """The batch with what sampling must know beyond the logits."""
         if not any(item.params is not None and item.params.needs_history for item in batch.items):
             return batch
-        return Batch(tuple(self._informed_item(item) for item in batch.items))
+        return replace(batch, items=tuple(self._informed_item(item) for item in batch.items))
 
     def _informed_item(self, item: BatchItem) -> BatchItem:
         if item.params is None or not item.params.needs_history:
@@ -241,7 +248,7 @@ class Engine:
                 live.seq.tokens.append(UNKNOWN)
                 live.seq.num_unknown += 1
                 sampled.append(live)
-        return _Launched(batch.sampled, tuple(sampled), wait)
+        return _Launched(StepWork.of(batch), batch.sampled, tuple(sampled), wait)
 
     def _drafts(self) -> Drafts:
         """Guesses for sequences whose next tokens depend on nothing but the model and random numbers."""
@@ -267,12 +274,21 @@ class Engine:
         if len(tokens) != len(step.items):
             raise TilusError(f"the runner sampled {len(tokens)} tokens, expected {len(step.items)}")
         now = self._clock.now()
+        self._observe(step, now)
         with self._span("commit"):
             return [
                 self._extend(live, item, found, now)
                 for item, live, found in zip(step.items, step.sampled, tokens)
                 if self._live.get(item.request_id) is live
             ]
+
+    def _observe(self, step: _Launched, now: float) -> None:
+        """Steps follow each other without a pause while there is work. The end of one that samples nothing is not waited for, so
+        that neither its time is known nor the next one's.
+        """
+        if step.items and self._since is not None:
+            self.cost.observe(step.work, now - self._since)
+        self._since = now if step.items else None
 
     def _extend(
         self, live: _Live, item: BatchItem, tokens: tuple[SampledToken, ...] | None, now: float

@@ -93,6 +93,13 @@ class PageTables:
         """Until it grows, the same object."""
         return self._tables[owner]
 
+    def num_pages_of(self, owner: str) -> int:
+        return len(self._tables.get(owner, ()))
+
+    def num_shared(self, owner: str) -> int:
+        """Pages of an owner that others have, too."""
+        return sum(self._num_owners[page] > 1 for page in self._tables.get(owner, ()))
+
     def owners(self) -> frozenset[str]:
         return frozenset(self._tables)
 

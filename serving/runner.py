@@ -19,6 +19,7 @@ from serving.gpu_spans import GpuSpans
 from serving.kv_pool import KvPool, PageShape
 from serving.model import Model, StepTensors
 from serving.sampling import Sampler
+from serving.swap import PageSwapper
 from serving.trace import Trace
 
 _ALIGNMENT = 16  # int32 values: arrays and table rows start at multiples of 64 bytes, so that kernels see one alignment
@@ -28,14 +29,16 @@ class TorchRunner:
     """Owns the key-value pool. Keys and values of a page that nobody owns are left as they are, and never read.
 
     max_rows: tokens that a step samples at most. graphs: how decode steps are captured and replayed, where kernels are those of
-    tilus, compiled; None to launch each step's. trace: gets the times of steps on a GPU.
+    tilus, compiled; None to launch each step's. num_host_pages: in the host's memory, for sequences that lose their place.
+    trace: gets the times of steps on a GPU.
     """
 
     def __init__(
         self, model: Model, num_pages: int, page_size: int, device: torch.device, *, kv_dtype: str = "fp16",
-        max_rows: int = 32, graphs: GraphLimits | None = None, trace: Trace | None = None,
+        max_rows: int = 32, graphs: GraphLimits | None = None, num_host_pages: int = 0, trace: Trace | None = None,
     ) -> None:  # fmt: skip
         self.kv_pool = KvPool(PageShape(model.config, page_size, kv_dtype), num_pages, device)
+        self.swapper = PageSwapper(self.kv_pool, num_host_pages) if num_host_pages else None
         self._model = model
         self._page_size = page_size
         self._device = device
@@ -46,6 +49,8 @@ class TorchRunner:
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Callable[[], StepOutput]:
+        if self.swapper is not None:
+            self.swapper.begin(batch)
         items = batch.sampled
         has_drafts = any(item.num_drafts for item in items)
         rows = tuple(row for item in items for row in _rows_of(item)) if has_drafts else items

@@ -26,7 +26,7 @@ from serving.execution import Execution, choose_execution
 from serving.kernels import Kernels, default_kernels
 from serving.progress import progress
 from serving.tensor_parallel import ranks
-from serving.warm_up import warm_up
+from serving.warm_up import measure_steps, warm_up
 from tilus.config import api_key
 from tilus.errors import TilusError
 
@@ -64,6 +64,8 @@ def serve(config: ServerConfig, kernels: Callable[[], Kernels] | None = None) ->
         if on_gpu or tilus.num_compilations():  # nothing of it was on the disk, so the rest is not either
             with progress("capturing steps" if on_gpu else "compiling kernels", "step") as show:
                 warm_up(engine, execution.is_compiled, show, config.max_batch if on_gpu else LARGEST_BATCH)
+        if on_gpu and not engine.cost.is_fitted and config.itl_slo is not None:
+            measure_steps(engine)
         app = create_app(
             AsyncEngine(engine, config.max_waiting), checkpoint.tokenizer, name, config.api_key or api_key()
         )
@@ -76,6 +78,7 @@ def serve(config: ServerConfig, kernels: Callable[[], Kernels] | None = None) ->
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _satisfied)
         server.run(sockets=[listener])
+        engine.cost.save()
         if engine.trace is not None:
             engine.trace.write()
     _say("stopped")

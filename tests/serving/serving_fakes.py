@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 
-from serving.core import UNKNOWN, Batch, BatchItem, SampledToken, StepOutput
+from serving.core import UNKNOWN, Batch, BatchItem, PageCopy, SampledToken, StepOutput
 
 EOS = 0
 VOCABULARY = 64
@@ -38,7 +38,8 @@ class FakeRunner:
     """Checks every batch like a memory would: a token may only read what was written to its own pages before.
 
     The cache is a dictionary from (page, offset) to (position, token). What a sequence sees of its history is read back
-    through its block table, so a wrong page, a lost token or a page in two hands changes the answer.
+    through its block table, so a wrong page, a lost token or a page in two hands changes the answer. The host's memory is another
+    dictionary; a page that was never copied there cannot come back.
 
     lazy: steps run as late as they may, when the tokens of one behind them are waited for.
     """
@@ -46,6 +47,7 @@ class FakeRunner:
     def __init__(self, page_size: int, *, lazy: bool = False) -> None:
         self.page_size = page_size
         self.memory: dict[tuple[int, int], tuple[int, int]] = {}
+        self.host: dict[int, dict[int, tuple[int, int]]] = {}
         self.batches: list[Batch] = []
         self._lazy = lazy
         self._outputs: list[StepOutput] = []
@@ -59,6 +61,8 @@ class FakeRunner:
         return lambda: self._run_until(number)
 
     def execute(self, batch: Batch) -> StepOutput:
+        for copy in batch.copies:
+            self._copy(copy)
         results = [(item, self._run(item)) for item in batch.items]
         sampled = [(item.request_id, tokens) for item, tokens in results if tokens is not None]
         self._last = {request_id: tokens[-1].token_id for request_id, tokens in sampled}
@@ -68,6 +72,17 @@ class FakeRunner:
         while len(self._outputs) < number:
             self._outputs.append(self.execute(self.batches[len(self._outputs)]))
         return self._outputs[number - 1]
+
+    def _copy(self, copy: PageCopy) -> None:
+        if copy.to_host:
+            self.host[copy.host_page] = {
+                i: self.memory[copy.page, i] for i in range(self.page_size) if (copy.page, i) in self.memory
+            }
+            return
+        for offset in range(self.page_size):
+            self.memory.pop((copy.page, offset), None)
+        for offset, stored in self.host[copy.host_page].items():
+            self.memory[copy.page, offset] = stored
 
     def _run(self, item: BatchItem) -> tuple[SampledToken, ...] | None:
         token_ids = [self._last[item.request_id] if token_id == UNKNOWN else token_id for token_id in item.token_ids]

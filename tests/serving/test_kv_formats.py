@@ -56,10 +56,18 @@ def answers(
 ) -> tuple[Answers, list[int]]:
     """Of nine requests that come together, greedy, logarithms of probabilities included: those of the last round, and how many
     tokens were computed in each."""
-    given = {"num_pages": 64, "max_model_len": 96, "max_step_tokens": 64, "prefix_cache": rounds > 1}
+    given = {
+        "num_pages": 64,
+        "max_model_len": 96,
+        "max_step_tokens": 64,
+        "prefix_cache": rounds > 1,
+        "admission": "aggressive",
+    }
     config = EngineConfig(**(given | limits))
     captures = GraphLimits(config.max_batch, 6) if graphs else None
-    runner = Counting(model, config.num_pages, PAGE, CPU, kv_dtype=kv_dtype, graphs=captures)
+    runner = Counting(
+        model, config.num_pages, PAGE, CPU, kv_dtype=kv_dtype, graphs=captures, num_host_pages=config.num_host_pages
+    )
     engine = Engine(runner, checkpoint.tokenizer, config, ManualClock())
     found, counts, preempted = Answers(), list[int](), 0
     for _ in range(rounds):
@@ -75,6 +83,7 @@ def answers(
             preempted += sum(seq.num_preemptions for seq in engine.scheduler.waiting)
         counts.append(runner.count)
     assert (preempted > 0) == (config.num_pages < 32)
+    assert (engine.scheduler.num_swapped > 0) == (config.num_host_pages > 0)
     return found, counts
 
 
@@ -90,6 +99,8 @@ def test_the_same_text_however_it_is_run(model: Model, tiny_checkpoint: Checkpoi
     assert run(False, max_batch=4, max_step_tokens=7) == (loop, [count]), "in chunks"
     again, counts = run(True, max_batch=9, num_pages=12)
     assert again == loop and counts[0] > count, "computed again"
+    swapped, counts = run(True, max_batch=9, num_pages=12, num_host_pages=40)
+    assert swapped == loop and counts[0] == count, "copied to the host and back, nothing is computed again"
     cached, counts = run(True, max_batch=9, rounds=2)
     assert cached == loop and counts[0] == count and counts[1] < 0.8 * count, "beginnings found in the cache"
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving_fakes import EOS, VOCABULARY, FakeRunner, FakeVocabulary, ManualClock, next_token, reference_answer
 
-from serving.config import EngineConfig
+from serving.config import ADMISSION_POLICIES, EngineConfig
 from serving.core import Batch, Request, RequestOutput, SamplingParams, StepOutput
 from serving.engine import Engine
 from serving.errors import RequestError
@@ -58,7 +58,10 @@ arrivals = st.lists(
     st.builds(
         Arrival,
         step=st.integers(0, 30),
-        prompt=st.lists(st.integers(1, VOCABULARY - 1), min_size=1, max_size=20),
+        prompt=st.one_of(
+            st.lists(st.integers(1, VOCABULARY - 1), min_size=1, max_size=20),
+            st.integers(1, 20).map(lambda size: list(range(1, size + 1))),  # these share their beginnings
+        ),
         max_tokens=st.integers(1, 12),
         abort_after=st.one_of(st.none(), st.integers(0, 15)),
     ),
@@ -73,15 +76,28 @@ arrivals = st.lists(
     spare_pages=st.integers(0, 6),
     max_batch=st.integers(1, 6),
     spare_tokens=st.integers(0, 20),
+    admission=st.sampled_from(ADMISSION_POLICIES),
+    num_host_pages=st.integers(0, 12),
+    prefill_first=st.booleans(),
     overlap=st.booleans(),
 )
 def test_every_request_gets_its_own_answer(
-    arrivals: list[Arrival], page_size: int, spare_pages: int, max_batch: int, spare_tokens: int, overlap: bool
+    arrivals: list[Arrival],
+    page_size: int,
+    spare_pages: int,
+    max_batch: int,
+    spare_tokens: int,
+    admission: str,
+    num_host_pages: int,
+    prefill_first: bool,
+    overlap: bool,
 ) -> None:
     num_pages = -(-32 // page_size) + spare_pages  # the longest request just fits
     runner = FakeRunner(page_size, lazy=overlap)
-    limits = {"num_pages": num_pages, "page_size": page_size, "max_batch": max_batch, "overlap": overlap}
-    engine = make_engine(runner, max_step_tokens=max_batch + spare_tokens, **limits)
+    engine = make_engine(
+        runner, num_pages=num_pages, page_size=page_size, max_batch=max_batch, max_step_tokens=max_batch + spare_tokens,
+        admission=admission, num_host_pages=num_host_pages, prefill_first=prefill_first, overlap=overlap,
+    )  # fmt: skip
     outputs: dict[str, list[RequestOutput]] = {}
     aborted: set[str] = set()
     for step in range(5_000):
@@ -103,12 +119,14 @@ def test_every_request_gets_its_own_answer(
         engine.check()
         order = [*engine.scheduler.running, *engine.scheduler.waiting]  # first come, first served
         assert [seq.id for seq in order] == [name for name in outputs if name in {seq.id for seq in order}]
-        if oldest:  # progress: the oldest request is never pushed back
+        if oldest and not prefill_first:  # progress: the oldest request is never pushed back
             assert oldest.num_computed > before
         if step > 50 and not engine.has_work:
             break
     assert not engine.has_work
-    assert engine.pages.num_free == num_pages
+    assert engine.pages.num_free == num_pages and engine.scheduler.host.num_free == num_host_pages
+    if admission == "conservative":
+        assert engine.scheduler.num_recomputed == engine.scheduler.num_swapped == 0
     for index, arrival in enumerate(arrivals):
         name = f"r{index}"
         expected = reference_answer(arrival.prompt, arrival.max_tokens)
@@ -125,6 +143,42 @@ def test_every_request_gets_its_own_answer(
         assert 0 < sum(len(item.token_ids) for item in batch.items) <= max_batch + spare_tokens
 
 
+@given(
+    lengths=st.lists(st.tuples(st.integers(4, 8), st.integers(10, 12)), min_size=4, max_size=8),
+    aborts=st.lists(st.tuples(st.integers(3, 25), st.integers(0, 7)), max_size=3),
+    page_size=st.integers(1, 3),
+    num_host_pages=st.integers(20, 40),
+)
+@settings(max_examples=25)
+def test_what_was_on_the_host_comes_back(
+    lengths: list[tuple[int, int]], aborts: list[tuple[int, int]], page_size: int, num_host_pages: int
+) -> None:
+    """Many answers in a cache for one or two: they lose their places time and again, and some leave while they have none."""
+    engine = make_engine(
+        num_pages=-(-24 // page_size), page_size=page_size, max_model_len=24, num_host_pages=num_host_pages,
+        admission="aggressive", max_step_tokens=32,
+    )  # fmt: skip
+    tokens = {str(index): list[int]() for index in range(len(lengths))}
+    for index, (size, answer) in enumerate(lengths):
+        engine.add(request(str(index), [index + 1] * size, max_tokens=answer, ignore_eos=True))
+    aborted, step = set[str](), 0
+    while engine.has_work:
+        for when, index in aborts:
+            if when == step:
+                aborted.add(str(index))
+                engine.abort(str(index))
+        for output in engine.step():
+            tokens[output.request_id] += [token.token_id for token in output.tokens]
+        engine.check()
+        step += 1
+    assert engine.scheduler.num_swapped > 0 or aborted
+    assert engine.scheduler.host.num_free == num_host_pages and engine.pages.num_free == engine.pages.num_pages
+    for index, (size, answer) in enumerate(lengths):
+        expected = reference_answer([index + 1] * size, answer, ignore_eos=True)
+        found = tokens[str(index)]
+        assert found == expected or (str(index) in aborted and found == expected[: len(found)])
+
+
 def test_prefill_and_decode_share_a_step() -> None:
     runner = FakeRunner(4)
     engine = make_engine(runner, max_step_tokens=8, max_batch=4)
@@ -139,11 +193,11 @@ def test_prefill_and_decode_share_a_step() -> None:
 
 
 def test_preemption_takes_the_youngest_and_keeps_its_answer_and_its_turn() -> None:
-    engine = make_engine(num_pages=4, page_size=4, max_model_len=16, max_batch=2)
+    engine = make_engine(num_pages=4, page_size=4, max_model_len=16, max_batch=2, admission="aggressive")
     prompts = {"old": [1, 2, 3, 4], "young": [5, 6, 7, 8], "later": [9]}
     for name, prompt in prompts.items():
         engine.add(request(name, prompt, max_tokens=10, ignore_eos=True))
-    young = engine.scheduler.waiting[1]
+    young = list(engine.scheduler.waiting)[1]
     outputs: dict[str, list[RequestOutput]] = {name: [] for name in prompts}
     while young.num_preemptions == 0:
         for output in engine.step():
@@ -258,7 +312,7 @@ def test_random_numbers_follow_the_request_not_the_batch() -> None:
                 draws.setdefault(item.request_id, []).append(item.draw)
             return super().execute(batch)
 
-    engine = make_engine(Recording(4), num_pages=4, page_size=4, max_model_len=16, max_batch=2)
+    engine = make_engine(Recording(4), num_pages=4, page_size=4, max_model_len=16, max_batch=2, admission="aggressive")
     for name in ("old", "young"):
         engine.add(request(name, [1, 2, 3, 4], max_tokens=10, ignore_eos=True))
     run(engine)

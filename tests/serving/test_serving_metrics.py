@@ -60,11 +60,13 @@ def test_what_a_bystander_measures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forty requests over a cache that is too small, some alike, some given up: counts, sums and buckets of all times."""
     rng, clock = random.Random(4), ManualClock()
     runner = SlowRunner(4, clock)
-    config = EngineConfig(num_pages=24, max_model_len=60, page_size=4, max_batch=6, max_step_tokens=16)
+    config = EngineConfig(
+        num_pages=24, max_model_len=60, page_size=4, max_batch=6, max_step_tokens=16, admission="aggressive"
+    )
     engine = Engine(runner, FakeVocabulary(), config, clock)
     metrics = Metrics(engine, "m")
-    preempt = Mock(wraps=engine.scheduler._preempt_youngest)
-    monkeypatch.setattr(engine.scheduler, "_preempt_youngest", preempt)
+    preempt = Mock(wraps=engine.scheduler._preempt_last)
+    monkeypatch.setattr(engine.scheduler, "_preempt_last", preempt)
     added, times, ends, seen = {}, defaultdict(list), {}, defaultdict(list)
     prompts = {f"r{i}": tuple(rng.choices(range(1, 64), k=rng.randrange(1, 30))) for i in range(40)}
     prompts |= {f"r{i}": prompts["r0"] * 2 for i in range(20, 25)}

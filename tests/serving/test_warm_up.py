@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import io
 import sys
+from typing import Any
 
 import pytest
 from serving_fakes import FakeRunner, FakeVocabulary, ManualClock
 
 from serving.config import EngineConfig
+from serving.core import Batch, StepOutput
+from serving.cost_model import StepWork
 from serving.engine import Engine
 from serving.progress import progress
-from serving.warm_up import warm_up
+from serving.warm_up import measure_steps, warm_up
 
 
-def run(thoroughly: bool, **limits: int) -> tuple[list[list[int]], list[tuple[int, int]]]:
+def run(thoroughly: bool, **limits: Any) -> tuple[list[list[int]], list[tuple[int, int]]]:
     """Tokens of each sequence in each step; what progress was called with."""
     config = EngineConfig(**({"num_pages": 100, "max_model_len": 200, "page_size": 4} | limits))
     runner, calls = FakeRunner(config.page_size), []
@@ -31,23 +34,39 @@ def run(thoroughly: bool, **limits: int) -> tuple[list[list[int]], list[tuple[in
         ({"max_step_tokens": 512}, 8, 199),
         ({"max_step_tokens": 64, "max_batch": 3}, 3, 64),
         ({"max_step_tokens": 64, "max_model_len": 2}, 1, 1),
-        ({"max_step_tokens": 64, "num_pages": 8}, 8, 31),
+        ({"max_step_tokens": 64, "num_pages": 8, "admission": "aggressive"}, 8, 31),
     ],
 )
-def test_all_shapes(limits: dict[str, int], width: int, chunk: int) -> None:
+def test_all_shapes(limits: dict[str, Any], width: int, chunk: int) -> None:
     steps, calls = run(True, **limits)
     assert steps == [*([1] * batch for batch in range(width, 0, -1)), [chunk]]
     assert calls == [(done, width + 1) for done in range(width + 2)]
 
 
 def test_a_cache_too_small_for_all_at_once() -> None:
-    steps, calls = run(True, num_pages=3, max_model_len=12, max_step_tokens=64)
+    steps, calls = run(True, num_pages=3, max_model_len=12, max_step_tokens=64, admission="aggressive")
     assert max(len(step) for step in steps) == 3
     assert calls[-1] == (9, 9) and all(done <= 9 for done, _ in calls)
 
 
 def test_one_short_answer() -> None:
     assert run(False) == ([[40], [1]], [(0, 2), (1, 2), (2, 2)])
+
+
+def test_measured_steps_teach_the_cost_model_and_nothing_else() -> None:
+    """A step takes 1 ms and 1 us a token here."""
+
+    class Timed(FakeRunner):
+        def execute(self, batch: Batch) -> StepOutput:
+            clock.time += 1e-3 + 1e-6 * sum(len(item.token_ids) for item in batch.items)
+            return super().execute(batch)
+
+    clock, config = ManualClock(), EngineConfig(num_pages=400, max_model_len=200, page_size=4)
+    engine = Engine(Timed(4), FakeVocabulary(), config, clock)
+    measure_steps(engine)
+    for work in (StepWork(1, 100, 100), StepWork(300, 900, 9000, prompts=True)):
+        assert engine.cost.predict(work) == pytest.approx(1e-3 + 1e-6 * work.tokens, rel=1e-3)
+    assert not engine.has_work and engine.pages.num_free == 400
 
 
 def test_a_log_gets_a_line_for_each_quarter(capsys: pytest.CaptureFixture[str]) -> None:

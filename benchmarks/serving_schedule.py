@@ -1,0 +1,231 @@
+"""Scheduling policies of the server, compared: `python benchmarks/serving_schedule.py [--runner sim|cuda] [--out FILE]`.
+
+The server's own engine answers planned requests, on a clock that is only counted (sim: a step takes what --steps says, which a
+run on a GPU has left, or else an estimate) or on a GPU (cuda: random weights in the shape of Llama-3-8B, 4 bits in groups of 128,
+times of steps first measured for the cost model). Answers end where the plan says, in neither case known to the scheduler.
+
+    conversation  arrivals and lengths of --trace, or of BurstGPT's statistics, at 80 % of what can be served: prompts in chunks
+                  that --itl-slo decides, against prompts first
+    long answers  log-normal lengths with sigma 1 of up to --longest tokens, all at once, in a small cache: past-future admission
+                  against aggressive and conservative
+
+Output, as JSON: runner, device, options, and rows, a list of {case, metric, value, unit, baseline, limit}: baseline is the value
+of what is compared with, limit what the value may be at most (evictions, times) or must be at least (rates), null where none was
+set. With --runner cuda also rows of case "agreement ...": the GPU's value, with the simulator's for the same plan and the
+measured steps as baseline; limit is the part by which they may differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from serving.bench import burstgpt
+from serving.bench.summary import summarise
+from serving.bench.traces import read_trace
+from serving.bench.workload import PlannedRequest, at_rate, scaled
+from serving.config import EngineConfig
+from serving.core import Runner
+from serving.cost_model import CostModel, StepWork
+from serving.engine import Engine
+from serving.simulate import Outcome, PlainVocabulary, PlannedEnds, RealClock, replay, roofline, simulate
+from serving.warm_up import measure_steps, warm_up
+
+PAGE = 16
+LOAD = 0.8  # of what can be served
+AGREEMENT = 0.15
+START = time.perf_counter()
+Replay = Callable[[list[PlannedRequest], EngineConfig, int], Outcome]
+
+
+def conversation(options: argparse.Namespace) -> list[PlannedRequest]:
+    if options.trace is not None:
+        return read_trace(options.trace, options.requests)
+    return burstgpt.generate(options.requests, np.random.default_rng(0))
+
+
+def long_answers(options: argparse.Namespace) -> list[PlannedRequest]:
+    rng, count = np.random.default_rng(0), options.requests
+    answers = np.clip(np.rint(rng.lognormal(np.log(options.longest / 13.65), 1.0, count)), 1, options.longest)
+    return [PlannedRequest(0.0, int(size), int(answer)) for size, answer in zip(rng.integers(32, 512, count), answers)]
+
+
+def limits(options: argparse.Namespace, **policy: Any) -> EngineConfig:
+    given = {"num_pages": options.num_pages, "max_step_tokens": options.max_step_tokens, "overlap": True} | policy
+    return EngineConfig(
+        max_model_len=options.context, max_batch=options.max_batch, request_timeout=1e9, prefix_cache=False, **given
+    )
+
+
+def say(text: str) -> None:
+    print(f"{time.perf_counter() - START:6.1f} s  {text}", file=sys.stderr, flush=True)
+
+
+def p99(outcome: Outcome) -> float:
+    return outcome.summary.itl.p99 * 1e3 if outcome.summary.itl else 0.0
+
+
+def rate(outcome: Outcome) -> float:
+    return outcome.summary.output_tokens_per_second
+
+
+def first_token(outcome: Outcome) -> float:
+    return outcome.summary.ttft.mean * 1e3 if outcome.summary.ttft else 0.0
+
+
+def evictions(outcome: Outcome) -> float:
+    return float(outcome.recomputed + outcome.swapped)
+
+
+def row(case: str, metric: str, value: float, unit: str, baseline: float, limit: float | None) -> dict[str, Any]:
+    found = {"case": case, "metric": metric, "value": value, "unit": unit, "baseline": baseline, "limit": limit}
+    return {name: round(item, 4) if isinstance(item, float) else item for name, item in found.items()}
+
+
+def compare_chunks(
+    options: argparse.Namespace, run: Replay, served: float
+) -> tuple[list[dict[str, Any]], list[Outcome]]:
+    """served: requests a second that can be."""
+    plan = at_rate(conversation(options), LOAD * served)
+    longest = max(planned.output_tokens for planned in plan)
+    chunks = run(plan, limits(options, itl_slo=options.itl_slo / 1e3), longest)
+    first = run(plan, limits(options, prefill_first=True, max_step_tokens=options.prefill_tokens), longest)
+    case = f"conversation at {LOAD * served:.2f} requests a second"
+    return [
+        row(case, "inter-token latency, p99", p99(chunks), "ms", p99(first), 0.4 * p99(first)),
+        row(case, "throughput", rate(chunks), "tokens/s", rate(first), 0.97 * rate(first)),
+        row(case, "time to first token, mean", first_token(chunks), "ms", first_token(first), None),
+    ], [chunks, first]
+
+
+def compare_admission(options: argparse.Namespace, run: Replay) -> tuple[list[dict[str, Any]], list[Outcome]]:
+    plan = long_answers(options)
+    found = {
+        name: run(plan, limits(options, admission=name, num_pages=options.few_pages), options.longest)
+        for name in (("past-future", "aggressive", "conservative"))
+    }
+    ours, aggressive, conservative = found.values()
+    case = f"long answers in {options.few_pages} pages"
+    return [
+        row(case, "evictions", evictions(ours), "", evictions(aggressive), 0.25 * evictions(aggressive)),
+        row(case, "throughput", rate(ours), "tokens/s", rate(conservative), 1.8 * rate(conservative)),
+        row(case, "throughput against aggressive", rate(ours), "tokens/s", rate(aggressive), None),
+    ], list(found.values())
+
+
+def simulator(seconds: Callable[[StepWork], float]) -> Replay:
+    return lambda plan, config, max_tokens: simulate(plan, config, seconds, max_tokens)
+
+
+class Gpu:
+    """Replays on the GPU, on one model and runner."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        from serving_decode import open_model  # beside this file
+
+        from serving.decode_graph import GraphLimits
+        from serving.runner import TorchRunner
+
+        model, _ = open_model(options)
+        pages = -(-options.context // PAGE)
+        self._runner = TorchRunner(
+            model,
+            options.num_pages,
+            PAGE,
+            model.norm.device,
+            max_rows=options.max_batch,
+            graphs=GraphLimits(options.max_batch, pages),
+        )
+        self._cost = CostModel(options.steps)
+        engine = self._engine(self._runner, limits(options))
+        say("loaded")
+        warm_up(engine, True, lambda done, total: None, options.max_batch)
+        say("captured")
+        measure_steps(engine)
+        say("steps measured")
+
+    def __call__(self, plan: list[PlannedRequest], config: EngineConfig, max_tokens: int) -> Outcome:
+        lengths = {str(index): planned.output_tokens for index, planned in enumerate(plan)}
+        engine = self._engine(PlannedEnds(self._runner, lengths), config)
+        seen = replay(engine, plan, RealClock(), max_tokens)
+        engine.check()
+        return Outcome(summarise(seen), engine.scheduler.num_recomputed, engine.scheduler.num_swapped)
+
+    def _engine(self, runner: Runner, config: EngineConfig) -> Engine:
+        return Engine(runner, PlainVocabulary(), config, RealClock(), cost=self._cost)
+
+
+def agreement(case: str, gpu: list[Outcome], simulated: list[Outcome]) -> list[dict[str, Any]]:
+    metrics = (("inter-token latency, p99", p99, "ms"), ("throughput", rate, "tokens/s"))
+    return [
+        row(f"agreement {case} {index}", name, value(found), unit, value(other), AGREEMENT)
+        for index, (found, other) in enumerate(zip(gpu, simulated))
+        for name, value, unit in metrics
+    ]
+
+
+def measure(options: argparse.Namespace, report: dict[str, Any]) -> None:
+    gpu = Gpu(options) if options.runner == "cuda" else None
+    known = CostModel(options.steps)  # for the simulator: what was known before the first replay
+    in_theory = simulator(known.predict if known.is_fitted else roofline)
+    report["steps"] = "measured" if known.is_fitted else "estimated"
+    at_once = scaled(conversation(options), rate=1e9)
+    longest = max(planned.output_tokens for planned in at_once)
+    served = in_theory(at_once, limits(options), longest).summary.requests_per_second
+    for case, compare in (
+        ("conversation", lambda run: compare_chunks(options, run, served)),
+        ("long answers", lambda run: compare_admission(options, run)),
+    ):
+        rows, outcomes = compare(gpu or in_theory)
+        if gpu is not None:
+            rows += agreement(case, outcomes, compare(in_theory)[1])
+        report["rows"] += rows
+        for found in rows:
+            print(*found.values(), sep="  ", flush=True)
+        say(case)
+        if options.out is not None:
+            options.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def options_of() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--runner", choices=("sim", "cuda"), default="sim")
+    add("--trace", type=Path, help="of conversations; default: requests with BurstGPT's statistics")
+    add("--requests", type=int, default=600, help="of each case (default 600)")
+    add("--longest", type=int, default=4096, help="tokens of long answers (default 4096)")
+    add("--few-pages", type=int, default=4000, help="of the cache for long answers (default 4000)")
+    add("--num-pages", type=int, default=30000, help="of the cache for conversations (default 30000)")
+    add("--max-batch", type=int, default=256, help="requests at a time (default 256)")
+    add("--max-step-tokens", type=int, default=1024, help="tokens of a step (default 1024)")
+    add("--context", type=int, default=16384, help="tokens of a request (default 16384)")
+    add("--itl-slo", type=float, default=30, help="milliseconds between two tokens (default 30)")
+    add("--steps", type=Path, help="times of steps: read, and with --runner cuda written")
+    add("--prefill-tokens", type=int, default=8192, help="of a step of prompts first (default 8192)")
+    add("--out", type=Path, help="write the JSON here")
+    parser.set_defaults(config=None, layers=None, weight_dtype="int4", group=128)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = options_of()
+    report: dict[str, Any] = {
+        "runner": options.runner, "trace": options.trace and options.trace.name, "rows": [],
+        "options": {name: value for name, value in vars(options).items() if isinstance(value, int | float)},
+    }  # fmt: skip
+    if options.runner == "cuda":
+        import torch
+
+        report["device"] = torch.cuda.get_device_name(0)
+    measure(options, report)
+
+
+if __name__ == "__main__":
+    main()

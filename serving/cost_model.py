@@ -1,0 +1,196 @@
+"""How long a step takes, as a small model that is fitted to steps that were measured; and how many tokens fit into a time.
+
+A step's seconds are a sum of five products: a constant, another one where prompts are in it (only steps that decode are
+captured), and what a token, a key read and a pair of a query and a key cost. All factors are at least 0, and relative errors
+are squared, so that short steps count as much as long ones and a step that was disturbed counts little: it cannot be wrong by
+more than itself."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serving.core import Batch
+
+NUM_FEATURES = 5
+WINDOW = 512  # the last steps of each kind (with and without prompts) that count
+REFIT = 32  # steps between two fits
+LEAST_CHUNK = (
+    16  # tokens of a prompt that a step may always take: else a limit that cannot be kept would stop all prompts
+)
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """What a step does. tokens: that go through the model. kv_tokens: whose keys and values are read, summed over sequences.
+    pairs: of a query and a key, summed over sequences. prompts: whether not all of it decodes."""
+
+    tokens: int = 0
+    kv_tokens: int = 0
+    pairs: int = 0
+    prompts: bool = False
+
+    def with_prompt(self, start: int, count: int) -> StepWork:
+        """With `count` more tokens, of a prompt that has `start` in the cache."""
+        pairs = count * start + count * (count + 1) // 2
+        return StepWork(self.tokens + count, self.kv_tokens + start + count, self.pairs + pairs, True)
+
+    @classmethod
+    def of(cls, batch: Batch) -> StepWork:
+        tokens = kv_tokens = pairs = 0
+        prompts = False
+        for item in batch.items:
+            count = len(item.token_ids)
+            tokens += count
+            kv_tokens += item.start + count
+            pairs += count * item.start + count * (count + 1) // 2
+            prompts = prompts or count > 1 or item.params is None
+        return cls(tokens, kv_tokens, pairs, prompts)
+
+    @property
+    def features(self) -> tuple[float, ...]:
+        return 1.0, float(self.prompts), float(self.tokens), float(self.kv_tokens), float(self.pairs)
+
+
+class CostModel:
+    """Predicts steps from those that were observed. Without any, it knows nothing: `is_fitted` is False.
+
+    path: where what was observed is kept from one server to the next of the same model on the same device; None for nowhere.
+    page_copy_seconds: what a copy of a page to the host's memory takes.
+    """
+
+    def __init__(self, path: Path | None = None, page_copy_seconds: float = 0.0) -> None:
+        self.page_copy_seconds = page_copy_seconds
+        self._path = path
+        self._rows = np.zeros((2, WINDOW, NUM_FEATURES + 1))  # features and seconds, by whether there are prompts
+        self._counts = [0, 0]
+        self._factors: tuple[float, ...] = (0.0,) * NUM_FEATURES
+        self.forget()
+
+    @property
+    def is_fitted(self) -> bool:
+        return any(self._factors)
+
+    def predict(self, work: StepWork) -> float:
+        """Seconds; 0 when nothing is known."""
+        step, prompts, token, kv_token, pair = self._factors
+        start = step + prompts if work.prompts else step
+        return start + token * work.tokens + kv_token * work.kv_tokens + pair * work.pairs
+
+    def observe(self, work: StepWork, seconds: float) -> None:
+        """A step took so long. Of clocks that stand still nothing is learnt."""
+        if seconds <= 0 or not work.tokens:
+            return
+        kind = int(work.prompts)
+        self._rows[kind, self._counts[kind] % WINDOW] = (*work.features, seconds)
+        self._counts[kind] += 1
+        if sum(self._counts) % REFIT == 0:
+            self.fit()
+
+    def fit(self) -> None:
+        """Least squares over all that is known. Called now and then by `observe`."""
+        rows = self._known()
+        if len(rows):
+            self._factors = tuple(float(f) for f in non_negative_fit(rows[:, :-1] / rows[:, -1:], np.ones(len(rows))))
+
+    def forget(self) -> None:
+        """Go back to what is kept: the first steps compile kernels."""
+        self._counts, self._factors = [0, 0], (0.0,) * NUM_FEATURES
+        if self._path is not None:
+            self._load(self._path)
+
+    def save(self) -> None:
+        """Keep it, all of it or nothing."""
+        if self._path is None or not sum(self._counts):
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=self._path.parent, prefix=self._path.name, delete=False) as file:
+            json.dump({"rows": self._known().tolist()}, file)
+        Path(file.name).replace(self._path)
+
+    def _known(self) -> NDArray[np.float64]:
+        return np.concatenate([rows[: min(count, WINDOW)] for rows, count in zip(self._rows, self._counts)])
+
+    def _load(self, path: Path) -> None:
+        """What cannot be read is of no worth: it is measured again."""
+        try:
+            rows = np.array(json.loads(path.read_text())["rows"], np.float64)
+        except (OSError, ValueError, KeyError, TypeError):
+            return
+        if rows.ndim != 2 or rows.shape[1] != NUM_FEATURES + 1 or not (np.isfinite(rows).all() and (rows >= 0).all()):
+            return
+        for *features, seconds in rows.tolist():
+            _, prompts, tokens, kv_tokens, pairs = features
+            self.observe(StepWork(int(tokens), int(kv_tokens), int(pairs), bool(prompts)), seconds)
+        self.fit()
+
+
+def non_negative_fit(features: NDArray[np.float64], seconds: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The factors f >= 0, one for each column, that minimise |features @ f - seconds|^2.
+
+    The best ones are the plain least squares over the columns whose factor is not 0: with few columns, all choices are tried.
+    """
+    scale = np.maximum(np.abs(features).max(axis=0), 1e-300)
+    columns = features / scale
+    gram, moments = columns.T @ columns, columns.T @ seconds
+    best, least = np.zeros(features.shape[1]), math.inf
+    for size in range(features.shape[1] + 1):
+        for chosen in itertools.combinations(range(features.shape[1]), size):
+            factors = np.zeros(features.shape[1])
+            index = list(chosen)
+            factors[index] = np.linalg.lstsq(gram[np.ix_(index, index)], moments[index], rcond=1e-9)[0]
+            error = float(factors @ gram @ factors - 2 * factors @ moments)
+            if (factors >= 0).all() and error < least:
+                best, least = factors, error
+    return best / scale
+
+
+class StepBudget:
+    """What still fits into a step: `max_tokens` tokens, and with a limit in seconds no more than the cost model says.
+
+    b* = max{b : t_step(decodes + b tokens of prompts) <= limit}: Dynamic SplitFuse (DeepSpeed-FastGen, arXiv 2401.08671), its
+    budget derived from the limit on the time between two tokens as Sarathi-Serve (arXiv 2403.02310) proposes. Where nothing
+    decodes there is no such time, and the limit does not count.
+    """
+
+    def __init__(self, max_tokens: int, cost: CostModel, limit: float | None, decodes: StepWork) -> None:
+        self.work = decodes
+        self._max_tokens = max_tokens
+        self._cost = cost
+        self._limit = limit if decodes.tokens else None
+        self._least = LEAST_CHUNK
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether no token fits any more."""
+        if self.work.tokens >= self._max_tokens or self._limit is None:
+            return self.work.tokens >= self._max_tokens
+        return self._least == 0 and self._cost.predict(self.work.with_prompt(0, 1)) > self._limit
+
+    def take(self, start: int, pending: int) -> int:
+        """How many of a prompt's pending tokens go into the step, behind `start` that are in the cache; they are in it then."""
+        count = most = min(pending, self._max_tokens - self.work.tokens)
+        if self._limit is not None:
+            least = min(most, self._least)
+            count = max(least, self._largest(start, most, self._limit))
+            self._least -= min(count, self._least)
+        if count > 0:
+            self.work = self.work.with_prompt(start, count)
+        return max(0, count)
+
+    def _largest(self, start: int, most: int, limit: float) -> int:
+        low, high = 0, most
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self._cost.predict(self.work.with_prompt(start, middle)) <= limit:
+                low = middle
+            else:
+                high = middle - 1
+        return low

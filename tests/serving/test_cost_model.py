@@ -1,0 +1,126 @@
+"""The cost model finds what made steps take their time, and the budget is the largest that it allows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serving.core import Batch, BatchItem, SamplingParams
+from serving.cost_model import LEAST_CHUNK, NUM_FEATURES, CostModel, StepBudget, StepWork, non_negative_fit
+
+GREEDY = SamplingParams(temperature=0)
+factors = st.tuples(
+    st.floats(1e-4, 1e-2), *(st.one_of(st.just(0.0), st.floats(low, 100 * low)) for low in (1e-4, 1e-6, 1e-9, 1e-11))
+)
+
+
+def random_work(rng: np.random.Generator) -> StepWork:
+    count = int(rng.integers(1, 128))
+    keys = int(rng.integers(1, 2000, count).sum())
+    decodes = StepWork(count, keys, keys)
+    return (
+        decodes.with_prompt(int(rng.integers(0, 4000)), int(rng.integers(1, 2000))) if rng.random() < 0.5 else decodes
+    )
+
+
+def seconds(truth: tuple[float, ...], work: StepWork) -> float:
+    step, prompts, token, kv_token, pair = truth
+    return step + prompts * work.prompts + token * work.tokens + kv_token * work.kv_tokens + pair * work.pairs
+
+
+def fitted(truth: tuple[float, ...], path: Path | None = None, seed: int = 0, slow: tuple[int, ...] = ()) -> CostModel:
+    rng, model = np.random.default_rng(seed), CostModel(path)
+    for index in range(256):
+        work = random_work(rng)
+        model.observe(work, seconds(truth, work) * (100 if index in slow else 1))
+    return model
+
+
+@given(factors, st.integers(0, 2**32))
+@settings(max_examples=25)
+def test_finds_the_factors_of_steps_that_have_some(truth: tuple[float, ...], seed: int) -> None:
+    model, rng = fitted(truth, seed=seed), np.random.default_rng(seed + 1)
+    for work in (random_work(rng) for _ in range(10)):
+        assert model.predict(work) == pytest.approx(seconds(truth, work), rel=1e-3)
+
+
+def test_steps_that_were_disturbed_count_little() -> None:
+    truth = (1e-3, 0.0, 2e-5, 3e-8, 0.0)
+    model, rng = fitted(truth, slow=tuple(range(0, 256, 50))), np.random.default_rng(1)
+    for work in (random_work(rng) for _ in range(10)):
+        assert model.predict(work) == pytest.approx(seconds(truth, work), rel=0.1)
+
+
+@given(st.integers(1, 40), st.integers(0, 2**32))
+def test_the_fit_is_the_best_without_negative_factors(count: int, seed: int) -> None:
+    """The conditions of Karush, Kuhn and Tucker: no factor can be changed, but below 0, for a smaller error."""
+    rng = np.random.default_rng(seed)
+    features, wanted = rng.standard_normal((count, NUM_FEATURES)), rng.standard_normal(count)
+    found = non_negative_fit(features, wanted)
+    slope = features.T @ (features @ found - wanted)
+    assert (found >= 0).all() and (slope > -1e-6).all() and np.abs(slope * found).max() < 1e-6
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 9)), min_size=1, max_size=5))
+def test_the_work_of_a_batch_is_that_of_its_tokens(items: list[tuple[int, int]]) -> None:
+    batch = Batch(
+        tuple(BatchItem(str(i), (1,) * count, start, (), GREEDY, 0) for i, (start, count) in enumerate(items))
+    )
+    pairs = sum(position + 1 for start, count in items for position in range(start, start + count))
+    keys = sum(start + count for start, count in items)
+    prompts = any(count > 1 for _, count in items)
+    assert StepWork.of(batch) == StepWork(sum(count for _, count in items), keys, pairs, prompts)
+
+
+@given(
+    truth=factors,
+    limit=st.one_of(st.none(), st.floats(1e-4, 1e-1)),
+    contexts=st.lists(st.integers(1, 3000), max_size=20),
+    prompts=st.lists(st.tuples(st.integers(0, 3000), st.integers(1, 900)), min_size=1, max_size=4),
+    max_tokens=st.integers(20, 1000),
+)
+@settings(max_examples=40)
+def test_a_step_takes_as_much_of_prompts_as_it_may(truth, limit, contexts, prompts, max_tokens: int) -> None:
+    model, keys = fitted(truth), sum(contexts)
+    budget = StepBudget(max_tokens, model, limit, StepWork(len(contexts), keys, keys))
+    extra = 0
+    for start, pending in prompts:
+        before, spent = budget.work, budget.is_spent
+        count = budget.take(start, pending)
+        extra += count
+        assert budget.work == (before.with_prompt(start, count) if count else before)
+        assert 0 <= count <= pending and budget.work.tokens <= max_tokens
+        assert not (spent and count)
+        within = limit is None or not contexts or model.predict(budget.work) <= limit
+        assert within or extra <= LEAST_CHUNK
+        if count < pending and budget.work.tokens < max_tokens:  # one more would have been too much
+            assert limit is not None and model.predict(before.with_prompt(start, count + 1)) > limit
+
+
+def test_what_is_known_is_kept_for_the_next_server(tmp_path: Path) -> None:
+    path = tmp_path / "steps" / "model.json"
+    first = fitted((1e-3, 2e-3, 3e-5, 4e-8, 5e-10), path)
+    first.save()
+    again, work = CostModel(path), StepWork(100, 5000, 5000, True)
+    assert again.is_fitted and again.predict(work) == pytest.approx(first.predict(work), rel=1e-6)
+    for damaged in (
+        "",
+        "{}",
+        '{"rows": [[1, 2]]}',
+        '{"rows": [[1, 0, -3, 4, 5, 6]]}',
+        '{"rows": [[1, 0, 1, 1, 1, "x"]]}',
+    ):
+        path.write_text(damaged)
+        assert not CostModel(path).is_fitted
+
+
+def test_clocks_that_stand_still_teach_nothing() -> None:
+    model = CostModel()
+    for _ in range(100):
+        model.observe(StepWork(1, 1, 1), 0.0)
+    model.fit()
+    assert not model.is_fitted and model.predict(StepWork(1, 1, 1)) == 0
