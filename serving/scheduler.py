@@ -70,7 +70,6 @@ class Scheduler:
     def schedule(self) -> Batch:
         """The next step's batch; empty only when there is no work."""
         plan: dict[Sequence, int] = {}
-        self._copies = []
         if self._config.prefill_first:
             self._plan_prompts(plan, StepWork())
         if not plan:
@@ -87,7 +86,8 @@ class Scheduler:
                 f"nothing can run: {len(self.waiting)} waiting, {len(self.running)} running, "
                 f"{self.pages.num_free} of {self.pages.num_pages} pages free"
             )
-        return Batch(tuple(self._item(seq, count) for seq, count in plan.items()), tuple(self._copies))
+        copies, self._copies = tuple(self._copies), []
+        return Batch(tuple(self._item(seq, count) for seq, count in plan.items()), copies)
 
     def advance(self, seq: Sequence, count: int) -> None:
         """`count` more tokens of a sequence have been computed."""
