@@ -223,6 +223,8 @@ def main() -> None:
     if options.runner == "cuda":
         import torch
 
+        if not torch.cuda.is_available():
+            raise SystemExit("no GPU: `tilus doctor` says what is missing")
         report["device"] = torch.cuda.get_device_name(0)
     measure(options, report)
 

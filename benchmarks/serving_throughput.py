@@ -50,8 +50,17 @@ TOKENS = 256  # of the dummy's vocabulary
 Row = dict[str, Any]
 
 
-def row(case: str, metric: str, value: float, unit: str, baseline: float | None = None, limit: float | None = None) -> Row:
-    found = {"case": case, "metric": metric, "value": round(value, 4), "unit": unit, "baseline": baseline, "limit": limit}
+def row(
+    case: str, metric: str, value: float, unit: str, baseline: float | None = None, limit: float | None = None
+) -> Row:
+    found = {
+        "case": case,
+        "metric": metric,
+        "value": round(value, 4),
+        "unit": unit,
+        "baseline": baseline,
+        "limit": limit,
+    }
     print(f"{case:32} {metric:28} {value:12.2f} {unit:10} baseline {baseline}, wanted {limit}", flush=True)
     return found
 
@@ -91,7 +100,9 @@ def peer(config: dict[str, Any], requests: list[tuple[list[int], int]]) -> float
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     settings = AutoConfig.for_model(**{name: value for name, value in config.items() if name != "architectures"})
-    model = AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16, attn_implementation="sdpa").to("cuda").eval()
+    model = (
+        AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16, attn_implementation="sdpa").to("cuda").eval()
+    )
     generation = GenerationConfig(max_new_tokens=LONGEST, do_sample=False, eos_token_id=-1, pad_token_id=0)
     with model.continuous_batching_context_manager(generation_config=generation) as manager:
         for name, some in (("warm-up", [(prompt, 8) for prompt, _ in requests[:32]]), ("measured", requests)):

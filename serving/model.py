@@ -79,7 +79,7 @@ class Dense:
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """A feed-forward layer of experts, each of which is gated by SiLU. All of them on each device: there is nothing to combine."""
+    """A feed-forward layer of experts, each of which is gated by SiLU. Each device has all of them: nothing is combined."""
 
     router: PackedWeight
     gate_up: PackedWeight
