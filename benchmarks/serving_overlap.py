@@ -1,9 +1,10 @@
 """What a GPU waits for the host between decode steps: `python benchmarks/serving_overlap.py [--out FILE]`.
 
 A model of the shape of --config (Llama-3-8B by default) with random weights answers --batch requests at once through the
-server's engine, overlapped and plain. Their prompts are not computed: the cache holds random numbers. Both loops must choose the
-same tokens. All is timed with a trace, which --trace keeps. A gap is between the events behind a step's graph and in front of the
-next one's; the host's time is what the engine takes to schedule, launch and commit a step.
+server's engine: in the plain loop, overlapped, and served, which is overlapped in a thread of its own while another one words the
+answers. Prompts are not computed: the cache holds random numbers. All must choose the same tokens. Times are those of the trace,
+which --trace keeps. A gap is between the events behind a step's graph and in front of the next one's; the host's time is what the
+engine takes to schedule, launch and commit a step.
 
 Output, as JSON:
     device, torch, python, model, weight_dtype, group, kv_dtype, context, steps
@@ -13,12 +14,14 @@ Output, as JSON:
 from __future__ import annotations
 
 import argparse
+import asyncio
 import gc
 import json
 import platform
 import statistics
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +29,11 @@ import numpy as np
 import torch
 from serving_decode import PAGE, READ, fill, numbers, open_model
 
+from serving.async_engine import AsyncEngine
 from serving.config import KV_DTYPES, EngineConfig
 from serving.core import Batch, MonotonicClock, Request, SampledToken, SamplingParams, StepOutput
 from serving.decode_graph import GraphLimits
 from serving.engine import Engine
-from serving.model import Model
 from serving.runner import TorchRunner
 from serving.trace import Trace
 
@@ -38,6 +41,7 @@ WARM_UP = 8  # steps, in which graphs are captured
 LIMITS_MS = {1: 2.1, 16: 3.0, 64: 4.0}
 GAP_US, HOST_US = 60, 500
 HOST = ("schedule", "launch", "commit")
+WAYS = ("plain", "overlapped", "served")
 
 
 class Bytes:
@@ -79,61 +83,86 @@ class Prefilled:
         return lambda: output
 
 
-def run(runner: TorchRunner, model: Model, size: int, overlap: bool, trace: Spans, options: argparse.Namespace) -> Any:
-    """Milliseconds a step, the tokens, and the spans of the steps that were timed."""
+@dataclass(frozen=True)
+class Run:
+    """Tokens by request, and the spans of the steps that count, by name."""
+
+    tokens: dict[str, list[int]]
+    spans: dict[str, list[tuple[float, float]]]
+
+    @property
+    def step_ms(self) -> float:
+        starts = [start for start, _ in self.spans.get("GPU", self.spans["launch"])]
+        return (starts[-1] - starts[0]) * 1e3 / (len(starts) - 1)
+
+    @property
+    def host_us(self) -> float:
+        return sum(median_length(self.spans[name]) for name in HOST) * 1e6
+
+    @property
+    def graph_ms(self) -> float:
+        return median_length(self.spans["GPU"]) * 1e3
+
+    def gap_us(self, quantile: float) -> float:
+        gaps = [after[0] - before[1] for before, after in pairwise(self.spans["GPU"])]
+        return float(np.quantile(gaps, quantile)) * 1e6
+
+
+def median_length(spans: list[tuple[float, float]]) -> float:
+    return statistics.median(end - start for start, end in spans)
+
+
+def run(runner: TorchRunner, vocab_size: int, size: int, way: str, trace: Spans, options: argparse.Namespace) -> Run:
+    """way: one of WAYS."""
     last = options.context + WARM_UP + options.steps + 4
     config = EngineConfig(
         num_pages=size * -(-last // PAGE), max_model_len=last, page_size=PAGE, max_batch=size,
-        max_step_tokens=size * options.context, prefix_cache=False, overlap=overlap,
+        max_step_tokens=size * options.context, prefix_cache=False, overlap=way != "plain",
     )  # fmt: skip
-    engine = Engine(Prefilled(runner), Bytes(model.config.vocab_size), config, MonotonicClock(), trace=trace)
-    for index in range(size):
-        params = SamplingParams(temperature=0, ignore_eos=True)
-        engine.add(Request(str(index), (index % 256,) * options.context, params))
-    tokens: dict[str, list[int]] = {}
-
-    def steps(count: int) -> None:
-        for _ in range(count):
-            for output in engine.step():
-                tokens.setdefault(output.request_id, []).extend(token.token_id for token in output.tokens)
-
-    steps(WARM_UP)
+    engine = Engine(Prefilled(runner), Bytes(vocab_size), config, MonotonicClock(), trace=trace)
+    params = SamplingParams(temperature=0, ignore_eos=True)
+    requests = [Request(str(index), (index % 256,) * options.context, params) for index in range(size)]
     gc.freeze()  # as the server does when it is ready
     trace.found = {}
-    start = time.perf_counter()
-    steps(options.steps)
-    elapsed = (time.perf_counter() - start) * 1e3 / options.steps
-    spans = trace.found
-    while engine.has_work:
-        steps(1)
-    return elapsed, tokens, spans
+    tokens: dict[str, list[int]] = {request.id: [] for request in requests}
+    if way == "served":
+        asyncio.run(serve(engine, requests, tokens))
+    else:
+        for request in requests:
+            engine.add(request)
+        while engine.has_work:
+            for output in engine.step():
+                tokens[output.request_id] += [token.token_id for token in output.tokens]
+    spans = {name: found[WARM_UP : WARM_UP + options.steps] for name, found in trace.found.items()}
+    return Run(tokens, spans)
 
 
-def rows_of(case: str, size: int, overlapped: Any, plain: Any, read_ms: float) -> list[dict[str, Any]]:
-    def row(metric: str, unit: str, value: Callable[[Any], float], limit: float | None) -> dict[str, Any]:
-        found = {"value": round(value(overlapped), 3), "unit": unit, "baseline": round(value(plain), 3), "limit": limit}
+async def serve(engine: Engine, requests: list[Request], tokens: dict[str, list[int]]) -> None:
+    """The engine in its thread; here, events are worded for clients. Both want Python's lock."""
+    server = AsyncEngine(engine, max_waiting=0)
+    server.start()
+    async for output in server.submit(requests):
+        tokens[output.request_id] += [token.token_id for token in output.tokens]
+        json.dumps(
+            {"id": output.request_id, "object": "text_completion", "choices": [{"index": 0, "text": output.text}]}
+        )
+    await server.stop()
+
+
+def rows_of(case: str, size: int, run: Run, plain: Run, read_ms: float) -> list[dict[str, Any]]:
+    def row(metric: str, unit: str, value: Callable[[Run], float], limit: float | None) -> dict[str, Any]:
+        found = {"value": round(value(run), 3), "unit": unit, "baseline": round(value(plain), 3), "limit": limit}
         return {"case": case, "metric": metric} | found
 
-    def gap(quantile: float) -> Callable[[Any], float]:
-        return lambda run: (
-            float(np.quantile([b[0] - a[1] for a, b in zip(run[2]["GPU"], run[2]["GPU"][1:])], quantile)) * 1e6
-        )
-
-    def host(run: Any) -> float:
-        return sum(statistics.median(end - start for start, end in run[2][name]) for name in HOST) * 1e6
-
-    def graph(run: Any) -> float:
-        return statistics.median(end - start for start, end in run[2]["GPU"]) * 1e3
-
     rows = [
-        row("time a step", "ms", lambda run: run[0], LIMITS_MS.get(size)),
-        row("host's time a step", "us", host, HOST_US),
+        row("time a step", "ms", lambda run: run.step_ms, LIMITS_MS.get(size)),
+        row("host's time a step", "us", lambda run: run.host_us, HOST_US),
     ]
-    if "GPU" in plain[2]:
+    if "GPU" in plain.spans:
         rows += [
-            row("gap between graphs, p50", "us", gap(0.5), GAP_US),
-            row("gap between graphs, p99", "us", gap(0.99), None),
-            row("graph", "ms", graph, round(1.35 * read_ms, 3)),
+            row("gap between graphs, p50", "us", lambda run: run.gap_us(0.5), GAP_US),
+            row("gap between graphs, p99", "us", lambda run: run.gap_us(0.99), None),
+            row("graph", "ms", lambda run: run.graph_ms, round(1.35 * read_ms, 3)),
         ]
     return rows
 
@@ -150,15 +179,14 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             trace=trace,
         )  # fmt: skip
         fill(runner.kv_pool)
-        plain = run(runner, model, size, False, trace, options)
-        overlapped = run(runner, model, size, True, trace, options)
-        if plain[1] != overlapped[1]:
-            wrong = [name for name in plain[1] if plain[1][name] != overlapped[1].get(name)]
-            raise SystemExit(
-                f"batch {size}: {len(wrong)} requests got other tokens with overlap, {wrong[:8]} among them"
-            )
+        runs = {way: run(runner, model.config.vocab_size, size, way, trace, options) for way in WAYS}
+        plain = runs.pop("plain")
         nbytes = weights_nbytes + size * -(-options.context // PAGE) * runner.kv_pool.shape.nbytes
-        rows += rows_of(f"batch {size}", size, overlapped, plain, nbytes / READ / 1e3)
+        for way, other in runs.items():
+            wrong = [name for name in plain.tokens if plain.tokens[name] != other.tokens[name]]
+            if wrong:
+                raise SystemExit(f"batch {size}, {way}: {len(wrong)} requests got other tokens, {wrong[:8]} among them")
+            rows += rows_of(f"batch {size}, {way}", size, other, plain, nbytes / READ / 1e3)
         if options.trace is not None:
             trace.write()
         print(

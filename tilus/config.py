@@ -93,7 +93,8 @@ def autotune() -> bool:
 
 
 def debug() -> bool:
-    """TILUS_DEBUG: 1 checks block tables, lengths, positions and slots before attention and appends run; default 0."""
+    """TILUS_DEBUG: 1 checks block tables, lengths, positions and slots before attention and appends run, and the server's books
+    after each step; default 0."""
     value = os.environ.get("TILUS_DEBUG", "0")
     if value not in ("0", "1"):
         raise TilusError(f"TILUS_DEBUG is {value!r}, expected 0 or 1")
