@@ -167,7 +167,9 @@ class Scheduler:
     def _plan_prompts(self, plan: dict[Sequence, int], decodes: StepWork, newcomers: bool = True) -> None:
         budget = StepBudget(self._config.max_step_tokens, self._cost, self._config.itl_slo, decodes)
         self._plan_prefills(plan, [seq for seq in self.running if seq.num_pending > 1 and not seq.is_full], budget)
-        free = self._config.max_batch - sum(not seq.is_full for seq in self.running)  # those that are full have no row any more
+        free = self._config.max_batch - sum(
+            not seq.is_full for seq in self.running
+        )  # those that are full have no row any more
         while newcomers and self.waiting and not budget.is_spent and free > 0:
             seq = self.waiting.first()
             if not self._admit(seq):
