@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+import tilus
 from serving.config import EngineConfig, ServerConfig
 from serving.core import MonotonicClock
 from serving.decode_graph import GraphLimits
@@ -18,6 +19,7 @@ from serving.memory import PAGE_SIZE, Wishes, expected_size, free_nbytes, plan, 
 from serving.model import build_model
 from serving.packing import PackedWeights, pack_weights
 from serving.progress import progress
+from serving.rehearsal import rehearsal
 from serving.runner import TorchRunner
 from serving.weight_cache import WeightCache, packed_form
 from tilus.errors import TilusError
@@ -63,6 +65,9 @@ def build_engine(
         model, limits.num_pages, limits.page_size, device, kv_dtype=config.kv_dtype,
         graphs=GraphLimits(config.max_batch, pages) if captures else None,
     )  # fmt: skip
+    if captures:
+        with progress("compiling kernels", "kernel") as show:
+            tilus.compile_ahead(lambda: runner.rehearse(rehearsal(limits)), done=show)
     return Engine(runner, checkpoint.tokenizer, limits, MonotonicClock())
 
 

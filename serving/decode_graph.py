@@ -7,7 +7,7 @@ that are made up have no tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +52,12 @@ class DecodeGraphs:
         self.sizes = graph_sizes(self._device, limits.max_batch)
         self._graphs: dict[int, _DecodeGraph] = {}
         self._on_gpu = _GpuCapture(model, self.sizes[-1]) if self._device.type == "cuda" else None
+
+    def steps(self) -> Iterator[tuple[StepTensors, Tensor | None]]:
+        """Inputs as graphs of all sizes have them, and where their logits go."""
+        for size in self.sizes:
+            inputs = _Inputs(size, self._pool.shape.page_size, self._max_pages, self._device)
+            yield inputs.step, None if self._on_gpu is None else self._on_gpu.logits(size)
 
     def fits(self, batch: Batch) -> bool:
         """Whether a batch only decodes, and is small enough."""
@@ -140,9 +146,13 @@ class _GpuCapture:
         self._stream = torch.cuda.Stream(device)
         self._memory = torch.cuda.graph_pool_handle()
 
+    def logits(self, size: int) -> Tensor:
+        """Where the logits of `size` sequences go."""
+        return self._logits[:size]
+
     def capture(self, step: StepTensors, pool: KvPool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """The step runs once before: kernels are compiled then, and what they keep is made."""
-        logits = self._logits[: step.token_ids.shape[0]]
+        logits = self.logits(step.token_ids.shape[0])
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             self._model.forward(step, pool.layers, logits)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -12,6 +14,7 @@ from serving.core import Batch, StepOutput
 from serving.decode_graph import DecodeGraphs, GraphLimits
 from serving.kv_pool import KvPool, PageShape
 from serving.model import Model, StepTensors
+from serving.rehearsal import without_repetitions
 
 _ALIGNMENT = 16  # int32 values: arrays and table rows start at multiples of 64 bytes, so that kernels see one alignment
 
@@ -35,6 +38,17 @@ class TorchRunner:
     @torch.inference_mode()
     def execute(self, batch: Batch) -> StepOutput:
         return StepOutput(sampling.sample(self._logits(batch), batch.sampled))
+
+    @torch.inference_mode()
+    def rehearse(self, batches: Iterable[Batch]) -> None:
+        """All different launches of these batches' steps, and of steps that are captured: for `tilus.compile_ahead`."""
+        model, caches = without_repetitions(self._model, self.kv_pool.layers)
+        for batch in batches:
+            logits = model.forward(step_tensors(batch, self._page_size, self._device), caches)
+            sampling.sample(logits, batch.sampled)
+        if self._graphs is not None:
+            for step, out in self._graphs.steps():
+                model.forward(step, caches, out)
 
     def _logits(self, batch: Batch) -> Tensor:
         if self._graphs is not None and self._graphs.fits(batch):

@@ -15,12 +15,10 @@ from types import FrameType
 import torch
 import uvicorn
 
-import tilus
 from serving.api import create_app
 from serving.async_engine import AsyncEngine
 from serving.build import build_engine
 from serving.config import ServerConfig
-from serving.decode_graph import LARGEST_BATCH
 from serving.dummy import open_dummy
 from serving.engine import Engine
 from serving.execution import Execution, choose_execution
@@ -58,12 +56,9 @@ def serve(config: ServerConfig, kernels: Callable[[], Kernels] | None = None) ->
         checkpoint = (open_dummy if config.dummy else open_checkpoint)(path, dtype(config.weight_dtype))
         name = config.model_name or checkpoint.name
         engine = build_engine(config, path, checkpoint, library, execution)
-        with progress("warming up", "step") as show:
-            warm_up(engine, False, show)
         on_gpu = execution.way == "cuda"
-        if on_gpu or tilus.num_compilations():  # nothing of it was on the disk, so the rest is not either
-            with progress("capturing steps" if on_gpu else "compiling kernels", "step") as show:
-                warm_up(engine, execution.is_compiled, show, config.max_batch if on_gpu else LARGEST_BATCH)
+        with progress("capturing steps" if on_gpu else "warming up", "step") as show:
+            warm_up(engine, on_gpu, show, config.max_batch)
         app = create_app(AsyncEngine(engine, config.max_waiting), checkpoint.tokenizer, name)
         port = int(listener.getsockname()[1])
         server = _Server(

@@ -23,6 +23,7 @@ from tilus.lang.arguments import CPU, describe_argument
 from tilus.lang.binding import checked
 from tilus.lang.facts import facts_of, largest_divisor, power_of_two_part
 from tilus.runtime import arrays
+from tilus.runtime.execute import sizes_of
 
 TEXT = """\
 @tilus.kernel
@@ -188,7 +189,7 @@ def test_facts_hold_and_strides_are_reproduced(shape: list[int], order: Any, ste
     kernel = make(f"@tilus.kernel\ndef k(x: Tensor[f32, {dims}]):\n    tilus.grid(1)\n")
     call, _ = checked(kernel, {"x": array}, None)
     tensor = call.specialization.function.params[0].tensor  # type: ignore[union-attr]
-    strides, values = tuple(s // 4 for s in array.strides), call.sizes
+    strides, values = tuple(s // 4 for s in array.strides), sizes_of(call.specialization.function, call.arrays)
     for expr, value in values.items():
         assert value % expr.multiple_of == 0 and expr.lower is not None and expr.lower <= value <= (expr.upper or 0)
     assert tuple(evaluate(e, values) for e in tensor.shape) == array.shape

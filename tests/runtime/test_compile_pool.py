@@ -33,7 +33,7 @@ def test_results_are_in_order_and_progress_is_told(processes: int) -> None:
 def test_processes_where_they_save_more_than_their_start(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[int] = []
 
-    def pool(count: int, context: object) -> None:
+    def pool(count: int, context: object, initializer: object) -> None:
         started.append(count)
         raise InterruptedError
 

@@ -9,7 +9,7 @@ from tilus import Const, Tensor, TilusError, f32
 from tilus.kernels.allocate import empty
 
 
-@tilus.kernel
+@tilus.kernel(varying=("rows",))
 def silu_mul_kernel(
     gate_up: Tensor["dtype", "rows", 2, "width"], out: Tensor["dtype", "rows", "width"], *, block: Const = 1024
 ):

@@ -52,7 +52,15 @@ class PrefillPlan:
     registers_to_copy: int = 40
 
 
-@tilus.kernel
+@tilus.kernel(
+    varying=(
+        "tokens",
+        "sequences",
+        "sequences_plus_1",
+        "tables",
+        "pages",
+    )
+)
 def paged_prefill_kernel(
     q: Tensor["dtype", "tokens", "kv_heads", "group", "head_dim"],
     kv_cache: Tensor["dtype", "pages", 2, "page_size", "kv_heads", "head_dim"],

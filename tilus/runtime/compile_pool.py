@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
+
+from tilus.errors import TilusError
 
 Result = TypeVar("Result")
 
@@ -21,7 +25,9 @@ def compile_all(
 
     compiles: pickled, as `functools.partial` of functions of modules, whose results are pickled, too. done: called here with
     (compiles done, compiles in all) after each. processes: by default as many as there are usable CPUs, or none, where starting
-    them takes longer than they save. Raises: what a compile raises.
+    them takes longer than they save. They end when this process does, however it ends.
+
+    Raises: what a compile raises; TilusError when a process was ended from outside.
     """
     count = min(processes or usable_cpus(), len(compiles))
     saved = len(compiles) - len(compiles) / max(count, 1)
@@ -32,12 +38,28 @@ def compile_all(
             done(len(results), len(compiles))
         return results
     # New processes, not forks: a fork of a process with threads or a GPU's context may hang.
-    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _end_with_parent) as pool:
         futures = [pool.submit(compile) for compile in compiles]
-        for finished, future in enumerate(as_completed(futures), start=1):
-            future.result()
-            done(finished, len(compiles))
+        try:
+            for finished, future in enumerate(as_completed(futures), start=1):
+                future.result()
+                done(finished, len(compiles))
+        except BrokenProcessPool as error:
+            raise TilusError(
+                f"one of {count} processes that compile kernels was ended by the system or by somebody",
+                hint="if memory ran out, let fewer of them run: taskset -c 0-3 limits them to four",
+            ) from error
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # whoever waits for an error does not wait for the rest
+            raise
         return [future.result() for future in futures]
+
+
+def _end_with_parent() -> None:
+    """In a new process: it would wait for work for ever, were its parent killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def usable_cpus() -> int:
