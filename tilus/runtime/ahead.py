@@ -22,9 +22,8 @@ if TYPE_CHECKING:
 
 # What each launcher has prepared, by the arguments' facts.
 _prepared: WeakKeyDictionary[Callable[..., None], dict[Any, Any]] = WeakKeyDictionary()
-_Kernel = "tuple[Specialization, Target | None]"
 # The kernels that launches of a dry run need, and whether they are on the disk; None where launches launch.
-_needed: dict[_Kernel, bool] | None = None
+_needed: dict[tuple[Specialization, Target | None], bool] | None = None
 
 
 def compile_ahead(
