@@ -25,7 +25,9 @@ def progress(label: str, unit: str) -> Generator[Callable[[int, int], None]]:
                 _log(label, unit, done, total)
                 return
             if not bars or bars[0].length != total:
-                bars[:] = [stack.enter_context(click.progressbar(length=total, label=label, file=sys.stderr, show_pos=True))]
+                bars[:] = [
+                    stack.enter_context(click.progressbar(length=total, label=label, file=sys.stderr, show_pos=True))
+                ]
             bars[0].update(done - bars[0].pos)
 
         yield show

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from tilus.errors import TilusError
-from tilus.runtime.compile_pool import compile_all
+from tilus.runtime.compile_pool import CompilePool
 
 if TYPE_CHECKING:
     from tilus.lang.facts import Specification
@@ -31,23 +31,24 @@ def compile_ahead(
 ) -> int:  # fmt: skip
     """Have the kernels on the disk that `run()` launches; the number of those that had to be compiled.
 
-    run: is called with all launches left out, on every device, so that results are what their memory held before. It runs
+    run: is called with all launches left out, on every device, so that results are what their memory held before. It is called
     again after kernels were compiled: where the registers of one do not suffice, a function may then take another plan. It may
-    not launch from several threads, and no other thread may launch meanwhile. done: called with (kernels done, kernels in all).
-    processes: as of `compile_all`; they touch no GPU. Kernels that are not of tilus are left to their first launch.
+    not launch from several threads, and no other thread may launch meanwhile. done: called with (kernels done, kernels in all)
+    of each round. processes: as of `CompilePool`; they touch no GPU. Kernels that are not of tilus are left to their first launch.
 
     Raises: what run raises; TilusError naming a kernel that cannot be compiled, or when a process ended, and inside of run.
     """
     compiled: set[tuple[Specialization, Target | None]] = set()
-    while True:
-        with _dry() as needed:
-            run()
-        # What has been compiled and is not there all the same is on a disk that keeps nothing.
-        new = [kernel for kernel, is_there in needed.items() if not is_there and kernel not in compiled]
-        if not new:
-            return len(compiled)
-        compile_all([_job(*kernel) for kernel in new], done=done, processes=processes)
-        compiled.update(new)
+    with CompilePool(processes) as pool:
+        while True:
+            with _dry() as needed:
+                run()
+            # What has been compiled and is not there all the same is on a disk that keeps nothing.
+            new = [kernel for kernel, is_there in needed.items() if not is_there and kernel not in compiled]
+            if not new:
+                return len(compiled)
+            pool.compile_all([_job(*kernel) for kernel in new], done=done)
+            compiled.update(new)
 
 
 def is_dry() -> bool:
