@@ -34,7 +34,8 @@ def compile_ahead(
     run: is called with all launches left out, on every device, so that results are what their memory held before. It is called
     again after kernels were compiled: where the registers of one do not suffice, a function may then take another plan. It may
     not launch from several threads, and no other thread may launch meanwhile. done: called with (kernels done, kernels in all)
-    of each round. processes: as of `CompilePool`; they touch no GPU. Kernels that are not of tilus are left to their first launch.
+    of each round. processes: as of `CompilePool`; they touch no GPU. Kernels that are not of tilus are left to their first
+    launch.
 
     Raises: what run raises; TilusError naming a kernel that cannot be compiled, or when a process ended, and inside of run.
     """
