@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -17,11 +18,11 @@ from serving.kernels import Kernels, default_kernels
 from serving.loader import Checkpoint
 from serving.memory import PAGE_SIZE, Wishes, expected_size, free_nbytes, plan, size_of
 from serving.model import build_model
-from serving.packing import PackedWeights, pack_weights
+from serving.packing import FUSED, PackedWeights, pack_weights
 from serving.progress import progress
 from serving.rehearsal import rehearsal
 from serving.runner import TorchRunner
-from serving.weight_cache import WeightCache, packed_form
+from serving.weight_cache import WeightCache, moved, packed_form
 from tilus.errors import TilusError
 
 
@@ -40,14 +41,13 @@ def build_engine(
     _say(f"loading {checkpoint.name} on {device.type}")
     if not execution.is_compiled:
         _say(f"kernels are interpreted ({execution.way}), which is slow")
-    cache = None if config.dummy else _cache(path, config.weight_dtype, kernels, device)
+    cache = None if config.dummy else _cache(path, config.weight_dtype, checkpoint, kernels, device)
     packed = cache.load() if cache is not None else None
     size = expected_size(checkpoint, kernels, device) if packed is None else size_of(packed)
     wishes = Wishes(config.max_batch, config.max_step_tokens, config.max_model_len, config.num_pages, config.kv_dtype)
     memory = plan(checkpoint.config, size, wishes, free_nbytes(device), device)
     _say(memory.table())
-    if packed is None:
-        packed = _pack(checkpoint, kernels, device, cache)
+    packed = _pack(checkpoint, kernels, device, cache) if packed is None else moved(packed, device)
     limits = EngineConfig(
         num_pages=memory.num_pages,
         max_model_len=max_model_len,
@@ -71,9 +71,15 @@ def build_engine(
     return Engine(runner, checkpoint.tokenizer, limits, MonotonicClock())
 
 
-def _cache(path: Path, weight_dtype: str, kernels: Kernels, device: torch.device) -> WeightCache | None:
-    """A GPU packs faster than a disk reads, and its weights cannot be mapped."""
-    form = packed_form(kernels, device) if device.type == "cpu" else None
+def _cache(
+    path: Path, weight_dtype: str, checkpoint: Checkpoint, kernels: Kernels, device: torch.device
+) -> WeightCache | None:
+    """On a GPU only for weights that are quantised while loading: it packs others faster than a disk reads."""
+    if device.type != "cpu" and not any(
+        checkpoint.weights.is_float(f"blk.0.{part}") for part in chain(*FUSED.values())
+    ):
+        return None
+    form = packed_form(kernels, device)
     return None if form is None else WeightCache(path, weight_dtype, form)
 
 
