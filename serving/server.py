@@ -26,6 +26,7 @@ from serving.kernels import Kernels, default_kernels
 from serving.loader import default_model, open_checkpoint
 from serving.progress import progress
 from serving.warm_up import warm_up
+from tilus.config import autotune
 from tilus.dtypes import dtype
 from tilus.errors import TilusError
 
@@ -57,7 +58,8 @@ def serve(config: ServerConfig, kernels: Callable[[], Kernels] | None = None) ->
         name = config.model_name or checkpoint.name
         engine = build_engine(config, path, checkpoint, library, execution)
         on_gpu = execution.way == "cuda"
-        with progress("capturing steps" if on_gpu else "warming up", "step") as show:
+        phase = f"{'tuning and ' * autotune()}capturing steps" if on_gpu else "warming up"
+        with progress(phase, "step") as show:
             warm_up(engine, on_gpu, show, config.max_batch)
         app = create_app(AsyncEngine(engine, config.max_waiting), checkpoint.tokenizer, name)
         port = int(listener.getsockname()[1])

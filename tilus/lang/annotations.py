@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -107,15 +108,15 @@ class Signature:
     loc: Loc
     varying: frozenset[str] = frozenset()
 
-    @property
+    @functools.cached_property
     def tensors(self) -> tuple[TensorParameter, ...]:
         return tuple(p for p in self.parameters if isinstance(p, TensorParameter))
 
-    @property
+    @functools.cached_property
     def scalars(self) -> tuple[ScalarParameter, ...]:
         return tuple(p for p in self.parameters if isinstance(p, ScalarParameter))
 
-    @property
+    @functools.cached_property
     def consts(self) -> tuple[ConstParameter, ...]:
         return tuple(p for p in self.parameters if isinstance(p, ConstParameter))
 
