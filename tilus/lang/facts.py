@@ -89,10 +89,10 @@ class Specification:
 
 
 def typed(value: Any) -> Any:
-    """A key that tells equal values of different types apart."""
+    """A key that tells equal values of different types apart: numbers, and tuples of them."""
     if isinstance(value, tuple):
         return type(value), tuple(typed(item) for item in value)
-    return type(value), value
+    return (type(value), value) if isinstance(value, int | float) else value
 
 
 class Sizes:
