@@ -158,7 +158,7 @@ def choose_kernel(
                     if limit > 0.0 and (count >= limit or not fits):
                         least = scalar(tilus.min(of_runs(LEAST, math.inf)))
                         lowest = row.largest(limit, least, most, finite)
-                        bound, limit = max(bound, lowest), 0.0
+                        bound, limit = lowest, 0.0
                         choosing, racing = True, logit < bound
                     elif not fits:
                         choosing, racing, bound = True, True, above
