@@ -186,8 +186,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         pages = -(-last_token(options) // PAGE)
         trace = Spans(options.trace or Path("trace.json"))
         runner = TorchRunner(
-            model, num_pages(size, options), PAGE, device, kv_dtype=options.kv_dtype, max_rows=size, graphs=GraphLimits(size, pages),
-            trace=trace,
+            model, num_pages(size, options), PAGE, device, kv_dtype=options.kv_dtype, max_rows=size,
+            graphs=GraphLimits(size, pages), trace=trace,
         )  # fmt: skip
         fill(runner.kv_pool)
         runs = {way: run(runner, model.config.vocab_size, size, way, trace, options) for way in WAYS}
