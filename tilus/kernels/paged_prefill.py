@@ -1,8 +1,9 @@
 """Attention of many queries over a paged key-value cache on Hopper: prefill, chunks of it, and mixed batches in one launch.
 
-As many blocks as run at once take tiles of 128 rows in turns (`paged_prefill_tiles`). In each block four warps ask for queries
-and pages by tensor copies (`paged_prefill_stages`). Two warpgroups have 64 rows each (`paged_prefill_softmax`): scores are
-products of shared memory, weights stay in registers as left operands of the products with values, which are read transposed.
+As many blocks as run at once take tiles of 128 rows in turns (`paged_prefill_tiles`), or parts of them where they are few
+(`paged_prefill_split`). In each block four warps ask for queries and pages by tensor copies (`paged_prefill_stages`); quantised
+ones go through the registers of eight (`paged_prefill_codes`). Two warpgroups have 64 rows each (`paged_prefill_softmax`): scores
+are products of shared memory, weights stay in registers as left operands of the products with values, which are read transposed.
 
 Budget of 128 rows by 128 tokens of 128 elements, in cycles of a multiprocessor of an H100. The products take 1024 each, 2048
 together: 2 x 128 x 128 x 128 multiplications at 2048 a cycle. 128 x 128 exponentials at 16 a cycle take 1024 of another unit. The
@@ -11,7 +12,7 @@ with mask 1284. The four warps that copy share pages of 16 tokens out: about 140
 Of shared memory each warpgroup's products read 16 KB of queries, 32 KB of keys and 32 KB of
 values: for both of them 160 KB, at 128 bytes a cycle 1280. So the products are the limit, as long as the other warpgroup,
 whose turn it is not, has its softmax under them.
-Shared memory holds 32 KB of queries, twice 64 KB of keys and values, and 8 KB for results: one block on a multiprocessor.
+Shared memory holds 32 KB of queries and twice 64 KB of keys and values: one block on a multiprocessor.
 """
 
 from __future__ import annotations
