@@ -3,6 +3,7 @@
     python benchmarks/attention.py decode --out FILE    batches of 1 to 128 sequences of 1k to 16k tokens, and skewed ones
     python benchmarks/attention.py quantised            decoding from caches of fp8, int8 and int4, without peers
     python benchmarks/attention.py prefill              causal prefill, and appending to a cache
+    python benchmarks/attention.py quantised_prefill    the same from caches of fp8, int8 and int4, without peers
     python benchmarks/attention.py prefixes             sequences that begin with the same pages, tilus alone
     python benchmarks/attention.py mla                  multi-head latent attention, without peers
     python benchmarks/attention.py plans                decoding by several plans, tilus alone; quantised_plans likewise
@@ -50,7 +51,7 @@ from pathlib import Path
 
 import torch
 from paged import decode, mla, plans, prefill, prefixes
-from paged.cases import DECODE, PREFILL, QUANTISED
+from paged.cases import DECODE, PREFILL, QUANTISED, QUANTISED_PREFILL
 from products.report import Report
 from products.timing import Budget, Timer
 
@@ -58,12 +59,13 @@ SUITES = {
     "decode": (decode, DECODE),
     "quantised": (decode, QUANTISED),
     "prefill": (prefill, PREFILL),
+    "quantised_prefill": (prefill, QUANTISED_PREFILL),
     "prefixes": (prefixes, prefixes.PREFIXES),
     "mla": (mla, mla.CASES),
     "plans": (plans, DECODE),
     "quantised_plans": (plans, QUANTISED),
 }
-DEFAULT = ("decode", "quantised", "prefill", "prefixes", "mla")
+DEFAULT = ("decode", "quantised", "prefill", "quantised_prefill", "prefixes", "mla")
 
 
 def numbers_in(text: str) -> list[int]:

@@ -78,4 +78,8 @@ PREFILL = [
     Case(1, 1024, q_len=1024), Case(1, 4096, q_len=4096), Case(4, 8704, q_len=512), Case(32, 8208, q_len=16),
     Case(1, 16384, q_len=16384, page=128), Case(16, 1024, q_len=1024, page=128), Case(4, 4096, q_len=4096, page=128),
     Case(4, 4096, q_len=4096, kv_heads=32), Case(4, 4096, q_len=4096, head_dim=64),
+    Case(1, 8320, q_len=128), Case(1, 32896, q_len=128), Case(2, 8448, q_len=256), Case(1, 16896, q_len=512),
+]  # fmt: skip
+QUANTISED_PREFILL = [
+    replace(case, bar=None, kv_dtype=name) for name in KV_FORMATS for case in PREFILL if case.page == 16 and case.q_len >= 128
 ]  # fmt: skip

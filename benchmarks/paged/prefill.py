@@ -16,7 +16,7 @@ from tilus.kernels import paged_decode, paged_prefill
 from tilus.kernels.paged_decode_arguments import MAX_QUERIES
 
 COLUMNS = {
-    "batch": 7, "new": 7, "context": 9, "heads": 8, "page": 6, "us": 10, "TFLOP/s": 9, "plain": 10, "best peer": 24, "bar": 6,
+    "batch": 7, "new": 7, "context": 9, "heads": 10, "page": 6, "us": 10, "TFLOP/s": 9, "plain": 10, "best peer": 24, "bar": 6,
 }  # fmt: skip
 
 
@@ -57,8 +57,8 @@ class PrefillRun(AttentionRun):
         return us, round(max(error, check(batch, attend(batch.caches[-1]), "tilus")), 6)
 
     def peers(self, batch: PagedBatch) -> Iterator[tuple[str, float | None]]:
-        """Where all tokens are new; others would need a mask of another corner."""
-        if batch.case.q_len == batch.case.context:
+        """Where all tokens are new and of 16 bits; others would need a mask of another corner."""
+        if batch.case.q_len == batch.case.context and batch.case.code_nbits == 16:
             for backend in sdpa.BACKENDS:
                 make = lambda backend=backend: sdpa.actions(batch, backend, self.timer.l2_nbytes)  # noqa: E731
                 yield backend, self.attempt(backend, [make])
@@ -72,7 +72,7 @@ def cells(row: dict[str, Any]) -> list[Any]:
     known = {name: us for name, us in row["peers"].items() if us is not None}
     best = min(known, key=lambda name: known[name], default=None)
     peer = None if best is None else f"{best} {row['tflops'] * row['us'] / known[best]:.0f}"
-    heads = f"{row['heads']}/{row['kv_heads']}"
+    heads = f"{row['heads']}/{row['kv_heads']}" + ("" if row["kv_dtype"] == "bfloat16" else f" {row['kv_dtype']}")
     keys = ("us", "tflops", "plain_us")
     return [
         row["batch"], row["q_len"], row["context"], heads, row["page"], *(row[key] for key in keys), peer, row["bar"]

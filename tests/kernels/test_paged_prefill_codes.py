@@ -116,12 +116,12 @@ def test_codes_have_the_bits_of_their_elements(name: str, device: str) -> None:
     """As a cache of f16 holds them: what computes does not know of codes. So variants, splits and all else hold for both."""
     batch = Batch(((40, 150), (3, 300)), group=2)
     q, cache, tables, lens = quantized_inputs(name, batch)
-    tensors = [t.cuda() if device == "cuda" else t for t in (tables, starts(batch, 0), lens)]
+    table, q_start, kv_lens, own = [t.cuda() if device == "cuda" else t for t in (tables, starts(batch, 0), lens, q)]
     given = GivenVariant(Variant(soft_cap, window=100), None, None)
 
     def attend(kv_cache: Any, plan: PrefillPlan) -> torch.Tensor:
-        own = q.cuda() if device == "cuda" else q
-        return launch(own, kv_cache, *tensors, 0.125, True, plan, 2, True, device, given, splits=2)[0].cpu()
+        out, _ = launch(own, kv_cache, table, q_start, kv_lens, 0.125, True, plan, 2, True, device, given, splits=2)
+        return out.cpu()
 
     elements = elements_of(cache).contiguous()
     plain = replace(PLAN, kv_tile=16, registers=232, registers_to_copy=40)

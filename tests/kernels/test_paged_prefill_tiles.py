@@ -5,35 +5,41 @@ from __future__ import annotations
 from collections import Counter
 from itertools import accumulate
 
+import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tilus
+from tilus import Const, Tensor, int32
 from tilus.kernels.attention import find_queries
 from tilus.kernels.paged_prefill_split import MOST_SPLITS, splits_of
-from tilus.kernels.paged_prefill_tiles import Visits, number, slots, steps_of, tokens_of, visited
+from tilus.kernels.paged_prefill_tiles import Visits, number, slack_of, slots, steps_of, tokens_of, visited
 
 KV_TILE = 128
 
 
 @given(
     st.lists(st.tuples(st.integers(0, 300), st.integers(-20, 400)), min_size=1, max_size=8),
-    st.sampled_from([1, 2, 4, 8, 16]), st.booleans(), st.integers(1, 7), st.integers(1, 500),
+    st.sampled_from([1, 2, 4, 8, 16]), st.booleans(), st.integers(1, 7), st.integers(1, 500), st.booleans(),
 )  # fmt: skip
 def test_pairs_of_rows_and_cached_tiles(
-    lengths: list[tuple[int, int]], heads: int, causal: bool, blocks: int, window: int
+    lengths: list[tuple[int, int]], heads: int, causal: bool, blocks: int, window: int, tight: bool
 ) -> None:
     """Of one head: the numbers of all blocks are all slots; slots are all queries; tiles of the cache are those that some query
     of a slot sees, unmasked ones those that each of them sees whole."""
     tokens = tokens_of(heads)
     cached = [max(0, queries + past) for queries, past in lengths]
     starts = [0, *accumulate(queries for queries, _ in lengths)]
-    count = slots(starts[-1], len(lengths), tokens)
+    slack = max(-queries % tokens for queries, _ in lengths) if tight else tokens - 1
+    count = slots(starts[-1], len(lengths), tokens, slack)
+    assert count <= slots(starts[-1], len(lengths), tokens)
     turns = -(-count // blocks)
     numbers = Counter(number(turn, block, blocks) for turn in range(turns) for block in range(blocks))
     assert set(numbers.values()) <= {1} and set(range(count)) <= set(numbers)
     computed: Counter[int] = Counter()
     for slot in range(count):
-        sequence, first = find_queries(starts, len(lengths), tokens, slot)
+        sequence, first = find_queries(starts, len(lengths), tokens, slot, slack)
         queries = range(first, min(first + tokens, lengths[sequence][0]))
         computed.update(starts[sequence] + query for query in queries)
         length = cached[sequence]
@@ -86,6 +92,25 @@ def test_more_parts_only_where_they_gain(tiles: int, num_sms: int) -> None:
     assert splits == 1 or tiles <= 2 * num_sms
     if 2 * tiles <= num_sms:
         assert shared <= 0.5
+
+
+@given(st.integers(1, 300), st.integers(1, 40), st.sampled_from([8, 32, 128]))
+def test_no_slot_stays_empty_where_lengths_are_equal(queries: int, sequences: int, tokens: int) -> None:
+    assert slots(queries * sequences, sequences, tokens, -queries % tokens) == sequences * -(-queries // tokens)
+
+
+@tilus.kernel
+def slack_kernel(q_start: Tensor[int32, "sequences_plus_1"], found: Tensor[int32, 1], *, tokens: Const):
+    tilus.grid(1, warps=8)
+    tilus.store(found, [0], tilus.full([1], slack_of(q_start, tokens, 8), int32))
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [5, 0, 64], [8] * 300, [64] * 128 + [63], [8, *[16] * 200, 1]], ids=len)
+def test_what_the_last_tiles_lack(lengths: list[int]) -> None:
+    """Of any number of sequences, which a warp looks at some at a time."""
+    starts, found = np.cumsum([0, *lengths], dtype=np.int32), np.zeros(1, np.int32)
+    slack_kernel.on("reference")(starts, found, tokens=8)
+    assert found[0] == max((-length % 8 for length in lengths), default=0)
 
 
 @given(st.integers(0, 5000), st.integers(1, 40), st.sampled_from([8, 32, 128]))

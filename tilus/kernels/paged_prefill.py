@@ -1,8 +1,9 @@
 """Attention of many queries over a paged key-value cache on Hopper: prefill, chunks of it, and mixed batches in one launch.
 
-As many blocks as run at once take tiles of 128 rows in turns (`paged_prefill_tiles`). In each block four warps ask for queries
-and pages by tensor copies (`paged_prefill_stages`). Two warpgroups have 64 rows each (`paged_prefill_softmax`): scores are
-products of shared memory, weights stay in registers as left operands of the products with values, which are read transposed.
+As many blocks as run at once take tiles of 128 rows in turns (`paged_prefill_tiles`), or parts of them where they are few
+(`paged_prefill_split`). In each block four warps ask for queries and pages by tensor copies (`paged_prefill_stages`); quantised
+ones go through the registers of eight (`paged_prefill_codes`). Two warpgroups have 64 rows each (`paged_prefill_softmax`): scores
+are products of shared memory, weights stay in registers as left operands of the products with values, which are read transposed.
 
 Budget of 128 rows by 128 tokens of 128 elements, in cycles of a multiprocessor of an H100. The products take 1024 each, 2048
 together: 2 x 128 x 128 x 128 multiplications at 2048 a cycle. 128 x 128 exponentials at 16 a cycle take 1024 of another unit. The
@@ -11,7 +12,7 @@ with mask 1284. The four warps that copy share pages of 16 tokens out: about 140
 Of shared memory each warpgroup's products read 16 KB of queries, 32 KB of keys and 32 KB of
 values: for both of them 160 KB, at 128 bytes a cycle 1280. So the products are the limit, as long as the other warpgroup,
 whose turn it is not, has its softmax under them.
-Shared memory holds 32 KB of queries, twice 64 KB of keys and values, and 8 KB for results: one block on a multiprocessor.
+Shared memory holds 32 KB of queries and twice 64 KB of keys and values: one block on a multiprocessor.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from tilus.kernels.attention_variant import AS_IT_IS, NO_VARIANT, GivenVariant, 
 from tilus.kernels.index_checks import check_tables
 from tilus.kernels.kv_cache import QuantizedCache
 from tilus.kernels.paged_decode import units_of_codes
-from tilus.kernels.paged_prefill_codes import CONVERTERS, CodeMemory
+from tilus.kernels.paged_prefill_codes import CONVERTERS, CodeMemory, Filling
 from tilus.kernels.paged_prefill_softmax import Kind, Rows, Turns
 from tilus.kernels.paged_prefill_split import SplitRows, splits_of
 from tilus.kernels.paged_prefill_stages import Memory
-from tilus.kernels.paged_prefill_tiles import LEAST_STEPS, ROWS, Visits, each_tile, slack_of, slots, tokens_of
+from tilus.kernels.paged_prefill_tiles import LEAST_STEPS, ROWS, Tables, Visits, each_tile, slack_of, slots, tokens_of
 from tilus.kernels.plan_choice import num_sms_of
 from tilus.kernels.vectors import power_of_two
 from tilus.ptx.assembler import SpillError
@@ -44,9 +45,9 @@ HEAD_DIMS_OF_CODES = (64, 96, 128)  # registers do not suffice for more
 DTYPES = ("torch.float16", "torch.bfloat16")
 CONSUMERS, PRODUCERS = 8, 4  # warps
 FACTORS_NBITS = 32  # of a token's keys or values, at most
-MOST_CODE_STAGES = 6
+MOST_CODE_STAGES = 4
 LEAST_SPLIT = 2 * LEAST_STEPS * 128  # tokens of the longest sequence, from which on tiles may be shared out
-CODES_NBYTES = 50 * 1024  # of shared memory for tiles of codes and their factors
+CODES_NBYTES = 66 * 1024  # of shared memory for tiles of codes and their factors
 _fitting: dict[tuple[Any, ...], PrefillPlan] = {}
 
 
@@ -54,7 +55,7 @@ _fitting: dict[tuple[Any, ...], PrefillPlan] = {}
 class PrefillPlan:
     """What a block does. heads: query heads of a tile of rows, a power of two up to 16. kv_tile: tokens of the cache in a stage.
     key_stages, value_stages: tiles of keys and of values in shared memory. registers, registers_to_copy: of a thread that
-    computes, and that copies. code_stages: of tiles of codes, where the cache is quantised."""
+    computes, and that copies. code_stages: of tiles of codes of each, where the cache is quantised."""
 
     heads: int
     kv_tile: int = 128
@@ -111,7 +112,7 @@ def paged_prefill_kernel(
     blocks share tiles of rows, as `SplitRows` says.
     """
     visits = Visits(plan.heads, plan.kv_tile, causal, variant.hides, variant.window)
-    warps = CONSUMERS + PRODUCERS + (0 if kind is None else CONVERTERS)
+    warps = CONSUMERS + (PRODUCERS if kind is None else 2 * CONVERTERS)
     tilus.grid(blocks, warps=warps)
     tilus.launch_dependents()
     tilus.wait_dependencies()
@@ -120,33 +121,23 @@ def paged_prefill_kernel(
     tilus.sync()
     parts = None if partial_out is None else splits
     memory = Memory(q.dtype, head_dim, plan)
-    code_memory = None if kind is None else CodeMemory(kind, head_dim, page_size, plan)
 
-    with tilus.warps(CONSUMERS, PRODUCERS, registers=plan.registers_to_copy):
-        filling = memory.stages()
-        codes = None if code_memory is None else code_memory.codes_of()
+    tables = Tables(block_tables, lists, page_size)
+    if kind is None:
+        with tilus.warps(CONSUMERS, PRODUCERS, registers=plan.registers_to_copy):
+            filling = memory.stages()
 
-        def fill(index, tile):
-            filling.fill_queries(q, tile, index, plan.heads)
-            if lists is None:
-                table = block_tables[tile.sequence]
-            else:
-                table = tilus.narrow(block_tables[0], 0, lists[tile.sequence], tilus.cdiv(tile.length, page_size))
-            if codes is None:
-                filling.fill(kv_cache, table, tile)
-            else:
-                codes.fill(kv_cache, factors, table, tile)
+            def fill(index, tile):
+                filling.fill_queries(q, tile, index, plan.heads)
+                filling.fill(kv_cache, tables.of(tile), tile)
 
-        each_tile(q, q_start, kv_lens, blocks, slack, visits, fill, parts)
-
-    if code_memory is not None:
-        with tilus.warps(CONSUMERS + PRODUCERS, CONVERTERS, registers=plan.registers_to_copy):
-            making, taking = memory.stages(), code_memory.codes_of()
-
-            def convert(index, tile):
-                taking.convert(making, tile)
-
-            each_tile(q, q_start, kv_lens, blocks, slack, visits, convert, parts)
+            each_tile(q, q_start, kv_lens, blocks, slack, visits, fill, parts)
+    else:
+        codes = CodeMemory(kind, head_dim, page_size, plan)
+        for which in range(2):
+            with tilus.warps(CONSUMERS + which * CONVERTERS, CONVERTERS, registers=plan.registers_to_copy):
+                making = Filling(which, memory.stages(), codes.of(which), (q, kv_cache, factors), tables, plan.heads)
+                each_tile(q, q_start, kv_lens, blocks, slack, visits, making.work, parts)
 
     for half in range(2):
         with tilus.warps(4 * half, 4, registers=plan.registers):
@@ -254,7 +245,7 @@ def plans_of(heads: int, head_dim: int) -> tuple[PrefillPlan, ...]:
 def plans_of_codes(heads: int, head_dim: int, nbits: int) -> tuple[PrefillPlan, ...]:
     """Those for a quantised cache: sixteen warps share the registers, and codes have the memory that elements leave."""
     plans = plans_of(heads, head_dim)
-    stages = [CODES_NBYTES * 8 // (plan.kv_tile * (head_dim * nbits + FACTORS_NBITS)) for plan in plans]
+    stages = [CODES_NBYTES * 4 // (plan.kv_tile * (head_dim * nbits + FACTORS_NBITS)) for plan in plans]
     return tuple(
         replace(plan, registers=224, registers_to_copy=32, code_stages=min(count, MOST_CODE_STAGES))
         for plan, count in zip(plans, stages, strict=True)

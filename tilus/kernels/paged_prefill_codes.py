@@ -1,12 +1,13 @@
-"""Quantised keys and values on their way to the products of the prefill kernel: copied as codes, turned into f16 by four warps.
+"""Quantised keys and values on their way to the products of the prefill kernel: copied as codes, turned into f16 by warpgroups.
 
-Codes of keys and of values take turns in one ring of shared memory, each tile with its scales, and minimums where the format has
-them. Four warps make elements of them: f16(code * scale + minimum), rounded once, which lie in the rings that the products read,
-as those of a cache of 16 bits would. So the warps that compute do not know of codes.
+One warpgroup has the keys, another one the values. It asks for tiles of codes some steps ahead, each with its scales, and
+minimums where the format has them, and makes elements of those that have come: f16(code * scale + minimum), rounded once. They
+lie in the rings that the products read, as those of a cache of 16 bits would. So the warps that compute do not know of codes.
 
 Budget of a tile of 128 tokens of 128 elements on an H100, keys and values, beside that of `paged_prefill`, in cycles: the copies
 write 32 KB of codes of 8 bits, which are read once, and 64 KB of elements are written: 1024 of 128 bytes. The products read 1280
-at the same time, together more than the 2048 of the products. A scheduler issues about 500 instructions to turn 8192 codes.
+at the same time, together more than the 2048 of the products. A scheduler issues about 550 instructions to turn 8192 codes of
+fp8, 900 of int8 and int4, most of which wait for each other: one warp on each took 4000 and 5000 cycles, so there are two.
 """
 
 from __future__ import annotations
@@ -17,99 +18,125 @@ import tilus
 from tilus import f16, int16
 from tilus.kernels.kv_cache import KvFormat
 from tilus.kernels.paged_prefill_stages import Ring, Stages
-from tilus.kernels.paged_prefill_tiles import Tile
+from tilus.kernels.paged_prefill_tiles import Tables, Tile
 from tilus.kernels.vectors import by_vector, power_of_two
 
-CONVERTERS = 4  # warps
+CONVERTERS = 4  # warps that have keys, and as many that have values
 VECTOR = 8  # elements that a thread stores together
 ELEMENTS = 4096  # that are on their way through registers together, about
 
 
 class CodeMemory:
-    """Of a block: tiles of codes [stages, tokens, 16-bit units of a row], their factors and barriers."""
+    """Of a block, for keys (0) and values (1): tiles of codes [stages, tokens, 16-bit units of a row], their factors [keys and
+    values, stages, chunks, kinds, tokens of a chunk], and barriers of both."""
 
     def __init__(self, kind: KvFormat, head_dim: int, page_size: int, plan: Any) -> None:
         self.kind, count, length = kind, plan.code_stages, plan.kv_tile
         chunk = min(page_size, length)
-        self.codes = tilus.shared(int16, [count, length, head_dim * kind.code.nbits // int16.nbits])
-        self.factors = tilus.shared(f16, [count, length // chunk, kind.kinds, chunk])
-        self.full, self.empty = tilus.mbarrier(count), tilus.mbarrier(count)
+        units = head_dim * kind.code.nbits // int16.nbits
+        self.tiles = [tilus.shared(int16, [count, length, units]) for _ in range(2)]
+        self.factors = tilus.shared(f16, [2, count, length // chunk, kind.kinds, chunk])
+        self.full = tilus.mbarrier(2 * count)
 
-    def codes_of(self) -> Codes:
-        """For one role, which counts on its own."""
-        return Codes(self.kind, Ring(self.codes, self.full, self.empty), self.factors)
+    def of(self, which: int) -> Codes:
+        """For the role that has keys or values."""
+        return Codes(self.kind, which, self.tiles[which], self.factors, self.full)
+
+
+class Filling:
+    """The work of the role that has keys (0) or values (1): it makes their elements, and the one that has keys copies queries."""
+
+    def __init__(self, which: int, stages: Stages, codes: Codes, sources: Any, tables: Tables, heads: int) -> None:
+        """sources: queries, codes and factors in global memory. heads: of a tile of rows."""
+        self.which, self.stages, self.codes = which, stages, codes
+        self.sources, self.tables, self.heads = sources, tables, heads
+
+    def work(self, index: Any, tile: Tile) -> None:
+        """For the index-th tile of the block."""
+        q, kv_cache, factors = self.sources
+        if self.which == 0:
+            self.stages.fill_queries(q, tile, index, self.heads)
+        ring = self.stages.keys if self.which == 0 else self.stages.values
+        self.codes.fill(ring, kv_cache, factors, self.tables.of(tile), tile)
 
 
 class Codes:
-    """Tiles of codes, of keys and of values in turns, in a ring, and their factors [stages, chunks, kinds, tokens of a chunk]."""
+    """Keys (0) or values (1) as codes, and which stage is next. As soon as its tile has been read it is filled again."""
 
-    def __init__(self, kind: KvFormat, ring: Ring, factors: Any) -> None:
-        self.kind, self.ring, self.factors = kind, ring, factors
+    def __init__(self, kind: KvFormat, which: int, tiles: Any, factors: Any, full: Any) -> None:
+        self.kind, self.which, self.tiles, self.factors, self.full = kind, which, tiles, factors, full
+        self.stage, self.turn = 0, 0
 
-    def fill(self, kv_cache: Any, factors: Any, table: Any, tile: Tile) -> None:
-        """Copy what `Stages.fill` would. Zeros come for pages behind the end, with the factors of some page."""
-        length, (nowhere, _, page_size, _, _) = self.ring.tiles.shape[1], kv_cache.shape
+    def fill(self, ring: Ring, kv_cache: Any, factors: Any, table: Any, tile: Tile) -> None:
+        """All tiles of the cache that some row sees, from the last to the first one, into a ring of elements."""
+        stages, length, _ = self.tiles.shape
+        at, first = (tile.end - 1) * length, (tile.end - tile.steps) * length
+        stage = self.stage
+        for _ in tilus.range(min(stages, tile.steps)):
+            self.copy(stage, kv_cache, factors, table, tile, at)
+            stage = 0 if stage == stages - 1 else stage + 1
+            at -= length
+        for step in tilus.range(tile.steps):
+            tilus.wait_barrier(self.full[self.which * stages + self.stage], self.turn)
+            ring.wait_empty()
+            self.convert_one(ring, tile.length - (tile.end - 1 - step) * length)
+            tilus.sync()
+            if at >= first:
+                self.copy(self.stage, kv_cache, factors, table, tile, at)
+                at -= length
+            last = self.stage == stages - 1
+            self.turn = 1 - self.turn if last else self.turn
+            self.stage = 0 if last else self.stage + 1
+
+    def copy(self, stage: Any, kv_cache: Any, factors: Any, table: Any, tile: Tile, at: Any) -> None:
+        """The tile of the cache that starts at token `at`. For pages behind the end zeros come, with the factors of some page."""
+        length, (nowhere, _, page_size, _, _) = self.tiles.shape[1], kv_cache.shape
         count, chunk = max(length // page_size, 1), min(page_size, length)
-        at = (tile.end - 1) * length  # a variable: computed once, not at each use
         pages = tilus.load(table, [at // page_size], [count])
-        for _ in tilus.range(tile.steps):
-            following = tilus.load(table, [(at - length) // page_size], [count])
-            there = tilus.where(tilus.arange(count) * chunk < tile.length - at, pages, nowhere)
-            slot = 0 if page_size <= length else at % page_size // length * length
-            for which in range(2):
-                self.fill_one(which, there, kv_cache, factors, slot, tile.kv_head)
-            pages = following
-            at -= length
-
-    def fill_one(self, which: int, pages: Any, kv_cache: Any, factors: Any, slot: Any, head: Any) -> None:
-        """Keys (0) or values (1) of these pages."""
-        ring, nowhere = self.ring, kv_cache.shape[0]
-        ring.wait_empty()
-        ring.announce(ring.tiles[0].nbytes + self.factors[0].nbytes)
-        full = ring.full[ring.stage]
-        tilus.gather_tensor(
-            ring.tiles[ring.stage], kv_cache, pages, [0, which, slot, head, 0], dims=[2, 4], barrier=full
-        )
+        pages = tilus.where(tilus.arange(count) * chunk < tile.length - at, pages, nowhere)
         inside = tilus.where(pages < nowhere, tilus.maximum(pages, 0), 0)  # bulk copies have no bounds
+        slot = 0 if page_size <= length else at % page_size // length * length
+        full = self.full[self.which * self.tiles.shape[0] + stage]
+        tilus.arrive(full, nbytes=self.tiles[0].nbytes + self.factors[0][0].nbytes)
+        tilus.gather_tensor(
+            self.tiles[stage], kv_cache, pages, [0, self.which, slot, tile.kv_head, 0], dims=[2, 4], barrier=full
+        )  # fmt: skip
+        own = self.factors[self.which]
         tilus.gather_bulk(
-            self.factors[ring.stage], factors, inside, [0, head, which, 0, slot], dims=[3, 4], barrier=full
-        )
-        ring.advance()
-
-    def convert(self, stages: Stages, tile: Tile) -> None:
-        """All tiles of the cache that some row sees, from codes into the rings of keys and of values."""
-        length = self.ring.tiles.shape[1]
-        at = (tile.end - 1) * length
-        for _ in tilus.range(tile.steps):
-            self.convert_one(stages.keys, None)
-            if at + length > tile.length:
-                self.convert_one(stages.values, tile.length - at)
-            else:
-                self.convert_one(stages.values, None)
-            at -= length
+            own[stage], factors, inside, [0, tile.kv_head, self.which, 0, slot], dims=[3, 4], barrier=full
+        )  # fmt: skip
 
     def convert_one(self, ring: Ring, count: Any) -> None:
-        """The next tile. Elements of tokens from `count` on are zeros: a weight of zero does not undo what is no number."""
+        """The present tile, of which `count` tokens and more are not behind the end. Values behind it are zeros: a weight of zero
+        does not undo what is no number."""
+        length = self.tiles.shape[1]
+        if self.which == 1:
+            if count < length:
+                self.store(ring, count)
+            else:
+                self.store(ring, None)
+        else:
+            self.store(ring, None)
+        tilus.fence_async()
+        tilus.arrive(ring.full[ring.stage])
+        ring.advance()
+
+    def store(self, ring: Ring, count: Any) -> None:
+        """Elements of the present tile, zeros from the token `count` on."""
         _, length, head_dim = ring.tiles.shape
         rows = min(ELEMENTS // power_of_two(head_dim), length)
-        self.ring.wait_full()
-        ring.wait_empty()
         for first in range(0, length, rows):
             elements = self.elements(first, rows, head_dim)
             if count is not None:
                 inside = tilus.arange(rows, start=first, shape=[rows, 1]) < count
                 elements = tilus.where(inside, elements, tilus.zeros([rows, head_dim], f16))
             tilus.store_shared(ring.tiles[ring.stage], elements, [first, 0])
-        tilus.fence_async()
-        tilus.arrive(ring.full[ring.stage])
-        ring.advance()
-        self.ring.leave()
 
     def elements(self, first: int, rows: int, head_dim: int) -> Any:
         """f16 [rows, head_dim] of the tokens of the present stage from `first` on."""
-        stage, units = self.ring.stage, self.ring.tiles.shape[2]
+        stage, units = self.stage, self.tiles.shape[2]
         raw_layout = by_vector(rows, units, VECTOR * self.kind.code.nbits // int16.nbits, CONVERTERS)
-        raw = tilus.load_shared(self.ring.tiles, [stage, first, 0], [rows, units], dims=[1, 2], layout=raw_layout)
+        raw = tilus.load_shared(self.tiles, [stage, first, 0], [rows, units], dims=[1, 2], layout=raw_layout)
         layout = by_vector(rows, head_dim, VECTOR, CONVERTERS)
         found = tilus.cast(tilus.view(raw, self.kind.code, [rows, head_dim], layout), f16)
         factors = [self.factor(kind, first, rows) for kind in range(self.kind.kinds)]
@@ -117,6 +144,9 @@ class Codes:
 
     def factor(self, kind: int, first: int, rows: int) -> Any:
         """Scales (0) or minimums (1), f16 [rows, 1]."""
-        chunk = self.factors.shape[3]
-        where, shape = [self.ring.stage, first // chunk, kind, first % chunk], [max(1, rows // chunk), min(rows, chunk)]
-        return tilus.load_shared(self.factors, where, shape, dims=[1, 3]).reshape([rows, 1])
+        chunk = self.factors.shape[4]
+        where, shape = (
+            [self.which, self.stage, first // chunk, kind, first % chunk],
+            [max(1, rows // chunk), min(rows, chunk)],
+        )
+        return tilus.load_shared(self.factors, where, shape, dims=[2, 4]).reshape([rows, 1])

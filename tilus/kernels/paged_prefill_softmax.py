@@ -101,7 +101,7 @@ class Rows:
         stages, turns, keys, values = self.stages, self.turns, self.stages.keys, self.stages.values
         self.acc = tilus.zeros(self.acc.shape)
         self.begin(tile)
-        tilus.wait_barrier(stages.full[0], index % 2)
+        tilus.wait_barrier(stages.full, index % 2)
         if self.q_type is not None:
             convert_bits(stages.queries[turns.half], self.q_type)
         if tile.steps > 0:
@@ -119,7 +119,7 @@ class Rows:
             if not self.variant.hides:
                 for step in tilus.range(max(masked, 1), tile.steps):
                     self.step(tile, tile.end - 1 - step, False)
-        tilus.arrive(stages.empty[0])
+        tilus.arrive(stages.empty)
         if tile.steps > 0:
             values.wait_full()
             self.acc = tilus.wgmma(self.factors, values.tiles[values.stage], self.acc, y_transposed=True)

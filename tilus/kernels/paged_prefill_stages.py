@@ -53,7 +53,8 @@ class Memory:
 
     def __init__(self, dtype: Any, head_dim: int, plan: Any) -> None:
         self.queries = tilus.shared(dtype, [2, ROWS // 2, head_dim])
-        self.full, self.empty = tilus.mbarrier(), tilus.mbarrier(arrivals=2)
+        single = tilus.mbarrier(3)  # together: each tensor takes 128 bytes
+        self.turns, self.full, self.empty = single, single[2], tilus.mbarrier(arrivals=2)
         self.rings = [
             (
                 tilus.shared(dtype, [count, plan.kv_tile, head_dim]),
@@ -62,7 +63,6 @@ class Memory:
             )
             for count in (plan.key_stages, plan.value_stages)
         ]
-        self.turns = tilus.mbarrier(2)
 
     def stages(self) -> Stages:
         """For one role, which counts on its own."""
@@ -80,8 +80,8 @@ class Stages:
     def fill_queries(self, q: Any, tile: Tile, index: Any, heads: int) -> None:
         """One copy for each head: 64 rows of a warpgroup are `heads` / 2 of them, or half of the tokens of the only one."""
         full, empty = self.full, self.empty
-        tilus.wait_barrier(empty[0], (index + 1) % 2)
-        tilus.arrive(full[0], nbytes=self.queries.nbytes)
+        tilus.wait_barrier(empty, (index + 1) % 2)
+        tilus.arrive(full, nbytes=self.queries.nbytes)
         _, rows, head_dim = self.queries.shape
         per_half = max(1, heads // 2)
         tokens = rows // per_half
@@ -90,7 +90,7 @@ class Stages:
                 head, token = (half * per_half + i, 0) if heads > 1 else (0, half * tokens)
                 tilus.copy_tensor(
                     self.queries[half], q, [tile.row + token, tile.kv_head, tile.head + head, 0], shape=[tokens, head_dim],
-                    dst_offsets=[i * tokens, 0], barrier=full[0], dims=[0, 3],
+                    dst_offsets=[i * tokens, 0], barrier=full, dims=[0, 3],
                 )  # fmt: skip
 
     def fill(self, kv_cache: Any, table: Any, tile: Tile) -> None:

@@ -45,6 +45,23 @@ class Tile:
 
 
 @dataclass(frozen=True, eq=False)
+class Tables:
+    """Block tables of sequences: a row of `tables` for each, or all in its only row, each from the place that `lists` has."""
+
+    tables: Any
+    lists: Any
+    page_size: int
+
+    def of(self, tile: Tile) -> Any:
+        """The pages of the sequence of a tile."""
+        if self.lists is None:
+            table = self.tables[tile.sequence]
+        else:
+            table = tilus.narrow(self.tables[0], 0, self.lists[tile.sequence], tilus.cdiv(tile.length, self.page_size))
+        return table
+
+
+@dataclass(frozen=True, eq=False)
 class PartOfTile(Tile):
     """Some steps of a tile, of which other blocks have the others. number: of the tile. part, parts: which of how many. place: of
     the first part's partial result, the others' follow."""
@@ -118,8 +135,8 @@ def each_tile(
 ) -> None:  # fmt: skip
     """`work(index, tile)` for the tiles of this block, in order; index counts them. Empty ones are left out.
 
-    q: [tokens, kv_heads, group, head_dim]. slack: what `slack_of` finds in the batch, in shared memory, without a register.
-    splits: if given, what blocks take in turns are parts of tiles, `PartOfTile`, so many of each, or less where it has few steps.
+    q: [tokens, kv_heads, group, head_dim]. slack: what `slack_of` finds in the batch, in shared memory: it costs no register.
+    splits: if given, what blocks take in turns are parts of tiles, `PartOfTile`, so many of each, or less for few steps.
     """
     heads, tokens, sequences = visits.heads, tokens_of(visits.heads), kv_lens.shape[0]
     kv_heads, parts = q.shape[1], tilus.cdiv(q.shape[2], heads)
