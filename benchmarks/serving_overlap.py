@@ -200,10 +200,11 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             rows += rows_of(f"batch {size}, {way}", size, other, plain, nbytes / READ / 1e3)
         if options.trace is not None:
             trace.write()
-        print(
-            *(f"{r['case']:9} {r['metric']:26}{r['value']:10} {r['unit']}  plain {r['baseline']}" for r in rows[-5:]),
-            sep="\n",
-        )
+        for row in (row for row in rows if row["case"].startswith(f"batch {size},")):
+            print(
+                f"{row['case']:22}{row['metric']:26}{row['value']:10} {row['unit']}  plain {row['baseline']}",
+                flush=True,
+            )
     return rows
 
 
