@@ -3,8 +3,8 @@
 
 Output, as JSON:
     device, cpus
-    rows    list of {case, metric: `first` or `later` and the name of a phase as the server calls it, or `ready`, which counts from
-            the command to the printed address, value, unit}; a phase that had nothing to do is left out
+    rows    list of {case, metric: `first` or `later` and the name of a phase as the server calls it, or `ready`, which counts
+            from the command to the printed address, value, unit}; a phase that had nothing to do is left out
 """
 
 from __future__ import annotations
