@@ -13,6 +13,7 @@ from typing import Any
 import gemm
 import numpy as np
 import pytest
+import serving_start
 import torch
 from products import chain, eight_bits, grouped, int4, kinds, limits, run, sweep
 from products.reads import read
@@ -425,3 +426,13 @@ def test_the_servers_rates_are_medians_beside_the_peers() -> None:
     assert row("decode", [3.0, 9.0, 6.0], []) | {"ours": None} == {
         "case": "decode", "unit": "tokens/s", "ours": None, "peer": None, "ratio": None,
     }  # fmt: skip
+
+
+def test_phases_of_a_start_are_read_from_what_the_server_says() -> None:
+    lines = [(1.0, "loading x on cpu\n"), (2.0, "packing weights: layer 2 of 2\n"), (2.1, "packing weights: 1.4 s\n")]
+    rows = list(
+        serving_start.rows_of("x", "first", [*lines, (7.26, "ready: x on cpu at http://[::1]:1\n"), (8.0, "a: 1.0 s")])
+    )
+    assert [(row["metric"], row["value"]) for row in rows] == [("first packing weights", 1.4), ("first ready", 7.3)]
+    with pytest.raises(SystemExit, match="the server ended before it was ready:\nloading x on cpu"):
+        list(serving_start.rows_of("x", "first", lines))
