@@ -34,9 +34,9 @@ from serving.kernels import default_kernels
 from serving.kv_pool import KvPool
 from serving.model import Model, build_model
 from serving.packing import PackedWeights, pack_weights
+from serving.quantize import weight_type
 from serving.runner import TorchRunner, step_tensors
 from serving.sampling import Sampler
-from tilus.dtypes import dtype
 
 LLAMA_3_8B = {
     "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -56,7 +56,7 @@ def open_model(options: argparse.Namespace, device: str = "cuda") -> tuple[Model
     with TemporaryDirectory() as directory:
         path = Path(directory) / "config.json"
         path.write_text(json.dumps(settings | {"num_hidden_layers": 1}))
-        checkpoint = open_dummy(path, dtype(options.weight_dtype), options.group)
+        checkpoint = open_dummy(path, weight_type(options.weight_dtype), options.group)
     packed = with_layers(pack_weights(checkpoint, default_kernels(), torch.device(device)), layers)
     nbytes = sum(int(part.nbytes) for parts in packed.linears.values() for part in parts)
     config = replace(checkpoint.config, num_layers=layers)

@@ -34,8 +34,8 @@ from serving.dummy import open_dummy
 from serving.engine import Engine
 from serving.execution import choose_execution
 from serving.kernels import default_kernels
+from serving.quantize import weight_type
 from serving.warm_up import warm_up
-from tilus.dtypes import dtype
 
 QWEN3_0_6B = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 1024, "num_hidden_layers": 28,
@@ -78,7 +78,7 @@ def build(options: argparse.Namespace, config: Path, weights: str, kv: str) -> E
         max_batch=options.max_batch, max_step_tokens=options.max_step_tokens, max_model_len=8192,
     )  # fmt: skip
     execution = choose_execution(options.device)
-    checkpoint = open_dummy(config, dtype(weights))
+    checkpoint = open_dummy(config, weight_type(weights))
     engine = build_engine(server, config, checkpoint, default_kernels(), execution)
     warm_up(engine, execution.is_compiled, lambda done, total: None, options.max_batch)
     return engine

@@ -29,6 +29,7 @@ from serving.memory import PAGE_SIZE, Wishes, expected_size, free_nbytes, plan, 
 from serving.model import build_model
 from serving.packing import FUSED, PackedWeights, pack_weights
 from serving.progress import progress
+from serving.quantize import DENSE, weight_type
 from serving.rehearsal import rehearsal
 from serving.request_log import RequestLog
 from serving.runner import TorchRunner
@@ -38,14 +39,13 @@ from serving.tensor_parallel import Group, ParallelRunner, Ranks
 from serving.trace import Trace
 from serving.weight_cache import WeightCache, moved, packed_form
 from tilus.config import cache_dir
-from tilus.dtypes import dtype
 from tilus.errors import TilusError
 
 
 def open_model(config: ServerConfig) -> tuple[Path, Checkpoint]:
     """What --model says, and where it is."""
     path = Path(config.model) if config.model else default_model()
-    return path, (open_dummy if config.dummy else open_checkpoint)(path, dtype(config.weight_dtype))
+    return path, (open_dummy if config.dummy else open_checkpoint)(path, weight_type(config.weight_dtype))
 
 
 def build_engine(
@@ -81,7 +81,7 @@ def _drafter(config: ServerConfig, checkpoint: Checkpoint, kernels: Kernels, exe
     if config.draft_model is None:
         return PromptLookup()
     path = Path(config.draft_model)
-    small = (open_dummy if config.dummy else open_checkpoint)(path, dtype(config.weight_dtype))
+    small = (open_dummy if config.dummy else open_checkpoint)(path, weight_type(config.weight_dtype))
     if small.tokenizer.vocab_size != checkpoint.tokenizer.vocab_size:
         raise TilusError(
             f"the draft model has {small.tokenizer.vocab_size} tokens, {checkpoint.name} has {checkpoint.tokenizer.vocab_size}",
@@ -122,8 +122,12 @@ def build_runner(
     _say(f"loading {checkpoint.name} on {device.type}{parts}")
     if not execution.is_compiled:
         _say(f"kernels are interpreted ({execution.way}), which is slow")
-    in_parts = config.dummy or group is not None
-    cache = None if in_parts else _cache(path, config.weight_dtype, checkpoint, kernels, device)
+    if config.weight_dtype == DENSE and execution.way != "cuda":
+        raise TilusError(
+            f"--weight-dtype {DENSE} is for GPUs, but the model runs on {execution.way}", hint="take int8 or fewer bits"
+        )
+    is_kept = not config.dummy and group is None and config.weight_dtype != DENSE
+    cache = None if not is_kept else _cache(path, config.weight_dtype, checkpoint, kernels, device)
     packed = cache.load() if cache is not None else None
     size = expected_size(checkpoint, kernels, device) if packed is None else size_of(packed)
     wishes = Wishes(config.max_batch, config.max_step_tokens, config.max_model_len, config.num_pages, config.kv_dtype)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from serving.architectures import Architecture
-from serving.quantize import WEIGHT_DTYPES
+from serving.quantize import DENSE, WEIGHT_DTYPES
 from serving.rope import Rope
 from tilus.errors import TilusError
 from tilus.kernels import KV_FORMATS
@@ -175,8 +175,8 @@ class ServerConfig:
     weight_dtype: str = _option(
         "int8",
         "how weights that are stored as floats are quantised while loading, in groups of 32; "
-        "weights that are stored quantised stay as they are",
-        choices=WEIGHT_DTYPES,
+        "weights that are stored quantised stay as they are; fp16 leaves them as they are, too, for GPUs of sm_90",
+        choices=(*WEIGHT_DTYPES, DENSE),
     )
     kv_dtype: str = _option(
         "fp16",

@@ -18,9 +18,9 @@ from serving.loader import ALWAYS_INT8, Checkpoint
 from serving.packing import layer_vectors
 from serving.quantize import GROUP
 from serving.tokenizer import Tokenizer
-from tilus.dtypes import DataType, int8
+from tilus.dtypes import DataType, f16, int8
 from tilus.errors import TilusError
-from tilus.kernels.quantize import QuantizedMatrix
+from tilus.kernels.quantize import DenseMatrix, Matrix, QuantizedMatrix
 
 _BLOCK = 2**20 + 7  # random codes that repeat: an odd number, so that rows differ
 
@@ -72,16 +72,16 @@ class DummyWeights:
     def bias(self, name: str) -> npt.NDArray[np.float32]:
         return np.zeros(self._shape(name)[0], np.float32)
 
-    def matrix(self, name: str) -> QuantizedMatrix:
+    def matrix(self, name: str) -> Matrix:
         return self._random(self._shape(name), *self._kind(name))
 
-    def table(self) -> QuantizedMatrix:
+    def table(self) -> Matrix:
         return self.matrix("token_embd")
 
     def is_float(self, name: str) -> bool:
         return False
 
-    def first_row(self, name: str) -> QuantizedMatrix:
+    def first_row(self, name: str) -> Matrix:
         return self._random((1, self._shape(name)[1]), *self._kind(name))
 
     def num_rows(self, name: str) -> int:
@@ -96,13 +96,21 @@ class DummyWeights:
     def _shape(self, name: str) -> tuple[int, int]:
         return self._shapes[_part(name)]
 
-    def _random(self, shape: tuple[int, int], dtype: DataType, group: int) -> QuantizedMatrix:
+    def _random(self, shape: tuple[int, int], dtype: DataType, group: int) -> Matrix:
         n, k = shape
+        if dtype == f16:
+            return DenseMatrix(np.resize(_random_values(), shape) * np.float16(k**-0.5))
         if k % group:
             raise TilusError(f"rows of {k} weights in groups of {group}, expected a multiple")
         codes, spread = _random_codes(dtype)
         scale = np.float32(np.float16(1 / (spread * k**0.5)))
         return QuantizedMatrix(np.resize(codes, shape), np.full((n, k // group), scale), None, dtype)
+
+
+@functools.cache
+def _random_values() -> npt.NDArray[np.float16]:
+    """Of the order of one."""
+    return np.random.default_rng(0).normal(size=_BLOCK).astype(np.float16)
 
 
 @functools.cache

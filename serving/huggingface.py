@@ -22,7 +22,7 @@ from serving.rope import Rope, rope_of
 from serving.tokenizer import read_json
 from tilus.dtypes import DataType, int8
 from tilus.errors import TilusError
-from tilus.kernels.quantize import QuantizedMatrix, open_tensors
+from tilus.kernels.quantize import Matrix, QuantizedMatrix, open_tensors
 
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 # What a config.json may say that would change the computation, and the only value that is computed.
@@ -154,7 +154,7 @@ class DirectoryWeights:
         self._tensors = open_tensors(directory)
         self._weight_dtype = weight_dtype
         self._config = config
-        self._rows: dict[tuple[int, DataType], QuantizedMatrix] = {}
+        self._rows: dict[tuple[int, DataType], Matrix] = {}
         self._tied = tied
 
     def has(self, name: str) -> bool:
@@ -167,16 +167,16 @@ class DirectoryWeights:
     def bias(self, name: str) -> npt.NDArray[np.float32]:
         return self._floats(_bias_of(self._full_name(name)))
 
-    def matrix(self, name: str) -> QuantizedMatrix:
+    def matrix(self, name: str) -> Matrix:
         return self._quantized(name)
 
-    def table(self) -> QuantizedMatrix:
+    def table(self) -> Matrix:
         return self._quantized("token_embd")
 
     def is_float(self, name: str) -> bool:
         return not self._tensors.is_quantized(self._full_name(name))
 
-    def first_row(self, name: str) -> QuantizedMatrix | None:
+    def first_row(self, name: str) -> Matrix | None:
         if not self.is_float(name):
             return None
         width, dtype = self._tensors.stored(self._full_name(name)).shape[-1], self._dtype(name)
@@ -196,7 +196,7 @@ class DirectoryWeights:
     def _dtype(self, name: str) -> DataType:
         return int8 if name.rpartition(".")[2] in ALWAYS_INT8 else self._weight_dtype
 
-    def _quantized(self, name: str) -> QuantizedMatrix:
+    def _quantized(self, name: str) -> Matrix:
         stored_name = self._full_name(name)
         bias = _bias_of(stored_name)
         is_known = name.rpartition(".")[2] in self._config.biases

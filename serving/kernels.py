@@ -39,6 +39,10 @@ class Kernels(Protocol):
     @property
     def quantize(self) -> Quantize: ...
 
+    def DenseWeight(self, values: Tensor) -> PackedWeight:
+        """A weight float16 [N, K] that is not quantised."""
+        ...
+
     def linear(
         self, x: Tensor, weight: PackedWeight, *, bias: Tensor | None = None, out_dtype: torch.dtype = ...,
         out: Tensor | None = None,

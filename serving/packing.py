@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ from serving.loader import Checkpoint
 from serving.quantize import fit_float16, with_short_scales
 from tilus.dtypes import int8
 from tilus.errors import TilusError
-from tilus.kernels.quantize import QuantizedMatrix
+from tilus.kernels.quantize import DenseMatrix, Matrix, QuantizedMatrix
 
 TABLE, TABLE_SCALES, NORM, ROPE, HEAD, BIAS = (
     "token_embd", "token_embd.scales", "output_norm", "cos_sin", "output", ".bias",
@@ -93,20 +94,28 @@ def layer_vectors(config: ModelConfig) -> Mapping[str, int]:
     return lengths | {f"{name}{BIAS}": widths[name] for name in biased}
 
 
-def stack_alike(matrices: Sequence[QuantizedMatrix]) -> list[QuantizedMatrix]:
+def stack_alike(matrices: Sequence[Matrix]) -> list[Matrix]:
     """The matrices, neighbours that are quantised alike stacked into one."""
-    runs: list[list[QuantizedMatrix]] = []
+    runs: list[list[Matrix]] = []
     for matrix in matrices:
         if runs and runs[-1][0].stacks_with(matrix):
             runs[-1].append(matrix)
         else:
             runs.append([matrix])
-    return [run[0].stack(*run[1:]) for run in runs]
+    return [_stacked(run) for run in runs]
 
 
-def keeps_codes(table: QuantizedMatrix) -> bool:
+def _stacked(run: Sequence[Matrix]) -> Matrix:
+    dense = [matrix for matrix in run if isinstance(matrix, DenseMatrix)]
+    if dense:
+        return dense[0].stack(*dense[1:])
+    quantized = [matrix for matrix in run if isinstance(matrix, QuantizedMatrix)]
+    return quantized[0].stack(*quantized[1:])
+
+
+def keeps_codes(table: Matrix) -> TypeGuard[QuantizedMatrix]:
     """Whether the embedding kernel reads the table's codes; else it gets float16 values."""
-    return table.dtype == int8 and table.group == 32
+    return isinstance(table, QuantizedMatrix) and table.dtype == int8 and table.group == 32
 
 
 class _Packing:
@@ -159,9 +168,13 @@ class _Packing:
             ]
         )
 
-    def _packed(self, matrices: Sequence[QuantizedMatrix], name: str) -> tuple[PackedWeight, ...]:
-        pack = self._kernels.quantize.pack
-        return tuple(pack(with_short_scales(matrix, name), self._device) for matrix in stack_alike(matrices))
+    def _packed(self, matrices: Sequence[Matrix], name: str) -> tuple[PackedWeight, ...]:
+        return tuple(self._packed_one(matrix, name) for matrix in stack_alike(matrices))
+
+    def _packed_one(self, matrix: Matrix, name: str) -> PackedWeight:
+        if isinstance(matrix, DenseMatrix):
+            return self._kernels.DenseWeight(self._tensor(matrix.values))
+        return self._kernels.quantize.pack(with_short_scales(matrix, name), self._device)
 
     def _half(self, values: npt.NDArray[np.float32]) -> Tensor:
         return self._tensor(fit_float16(values, TABLE)).half()

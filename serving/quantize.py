@@ -8,28 +8,38 @@ import numpy as np
 import numpy.typing as npt
 
 from tilus.dtypes import DataType, f16, f32
+from tilus.dtypes import dtype as dtype_named
 from tilus.errors import TilusError
-from tilus.kernels.quantize import PRESETS, RECIPE_NAMES, QuantizedMatrix, quantize
+from tilus.kernels.quantize import PRESETS, RECIPE_NAMES, DenseMatrix, Matrix, QuantizedMatrix, quantize
 
 GROUP = 32
 # int1 holds only 0 and -1, which no positive scale makes useful.
 WEIGHT_DTYPES = tuple(name for name in RECIPE_NAMES if name not in PRESETS and name != "int1")
+DENSE = "fp16"  # the name of weights that are not quantised
 _Floats = npt.NDArray[np.float32]
 
 
-def quantize_on_load(weight: _Floats, dtype: DataType, name: str) -> QuantizedMatrix:
-    """Plain rounding in groups of 32 along K: a model should start in seconds. `tilus quantize` searches for better scales.
+def weight_type(name: str) -> DataType:
+    """What --weight-dtype names."""
+    return f16 if name == DENSE else dtype_named(name)
+
+
+def quantize_on_load(weight: _Floats, dtype: DataType, name: str) -> Matrix:
+    """float16 values where dtype is f16. Else plain rounding in groups of 32 along K: a model should start in seconds. `tilus
+    quantize` searches for better scales.
 
     weight: float32 [N, K]. Raises TilusError, with the tensor's `name`, when K is no multiple of 32 or float16 overflows.
     """
+    if dtype == f16:
+        return DenseMatrix(fit_float16(weight, name).astype(np.float16))
     return quantize(weight, dtype, GROUP, search=False, name=name)
 
 
 def fit_float16(values: _Floats, name: str) -> _Floats:
-    """Scales or minima rounded to float16, in which they are packed; raises TilusError when they are too large."""
+    """Values rounded to float16, in which they are packed; raises TilusError when they are too large."""
     limit, largest = float(np.finfo(np.float16).max), float(np.abs(values).max(initial=0.0))
     if not largest <= limit:
-        raise TilusError(f"{name} needs a quantisation scale of {largest:g}, but float16 holds at most {limit:g}")
+        raise TilusError(f"{name} needs a value or scale of {largest:g}, but float16 holds at most {limit:g}")
     return values.astype(np.float16).astype(np.float32)
 
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from serving.config import ModelConfig
 from serving.loader import Checkpoint, Weights
 from tilus.errors import TilusError
-from tilus.kernels.quantize import QuantizedMatrix
+from tilus.kernels.quantize import Matrix
 
 _UNGROUPED = 64  # columns of a range where one scale serves a whole row
 
@@ -88,17 +88,17 @@ class ShardedWeights:
         bias, rows = self._weights.bias(name), self._rows(name)
         return bias if rows is None else bias[rows.start : rows.stop]
 
-    def table(self) -> QuantizedMatrix:
+    def table(self) -> Matrix:
         return self._weights.table()
 
-    def matrix(self, name: str) -> QuantizedMatrix:
+    def matrix(self, name: str) -> Matrix:
         matrix, rows = self._columns(name, self._weights.matrix(name)), self._rows(name)
         return matrix if rows is None else matrix.take_rows(np.arange(rows.start, rows.stop))
 
     def is_float(self, name: str) -> bool:
         return self._weights.is_float(name)
 
-    def first_row(self, name: str) -> QuantizedMatrix | None:
+    def first_row(self, name: str) -> Matrix | None:
         row = self._weights.first_row(name)
         return None if row is None else self._columns(name, row)
 
@@ -112,6 +112,6 @@ class ShardedWeights:
     def _rows(self, name: str) -> range | None:
         return self._ranges.rows.get(name.rpartition(".")[2])
 
-    def _columns(self, name: str, matrix: QuantizedMatrix) -> QuantizedMatrix:
+    def _columns(self, name: str, matrix: Matrix) -> Matrix:
         columns = self._ranges.columns.get(name.rpartition(".")[2])
         return matrix if columns is None else matrix.take_columns(columns.start, columns.stop)

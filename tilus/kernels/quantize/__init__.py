@@ -12,6 +12,8 @@ from tilus.kernels.quantize.header import WeightHeader as WeightHeader
 from tilus.kernels.quantize.load import CheckpointTensors as CheckpointTensors
 from tilus.kernels.quantize.load import load as load
 from tilus.kernels.quantize.load import open_tensors as open_tensors
+from tilus.kernels.quantize.matrix import DenseMatrix as DenseMatrix
+from tilus.kernels.quantize.matrix import Matrix as Matrix
 from tilus.kernels.quantize.matrix import QuantizedMatrix as QuantizedMatrix
 from tilus.kernels.quantize.packed import QuantizedWeight as QuantizedWeight
 from tilus.kernels.quantize.packed import pack as pack

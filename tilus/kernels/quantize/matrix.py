@@ -91,8 +91,10 @@ class QuantizedMatrix:
         codes, scales = self.codes[:, start:stop], groups(self.scales)
         return replace(self, codes=codes, scales=scales, mins=groups(self.mins), zeros=groups(self.zeros))
 
-    def stacks_with(self, other: QuantizedMatrix) -> bool:
+    def stacks_with(self, other: Matrix) -> bool:
         """Whether the rows of both can be those of one matrix."""
+        if isinstance(other, DenseMatrix):
+            return False
         mine, theirs = self._kind(), other._kind()
         shared = [(self.table, other.table), (self.columns, other.columns)]
         return mine == theirs and all(
@@ -136,3 +138,41 @@ class QuantizedMatrix:
         ordered = np.empty_like(values)
         ordered[:, self.columns] = values
         return ordered
+
+
+@dataclass(frozen=True, eq=False)
+class DenseMatrix:
+    """A weight that nobody quantised: float16 [N, K], finite. It has what readers of a `QuantizedMatrix` ask for."""
+
+    values: npt.NDArray[np.float16]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape[0], self.values.shape[1]
+
+    @property
+    def group(self) -> int:
+        return self.shape[1]
+
+    def stacks_with(self, other: Matrix) -> bool:
+        """Whether the rows of both can be those of one matrix."""
+        return isinstance(other, DenseMatrix) and self.group == other.group
+
+    def stack(self, *others: DenseMatrix) -> DenseMatrix:
+        """The rows of self, then those of the others, which must stack."""
+        return DenseMatrix(np.concatenate([self.values, *(other.values for other in others)]))
+
+    def take_rows(self, rows: npt.NDArray[np.int64]) -> DenseMatrix:
+        """The matrix of the given rows, in that order."""
+        return DenseMatrix(self.values[rows])
+
+    def take_columns(self, start: int, stop: int) -> DenseMatrix:
+        """The matrix of the columns `start` to `stop` - 1."""
+        return DenseMatrix(self.values[:, start:stop])
+
+    def dequantize(self) -> Floats:
+        """float32 [N, K]."""
+        return self.values.astype(np.float32)
+
+
+Matrix = QuantizedMatrix | DenseMatrix
