@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
 import tempfile
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from serving.core import Batch
 
+_LOG = logging.getLogger("serving")
 NUM_FEATURES = 5
 WINDOW = 512  # the last steps of each kind (with and without prompts) that count
 REFIT = 32  # steps between two fits
@@ -107,13 +109,16 @@ class CostModel:
             self._load(self._path)
 
     def save(self) -> None:
-        """Keep it, all of it or nothing."""
+        """Keep it, all of it or nothing; where that cannot be written, say so and go on."""
         if self._path is None or not sum(self._counts):
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=self._path.parent, prefix=self._path.name, delete=False) as file:
-            json.dump({"rows": self._known().tolist()}, file)
-        Path(file.name).replace(self._path)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=self._path.parent, prefix=self._path.name, delete=False) as file:
+                json.dump({"rows": self._known().tolist()}, file)
+            Path(file.name).replace(self._path)
+        except OSError as error:
+            _LOG.warning("cannot keep the times of steps in %s (%s)", self._path, error.strerror)
 
     def _known(self) -> NDArray[np.float64]:
         return np.concatenate([rows[: min(count, WINDOW)] for rows, count in zip(self._rows, self._counts)])

@@ -118,6 +118,12 @@ def test_what_is_known_is_kept_for_the_next_server(tmp_path: Path) -> None:
         assert not CostModel(path).is_fitted
 
 
+def test_a_place_that_cannot_be_written_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    fitted((1e-3, 0.0, 0.0, 0.0, 0.0), tmp_path / "file" / "model.json").save()
+    assert f"cannot keep the times of steps in {tmp_path}/file/model.json (File exists)" in caplog.text
+
+
 def test_clocks_that_stand_still_teach_nothing() -> None:
     model = CostModel()
     for _ in range(100):
