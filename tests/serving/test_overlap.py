@@ -59,7 +59,7 @@ class EvenTokens:
 
 def make_engine(runner: FakeRunner, *, overlap: bool, clock: ManualClock | None = None, **limits: int) -> Engine:
     given = {"num_pages": 16, "max_model_len": 30, "max_batch": 4, "max_step_tokens": 12} | limits
-    config = EngineConfig(**given, page_size=PAGE, request_timeout=TIMEOUT, overlap=overlap)
+    config = EngineConfig(**given, page_size=PAGE, request_timeout=TIMEOUT, overlap=overlap, admission="aggressive")
     return Engine(runner, FakeVocabulary(), config, clock or ManualClock())
 
 
@@ -196,7 +196,7 @@ def test_pages_of_one_that_ends_are_waited_for() -> None:
     engine = make_engine(FakeRunner(PAGE, lazy=True), overlap=True, num_pages=4)
     for name, length in (("ends", 2), ("goes on", 5)):
         engine.add(request(name, [1, 2, 3, 4, 5], length, ignore_eos=True))
-    goes_on = engine.scheduler.waiting[1]
+    goes_on = list(engine.scheduler.waiting)[1]
     expected = reference_answer([1, 2, 3, 4, 5], 5, ignore_eos=True)
     assert run(engine) == {"ends": expected[:2], "goes on": expected}
     assert goes_on.num_preemptions == 0
