@@ -7,10 +7,12 @@ import os
 import platform
 import sys
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
 
+import tilus
 from serving.config import EngineConfig, ServerConfig
 from serving.core import MonotonicClock, Runner
 from serving.cost_model import CostModel
@@ -25,15 +27,16 @@ from serving.kv import PageTables
 from serving.loader import Checkpoint, default_model, open_checkpoint
 from serving.memory import PAGE_SIZE, Wishes, expected_size, free_nbytes, plan, size_of
 from serving.model import build_model
-from serving.packing import PackedWeights, pack_weights
+from serving.packing import FUSED, PackedWeights, pack_weights
 from serving.progress import progress
+from serving.rehearsal import rehearsal
 from serving.request_log import RequestLog
 from serving.runner import TorchRunner
 from serving.shards import shard
 from serving.speculation import Drafter, DraftModel, PromptLookup
 from serving.tensor_parallel import Group, ParallelRunner, Ranks
 from serving.trace import Trace
-from serving.weight_cache import WeightCache, packed_form
+from serving.weight_cache import WeightCache, moved, packed_form
 from tilus.config import cache_dir
 from tilus.dtypes import dtype
 from tilus.errors import TilusError
@@ -119,15 +122,15 @@ def build_runner(
     _say(f"loading {checkpoint.name} on {device.type}{parts}")
     if not execution.is_compiled:
         _say(f"kernels are interpreted ({execution.way}), which is slow")
-    cache = None if config.dummy or group is not None else _cache(path, config.weight_dtype, kernels, device)
+    in_parts = config.dummy or group is not None
+    cache = None if in_parts else _cache(path, config.weight_dtype, checkpoint, kernels, device)
     packed = cache.load() if cache is not None else None
     size = expected_size(checkpoint, kernels, device) if packed is None else size_of(packed)
     wishes = Wishes(config.max_batch, config.max_step_tokens, config.max_model_len, config.num_pages, config.kv_dtype)
     memory = plan(checkpoint.config, size, wishes, free_nbytes(device), device)
     _say(memory.table())
     num_pages = memory.num_pages if group is None else group.least(memory.num_pages)
-    if packed is None:
-        packed = _pack(checkpoint, kernels, device, cache)
+    packed = _pack(checkpoint, kernels, device, cache) if packed is None else moved(packed, device)
     limits = EngineConfig(
         num_pages=num_pages,
         max_model_len=max_model_len,
@@ -153,6 +156,9 @@ def build_runner(
         max_rows=config.max_batch * (1 + config.drafts), graphs=GraphLimits(config.max_batch, pages) if captures else None,
         num_host_pages=limits.num_host_pages, trace=trace,
     )  # fmt: skip
+    if captures and group is None:  # the other processes of --tp find what the first has compiled
+        with progress("compiling kernels", "kernel") as show:
+            tilus.compile_ahead(lambda: runner.rehearse(rehearsal(limits)), done=show)
     return runner, limits
 
 
@@ -184,9 +190,15 @@ def _steps_file(config: ServerConfig, checkpoint: Checkpoint, execution: Executi
     return cache_dir() / "steps" / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}.json"
 
 
-def _cache(path: Path, weight_dtype: str, kernels: Kernels, device: torch.device) -> WeightCache | None:
-    """A GPU packs faster than a disk reads, and its weights cannot be mapped."""
-    form = packed_form(kernels, device) if device.type == "cpu" else None
+def _cache(
+    path: Path, weight_dtype: str, checkpoint: Checkpoint, kernels: Kernels, device: torch.device
+) -> WeightCache | None:
+    """On a GPU only for weights that are quantised while loading: it packs others faster than a disk reads."""
+    if device.type != "cpu" and not any(
+        checkpoint.weights.is_float(f"blk.0.{part}") for part in chain(*FUSED.values())
+    ):
+        return None
+    form = packed_form(kernels, device)
     return None if form is None else WeightCache(path, weight_dtype, form)
 
 

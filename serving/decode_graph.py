@@ -7,7 +7,7 @@ that are made up have no tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,6 +63,11 @@ class DecodeGraphs:
         self._inputs = DecodeInputs(self.sizes[-1], pool.shape.page_size, limits.max_pages, sampler.tokens)
         self._graphs: dict[int, tuple[tilus.LaunchGraph | torch.cuda.CUDAGraph, Tensor]] = {}
         self._on_gpu = _GpuCapture(model, sampler, self.sizes[-1]) if device.type == "cuda" else None
+
+    def steps(self) -> Iterator[tuple[StepTensors, Tensor | None]]:
+        """Inputs as graphs of all sizes have them, and where their logits go."""
+        for size in self.sizes:
+            yield self._inputs.step(size), None if self._on_gpu is None else self._on_gpu.logits(size)
 
     def fits(self, batch: Batch) -> bool:
         """Whether a batch only decodes, and is small enough."""
@@ -187,9 +192,13 @@ class _GpuCapture:
         self._stream = torch.cuda.Stream(device)
         self._memory = torch.cuda.graph_pool_handle()
 
+    def logits(self, size: int) -> Tensor:
+        """Where the logits of `size` sequences go."""
+        return self._logits[:size]
+
     def capture(self, inputs: DecodeInputs, size: int, pool: KvPool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """The step runs once before."""
-        step, logits, last = inputs.step(size), self._logits[:size], self._sampler.tokens.clone()
+        step, logits, last = inputs.step(size), self.logits(size), self._sampler.tokens.clone()
 
         def run() -> None:
             inputs.gather(size)

@@ -71,6 +71,10 @@ class Dense:
     down: Linear
     activation: str
 
+    @property
+    def weights(self) -> tuple[PackedWeight, ...]:
+        return (*self.gate_up.parts, *self.down.parts)
+
     def __call__(self, kernels: Kernels, x: Tensor, combine: Combine | None = None) -> Tensor:
         gate_up = self.gate_up(kernels, x)
         gated = kernels.silu_mul(gate_up) if self.activation == "silu" else kernels.gelu_mul(gate_up)
@@ -85,6 +89,10 @@ class Mixture:
     gate_up: PackedWeight
     down: PackedWeight
     experts: Experts
+
+    @property
+    def weights(self) -> tuple[PackedWeight, ...]:
+        return self.router, self.gate_up, self.down
 
     def __call__(self, kernels: Kernels, x: Tensor, combine: Combine | None = None) -> Tensor:
         logits = kernels.linear(x, self.router, out_dtype=torch.float32)

@@ -1,9 +1,10 @@
-"""Showing how far something is: a bar on a terminal, a line for each quarter in a log."""
+"""Showing how far something is, and how long it took: a bar on a terminal, a line for each quarter in a log."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Generator
 
 import click
@@ -11,20 +12,27 @@ import click
 
 @contextlib.contextmanager
 def progress(label: str, unit: str) -> Generator[Callable[[int, int], None]]:
-    """On stderr. What is given is called with (done, total), first with done = 0."""
-    if not sys.stderr.isatty():
-        yield lambda done, total: _log(label, unit, done, total)
-        return
+    """On stderr. What is given is called with (done, total), first with done = 0. At the end the seconds are told, unless it was
+    never called."""
+    start, shown = time.monotonic(), False
     with contextlib.ExitStack() as stack:
         bars: list[click.progressbar] = []  # type: ignore[valid-type]
 
         def show(done: int, total: int) -> None:
-            if not bars:
-                bar = click.progressbar(length=total, label=label, file=sys.stderr, show_pos=True)
-                bars.append(stack.enter_context(bar))
+            nonlocal shown
+            shown = True
+            if not sys.stderr.isatty():
+                _log(label, unit, done, total)
+                return
+            if not bars or bars[0].length != total:
+                bars[:] = [
+                    stack.enter_context(click.progressbar(length=total, label=label, file=sys.stderr, show_pos=True))
+                ]
             bars[0].update(done - bars[0].pos)
 
         yield show
+    if shown:
+        print(f"{label}: {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
 
 
 def _log(label: str, unit: str, done: int, total: int) -> None:

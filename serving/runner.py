@@ -6,7 +6,7 @@ inputs go through pinned memory that torch keeps until they have been read, resu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from serving.decode_graph import DecodeGraphs, GraphLimits, known_tokens
 from serving.gpu_spans import GpuSpans
 from serving.kv_pool import KvPool, PageShape
 from serving.model import Model, StepTensors
+from serving.rehearsal import without_repetitions
 from serving.sampling import Sampler
 from serving.swap import PageSwapper
 from serving.trace import Trace
@@ -80,6 +81,19 @@ class TorchRunner:
     def _prepare(self, batch: Batch) -> Callable[[], Tensor]:
         step = step_tensors(batch, self._page_size, self._device, self._sampler.tokens, self._rows)
         return lambda: self._model.forward(step, self.kv_pool.layers)
+
+    @torch.inference_mode()
+    def rehearse(self, batches: Iterable[Batch]) -> None:
+        """All different launches of these batches' steps, and of steps that are captured: for `tilus.compile_ahead`."""
+        model, caches = without_repetitions(self._model, self.kv_pool.layers)
+        for batch in batches:
+            logits = model.forward(step_tensors(batch, self._page_size, self._device), caches)
+            self._sampler.write(batch.sampled)
+            self._sampler.run(logits, len(batch.sampled))
+            self._sampler.collect(batch.sampled)
+        self._sampler.write(())
+        for step, out in self._graphs.steps() if self._graphs is not None else ():
+            self._sampler.run(model.forward(step, caches, out), step.decodes)
 
 
 def _rows_of(item: BatchItem) -> tuple[BatchItem, ...]:

@@ -15,19 +15,17 @@ from types import FrameType
 import torch
 import uvicorn
 
-import tilus
 from serving.api import create_app
 from serving.async_engine import AsyncEngine
 from serving.build import build_engine, open_model, rank_runner
 from serving.config import ServerConfig
-from serving.decode_graph import LARGEST_BATCH
 from serving.engine import Engine
 from serving.execution import Execution, choose_execution
 from serving.kernels import Kernels, default_kernels
 from serving.progress import progress
 from serving.tensor_parallel import ranks
 from serving.warm_up import measure_steps, warm_up
-from tilus.config import api_key
+from tilus.config import api_key, autotune
 from tilus.errors import TilusError
 
 
@@ -58,12 +56,10 @@ def serve(config: ServerConfig, kernels: Callable[[], Kernels] | None = None) ->
         name = config.model_name or checkpoint.name
         others = stack.enter_context(ranks(config, execution.device, rank_runner)) if config.tp > 1 else None
         engine = build_engine(config, path, checkpoint, library, execution, others)
-        with progress("warming up", "step") as show:
-            warm_up(engine, False, show)
         on_gpu = execution.way == "cuda"
-        if on_gpu or tilus.num_compilations():  # nothing of it was on the disk, so the rest is not either
-            with progress("capturing steps" if on_gpu else "compiling kernels", "step") as show:
-                warm_up(engine, execution.is_compiled, show, config.max_batch if on_gpu else LARGEST_BATCH)
+        phase = f"{'tuning and ' * autotune()}capturing steps" if on_gpu else "warming up"
+        with progress(phase, "step") as show:
+            warm_up(engine, on_gpu, show, config.max_batch)
         if on_gpu and not engine.cost.is_fitted and config.itl_slo is not None:
             measure_steps(engine)
         app = create_app(

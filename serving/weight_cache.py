@@ -59,7 +59,8 @@ class WeightCache:
             return None
 
     def store(self, weights: PackedWeights) -> PackedWeights:
-        """Write the entry. What comes back is mapped from it, or `weights` when it cannot be written, which is logged."""
+        """Write the entry. What comes back on a CPU is mapped from it; `weights` on a GPU, or when it cannot be written, which is
+        logged."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             weight_file.write(self.path, self.key, weights)
@@ -72,7 +73,8 @@ class WeightCache:
             )
             return weights
         self._remove_others()
-        return self.load() or weights
+        is_here = all(tensor.device.type == "cpu" for tensor in weights.tensors.values())
+        return self.load() or weights if is_here else weights
 
     def _remove_others(self) -> None:
         for path in self.directory.glob(f"{self._prefix}*"):
@@ -83,6 +85,15 @@ class WeightCache:
                     weight_file.remove_abandoned(path)
                 else:
                     path.unlink()
+
+
+def moved(weights: PackedWeights, device: torch.device) -> PackedWeights:
+    """Weights of the cache in the memory of a device."""
+    if device.type == "cpu":
+        return weights
+    tensors = {name: tensor.to(device) for name, tensor in weights.tensors.items()}
+    linears = {name: tuple(part.to(device) for part in parts) for name, parts in weights.linears.items()}
+    return PackedWeights(tensors, linears)
 
 
 def packed_form(kernels: Kernels, device: torch.device) -> str | None:

@@ -34,8 +34,8 @@ _Bytes = npt.NDArray[np.uint8]
 
 
 def write(path: Path, key: str, weights: PackedWeights) -> None:
-    """Create or replace a file of packed weights, whose linear layers are QuantizedWeight, all on the CPU. key: what a reader
-    must ask for. Raises: OSError."""
+    """Create or replace a file of packed weights, whose linear layers are QuantizedWeight, on any device. key: what a reader must
+    ask for. Raises: OSError."""
     layout = _Layout()
     tensors = {name: layout.place(tensor) for name, tensor in weights.tensors.items()}
     linears = {
@@ -132,22 +132,27 @@ class _Layout:
     def __init__(self) -> None:
         self.nbytes = 0
         self.sum = 0
-        self._arrays: list[_Bytes] = []
+        self._tensors: list[Tensor] = []
 
     def place(self, tensor: Tensor) -> tuple[str, list[int], int]:
         """numpy's dtype, the shape and the first byte of a tensor."""
-        array = tensor.contiguous().numpy()
-        flat = array.reshape(-1).view(np.uint8)
-        start, self.nbytes = self.nbytes, self.nbytes + _round_up(flat.nbytes)
-        self.sum = (self.sum + _word_sum(flat)) % 2**64
-        self._arrays.append(flat)
+        array = _array(tensor)
+        start, self.nbytes = self.nbytes, self.nbytes + _round_up(array.nbytes)
+        self.sum = (self.sum + _word_sum(array.reshape(-1).view(np.uint8))) % 2**64
+        self._tensors.append(tensor)
         return array.dtype.str, list(array.shape), start
 
     def write(self, file: BinaryIO) -> None:
-        for chunk in self._arrays:
+        for (
+            tensor
+        ) in self._tensors:  # those of a GPU come one by one, once more: all at once may be too many for this memory
             file.write(bytes(-file.tell() % _PAGE))
-            file.write(chunk.data)
+            file.write(_array(tensor).reshape(-1).view(np.uint8).data)
         file.write(bytes(-file.tell() % _PAGE))
+
+
+def _array(tensor: Tensor) -> npt.NDArray[np.generic]:
+    return tensor.contiguous().cpu().numpy()
 
 
 def _round_up(nbytes: int) -> int:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from tilus.dtypes import *  # noqa: F403
     from tilus.lang.annotations import Const as Const
     from tilus.lang.annotations import Tensor as Tensor
+    from tilus.runtime.ahead import compile_ahead as compile_ahead
     from tilus.runtime.capture import LaunchGraph as LaunchGraph
     from tilus.runtime.capture import capture as capture
     from tilus.runtime.execute import default_device as default_device
@@ -23,6 +24,7 @@ _MODULES = {
     "tilus.lang.builtins": ("block_id", "cdiv", "grid", "grid_dim", "inline", "range", "static_range"),
     "tilus.lang.kernel": ("Kernel", "kernel"),
     "tilus.lang.roles": ("warps",),
+    "tilus.runtime.ahead": ("compile_ahead",),
     "tilus.runtime.capture": ("LaunchGraph", "capture"),
     "tilus.runtime.compilations": ("num_compilations",),
     "tilus.runtime.execute": ("default_device",),

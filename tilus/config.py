@@ -92,6 +92,15 @@ def autotune() -> bool:
     return value == "1"
 
 
+def kernel_index() -> bool:
+    """TILUS_KERNEL_INDEX: 0 translates kernels of tilus anew in each process, also those that are on the disk, as programs need
+    that change tilus' own modules while they run; default 1."""
+    value = os.environ.get("TILUS_KERNEL_INDEX", "1")
+    if value not in ("0", "1"):
+        raise TilusError(f"TILUS_KERNEL_INDEX is {value!r}, expected 0 or 1")
+    return value == "1"
+
+
 def debug() -> bool:
     """TILUS_DEBUG: 1 checks block tables, lengths, positions and slots before attention and appends run, and the server's books
     after each step; default 0."""

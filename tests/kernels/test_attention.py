@@ -16,7 +16,7 @@ from test_attention_variant import exact
 from tilus import TilusError
 from tilus.kernels import paged_attention
 from tilus.kernels.attention import paged_attention_kernel
-from tilus.runtime.execute import build
+from tilus.runtime.binaries import build
 from tilus.target import get_target
 
 EXECUTIONS = ["reference", "cpu", "emulator", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -15,7 +15,7 @@ from tilus import TilusError
 from tilus.kernels import paged_prefill
 from tilus.kernels.attention_variant import Variant
 from tilus.kernels.paged_prefill import PrefillPlan, by_fitting_plan, paged_prefill_kernel, plans_of
-from tilus.runtime.execute import build
+from tilus.runtime.binaries import build
 from tilus.target import get_target
 
 Array = npt.NDArray[np.float64]

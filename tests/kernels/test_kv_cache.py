@@ -20,7 +20,7 @@ from tilus.kernels.kv_cache import KV_FORMATS, QuantizedCache, quantized_cache
 from tilus.kernels.paged_decode import DecodePlan, launch, most_queries, paged_decode_kernel, plans, units_of_codes
 from tilus.kernels.paged_decode_split import Split
 from tilus.ptx.assembler import SpillError
-from tilus.runtime.execute import build
+from tilus.runtime.binaries import build
 from tilus.target import get_target
 
 Array = npt.NDArray[np.float64]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tilus import TilusError
 from tilus.kernels.merge_states import merge_states, merge_states_kernel
-from tilus.runtime.execute import build
+from tilus.runtime.binaries import build
 from tilus.target import get_target
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]

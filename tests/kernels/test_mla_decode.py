@@ -15,7 +15,7 @@ from tilus import TilusError
 from tilus.kernels import merge_states, mla_decode
 from tilus.kernels.mla_decode import MlaPlan, launch, mla_decode_kernel, parts_of_sequence, plan_of
 from tilus.kernels.paged_decode_split import Split
-from tilus.runtime.execute import build
+from tilus.runtime.binaries import build
 from tilus.target import get_target
 
 EXECUTIONS = [

@@ -13,7 +13,7 @@ from tilus.kernels import mla_prefill
 from tilus.kernels.mla_attention import mla_attention_kernel
 from tilus.kernels.mla_prefill import PLAN, mla_prefill_kernel
 from tilus.ptx.assembler import assemble
-from tilus.runtime.execute import build
+from tilus.runtime.binaries import build
 from tilus.target import get_target
 
 DEVICES = ["reference", "cpu", "emulator", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -20,7 +20,7 @@ from tilus import TilusError
 from tilus.kernels import paged_attention, quantized_cache
 from tilus.kernels.attention import paged_attention_kernel, rows_of_codes
 from tilus.kernels.kv_cache import QuantizedCache
-from tilus.runtime.execute import build
+from tilus.runtime.binaries import build
 from tilus.target import get_target
 
 EXECUTIONS = ["reference", "cpu", "emulator", pytest.param("cuda", marks=pytest.mark.gpu)]

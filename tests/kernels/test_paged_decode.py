@@ -19,7 +19,7 @@ from tilus.kernels import paged_decode
 from tilus.kernels.paged_decode import DecodePlan, launch, most_queries, paged_decode_kernel, plans
 from tilus.kernels.paged_decode_split import Split
 from tilus.ptx.assembler import SpillError
-from tilus.runtime.execute import build
+from tilus.runtime.binaries import build
 from tilus.target import get_target
 
 TILE = 64

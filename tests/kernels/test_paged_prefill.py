@@ -17,7 +17,7 @@ from tilus import TilusError
 from tilus.kernels.kv_cache import quantized_cache
 from tilus.kernels.merge_states import merge_states
 from tilus.kernels.paged_prefill import PrefillPlan, heads_of, launch, paged_prefill, paged_prefill_kernel, plans_of
-from tilus.runtime.execute import build
+from tilus.runtime.binaries import build
 from tilus.target import get_target
 
 Array = npt.NDArray[np.float64]

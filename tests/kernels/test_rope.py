@@ -13,7 +13,7 @@ import torch
 from tilus import TilusError
 from tilus.kernels import quantized_cache, rope_append
 from tilus.kernels.rope import rope_append_kernel
-from tilus.runtime.execute import build
+from tilus.runtime.binaries import build
 from tilus.target import get_target
 
 EXECUTIONS = ["reference", "cpu", "emulator", pytest.param("cuda", marks=pytest.mark.gpu)]

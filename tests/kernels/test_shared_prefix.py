@@ -34,7 +34,7 @@ from tilus.kernels.shared_prefix_groups import (
 )
 from tilus.kernels.shared_prefix_rows import shared_prefix_kernel
 from tilus.ptx.assembler import SpillError
-from tilus.runtime.execute import build
+from tilus.runtime.binaries import build
 from tilus.target import get_target
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)

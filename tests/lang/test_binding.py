@@ -23,6 +23,7 @@ from tilus.lang.arguments import CPU, describe_argument
 from tilus.lang.binding import checked
 from tilus.lang.facts import facts_of, largest_divisor, power_of_two_part
 from tilus.runtime import arrays
+from tilus.runtime.execute import sizes_of
 
 TEXT = """\
 @tilus.kernel
@@ -188,7 +189,7 @@ def test_facts_hold_and_strides_are_reproduced(shape: list[int], order: Any, ste
     kernel = make(f"@tilus.kernel\ndef k(x: Tensor[f32, {dims}]):\n    tilus.grid(1)\n")
     call, _ = checked(kernel, {"x": array}, None)
     tensor = call.specialization.function.params[0].tensor  # type: ignore[union-attr]
-    strides, values = tuple(s // 4 for s in array.strides), call.sizes
+    strides, values = tuple(s // 4 for s in array.strides), sizes_of(call.specialization.function, call.arrays)
     for expr, value in values.items():
         assert value % expr.multiple_of == 0 and expr.lower is not None and expr.lower <= value <= (expr.upper or 0)
     assert tuple(evaluate(e, values) for e in tensor.shape) == array.shape
@@ -308,3 +309,31 @@ def test_devices_have_launchers_of_their_own(executions: Executions) -> None:
     with pytest.raises(tilus.TilusError) as caught:
         kernel.on("tpu")
     assert caught.value.message == "unknown device 'tpu'"
+
+
+VARYING = """
+@tilus.kernel(varying=("m",))
+def k(x: Tensor[f32, "m", "n"], y: Tensor[f32, "m", "n"]):
+    tilus.grid(tilus.cdiv(x.shape[0], 4), warps=1)
+    i = tilus.block_id(0) * 4
+    tilus.store(y, [i, 0], tilus.load(x, [i, 0], [4, 32]) + 1.0)
+"""
+
+
+def test_one_specialisation_serves_every_extent_of_a_varying_dim() -> None:
+    kernel = make(VARYING)
+    arrays = [np.arange(m * 32, dtype=np.float32).reshape(m, 32) for m in (1, 2, 3, 16, 64)]
+    assert len({kernel.specification(x, x.copy()) for x in arrays}) == 1
+    assert len({make(VARYING.replace('m",)', 'n",)')).specification(x, x) for x in arrays}) == len({1, 2, 3, 16})
+    for x in arrays:
+        y = np.zeros_like(x)
+        kernel.on("reference")(x, y)
+        assert (y == x + 1).all()
+    strided = np.zeros((1, 64), np.float32)[:, :32]  # where there is one row, its stride does not matter
+    assert kernel.specification(strided, strided) == kernel.specification(arrays[1], arrays[1])
+
+
+def test_only_named_dims_can_vary() -> None:
+    for name in ("k", "x", "32"):
+        with pytest.raises(tilus.TilusError, match=f"k: varying='{name}', expected names of dims: m, n"):
+            make(VARYING.replace('m",)', f'{name}",)'))

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -33,7 +39,7 @@ def test_results_are_in_order_and_progress_is_told(processes: int) -> None:
 def test_processes_where_they_save_more_than_their_start(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[int] = []
 
-    def pool(count: int, context: object) -> None:
+    def pool(count: int, context: object, initializer: object) -> None:
         started.append(count)
         raise InterruptedError
 
@@ -55,3 +61,41 @@ def test_processes_where_they_save_more_than_their_start(monkeypatch: pytest.Mon
         else:
             assert len(compile_all([partial(square, 1)] * jobs)) == jobs
         assert started == expected
+
+
+def end(number: int) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def test_a_process_that_is_killed_is_an_error() -> None:
+    with pytest.raises(TilusError, match=r"a process that compiles kernels was ended(.|\n)*hint: if memory ran out"):
+        compile_all([partial(end, 1), partial(end, 2)], processes=2)
+
+
+def wait(path: str) -> None:
+    Path(path, str(os.getpid())).touch()
+    time.sleep(60)
+
+
+def test_processes_end_when_their_parent_is_killed(tmp_path: Path) -> None:
+    program = (
+        "from functools import partial\nfrom test_compile_pool import wait\nfrom tilus.runtime.compile_pool import compile_all\n"
+        f"if __name__ == '__main__':\n    compile_all([partial(wait, {str(tmp_path)!r})] * 2, processes=2)\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
+    try:
+        until(lambda: len(list(tmp_path.iterdir())) == 2)
+    finally:
+        parent.kill()
+        parent.wait()
+    until(lambda: not any(Path("/proc", child.name).exists() for child in tmp_path.iterdir()))
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

@@ -19,7 +19,7 @@ import tilus
 from tilus.errors import TilusError
 from tilus.ir.expr import Var
 from tilus.ir.function import Function, TensorParam
-from tilus.runtime import execute
+from tilus.runtime import binaries, execute
 from tilus.runtime.cpu import features, pool, toolchain
 from tilus.runtime.launch_times import recording
 from tilus.target import CpuTarget
@@ -67,7 +67,7 @@ class Generator:
 @pytest.fixture
 def generator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Generator]:
     generator = Generator()
-    monkeypatch.setattr(execute, "compile_for_cpu", generator.compile_for_cpu)
+    monkeypatch.setattr(binaries, "compile_for_cpu", generator.compile_for_cpu)
     monkeypatch.delenv("TILUS_DEVICE", raising=False)
     monkeypatch.delenv("TILUS_CC", raising=False)
     execute._cpu_or_reference.cache_clear()

@@ -209,15 +209,18 @@ def test_a_capture_that_failed_is_tried_again(model: Model, monkeypatch: pytest.
     ("kernels", "way", "captures"),
     [(tilus.kernels, "cpu", True), (tilus.kernels, "reference", False), (TorchKernels(), "cpu", False)],
 )
-def test_only_native_kernels_of_tilus_are_captured(
+def test_only_native_kernels_of_tilus_are_compiled_ahead_and_captured(
     tiny_checkpoint: Checkpoint, tmp_path, monkeypatch: pytest.MonkeyPatch, kernels: Kernels, way, captures: bool
 ) -> None:
     monkeypatch.setenv("TILUS_CACHE_DIR", str(tmp_path))
     path = tiny_checkpoint.weights._tensors.path
     config = ServerConfig(max_batch=2, num_pages=6)
+    compiled: list[object] = []
+    monkeypatch.setattr(tilus, "compile_ahead", lambda run, done: compiled.append(run), raising=False)
     engine = build.build_engine(config, path, tiny_checkpoint, kernels, Execution(CPU, way))
     runner = engine._runner
     assert isinstance(runner, TorchRunner) and (runner._graphs is not None) == captures
+    assert len(compiled) == captures
     if runner._graphs is not None:
         assert runner._graphs._inputs.step(2).block_tables.shape == (2, 6)
 

@@ -189,9 +189,9 @@ def test_limits_that_contradict_the_model(tiny_directory: Path) -> None:
     assert server.text == "error: --max-model-len is 300, but the model was made for at most 256 tokens\n"
 
 
-def start_and_stop(model: Path, cache: Path) -> str:
-    """What the real server says on its reference kernels, until it is ready."""
-    arguments = ("--model", str(model), "--port", "0", "--device", "reference", "--max-batch", "2")
+def start_and_stop(model: Path, cache: Path, device: str = "reference") -> str:
+    """What the real server says until it is ready."""
+    arguments = ("--model", str(model), "--port", "0", "--device", device, "--max-batch", "2")
     server = Process(*arguments, program=REAL, TILUS_CACHE_DIR=str(cache))
     server.wait_for("curl .*\n")
     server.process.terminate()
@@ -207,6 +207,27 @@ def test_the_second_start_finds_the_weights(tiny_directory: Path, tmp_path: Path
     ]
     assert "kernels are interpreted (reference), which is slow\n" in first
     assert "warming up: step 2 of 2\n" in second
+
+
+@pytest.mark.exhaustive
+def test_a_start_that_was_killed_leaves_nothing_in_the_way(tiny_directory: Path, tmp_path: Path) -> None:
+    arguments = ("--model", str(tiny_directory), "--port", "0", "--device", "cpu", "--max-batch", "2")
+    killed = Process(*arguments, program=REAL, TILUS_CACHE_DIR=str(tmp_path))
+    killed.wait_for("compiling kernels: kernel", 200)
+    killed.process.kill()
+    killed.process.wait()
+    kept = len(list((tmp_path / "kernels").iterdir()))
+    second = Process(*arguments, program=REAL, TILUS_CACHE_DIR=str(tmp_path))
+    total = int(second.wait_for(r"compiling kernels: kernel \d+ of (\d+)", 200).group(1))
+    second.wait_for("curl .*\n", 200)
+    second.process.terminate()
+    assert second.finish() == 0
+    third = start_and_stop(tiny_directory, tmp_path, "cpu")
+    assert kept and "compiling kernels" not in third
+    assert (
+        total <= len(list((tmp_path / "kernels").iterdir())) - kept
+    )  # what was compiled when it was killed is not again
+    assert killed.finish() == -signal.SIGKILL
 
 
 def test_a_cache_directory_that_is_none_costs_one_warning(tiny_directory: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from typing import Any
 
@@ -73,14 +74,23 @@ def test_a_log_gets_a_line_for_each_quarter(capsys: pytest.CaptureFixture[str]) 
     with progress("packing weights", "layer") as show:
         for done in range(9):
             show(done, 8)
-    assert capsys.readouterr().err == "".join(f"packing weights: layer {done} of 8\n" for done in (2, 4, 6, 8))
+    *quarters, end = capsys.readouterr().err.splitlines()
+    assert quarters == [f"packing weights: layer {done} of 8" for done in (2, 4, 6, 8)]
+    assert re.fullmatch(r"packing weights: 0\.\d s", end)
+
+
+def test_a_phase_without_anything_to_do_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress("compiling kernels", "kernel"):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
 def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     with progress("packing weights", "layer") as show:
@@ -88,3 +98,12 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
             show(done, 8)
     assert "packing weights" in terminal.getvalue()
     assert "8/8" in terminal.getvalue()
+
+
+def test_another_round_gets_a_bar_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with progress("compiling kernels", "kernel") as show:
+        for done, total in ((1, 2), (2, 2), (1, 3), (3, 3)):
+            show(done, total)
+    assert "2/2" in terminal.getvalue() and "3/3" in terminal.getvalue()

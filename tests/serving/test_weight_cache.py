@@ -26,7 +26,7 @@ from serving import weight_file
 from serving.loader import open_checkpoint
 from serving.packing import PackedWeights, pack_weights
 from serving.quantize import WEIGHT_DTYPES
-from serving.weight_cache import WeightCache, packed_form
+from serving.weight_cache import WeightCache, moved, packed_form
 from tilus.dtypes import dtype
 
 FORM = packed_form(tilus.kernels, CPU)
@@ -248,6 +248,19 @@ def test_a_full_disk_leaves_nothing_behind(
     assert os.listdir(cache_dir) == []
 
 
+@pytest.mark.gpu
+def test_weights_of_a_gpu_come_back_with_the_same_bits(cache_dir: Path, tiny_directory: Path) -> None:
+    gpu = torch.device("cuda")
+    packed = pack_weights(open_checkpoint(tiny_directory), tilus.kernels, gpu)
+    cache = WeightCache(tiny_directory, "int8", packed_form(tilus.kernels, gpu))
+    assert cache.store(packed) is packed
+    found = cache.load()
+    assert found is not None
+    loaded = arrays(moved(found, gpu))
+    for name, array in arrays(packed).items():
+        assert loaded[name].device.type == "cuda" and torch.equal(loaded[name].cpu(), array.cpu()), name
+
+
 def test_kernels_with_a_form_of_their_own_have_no_cache() -> None:
     assert packed_form(TorchKernels(), CPU) is None
 
@@ -259,7 +272,7 @@ import torch
 import tilus.kernels
 from serving.loader import open_checkpoint
 from serving.packing import pack_weights
-from serving.weight_cache import WeightCache, packed_form
+from serving.weight_cache import WeightCache, moved, packed_form
 
 model, cpu = Path(sys.argv[1]), torch.device("cpu")
 packed = pack_weights(open_checkpoint(model), tilus.kernels, cpu)

@@ -27,7 +27,7 @@ def gelu_tanh(gate: Any) -> Any:
     return gate / (1.0 + tilus.exp(-doubled))
 
 
-@tilus.kernel
+@tilus.kernel(varying=("rows",))
 def gated_kernel(
     gate_up: Tensor["dtype", "rows", 2, "width"],
     out: Tensor["dtype", "rows", "width"],

@@ -39,7 +39,14 @@ def group_of(what: str, q_heads: int, kv_heads: int) -> int:
     return group
 
 
-@tilus.kernel
+@tilus.kernel(
+    varying=(
+        "tokens",
+        "sequences",
+        "sequences_plus_1",
+        "pages",
+    )
+)
 def paged_attention_kernel(
     q: Tensor["dtype", "tokens", "kv_heads", "group", "head_dim"],
     kv_cache: Tensor["unit", "pages", 2, "page_size", "kv_heads", "row"],

@@ -11,7 +11,7 @@ from tilus.kernels.allocate import empty
 BLOCK = 1024  # elements of a row that a block gathers
 
 
-@tilus.kernel
+@tilus.kernel(varying=("tokens",))
 def dense_embedding_kernel(
     ids: Tensor[int32, "tokens"],
     table: Tensor["dtype", "vocabulary", "hidden"],
@@ -24,7 +24,7 @@ def dense_embedding_kernel(
     tilus.store(out, [token, first], tilus.load(table, [ids[token], first], [BLOCK]))
 
 
-@tilus.kernel
+@tilus.kernel(varying=("tokens",))
 def quantized_embedding_kernel(
     ids: Tensor[int32, "tokens"],
     codes: Tensor["code", "vocabulary", "groups", "group"],

@@ -86,7 +86,12 @@ def quantized_cache(
     return QuantizedCache(kind, codes, factors)
 
 
-@tilus.kernel
+@tilus.kernel(
+    varying=(
+        "tokens",
+        "pages",
+    )
+)
 def rope_append_quantized_kernel(
     qkv: Tensor["dtype", "tokens", "heads", "head_dim"],
     positions: Tensor[int32, "tokens"],

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 EMULATED_SMS = 132  # an H100
 
 
-@tilus.kernel
+@tilus.kernel(varying=("m", "tiles_n"))
 def quantized_linear(
     x: Tensor["act", "m", "k"],
     codes: Tensor[uint8, "tiles_n", "tiles_k", "tile_nbytes"],

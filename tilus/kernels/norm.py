@@ -15,7 +15,7 @@ VECTOR = 8  # elements of 16 bits that a thread loads at once
 MAX_WARPS = 8
 
 
-@tilus.kernel
+@tilus.kernel(varying=("rows",))
 def rms_norm_kernel(
     x: Tensor["dtype", "rows", "hidden"],
     weight: Tensor[f32, "hidden"],

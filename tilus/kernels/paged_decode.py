@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import dropwhile
 from typing import Any
 
 import tilus
@@ -73,7 +74,14 @@ class DecodePlan:
     blocks_per_sm: int = 1
 
 
-@tilus.kernel
+@tilus.kernel(
+    varying=(
+        "sequences",
+        "pages",
+        "places",
+        "pairs",
+    )
+)
 def paged_decode_kernel(
     q: Tensor["dtype", "sequences", "q_len", "kv_heads", "group", "head_dim"],
     kv_cache: Tensor["unit", "pages", 2, "page_size", "kv_heads", "row"],
@@ -251,7 +259,7 @@ def by_plans(
     parts = (return_lse, fixed_split is None, constant_tables, where, prefix is not None, given.variant, given.words)
     key = (*shape, q.dtype, out.dtype, *parts)
     spilled: SpillError | None = None
-    for plan in [_found[key]] if key in _found else plans(*shape):
+    for plan in dropwhile(lambda plan: plan != _found.get(key, plan), plans(*shape)):
         window = given.variant.window
         recent = None if window is None else window + q.shape[1] - 1
         unit = min(plan.tile, page_size) if fixed_split is None else fixed_split

@@ -65,7 +65,15 @@ class PrefillPlan:
     code_stages: int = 0
 
 
-@tilus.kernel
+@tilus.kernel(
+    varying=(
+        "tokens",
+        "sequences",
+        "sequences_plus_1",
+        "tables",
+        "pages",
+    )
+)
 def paged_prefill_kernel(
     q: Tensor["dtype", "tokens", "kv_heads", "group", "head_dim"],
     kv_cache: Tensor["unit", "pages", 2, "page_size", "kv_heads", "row"],

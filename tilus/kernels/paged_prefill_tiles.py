@@ -118,7 +118,7 @@ def each_tile(
 ) -> None:  # fmt: skip
     """`work(index, tile)` for the tiles of this block, in order; index counts them. Empty ones are left out.
 
-    q: [tokens, kv_heads, group, head_dim]. slack: what `slack_of` finds in the batch, in shared memory, where it costs no register.
+    q: [tokens, kv_heads, group, head_dim]. slack: what `slack_of` finds in the batch, in shared memory, without a register.
     splits: if given, what blocks take in turns are parts of tiles, `PartOfTile`, so many of each, or less where it has few steps.
     """
     heads, tokens, sequences = visits.heads, tokens_of(visits.heads), kv_lens.shape[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import dropwhile
 from typing import Any
 
 from tilus.errors import TilusError
@@ -22,8 +23,8 @@ def launch_without_spills(
     weight: QuantizedWeight, key: Any, candidates: Iterator[Any], launch_by: Callable[[Any], None]
 ) -> None:
     """Launch by the first plan that the registers suffice for. The weight remembers it under the key."""
-    found, last = weight.schedules.get(key), None
-    for plan in candidates if found is None else [found]:
+    last = None
+    for plan in dropwhile(lambda plan: plan != weight.schedules.get(key, plan), candidates):
         try:
             launch_by(plan)
         except SpillError as error:

@@ -14,7 +14,12 @@ from tilus.kernels.rotation import angles_of, loaded_norm, normed, rotated
 from tilus.kernels.vectors import power_of_two
 
 
-@tilus.kernel
+@tilus.kernel(
+    varying=(
+        "tokens",
+        "pages",
+    )
+)
 def rope_append_kernel(
     qkv: Tensor["act", "tokens", "heads", "head_dim"],
     positions: Tensor[int32, "tokens"],

@@ -15,7 +15,7 @@ from tilus.kernels.gemm_schedule import Plan, Product, estimated_us, plan, possi
 from tilus.kernels.trial_arrays import CHECKED_AT_ONCE, placeholder, random_tensor, torch_dtype, wrong_results
 from tilus.runtime import graph_timer
 from tilus.runtime.autotune import Action, Timer, bucket, tune
-from tilus.runtime.execute import build
+from tilus.runtime.binaries import on_gpu
 from tilus.runtime.tuned_plans import Key, Tuned
 from tilus.target import DEFAULT_TARGET, Target
 
@@ -136,4 +136,4 @@ def _placeholders(problem: GemmProblem) -> tuple[Any, Any, Any]:
 
 def _compile(x: Any, w: Any, y: Any, plan: Plan, target: Target) -> None:
     arguments, values = kernel_call(x, w, y, NO_FACTORS, plan)
-    build(gemm_kernel.specialize(*arguments, **values).function, target)
+    on_gpu(gemm_kernel.specialize(*arguments, **values), target)

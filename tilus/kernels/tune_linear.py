@@ -21,7 +21,7 @@ from tilus.kernels.trial_arrays import CHECKED_AT_ONCE, placeholder, random_tens
 from tilus.ptx.assembler import SpillError
 from tilus.runtime import graph_timer
 from tilus.runtime.autotune import Action, Timer, tune
-from tilus.runtime.execute import build
+from tilus.runtime.binaries import on_gpu
 from tilus.runtime.tuned_plans import Tuned
 from tilus.target import DEFAULT_TARGET, Target
 
@@ -143,7 +143,7 @@ def random_matrix(header: WeightHeader) -> QuantizedMatrix:
 
 def _compile(x: Any, weight: QuantizedWeight, y: Any, plan: Plan, target: Target) -> None:
     kernel, arguments, values = kernel_call(x, weight, y, None, plan)
-    build(kernel.specialize(*arguments, **values).function, target)
+    on_gpu(kernel.specialize(*arguments, **values), target)
 
 
 def _repeated(weight: QuantizedWeight, header: WeightHeader) -> QuantizedWeight:

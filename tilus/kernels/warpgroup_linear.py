@@ -31,7 +31,7 @@ from tilus.lang.kernel import Kernel
 from tilus.layout import local
 
 
-@tilus.kernel
+@tilus.kernel(varying=("m", "tiles_n"))
 def warpgroup_linear(
     x: Tensor["act", "m", "k"],
     codes: Tensor[uint8, "tiles_n", "codes_nbytes"],

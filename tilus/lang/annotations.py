@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -98,30 +99,32 @@ _PYTHON_TYPES: dict[object, DataType] = {int: int32, float: f32, bool: boolean}
 
 @dataclass(frozen=True)
 class Signature:
-    """The parameters of a kernel in the user's order; `python` is the Python signature, used to match arguments."""
+    """The parameters of a kernel in the user's order; `python` is the Python signature, used to match arguments. varying: the
+    named dims of whose extents a specialisation knows nothing."""
 
     name: str
     parameters: tuple[Parameter, ...]
     python: inspect.Signature = field(repr=False)
     loc: Loc
+    varying: frozenset[str] = frozenset()
 
-    @property
+    @functools.cached_property
     def tensors(self) -> tuple[TensorParameter, ...]:
         return tuple(p for p in self.parameters if isinstance(p, TensorParameter))
 
-    @property
+    @functools.cached_property
     def scalars(self) -> tuple[ScalarParameter, ...]:
         return tuple(p for p in self.parameters if isinstance(p, ScalarParameter))
 
-    @property
+    @functools.cached_property
     def consts(self) -> tuple[ConstParameter, ...]:
         return tuple(p for p in self.parameters if isinstance(p, ConstParameter))
 
 
-def signature_of(function: FunctionType, names: Mapping[str, object]) -> Signature:
+def signature_of(function: FunctionType, names: Mapping[str, object], varying: Sequence[str] = ()) -> Signature:
     """Read a kernel's parameters; annotations that are strings are evaluated in `names`, then in the globals.
 
-    Raises: TilusError naming the parameter and its annotation.
+    Raises: TilusError naming the parameter and its annotation, or a varying dim that is none.
     """
     source = source_of(function)
     places = {arg.arg: source.loc(arg) for arg in _arguments(source.node.args)}
@@ -132,9 +135,20 @@ def signature_of(function: FunctionType, names: Mapping[str, object]) -> Signatu
             parameters.append(_parameter(parameter, function, names))
         except TilusError as error:
             raise error.at(places.get(parameter.name)) from None
-    signature = Signature(function.__name__, tuple(parameters), python, _definition(source))
+    signature = Signature(function.__name__, tuple(parameters), python, _definition(source), frozenset(varying))
     _check_names(signature, places)
+    _check_varying(signature)
     return signature
+
+
+def _check_varying(signature: Signature) -> None:
+    """Only dims that are named, and no Const parameters, which are known."""
+    dims = {dim for tensor in signature.tensors for dim in tensor.type.dims if isinstance(dim, str)}
+    known = sorted(dims - {const.name for const in signature.consts})
+    for name in sorted(signature.varying.difference(known)):
+        raise TilusError(
+            f"{signature.name}: varying={name!r}, expected names of dims: {', '.join(known)}", loc=signature.loc
+        )
 
 
 def _definition(source: Source) -> Loc:

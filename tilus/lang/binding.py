@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from tilus.dtypes import DataType
 from tilus.errors import TilusError
-from tilus.ir.expr import Var
-from tilus.ir.function import TensorParam
 from tilus.lang.annotations import ConstParameter, ScalarParameter, Signature, TensorParameter
 from tilus.lang.arguments import Array, describe_argument
-from tilus.lang.facts import MAX_EXTENT, Specification, TensorFacts, facts_of, typed
+from tilus.lang.facts import MAX_EXTENT, Specification, TensorFacts, facts_of, typed, without_extents
+from tilus.runtime import ahead
 
 if TYPE_CHECKING:
     from tilus.lang.kernel import Kernel, Specialization
@@ -31,14 +30,13 @@ MAX_PREPARED = 4096  # calls with distinct keys that are remembered per kernel a
 class Call:
     """One call of a kernel, checked; what the runtime prepares launches from.
 
-    arrays: by tensor parameter, in order, None for an absent optional one. sizes: the values of the variable dims and
-    strides. device: as asked for by name, None for the default. The prepared launch is called with the tensors' pointers, the
-    scalars, and the tensor arguments themselves, each in the order of the parameters.
+    arrays: by tensor parameter, in order, None for an absent optional one. device: as asked for by name, None for the default.
+    The prepared launch is called with the tensors' pointers, the scalars, and the tensor arguments themselves, each in the order
+    of the parameters.
     """
 
     specialization: Specialization
     arrays: tuple[Array | None, ...]
-    sizes: Mapping[Var, int]
     device: str | None
 
 
@@ -169,10 +167,15 @@ def specification(binder: Binder, arrays: Sequence[Array | None], device: str | 
 
     on_gpu = any(a is not None and a.device >= 0 for a in arrays)
     vectors = place(device, on_gpu) != "cpu"
-    tensors: list[TensorFacts | None] = [
-        None if a is None else facts_of(a.dtype, a.shape, a.strides, a.pointer, vectors=vectors) for a in arrays
-    ]
-    return Specification(tuple(tensors), tuple(typed(binder.const(p)) for p in binder.signature.consts))
+    signature = binder.signature
+    tensors: list[TensorFacts | None] = []
+    for parameter, array in zip(signature.tensors, arrays, strict=True):
+        facts = None
+        if array is not None:
+            facts = facts_of(array.dtype, array.shape, array.strides, array.pointer, vectors=vectors)
+            facts = without_extents(facts, parameter.type.dims, signature.varying)
+        tensors.append(facts)
+    return Specification(tuple(tensors), tuple(typed(binder.const(p)) for p in signature.consts))
 
 
 def bound(kernel: Kernel, values: Mapping[str, Any]) -> tuple[Binder, tuple[Array | None, ...]]:
@@ -194,22 +197,7 @@ def checked(kernel: Kernel, values: Mapping[str, Any], device: str | None) -> tu
     binder, arrays = bound(kernel, values)
     scalars = tuple(binder.scalar(p) for p in kernel.signature.scalars)
     specialization = kernel.specialization(specification(binder, arrays, device), binder.consts)
-    return Call(specialization, arrays, _sizes(specialization, arrays), device), scalars
-
-
-def _sizes(specialization: Specialization, arrays: Sequence[Array | None]) -> dict[Var, int]:
-    """Values of the variables. Dims come first: the stride of a dim of extent 1 may be any number, also where the IR says that
-    it is another dim's extent."""
-    sizes: dict[Var, int] = {}
-    tensors = [p.tensor for p in specialization.function.params if isinstance(p, TensorParam)]
-    present = [a for a in arrays if a is not None]
-    for tensor, array in zip(tensors, present, strict=True):
-        sizes.update((e, n) for e, n in zip(tensor.shape, array.shape, strict=True) if isinstance(e, Var))
-    for tensor, array in zip(tensors, present, strict=True):
-        for stride, value in zip(tensor.strides, array.strides, strict=True):
-            if isinstance(stride, Var):
-                sizes.setdefault(stride, value)
-    return sizes
+    return Call(specialization, arrays, device), scalars
 
 
 def make_launcher(kernel: Kernel, device: str | None) -> Callable[..., None]:
@@ -243,6 +231,7 @@ def make_launcher(kernel: Kernel, device: str | None) -> Callable[..., None]:
         has_default = parameter.default is not parameter.empty
         parameters.append(f"{parameter.name}=default_{parameter.name}" if has_default else parameter.name)
     exec(_launcher_source(signature, parameters), namespace)
+    ahead.register(namespace["launch"], prepared)
     return namespace["launch"]
 
 

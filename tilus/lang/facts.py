@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tilus.dtypes import DataType, int32, int64
@@ -69,6 +69,11 @@ def facts_of(
     dims = tuple(Size.of(extent, largest) for extent in shape)
     alignment = power_of_two_part(pointer) if vectors else 1
     return TensorFacts(dtype, alignment, dims, tuple(reversed(packed)))
+
+
+def without_extents(facts: TensorFacts, dims: Sequence[str | int], varying: Collection[str]) -> TensorFacts:
+    """The same facts, but nothing of the extents of varying dims. dims: of the parameter's type."""
+    return replace(facts, dims=tuple(Size() if dim in varying else size for dim, size in zip(dims, facts.dims)))
 
 
 @dataclass(frozen=True)
@@ -156,5 +161,7 @@ def assumed_facts(
                 )
             dtype = dtypes[dtype]
         dims = tuple(Size(sizes.get(str(dim)), largest_divisor(dtype)) for dim in parameter.type.dims)
-        result.append(None if parameter.optional else TensorFacts(dtype, MAX_DIVISOR, dims, (None,) * len(dims)))
+        facts = TensorFacts(dtype, MAX_DIVISOR, dims, (None,) * len(dims))
+        unknown = signature.varying.difference(sizes)
+        result.append(None if parameter.optional else without_extents(facts, parameter.type.dims, unknown))
     return tuple(result)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from tilus import config
 from tilus.errors import TilusError
@@ -50,10 +50,10 @@ class Kernel:
     would run.
     """
 
-    def __init__(self, function: FunctionType, names: Mapping[str, object]) -> None:
+    def __init__(self, function: FunctionType, names: Mapping[str, object], varying: Sequence[str] = ()) -> None:
         functools.update_wrapper(self, function)
         self.python = function
-        self.signature: Signature = signature_of(function, names)
+        self.signature: Signature = signature_of(function, names, varying)
         self._specializations: dict[Specification, Specialization] = {}
         self._launchers: dict[str | None, Callable[..., None]] = {}
         self._launch = self.on(None)
@@ -152,10 +152,27 @@ class Kernel:
         return f"its parameters are {', '.join(p.name for p in self.signature.parameters)}"
 
 
-def kernel(function: Callable[..., None]) -> Kernel:
-    """Make a Python function a kernel. Its body is parsed when it is first needed, and never run by Python."""
-    if not isinstance(function, FunctionType):
-        raise TilusError(f"@tilus.kernel on {function!r}, expected a function", hint="put it directly above a `def`")
+@overload
+def kernel(function: Callable[..., None]) -> Kernel: ...
+@overload
+def kernel(*, varying: Sequence[str]) -> Callable[[Callable[..., None]], Kernel]: ...
+def kernel(
+    function: Callable[..., None] | None = None, *, varying: Sequence[str] = ()
+) -> Kernel | Callable[[Callable[..., None]], Kernel]:
+    """Make a Python function a kernel. Its body is parsed when it is first needed, and never run by Python.
+
+    varying: names of dims that differ from call to call, such as a number of tokens: one specialisation serves every extent of
+    theirs, of which it then knows neither that it is 1 nor what divides it. `@tilus.kernel(varying=("m",))`.
+    """
     frame = inspect.currentframe()
     caller = frame.f_back if frame is not None else None
-    return Kernel(function, {} if caller is None else dict(caller.f_locals))
+    names = {} if caller is None else dict(caller.f_locals)
+
+    def decorated(function: Callable[..., None]) -> Kernel:
+        if not isinstance(function, FunctionType):
+            raise TilusError(
+                f"@tilus.kernel on {function!r}, expected a function", hint="put it directly above a `def`"
+            )
+        return Kernel(function, names, varying)
+
+    return decorated if function is None else decorated(function)

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from tilus import config
 from tilus.errors import TilusError
+from tilus.runtime.ahead import is_dry
 from tilus.runtime.graph_timer import is_capturing
 from tilus.runtime.tuned_plans import Key, Measurement, Tuned, recall, remember
 
@@ -84,9 +85,9 @@ def tuned(key: Key, kinds: Sequence[type], measure: Callable[[], Tuned]) -> Tune
 def chosen(key: Key, kinds: Sequence[type], measure: Callable[[], Tuned]) -> Any | None:
     """The plan to use from now on: the winner that is remembered, or found now where TILUS_AUTOTUNE=1 asks for it; else None.
 
-    While a CUDA graph is recorded nothing is measured.
+    While a CUDA graph is recorded, or launches are left out, nothing is measured.
     """
-    if config.autotune() and not is_capturing():
+    if config.autotune() and not is_capturing() and not is_dry():
         return tuned(key, kinds, measure).plan
     found = recall(key, kinds)
     return None if found is None else found.plan

@@ -36,7 +36,7 @@ def assemble(ptx: str, target: Target, *, options: Sequence[str] = (), allow_spi
     The cache is in `config.cache_dir()`; raises what the assembler raises.
     """
     tool = assembler.find_assembler(assembler.ptx_version(ptx))
-    path = config.cache_dir() / "cubin" / key(ptx, target, tool, options)
+    path = path_of(key(ptx, target, tool, options))
     cubin = load(path, tool)
     if cubin is None:
         cubin = assembler.assemble(ptx, target, options=options, allow_spills=True, assembler=tool)
@@ -45,6 +45,11 @@ def assemble(ptx: str, target: Target, *, options: Sequence[str] = (), allow_spi
     if not allow_spills:
         assembler.require_no_spills(cubin)
     return cubin
+
+
+def path_of(name: str) -> Path:
+    """Where the entry of that name is, or would be."""
+    return config.cache_dir() / "cubin" / name
 
 
 def key(ptx: str, target: Target, tool: Tool, options: Sequence[str]) -> str:

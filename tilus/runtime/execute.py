@@ -13,25 +13,26 @@ import numpy.typing as npt
 
 from tilus import config
 from tilus.codegen.tensor_map import PlacedMap, TensorMap
-from tilus.compiler import Compiled, compile_for_cpu, compile_function
+from tilus.compiler import compile_function
 from tilus.dtypes import DataType, boolean
 from tilus.errors import TilusError
 from tilus.ir.expr import Expr, Number, Var, evaluate, walk
 from tilus.ir.function import Function, ScalarParam, TensorParam
-from tilus.ir.tensor import GlobalTensor
-from tilus.ir.visit import instructions
+from tilus.runtime import ahead, binaries
 from tilus.runtime.capture import graph_in_capture, refused_in_capture
 from tilus.runtime.launch_times import Run, watched
 from tilus.runtime.tensor_maps import EncodedMaps, encoded_maps
-from tilus.target import DEFAULT_TARGET, Target
+from tilus.target import DEFAULT_TARGET
 
 if TYPE_CHECKING:
     from tilus.lang.arguments import Array
     from tilus.lang.binding import Call
+    from tilus.lang.kernel import Specialization
+    from tilus.runtime.binaries import GpuBinary
+    from tilus.runtime.cuda import Device
+    from tilus.runtime.launch import Launcher
 
 Grid = tuple[int, int, int]
-
-MAX_KERNELS = 1024  # that are kept ready in memory
 
 
 def prepare(call: Call) -> Run:
@@ -39,13 +40,16 @@ def prepare(call: Call) -> Run:
 
     Raises: TilusError when the kernel cannot be compiled or the device cannot run these arguments.
     """
-    function = call.specialization.function
-    device = _device(call)
+    device, name = _device(call), function_name(call)
+    if ahead.is_dry():
+        if device in ("cpu", "cuda"):  # the others compile nothing that is kept
+            ahead.note(call.specialization, _gpu(call).target if device == "cuda" else None)
+        return _nothing
     ways = {"reference": _reference, "emulator": _emulator, "cpu": _cpu, "cuda": _cuda}
-    run = ways[device](function, call)
+    run = ways[device](call)
     if device != "cpu":
-        run = refused_in_capture(function.name, device, run)
-    return watched(function.name, device, run)
+        run = refused_in_capture(name, device, run)
+    return watched(name, device, run)
 
 
 def _device(call: Call) -> str:
@@ -95,7 +99,7 @@ def _cpu_or_reference() -> str:
 
 
 def function_name(call: Call) -> str:
-    return call.specialization.function.name
+    return call.specialization.kernel.signature.name
 
 
 class _Values:
@@ -160,10 +164,26 @@ def _over_foreign_memory(tensor: Any, dtype: DataType) -> npt.NDArray[Any]:
     return np.ndarray(found.shape, dtype.numpy or dtype.storage, memory, strides=strides_nbytes)
 
 
-def _reference(function: Function, call: Call) -> Run:
+def sizes_of(function: Function, arrays: Sequence[Array | None]) -> dict[Var, int]:
+    """Values of a function's variables. Dims come first: the stride of a dim of extent 1 may be any number, also where the IR
+    says that it is another dim's extent."""
+    sizes: dict[Var, int] = {}
+    tensors = [p.tensor for p in function.params if isinstance(p, TensorParam)]
+    present = [a for a in arrays if a is not None]
+    for tensor, array in zip(tensors, present, strict=True):
+        sizes.update((e, n) for e, n in zip(tensor.shape, array.shape, strict=True) if isinstance(e, Var))
+    for tensor, array in zip(tensors, present, strict=True):
+        for stride, value in zip(tensor.strides, array.strides, strict=True):
+            if isinstance(stride, Var):
+                sizes.setdefault(stride, value)
+    return sizes
+
+
+def _reference(call: Call) -> Run:
     from tilus.runtime.reference import run_reference
 
-    values = _Values(function, call.sizes)
+    function = call.specialization.function
+    values = _Values(function, sizes_of(function, call.arrays))
     dtypes = [param.tensor.dtype for param in function.params if isinstance(param, TensorParam)]
     names = [param.name for param in function.params if isinstance(param, TensorParam)]
     scalar_names = [param.name for param in function.params if isinstance(param, ScalarParam)]
@@ -177,11 +197,12 @@ def _reference(function: Function, call: Call) -> Run:
     return run
 
 
-def _emulator(function: Function, call: Call) -> Run:
+def _emulator(call: Call) -> Run:
     from tilus.runtime.emulator import run_kernel
 
+    function = call.specialization.function
     compiled = compile_function(function, DEFAULT_TARGET)
-    values = _Values(function, call.sizes)
+    values = _Values(function, sizes_of(function, call.arrays))
     spans = [_span_nbytes(array) for array in call.arrays if array is not None]
     dynamic = compiled.lowered.shared_nbytes if compiled.lowered.dynamic_shared else 0
     bases = [param.tensor.base for param in function.params if isinstance(param, TensorParam)]
@@ -229,30 +250,35 @@ def _bytes_at(pointer: int, nbytes: int) -> npt.NDArray[np.uint8]:
     return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(pointer))
 
 
-@functools.lru_cache(maxsize=MAX_KERNELS)
-def build(function: Function, target: Target) -> tuple[Compiled, bytes]:
-    """Compile and assemble, the latter from the disk cache when possible. A specialisation serves arguments of many sizes; it is
-    built for the first of them."""
-    from tilus.runtime import cache
-
-    compiled = compile_function(function, target)
-    return compiled, cache.assemble(compiled.ptx, target).cubin
-
-
-def _cuda(function: Function, call: Call) -> Run:
-    from tilus.runtime import cuda, launch
+def _gpu(call: Call) -> Device:
+    """The one that its arguments are on, else the current one."""
+    from tilus.runtime import cuda
 
     ordinals = [array.device for array in call.arrays if array is not None and array.device >= 0]
-    device = cuda.device(ordinals[0]) if ordinals else cuda.current_device()
-    compiled, cubin = build(function, device.target)
-    dynamic = compiled.lowered.shared_nbytes if compiled.lowered.dynamic_shared else 0
-    kernel = cuda.load_kernel(cubin, compiled.kernel_name, device, dynamic)
-    early = compiled.lowered.waits_for_kernels and config.dependent_launch()
-    maps = compiled.lowered.tensor_maps
-    launcher = launch.Launcher(kernel, _parameters(function, maps), function.num_threads, programmatic=early)
-    values = _Values(function, call.sizes)
-    encoded = encoded_maps(function, maps, _places(call), call.sizes, cuda.encode_tensor_map)
-    if not ordinals:
+    return cuda.device(ordinals[0]) if ordinals else cuda.current_device()
+
+
+@functools.lru_cache(maxsize=binaries.MAX_KERNELS)
+def _gpu_launcher(specialization: Specialization, device: Device, early: bool) -> tuple[GpuBinary, Launcher]:
+    """A kernel that is loaded once, for arguments of many sizes. early: it may start before its predecessor ends."""
+    from tilus.runtime import cuda, launch
+
+    binary, cubin = binaries.on_gpu(specialization, device.target)
+    kernel = cuda.load_kernel(cubin, binary.kernel_name, device, binary.dynamic_nbytes)
+    parameters = _parameters(binary.interface, binary.tensor_maps)
+    programmatic = binary.waits and early
+    return binary, launch.Launcher(kernel, parameters, binary.interface.num_threads, programmatic=programmatic)
+
+
+def _cuda(call: Call) -> Run:
+    from tilus.runtime import cuda
+
+    device = _gpu(call)
+    binary, launcher = _gpu_launcher(call.specialization, device, config.dependent_launch())
+    function, sizes = binary.interface, sizes_of(binary.interface, call.arrays)
+    values = _Values(function, sizes)
+    encoded = encoded_maps(function, binary.tensor_maps, _places(call), sizes, cuda.encode_tensor_map)
+    if all(array is None or array.device < 0 for array in call.arrays):
         return _staged(call, _submitting(call, functools.partial(launcher.launch_on, 0), values, encoded), device)
     return _submitting(call, launcher.launch, values, encoded)
 
@@ -273,7 +299,7 @@ def _submitting(call: Call, submit: Callable[..., None], values: _Values, maps: 
 
 
 def _nothing(pointers: Sequence[int], scalars: Sequence[Any], tensors: Sequence[Any]) -> None:
-    """A launch of no blocks."""
+    """A launch of no blocks, or of a dry run."""
 
 
 def _places(call: Call) -> list[int]:
@@ -281,23 +307,17 @@ def _places(call: Call) -> list[int]:
     return [index for index, array in enumerate(call.arrays) if array is not None]
 
 
-@functools.lru_cache(maxsize=MAX_KERNELS)
-def _native(function: Function) -> ctypes.CDLL:
-    """The kernel as native code. Functions are compared by identity: each specialisation is compiled once."""
-    from tilus.runtime.cpu import build, features
+def _cpu(call: Call) -> Run:
+    from tilus.runtime.cpu import build, pool, threads
 
-    return build.load(compile_for_cpu(function, features.host_target()))
-
-
-def _cpu(function: Function, call: Call) -> Run:
-    from tilus.runtime.cpu import pool, threads
-
-    kernel = _native(function)
-    launcher = pool.Launcher(function.name, kernel, function.kernel_params(), threads.num_threads())
-    run = _submitting(call, launcher.launch, _Values(function, call.sizes))
+    binary, library = binaries.on_cpu(call.specialization)
+    function = binary.interface
+    launcher = pool.Launcher(function.name, build.load_built(library), function.kernel_params(), threads.num_threads())
+    run = _submitting(call, launcher.launch, _Values(function, sizes_of(function, call.arrays)))
     present = _places(call)
     params = [param for param in function.params if isinstance(param, TensorParam)]
-    written = [(index, param) for index, param in zip(present, params, strict=True) if _is_written(function, param)]
+    places = zip(present, params, binary.written, strict=True)
+    written = [(index, param) for index, param, is_written in places if is_written]
 
     def run_checked(pointers: Sequence[int], scalars: Sequence[Any], tensors: Sequence[Any]) -> None:
         for index, param in written:  # native code would not notice, or end the process where memory is mapped so
@@ -311,11 +331,6 @@ def _cpu(function: Function, call: Call) -> Run:
             graph.record(launcher.last_launch(), tensors)
 
     return run_checked
-
-
-def _is_written(function: Function, param: TensorParam) -> bool:
-    writes = (tensor for stmt in instructions(function.body) for tensor in stmt.inst.effects().writes)
-    return any(isinstance(tensor, GlobalTensor) and tensor.base is param.tensor.base for tensor in writes)
 
 
 def _staged(call: Call, submit: Run, device: Any) -> Run:

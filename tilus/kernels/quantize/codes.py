@@ -40,7 +40,7 @@ def unpack_codes(packed: Bytes, dtype: DataType, lookup: bool, order: TileOrder)
     return tiles.transpose(0, 2, 1, 3).reshape(tiles_n * TILE, tiles_k * TILE)
 
 
-@tilus.kernel
+@tilus.kernel(varying=("n", "tiles_n", "tiles_k"))
 def pack_codes_kernel(
     codes: Tensor[uint8, "n", "k"],
     packed: Tensor[uint8, "tiles_n", "tiles_k", "tile_nbytes"],
@@ -61,7 +61,7 @@ def pack_codes_kernel(
     tilus.store(packed, [i, j, 0], tilus.with_layout(raw, order.byte_layout(wdtype, 1, 1)))
 
 
-@tilus.kernel
+@tilus.kernel(varying=("n", "tiles_n", "tiles_k"))
 def unpack_codes_kernel(
     packed: Tensor[uint8, "tiles_n", "tiles_k", "tile_nbytes"],
     codes: Tensor[uint8, "n", "k"],

@@ -53,8 +53,14 @@ def load(source: str) -> ctypes.CDLL:
     """
     compiler = toolchain.find_compiler()
     name = key(source, compiler, host_cpu(compiler))
+    return _loaded[name] if name in _loaded else load_built(build(source))
+
+
+def load_built(path: Path) -> ctypes.CDLL:
+    """The library at a path that `build` or `find` gave, loaded once per process. Raises: TilusError when it cannot be loaded."""
+    name = path.stem
     if name not in _loaded:
-        _loaded[name] = _open(name, build(source))
+        _loaded[name] = _open(name, path)
     return _loaded[name]
 
 
@@ -79,16 +85,27 @@ def build(source: str) -> Path:
     compiler = toolchain.find_compiler()
     host = host_cpu(compiler)
     name = key(source, compiler, host)
-    path = _displaced.get(name, config.cache_dir() / "cpu" / f"{name}.so")
-    if is_whole(path, host):
-        return path
+    found = find(name, host)
+    if found is not None:
+        return found
     library = seal(_compile(source, name, compiler), host)
     compilations.note()
+    path = _path(name)
     try:
         return _write(path, library)
     except OSError as error:
         _warn(path.parent, f"cannot write the kernel cache in {path.parent} ({error.strerror})")
         return _displace(name, library)
+
+
+def find(name: str, host: HostCpu) -> Path | None:
+    """The library of that name; None when there is no good one."""
+    path = _displaced.get(name, _path(name))
+    return path if is_whole(path, host) else None
+
+
+def _path(name: str) -> Path:
+    return config.cache_dir() / "cpu" / f"{name}.so"
 
 
 def _displace(name: str, library: bytes) -> Path:

@@ -1,0 +1,136 @@
+"""What is compiled before the first client comes is all that any step launches."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny_llama import CPU
+
+import tilus
+from serving import decode_graph
+from serving.config import EngineConfig, ModelConfig
+from serving.core import Batch, BatchItem, SamplingParams
+from serving.decode_graph import GraphLimits
+from serving.kernels import default_kernels
+from serving.loader import Checkpoint
+from serving.model import Embedding, Layer, Linear, Model, load_model
+from serving.rehearsal import rehearsal, without_repetitions
+from serving.runner import TorchRunner
+from tilus.dtypes import int8, uint4
+from tilus.kernels.quantize import QuantizedWeight, WeightHeader
+from tilus.runtime import cuda
+from tilus.runtime.compile_pool import CompilePool
+from tilus.target import get_target
+
+SMOLLM = ModelConfig(576, 30, 9, 3, 64, 1536, 49152, 8192, 1e-5, 1e4)
+LLAMA_8B = ModelConfig(4096, 32, 32, 8, 128, 14336, 128256, 8192, 1e-5, 5e5)
+LIMITS = EngineConfig(num_pages=2912, max_model_len=8192)
+GREEDY = SamplingParams(temperature=0)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An H100, for steps that launch nothing."""
+    monkeypatch.setenv("TILUS_DEVICE", "cuda")
+    device = SimpleNamespace(index=0, name="H100", target=get_target("sm_90a"), num_sms=132)
+    monkeypatch.setattr(cuda, "current_device", lambda: device)
+    sizes = decode_graph.graph_sizes
+    monkeypatch.setattr(decode_graph, "graph_sizes", lambda _, most: sizes(torch.device("cuda"), most))
+
+
+def shaped(config: ModelConfig, dtype: tilus.DataType, layers: int) -> Model:
+    """A model of memory that nobody has written: nothing will be read."""
+
+    def weight(n: int, k: int) -> QuantizedWeight:
+        header = WeightHeader(dtype, (n, k), 32, "f16", "f16")
+        arrays = {name: torch.empty(shape, dtype=getattr(torch, kind)) for name, (shape, kind) in header.arrays.items()}
+        return QuantizedWeight(header, **arrays)
+
+    hidden, q = config.hidden_size, config.num_heads * config.head_dim
+    norm = torch.empty(hidden)
+    layer = Layer(
+        norm, Linear((weight(q + 2 * config.num_kv_heads * config.head_dim, hidden),)), Linear((weight(hidden, q),)),
+        norm, Linear((weight(2 * config.ffn_size, hidden),)), Linear((weight(hidden, config.ffn_size),)),
+    )  # fmt: skip
+    table = torch.empty(config.vocab_size, hidden, dtype=torch.int8)
+    embedding = Embedding(table, torch.empty(config.vocab_size, hidden // 32, dtype=torch.float16))
+    cos_sin = torch.empty(config.max_positions, config.head_dim)
+    head = weight(config.vocab_size, hidden)
+    return Model(
+        replace(config, num_layers=layers), default_kernels(), embedding, (layer,) * layers, norm, head, cos_sin
+    )
+
+
+def random_batches(rng: random.Random, count: int) -> Iterator[Batch]:
+    for _ in range(count):
+        decodes = rng.randrange(0, 32)
+        prompts, room = rng.randrange(0 if decodes else 1, 33 - decodes), LIMITS.max_step_tokens - decodes
+        lengths = [1] * decodes
+        while prompts and room:
+            lengths.append(rng.randint(1, min(room, rng.choice([8, 64, 512]))))
+            prompts, room = prompts - 1, room - lengths[-1]
+        items = (
+            BatchItem(str(i), (0,) * n, 0, (0,) * -(-n // 16), None if n > 1 and rng.random() < 0.3 else GREEDY, 0)
+            for i, n in enumerate(lengths)
+        )
+        yield Batch(tuple(items))
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("config", "dtype", "kv_dtype"), [(SMOLLM, uint4, "fp16"), (LLAMA_8B, uint4, "int8"), (SMOLLM, int8, "int4")]
+)
+def test_no_step_needs_another_kernel(
+    config: ModelConfig, dtype: tilus.DataType, kv_dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = TorchRunner(shaped(config, dtype, 2), 64, 16, CPU, kv_dtype=kv_dtype, graphs=GraphLimits(32, 512))
+    needed: list[Any] = []
+    monkeypatch.setattr(CompilePool, "compile_all", lambda _, jobs, **__: needed.extend(job.args[:3] for job in jobs))
+    tilus.compile_ahead(lambda: runner.rehearse(rehearsal(LIMITS)))
+    rehearsed = frozenset(needed)
+    assert 30 < len(rehearsed) < 80
+    needed.clear()
+    tilus.compile_ahead(lambda: runner.rehearse(random_batches(random.Random(0), 60)))
+    assert needed and rehearsed.issuperset(needed)
+
+
+@pytest.mark.parametrize(
+    "limits", [{"max_step_tokens": 40}, {"max_model_len": 20}, {"num_pages": 2, "max_batch": 3}, {"max_batch": 1}]
+)
+def test_batches_are_within_the_limits(limits: dict[str, int]) -> None:
+    config = replace(LIMITS, **limits)
+    for batch in rehearsal(config):
+        tokens = [len(item.token_ids) for item in batch.items]
+        assert len(tokens) <= config.max_batch and sum(tokens) <= config.max_step_tokens
+        assert max(tokens) <= min(config.max_model_len, config.num_pages * config.page_size)
+
+
+def test_one_layer_of_each_kind_stands_for_all() -> None:
+    first, second = (shaped(replace(SMOLLM, vocab_size=64), dtype, 1).layers[0] for dtype in (uint4, int8))
+    model = replace(shaped(replace(SMOLLM, vocab_size=64), uint4, 1), layers=(first, second, first, second))
+    caches = [torch.empty(index) for index in range(4)]
+    kept, of_kept = without_repetitions(model, caches)
+    assert kept.layers == (first, second) and of_kept == caches[:2]
+
+
+@pytest.mark.exhaustive
+def test_a_server_on_the_cpu_compiles_nothing_later(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TILUS_CACHE_DIR", str(tmp_path))
+    model = load_model(tiny_checkpoint, default_kernels(), CPU)
+    config = replace(LIMITS, num_pages=200, max_model_len=model.config.max_positions)
+    runner = TorchRunner(model, config.num_pages, 16, CPU, graphs=GraphLimits(32, 16))
+    assert tilus.compile_ahead(lambda: runner.rehearse(rehearsal(config))) > 10
+    before = tilus.num_compilations()
+    for batch in random_batches(random.Random(1), 40):
+        if max(len(item.token_ids) for item in batch.items) <= config.max_model_len:
+            runner.execute(batch)
+    assert tilus.num_compilations() == before
