@@ -1,9 +1,9 @@
 """How long a step takes, as a small model that is fitted to steps that were measured; and how many tokens fit into a time.
 
-A step's seconds are a sum of five products: a constant, another one where prompts are in it (only steps that decode are
-captured), and what a token, a key read and a pair of a query and a key cost. All factors are at least 0, and relative errors
-are squared, so that short steps count as much as long ones and a step that was disturbed counts little: it cannot be wrong by
-more than itself."""
+A step's seconds are a constant and what a token, a key read and a pair of a query and a key cost. Steps with prompts have factors
+of their own: those that only decode are captured, and bound by other things. No factor is below 0, and relative errors are
+squared, so that short steps count as much as long ones and a disturbed one counts little: it cannot be wrong by more than itself.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from serving.core import Batch
 
 _LOG = logging.getLogger("serving")
-NUM_FEATURES = 5
+NUM_FEATURES = 4
 WINDOW = 512  # the last steps of each kind (with and without prompts) that count
 REFIT = 32  # steps between two fits
 LEAST_CHUNK = (
@@ -58,7 +58,7 @@ class StepWork:
 
     @property
     def features(self) -> tuple[float, ...]:
-        return 1.0, float(self.prompts), float(self.tokens), float(self.kv_tokens), float(self.pairs)
+        return 1.0, float(self.tokens), float(self.kv_tokens), float(self.pairs)
 
 
 class CostModel:
@@ -72,39 +72,38 @@ class CostModel:
         self.page_copy_seconds = page_copy_seconds
         self._path = path
         self._rows = np.zeros((2, WINDOW, NUM_FEATURES + 1))  # features and seconds, by whether there are prompts
-        self._counts = [0, 0]
-        self._factors: tuple[float, ...] = (0.0,) * NUM_FEATURES
         self.forget()
 
     @property
     def is_fitted(self) -> bool:
-        return any(self._factors)
+        return any(any(factors) for factors in self._factors)
 
     def predict(self, work: StepWork) -> float:
         """Seconds; 0 when nothing is known."""
-        step, prompts, token, kv_token, pair = self._factors
-        start = step + prompts if work.prompts else step
-        return start + token * work.tokens + kv_token * work.kv_tokens + pair * work.pairs
+        step, token, kv_token, pair = self._factors[work.prompts]
+        return step + token * work.tokens + kv_token * work.kv_tokens + pair * work.pairs
 
     def observe(self, work: StepWork, seconds: float) -> None:
         """A step took so long. Of clocks that stand still nothing is learnt."""
         if seconds <= 0 or not work.tokens:
             return
-        kind = int(work.prompts)
-        self._rows[kind, self._counts[kind] % WINDOW] = (*work.features, seconds)
-        self._counts[kind] += 1
+        self._rows[int(work.prompts), self._counts[work.prompts] % WINDOW] = (*work.features, seconds)
+        self._counts[work.prompts] += 1
         if sum(self._counts) % REFIT == 0:
             self.fit()
 
     def fit(self) -> None:
-        """Least squares over all that is known. Called now and then by `observe`."""
-        rows = self._known()
-        if len(rows):
-            self._factors = tuple(float(f) for f in non_negative_fit(rows[:, :-1] / rows[:, -1:], np.ones(len(rows))))
+        """Least squares over all that is known. Called now and then by `observe`. Of a kind of step that never came, the other
+        kind's factors are the best guess.
+        """
+        known = self._known()
+        found = [tuple(map(float, non_negative_fit(r[:, :-1] / r[:, -1:], np.ones(len(r))))) for r in known]
+        self._factors = found if all(map(len, known)) else [found[len(known[1]) > 0]] * 2
 
     def forget(self) -> None:
         """Go back to what is kept: the first steps compile kernels."""
-        self._counts, self._factors = [0, 0], (0.0,) * NUM_FEATURES
+        self._counts = [0, 0]
+        self._factors: list[tuple[float, ...]] = [(0.0,) * NUM_FEATURES] * 2
         if self._path is not None:
             self._load(self._path)
 
@@ -115,25 +114,25 @@ class CostModel:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=self._path.parent, prefix=self._path.name, delete=False) as file:
-                json.dump({"rows": self._known().tolist()}, file)
+                json.dump([rows[:, 1:].tolist() for rows in self._known()], file)
             Path(file.name).replace(self._path)
         except OSError as error:
             _LOG.warning("cannot keep the times of steps in %s (%s)", self._path, error.strerror)
 
-    def _known(self) -> NDArray[np.float64]:
-        return np.concatenate([rows[: min(count, WINDOW)] for rows, count in zip(self._rows, self._counts)])
+    def _known(self) -> list[NDArray[np.float64]]:
+        return [rows[: min(count, WINDOW)] for rows, count in zip(self._rows, self._counts)]
 
     def _load(self, path: Path) -> None:
-        """What cannot be read is of no worth: it is measured again."""
+        """[tokens, kv_tokens, pairs, seconds] of steps that only decode, and of others. What cannot be read is measured again."""
         try:
-            rows = np.array(json.loads(path.read_text())["rows"], np.float64)
-        except (OSError, ValueError, KeyError, TypeError):
+            kinds = [np.array(rows, np.float64).reshape(-1, NUM_FEATURES) for rows in json.loads(path.read_text())]
+        except (OSError, ValueError, TypeError):
             return
-        if rows.ndim != 2 or rows.shape[1] != NUM_FEATURES + 1 or not (np.isfinite(rows).all() and (rows >= 0).all()):
+        if len(kinds) != 2 or not all(np.isfinite(rows).all() and (rows >= 0).all() for rows in kinds):
             return
-        for *features, seconds in rows.tolist():
-            _, prompts, tokens, kv_tokens, pairs = features
-            self.observe(StepWork(int(tokens), int(kv_tokens), int(pairs), bool(prompts)), seconds)
+        for prompts, rows in enumerate(kinds):
+            for tokens, kv_tokens, pairs, seconds in rows.tolist():
+                self.observe(StepWork(int(tokens), int(kv_tokens), int(pairs), bool(prompts)), seconds)
         self.fit()
 
 
@@ -142,7 +141,7 @@ def non_negative_fit(features: NDArray[np.float64], seconds: NDArray[np.float64]
 
     The best ones are the plain least squares over the columns whose factor is not 0: with few columns, all choices are tried.
     """
-    scale = np.maximum(np.abs(features).max(axis=0), 1e-300)
+    scale = np.abs(features).max(axis=0, initial=1e-300)
     columns = features / scale
     gram, moments = columns.T @ columns, columns.T @ seconds
     best, least = np.zeros(features.shape[1]), math.inf

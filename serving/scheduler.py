@@ -218,7 +218,9 @@ class Scheduler:
     def _swap_out(self, seq: Sequence) -> tuple[PageCopy, ...]:
         """The copies that save a sequence; none where computing it again takes less time, or the host has no room."""
         pages = -(-seq.num_computed // self.pages.page_size)
-        again = self._cost.predict(StepWork().with_prompt(0, seq.num_computed)) - self._cost.predict(StepWork())
+        again = self._cost.predict(StepWork().with_prompt(0, seq.num_computed)) - self._cost.predict(
+            StepWork(prompts=True)
+        )
         if self._cost.is_fitted and 2 * pages * self._cost.page_copy_seconds > again:
             return ()
         return self.host.save(seq.id, seq.num_computed, self.pages.table(seq.id))

@@ -14,7 +14,7 @@ from serving.cost_model import LEAST_CHUNK, NUM_FEATURES, CostModel, StepBudget,
 
 GREEDY = SamplingParams(temperature=0)
 factors = st.tuples(
-    st.floats(1e-4, 1e-2), *(st.one_of(st.just(0.0), st.floats(low, 100 * low)) for low in (1e-4, 1e-6, 1e-9, 1e-11))
+    st.floats(1e-4, 1e-2), *(st.one_of(st.just(0.0), st.floats(low, 100 * low)) for low in (1e-6, 1e-9, 1e-11))
 )
 
 
@@ -27,32 +27,45 @@ def random_work(rng: np.random.Generator) -> StepWork:
     )
 
 
-def seconds(truth: tuple[float, ...], work: StepWork) -> float:
-    step, prompts, token, kv_token, pair = truth
-    return step + prompts * work.prompts + token * work.tokens + kv_token * work.kv_tokens + pair * work.pairs
+Truth = tuple[float, ...]
 
 
-def fitted(truth: tuple[float, ...], path: Path | None = None, seed: int = 0, slow: tuple[int, ...] = ()) -> CostModel:
+def seconds(truth: Truth, of_prompts: Truth, work: StepWork) -> float:
+    step, token, kv_token, pair = of_prompts if work.prompts else truth
+    return step + token * work.tokens + kv_token * work.kv_tokens + pair * work.pairs
+
+
+def fitted(
+    truth: Truth, of_prompts: Truth, path: Path | None = None, seed: int = 0, slow: tuple[int, ...] = ()
+) -> CostModel:
     rng, model = np.random.default_rng(seed), CostModel(path)
     for index in range(256):
         work = random_work(rng)
-        model.observe(work, seconds(truth, work) * (100 if index in slow else 1))
+        model.observe(work, seconds(truth, of_prompts, work) * (100 if index in slow else 1))
     return model
 
 
-@given(factors, st.integers(0, 2**32))
+@given(factors, factors, st.integers(0, 2**32))
 @settings(max_examples=25)
-def test_finds_the_factors_of_steps_that_have_some(truth: tuple[float, ...], seed: int) -> None:
-    model, rng = fitted(truth, seed=seed), np.random.default_rng(seed + 1)
+def test_finds_the_factors_of_steps_that_have_some(truth: Truth, of_prompts: Truth, seed: int) -> None:
+    model, rng = fitted(truth, of_prompts, seed=seed), np.random.default_rng(seed + 1)
     for work in (random_work(rng) for _ in range(10)):
-        assert model.predict(work) == pytest.approx(seconds(truth, work), rel=1e-3)
+        assert model.predict(work) == pytest.approx(seconds(truth, of_prompts, work), rel=1e-3)
+
+
+def test_of_a_kind_that_never_came_the_other_is_the_best_guess() -> None:
+    for prompts in (False, True):
+        model = CostModel()
+        for tokens in range(1, 65):
+            model.observe(StepWork(tokens, 100 * tokens, 10, prompts), 1e-3 + 1e-5 * tokens)
+        assert model.predict(StepWork(50, 100, 10, not prompts)) == model.predict(StepWork(50, 100, 10, prompts)) > 1e-3
 
 
 def test_steps_that_were_disturbed_count_little() -> None:
-    truth = (1e-3, 0.0, 2e-5, 3e-8, 0.0)
-    model, rng = fitted(truth, slow=tuple(range(0, 256, 50))), np.random.default_rng(1)
+    truth, of_prompts = (1e-3, 2e-5, 3e-8, 0.0), (4e-3, 1e-5, 2e-8, 1e-10)
+    model, rng = fitted(truth, of_prompts, slow=tuple(range(0, 256, 50))), np.random.default_rng(1)
     for work in (random_work(rng) for _ in range(10)):
-        assert model.predict(work) == pytest.approx(seconds(truth, work), rel=0.1)
+        assert model.predict(work) == pytest.approx(seconds(truth, of_prompts, work), rel=0.1)
 
 
 @given(st.integers(1, 40), st.integers(0, 2**32))
@@ -85,7 +98,7 @@ def test_the_work_of_a_batch_is_that_of_its_tokens(items: list[tuple[int, int]])
 )
 @settings(max_examples=40)
 def test_a_step_takes_as_much_of_prompts_as_it_may(truth, limit, contexts, prompts, max_tokens: int) -> None:
-    model, keys = fitted(truth), sum(contexts)
+    model, keys = fitted(truth, truth), sum(contexts)
     budget = StepBudget(max_tokens, model, limit, StepWork(len(contexts), keys, keys))
     extra = 0
     for start, pending in prompts:
@@ -103,24 +116,18 @@ def test_a_step_takes_as_much_of_prompts_as_it_may(truth, limit, contexts, promp
 
 def test_what_is_known_is_kept_for_the_next_server(tmp_path: Path) -> None:
     path = tmp_path / "steps" / "model.json"
-    first = fitted((1e-3, 2e-3, 3e-5, 4e-8, 5e-10), path)
+    first = fitted((1e-3, 3e-5, 4e-8, 5e-10), (2e-3, 3e-5, 4e-8, 5e-10), path)
     first.save()
     again, work = CostModel(path), StepWork(100, 5000, 5000, True)
     assert again.is_fitted and again.predict(work) == pytest.approx(first.predict(work), rel=1e-6)
-    for damaged in (
-        "",
-        "{}",
-        '{"rows": [[1, 2]]}',
-        '{"rows": [[1, 0, -3, 4, 5, 6]]}',
-        '{"rows": [[1, 0, 1, 1, 1, "x"]]}',
-    ):
+    for damaged in ("", "{}", "[[1, 2], []]", "[[[1, -3, 4, 5]], []]", '[[[1, 0, 1, "x"]], []]', "[[[1, 2, 3, 4]]]"):
         path.write_text(damaged)
         assert not CostModel(path).is_fitted
 
 
 def test_a_place_that_cannot_be_written_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").touch()
-    fitted((1e-3, 0.0, 0.0, 0.0, 0.0), tmp_path / "file" / "model.json").save()
+    fitted((1e-3, 0.0, 0.0, 0.0), (1e-3, 0.0, 0.0, 0.0), tmp_path / "file" / "model.json").save()
     assert f"cannot keep the times of steps in {tmp_path}/file/model.json (File exists)" in caplog.text
 
 
