@@ -29,6 +29,7 @@ test: $(VENV)/.test           ## all tests that need no GPU
 	$(BIN)/python -m pytest -W error -n auto -m "not gpu and not exhaustive and not browser"
 
 exhaustive: $(VENV)/.test     ## those that take minutes on the emulator
+	$(PIP) -e '.[fuzz]'
 	$(BIN)/python -m pytest -W error -n auto -m "exhaustive and not gpu"
 
 browser: $(VENV)/.test        ## the chat page in Chromium or Chrome, which must be installed

@@ -6,13 +6,18 @@
 --budget SECONDS stops before the first row that would start later; the file is whole after each row.
 
 Times are medians over replays of a CUDA graph, in microseconds of one call; a graph goes through copies of the logits that add up
-to four times the L2 cache. Tokens are compared with those of the same kernel's parts on the CPU for the first rows.
+to four times the L2 cache. Tokens are compared with those of the native code for the CPU, for the first rows.
 
 Output, as JSON: device, torch, cuda, l2_nbytes, replays, seconds, suites {sampling: {rows}} or {plans: {rows}}. Every row has
-    batch, vocabulary, filters    greedy, none, top_k, top_p, min_p, or top_k+top_p
+    batch, vocabulary
+    logits            normal: of a normal distribution with deviation 2; zipf: the i-th best one of a row is -1.5 log(i), as
+                      peaked as those of language models
+    filters           greedy, none, top_k, top_p, min_p, top_k+top_p, edits (half of the rows masked, 64 tokens of each changed)
+                      or logprobs (20 of each row)
     us                tilus
     limit_us          the bytes of the logits over 3.14 TB/s, or the 1.3 us of an empty kernel in a graph where that is more
     torch_us          argmax; softmax and multinomial; with filters also sort, cumsum and masks; null where there is no time
+    run, whole        how the two launches go through a row (tilus.kernels.sampling_row.Tiling)
 """
 
 from __future__ import annotations
@@ -74,9 +79,13 @@ def limit_us(batch: int, vocabulary: int) -> float:
     return round(max(EMPTY_US, 4e-6 * batch * vocabulary / READ_TBPS), 2)
 
 
-def copies_of(timer: Timer, batch: int, vocabulary: int) -> list[torch.Tensor]:
+def copies_of(timer: Timer, batch: int, vocabulary: int, kind: str) -> list[torch.Tensor]:
     count = min(64, timer.copies(4 * batch * vocabulary))
-    return [2 * torch.randn(batch, vocabulary, device="cuda") for _ in range(count)]
+    copies = [2 * torch.randn(batch, vocabulary, device="cuda") for _ in range(count)]
+    if kind == "zipf":
+        logits = -1.5 * torch.arange(1, vocabulary + 1, device="cuda").log()
+        copies = [torch.empty_like(x).scatter_(1, x.argsort(1), logits.expand(batch, -1)) for x in copies]
+    return copies
 
 
 def check(logits: torch.Tensor, filters: str) -> None:
@@ -127,29 +136,37 @@ def plans() -> list[Plan]:
     return found + [replace(GPU_PLAN, whole=Tiling(*whole)) for whole in wholes]
 
 
-def cases() -> Iterator[tuple[int, int, str]]:
+def cases(compare: bool) -> Iterator[tuple[int, int, str, str]]:
+    """(vocabulary, batch, kind of logits, filters)"""
+    if compare:
+        yield from ((32000, 256, "normal", filters) for filters in ("greedy", "none", "top_k", "top_p"))
+        yield from ((128256, 64, "normal", filters) for filters in ("greedy", "none"))
+        yield from ((128256, 1, "zipf", filters) for filters in ("top_k", "top_k+top_p"))
+        return
     for vocabulary in VOCABULARIES:
         for batch in BATCHES:
-            yield from ((vocabulary, batch, filters) for filters in (*FILTERS, "edits", "logprobs"))
+            yield from ((vocabulary, batch, "normal", filters) for filters in (*FILTERS, "edits", "logprobs"))
+            yield from ((vocabulary, batch, "zipf", filters) for filters in FILTERS if "top" in filters)
 
 
 def rows_of(timer: Timer, budget: Budget, compare: bool) -> Iterator[Row]:
-    known: tuple[int, int] | None = None
+    known: tuple[int, int, str] | None = None
     logits: list[torch.Tensor] = []
-    for vocabulary, batch, filters in cases():
+    for vocabulary, batch, kind, filters in cases(compare):
         if budget.exhausted:
             return
-        if known != (vocabulary, batch):
+        if known != (vocabulary, batch, kind):
             logits.clear()  # before there are others
-            logits, known = copies_of(timer, batch, vocabulary), (vocabulary, batch)
+            logits, known = copies_of(timer, batch, vocabulary, kind), (vocabulary, batch, kind)
         row: Row = {
             "batch": batch,
             "vocabulary": vocabulary,
+            "logits": kind,
             "filters": filters,
             "limit_us": limit_us(batch, vocabulary),
         }
         if compare:
-            for plan in plans() if filters in ("greedy", "none", "top_k", "top_p") else ():
+            for plan in plans():
                 yield {**row, **timed(timer, plan, logits, filters), "torch_us": None}
         elif filters in ("edits", "logprobs"):
             yield {**row, "us": timer.us(other_actions(logits, filters)), "torch_us": None, "failures": {}}
@@ -168,13 +185,13 @@ def timed(timer: Timer, plan: Plan, logits: list[torch.Tensor], filters: str) ->
     return {**dataclasses.asdict(plan), "us": us, "failures": failures}
 
 
-COLUMNS = {"batch": 7, "vocabulary": 12, "filters": 13, "us": 10, "limit": 10, "torch": 10, "plan": 24}
+COLUMNS = {"batch": 7, "vocabulary": 12, "logits": 9, "filters": 13, "us": 10, "limit": 10, "torch": 10, "plan": 24}
 
 
 def cells(row: Row) -> list[Any]:
     run, whole = (row.get(key, {}) for key in ("run", "whole"))
     plan = "-".join(str(value) for value in (*run.values(), *whole.values()))
-    return [*(row[key] for key in ("batch", "vocabulary", "filters", "us", "limit_us", "torch_us")), plan]
+    return [*(row[key] for key in ("batch", "vocabulary", "logits", "filters", "us", "limit_us", "torch_us")), plan]
 
 
 def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -71,16 +71,28 @@ class Spans(Trace):
 class Prefilled:
     """The runner, to which prompts are known: their step chooses token 0 for all."""
 
-    def __init__(self, runner: TorchRunner) -> None:
+    def __init__(self, runner: TorchRunner, size: int) -> None:
         self._runner = runner
+        self._size = size
 
     def launch(self, batch: Batch) -> Callable[[], StepOutput]:
+        if len(batch.items) != self._size:
+            raise SystemExit(f"a step has {len(batch.items)} sequences, expected {self._size}")
         if batch.items[0].start > 0:
             return self._runner.launch(batch)
         self._runner._rows = {item.request_id: row for row, item in enumerate(batch.items)}
         self._runner._sampler.tokens.zero_()
         output = StepOutput(((SampledToken(0),),) * len(batch.items))
         return lambda: output
+
+
+def last_token(options: argparse.Namespace) -> int:
+    return options.context + WARM_UP + options.steps + 4
+
+
+def num_pages(size: int, options: argparse.Namespace) -> int:
+    """An eighth more than all need: no policy of admission lets anybody wait."""
+    return size * -(-last_token(options) // PAGE) * 9 // 8 + 1
 
 
 @dataclass(frozen=True)
@@ -114,12 +126,11 @@ def median_length(spans: list[tuple[float, float]]) -> float:
 
 def run(runner: TorchRunner, vocab_size: int, size: int, way: str, trace: Spans, options: argparse.Namespace) -> Run:
     """way: one of WAYS."""
-    last = options.context + WARM_UP + options.steps + 4
     config = EngineConfig(
-        num_pages=size * -(-last // PAGE), max_model_len=last, page_size=PAGE, max_batch=size,
+        num_pages=num_pages(size, options), max_model_len=last_token(options), page_size=PAGE, max_batch=size,
         max_step_tokens=size * options.context, prefix_cache=False, overlap=way != "plain",
     )  # fmt: skip
-    engine = Engine(Prefilled(runner), Bytes(vocab_size), config, MonotonicClock(), trace=trace)
+    engine = Engine(Prefilled(runner, size), Bytes(vocab_size), config, MonotonicClock(), trace=trace)
     params = SamplingParams(temperature=0, ignore_eos=True)
     requests = [Request(str(index), (index % 256,) * options.context, params) for index in range(size)]
     gc.freeze()  # as the server does when it is ready
@@ -172,11 +183,11 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     model, weights_nbytes = open_model(options, options.device)
     rows: list[dict[str, Any]] = []
     for size in options.batch:
-        pages = -(-(options.context + WARM_UP + options.steps + 4) // PAGE)
+        pages = -(-last_token(options) // PAGE)
         trace = Spans(options.trace or Path("trace.json"))
         runner = TorchRunner(
-            model, size * pages, PAGE, device, kv_dtype=options.kv_dtype, max_rows=size, graphs=GraphLimits(size, pages),
-            trace=trace,
+            model, num_pages(size, options), PAGE, device, kv_dtype=options.kv_dtype, max_rows=size,
+            graphs=GraphLimits(size, pages), trace=trace,
         )  # fmt: skip
         fill(runner.kv_pool)
         runs = {way: run(runner, model.config.vocab_size, size, way, trace, options) for way in WAYS}

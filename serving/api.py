@@ -9,6 +9,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import cast
@@ -121,6 +122,7 @@ class _Service:
         self._tokenizer = tokenizer
         self._model_name = model_name
         self._created = int(time.time())
+        self._compiler = ThreadPoolExecutor(1, "grammars")  # apart from what all requests wait for
         self._metrics = Metrics(engine.engine, model_name)
 
     async def completions(self, body: CompletionBody, http: HTTPRequest) -> Response:
@@ -226,7 +228,8 @@ class _Service:
         num_prompt: int,
         format: Format,
     ) -> Response:
-        await asyncio.to_thread(self._engine.engine.new_matcher, requests[0].params.grammar)
+        if (grammar := requests[0].params.grammar) is not None:
+            await asyncio.get_running_loop().run_in_executor(self._compiler, self._engine.engine.new_matcher, grammar)
         generation = self._engine.submit(requests)
         choices = {request.id: Choice(index) for index, request in enumerate(requests)}
         if body.stream:

@@ -166,6 +166,7 @@ class Sequence:
     max_tokens: int
     deadline: float
     matcher: Matcher | None = None
+    id: str = field(init=False)
     tokens: list[int] = field(init=False)
     num_computed: int = 0
     num_unknown: int = 0
@@ -177,11 +178,8 @@ class Sequence:
     answered: float | None = None
 
     def __post_init__(self) -> None:
+        self.id = self.request.id
         self.tokens = list(self.request.prompt)
-
-    @property
-    def id(self) -> str:
-        return self.request.id
 
     @property
     def num_output(self) -> int:

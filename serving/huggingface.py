@@ -6,6 +6,7 @@ How weights are quantised, and what their tensors mean, is the matter of `tilus.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,11 @@ def open_directory(directory: Path, weight_dtype: DataType) -> Checkpoint:
     config = model_config(directory, settings)
     tied = bool(settings.get("tie_word_embeddings", config.architecture.tied))
     weights = DirectoryWeights(directory, weight_dtype, config, tied=tied)
-    return Checkpoint(directory.resolve().name, config, tokenizer.from_huggingface(directory), weights)
+    found = tokenizer.from_huggingface(directory)
+    if found.fast.get_vocab_size(with_added_tokens=False) <= config.vocab_size < found.vocab_size:
+        # Added tokens that this model has no rows for, such as one for images: prompts with them are refused.
+        found = replace(found, vocab_size=config.vocab_size)
+    return Checkpoint(directory.resolve().name, config, found, weights)
 
 
 def model_config(directory: Path, settings: dict[str, Any]) -> ModelConfig:

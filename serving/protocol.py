@@ -222,9 +222,12 @@ class TextPart(BaseModel):
 
 
 class FunctionCall(BaseModel):
+    """parsed_arguments: what OpenAI's client adds to `arguments` when it has read them from a stream."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
     name: str
     arguments: str
+    parsed_arguments: Any = None
 
     def for_template(self) -> dict[str, Any]:
         """Templates write the arguments themselves, and want them as an object."""
@@ -241,6 +244,7 @@ class MessageToolCall(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     id: str
     type: Literal["function"] = "function"
+    index: int | None = None
     function: FunctionCall
 
 
@@ -255,6 +259,7 @@ class Message(BaseModel):
     tool_call_id: str | None = None
     refusal: str | None = None
     annotations: list[Any] | None = None
+    parsed: Any = None
     audio: None = None
     function_call: None = None
 
@@ -271,7 +276,9 @@ class Message(BaseModel):
         content = "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content
         message = {"role": "system" if self.role == "developer" else self.role, "content": content or ""}
         if self.tool_calls:
-            calls = [call.model_dump() | {"function": call.function.for_template()} for call in self.tool_calls]
+            calls = [
+                {"id": call.id, "type": call.type, "function": call.function.for_template()} for call in self.tool_calls
+            ]
             return message | {"tool_calls": calls}
         extra = {"name": self.name, "tool_call_id": self.tool_call_id}
         return message | {name: value for name, value in extra.items() if value is not None}

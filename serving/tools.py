@@ -111,10 +111,13 @@ class CallParser:
         return [text]
 
     def _cut(self, before: str, candidate: str) -> list[str | ToolCall]:
-        call = self._parsed(candidate)
-        if call is None:
-            return self._text(before + candidate)
-        events = self._text(before.rstrip())
+        """Text and what may be a call from its start on, or from a later tag in it: the ones before are then text."""
+        start = 0
+        while (call := self._parsed(candidate[start:])) is None:
+            start = candidate.find(_OPEN, start + 1) if self._style == "tags" else -1
+            if start < 0:
+                return self._text(before + candidate)
+        events = self._text((before + candidate[:start]).rstrip())
         self._calls += 1
         self._at_start = True
         return [*events, call]

@@ -243,7 +243,7 @@ def test_rows_that_are_no_numbers_harm_no_other(bad: float, where: str) -> None:
     st.integers(0, 2**64 - 1),
     st.integers(0, 2**32 - 1),
     st.sampled_from(FILTERS[:-2]),
-    st.integers(1, 300),
+    st.integers(2, 300),
     st.booleans(),
 )
 @settings(max_examples=15)
@@ -251,11 +251,13 @@ def test_any_row(seed: int, position: int, p: Params, size: int, coarse: bool) -
     values = np.random.default_rng(seed % 1000).normal(0, 2, size)
     logits = (np.round(values * 4) / 4 if coarse else values).astype(np.float32)
     p = replace(p, seed=seed, position=position)
-    check_winner(logits, p, int(drawn(logits[None], [p], "cpu")[0]))
+    token, again = drawn(np.stack([logits, logits]), [p, p], "cpu").tolist()
+    check_winner(logits, p, token)
+    assert again == token
 
 
 @given(
-    st.integers(0, 10**6), st.integers(1, 400), st.sampled_from([0.01, 1.0, 30.0]), st.sampled_from([0.0, 0.25, 2.0])
+    st.integers(0, 10**6), st.integers(2, 400), st.sampled_from([0.01, 1.0, 30.0]), st.sampled_from([0.0, 0.25, 2.0])
 )
 @settings(max_examples=20)
 def test_kept_sets_of_any_row(seed: int, size: int, spread: float, step: float) -> None:
@@ -315,12 +317,10 @@ def test_known_answers(where: str) -> None:
     np.testing.assert_array_equal(uniforms(np.zeros(1, np.uint64), 0, np.arange(4))[0] * 2**32 - 0.5, expected[0])
 
 
-@pytest.mark.parametrize(
-    "p", [Params(1e-45), Params(1e-29), Params(1, 0, 0.0), Params(1, 0, -1.0), Params(1, 0, 1, 7.0)], ids=str
-)
-def test_extreme_parameters_leave_the_best_token(p: Params) -> None:
-    logits = np.random.default_rng(14).normal(0, 1, (1, 80)).astype(np.float32)
-    assert drawn(logits, [p], "reference").tolist() == [np.argmax(logits)]
+def test_extreme_parameters_leave_the_best_token() -> None:
+    params = [Params(1e-45), Params(1e-29), Params(1, 0, 0.0), Params(1, 0, -1.0), Params(1, 0, 1, 7.0)]
+    logits = np.random.default_rng(14).normal(0, 1, (5, 80)).astype(np.float32)
+    assert drawn(logits, params, "cpu").tolist() == logits.argmax(1).tolist()
 
 
 def test_what_does_not_fit_is_refused() -> None:

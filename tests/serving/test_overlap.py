@@ -25,6 +25,7 @@ from serving.kernels import default_kernels
 from serving.loader import Checkpoint
 from serving.model import load_model
 from serving.runner import TorchRunner
+from serving.warm_up import warm_up
 from tilus.errors import TilusError
 
 PAGE = 3
@@ -196,10 +197,20 @@ def test_pages_of_one_that_ends_are_waited_for() -> None:
     engine = make_engine(FakeRunner(PAGE, lazy=True), overlap=True, num_pages=4)
     for name, length in (("ends", 2), ("goes on", 5)):
         engine.add(request(name, [1, 2, 3, 4, 5], length, ignore_eos=True))
-    goes_on = list(engine.scheduler.waiting)[1]
+    goes_on = next(seq for seq in engine.scheduler.waiting if seq.id == "goes on")
     expected = reference_answer([1, 2, 3, 4, 5], 5, ignore_eos=True)
     assert run(engine) == {"ends": expected[:2], "goes on": expected}
     assert goes_on.num_preemptions == 0
+
+
+def test_the_warm_up_runs_the_same_steps() -> None:
+    """Every number of sequences occurs, as the graphs of all of them are captured then."""
+    shapes: list[list[list[int]]] = []
+    for overlap in (False, True):
+        runner = FakeRunner(PAGE, lazy=overlap)
+        warm_up(make_engine(runner, overlap=overlap, num_pages=40), True, lambda done, total: None, 4)
+        shapes.append([[len(item.token_ids) for item in batch.items] for batch in runner.batches])
+    assert shapes[0] == shapes[1] and [1, 1, 1, 1] in shapes[0]
 
 
 def test_an_end_that_is_not_known_costs_one_row() -> None:

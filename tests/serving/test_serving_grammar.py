@@ -13,6 +13,7 @@ import pytest
 from live_server import MODEL, LiveServer
 from serving_fakes import FakeRunner, FakeVocabulary, ManualClock
 
+from serving import grammar as grammar_module
 from serving.config import EngineConfig
 from serving.core import Grammar, Request, SamplingParams
 from serving.engine import Engine
@@ -125,6 +126,28 @@ def test_grammars_that_cannot_be_used(grammars: Grammars, kind, text: str, messa
     with pytest.raises(RequestError) as caught:
         grammars.matcher(Grammar(kind, text))
     assert str(caught.value).splitlines()[0] == message and caught.value.status == 400
+
+
+def test_what_takes_too_long_is_stopped(tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patterns that must all match take the library minutes; its process ends, and the next grammar has another."""
+    monkeypatch.setattr(grammar_module, "MAX_SECONDS", 0.3)
+    grammars = Grammars(tiny_checkpoint.tokenizer)
+    patterns = [f"^.*{letter}.{{{count}}}$" for letter in "abcdefgh" for count in range(20)]
+    hard = Grammar(
+        "json_schema", json.dumps({"allOf": [{"type": "string", "pattern": pattern} for pattern in patterns]})
+    )
+    with pytest.raises(
+        RequestError, match=r"^the JSON schema is too complex: it could not be compiled within 0\.3 seconds$"
+    ):
+        grammars.matcher(hard)
+    monkeypatch.undo()
+    process = grammars.matcher(Grammar("regex", "a")) and grammars._trial._process
+    process.kill()
+    with pytest.raises(RequestError, match="too complex"):
+        grammars.matcher(Grammar("regex", "b"))
+    assert set_bits(grammars.matcher(Grammar("regex", "b")).allowed())
+    del grammars
+    assert process.returncode is not None
 
 
 def test_a_token_that_is_not_allowed_fails_the_matcher_alone(grammars: Grammars, tokenizer: Tokenizer) -> None:

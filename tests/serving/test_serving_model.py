@@ -16,6 +16,7 @@ from tiny_llama import CPU, TINY, tiny_engine, tiny_tensors, write_tiny
 from torch_kernels import TorchKernels
 
 from serving.core import Batch, BatchItem, Request, SamplingParams
+from serving.errors import RequestError
 from serving.loader import Checkpoint, open_checkpoint
 from serving.model import Model, load_model
 from serving.runner import step_tensors
@@ -305,6 +306,14 @@ def test_models_of_other_kinds_are_named(tmp_path: Path, changes: dict[str, obje
     with pytest.raises(TilusError) as caught:
         open_checkpoint(write_tiny(tmp_path / "m", **changes))
     assert message in str(caught.value)
+
+
+def test_added_tokens_may_have_no_row_in_the_embedding(tmp_path: Path, tiny_model: Model) -> None:
+    """As a token for images in models for text alone; a prompt that has it is refused."""
+    checkpoint = open_checkpoint(write_tiny(tmp_path / "m", vocab_size=258))
+    engine = tiny_engine(tiny_model, checkpoint)
+    with pytest.raises(RequestError, match="the prompt contains token 258, but token ids go from 0 to 257"):
+        engine.add(Request("r", checkpoint.tokenizer.encode("a<|im_end|>"), GREEDY))
 
 
 def test_missing_things_are_named(tmp_path: Path) -> None:

@@ -42,7 +42,9 @@ def chosen(logits: torch.Tensor, items: list[BatchItem]) -> list[int]:
 
 
 def random_logits(rows: int, key: int = 0) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(key).normal(0, 1.5, (rows, VOCABULARY)).astype(np.float32))
+    """Odd keys: with ties."""
+    logits = np.random.default_rng(key).normal(0, 1.5, (rows, VOCABULARY))
+    return torch.from_numpy((np.round(2 * logits) / 2 if key % 2 else logits).astype(np.float32))
 
 
 def distribution(logits: list[float], params: SamplingParams) -> npt.NDArray[np.float64]:
@@ -144,15 +146,30 @@ def test_what_requests_ask_for(items: list[BatchItem], key: int) -> None:
     assert [sampled(logits[row : row + 1], [it])[0] for row, it in enumerate(items)] == list(together)
 
 
-def test_repetition_penalty_is_that_of_transformers() -> None:
-    """As the order of penalised logits, found by forbidding the best token again and again."""
-    logits, history = random_logits(1), (3, 3, 0, 7, 19)
-    expected = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([history]), logits.clone())[0]
+def ranking(logits: torch.Tensor, history: tuple[int, ...], draw: int, **params) -> list[int]:
+    """The tokens in the order of their logits as a request wants them, found by forbidding the best one again and again."""
     banned: list[int] = []
     for _ in range(VOCABULARY):
         bias = tuple((token, -100.0) for token in banned)
-        banned += chosen(logits, [item(0, history, temperature=0, repetition_penalty=1.7, logit_bias=bias)])
-    assert banned == expected.argsort(descending=True).tolist()
+        banned += chosen(logits, [item(draw, history, temperature=0, logit_bias=bias, **params)])
+    return banned
+
+
+def test_repetition_penalty_is_that_of_transformers() -> None:
+    logits, history = random_logits(1), (3, 3, 0, 7, 19)
+    expected = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([history]), logits.clone())[0]
+    assert ranking(logits, history, 2, repetition_penalty=1.7) == expected.argsort(descending=True).tolist()
+
+
+@pytest.mark.parametrize(
+    "params", [{"presence_penalty": 1.9}, {"frequency_penalty": 0.7}, {"presence_penalty": -1.2, "repetition_penalty": 0.6}], ids=str
+)  # fmt: skip
+def test_tokens_of_the_answer_are_penalised(params: dict[str, float]) -> None:
+    """The prompt's are not, except by repetition_penalty. Every token of the history changes its place by its penalty."""
+    logits = torch.linspace(-2, 2, VOCABULARY)[None].contiguous()
+    history = (18, 17, 18, 3, 14, 14, 14, 9, 18, 5)
+    wanted = edited(logits[0].tolist(), item(6, history, **params))
+    assert ranking(logits, history, 6, **params) == sorted(range(VOCABULARY), key=lambda i: -wanted[i])
 
 
 def test_a_mask_forbids_whatever_the_bias() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import httpx
 import openai
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from live_server import CONFIG, MODEL, LiveServer, serve
 from test_serving_grammar import set_bits, walk
@@ -61,6 +61,7 @@ CALLS = st.builds(ToolCall, st.sampled_from("fg"), st.sampled_from(["{}", '{"x":
 SEGMENTS = st.lists(WORDS | CALLS, max_size=6)
 
 
+@example(segments=["<", "tool_call>", ToolCall("f", "{}")], cuts=[], blank="")  # a tag that opens nothing
 @given(segments=SEGMENTS, cuts=st.lists(st.integers(0, 400), max_size=8), blank=st.sampled_from(["", "\n", " \n"]))
 def test_calls_between_tags_however_the_text_is_cut(
     segments: list[str | ToolCall], cuts: list[int], blank: str
@@ -215,16 +216,12 @@ def test_calls_of_a_free_answer(scripted: LiveServer, script: ScriptRunner) -> N
                 ("function", "g", {}),
             ]
             assert len({c.id for c in calls}) == 2
-        history = [
-            *USER,
-            whole.message,
-            {"role": "tool", "tool_call_id": whole.message.tool_calls[0].id, "content": "done"},
-        ]
+        streamed = final(client, tools=TOOLS)
         script.text = "Drawn."
-        assert (
-            client.chat.completions.create(model=MODEL, messages=history, tools=TOOLS).choices[0].message.content
-            == "Drawn."
-        )
+        for message in (whole.message, streamed.message):  # answers come back as the client has them
+            history = [*USER, message, {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "done"}]
+            reply = client.chat.completions.create(model=MODEL, messages=history, tools=TOOLS)
+            assert reply.choices[0].message.content == "Drawn."
         script.text = tagged("g", {})
         for more in ({}, {"tools": TOOLS, "tool_choice": "none"}):  # who offers no tools gets text
             choice = client.chat.completions.create(model=MODEL, messages=USER, **more).choices[0]

@@ -11,8 +11,10 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
+from types import SimpleNamespace
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -22,12 +24,13 @@ from tiny_llama import CPU, write_tiny
 from torch_kernels import TorchKernels
 
 import tilus.kernels
-from serving import weight_file
-from serving.loader import open_checkpoint
+from serving import build, weight_file
+from serving.loader import Checkpoint, open_checkpoint
 from serving.packing import PackedWeights, pack_weights
 from serving.quantize import WEIGHT_DTYPES
 from serving.weight_cache import WeightCache, moved, packed_form
 from tilus.dtypes import dtype
+from tilus.kernels.quantize import QuantizedMatrix
 
 FORM = packed_form(tilus.kernels, CPU)
 ROOT = Path(__file__).parents[2]
@@ -259,6 +262,19 @@ def test_weights_of_a_gpu_come_back_with_the_same_bits(cache_dir: Path, tiny_dir
     loaded = arrays(moved(found, gpu))
     for name, array in arrays(packed).items():
         assert loaded[name].device.type == "cuda" and torch.equal(loaded[name].cpu(), array.cpu()), name
+
+
+def test_a_gpu_keeps_only_what_is_quantised_while_loading(cache_dir: Path, tiny_checkpoint: Checkpoint) -> None:
+    def pack(matrix: QuantizedMatrix, device: torch.device) -> object:
+        return tilus.kernels.quantize.pack(matrix, CPU, order="mma")
+
+    kernels: Any = SimpleNamespace(quantize=SimpleNamespace(pack=pack))
+    stored = replace(tiny_checkpoint, weights=SimpleNamespace(is_float=lambda name: False))
+    path, gpu = tiny_checkpoint.weights._tensors.path, torch.device("cuda")
+    assert build._cache(path, "int8", stored, kernels, gpu) is None
+    kept = build._cache(path, "int8", tiny_checkpoint, kernels, gpu)
+    assert kept is not None and kept.path != WeightCache(path, "int8", FORM).path  # packed otherwise than for a CPU
+    assert build._cache(path, "int8", stored, tilus.kernels, CPU) is not None
 
 
 def test_kernels_with_a_form_of_their_own_have_no_cache() -> None:

@@ -146,39 +146,16 @@ def transformers_logits(directory: Path, prompt: list[int]) -> torch.Tensor:
 def write_gguf_family(path: Path, directory: Path, architecture: str) -> Path:
     """The model of a directory as a GGUF file, with the names that the package gguf gives to tensors."""
     settings, writer = json.loads((directory / "config.json").read_text()), GGUFWriter(str(path), architecture)
-    layers, heads, kv_heads = (
-        settings[f"num_{name}"] for name in ("hidden_layers", "attention_heads", "key_value_heads")
-    )
-    writer.add_block_count(layers)
-    writer.add_context_length(settings["max_position_embeddings"])
-    writer.add_embedding_length(settings["hidden_size"])
-    writer.add_feed_forward_length(settings["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
-    if "head_dim" in settings:
-        writer.add_key_length(settings["head_dim"])
-        writer.add_value_length(settings["head_dim"])
-    writer.add_layer_norm_rms_eps(settings["rms_norm_eps"])
-    writer.add_rope_freq_base(settings["rope_theta"])
-    if "sliding_window" in settings:
-        writer.add_sliding_window(settings["sliding_window"])
-    if "attn_logit_softcapping" in settings:
-        writer.add_attn_logit_softcapping(settings["attn_logit_softcapping"])
-        writer.add_final_logit_softcapping(settings["final_logit_softcapping"])
-    if "num_experts_per_tok" in settings:
-        writer.add_expert_count(settings.get("num_local_experts") or settings["num_experts"])
-        writer.add_expert_used_count(settings["num_experts_per_tok"])
-    if "moe_intermediate_size" in settings:
-        writer.add_expert_feed_forward_length(settings["moe_intermediate_size"])
+    add_sizes(writer, settings)
     add_vocabulary(writer)
     kind = next(key for key, name in MODEL_ARCH_NAMES.items() if name == architecture)
-    names = get_tensor_name_map(kind, layers)
+    names = get_tensor_name_map(kind, settings["num_hidden_layers"])
     experts: dict[str, list[np.ndarray]] = {}
     tensors = load_file(directory / "model.safetensors")
     for name in sorted(tensors, key=lambda name: [int(part) if part.isdigit() else 0 for part in name.split(".")]):
         values = tensors[name].numpy()
         if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
-            values = interleave(values, heads if "q_proj" in name else kv_heads)
+            values = interleave(values, settings[f"num_{'attention' if 'q_proj' in name else 'key_value'}_heads"])
         if "gemma" in architecture and "norm" in name:
             values = values + 1
         if ".experts." in name:
@@ -195,6 +172,30 @@ def write_gguf_family(path: Path, directory: Path, architecture: str) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def add_sizes(writer: GGUFWriter, settings: dict[str, Any]) -> None:
+    writer.add_block_count(settings["num_hidden_layers"])
+    writer.add_context_length(settings["max_position_embeddings"])
+    writer.add_embedding_length(settings["hidden_size"])
+    writer.add_feed_forward_length(settings["intermediate_size"])
+    writer.add_head_count(settings["num_attention_heads"])
+    writer.add_head_count_kv(settings["num_key_value_heads"])
+    if "head_dim" in settings:
+        writer.add_key_length(settings["head_dim"])
+        writer.add_value_length(settings["head_dim"])
+    writer.add_layer_norm_rms_eps(settings["rms_norm_eps"])
+    writer.add_rope_freq_base(settings["rope_theta"])
+    if "sliding_window" in settings:
+        writer.add_sliding_window(settings["sliding_window"])
+    if "attn_logit_softcapping" in settings:
+        writer.add_attn_logit_softcapping(settings["attn_logit_softcapping"])
+        writer.add_final_logit_softcapping(settings["final_logit_softcapping"])
+    if "num_experts_per_tok" in settings:
+        writer.add_expert_count(settings.get("num_local_experts") or settings["num_experts"])
+        writer.add_expert_used_count(settings["num_experts_per_tok"])
+    if "moe_intermediate_size" in settings:
+        writer.add_expert_feed_forward_length(settings["moe_intermediate_size"])
 
 
 def add_tensor(writer: GGUFWriter, name: str, values: np.ndarray) -> None:

@@ -70,8 +70,8 @@ def survey_kernel(
     run, request = tilus.block_id(0), tilus.block_id(1)
     row = Row(logits, request, tiling)
     tile, one = row.tile(run), tilus.full([1], 1.0)
-    broken = tilus.sum(tilus.where(tile < math.inf, 0.0, one), 0, keepdims=True)
-    tilus.store(runs, [request, BROKEN, run], broken)
+    sound = tilus.all(tile < math.inf, 0, keepdims=True)
+    tilus.store(runs, [request, BROKEN, run], tilus.where(sound, 0.0, one))
     if temperature[request] > COLDEST:
         parts, quads = row.parts(tile), row.quads(run)
         dice = dice_of(seeds, positions, temperature, request)
@@ -158,7 +158,7 @@ def choose_kernel(
                     if limit > 0.0 and (count >= limit or not fits):
                         least = scalar(tilus.min(of_runs(LEAST, math.inf)))
                         lowest = row.largest(limit, least, most, finite)
-                        bound, limit = max(bound, lowest), 0.0
+                        bound, limit = lowest, 0.0
                         choosing, racing = True, logit < bound
                     elif not fits:
                         choosing, racing, bound = True, True, above

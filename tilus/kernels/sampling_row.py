@@ -72,7 +72,9 @@ class Row:
         width, start = self.tiling.width, index * self.tiling.width
         layout = local(self.tiling.quads).spatial(32 * self.tiling.warps).local(QUAD)
         tile = tilus.load(self.logits, [self.row, start], [width], layout=layout).to(f32)
-        return tilus.where(tilus.arange(width, start=start) < self.logits.shape[1], tile, -math.inf)
+        if start + width > self.logits.shape[1]:  # the last one
+            tile = tilus.where(tilus.arange(width, start=start) < self.logits.shape[1], tile, -math.inf)
+        return tile
 
     def parts(self, tile: Any) -> list[Any]:
         """The four parts of a tile."""
@@ -148,7 +150,7 @@ class Row:
         for index in self.tiles(self.tiling.unroll):
             for part in self.parts(self.tile(index)):
                 part = tilus.reshape(part, [1, *self.tiling.shape])
-                counts = tilus.where(part >= points, counts + 1.0, counts)
+                counts = counts + tilus.where(part >= points, tilus.full([1, 1, 1], 1.0), 0.0)
         return tilus.sum(counts, (1, 2))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import FunctionType
 from typing import Any
 
 from tilus.dtypes import DataType, int32, int64
@@ -90,12 +89,10 @@ class Specification:
 
 
 def typed(value: Any) -> Any:
-    """A key that tells equal values of different types apart."""
+    """A key that tells equal values of different types apart: numbers, and tuples of them."""
     if isinstance(value, tuple):
         return type(value), tuple(typed(item) for item in value)
-    if isinstance(value, FunctionType):  # equal to nothing else, and its type cannot be pickled
-        return value
-    return type(value), value
+    return (type(value), value) if isinstance(value, int | float) else value
 
 
 class Sizes:
