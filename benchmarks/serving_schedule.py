@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+import tilus
 from serving.bench import burstgpt
 from serving.bench.summary import summarise
 from serving.bench.traces import read_trace
@@ -35,6 +36,7 @@ from serving.config import EngineConfig
 from serving.core import Runner
 from serving.cost_model import CostModel, StepWork
 from serving.engine import Engine
+from serving.rehearsal import rehearsal
 from serving.simulate import Outcome, PlainVocabulary, PlannedEnds, RealClock, replay, roofline, simulate
 from serving.warm_up import measure_steps, warm_up
 
@@ -146,6 +148,9 @@ class Gpu:
         self._cost = CostModel(options.steps)
         engine = self._engine(self._runner, limits(options))
         say("loaded")
+        largest = limits(options, max_step_tokens=max(options.max_step_tokens, options.prefill_tokens))
+        tilus.compile_ahead(lambda: self._runner.rehearse(rehearsal(largest)))
+        say("compiled")
         warm_up(engine, True, lambda done, total: None, options.max_batch)
         say("captured")
         measure_steps(engine)

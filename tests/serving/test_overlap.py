@@ -60,7 +60,7 @@ class EvenTokens:
 
 def make_engine(runner: FakeRunner, *, overlap: bool, clock: ManualClock | None = None, **limits: int) -> Engine:
     given = {"num_pages": 16, "max_model_len": 30, "max_batch": 4, "max_step_tokens": 12} | limits
-    config = EngineConfig(**given, page_size=PAGE, request_timeout=TIMEOUT, overlap=overlap)
+    config = EngineConfig(**given, page_size=PAGE, request_timeout=TIMEOUT, overlap=overlap, admission="aggressive")
     return Engine(runner, FakeVocabulary(), config, clock or ManualClock())
 
 
