@@ -162,8 +162,10 @@ def test_repetition_penalty_is_that_of_transformers() -> None:
 
 
 @pytest.mark.parametrize(
-    "params", [{"presence_penalty": 1.9}, {"frequency_penalty": 0.7}, {"presence_penalty": -1.2, "repetition_penalty": 0.6}], ids=str
-)  # fmt: skip
+    "params",
+    [{"presence_penalty": 1.9}, {"frequency_penalty": 0.7}, {"presence_penalty": -1.2, "repetition_penalty": 0.6}],
+    ids=str,
+)
 def test_tokens_of_the_answer_are_penalised(params: dict[str, float]) -> None:
     """The prompt's are not, except by repetition_penalty. Every token of the history changes its place by its penalty."""
     logits = torch.linspace(-2, 2, VOCABULARY)[None].contiguous()
