@@ -90,7 +90,7 @@ def check(
 )
 def test_batches(batch: Batch, causal: bool, heads: int, device: str) -> None:
     """Prefill, chunks, decoding, sequences without queries, queries without keys; more tiles than blocks."""
-    check(batch, device, causal, PrefillPlan(heads))
+    check(batch, device, causal, plans_of(heads, batch.head_dim)[0])
 
 
 @pytest.mark.parametrize("device", EXECUTIONS)

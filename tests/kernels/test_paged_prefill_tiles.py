@@ -105,7 +105,9 @@ def slack_kernel(q_start: Tensor[int32, "sequences_plus_1"], found: Tensor[int32
     tilus.store(found, [0], tilus.full([1], slack_of(q_start, tokens, 8), int32))
 
 
-@pytest.mark.parametrize("lengths", [[], [0], [5, 0, 64], [8] * 300, [64] * 128 + [63], [8, *[16] * 200, 1]], ids=len)
+@pytest.mark.parametrize(
+    "lengths", [[], [0], [5, 0, 64], [8] * 300, [64] * 128 + [63], [8, *[16] * 200, 1], [3, *[8] * 200]], ids=len
+)
 def test_what_the_last_tiles_lack(lengths: list[int]) -> None:
     """Of any number of sequences, which a warp looks at some at a time."""
     starts, found = np.cumsum([0, *lengths], dtype=np.int32), np.zeros(1, np.int32)

@@ -238,7 +238,7 @@ def by_fitting_plan(key: tuple[Any, ...], plans: Sequence[PrefillPlan], launch_b
 def plans_of(heads: int, head_dim: int) -> tuple[PrefillPlan, ...]:
     """The largest tile of the cache first: the fewer tiles, the less what each takes beside its products counts."""
     kv_tiles = (128, 64) if head_dim <= 128 else (32, 16)
-    registers = (224, 56) if head_dim in (96, 256) else (232, 40)  # copies of more boxes take more
+    registers = {96: (224, 56), 256: (216, 72)}.get(head_dim, (232, 40))  # copies of more boxes take more
     return tuple(PrefillPlan(heads, kv_tile, 2, 2, *registers) for kv_tile in kv_tiles)
 
 
