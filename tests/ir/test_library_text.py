@@ -24,7 +24,7 @@ from tilus.kernels.paged_decode import DecodePlan
 from tilus.kernels.paged_decode_split import Split
 from tilus.kernels.paged_prefill import PrefillPlan
 from tilus.kernels.quantize.tiles import ROWS
-from tilus.kernels.sampling_row import RowPlan
+from tilus.kernels.sampling_row import Tiling
 from tilus.kernels.shared_prefix_groups import PrefixSplit
 from tilus.kernels.warpgroup_linear import WarpgroupPlan
 from tilus.lang.kernel import Kernel
@@ -169,7 +169,12 @@ SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
     "quantize.codes.unpack_codes_kernel": [{"wdtype": int8, "lookup": True}],
     "quantize_tokens.quantize_tokens_kernel": [{"columns": 768}, {"columns": 20000, "paired": True}],
     "rope.rope_append_kernel": [{"head_dim": 64, "heads": 9, "q_heads": 3, "kv_heads": 3, "page_size": 16}],
-    "sampling.sample_kernel": [{"plan": RowPlan(2, 4, 2, 1)}],
+    "logit_edits.allow_kernel": [{}],
+    "logit_edits.edit_kernel": [{}],
+    "logprobs.runs_kernel": [{}],
+    "logprobs.best_kernel": [{"padded_runs": 4}],
+    "sampling.survey_kernel": [{"tiling": Tiling(4, 2)}],
+    "sampling.choose_kernel": [{"tiling": Tiling(4, 1, 2), "most_runs": 4}],
     "warpgroup_linear.warpgroup_linear": [
         {"wdtype": uint4, "scale_dtype": f16, "span": 128, "plan": WarpgroupPlan(16, 1, 2, 1, 2, 4)},
         {"wdtype": int8, "scale_dtype": f32, "span": 0, "plan": WarpgroupPlan(8, 1, 1, 2, 1, 3)},

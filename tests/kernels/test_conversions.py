@@ -33,7 +33,9 @@ def linear(case: tuple[Any, ...]) -> Specialization:
 
 def library() -> Iterator[tuple[str, Any]]:
     for kernel, values in LIBRARY:
-        yield f"{kernel.__name__} {values}", lambda kernel=kernel, values=values: kernel.specialize(**values)
+        # Names must be those of other processes, too.
+        shown = {key: value.__name__ if callable(value) else value for key, value in values.items()}
+        yield f"{kernel.__name__} {shown}", lambda kernel=kernel, values=values: kernel.specialize(**values)
     for case in LINEAR:
         yield f"linear of {case[0]} with {case[1]} tokens in groups of {case[2]}", lambda case=case: linear(case)
     for name in NAMES:

@@ -24,7 +24,7 @@ from tilus.kernels.paged_prefill import (
     paged_prefill_kernel,
     plans_of_codes,
 )
-from tilus.runtime.execute import build
+from tilus.runtime.binaries import build
 from tilus.target import get_target
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)

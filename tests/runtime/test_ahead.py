@@ -13,7 +13,7 @@ import torch
 
 import tilus
 from tilus.errors import TilusError
-from tilus.kernels.activation import silu_mul_kernel
+from tilus.kernels.activation import gated_kernel
 from tilus.kernels.norm import rms_norm_kernel
 from tilus.lang.kernel import Specialization
 from tilus.ptx.assembler import SpillError
@@ -42,7 +42,7 @@ def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Be a new process, as far as these kernels go."""
     for found in (binaries.on_cpu, binaries.on_gpu, execute._gpu_launcher):
         found.cache_clear()
-    for kernel in (silu_mul_kernel, rms_norm_kernel):
+    for kernel in (gated_kernel, rms_norm_kernel):
         monkeypatch.setattr(kernel, "_launchers", {})
         monkeypatch.setattr(kernel, "_specializations", {})
 
@@ -54,7 +54,7 @@ def compiled_by(run: Callable[[], object]) -> int:
 
 
 def silu(out: torch.Tensor, count: int = 3) -> None:
-    silu_mul_kernel.on("cpu")(X[:count], out[:count])
+    gated_kernel.on("cpu")(X[:count], out[:count])
 
 
 def test_nothing_is_launched_and_later_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +106,9 @@ def test_a_mistake_names_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         raise TilusError("no such instruction", hint="take another")
 
     monkeypatch.setattr(binaries, "compile_for_cpu", refuse)
-    expected = r"cannot compile the kernel silu_mul_kernel of tilus.kernels.activation: no such instruction\n  hint: take another"
+    expected = (
+        r"cannot compile the kernel gated_kernel of tilus.kernels.activation: no such instruction\n  hint: take another"
+    )
     with pytest.raises(TilusError, match=expected):
         tilus.compile_ahead(lambda: silu(torch.zeros(3, 32).half()), processes=1)
 
@@ -133,14 +135,14 @@ def test_where_registers_do_not_suffice_another_plan_is_compiled(monkeypatch: py
     def run() -> None:
         out = torch.zeros(3, 32).half()
         try:
-            silu_mul_kernel.on("cuda")(X, out, block=1024)
+            gated_kernel.on("cuda")(X, out, block=1024)
         except SpillError:
-            silu_mul_kernel.on("cuda")(X, out, block=512)
+            gated_kernel.on("cuda")(X, out, block=512)
 
     assert tilus.compile_ahead(run, processes=1) == 2
     forget(monkeypatch)
     assert tilus.compile_ahead(run, processes=1) == 0 and len(asked) == 2
-    refused = silu_mul_kernel.specialize(X, torch.zeros(3, 32).half(), block=1024)
+    refused = gated_kernel.specialize(X, torch.zeros(3, 32).half(), block=1024)
     with pytest.raises(SpillError, match=r"kernel spills\n  hint: fewer stages"):
         binaries.on_gpu(refused, SM_90A)
     assert len(asked) == 2
@@ -149,10 +151,10 @@ def test_where_registers_do_not_suffice_another_plan_is_compiled(monkeypatch: py
 @pytest.mark.usefixtures("gpu")
 def test_what_is_found_is_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = X, torch.zeros(3, 32).half()
-    first, code = binaries.on_gpu(silu_mul_kernel.specialize(*arguments), SM_90A)
+    first, code = binaries.on_gpu(gated_kernel.specialize(*arguments), SM_90A)
     forget(monkeypatch)
     monkeypatch.setattr(binaries, "compile_function", lambda *_: pytest.fail("translated again"))
-    found, again = binaries.on_gpu(silu_mul_kernel.specialize(*arguments), SM_90A)
+    found, again = binaries.on_gpu(gated_kernel.specialize(*arguments), SM_90A)
     assert again == code and found is not first
     names = [[(type(p), p.name) for p in binary.interface.params] for binary in (first, found)]
     variables = [
@@ -185,21 +187,21 @@ def specialization(kernel: tilus.Kernel, **consts: Any) -> Specialization:
 
 
 def test_the_key_says_all_that_matters(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = [specialization(silu_mul_kernel, block=block) for block in (1024, 512)]
+    given = [specialization(gated_kernel, block=block) for block in (1024, 512)]
     aligned = [key(each, ("sm_90a",)) for each in given]
-    other = silu_mul_kernel.specialize(X[:, :, :31], torch.zeros(3, 31).half())
+    other = gated_kernel.specialize(X[:, :, :31], torch.zeros(3, 31).half())
     names = {*aligned, key(given[0], ("sm_80",)), key(other, ("sm_90a",))}
     assert None not in names and len(names) == 4
     forget(monkeypatch)
-    assert key(specialization(silu_mul_kernel, block=1024), ("sm_90a",)) == aligned[0]
+    assert key(specialization(gated_kernel, block=1024), ("sm_90a",)) == aligned[0]
 
 
 def test_kernels_and_values_that_are_not_of_tilus_have_no_key() -> None:
     assert key(specialization(copied), ()) is None
-    assert key(specialization(silu_mul_kernel, block=Fraction(1024)), ()) is None
-    assert key(specialization(silu_mul_kernel, block=len), ()) is None
-    assert key(specialization(silu_mul_kernel, block=describe), ()) is None
-    assert key(specialization(silu_mul_kernel, block=ahead.is_dry), ()) is not None
+    assert key(specialization(gated_kernel, block=Fraction(1024)), ()) is None
+    assert key(specialization(gated_kernel, block=len), ()) is None
+    assert key(specialization(gated_kernel, block=describe), ()) is None
+    assert key(specialization(gated_kernel, block=ahead.is_dry), ()) is not None
 
 
 @tilus.kernel

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from serving.core import Batch, BatchItem, SampledToken, StepOutput, TokenLogprobs
 
@@ -26,8 +26,9 @@ class AnyTokenRunner:
         self._vocab_size = vocab_size
         self._memory: dict[int, tuple[int, int]] = {}
 
-    def execute(self, batch: Batch) -> StepOutput:
-        return StepOutput(tuple(token for item in batch.items if (token := self._run(item)) is not None))
+    def launch(self, batch: Batch) -> Callable[[], StepOutput]:
+        output = StepOutput(tuple((token,) for item in batch.items if (token := self._run(item)) is not None))
+        return lambda: output
 
     def _run(self, item: BatchItem) -> SampledToken | None:
         slots = [

@@ -21,6 +21,7 @@ from serving.memory import expected_size, size_of
 from serving.model import Model, build_model, load_model
 from serving.packing import pack_weights
 from serving.runner import step_tensors
+from serving.sampling import Sampler
 from tilus.dtypes import int4
 from tilus.errors import TilusError
 from tilus.kernels.model_layers import model_layers
@@ -62,11 +63,12 @@ def logits_of(model: Model, chunks: list[int], dtype: torch.dtype = torch.float1
     """Logits after each chunk of the prompt, in a cache that is poisoned."""
     config, rows, start = model.config, [], 0
     shape = (4, config.num_layers, 2, PAGE_SIZE, config.num_kv_heads, config.head_dim)
-    pool = torch.full(shape, torch.nan, dtype=dtype).unbind(1)
+    device = model.norm.device
+    pool = torch.full(shape, torch.nan, dtype=dtype, device=device).unbind(1)
     for size in chunks:
         tokens = tuple(PROMPT[start : start + size])
         item = BatchItem("r", tokens, start, (3, 0, 2), SamplingParams(temperature=0), 0)
-        rows.append(model.forward(step_tensors(Batch((item,)), PAGE_SIZE, CPU), pool))
+        rows.append(model.forward(step_tensors(Batch((item,)), PAGE_SIZE, device), pool))
         start += size
     return torch.cat(rows)
 
@@ -141,7 +143,8 @@ def test_captured_steps_give_the_same_bits(directories: dict[str, Path], family:
     shape, found = PageShape(model.config, PAGE_SIZE), []
     for graphs in (None, DecodeGraphs):
         pool = KvPool(shape, 4, CPU)
-        own = graphs and graphs(model, pool, GraphLimits(2, 3))
+        sampler = Sampler(model.config.vocab_size, 2, CPU)
+        own = graphs and graphs(model, pool, GraphLimits(2, 3), sampler)
         rows: list[torch.Tensor] = []
         for start in range(20):
             items = (
@@ -150,7 +153,9 @@ def test_captured_steps_give_the_same_bits(directories: dict[str, Path], family:
             )
             batch = Batch(items)
             logits = (
-                model.forward(step_tensors(batch, PAGE_SIZE, CPU), pool.layers) if own is None else own.forward(batch)
+                model.forward(step_tensors(batch, PAGE_SIZE, CPU), pool.layers)
+                if own is None
+                else own.prepare(batch, {})()
             )
             rows.append(logits.clone())
         found.append(torch.stack(rows))

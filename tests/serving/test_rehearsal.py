@@ -15,13 +15,15 @@ from tiny_llama import CPU
 
 import tilus
 from serving import decode_graph
-from serving.config import EngineConfig, ModelConfig
+from serving.architectures import by_huggingface
+from serving.config import EngineConfig, LayerAttention, ModelConfig
 from serving.core import Batch, BatchItem, SamplingParams
 from serving.decode_graph import GraphLimits
 from serving.kernels import default_kernels
 from serving.loader import Checkpoint
-from serving.model import Embedding, Layer, Linear, Model, load_model
+from serving.model import Dense, Embedding, Layer, Linear, Model, load_model
 from serving.rehearsal import rehearsal, without_repetitions
+from serving.rope import Rope
 from serving.runner import TorchRunner
 from tilus.dtypes import int8, uint4
 from tilus.kernels.quantize import QuantizedWeight, WeightHeader
@@ -29,8 +31,10 @@ from tilus.runtime import cuda
 from tilus.runtime.compile_pool import CompilePool
 from tilus.target import get_target
 
-SMOLLM = ModelConfig(576, 30, 9, 3, 64, 1536, 49152, 8192, 1e-5, 1e4)
-LLAMA_8B = ModelConfig(4096, 32, 32, 8, 128, 14336, 128256, 8192, 1e-5, 5e5)
+LLAMA = by_huggingface("LlamaForCausalLM", "a test")
+ATTENTION = (LayerAttention(Rope((1.0,))),)
+SMOLLM = ModelConfig(LLAMA, 576, 30, 9, 3, 64, 1536, 49152, 8192, 1e-5, ATTENTION, 64**-0.5)
+LLAMA_8B = ModelConfig(LLAMA, 4096, 32, 32, 8, 128, 14336, 128256, 8192, 1e-5, ATTENTION, 128**-0.5)
 LIMITS = EngineConfig(num_pages=2912, max_model_len=8192)
 GREEDY = SamplingParams(temperature=0)
 
@@ -55,17 +59,26 @@ def shaped(config: ModelConfig, dtype: tilus.DataType, layers: int) -> Model:
 
     hidden, q = config.hidden_size, config.num_heads * config.head_dim
     norm = torch.empty(hidden)
+    cos_sin = torch.empty(config.max_positions, config.head_dim)
     layer = Layer(
-        norm, Linear((weight(q + 2 * config.num_kv_heads * config.head_dim, hidden),)), Linear((weight(hidden, q),)),
-        norm, Linear((weight(2 * config.ffn_size, hidden),)), Linear((weight(hidden, config.ffn_size),)),
-    )  # fmt: skip
+        attn_norm=norm,
+        qkv=Linear((weight(q + 2 * config.num_kv_heads * config.head_dim, hidden),)),
+        q_norm=None,
+        k_norm=None,
+        cos_sin=cos_sin,
+        window=None,
+        attn_output=Linear((weight(hidden, q),)),
+        post_attention_norm=None,
+        ffn_norm=norm,
+        feed_forward=Dense(
+            Linear((weight(2 * config.ffn_size, hidden),)), Linear((weight(hidden, config.ffn_size),)), "silu"
+        ),
+        post_ffw_norm=None,
+    )
     table = torch.empty(config.vocab_size, hidden, dtype=torch.int8)
     embedding = Embedding(table, torch.empty(config.vocab_size, hidden // 32, dtype=torch.float16))
-    cos_sin = torch.empty(config.max_positions, config.head_dim)
     head = weight(config.vocab_size, hidden)
-    return Model(
-        replace(config, num_layers=layers), default_kernels(), embedding, (layer,) * layers, norm, head, cos_sin
-    )
+    return Model(replace(config, num_layers=layers), default_kernels(), embedding, (layer,) * layers, norm, head)
 
 
 def random_batches(rng: random.Random, count: int) -> Iterator[Batch]:
@@ -132,5 +145,5 @@ def test_a_server_on_the_cpu_compiles_nothing_later(
     before = tilus.num_compilations()
     for batch in random_batches(random.Random(1), 40):
         if max(len(item.token_ids) for item in batch.items) <= config.max_model_len:
-            runner.execute(batch)
+            runner.launch(batch)()
     assert tilus.num_compilations() == before

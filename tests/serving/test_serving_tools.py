@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import httpx
 import openai
@@ -178,8 +178,9 @@ class ScriptRunner:
         self._tokenizer = tokenizer
         self.text = ""
 
-    def execute(self, batch: Batch) -> StepOutput:
-        return StepOutput(tuple(SampledToken(self._next(item)) for item in batch.sampled))
+    def launch(self, batch: Batch) -> Callable[[], StepOutput]:
+        output = StepOutput(tuple((SampledToken(self._next(item)),) for item in batch.sampled))
+        return lambda: output
 
     def _next(self, item: BatchItem) -> int:
         if item.allowed is not None:
