@@ -17,6 +17,7 @@ from tilus import TilusError
 from tilus.kernels.kv_cache import quantized_cache
 from tilus.kernels.merge_states import merge_states
 from tilus.kernels.paged_prefill import PrefillPlan, heads_of, launch, paged_prefill, paged_prefill_kernel, plans_of
+from tilus.kernels.paged_prefill_tiles import number
 from tilus.runtime.binaries import build
 from tilus.target import get_target
 
@@ -278,3 +279,23 @@ def test_arguments_that_do_not_fit_are_refused_with_both_values() -> None:
     expect(wrong(kv_lens=torch.zeros(2, dtype=torch.int64)), "int64", "int32")
     expect(wrong(block_tables=torch.zeros(3, 4, dtype=torch.int32)), "sequences", "3", "2")
     expect(wrong(scale=-1.0), "-1.0", "more than 0")
+
+
+@given(blocks=st.integers(1, 300), turns=st.integers(1, 40))
+def test_each_number_is_taken_once(blocks: int, turns: int) -> None:
+    taken = [number(turn, block, blocks) for turn in range(turns) for block in range(blocks)]
+    assert sorted(taken) == list(range(turns * blocks))
+
+
+@pytest.mark.parametrize(
+    ("batch", "queries", "most"), [(16, 1024, 1.06), (4, 4096, 1.06), (1, 16384, 1.02), (16, 512, 1.12)]
+)
+def test_blocks_have_about_the_same_to_do(batch: int, queries: int, most: float) -> None:
+    """Causal prompts of 8 kv heads on 132 blocks, in tiles of 32 queries and 128 keys, and the ends of each."""
+    lengths = [(tile * 32 + 31) // 128 + 2.5 for _ in range(batch) for tile in range(queries // 32)]
+    costs = [length for length in reversed(lengths) for _ in range(8)]
+    turns = -(-len(costs) // 132)
+    found = [
+        sum(costs[at] for turn in range(turns) if (at := number(turn, block, 132)) < len(costs)) for block in range(132)
+    ]
+    assert max(found) <= most * sum(found) / 132

@@ -2,7 +2,8 @@
 
 A row is a query token and a head. Rows of a tile have one sequence and one kv head, and lie head by head: `heads` query heads of
 the kv head by 128 / heads tokens. Tiles are numbered; blocks take them in turns, so that the last tokens of a sequence, which see
-the most keys, come first, and every other turn in reverse order: the longest tiles of a turn meet the shortest of the next.
+the most keys, come first, and every other turn in reverse order: the longest tiles of a turn meet the shortest of the next. With
+16 sequences of 1024 tokens the busiest of 132 blocks has 5 % more to do than the mean.
 
 Plain arithmetic on ints: kernels inline these functions, tests call them.
 """
@@ -111,8 +112,13 @@ def slack_of(q_start: Any, tokens: int, warps: int) -> Any:
 
 
 def number(turn: Any, block: Any, blocks: Any) -> Any:
-    """The tile that a block takes in its turn."""
-    return turn * blocks + (block if turn % 2 == 0 else blocks - 1 - block)
+    """The tile that a block takes in its turn.
+
+    From one pair of turns to the next, places move on by five eighths: else a block would get long tiles again and again where
+    as many tiles as a sequence has are about those of a pair of turns.
+    """
+    place = (block + turn // 2 * (blocks * 5 // 8)) % blocks
+    return turn * blocks + (place if turn % 2 == 0 else blocks - 1 - place)
 
 
 def visited(limit: Any, length: Any, visits: Visits) -> Any:
