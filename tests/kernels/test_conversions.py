@@ -57,7 +57,9 @@ def matmul_types(dtype: type[np.generic], out: type[np.generic]) -> Specializati
 CASES = dict(library())
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_100a"])
+@pytest.mark.parametrize(
+    "target", ["sm_80", *(pytest.param(target, marks=pytest.mark.exhaustive) for target in ("sm_89", "sm_100a"))]
+)
 @pytest.mark.parametrize("name", CASES)
 def test_no_bank_conflicts_and_no_spills(name: str, target: str) -> None:
     """And what the library compiles for every target assembles without spills; for sm_90a, see the next test."""

@@ -189,8 +189,8 @@ def test_invariant_bits(name: str | None, device: str) -> None:
 
 @pytest.mark.parametrize("name", [None, "fp8"])
 def test_on_hopper_each_part_goes_to_its_kernel(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the emulator, which stands for an H100: those that decode to paged_decode, others to paged_prefill or, of codes, to the
-    portable kernel; and what comes out is attention."""
+    """By the emulator, which stands for an H100: those that decode to paged_decode, others to paged_prefill, of codes, too;
+    and what comes out is attention."""
     module, called = sys.modules[paged_attention.__module__], list[str]()
     monkeypatch.setattr(module, "_is_hopper", lambda q, where: True)
 
@@ -214,7 +214,7 @@ def test_on_hopper_each_part_goes_to_its_kernel(name: str | None, monkeypatch: p
         assert (error <= limit_of(batch, expected, size)).all()
     else:
         check(name, batch, "emulator", decodes=2)
-    assert called == ["paged_decode", "paged_prefill" if name is None else "portable_attention"]
+    assert called == ["paged_decode", "paged_prefill"]
 
 
 def test_arguments_that_do_not_fit_are_refused_with_both_values() -> None:

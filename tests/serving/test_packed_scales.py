@@ -37,5 +37,5 @@ def test_scales_and_minimums_too_small_for_float16_stay(size: float, minimum: fl
 
 
 def test_scales_too_large_for_float16_are_refused() -> None:
-    with pytest.raises(TilusError, match="w needs a quantisation scale of"):
+    with pytest.raises(TilusError, match="w needs a value or scale of"):
         with_short_scales(matrix_of(1e6), "w")

@@ -205,12 +205,17 @@ def test_draws_have_numbers_of_their_own() -> None:
 
 
 def test_which_rows_are_plain() -> None:
-    assert Sampler.plain([item(top_k=3, top_p=0.5, min_p=0.1), item(temperature=0), replace(item(), params=None)])
+    def is_plain(items: list[BatchItem]) -> bool:
+        sampler = Sampler(VOCABULARY, 4, CPU)
+        sampler.write(items)
+        return sampler.is_plain
+
+    assert is_plain([item(top_k=3, top_p=0.5, min_p=0.1), item(temperature=0), item()._replace(params=None)])
     for it in (
         item(logprobs=0), item(logit_bias=((1, 1.0),)), item(presence_penalty=1.0), item(frequency_penalty=1.0),
         item(repetition_penalty=1.1), item(allowed=b"\xff"),
     ):  # fmt: skip
-        assert not Sampler.plain([item(), it])
+        assert not is_plain([item(), it])
 
 
 def test_a_captured_run_follows_what_is_written() -> None:

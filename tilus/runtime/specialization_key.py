@@ -41,7 +41,7 @@ def key(specialization: Specialization, tools: Iterable[str]) -> str | None:
 
 def is_named(value: object, module: str, name: str) -> bool:
     """Whether `value` is what a module of tilus has under this name, so that another process finds it there, too."""
-    if module.partition(".")[0] != _PACKAGE:
+    if not module or module.partition(".")[0] != _PACKAGE:  # functions that were made from text have no module
         return False
     found: Any = sys.modules.get(module)
     for part in name.split("."):
