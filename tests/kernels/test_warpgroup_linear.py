@@ -228,3 +228,19 @@ def test_easier_plans_end() -> None:
         plan = plan.easier()
     narrow = [(n, False, 0) for n in (128, 64, 32, 16, 8)]
     assert tokens == [(256, True, 132), (256, True, 0), *narrow]
+
+
+@pytest.mark.parametrize(("n", "k", "group", "m"), [(4096, 7168, 32, 64), (1024, 14336, 32, 32), (4096, 4096, 128, 16)])
+@pytest.mark.parametrize("dtype", [tilus.uint4, tilus.int6, tilus.int8], ids=str)
+def test_there_is_room_for_results_of_32_bits(dtype: tilus.DataType, n: int, k: int, group: int, m: int) -> None:
+    """`lower` raises where a block has no room."""
+    header = WeightHeader(dtype, (n, k), group, "f16", None)
+    weight = QuantizedWeight(
+        header,
+        **{name: torch.empty(shape, dtype=getattr(torch, kind)) for name, (shape, kind) in header.arrays.items()},
+    )
+    x, y = torch.empty(m, k).half(), torch.empty(m, n)
+    for plan in (invariant_plans(header, m, 132)[0], warpgroup_plans(header, m, 132)[0]):
+        kernel, arguments, values = kernel_call(x, weight, y, None, plan.with_wide_results(header))
+        function = kernel.specialize(*arguments, **values).function
+        lower(run_pipeline(function, get_target("sm_90a")), get_target("sm_90a"))

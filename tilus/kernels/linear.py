@@ -225,7 +225,10 @@ def _launch_without_spills(
     while True:
         plan = weight.schedules.get(key)
         if plan is None:
-            plan = weight.schedules[key] = _plan(x, weight, y, where, invariant)
+            plan = _plan(x, weight, y, where, invariant)
+            if isinstance(plan, WarpgroupPlan) and y.dtype.itemsize == 4:
+                plan = plan.with_wide_results(weight.header)
+            weight.schedules[key] = plan
         try:
             return launch(x, weight, y, bias, plan, device)
         except SpillError:

@@ -101,6 +101,19 @@ class WarpgroupPlan:
             return replace(self, scaled=False, tokens=self.tokens // 2)
         return self.narrower()
 
+    def with_wide_results(self, header: WeightHeader) -> WarpgroupPlan:
+        """With fewer stages where there would be no room beside results of 32 bits: plans are made for those of 16."""
+        plan, each = self, stage_nbytes(header, self.tokens, self.rows, self.depth)
+        stored = min(self.tokens, STORED_TOKENS) * self.rows * TILE * 4
+        sums = (self.splits - 1 + self.blocks - 1) * self.tokens * self.rows * TILE * 4
+        held = 2 if self.overlap == "steps" or self.scaled else 1
+        while (
+            plan.stages * each + stored + sums > SHARED_NBYTES - SLACK_NBYTES
+            and plan.stages - plan.splits >= plan.splits * held
+        ):
+            plan = replace(plan, stages=plan.stages - plan.splits)
+        return plan
+
     def narrower(self) -> WarpgroupPlan | None:
         """The same for half as many tokens: a row of the result keeps its bits. None when there is none."""
         return replace(self, tokens=self.tokens // 2) if self.tokens > 8 and not self.scaled else None
