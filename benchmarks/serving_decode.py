@@ -37,6 +37,8 @@ from serving.packing import PackedWeights, pack_weights
 from serving.quantize import weight_type
 from serving.runner import TorchRunner, step_tensors
 from serving.sampling import Sampler
+from tilus.kernels import DenseWeight
+from tilus.kernels.quantize import QuantizedWeight
 
 LLAMA_3_8B = {
     "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -72,10 +74,14 @@ def with_layers(packed: PackedWeights, count: int) -> PackedWeights:
                 tensors[f"blk.{index}.{name[6:]}"] = tensor.clone()
         for name, parts in packed.linears.items():
             if name.startswith("blk.0."):
-                linears[f"blk.{index}.{name[6:]}"] = tuple(
-                    replace(part, codes=part.codes.clone(), scales=part.scales.clone()) for part in parts
-                )
+                linears[f"blk.{index}.{name[6:]}"] = tuple(copied(part) for part in parts)
     return PackedWeights(tensors, linears)
+
+
+def copied(weight: QuantizedWeight | DenseWeight) -> QuantizedWeight | DenseWeight:
+    if isinstance(weight, DenseWeight):
+        return DenseWeight(weight.values.clone())
+    return replace(weight, codes=weight.codes.clone(), scales=weight.scales.clone())
 
 
 def decode_batch(size: int, context: int) -> Batch:
