@@ -7,6 +7,7 @@ import gc
 import json
 import random
 import re
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +42,7 @@ MALFORMED = [
     b'{"model": "tiny", "prompt": "a", "structured_outputs": {"regex": "("}}',
     b"\xff\xfe",
 ]
+MOST_LEFT = 2500  # objects, of warmed-up connections and caches; a request that is kept has more than twenty
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +191,17 @@ def answer_of(text: str, stream: bool) -> str:
     return "".join(json.loads(event.removeprefix("data: "))["choices"][0]["text"] for event in events[:-2])
 
 
+def settled_objects() -> int:
+    """How many objects there are, when connections that are being closed are closed, or after five seconds."""
+    for _ in range(50):
+        gc.collect()
+        count = len(gc.get_objects())
+        if count < MOST_LEFT:
+            break
+        time.sleep(0.1)
+    return count
+
+
 def resident_nbytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
@@ -197,15 +210,18 @@ def resident_nbytes() -> int:
 def test_nothing_is_left_of_many_clients(server: LiveServer, tiny_checkpoint: Checkpoint, count: int) -> None:
     crowd = Crowd(server, tiny_checkpoint.tokenizer)
     left: list[tuple[int, int]] = []
-    for part in range(4):
-        asyncio.run(asyncio.wait_for(crowd.run(count // 4, part), 120))
-        server.check_idle()
-        assert server.async_engine.failure is None and not server.async_engine._generations
-        gc.collect()
-        left.append((len(gc.get_objects()), resident_nbytes()))
+    # What other tests have left stays out of the lists that are counted: those of millions of objects move the memory themselves.
+    gc.collect()
+    gc.freeze()
+    try:
+        for part in range(4):
+            asyncio.run(asyncio.wait_for(crowd.run(count // 4, part), 120))
+            server.check_idle()
+            assert server.async_engine.failure is None and not server.async_engine._generations
+            left.append((settled_objects(), resident_nbytes()))
+    finally:
+        gc.unfreeze()
     assert all(crowd.found[kind] for kind in KINDS if count >= 1000 or KINDS[kind] > 10), crowd.found
     assert crowd.found["429"] > 0 or count < 1000, crowd.found
-    (objects, _), (_, nbytes), (objects_after, nbytes_after) = left[1:]
-    assert objects_after < objects * 1.02, left
-    # Allocators take steps of 34 MB now and then: only what many clients leave can be told from these.
-    assert count < 1000 or nbytes_after < nbytes + 16 * 2**20, left
+    assert all(objects < MOST_LEFT for objects, _ in left), left
+    assert left[3][1] < left[1][1] + 16 * 2**20, left
