@@ -23,6 +23,7 @@ from serving.engine import Engine
 from serving.execution import Execution, choose_execution
 from serving.kernels import Kernels, default_kernels
 from serving.progress import progress
+from serving.shards import check_shares
 from serving.tensor_parallel import ranks
 from serving.warm_up import measure_steps, warm_up
 from tilus.config import api_key, autotune
@@ -54,6 +55,7 @@ def serve(config: ServerConfig, kernels: Callable[[], Kernels] | None = None) ->
         listener = stack.enter_context(_bind(config.host, config.port))  # before minutes of loading, not after
         path, checkpoint = open_model(config)
         name = config.model_name or checkpoint.name
+        check_shares(checkpoint, config.tp)  # before processes start that could only say the same
         others = stack.enter_context(ranks(config, execution.device, rank_runner)) if config.tp > 1 else None
         engine = build_engine(config, path, checkpoint, library, execution, others)
         on_gpu = execution.way == "cuda"

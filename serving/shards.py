@@ -31,14 +31,20 @@ class Share:
         return range(self.index * number // self.count, (self.index + 1) * number // self.count)
 
 
+def check_shares(checkpoint: Checkpoint, count: int) -> None:
+    """Raise TilusError where there are fewer key-value heads than devices."""
+    heads = checkpoint.config.num_kv_heads
+    if heads < count:
+        raise TilusError(
+            f"{checkpoint.name} has {heads} key-value heads, which {count} devices cannot share",
+            hint=f"use --tp {heads} or less",
+        )
+
+
 def shard(checkpoint: Checkpoint, share: Share) -> Checkpoint:
     """The checkpoint that one device loads. Raises TilusError where there are fewer key-value heads than devices."""
     config = checkpoint.config
-    if config.num_kv_heads < share.count:
-        raise TilusError(
-            f"{checkpoint.name} has {config.num_kv_heads} key-value heads, which {share.count} devices cannot share",
-            hint=f"use --tp {config.num_kv_heads} or less",
-        )
+    check_shares(checkpoint, share.count)
     dense = config.experts is None
     ranges = _Ranges(config, share, _group(checkpoint.weights, config) if dense else config.ffn_size)
     heads, ffn = ranges.kv_heads, ranges.ffn if dense else range(config.ffn_size)
