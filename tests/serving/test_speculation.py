@@ -22,7 +22,7 @@ from serving.engine import Engine
 from serving.kv import PageTables
 from serving.loader import Checkpoint
 from serving.model import load_model
-from serving.runner import TorchRunner
+from serving.runner import TorchRunner, _agreeing
 from serving.speculation import Drafter, DraftModel, Drafts, PromptLookup
 
 VOCABULARY = FakeVocabulary.vocab_size
@@ -241,3 +241,30 @@ class Counted(TorchRunner):
     def launch(self, batch: Batch):
         self.steps += 1
         return super().launch(batch)
+
+
+@given(
+    drafts=st.lists(st.lists(st.integers(0, 2), max_size=4), max_size=5),
+    seed=st.integers(0, 2**32 - 1),
+    broken=st.floats(0, 0.3),
+)
+def test_the_runner_keeps_drafts_up_to_the_first_that_differs(
+    drafts: list[list[int]], seed: int, broken: float
+) -> None:
+    """And what was sampled there, of rows that are in the order of the items; a row without numbers in front of that ends it."""
+    rng = np.random.default_rng(seed)
+    items = tuple(
+        BatchItem(str(index), (7, *guesses), 0, (0,), SamplingParams(), 0, num_drafts=len(guesses))
+        for index, guesses in enumerate(drafts)
+    )
+    rows = [[None if rng.random() < broken else int(rng.integers(3)) for _ in (0, *guesses)] for guesses in drafts]
+    found = tuple(None if token is None else SampledToken(token) for mine in rows for token in mine)
+    expected: list[list[int] | None] = []
+    for guesses, mine in zip(drafts, rows):
+        kept: list[int] | None = []
+        for guess, token in zip([*guesses, None], mine):
+            kept = None if token is None else [*kept, token]
+            if kept is None or token != guess:
+                break
+        expected.append(kept)
+    assert [t and [token.token_id for token in t] for t in _agreeing(items, found)] == expected

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_families import write_family
 from tiny_llama import CPU, write_tiny
 from torch_kernels import TorchKernels
 
@@ -60,6 +61,17 @@ def test_parts_are_the_matrices_of_the_model(tiny: Path) -> None:
                 assert row.stacks_with(part.weights.matrix(f"blk.1.{name}"))
                 assert part.weights.num_rows(f"blk.1.{name}") == len(values(part, name))
     np.testing.assert_array_equal(parts[1].weights.vector("output_norm"), whole.weights.vector("output_norm"))
+
+
+def test_biases_go_with_their_rows(tmp_path: Path) -> None:
+    """Of Qwen 2, which has them for queries, keys and values."""
+    whole = open_checkpoint(write_family(tmp_path / "qwen", "qwen 2"))
+    assert set(whole.config.biases) == {"attn_q", "attn_k", "attn_v"}
+    parts = [shard(whole, Share(index, 2)) for index in range(2)]
+    for name in whole.config.biases:
+        bias = whole.weights.bias(f"blk.1.{name}")
+        assert bias.any()
+        np.testing.assert_array_equal(np.concatenate([part.weights.bias(f"blk.1.{name}") for part in parts]), bias)
 
 
 def test_more_devices_than_heads_are_refused(tiny: Path) -> None:
