@@ -131,6 +131,10 @@ def test_one_layer_of_each_kind_stands_for_all() -> None:
     caches = [torch.empty(index) for index in range(4)]
     kept, of_kept = without_repetitions(model, caches)
     assert kept.layers == (first, second) and of_kept == caches[:2]
+    norm = torch.empty(64)
+    others = ({"window": 7}, {"window": 9}, {"q_norm": norm}, {"post_attention_norm": norm}, {"post_ffw_norm": norm})
+    layers = (first, *(replace(first, **changes) for changes in others))
+    assert without_repetitions(replace(model, layers=layers * 2), [None] * 12)[0].layers == layers
 
 
 @pytest.mark.exhaustive

@@ -19,6 +19,7 @@ from serving.core import Request, Runner, SamplingParams
 from serving.engine import Engine
 from serving.execution import Execution
 from serving.loader import Checkpoint, open_checkpoint
+from serving.model import Linear
 from serving.shards import Share, shard
 from serving.tensor_parallel import Group, ranks
 from tilus.dtypes import uint4
@@ -72,6 +73,16 @@ def test_biases_go_with_their_rows(tmp_path: Path) -> None:
         bias = whole.weights.bias(f"blk.1.{name}")
         assert bias.any()
         np.testing.assert_array_equal(np.concatenate([part.weights.bias(f"blk.1.{name}") for part in parts]), bias)
+
+
+def test_a_bias_is_added_to_the_whole_sum() -> None:
+    """Not to the part of each device; and what is added up has not been rounded."""
+    rng = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(5, 32, generator=rng).double(), torch.randn(5, generator=rng)
+    x = torch.randn(3, 32, generator=rng).half()
+    found = Linear((weight,), bias)(TorchKernels(), x, lambda part: 2 * part)
+    expected = (2 * (x.double() @ weight.T).float() + bias).half()
+    assert found.dtype == torch.float16 and torch.equal(found, expected)
 
 
 def test_more_devices_than_heads_are_refused(tiny: Path) -> None:
