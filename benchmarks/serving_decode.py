@@ -161,12 +161,17 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def options_of() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Those that `open_model` reads."""
     parser.add_argument("--config", type=Path, help="a config.json; default: that of Llama-3-8B")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has: to compile kernels ahead")
     parser.add_argument("--weight-dtype", default="int4", help="type of the weights (default int4)")
     parser.add_argument("--group", type=int, default=128, help="weights that share a scale (default 128)")
+
+
+def options_of() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_options(parser)
     parser.add_argument("--batch", type=numbers, default=[1, 16, 64], help="sequences, separated by commas")
     parser.add_argument("--context", type=int, default=1024, help="tokens of each sequence (default 1024)")
     parser.add_argument("--prefill", type=int, default=0, help="tokens of a prompt that is timed too")

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from serving_decode import PAGE, READ, fill, numbers, open_model
+from serving_decode import PAGE, READ, add_model_options, fill, numbers, open_model
 
 from serving.async_engine import AsyncEngine
 from serving.config import KV_DTYPES, EngineConfig
@@ -210,10 +210,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def options_of() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, help="a config.json; default: that of Llama-3-8B")
-    parser.add_argument("--layers", type=int, help="fewer layers than the model has: to compile kernels ahead")
-    parser.add_argument("--weight-dtype", default="int4", help="type of the weights (default int4)")
-    parser.add_argument("--group", type=int, default=128, help="weights that share a scale (default 128)")
+    add_model_options(parser)
     parser.add_argument("--kv-dtype", choices=KV_DTYPES, default="fp8")
     parser.add_argument("--batch", type=numbers, default=[1, 16, 64], help="requests, separated by commas")
     parser.add_argument("--context", type=int, default=1024, help="tokens of each prompt (default 1024)")
