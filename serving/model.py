@@ -172,6 +172,7 @@ class Model:
         out = kernels.paged_attention(
             q, kv_cache, step.block_tables, step.q_start, step.kv_lens, self.config.attention_scale, window=layer.window,
             soft_cap=self.config.attention_cap, decodes=step.decodes, out_dtype=x.dtype, constant_tables=True,
+            constant_past=True,
         )  # fmt: skip
         return layer.attn_output(kernels, out.reshape(out.shape[0], -1), self.combine)
 

@@ -102,7 +102,7 @@ class TorchKernels:
     def paged_attention(
         self, q: Tensor, kv_cache: Tensor, block_tables: Tensor, q_start: Tensor, kv_lens: Tensor, scale: float, *,
         window: int | None = None, soft_cap: float | None = None, decodes: int = 0, out_dtype: torch.dtype | None = None,
-        constant_tables: bool = False,
+        constant_tables: bool = False, constant_past: bool = False,
     ) -> Tensor:  # fmt: skip
         _, _, page_size, kv_heads, head_dim = kv_cache.shape
         out = torch.empty_like(q, dtype=out_dtype)

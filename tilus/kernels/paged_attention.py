@@ -24,7 +24,7 @@ from tilus.runtime.execute import place
 def paged_attention(
     q: Any, kv_cache: Any, block_tables: Any, q_start: Any, kv_lens: Any, scale: float, *, decodes: int = 0,
     window: int | None = None, soft_cap: float | None = None, out_dtype: Any = None, invariant: bool = False,
-    constant_tables: bool = False, device: str | None = None,
+    constant_tables: bool = False, constant_past: bool = False, device: str | None = None,
 ) -> Any:  # fmt: skip
     """Attention of ragged queries over paged keys and values, causal and aligned at the end.
 
@@ -37,7 +37,7 @@ def paged_attention(
     included. soft_cap: scaled scores s become soft_cap * tanh(s / soft_cap). out_dtype: float16 or bfloat16, by default that of
     q. invariant: a row has the same bits whatever its company is, and whether it decodes (on one kind of device), which takes
     longer for rows that decode. constant_tables: block_tables and kv_lens are constant in the sense of "Dependent launch"
-    (docs/language.md).
+    (docs/language.md); constant_past: and so are the cached tokens in front of those that the queries are of.
     Torch tensors. device: where to run (reference, emulator, cpu, cuda), by default as the arguments say.
 
     Query j of a sequence with q_len queries sees the first kv_len - q_len + j + 1 tokens of the cache; one that sees none gets
@@ -56,7 +56,8 @@ def paged_attention(
         first = (q[:decodes], kv_cache, block_tables[:decodes])
         if hopper and not invariant:
             paged_decode(
-                first[0][:, None], *first[1:], kv_lens[:decodes], scale, constant_tables=constant_tables, variant=variant,
+                first[0][:, None], *first[1:], kv_lens[:decodes], scale, constant_tables=constant_tables,
+                constant_past=constant_past, variant=variant,
                 device=device, out=out[:decodes, None],
             )  # fmt: skip
         else:

@@ -109,6 +109,7 @@ def paged_decode_kernel(
     plan: Const,
     code: Const = None,
     early: Const = False,
+    settled: Const = False,
     prefix_split: Const = None,
     variant: Const = NO_VARIANT,
     words: Const = 0,
@@ -117,8 +118,8 @@ def paged_decode_kernel(
 
     code: of a quantised cache, whose rows are its codes in units of 16 bits. factors: scales of keys and values (kind 0) and what
     is added (kind 1), if anything is, for each token and head. early: block_tables and kv_lens may be read while the kernel in
-    front still runs. shared, shared_out, shared_lse, prefix_split: of `shared_prefix_decode`: what sequences share, and attention
-    over it; here follows the rest.
+    front still runs. settled: and the cache's tokens in front of the queries' own. shared, shared_out, shared_lse, prefix_split:
+    of `shared_prefix_decode`: what sequences share, and attention over it; here follows the rest.
 
     The kernel in front is then `shared_prefix_kernel`, which lets this one start when all others in front of it have ended. So
     only its own results are waited for: all else is as good as constant.
@@ -132,7 +133,7 @@ def paged_decode_kernel(
     kinds = None if code is None else 1 if code.is_signed else 2
     factor_ring = None if code is None else tilus.shared(f16, [plan.stages, plan.tile // chunk, 2, kinds, chunk])
     full, empty = tilus.mbarrier(plan.stages), tilus.mbarrier(plan.stages)
-    constant = [kv_lens, block_tables] if early else []
+    constant = [kv_lens, block_tables, *([kv_cache, factors] if settled else [])] if early else []
     if shared is not None:
         constant = [q, kv_cache, block_tables, shared]
     elif not early:
@@ -145,7 +146,10 @@ def paged_decode_kernel(
 
         def fill(part):
             passed = part.passed if shared is None else shared[TOKENS, part.sequence]
-            fill_part(part, filling, kv_cache, factors, block_tables, passed, constant if shared is None else None)
+            past = part.length - q_len if settled else None
+            fill_part(
+                part, filling, kv_cache, factors, block_tables, passed, constant if shared is None else None, past
+            )
 
         each_part(lengths, kv_heads, start, begin, end, split, fill)
         tilus.wait_dependencies(constant=constant)
@@ -191,8 +195,8 @@ def paged_decode_kernel(
 
 def paged_decode(
     q: Any, kv_cache: Any, block_tables: Any, kv_lens: Any, scale: float, *, return_lse: bool = False,
-    fixed_split: int | None = None, constant_tables: bool = False, variant: Variant = NO_VARIANT, parameters: Any = None,
-    bits: Any = None, device: str | None = None, out: Any = None,
+    fixed_split: int | None = None, constant_tables: bool = False, constant_past: bool = False,
+    variant: Variant = NO_VARIANT, parameters: Any = None, bits: Any = None, device: str | None = None, out: Any = None,
 ) -> Any:  # fmt: skip
     """Attention of the last few tokens of each sequence over its paged keys and values, causal (sm_90a).
 
@@ -203,11 +207,11 @@ def paged_decode(
     scores are multiplied with. Torch tensors. fixed_split: tokens of a part, a multiple of 128. Sequences are then cut at its
     multiples alone, so that the bits of a result do not depend on what else is in the batch; by default they are cut so that all
     multiprocessors have the same to do. constant_tables: block_tables and kv_lens are constant in the sense of "Dependent launch"
-    (docs/language.md), and may be read while the kernel in front still runs. variant: functions that change scores, hide keys or
-    add a sink, and a window, in front of which only the page that it begins on is read; parameters: their f32 tensor, if any;
-    bits: int32 [S q_len, words], what `pack_bits` makes of up to 256 conditions of each query, if any. device: where to run
-    (reference, emulator, cuda), by default as the arguments say. out: where the result goes,
-    contiguous, float16 or bfloat16; by default a tensor like q.
+    (docs/language.md), and may be read while the kernel in front still runs; constant_past: so is what the cache has of tokens in
+    front of the queries' own, and is. variant: functions that change scores, hide keys or add a sink, and a window, in front of
+    which only the page that it begins on is read; parameters: their f32 tensor, if any; bits: int32 [S q_len, words], what
+    `pack_bits` makes of up to 256 conditions of each query, if any. device: where to run (reference, emulator, cuda), by default
+    as the arguments say. out: where the result goes, contiguous, float16 or bfloat16; by default a tensor like q.
 
     Query j of a sequence sees the first kv_len - q_len + j + 1 tokens of the cache; one that sees none gets zeros. Nothing beyond
     kv_len is looked at, nor are entries of block_tables for it. One launch for up to 64 columns, q_len times Hq / Hkv rounded up
@@ -239,7 +243,8 @@ def paged_decode(
         out.copy_(found)
         return (out, lse) if return_lse else out
     out, lse = by_plans(
-        q, kv_cache, block_tables, kv_lens, scale, return_lse, fixed_split, device, constant_tables, given=given, out=out
+        q, kv_cache, block_tables, kv_lens, scale, return_lse, fixed_split, device, constant_tables, given=given, out=out,
+        constant_past=constant_past,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -247,7 +252,7 @@ def paged_decode(
 def by_plans(
     q: Any, kv_cache: Any, block_tables: Any, kv_lens: Any, scale: float, return_lse: bool, fixed_split: int | None,
     device: str | None, constant_tables: bool, prefix: PrefixResults | None = None, given: GivenVariant = AS_IT_IS,
-    out: Any = None,
+    out: Any = None, constant_past: bool = False,
 ) -> tuple[Any, Any]:  # fmt: skip
     """(output, log-sum-exp or None) by the first plan that the registers suffice for, of arguments that fit."""
     _, _, page_size, kv_heads, head_dim = kv_cache.shape
@@ -256,7 +261,16 @@ def by_plans(
     num_sms, pairs = num_sms_of(q, where), q.shape[0] * kv_heads
     crowded = fixed_split is None and CROWDED_PAIRS * pairs >= num_sms  # else bits would depend on the batch
     shape = (q.shape[1], q.shape[2] // kv_heads, head_dim, page_size, nbits_of(kv_cache), crowded)
-    parts = (return_lse, fixed_split is None, constant_tables, where, prefix is not None, given.variant, given.words)
+    parts = (
+        return_lse,
+        fixed_split is None,
+        constant_tables,
+        constant_past,
+        where,
+        prefix is not None,
+        given.variant,
+        given.words,
+    )
     key = (*shape, q.dtype, out.dtype, *parts)
     spilled: SpillError | None = None
     for plan in dropwhile(lambda plan: plan != _found.get(key, plan), plans(*shape)):
@@ -265,13 +279,11 @@ def by_plans(
         unit = min(plan.tile, page_size) if fixed_split is None else fixed_split
         split = Split(unit, fixed_split is not None, recent, 1 if recent is None else page_size)
         units = pairs * units_of(block_tables.shape[1] * page_size, split.unit)
-        blocks = blocks_of(pairs, units, num_sms, plan)
-        if prefix is not None:
-            blocks = with_whole_pairs(blocks, pairs)
+        blocks = with_whole_pairs(blocks_of(pairs, units, num_sms, plan), pairs)
         try:
             result = launch(
                 q, kv_cache, block_tables, kv_lens, scale, plan, split, blocks, return_lse, device, constant_tables, prefix,
-                given, out,
+                given, out, constant_past,
             )  # fmt: skip
         except SpillError as error:
             spilled = error
@@ -284,7 +296,7 @@ def by_plans(
 def launch(
     q: Any, kv_cache: Any, block_tables: Any, kv_lens: Any, scale: float, plan: DecodePlan, split: Split, blocks: int,
     return_lse: bool, device: str | None, constant_tables: bool = False, prefix: PrefixResults | None = None,
-    given: GivenVariant = AS_IT_IS, out: Any = None,
+    given: GivenVariant = AS_IT_IS, out: Any = None, constant_past: bool = False,
 ) -> tuple[Any, Any]:  # fmt: skip
     """(output, log-sum-exp or None) by a given plan. prefix: what has been done, where sequences share pages."""
     sequences, q_len, q_heads, head_dim = q.shape
@@ -302,7 +314,7 @@ def launch(
         counters(q, pairs), scale * math.log2(math.e), lse, factors, *results_of(prefix),
         given.parameters, given.bits,
         q_len=q_len, group=group, head_dim=head_dim, page_size=page_size, blocks=blocks, split=split, plan=plan, code=code,
-        early=constant_tables, prefix_split=None if prefix is None else prefix.split,
+        early=constant_tables, settled=constant_tables and constant_past, prefix_split=None if prefix is None else prefix.split,
         variant=given.variant, words=given.words,
     )  # fmt: skip
     return out, None if lse is None else lse.flatten(2, 3)

@@ -58,11 +58,12 @@ class Stages:
 
 def fill_part(
     part: Part, stages: Stages, kv_cache: Any, factors: Any, block_tables: Any, passed: Any,
-    constant: list[Any] | None,
+    constant: list[Any] | None, settled: Any = None,
 ) -> None:  # fmt: skip
     """Copy the tiles of a part into the ring. For pages behind the part's end zeros arrive, and no memory is read; their
     factors are those of some page. passed: tokens at the start of the sequence that do not count. constant: see
-    "Dependent launch" (docs/language.md); None where nothing is to be waited for."""
+    "Dependent launch" (docs/language.md); None where nothing is to be waited for. settled: of the tokens that count, how many
+    at the start are constant, too: their tiles are asked for while kernels in front still run; None: none of them."""
     count, chunks, _, chunk, row = stages.ring.shape
     page_size, nowhere = kv_cache.shape[2], kv_cache.shape[0]
     tile, end = chunks * chunk, part.end_token
@@ -101,7 +102,7 @@ def fill_part(
         stages.advance()
 
     known = tilus.with_layout(look_up(part.token), everywhere)
-    if constant and stages.used == 0:
+    if constant and settled is None and stages.used == 0:
         for index in range(min(together, count)):  # of the first stages, which the kernel in front may still write
             first = part.token + index * tile
             if first < end:
@@ -109,11 +110,13 @@ def fill_part(
                 where = [0, 0, slot_of(first), part.head, 0]
                 tilus.prefetch_gathered(kv_cache, pages, where, [2, chunk, row], dims=[1, 2, 4])
     stages.used = 1
-    if constant is not None:  # the first time; nothing before has read or written what it waits for
+    if constant is not None and settled is None:  # the first time; nothing before has read or written what it waits for
         tilus.wait_dependencies(constant=constant)
     for first in tilus.range(part.token, end, together * tile):
         following = look_up(first + together * tile)
         for index in range(together):
             if first + index * tile < end:
+                if settled is not None and first + (index + 1) * tile > settled:
+                    tilus.wait_dependencies(constant=constant)
                 fill(pages_of(known, index, first + index * tile), first + index * tile)
         known = tilus.with_layout(following, everywhere)

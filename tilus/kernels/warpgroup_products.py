@@ -18,6 +18,8 @@ def sum_of_steps(unpacked: Unpacking, stages: Stages, once, begin, steps, plan: 
         return add_scaled(total, unpacked, stages, once, begin, steps, plan)
     if plan.overlap == "steps" and unpacked.factor_dtypes[1] is None:
         return add_ahead(total, unpacked, stages, once, begin, steps, plan)
+    if plan.overlap == "others" and unpacked.factor_dtypes[1] is None:
+        return add_narrow(total, unpacked, stages, once, begin, steps, plan)
     return add_groups(total, unpacked, stages, once, begin, steps, plan)
 
 
@@ -95,6 +97,27 @@ def add_ahead(total, unpacked, stages: Stages, once, begin, steps, plan: Warpgro
             first = unpacked.piece(stages.codes, stages.factors, next_stage, 0, once)
         tilus.wgmma_wait()
         total = tilus.fma(as_f32(part), scale, total)
+        stages.give_back(stage)
+    return total
+
+
+def add_narrow(total, unpacked, stages: Stages, once, begin, steps, plan: WarpgroupPlan):
+    """The same without minimums, in few registers: while tensor cores work on a piece, other warpgroups unpack."""
+    shape = unpacked.shape
+    extents = (TILE * plan.rows, plan.tokens, shape.width)
+    together = shape.pieces // shape.sets  # pieces with the same factors, which are added up before they are scaled
+    for i in tilus.range(begin, steps, plan.splits):
+        stage = stages.wait(i)
+        for first in range(0, shape.pieces, together):
+            part = None
+            for piece in range(first, first + together):
+                left, offsets = (
+                    unpacked.piece(stages.codes, stages.factors, stage, piece, once),
+                    [0, piece * shape.width],
+                )
+                part = tilus.wgmma(left, stages.x[stage], part, shape=extents, y_offsets=offsets)
+                tilus.wgmma_wait()
+            total = tilus.fma(as_f32(part), unpacked.scale(stages.factors, stage, first, once), total)
         stages.give_back(stage)
     return total
 

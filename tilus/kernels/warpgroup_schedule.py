@@ -34,7 +34,7 @@ LEAST_WAVES = 4
 STEP_US = {(1, 128): 0.43, (2, 128): 0.79, (1, 256): 0.85, (2, 256): 1.38}
 
 
-Overlap = Literal["none", "step", "steps"]
+Overlap = Literal["none", "others", "step", "steps"]
 Unit = Literal["wgmma", "mma"]
 
 
@@ -46,11 +46,12 @@ class WarpgroupPlan:
     K in a block. blocks: blocks along K, a cluster. depth: tiles of 64 columns a step. stages: steps on their way, a multiple of
     splits, so that a warpgroup sees every phase of its barriers. registers: of each thread that computes, None for as many as fit
     without asking. blocks_per_sm: how many blocks must fit on a multiprocessor. overlap: unpack the next piece while the product
-    of the last one is under way, within a step, or that of the next step, too. scaled: multiply weights by their scales, and
-    round them, not sums: for so many tokens that there are no registers for the sums of a group beside those of all groups.
-    unit: what multiplies, warpgroups, or the products of single warps, for which each loads all activations. sharing: blocks of a
-    cluster, with different rows, that bring parts of the same activations for each other. launched: so many blocks compute tiles
-    one after the other, 0: each block one. streamed: they have equal shares of the steps of all tiles.
+    of the last one is under way, within a step, or that of the next step, too; "others": wait for it, in few registers, while
+    other warpgroups unpack. scaled: multiply weights by their scales, and round them, not sums: for so many tokens that there are
+    no registers for the sums of a group beside those of all groups. unit: what multiplies, warpgroups, or the products of single
+    warps, for which each loads all activations. sharing: blocks of a cluster, with different rows, that bring parts of the same
+    activations for each other. launched: so many blocks compute tiles one after the other, 0: each block one. streamed: they have
+    equal shares of the steps of all tiles.
     """
 
     tokens: int
@@ -84,14 +85,14 @@ class WarpgroupPlan:
 
     def shape(self, span: int) -> Shape:
         """Of its steps. More pieces a step, where registers of one are to be free while tensor cores read those of another."""
-        widest = TILE if self.scaled or self.overlap == "steps" else 2 * TILE
+        widest = TILE if self.scaled or self.overlap in ("others", "steps") else 2 * TILE
         return Shape(span, self.rows, self.depth, self.tokens, widest)
 
     def easier(self) -> WarpgroupPlan | None:
         """The next one that needs fewer registers; None when there is none."""
         if self.launched:
             return replace(self, launched=0, streamed=False, sharing=1)
-        if self.overlap != "none":
+        if self.overlap in ("step", "steps"):
             return replace(self, overlap="none")
         if self.blocks_per_sm > 1:
             return replace(self, blocks_per_sm=1)
@@ -254,6 +255,7 @@ def _between(
     """
     wide, narrow, many = _depths(tiles_k, 4)[0], _depths(tiles_k, 2)[0], tiles_n > num_sms
     half = {"blocks_per_sm": 2}
+    yield from _four_warpgroups(header, tokens, tiles_n, tiles_k, num_sms)
     plans = [
         planned(header, tokens, 1, 2, blocks, wide, SHARED_NBYTES, overlap="step"),
         planned(header, tokens, 1, 3, blocks, narrow, SHARED_NBYTES, overlap="steps" if tokens == 64 else "none"),
@@ -275,6 +277,24 @@ def _between(
         yield planned(
             header, tokens, 1, 2, 1, wide, SHARED_NBYTES, registers=232, overlap="step", launched=num_sms, streamed=True
         )
+
+
+def _four_warpgroups(
+    header: WeightHeader, tokens: int, tiles_n: int, tiles_k: int, num_sms: int
+) -> Iterator[WarpgroupPlan | None]:
+    """Of more than two rows of tiles for each multiprocessor: as many warps as registers suffice for hide what each waits for.
+
+    Two rows that share activations, of which half as many bytes come then, unless multiprocessors then have more rows to do; else
+    two warpgroups along K.
+    """
+    if tiles_n <= 2 * num_sms or header.mins_dtype is not None or header.dtype.nbits > 6:
+        return
+    pairs = -(-tiles_n // 2)
+    if 2 * -(-pairs // num_sms) <= -(-tiles_n // num_sms):
+        for depth in _depths(tiles_k, 4, 2):
+            yield planned(header, tokens, 2, 1, 1, depth, HALF_NBYTES, blocks_per_sm=2, overlap="others")
+    else:
+        yield planned(header, tokens, 1, 2, 1, _depths(tiles_k, 2)[0], HALF_NBYTES, blocks_per_sm=2, overlap="others")
 
 
 def _computing(
