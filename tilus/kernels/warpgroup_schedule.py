@@ -289,12 +289,10 @@ def _four_warpgroups(
     """
     if tiles_n <= 2 * num_sms or header.mins_dtype is not None or header.dtype.nbits > 6:
         return
-    pairs = -(-tiles_n // 2)
-    if 2 * -(-pairs // num_sms) <= -(-tiles_n // num_sms):
-        for depth in _depths(tiles_k, 4, 2):
-            yield planned(header, tokens, 2, 1, 1, depth, HALF_NBYTES, blocks_per_sm=2, overlap="others")
-    else:
-        yield planned(header, tokens, 1, 2, 1, _depths(tiles_k, 2)[0], HALF_NBYTES, blocks_per_sm=2, overlap="others")
+    pairs, overlap = -(-tiles_n // 2), "others" if tokens == 64 else "none"
+    rows = 2 if 2 * -(-pairs // num_sms) <= -(-tiles_n // num_sms) else 1
+    for depth in _depths(tiles_k, 4, 2) if (rows, tokens) == (2, 64) else _depths(tiles_k, 2):
+        yield planned(header, tokens, rows, 3 - rows, 1, depth, HALF_NBYTES, blocks_per_sm=2, overlap=overlap)
 
 
 def _computing(
