@@ -65,7 +65,7 @@ class Linear:
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """A gated feed-forward layer."""
+    """A gated feed-forward layer. gate_up: one gated weight, or gates and factors by themselves."""
 
     gate_up: Linear
     down: Linear
@@ -76,8 +76,11 @@ class Dense:
         return (*self.gate_up.parts, *self.down.parts)
 
     def __call__(self, kernels: Kernels, x: Tensor, combine: Combine | None = None) -> Tensor:
-        gate_up = self.gate_up(kernels, x)
-        gated = kernels.silu_mul(gate_up) if self.activation == "silu" else kernels.gelu_mul(gate_up)
+        if len(self.gate_up.parts) == 1:
+            gated = kernels.linear(x, self.gate_up.parts[0], bias=self.gate_up.bias, activation=self.activation)
+        else:
+            gate_up = self.gate_up(kernels, x)
+            gated = kernels.silu_mul(gate_up) if self.activation == "silu" else kernels.gelu_mul(gate_up)
         return self.down(kernels, gated, combine)
 
 
