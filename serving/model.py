@@ -163,7 +163,7 @@ class Model:
             x = x[step.last.long()]
         if x.shape[0] == 0:  # only chunks inside prompts
             return torch.empty((0, config.vocab_size), dtype=torch.float32, device=x.device)
-        logits = kernels.linear(x, self.head, out_dtype=torch.float32, **({} if out is None else {"out": out}))
+        logits = kernels.linear(x, self.head, out_dtype=torch.float32, out=out)
         return logits if config.final_cap is None else kernels.soft_cap(logits, config.final_cap)
 
     def _attention(self, layer: Layer, x: Tensor, step: StepTensors, kv_cache: KvCache) -> Tensor:

@@ -18,7 +18,7 @@ from serving.loader import Checkpoint
 from serving.quantize import fit_float16, with_short_scales
 from tilus.dtypes import int8
 from tilus.errors import TilusError
-from tilus.kernels.quantize import PAIR_ROWS, DenseMatrix, Matrix, QuantizedMatrix
+from tilus.kernels.quantize import DenseMatrix, Matrix, QuantizedMatrix
 
 TABLE, TABLE_SCALES, NORM, ROPE, HEAD, BIAS = (
     "token_embd", "token_embd.scales", "output_norm", "cos_sin", "output", ".bias",
@@ -40,7 +40,7 @@ class PackedWeights:
     tensors: `token_embd` (int8 [V, H] with float16 `token_embd.scales` [V, H / 32], or float16 [V, H] without), norms
     (`blk.3.attn_norm`, ..., `output_norm`; float32 [H], of heads [D]), biases (`blk.3.attn_qkv.bias`, float32 [N]) and a table
     of each rotary embedding (`cos_sin.0`, ...; float32 [positions, D]). linears: `blk.3.attn_qkv`, ..., `output`; a fused layer
-    is one weight where its parts are quantised alike, else several; gate and up are one only where it is gated.
+    is one weight where its parts are quantised alike, else several; gate and up are a gated one then.
     """
 
     tensors: Mapping[str, Tensor]
@@ -170,10 +170,8 @@ class _Packing:
         )
 
     def _packed(self, matrices: Sequence[Matrix], name: str, gated: bool = False) -> tuple[PackedWeight, ...]:
-        """gated: the two matrices are gates and factors, which are one weight where it is a gated one."""
+        """gated: the two matrices are gates and factors."""
         stacked = stack_alike(matrices)
-        if gated and stacked[0].shape[0] % PAIR_ROWS:
-            stacked = list(matrices)
         return tuple(self._packed_one(matrix, name, gated and len(stacked) == 1) for matrix in stacked)
 
     def _packed_one(self, matrix: Matrix, name: str, gated: bool) -> PackedWeight:

@@ -57,7 +57,9 @@ def check(y: torch.Tensor, sums: Array, errors: Array, name: str) -> None:
     assert not wrong.any(), f"{wrong.sum()} of {wrong.size} are wrong, the first at {np.argwhere(wrong)[0]}"
 
 
-def sums_of(x: torch.Tensor, matrix: QuantizedMatrix, bias: torch.Tensor | None, rounded: float = 0) -> tuple[Array, Array]:
+def sums_of(
+    x: torch.Tensor, matrix: QuantizedMatrix, bias: torch.Tensor | None, rounded: float = 0
+) -> tuple[Array, Array]:
     """And bounds of their errors. rounded: the relative error of a weight."""
     weight, size = exact(matrix), np.abs(float64(x))
     offset = np.zeros(matrix.shape[0]) if bias is None else float64(bias)
@@ -145,7 +147,7 @@ def test_gates_far_below_zero(device: str) -> None:
     y = linear(x, pack(matrix, "cpu", "mma", gated=True), activation="silu", out_dtype=torch.float32, device=device)
     assert not y.any()
     y = linear(-x, pack(matrix, "cpu", "mma", gated=True), activation="silu", out_dtype=torch.float32, device=device)
-    assert torch.equal(y, torch.full((1, 8), -(16 * float(x[0, 0])) ** 2))
+    assert torch.equal(y, torch.full((1, 8), -((16 * float(x[0, 0])) ** 2)))
 
 
 @pytest.mark.parametrize("order", ["mma", "rows"])
@@ -182,16 +184,23 @@ def test_mistakes() -> None:
     gated, plain = pack(matrix, gated=True), pack(matrix)
     with pytest.raises(TilusError, match="linear: a gated weight without activation, expected both or neither"):
         linear(x, gated)
-    with pytest.raises(TilusError, match="linear: activation 'silu' of a weight without gates, expected both or neither"):
+    with pytest.raises(
+        TilusError, match="linear: activation 'silu' of a weight without gates, expected both or neither"
+    ):
         linear(x, plain, activation="silu")
     with pytest.raises(TilusError, match="linear: activation 'relu', expected silu or gelu_tanh"):
         linear(x, gated, activation="relu")
-    with pytest.raises(TilusError, match=r"linear: out has shape \[1, 32\], expected \[1, 16\] for the weight of \[32, 64\]"):
+    with pytest.raises(
+        TilusError, match=r"linear: out has shape \[1, 32\], expected \[1, 16\] for the weight of \[32, 64\]"
+    ):
         linear(x, gated, activation="silu", out=torch.zeros(1, 32).half())
     with pytest.raises(TilusError, match=r"linear: bias has shape \[16\], expected \[32\]"):
         linear(x, gated, activation="silu", bias=torch.zeros(16))
     with pytest.raises(TilusError, match="grouped_linear: a gated weight without activation"):
         grouped_linear(x, gated, torch.tensor([0, 1], dtype=torch.int32))
-    for pack_24 in (lambda: pack(matrix.take_rows(np.arange(24)), gated=True), lambda: pack_dense(x.expand(24, 64), gated=True)):
+    for pack_24 in (
+        lambda: pack(matrix.take_rows(np.arange(24)), gated=True),
+        lambda: pack_dense(x.expand(24, 64), gated=True),
+    ):
         with pytest.raises(TilusError, match="a gated weight of 24 rows, expected a multiple of 16"):
             pack_24()

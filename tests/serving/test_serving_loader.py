@@ -178,7 +178,7 @@ class ShapeKernels:
         assert device == META and matrix.mins is None
         return torch.tensor(matrix.codes, device=device)
 
-    def linear(self, x, weight, *, bias=None, activation=None, out_dtype=torch.float16):
+    def linear(self, x, weight, *, bias=None, activation=None, out_dtype=torch.float16, out=None):
         assert x.device == weight.device == META and x.dtype == torch.float16
         width = weight.shape[0] if activation is None else weight.shape[0] // 2
         return torch.empty(x.shape[0], width, dtype=out_dtype, device=META)

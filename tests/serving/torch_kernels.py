@@ -29,7 +29,7 @@ class TorchKernels:
         return self
 
     def pack(self, matrix: QuantizedMatrix, device: torch.device, *, gated: bool = False) -> Tensor:
-        """The dense weight, float [N, K]; the model gives scales and minimums that float16 holds. Gates come first in any case."""
+        """The dense weight, float [N, K]; the model gives scales and minimums that float16 holds. gated changes nothing."""
         assert matrix.zeros is None and matrix.table is None and matrix.columns is None and matrix.global_scale == 1
         scales, mins = (
             None if a is None else torch.from_numpy(a).to(self.compute) for a in (matrix.scales, matrix.mins)

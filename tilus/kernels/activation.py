@@ -39,7 +39,9 @@ def activation_of(name: str, is_gated: bool, activation: str | None) -> Activati
     if activation is not None and activation not in ACTIVATIONS:
         raise TilusError(f"{name}: activation {activation!r}, expected {' or '.join(ACTIVATIONS)}")
     if is_gated != (activation is not None):
-        found = "a gated weight without activation" if is_gated else f"activation {activation!r} of a weight without gates"
+        found = (
+            "a gated weight without activation" if is_gated else f"activation {activation!r} of a weight without gates"
+        )
         raise TilusError(
             f"{name}: {found}, expected both or neither",
             hint="pack(matrix, device, gated=True) packs gates and factors for activation='silu'",

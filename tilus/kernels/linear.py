@@ -192,9 +192,10 @@ def linear(
 
     x, bias, out: torch tensors or numpy arrays, on the weight's device. bias: f16, bf16 or f32, added in f32. activation: of a
     gated weight, silu or gelu_tanh: of the N = 2 F sums s, of F gates and then F factors, the result is [M, F],
-    `silu(s[:, :F]) * s[:, F:]` (see `silu_mul`, `gelu_mul`), computed in f32 and rounded once. out_dtype: by default that of x. out: written in place when given. device: where to run (reference, emulator, cpu, cuda), by default as the
-    arguments say. invariant: a row of y has the same bits whatever the other rows are and however many there are (on one kind of
-    device): sums along K are then cut in one way for every M, which takes longer for most.
+    `silu(s[:, :F]) * s[:, F:]` (see `silu_mul`, `gelu_mul`), computed in f32 and rounded once. out_dtype: by default that of x.
+    out: written in place when given. device: where to run (reference, emulator, cpu, cuda), by default as the arguments say.
+    invariant: a row of y has the same bits whatever the other rows are and however many there are (on one kind of device): sums
+    along K are then cut in one way for every M, which takes longer for most.
     The kernel may start while the one in front of it runs, and then reads the weight and the bias, but not x: nothing that is
     still on its way in the stream may write those two.
     Raises: TilusError when K, dtypes or devices do not fit, for a weight that is packed for CPUs on a GPU, for a dense one

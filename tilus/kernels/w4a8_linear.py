@@ -100,10 +100,9 @@ def w4a8_linear(
     x, x_scale: as `quantize_tokens(..., paired=True)` makes them, int8 or float8_e4m3 and f32. weight: codes, less their zero
     points, that the type of x holds exactly, up to a power of two for all of them: integers of 4 bits for both, of 8 bits with a
     sign for int8, float8_e4m3 and smaller floats for float8_e4m3; factors of groups of a multiple of 32 columns or of all; no
-    table, and columns in their order. It is packed for GPUs; N and K are multiples of 64. bias: f16, bf16 or f32 [N]. activation: of
-    a gated weight, as in `linear`.
-    out_dtype: f16, bf16 or f32, needed unless out is given, which is written in place. device: where to run (reference, emulator,
-    cuda: sm_90a), by default as the arguments say.
+    table, and columns in their order. It is packed for GPUs; N and K are multiples of 64. bias: f16, bf16 or f32 [N].
+    activation: of a gated weight, as in `linear`. out_dtype: f16, bf16 or f32, needed unless out is given, which is written in
+    place. device: where to run (reference, emulator, cuda: sm_90a), by default as the arguments say.
 
     The sum of a group is exact for int8; for float8_e4m3 hardware keeps some 14 bits of it. It is scaled and added to the others
     in f32, and the result is rounded once. The kernel may start while the one in front of it runs, and then reads the weight and
@@ -121,7 +120,9 @@ def w4a8_linear(
     where = place(device, is_cuda(x))
     key = ("w4a8", m, x.dtype, y.dtype, bias is None, where)
     candidates = plans(m, TYPES[str(x.dtype).removeprefix("torch.")], weight.header, num_sms_of(x, where))
-    launch_without_spills(weight, key, candidates, lambda plan: launch(x, x_scale, weight, y, bias, plan, device, function))
+    launch_without_spills(
+        weight, key, candidates, lambda plan: launch(x, x_scale, weight, y, bias, plan, device, function)
+    )
     return y
 
 

@@ -128,7 +128,7 @@ def unpacking(wdtype, factor_dtypes, x, x_scale, zeros, entries, shape):
 
 
 def store_rows(y, start, sums, threads: int, offset, activation):
-    """Write what becomes of the sums [rows, tokens] of wgmma to y [tokens, rows] in runs along the rows, some tokens at a time."""
+    """Write what becomes of sums [rows, tokens] of wgmma to y [tokens, rows] in runs along the rows, some tokens at a time."""
     rows, tokens = sums.shape
     part, out_rows = min(tokens, STORED_TOKENS), rows if activation is None else rows // 2
     size = min(8, part * out_rows // threads)

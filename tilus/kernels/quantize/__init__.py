@@ -8,7 +8,6 @@ from tilus.kernels.quantize.checkpoint.gguf import GGUFFile as GGUFFile
 from tilus.kernels.quantize.checkpoint.gguf import GGUFTensor as GGUFTensor
 from tilus.kernels.quantize.checkpoint.safetensors import StoredTensor as StoredTensor
 from tilus.kernels.quantize.error_feedback import quantize_for as quantize_for
-from tilus.kernels.quantize.gates import PAIR_ROWS as PAIR_ROWS
 from tilus.kernels.quantize.header import WeightHeader as WeightHeader
 from tilus.kernels.quantize.load import CheckpointTensors as CheckpointTensors
 from tilus.kernels.quantize.load import load as load

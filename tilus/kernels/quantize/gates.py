@@ -1,6 +1,6 @@
 """The order of the rows of a gated weight: of each 16 rows 8 gates, then the 8 factors of the same outputs.
 
-Rows r and r + 8 of a product's result are in the same thread of a tensor core, so that a linear layer multiplies each gate with its
+Rows r and r + 8 of a product of tensor cores are results of one thread, so that a linear layer multiplies each gate with its
 factor where it has both, and writes neither.
 """
 
