@@ -17,14 +17,19 @@ from tilus.kernels.allocate import empty
 
 def silu(gate: Any) -> Any:
     """`gate * sigmoid(gate)`"""
-    return gate / (1.0 + tilus.exp(-gate))
+    return gate * sigmoid(gate)
 
 
 def gelu_tanh(gate: Any) -> Any:
     """`gate / 2 * (1 + tanh(u))` with `u = sqrt(2 / pi) * (gate + 0.044715 gate^3)`, which is `gate * sigmoid(2 u)`: the sigmoid
     stays exact where the tanh is near -1."""
     doubled = gate * (2.0 * math.sqrt(2.0 / math.pi)) * (1.0 + 0.044715 * gate * gate)
-    return gate / (1.0 + tilus.exp(-doubled))
+    return gate * sigmoid(doubled)
+
+
+def sigmoid(x: Any) -> Any:
+    """`1 / (1 + exp(-x))`; powers that vanish beside the 1 may as well be zero."""
+    return tilus.rcp(1.0 + tilus.exp2(x * -math.log2(math.e), ftz=True), approx=True)
 
 
 Activation = Callable[[Any], Any]
