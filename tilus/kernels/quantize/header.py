@@ -138,7 +138,7 @@ class WeightHeader:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> WeightHeader:
-        """The header that `to_json` wrote; those without an order are older, and of the order mma.
+        """The header that `to_json` wrote; those without an order, or `is_gated`, are older: of the order mma, not gated.
 
         Raises: TilusError for another layout version, and for missing, unknown or wrong fields.
         """
@@ -147,7 +147,7 @@ class WeightHeader:
                 f"a packed weight of layout version {data.get('version')}, these kernels read version {LAYOUT_VERSION}",
                 hint="pack the weight again with this version of tilus",
             )
-        data = {"order": MMA.name, **data}
+        data = {"order": MMA.name, "is_gated": False, **data}
         expected = {f.name: f.type for f in dataclasses.fields(cls)}
         if set(data) != set(expected):
             raise TilusError(f"the header of a packed weight has fields {sorted(data)}, expected {sorted(expected)}")
