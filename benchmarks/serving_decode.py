@@ -80,7 +80,7 @@ def with_layers(packed: PackedWeights, count: int) -> PackedWeights:
 
 def copied(weight: QuantizedWeight | DenseWeight) -> QuantizedWeight | DenseWeight:
     if isinstance(weight, DenseWeight):
-        return DenseWeight(weight.values.clone())
+        return replace(weight, values=weight.values.clone())
     return replace(weight, codes=weight.codes.clone(), scales=weight.scales.clone())
 
 

@@ -30,8 +30,9 @@ KvCache = Tensor | QuantizedCache
 class Quantize(Protocol):
     """Packing of weights."""
 
-    def pack(self, matrix: QuantizedMatrix, device: torch.device) -> PackedWeight:
-        """A weight [N, K], whose scales and minimums are numbers of `matrix.scale_dtype`, on a device."""
+    def pack(self, matrix: QuantizedMatrix, device: torch.device, *, gated: bool = False) -> PackedWeight:
+        """A weight [N, K], whose scales and minimums are numbers of `matrix.scale_dtype`, on a device. gated: for `linear` with
+        an activation; N is a multiple of 16."""
         ...
 
 
@@ -39,15 +40,16 @@ class Kernels(Protocol):
     @property
     def quantize(self) -> Quantize: ...
 
-    def DenseWeight(self, values: Tensor) -> PackedWeight:
-        """A weight float16 [N, K] that is not quantised."""
+    def pack_dense(self, values: Tensor, *, gated: bool = False) -> PackedWeight:
+        """A weight float16 [N, K] that is not quantised. gated: as for `quantize.pack`."""
         ...
 
     def linear(
-        self, x: Tensor, weight: PackedWeight, *, bias: Tensor | None = None, out_dtype: torch.dtype = ...,
-        out: Tensor | None = None,
+        self, x: Tensor, weight: PackedWeight, *, bias: Tensor | None = None, activation: str | None = None,
+        out_dtype: torch.dtype = ..., out: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """x [M, K] by weight [N, K], plus bias float32 [N] -> [M, N] in out_dtype, float16 by default. out: columns that it is
+        """x [M, K] by weight [N, K], plus bias float32 [N] -> [M, N] in out_dtype, float16 by default. activation: silu or
+        gelu_tanh, of a gated weight, whose results [M, N / 2] are those of `silu_mul` or `gelu_mul`. out: columns that it is
         written to."""
         ...
 

@@ -65,7 +65,7 @@ class Linear:
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """A gated feed-forward layer."""
+    """A gated feed-forward layer. gate_up: one gated weight, or gates and factors by themselves."""
 
     gate_up: Linear
     down: Linear
@@ -76,8 +76,11 @@ class Dense:
         return (*self.gate_up.parts, *self.down.parts)
 
     def __call__(self, kernels: Kernels, x: Tensor, combine: Combine | None = None) -> Tensor:
-        gate_up = self.gate_up(kernels, x)
-        gated = kernels.silu_mul(gate_up) if self.activation == "silu" else kernels.gelu_mul(gate_up)
+        if len(self.gate_up.parts) == 1:
+            gated = kernels.linear(x, self.gate_up.parts[0], bias=self.gate_up.bias, activation=self.activation)
+        else:
+            gate_up = self.gate_up(kernels, x)
+            gated = kernels.silu_mul(gate_up) if self.activation == "silu" else kernels.gelu_mul(gate_up)
         return self.down(kernels, gated, combine)
 
 
@@ -160,7 +163,7 @@ class Model:
             x = x[step.last.long()]
         if x.shape[0] == 0:  # only chunks inside prompts
             return torch.empty((0, config.vocab_size), dtype=torch.float32, device=x.device)
-        logits = kernels.linear(x, self.head, out_dtype=torch.float32, **({} if out is None else {"out": out}))
+        logits = kernels.linear(x, self.head, out_dtype=torch.float32, out=out)
         return logits if config.final_cap is None else kernels.soft_cap(logits, config.final_cap)
 
     def _attention(self, layer: Layer, x: Tensor, step: StepTensors, kv_cache: KvCache) -> Tensor:

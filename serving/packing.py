@@ -40,7 +40,7 @@ class PackedWeights:
     tensors: `token_embd` (int8 [V, H] with float16 `token_embd.scales` [V, H / 32], or float16 [V, H] without), norms
     (`blk.3.attn_norm`, ..., `output_norm`; float32 [H], of heads [D]), biases (`blk.3.attn_qkv.bias`, float32 [N]) and a table
     of each rotary embedding (`cos_sin.0`, ...; float32 [positions, D]). linears: `blk.3.attn_qkv`, ..., `output`; a fused layer
-    is one weight where its parts are quantised alike, else several.
+    is one weight where its parts are quantised alike, else several; gate and up are a gated one then.
     """
 
     tensors: Mapping[str, Tensor]
@@ -135,7 +135,8 @@ class _Packing:
             self.tensors[prefix + name] = self._tensor(values)
         for fused, parts in linears.items():
             matrices = [self._weights.matrix(prefix + part) for part in parts]
-            self.linears[prefix + fused] = self._packed(matrices, prefix + parts[0])
+            gated = fused == "ffn_gate_up" and self._config.experts is None
+            self.linears[prefix + fused] = self._packed(matrices, prefix + parts[0], gated)
             if len(self.linears[prefix + fused]) > 1 and fused.startswith("ffn") and self._config.experts:
                 raise TilusError(
                     f"{prefix}{fused}: experts, or their gates and factors, are quantised in different ways, expected one",
@@ -168,13 +169,15 @@ class _Packing:
             ]
         )
 
-    def _packed(self, matrices: Sequence[Matrix], name: str) -> tuple[PackedWeight, ...]:
-        return tuple(self._packed_one(matrix, name) for matrix in stack_alike(matrices))
+    def _packed(self, matrices: Sequence[Matrix], name: str, gated: bool = False) -> tuple[PackedWeight, ...]:
+        """gated: the two matrices are gates and factors."""
+        stacked = stack_alike(matrices)
+        return tuple(self._packed_one(matrix, name, gated and len(stacked) == 1) for matrix in stacked)
 
-    def _packed_one(self, matrix: Matrix, name: str) -> PackedWeight:
+    def _packed_one(self, matrix: Matrix, name: str, gated: bool) -> PackedWeight:
         if isinstance(matrix, DenseMatrix):
-            return self._kernels.DenseWeight(self._tensor(matrix.values))
-        return self._kernels.quantize.pack(with_short_scales(matrix, name), self._device)
+            return self._kernels.pack_dense(self._tensor(matrix.values), gated=gated)
+        return self._kernels.quantize.pack(with_short_scales(matrix, name), self._device, gated=gated)
 
     def _half(self, values: npt.NDArray[np.float32]) -> Tensor:
         return self._tensor(fit_float16(values, TABLE)).half()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tilus
-from tilus.kernels.activation import gated_kernel, gelu_tanh, soft_cap_kernel
+from tilus.kernels.activation import gated_kernel, gelu_tanh, silu, soft_cap_kernel
 from tilus.kernels.attention import paged_attention_kernel
 from tilus.kernels.embedding import dense_embedding_kernel, quantized_embedding_kernel
 from tilus.kernels.gemm import kernel_call as gemm_call
@@ -19,18 +19,18 @@ from tilus.kernels.gemm_kernel import gemm_kernel
 from tilus.kernels.gemm_schedule import Plan, stages_of
 from tilus.kernels.grouped_linear import grouped_linear_kernel, plans
 from tilus.kernels.kv_cache import KV_FORMATS, rope_append_quantized_kernel
-from tilus.kernels.linear import quantized_linear
+from tilus.kernels.linear import kernel_call, quantized_linear
 from tilus.kernels.linear_problem import LinearProblem, heuristic
 from tilus.kernels.mixture import combine_kernel, places_kernel, route_kernel, scatter_kernel
 from tilus.kernels.norm import rms_norm_kernel
-from tilus.kernels.quantize import WeightHeader
+from tilus.kernels.quantize import QuantizedWeight, WeightHeader
 from tilus.kernels.quantize_tokens import quantize_tokens_kernel
 from tilus.kernels.rope import rope_append_kernel
 from tilus.kernels.schedule import MOST_FACTOR_WORDS, schedule
 from tilus.kernels.tune_linear import compile_plan
 from tilus.kernels.w4a8_linear import plans as w4a8_plans
 from tilus.kernels.warpgroup_linear import warpgroup_linear
-from tilus.kernels.warpgroup_schedule import WarpgroupPlan
+from tilus.kernels.warpgroup_schedule import WarpgroupPlan, warpgroup_plans
 from tilus.lang.kernel import Kernel
 from tilus.ptx.assembler import SpillError, assemble
 from tilus.target import get_target
@@ -303,6 +303,20 @@ def test_w4a8_linear(act: torch.dtype, m: int, shape: tuple[int, int]) -> None:
         (usage,) = assemble(ptx, get_target("sm_90a"), allow_spills=True).kernels
         spilled.append(usage.spill_store_nbytes)
     assert 0 in spilled, dict(zip(same, spilled, strict=True))
+
+
+@pytest.mark.parametrize("activation", [silu, pytest.param(gelu_tanh, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "m", [64, 4096, *(pytest.param(m, marks=pytest.mark.exhaustive) for m in (1, 16, 32, 128, 512))]
+)
+def test_gates_need_no_registers_that_sums_do_not(m: int, activation: Any) -> None:
+    """The best plan of a feed-forward layer does not spill with an activation either."""
+    header = WeightHeader(tilus.int4, (28672, 4096), 128, "f16", is_gated=True)
+    arrays = {name: torch.empty(shape, dtype=getattr(torch, kind)) for name, (shape, kind) in header.arrays.items()}
+    x, y = torch.empty(m, 4096).half(), torch.empty(m, 14336).half()
+    (plan, *_) = warpgroup_plans(header, m, 132)
+    kernel, args, values = kernel_call(x, QuantizedWeight(header, **arrays), y, None, plan, activation)
+    assert_no_spills(kernel, "sm_90a", *args, **values)
 
 
 @pytest.mark.parametrize("name", ["matmul_v5"])

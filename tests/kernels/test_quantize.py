@@ -200,7 +200,7 @@ def test_an_unknown_order() -> None:
 def test_headers_without_an_order_are_those_of_older_weights() -> None:
     header = pack(BASE).header
     data = header.to_json()
-    assert data.pop("order") == "mma"
+    assert (data.pop("order"), data.pop("is_gated")) == ("mma", False)
     assert WeightHeader.from_json(data) == header
 
 

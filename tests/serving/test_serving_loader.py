@@ -174,13 +174,14 @@ class ShapeKernels:
     def quantize(self):
         return self
 
-    def pack(self, matrix, device):
+    def pack(self, matrix, device, *, gated=False):
         assert device == META and matrix.mins is None
         return torch.tensor(matrix.codes, device=device)
 
-    def linear(self, x, weight, *, bias=None, out_dtype=torch.float16):
+    def linear(self, x, weight, *, bias=None, activation=None, out_dtype=torch.float16, out=None):
         assert x.device == weight.device == META and x.dtype == torch.float16
-        return torch.empty(x.shape[0], weight.shape[0], dtype=out_dtype, device=META)
+        width = weight.shape[0] if activation is None else weight.shape[0] // 2
+        return torch.empty(x.shape[0], width, dtype=out_dtype, device=META)
 
     def start_rms_norm(self, x, weight, eps, **options):
         assert x.device == weight.device == META and weight.dtype == torch.float32
@@ -197,9 +198,6 @@ class ShapeKernels:
     def paged_attention(self, q, kv_cache, block_tables, q_start, kv_lens, scale, **options):
         assert {t.device for t in (q, kv_cache, block_tables, q_start, kv_lens)} == {META}
         return torch.empty_like(q)
-
-    def silu_mul(self, gate_up):
-        return gate_up[:, : gate_up.shape[1] // 2]
 
     def embedding(self, ids, table, scales=None):
         assert ids.device == table.device == scales.device == META

@@ -18,7 +18,7 @@ from torch_kernels import TorchKernels
 from serving.core import Batch, BatchItem, Request, SamplingParams
 from serving.errors import RequestError
 from serving.loader import Checkpoint, open_checkpoint
-from serving.model import Model, load_model
+from serving.model import Dense, Model, load_model
 from serving.runner import step_tensors
 from tilus.dtypes import dtype
 from tilus.errors import TilusError
@@ -247,12 +247,12 @@ def test_an_untied_head_is_used(tmp_path: Path) -> None:
 
 
 def mixed_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
-    """The same model with the values' projection quantised in another way."""
+    """The same model with the values' projection, and the factors of gates, quantised in another way."""
 
     class Mixed:
         def __init__(self, weights, other) -> None:
             self.has, self.vector, self.table = weights.has, weights.vector, weights.table
-            self.matrix = lambda name: (other if name.endswith("attn_v") else weights).matrix(name)
+            self.matrix = lambda name: (other if name.endswith(("attn_v", "ffn_up")) else weights).matrix(name)
 
     other = open_checkpoint(checkpoint.weights._tensors.path, dtype("uint8"))
     return Checkpoint("mixed", checkpoint.config, checkpoint.tokenizer, Mixed(checkpoint.weights, other.weights))
@@ -260,10 +260,12 @@ def mixed_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
 
 def test_parts_that_are_quantised_differently_stay_apart(tiny_checkpoint: Checkpoint, tiny_model: Model) -> None:
     model = load_model(mixed_checkpoint(tiny_checkpoint), TorchKernels(), CPU)
-    assert [len(layer.qkv.parts) for layer in model.layers] == [2, 2]
-    assert [len(layer.qkv.parts) for layer in tiny_model.layers] == [1, 1]
+    for found, count in ((model, 2), (tiny_model, 1)):
+        for layer in found.layers:
+            assert isinstance(layer.feed_forward, Dense)
+            assert [len(linear.parts) for linear in (layer.qkv, layer.feed_forward.gate_up)] == [count, count]
     found, exact = (logits_of(m, prompt(9), [9], list(range(3)), new_pool(torch.float16)) for m in (model, tiny_model))
-    assert 0 < (found - exact).abs().max() < 0.2  # v lost little
+    assert 0 < (found - exact).abs().max() < 0.2  # they lost little
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ class DenseKernels(TorchKernels):
 
     activations = (torch.float32,)
 
-    def pack(self, matrix, device):
+    def pack(self, matrix, device, *, gated=False):
         codes = torch.from_numpy(matrix.codes.astype(np.int64))
         table = (
             matrix.table

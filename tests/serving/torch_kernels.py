@@ -28,8 +28,8 @@ class TorchKernels:
     def quantize(self) -> TorchKernels:
         return self
 
-    def pack(self, matrix: QuantizedMatrix, device: torch.device) -> Tensor:
-        """The dense weight, float [N, K]; the model gives scales and minimums that float16 holds."""
+    def pack(self, matrix: QuantizedMatrix, device: torch.device, *, gated: bool = False) -> Tensor:
+        """The dense weight, float [N, K]; the model gives scales and minimums that float16 holds. gated changes nothing."""
         assert matrix.zeros is None and matrix.table is None and matrix.columns is None and matrix.global_scale == 1
         scales, mins = (
             None if a is None else torch.from_numpy(a).to(self.compute) for a in (matrix.scales, matrix.mins)
@@ -44,12 +44,13 @@ class TorchKernels:
         return dense.view(n, k).to(device)
 
     def linear(
-        self, x: Tensor, weight: Tensor, *, bias: Tensor | None = None, out_dtype: torch.dtype | None = None,
-        out: Tensor | None = None,
+        self, x: Tensor, weight: Tensor, *, bias: Tensor | None = None, activation: str | None = None,
+        out_dtype: torch.dtype | None = None, out: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         assert x.dtype in self.activations
         y = x.to(self.compute) @ weight.T
-        y = (y if bias is None else y + bias).to(out_dtype or x.dtype)
+        y = y if bias is None else y + bias
+        y = (y if activation is None else self.gated(y, activation)).to(out_dtype or x.dtype)
         return y if out is None else out.copy_(y)
 
     def normed(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -124,13 +125,17 @@ class TorchKernels:
             out[starts[row] : starts[row + 1]] = self.round(torch.einsum("hqk,khd->qhd", weights, values), out.dtype)
         return out
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
+    def gated(self, gate_up: Tensor, activation: str) -> Tensor:
         gate, up = gate_up.to(self.compute).chunk(2, dim=-1)
-        return self.round(torch.nn.functional.silu(gate) * up, gate_up.dtype)
+        if activation == "silu":
+            return torch.nn.functional.silu(gate) * up
+        return torch.nn.functional.gelu(gate, approximate="tanh") * up
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        return self.round(self.gated(gate_up, "silu"), gate_up.dtype)
 
     def gelu_mul(self, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.to(self.compute).chunk(2, dim=-1)
-        return self.round(torch.nn.functional.gelu(gate, approximate="tanh") * up, gate_up.dtype)
+        return self.round(self.gated(gate_up, "gelu_tanh"), gate_up.dtype)
 
     def mixture(
         self, x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, *, top: int, normalized: bool

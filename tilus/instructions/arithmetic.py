@@ -64,10 +64,14 @@ def _exp2_ftz(a: Array) -> Array:
     return np.where(found < _LEAST_NORMAL, np.zeros_like(found), found)
 
 
+def _rcp(a: Array) -> Array:
+    return 1 / a
+
+
 NUMPY_UNARY: dict[str, Callable[[Array], Array]] = {
     "neg": np.negative, "abs": np.abs, "not": np.logical_not,
     "exp": np.exp, "exp2": np.exp2, "exp2_ftz": _exp2_ftz, "log": np.log, "log2": np.log2, "sqrt": np.sqrt,
-    "rsqrt": lambda a: 1 / np.sqrt(a), "rcp": lambda a: 1 / a, "sin": np.sin, "cos": np.cos, "tanh": np.tanh,
+    "rsqrt": lambda a: 1 / np.sqrt(a), "rcp": _rcp, "rcp_approx": _rcp, "sin": np.sin, "cos": np.cos, "tanh": np.tanh,
     "floor": np.floor, "ceil": np.ceil, "round": np.rint,
 }  # fmt: skip
 
@@ -76,7 +80,8 @@ FLOAT_FUNCTIONS = frozenset(NUMPY_UNARY) - {"neg", "abs", "not"}
 # Operands are f32 in 32-bit registers. Constants: log2(e), ln(2).
 _F32_FUNCTIONS: dict[str, str] = {
     "exp2": "ex2.approx.f32", "exp2_ftz": "ex2.approx.ftz.f32", "log2": "lg2.approx.f32", "sqrt": "sqrt.rn.f32",
-    "rsqrt": "rsqrt.approx.f32", "rcp": "rcp.rn.f32", "sin": "sin.approx.f32", "cos": "cos.approx.f32", "tanh": "tanh.approx.f32",
+    "rsqrt": "rsqrt.approx.f32", "rcp": "rcp.rn.f32", "rcp_approx": "rcp.approx.f32", "sin": "sin.approx.f32",
+    "cos": "cos.approx.f32", "tanh": "tanh.approx.f32",
     "floor": "cvt.rmi.f32.f32", "ceil": "cvt.rpi.f32.f32", "round": "cvt.rni.f32.f32", "abs": "abs.f32", "neg": "neg.f32",
 }  # fmt: skip
 _LOG2_E = FloatImm(0x3FB8AA3B)

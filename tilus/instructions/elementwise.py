@@ -410,9 +410,12 @@ def rsqrt(b: IRBuilder, x: Value) -> RegisterTensor | Expr:
 
 
 @builtin
-def rcp(b: IRBuilder, x: Value) -> RegisterTensor | Expr:
-    """1 / x."""
-    return unary_op(b, "rcp", x)
+def rcp(b: IRBuilder, x: Value, *, approx: bool = False) -> RegisterTensor | Expr:
+    """1 / x.
+
+    approx: of tiles, an error of one unit in the last place is allowed, which saves a GPU a branch for each element.
+    """
+    return unary_op(b, "rcp_approx" if approx else "rcp", x)
 
 
 @builtin

@@ -17,14 +17,41 @@ from tilus.kernels.allocate import empty
 
 def silu(gate: Any) -> Any:
     """`gate * sigmoid(gate)`"""
-    return gate / (1.0 + tilus.exp(-gate))
+    return gate * sigmoid(gate)
 
 
 def gelu_tanh(gate: Any) -> Any:
     """`gate / 2 * (1 + tanh(u))` with `u = sqrt(2 / pi) * (gate + 0.044715 gate^3)`, which is `gate * sigmoid(2 u)`: the sigmoid
     stays exact where the tanh is near -1."""
     doubled = gate * (2.0 * math.sqrt(2.0 / math.pi)) * (1.0 + 0.044715 * gate * gate)
-    return gate / (1.0 + tilus.exp(-doubled))
+    return gate * sigmoid(doubled)
+
+
+def sigmoid(x: Any) -> Any:
+    """`1 / (1 + exp(-x))`; powers that vanish beside the 1 may as well be zero."""
+    return tilus.rcp(1.0 + tilus.exp2(x * -math.log2(math.e), ftz=True), approx=True)
+
+
+Activation = Callable[[Any], Any]
+ACTIVATIONS: dict[str, Activation] = {"silu": silu, "gelu_tanh": gelu_tanh}
+
+
+def activation_of(name: str, is_gated: bool, activation: str | None) -> Activation | None:
+    """The function of gates that `linear` and others (name) apply to the sums of a weight.
+
+    Raises: TilusError for an unknown one, for a gated weight without any, and for another weight with one.
+    """
+    if activation is not None and activation not in ACTIVATIONS:
+        raise TilusError(f"{name}: activation {activation!r}, expected {' or '.join(ACTIVATIONS)}")
+    if is_gated != (activation is not None):
+        found = (
+            "a gated weight without activation" if is_gated else f"activation {activation!r} of a weight without gates"
+        )
+        raise TilusError(
+            f"{name}: {found}, expected both or neither",
+            hint="pack(matrix, device, gated=True) packs gates and factors for activation='silu'",
+        )
+    return None if activation is None else ACTIVATIONS[activation]
 
 
 @tilus.kernel(varying=("rows",))
@@ -91,7 +118,7 @@ def soft_cap(x: Any, cap: float, *, device: str | None = None) -> Any:
     return x
 
 
-def _gated(name: str, gate_up: Any, activation: Callable[[Any], Any], device: str | None) -> Any:
+def _gated(name: str, gate_up: Any, activation: Activation, device: str | None) -> Any:
     if gate_up.ndim != 2 or gate_up.shape[1] < 2 or gate_up.shape[1] % 2:
         raise TilusError(
             f"{name}: gate_up has shape {list(gate_up.shape)}, expected [tokens, 2 * width]",

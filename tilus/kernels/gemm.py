@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from tilus import TilusError
+from tilus.kernels.activation import Activation
 from tilus.kernels.allocate import empty, is_cuda
 from tilus.kernels.gemm_kernel import gemm_kernel
 from tilus.kernels.gemm_schedule import Plan, invariant_plan, launched
@@ -43,14 +44,15 @@ def _plan(m: int, n: int, k: int, dtypes: tuple[Any, Any, Any], device: Device |
 
 def gemm(
     x: Any, w: Any, *, bias: Any | None = None, scale: float = 1.0, x_scale: Any | None = None, w_scale: Any | None = None,
-    out_dtype: Any = None, out: Any = None, constant: bool = False, device: str | None = None,
-    invariant: bool = False,
+    activation: Activation | None = None, out_dtype: Any = None, out: Any = None, constant: bool = False,
+    device: str | None = None, invariant: bool = False,
 ) -> Any:  # fmt: skip
     """x [M, K] times the transpose of w [N, K], times scales, plus a bias [N]: [M, N] of `out_dtype` (sm_90a).
 
     x, w: f16 or bf16, both the same, float8_e4m3 and float8_e5m2 in any mix, or int8; rows contiguous and of a multiple of 16
     bytes. scale: of the whole product; x_scale [M], w_scale [N]: f32, of each row of x and w (`quantize_tokens` makes codes and
-    scales of activations). bias: f16, bf16 or f32.
+    scales of activations). bias: f16, bf16 or f32. activation: of a gated w, whose N = 2 F rows (and w_scale) are in the order of
+    `quantize.gates`, the bias in that of the model; the result is [M, F], activation(gate) * factor.
     out_dtype: by default that of x; of 8-bit operands it must be given: f16, bf16 or f32, and rows of the result are multiples of
     16 bytes, too. out: written in place when given. constant: a promise that w, w_scale and bias are those of a layer, written
     neither by the last kernel or copy in the stream that is launched in the ordinary way nor by anything after it; the kernel
@@ -70,26 +72,29 @@ def gemm(
             raise TilusError(f"gemm: {name} has shape {list(vector.shape)}, expected {[extent]}")
     if out is None and out_dtype is None and x.dtype.itemsize == 1:
         raise TilusError(f"gemm of {x.dtype} without out_dtype", hint="choose one: float16, bfloat16 or float32")
-    y = empty(x, (m, n), out_dtype) if out is None else out
+    y = empty(x, (m, n if activation is None else n // 2), out_dtype) if out is None else out
     if m and n:
         where = place(device, is_cuda(x))
         gpu = gpu_of(x) if where == "cuda" else None
         found = _plan(m, n, int(x.shape[1]), (x.dtype, w.dtype, y.dtype), gpu, invariant)
-        launch(x, w, y, (scale, x_scale, w_scale, bias), found, device, constant)
+        launch(x, w, y, (scale, x_scale, w_scale, bias), found, device, constant, activation)
     return y
 
 
 def launch(
-    x: Any, w: Any, y: Any, factors: tuple[float, Any, Any, Any], plan: Plan, device: str | None, constant: bool = False
-) -> None:
+    x: Any, w: Any, y: Any, factors: tuple[float, Any, Any, Any], plan: Plan, device: str | None, constant: bool = False,
+    activation: Activation | None = None,
+) -> None:  # fmt: skip
     """The kernel by a given plan. factors: scale, x_scale, w_scale, bias. constant: of w, w_scale and bias, as for `gemm`."""
-    arguments, values = kernel_call(x, w, y, factors, plan, constant)
+    arguments, values = kernel_call(x, w, y, factors, plan, constant, activation)
     gemm_kernel.on(device)(*arguments, **values)
 
 
 def kernel_call(
-    x: Any, w: Any, y: Any, factors: tuple[float, Any, Any, Any], plan: Plan, constant: bool = False
-) -> tuple[list[Any], dict[str, Any]]:
+    x: Any, w: Any, y: Any, factors: tuple[float, Any, Any, Any], plan: Plan, constant: bool = False,
+    activation: Activation | None = None,
+) -> tuple[list[Any], dict[str, Any]]:  # fmt: skip
     """What a plan means: arguments and compile-time values of `gemm_kernel`."""
     scale, *vectors = factors
-    return [x, w, y, scale, plan.launched, *vectors], {"plan": replace(plan, launched=0), "constant": constant}
+    values = {"plan": replace(plan, launched=0), "constant": constant, "activation": activation}
+    return [x, w, y, scale, plan.launched, *vectors], values

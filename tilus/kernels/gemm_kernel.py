@@ -16,6 +16,7 @@ import tilus
 from tilus import Const, Tensor, f32, int32
 from tilus.dtypes import DataType
 from tilus.kernels.gemm_schedule import GROUP_ROWS, ROW_NBYTES, Plan
+from tilus.kernels.linear_results import finished, offsets_of
 from tilus.kernels.warpgroup_sums import Sums
 
 GROUP_WARPS = 4
@@ -27,7 +28,7 @@ BAND = 8  # neighbouring rows of clusters that take turns, so that what they rea
 def gemm_kernel(
     x: Tensor["act", "m", "k"],
     w: Tensor["weight", "n", "k"],
-    y: Tensor["out", "m", "n"],
+    y: Tensor["out", "m", "width"],
     scale: f32,
     launched: int32,
     x_scale: Tensor[f32, "m"] = None,
@@ -36,10 +37,12 @@ def gemm_kernel(
     *,
     plan: Const,
     constant: Const = False,
+    activation: Const = None,
 ):
+    """activation: of a gated weight, whose results are half as many as its rows."""
     tilus.grid(launched, warps=plan.warps, cluster=plan.team)
     tilus.launch_dependents()
-    tiles = Tiles(plan, y, launched)
+    tiles = Tiles(plan, x.shape[0], w.shape[0], launched)
     constants = [w, w_scale, bias] if constant else []
     depth = ROW_NBYTES // x.dtype.nbytes
     all_steps = tilus.cdiv(x.shape[1], depth)
@@ -68,7 +71,7 @@ def gemm_kernel(
                         total = ring.products(group, split, index * steps, steps, sum_type)
                         own_sums[group].give(total, split, index)
                 else:
-                    results = Results(plan, y, (scale, x_scale, w_scale, bias))
+                    results = Results(plan, y, (scale, x_scale, w_scale, bias), activation)
                     for index in tilus.range(tiles.count):
                         row, token = tiles.at(index)
                         row += group * GROUP_ROWS
@@ -86,9 +89,8 @@ def gemm_kernel(
 class Tiles:
     """The tiles of a block, in bands of rows in which rows vary fastest, so that what is read again is found in the L2 cache."""
 
-    def __init__(self, plan: Plan, y, launched):
+    def __init__(self, plan: Plan, m, n, launched):
         self.plan = plan
-        m, n = y.shape
         self.rank = tilus.cluster_rank() if plan.blocks == 1 else 0
         self.first, self.teams = tilus.block_id(0) // plan.team, launched // plan.team
         self.token_tiles = tilus.cdiv(m, plan.tokens * plan.share_w)
@@ -219,42 +221,41 @@ class Ring:
 class Results:
     """What a warpgroup makes of its sums, and the two buffers from which it is stored in turn, some tokens at a time."""
 
-    def __init__(self, plan: Plan, y, factors):
-        self.y = y
+    def __init__(self, plan: Plan, y, factors, activation):
+        self.y, self.activation = y, activation
         self.scale, self.x_scale, self.w_scale, self.bias = factors
         self.stored = plan.stored
-        self.buffers = tilus.shared(y.dtype, [2, plan.stored, GROUP_ROWS])
+        self.per_output = 1 if activation is None else 2
+        self.buffers = tilus.shared(y.dtype, [2, plan.stored, GROUP_ROWS // self.per_output])
 
     def factors(self, row, token):
         """Factors and offsets of the rows of y^T, [64, 1], and scales of the tokens that are stored first; None where there are
         none. They are asked for in front of the products, so that nobody waits for them."""
-        by_row, offset = self.scale, None
+        by_row = self.scale
         if self.w_scale is not None:
             by_row = tilus.reshape(tilus.load(self.w_scale, [row], [GROUP_ROWS]), [GROUP_ROWS, 1]) * self.scale
-        if self.bias is not None:
-            offset = tilus.reshape(tilus.load(self.bias, [row], [GROUP_ROWS]).to(f32), [GROUP_ROWS, 1])
-        return by_row, offset, self.token_scales(token)
+        offsets = offsets_of(self.bias, row, GROUP_ROWS, self.activation is not None)
+        return by_row, offsets, self.token_scales(token)
 
     def token_scales(self, token):
         return None if self.x_scale is None else tilus.load(self.x_scale, [token], [self.stored])
 
     def store(self, total, factors, row, token, number):
-        """Scale and round the sums [64, tokens] of tile `number`, and start to store them as [tokens, 64]."""
+        """Scale and round the sums [64, tokens] of tile `number`, and start to store what becomes of them, [tokens, 64 or 32]."""
         part = self.stored
         rows, tokens = total.shape
-        by_row, offset, scales = factors
+        by_row, offsets, scales = factors
         parts = tilus.reshape(total, [rows, tokens // part, part])
         for index in range(tokens // part):
             result = tilus.select(parts, 1, index).to(f32) * by_row
             if scales is not None:
                 result = result * (scales if index == 0 else self.token_scales(token + index * part))
-            if offset is not None:
-                result = result + offset
+            result = finished(result, offsets, self.activation)
             tilus.wait_stores(1, reads_only=True)
             tilus.sync()
             buffer = self.buffers[(number * (tokens // part) + index) % 2]
             tilus.store_shared(buffer, result.to(self.y.dtype).T)
             tilus.fence_async()
             tilus.sync()
-            tilus.store_tensor(self.y, [token + index * part, row], buffer)
+            tilus.store_tensor(self.y, [token + index * part, row // self.per_output], buffer)
             tilus.commit_stores()

@@ -20,9 +20,11 @@ import tilus
 from tilus import Const, Tensor, f16, f32, int32, uint8
 from tilus.dtypes import DTYPES
 from tilus.errors import TilusError
+from tilus.kernels.activation import activation_of
 from tilus.kernels.allocate import empty, is_cuda
 from tilus.kernels.columns import take_columns
 from tilus.kernels.linear import gpu_of, kernel_call
+from tilus.kernels.linear_results import offsets_of
 from tilus.kernels.linear_step import residual
 from tilus.kernels.plan_choice import launch_without_spills, num_sms_of
 from tilus.kernels.quantize.header import WeightHeader
@@ -30,7 +32,7 @@ from tilus.kernels.quantize.packed import QuantizedWeight
 from tilus.kernels.quantize.tiles import MMA, TILE, WHOLE
 from tilus.kernels.schedule import Schedule
 from tilus.kernels.vectors import power_of_two
-from tilus.kernels.warpgroup_linear import store_rows, with_bias
+from tilus.kernels.warpgroup_linear import store_rows
 from tilus.kernels.warpgroup_operands import Unpacking, table_entries, tile_nbytes
 from tilus.kernels.warpgroup_products import sum_of_steps
 from tilus.kernels.warpgroup_schedule import Overlap, WarpgroupPlan, planned
@@ -113,9 +115,10 @@ def grouped_linear_kernel(
                 sums.give(total, split, turn=turn)
             else:
                 result = sums.added_to(total, turn) * (global_scale * 2.0**exponent)
-                result = with_bias(result, None if bias is None else bias[expert], row_tile)
+                own_bias = None if bias is None else bias[expert]
+                offset = offsets_of(own_bias, row_tile * TILE, rows * TILE, False)
                 own = tilus.narrow(y, 0, 0, end)  # rows behind it are those of other experts
-                store_rows(own, [token, row_tile * TILE], tilus.cast(result, y.dtype), 32 * group_warps)
+                store_rows(own, [token, row_tile * TILE], result, 32 * group_warps, offset, None)
 
         each_item(offsets, x.shape[0], expert_tiles, blocks, plan, multiply)
 
@@ -287,7 +290,7 @@ def launch(
     header = weight.header
     if isinstance(plan, Schedule):
         every_bias = None if bias is None else bias.reshape(-1)
-        kernel, arguments, values = kernel_call(x, weight, y, every_bias, plan, offsets)
+        kernel, arguments, values = kernel_call(x, weight, y, every_bias, plan, offsets=offsets)
         kernel.on(device)(*arguments, **values)
         return
     codes, scales, mins, zeros = (
@@ -310,6 +313,7 @@ def _check(x: Any, weight: QuantizedWeight, offsets: Any, bias: Any | None) -> N
             hint="the cumulative numbers of rows, with a 0 in front: .to(torch.int32)",
         )
     experts = int(offsets.shape[0]) - 1
+    activation_of("grouped_linear", weight.is_gated, None)
     if rows % (TILE * experts) or k % TILE:
         raise TilusError(
             f"grouped_linear: a weight of {[rows, k]} for {experts} experts, expected N and K to be multiples of {TILE}",

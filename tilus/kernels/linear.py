@@ -20,10 +20,12 @@ import tilus
 from tilus import Const, Tensor, f32, int32, uint8
 from tilus.dtypes import DTYPES, DataType
 from tilus.errors import TilusError
+from tilus.kernels.activation import Activation, activation_of
 from tilus.kernels.allocate import counters, empty, is_cuda, is_torch
 from tilus.kernels.attention import find_queries
 from tilus.kernels.columns import take_columns
 from tilus.kernels.linear_problem import PLANS, LinearProblem, Plan, heuristic, invariant_plans
+from tilus.kernels.linear_results import finished, offsets_of
 from tilus.kernels.linear_step import (
     Step,
     Weights,
@@ -60,7 +62,7 @@ def quantized_linear(
     x: Tensor["act", "m", "k"],
     codes: Tensor[uint8, "tiles_n", "tiles_k", "tile_nbytes"],
     scales: Tensor[uint8, "tiles_n", "sets", 8, "scale_nbytes"],
-    y: Tensor["out", "m", "n"],
+    y: Tensor["out", "m", "width"],
     global_scale: f32,
     mins: Tensor[uint8, "tiles_n", "sets", 8, "min_nbytes"] = None,
     zeros: Tensor[uint8, "tiles_n", "sets", 8, "zero_nbytes"] = None,
@@ -80,9 +82,10 @@ def quantized_linear(
     stages: Const,
     blocks_per_sm: Const,
     order: Const = MMA,
+    activation: Const = None,
 ):
     """offsets: of `grouped_linear`: the weight is those of all experts on top of each other, and rows are sorted by them. A
-    block has rows of one expert, which it finds like the sequence of queries."""
+    block has rows of one expert, which it finds like the sequence of queries. activation: of a gated weight."""
     splits = 1 if partial is None else partial.shape[0]
     experts = 1 if offsets is None else offsets.shape[0] - 1
     own_tiles = codes.shape[0] // experts
@@ -146,23 +149,22 @@ def quantized_linear(
     by_row = tilus.sum(tilus.reshape(total, [rows, warps, TILE, tokens]), axis=1)
     result = tilus.reshape(by_row, [rows * TILE, tokens]) * 2.0**exponent
     if partial is None:
-        y_tile = finished(result, global_scale, bias, row_tile, y.dtype, [rows * TILE, 1])
-        tilus.store(y, [first_token, out_tile * TILE], y_tile, dims=[1, 0])
+        offset = offsets_of(bias, row_tile * TILE, rows * TILE, activation is not None)
+        store_results(y, result * global_scale, offset, activation, [first_token, out_tile])
     else:
+        shape = [tokens, rows * TILE]
         tilus.store(partial, [tilus.block_id(2), first_token, row_tile * TILE], result, dims=[2, 1])
-        add_splits(y, partial, tickets, global_scale, bias, first_token, row_tile, [tokens, rows * TILE], splits)
+        add_splits(y, partial, tickets, global_scale, bias, activation, first_token, row_tile, shape, splits)
 
 
-def finished(result, global_scale, bias, row_tile, dtype: DataType, shape):
-    """The sums as they are stored: times the global scale, plus the bias, rounded once. shape: of the bias, to broadcast."""
-    scaled = result * global_scale
-    if bias is not None:
-        offsets = tilus.cast(tilus.load(bias, [row_tile * TILE], [max(shape)]), f32)
-        scaled = scaled + tilus.reshape(offsets, shape)
-    return tilus.cast(scaled, dtype)
+def store_results(y, sums, offset, activation, start):
+    """Of scaled sums [rows, tokens] what is stored from a token and a row of tiles on, rounded once."""
+    out_rows = TILE if activation is None else TILE // 2
+    y_tile = tilus.cast(finished(sums, offset, activation), y.dtype)
+    tilus.store(y, [start[0], start[1] * out_rows], y_tile, dims=[1, 0])
 
 
-def add_splits(y, partial, tickets, global_scale, bias, first_token, row_tile, shape, splits):
+def add_splits(y, partial, tickets, global_scale, bias, activation, first_token, row_tile, shape, splits):
     """The block that arrives last adds up the partial sums, always in the same order, and resets the counter."""
     slot = tilus.block_id(1) * tilus.grid_dim(0) + tilus.block_id(0)
     arrived = tilus.atomic_add(tickets, [slot], 1)
@@ -170,8 +172,9 @@ def add_splits(y, partial, tickets, global_scale, bias, first_token, row_tile, s
         summed = tilus.load(partial, [0, first_token, row_tile * TILE], shape=shape)
         for split in tilus.range(1, splits):
             summed = summed + tilus.load(partial, [split, first_token, row_tile * TILE], shape=shape)
-        y_tile = finished(summed, global_scale, bias, row_tile, y.dtype, [1, shape[1]])
-        tilus.store(y, [first_token, row_tile * TILE], y_tile)
+        offset = offsets_of(bias, row_tile * TILE, shape[1], activation is not None)
+        sums = tilus.transpose(summed) * global_scale
+        store_results(y, sums, offset, activation, [first_token, row_tile])
         tilus.atomic_add(tickets, [slot], -splits)
 
 
@@ -182,21 +185,23 @@ def load_table(table, act: DataType, warps: int):
 
 
 def linear(
-    x: Any, weight: QuantizedWeight | DenseWeight, *, bias: Any | None = None, out_dtype: Any = None, out: Any = None,
-    device: str | None = None, invariant: bool = False,
+    x: Any, weight: QuantizedWeight | DenseWeight, *, bias: Any | None = None, activation: str | None = None,
+    out_dtype: Any = None, out: Any = None, device: str | None = None, invariant: bool = False,
 ) -> Any:  # fmt: skip
     """x [M, K] of f16 or bf16 times the transpose of a packed or dense weight (N, K), plus a bias [N]: [M, N] of `out_dtype`.
 
-    x, bias, out: torch tensors or numpy arrays, on the weight's device. bias: f16, bf16 or f32, added in f32. out_dtype: by
-    default that of x. out: written in place when given. device: where to run (reference, emulator, cpu, cuda), by default as the
-    arguments say. invariant: a row of y has the same bits whatever the other rows are and however many there are (on one kind of
-    device): sums along K are then cut in one way for every M, which takes longer for most.
+    x, bias, out: torch tensors or numpy arrays, on the weight's device. bias: f16, bf16 or f32, added in f32. activation: of a
+    gated weight, silu or gelu_tanh: of the N = 2 F sums s, of F gates and then F factors, the result is [M, F],
+    `silu(s[:, :F]) * s[:, F:]` (see `silu_mul`, `gelu_mul`), computed in f32 and rounded once. out_dtype: by default that of x.
+    out: written in place when given. device: where to run (reference, emulator, cpu, cuda), by default as the arguments say.
+    invariant: a row of y has the same bits whatever the other rows are and however many there are (on one kind of device): sums
+    along K are then cut in one way for every M, which takes longer for most.
     The kernel may start while the one in front of it runs, and then reads the weight and the bias, but not x: nothing that is
     still on its way in the stream may write those two.
-    Raises: TilusError when K, dtypes or devices do not fit, for a weight that is packed for CPUs on a GPU, and for a dense one
-    without Hopper's tensor cores.
+    Raises: TilusError when K, dtypes or devices do not fit, for a weight that is packed for CPUs on a GPU, for a dense one
+    without Hopper's tensor cores, and for a gated one without activation, or the other way round.
     """
-    n, k = weight.shape
+    (n, k), function = weight.shape, activation_of("linear", weight.is_gated, activation)
     if x.ndim != 2 or x.shape[1] != k:
         raise TilusError(f"linear: x has shape {list(x.shape)}, the weight is {[n, k]}", hint=f"x must be [M, {k}]")
     if str(x.dtype).removeprefix("torch.") not in ("float16", "bfloat16"):
@@ -206,19 +211,22 @@ def linear(
     if not isinstance(weight, QuantizedWeight):
         from tilus.kernels.dense_weight import dense_linear  # dense products take their GPU from here
 
-        return dense_linear(x, weight, bias, out_dtype, out, device, invariant)
-    m = int(x.shape[0])
-    y = empty(x, (m, n), out_dtype) if out is None else out
+        return dense_linear(x, weight, bias, function, out_dtype, out, device, invariant)
+    m, width = int(x.shape[0]), n // 2 if weight.is_gated else n
+    y = empty(x, (m, width), out_dtype) if out is None else out
+    if tuple(y.shape) != (m, width):
+        raise TilusError(f"linear: out has shape {list(y.shape)}, expected {[m, width]} for the weight of {[n, k]}")
     if m == 0:
         return y
     ordered = x if weight.columns is None else take_columns(x, weight.columns, device=device)
-    _launch_without_spills(ordered, weight, y, bias, device, invariant)
+    _launch_without_spills(ordered, weight, y, bias, function, device, invariant)
     return y
 
 
 def _launch_without_spills(
-    x: Any, weight: QuantizedWeight, y: Any, bias: Any | None, device: str | None, invariant: bool
-) -> None:
+    x: Any, weight: QuantizedWeight, y: Any, bias: Any | None, activation: Activation | None, device: str | None,
+    invariant: bool,
+) -> None:  # fmt: skip
     """`launch` with the plan for the device, or with the first easier one that the registers suffice for."""
     m, where = int(x.shape[0]), place(device, is_cuda(x))
     key = (m, x.dtype, y.dtype, bias is None, where, is_cuda(x) and x.get_device(), _is_aligned(x), invariant)
@@ -230,7 +238,7 @@ def _launch_without_spills(
                 plan = plan.with_wide_results(weight.header)
             weight.schedules[key] = plan
         try:
-            return launch(x, weight, y, bias, plan, device)
+            return launch(x, weight, y, bias, plan, device, activation)
         except SpillError:
             easier = plan.narrower() if invariant and isinstance(plan, WarpgroupPlan) else plan.easier()
             if easier is None:
@@ -238,20 +246,24 @@ def _launch_without_spills(
             weight.schedules[key] = easier
 
 
-def launch(x: Any, weight: QuantizedWeight, y: Any, bias: Any | None, plan: Plan, device: str | None) -> None:
+def launch(
+    x: Any, weight: QuantizedWeight, y: Any, bias: Any | None, plan: Plan, device: str | None,
+    activation: Activation | None = None,
+) -> None:  # fmt: skip
     """The kernel of a given plan, on activations whose columns are in the order of the weight's."""
-    kernel, arguments, values = kernel_call(x, weight, y, bias, plan)
+    kernel, arguments, values = kernel_call(x, weight, y, bias, plan, activation)
     kernel.on(device)(*arguments, **values)
 
 
 def kernel_call(
-    x: Any, weight: QuantizedWeight, y: Any, bias: Any | None, plan: Plan, offsets: Any | None = None
-) -> tuple[Kernel, list[Any], dict[str, Any]]:
-    """What a plan means: its kernel, arguments and compile-time values. offsets: of `grouped_linear`."""
+    x: Any, weight: QuantizedWeight, y: Any, bias: Any | None, plan: Plan, activation: Activation | None = None,
+    offsets: Any | None = None,
+) -> tuple[Kernel, list[Any], dict[str, Any]]:  # fmt: skip
+    """What a plan means: its kernel, arguments and compile-time values. activation: of a gated weight. offsets: of
+    `grouped_linear`."""
     if isinstance(plan, WarpgroupPlan):
-        return warpgroup_call(x, weight, y, bias, plan)
-    m, n = (int(extent) for extent in y.shape)
-    header = weight.header
+        return warpgroup_call(x, weight, y, bias, plan, activation)
+    m, n, header = int(y.shape[0]), weight.shape[0], weight.header
     partial = tickets = None
     if plan.splits > 1:
         partial = empty(x, (plan.splits, m, n), "float32")
@@ -264,7 +276,7 @@ def kernel_call(
         "wdtype": header.dtype, "scale_dtype": DTYPES[header.scale_dtype],
         "mins_dtype": None if header.mins_dtype is None else DTYPES[header.mins_dtype],
         "span": header.span, "tokens": plan.tokens, "rows": plan.rows, "warps": plan.warps, "stages": plan.stages,
-        "blocks_per_sm": plan.blocks_per_sm, "order": header.order,
+        "blocks_per_sm": plan.blocks_per_sm, "order": header.order, "activation": activation,
     }  # fmt: skip
     return quantized_linear, arguments, values
 

@@ -36,7 +36,7 @@ SPLIT_NS = 1500.0  # partial sums go through the L2 cache, and the last block wa
 class LinearProblem:
     """One product: the weight's header, the tokens m, and the types of activations and results.
 
-    The order of columns and the global scale do not matter to a plan; `of` leaves them out.
+    The orders of columns and rows and the global scale do not matter to a plan; `of` leaves them out.
     """
 
     header: WeightHeader
@@ -46,7 +46,7 @@ class LinearProblem:
 
     @staticmethod
     def of(header: WeightHeader, m: int, act: DataType, out: DataType) -> LinearProblem:
-        return LinearProblem(replace(header, has_columns=False, global_scale=1.0), m, act, out)
+        return LinearProblem(replace(header, has_columns=False, is_gated=False, global_scale=1.0), m, act, out)
 
     @property
     def tuned_as(self) -> LinearProblem:

@@ -11,8 +11,9 @@ import tilus
 from tilus import Const, Tensor, TilusError, f32
 from tilus.kernels.allocate import empty
 
-VECTOR = 8  # elements of 16 bits that a thread loads at once
-MAX_WARPS = 8
+VECTOR = 4  # elements that a thread loads at once: 16 bytes of the residual stream
+MAX_WARPS = 32
+WIDE = 8192  # elements of a row beyond which so many warps do not have registers enough: half of them have twice as many
 
 
 @tilus.kernel(varying=("rows",))
@@ -31,7 +32,7 @@ def rms_norm_kernel(
 ):
     """One row a block; every thread holds its part of the row from the load to the store. starts: x times the scale begins the
     residual stream, instead of being added to it. x_norm: weight of the norm of x in front of all else."""
-    warps = min(MAX_WARPS, tilus.cdiv(hidden, 32 * VECTOR))
+    warps = min(MAX_WARPS if hidden <= WIDE else MAX_WARPS // 2, tilus.cdiv(hidden, 32 * VECTOR))
     step = 32 * VECTOR * warps
     width = tilus.cdiv(hidden, step) * step
     tilus.grid(x.shape[0], warps=warps)

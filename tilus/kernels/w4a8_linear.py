@@ -12,6 +12,7 @@ from typing import Any
 
 from tilus.dtypes import DataType, float8_e4m3, int8
 from tilus.errors import TilusError
+from tilus.kernels.activation import Activation, activation_of
 from tilus.kernels.allocate import empty, is_cuda
 from tilus.kernels.byte_operands import exponent_of
 from tilus.kernels.plan_choice import launch_without_spills, num_sms_of
@@ -91,8 +92,8 @@ def _computing(fit: Fit, m: int, blocks: int, tiles_n: int, num_sms: int, narrow
 
 
 def w4a8_linear(
-    x: Any, x_scale: Any, weight: QuantizedWeight, *, out_dtype: Any = None, bias: Any | None = None, out: Any = None,
-    device: str | None = None,
+    x: Any, x_scale: Any, weight: QuantizedWeight, *, out_dtype: Any = None, bias: Any | None = None,
+    activation: str | None = None, out: Any = None, device: str | None = None,
 ) -> Any:  # fmt: skip
     """Codes x [M, K] of activations, times x_scale [M], times the transpose of a packed weight (N, K), plus a bias: [M, N].
 
@@ -100,8 +101,8 @@ def w4a8_linear(
     points, that the type of x holds exactly, up to a power of two for all of them: integers of 4 bits for both, of 8 bits with a
     sign for int8, float8_e4m3 and smaller floats for float8_e4m3; factors of groups of a multiple of 32 columns or of all; no
     table, and columns in their order. It is packed for GPUs; N and K are multiples of 64. bias: f16, bf16 or f32 [N].
-    out_dtype: f16, bf16 or f32, needed unless out is given, which is written in place. device: where to run (reference, emulator,
-    cuda: sm_90a), by default as the arguments say.
+    activation: of a gated weight, as in `linear`. out_dtype: f16, bf16 or f32, needed unless out is given, which is written in
+    place. device: where to run (reference, emulator, cuda: sm_90a), by default as the arguments say.
 
     The sum of a group is exact for int8; for float8_e4m3 hardware keeps some 14 bits of it. It is scaled and added to the others
     in f32, and the result is rounded once. The kernel may start while the one in front of it runs, and then reads the weight and
@@ -109,24 +110,28 @@ def w4a8_linear(
     Raises: TilusError when shapes or dtypes do not fit, and for weights of other schemes.
     """
     _check(x, x_scale, weight, bias)
+    function = activation_of("w4a8_linear", weight.is_gated, activation)
     if out is None and out_dtype is None:
         raise TilusError("w4a8_linear without out_dtype", hint="choose one: float16, bfloat16 or float32")
-    m, n = int(x.shape[0]), weight.shape[0]
-    y = empty(x, (m, n), out_dtype) if out is None else out
+    m, width = int(x.shape[0]), weight.shape[0] // 2 if weight.is_gated else weight.shape[0]
+    y = empty(x, (m, width), out_dtype) if out is None else out
     if m == 0:
         return y
     where = place(device, is_cuda(x))
     key = ("w4a8", m, x.dtype, y.dtype, bias is None, where)
     candidates = plans(m, TYPES[str(x.dtype).removeprefix("torch.")], weight.header, num_sms_of(x, where))
-    launch_without_spills(weight, key, candidates, lambda plan: launch(x, x_scale, weight, y, bias, plan, device))
+    launch_without_spills(
+        weight, key, candidates, lambda plan: launch(x, x_scale, weight, y, bias, plan, device, function)
+    )
     return y
 
 
 def launch(
-    x: Any, x_scale: Any, weight: QuantizedWeight, y: Any, bias: Any | None, plan: WarpgroupPlan, device: str | None
+    x: Any, x_scale: Any, weight: QuantizedWeight, y: Any, bias: Any | None, plan: WarpgroupPlan, device: str | None,
+    activation: Activation | None = None,
 ) -> None:  # fmt: skip
     """The kernel with a given plan."""
-    kernel, arguments, values = kernel_call(x, weight, y, bias, plan, x_scale)
+    kernel, arguments, values = kernel_call(x, weight, y, bias, plan, activation, x_scale)
     kernel.on(device)(*arguments, **values)
 
 

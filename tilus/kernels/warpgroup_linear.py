@@ -16,8 +16,10 @@ from typing import Any
 import tilus
 from tilus import Const, Tensor, f16, f32, int32, uint8
 from tilus.dtypes import DTYPES
+from tilus.kernels.activation import Activation
 from tilus.kernels.allocate import counters, empty
 from tilus.kernels.byte_operands import UNPACKINGS, exponent_of
+from tilus.kernels.linear_results import finished, offsets_of
 from tilus.kernels.linear_step import residual
 from tilus.kernels.quantize.packed import QuantizedWeight
 from tilus.kernels.quantize.tiles import MMA, TILE, WHOLE
@@ -36,13 +38,13 @@ def warpgroup_linear(
     x: Tensor["act", "m", "k"],
     codes: Tensor[uint8, "tiles_n", "codes_nbytes"],
     scales: Tensor[uint8, "tiles_n", "scales_nbytes"],
-    y: Tensor["out", "m", "n"],
+    y: Tensor["out", "m", "width"],
     global_scale: f32,
     launched: int32,
     mins: Tensor[uint8, "tiles_n", "mins_nbytes"] = None,
     zeros: Tensor[uint8, "tiles_n", "zeros_nbytes"] = None,
     table: Tensor[f32, 16] = None,
-    bias: Tensor["bias_type", "n"] = None,
+    bias: Tensor["bias_type", "biases"] = None,
     partial: Tensor[f32, "places", 2, "eights", "threads", 4] = None,
     tickets: Tensor[int32, "counters"] = None,
     x_scale: Tensor[f32, "m"] = None,
@@ -52,11 +54,12 @@ def warpgroup_linear(
     mins_dtype: Const = None,
     span: Const,
     plan: Const,
+    activation: Const = None,
     eights: Const = None,
     threads: Const = None,
 ):
     rows, splits = plan.rows, plan.splits
-    shape = plan.shape(span)
+    shape, out_rows = plan.shape(span), TILE if activation is None else TILE // 2
     group_warps, copiers = 4 * rows, 1 if plan.registers is None else 4
     token_tiles = tilus.cdiv(y.shape[0], plan.tokens)
     tilus.grid(
@@ -110,8 +113,9 @@ def warpgroup_linear(
                             total = total * (global_scale * 2.0**unpacked.exponent)
                             if x_scale is not None:
                                 total = total * tilus.load(x_scale, [token], [plan.tokens])
-                            result = tilus.cast(with_bias(total, bias, row_tile), y.dtype)
-                            store_rows(y, [token, row_tile * TILE], result, 32 * group_warps)
+                            offset = offsets_of(bias, row_tile * TILE, rows * TILE, activation is not None)
+                            start = [token, row_tile * out_rows]
+                            store_rows(y, start, total, 32 * group_warps, offset, activation)
 
 
 def unpacking(wdtype, factor_dtypes, x, x_scale, zeros, entries, shape):
@@ -123,29 +127,26 @@ def unpacking(wdtype, factor_dtypes, x, x_scale, zeros, entries, shape):
     return UNPACKINGS[x.dtype](wdtype, factor_dtypes, f16, entries, exponent, shape)
 
 
-def with_bias(result, bias, row_tile):
-    if bias is None:
-        return result
-    offsets = tilus.cast(tilus.load(bias, [row_tile * TILE], [result.shape[0]]), f32)
-    return result + tilus.reshape(offsets, [result.shape[0], 1])
-
-
-def store_rows(y, start, result, threads: int):
-    """Write [rows, tokens] of wgmma to y [tokens, rows] in runs along the rows, some tokens at a time."""
-    rows, tokens = result.shape
-    part = min(tokens, STORED_TOKENS)
-    size = min(8, part * rows // threads)
-    layout = local(part * rows // (size * threads), 1).spatial(threads * size // rows, rows // size).local(1, size)
+def store_rows(y, start, sums, threads: int, offset, activation):
+    """Write what becomes of sums [rows, tokens] of wgmma to y [tokens, rows] in runs along the rows, some tokens at a time."""
+    rows, tokens = sums.shape
+    part, out_rows = min(tokens, STORED_TOKENS), rows if activation is None else rows // 2
+    size = min(8, part * out_rows // threads)
+    lanes = out_rows // size  # along the rows
+    layout = local(part * lanes // threads, 1).spatial(threads // lanes, lanes).local(1, size)
     for index in range(tokens // part):
-        some = tilus.select(tilus.reshape(result, [rows, tokens // part, part]), 1, index)
-        runs = tilus.with_layout(tilus.transpose(some), layout)
+        some = tilus.select(tilus.reshape(sums, [rows, tokens // part, part]), 1, index)
+        result = tilus.cast(finished(some, offset, activation), y.dtype)
+        runs = tilus.with_layout(tilus.transpose(result), layout)
         tilus.store(y, [start[0] + index * part, start[1]], runs)
 
 
 def kernel_call(
-    x: Any, weight: QuantizedWeight, y: Any, bias: Any | None, plan: WarpgroupPlan, x_scale: Any | None = None
-) -> tuple[Kernel, list[Any], dict[str, Any]]:
-    """The kernel with its arguments and compile-time values, for activations whose columns are in the order of the weight's."""
+    x: Any, weight: QuantizedWeight, y: Any, bias: Any | None, plan: WarpgroupPlan, activation: Activation | None = None,
+    x_scale: Any | None = None,
+) -> tuple[Kernel, list[Any], dict[str, Any]]:  # fmt: skip
+    """The kernel with its arguments and compile-time values, for activations whose columns are in the order of the weight's.
+    activation: of a gated weight."""
     header = weight.header
     codes, scales, mins, zeros = (
         None if array is None else array.reshape(array.shape[0], -1)
@@ -154,9 +155,9 @@ def kernel_call(
     values = {
         "wdtype": header.dtype, "scale_dtype": DTYPES[header.scale_dtype],
         "mins_dtype": None if header.mins_dtype is None else DTYPES[header.mins_dtype],
-        "span": header.span, "plan": plan,
+        "span": header.span, "plan": plan, "activation": activation,
     }  # fmt: skip
-    m, n = (int(extent) for extent in y.shape)
+    m, n = int(y.shape[0]), weight.shape[0]
     cluster, partial, tickets = plan.blocks * plan.sharing, None, None
     row_tiles, token_tiles = -(-n // (TILE * plan.rows * plan.sharing)), -(-m // plan.tokens)
     teams = min(row_tiles * token_tiles, plan.launched // cluster) if plan.launched else row_tiles

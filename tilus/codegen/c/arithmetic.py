@@ -7,7 +7,7 @@ from tilus.dtypes import DataType, boolean
 
 _FLOAT_FUNCTIONS = {
     "exp": "tl_exp", "exp2": "tl_exp2", "exp2_ftz": "tl_exp2_ftz", "log": "logf", "log2": "tl_log2", "sqrt": "sqrtf",
-    "rsqrt": "tl_rsqrt", "rcp": "tl_rcp",
+    "rsqrt": "tl_rsqrt", "rcp": "tl_rcp", "rcp_approx": "tl_rcp",
     "sin": "sinf", "cos": "cosf", "tanh": "tanhf", "floor": "floorf", "ceil": "ceilf", "round": "rintf", "abs": "fabsf",
 }  # fmt: skip
 _INTEGER_CALLS = {

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from tilus.dtypes import DTYPES, DataType, f32
 from tilus.errors import TilusError
+from tilus.kernels.quantize.gates import PAIR_ROWS
 from tilus.kernels.quantize.tiles import MMA, SMALLEST_GROUP, TILE, WHOLE, TileOrder, order_named, parts, span_of
 
 LAYOUT_VERSION = 3
@@ -24,7 +25,8 @@ class WeightHeader:
 
     dtype: of the codes. shape: (N, K) as the model has it, without padding. group: columns that share a scale. scale_dtype,
     mins_dtype: names of the types that scales and minimums are stored in; None where there are no minimums. has_zeros, has_table,
-    has_columns: whether there are zero points, a table that gives codes their meaning, a permutation of the columns.
+    has_columns: whether there are zero points, a table that gives codes their meaning, a permutation of the columns. is_gated:
+    whether the N rows are gates and their factors, in the order of `gates`.
     global_scale: multiplies every weight, in f32. order: of the codes and factors of a tile. version: of the layout of the bytes.
     Raises: TilusError for what no packed weight can be.
     """
@@ -37,6 +39,7 @@ class WeightHeader:
     has_zeros: bool = False
     has_table: bool = False
     has_columns: bool = False
+    is_gated: bool = False
     global_scale: float = 1.0
     order: TileOrder = MMA
     version: int = LAYOUT_VERSION
@@ -59,6 +62,11 @@ class WeightHeader:
         self._check_scheme()
 
     def _check_scheme(self) -> None:
+        if self.is_gated and self.shape[0] % PAIR_ROWS:
+            raise TilusError(
+                f"a gated weight of {self.shape[0]} rows, expected a multiple of {PAIR_ROWS}",
+                hint="pack gates and factors as two weights, and use silu_mul",
+            )
         if self.has_zeros and (self.has_table or not self.dtype.is_integer):
             codes = "codes of a table" if self.has_table else f"codes of {self.dtype.name}"
             raise TilusError(f"zero points beside {codes}, expected integer codes", hint="use minimums instead")
@@ -130,7 +138,7 @@ class WeightHeader:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> WeightHeader:
-        """The header that `to_json` wrote; those without an order are older, and of the order mma.
+        """The header that `to_json` wrote; those without an order, or `is_gated`, are older: of the order mma, not gated.
 
         Raises: TilusError for another layout version, and for missing, unknown or wrong fields.
         """
@@ -139,7 +147,7 @@ class WeightHeader:
                 f"a packed weight of layout version {data.get('version')}, these kernels read version {LAYOUT_VERSION}",
                 hint="pack the weight again with this version of tilus",
             )
-        data = {"order": MMA.name, **data}
+        data = {"order": MMA.name, "is_gated": False, **data}
         expected = {f.name: f.type for f in dataclasses.fields(cls)}
         if set(data) != set(expected):
             raise TilusError(f"the header of a packed weight has fields {sorted(data)}, expected {sorted(expected)}")
@@ -159,7 +167,7 @@ class WeightHeader:
 
 _JSON_TYPES: dict[str, tuple[type, ...]] = {
     "shape": (list, tuple), "group": (int,), "scale_dtype": (str,), "mins_dtype": (str, type(None)), "has_zeros": (bool,),
-    "has_table": (bool,), "has_columns": (bool,), "global_scale": (float, int), "order": (str,),
+    "has_table": (bool,), "has_columns": (bool,), "is_gated": (bool,), "global_scale": (float, int), "order": (str,),
 }  # fmt: skip
 
 

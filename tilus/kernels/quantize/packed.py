@@ -6,7 +6,7 @@ one for CPUs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from tilus.errors import TilusError
 from tilus.kernels.allocate import is_cuda, is_torch
 from tilus.kernels.quantize import factors
 from tilus.kernels.quantize.codes import pack_codes, pack_codes_on, unpack_codes, unpack_codes_on
+from tilus.kernels.quantize.gates import interleaved, separated
 from tilus.kernels.quantize.header import WeightHeader
 from tilus.kernels.quantize.matrix import QuantizedMatrix
 from tilus.kernels.quantize.tiles import MMA, ROWS, TILE, TileOrder, order_named
@@ -70,6 +71,10 @@ class QuantizedWeight:
         return self.header.shape
 
     @property
+    def is_gated(self) -> bool:
+        return self.header.is_gated
+
+    @property
     def group(self) -> int:
         return self.header.group
 
@@ -104,26 +109,31 @@ class QuantizedWeight:
         Where that is another order, the weight is unpacked and packed again.
         """
         if self.header.order != _order_for(device) or not is_torch(self.codes):
-            return pack(unpack(self), device)
+            return pack(unpack(self), device, gated=self.is_gated)
         return _settled(QuantizedWeight(self.header, **{name: array.to(device) for name, array in self.arrays.items()}))
 
     def _optional_arrays(self) -> dict[str, Any | None]:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("header", "schedules")}
 
 
-def pack(matrix: QuantizedMatrix, device: Any = None, order: str | None = None) -> QuantizedWeight:
+def pack(
+    matrix: QuantizedMatrix, device: Any = None, order: str | None = None, *, gated: bool = False
+) -> QuantizedWeight:  # fmt: skip
     """Pack a weight for `linear`; `unpack` gives the matrix back, bit for bit.
 
     device: None for numpy arrays, or a torch device for tensors on it; on a GPU a kernel packs the codes. order: of the tiles,
     "mma" for GPUs or "rows" for CPUs; by default "rows" for tensors on a CPU, else "mma".
+    gated: the N rows are gates, and then their factors, for `linear` with an activation; N is a multiple of 16.
     Scales are stored in `matrix.scale_dtype`; minimums in the first of that type, f16 and f32 that holds them all. A scale of 0
     makes the weights of its group 0 (plus the minimum).
     Raises: TilusError, with both values, for codes outside of the type or not finite, factors that are not finite or that their
     type does not hold, zero points further from the codes than the number of codes, columns that are no permutation,
     groups that are neither K nor a multiple of 16, and an unknown order.
     """
-    header = _header(matrix, _order_for(device) if order is None else order_named(order))
+    header = _header(matrix, _order_for(device) if order is None else order_named(order), gated)
     _check_codes(matrix)
+    if gated:
+        matrix = _with_rows(matrix, interleaved)
     arrays = {"scales": _packed_factors(matrix.scales, header.scale_dtype, "scale", header)}
     if matrix.mins is not None and header.mins_dtype is not None:
         arrays["mins"] = _packed_factors(matrix.mins, header.mins_dtype, "minimum", header)
@@ -207,7 +217,7 @@ def unpack(weight: QuantizedWeight) -> QuantizedMatrix:
 
     zeros = None if weight.zeros is None else collected(weight.zeros, f16.name).astype(np.int16)
     mins = None if weight.mins is None else collected(weight.mins, header.mins_dtype or f16.name)
-    return QuantizedMatrix(
+    matrix = QuantizedMatrix(
         codes=_unpacked_codes(weight),
         scales=collected(weight.scales, header.scale_dtype),
         mins=mins,
@@ -218,6 +228,7 @@ def unpack(weight: QuantizedWeight) -> QuantizedMatrix:
         global_scale=header.global_scale,
         scale_dtype=DTYPES[header.scale_dtype],
     )
+    return _with_rows(matrix, separated) if header.is_gated else matrix
 
 
 def _order_for(device: Any) -> TileOrder:
@@ -229,7 +240,11 @@ def _order_for(device: Any) -> TileOrder:
     return MMA if torch.device(device).type == "cuda" else ROWS
 
 
-def _header(matrix: QuantizedMatrix, order: TileOrder) -> WeightHeader:
+def _with_rows(matrix: QuantizedMatrix, order: Callable[[Any], Any]) -> QuantizedMatrix:
+    return matrix.take_rows(order(np.arange(matrix.shape[0])))
+
+
+def _header(matrix: QuantizedMatrix, order: TileOrder, gated: bool) -> WeightHeader:
     scale_dtype = matrix.scale_dtype.name
     mins_dtype: str | None = None
     if matrix.mins is not None:
@@ -246,6 +261,7 @@ def _header(matrix: QuantizedMatrix, order: TileOrder) -> WeightHeader:
         has_zeros=matrix.zeros is not None,
         has_table=matrix.table is not None,
         has_columns=matrix.columns is not None,
+        is_gated=gated,
         global_scale=float(np.float32(matrix.global_scale)),
         order=order,
     )
