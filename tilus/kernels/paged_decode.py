@@ -359,8 +359,9 @@ def plans(q_len: int, group: int, head_dim: int, page_size: int, nbits: int, cro
     them into too many parts; one works on while the other ends one. Otherwise a block takes half of the shared memory all the
     same: the next kernel's fits beside it.
 
-    Codes take more instructions and come in less time, so that more warps work on them. More than eight columns are shared out
-    among warps, each of which then reads more of the tokens; eight warps have no registers for those of heads of 256 elements.
+    Codes of 4 bits take more instructions and come in less time, so that more warps work on them. More than eight columns are
+    shared out among warps, each of which then reads more of the tokens; eight warps have no registers for those of heads of 256
+    elements.
     """
     width = padded_columns(q_len, group, 1)
     few = width == 8 and head_dim <= 128
@@ -368,7 +369,7 @@ def plans(q_len: int, group: int, head_dim: int, page_size: int, nbits: int, cro
         yield replace(
             small(planned(64, 4, 1, width, head_dim, nbits, HALF_SHARED_NBYTES), head_dim, nbits), blocks_per_sm=2
         )
-    if few and nbits == 16:
+    if few and nbits >= 8:
         yield small(planned(64, 4, 1, width, head_dim, nbits, HALF_SHARED_NBYTES), head_dim, nbits)
     elif few:
         yield planned(128, 8, 1, width, head_dim, nbits, HALF_SHARED_NBYTES)

@@ -106,7 +106,7 @@ class WarpgroupPlan:
         """With fewer stages where there would be no room beside results of 32 bits: plans are made for those of 16."""
         plan, each = self, stage_nbytes(header, self.tokens, self.rows, self.depth)
         stored = min(self.tokens, STORED_TOKENS) * self.rows * TILE * 4
-        sums = (self.splits - 1 + self.blocks - 1) * self.tokens * self.rows * TILE * 4
+        sums = sums_nbytes(self.tokens, self.rows, self.splits, self.blocks)
         held = 2 if self.overlap == "steps" or self.scaled else 1
         while (
             plan.stages * each + stored + sums > SHARED_NBYTES - SLACK_NBYTES
@@ -128,13 +128,24 @@ def stage_nbytes(header: WeightHeader, tokens: int, rows: int, depth: int, act_n
     return rows * (depth * 512 * header.dtype.nbits + factors) + tokens * depth * TILE * act_nbytes
 
 
+def owners_of(tokens: int, blocks: int) -> int:
+    """Blocks along K that finish a share of the tokens each: all, where shares are of 8 tokens at least, else the first."""
+    return blocks if tokens // 8 % blocks == 0 else 1
+
+
+def sums_nbytes(tokens: int, rows: int, splits: int, blocks: int) -> int:
+    """Shared memory for sums of other warpgroups, and for what blocks along K have of a share."""
+    shares = blocks // owners_of(tokens, blocks) if blocks > 1 else 0
+    return (splits - 1 + shares) * tokens * rows * TILE * 4
+
+
 def planned(
     header: WeightHeader, tokens: int, rows: int, splits: int, blocks: int, depth: int, nbytes: int, *,
     registers: int | None = None, blocks_per_sm: int = 1, overlap: Overlap = "none", scaled: bool = False,
     unit: Unit = "wgmma", sharing: int = 1, launched: int = 0, streamed: bool = False, act_nbytes: int = 2,
 ) -> WarpgroupPlan | None:  # fmt: skip
     """The plan with as many stages as `nbytes` of shared memory hold; None when they are too few."""
-    sums = (splits - 1 + blocks - 1) * tokens * rows * TILE * 4
+    sums = sums_nbytes(tokens, rows, splits, blocks)
     stored = min(tokens, STORED_TOKENS) * rows * TILE * 2
     stages = min(
         (nbytes - SLACK_NBYTES - stored - sums) // stage_nbytes(header, tokens, rows, depth, act_nbytes), MOST_STAGES
@@ -182,9 +193,8 @@ def _plans(header: WeightHeader, m: int, tiles_n: int, tiles_k: int, num_sms: in
     tokens = _tokens(m, tiles_n, tiles_k, num_sms)
     shared = -(-m // tokens)  # blocks with the same rows
     blocks = _blocks(header, tiles_n * shared, tiles_k, num_sms, m)
-    many = tiles_n > num_sms
     if m <= 16:
-        yield from _reading(header, 8 if m <= 8 else 16, blocks, many, tiles_k)
+        yield from _reading(header, 8 if m <= 8 else 16, blocks, tiles_n, tiles_k, num_sms)
     elif tokens <= 64:
         yield from _between(header, tokens, shared > 1, blocks, tiles_n, tiles_k, num_sms)
     if m > 64:
@@ -207,15 +217,17 @@ def _depths(tiles_k: int, *wanted: int) -> list[int]:
 
 
 def _reading(
-    header: WeightHeader, tokens: int, blocks: int, many: bool, tiles_k: int
+    header: WeightHeader, tokens: int, blocks: int, tiles_n: int, tiles_k: int, num_sms: int
 ) -> Iterator[WarpgroupPlan | None]:
     """The time is that of reading the weight: many warpgroups take turns, each with much on its way.
 
     wgmma takes as long for 8 or 16 columns as for 26, so up to 8 tokens single warps multiply faster; at 16 that is so only for
     what takes long to unpack, or has sums of activations to multiply, too.
     """
-    nbits = header.dtype.nbits
+    nbits, many = header.dtype.nbits, tiles_n > num_sms
     slow = nbits == 2 or (nbits == 3 and header.has_zeros) or header.mins_dtype is not None
+    if nbits > 2 and not slow:
+        yield from _four_warpgroups(header, tokens, tiles_n, tiles_k, num_sms)
     units: tuple[Unit, ...] = ("mma", "wgmma") if blocks == 1 and (tokens == 8 or slow) else ("wgmma", "mma")
     first = 2 if many or blocks == 2 else 4
     if units[0] == "mma" and (tokens == 16 or nbits <= 2):  # few bytes on their way: deep steps
@@ -290,9 +302,11 @@ def _four_warpgroups(
     if tiles_n <= 2 * num_sms or header.mins_dtype is not None or header.dtype.nbits > 6:
         return
     pairs, overlap = -(-tiles_n // 2), "others" if tokens == 64 else "none"
-    rows = 2 if 2 * -(-pairs // num_sms) <= -(-tiles_n // num_sms) else 1
+    rows, unit = 2 if 2 * -(-pairs // num_sms) <= -(-tiles_n // num_sms) else 1, "mma" if tokens == 8 else "wgmma"
     for depth in _depths(tiles_k, 4, 2) if (rows, tokens) == (2, 64) else _depths(tiles_k, 2):
-        yield planned(header, tokens, rows, 3 - rows, 1, depth, HALF_NBYTES, blocks_per_sm=2, overlap=overlap)
+        yield planned(
+            header, tokens, rows, 3 - rows, 1, depth, HALF_NBYTES, blocks_per_sm=2, overlap=overlap, unit=unit
+        )
 
 
 def _computing(
