@@ -42,8 +42,6 @@ PLANS = [
     (WarpgroupPlan(16, 2, 1, 1, 4, 2, blocks_per_sm=2, overlap="others"), "symmetric", 128, 512),
     (WarpgroupPlan(16, 1, 2, 1, 2, 4, overlap="others"), "zero points", 32, 512),
     (WarpgroupPlan(8, 1, 1, 1, 4, 3, overlap="others"), "symmetric", 0, 512),
-    (WarpgroupPlan(32, 2, 2, 4, 1, 4, overlap="others"), "symmetric", 64, 512),
-    (WarpgroupPlan(8, 1, 1, 2, 1, 3), "table", 64, 384),
     (WarpgroupPlan(8, 1, 2, 1, 2, 2), "two levels", 16, 256),
     (WarpgroupPlan(8, 1, 3, 1, 1, 3), "symmetric", 64, 64),  # warpgroups without work
     (WarpgroupPlan(8, 1, 2, 1, 4, 4, unit="mma"), "symmetric", 128, 1024),

@@ -3,7 +3,7 @@
 A block computes 64 or 128 rows of the weight for `tokens` tokens. A producer warp keeps `stages` steps of `depth` tiles along K
 on their way: packed codes and factors by bulk copies, activations by TMA. Warpgroups unpack codes into registers, which are the
 left operand of wgmma, and take turns along K (`splits`): while one waits for its product, the others unpack. Their sums meet in
-shared memory; of those of `blocks` blocks along K each block adds up a share, always in the same order.
+shared memory, those of `blocks` blocks along K in that of the first, always in the same order.
 
 Sums of a group are scaled in f32, as in `linear`, so no weight is ever rounded. The producer asks for the first weights before it
 waits for the kernel in front (programmatic dependent launch).
@@ -27,7 +27,7 @@ from tilus.kernels.warpgroup_operands import Unpacking, table_entries, tile_nbyt
 from tilus.kernels.warpgroup_products import sum_of_steps
 from tilus.kernels.warpgroup_schedule import STORED_TOKENS, WarpgroupPlan
 from tilus.kernels.warpgroup_stages import Stages
-from tilus.kernels.warpgroup_sums import Shares, Sums
+from tilus.kernels.warpgroup_sums import Sums
 from tilus.kernels.warpgroup_tiles import Tiles
 from tilus.lang.kernel import Kernel
 from tilus.layout import local
@@ -78,17 +78,9 @@ def warpgroup_linear(
     constant = [codes, scales, mins, zeros, table, bias]
     stages = Stages(plan, x, codes, wdtype, factors, shape, tiles.group)
     own_sums = Sums(splits, plan.tokens, 32 * group_warps, turns=plan.launched > 0 and splits > 1)
-    shares = Shares(plan.blocks, plan.tokens, 32 * group_warps, tiles.part) if plan.blocks > 1 else None
+    all_sums = Sums(plan.blocks, plan.tokens, 32 * group_warps)
     if plan.blocks * plan.sharing > 1:
         tilus.cluster_sync()
-
-    def finish(total, exponent, row_tile, token):
-        """Scale sums [rows, tokens], add biases, and store."""
-        total = total * (global_scale * 2.0**exponent)
-        if x_scale is not None:
-            total = total * tilus.load(x_scale, [token], [total.shape[1]])
-        offset = offsets_of(bias, row_tile * TILE, rows * TILE, activation is not None)
-        store_rows(y, [token, row_tile * out_rows], total, 32 * group_warps, offset, activation)
 
     with tilus.warps(group_warps * splits, copiers, registers=None if plan.registers is None else 40):
         stages.fill(tiles, constant)
@@ -111,17 +103,19 @@ def warpgroup_linear(
                     own_sums.give(total, split, index)
                 else:
                     total = own_sums.added_to(total, index)
-                    if shares is not None:
-                        shares.give(total, tiles.block_of)
-                        if tiles.part < shares.owners:
-                            share = shares.added(rows * TILE)
-                            finish(share, unpacked.exponent, row_tile, token + tiles.part * shares.tokens)
-                    elif plan.streamed:
-                        total, complete = tiles.joined(total, partial, tickets, index)
-                        if complete == 1:
-                            finish(total, unpacked.exponent, row_tile, token)
+                    if tiles.part > 0:
+                        all_sums.give(total, tiles.part, block=tiles.own)
                     else:
-                        finish(total, unpacked.exponent, row_tile, token)
+                        total, complete = all_sums.added_to(total), 1
+                        if plan.streamed:
+                            total, complete = tiles.joined(total, partial, tickets, index)
+                        if complete == 1:
+                            total = total * (global_scale * 2.0**unpacked.exponent)
+                            if x_scale is not None:
+                                total = total * tilus.load(x_scale, [token], [plan.tokens])
+                            offset = offsets_of(bias, row_tile * TILE, rows * TILE, activation is not None)
+                            start = [token, row_tile * out_rows]
+                            store_rows(y, start, total, 32 * group_warps, offset, activation)
 
 
 def unpacking(wdtype, factor_dtypes, x, x_scale, zeros, entries, shape):

@@ -106,7 +106,7 @@ class WarpgroupPlan:
         """With fewer stages where there would be no room beside results of 32 bits: plans are made for those of 16."""
         plan, each = self, stage_nbytes(header, self.tokens, self.rows, self.depth)
         stored = min(self.tokens, STORED_TOKENS) * self.rows * TILE * 4
-        sums = sums_nbytes(self.tokens, self.rows, self.splits, self.blocks)
+        sums = (self.splits - 1 + self.blocks - 1) * self.tokens * self.rows * TILE * 4
         held = 2 if self.overlap == "steps" or self.scaled else 1
         while (
             plan.stages * each + stored + sums > SHARED_NBYTES - SLACK_NBYTES
@@ -128,24 +128,13 @@ def stage_nbytes(header: WeightHeader, tokens: int, rows: int, depth: int, act_n
     return rows * (depth * 512 * header.dtype.nbits + factors) + tokens * depth * TILE * act_nbytes
 
 
-def owners_of(tokens: int, blocks: int) -> int:
-    """Blocks along K that finish a share of the tokens each: all, where shares are of 8 tokens at least, else the first."""
-    return blocks if tokens // 8 % blocks == 0 else 1
-
-
-def sums_nbytes(tokens: int, rows: int, splits: int, blocks: int) -> int:
-    """Shared memory for sums of other warpgroups, and for what blocks along K have of a share."""
-    shares = blocks // owners_of(tokens, blocks) if blocks > 1 else 0
-    return (splits - 1 + shares) * tokens * rows * TILE * 4
-
-
 def planned(
     header: WeightHeader, tokens: int, rows: int, splits: int, blocks: int, depth: int, nbytes: int, *,
     registers: int | None = None, blocks_per_sm: int = 1, overlap: Overlap = "none", scaled: bool = False,
     unit: Unit = "wgmma", sharing: int = 1, launched: int = 0, streamed: bool = False, act_nbytes: int = 2,
 ) -> WarpgroupPlan | None:  # fmt: skip
     """The plan with as many stages as `nbytes` of shared memory hold; None when they are too few."""
-    sums = sums_nbytes(tokens, rows, splits, blocks)
+    sums = (splits - 1 + blocks - 1) * tokens * rows * TILE * 4
     stored = min(tokens, STORED_TOKENS) * rows * TILE * 2
     stages = min(
         (nbytes - SLACK_NBYTES - stored - sums) // stage_nbytes(header, tokens, rows, depth, act_nbytes), MOST_STAGES

@@ -1,15 +1,10 @@
-"""Sums [rows, tokens] of wgmma that several warpgroups, or blocks of a cluster, have parts of, always added up in one order.
-
-One of them adds up all (`Sums`), or each block of a cluster adds up those of some tokens (`Shares`: reduce-scatter), which takes
-less shared memory and time.
-"""
+"""Sums [rows, tokens] of wgmma that several warpgroups, or blocks of a cluster, have parts of, always added up in one order."""
 
 from __future__ import annotations
 
 import tilus
 from tilus import f32
 from tilus.dtypes import DataType
-from tilus.kernels.warpgroup_schedule import owners_of
 
 
 class Sums:
@@ -47,35 +42,7 @@ class Sums:
                     tilus.arrive(self.taken, block=other, reads_only=True)
             else:
                 tilus.arrive(self.taken)
-        return total + from_thread(added, *total.shape)
-
-
-class Shares:
-    """Blocks of a cluster that have parts of K: each adds up and finishes the sums of its share of the tokens.
-
-    Of 8 tokens for each block at least; of fewer the first block has all. count: of the blocks. part: which one this is.
-    """
-
-    def __init__(self, count: int, tokens: int, threads: int, part):
-        self.owners, self.part = owners_of(tokens, count), part
-        self.tokens = tokens // self.owners
-        self.buffers = tilus.shared(f32, [count, self.tokens // 8, threads, 4])
-        self.given = tilus.mbarrier(arrivals=count)
-
-    def give(self, total, block_of):
-        """Leave everybody's share where it is added up, this block's included. block_of: the block of a part, in the cluster."""
-        shares = tilus.reshape(by_thread(total), [self.owners, *self.buffers.shape[1:]])
-        for owner in range(self.owners):
-            tilus.store_shared(self.buffers[self.part], tilus.select(shares, 0, owner), block=block_of(owner))
-            tilus.arrive(self.given, block=block_of(owner))
-
-    def added(self, rows: int):
-        """The share of an owner, [rows, tokens]."""
-        tilus.wait_barrier(self.given, 0)
-        total = tilus.load_shared(self.buffers[0])
-        for other in range(1, self.buffers.shape[0]):
-            total = total + tilus.load_shared(self.buffers[other])
-        return from_thread(total, rows, self.tokens)
+        return total + from_thread(added, total)
 
 
 def by_thread(total):
@@ -85,7 +52,8 @@ def by_thread(total):
     return tilus.reshape(tilus.transpose(split, [3, 0, 2, 4, 1, 5]), [tokens // 8, 2 * rows, 4])
 
 
-def from_thread(added, rows: int, tokens: int):
-    """What `by_thread` made of sums [rows, tokens], back in order."""
+def from_thread(added, total):
+    """What `by_thread` made of sums like `total`, back in order."""
+    rows, tokens = total.shape
     split = tilus.reshape(added, [tokens // 8, rows // 16, 8, 4, 2, 2])
     return tilus.reshape(tilus.transpose(split, [1, 4, 2, 0, 3, 5]), [rows, tokens])

@@ -59,10 +59,6 @@ class Tiles:
                 row, column = band * BAND + within % height, within // height
         return (row * self.plan.sharing + self.own) * self.plan.rows, column * self.plan.tokens
 
-    def block_of(self, part):
-        """Of the cluster, the one that has another part of K of the same tile."""
-        return part * self.plan.sharing + self.own
-
     def extent(self, index):
         """The first step and the one behind the last."""
         if self.plan.streamed:
@@ -96,7 +92,7 @@ class Tiles:
                 complete = tilus.atomic_add(tickets, [place], 1)
             if complete == 1:
                 other = tilus.load(partial[place], [1 - rest, 0, 0, 0], [1, *shape_of(total)])
-                total = total + from_thread(tilus.reshape(other, shape_of(total)), *total.shape)
+                total = total + from_thread(tilus.reshape(other, shape_of(total)), total)
                 tilus.atomic_exchange(tickets, [place], 0)
         return total, complete
 
