@@ -30,7 +30,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_linear_layers_hold_the_models_values(tiny: Path) -> None:
-    """Queries, keys and values in one matrix, gates and factors in eights; the output layer is the embedding, which is always int8."""
+    """Queries, keys and values in one matrix, gates and factors in eights; the output layer is the embedding, always int8."""
     checkpoint, tensors = open_checkpoint(tiny, F16), tiny_tensors()
     packed = pack_weights(checkpoint, tilus.kernels, CPU)
     (qkv,), (down,), (head,) = (packed.linears[name] for name in ("blk.1.attn_qkv", "blk.1.ffn_down", "output"))
