@@ -13,7 +13,9 @@ from tilus.kernels.allocate import empty
 
 VECTOR = 4  # elements that a thread loads at once: 16 bytes of the residual stream
 MAX_WARPS = 32
-WIDE = 8192  # elements of a row beyond which so many warps do not have registers enough: half of them have twice as many
+WIDE = (
+    8192  # elements of a row beyond which so many warps do not have registers enough: half of them have twice as many
+)
 
 
 @tilus.kernel(varying=("rows",))
