@@ -188,10 +188,10 @@ def test_mistakes() -> None:
         linear(x, plain, activation="silu")
     with pytest.raises(TilusError, match="linear: activation 'relu', expected silu or gelu_tanh"):
         linear(x, gated, activation="relu")
-    with pytest.raises(
-        TilusError, match=r"linear: out has shape \[1, 32\], expected \[1, 16\] for the weight of \[32, 64\]"
-    ):
-        linear(x, gated, activation="silu", out=torch.zeros(1, 32).half())
+    wide, dense = torch.zeros(1, 32).half(), pack_dense(x.expand(32, 64), gated=True)
+    for weight, name in ((gated, "linear"), (dense, "gemm")):
+        with pytest.raises(TilusError, match=rf"{name}: out has shape \[1, 32\], expected \[1, 16\]"):
+            linear(x, weight, activation="silu", out=wide, device="reference")
     with pytest.raises(TilusError, match=r"linear: bias has shape \[16\], expected \[32\]"):
         linear(x, gated, activation="silu", bias=torch.zeros(16))
     with pytest.raises(TilusError, match="grouped_linear: a gated weight without activation"):

@@ -30,7 +30,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_linear_layers_hold_the_models_values(tiny: Path) -> None:
-    """Queries, keys and values in one matrix, gates and factors in eights; the output layer is the embedding, which is always int8."""
+    """Queries, keys and values in one matrix, gates and factors in eights; the output layer is the embedding, always int8."""
     checkpoint, tensors = open_checkpoint(tiny, F16), tiny_tensors()
     packed = pack_weights(checkpoint, tilus.kernels, CPU)
     (qkv,), (down,), (head,) = (packed.linears[name] for name in ("blk.1.attn_qkv", "blk.1.ffn_down", "output"))
@@ -39,7 +39,9 @@ def test_linear_layers_hold_the_models_values(tiny: Path) -> None:
     assert torch.equal(down.values, tensors[f"{PREFIX}mlp.down_proj.weight"].half())
     (gate_up,) = packed.linears["blk.1.ffn_gate_up"]
     gate, up = (tensors[f"{PREFIX}mlp.{name}_proj.weight"].half().split(8) for name in ("gate", "up"))
-    assert gate_up.is_gated and torch.equal(gate_up.values, torch.cat([rows for pair in zip(gate, up) for rows in pair]))
+    assert gate_up.is_gated and torch.equal(
+        gate_up.values, torch.cat([rows for pair in zip(gate, up) for rows in pair])
+    )
     assert head.dtype == tilus.int8
     assert size_of(packed) == expected_size(checkpoint, tilus.kernels, CPU)
 

@@ -52,8 +52,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def shaped(config: ModelConfig, dtype: tilus.DataType, layers: int) -> Model:
     """A model of memory that nobody has written: nothing will be read."""
 
-    def weight(n: int, k: int) -> QuantizedWeight:
-        header = WeightHeader(dtype, (n, k), 32, "f16", "f16")
+    def weight(n: int, k: int, is_gated: bool = False) -> QuantizedWeight:
+        header = WeightHeader(dtype, (n, k), 32, "f16", "f16", is_gated=is_gated)
         arrays = {name: torch.empty(shape, dtype=getattr(torch, kind)) for name, (shape, kind) in header.arrays.items()}
         return QuantizedWeight(header, **arrays)
 
@@ -71,7 +71,9 @@ def shaped(config: ModelConfig, dtype: tilus.DataType, layers: int) -> Model:
         post_attention_norm=None,
         ffn_norm=norm,
         feed_forward=Dense(
-            Linear((weight(2 * config.ffn_size, hidden),)), Linear((weight(hidden, config.ffn_size),)), "silu"
+            Linear((weight(2 * config.ffn_size, hidden, is_gated=True),)),
+            Linear((weight(hidden, config.ffn_size),)),
+            "silu",
         ),
         post_ffw_norm=None,
     )

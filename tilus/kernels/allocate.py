@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from tilus.errors import TilusError
+
 # Counters that kernels leave at zero, per device and stream: blocks of different streams must not share them.
 _counters: dict[tuple[int, int], Any] = {}
 
@@ -28,6 +30,15 @@ def empty(like: Any, shape: tuple[int, ...], dtype: Any = None) -> Any:
         wanted = like.dtype if dtype is None else getattr(torch, dtype) if isinstance(dtype, str) else dtype
         return torch.empty(shape, dtype=wanted, device=like.device)
     return np.empty(shape, like.dtype if dtype is None else dtype)
+
+
+def result_of(name: str, like: Any, shape: tuple[int, ...], dtype: Any, out: Any | None) -> Any:
+    """`out` where it is given, else an `empty` array. Raises: TilusError, with the name of the function, for another shape."""
+    if out is None:
+        return empty(like, shape, dtype)
+    if tuple(out.shape) != shape:
+        raise TilusError(f"{name}: out has shape {list(out.shape)}, expected {list(shape)}")
+    return out
 
 
 def counters(like: Any, count: int) -> Any:

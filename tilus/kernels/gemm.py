@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tilus import TilusError
 from tilus.kernels.activation import Activation
-from tilus.kernels.allocate import empty, is_cuda
+from tilus.kernels.allocate import is_cuda, result_of
 from tilus.kernels.gemm_kernel import gemm_kernel
 from tilus.kernels.gemm_schedule import Plan, invariant_plan, launched
 from tilus.kernels.linear import EMULATED_SMS, gpu_of
@@ -72,7 +72,7 @@ def gemm(
             raise TilusError(f"gemm: {name} has shape {list(vector.shape)}, expected {[extent]}")
     if out is None and out_dtype is None and x.dtype.itemsize == 1:
         raise TilusError(f"gemm of {x.dtype} without out_dtype", hint="choose one: float16, bfloat16 or float32")
-    y = empty(x, (m, n if activation is None else n // 2), out_dtype) if out is None else out
+    y = result_of("gemm", x, (m, n if activation is None else n // 2), out_dtype, out)
     if m and n:
         where = place(device, is_cuda(x))
         gpu = gpu_of(x) if where == "cuda" else None

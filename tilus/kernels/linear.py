@@ -21,7 +21,7 @@ from tilus import Const, Tensor, f32, int32, uint8
 from tilus.dtypes import DTYPES, DataType
 from tilus.errors import TilusError
 from tilus.kernels.activation import Activation, activation_of
-from tilus.kernels.allocate import counters, empty, is_cuda, is_torch
+from tilus.kernels.allocate import counters, empty, is_cuda, is_torch, result_of
 from tilus.kernels.attention import find_queries
 from tilus.kernels.columns import take_columns
 from tilus.kernels.linear_problem import PLANS, LinearProblem, Plan, heuristic, invariant_plans
@@ -213,9 +213,7 @@ def linear(
 
         return dense_linear(x, weight, bias, function, out_dtype, out, device, invariant)
     m, width = int(x.shape[0]), n // 2 if weight.is_gated else n
-    y = empty(x, (m, width), out_dtype) if out is None else out
-    if tuple(y.shape) != (m, width):
-        raise TilusError(f"linear: out has shape {list(y.shape)}, expected {[m, width]} for the weight of {[n, k]}")
+    y = result_of("linear", x, (m, width), out_dtype, out)
     if m == 0:
         return y
     ordered = x if weight.columns is None else take_columns(x, weight.columns, device=device)

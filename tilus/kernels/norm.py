@@ -10,12 +10,10 @@ from typing import Any
 import tilus
 from tilus import Const, Tensor, TilusError, f32
 from tilus.kernels.allocate import empty
+from tilus.layout import local
 
-VECTOR = 4  # elements that a thread loads at once: 16 bytes of the residual stream
-MAX_WARPS = 32
-WIDE = (
-    8192  # elements of a row beyond which so many warps do not have registers enough: half of them have twice as many
-)
+VECTOR = 4  # neighbouring elements of a thread: 16 bytes of the residual stream; with 8 these would be read in halves
+MAX_WARPS = 8
 
 
 @tilus.kernel(varying=("rows",))
@@ -34,15 +32,16 @@ def rms_norm_kernel(
 ):
     """One row a block; every thread holds its part of the row from the load to the store. starts: x times the scale begins the
     residual stream, instead of being added to it. x_norm: weight of the norm of x in front of all else."""
-    warps = min(MAX_WARPS if hidden <= WIDE else MAX_WARPS // 2, tilus.cdiv(hidden, 32 * VECTOR))
+    warps = min(MAX_WARPS, tilus.cdiv(hidden, 32 * VECTOR))
     step = 32 * VECTOR * warps
     width = tilus.cdiv(hidden, step) * step
+    layout = local(width // step).spatial(32 * warps).local(VECTOR)
     tilus.grid(x.shape[0], warps=warps)
     tilus.launch_dependents()
     if not constant:
         tilus.wait_dependencies()
-    factors = tilus.load(weight, [0], [width])
-    x_factors = None if x_norm is None else tilus.load(x_norm, [0], [width])
+    factors = tilus.load(weight, [0], [width], layout=layout)
+    x_factors = None if x_norm is None else tilus.load(x_norm, [0], [width], layout=layout)
     if constant:  # asked for while the kernel in front ends
         tilus.wait_dependencies(constant=[weight, x_norm])
     row = tilus.block_id(0)
@@ -52,14 +51,14 @@ def rms_norm_kernel(
         inverse = tilus.rsqrt(tilus.sum(values * values, 0, keepdims=True) / hidden + eps)
         return values * inverse * factors
 
-    values = tilus.load(x, [row, 0], [width]).to(f32)
+    values = tilus.load(x, [row, 0], [width], layout=layout).to(f32)
     if scale != 1.0:
         values = values * scale
     if x_norm is not None:
         values = normed(values, x_factors)
     if residual is not None:
         if not starts:
-            values = values + tilus.load(residual, [row, 0], [width])
+            values = values + tilus.load(residual, [row, 0], [width], layout=layout)
         tilus.store(residual, [row, 0], values)
     tilus.store(out, [row, 0], normed(values, factors).to(out.dtype))
 

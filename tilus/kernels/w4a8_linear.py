@@ -13,7 +13,7 @@ from typing import Any
 from tilus.dtypes import DataType, float8_e4m3, int8
 from tilus.errors import TilusError
 from tilus.kernels.activation import Activation, activation_of
-from tilus.kernels.allocate import empty, is_cuda
+from tilus.kernels.allocate import is_cuda, result_of
 from tilus.kernels.byte_operands import exponent_of
 from tilus.kernels.plan_choice import launch_without_spills, num_sms_of
 from tilus.kernels.quantize.header import WeightHeader
@@ -114,7 +114,7 @@ def w4a8_linear(
     if out is None and out_dtype is None:
         raise TilusError("w4a8_linear without out_dtype", hint="choose one: float16, bfloat16 or float32")
     m, width = int(x.shape[0]), weight.shape[0] // 2 if weight.is_gated else weight.shape[0]
-    y = empty(x, (m, width), out_dtype) if out is None else out
+    y = result_of("w4a8_linear", x, (m, width), out_dtype, out)
     if m == 0:
         return y
     where = place(device, is_cuda(x))

@@ -130,7 +130,8 @@ def unpacking(wdtype, factor_dtypes, x, x_scale, zeros, entries, shape):
 def store_rows(y, start, sums, threads: int, offset, activation):
     """Write what becomes of sums [rows, tokens] of wgmma to y [tokens, rows] in runs along the rows, some tokens at a time."""
     rows, tokens = sums.shape
-    part, out_rows = min(tokens, STORED_TOKENS), rows if activation is None else rows // 2
+    halves = 1 if activation is None else 2
+    part, out_rows = min(tokens, STORED_TOKENS * halves), rows // halves
     size = min(8, part * out_rows // threads)
     lanes = out_rows // size  # along the rows
     layout = local(part * lanes // threads, 1).spatial(threads // lanes, lanes).local(1, size)
