@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from serving.core import UNKNOWN, Batch, BatchItem, SampledToken, StepOutput
-from serving.decode_graph import DecodeGraphs, GraphLimits, known_tokens
 from serving.gpu_spans import GpuSpans
 from serving.kv_pool import KvPool, PageShape
 from serving.model import Model, StepTensors
 from serving.rehearsal import without_repetitions
 from serving.sampling import Sampler
+from serving.step_graphs import StepGraphs
+from serving.step_inputs import known_tokens
+from serving.step_shapes import GraphLimits
 from serving.swap import PageSwapper
 from serving.trace import Trace
 
@@ -29,8 +31,8 @@ _ALIGNMENT = 16  # int32 values: arrays and table rows start at multiples of 64 
 class TorchRunner:
     """Owns the key-value pool. Keys and values of a page that nobody owns are left as they are, and never read.
 
-    max_rows: tokens that a step samples at most. graphs: how decode steps are captured and replayed, where kernels are those of
-    tilus, compiled; None to launch each step's. num_host_pages: in the host's memory, for sequences that lose their place.
+    max_rows: tokens that a step samples at most. graphs: limits of steps that are captured, where kernels are those of tilus,
+    compiled; None to launch each step's. num_host_pages: in the host's memory, for sequences that lose their place.
     trace: gets the times of steps on a GPU.
     """
 
@@ -46,7 +48,7 @@ class TorchRunner:
         self._sampler = Sampler(model.config.vocab_size, max_rows, device)
         self._gpu_spans = GpuSpans(trace) if trace is not None and device.type == "cuda" else None
         self._rows: dict[str, int] = {}  # of the tokens that the last step sampled, by request
-        self._graphs = None if graphs is None else DecodeGraphs(model, self.kv_pool, graphs, self._sampler)
+        self._graphs = None if graphs is None else StepGraphs(model, self.kv_pool, graphs, self._sampler)
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Callable[[], StepOutput]:
@@ -55,12 +57,11 @@ class TorchRunner:
         items = batch.sampled
         has_drafts = any(item.num_drafts for item in items)
         rows = tuple(row for item in items for row in _rows_of(item)) if has_drafts else items
-        graphs = self._graphs if self._graphs is not None and self._graphs.fits(batch) else None
-        compute = self._prepare(batch) if graphs is None else graphs.prepare(batch, self._rows)
+        compute, samples = self._prepare(batch)
         self._sampler.write(rows)
         start = self._mark()
         logits = compute()
-        if rows and (graphs is None or not graphs.samples):
+        if rows and not (samples and self._sampler.is_plain):
             self._sampler.run(logits, len(rows))
         end = self._mark()
         self._rows = {row.request_id: index for index, row in enumerate(rows)}
@@ -78,13 +79,23 @@ class TorchRunner:
     def _mark(self) -> torch.cuda.Event | None:
         return None if self._gpu_spans is None else self._gpu_spans.mark()
 
-    def _prepare(self, batch: Batch) -> Callable[[], Tensor]:
+    def _prepare(self, batch: Batch) -> tuple[Callable[[], Tensor], bool]:
+        """What launches a step and gives its logits, and whether it samples, too, where rows are plain."""
+        shape = None if self._graphs is None else self._graphs.shapes.of(batch.items)
+        if self._graphs is not None and shape is not None:
+            return self._graphs.prepare(batch, shape, self._rows), self._graphs.samples
         step = step_tensors(batch, self._page_size, self._device, self._sampler.tokens, self._rows)
-        return lambda: self._model.forward(step, self.kv_pool.layers)
+        return lambda: self._model.forward(step, self.kv_pool.layers), False
+
+    @torch.inference_mode()
+    def capture(self, progress: Callable[[int, int], None]) -> None:
+        """Capture the steps that are common on a GPU. progress is called with (steps done, steps in all)."""
+        if self._graphs is not None:
+            self._graphs.capture_common(progress)
 
     @torch.inference_mode()
     def rehearse(self, batches: Iterable[Batch]) -> None:
-        """All different launches of these batches' steps, and of steps that are captured: for `tilus.compile_ahead`."""
+        """All different launches of these batches' steps, and of all that may be captured: for `tilus.compile_ahead`."""
         model, caches = without_repetitions(self._model, self.kv_pool.layers)
         for batch in batches:
             logits = model.forward(step_tensors(batch, self._page_size, self._device), caches)
@@ -93,7 +104,7 @@ class TorchRunner:
             self._sampler.collect(batch.sampled)
         self._sampler.write(())
         for step, out in self._graphs.steps() if self._graphs is not None else ():
-            self._sampler.run(model.forward(step, caches, out), step.decodes)
+            self._sampler.run(model.forward(step, caches, out), len(out))
 
 
 def _rows_of(item: BatchItem) -> tuple[BatchItem, ...]:

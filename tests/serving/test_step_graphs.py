@@ -1,8 +1,8 @@
-"""Captured decode steps compute the bits of the plain way, whatever their inputs become."""
+"""Captured steps compute the bits of the plain way, whatever their inputs become and whatever is made up beside them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -14,10 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch_kernels import TorchKernels
 
 import tilus.kernels
-from serving import build
+from serving import build, runner, step_graphs
 from serving.config import EngineConfig, ServerConfig
 from serving.core import Batch, BatchItem, Request, SampledToken, SamplingParams
-from serving.decode_graph import LARGEST_BATCH, DecodeGraphs, DecodeInputs, GraphLimits, graph_sizes
 from serving.engine import Engine
 from serving.execution import Execution
 from serving.kernels import Kernels, default_kernels
@@ -26,6 +25,10 @@ from serving.loader import Checkpoint
 from serving.model import Model, load_model
 from serving.runner import TorchRunner, step_tensors
 from serving.sampling import Sampler
+from serving.speculation import PromptLookup
+from serving.step_graphs import StepGraphs
+from serving.step_inputs import StepInputs
+from serving.step_shapes import LARGEST_BATCH, GraphLimits, StepShape, StepShapes
 from tilus.errors import TilusError
 
 PAGE = 16
@@ -67,10 +70,16 @@ def copy_of(pool: KvPool) -> KvPool:
     return copy
 
 
-def graphs_of(model: Model, pool: KvPool) -> DecodeGraphs:
-    return DecodeGraphs(
-        model, pool, GraphLimits(max_batch=32, max_pages=MAX_PAGES), Sampler(model.config.vocab_size, 32, CPU)
-    )
+def graphs_of(model: Model, pool: KvPool) -> StepGraphs:
+    limits = GraphLimits(max_batch=32, max_pages=MAX_PAGES, max_step_tokens=64)
+    return StepGraphs(model, pool, limits, Sampler(model.config.vocab_size, 32, pool.memory.device))
+
+
+def replayed(graphs: StepGraphs, batch: Batch) -> torch.Tensor:
+    """The logits of a batch that fits."""
+    shape = graphs.shapes.of(batch.items)
+    assert shape is not None
+    return graphs.prepare(batch, shape, {})()
 
 
 def random_batch(rng: np.random.Generator, starts: Sequence[int], num_pages: int) -> Batch:
@@ -101,8 +110,7 @@ def test_logits_and_cache_are_the_same_bits(
     lengths = rng.integers(0, PAGE * MAX_PAGES - 12, size)
     for step in range(12):
         batch = random_batch(rng, (lengths + step).tolist(), num_pages)
-        assert graphs.fits(batch)
-        found = graphs.prepare(batch, {})()
+        found = replayed(graphs, batch)
         expected = chosen.forward(step_tensors(batch, PAGE, CPU), plain.layers)
         assert torch.equal(found, expected)
         assert torch.equal(pool.memory, plain.memory)
@@ -132,7 +140,7 @@ def test_torch_computes_nothing_in_a_step_whose_rows_are_all_wanted(mixed_model:
 
 def new_engine(model: Model, checkpoint: Checkpoint, *, graphs: bool, num_pages: int) -> Engine:
     config = EngineConfig(num_pages=num_pages, max_model_len=80, page_size=PAGE, max_batch=5, max_step_tokens=24)
-    runner = TorchRunner(model, num_pages, PAGE, CPU, graphs=GraphLimits(5, MAX_PAGES) if graphs else None)
+    runner = TorchRunner(model, num_pages, PAGE, CPU, graphs=GraphLimits(5, MAX_PAGES, 24) if graphs else None)
     return Engine(runner, checkpoint.tokenizer, config, ManualClock())
 
 
@@ -166,25 +174,16 @@ def test_requests_that_come_and_go(model: Model, tiny_checkpoint: Checkpoint, nu
     assert answers(captured) == expected  # logarithms of probabilities, too
     runner = captured._runner
     assert isinstance(runner, TorchRunner) and runner._graphs is not None
-    assert runner._graphs._graphs.keys() >= {1, 2, 3}
+    assert {shape.rows for shape in runner._graphs._graphs} >= {1, 2, 3}
 
 
-def test_which_batches_fit(model: Model) -> None:
-    graphs = graphs_of(model, KvPool(PageShape(model.config, PAGE), 1, CPU))
+def test_on_a_cpu_small_batches_that_decode_have_graphs(model: Model) -> None:
+    shapes = StepShapes(GraphLimits(32, MAX_PAGES, 64), CPU)
     decode = BatchItem("a", (1,), 4, (0,), GREEDY, 0)
-    assert graphs.fits(Batch((decode,) * LARGEST_BATCH))
-    assert not graphs.fits(Batch((decode,) * (LARGEST_BATCH + 1)))
-    assert not graphs.fits(Batch((decode, BatchItem("b", (1, 2), 0, (1,), GREEDY, 0))))
-    assert not graphs.fits(Batch((decode, BatchItem("b", (1,), 0, (1,), None, 0))))
-
-
-def test_sizes_of_graphs() -> None:
-    """On a CPU every small batch has its own, on a GPU every batch one that is less than 8 larger."""
-    assert graph_sizes(CPU, 32) == tuple(range(1, LARGEST_BATCH + 1)) and graph_sizes(CPU, 3) == (1, 2, 3)
-    for max_batch in range(1, 70):
-        sizes = graph_sizes(torch.device("cuda"), max_batch)
-        assert sizes[-1] == max_batch and sizes == tuple(sorted(set(sizes)))
-        assert all(next(size for size in sizes if size >= batch) < batch + 8 for batch in range(1, max_batch + 1))
+    assert [shapes.of((decode,) * size) for size in range(1, LARGEST_BATCH + 1)] == list(shapes.all())
+    assert shapes.of((decode,) * (LARGEST_BATCH + 1)) is None
+    assert shapes.of((decode, BatchItem("b", (1, 2), 0, (1,), GREEDY, 0))) is None
+    assert shapes.of((decode, BatchItem("b", (1,), 0, (1,), None, 0))) is None
 
 
 @torch.inference_mode()
@@ -199,10 +198,10 @@ def test_a_capture_that_failed_is_tried_again(model: Model, monkeypatch: pytest.
     with monkeypatch.context() as broken:
         broken.setattr(tilus.kernels, "silu_mul", fails)
         with pytest.raises(TilusError, match="the compiler is gone"):
-            graphs.prepare(batch, {})()
+            replayed(graphs, batch)
     expected = model.forward(step_tensors(batch, PAGE, CPU), copy_of(pool).layers)
     for _ in range(2):
-        assert torch.equal(graphs.prepare(batch, {})(), expected)
+        assert torch.equal(replayed(graphs, batch), expected)
 
 
 @pytest.mark.parametrize(
@@ -222,39 +221,126 @@ def test_only_native_kernels_of_tilus_are_compiled_ahead_and_captured(
     assert isinstance(runner, TorchRunner) and (runner._graphs is not None) == captures
     assert len(compiled) == captures
     if runner._graphs is not None:
-        assert runner._graphs._inputs.step(2).block_tables.shape == (2, 6)
+        assert runner._graphs.inputs.step(StepShape(2, 2, 0, 2)).block_tables.shape == (2, 6)
+
+
+def mixed_batch(rng: np.random.Generator, limits: GraphLimits, num_pages: int) -> Batch:
+    """Sequences that decode, prompts from their start or behind what is cached, whole or in part, and guesses, in any order."""
+    free, items = rng.permutation(num_pages).tolist(), list[BatchItem]()
+    room, count = limits.max_step_tokens, int(rng.integers(1, rng.integers(2, limits.max_batch + 2)))
+    for index in range(count):
+        kind = rng.integers(4)
+        drafts = int(rng.integers(1, limits.num_drafts + 1)) if kind == 1 and limits.num_drafts else 0
+        tokens = 1 + drafts if kind < 2 else int(rng.integers(1, 25))
+        tokens = min(tokens, room - (count - index - 1))
+        start = int(rng.integers(0, limits.max_pages * PAGE - tokens + 1))
+        pages = tuple(free.pop() for _ in range(-(-(start + tokens) // PAGE)))
+        params = None if kind == 3 else GREEDY
+        ids = tuple(rng.integers(0, 256, tokens).tolist())
+        items.append(BatchItem(str(index), ids, start, pages, params, 0, num_drafts=min(drafts, tokens - 1)))
+        room -= tokens
+    return Batch(tuple(items))
 
 
 @pytest.mark.parametrize("kv_dtype", ["fp16", "int4"])
 @torch.inference_mode()
-def test_sequences_that_are_made_up_change_nothing(tiny_checkpoint: Checkpoint, kv_dtype: str) -> None:
-    """A GPU runs three sequences in a step of five, which held five others before: their rows neither write nor disturb."""
+def test_rows_that_are_made_up_change_nothing(tiny_checkpoint: Checkpoint, kv_dtype: str) -> None:
+    """A GPU pads every step; what steps before left in the inputs is never read."""
     model, rng = load_model(tiny_checkpoint, default_kernels(invariant=True), CPU), np.random.default_rng(6)
-    pool = random_pool(rng, model, 5 * MAX_PAGES, kv_dtype)
-    plain, inputs = copy_of(pool), DecodeInputs(5, PAGE, MAX_PAGES, torch.zeros(5, dtype=torch.int32))
-    for count in (5, 3):
-        batch = random_batch(rng, [70, 5, 31, 16, 8][:count], 5 * MAX_PAGES)
-        inputs.write(batch, 5, {})
-        found = model.forward(inputs.step(5), pool.layers)
+    limits = GraphLimits(12, MAX_PAGES, 40, 3)
+    num_pages = limits.max_batch * MAX_PAGES
+    shapes, pool = StepShapes(limits, torch.device("cuda")), random_pool(rng, model, num_pages, kv_dtype)
+    plain, inputs = copy_of(pool), StepInputs(list(shapes.all()), PAGE, MAX_PAGES, torch.zeros(48, dtype=torch.int32))
+    seen: set[StepShape] = set()
+    for _ in range(40):
+        batch = mixed_batch(rng, limits, num_pages)
+        shape = shapes.of(batch.items)
+        assert shape is not None
+        seen.add(shape)
+        inputs.write(batch, shape, {})
+        found = model.forward(inputs.step(shape), pool.layers)
         expected = model.forward(step_tensors(batch, PAGE, CPU), plain.layers)
         assert torch.equal(pool.memory, plain.memory)
-        assert torch.equal(found[:count], expected) and found.isfinite().all()
+        assert torch.equal(found[: len(expected)], expected) and found.isfinite().all()
+    assert len(seen) > 8
+
+
+class Padded:
+    """Captures nothing: what a GPU's graph does is done again, on the CPU."""
+
+    samples = True
+
+    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
+        run()
+        return run
+
+
+@pytest.fixture
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = step_graphs.StepShapes
+    monkeypatch.setattr(step_graphs, "StepShapes", lambda limits, device: shapes(limits, torch.device("cuda")))
+    monkeypatch.setattr(step_graphs, "capture_of", lambda device: Padded())
+
+
+def conversation(engine: Engine, drafts: bool) -> dict[str, list[SampledToken]]:
+    """Prompts that begin alike, cut into chunks beside answers, some of which want more than a plain draw."""
+    rng, found = np.random.default_rng(5), dict[str, list[SampledToken]]()
+    beginning = tuple(rng.integers(0, 256, 37).tolist())
+    for index in range(9):
+        prompt = (*beginning[: int(rng.integers(1, 38))], *rng.integers(0, 256, rng.integers(1, 9)).tolist())
+        params = SamplingParams(
+            max_tokens=int(rng.integers(1, 12)), temperature=index % 3 / 2, seed=index, ignore_eos=True,
+            logprobs=2 if index % 4 == 1 else None, frequency_penalty=0.5 if index % 4 == 2 else 0.0,
+        )  # fmt: skip
+        engine.add(Request(str(index), prompt * 2 if drafts else prompt, params))
+        for _ in range(int(rng.integers(1, 4))):
+            for output in engine.step():
+                found.setdefault(output.request_id, []).extend(output.tokens)
+            engine.check()
+    while engine.has_work:
+        for output in engine.step():
+            found.setdefault(output.request_id, []).extend(output.tokens)
+    return found
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+@pytest.mark.parametrize(
+    ("drafts", "overlap", "num_pages"), [(0, False, 30), (0, True, 30), (0, True, 9), (3, False, 30)]
+)
+def test_an_engine_whose_steps_are_padded(
+    tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, drafts: int, overlap: bool, num_pages: int
+) -> None:
+    """Chunks, mixed steps, beginnings in the cache, guesses, tokens that only the device knows, and lost pages."""
+    model, found = load_model(tiny_checkpoint, default_kernels(invariant=True), CPU), list[object]()
+    for limits in (None, GraphLimits(5, MAX_PAGES + 1, 24, drafts)):
+        config = EngineConfig(
+            num_pages, 96, PAGE, max_batch=5, max_step_tokens=24, num_drafts=drafts, overlap=overlap and limits is not None,
+            admission="aggressive",
+        )  # fmt: skip
+        torch_runner = TorchRunner(model, num_pages, PAGE, CPU, max_rows=5 * (1 + drafts), graphs=limits)
+        drafter = PromptLookup() if drafts else None
+        engine = Engine(torch_runner, tiny_checkpoint.tokenizer, config, ManualClock(), drafter=drafter)
+        found.append(conversation(engine, drafts > 0))
+        monkeypatch.delattr(runner, "step_tensors", raising=False)  # so that the second engine has nothing else
+    assert found[0] == found[1]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kv_dtype", ["fp16", "int8"])
 @torch.inference_mode()
 def test_cuda_graphs_compute_the_bits_of_the_model(tiny_checkpoint: Checkpoint, kv_dtype: str) -> None:
-    """Batches of 1 to 11, by graphs of 1, 2, 4, 8 and 11: also with sequences that are made up, over page borders."""
-    gpu = torch.device("cuda")
+    """Batches of 1 to 11 sequences, with and without prompts and guesses, over page borders."""
+    gpu, rng = torch.device("cuda"), np.random.default_rng(0)
     model = load_model(tiny_checkpoint, default_kernels(invariant=True), gpu)
     pools = [KvPool(PageShape(model.config, PAGE, kv_dtype), 11 * MAX_PAGES, gpu) for _ in range(2)]
-    limits, rng = GraphLimits(11, MAX_PAGES), np.random.default_rng(0)
-    graphs = DecodeGraphs(model, pools[0], limits, Sampler(model.config.vocab_size, 11, gpu))
+    limits = GraphLimits(11, MAX_PAGES, 40, 3)
+    graphs = StepGraphs(model, pools[0], limits, Sampler(model.config.vocab_size, 44, gpu))
+    graphs.capture_common(lambda done, total: None)
+    assert not pools[0].memory.any()
     lengths = rng.integers(0, PAGE * MAX_PAGES - 3, 11)
-    for size in (11, 3, 1, 8, 2, 5, 11):
-        batch = random_batch(rng, lengths[:size].tolist(), 11 * MAX_PAGES)
-        found = graphs.prepare(batch, {})()
+    decoding = [random_batch(rng, lengths[:size].tolist(), 11 * MAX_PAGES) for size in (11, 3, 1, 8, 2, 5, 11)]
+    for batch in (*decoding, *(mixed_batch(rng, limits, 11 * MAX_PAGES) for _ in range(30))):
         expected = model.forward(step_tensors(batch, PAGE, gpu), pools[1].layers)
-        assert found.shape == expected.shape and torch.equal(found, expected)
+        found = replayed(graphs, batch)[: len(expected)]
+        assert torch.equal(found, expected)
         assert torch.equal(pools[0].memory, pools[1].memory)

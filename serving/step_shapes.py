@@ -1,0 +1,129 @@
+"""The shapes that steps are padded to, so that few stand for all: each is compiled before the first client comes, and captured.
+
+A step has rows of sequences that decode, one each, and behind them the rows of prompts. Both are rounded up, and so is the
+number of prompts. Rows that are made up cost time and change nothing: where the rows of a step are few, its time is that of
+reading the weights; where they are many, they are rounded to the tiles of the products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from serving.core import BatchItem
+
+# Sequences of a step on a CPU: graphs keep their activations, and with more of them kernels take most of the time anyway.
+LARGEST_BATCH = 8
+_FEW_ROWS = (16, 32, 64, 128, 192, 256, 384, 512)
+_MANY_ROWS = 256  # beyond those, multiples of this
+_LONE_ROWS = (
+    128  # up to so many, a step with a single prompt is worth a shape of its own: its keys are shared out better
+)
+_PROMPTS = 16  # of a step, more of which are rare
+_EACH = 8  # multiples of it keep what lies behind aligned
+
+
+class StepShape(NamedTuple):
+    """decodes: sequences that decode. rows: tokens of all. prompts: other sequences, 0 in steps that only decode; one more of
+    them, without keys, owns the rows that are made up. samples: rows that are sampled."""
+
+    decodes: int
+    rows: int
+    prompts: int
+    samples: int
+
+    @property
+    def others(self) -> int:
+        """Sequences behind those that decode."""
+        return self.prompts + 1 if self.prompts else 0
+
+
+@dataclass(frozen=True)
+class GraphLimits:
+    """max_batch: sequences of a step. max_pages: of a sequence. max_step_tokens: of a step. num_drafts: guesses of a sequence."""
+
+    max_batch: int
+    max_pages: int
+    max_step_tokens: int
+    num_drafts: int = 0
+
+
+def is_decode(item: BatchItem) -> bool:
+    """Whether an item is a single token behind which one is sampled."""
+    return len(item.token_ids) == 1 and item.params is not None
+
+
+class StepShapes:
+    """The shapes of a device: on a CPU of small steps that only decode, on a GPU of all steps."""
+
+    def __init__(self, limits: GraphLimits, device: torch.device) -> None:
+        self._limits = limits
+        self._has_prompts = device.type == "cuda"
+        self._decodes = decode_sizes(limits.max_batch, device)
+
+    def of(self, items: Sequence[BatchItem]) -> StepShape | None:
+        """The least one that a batch fits into; None where there is none."""
+        singles = sum(map(is_decode, items))
+        tokens, prompts = sum(len(item.token_ids) for item in items) - singles, len(items) - singles
+        if not prompts:
+            size = _least(self._decodes, singles)
+            return None if size is None else StepShape(size, size, 0, size)
+        size = _least(self._mixed_decodes(), singles)
+        rows = None if size is None else _least(self._rows(size), size + tokens)
+        if size is None or rows is None:
+            return None
+        found = _least(self._prompts(rows - size), prompts)
+        return None if found is None else self._mixed(size, rows, found)
+
+    def all(self) -> Iterator[StepShape]:
+        for size in self._decodes:
+            yield StepShape(size, size, 0, size)
+        for size in self._mixed_decodes():
+            for rows in self._rows(size):
+                for prompts in self._prompts(rows - size):
+                    yield self._mixed(size, rows, prompts)
+
+    def common(self) -> list[StepShape]:
+        """Those that are captured before the first client comes."""
+        often = self._limits.max_batch if self._limits.num_drafts else _PROMPTS
+        return [shape for shape in self.all() if shape.prompts <= often]
+
+    def _mixed(self, size: int, rows: int, prompts: int) -> StepShape:
+        each = 1 + self._limits.num_drafts
+        samples = min(size + min(rows - size, prompts * each), self._limits.max_batch * each)
+        return StepShape(size, rows, prompts, samples)
+
+    def _mixed_decodes(self) -> tuple[int, ...]:
+        """Beside prompts: 0, 8, 32, 128, ... They cost the time of a few rows of products."""
+        if not self._has_prompts:
+            return ()
+        most = self._limits.max_batch
+        powers = (_EACH * 4**power for power in range(8))
+        return (0, *(size for size in powers if size < most), *([-(-most // _EACH) * _EACH] if most > 1 else []))
+
+    def _rows(self, size: int) -> tuple[int, ...]:
+        """Of steps with `size` sequences that decode: whole steps as they are, and as many more as are made up at most."""
+        most, sizes = self._limits.max_step_tokens, self._mixed_decodes()
+        over = size - sizes[sizes.index(size) - 1] - 1 if size else 0
+        standard = (*_FEW_ROWS, *range(_FEW_ROWS[-1] + _MANY_ROWS, most, _MANY_ROWS))
+        least = [rows for rows in (*standard, most) if size < rows <= most]
+        return tuple(sorted({*least, -(-(most + over) // _EACH) * _EACH}))
+
+    def _prompts(self, rows: int) -> tuple[int, ...]:
+        """Of so many rows. With many of these, one prompt is no worse off among several that are made up."""
+        sizes = (*((1,) if rows <= _LONE_ROWS else ()), _PROMPTS, self._limits.max_batch)
+        return tuple(sorted({min(size, rows, self._limits.max_batch) for size in sizes}))
+
+
+def decode_sizes(max_batch: int, device: torch.device) -> tuple[int, ...]:
+    """Numbers of sequences of steps that only decode: on a CPU each small one, on a GPU powers of two, then multiples of 8."""
+    if device.type == "cpu":
+        return tuple(range(1, min(LARGEST_BATCH, max_batch) + 1))
+    return tuple(sorted({min(size, max_batch) for size in (1, 2, 4, *range(8, max_batch + 8, 8))}))
+
+
+def _least(sizes: Sequence[int], count: int) -> int | None:
+    return next((size for size in sizes if size >= count), None)
