@@ -2,10 +2,10 @@
 
 A model in the shape of --config (Qwen3-0.6B by default) with random weights runs steps in which some sequences of --context
 tokens decode, and some prompts, or chunks of them, come behind as many tokens in the cache. A step is what the server's runner
-does, with its tokens on the host in the end.
+does, with its tokens on the host in the end. With --drafts, steps in which sequences check so many guesses instead.
 
 Output, as JSON:
-    device, torch, python, model, weight_dtype, group, kv_dtype, context
+    device, torch, python, model, weight_dtype, group, kv_dtype, context, drafts
     capture {graphs: of the shapes that are captured at the start, seconds: what that took, mib: of the device's memory,
             activation_mib: that part of it which torch holds for activations}
     rows    list of {decodes, prompts, tokens: of each prompt, rows: of the shape that the step is padded to, launched_us,
@@ -38,27 +38,38 @@ CASES = ((0, 1, 32), (4, 1, 32), (32, 1, 32), (0, 1, 512), (32, 4, 120), (128, 4
 STEPS = 20
 
 
-def batch_of(decodes: int, prompts: int, tokens: int, context: int) -> Batch:
+def batch_of(decodes: int, prompts: int, tokens: int, context: int, drafts: int) -> Batch:
     """Each sequence has pages of its own, and `context` tokens in the cache."""
     lengths = [1] * decodes + [tokens] * prompts
     pages = -(-(context + tokens) // PAGE)
     return Batch(
         tuple(
-            BatchItem(str(row), (1,) * count, context, tuple(range(row * pages, (row + 1) * pages)), GREEDY, 0)
+            BatchItem(
+                str(row),
+                (1,) * count,
+                context,
+                tuple(range(row * pages, (row + 1) * pages)),
+                GREEDY,
+                0,
+                num_drafts=drafts,
+            )
             for row, count in enumerate(lengths)
         )
     )
 
 
 def measure(model: Model, options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    cases = [(case, batch_of(*case, options.context)) for case in CASES]
+    shapes = [(0, count, 1 + options.drafts) for count in (1, 8, 32)] if options.drafts else CASES
+    cases = [(case, batch_of(*case, options.context, options.drafts)) for case in shapes]
     num_pages = max(max(item.pages) + 1 for _, batch in cases for item in batch.items)
     max_pages = max(len(item.pages) for _, batch in cases for item in batch.items)
-    limits, device = GraphLimits(options.max_batch, max_pages, options.max_step_tokens), torch.device("cuda")
+    limits, device = (
+        GraphLimits(options.max_batch, max_pages, options.max_step_tokens, options.drafts),
+        torch.device("cuda"),
+    )
+    max_rows = options.max_batch * (1 + options.drafts)
     plain, runner = (
-        TorchRunner(
-            model, num_pages, PAGE, device, kv_dtype=options.kv_dtype, max_rows=options.max_batch, graphs=graphs
-        )
+        TorchRunner(model, num_pages, PAGE, device, kv_dtype=options.kv_dtype, max_rows=max_rows, graphs=graphs)
         for graphs in (None, limits)
     )
     for each in (plain, runner):
@@ -118,6 +129,7 @@ def options_of() -> argparse.Namespace:
     parser.set_defaults(weight_dtype="int8", group=32)
     parser.add_argument("--kv-dtype", choices=KV_DTYPES, default="fp8")
     parser.add_argument("--context", type=int, default=1024, help="tokens of each sequence in the cache (default 1024)")
+    parser.add_argument("--drafts", type=int, default=0, help="guesses that each sequence has (default 0)")
     parser.add_argument("--max-batch", type=int, default=256)
     parser.add_argument("--max-step-tokens", type=int, default=2048)
     parser.add_argument("--out", type=Path, help="write the JSON here")
@@ -138,7 +150,7 @@ def main() -> None:
     report = {
         "device": torch.cuda.get_device_name(0), "torch": torch.__version__, "python": platform.python_version(),
         "model": name, "weight_dtype": options.weight_dtype, "group": options.group, "kv_dtype": options.kv_dtype,
-        "context": options.context, "capture": capture, "rows": rows,
+        "context": options.context, "drafts": options.drafts, "capture": capture, "rows": rows,
     }  # fmt: skip
     if options.out is not None:
         options.out.write_text(json.dumps(report, indent=1) + "\n")

@@ -7,7 +7,7 @@ decode have graphs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -15,8 +15,10 @@ from torch import Tensor
 
 import tilus
 from serving.core import Batch
+from serving.kernels import KvCache
 from serving.kv_pool import KvPool
 from serving.model import Model, StepTensors
+from serving.rehearsal import without_repetitions
 from serving.sampling import Sampler
 from serving.step_inputs import StepInputs
 from serving.step_shapes import GraphLimits, StepShape, StepShapes
@@ -27,8 +29,10 @@ class Capture(Protocol):
 
     samples: bool
 
-    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
-        """Run it once, so that kernels are compiled and what they keep is made, and record it. What is returned runs it again."""
+    def __call__(self, run: Callable[[], None], first: Callable[[], None]) -> Callable[[], None]:
+        """Record what `run` launches; what is returned launches it again. first: launches every kernel of it, so that what they
+        keep is made, and plans that need too many registers are found out, where a capture launches nothing.
+        """
         ...
 
 
@@ -37,8 +41,8 @@ class CpuCapture:
 
     samples = False
 
-    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
-        with tilus.capture() as launches:
+    def __call__(self, run: Callable[[], None], first: Callable[[], None]) -> Callable[[], None]:
+        with tilus.capture() as launches:  # they run, too
             run()
         return launches.replay
 
@@ -52,10 +56,10 @@ class CudaCapture:
         self._stream = torch.cuda.Stream(device)
         self._memory = torch.cuda.graph_pool_handle()
 
-    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
+    def __call__(self, run: Callable[[], None], first: Callable[[], None]) -> Callable[[], None]:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            run()
+            first()
             self._stream.synchronize()
             graph = torch.cuda.CUDAGraph()
             # Not torch.cuda.graph, which gives all free memory back each time.
@@ -79,7 +83,9 @@ class StepGraphs:
 
     def __init__(self, model: Model, pool: KvPool, limits: GraphLimits, sampler: Sampler) -> None:
         device = pool.memory.device
-        self._model, self._pool, self._sampler = model, pool, sampler
+        self._whole = model, pool.layers
+        self._parts = without_repetitions(model, pool.layers)
+        self._sampler = sampler
         self.shapes = StepShapes(limits, device)
         shapes = list(self.shapes.all())
         self.inputs = StepInputs(shapes, pool.shape.page_size, limits.max_pages, sampler.tokens)
@@ -127,19 +133,17 @@ class StepGraphs:
 
     def _captured(self, shape: StepShape) -> Callable[[], None]:
         step, logits = self.inputs.step(shape), self._logits[: shape.samples]
-        if not self._capture.samples:
-            return self._capture(lambda: self._forward(step, logits))
 
-        def run() -> None:
-            self.inputs.gather(shape)
-            self._forward(step, logits)
-            self._sampler.run(logits, shape.samples)
+        def run(model: Model, caches: Sequence[KvCache]) -> None:
+            if self._capture.samples:
+                self.inputs.gather(shape)
+            model.forward(step, caches, logits)
+            if self._capture.samples:
+                self._sampler.run(logits, shape.samples)
 
         self._sampler.write(())  # what is captured is the plain way
         last = self._sampler.tokens.clone()
-        replay = self._capture(run)
+        # What the first run writes to the cache the replay writes again.
+        replay = self._capture(lambda: run(*self._whole), lambda: run(*self._parts))
         self._sampler.tokens.copy_(last)  # which the replay will look for
         return replay
-
-    def _forward(self, step: StepTensors, logits: Tensor) -> None:
-        self._model.forward(step, self._pool.layers, logits)

@@ -286,13 +286,13 @@ class Padded:
     def __init__(self) -> None:
         self.replaying = False
 
-    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
+    def __call__(self, run: Callable[[], None], first: Callable[[], None]) -> Callable[[], None]:
         def replay() -> None:
             self.replaying = True
             run()
             self.replaying = False
 
-        run()
+        first()
         return replay
 
 
