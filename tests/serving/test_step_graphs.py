@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from serving_fakes import ManualClock
 from test_serving_model import mixed_checkpoint
-from tiny_llama import CPU
+from tiny_llama import CPU, TINY
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch_kernels import TorchKernels
 
@@ -17,6 +19,7 @@ import tilus.kernels
 from serving import build, runner, step_graphs
 from serving.config import EngineConfig, ServerConfig
 from serving.core import Batch, BatchItem, Request, SampledToken, SamplingParams
+from serving.dummy import open_dummy
 from serving.engine import Engine
 from serving.execution import Execution
 from serving.kernels import Kernels, default_kernels
@@ -29,6 +32,7 @@ from serving.speculation import PromptLookup
 from serving.step_graphs import StepGraphs
 from serving.step_inputs import StepInputs
 from serving.step_shapes import LARGEST_BATCH, GraphLimits, StepShape, StepShapes, is_decode
+from tilus.dtypes import int8
 from tilus.errors import TilusError
 
 PAGE = 16
@@ -389,3 +393,33 @@ def test_cuda_graphs_compute_the_bits_of_the_model(tiny_checkpoint: Checkpoint, 
         found = replayed(graphs, batch)[: len(expected)]
         assert torch.equal(found, expected)
         assert torch.equal(pools[0].memory, pools[1].memory)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_dtype", ["fp16", "fp8", "int4"])
+@torch.inference_mode()
+def test_cuda_graphs_of_the_fastest_kernels(tmp_path: Path, kv_dtype: str) -> None:
+    """Heads of 64, which Hopper's kernels of attention take. Their sums depend on the shape: bits are those of the same shape
+    launched one by one, numbers those of the step as it is."""
+    settings = TINY | {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "head_dim": 64}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    gpu, rng = torch.device("cuda"), np.random.default_rng(2)
+    model = load_model(open_dummy(tmp_path, int8), tilus.kernels, gpu)
+    pools = [KvPool(PageShape(model.config, PAGE, kv_dtype), 11 * MAX_PAGES, gpu) for _ in range(3)]
+    for cache in (cache for pool in pools for cache in pool.layers if isinstance(cache, torch.Tensor)):
+        cache.copy_(torch.linspace(-1, 1, cache.numel(), device=gpu).view(cache.shape))
+    limits = GraphLimits(11, MAX_PAGES, 40, 3)
+    graphs = StepGraphs(model, pools[0], limits, Sampler(model.config.vocab_size, 44, gpu))
+    for _ in range(40):
+        batch = mixed_batch(rng, limits, 11 * MAX_PAGES)
+        shape = graphs.shapes.of(batch.items)
+        assert shape is not None
+        found = graphs.prepare(batch, shape, {})()
+        assert torch.equal(found, model.forward(graphs.inputs.step(shape), pools[1].layers))
+        assert torch.equal(pools[0].memory, pools[1].memory)
+        assert found.isfinite().all()
+        if kv_dtype == "fp16":  # what is quantised may be rounded to another code
+            plain = model.forward(step_tensors(batch, PAGE, gpu), pools[2].layers)
+            difference, scale = (found[: len(plain)] - plain).norm(), plain.norm()
+            assert difference <= (10 * model.config.num_layers + 2) * 2**-11 * scale
+            pools[2].memory.copy_(pools[0].memory)
