@@ -77,19 +77,14 @@ class StepInputs:
 
         What earlier sequences left in a row of the block tables, behind its sequence's pages, is never read.
         """
-        items = sorted(batch.items, key=is_decode, reverse=True)  # which keeps the order of equals
-        singles = sum(map(is_decode, items))
+        items, singles = batch.items, len(batch.items)
+        if shape.prompts:
+            items = sorted(items, key=is_decode, reverse=True)  # which keeps the order of equals
+            singles = sum(map(is_decode, items))
         self._write_tables(items, [*range(singles), *range(shape.decodes, shape.decodes + len(items) - singles)])
         ends = self._write_rows(items, singles, shape, rows)
         if shape.prompts:
-            self._array(shape).samples[:] = 0
-            wanted = [
-                row
-                for item in batch.items
-                if item.params is not None
-                for row in range(ends[item.request_id] - 1 - item.num_drafts, ends[item.request_id])
-            ]
-            self._array(shape).samples[: len(wanted)] = wanted
+            self._write_samples(batch, shape, {item.request_id: end for item, end in zip(items, ends.tolist())})
         if self._on_gpu:
             begin, end = (
                 self._front - _starts(shape)[-1],
@@ -101,14 +96,25 @@ class StepInputs:
         else:
             self.gather(shape)
 
+    def _write_samples(self, batch: Batch, shape: StepShape, ends: Mapping[str, int]) -> None:
+        """ends: by request the row behind its last one."""
+        wanted = [
+            row
+            for item in batch.items
+            if item.params is not None
+            for row in range(ends[item.request_id] - 1 - item.num_drafts, ends[item.request_id])
+        ]
+        samples = self._array(shape).samples
+        samples[: len(wanted)], samples[len(wanted) :] = wanted, 0
+
     def _write_rows(
         self, items: Sequence[BatchItem], singles: int, shape: StepShape, rows: Mapping[str, int]
-    ) -> dict[str, int]:
-        """Of tokens and of sequences, all but block tables; by request the row behind its last one."""
+    ) -> npt.NDArray[np.int64]:
+        """Of tokens and of sequences, all but block tables; the row behind each item's last one."""
         arrays, made_up = self._array(shape), shape.decodes - singles
-        q_lens = np.array([len(item.token_ids) for item in items], np.int64)
-        starts = np.array([item.start for item in items], np.int64)
-        tokens = np.fromiter(chain.from_iterable(item.token_ids for item in items), np.int32)
+        by_item = [item.token_ids for item in items]
+        q_lens, starts = np.array([*map(len, by_item)], np.int64), np.array([item.start for item in items], np.int64)
+        tokens = np.array([*chain.from_iterable(by_item)], np.int32)
         ends, places, owners = np.cumsum(q_lens), np.arange(len(tokens)), np.arange(len(items))
         positions = places + np.repeat(starts - (ends - q_lens), q_lens)
         for index in (ends, places, owners):
@@ -130,7 +136,7 @@ class StepInputs:
         unknown = tokens == UNKNOWN
         if unknown.any():
             arrays.sources[places[unknown]] = [rows[item.request_id] for item in items if UNKNOWN in item.token_ids]
-        return dict(zip((item.request_id for item in items), ends.tolist()))
+        return ends
 
     def _write_tables(self, items: Sequence[BatchItem], rows: Sequence[int]) -> None:
         tables = self._tables

@@ -67,10 +67,11 @@ class StepShapes:
     def of(self, items: Sequence[BatchItem]) -> StepShape | None:
         """The least one that a batch fits into; None where there is none."""
         singles = sum(map(is_decode, items))
-        tokens, prompts = sum(len(item.token_ids) for item in items) - singles, len(items) - singles
+        prompts = len(items) - singles
         if not prompts:
             size = _least(self._decodes, singles)
             return None if size is None else StepShape(size, size, 0, size)
+        tokens = sum(len(item.token_ids) for item in items) - singles
         size = _least(self._mixed_decodes(), singles)
         rows = None if size is None else _least(self._rows(size), size + tokens)
         if size is None or rows is None:
