@@ -34,9 +34,10 @@ from serving.kv_pool import KvPool
 from serving.model import Model, build_model
 from serving.packing import PackedWeights, pack_weights
 from serving.quantize import weight_type
-from serving.runner import TorchRunner, step_tensors
+from serving.runner import TorchRunner
 from serving.sampling import Sampler
 from serving.step_graphs import StepGraphs
+from serving.step_inputs import step_tensors
 from serving.step_shapes import GraphLimits, StepShape
 from tilus.kernels import DenseWeight
 from tilus.kernels.quantize import QuantizedWeight

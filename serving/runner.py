@@ -6,26 +6,22 @@ inputs go through pinned memory that torch keeps until they have been read, resu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from serving.core import UNKNOWN, Batch, BatchItem, SampledToken, StepOutput
+from serving.core import Batch, BatchItem, SampledToken, StepOutput
 from serving.gpu_spans import GpuSpans
 from serving.kv_pool import KvPool, PageShape
-from serving.model import Model, StepTensors
+from serving.model import Model
 from serving.rehearsal import without_repetitions
 from serving.sampling import Sampler
 from serving.step_graphs import StepGraphs
-from serving.step_inputs import known_tokens
+from serving.step_inputs import step_tensors
 from serving.step_shapes import GraphLimits
 from serving.swap import PageSwapper
 from serving.trace import Trace
-
-_ALIGNMENT = 16  # int32 values: arrays and table rows start at multiples of 64 bytes, so that kernels see one alignment
 
 
 class TorchRunner:
@@ -136,62 +132,3 @@ def _agreeing(
         kept = [token for token in mine[: agreed + 1] if token is not None]
         tokens.append(tuple(kept) if len(kept) == agreed + 1 else None)
     return tuple(tokens)
-
-
-def step_tensors(
-    batch: Batch,
-    page_size: int,
-    device: torch.device,
-    last: Tensor | None = None,
-    rows: Mapping[str, int] | None = None,
-) -> StepTensors:
-    """The batch as int32 tensors, moved to the device in one copy. last, rows: the tokens of the step before, and their rows."""
-    q_lens = [len(item.token_ids) for item in batch.items]
-    decodes = next((index for index, count in enumerate(q_lens) if count != 1), len(q_lens))
-    q_end = np.cumsum(q_lens)
-    positions = np.concatenate([np.arange(item.start, item.kv_len) for item in batch.items])
-    width = -(-max(len(item.pages) for item in batch.items) // _ALIGNMENT) * _ALIGNMENT
-    block_tables = np.zeros((len(batch.items), width), np.int64)
-    for row, item in enumerate(batch.items):
-        block_tables[row, : len(item.pages)] = item.pages
-    owners = np.repeat(np.arange(len(batch.items)), q_lens)
-    token_ids = np.array([token_id for item in batch.items for token_id in item.token_ids])
-    wanted = [
-        np.arange(end - 1 - item.num_drafts, end) for item, end in zip(batch.items, q_end) if item.params is not None
-    ]
-    arrays = (
-        token_ids,
-        positions,
-        block_tables[owners, positions // page_size] * page_size + positions % page_size,
-        block_tables,
-        np.array([0, *(q_end[decodes:] - decodes)]),
-        np.array([item.kv_len for item in batch.items]),
-        np.concatenate([np.empty(0, np.int64), *wanted]),
-        _sources(batch, token_ids, last, rows or {}),
-    )
-    *step, wanted_rows, sources = _move(arrays, device)
-    if last is not None and len(sources):
-        step[0] = known_tokens(step[0], sources, last)
-    return StepTensors(*step, last=None if wanted_rows.shape == step[0].shape else wanted_rows, decodes=decodes)
-
-
-def _sources(
-    batch: Batch, token_ids: npt.NDArray[np.int64], last: Tensor | None, rows: Mapping[str, int]
-) -> npt.NDArray[np.int64]:
-    """Where each token is in `last` and `token_ids`, one behind the other; empty where all are known."""
-    if last is None or token_ids.min() > UNKNOWN:
-        return np.empty(0, np.int64)
-    sources = np.arange(len(last), len(last) + len(token_ids))
-    unknown = [rows[item.request_id] for item in batch.items if item.token_ids[-1 - item.num_drafts] == UNKNOWN]
-    sources[token_ids == UNKNOWN] = unknown
-    return sources
-
-
-def _move(arrays: tuple[npt.NDArray[np.int64], ...], device: torch.device) -> list[Tensor]:
-    starts = np.cumsum([0, *(-(-array.size // _ALIGNMENT) * _ALIGNMENT for array in arrays)])
-    staging = torch.zeros(int(starts[-1]), dtype=torch.int32, pin_memory=device.type == "cuda")
-    values = staging.numpy()
-    for array, start in zip(arrays, starts):
-        values[start : start + array.size] = array.reshape(-1)
-    moved = staging.to(device, non_blocking=True)
-    return [moved[start : start + array.size].view(array.shape) for array, start in zip(arrays, starts)]

@@ -18,17 +18,10 @@ from serving.step_shapes import StepShape, is_decode
 _ALIGNMENT = 16  # int32 values: arrays start at multiples of 64 bytes, so that kernels see one alignment
 
 
-def known_tokens(token_ids: Tensor, sources: Tensor, last: Tensor, out: Tensor | None = None) -> Tensor:
-    """A step's tokens, int32: `sources` says where each is in `last`, what the step before sampled, and `token_ids` behind it.
-
-    A sequence without numbers has -1 there, and ends as soon as that is known; until then any other token will do.
-    """
-    return torch.index_select(torch.cat((last, token_ids)), 0, sources, out=out).clamp_(min=0)
-
-
 @dataclass(frozen=True)
 class _Arrays:
-    """Of a shape, in the host's memory. given, sources: of `known_tokens`. samples: rows that are sampled."""
+    """Of a shape, in the host's memory. sources: where each row's token is: in what the step before sampled, and `given` behind
+    that. samples: rows that are sampled."""
 
     given: npt.NDArray[np.int32]
     sources: npt.NDArray[np.int32]
@@ -48,11 +41,10 @@ class StepInputs:
 
     def __init__(self, shapes: Sequence[StepShape], page_size: int, max_pages: int, last: Tensor) -> None:
         self._page_size, self._max_pages, self._last = page_size, max_pages, last
-        self._on_gpu = last.device.type == "cuda"
         self._front = max(_starts(shape)[-1] for shape in shapes)
         sequences = max(shape.decodes + shape.others for shape in shapes)
         self._host = torch.zeros(self._front + sequences * max_pages, dtype=torch.int32)
-        self._there = self._host.to(last.device) if self._on_gpu else self._host
+        self._there = self._host.to(last.device)  # on a CPU the same
         self._tables = self._host[self._front :].view(sequences, max_pages).numpy()
         self._token_ids = torch.zeros(max(shape.rows for shape in shapes), dtype=torch.int32, device=last.device)
         self._arrays: dict[StepShape, _Arrays] = {}
@@ -64,13 +56,17 @@ class StepInputs:
         tables = self._there[self._front : self._front + sequences * self._max_pages].view(sequences, -1)
         return StepTensors(
             self._token_ids[: shape.rows], positions, slots, tables, q_start, kv_lens,
-            last=samples if shape.prompts else None, decodes=shape.decodes,
+            last=samples if shape.others else None, decodes=shape.decodes,
         )  # fmt: skip
 
     def gather(self, shape: StepShape) -> None:
-        """Put the tokens that only the device knows in their places; in a GPU's graph, so that no step waits for them."""
+        """Put the tokens in their places, behind `write`; in a GPU's graph, as some are known only there.
+
+        A sequence without numbers has -1 in `last`, and ends as soon as that is known; until then any other token will do.
+        """
         given, sources, *_ = self._parts(self._there, shape)
-        known_tokens(given, sources, self._last, out=self._token_ids[: shape.rows])
+        tokens = self._token_ids[: shape.rows]
+        torch.index_select(torch.cat((self._last, given)), 0, sources, out=tokens).clamp_(min=0)
 
     def write(self, batch: Batch, shape: StepShape, rows: Mapping[str, int]) -> None:
         """A batch that fits the shape. rows: of the tokens that the last step sampled, by request.
@@ -78,23 +74,18 @@ class StepInputs:
         What earlier sequences left in a row of the block tables, behind its sequence's pages, is never read.
         """
         items, singles = batch.items, len(batch.items)
-        if shape.prompts:
+        if shape.others:
             items = sorted(items, key=is_decode, reverse=True)  # which keeps the order of equals
             singles = sum(map(is_decode, items))
         self._write_tables(items, [*range(singles), *range(shape.decodes, shape.decodes + len(items) - singles)])
         ends = self._write_rows(items, singles, shape, rows)
-        if shape.prompts:
+        if shape.others:
             self._write_samples(batch, shape, {item.request_id: end for item, end in zip(items, ends.tolist())})
-        if self._on_gpu:
-            begin, end = (
-                self._front - _starts(shape)[-1],
-                self._front + (shape.decodes + shape.others) * self._max_pages,
-            )
-            staging = torch.empty(end - begin, dtype=torch.int32, pin_memory=True)
-            staging.copy_(self._host[begin:end])
-            self._there[begin:end].copy_(staging, non_blocking=True)
-        else:
-            self.gather(shape)
+        if self._there is not self._host:
+            sequences = shape.decodes + shape.others
+            used = slice(self._front - _starts(shape)[-1], self._front + sequences * self._max_pages)
+            staging = torch.empty_like(self._host[used], pin_memory=self._there.device.type == "cuda")
+            self._there[used].copy_(staging.copy_(self._host[used]), non_blocking=True)
 
     def _write_samples(self, batch: Batch, shape: StepShape, ends: Mapping[str, int]) -> None:
         """ends: by request the row behind its last one."""
@@ -163,8 +154,27 @@ class StepInputs:
         return [memory[self._front - end + start :][:size] for start, size in zip(starts, _sizes(shape), strict=True)]
 
 
+def step_tensors(
+    batch: Batch,
+    page_size: int,
+    device: torch.device,
+    last: Tensor | None = None,
+    rows: Mapping[str, int] | None = None,
+) -> StepTensors:
+    """A batch as it is, in memory of its own. last, rows: the tokens that the step before sampled, and their rows."""
+    items, singles = batch.items, sum(map(is_decode, batch.items))
+    samples = sum(1 + item.num_drafts for item in batch.sampled)
+    shape = StepShape(singles, sum(len(item.token_ids) for item in items), len(items) - singles, samples)
+    width = -(-max(len(item.pages) for item in items) // _ALIGNMENT) * _ALIGNMENT
+    before = torch.empty(0, dtype=torch.int32, device=device) if last is None else last
+    inputs = StepInputs([shape], page_size, width, before)
+    inputs.write(batch, shape, rows or {})
+    inputs.gather(shape)
+    return inputs.step(shape)
+
+
 def _sizes(shape: StepShape) -> tuple[int, ...]:
-    samples = shape.samples if shape.prompts else 0
+    samples = shape.samples if shape.others else 0
     return (*[shape.rows] * 4, shape.decodes + shape.others, shape.others + 1, samples)
 
 

@@ -27,18 +27,13 @@ _EACH = 8  # multiples of it keep what lies behind aligned
 
 
 class StepShape(NamedTuple):
-    """decodes: sequences that decode. rows: tokens of all. prompts: other sequences, 0 in steps that only decode; one more of
-    them, without keys, owns the rows that are made up. samples: rows that are sampled."""
+    """decodes: sequences that decode, a row each. rows: of all. others: sequences behind those, one of which owns the rows that
+    are made up, if there are any. samples: rows that are sampled."""
 
     decodes: int
     rows: int
-    prompts: int
+    others: int
     samples: int
-
-    @property
-    def others(self) -> int:
-        """Sequences behind those that decode."""
-        return self.prompts + 1 if self.prompts else 0
 
 
 @dataclass(frozen=True)
@@ -90,12 +85,12 @@ class StepShapes:
     def common(self) -> list[StepShape]:
         """Those that are captured before the first client comes."""
         often = self._limits.max_batch if self._limits.num_drafts else _PROMPTS
-        return [shape for shape in self.all() if shape.prompts <= often]
+        return [shape for shape in self.all() if shape.others <= often + 1]
 
     def _mixed(self, size: int, rows: int, prompts: int) -> StepShape:
         each = 1 + self._limits.num_drafts
         samples = min(size + min(rows - size, prompts * each), self._limits.max_batch * each)
-        return StepShape(size, rows, prompts, samples)
+        return StepShape(size, rows, prompts + 1, samples)
 
     def _mixed_decodes(self) -> tuple[int, ...]:
         """Beside prompts: 0, 8, 32, 128, ... They cost the time of a few rows of products."""

@@ -19,9 +19,9 @@ from serving.loader import open_checkpoint
 from serving.memory import expected_size, size_of
 from serving.model import Model, build_model, load_model
 from serving.packing import pack_weights
-from serving.runner import step_tensors
 from serving.sampling import Sampler
 from serving.step_graphs import StepGraphs
+from serving.step_inputs import step_tensors
 from serving.step_shapes import GraphLimits, StepShape
 from tilus.dtypes import int4
 from tilus.errors import TilusError

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from plain_step import plain_step
 from serving_fakes import ManualClock
 from test_serving_model import mixed_checkpoint
 from tiny_llama import CPU, TINY
@@ -26,11 +27,11 @@ from serving.kernels import Kernels, default_kernels
 from serving.kv_pool import KvPool, PageShape
 from serving.loader import Checkpoint
 from serving.model import Model, load_model
-from serving.runner import TorchRunner, step_tensors
+from serving.runner import TorchRunner
 from serving.sampling import Sampler
 from serving.speculation import PromptLookup
 from serving.step_graphs import StepGraphs
-from serving.step_inputs import StepInputs
+from serving.step_inputs import StepInputs, step_tensors
 from serving.step_shapes import LARGEST_BATCH, GraphLimits, StepShape, StepShapes, is_decode
 from tilus.dtypes import int8
 from tilus.errors import TilusError
@@ -115,7 +116,7 @@ def test_logits_and_cache_are_the_same_bits(
     for step in range(12):
         batch = random_batch(rng, (lengths + step).tolist(), num_pages)
         found = replayed(graphs, batch)
-        expected = chosen.forward(step_tensors(batch, PAGE, CPU), plain.layers)
+        expected = chosen.forward(plain_step(batch, PAGE, CPU), plain.layers)
         assert torch.equal(found, expected)
         assert torch.equal(pool.memory, plain.memory)
     assert len(graphs._graphs) == 1
@@ -203,7 +204,7 @@ def test_a_capture_that_failed_is_tried_again(model: Model, monkeypatch: pytest.
         broken.setattr(tilus.kernels, "silu_mul", fails)
         with pytest.raises(TilusError, match="the compiler is gone"):
             replayed(graphs, batch)
-    expected = model.forward(step_tensors(batch, PAGE, CPU), copy_of(pool).layers)
+    expected = model.forward(plain_step(batch, PAGE, CPU), copy_of(pool).layers)
     for _ in range(2):
         assert torch.equal(replayed(graphs, batch), expected)
 
@@ -274,9 +275,10 @@ def test_rows_that_are_made_up_change_nothing(tiny_checkpoint: Checkpoint, kv_dt
         assert shape is not None
         seen.add(shape)
         inputs.write(batch, shape, {})
+        inputs.gather(shape)
         check_made_up(inputs, shape, batch)
         found = model.forward(inputs.step(shape), pool.layers)
-        expected = model.forward(step_tensors(batch, PAGE, CPU), plain.layers)
+        expected = model.forward(plain_step(batch, PAGE, CPU), plain.layers)
         assert torch.equal(pool.memory, plain.memory)
         assert torch.equal(found[: len(expected)], expected) and found.isfinite().all()
     assert len(seen) > 5
@@ -389,7 +391,7 @@ def test_cuda_graphs_compute_the_bits_of_the_model(tiny_checkpoint: Checkpoint, 
     lengths = rng.integers(0, PAGE * MAX_PAGES - 3, 11)
     decoding = [random_batch(rng, lengths[:size].tolist(), 11 * MAX_PAGES) for size in (11, 3, 1, 8, 2, 5, 11)]
     for batch in (*decoding, *(mixed_batch(rng, limits, 11 * MAX_PAGES) for _ in range(30))):
-        expected = model.forward(step_tensors(batch, PAGE, gpu), pools[1].layers)
+        expected = model.forward(plain_step(batch, PAGE, gpu), pools[1].layers)
         found = replayed(graphs, batch)[: len(expected)]
         assert torch.equal(found, expected)
         assert torch.equal(pools[0].memory, pools[1].memory)
@@ -419,7 +421,7 @@ def test_cuda_graphs_of_the_fastest_kernels(tmp_path: Path, kv_dtype: str) -> No
         assert torch.equal(pools[0].memory, pools[1].memory)
         assert found.isfinite().all()
         if kv_dtype == "fp16":  # what is quantised may be rounded to another code
-            plain = model.forward(step_tensors(batch, PAGE, gpu), pools[2].layers)
+            plain = model.forward(plain_step(batch, PAGE, gpu), pools[2].layers)
             difference, scale = (found[: len(plain)] - plain).norm(), plain.norm()
             assert difference <= (10 * model.config.num_layers + 2) * 2**-11 * scale
             pools[2].memory.copy_(pools[0].memory)

@@ -46,19 +46,19 @@ def test_every_step_fits_one_of_all_shapes(step: tuple[GraphLimits, list[BatchIt
     single = [item for item in items if len(item.token_ids) == 1 and item.params is not None]
     others = [item for item in items if item not in single]
     assert shape.decodes >= len(single) and shape.rows - shape.decodes >= sum(len(item.token_ids) for item in others)
-    assert shape.prompts >= len(others) and (shape.prompts == 0) == (not others)
+    assert (shape.others > len(others)) if others else shape.others == 0  # one more owns what is made up
     assert shape.samples >= sum(1 + item.num_drafts for item in items if item.params is not None)
     assert shape.samples <= shape.rows and shape.samples <= limit.max_batch * (1 + limit.num_drafts)
 
 
 @given(steps())
 def test_what_is_made_up_is_bounded(step: tuple[GraphLimits, list[BatchItem]]) -> None:
-    """Fewer than eight sequences, where all decode, else of those that do seven or three times as many as there are; of a step's rows no
-    more than that and as many as it has, or 256, which is the largest tile of a product."""
+    """Where all decode fewer than eight sequences, else of those that do seven, or three times as many as there are; of rows no
+    more than that, and as many as the step has, or 256, which is the largest tile of a product."""
     limit, items = step
     shape, tokens = StepShapes(limit, GPU).of(items), sum(len(item.token_ids) for item in items)
     assert shape is not None
-    if not shape.prompts:
+    if not shape.others:
         assert shape.rows < tokens + 8
         return
     decodes = sum(len(item.token_ids) == 1 and item.params is not None for item in items)
@@ -78,7 +78,7 @@ def test_they_are_few(limit: GraphLimits, common: int, rare: int) -> None:
 
 @given(limits())
 def test_what_lies_behind_sequences_that_decode_is_aligned(limit: GraphLimits) -> None:
-    assert all(shape.decodes % 8 == 0 for shape in StepShapes(limit, GPU).all() if shape.prompts)
+    assert all(shape.decodes % 8 == 0 for shape in StepShapes(limit, GPU).all() if shape.others)
 
 
 @given(limits())
