@@ -19,9 +19,7 @@ from serving.core import BatchItem
 LARGEST_BATCH = 8
 _FEW_ROWS = (16, 32, 64, 128, 192, 256, 384, 512)
 _MANY_ROWS = 256  # beyond those, multiples of this
-_LONE_ROWS = (
-    128  # up to so many, a step with a single prompt is worth a shape of its own: its keys are shared out better
-)
+_FEW_TOKENS = 128  # of prompts, up to which blocks share keys out, the better the fewer sequences are made up
 _PROMPTS = 16  # of a step, more of which are rare
 _EACH = 8  # multiples of it keep what lies behind aligned
 
@@ -84,8 +82,7 @@ class StepShapes:
 
     def common(self) -> list[StepShape]:
         """Those that are captured before the first client comes."""
-        often = self._limits.max_batch if self._limits.num_drafts else _PROMPTS
-        return [shape for shape in self.all() if shape.others <= often + 1]
+        return [shape for shape in self.all() if shape.others <= _PROMPTS + 1]
 
     def _mixed(self, size: int, rows: int, prompts: int) -> StepShape:
         each = 1 + self._limits.num_drafts
@@ -109,9 +106,10 @@ class StepShapes:
         return tuple(sorted({*least, -(-(most + over) // _EACH) * _EACH}))
 
     def _prompts(self, rows: int) -> tuple[int, ...]:
-        """Of so many rows. With many of these, one prompt is no worse off among several that are made up."""
-        sizes = (*((1,) if rows <= _LONE_ROWS else ()), _PROMPTS, self._limits.max_batch)
-        return tuple(sorted({min(size, rows, self._limits.max_batch) for size in sizes}))
+        """Of so many rows: 1, 4, 16, 64, ..., or with many rows from 16 on; all powers of two where sequences have drafts."""
+        most, base = min(rows, self._limits.max_batch), 2 if self._limits.num_drafts else 4
+        least = 1 if rows <= _FEW_TOKENS else _PROMPTS
+        return tuple(sorted({most, *(size for size in (base**power for power in range(16)) if least <= size < most)}))
 
 
 def decode_sizes(max_batch: int, device: torch.device) -> tuple[int, ...]:
