@@ -87,7 +87,7 @@ class StepGraphs:
         self._parts = without_repetitions(model, pool.layers)
         self._sampler = sampler
         self.shapes = StepShapes(limits, device)
-        shapes = list(self.shapes.all())
+        shapes = self.shapes.all
         self.inputs = StepInputs(shapes, pool.shape.page_size, limits.max_pages, sampler.tokens)
         self._logits = torch.empty(
             (max(shape.samples for shape in shapes), model.config.vocab_size), dtype=torch.float32, device=device
@@ -97,7 +97,7 @@ class StepGraphs:
 
     def steps(self) -> Iterator[tuple[StepTensors, Tensor]]:
         """Inputs of all shapes, and where their logits go."""
-        for shape in self.shapes.all():
+        for shape in self.shapes.all:
             yield self.inputs.step(shape), self._logits[: shape.samples]
 
     def capture_common(self, progress: Callable[[int, int], None]) -> None:

@@ -54,56 +54,41 @@ class StepShapes:
 
     def __init__(self, limits: GraphLimits, device: torch.device) -> None:
         self._limits = limits
-        self._has_prompts = device.type == "cuda"
-        self._decodes = decode_sizes(limits.max_batch, device)
+        sizes = decode_sizes(limits.max_batch, device)
+        self.all = (
+            *(StepShape(size, size, 0, size) for size in sizes),
+            *(self._mixed() if device.type == "cuda" else ()),
+        )
 
     def of(self, items: Sequence[BatchItem]) -> StepShape | None:
         """The least one that a batch fits into; None where there is none."""
-        singles = sum(map(is_decode, items))
-        prompts = len(items) - singles
-        if not prompts:
-            size = _least(self._decodes, singles)
-            return None if size is None else StepShape(size, size, 0, size)
-        tokens = sum(len(item.token_ids) for item in items) - singles
-        size = _least(self._mixed_decodes(), singles)
-        rows = None if size is None else _least(self._rows(size), size + tokens)
-        if size is None or rows is None:
-            return None
-        found = _least(self._prompts(rows - size), prompts)
-        return None if found is None else self._mixed(size, rows, found)
-
-    def all(self) -> Iterator[StepShape]:
-        for size in self._decodes:
-            yield StepShape(size, size, 0, size)
-        for size in self._mixed_decodes():
-            for rows in self._rows(size):
-                for prompts in self._prompts(rows - size):
-                    yield self._mixed(size, rows, prompts)
+        decodes = sum(map(is_decode, items))
+        tokens = sum(len(item.token_ids) for item in items) - decodes
+        others = len(items) - decodes + 1 if len(items) > decodes else 0
+        fitting = (s for s in self.all if s.decodes >= decodes and s.rows - s.decodes >= tokens and s.others >= others)
+        return next(fitting, None)
 
     def common(self) -> list[StepShape]:
         """Those that are captured before the first client comes."""
-        return [shape for shape in self.all() if shape.others <= _PROMPTS + 1]
+        return [shape for shape in self.all if shape.others <= _PROMPTS + 1]
 
-    def _mixed(self, size: int, rows: int, prompts: int) -> StepShape:
-        each = 1 + self._limits.num_drafts
-        samples = min(size + min(rows - size, prompts * each), self._limits.max_batch * each)
-        return StepShape(size, rows, prompts + 1, samples)
+    def _mixed(self) -> Iterator[StepShape]:
+        """Of steps with prompts, or drafts."""
+        most, each = self._limits.max_batch, 1 + self._limits.num_drafts
+        powers = (size for size in (_EACH * 4**power for power in range(8)) if size < most)
+        sizes = (0, *powers, *([-(-most // _EACH) * _EACH] if most > 1 else []))
+        for less, size in zip((-1, *sizes), sizes):
+            for rows in self._rows(size, size - less - 1):
+                for prompts in self._prompts(rows - size):
+                    samples = min(size + min(rows - size, prompts * each), most * each)
+                    yield StepShape(size, rows, prompts + 1, samples)
 
-    def _mixed_decodes(self) -> tuple[int, ...]:
-        """Beside prompts: 0, 8, 32, 128, ... They cost the time of a few rows of products."""
-        if not self._has_prompts:
-            return ()
-        most = self._limits.max_batch
-        powers = (_EACH * 4**power for power in range(8))
-        return (0, *(size for size in powers if size < most), *([-(-most // _EACH) * _EACH] if most > 1 else []))
-
-    def _rows(self, size: int) -> tuple[int, ...]:
-        """Of steps with `size` sequences that decode: whole steps as they are, and as many more as are made up at most."""
-        most, sizes = self._limits.max_step_tokens, self._mixed_decodes()
-        over = size - sizes[sizes.index(size) - 1] - 1 if size else 0
-        standard = (*_FEW_ROWS, *range(_FEW_ROWS[-1] + _MANY_ROWS, most, _MANY_ROWS))
-        least = [rows for rows in (*standard, most) if size < rows <= most]
-        return tuple(sorted({*least, -(-(most + over) // _EACH) * _EACH}))
+    def _rows(self, size: int, made_up: int) -> tuple[int, ...]:
+        """Of steps with `size` sequences that decode, of which so many are made up at most: whole steps have those besides."""
+        most = self._limits.max_step_tokens
+        standard = (*_FEW_ROWS, *range(_FEW_ROWS[-1] + _MANY_ROWS, most, _MANY_ROWS), most)
+        largest = -(-(most + made_up) // _EACH) * _EACH if made_up else most
+        return tuple(sorted({largest, *(rows for rows in standard if size < rows <= most)}))
 
     def _prompts(self, rows: int) -> tuple[int, ...]:
         """Of so many rows: 1, 4, 16, 64, ..., or with many rows from 16 on; all powers of two where sequences have drafts."""
@@ -117,7 +102,3 @@ def decode_sizes(max_batch: int, device: torch.device) -> tuple[int, ...]:
     if device.type == "cpu":
         return tuple(range(1, min(LARGEST_BATCH, max_batch) + 1))
     return tuple(sorted({min(size, max_batch) for size in (1, 2, 4, *range(8, max_batch + 8, 8))}))
-
-
-def _least(sizes: Sequence[int], count: int) -> int | None:
-    return next((size for size in sizes if size >= count), None)

@@ -185,7 +185,7 @@ def test_requests_that_come_and_go(model: Model, tiny_checkpoint: Checkpoint, nu
 def test_on_a_cpu_small_batches_that_decode_have_graphs(model: Model) -> None:
     shapes = StepShapes(GraphLimits(32, MAX_PAGES, 64), CPU)
     decode = BatchItem("a", (1,), 4, (0,), GREEDY, 0)
-    assert [shapes.of((decode,) * size) for size in range(1, LARGEST_BATCH + 1)] == list(shapes.all())
+    assert tuple(shapes.of((decode,) * size) for size in range(1, LARGEST_BATCH + 1)) == shapes.all
     assert shapes.of((decode,) * (LARGEST_BATCH + 1)) is None
     assert shapes.of((decode, BatchItem("b", (1, 2), 0, (1,), GREEDY, 0))) is None
     assert shapes.of((decode, BatchItem("b", (1,), 0, (1,), None, 0))) is None
@@ -267,7 +267,7 @@ def test_rows_that_are_made_up_change_nothing(tiny_checkpoint: Checkpoint, kv_dt
     limits = GraphLimits(12, MAX_PAGES, 40, 3)
     num_pages = limits.max_batch * MAX_PAGES
     shapes, pool = StepShapes(limits, torch.device("cuda")), random_pool(rng, model, num_pages, kv_dtype)
-    plain, inputs = copy_of(pool), StepInputs(list(shapes.all()), PAGE, MAX_PAGES, torch.zeros(48, dtype=torch.int32))
+    plain, inputs = copy_of(pool), StepInputs(shapes.all, PAGE, MAX_PAGES, torch.zeros(48, dtype=torch.int32))
     seen: set[StepShape] = set()
     for _ in range(40):
         batch = mixed_batch(rng, limits, num_pages)

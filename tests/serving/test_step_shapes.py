@@ -42,7 +42,7 @@ def test_every_step_fits_one_of_all_shapes(step: tuple[GraphLimits, list[BatchIt
     limit, items = step
     shapes = StepShapes(limit, GPU)
     shape = shapes.of(items)
-    assert shape is not None and shape in set(shapes.all())
+    assert shape is not None and shape in set(shapes.all)
     single = [item for item in items if len(item.token_ids) == 1 and item.params is not None]
     others = [item for item in items if item not in single]
     assert shape.decodes >= len(single) and shape.rows - shape.decodes >= sum(len(item.token_ids) for item in others)
@@ -77,12 +77,12 @@ def test_what_is_made_up_is_bounded(step: tuple[GraphLimits, list[BatchItem]]) -
 )
 def test_they_are_few(limit: GraphLimits, common: int, rare: int) -> None:
     shapes = StepShapes(limit, GPU)
-    assert len(shapes.common()) == common and len(set(shapes.all())) == len(list(shapes.all())) == common + rare
+    assert len(shapes.common()) == common and len(set(shapes.all)) == len(shapes.all) == common + rare
 
 
 @given(limits())
 def test_what_lies_behind_sequences_that_decode_is_aligned(limit: GraphLimits) -> None:
-    assert all(shape.decodes % 8 == 0 for shape in StepShapes(limit, GPU).all() if shape.others)
+    assert all(shape.decodes % 8 == 0 for shape in StepShapes(limit, GPU).all if shape.others)
 
 
 @given(limits())
