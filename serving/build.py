@@ -38,7 +38,7 @@ from serving.step_shapes import GraphLimits
 from serving.tensor_parallel import Group, ParallelRunner, Ranks
 from serving.trace import Trace
 from serving.weight_cache import WeightCache, moved, packed_form
-from tilus.config import autotune, cache_dir
+from tilus.config import autotune, cache_dir, debug
 from tilus.errors import TilusError
 
 
@@ -158,9 +158,7 @@ def build_runner(
     )
     model = build_model(checkpoint.config, kernels, packed, None if group is None else group.sum)
     pages = min(limits.num_pages, -(-max_model_len // PAGE_SIZE))
-    # A capture on a CPU sees no launches but those of tilus.
-    captures = execution.is_compiled and kernels is default_kernels(config.batch_invariant)
-    captures &= group is None or device.type == "cuda"
+    captures = kernels is default_kernels(config.batch_invariant) and can_capture(execution, group is not None)
     graphs = GraphLimits(config.max_batch, pages, config.max_step_tokens, config.drafts)
     runner = TorchRunner(
         model, limits.num_pages, limits.page_size, device, kv_dtype=config.kv_dtype,
@@ -170,6 +168,12 @@ def build_runner(
     if captures:
         _prepare_steps(runner, limits, device, group)
     return runner, limits
+
+
+def can_capture(execution: Execution, is_parallel: bool) -> bool:
+    """Whether steps of tilus' kernels can be captured: on a CPU without sums of several processes, on a GPU without indices that
+    are checked on the host (TILUS_DEBUG=1)."""
+    return (execution.way == "cpu" and not is_parallel) or (execution.way == "cuda" and not debug())
 
 
 def _prepare_steps(runner: TorchRunner, limits: EngineConfig, device: torch.device, group: Group | None) -> None:
