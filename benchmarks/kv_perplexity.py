@@ -30,7 +30,8 @@ from serving.execution import choose_execution
 from serving.kernels import default_kernels
 from serving.loader import default_model, open_checkpoint
 from serving.model import Model, load_model
-from serving.runner import TorchRunner, step_tensors
+from serving.runner import TorchRunner
+from serving.step_inputs import step_tensors
 
 DATA = Path(__file__).parents[1] / "tests" / "data"
 TEXTS = "shakespeare.txt", "tempest.txt"

@@ -28,15 +28,17 @@ import torch
 
 from serving.config import KV_DTYPES
 from serving.core import Batch, BatchItem, SamplingParams
-from serving.decode_graph import DecodeGraphs, GraphLimits
 from serving.dummy import open_dummy
 from serving.kernels import default_kernels
 from serving.kv_pool import KvPool
 from serving.model import Model, build_model
 from serving.packing import PackedWeights, pack_weights
 from serving.quantize import weight_type
-from serving.runner import TorchRunner, step_tensors
+from serving.runner import TorchRunner
 from serving.sampling import Sampler
+from serving.step_graphs import StepGraphs
+from serving.step_inputs import step_tensors
+from serving.step_shapes import GraphLimits, StepShape
 from tilus.kernels import DenseWeight
 from tilus.kernels.quantize import QuantizedWeight
 
@@ -120,13 +122,13 @@ def measure(
     model: Model, weights_nbytes: int, kv_dtype: str, options: argparse.Namespace, report: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     largest, pages = max(options.batch), -(-max(options.context, options.prefill) // PAGE)
-    limits = GraphLimits(largest, pages)
+    limits = GraphLimits(largest, pages, largest)
     runner = TorchRunner(
         model, largest * pages, PAGE, torch.device("cuda"), kv_dtype=kv_dtype, max_rows=largest, graphs=limits
     )
     fill(runner.kv_pool)
     sampler = Sampler(model.config.vocab_size, largest, torch.device("cuda"))
-    graphs = DecodeGraphs(model, runner.kv_pool, limits, sampler)
+    graphs = StepGraphs(model, runner.kv_pool, limits, sampler)
     page_nbytes = runner.kv_pool.shape.nbytes
     for size in options.batch:
         batch = decode_batch(size, options.context)
@@ -134,7 +136,7 @@ def measure(
             runner.launch(batch)()
         step_us = median_us(lambda batch=batch: runner.launch(batch)(), STEPS)
         with torch.inference_mode():
-            replay = graphs.prepare(batch, {})
+            replay = graphs.prepare(batch, StepShape(size, size, 0, size), {})
 
             def several(replay: Callable[[], torch.Tensor] = replay) -> None:
                 for _ in range(5):

@@ -32,9 +32,9 @@ from serving_decode import PAGE, READ, add_model_options, fill, numbers, open_mo
 from serving.async_engine import AsyncEngine
 from serving.config import KV_DTYPES, EngineConfig
 from serving.core import Batch, MonotonicClock, Request, SampledToken, SamplingParams, StepOutput
-from serving.decode_graph import GraphLimits
 from serving.engine import Engine
 from serving.runner import TorchRunner
+from serving.step_shapes import GraphLimits
 from serving.trace import Trace
 
 WARM_UP = 8  # steps, in which graphs are captured
@@ -187,7 +187,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         trace = Spans(options.trace or Path("trace.json"))
         runner = TorchRunner(
             model, num_pages(size, options), PAGE, device, kv_dtype=options.kv_dtype, max_rows=size,
-            graphs=GraphLimits(size, pages), trace=trace,
+            graphs=GraphLimits(size, pages, size), trace=trace,
         )  # fmt: skip
         fill(runner.kv_pool)
         runs = {way: run(runner, model.config.vocab_size, size, way, trace, options) for way in WAYS}

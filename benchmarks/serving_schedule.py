@@ -36,7 +36,6 @@ from serving.config import EngineConfig
 from serving.core import Runner
 from serving.cost_model import CostModel, StepWork
 from serving.engine import Engine
-from serving.rehearsal import rehearsal
 from serving.simulate import Outcome, PlainVocabulary, PlannedEnds, RealClock, replay, roofline, simulate
 from serving.warm_up import measure_steps, warm_up
 
@@ -132,26 +131,27 @@ class Gpu:
     def __init__(self, options: argparse.Namespace) -> None:
         from serving_decode import open_model  # beside this file
 
-        from serving.decode_graph import GraphLimits
         from serving.runner import TorchRunner
+        from serving.step_shapes import GraphLimits
 
         model, _ = open_model(options)
         pages = -(-options.context // PAGE)
+        largest = max(options.max_step_tokens, options.prefill_tokens)
         self._runner = TorchRunner(
             model,
             options.num_pages,
             PAGE,
             model.norm.device,
             max_rows=options.max_batch,
-            graphs=GraphLimits(options.max_batch, pages),
+            graphs=GraphLimits(options.max_batch, pages, largest),
         )
         self._cost = CostModel(options.steps)
         engine = self._engine(self._runner, limits(options))
         say("loaded")
-        largest = limits(options, max_step_tokens=max(options.max_step_tokens, options.prefill_tokens))
-        tilus.compile_ahead(lambda: self._runner.rehearse(rehearsal(largest)))
+        tilus.compile_ahead(lambda: self._runner.rehearse(()))
         say("compiled")
-        warm_up(engine, True, lambda done, total: None, options.max_batch)
+        self._runner.capture(lambda done, total: None)
+        warm_up(engine, lambda done, total: None)
         say("captured")
         measure_steps(engine)
         say("steps measured")

@@ -80,7 +80,7 @@ def build(options: argparse.Namespace, config: Path, weights: str, kv: str) -> E
     execution = choose_execution(options.device)
     checkpoint = open_dummy(config, weight_type(weights))
     engine = build_engine(server, config, checkpoint, default_kernels(), execution)
-    warm_up(engine, execution.is_compiled, lambda done, total: None, options.max_batch)
+    warm_up(engine, lambda done, total: None)
     return engine
 
 

@@ -13,10 +13,9 @@ from pathlib import Path
 import torch
 
 import tilus
-from serving.config import EngineConfig, ServerConfig
+from serving.config import MAX_DRAFTS, EngineConfig, ServerConfig
 from serving.core import MonotonicClock, Runner
 from serving.cost_model import CostModel
-from serving.decode_graph import GraphLimits
 from serving.dummy import open_dummy
 from serving.engine import Engine
 from serving.execution import Execution, choose_execution
@@ -35,10 +34,11 @@ from serving.request_log import RequestLog
 from serving.runner import TorchRunner
 from serving.shards import shard
 from serving.speculation import Drafter, DraftModel, PromptLookup
+from serving.step_shapes import GraphLimits
 from serving.tensor_parallel import Group, ParallelRunner, Ranks
 from serving.trace import Trace
 from serving.weight_cache import WeightCache, moved, packed_form
-from tilus.config import cache_dir
+from tilus.config import autotune, cache_dir, debug
 from tilus.errors import TilusError
 
 
@@ -88,8 +88,12 @@ def _drafter(config: ServerConfig, checkpoint: Checkpoint, kernels: Kernels, exe
             hint="--draft-model must be of the same family",
         )
     length = min(config.max_model_len or checkpoint.config.max_positions, small.config.max_positions)
+    # Its first step after a check has what the check kept, too.
+    tokens = max(config.max_step_tokens, config.max_batch * (MAX_DRAFTS + 1))
     num_pages = -(-length // PAGE_SIZE) * max(1, config.max_batch // 2)
-    options = replace(config, max_model_len=length, num_pages=num_pages, drafts=0, swap_space=0.0)
+    options = replace(
+        config, max_model_len=length, num_pages=num_pages, drafts=0, swap_space=0.0, max_step_tokens=tokens
+    )
     runner, limits = build_runner(options, path, small, kernels, execution)
     return DraftModel(runner, PageTables(num_pages, PAGE_SIZE), limits.max_step_tokens)
 
@@ -130,7 +134,9 @@ def build_runner(
     cache = None if not is_kept else _cache(path, config.weight_dtype, checkpoint, kernels, device)
     packed = cache.load() if cache is not None else None
     size = expected_size(checkpoint, kernels, device) if packed is None else size_of(packed)
-    wishes = Wishes(config.max_batch, config.max_step_tokens, config.max_model_len, config.num_pages, config.kv_dtype)
+    wishes = Wishes(
+        config.max_batch, config.max_step_tokens, config.max_model_len, config.num_pages, config.kv_dtype, config.drafts
+    )
     memory = plan(checkpoint.config, size, wishes, free_nbytes(device), device)
     _say(memory.table())
     num_pages = memory.num_pages if group is None else group.least(memory.num_pages)
@@ -152,18 +158,33 @@ def build_runner(
     )
     model = build_model(checkpoint.config, kernels, packed, None if group is None else group.sum)
     pages = min(limits.num_pages, -(-max_model_len // PAGE_SIZE))
-    # A capture on a CPU sees no launches but those of tilus.
-    captures = execution.is_compiled and kernels is default_kernels(config.batch_invariant)
-    captures &= group is None or device.type == "cuda"
+    captures = kernels is default_kernels(config.batch_invariant) and can_capture(execution, group is not None)
+    graphs = GraphLimits(config.max_batch, pages, config.max_step_tokens, config.drafts)
     runner = TorchRunner(
         model, limits.num_pages, limits.page_size, device, kv_dtype=config.kv_dtype,
-        max_rows=config.max_batch * (1 + config.drafts), graphs=GraphLimits(config.max_batch, pages) if captures else None,
+        max_rows=config.max_batch * (1 + config.drafts), graphs=graphs if captures else None,
         num_host_pages=limits.num_host_pages, trace=trace,
     )  # fmt: skip
-    if captures and group is None:  # the other processes of --tp find what the first has compiled
-        with progress("compiling kernels", "kernel") as show:
-            tilus.compile_ahead(lambda: runner.rehearse(rehearsal(limits)), done=show)
+    if captures:
+        _prepare_steps(runner, limits, device, group)
     return runner, limits
+
+
+def can_capture(execution: Execution, is_parallel: bool) -> bool:
+    """Whether steps of tilus' kernels can be captured: on a CPU without sums of several processes, on a GPU without indices that
+    are checked on the host (TILUS_DEBUG=1)."""
+    return (execution.way == "cpu" and not is_parallel) or (execution.way == "cuda" and not debug())
+
+
+def _prepare_steps(runner: TorchRunner, limits: EngineConfig, device: torch.device, group: Group | None) -> None:
+    """Compile kernels and, on a GPU, capture steps, in all processes of --tp alike: their sums meet."""
+    on_gpu = device.type == "cuda"
+    if group is None:  # else a dry run would wait for sums
+        with progress("compiling kernels", "kernel") as show:
+            tilus.compile_ahead(lambda: runner.rehearse(() if on_gpu else rehearsal(limits)), done=show)
+    if on_gpu:
+        with progress(f"{'tuning and ' * autotune()}capturing steps", "step") as show:
+            runner.capture(show)
 
 
 def _num_host_pages(swap_space: float, page_nbytes: int) -> int:

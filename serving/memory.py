@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from serving.config import ModelConfig
-from serving.decode_graph import LARGEST_BATCH
 from serving.host_memory import available_nbytes
 from serving.kernels import Kernels, PackedWeight
 from serving.kv_pool import PageShape
 from serving.loader import Checkpoint, Weights
 from serving.packing import HEAD, TABLE, TABLE_SCALES, PackedWeights, keeps_codes, layer_linears, layer_vectors
 from serving.quantize import with_short_scales
+from serving.step_shapes import LARGEST_BATCH
 from tilus.errors import TilusError
 from tilus.kernels.quantize import DenseMatrix, Matrix, QuantizedWeight
 
@@ -91,17 +91,18 @@ def expected_size(checkpoint: Checkpoint, kernels: Kernels, device: torch.device
     return ModelSize(linears + head + 4 * (vectors + ropes), sizing.embedding_nbytes(config))
 
 
-def activation_nbytes(config: ModelConfig, max_step_tokens: int, max_batch: int, device: torch.device) -> int:
-    """About what a step needs besides: float16 values of one layer's tensors, the float32 residual, logits and sampling; on a
-    CPU also what captured decode steps keep, which is all layers' tensors and the logits, on a GPU the logits of the largest."""
+def activation_nbytes(config: ModelConfig, max_step_tokens: int, max_rows: int, device: torch.device) -> int:
+    """About what a step needs besides: float16 values of one layer's tensors, the float32 residual, logits and sampling; and what
+    captured steps keep, which is the logits of the largest, and on a CPU also all layers' tensors of each. max_rows: that are
+    sampled."""
     heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     experts = config.experts
     active, ffn = (0, config.ffn_size) if experts is None else (experts.active, experts.active * experts.ffn_size)
     of_token = 2 * ((3 + 2 * active) * config.hidden_size + 2 * heads + 3 * ffn) + 4 * config.hidden_size
-    rows_kept = sum(range(1, min(LARGEST_BATCH, max_batch) + 1)) if device.type == "cpu" else 0
-    kept = rows_kept * (config.num_layers * of_token + config.vocab_size * 4)
-    kept += max_batch * config.vocab_size * 4 if device.type == "cuda" else 0
-    return max_step_tokens * of_token + max_batch * config.vocab_size * _SAMPLING_NBYTES + kept
+    largest = min(LARGEST_BATCH, max_rows) if device.type == "cpu" else max_rows
+    kept = largest * config.vocab_size * 4
+    kept += sum(range(1, largest + 1)) * config.num_layers * of_token if device.type == "cpu" else 0
+    return max_step_tokens * of_token + max_rows * config.vocab_size * _SAMPLING_NBYTES + kept
 
 
 def free_nbytes(device: torch.device) -> int:
@@ -111,13 +112,14 @@ def free_nbytes(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Wishes:
-    """What the user asked for: None where the memory decides."""
+    """What the user asked for: None where the memory decides. num_drafts: of a sequence in a step."""
 
     max_batch: int
     max_step_tokens: int
     max_model_len: int | None
     num_pages: int | None
     kv_dtype: str = "fp16"
+    num_drafts: int = 0
 
 
 def plan(config: ModelConfig, size: ModelSize, wishes: Wishes, available: int, device: torch.device) -> MemoryPlan:
@@ -127,7 +129,8 @@ def plan(config: ModelConfig, size: ModelSize, wishes: Wishes, available: int, d
     Raises: TilusError with the numbers when that does not fit.
     """
     page_nbytes = PageShape(config, PAGE_SIZE, wishes.kv_dtype).nbytes
-    activations = activation_nbytes(config, wishes.max_step_tokens, wishes.max_batch, device)
+    max_rows = wishes.max_batch * (1 + wishes.num_drafts)
+    activations = activation_nbytes(config, wishes.max_step_tokens, max_rows, device)
     left = available - size.weights - size.embedding - activations
     full = -(-(wishes.max_model_len or config.max_positions) // PAGE_SIZE)
     least = full if wishes.max_model_len else min(full, _LEAST_CONTEXT // PAGE_SIZE)

@@ -144,8 +144,8 @@ class Model:
     combine: Combine | None = None
 
     def forward(self, step: StepTensors, layers: Sequence[KvCache], out: Tensor | None = None) -> Tensor:
-        """Logits float32 [L, vocabulary] of the rows `step.last`. Where these are all rows, only kernels compute, so that the
-        step may be captured. layers: each one's cache. out: where the logits go.
+        """Logits float32 [L, vocabulary] of the rows `step.last`. Where these are all rows, only kernels of the library compute.
+        layers: each one's cache. out: where the logits go.
         """
         kernels, config, eps = self.kernels, self.config, self.config.rms_eps
         x = kernels.embedding(step.token_ids, self.embedding.table, self.embedding.scales)
@@ -160,7 +160,7 @@ class Model:
             x = layer.feed_forward(kernels, x, self.combine)
             x = kernels.add_rms_norm(x, residual, next_norm, eps, x_norm=layer.post_ffw_norm, constant=True)
         if step.last is not None:
-            x = x[step.last.long()]
+            x = x.index_select(0, step.last)
         if x.shape[0] == 0:  # only chunks inside prompts
             return torch.empty((0, config.vocab_size), dtype=torch.float32, device=x.device)
         logits = kernels.linear(x, self.head, out_dtype=torch.float32, out=out)

@@ -26,7 +26,7 @@ from serving.progress import progress
 from serving.shards import check_shares
 from serving.tensor_parallel import ranks
 from serving.warm_up import measure_steps, warm_up
-from tilus.config import api_key, autotune
+from tilus.config import api_key
 from tilus.errors import TilusError
 
 
@@ -59,9 +59,8 @@ def serve(config: ServerConfig, kernels: Callable[[], Kernels] | None = None) ->
         others = stack.enter_context(ranks(config, execution.device, rank_runner)) if config.tp > 1 else None
         engine = build_engine(config, path, checkpoint, library, execution, others)
         on_gpu = execution.way == "cuda"
-        phase = f"{'tuning and ' * autotune()}capturing steps" if on_gpu else "warming up"
-        with progress(phase, "step") as show:
-            warm_up(engine, on_gpu, show, config.max_batch)
+        with progress("warming up", "step") as show:
+            warm_up(engine, show)
         if on_gpu and not engine.cost.is_fitted and config.itl_slo is not None:
             measure_steps(engine)
         app = create_app(

@@ -1,4 +1,4 @@
-"""Running every shape that will occur before the first client comes, so that kernels are compiled and known to work."""
+"""Running an engine before the first client comes, so that its model and kernels are known to work."""
 
 from __future__ import annotations
 
@@ -11,31 +11,19 @@ _QUESTION = 40  # tokens of a short question in a chat's template
 _MEASURED_STEPS = 16  # answers' tokens
 
 
-def warm_up(engine: Engine, thoroughly: bool, progress: Callable[[int, int], None], widest: int = 8) -> None:
-    """Answer a few requests. thoroughly: batches of `widest`, ..., 2, 1 decoding sequences, then a chunk of a prompt that is as
-    large as they come; else one short answer to a question. progress is called with (steps done, steps in all).
+def warm_up(engine: Engine, progress: Callable[[int, int], None]) -> None:
+    """Give one short answer to a question. progress is called with (steps done, steps in all).
 
     Raises what the kernels raise.
     """
-    width = min(widest, engine.config.max_batch, engine.max_model_len - 1)
-    chunk = min(engine.config.max_step_tokens, engine.max_model_len - 1)
-    if thoroughly:
-        total = width + 1
-        # The first step has all of them; one finishes in each step.
-        rounds = [[_request(index, 1, index + 1) for index in range(width)], [_request(width, chunk, 1, token=1)]]
-    else:
-        total = 2
-        question = max(1, min(_QUESTION, chunk - 1))
-        rounds = [[_request(0, question, min(2, engine.max_model_len - question))]]
-    done = 0
+    prompt = max(1, min(_QUESTION, engine.config.max_step_tokens, engine.max_model_len - 1))
+    total, done = min(2, engine.max_model_len - prompt), 0
+    engine.add(_request(0, prompt, total))
     progress(done, total)
-    for requests in rounds:
-        for request in requests:
-            engine.add(request)
-        while engine.has_work:
-            engine.step()
-            done = min(done + 1, total)  # a small cache makes requests wait, which takes more steps
-            progress(done, total)
+    while engine.has_work:
+        engine.step()
+        done = min(done + 1, total)  # with overlap the last token takes another step
+        progress(done, total)
     engine.check()
     engine.cost.forget()
     engine.scheduler.forget_past()

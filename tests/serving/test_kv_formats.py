@@ -15,7 +15,6 @@ from tiny_llama import CPU, TINY
 
 from serving.config import KV_DTYPES, EngineConfig
 from serving.core import Batch, Request, SampledToken, SamplingParams, StepOutput
-from serving.decode_graph import GraphLimits
 from serving.engine import Engine
 from serving.kernels import default_kernels
 from serving.kv_pool import KvPool, PageShape
@@ -23,6 +22,7 @@ from serving.loader import Checkpoint
 from serving.memory import ModelSize, Wishes, plan
 from serving.model import Model, load_model
 from serving.runner import TorchRunner
+from serving.step_shapes import GraphLimits
 
 PAGE = 16
 LAYERS, KV_HEADS, HEAD_DIM = TINY["num_hidden_layers"], TINY["num_key_value_heads"], TINY["head_dim"]
@@ -64,7 +64,7 @@ def answers(
         "admission": "aggressive",
     }
     config = EngineConfig(**(given | limits))
-    captures = GraphLimits(config.max_batch, 6) if graphs else None
+    captures = GraphLimits(config.max_batch, 6, config.max_step_tokens) if graphs else None
     runner = Counting(
         model, config.num_pages, PAGE, CPU, kv_dtype=kv_dtype, graphs=captures, num_host_pages=config.num_host_pages
     )

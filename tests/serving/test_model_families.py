@@ -13,15 +13,16 @@ from tiny_llama import CPU
 
 import tilus.kernels
 from serving.core import Batch, BatchItem, SamplingParams
-from serving.decode_graph import DecodeGraphs, GraphLimits
 from serving.dummy import open_dummy
 from serving.kv_pool import KvPool, PageShape
 from serving.loader import open_checkpoint
 from serving.memory import expected_size, size_of
 from serving.model import Model, build_model, load_model
 from serving.packing import pack_weights
-from serving.runner import step_tensors
 from serving.sampling import Sampler
+from serving.step_graphs import StepGraphs
+from serving.step_inputs import step_tensors
+from serving.step_shapes import GraphLimits, StepShape
 from tilus.dtypes import int4
 from tilus.errors import TilusError
 from tilus.kernels.model_layers import model_layers
@@ -141,10 +142,10 @@ def test_captured_steps_give_the_same_bits(directories: dict[str, Path], family:
     """Only kernels compute, so that a step that decodes can be replayed, with other tokens and experts."""
     model = load_model(open_checkpoint(directories[family]), tilus.kernels, CPU)
     shape, found = PageShape(model.config, PAGE_SIZE), []
-    for graphs in (None, DecodeGraphs):
+    for graphs in (None, StepGraphs):
         pool = KvPool(shape, 4, CPU)
         sampler = Sampler(model.config.vocab_size, 2, CPU)
-        own = graphs and graphs(model, pool, GraphLimits(2, 3), sampler)
+        own = graphs and graphs(model, pool, GraphLimits(2, 3, 16), sampler)
         rows: list[torch.Tensor] = []
         for start in range(20):
             items = (
@@ -155,7 +156,7 @@ def test_captured_steps_give_the_same_bits(directories: dict[str, Path], family:
             logits = (
                 model.forward(step_tensors(batch, PAGE_SIZE, CPU), pool.layers)
                 if own is None
-                else own.prepare(batch, {})()
+                else own.prepare(batch, StepShape(2, 2, 0, 2), {})()
             )
             rows.append(logits.clone())
         found.append(torch.stack(rows))

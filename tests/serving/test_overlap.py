@@ -18,14 +18,13 @@ from tiny_llama import CPU
 
 from serving.config import EngineConfig
 from serving.core import UNKNOWN, Batch, FinishReason, Grammar, Request, SampledToken, SamplingParams, StepOutput
-from serving.decode_graph import GraphLimits
 from serving.engine import Engine
 from serving.errors import RequestError
 from serving.kernels import default_kernels
 from serving.loader import Checkpoint
 from serving.model import load_model
 from serving.runner import TorchRunner
-from serving.warm_up import warm_up
+from serving.step_shapes import GraphLimits
 from tilus.errors import TilusError
 
 PAGE = 3
@@ -203,16 +202,6 @@ def test_pages_of_one_that_ends_are_waited_for() -> None:
     assert goes_on.num_preemptions == 0
 
 
-def test_the_warm_up_runs_the_same_steps() -> None:
-    """Every number of sequences occurs, as the graphs of all of them are captured then."""
-    shapes: list[list[list[int]]] = []
-    for overlap in (False, True):
-        runner = FakeRunner(PAGE, lazy=overlap)
-        warm_up(make_engine(runner, overlap=overlap, num_pages=40), True, lambda done, total: None, 4)
-        shapes.append([[len(item.token_ids) for item in batch.items] for batch in runner.batches])
-    assert shapes[0] == shapes[1] and [1, 1, 1, 1] in shapes[0]
-
-
 def test_an_end_that_is_not_known_costs_one_row() -> None:
     prompt = next((p, 3) for p in range(1, 64) if EOS in reference_answer([p, 3], 8)[1:7])
     expected = reference_answer(prompt, 8)
@@ -290,7 +279,7 @@ def answers_of(checkpoint: Checkpoint, device: torch.device, *, overlap: bool) -
     """Greedy and random requests, some with logarithms of probabilities; prompts beside answers, and captured steps."""
     model = load_model(checkpoint, default_kernels(invariant=True), device)
     config = EngineConfig(20, 96, page_size=16, max_batch=3, max_step_tokens=24, overlap=overlap)
-    runner = TorchRunner(model, 20, 16, device, max_rows=3, graphs=GraphLimits(3, 6))
+    runner = TorchRunner(model, 20, 16, device, max_rows=3, graphs=GraphLimits(3, 6, 24))
     engine, rng = Engine(runner, checkpoint.tokenizer, config, ManualClock()), np.random.default_rng(1)
     for index in range(6):
         prompt = tuple(rng.integers(0, 256, rng.integers(1, 40)).tolist())

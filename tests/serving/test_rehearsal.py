@@ -14,17 +14,17 @@ import torch
 from tiny_llama import CPU
 
 import tilus
-from serving import decode_graph
+from serving import step_graphs
 from serving.architectures import by_huggingface
 from serving.config import EngineConfig, LayerAttention, ModelConfig
 from serving.core import Batch, BatchItem, SamplingParams
-from serving.decode_graph import GraphLimits
 from serving.kernels import default_kernels
 from serving.loader import Checkpoint
 from serving.model import Dense, Embedding, Layer, Linear, Model, load_model
 from serving.rehearsal import rehearsal, without_repetitions
 from serving.rope import Rope
 from serving.runner import TorchRunner
+from serving.step_shapes import GraphLimits, StepShapes
 from tilus.dtypes import int8, uint4
 from tilus.kernels.quantize import QuantizedWeight, WeightHeader
 from tilus.runtime import cuda
@@ -45,8 +45,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TILUS_DEVICE", "cuda")
     device = SimpleNamespace(index=0, name="H100", target=get_target("sm_90a"), num_sms=132)
     monkeypatch.setattr(cuda, "current_device", lambda: device)
-    sizes = decode_graph.graph_sizes
-    monkeypatch.setattr(decode_graph, "graph_sizes", lambda _, most: sizes(torch.device("cuda"), most))
+    monkeypatch.setattr(step_graphs, "StepShapes", lambda limits, _: StepShapes(limits, torch.device("cuda")))
 
 
 def shaped(config: ModelConfig, dtype: tilus.DataType, layers: int) -> Model:
@@ -105,14 +104,14 @@ def random_batches(rng: random.Random, count: int) -> Iterator[Batch]:
 def test_no_step_needs_another_kernel(
     config: ModelConfig, dtype: tilus.DataType, kv_dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runner = TorchRunner(shaped(config, dtype, 2), 64, 16, CPU, kv_dtype=kv_dtype, graphs=GraphLimits(32, 512))
+    runner = TorchRunner(shaped(config, dtype, 2), 64, 16, CPU, kv_dtype=kv_dtype, graphs=GraphLimits(32, 512, 512))
     needed: list[Any] = []
     monkeypatch.setattr(CompilePool, "compile_all", lambda _, jobs, **__: needed.extend(job.args[:3] for job in jobs))
-    tilus.compile_ahead(lambda: runner.rehearse(rehearsal(LIMITS)))
+    tilus.compile_ahead(lambda: runner.rehearse(()))
     rehearsed = frozenset(needed)
     assert 30 < len(rehearsed) < 80
     needed.clear()
-    tilus.compile_ahead(lambda: runner.rehearse(random_batches(random.Random(0), 60)))
+    tilus.compile_ahead(lambda: [runner.launch(batch) for batch in random_batches(random.Random(0), 60)])
     assert needed and rehearsed.issuperset(needed)
 
 
@@ -146,7 +145,7 @@ def test_a_server_on_the_cpu_compiles_nothing_later(
     monkeypatch.setenv("TILUS_CACHE_DIR", str(tmp_path))
     model = load_model(tiny_checkpoint, default_kernels(), CPU)
     config = replace(LIMITS, num_pages=200, max_model_len=model.config.max_positions)
-    runner = TorchRunner(model, config.num_pages, 16, CPU, graphs=GraphLimits(32, 16))
+    runner = TorchRunner(model, config.num_pages, 16, CPU, graphs=GraphLimits(32, 16, 512))
     assert tilus.compile_ahead(lambda: runner.rehearse(rehearsal(config))) > 10
     before = tilus.num_compilations()
     for batch in random_batches(random.Random(1), 40):

@@ -15,7 +15,7 @@ from torch_kernels import TorchKernels
 from serving.core import Batch, BatchItem, SamplingParams
 from serving.loader import Checkpoint, default_model, open_checkpoint
 from serving.model import Model, load_model
-from serving.runner import step_tensors
+from serving.step_inputs import step_tensors
 from tilus.errors import TilusError
 
 GGUF_NAMES = {

@@ -19,7 +19,7 @@ from serving.core import Batch, BatchItem, Request, SamplingParams
 from serving.errors import RequestError
 from serving.loader import Checkpoint, open_checkpoint
 from serving.model import Dense, Model, load_model
-from serving.runner import step_tensors
+from serving.step_inputs import step_tensors
 from tilus.dtypes import dtype
 from tilus.errors import TilusError
 
@@ -166,30 +166,30 @@ def test_a_prompt_longer_than_a_step_goes_in_chunks(tiny_checkpoint: Checkpoint,
 
 
 def test_step_tensors_place_every_token() -> None:
+    """What decodes comes first; rows that are sampled are in the order of the batch."""
     items = (
         BatchItem("a", (7, 8, 9), 3, (5, 2), GREEDY, 0),
         BatchItem("b", (1,), 0, (4,), None, 0),
-        BatchItem("c", (2, 3), 7, (1, 0, 6), GREEDY, 0),
+        BatchItem("c", (2, 3), 7, (1, 0, 6), GREEDY, 0, num_drafts=1),
+        BatchItem("d", (4,), 1, (3,), GREEDY, 0),
     )
     step = step_tensors(Batch(items), PAGE_SIZE, CPU)
-    assert step.token_ids.tolist() == [7, 8, 9, 1, 2, 3]
-    assert step.positions.tolist() == [3, 4, 5, 0, 7, 8]
-    assert step.slots.tolist() == [5 * 4 + 3, 2 * 4, 2 * 4 + 1, 4 * 4, 0 * 4 + 3, 6 * 4]
-    assert step.q_start.tolist() == [0, 3, 4, 6] and step.decodes == 0
-    assert step.kv_lens.tolist() == [6, 1, 9]
-    assert step.last.tolist() == [2, 5]
-    assert [row[: len(i.pages)] for row, i in zip(step.block_tables.tolist(), items)] == [[5, 2], [4], [1, 0, 6]]
+    assert step.token_ids.tolist() == [4, 7, 8, 9, 1, 2, 3]
+    assert step.positions.tolist() == [1, 3, 4, 5, 0, 7, 8]
+    assert step.slots.tolist() == [3 * 4 + 1, 5 * 4 + 3, 2 * 4, 2 * 4 + 1, 4 * 4, 0 * 4 + 3, 6 * 4]
+    assert step.q_start.tolist() == [0, 3, 4, 6] and step.decodes == 1
+    assert step.kv_lens.tolist() == [2, 6, 1, 9]
+    assert step.last is not None and step.last.tolist() == [3, 5, 6, 0]
+    pages = [[3], [5, 2], [4], [1, 0, 6]]
+    assert [row[: len(own)] for row, own in zip(step.block_tables.tolist(), pages)] == pages
     for tensor in (value for value in vars(step).values() if isinstance(value, torch.Tensor)):
-        assert tensor.dtype == torch.int32
-        assert tensor.numel() == 0 or (tensor.data_ptr() - step.token_ids.data_ptr()) % 64 == 0
+        assert tensor.dtype == torch.int32 and tensor.data_ptr() % 64 == 0
 
 
-def test_sequences_with_one_token_in_front_decode() -> None:
-    items = [BatchItem(name, (7,) * count, 3, (5, 2), GREEDY, 0) for name, count in zip("abcd", (1, 1, 3, 1))]
-    found = [step_tensors(Batch(tuple(items[:count])), PAGE_SIZE, CPU) for count in (2, 4)]
-    assert [(step.decodes, step.q_start.tolist()) for step in found] == [(2, [0]), (2, [0, 3, 4])]
-    mixed = step_tensors(Batch(tuple(reversed(items))), PAGE_SIZE, CPU)
-    assert (mixed.decodes, mixed.q_start.tolist()) == (1, [0, 3, 4, 5])
+def test_steps_that_only_decode_want_all_rows() -> None:
+    items = [BatchItem(name, (7,), 3, (5, 2), GREEDY, 0) for name in "ab"]
+    step = step_tensors(Batch(tuple(items)), PAGE_SIZE, CPU)
+    assert (step.decodes, step.q_start.tolist(), step.last) == (2, [0], None)
 
 
 def test_greedy_text_equals_transformers(tiny_model: Model, tiny_checkpoint: Checkpoint, reference) -> None:

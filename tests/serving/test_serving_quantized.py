@@ -23,7 +23,7 @@ import tilus.kernels
 from serving.core import Batch, BatchItem, SamplingParams
 from serving.loader import open_checkpoint
 from serving.model import load_model
-from serving.runner import step_tensors
+from serving.step_inputs import step_tensors
 from tilus.errors import TilusError
 
 PAGE = 16

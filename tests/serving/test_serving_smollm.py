@@ -13,7 +13,8 @@ from serving.core import Batch, BatchItem, Request, SamplingParams
 from serving.engine import Engine
 from serving.loader import Checkpoint, default_model, open_checkpoint
 from serving.model import Model, load_model
-from serving.runner import TorchRunner, step_tensors
+from serving.runner import TorchRunner
+from serving.step_inputs import step_tensors
 
 pytestmark = pytest.mark.slow
 FRANCE = "The capital of France is Paris."

@@ -1,4 +1,4 @@
-"""The warm-up runs every shape that is to come, and says how far it is."""
+"""The warm-up gives an answer and leaves nothing, and phases say how far they are."""
 
 from __future__ import annotations
 
@@ -18,40 +18,25 @@ from serving.progress import progress
 from serving.warm_up import measure_steps, warm_up
 
 
-def run(thoroughly: bool, **limits: Any) -> tuple[list[list[int]], list[tuple[int, int]]]:
-    """Tokens of each sequence in each step; what progress was called with."""
-    config = EngineConfig(**({"num_pages": 100, "max_model_len": 200, "page_size": 4} | limits))
-    runner, calls = FakeRunner(config.page_size), []
-    engine = Engine(runner, FakeVocabulary(), config, ManualClock())
-    warm_up(engine, thoroughly, lambda done, total: calls.append((done, total)))
-    assert not engine.has_work and engine.pages.num_free == config.num_pages
-    return [[len(item.token_ids) for item in batch.items] for batch in runner.batches], calls
-
-
 @pytest.mark.parametrize(
-    ("limits", "width", "chunk"),
+    ("limits", "steps"),
     [
-        ({"max_step_tokens": 64}, 8, 64),
-        ({"max_step_tokens": 512}, 8, 199),
-        ({"max_step_tokens": 64, "max_batch": 3}, 3, 64),
-        ({"max_step_tokens": 64, "max_model_len": 2}, 1, 1),
-        ({"max_step_tokens": 64, "num_pages": 8, "admission": "aggressive"}, 8, 31),
+        ({}, [[40], [1]]),
+        ({"max_step_tokens": 32}, [[32], [1]]),
+        ({"max_model_len": 2}, [[1]]),
+        ({"num_pages": 3}, [[11]]),
     ],
 )
-def test_all_shapes(limits: dict[str, Any], width: int, chunk: int) -> None:
-    steps, calls = run(True, **limits)
-    assert steps == [*([1] * batch for batch in range(width, 0, -1)), [chunk]]
-    assert calls == [(done, width + 1) for done in range(width + 2)]
-
-
-def test_a_cache_too_small_for_all_at_once() -> None:
-    steps, calls = run(True, num_pages=3, max_model_len=12, max_step_tokens=64, admission="aggressive")
-    assert max(len(step) for step in steps) == 3
-    assert calls[-1] == (9, 9) and all(done <= 9 for done, _ in calls)
-
-
-def test_one_short_answer() -> None:
-    assert run(False) == ([[40], [1]], [(0, 2), (1, 2), (2, 2)])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_one_short_answer(limits: dict[str, Any], steps: list[list[int]], overlap: bool) -> None:
+    config = EngineConfig(**({"num_pages": 100, "max_model_len": 200, "page_size": 4, "overlap": overlap} | limits))
+    runner, calls = FakeRunner(config.page_size, lazy=overlap), []
+    engine = Engine(runner, FakeVocabulary(), config, ManualClock())
+    warm_up(engine, lambda done, total: calls.append((done, total)))
+    assert not engine.has_work and engine.pages.num_free == config.num_pages
+    assert [[len(item.token_ids) for item in batch.items] for batch in runner.batches] == steps
+    total = len(steps)
+    assert calls[0] == (0, total) and calls[-1] == (total, total) and all(done <= total for done, _ in calls)
 
 
 def test_measured_steps_teach_the_cost_model_and_nothing_else() -> None:

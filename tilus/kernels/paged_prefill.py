@@ -17,6 +17,7 @@ Shared memory holds 32 KB of queries and twice 64 KB of keys and values: one blo
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -242,6 +243,7 @@ def plans_of(heads: int, head_dim: int) -> tuple[PrefillPlan, ...]:
     return tuple(PrefillPlan(heads, kv_tile, 2, 2, *registers) for kv_tile in kv_tiles)
 
 
+@functools.cache
 def plans_of_codes(heads: int, head_dim: int, nbits: int) -> tuple[PrefillPlan, ...]:
     """Those for a quantised cache: sixteen warps share the registers, and codes have the memory that elements leave."""
     plans = plans_of(heads, head_dim)

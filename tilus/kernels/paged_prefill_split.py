@@ -10,6 +10,7 @@ Sums of parts merged by their log-sum-exp: T. Dao et al., "Flash-Decoding for lo
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import tilus
@@ -24,6 +25,7 @@ MOST_TURNS = 2  # of blocks, beyond which the last turn is not much of the whole
 LEAST_GAIN = 0.1
 
 
+@functools.lru_cache(maxsize=4096)
 def splits_of(tiles: int, num_sms: int) -> int:
     """Parts of each tile of rows, at most, such that blocks are busy for the shortest time; more only if it gains LEAST_GAIN."""
 

@@ -1,4 +1,4 @@
-"""Captured decode steps compute the bits of the plain way, whatever their inputs become."""
+"""Captured steps compute the bits of the plain way, whatever their inputs become and whatever is made up beside them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from plain_step import plain_step
 from serving_fakes import ManualClock
 from test_serving_model import mixed_checkpoint
 from tiny_llama import CPU
@@ -17,15 +18,17 @@ import tilus.kernels
 from serving import build
 from serving.config import EngineConfig, ServerConfig
 from serving.core import Batch, BatchItem, Request, SampledToken, SamplingParams
-from serving.decode_graph import LARGEST_BATCH, DecodeGraphs, DecodeInputs, GraphLimits, graph_sizes
 from serving.engine import Engine
 from serving.execution import Execution
-from serving.kernels import Kernels, default_kernels
+from serving.kernels import Kernels
 from serving.kv_pool import KvPool, PageShape
 from serving.loader import Checkpoint
 from serving.model import Model, load_model
-from serving.runner import TorchRunner, step_tensors
+from serving.runner import TorchRunner
 from serving.sampling import Sampler
+from serving.step_graphs import StepGraphs
+from serving.step_inputs import step_tensors
+from serving.step_shapes import LARGEST_BATCH, GraphLimits, StepShape, StepShapes
 from tilus.errors import TilusError
 
 PAGE = 16
@@ -67,10 +70,16 @@ def copy_of(pool: KvPool) -> KvPool:
     return copy
 
 
-def graphs_of(model: Model, pool: KvPool) -> DecodeGraphs:
-    return DecodeGraphs(
-        model, pool, GraphLimits(max_batch=32, max_pages=MAX_PAGES), Sampler(model.config.vocab_size, 32, CPU)
-    )
+def graphs_of(model: Model, pool: KvPool) -> StepGraphs:
+    limits = GraphLimits(max_batch=32, max_pages=MAX_PAGES, max_step_tokens=64)
+    return StepGraphs(model, pool, limits, Sampler(model.config.vocab_size, 32, pool.memory.device))
+
+
+def replayed(graphs: StepGraphs, batch: Batch) -> torch.Tensor:
+    """The logits of a batch that fits."""
+    shape = graphs.shapes.of(batch.items)
+    assert shape is not None
+    return graphs.prepare(batch, shape, {})()
 
 
 def random_batch(rng: np.random.Generator, starts: Sequence[int], num_pages: int) -> Batch:
@@ -101,9 +110,8 @@ def test_logits_and_cache_are_the_same_bits(
     lengths = rng.integers(0, PAGE * MAX_PAGES - 12, size)
     for step in range(12):
         batch = random_batch(rng, (lengths + step).tolist(), num_pages)
-        assert graphs.fits(batch)
-        found = graphs.prepare(batch, {})()
-        expected = chosen.forward(step_tensors(batch, PAGE, CPU), plain.layers)
+        found = replayed(graphs, batch)
+        expected = chosen.forward(plain_step(batch, PAGE, CPU), plain.layers)
         assert torch.equal(found, expected)
         assert torch.equal(pool.memory, plain.memory)
     assert len(graphs._graphs) == 1
@@ -132,7 +140,7 @@ def test_torch_computes_nothing_in_a_step_whose_rows_are_all_wanted(mixed_model:
 
 def new_engine(model: Model, checkpoint: Checkpoint, *, graphs: bool, num_pages: int) -> Engine:
     config = EngineConfig(num_pages=num_pages, max_model_len=80, page_size=PAGE, max_batch=5, max_step_tokens=24)
-    runner = TorchRunner(model, num_pages, PAGE, CPU, graphs=GraphLimits(5, MAX_PAGES) if graphs else None)
+    runner = TorchRunner(model, num_pages, PAGE, CPU, graphs=GraphLimits(5, MAX_PAGES, 24) if graphs else None)
     return Engine(runner, checkpoint.tokenizer, config, ManualClock())
 
 
@@ -166,25 +174,16 @@ def test_requests_that_come_and_go(model: Model, tiny_checkpoint: Checkpoint, nu
     assert answers(captured) == expected  # logarithms of probabilities, too
     runner = captured._runner
     assert isinstance(runner, TorchRunner) and runner._graphs is not None
-    assert runner._graphs._graphs.keys() >= {1, 2, 3}
+    assert {shape.rows for shape in runner._graphs._graphs} >= {1, 2, 3}
 
 
-def test_which_batches_fit(model: Model) -> None:
-    graphs = graphs_of(model, KvPool(PageShape(model.config, PAGE), 1, CPU))
+def test_on_a_cpu_small_batches_that_decode_have_graphs(model: Model) -> None:
+    shapes = StepShapes(GraphLimits(32, MAX_PAGES, 64), CPU)
     decode = BatchItem("a", (1,), 4, (0,), GREEDY, 0)
-    assert graphs.fits(Batch((decode,) * LARGEST_BATCH))
-    assert not graphs.fits(Batch((decode,) * (LARGEST_BATCH + 1)))
-    assert not graphs.fits(Batch((decode, BatchItem("b", (1, 2), 0, (1,), GREEDY, 0))))
-    assert not graphs.fits(Batch((decode, BatchItem("b", (1,), 0, (1,), None, 0))))
-
-
-def test_sizes_of_graphs() -> None:
-    """On a CPU every small batch has its own, on a GPU every batch one that is less than 8 larger."""
-    assert graph_sizes(CPU, 32) == tuple(range(1, LARGEST_BATCH + 1)) and graph_sizes(CPU, 3) == (1, 2, 3)
-    for max_batch in range(1, 70):
-        sizes = graph_sizes(torch.device("cuda"), max_batch)
-        assert sizes[-1] == max_batch and sizes == tuple(sorted(set(sizes)))
-        assert all(next(size for size in sizes if size >= batch) < batch + 8 for batch in range(1, max_batch + 1))
+    assert tuple(shapes.of((decode,) * size) for size in range(1, LARGEST_BATCH + 1)) == shapes.all
+    assert shapes.of((decode,) * (LARGEST_BATCH + 1)) is None
+    assert shapes.of((decode, BatchItem("b", (1, 2), 0, (1,), GREEDY, 0))) is None
+    assert shapes.of((decode, BatchItem("b", (1,), 0, (1,), None, 0))) is None
 
 
 @torch.inference_mode()
@@ -199,10 +198,10 @@ def test_a_capture_that_failed_is_tried_again(model: Model, monkeypatch: pytest.
     with monkeypatch.context() as broken:
         broken.setattr(tilus.kernels, "add_rms_norm", fails)
         with pytest.raises(TilusError, match="the compiler is gone"):
-            graphs.prepare(batch, {})()
-    expected = model.forward(step_tensors(batch, PAGE, CPU), copy_of(pool).layers)
+            replayed(graphs, batch)
+    expected = model.forward(plain_step(batch, PAGE, CPU), copy_of(pool).layers)
     for _ in range(2):
-        assert torch.equal(graphs.prepare(batch, {})(), expected)
+        assert torch.equal(replayed(graphs, batch), expected)
 
 
 @pytest.mark.parametrize(
@@ -222,39 +221,15 @@ def test_only_native_kernels_of_tilus_are_compiled_ahead_and_captured(
     assert isinstance(runner, TorchRunner) and (runner._graphs is not None) == captures
     assert len(compiled) == captures
     if runner._graphs is not None:
-        assert runner._graphs._inputs.step(2).block_tables.shape == (2, 6)
+        assert runner._graphs.inputs.step(StepShape(2, 2, 0, 2)).block_tables.shape == (2, 6)
 
 
-@pytest.mark.parametrize("kv_dtype", ["fp16", "int4"])
-@torch.inference_mode()
-def test_sequences_that_are_made_up_change_nothing(tiny_checkpoint: Checkpoint, kv_dtype: str) -> None:
-    """A GPU runs three sequences in a step of five, which held five others before: their rows neither write nor disturb."""
-    model, rng = load_model(tiny_checkpoint, default_kernels(invariant=True), CPU), np.random.default_rng(6)
-    pool = random_pool(rng, model, 5 * MAX_PAGES, kv_dtype)
-    plain, inputs = copy_of(pool), DecodeInputs(5, PAGE, MAX_PAGES, torch.zeros(5, dtype=torch.int32))
-    for count in (5, 3):
-        batch = random_batch(rng, [70, 5, 31, 16, 8][:count], 5 * MAX_PAGES)
-        inputs.write(batch, 5, {})
-        found = model.forward(inputs.step(5), pool.layers)
-        expected = model.forward(step_tensors(batch, PAGE, CPU), plain.layers)
-        assert torch.equal(pool.memory, plain.memory)
-        assert torch.equal(found[:count], expected) and found.isfinite().all()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("kv_dtype", ["fp16", "int8"])
-@torch.inference_mode()
-def test_cuda_graphs_compute_the_bits_of_the_model(tiny_checkpoint: Checkpoint, kv_dtype: str) -> None:
-    """Batches of 1 to 11, by graphs of 1, 2, 4, 8 and 11: also with sequences that are made up, over page borders."""
-    gpu = torch.device("cuda")
-    model = load_model(tiny_checkpoint, default_kernels(invariant=True), gpu)
-    pools = [KvPool(PageShape(model.config, PAGE, kv_dtype), 11 * MAX_PAGES, gpu) for _ in range(2)]
-    limits, rng = GraphLimits(11, MAX_PAGES), np.random.default_rng(0)
-    graphs = DecodeGraphs(model, pools[0], limits, Sampler(model.config.vocab_size, 11, gpu))
-    lengths = rng.integers(0, PAGE * MAX_PAGES - 3, 11)
-    for size in (11, 3, 1, 8, 2, 5, 11):
-        batch = random_batch(rng, lengths[:size].tolist(), 11 * MAX_PAGES)
-        found = graphs.prepare(batch, {})()
-        expected = model.forward(step_tensors(batch, PAGE, gpu), pools[1].layers)
-        assert found.shape == expected.shape and torch.equal(found, expected)
-        assert torch.equal(pools[0].memory, pools[1].memory)
+def test_where_steps_can_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of several CPUs are none of tilus' launches; checks of indices wait for a GPU."""
+    ways = [(Execution(CPU, "cpu"), False), (Execution(CPU, "cpu"), True), (Execution(CPU, "reference"), False)]
+    ways += [(Execution(torch.device("cuda"), "cuda"), is_parallel) for is_parallel in (False, True)]
+    found: list[list[bool]] = []
+    for debug in "01":
+        monkeypatch.setenv("TILUS_DEBUG", debug)
+        found.append([build.can_capture(*way) for way in ways])
+    assert found == [[True, False, False, True, True], [True, False, False, False, False]]
