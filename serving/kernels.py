@@ -91,8 +91,8 @@ class Kernels(Protocol):
         block_tables: int32 [S, max_pages]. kv_lens: int32 [S]. The first `decodes` sequences have one row of q each; q_start:
         int32 [S - decodes + 1], where the rows of the others start behind those. Token j of a sequence with q_len of them sees
         the first kv_len - q_len + j + 1 entries, of these only the last `window`. soft_cap: scaled scores s become
-        soft_cap * tanh(s / soft_cap). constant_tables: nothing in front in the stream still writes the integers; constant_past: nor
-        the cached tokens in front of the step's.
+        soft_cap * tanh(s / soft_cap). constant_tables: nothing in front in the stream still writes the integers;
+        constant_past: nor the cached tokens in front of the step's.
         """
         ...
 

@@ -85,7 +85,8 @@ class DecodeRun(AttentionRun):
 
         def attend(cache: Any) -> torch.Tensor:
             return paged_decode(
-                batch.q, cache, batch.block_tables, batch.kv_lens, batch.scale, constant_tables=True, constant_past=True, device=device
+                batch.q, cache, batch.block_tables, batch.kv_lens, batch.scale, constant_tables=True, constant_past=True,
+                device=device,
             )  # fmt: skip
 
         error = check(batch, attend(batch.caches[0]), "paged_decode")
