@@ -91,10 +91,10 @@ class StepShapes:
         return tuple(sorted({largest, *(rows for rows in standard if size < rows <= most)}))
 
     def _prompts(self, rows: int) -> tuple[int, ...]:
-        """Of so many rows: 1, 4, 16, 64, ..., or with many rows from 16 on; all powers of two where sequences have drafts."""
-        most, base = min(rows, self._limits.max_batch), 2 if self._limits.num_drafts else 4
-        least = 1 if rows <= _FEW_TOKENS else _PROMPTS
-        return tuple(sorted({most, *(size for size in (base**power for power in range(16)) if least <= size < most)}))
+        """Of so many rows. Where sequences have drafts, few of them are common."""
+        most, few = self._limits.max_batch, (1, 2, 4, 8) if self._limits.num_drafts else (1, 4)
+        sizes = (*(few if rows <= _FEW_TOKENS else ()), _PROMPTS, most)
+        return tuple(sorted({min(size, rows, most) for size in sizes}))
 
 
 def decode_sizes(max_batch: int, device: torch.device) -> tuple[int, ...]:

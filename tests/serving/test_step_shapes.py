@@ -70,9 +70,9 @@ def test_what_is_made_up_is_bounded(step: tuple[GraphLimits, list[BatchItem]]) -
     ("limit", "common", "rare"),
     [
         (GraphLimits(32, 512, 512), 51, 22),
-        (GraphLimits(256, 512, 2048), 123, 114),
+        (GraphLimits(256, 512, 2048), 123, 60),
         (GraphLimits(1, 512, 512), 9, 0),
-        (GraphLimits(64, 512, 512, num_drafts=4), 88, 53),
+        (GraphLimits(64, 512, 512, num_drafts=4), 88, 28),
     ],
 )
 def test_they_are_few(limit: GraphLimits, common: int, rare: int) -> None:
