@@ -294,16 +294,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> ServerConfig:
     """ServerConfig from a command line; exits with a message on a wrong one, as programs do."""
     parser = build_parser()
     config = ServerConfig(**vars(parser.parse_args(arguments)))
-    for name in (
-        "max_batch",
-        "max_step_tokens",
-        "max_waiting",
-        "max_model_len",
-        "num_pages",
-        "request_timeout",
-        "tp",
-        "itl_slo",
-    ):
+    counts = ("max_batch", "max_step_tokens", "max_waiting", "max_model_len", "num_pages", "tp")
+    for name in (*counts, "request_timeout", "itl_slo"):
         value = getattr(config, name)
         if value is not None and value <= 0:
             parser.error(f"argument --{name.replace('_', '-')}: {value} is not positive")

@@ -6,7 +6,8 @@ import dataclasses
 import itertools
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import httpx
 import openai
@@ -21,7 +22,18 @@ from serving.core import Batch, BatchItem, SampledToken, StepOutput
 from serving.grammar import Grammars
 from serving.loader import Checkpoint
 from serving.tokenizer import Tokenizer
-from serving.tools import CallParser, ToolCall, call_grammar, style_of, told_in_words
+from serving.tools import (
+    LIST,
+    TAGS,
+    WHOLE,
+    CallArguments,
+    CallParser,
+    CallStart,
+    CallStyle,
+    call_grammar,
+    style_of,
+    told_in_words,
+)
 
 NAMES = frozenset({"f", "g"})
 POINT = {
@@ -42,16 +54,31 @@ def tagged(name: str, arguments: object) -> str:
     return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
 
 
-def parsed(style, pieces: list[str]) -> list[str | ToolCall]:
-    """All events, with texts that follow each other put together."""
+class ToolCall(NamedTuple):
+    name: str
+    arguments: str = ""
+
+
+def parsed(style: CallStyle, pieces: Iterable[str]) -> list[str | ToolCall]:
+    """All events, with texts and arguments that follow each other put together."""
     parser = CallParser(style, NAMES)
     merged: list[str | ToolCall] = []
     for event in [event for piece in pieces for event in parser.push(piece)] + parser.flush():
-        if isinstance(event, str) and merged and isinstance(merged[-1], str):
+        assert event, "events are not empty"
+        if isinstance(event, CallStart):
+            merged.append(ToolCall(event.name))
+        elif not isinstance(event, str):
+            merged[-1] = merged[-1]._replace(arguments=merged[-1].arguments + event.text)
+        elif merged and isinstance(merged[-1], str):
             merged[-1] += event
         else:
             merged.append(event)
     return merged
+
+
+def cut(text: str, cuts: list[int]) -> list[str]:
+    places = sorted({min(cut, len(text)) for cut in cuts} | {0, len(text)})
+    return [text[a:b] for a, b in itertools.pairwise(places)]
 
 
 WORDS = st.sampled_from(
@@ -74,9 +101,24 @@ def test_calls_between_tags_however_the_text_is_cut(
             expected.append(segment)
     written = [s if isinstance(s, str) else tagged(s.name, json.loads(s.arguments)) for s in segments]
     text = blank.join(written)
-    places = sorted({min(cut, len(text)) for cut in cuts} | {0, len(text)})
-    pieces = [text[a:b] for a, b in itertools.pairwise(places)]
-    assert parsed("tags", pieces) == parsed("tags", [text]) == expected
+    assert parsed(TAGS, cut(text, cuts)) == parsed(TAGS, [text]) == expected
+
+
+ODD = st.lists(
+    st.sampled_from(
+        ["<tool_call>", "</tool_call>", '{"name": "f", "arguments": ', '{"arguments": {}, "name": "g"', "{", "}", "[", "]", '"',
+         "\\", "[TOOL_CALLS]", ",", '"id": "x"', '{"name": "h", "parameters": ', " ", "text", '"arguments": {"a": "}"}']
+    ), max_size=12,
+)  # fmt: skip
+
+
+@given(style=st.sampled_from([TAGS, WHOLE, LIST]), words=ODD, cuts=st.lists(st.integers(0, 200), max_size=8))
+def test_whatever_is_written_its_pieces_do_not_matter(style: CallStyle, words: list[str], cuts: list[int]) -> None:
+    text = "".join(words)
+    events = parsed(style, [text])
+    assert parsed(style, cut(text, cuts)) == parsed(style, text) == events
+    if all(isinstance(event, str) for event in events):
+        assert "".join(map(str, events)) == text
 
 
 @pytest.mark.parametrize(
@@ -91,29 +133,65 @@ def test_calls_between_tags_however_the_text_is_cut(
     ],
 )
 def test_what_is_no_call_stays_text(text: str) -> None:
-    assert "".join(map(str, parsed("tags", list(text) if len(text) < 99 else [text]))) == text
+    assert "".join(map(str, parsed(TAGS, list(text) if len(text) < 99 else [text]))) == text
 
 
 def test_a_call_without_its_end_is_one() -> None:
-    assert parsed("tags", ["so ", tagged("f", {"a": 1}).removesuffix("</tool_call>")]) == [
-        "so",
-        ToolCall("f", '{"a": 1}'),
-    ]
+    for missing in ("</tool_call>", "\n</tool_call>", "}\n</tool_call>"):
+        text = "so " + tagged("f", {"a": 1}).removesuffix(missing)
+        assert parsed(TAGS, text) == ["so", ToolCall("f", '{"a": 1}')], missing
+    forgotten = tagged("f", {"a": 1}).replace("}}", "}") + tagged("g", {})  # a bracket
+    assert parsed(TAGS, forgotten) == [ToolCall("f", '{"a": 1}'), ToolCall("g", "{}")]
+
+
+def test_arguments_pass_as_they_come() -> None:
+    """Once the name is known, as soon as the next character cannot be the call's last bracket: as the model writes them."""
+    parser, seen = CallParser(TAGS, NAMES), ""
+    head, arguments = '<tool_call>\n{"name": "f", "arguments": ', '{"x": [tru, "}{\\""],  "y": {}}'
+    assert [event for piece in head for event in parser.push(piece)] == []
+    assert parser.push("{") == [CallStart("f"), CallArguments("{")]
+    for character in arguments[1:]:
+        (event,) = parser.push(character)
+        seen += event.text
+    assert "{" + seen == arguments
+    assert parser.push("}\n</tool_call>") + parser.flush() == []
+    cut_short = '<tool_call>{"name": "f", "arguments": {"x": '
+    assert parsed(TAGS, cut_short) == [ToolCall("f", '{"x": ')]
+
+
+@pytest.mark.parametrize(
+    "fields", ['"arguments": {"a": 1}, "name": "f"', '"type": "function", "name": "f", "parameters": {"a": 1}']
+)
+@pytest.mark.parametrize(
+    ("style", "written"), [(TAGS, "<tool_call>{%s}</tool_call>"), (WHOLE, " {%s}"), (LIST, "[TOOL_CALLS][{%s}]")]
+)
+def test_a_call_in_another_order(style: CallStyle, written: str, fields: str) -> None:
+    assert parsed(style, written % fields) == [ToolCall("f", '{"a": 1}')]
+
+
+def test_calls_in_a_list() -> None:
+    text = 'Yes. [TOOL_CALLS] [{"name": "f", "arguments": {"a": "]"}, "id": "a}"}, {"name": "g", "arguments": {}}]\nDone, [1, 2].'
+    assert parsed(LIST, text) == ["Yes.", ToolCall("f", '{"a": "]"}'), ToolCall("g", "{}"), "Done, [1, 2]."]
+    unknown = '[TOOL_CALLS] [{"name": "f", "arguments": {}}, {"name": "h", "arguments": {}}]'
+    assert parsed(LIST, unknown) == [ToolCall("f", "{}"), ', {"name": "h", "arguments": {}}]']
+    assert parsed(LIST, "[TOOL_CALLS] [1]") == ["[TOOL_CALLS] [1]"]
 
 
 @pytest.mark.parametrize(
     "text", ['{"name": "f", "parameters": {"a": "ü"}}', ' \n{"name": "f", "parameters": {"a": "ü"}} ']
 )
 def test_an_answer_that_is_a_call_as_a_whole(text: str) -> None:
-    assert parsed("json", list(text)) == parsed("json", [text]) == [ToolCall("f", '{"a": "ü"}')]
+    assert parsed(WHOLE, list(text)) == parsed(WHOLE, [text]) == [ToolCall("f", '{"a": "ü"}')]
 
 
 @pytest.mark.parametrize("text", ["plain {text}", '{"name": "x", "parameters": {}}', "{broken", "", " "])
 def test_an_answer_that_is_no_call_as_a_whole(text: str) -> None:
-    assert "".join(map(str, parsed("json", list(text)))) == text
+    assert "".join(map(str, parsed(WHOLE, list(text)))) == text
 
 
-@pytest.mark.parametrize(("style", "several"), [("tags", True), ("tags", False), ("json", True)])
+@pytest.mark.parametrize(
+    ("style", "several"), [(TAGS, True), (TAGS, False), (WHOLE, True), (LIST, True), (LIST, False)]
+)
 def test_every_way_through_the_grammar_is_calls(tiny_checkpoint: Checkpoint, style, several: bool) -> None:
     """Of any of the functions; references of a schema point into it, also where several are together."""
     grammars, rng, seen, most = Grammars(tiny_checkpoint.tokenizer), random.Random(3), set(), 0
@@ -124,9 +202,9 @@ def test_every_way_through_the_grammar_is_calls(tiny_checkpoint: Checkpoint, sty
         for call in events:
             arguments = json.loads(call.arguments)
             assert arguments == {} if call.name == "g" else arguments in ({"p": [1, 2]}, {"p": [3, 4]})
-        seen |= {(event.name, event.arguments) for event in events}
+        seen |= {(event.name, json.dumps(json.loads(event.arguments))) for event in events}
         most = max(most, len(events))
-    assert len(seen) == 3 and (most > 1) == (several and style == "tags")
+    assert len(seen) == 3 and (most > 1) == (several and style is not WHOLE)
 
 
 HERMES = (
@@ -157,7 +235,9 @@ def test_a_template_that_knows_tools_gets_them_as_in_transformers() -> None:
     expected = reference.apply_chat_template(TURN, tools=TOOLS, add_generation_prompt=True, tokenize=False)
     assert with_template(HERMES).render_chat(TURN, TOOLS) == expected
     assert '"name": "f", "description": "Draws."' in expected and "<ü>" in expected
-    assert style_of(HERMES) == "tags" and style_of("""'{"name": "' + name + '", "parameters": '""") == "json"
+    assert (style_of(HERMES), style_of(None)) == (TAGS, TAGS)
+    assert style_of("""'{"name": "' + name + '", "parameters": '""") == WHOLE
+    assert style_of("{{ '[TOOL_CALLS] [' }}") == LIST
 
 
 def test_a_template_that_knows_no_tools_gets_them_in_words() -> None:
