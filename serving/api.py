@@ -344,8 +344,13 @@ async def _request_error(_: HTTPRequest, error: Exception) -> Response:
 
 async def _invalid_body(_: HTTPRequest, error: Exception) -> Response:
     """Malformed JSON and fields of wrong types: the first mistake, where it is, and what was found."""
-    first = cast(RequestValidationError, error).errors()[0]
-    where = ".".join(str(part) for part in first["loc"][1:])
+    errors = cast(RequestValidationError, error).errors()
+    # Where several types are allowed, that one is meant which fits the farthest; types are no part of the place.
+    alternatives = [found for found in errors if found["loc"][:2] == errors[0]["loc"][:2]]
+    first = max(alternatives, key=lambda found: len(found["loc"]))
+    where = ".".join(
+        str(part) for part in first["loc"][1:] if part not in ("str", "NamedTool") and "[" not in str(part)
+    )
     if first["type"] == "json_invalid":
         message = f"the body is not valid JSON: {first['ctx']['error']} at character {where}"
         return error_response(RequestError(message))

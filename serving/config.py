@@ -166,6 +166,9 @@ class ServerConfig:
         "show; default: everyone who reaches the port is served",
         "KEY",
     )
+    allowed_origins: str | None = _option(
+        None, "origins of chat pages elsewhere that may ask this server, with commas between them; * for all", "ORIGINS"
+    )
     device: str = _option(
         "auto",
         "where the model runs: cpu is native code for this machine where it can be compiled, reference the slow meaning of "

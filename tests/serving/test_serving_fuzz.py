@@ -44,7 +44,7 @@ def test_nothing_made_up_from_the_document_breaks_the_server(any_token_server: L
                     case.validate_response(response, checks=asked)
 
             run()
-    assert len(operations) == 8 and all(200 in found for found in statuses.values()), statuses
+    assert len(operations) == 10 and all(200 in found for found in statuses.values()), statuses
     any_token_server.check_idle()
 
 
@@ -58,6 +58,7 @@ NAMED = {"type": "function", "function": {"name": "g"}}
     [
         ("v1/completions", COMPLETION, schemas.Completion),
         ("v1/completions", COMPLETION | {"logprobs": 2, "n": 2}, schemas.Completion),
+        ("v1/completions", COMPLETION | {"echo": True, "min_tokens": 2, "stop_token_ids": [3]}, schemas.Completion),
         ("v1/chat/completions", CHAT, schemas.ChatCompletion),
         ("v1/chat/completions", CHAT | {"logprobs": True, "top_logprobs": 2, "stop": "a"}, schemas.ChatCompletion),
         ("v1/chat/completions", CHAT | {"tools": TOOLS[1:], "tool_choice": NAMED, "messages": CHAT["messages"] * 3},
@@ -67,6 +68,7 @@ NAMED = {"type": "function", "function": {"name": "g"}}
         ("tokenize", {"prompt": "a", "return_token_strs": True}, schemas.Tokenized),
         ("detokenize", {"tokens": [1]}, schemas.Detokenized),
         ("v1/models", None, schemas.ModelList),
+        (f"v1/models/{MODEL}", None, schemas.ModelCard),
         ("health", None, schemas.Health),
         ("version", None, schemas.Version),
     ],
