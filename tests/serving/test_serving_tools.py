@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from live_server import CONFIG, MODEL, LiveServer, serve
 from test_serving_grammar import set_bits, walk
 from tiny_llama import TEMPLATE, byte_tokenizer
+from tokenizers import AddedToken
 
 from serving.core import Batch, BatchItem, SampledToken, StepOutput
 from serving.grammar import Grammars
@@ -309,6 +310,76 @@ def test_calls_of_a_free_answer(scripted: LiveServer, script: ScriptRunner) -> N
             assert (choice.finish_reason, choice.message.content) == ("stop", script.text)
             assert choice.message.tool_calls is None
     scripted.check_idle()
+
+
+def test_calls_as_chunks(scripted: LiveServer, script: ScriptRunner) -> None:
+    """First who is called, then the arguments in pieces, none of them before its call; text is never repeated."""
+    arguments = '{"p": [1, 2],  "q": "ü"}'
+    script.text = f'I draw.\n<tool_call>\n{{"name": "f", "arguments": {arguments}}}\n</tool_call>\n{tagged("g", {})}'
+    scripted.runner.delay = 0.002
+    with scripted.client() as client:
+        content, calls, reasons = "", list[list[str]](), list[str | None]()
+        for chunk in client.chat.completions.create(model=MODEL, messages=USER, tools=TOOLS, stream=True):
+            (choice,) = chunk.choices
+            content += choice.delta.content or ""
+            reasons.append(choice.finish_reason)
+            for call in choice.delta.tool_calls or []:
+                if call.index == len(calls):
+                    assert call.id and call.type == "function"
+                    calls.append([call.function.name])
+                else:
+                    assert call.index == len(calls) - 1 and (call.id, call.function.name) == (None, None)
+                calls[-1].append(call.function.arguments)
+        assert reasons == [None] * (len(reasons) - 1) + ["tool_calls"] and content == "I draw."
+        assert [(name, "".join(pieces)) for name, *pieces in calls] == [("f", arguments), ("g", "{}")]
+        assert len(calls[0]) > 9  # or the reader is a hundred times slower than the engine
+        scripted.runner.delay = 0.0
+        single = {"tools": TOOLS, "parallel_tool_calls": False}
+        whole = client.chat.completions.create(model=MODEL, messages=USER, **single).choices[0]
+        for choice in (whole, final(client, **single)):
+            assert [call.function.name for call in choice.message.tool_calls] == ["f"]
+        size = len('I draw.\n<tool_call>\n{"name": "f", "arguments": {"p": [1')
+        short = client.chat.completions.create(model=MODEL, messages=USER, max_tokens=size, **single).choices[0]
+        assert (short.finish_reason, short.message.tool_calls[0].function.arguments) == ("length", '{"p": [1')
+    scripted.check_idle()
+
+
+LISTS = (
+    "{% for m in messages %}{{ m.role + ': ' }}{% for c in m.tool_calls or [] %}{% if c.id | length != 9 %}"
+    "{{ raise_exception('ids have nine characters') }}{% endif %}[TOOL_CALLS] [{{ c.function | tojson }}]{% endfor %}"
+    "{{ m.content }}{% endfor %}{{ tools | length if tools }}"
+)
+
+
+def test_calls_behind_a_special_token(tiny_checkpoint: Checkpoint) -> None:
+    """A list of calls behind a token that texts do not show; what has been called goes into the next prompt."""
+    fast = byte_tokenizer()
+    fast.add_special_tokens([AddedToken(LIST.open, special=True, normalized=False)])
+    tokenizer = Tokenizer(fast, frozenset({258}), LISTS, {}, 260)
+    script = ScriptRunner(tokenizer)
+    script.text = 'Yes.[TOOL_CALLS] [{"name": "f", "arguments": {"p": [1, 2]}}, {"name": "g", "arguments": {}}]'
+    checkpoint = dataclasses.replace(tiny_checkpoint, tokenizer=tokenizer)
+    config = dataclasses.replace(CONFIG, num_pages=800, max_model_len=3000)
+    with serve(script, checkpoint, config) as server, server.client() as client:
+        params = {"model": MODEL, "messages": USER, "tools": TOOLS}
+        for choice in (client.chat.completions.create(**params).choices[0], final(client, tools=TOOLS)):
+            assert (choice.finish_reason, choice.message.content) == ("tool_calls", "Yes.")
+            calls = [(call.function.name, json.loads(call.function.arguments)) for call in choice.message.tool_calls]
+            assert calls == [("f", {"p": [1, 2]}), ("g", {})]
+            history = [*USER, choice.message, {"role": "tool", "tool_call_id": "x", "content": "done"}]
+            client.chat.completions.create(model=MODEL, messages=history, tools=TOOLS)
+        plain = client.chat.completions.create(model=MODEL, messages=USER).choices[0]
+        assert plain.message.content == script.text.replace("[TOOL_CALLS]", "")
+        found = list[str]()
+        for seed in range(4):  # what a grammar wants begins with the token
+            required = params | {"tool_choice": "required", "seed": seed}
+            reply = client.chat.completions.create(**required, logprobs=False).choices[0]
+            found += [call.function.name for call in reply.message.tool_calls]
+            assert reply.finish_reason == "tool_calls" and reply.message.content is None
+        assert set(found) == {"f", "g"} and len(found) > 4
+        server.check_idle()
+    grammar = call_grammar([TOOLS[1]["function"]], LIST, several=False, open_id=259)
+    assert set_bits(Grammars(tokenizer).matcher(grammar).allowed()) == [259]
 
 
 def test_calls_that_are_required(scripted: LiveServer) -> None:
