@@ -32,12 +32,13 @@ from serving.middleware import BodyLimit, KeyCheck, error_response
 from serving.protocol import ChatBody, CompletionBody, DetokenizeBody, GenerationBody, StreamOptions, TokenizeBody
 from serving.responses import ChatFormat, Choice, CompletionFormat, Format, Header, Json, usage
 from serving.tokenizer import Tokenizer
-from serving.tools import CallParser, call_grammar, style_of
+from serving.tools import LIST, CallParser, call_grammar, style_of
 
 _LOG = logging.getLogger("serving")
 _MAX_BODY_NBYTES = 16 * 2**20
 _MAX_BODY_SECONDS = 60.0
 _MAX_SEND_SECONDS = 60.0
+_Outputs = AsyncIterator[tuple[Choice, RequestOutput]]
 _PAGE = Path(__file__).parent / "page.html"
 # The page talks to this server and nobody else, whatever a model may write into it.
 _PAGE_POLICY = (
@@ -145,12 +146,10 @@ class _Service:
 
     async def chat_completions(self, body: ChatBody, http: HTTPRequest) -> Response:
         self._check(body)
-        messages = [message.for_template() for message in body.messages]
         tools, style = body.offered_tools(), style_of(self._tokenizer.chat_template)
         several = body.parallel_tool_calls is not False
-        options = body.template_options(body.messages)
-        prompt = await asyncio.to_thread(self._tokenizer.encode_chat, messages, tools, options)
-        if tools and style.is_special:
+        prompt = await self._chat_ids(body, tools)
+        if tools and style is LIST:
             body.skip_special_tokens = False
         header, grammar = self._header("chatcmpl"), body.grammar()
         if functions := body.required_functions():
@@ -175,9 +174,7 @@ class _Service:
         self._check_model(body.model)
         if body.messages is not None:
             tools = [tool.model_dump(exclude_none=True) for tool in body.tools or []]
-            messages = [message.for_template() for message in body.messages]
-            options = body.template_options(body.messages)
-            tokens = await asyncio.to_thread(self._tokenizer.encode_chat, messages, tools, options)
+            tokens = await self._chat_ids(body, tools)
         else:
             tokens = await asyncio.to_thread(self._tokenizer.encode, body.text(), body.add_special_tokens)
         texts = [self._tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
@@ -226,16 +223,16 @@ class _Service:
             return await asyncio.to_thread(self._tokenizer.encode, prompt, add_special_tokens)
         return tuple(prompt)
 
+    async def _chat_ids(self, body: ChatBody | TokenizeBody, tools: Sequence[Json]) -> tuple[int, ...]:
+        messages = body.messages or []
+        rendered, options = [message.for_template() for message in messages], body.template_options(messages)
+        return await asyncio.to_thread(self._tokenizer.encode_chat, rendered, tools, options)
+
     def _header(self, prefix: str) -> Header:
         return Header(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), self._model_name, self._fingerprint)
 
     async def _respond(
-        self,
-        body: GenerationBody,
-        http: HTTPRequest,
-        header: Header,
-        requests: Sequence[Request],
-        format: Format,
+        self, body: GenerationBody, http: HTTPRequest, header: Header, requests: Sequence[Request], format: Format
     ) -> Response:
         if (grammar := requests[0].params.grammar) is not None:
             await asyncio.get_running_loop().run_in_executor(self._compiler, self._engine.engine.new_matcher, grammar)
@@ -254,9 +251,7 @@ class _Service:
         answer = header.body(format.kind, [format.choice(choice) for choice in choices.values()])
         return JSONResponse(answer | {"usage": usage(choices.values())})
 
-    async def _counted(
-        self, generation: Generation, choices: Mapping[str, Choice], num_choices: int
-    ) -> AsyncIterator[tuple[Choice, RequestOutput]]:
+    async def _counted(self, generation: Generation, choices: Mapping[str, Choice], num_choices: int) -> _Outputs:
         """What the choices get, of which `num_choices` belong to each prompt, and what metrics tell of those that end."""
         async for output in generation:
             _raise_failure(output)
@@ -268,11 +263,7 @@ class _Service:
 
 
 async def _events(
-    header: Header,
-    outputs: AsyncIterator[tuple[Choice, RequestOutput]],
-    choices: Sequence[Choice],
-    format: Format,
-    options: StreamOptions,
+    header: Header, outputs: _Outputs, choices: Sequence[Choice], format: Format, options: StreamOptions
 ) -> AsyncIterator[str]:
     """The stream's events. An error after the start can only be told inside the stream."""
 

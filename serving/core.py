@@ -56,9 +56,9 @@ class SamplingParams:
     repetition_penalty: by which logits of tokens of the prompt and the answer so far are divided, or multiplied below 0.
     logit_bias: pairs of a token and what is added to its logit. grammar: what the answer must match.
     seed: the only source of randomness; equal requests with equal seeds get equal answers, whoever shares the batch.
-    stop, include_stop: texts that end the answer, and whether the one that does is shown. stop_token_ids: tokens that do, as the
-    model's own do unless ignore_eos; such a token's text is shown with include_stop. min_tokens: before them nothing of this ends
-    the answer. skip_special: whether special tokens are left out of the text.
+    stop, stop_token_ids: texts and tokens that end the answer, as the model's own do unless ignore_eos; what ends it is shown with
+    include_stop_str_in_output. min_tokens: before there are so many, nothing of this ends it.
+    skip_special_tokens: whether special tokens are left out of the text.
     logprobs: None for none, else how many alternatives to report beside the chosen token (0 to 20).
     Raises RequestError for a value outside its range.
     """
@@ -75,10 +75,10 @@ class SamplingParams:
     grammar: Grammar | None = None
     seed: int = 0
     stop: tuple[str, ...] = ()
-    include_stop: bool = False
+    include_stop_str_in_output: bool = False
     stop_token_ids: tuple[int, ...] = ()
     min_tokens: int = 0
-    skip_special: bool = True
+    skip_special_tokens: bool = True
     ignore_eos: bool = False
     logprobs: int | None = None
 

@@ -162,8 +162,10 @@ class Engine:
             self._since = now
         matcher = self.new_matcher(params.grammar)
         seq = Sequence(request, limit, now + self.config.request_timeout, matcher, arrived=now)
-        decode = partial(self._vocabulary.decode, skip_special=params.skip_special)
-        self._live[request.id] = _Live(seq, Detokenizer(decode), StopMatcher(params.stop, include=params.include_stop))
+        decode = partial(self._vocabulary.decode, skip_special=params.skip_special_tokens)
+        self._live[request.id] = _Live(
+            seq, Detokenizer(decode), StopMatcher(params.stop, include=params.include_stop_str_in_output)
+        )
         self.scheduler.add(seq)
         for observer in self.observers:
             observer.queued(seq, now)
@@ -332,7 +334,7 @@ class Engine:
         if live.seq.matcher is not None:
             live.seq.matcher.accept(token_id)
         is_end = token_id in params.stop_token_ids or (not params.ignore_eos and token_id in self._vocabulary.eos_ids)
-        text = live.detokenizer.push(token_id) if params.include_stop or not is_end else ""
+        text = live.detokenizer.push(token_id) if params.include_stop_str_in_output or not is_end else ""
         text = live.stop.push(text) if num_output > params.min_tokens else text
         reason: FinishReason | None = None
         if is_end or live.stop.found:

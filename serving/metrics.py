@@ -83,12 +83,9 @@ class Histogram:
 
 @dataclass(eq=False)
 class _Record:
-    """A live request's times, in seconds of the engine's clock."""
+    """A live request. last: the engine's clock when it got its last tokens."""
 
     seq: Sequence
-    queued: float
-    started: float | None = None
-    first: float | None = None
     last: float = 0.0
     num_tokens: int = 0
 
@@ -115,7 +112,7 @@ class Metrics(Observer, Collector):
         return generate_latest(self._registry)
 
     def queued(self, seq: Sequence, now: float) -> None:
-        self._records[seq.id] = _Record(seq, now)
+        self._records[seq.id] = _Record(seq)
         self._waiting.add(seq.id)
 
     def answered(self, num_choices: int, num_tokens: int) -> None:
@@ -133,17 +130,15 @@ class Metrics(Observer, Collector):
         for item in batch.items:
             if item.request_id in self._waiting:
                 self._waiting.remove(item.request_id)
-                record = self._records[item.request_id]
-                record.started = now
-                self._observe("request_queue_time_seconds", now - record.queued)
-                self._counts["prefix_cache_queries"] += len(record.seq.request.prompt)
+                seq = self._records[item.request_id].seq
+                self._observe("request_queue_time_seconds", now - seq.arrived)
+                self._counts["prefix_cache_queries"] += len(seq.request.prompt)
                 self._counts["prefix_cache_hits"] += item.start
 
     def produced(self, seq: Sequence, count: int, now: float) -> None:
         record = self._records[seq.id]
-        if record.first is None:
-            record.first = now
-            self._observe("time_to_first_token_seconds", now - record.queued)
+        if not record.num_tokens:
+            self._observe("time_to_first_token_seconds", now - seq.arrived)
             self._counts["prompt_tokens"] += len(seq.request.prompt)
             self._counts["prompt_tokens_cached"] += seq.num_cached
             self._observe("request_prefill_kv_computed_tokens", len(seq.request.prompt) - seq.num_cached)
@@ -160,18 +155,18 @@ class Metrics(Observer, Collector):
         self._waiting.discard(seq.id)
         self._ends[ending] += 1
         self._counts["num_preemptions"] += seq.num_preemptions
-        self._observe("e2e_request_latency_seconds", now - record.queued)
+        self._observe("e2e_request_latency_seconds", now - seq.arrived)
         self._observe("request_prompt_tokens", len(seq.request.prompt))
         self._observe("request_generation_tokens", record.num_tokens)
         self._observe("request_params_max_tokens", seq.max_tokens)
-        if record.started is not None:
-            self._observe("request_inference_time_seconds", now - record.started)
-        if record.started is not None and record.first is not None:
-            self._observe("request_prefill_time_seconds", record.first - record.started)
-            self._observe("request_decode_time_seconds", record.last - record.first)
-        if record.first is not None and record.num_tokens > 1:
-            each = (record.last - record.first) / (record.num_tokens - 1)
-            self._observe("request_time_per_output_token_seconds", each)
+        if seq.started is not None:
+            self._observe("request_inference_time_seconds", now - seq.started)
+        if seq.started is not None and seq.answered is not None:
+            self._observe("request_prefill_time_seconds", seq.answered - seq.started)
+            self._observe("request_decode_time_seconds", record.last - seq.answered)
+            if record.num_tokens > 1:
+                each = (record.last - seq.answered) / (record.num_tokens - 1)
+                self._observe("request_time_per_output_token_seconds", each)
 
     def collect(self) -> Iterator[Metric]:
         names, values = list(self._labels), list(self._labels.values())

@@ -22,6 +22,11 @@ MAX_CHOICES = 128
 _SEEDS = 2**64
 _CONTINUE = "continue_final_message"
 
+# Fields that mean the same in SamplingParams, which has their defaults.
+_AS_GIVEN = (
+    "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "min_tokens",
+    "include_stop_str_in_output", "skip_special_tokens", "ignore_eos",
+)  # fmt: skip
 # Fields that do not change the answer.
 _WITHOUT_EFFECT = frozenset(
     ["metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "prediction"]
@@ -87,10 +92,8 @@ class StructuredOutputs(_Closed):
     def grammar(self) -> Grammar:
         asked = [value for value in (self.json_schema, self.regex, self.choice) if value is not None]
         if len(asked) != 1:
-            raise RequestError(
-                f"structured_outputs has {len(asked)} of json, regex and choice, but needs one",
-                param="structured_outputs",
-            )
+            found = f"structured_outputs has {len(asked)} of json, regex and choice"
+            raise RequestError(f"{found}, but needs one", param="structured_outputs")
         if self.regex is not None:
             return Grammar("regex", self.regex)
         if self.choice is not None:
@@ -176,22 +179,13 @@ class GenerationBody(BaseModel):
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         return SamplingParams(
             max_tokens=max_tokens,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
             top_k=0 if self.top_k in (None, -1) else self.top_k,  # vLLM's word for no limit is -1
-            min_p=self.min_p or 0.0,
-            presence_penalty=self.presence_penalty or 0.0,
-            frequency_penalty=self.frequency_penalty or 0.0,
-            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
             logit_bias=self._biases(),
             seed=seed % _SEEDS,
             stop=stop,
-            include_stop=bool(self.include_stop_str_in_output),
             stop_token_ids=tuple(self.stop_token_ids or ()),
-            min_tokens=self.min_tokens or 0,
-            skip_special=self.skip_special_tokens is not False,
-            ignore_eos=bool(self.ignore_eos),
             logprobs=logprobs,
+            **{name: value for name in _AS_GIVEN if (value := getattr(self, name)) is not None},
         )
 
     def _biases(self) -> tuple[tuple[int, float], ...]:
@@ -327,8 +321,9 @@ class NamedTool(_Closed):
 
 
 class TemplateFields(_Closed):
-    """What vLLM lets clients say about the rendering of chats."""
+    """What decides how messages are rendered, beside them; most of it as in vLLM."""
 
+    tools: list[Tool] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -351,7 +346,6 @@ class ChatBody(TemplateFields, GenerationBody):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
 
@@ -398,7 +392,6 @@ class TokenizeBody(TemplateFields):
     model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = Field(None, min_length=1)
-    tools: list[Tool] | None = None
     add_special_tokens: bool = True
     return_token_strs: bool | None = None
 

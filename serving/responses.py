@@ -115,9 +115,7 @@ class ChatFormat:
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
 
-    def __init__(
-        self, tokenizer: Tokenizer, parser: Callable[[], CallParser] | None = None, *, several: bool = True
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, parser: Callable[[], CallParser] | None, *, several: bool) -> None:
         self._tokenizer = tokenizer
         self._parser = parser
         self._several = several
@@ -133,12 +131,10 @@ class ChatFormat:
             stream = _CallStream(self._parser(), several=self._several)
             content, calls = stream.push(choice.text, ended=True)
             reason = stream.reason(reason)
-            message["content"] = content
-            if calls:
-                message["content"] = content or None
-                message["tool_calls"] = [
-                    {name: value for name, value in call.items() if name != "index"} for call in calls
-                ]
+            message["content"] = content if content or not calls else None
+            for call in calls:
+                del call["index"]
+                message.setdefault("tool_calls", []).append(call)
         return {
             "index": choice.index,
             "message": message,

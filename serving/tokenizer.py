@@ -29,8 +29,8 @@ _REPLACEMENT = "\ufffd"
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # SentencePiece's
 _SYMBOLS = sorted(
     pre_tokenizers.ByteLevel.alphabet()
-)  # of byte-level vocabularies: what prints is itself, others come behind
-_BYTES = sorted(range(256), key=lambda byte: (chr(byte) not in _SYMBOLS, byte))
+)  # of byte-level vocabularies: what prints is itself, the rest is behind
+_BYTES = dict(zip(_SYMBOLS, sorted(range(256), key=lambda byte: (chr(byte) not in _SYMBOLS, byte))))
 
 
 class _TemplateRefusal(jinja2.TemplateError):
@@ -138,8 +138,7 @@ class Tokenizer:
             return text.encode()
         if (found := _BYTE_TOKEN.fullmatch(symbols)) is not None:
             return bytes([int(found[1], 16)])
-        is_known = set(symbols) <= set(_SYMBOLS)
-        return bytes(_BYTES[_SYMBOLS.index(symbol)] for symbol in symbols) if is_known else text.encode()
+        return bytes(_BYTES[symbol] for symbol in symbols) if _BYTES.keys() >= {*symbols} else text.encode()
 
     @cached_property
     def _template(self) -> jinja2.Template | None:

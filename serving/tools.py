@@ -27,14 +27,13 @@ class CallStyle:
     """How calls are written: `open`, a JSON object with "name" and, under the name `arguments`, an object, then `close`.
 
     open: "" where an answer is a call as a whole. separator: where one pair of open and close holds a list, what is between its
-    calls. is_special: whether `open` is a token that is not shown as text, unless asked.
+    calls; `open` is then a special token, which texts do not show unless asked.
     """
 
     open: str
     close: str
     arguments: str = "arguments"
     separator: str = ""
-    is_special: bool = False
 
     def new_id(self) -> str:
         """Of a call. Mistral's templates want nine letters or digits."""
@@ -43,7 +42,7 @@ class CallStyle:
 
 TAGS = CallStyle("<tool_call>", "</tool_call>")
 WHOLE = CallStyle("", "", arguments="parameters")
-LIST = CallStyle("[TOOL_CALLS]", "]", separator=",", is_special=True)
+LIST = CallStyle("[TOOL_CALLS]", "]", separator=",")
 
 
 class CallStart(NamedTuple):

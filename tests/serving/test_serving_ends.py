@@ -24,7 +24,7 @@ PARAMS = st.builds(
     max_tokens=st.just(30),
     min_tokens=st.integers(0, 30),
     stop=st.lists(st.text([chr(32 + token) for token in range(8, 40)], min_size=1, max_size=1), max_size=16).map(tuple),
-    include_stop=st.booleans(),
+    include_stop_str_in_output=st.booleans(),
     stop_token_ids=st.lists(TOKENS, max_size=6).map(tuple),
     ignore_eos=st.booleans(),
 )
@@ -39,9 +39,9 @@ def expected(prompt: list[int], params: SamplingParams) -> tuple[str, int, str]:
         tokens.append(next_token(tokens, mask if count <= params.min_tokens else None, VOCABULARY))
         character = chr(32 + tokens[-1])
         if tokens[-1] in ends:
-            return text + character * params.include_stop, count, "stop"
+            return text + character * params.include_stop_str_in_output, count, "stop"
         if count > params.min_tokens and character in params.stop:
-            return text + character * params.include_stop, count, "stop"
+            return text + character * params.include_stop_str_in_output, count, "stop"
         text += character
     return text, params.max_tokens, "length"
 
