@@ -56,7 +56,7 @@ class SamplingParams:
     repetition_penalty: by which logits of tokens of the prompt and the answer so far are divided, or multiplied below 0.
     logit_bias: pairs of a token and what is added to its logit. grammar: what the answer must match.
     seed: the only source of randomness; equal requests with equal seeds get equal answers, whoever shares the batch.
-    stop, stop_token_ids: texts and tokens that end the answer, as the model's own do unless ignore_eos; what ends it is shown with
+    stop, stop_token_ids: texts and tokens that end the answer, as the model's own do unless ignore_eos; it is shown with
     include_stop_str_in_output. min_tokens: before there are so many, nothing of this ends it.
     skip_special_tokens: whether special tokens are left out of the text.
     logprobs: None for none, else how many alternatives to report beside the chosen token (0 to 20).
