@@ -237,11 +237,9 @@ class _Service:
         if (grammar := requests[0].params.grammar) is not None:
             await asyncio.get_running_loop().run_in_executor(self._compiler, self._engine.engine.new_matcher, grammar)
         generation = self._engine.submit(requests)
-        choices = {
-            request.id: Choice(index, 0 if index % body.num_choices else len(request.prompt))
-            for index, request in enumerate(requests)
-        }
-        outputs = self._counted(generation, choices, body.num_choices)
+        n = body.num_choices
+        choices = {r.id: Choice(index, 0 if index % n else len(r.prompt)) for index, r in enumerate(requests)}
+        outputs = self._counted(generation, choices, n)
         if body.stream:
             events = _events(header, outputs, [*choices.values()], format, body.stream_options or StreamOptions())
             return EventStream(generation, events)

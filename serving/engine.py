@@ -115,8 +115,8 @@ class Engine:
 
     def validate(self, request: Request) -> None:
         """Raise RequestError unless this engine can serve the request. Reads only constants: any thread may ask."""
-        size, limit, params = len(request.prompt), self.max_model_len, request.params
-        wanted = params.max_tokens
+        size, limit = len(request.prompt), self.max_model_len
+        params, wanted = request.params, request.params.max_tokens
         if size == 0:
             raise RequestError("the prompt has no tokens, but at least 1 is needed", param="prompt")
         for name, param, token_ids in (
@@ -227,11 +227,11 @@ class Engine:
         return replace(batch, items=tuple(self._informed_item(item) for item in batch.items))
 
     def _informed_item(self, item: BatchItem) -> BatchItem:
-        if item.params is not None and item.draw < item.params.min_tokens:
-            ends = frozenset(item.params.stop_token_ids)
-            ends |= frozenset() if item.params.ignore_eos else self._vocabulary.eos_ids
+        params = item.params
+        if params is not None and item.draw < params.min_tokens:
+            ends = frozenset(params.stop_token_ids).union(() if params.ignore_eos else self._vocabulary.eos_ids)
             item = item._replace(allowed=_all_but(ends, self._vocabulary.vocab_size))
-        if item.params is None or not item.params.needs_history:
+        if params is None or not params.needs_history:
             return item
         seq = self._live[item.request_id].seq
         allowed = seq.matcher.allowed() if seq.matcher is not None else item.allowed

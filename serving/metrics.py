@@ -181,11 +181,8 @@ class Metrics(Observer, Collector):
         )
         info.add_metric([*values, *cache.values()], 1)
         yield info
-        accepted = list(self._accepted)
-        counts = self._counts + Counter(
-            num_preemptions=sum(r.seq.num_preemptions for r in list(self._records.values())),
-            spec_decode_num_accepted_tokens=sum(accepted),
-        )
+        accepted, preempted = list(self._accepted), sum(r.seq.num_preemptions for r in list(self._records.values()))
+        counts = self._counts + Counter(num_preemptions=preempted, spec_decode_num_accepted_tokens=sum(accepted))
         for name, text in _COUNTERS.items():
             counter = CounterMetricFamily(f"vllm:{name}", text, labels=names)
             counter.add_metric(values, counts[name])

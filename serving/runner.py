@@ -18,7 +18,7 @@ from serving.decode_graph import DecodeGraphs, GraphLimits, known_tokens
 from serving.gpu_spans import GpuSpans
 from serving.kv_pool import KvPool, PageShape
 from serving.model import Model, StepTensors
-from serving.rehearsal import without_repetitions
+from serving.rehearsal import asking_item, without_repetitions
 from serving.sampling import Sampler
 from serving.swap import PageSwapper
 from serving.trace import Trace
@@ -94,6 +94,8 @@ class TorchRunner:
         self._sampler.write(())
         for step, out in self._graphs.steps() if self._graphs is not None else ():
             self._sampler.run(model.forward(step, caches, out), step.decodes)
+        self._sampler.write((asking_item(),))
+        self._sampler.run(torch.empty(1, model.config.vocab_size, device=self._device), 1)
 
 
 def _rows_of(item: BatchItem) -> tuple[BatchItem, ...]:
