@@ -268,6 +268,8 @@ def test_logprobs_of_completions(client: openai.OpenAI) -> None:
     assert len(found.tokens) == len(found.token_logprobs) == len(found.top_logprobs) == len(found.text_offset) == 12
     for token, logprob, top in zip(found.tokens, found.token_logprobs, found.top_logprobs):
         assert top[token] == logprob == max(top.values()) <= 0
+    chosen = client.completions.create(model=MODEL, prompt="x", logprobs=0, **FIXED).choices[0].logprobs
+    assert chosen.top_logprobs == [{token: value} for token, value in zip(found.tokens, found.token_logprobs)]
     streamed = list(client.completions.create(model=MODEL, prompt="x", logprobs=3, stream=True, **FIXED))
     merged = [c.choices[0].logprobs for c in streamed if c.choices[0].logprobs]
     assert [t for m in merged for t in m.tokens] == found.tokens

@@ -198,6 +198,23 @@ def test_what_the_server_tells_of_requests(any_token_server: LiveServer) -> None
     any_token_server.check_idle()
 
 
+def test_nothing_is_told_of_who_leaves(any_token_server: LiveServer) -> None:
+    """Also where one of the answers has ended."""
+    name, url = "request_params_n_count", f"{any_token_server.url}/v1/completions"
+    body = {"model": MODEL, "prompt": ["a", "b"], "max_tokens": 30, "ignore_eos": True}
+    short, long = (choice["text"] for choice in httpx.post(url, json=body, timeout=60).json()["choices"])
+    stop = next(character for character in short if character not in long)
+    before = scraped(httpx.get(f"{any_token_server.url}/metrics").text)[name]
+    any_token_server.runner.delay = 0.04  # 1.2 seconds for the longer one
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(url, json=body | {"stop": stop}, timeout=0.6)
+    any_token_server.check_idle()
+    any_token_server.runner.delay = 0.0
+    assert scraped(httpx.get(f"{any_token_server.url}/metrics").text)[name] == before
+    httpx.post(url, json=body, timeout=60)
+    assert scraped(httpx.get(f"{any_token_server.url}/metrics").text)[name] == before + 2
+
+
 def test_a_page_elsewhere_may_ask(tiny_model: Model, tiny_checkpoint: Checkpoint) -> None:
     """Browsers ask ahead, without the key; pages of other origins are told nothing."""
     runner = TorchRunner(tiny_model, CONFIG.num_pages, CONFIG.page_size, CPU)

@@ -130,6 +130,7 @@ def test_whatever_is_written_its_pieces_do_not_matter(style: CallStyle, words: l
         tagged("f", [1]),
         "<tool_call>" + "[" * 100_000,
         "waits <tool_call>",
+        '<tool_call>[{"name": "f", "arguments": {}}]</tool_call>',
         '{"name": "f", "parameters": {}}',
     ],
 )
