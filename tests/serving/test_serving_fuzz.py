@@ -35,10 +35,12 @@ def test_nothing_made_up_from_the_document_breaks_the_server(any_token_server: L
                 max_examples=100, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
             )
             def run(case) -> None:
-                names = [None, MODEL] if isinstance(case.body, dict) else [None]
-                for name in names:
-                    if name is not None:
+                has_name, in_path = isinstance(case.body, dict), bool(case.path_parameters)
+                for name in [None, MODEL] if has_name or in_path else [None]:
+                    if name is not None and has_name:
                         case.body = case.body | {"model": name}
+                    if name is not None and in_path:
+                        case.path_parameters = {"name": name}
                     response = case.call(timeout=60)
                     statuses[case.operation.path].add(response.status_code)
                     case.validate_response(response, checks=asked)
