@@ -152,9 +152,10 @@ class _Service:
         if tools and style is LIST:
             body.skip_special_tokens = False
         header, grammar = self._header("chatcmpl"), body.grammar()
-        if functions := body.required_functions():
+        required = body.required_functions()
+        if functions := required or body.strict_functions():
             open_id = self._tokenizer.fast.token_to_id(style.open)
-            grammar = call_grammar(functions, style, several=several, open_id=open_id)
+            grammar = call_grammar(functions, style, several=several, text=not required, open_id=open_id)
         requests = [
             body.request(f"{header.id}-{choice}", prompt, choice, grammar) for choice in range(body.num_choices)
         ]
@@ -178,8 +179,8 @@ class _Service:
         else:
             tokens = await asyncio.to_thread(self._tokenizer.encode, body.text(), body.add_special_tokens)
         texts = [self._tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
-        limit = self._engine.engine.max_model_len
-        return {"count": len(tokens), "max_model_len": limit, "tokens": list(tokens), "token_strs": texts}
+        own = {"count": len(tokens), "max_model_len": self._engine.engine.max_model_len, "tokens": list(tokens)}
+        return own | {"token_strs": texts}
 
     async def detokenize(self, body: DetokenizeBody) -> Json:
         self._check_model(body.model)
@@ -335,8 +336,7 @@ async def _invalid_body(_: HTTPRequest, error: Exception) -> Response:
     """Malformed JSON and fields of wrong types: the first mistake, where it is, and what was found."""
     errors = cast(RequestValidationError, error).errors()
     # Where several types are allowed, that one is meant which fits the farthest; types are no part of the place.
-    alternatives = [found for found in errors if found["loc"][:2] == errors[0]["loc"][:2]]
-    first = max(alternatives, key=lambda found: len(found["loc"]))
+    first = max((e for e in errors if e["loc"][:2] == errors[0]["loc"][:2]), key=lambda found: len(found["loc"]))
     where = ".".join(
         str(part) for part in first["loc"][1:] if part not in ("str", "NamedTool") and "[" not in str(part)
     )

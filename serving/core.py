@@ -84,9 +84,11 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         biases, stops = dict(self.logit_bias), list(self.stop)
+        most = 0 if self.grammar is not None else self.max_tokens or self.min_tokens
         rules = {
             "max_tokens": (self.max_tokens is None or self.max_tokens >= 1, "at least 1"),
-            "min_tokens": (0 <= self.min_tokens <= (self.max_tokens or self.min_tokens), "between 0 and max_tokens"),
+            "ignore_eos": (not (self.grammar and self.ignore_eos), "false where a grammar decides"),
+            "min_tokens": (0 <= self.min_tokens <= most, "between 0 and max_tokens; 0 where a grammar decides"),
             "temperature": (0.0 <= self.temperature <= 2.0, "between 0 and 2"),
             "top_p": (0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
             "top_k": (self.top_k >= 0, "at least 1, or 0 for no limit"),

@@ -53,7 +53,6 @@ _COUNTERS = {
     "num_preemptions": "How often a running request had to give up its pages.",
     "prefix_cache_queries": "Tokens of prompts that were looked up in the cache.",
     "prefix_cache_hits": "Tokens of prompts that were found in the cache, and not computed again.",
-    "prompt_tokens_cached": "The same, counted when the first token is there.",
     "spec_decode_num_drafts": "Guesses of what follows in an answer, of one token or more.",
     "spec_decode_num_draft_tokens": "Tokens of guesses.",
     "spec_decode_num_accepted_tokens": "Tokens of guesses that are in answers.",
@@ -140,7 +139,6 @@ class Metrics(Observer, Collector):
         if not record.num_tokens:
             self._observe("time_to_first_token_seconds", now - seq.arrived)
             self._counts["prompt_tokens"] += len(seq.request.prompt)
-            self._counts["prompt_tokens_cached"] += seq.num_cached
             self._observe("request_prefill_kv_computed_tokens", len(seq.request.prompt) - seq.num_cached)
         else:
             self._observe("inter_token_latency_seconds", now - record.last)

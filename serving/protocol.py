@@ -145,11 +145,6 @@ class GenerationBody(BaseModel):
             raise RequestError(f"n is {self.n}, but must be between 1 and {MAX_CHOICES}", param="n")
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options is only allowed when stream is true", param="stream_options")
-        ends = [name for name in ("ignore_eos", "min_tokens") if getattr(self, name)]
-        if ends and self.grammar() is not None:
-            raise RequestError(
-                f"{ends[0]} cannot be given when the answer must match a grammar, which has an end", param=ends[0]
-            )
 
     def grammar(self) -> Grammar | None:
         """What the answer must match, if anything."""
@@ -360,6 +355,11 @@ class ChatBody(TemplateFields, GenerationBody):
         if isinstance(self.tool_choice, NamedTool):
             return [function for function in functions if function["name"] == self.tool_choice.function.name]
         return functions if self.tool_choice == "required" else []
+
+    def strict_functions(self) -> list[dict[str, Any]]:
+        """All that are offered, if one of them is strict: then what the model calls must match its schema."""
+        functions = [tool["function"] for tool in self.offered_tools()]
+        return functions if any(function.get("strict") for function in functions) else []
 
     def check(self) -> None:
         super().check()

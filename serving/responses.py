@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from serving.core import FinishReason, RequestOutput, SampledToken
 from serving.tokenizer import Tokenizer
@@ -93,22 +93,6 @@ class _CallStream:
         return "tool_calls" if self._num_calls and reason == "stop" else reason
 
 
-class Format(Protocol):
-    """How an endpoint words its answers."""
-
-    kind: str
-    chunk_kind: str
-
-    def opening(self, index: int) -> Json | None:
-        """The first chunk's choice, if there is one before any text."""
-        ...
-
-    def choice(self, choice: Choice) -> Json: ...
-    def delta(self, choice: Choice, output: RequestOutput) -> Json | None:
-        """The next chunk's choice, if there is anything to tell."""
-        ...
-
-
 class ChatFormat:
     """parser: makes what finds tool calls in an answer; None where there are no tools. several: tell all of them."""
 
@@ -122,6 +106,7 @@ class ChatFormat:
         self._streams: dict[int, _CallStream] = {}
 
     def opening(self, index: int) -> Json | None:
+        """The first chunk's choice, if there is one before any text."""
         return self._delta(index, {"role": "assistant", "content": ""}, None, None)
 
     def choice(self, choice: Choice) -> Json:
@@ -143,6 +128,7 @@ class ChatFormat:
         }
 
     def delta(self, choice: Choice, output: RequestOutput) -> Json | None:
+        """The next chunk's choice, if there is anything to tell."""
         content, calls, reason = output.text, list[Json](), output.finish_reason
         if self._parser is not None:
             stream = self._streams.get(choice.index) or _CallStream(self._parser(), several=self._several)
@@ -221,3 +207,6 @@ class CompletionFormat:
             ],
             "text_offset": offsets,
         }
+
+
+Format = ChatFormat | CompletionFormat  # how an endpoint words its answers

@@ -93,10 +93,7 @@ class TopLogprob(TypedDict):
 
 
 @with_config(_CLOSED)
-class TokenLogprob(TypedDict):
-    token: str
-    logprob: float
-    bytes: list[int]
+class TokenLogprob(TopLogprob):
     top_logprobs: list[TopLogprob]
 
 

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -128,8 +128,7 @@ class Tokenizer:
 
     def token_text(self, token_id: int) -> str:
         """One token as text, special tokens included, as it is behind others: some decoders strip the first space of a text."""
-        alone = self.decode([token_id], skip_special=False)
-        return self.decode([token_id, token_id], skip_special=False)[len(alone) :]
+        return _token_text(self.fast, token_id)
 
     def token_bytes(self, token_id: int) -> bytes:
         """One token in UTF-8, of which it may have only a part of a character."""
@@ -154,6 +153,12 @@ class Tokenizer:
             return environment.from_string(self.chat_template, globals=names)
         except jinja2.TemplateSyntaxError as error:
             raise TilusError(f"the model's chat template is not valid jinja: {error}") from error
+
+
+@lru_cache(2**16)
+def _token_text(fast: FastTokenizer, token_id: int) -> str:
+    once, twice = (fast.decode([token_id] * count, skip_special_tokens=False) for count in (1, 2))
+    return twice[len(once) :]
 
 
 class Detokenizer:

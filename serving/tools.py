@@ -66,17 +66,27 @@ def style_of(chat_template: str | None) -> CallStyle:
     return WHOLE if '"parameters":' in template and TAGS.open not in template else TAGS
 
 
-def call_grammar(functions: Sequence[Json], style: CallStyle, *, several: bool, open_id: int | None = None) -> Grammar:
+def call_grammar(
+    functions: Sequence[Json], style: CallStyle, *, several: bool, text: bool = False, open_id: int | None = None
+) -> Grammar:
     """What an answer matches that is nothing but calls of these functions (OpenAI's name and parameters, a JSON schema): one, or
-    with `several` at least one. Answers that are JSON as a whole are one call. open_id: the token that a list begins with.
+    with `several` at least one; with `text` any answer, in which what begins like a call is one. Answers that are JSON as a whole
+    are one call. open_id: the token that a list begins with.
     """
-    begin, end = (f"{style.open}\n", f"\n{style.close}") if style is TAGS else ("", "")
-    between = _literal(", " if style is LIST else "\n")
-    calls = f"call ({between} call)*" if several and style is not WHOLE else "call"
+    is_token = style is LIST and open_id is not None
+    opening = f"<[{open_id}]>" if is_token else _literal(style.open)
+    begin, end, calls = "", "", "call"
     if style is LIST:
-        opening = _literal(style.open) if open_id is None else f"<[{open_id}]>"
-        calls = f'{opening} " [" {calls} "]"'
-    rules = [f"start: {calls}", "call: " + " | ".join(f"call_{index}" for index in range(len(functions)))]
+        calls = 'open " [" call' + ' (", " call)*' * several + ' "]"'
+    elif style is TAGS:
+        begin, end, calls = "\n", f"\n{style.close}", "open call" + ' ("\\n" open call)*' * (several and not text)
+    rules = [f"start: {calls}", f"open: {opening}"]
+    if text and style is WHOLE:
+        rules = ["start: call | rest", r"rest: /\s*([^{\s](.|\n)*)?/"]
+    elif text:  # what stands before a call belongs to `open`
+        rules = [f"start: ({calls})* rest", r"rest: /(.|\n)*/"]
+        rules.append(f"open: rest {opening}" if is_token else rf"open[suffix={opening}]: /(.|\n)*/")
+    rules.append("call: " + " | ".join(f"call_{index}" for index in range(len(functions))))
     for index, function in enumerate(functions):
         # Each schema is a root of its own: its references point into it.
         head = f'{begin}{{"name": {json.dumps(function["name"])}, "{style.arguments}": '

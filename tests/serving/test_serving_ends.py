@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import httpx
 import pytest
 from any_token_runner import AnyTokenRunner, next_token
 from hypothesis import given
@@ -86,8 +87,14 @@ def test_no_draft_is_checked_where_ends_are_masked() -> None:
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"min_tokens": -1}, "min_tokens is -1, but must be between 0 and max_tokens"),
-        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens is 5, but must be between 0 and max_tokens"),
+        (
+            {"min_tokens": -1},
+            "min_tokens is -1, but must be between 0 and max_tokens; 0 where a grammar decides",
+        ),
+        (
+            {"min_tokens": 5, "max_tokens": 4},
+            "min_tokens is 5, but must be between 0 and max_tokens; 0 where a grammar decides",
+        ),
         ({"stop_token_ids": (1,) * 129}, f"stop_token_ids is {(1,) * 129}, but must be at most 128 tokens"),
     ],
 )
@@ -129,9 +136,17 @@ def test_fields_of_ends_reach_the_engine(tiny_checkpoint: Checkpoint) -> None:
 
 
 def test_a_grammar_has_its_own_end(tiny_server: LiveServer) -> None:
-    body = {"model": MODEL, "prompt": "x", "min_tokens": 2, "structured_outputs": {"regex": "a"}}
-    with (
-        tiny_server.client() as client,
-        pytest.raises(Exception, match="min_tokens cannot be given when the answer must"),
-    ):
-        client.post("/completions", body=body, cast_to=object)
+    tools = [{"type": "function", "function": {"name": "f", "strict": True}}]
+    grammars = (
+        ("completions", {"prompt": "x", "structured_outputs": {"regex": "a"}}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "x"}], "tools": tools}),
+    )
+    for path, body in grammars:
+        for name, value, expected in (
+            ("min_tokens", 2, "between 0 and max_tokens; 0 where a grammar decides"),
+            ("ignore_eos", True, "false where a grammar decides"),
+        ):
+            reply = httpx.post(f"{tiny_server.url}/v1/{path}", json={"model": MODEL, name: value} | body)
+            error = reply.json()["error"]
+            assert (reply.status_code, error["param"]) == (400, name)
+            assert error["message"] == f"{name} is {value}, but must be {expected}"

@@ -209,6 +209,51 @@ def test_every_way_through_the_grammar_is_calls(tiny_checkpoint: Checkpoint, sty
     assert len(seen) == 3 and (most > 1) == (several and style is not WHOLE)
 
 
+CALLS = {
+    TAGS: '<tool_call>\n{"name": "f", "arguments": {"p": [1, 2]}}\n</tool_call>',
+    WHOLE: '{"name": "f", "parameters": {"p": [1, 2]}}',
+    LIST: '[TOOL_CALLS] [{"name": "f", "arguments": {"p": [1, 2]}}, {"name": "g", "arguments": {}}]',
+}
+
+
+@pytest.mark.parametrize(("style", "open_id"), [(TAGS, None), (WHOLE, None), (LIST, 259), (LIST, None)])
+def test_strict_functions_leave_all_texts_but_calls_that_do_not_match(style: CallStyle, open_id: int | None) -> None:
+    fast = byte_tokenizer()
+    if open_id is not None:
+        fast.add_special_tokens([AddedToken(LIST.open, special=True, normalized=False)])
+    tokenizer = Tokenizer(fast, frozenset({258}), None, {}, 259 + (open_id is not None))
+    grammar = call_grammar([tool["function"] for tool in TOOLS], style, several=True, text=True, open_id=open_id)
+    grammars, call = Grammars(tokenizer), CALLS[style]
+
+    def possible(text: str) -> int:
+        """Characters that may be written; all of them, if the answer may end there."""
+        matcher = grammars.matcher(grammar)
+        for place, token in enumerate((*tokenizer.encode(text), 258)):
+            if token not in set_bits(matcher.allowed()):
+                return len(tokenizer.decode(tokenizer.encode(text)[:place], skip_special=False))
+            matcher.accept(token)
+        return len(text)
+
+    whole = [
+        "",
+        "hello",
+        "a { b",
+        call,
+        call.replace("[1, 2]", "[3, 4]"),
+        call.replace(" [1, 2]", "[1 ,2]"),
+        "<tool",
+        "[TOOL",
+    ]
+    if style is not WHOLE:
+        whole += [f"so\n{call}", f"so {call}\n", f"so {call} and {call}"]
+    for text in whole:
+        assert possible(text) == len(text), text
+    for wrong, kept in (("[1, 2]", "[1, 3]"), ('"f"', '"h"'), ('{"p": [1, 2]}', "{}"), ('"name"', '"nam"')):
+        text = call.replace(wrong, kept, 1)
+        assert possible(text) < len(text) - 1, text
+        assert text.startswith(call[: possible(text)])
+
+
 HERMES = (
     "{% if tools %}{{ '<|im_start|>system\n' }}{% for t in tools %}{{ t | tojson }}\n{% endfor %}<tool_call></tool_call>"
     "{{ '<|im_end|>\n' }}{% endif %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{{ m.content }}"
@@ -381,6 +426,25 @@ def test_calls_behind_a_special_token(tiny_checkpoint: Checkpoint) -> None:
         server.check_idle()
     grammar = call_grammar([TOOLS[1]["function"]], LIST, several=False, open_id=259)
     assert set_bits(Grammars(tokenizer).matcher(grammar).allowed()) == [259]
+
+
+def test_strict_functions(scripted: LiveServer, script: ScriptRunner) -> None:
+    """One that is strict is enough: a grammar decides. Without any the model may write what it likes."""
+    script.text = '<tool_call>{"name": "f", "arguments": {"q": 1}}</tool_call>'
+
+    def ask(name: str, **function: object) -> openai.types.chat.chat_completion.Choice:
+        tools = [*TOOLS, {"type": "function", "function": {"name": name} | function}]
+        return client.chat.completions.create(model=MODEL, messages=USER, tools=tools, seed=1, max_tokens=70).choices[0]
+
+    with scripted.client() as client:
+        for strict in (None, False):
+            (call,) = ask("h", strict=strict).message.tool_calls
+            assert call.function.arguments == '{"q": 1}'
+        assert ask("h", strict=True).message.content not in ("", script.text)
+        with pytest.raises(openai.BadRequestError, match="the grammar cannot be used: "):
+            ask("h", strict=True, parameters={"type": "odd"})
+        assert ask("h", parameters={"type": "odd"}).message.tool_calls
+    scripted.check_idle()
 
 
 def test_calls_that_are_required(scripted: LiveServer) -> None:
