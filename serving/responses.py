@@ -40,7 +40,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Header:
-    """What all chunks of a response share. fingerprint: equal where the server would answer equally."""
+    """What all chunks of a response share. fingerprint: another one where another server may answer."""
 
     id: str
     created: int

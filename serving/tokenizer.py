@@ -27,9 +27,8 @@ from tilus.errors import TilusError
 
 _REPLACEMENT = "\ufffd"
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # SentencePiece's
-_SYMBOLS = sorted(
-    pre_tokenizers.ByteLevel.alphabet()
-)  # of byte-level vocabularies: what prints is itself, the rest is behind
+# What byte-level vocabularies write bytes as: those that print as themselves, the others as what follows in Unicode.
+_SYMBOLS = sorted(pre_tokenizers.ByteLevel.alphabet())
 _BYTES = dict(zip(_SYMBOLS, sorted(range(256), key=lambda byte: (chr(byte) not in _SYMBOLS, byte))))
 
 

@@ -191,8 +191,11 @@ class CallParser:
             self._state, self._end, self._num_sent = self._arguments, _ObjectEnd(), 0
             self._is_behind_call = True
             return [CallStart(match["name"])]
-        end = self._end.find(held) if held[:1] in ("", "{") and match is None else 0
-        if end < 0 and not self._ended:
+        may_be_call = held[:1] in ("", "{") and match is None
+        end = len(held) if may_be_call else 0
+        if may_be_call and not self._ended:
+            end = held.find(self.style.close) if self.style is TAGS else self._end.find(held)
+        if end < 0:
             return None
         self._state = self._text
         call = self._parsed(held[:end]) if end > 0 else None

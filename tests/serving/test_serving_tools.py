@@ -138,6 +138,15 @@ def test_what_is_no_call_stays_text(text: str) -> None:
     assert "".join(map(str, parsed(TAGS, list(text) if len(text) < 99 else [text]))) == text
 
 
+@pytest.mark.parametrize(("style", "begun"), [(TAGS, "<tool_call>{"), (LIST, "[TOOL_CALLS] [{"), (WHOLE, "{")])
+def test_a_thousand_calls_that_are_none_take_no_minute(style: CallStyle, begun: str) -> None:
+    """Each could be a call up to the end of the answer."""
+    text = begun * 10_000
+    assert "".join(map(str, parsed(style, [text]))) == text
+    if style is not WHOLE:
+        assert parsed(style, [text + begun + '"name": "f", "arguments": {}}'])[1:] == [ToolCall("f", "{}")]
+
+
 def test_a_call_without_its_end_is_one() -> None:
     for missing in ("</tool_call>", "\n</tool_call>", "}\n</tool_call>"):
         text = "so " + tagged("f", {"a": 1}).removesuffix(missing)
