@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import httpx
 import pytest
-from any_token_runner import AnyTokenRunner, next_token
+from any_token_runner import AnyTokenRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from live_server import MODEL, LiveServer, serve
-from serving_fakes import EOS, VOCABULARY, FakeVocabulary, ManualClock
+from serving_fakes import EOS, VOCABULARY, FakeRunner, FakeVocabulary, ManualClock, next_token
 
 from serving.config import EngineConfig
-from serving.core import Batch, Request, SamplingParams, StepOutput
+from serving.core import Batch, BatchItem, Request, SampledToken, SamplingParams, StepOutput
 from serving.engine import Engine
 from serving.errors import RequestError
 from serving.loader import Checkpoint
@@ -31,13 +32,28 @@ PARAMS = st.builds(
 )
 
 
+class MaskedRunner(FakeRunner):
+    """Samples the next token that is allowed."""
+
+    def _run(self, item: BatchItem) -> tuple[SampledToken, ...] | None:
+        tokens = super()._run(item)
+        if tokens is None or item.allowed is None:
+            return tokens
+        ((token, _),) = tokens
+        while not item.allowed[token // 8] >> token % 8 & 1:
+            token = (token + 1) % VOCABULARY
+        return (SampledToken(token),)
+
+
 def expected(prompt: list[int], params: SamplingParams) -> tuple[str, int, str]:
     """The text, how many tokens, and why it ends: token by token, without any engine."""
     ends = {*params.stop_token_ids, *([] if params.ignore_eos else [EOS])}
-    mask = bytes(sum((8 * byte + bit not in ends) << bit for bit in range(8)) for byte in range(VOCABULARY // 8))
     tokens, text = list(prompt), ""
     for count in range(1, params.max_tokens + 1):
-        tokens.append(next_token(tokens, mask if count <= params.min_tokens else None, VOCABULARY))
+        token = next_token(tokens)
+        while count <= params.min_tokens and token in ends:
+            token = (token + 1) % VOCABULARY
+        tokens.append(token)
         character = chr(32 + tokens[-1])
         if tokens[-1] in ends:
             return text + character * params.include_stop_str_in_output, count, "stop"
@@ -47,9 +63,14 @@ def expected(prompt: list[int], params: SamplingParams) -> tuple[str, int, str]:
     return text, params.max_tokens, "length"
 
 
-@given(prompts=st.lists(st.lists(TOKENS, min_size=1, max_size=6), min_size=1, max_size=3), params=PARAMS)
-def test_answers_end_where_they_should(prompts: list[list[int]], params: SamplingParams) -> None:
-    engine = Engine(AnyTokenRunner(CONFIG.page_size, VOCABULARY), FakeVocabulary(), CONFIG, ManualClock())
+PROMPTS = st.lists(st.lists(TOKENS, min_size=1, max_size=6), min_size=1, max_size=3)
+
+
+@given(prompts=PROMPTS, params=PARAMS, overlap=st.booleans())
+def test_answers_end_where_they_should(prompts: list[list[int]], params: SamplingParams, overlap: bool) -> None:
+    """Also where the next step is scheduled before a token is known."""
+    config = replace(CONFIG, overlap=overlap)
+    engine = Engine(MaskedRunner(config.page_size, lazy=overlap), FakeVocabulary(), config, ManualClock())
     for index, prompt in enumerate(prompts):
         engine.add(Request(str(index), tuple(prompt), params))
     found = {str(index): ("", 0, "") for index in range(len(prompts))}

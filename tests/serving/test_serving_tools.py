@@ -371,7 +371,7 @@ def test_calls_as_chunks(scripted: LiveServer, script: ScriptRunner) -> None:
     """First who is called, then the arguments in pieces, none of them before its call; text is never repeated."""
     arguments = '{"p": [1, 2],  "q": "ü"}'
     script.text = f'I draw.\n<tool_call>\n{{"name": "f", "arguments": {arguments}}}\n</tool_call>\n{tagged("g", {})}'
-    scripted.runner.delay = 0.002
+    scripted.runner.delay = 0.005
     with scripted.client() as client:
         content, calls, reasons = "", list[list[str]](), list[str | None]()
         for chunk in client.chat.completions.create(model=MODEL, messages=USER, tools=TOOLS, stream=True):
@@ -387,7 +387,7 @@ def test_calls_as_chunks(scripted: LiveServer, script: ScriptRunner) -> None:
                 calls[-1].append(call.function.arguments)
         assert reasons == [None] * (len(reasons) - 1) + ["tool_calls"] and content == "I draw."
         assert [(name, "".join(pieces)) for name, *pieces in calls] == [("f", arguments), ("g", "{}")]
-        assert len(calls[0]) > 9  # or the reader is a hundred times slower than the engine
+        assert len(calls[0]) > 3  # or the reader is many times slower than the engine
         scripted.runner.delay = 0.0
         single = {"tools": TOOLS, "parallel_tool_calls": False}
         whole = client.chat.completions.create(model=MODEL, messages=USER, **single).choices[0]
