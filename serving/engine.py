@@ -160,7 +160,7 @@ class Engine:
         now = self._clock.now()
         if not self.has_work:
             self._since = now
-        matcher = self.new_matcher(params.grammar)
+        matcher = self.new_matcher(request.params.grammar)
         seq = Sequence(request, limit, now + self.config.request_timeout, matcher, arrived=now)
         decode = partial(self._vocabulary.decode, skip_special=params.skip_special_tokens)
         self._live[request.id] = _Live(
