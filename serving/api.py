@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import importlib.metadata
 import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,32 +20,25 @@ from fastapi import Request as HTTPRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Message, Receive, Scope, Send
 
+from serving import schemas
 from serving.async_engine import AsyncEngine, Generation
 from serving.core import Request, RequestOutput
 from serving.errors import RequestError
 from serving.metrics import CONTENT_TYPE, Metrics
 from serving.middleware import BodyLimit, KeyCheck, error_response
-from serving.protocol import ChatBody, CompletionBody, DetokenizeBody, GenerationBody, TokenizeBody
+from serving.protocol import ChatBody, CompletionBody, DetokenizeBody, GenerationBody, StreamOptions, TokenizeBody
 from serving.responses import ChatFormat, Choice, CompletionFormat, Format, Header, Json, usage
-from serving.schemas import (
-    ChatCompletion,
-    Completion,
-    Detokenized,
-    Health,
-    ModelList,
-    Tokenized,
-    Version,
-    responses,
-)
 from serving.tokenizer import Tokenizer
-from serving.tools import CallParser, call_grammar, style_of
+from serving.tools import LIST, CallParser, call_grammar, style_of
 
 _LOG = logging.getLogger("serving")
 _MAX_BODY_NBYTES = 16 * 2**20
 _MAX_BODY_SECONDS = 60.0
 _MAX_SEND_SECONDS = 60.0
+_Outputs = AsyncIterator[tuple[Choice, RequestOutput]]
 _PAGE = Path(__file__).parent / "page.html"
 # The page talks to this server and nobody else, whatever a model may write into it.
 _PAGE_POLICY = (
@@ -52,10 +46,12 @@ _PAGE_POLICY = (
 )
 
 
-def create_app(engine: AsyncEngine, tokenizer: Tokenizer, model_name: str, api_key: str | None = None) -> FastAPI:
+def create_app(
+    engine: AsyncEngine, tokenizer: Tokenizer, model_name: str, api_key: str | None = None, origins: Sequence[str] = ()
+) -> FastAPI:
     """The web application. It starts the engine's thread when it starts, and stops it when it stops.
 
-    api_key: what requests must have in their header; None lets everyone in.
+    api_key: what requests must have in their header; None lets everyone in. origins: of pages elsewhere whose scripts may ask.
     """
 
     @asynccontextmanager
@@ -69,19 +65,28 @@ def create_app(engine: AsyncEngine, tokenizer: Tokenizer, model_name: str, api_k
     app.add_middleware(BodyLimit, max_nbytes=_MAX_BODY_NBYTES, seconds=_MAX_BODY_SECONDS)
     if api_key is not None:
         app.add_middleware(KeyCheck, key=api_key)
+    if origins:  # outermost: what browsers ask ahead has no key
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     app.add_exception_handler(RequestValidationError, _invalid_body)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestError, _request_error)
     app.add_exception_handler(Exception, _internal_error)
     app.add_api_route("/", service.page, methods=["GET"], include_in_schema=False)
     for path, endpoint, method, answers in (
-        ("/v1/completions", service.completions, "POST", responses(Completion, stream=True)),
-        ("/v1/chat/completions", service.chat_completions, "POST", responses(ChatCompletion, stream=True)),
-        ("/v1/models", service.models, "GET", responses(ModelList)),
-        ("/tokenize", service.tokenize, "POST", responses(Tokenized)),
-        ("/detokenize", service.detokenize, "POST", responses(Detokenized)),
-        ("/health", service.health, "GET", responses(Health) | {503: {"model": Health}}),
-        ("/version", service.version, "GET", responses(Version)),
+        ("/v1/completions", service.completions, "POST", schemas.responses(schemas.Completion, stream=True)),
+        (
+            "/v1/chat/completions",
+            service.chat_completions,
+            "POST",
+            schemas.responses(schemas.ChatCompletion, stream=True),
+        ),
+        ("/v1/models", service.models, "GET", schemas.responses(schemas.ModelList)),
+        ("/v1/models/{name:path}", service.model, "GET", schemas.responses(schemas.ModelCard)),
+        ("/tokenize", service.tokenize, "POST", schemas.responses(schemas.Tokenized)),
+        ("/detokenize", service.detokenize, "POST", schemas.responses(schemas.Detokenized)),
+        ("/health", service.health, "GET", schemas.responses(schemas.Health) | {503: {"model": schemas.Health}}),
+        ("/ping", service.health, "GET", schemas.responses(schemas.Health) | {503: {"model": schemas.Health}}),
+        ("/version", service.version, "GET", schemas.responses(schemas.Version)),
     ):
         app.add_api_route(path, endpoint, methods=[method], responses=answers, response_model=None)
     app.add_api_route("/metrics", service.metrics, methods=["GET"], response_class=PlainTextResponse)
@@ -124,52 +129,58 @@ class _Service:
         self._created = int(time.time())
         self._compiler = ThreadPoolExecutor(1, "grammars")  # apart from what all requests wait for
         self._metrics = Metrics(engine.engine, model_name)
+        state = f"{_version()} {model_name} {engine.engine.config}"
+        self._fingerprint = f"fp_{hashlib.sha256(state.encode()).hexdigest()[:10]}"
 
     async def completions(self, body: CompletionBody, http: HTTPRequest) -> Response:
         self._check(body)
-        prompts = [await self._prompt_ids(prompt) for prompt in body.prompts()]
+        prompts = [await self._prompt_ids(prompt, body.add_special_tokens) for prompt in body.prompts()]
+        echoes = [prompt for prompt in body.prompts() if body.echo for _ in range(body.num_choices)]
         header = self._header("cmpl")
         requests = [
             body.request(f"{header.id}-{i * body.num_choices + choice}", prompt, choice, body.grammar())
             for i, prompt in enumerate(prompts)
             for choice in range(body.num_choices)
         ]
-        num_prompt = sum(len(prompt) for prompt in prompts)
-        return await self._respond(
-            body, http, header, requests, num_prompt, CompletionFormat(self._tokenizer.token_text)
-        )
+        return await self._respond(body, http, header, requests, CompletionFormat(self._tokenizer, echoes))
 
     async def chat_completions(self, body: ChatBody, http: HTTPRequest) -> Response:
         self._check(body)
-        messages = [message.for_template() for message in body.messages]
         tools, style = body.offered_tools(), style_of(self._tokenizer.chat_template)
-        prompt = await asyncio.to_thread(self._tokenizer.encode_chat, messages, tools)
+        several = body.parallel_tool_calls is not False
+        prompt = await self._chat_ids(body, tools)
+        if tools and style is LIST:
+            body.skip_special_tokens = False
         header, grammar = self._header("chatcmpl"), body.grammar()
-        if functions := body.required_functions():
-            grammar = call_grammar(functions, style, several=body.parallel_tool_calls is not False)
+        required = body.required_functions()
+        if functions := required or body.strict_functions():
+            open_id = self._tokenizer.fast.token_to_id(style.open)
+            grammar = call_grammar(functions, style, several=several, text=not required, open_id=open_id)
         requests = [
             body.request(f"{header.id}-{choice}", prompt, choice, grammar) for choice in range(body.num_choices)
         ]
         names = frozenset(tool["function"]["name"] for tool in tools)
-        format = ChatFormat(self._tokenizer.token_text, (lambda: CallParser(style, names)) if tools else None)
-        return await self._respond(body, http, header, requests, len(prompt), format)
+        parser = (lambda: CallParser(style, names)) if tools else None
+        return await self._respond(body, http, header, requests, ChatFormat(self._tokenizer, parser, several=several))
 
     async def models(self) -> Json:
-        limit = self._engine.engine.max_model_len
-        model = {"id": self._model_name, "object": "model", "created": self._created, "owned_by": "tilus"}
-        return {"object": "list", "data": [model | {"max_model_len": limit}]}
+        return {"object": "list", "data": [await self.model(self._model_name)]}
+
+    async def model(self, name: str) -> Json:
+        self._check_model(name)
+        own = {"id": name, "object": "model", "created": self._created, "owned_by": "tilus"}
+        return own | {"root": name, "parent": None, "max_model_len": self._engine.engine.max_model_len}
 
     async def tokenize(self, body: TokenizeBody) -> Json:
         self._check_model(body.model)
         if body.messages is not None:
             tools = [tool.model_dump(exclude_none=True) for tool in body.tools or []]
-            messages = [message.for_template() for message in body.messages]
-            tokens = await asyncio.to_thread(self._tokenizer.encode_chat, messages, tools)
+            tokens = await self._chat_ids(body, tools)
         else:
             tokens = await asyncio.to_thread(self._tokenizer.encode, body.text(), body.add_special_tokens)
         texts = [self._tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
-        limit = self._engine.engine.max_model_len
-        return {"count": len(tokens), "max_model_len": limit, "tokens": list(tokens), "token_strs": texts}
+        own = {"count": len(tokens), "max_model_len": self._engine.engine.max_model_len, "tokens": list(tokens)}
+        return own | {"token_strs": texts}
 
     async def detokenize(self, body: DetokenizeBody) -> Json:
         self._check_model(body.model)
@@ -192,10 +203,7 @@ class _Service:
         return JSONResponse({"status": "ok"})
 
     async def version(self) -> Json:
-        try:
-            return {"version": importlib.metadata.version("tilus")}
-        except importlib.metadata.PackageNotFoundError:
-            return {"version": "unknown: running from a checkout that is not installed"}
+        return {"version": _version()}
 
     def _check(self, body: GenerationBody) -> None:
         body.check()
@@ -211,71 +219,77 @@ class _Service:
                 code="model_not_found",
             )
 
-    async def _prompt_ids(self, prompt: str | list[int]) -> tuple[int, ...]:
+    async def _prompt_ids(self, prompt: str | list[int], add_special_tokens: bool) -> tuple[int, ...]:
         if isinstance(prompt, str):
-            return await asyncio.to_thread(self._tokenizer.encode, prompt)
+            return await asyncio.to_thread(self._tokenizer.encode, prompt, add_special_tokens)
         return tuple(prompt)
 
+    async def _chat_ids(self, body: ChatBody | TokenizeBody, tools: Sequence[Json]) -> tuple[int, ...]:
+        messages = body.messages or []
+        rendered, options = [message.for_template() for message in messages], body.template_options(messages)
+        return await asyncio.to_thread(self._tokenizer.encode_chat, rendered, tools, options)
+
     def _header(self, prefix: str) -> Header:
-        return Header(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), self._model_name)
+        return Header(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), self._model_name, self._fingerprint)
 
     async def _respond(
-        self,
-        body: GenerationBody,
-        http: HTTPRequest,
-        header: Header,
-        requests: Sequence[Request],
-        num_prompt: int,
-        format: Format,
+        self, body: GenerationBody, http: HTTPRequest, header: Header, requests: Sequence[Request], format: Format
     ) -> Response:
         if (grammar := requests[0].params.grammar) is not None:
             await asyncio.get_running_loop().run_in_executor(self._compiler, self._engine.engine.new_matcher, grammar)
         generation = self._engine.submit(requests)
-        choices = {request.id: Choice(index) for index, request in enumerate(requests)}
+        n = body.num_choices
+        choices = {r.id: Choice(index, 0 if index % n else len(r.prompt)) for index, r in enumerate(requests)}
+        outputs = self._counted(generation, choices, n)
         if body.stream:
-            events = _events(header, generation, choices, num_prompt, format, include_usage=body.include_usage)
+            events = _events(header, outputs, [*choices.values()], format, body.stream_options or StreamOptions())
             return EventStream(generation, events)
         async with _abandoned_with(http.receive, generation):
-            async for output in generation:
-                _raise_failure(output)
-                choices[output.request_id].extend(output)
-        num_output = sum(len(choice.tokens) for choice in choices.values())
+            async for choice, output in outputs:
+                choice.extend(output)
         answer = header.body(format.kind, [format.choice(choice) for choice in choices.values()])
-        return JSONResponse(answer | {"usage": usage(num_prompt, num_output)})
+        return JSONResponse(answer | {"usage": usage(choices.values())})
+
+    async def _counted(self, generation: Generation, choices: Mapping[str, Choice], num_choices: int) -> _Outputs:
+        """What the choices get, of which `num_choices` belong to each prompt, and what metrics tell of those that end."""
+        async for output in generation:
+            _raise_failure(output)
+            choices[output.request_id].count(output)
+            yield choices[output.request_id], output
+        counts = [choice.num_tokens for choice in choices.values() if choice.finish_reason is not None]
+        for start in range(0, len(counts), num_choices) if len(counts) == len(choices) else ():
+            self._metrics.answered(num_choices, max(counts[start : start + num_choices]))
 
 
 async def _events(
-    header: Header,
-    generation: Generation,
-    choices: dict[str, Choice],
-    num_prompt: int,
-    format: Format,
-    *,
-    include_usage: bool,
+    header: Header, outputs: _Outputs, choices: Sequence[Choice], format: Format, options: StreamOptions
 ) -> AsyncIterator[str]:
     """The stream's events. An error after the start can only be told inside the stream."""
-    no_usage: Json = {"usage": None} if include_usage else {}
-    num_output = 0
 
     def chunk(choice: Json) -> str:
-        return _event(header.body(format.chunk_kind, [choice]) | no_usage)
+        told = usage(choices) if options.continuous_usage_stats else None
+        return _event(header.body(format.chunk_kind, [choice]) | ({"usage": told} if options.include_usage else {}))
 
     try:
-        for choice in choices.values():
+        for choice in choices:
             if (opening := format.opening(choice.index)) is not None:
                 yield chunk(opening)
-        async for output in generation:
-            _raise_failure(output)
-            num_output += len(output.tokens)
-            delta = format.delta(choices[output.request_id], output)
-            if delta is not None:
+        async for choice, output in outputs:
+            if (delta := format.delta(choice, output)) is not None:
                 yield chunk(delta)
     except RequestError as error:
         yield _event(error.body())
         return
-    if include_usage:
-        yield _event(header.body(format.chunk_kind, []) | {"usage": usage(num_prompt, num_output)})
+    if options.include_usage:
+        yield _event(header.body(format.chunk_kind, []) | {"usage": usage(choices)})
     yield "data: [DONE]\n\n"
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("tilus")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown: running from a checkout that is not installed"
 
 
 def _event(body: Json) -> str:
@@ -320,8 +334,12 @@ async def _request_error(_: HTTPRequest, error: Exception) -> Response:
 
 async def _invalid_body(_: HTTPRequest, error: Exception) -> Response:
     """Malformed JSON and fields of wrong types: the first mistake, where it is, and what was found."""
-    first = cast(RequestValidationError, error).errors()[0]
-    where = ".".join(str(part) for part in first["loc"][1:])
+    errors = cast(RequestValidationError, error).errors()
+    # Where several types are allowed, that one is meant which fits the farthest; types are no part of the place.
+    first = max((e for e in errors if e["loc"][:2] == errors[0]["loc"][:2]), key=lambda found: len(found["loc"]))
+    where = ".".join(
+        str(part) for part in first["loc"][1:] if part not in ("str", "NamedTool") and "[" not in str(part)
+    )
     if first["type"] == "json_invalid":
         message = f"the body is not valid JSON: {first['ctx']['error']} at character {where}"
         return error_response(RequestError(message))

@@ -77,7 +77,7 @@ def _together(outputs: Sequence[RequestOutput]) -> RequestOutput:
         return outputs[0]
     text = "".join(output.text for output in outputs)
     tokens = tuple(token for output in outputs for token in output.tokens)
-    return RequestOutput(outputs[0].request_id, text, tokens, outputs[-1].finish_reason)
+    return outputs[-1]._replace(text=text, tokens=tokens)
 
 
 class AsyncEngine:

@@ -166,6 +166,9 @@ class ServerConfig:
         "show; default: everyone who reaches the port is served",
         "KEY",
     )
+    allowed_origins: str | None = _option(
+        None, "origins of chat pages elsewhere that may ask this server, with commas between them; * for all", "ORIGINS"
+    )
     device: str = _option(
         "auto",
         "where the model runs: cpu is native code for this machine where it can be compiled, reference the slow meaning of "
@@ -294,16 +297,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> ServerConfig:
     """ServerConfig from a command line; exits with a message on a wrong one, as programs do."""
     parser = build_parser()
     config = ServerConfig(**vars(parser.parse_args(arguments)))
-    for name in (
-        "max_batch",
-        "max_step_tokens",
-        "max_waiting",
-        "max_model_len",
-        "num_pages",
-        "request_timeout",
-        "tp",
-        "itl_slo",
-    ):
+    counts = ("max_batch", "max_step_tokens", "max_waiting", "max_model_len", "num_pages", "tp")
+    for name in (*counts, "request_timeout", "itl_slo"):
         value = getattr(config, name)
         if value is not None and value <= 0:
             parser.error(f"argument --{name.replace('_', '-')}: {value} is not positive")

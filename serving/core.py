@@ -23,6 +23,7 @@ MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
 MAX_BIASES = 1024
+MAX_STOP_TOKENS = 128
 
 
 class Clock(Protocol):
@@ -55,6 +56,9 @@ class SamplingParams:
     repetition_penalty: by which logits of tokens of the prompt and the answer so far are divided, or multiplied below 0.
     logit_bias: pairs of a token and what is added to its logit. grammar: what the answer must match.
     seed: the only source of randomness; equal requests with equal seeds get equal answers, whoever shares the batch.
+    stop, stop_token_ids: texts and tokens that end the answer, as the model's own do unless ignore_eos; it is shown with
+    include_stop_str_in_output. min_tokens: before there are so many, nothing of this ends it.
+    skip_special_tokens: whether special tokens are left out of the text.
     logprobs: None for none, else how many alternatives to report beside the chosen token (0 to 20).
     Raises RequestError for a value outside its range.
     """
@@ -71,47 +75,43 @@ class SamplingParams:
     grammar: Grammar | None = None
     seed: int = 0
     stop: tuple[str, ...] = ()
+    include_stop_str_in_output: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    skip_special_tokens: bool = True
     ignore_eos: bool = False
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        rules = (
-            (self.max_tokens is None or self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1"),
-            (0.0 <= self.temperature <= 2.0, "temperature", self.temperature, "between 0 and 2"),
-            (0.0 < self.top_p <= 1.0, "top_p", self.top_p, "above 0 and at most 1"),
-            (self.top_k >= 0, "top_k", self.top_k, "at least 1, or 0 for no limit"),
-            (0.0 <= self.min_p <= 1.0, "min_p", self.min_p, "between 0 and 1"),
-            (abs(self.presence_penalty) <= 2.0, "presence_penalty", self.presence_penalty, "between -2 and 2"),
-            (abs(self.frequency_penalty) <= 2.0, "frequency_penalty", self.frequency_penalty, "between -2 and 2"),
-            (
-                0.0 < self.repetition_penalty <= 2.0,
-                "repetition_penalty",
-                self.repetition_penalty,
-                "above 0 and at most 2",
-            ),
-            (
-                len(self.logit_bias) <= MAX_BIASES and all(abs(bias) <= 100 for _, bias in self.logit_bias),
-                "logit_bias",
-                dict(self.logit_bias),
+        biases, stops = dict(self.logit_bias), list(self.stop)
+        most = 0 if self.grammar is not None else self.max_tokens or self.min_tokens
+        rules = {
+            "max_tokens": (self.max_tokens is None or self.max_tokens >= 1, "at least 1"),
+            "ignore_eos": (not (self.grammar and self.ignore_eos), "false where a grammar decides"),
+            "min_tokens": (0 <= self.min_tokens <= most, "between 0 and max_tokens; 0 where a grammar decides"),
+            "temperature": (0.0 <= self.temperature <= 2.0, "between 0 and 2"),
+            "top_p": (0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
+            "top_k": (self.top_k >= 0, "at least 1, or 0 for no limit"),
+            "min_p": (0.0 <= self.min_p <= 1.0, "between 0 and 1"),
+            "presence_penalty": (abs(self.presence_penalty) <= 2.0, "between -2 and 2"),
+            "frequency_penalty": (abs(self.frequency_penalty) <= 2.0, "between -2 and 2"),
+            "repetition_penalty": (0.0 < self.repetition_penalty <= 2.0, "above 0 and at most 2"),
+            "logit_bias": (
+                len(self.logit_bias) <= MAX_BIASES and all(abs(bias) <= 100 for bias in biases.values()),
                 f"at most {MAX_BIASES} tokens with numbers between -100 and 100",
             ),
-            (0 <= self.seed < 2**64, "seed", self.seed, "between 0 and 2^64 - 1"),
-            (
-                len(self.stop) <= MAX_STOPS and all(0 < len(stop) <= MAX_STOP_LENGTH for stop in self.stop),
-                "stop",
-                list(self.stop),
+            "seed": (0 <= self.seed < 2**64, "between 0 and 2^64 - 1"),
+            "stop": (
+                len(stops) <= MAX_STOPS and all(0 < len(stop) <= MAX_STOP_LENGTH for stop in stops),
                 f"at most {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters",
             ),
-            (
-                self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
-                "logprobs",
-                self.logprobs,
-                f"between 0 and {MAX_LOGPROBS}",
-            ),
-        )
-        for holds, name, value, expected in rules:
+            "stop_token_ids": (len(self.stop_token_ids) <= MAX_STOP_TOKENS, f"at most {MAX_STOP_TOKENS} tokens"),
+            "logprobs": (0 <= (self.logprobs or 0) <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}"),
+        }
+        for name, (holds, expected) in rules.items():
             if not holds:
-                raise RequestError(f"{name} is {value!r}, but must be {expected}", param=name)
+                found = {"logit_bias": biases, "stop": stops}.get(name, getattr(self, name))
+                raise RequestError(f"{name} is {found!r}, but must be {expected}", param=name)
 
     @cached_property
     def needs_history(self) -> bool:
@@ -160,6 +160,7 @@ class Sequence:
     default resolved. deadline: the clock's time after which the request is given up. matcher: of the request's grammar, if it
     has one. number: in order of arrival. num_shared: pages that others had already when it was admitted. num_preemptions: how
     often it lost its pages. arrived, started, answered: the clock's times of arrival, of the first step and of the first token.
+    num_cached: tokens of the prompt that were in the cache when it first started.
     """
 
     request: Request
@@ -173,6 +174,7 @@ class Sequence:
     number: int = 0
     num_shared: int = 0
     num_preemptions: int = 0
+    num_cached: int = 0
     arrived: float = 0.0
     started: float | None = None
     answered: float | None = None
@@ -269,13 +271,14 @@ class StepOutput:
 
 class RequestOutput(NamedTuple):
     """What a request gained in one step. `text` may lag behind `tokens`: half characters and possible beginnings of a
-    stop string are held back. After an output with a finish reason there is none.
+    stop string are held back. After an output with a finish reason there is none. num_cached: as of `Sequence`.
     """
 
     request_id: str
     text: str
     tokens: tuple[SampledToken, ...]
     finish_reason: FinishReason | None = None
+    num_cached: int = 0
 
 
 class Runner(Protocol):

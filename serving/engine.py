@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import Protocol
 
 from serving.config import EngineConfig
@@ -44,7 +45,7 @@ class Vocabulary(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def eos_ids(self) -> frozenset[int]: ...
-    def decode(self, ids: list[int]) -> str: ...
+    def decode(self, ids: list[int], skip_special: bool = True) -> str: ...
 
 
 @dataclass(eq=False)
@@ -114,11 +115,15 @@ class Engine:
 
     def validate(self, request: Request) -> None:
         """Raise RequestError unless this engine can serve the request. Reads only constants: any thread may ask."""
-        size, limit, wanted = len(request.prompt), self.max_model_len, request.params.max_tokens
+        size, limit = len(request.prompt), self.max_model_len
+        params, wanted = request.params, request.params.max_tokens
         if size == 0:
             raise RequestError("the prompt has no tokens, but at least 1 is needed", param="prompt")
-        biased = (token_id for token_id, _ in request.params.logit_bias)
-        for name, param, token_ids in (("the prompt", "prompt", request.prompt), ("logit_bias", "logit_bias", biased)):
+        for name, param, token_ids in (
+            ("the prompt", "prompt", request.prompt),
+            ("logit_bias", "logit_bias", dict(params.logit_bias)),
+            ("stop_token_ids", "stop_token_ids", params.stop_token_ids),
+        ):
             bad = next((t for t in token_ids if not 0 <= t < self._vocabulary.vocab_size), None)
             if bad is not None:
                 raise RequestError(
@@ -150,13 +155,17 @@ class Engine:
         self.validate(request)
         if request.id in self._live:
             raise TilusError(f"request id {request.id!r} is live already, but ids must be unique")
-        limit = request.params.max_tokens or self.max_model_len - len(request.prompt)
+        params = request.params
+        limit = params.max_tokens or self.max_model_len - len(request.prompt)
         now = self._clock.now()
         if not self.has_work:
             self._since = now
         matcher = self.new_matcher(request.params.grammar)
         seq = Sequence(request, limit, now + self.config.request_timeout, matcher, arrived=now)
-        self._live[request.id] = _Live(seq, Detokenizer(self._vocabulary.decode), StopMatcher(request.params.stop))
+        decode = partial(self._vocabulary.decode, skip_special=params.skip_special_tokens)
+        self._live[request.id] = _Live(
+            seq, Detokenizer(decode), StopMatcher(params.stop, include=params.include_stop_str_in_output)
+        )
         self.scheduler.add(seq)
         for observer in self.observers:
             observer.queued(seq, now)
@@ -212,15 +221,20 @@ class Engine:
 
     def _informed(self, batch: Batch) -> Batch:
         """The batch with what sampling must know beyond the logits."""
-        if not any(item.params is not None and item.params.needs_history for item in batch.items):
+        wanting = (item.params for item in batch.items if item.params is not None)
+        if not any(params.needs_history or params.min_tokens for params in wanting):
             return batch
         return replace(batch, items=tuple(self._informed_item(item) for item in batch.items))
 
     def _informed_item(self, item: BatchItem) -> BatchItem:
-        if item.params is None or not item.params.needs_history:
+        params = item.params
+        if params is not None and item.draw < params.min_tokens:
+            ends = frozenset(params.stop_token_ids).union(() if params.ignore_eos else self._vocabulary.eos_ids)
+            item = item._replace(allowed=_all_but(ends, self._vocabulary.vocab_size))
+        if params is None or not params.needs_history:
             return item
         seq = self._live[item.request_id].seq
-        allowed = seq.matcher.allowed() if seq.matcher is not None else None
+        allowed = seq.matcher.allowed() if seq.matcher is not None else item.allowed
         return item._replace(history=tuple(seq.tokens), allowed=allowed)
 
     def _expire(self) -> list[RequestOutput]:
@@ -243,7 +257,8 @@ class Engine:
         for item in batch.items:
             live = self._live[item.request_id]
             self.scheduler.advance(live.seq, len(item.token_ids))
-            live.seq.started = now if live.seq.started is None else live.seq.started
+            if live.seq.started is None:
+                live.seq.started, live.seq.num_cached = now, item.start
             if item.params is not None:
                 live.seq.tokens.append(UNKNOWN)
                 live.seq.num_unknown += 1
@@ -251,13 +266,14 @@ class Engine:
         return _Launched(StepWork.of(batch), batch.sampled, tuple(sampled), wait)
 
     def _drafts(self) -> Drafts:
-        """Guesses for sequences whose next tokens depend on nothing but the model and random numbers."""
+        """Guesses for sequences whose next tokens depend on nothing but the model and random numbers: no mask, no history."""
         if self._drafter is None:
             return {}
         wanted: dict[Sequence, int] = {}
         for seq in self.scheduler.decoding():
             room = min(seq.max_tokens, self.max_model_len - len(seq.request.prompt)) - seq.num_output - 1
-            if not seq.request.params.needs_history and room > 0:
+            params = seq.request.params
+            if not params.needs_history and seq.num_output >= params.min_tokens and room > 0:
                 wanted[seq] = min(self.config.num_drafts, room)
         return self._drafter.propose(wanted)
 
@@ -310,17 +326,18 @@ class Engine:
             observer.produced(seq, count, now)
         if reason is not None:
             self._end(item.request_id, reason)
-        return RequestOutput(item.request_id, text, tokens[:count], reason)
+        return RequestOutput(item.request_id, text, tokens[:count], reason, seq.num_cached)
 
     def _append(self, live: _Live, token_id: int, num_output: int) -> tuple[str, FinishReason | None]:
         """The text that can be shown with an answer's `num_output`-th token, and whether it ends there."""
         params = live.seq.request.params
         if live.seq.matcher is not None:
             live.seq.matcher.accept(token_id)
-        is_eos = token_id in self._vocabulary.eos_ids and not params.ignore_eos
-        text = live.stop.push("" if is_eos else live.detokenizer.push(token_id))
+        is_end = token_id in params.stop_token_ids or (not params.ignore_eos and token_id in self._vocabulary.eos_ids)
+        text = live.detokenizer.push(token_id) if params.include_stop_str_in_output or not is_end else ""
+        text = live.stop.push(text) if num_output > params.min_tokens else text
         reason: FinishReason | None = None
-        if is_eos or live.stop.found:
+        if is_end or live.stop.found:
             reason = "stop"
         elif live.seq.matcher is not None and live.seq.matcher.failed:
             reason = "grammar"
@@ -332,3 +349,12 @@ class Engine:
             if live.stop.found:  # completed by the last half character
                 reason = "stop"
         return text, reason
+
+
+@lru_cache(64)
+def _all_but(tokens: frozenset[int], vocab_size: int) -> bytes:
+    """A mask as `BatchItem.allowed`."""
+    mask = bytearray(b"\xff" * -(-vocab_size // 8))
+    for token_id in tokens:
+        mask[token_id // 8] &= ~(1 << token_id % 8)
+    return bytes(mask)

@@ -22,52 +22,11 @@ from serving.observer import Observer
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _FIRST_TOKEN = (
-    0.001,
-    0.005,
-    0.01,
-    0.02,
-    0.04,
-    0.06,
-    0.08,
-    0.1,
-    0.25,
-    0.5,
-    0.75,
-    1,
-    2.5,
-    5,
-    7.5,
-    10,
-    20,
-    40,
-    80,
-    160,
-    640,
-    2560,
-)
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560
+)  # fmt: skip
 _NEXT_TOKEN = (
-    0.001,
-    0.002,
-    0.003,
-    0.005,
-    0.0075,
-    0.01,
-    0.025,
-    0.05,
-    0.075,
-    0.1,
-    0.15,
-    0.2,
-    0.3,
-    0.4,
-    0.5,
-    0.75,
-    1,
-    2.5,
-    5,
-    10,
-    40,
-)
+    0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10, 40
+)  # fmt: skip
 _REQUEST = (0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 _STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
@@ -82,6 +41,9 @@ _HISTOGRAMS: dict[str, tuple[str, Several[float]]] = {
     "request_decode_time_seconds": ("From the first token to the end.", _REQUEST),
     "request_prompt_tokens": ("Tokens of a request's prompt.", _TOKENS),
     "request_generation_tokens": ("Tokens of a request's answer.", _TOKENS),
+    "request_max_num_generation_tokens": ("Tokens of the longest of the answers to a prompt.", _TOKENS),
+    "request_prefill_kv_computed_tokens": ("Tokens of a request's prompt that were not found in the cache.", _TOKENS),
+    "request_params_n": ("How many answers to a prompt were asked for.", (1, 2, 5, 10, 20)),
     "request_params_max_tokens": ("The most tokens that a request's answer may have.", _TOKENS),
     "iteration_tokens_total": ("Tokens that go through the model in a step.", _STEP_TOKENS),
 }
@@ -91,6 +53,9 @@ _COUNTERS = {
     "num_preemptions": "How often a running request had to give up its pages.",
     "prefix_cache_queries": "Tokens of prompts that were looked up in the cache.",
     "prefix_cache_hits": "Tokens of prompts that were found in the cache, and not computed again.",
+    "spec_decode_num_drafts": "Guesses of what follows in an answer, of one token or more.",
+    "spec_decode_num_draft_tokens": "Tokens of guesses.",
+    "spec_decode_num_accepted_tokens": "Tokens of guesses that are in answers.",
 }
 
 
@@ -117,12 +82,9 @@ class Histogram:
 
 @dataclass(eq=False)
 class _Record:
-    """A live request's times, in seconds of the engine's clock."""
+    """A live request. last: the engine's clock when it got its last tokens."""
 
     seq: Sequence
-    queued: float
-    started: float | None = None
-    first: float | None = None
     last: float = 0.0
     num_tokens: int = 0
 
@@ -136,6 +98,7 @@ class Metrics(Observer, Collector):
         self._histograms = {name: Histogram(bounds) for name, (_, bounds) in _HISTOGRAMS.items()}
         self._counts = Counter[str]()
         self._ends = Counter[str](dict.fromkeys(("stop", "length", "abort"), 0))
+        self._accepted = [0] * engine.config.num_drafts  # by place in a guess
         self._records: dict[str, _Record] = {}
         self._waiting: set[str] = set()  # those that have been in no step yet
         self._registry = CollectorRegistry()
@@ -148,30 +111,39 @@ class Metrics(Observer, Collector):
         return generate_latest(self._registry)
 
     def queued(self, seq: Sequence, now: float) -> None:
-        self._records[seq.id] = _Record(seq, now)
+        self._records[seq.id] = _Record(seq)
         self._waiting.add(seq.id)
+
+    def answered(self, num_choices: int, num_tokens: int) -> None:
+        """All answers to a prompt have ended, the longest with so many tokens. Told by the server, in one thread."""
+        self._observe("request_params_n", num_choices)
+        self._observe("request_max_num_generation_tokens", num_tokens)
 
     def scheduled(self, batch: Batch, now: float) -> None:
         self._observe("iteration_tokens_total", sum(len(item.token_ids) for item in batch.items))
+        for item in batch.items if self._accepted else ():
+            self._counts["spec_decode_num_drafts"] += item.num_drafts > 0
+            self._counts["spec_decode_num_draft_tokens"] += item.num_drafts
         if not self._waiting:
             return
         for item in batch.items:
             if item.request_id in self._waiting:
                 self._waiting.remove(item.request_id)
-                record = self._records[item.request_id]
-                record.started = now
-                self._observe("request_queue_time_seconds", now - record.queued)
-                self._counts["prefix_cache_queries"] += len(record.seq.request.prompt)
+                seq = self._records[item.request_id].seq
+                self._observe("request_queue_time_seconds", now - seq.arrived)
+                self._counts["prefix_cache_queries"] += len(seq.request.prompt)
                 self._counts["prefix_cache_hits"] += item.start
 
     def produced(self, seq: Sequence, count: int, now: float) -> None:
         record = self._records[seq.id]
-        if record.first is None:
-            record.first = now
-            self._observe("time_to_first_token_seconds", now - record.queued)
+        if not record.num_tokens:
+            self._observe("time_to_first_token_seconds", now - seq.arrived)
             self._counts["prompt_tokens"] += len(seq.request.prompt)
+            self._observe("request_prefill_kv_computed_tokens", len(seq.request.prompt) - seq.num_cached)
         else:
             self._observe("inter_token_latency_seconds", now - record.last)
+        for place in range(count - 1):  # but for its last token, what a step gives was guessed
+            self._accepted[place] += 1
         record.last = now
         record.num_tokens += count
         self._counts["generation_tokens"] += count
@@ -181,18 +153,18 @@ class Metrics(Observer, Collector):
         self._waiting.discard(seq.id)
         self._ends[ending] += 1
         self._counts["num_preemptions"] += seq.num_preemptions
-        self._observe("e2e_request_latency_seconds", now - record.queued)
+        self._observe("e2e_request_latency_seconds", now - seq.arrived)
         self._observe("request_prompt_tokens", len(seq.request.prompt))
         self._observe("request_generation_tokens", record.num_tokens)
         self._observe("request_params_max_tokens", seq.max_tokens)
-        if record.started is not None:
-            self._observe("request_inference_time_seconds", now - record.started)
-        if record.started is not None and record.first is not None:
-            self._observe("request_prefill_time_seconds", record.first - record.started)
-            self._observe("request_decode_time_seconds", record.last - record.first)
-        if record.first is not None and record.num_tokens > 1:
-            each = (record.last - record.first) / (record.num_tokens - 1)
-            self._observe("request_time_per_output_token_seconds", each)
+        if seq.started is not None:
+            self._observe("request_inference_time_seconds", now - seq.started)
+        if seq.started is not None and seq.answered is not None:
+            self._observe("request_prefill_time_seconds", seq.answered - seq.started)
+            self._observe("request_decode_time_seconds", record.last - seq.answered)
+            if record.num_tokens > 1:
+                each = (record.last - seq.answered) / (record.num_tokens - 1)
+                self._observe("request_time_per_output_token_seconds", each)
 
     def collect(self) -> Iterator[Metric]:
         names, values = list(self._labels), list(self._labels.values())
@@ -207,19 +179,20 @@ class Metrics(Observer, Collector):
         )
         info.add_metric([*values, *cache.values()], 1)
         yield info
-        counts = self._counts + Counter(
-            num_preemptions=sum(r.seq.num_preemptions for r in list(self._records.values()))
-        )
+        accepted, preempted = list(self._accepted), sum(r.seq.num_preemptions for r in list(self._records.values()))
+        counts = self._counts + Counter(num_preemptions=preempted, spec_decode_num_accepted_tokens=sum(accepted))
         for name, text in _COUNTERS.items():
             counter = CounterMetricFamily(f"vllm:{name}", text, labels=names)
             counter.add_metric(values, counts[name])
             yield counter
-        ends = CounterMetricFamily(
-            "vllm:request_success", "Requests by how they ended.", labels=[*names, "finished_reason"]
-        )
-        for reason, count in list(self._ends.items()):
-            ends.add_metric([*values, reason], count)
-        yield ends
+        for name, text, label, parts in (
+            ("request_success", "Requests by how they ended.", "finished_reason", list(self._ends.items())),
+            ("spec_decode_num_accepted_tokens_per_pos", "Accepted tokens by place.", "position", enumerate(accepted)),
+        ):
+            counter = CounterMetricFamily(f"vllm:{name}", text, labels=[*names, label])
+            for part, count in parts:
+                counter.add_metric([*values, str(part)], count)
+            yield counter
         for name, histogram in self._histograms.items():
             family = HistogramMetricFamily(f"vllm:{name}", _HISTOGRAMS[name][0], labels=names)
             family.add_metric(values, histogram.buckets(), histogram.total)

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving.errors import RequestError
 
 _HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}
-_OPEN = frozenset({"/", "/health", "/version", "/metrics"})
+_OPEN = frozenset({"/", "/health", "/ping", "/version", "/metrics"})
 
 
 class BodyLimit:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import random
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -16,42 +16,59 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from serving.core import Grammar, Request, SamplingParams
 from serving.errors import RequestError
+from serving.tokenizer import TemplateOptions
 
 MAX_CHOICES = 128
 _SEEDS = 2**64
+_CONTINUE = "continue_final_message"
 
+# Fields that mean the same in SamplingParams, which has their defaults.
+_AS_GIVEN = (
+    "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "min_tokens",
+    "include_stop_str_in_output", "skip_special_tokens", "ignore_eos",
+)  # fmt: skip
 # Fields that do not change the answer.
-_WITHOUT_EFFECT = frozenset({"metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
-# Fields that are not supported, with the values that ask for nothing.
+_WITHOUT_EFFECT = frozenset(
+    ["metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "prediction"]
+)  # fmt: skip
+# Fields that are not supported, with the values that ask for nothing, as null does for all.
 _ONLY_NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "best_of": (None, 1),
-    "echo": (None, False),
-    "suffix": (None, ""),
-    "functions": (None, []),
-    "function_call": (None, "none", "auto"),
-    "modalities": (None, ["text"]),
+    "best_of": (1,),
+    "suffix": ("",),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
 }
 
 
-class StreamOptions(BaseModel):
+class _Closed(BaseModel):
+    """Has no other fields, and nothing is converted."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
-    include_usage: bool = False
 
 
-class JsonSchemaFormat(BaseModel):
+class StreamOptions(_Closed):
+    """include_usage: in a chunk at the end; with continuous_usage_stats (vLLM's) in all others, too. include_obfuscation: the
+    padding, which hides lengths from those who listen in, is never sent.
+    """
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class JsonSchemaFormat(_Closed):
     """A named JSON schema. strict: schemas are always enforced; whether they are supported is found when they are compiled."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     name: str
     description: str | None = None
     json_schema: dict[str, Any] | bool = Field(alias="schema")
     strict: bool | None = None
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(_Closed):
     """OpenAI's way to ask for JSON."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
 
@@ -65,10 +82,9 @@ class ResponseFormat(BaseModel):
         return Grammar("json_schema", '{"type": "object"}') if self.type == "json_object" else None
 
 
-class StructuredOutputs(BaseModel):
+class StructuredOutputs(_Closed):
     """vLLM's way to ask for what OpenAI has no word for: one of a JSON schema, a regular expression, or some texts."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     json_schema: dict[str, Any] | str | None = Field(None, alias="json")
     regex: str | None = None
     choice: list[str] | None = Field(None, min_length=1)
@@ -76,10 +92,8 @@ class StructuredOutputs(BaseModel):
     def grammar(self) -> Grammar:
         asked = [value for value in (self.json_schema, self.regex, self.choice) if value is not None]
         if len(asked) != 1:
-            raise RequestError(
-                f"structured_outputs has {len(asked)} of json, regex and choice, but needs one",
-                param="structured_outputs",
-            )
+            found = f"structured_outputs has {len(asked)} of json, regex and choice"
+            raise RequestError(f"{found}, but needs one", param="structured_outputs")
         if self.regex is not None:
             return Grammar("regex", self.regex)
         if self.choice is not None:
@@ -105,6 +119,10 @@ class GenerationBody(BaseModel):
     seed: int | None = None
     n: int | None = None
     stop: str | list[str] | None = None
+    include_stop_str_in_output: bool | None = None
+    stop_token_ids: list[int] | None = None
+    min_tokens: int | None = None
+    skip_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
@@ -117,24 +135,16 @@ class GenerationBody(BaseModel):
     def num_choices(self) -> int:
         return 1 if self.n is None else self.n
 
-    @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
-
     def check(self) -> None:
         """Raise RequestError for what pydantic's types cannot say."""
         for name, value in (self.model_extra or {}).items():
-            if name in _WITHOUT_EFFECT or (name in _ONLY_NEUTRAL and value in _ONLY_NEUTRAL[name]):
+            if value is None or name in _WITHOUT_EFFECT or value in _ONLY_NEUTRAL.get(name, ()):
                 continue
             raise RequestError(f"{name} = {value!r} is not supported by this server", param=name)
         if not 1 <= self.num_choices <= MAX_CHOICES:
             raise RequestError(f"n is {self.n}, but must be between 1 and {MAX_CHOICES}", param="n")
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options is only allowed when stream is true", param="stream_options")
-        if self.ignore_eos and self.grammar() is not None:
-            raise RequestError(
-                "ignore_eos cannot be given when the answer must match a grammar, which has an end", param="ignore_eos"
-            )
 
     def grammar(self) -> Grammar | None:
         """What the answer must match, if anything."""
@@ -164,18 +174,13 @@ class GenerationBody(BaseModel):
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         return SamplingParams(
             max_tokens=max_tokens,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=self.top_k or 0,
-            min_p=self.min_p or 0.0,
-            presence_penalty=self.presence_penalty or 0.0,
-            frequency_penalty=self.frequency_penalty or 0.0,
-            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            top_k=0 if self.top_k in (None, -1) else self.top_k,  # vLLM's word for no limit is -1
             logit_bias=self._biases(),
             seed=seed % _SEEDS,
             stop=stop,
-            ignore_eos=bool(self.ignore_eos),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
             logprobs=logprobs,
+            **{name: value for name in _AS_GIVEN if (value := getattr(self, name)) is not None},
         )
 
     def _biases(self) -> tuple[tuple[int, float], ...]:
@@ -193,6 +198,13 @@ class CompletionBody(GenerationBody):
 
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: int | None = None
+    echo: bool | None = None
+    add_special_tokens: bool = True
+
+    def check(self) -> None:
+        super().check()
+        if self.echo and self.logprobs is not None:
+            raise RequestError("logprobs with echo is not supported: prompts have none here", param="logprobs")
 
     def prompts(self) -> list[str | list[int]]:
         """One prompt or several, as text or token ids."""
@@ -215,16 +227,14 @@ class CompletionBody(GenerationBody):
         return self.params(choice, 16 if self.max_tokens is None else self.max_tokens, self.logprobs)
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class TextPart(_Closed):
     type: Literal["text"]
     text: str
 
 
-class FunctionCall(BaseModel):
+class FunctionCall(_Closed):
     """parsed_arguments: what OpenAI's client adds to `arguments` when it has read them from a stream."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     name: str
     arguments: str
     parsed_arguments: Any = None
@@ -240,18 +250,16 @@ class FunctionCall(BaseModel):
         return {"name": self.name, "arguments": arguments}
 
 
-class MessageToolCall(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class MessageToolCall(_Closed):
     id: str
     type: Literal["function"] = "function"
     index: int | None = None
     function: FunctionCall
 
 
-class Message(BaseModel):
+class Message(_Closed):
     """One of a conversation. What only answers have may come back, as clients send answers as they got them."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
     name: str | None = None
@@ -284,41 +292,55 @@ class Message(BaseModel):
         return message | {name: value for name, value in extra.items() if value is not None}
 
 
-class Function(BaseModel):
+class Function(_Closed):
     """parameters: a JSON schema; None for a function without any."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
-class Tool(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class Tool(_Closed):
     type: Literal["function"]
     function: Function
 
 
-class NamedFunction(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class NamedFunction(_Closed):
     name: str
 
 
-class NamedTool(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class NamedTool(_Closed):
     type: Literal["function"]
     function: NamedFunction
 
 
-class ChatBody(GenerationBody):
+class TemplateFields(_Closed):
+    """What decides how messages are rendered, beside them; most of it as in vLLM."""
+
+    tools: list[Tool] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def template_options(self, messages: Sequence[Message]) -> TemplateOptions:
+        final, continues = messages[-1], bool(self.continue_final_message)
+        if continues and self.add_generation_prompt:
+            raise RequestError("continue_final_message and add_generation_prompt cannot both be true", param=_CONTINUE)
+        if continues and (final.role != "assistant" or not final.content or final.tool_calls):
+            found = f"{final.role!r} and {len(final.content or '')} characters"
+            raise RequestError(f"{_CONTINUE} needs a text of 'assistant' in the end, not {found}", param=_CONTINUE)
+        starts = not continues and self.add_generation_prompt is not False
+        return TemplateOptions(starts, continues, self.chat_template_kwargs or {})
+
+
+class ChatBody(TemplateFields, GenerationBody):
     """POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
 
@@ -333,6 +355,11 @@ class ChatBody(GenerationBody):
         if isinstance(self.tool_choice, NamedTool):
             return [function for function in functions if function["name"] == self.tool_choice.function.name]
         return functions if self.tool_choice == "required" else []
+
+    def strict_functions(self) -> list[dict[str, Any]]:
+        """All that are offered, if one of them is strict: then what the model calls must match its schema."""
+        functions = [tool["function"] for tool in self.offered_tools()]
+        return functions if any(function.get("strict") for function in functions) else []
 
     def check(self) -> None:
         super().check()
@@ -359,14 +386,12 @@ class ChatBody(GenerationBody):
         return self.params(choice, limit, (self.top_logprobs or 0) if self.logprobs else None)
 
 
-class TokenizeBody(BaseModel):
+class TokenizeBody(TemplateFields):
     """POST /tokenize, as in vLLM: the tokens of a prompt, or of messages as a chat would have them."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = Field(None, min_length=1)
-    tools: list[Tool] | None = None
     add_special_tokens: bool = True
     return_token_strs: bool | None = None
 
@@ -376,9 +401,8 @@ class TokenizeBody(BaseModel):
         return self.prompt
 
 
-class DetokenizeBody(BaseModel):
+class DetokenizeBody(_Closed):
     """POST /detokenize, as in vLLM."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     model: str | None = None
     tokens: list[int]

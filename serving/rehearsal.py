@@ -40,6 +40,12 @@ def _item(index: int, tokens: int, page_size: int) -> BatchItem:
     return BatchItem(str(index), (0,) * tokens, 0, (0,) * -(-tokens // page_size), SamplingParams(temperature=0), 0)
 
 
+def asking_item() -> BatchItem:
+    """A row that asks for all that most do not: log-probabilities, and logits that are edited and masked."""
+    params = SamplingParams(repetition_penalty=2.0, logprobs=0)
+    return _item(0, 1, 1)._replace(params=params, history=(0,), allowed=b"")
+
+
 def without_repetitions(model: Model, caches: Sequence[KvCache]) -> tuple[Model, Sequence[KvCache]]:
     """A model of `tilus.kernels` with one layer of those whose weights have the same shapes and forms, and its cache."""
     kinds: dict[object, int] = {}

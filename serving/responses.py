@@ -2,121 +2,124 @@
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from serving.core import FinishReason, RequestOutput, SampledToken
-from serving.tools import CallParser, ToolCall
+from serving.tokenizer import Tokenizer
+from serving.tools import CallParser, CallStart
 
 Json = dict[str, Any]
-TokenText = Callable[[int], str]
 
 
 @dataclass(eq=False)
 class Choice:
-    """One continuation as it grows. shown: length of the token texts so far, the next `text_offset`."""
+    """One continuation as it grows. num_prompt: tokens of its prompt, 0 where a choice before it has the same. num_cached: those
+    of them that were in the cache. shown: length of the token texts so far, the next `text_offset`.
+    """
 
     index: int
+    num_prompt: int
+    num_cached: int = 0
+    num_tokens: int = 0
     text: str = ""
     tokens: list[SampledToken] = field(default_factory=list[SampledToken])
     finish_reason: FinishReason | None = None
     shown: int = 0
 
+    def count(self, output: RequestOutput) -> None:
+        self.num_cached = min(output.num_cached, self.num_prompt)
+        self.num_tokens += len(output.tokens)
+        self.finish_reason = output.finish_reason
+
     def extend(self, output: RequestOutput) -> None:
         self.text += output.text
         self.tokens += output.tokens
-        self.finish_reason = output.finish_reason
 
 
 @dataclass(frozen=True)
 class Header:
-    """What all chunks of a response share."""
+    """What all chunks of a response share. fingerprint: another one where another server may answer."""
 
     id: str
     created: int
     model: str
+    fingerprint: str
 
     def body(self, kind: str, choices: list[Json]) -> Json:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
+        own = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        return own | {"system_fingerprint": self.fingerprint, "choices": choices}
 
 
-def usage(num_prompt: int, num_output: int) -> Json:
-    return {"prompt_tokens": num_prompt, "completion_tokens": num_output, "total_tokens": num_prompt + num_output}
+def usage(choices: Iterable[Choice]) -> Json:
+    """Of all choices, so far."""
+    num_prompt, num_cached, num_output = map(sum, zip(*((c.num_prompt, c.num_cached, c.num_tokens) for c in choices)))
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_output,
+        "total_tokens": num_prompt + num_output,
+        "prompt_tokens_details": {"cached_tokens": num_cached},
+    }
 
 
 class _CallStream:
-    """The text of an answer and its calls, in OpenAI's form and counted, as they are found. A call comes whole."""
+    """The text of an answer and its calls, in OpenAI's form and counted, as they are found. several: all, else the first."""
 
-    def __init__(self, parser: CallParser) -> None:
+    def __init__(self, parser: CallParser, *, several: bool) -> None:
         self._parser = parser
+        self._several = several
         self._num_calls = 0
 
     def push(self, text: str, *, ended: bool) -> tuple[str, list[Json]]:
-        events = self._parser.push(text) + (self._parser.flush() if ended else [])
-        calls: list[Json] = []
-        for event in events:
-            if isinstance(event, ToolCall):
-                function = {"name": event.name, "arguments": event.arguments}
-                calls.append(
-                    {
-                        "index": self._num_calls,
-                        "id": f"call_{uuid.uuid4().hex}",
-                        "type": "function",
-                        "function": function,
-                    }
-                )
-                self._num_calls += 1
-        return "".join(event for event in events if isinstance(event, str)), calls
+        """What a piece adds: text, and of each call that it has a part of, that part."""
+        content, calls = "", dict[int, Json]()
+        for event in self._parser.push(text) + (self._parser.flush() if ended else []):
+            self._num_calls += isinstance(event, CallStart)
+            index = self._num_calls - 1
+            if isinstance(event, str):
+                content += event
+            elif index and not self._several:
+                continue
+            elif isinstance(event, CallStart):
+                own = {"id": self._parser.style.new_id(), "type": "function"}
+                calls[index] = {"index": index, **own, "function": {"name": event.name, "arguments": ""}}
+            else:
+                call = calls.setdefault(index, {"index": index, "function": {"arguments": ""}})
+                call["function"]["arguments"] += event.text
+        return content, [*calls.values()]
 
     def reason(self, reason: FinishReason | None) -> str | None:
         return "tool_calls" if self._num_calls and reason == "stop" else reason
 
 
-class Format(Protocol):
-    """How an endpoint words its answers."""
-
-    kind: str
-    chunk_kind: str
-
-    def opening(self, index: int) -> Json | None:
-        """The first chunk's choice, if there is one before any text."""
-        ...
-
-    def choice(self, choice: Choice) -> Json: ...
-    def delta(self, choice: Choice, output: RequestOutput) -> Json | None:
-        """The next chunk's choice, if there is anything to tell."""
-        ...
-
-
 class ChatFormat:
-    """parser: makes what finds tool calls in an answer; None where there are no tools."""
+    """parser: makes what finds tool calls in an answer; None where there are no tools. several: tell all of them."""
 
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
 
-    def __init__(self, token_text: TokenText, parser: Callable[[], CallParser] | None = None) -> None:
-        self._token_text = token_text
+    def __init__(self, tokenizer: Tokenizer, parser: Callable[[], CallParser] | None, *, several: bool) -> None:
+        self._tokenizer = tokenizer
         self._parser = parser
+        self._several = several
         self._streams: dict[int, _CallStream] = {}
 
     def opening(self, index: int) -> Json | None:
+        """The first chunk's choice, if there is one before any text."""
         return self._delta(index, {"role": "assistant", "content": ""}, None, None)
 
     def choice(self, choice: Choice) -> Json:
         message: Json = {"role": "assistant", "content": choice.text, "refusal": None}
         reason = choice.finish_reason
         if self._parser is not None:
-            stream = _CallStream(self._parser())
+            stream = _CallStream(self._parser(), several=self._several)
             content, calls = stream.push(choice.text, ended=True)
             reason = stream.reason(reason)
-            message["content"] = content
-            if calls:
-                message["content"] = content or None
-                message["tool_calls"] = [
-                    {name: value for name, value in call.items() if name != "index"} for call in calls
-                ]
+            message["content"] = content if content or not calls else None
+            for call in calls:
+                del call["index"]
+                message.setdefault("tool_calls", []).append(call)
         return {
             "index": choice.index,
             "message": message,
@@ -125,9 +128,10 @@ class ChatFormat:
         }
 
     def delta(self, choice: Choice, output: RequestOutput) -> Json | None:
+        """The next chunk's choice, if there is anything to tell."""
         content, calls, reason = output.text, list[Json](), output.finish_reason
         if self._parser is not None:
-            stream = self._streams.get(choice.index) or _CallStream(self._parser())
+            stream = self._streams.get(choice.index) or _CallStream(self._parser(), several=self._several)
             self._streams[choice.index] = stream
             content, calls = stream.push(output.text, ended=reason is not None)
             reason = stream.reason(reason)
@@ -148,26 +152,35 @@ class ChatFormat:
         return {"content": content, "refusal": None} if content else None
 
     def _entry(self, token_id: int, logprob: float) -> Json:
-        text = self._token_text(token_id)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        text, data = self._tokenizer.token_text(token_id), self._tokenizer.token_bytes(token_id)
+        return {"token": text, "logprob": logprob, "bytes": list(data)}
 
 
 class CompletionFormat:
+    """echoes: for each choice the prompt with which its text begins; none where none are wanted."""
+
     kind = "text_completion"
     chunk_kind = "text_completion"
 
-    def __init__(self, token_text: TokenText) -> None:
-        self._token_text = token_text
+    def __init__(self, tokenizer: Tokenizer, echoes: Sequence[str | list[int]]) -> None:
+        self._tokenizer = tokenizer
+        self._echoes = echoes
 
     def opening(self, index: int) -> Json | None:
-        return None
+        text = self._echo(index)
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": None} if text else None
 
     def choice(self, choice: Choice) -> Json:
-        return self._choice(choice, choice.text, choice.tokens, choice.finish_reason)
+        text = self._echo(choice.index) + choice.text
+        return self._choice(choice, text, choice.tokens, choice.finish_reason)
 
     def delta(self, choice: Choice, output: RequestOutput) -> Json | None:
         chunk = self._choice(choice, output.text, output.tokens, output.finish_reason)
         return chunk if output.text or chunk["logprobs"] or output.finish_reason else None
+
+    def _echo(self, index: int) -> str:
+        prompt = self._echoes[index] if self._echoes else ""
+        return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt, skip_special=False)
 
     def _choice(
         self, choice: Choice, text: str, tokens: Sequence[SampledToken], finish_reason: FinishReason | None
@@ -179,7 +192,8 @@ class CompletionFormat:
         pairs = [(token.token_id, found) for token in tokens if (found := token.logprobs) is not None]
         if not pairs:
             return None
-        texts = [self._token_text(token_id) for token_id, _ in pairs]
+        text_of = self._tokenizer.token_text
+        texts = [text_of(token_id) for token_id, _ in pairs]
         offsets: list[int] = []
         for text in texts:
             offsets.append(choice.shown)
@@ -187,6 +201,12 @@ class CompletionFormat:
         return {
             "tokens": texts,
             "token_logprobs": [found.logprob for _, found in pairs],
-            "top_logprobs": [{self._token_text(t): value for t, value in found.top} for _, found in pairs],
+            # The chosen token is always among them, also where it is not one of the best.
+            "top_logprobs": [
+                {text_of(t): value for t, value in ((token_id, found.logprob), *found.top)} for token_id, found in pairs
+            ],
             "text_offset": offsets,
         }
+
+
+Format = ChatFormat | CompletionFormat  # how an endpoint words its answers

@@ -15,7 +15,7 @@ from serving.core import Batch, BatchItem, SampledToken, StepOutput
 from serving.gpu_spans import GpuSpans
 from serving.kv_pool import KvPool, PageShape
 from serving.model import Model
-from serving.rehearsal import without_repetitions
+from serving.rehearsal import asking_item, without_repetitions
 from serving.sampling import Sampler
 from serving.step_graphs import StepGraphs
 from serving.step_inputs import step_tensors
@@ -101,6 +101,8 @@ class TorchRunner:
         self._sampler.write(())
         for step, out in self._graphs.steps() if self._graphs is not None else ():
             self._sampler.run(model.forward(step, caches, out), len(out))
+        self._sampler.write((asking_item(),))
+        self._sampler.run(torch.empty(1, model.config.vocab_size, device=self._device), 1)
 
 
 def _rows_of(item: BatchItem) -> tuple[BatchItem, ...]:

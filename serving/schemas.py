@@ -25,10 +25,16 @@ class ErrorBody(TypedDict):
 
 
 @with_config(_CLOSED)
+class PromptTokens(TypedDict):
+    cached_tokens: int
+
+
+@with_config(_CLOSED)
 class Usage(TypedDict):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokens
 
 
 @with_config(_CLOSED)
@@ -53,6 +59,7 @@ class Completion(TypedDict):
     object: Literal["text_completion"]
     created: int
     model: str
+    system_fingerprint: str
     choices: list[CompletionChoice]
     usage: Usage
 
@@ -86,10 +93,7 @@ class TopLogprob(TypedDict):
 
 
 @with_config(_CLOSED)
-class TokenLogprob(TypedDict):
-    token: str
-    logprob: float
-    bytes: list[int]
+class TokenLogprob(TopLogprob):
     top_logprobs: list[TopLogprob]
 
 
@@ -113,6 +117,7 @@ class ChatCompletion(TypedDict):
     object: Literal["chat.completion"]
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
 
@@ -123,6 +128,8 @@ class ModelCard(TypedDict):
     object: Literal["model"]
     created: int
     owned_by: str
+    root: str
+    parent: None
     max_model_len: int
 
 

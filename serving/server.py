@@ -63,9 +63,9 @@ def serve(config: ServerConfig, kernels: Callable[[], Kernels] | None = None) ->
             warm_up(engine, show)
         if on_gpu and not engine.cost.is_fitted and config.itl_slo is not None:
             measure_steps(engine)
-        app = create_app(
-            AsyncEngine(engine, config.max_waiting), checkpoint.tokenizer, name, config.api_key or api_key()
-        )
+        origins = config.allowed_origins.split(",") if config.allowed_origins else ()
+        asynchronous, key = AsyncEngine(engine, config.max_waiting), config.api_key or api_key()
+        app = create_app(asynchronous, checkpoint.tokenizer, name, key, origins)
         port = int(listener.getsockname()[1])
         server = _Server(
             uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=max(1, round(config.drain_timeout))),

@@ -68,7 +68,7 @@ class PlainVocabulary:
     vocab_size = 2**18
     eos_ids = frozenset({EOS})
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int], skip_special: bool = True) -> str:
         return "." * len(ids)
 
 

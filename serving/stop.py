@@ -7,11 +7,12 @@ class StopMatcher:
     """Passes text on until the first stop string; holds back an end that may still become one.
 
     Law: however the text is cut into pieces, the concatenation of what is passed on is the text before the stop string
-    that is complete first (of several complete at once, the longest).
+    that is complete first (of several complete at once, the longest); with `include`, that stop string, too.
     """
 
-    def __init__(self, stops: tuple[str, ...]) -> None:
+    def __init__(self, stops: tuple[str, ...], *, include: bool = False) -> None:
         self._stops = stops
+        self._include = include
         self._held = ""
         self.found = False
 
@@ -24,7 +25,7 @@ class StopMatcher:
         text = self._held + piece
         hits = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
         self.found = bool(hits)
-        cut = min(hits)[1] if hits else len(text) - self._overlap(text)
+        cut = min(hits)[not self._include] if hits else len(text) - self._overlap(text)
         self._held = "" if self.found else text[cut:]
         return text[:cut]
 

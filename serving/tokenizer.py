@@ -7,22 +7,29 @@ template, and how to turn a stream of tokens into a stream of text. `gguf_tokeni
 from __future__ import annotations
 
 import json
+import re
+import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import pre_tokenizers
 
 from serving.errors import RequestError
-from serving.tools import told_in_words
+from serving.tools import Json, told_in_words
 from tilus.errors import TilusError
 
 _REPLACEMENT = "\ufffd"
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # SentencePiece's
+# What byte-level vocabularies write bytes as: those that print as themselves, the others as what follows in Unicode.
+_SYMBOLS = sorted(pre_tokenizers.ByteLevel.alphabet())
+_BYTES = dict(zip(_SYMBOLS, sorted(range(256), key=lambda byte: (chr(byte) not in _SYMBOLS, byte))))
 
 
 class _TemplateRefusal(jinja2.TemplateError):
@@ -42,6 +49,20 @@ def _tojson(value: object, ensure_ascii: bool = False, indent: int | None = None
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)
 
 
+@dataclass(frozen=True)
+class TemplateOptions:
+    """How a chat template is rendered. starts_answer: whether the prompt ends with the beginning of an answer. continues_final:
+    whether it ends with the last message instead, of which the answer is the continuation. variables: more that it may ask for.
+    """
+
+    starts_answer: bool = True
+    continues_final: bool = False
+    variables: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+_DEFAULT = TemplateOptions()
+
+
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
     """A model's vocabulary and chat template.
@@ -59,26 +80,37 @@ class Tokenizer:
         """Token ids of a plain prompt, with the tokens that the model wants around it (such as bos)."""
         return self._ids(text, "prompt", add_special_tokens=add_special_tokens)
 
-    def encode_chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> tuple[int, ...]:
+    def encode_chat(
+        self, messages: Sequence[Json], tools: Sequence[Json] = (), options: TemplateOptions = _DEFAULT
+    ) -> tuple[int, ...]:
         """Token ids of a conversation (role, content, tool_calls with arguments as objects) and of the tools that the model may
         call, in OpenAI's form, up to where the assistant's answer starts.
 
         Raises RequestError when the model has no chat template, or its template refuses the messages.
         """
-        return self._ids(self.render_chat(messages, tools), "messages", add_special_tokens=False)
+        text = self.render_chat(messages, tools, options)
+        return self._ids(text, "messages", add_special_tokens=False)
 
-    def render_chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> str:
+    def render_chat(
+        self, messages: Sequence[Json], tools: Sequence[Json] = (), options: TemplateOptions = _DEFAULT
+    ) -> str:
         if self._template is None:
             raise RequestError("this model has no chat template; use /v1/completions", param="messages")
         with_tools = bool(tools) or any(message["role"] == "tool" or "tool_calls" in message for message in messages)
         if with_tools and "tools" not in (self.chat_template or ""):
             messages, tools = told_in_words(messages, tools), ()
+        end = uuid.uuid4().hex if options.continues_final else ""
+        if end:
+            messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + end}]
+        own = {"messages": messages, "tools": list(tools) or None, "add_generation_prompt": options.starts_answer}
         try:
-            return self._template.render(
-                messages=messages, tools=list(tools) or None, add_generation_prompt=True, **self.special
-            )
+            text = self._template.render({**options.variables, **self.special, **own})
         except Exception as error:  # a template is a program that came with the model: it may raise anything
             raise RequestError(f"the model's chat template refuses the messages: {error}", param="messages") from error
+        if end and text.count(end) != 1:
+            shown = f"shows the last message {text.count(end)} times, but must once for continue_final_message"
+            raise RequestError(f"the model's chat template {shown}", param="continue_final_message")
+        return text.partition(end)[0] if end else text
 
     def _ids(self, text: str, param: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         try:
@@ -94,8 +126,17 @@ class Tokenizer:
         return self.fast.decode(list(ids), skip_special_tokens=skip_special)
 
     def token_text(self, token_id: int) -> str:
-        """One token as text, special tokens included."""
-        return self.decode([token_id], skip_special=False)
+        """One token as text, special tokens included, as it is behind others: some decoders strip the first space of a text."""
+        return _token_text(self.fast, token_id)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """One token in UTF-8, of which it may have only a part of a character."""
+        text, symbols = self.token_text(token_id), self.fast.id_to_token(token_id)
+        if _REPLACEMENT not in text or symbols is None:
+            return text.encode()
+        if (found := _BYTE_TOKEN.fullmatch(symbols)) is not None:
+            return bytes([int(found[1], 16)])
+        return bytes(_BYTES[symbol] for symbol in symbols) if _BYTES.keys() >= {*symbols} else text.encode()
 
     @cached_property
     def _template(self) -> jinja2.Template | None:
@@ -111,6 +152,12 @@ class Tokenizer:
             return environment.from_string(self.chat_template, globals=names)
         except jinja2.TemplateSyntaxError as error:
             raise TilusError(f"the model's chat template is not valid jinja: {error}") from error
+
+
+@lru_cache(2**16)
+def _token_text(fast: FastTokenizer, token_id: int) -> str:
+    once, twice = (fast.decode([token_id] * count, skip_special_tokens=False) for count in (1, 2))
+    return twice[len(once) :]
 
 
 class Detokenizer:

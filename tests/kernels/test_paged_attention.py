@@ -211,7 +211,7 @@ def test_on_hopper_each_part_goes_to_its_kernel(name: str | None, monkeypatch: p
             make_inputs(batch, 0), batch, lambda s, query, key, head: np.where(query - key < 25, s, -np.inf), None
         )
         out = run(batch, "emulator", decodes=2, constant_tables=True, constant_past=True, window=25)
-    error = np.abs(out.double().numpy() - expected)
+        error = np.abs(out.double().numpy() - expected)
         assert (error <= limit_of(batch, expected, size)).all()
     else:
         check(name, batch, "emulator", decodes=2)

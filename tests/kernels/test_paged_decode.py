@@ -248,7 +248,9 @@ def test_the_public_function() -> None:
         out, lse = paged_decode(*args, return_lse=True, fixed_split=fixed, device="emulator")
         assert (np.abs(out[:, 0].double().numpy() - expected) <= limit_of(batch, expected, size)).all()
         assert np.allclose(lse[:, 0].double().numpy(), exact_lse(inputs, batch), rtol=0, atol=2.0**-14)
-    assert torch.equal(paged_decode(*args, fixed_split=128, constant_tables=True, constant_past=True, device="emulator"), out)
+    assert torch.equal(
+        paged_decode(*args, fixed_split=128, constant_tables=True, constant_past=True, device="emulator"), out
+    )
 
 
 SHAPES = [

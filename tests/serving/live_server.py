@@ -6,7 +6,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import uvicorn
@@ -75,14 +75,19 @@ class LiveServer:
 
 @contextlib.contextmanager
 def serve(
-    runner: Runner, checkpoint: Checkpoint, config: EngineConfig, max_waiting: int = 64, api_key: str | None = None
+    runner: Runner,
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    max_waiting: int = 64,
+    api_key: str | None = None,
+    origins: Sequence[str] = (),
 ) -> Iterator[LiveServer]:
     throttled = ThrottledRunner(runner)
     engine = CheckedEngine(
         throttled, checkpoint.tokenizer, config, MonotonicClock(), Grammars(checkpoint.tokenizer).matcher
     )
     async_engine = AsyncEngine(engine, max_waiting)
-    app = create_app(async_engine, checkpoint.tokenizer, MODEL, api_key)
+    app = create_app(async_engine, checkpoint.tokenizer, MODEL, api_key, origins)
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setsockopt(
         socket.SOL_SOCKET, socket.SO_SNDBUF, 8192

@@ -25,7 +25,7 @@ class FakeVocabulary:
     vocab_size = VOCABULARY
     eos_ids = frozenset({EOS})
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         return "".join(chr(32 + token_id) for token_id in ids)
 
 

@@ -171,6 +171,8 @@ def test_sentencepiece_joins_the_best_first(tmp_path: Path, prefix: bool) -> Non
         found = [SENTENCE[index] for index in tokenizer.encode(text)]
         assert found == ["<s>", *(joined(" " + text if prefix and text else text))]
         assert tokenizer.decode(tokenizer.encode(text)) == text
+        shown = " " + text if prefix and text else text  # tokens have the space that comes in front of a text
+        assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(text)[1:])).decode() == shown
 
     check()
 

@@ -94,7 +94,19 @@ def random_batches(rng: random.Random, count: int) -> Iterator[Batch]:
             BatchItem(str(i), (0,) * n, 0, (0,) * -(-n // 16), None if n > 1 and rng.random() < 0.3 else GREEDY, 0)
             for i, n in enumerate(lengths)
         )
-        yield Batch(tuple(items))
+        yield Batch(tuple(item if rng.random() < 0.7 else asking(rng, item) for item in items))
+
+
+def asking(rng: random.Random, item: BatchItem) -> BatchItem:
+    """The same item of a request that wants more than tokens, or others."""
+    history = tuple(rng.choices(range(99), k=rng.randrange(1, 40)))
+    wanted = (
+        {"params": SamplingParams(logprobs=rng.randrange(21))},
+        {"params": SamplingParams(logit_bias=tuple((token, 1.0) for token in range(rng.randrange(1, 20))))},
+        {"params": SamplingParams(presence_penalty=1.0), "history": history, "draw": rng.randrange(len(history) + 1)},
+        {"allowed": rng.randbytes(9)},
+    )
+    return item if item.params is None else item._replace(**rng.choice(wanted))
 
 
 @pytest.mark.usefixtures("gpu")

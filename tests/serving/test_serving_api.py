@@ -66,6 +66,8 @@ def test_chat(client: openai.OpenAI, answer) -> None:
         "total_tokens": prompt_tokens + 12,
     }
     assert reply.object == "chat.completion" and reply.model == MODEL
+    again = client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "ho"}], **FIXED)
+    assert again.system_fingerprint == reply.system_fingerprint and reply.system_fingerprint.startswith("fp_")
 
 
 def test_chat_as_a_stream(client: openai.OpenAI, answer) -> None:
@@ -80,9 +82,63 @@ def test_chat_as_a_stream(client: openai.OpenAI, answer) -> None:
     assert [chunk.choices[0].finish_reason for chunk in deltas] == [None] * (len(deltas) - 1) + ["length"]
     assert all(chunk.usage is None for chunk in deltas)
     assert last.choices == [] and last.usage.completion_tokens == 12
+    assert {chunk.system_fingerprint for chunk in chunks} == {last.system_fingerprint}
     assert {(chunk.id, chunk.object, chunk.created) for chunk in chunks} == {
         (last.id, "chat.completion.chunk", last.created)
     }
+
+
+def test_tokens_found_in_the_cache_are_told(client: openai.OpenAI) -> None:
+    """Whole pages of 4, but never the last token; of each prompt once, whatever n."""
+    prompts, found = ["cached are 19 tokens", "and others"], []
+    for _ in range(2):
+        reply = client.completions.create(model=MODEL, prompt=prompts, n=2, seed=1, **FIXED)
+        stream = client.completions.create(
+            model=MODEL, prompt=prompts, n=2, seed=1, stream=True, stream_options={"include_usage": True}, **FIXED
+        )
+        found += [reply.usage, [*stream][-1].usage]
+    assert [usage.prompt_tokens_details.cached_tokens for usage in found] == [0, 16 + 8, 16 + 8, 16 + 8]
+    assert {(usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) for usage in found} == {(30, 48, 78)}
+
+
+def test_usage_in_all_chunks(client: openai.OpenAI) -> None:
+    counts = [0, 0]
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = list(
+        client.completions.create(
+            model=MODEL, prompt="usage", n=2, logprobs=0, stream=True, stream_options=options, **FIXED
+        )
+    )
+    for chunk in chunks[:-1]:
+        counts[chunk.choices[0].index] += len(chunk.choices[0].logprobs.tokens)
+        assert (chunk.usage.completion_tokens, chunk.usage.prompt_tokens) == (sum(counts), 5)
+    assert chunks[-1].usage == chunks[-2].usage and counts == [12, 12]
+
+
+def test_echo(client: openai.OpenAI, tiny_checkpoint: Checkpoint, answer) -> None:
+    """The prompts come before the answers, also as tokens, with special tokens, and in streams."""
+    text = "hi <|im_start|>ü"
+    expected = text + answer(text, temperature=0)
+    for prompt in (text, list(tiny_checkpoint.tokenizer.encode(text))):
+        reply = client.completions.create(model=MODEL, prompt=[prompt, prompt], echo=True, n=2, **FIXED)
+        assert [choice.text for choice in reply.choices] == [expected] * 4
+        texts = ["", ""]
+        for chunk in client.completions.create(model=MODEL, prompt=prompt, echo=True, n=2, stream=True, **FIXED):
+            texts[chunk.choices[0].index] += chunk.choices[0].text
+        assert texts == [expected] * 2
+
+
+def test_an_answer_goes_on_with_the_last_message(client: openai.OpenAI, tiny_checkpoint: Checkpoint, answer) -> None:
+    begun = [*USER, {"role": "assistant", "content": "Well, "}]
+    text = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nWell, "
+    fields = FIXED | {
+        "extra_body": {"ignore_eos": True, "continue_final_message": True, "add_generation_prompt": False}
+    }
+    reply = client.chat.completions.create(model=MODEL, messages=begun, **fields)
+    assert reply.choices[0].message.content == answer(text, temperature=0)
+    fields["extra_body"] = {"ignore_eos": True, "add_generation_prompt": False, "chat_template_kwargs": {"x": 1}}
+    reply = client.chat.completions.create(model=MODEL, messages=begun, **fields)
+    assert reply.choices[0].message.content == answer(text + "<|im_end|>\n", temperature=0)
 
 
 def test_the_stream_on_the_wire(server: LiveServer) -> None:
@@ -212,6 +268,8 @@ def test_logprobs_of_completions(client: openai.OpenAI) -> None:
     assert len(found.tokens) == len(found.token_logprobs) == len(found.top_logprobs) == len(found.text_offset) == 12
     for token, logprob, top in zip(found.tokens, found.token_logprobs, found.top_logprobs):
         assert top[token] == logprob == max(top.values()) <= 0
+    chosen = client.completions.create(model=MODEL, prompt="x", logprobs=0, **FIXED).choices[0].logprobs
+    assert chosen.top_logprobs == [{token: value} for token, value in zip(found.tokens, found.token_logprobs)]
     streamed = list(client.completions.create(model=MODEL, prompt="x", logprobs=3, stream=True, **FIXED))
     merged = [c.choices[0].logprobs for c in streamed if c.choices[0].logprobs]
     assert [t for m in merged for t in m.tokens] == found.tokens
@@ -224,7 +282,9 @@ def test_logprobs_of_chats(client: openai.OpenAI) -> None:
     assert len(content) == 12
     for entry in content:
         assert entry.top_logprobs[0].token == entry.token and len(entry.top_logprobs) == 2
-        assert bytes(entry.bytes).decode() == entry.token
+        assert bytes(entry.bytes).decode(errors="replace") == entry.token
+    joined = b"".join(bytes(entry.bytes) for entry in content)
+    assert joined.decode(errors="replace") == reply.choices[0].message.content
     plain = client.chat.completions.create(model=MODEL, messages=USER, logprobs=True, **FIXED)
     assert [entry.top_logprobs for entry in plain.choices[0].logprobs.content] == [[]] * 12
 
@@ -301,7 +361,7 @@ REFUSED = [
         "temperature: input should be a valid number, but found 'hot'",
     ),
     ("completions", COMPLETION | {"top_p": 0}, 400, "top_p", "top_p is 0.0, but must be above 0 and at most 1"),
-    ("completions", COMPLETION | {"top_k": -1}, 400, "top_k", "top_k is -1, but must be at least 1, or 0 for no limit"),
+    ("completions", COMPLETION | {"top_k": -2}, 400, "top_k", "top_k is -2, but must be at least 1, or 0 for no limit"),
     ("completions", COMPLETION | {"n": 0}, 400, "n", "n is 0, but must be between 1 and 128"),
     ("completions", COMPLETION | {"n": 129}, 400, "n", "n is 129, but must be between 1 and 128"),
     (
@@ -312,7 +372,57 @@ REFUSED = [
         "stop is [''], but must be at most 16 strings of 1 to 256 characters",
     ),
     ("completions", COMPLETION | {"logprobs": 21}, 400, "logprobs", "logprobs is 21, but must be between 0 and 20"),
-    ("completions", COMPLETION | {"echo": True}, 400, "echo", "echo = True is not supported by this server"),
+    ("completions", COMPLETION | {"suffix": "x"}, 400, "suffix", "suffix = 'x' is not supported by this server"),
+    ("completions", COMPLETION | {"best_of": 2}, 400, "best_of", "best_of = 2 is not supported by this server"),
+    (
+        "completions",
+        COMPLETION | {"echo": True, "logprobs": 0},
+        400,
+        "logprobs",
+        "logprobs with echo is not supported: prompts have none here",
+    ),
+    (
+        "completions",
+        COMPLETION | {"stop_token_ids": [5, 259]},
+        400,
+        "stop_token_ids",
+        "stop_token_ids contains token 259, but token ids go from 0 to 258",
+    ),
+    (
+        "completions",
+        COMPLETION | {"prompt": [5, "x"]},
+        400,
+        "prompt.0",
+        "prompt.0: input should be a valid string, but found 5",
+    ),
+    (
+        "chat/completions",
+        CHAT | {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        400,
+        "messages.0.content.0.type",
+        "messages.0.content.0.type: input should be 'text', but found 'image_url'",
+    ),
+    (
+        "chat/completions",
+        CHAT | {"tool_choice": {"type": "allowed_tools"}},
+        400,
+        "tool_choice.type",
+        "tool_choice.type: input should be 'function', but found 'allowed_tools'",
+    ),
+    (
+        "chat/completions",
+        CHAT | {"continue_final_message": True},
+        400,
+        "continue_final_message",
+        "continue_final_message needs a text of 'assistant' in the end, not 'user' and 2 characters",
+    ),
+    (
+        "chat/completions",
+        CHAT | {"continue_final_message": True, "add_generation_prompt": True},
+        400,
+        "continue_final_message",
+        "continue_final_message and add_generation_prompt cannot both be true",
+    ),
     (
         "completions",
         COMPLETION | {"presence_penalty": -2.5},
@@ -448,16 +558,23 @@ def test_hostile_bodies_are_refused_and_forgotten(server: LiveServer) -> None:
 
 def test_fields_without_effect_are_accepted(client: openai.OpenAI, answer) -> None:
     reply = client.chat.completions.create(
-        model=MODEL, messages=USER, user="me", frequency_penalty=0, response_format={"type": "text"}, **FIXED
-    )
+        model=MODEL, messages=USER, user="me", frequency_penalty=0, response_format={"type": "text"}, service_tier="flex",
+        **FIXED,
+    )  # fmt: skip
     assert reply.choices[0].message.content == answer(USER, temperature=0)
+    nothing = {"ignore_eos": True, "top_k": -1, "guided_json": None, "best_of": 1, "suffix": "", "echo": False}
+    reply = client.completions.create(model=MODEL, prompt="x", **(FIXED | {"extra_body": nothing}))
+    assert reply.choices[0].text == answer("x", temperature=0)
 
 
 def test_the_other_endpoints(server: LiveServer, client: openai.OpenAI) -> None:
     (model,) = client.models.list().data
     assert (model.id, model.object, model.owned_by) == (MODEL, "model", "tilus")
-    assert model.max_model_len == 200
-    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+    assert (model.max_model_len, model.root, model.parent) == (200, MODEL, None)
+    assert client.models.retrieve(MODEL) == model
+    with pytest.raises(openai.NotFoundError, match="the model 'a/b' does not exist; this server has 'tiny'"):
+        client.models.retrieve("a/b")
+    assert httpx.get(f"{server.url}/health").json() == httpx.get(f"{server.url}/ping").json() == {"status": "ok"}
     assert set(httpx.get(f"{server.url}/version").json()) == {"version"}
     reply = httpx.get(f"{server.url}/v2/nothing")
     assert (reply.status_code, reply.json()["error"]["message"]) == (404, "GET /v2/nothing: Not Found")

@@ -35,16 +35,18 @@ def test_nothing_made_up_from_the_document_breaks_the_server(any_token_server: L
                 max_examples=100, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
             )
             def run(case) -> None:
-                names = [None, MODEL] if isinstance(case.body, dict) else [None]
-                for name in names:
-                    if name is not None:
+                has_name, in_path = isinstance(case.body, dict), bool(case.path_parameters)
+                for name in [None, MODEL] if has_name or in_path else [None]:
+                    if name is not None and has_name:
                         case.body = case.body | {"model": name}
+                    if name is not None and in_path:
+                        case.path_parameters = {"name": name}
                     response = case.call(timeout=60)
                     statuses[case.operation.path].add(response.status_code)
                     case.validate_response(response, checks=asked)
 
             run()
-    assert len(operations) == 8 and all(200 in found for found in statuses.values()), statuses
+    assert len(operations) == 10 and all(200 in found for found in statuses.values()), statuses
     any_token_server.check_idle()
 
 
@@ -58,6 +60,7 @@ NAMED = {"type": "function", "function": {"name": "g"}}
     [
         ("v1/completions", COMPLETION, schemas.Completion),
         ("v1/completions", COMPLETION | {"logprobs": 2, "n": 2}, schemas.Completion),
+        ("v1/completions", COMPLETION | {"echo": True, "min_tokens": 2, "stop_token_ids": [3]}, schemas.Completion),
         ("v1/chat/completions", CHAT, schemas.ChatCompletion),
         ("v1/chat/completions", CHAT | {"logprobs": True, "top_logprobs": 2, "stop": "a"}, schemas.ChatCompletion),
         ("v1/chat/completions", CHAT | {"tools": TOOLS[1:], "tool_choice": NAMED, "messages": CHAT["messages"] * 3},
@@ -67,6 +70,7 @@ NAMED = {"type": "function", "function": {"name": "g"}}
         ("tokenize", {"prompt": "a", "return_token_strs": True}, schemas.Tokenized),
         ("detokenize", {"tokens": [1]}, schemas.Detokenized),
         ("v1/models", None, schemas.ModelList),
+        (f"v1/models/{MODEL}", None, schemas.ModelCard),
         ("health", None, schemas.Health),
         ("version", None, schemas.Version),
     ],

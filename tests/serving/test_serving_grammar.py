@@ -168,7 +168,7 @@ def test_a_matcher_that_fails_ends_its_request_alone() -> None:
 
     config = EngineConfig(num_pages=8, max_model_len=32, page_size=4)
     engine = Engine(FakeRunner(4), FakeVocabulary(), config, ManualClock(), lambda grammar: Failing())
-    engine.add(Request("bound", (5, 6), SamplingParams(max_tokens=9, ignore_eos=True, grammar=Grammar("regex", "x"))))
+    engine.add(Request("bound", (5, 6), SamplingParams(max_tokens=9, grammar=Grammar("regex", "x"))))
     engine.add(Request("free", (5, 6), SamplingParams(max_tokens=9, ignore_eos=True)))
     reasons = {}
     while engine.has_work:
@@ -223,7 +223,7 @@ def test_the_other_ways_to_ask(tiny_server: LiveServer) -> None:
         ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
          "response_format and structured_outputs both say what the answer must match; give one"),
         ({"structured_outputs": {"regex": "a"}, "ignore_eos": True},
-         "ignore_eos cannot be given when the answer must match a grammar, which has an end"),
+         "ignore_eos is True, but must be false where a grammar decides"),
     ):  # fmt: skip
         reply = ask(**fields)
         assert reply.status_code == 400 and reply.json()["error"]["message"].startswith(message)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from collections import defaultdict
+from collections.abc import Mapping
 from unittest.mock import Mock
 
 import httpx
@@ -12,11 +14,11 @@ import openai
 import pytest
 from live_server import CONFIG, MODEL, LiveServer, serve
 from prometheus_client.parser import text_string_to_metric_families
-from serving_fakes import FakeRunner, FakeVocabulary, ManualClock
+from serving_fakes import VOCABULARY, FakeRunner, FakeVocabulary, ManualClock, next_token
 from tiny_llama import CPU
 
 from serving.config import EngineConfig
-from serving.core import Batch, Request, SamplingParams, StepOutput
+from serving.core import Batch, Request, SamplingParams, Sequence, StepOutput
 from serving.engine import Engine
 from serving.loader import Checkpoint
 from serving.metrics import Histogram, Metrics
@@ -25,11 +27,13 @@ from serving.runner import TorchRunner
 
 NAMES = {  # vLLM's, by kind
     "gauge": "num_requests_running num_requests_waiting kv_cache_usage_perc cache_config_info",
-    "counter": "prompt_tokens generation_tokens num_preemptions prefix_cache_queries prefix_cache_hits request_success",
+    "counter": "prompt_tokens generation_tokens num_preemptions prefix_cache_queries prefix_cache_hits request_success "
+    "spec_decode_num_drafts spec_decode_num_draft_tokens spec_decode_num_accepted_tokens "
+    "spec_decode_num_accepted_tokens_per_pos",
     "histogram": "time_to_first_token_seconds inter_token_latency_seconds request_time_per_output_token_seconds "
     "e2e_request_latency_seconds request_queue_time_seconds request_inference_time_seconds request_prefill_time_seconds "
     "request_decode_time_seconds request_prompt_tokens request_generation_tokens request_params_max_tokens "
-    "iteration_tokens_total",
+    "request_max_num_generation_tokens request_prefill_kv_computed_tokens request_params_n iteration_tokens_total",
 }
 
 
@@ -49,7 +53,10 @@ def scraped(text: str) -> dict[str, float]:
     """Samples by name, with what distinguishes them beyond the model."""
     return {
         " ".join(
-            [name.removeprefix("vllm:"), *(f"{k}={v}" for k, v in labels.items() if k in ("le", "finished_reason"))]
+            [
+                name.removeprefix("vllm:"),
+                *(f"{k}={v}" for k, v in labels.items() if k in ("le", "finished_reason", "position")),
+            ]
         ): value
         for family in text_string_to_metric_families(text)
         for name, labels, value, *_ in family.samples
@@ -101,6 +108,7 @@ def test_what_a_bystander_measures(monkeypatch: pytest.MonkeyPatch) -> None:
         "request_prefill_time_seconds": [first[name] - seen[name][0][0] for name in first],
         "request_decode_time_seconds": [stamps[-1] - stamps[0] for stamps in times.values()],
         "request_inference_time_seconds": [ends[name][1] - steps[0][0] for name, steps in seen.items()],
+        "request_prefill_kv_computed_tokens": [len(prompts[name][:36]) - seen[name][0][1] for name in first],
         "request_prompt_tokens": [len(prompts[name][:36]) for name in added],
         "request_generation_tokens": [len(times[name]) for name in added],
         "iteration_tokens_total": [sum(len(item.token_ids) for item in batch.items) for batch in runner.batches],
@@ -123,6 +131,105 @@ def test_what_a_bystander_measures(monkeypatch: pytest.MonkeyPatch) -> None:
             > 0
         )
     assert found["kv_cache_usage_perc"] == found["num_requests_waiting"] == 0
+
+
+class HalfRight:
+    """Guesses of which the first ones are right, as many as chance will have, for some of the sequences."""
+
+    def __init__(self) -> None:
+        self._rng = random.Random(3)
+        self.num_right: list[int] = []
+        self.num_guessed: list[int] = []
+
+    def propose(self, wanted: Mapping[Sequence, int]) -> dict[str, tuple[int, ...]]:
+        drafts = {}
+        for seq, count in wanted.items():
+            tokens, right = list(seq.tokens), self._rng.randrange(count + 1)
+            for place in range(count):
+                tokens.append((next_token(tokens) + (place >= right)) % VOCABULARY)
+            if self._rng.random() < 0.8:
+                drafts[seq.id] = tuple(tokens[len(seq.tokens) :])
+                self.num_right.append(right)
+                self.num_guessed.append(count)
+        return drafts
+
+    def forget(self, request_id: str) -> None:
+        pass
+
+
+def test_guesses_are_counted() -> None:
+    clock, drafter = ManualClock(), HalfRight()
+    config = EngineConfig(num_pages=60, max_model_len=60, page_size=4, max_batch=4, max_step_tokens=30, num_drafts=4)
+    engine = Engine(FakeRunner(4), FakeVocabulary(), config, clock, drafter=drafter)
+    metrics = Metrics(engine, "m")
+    for index in range(4):
+        engine.add(Request(str(index), (index + 1,), SamplingParams(max_tokens=40, ignore_eos=True)))
+    while engine.has_work:
+        engine.step()
+    found = scraped(metrics.exposition().decode())
+    assert found["spec_decode_num_drafts_total"] == len(drafter.num_right) > 20
+    assert found["spec_decode_num_draft_tokens_total"] == sum(drafter.num_guessed)
+    assert found["spec_decode_num_accepted_tokens_total"] == sum(drafter.num_right)
+    for place in range(4):
+        expected = sum(right > place for right in drafter.num_right)
+        assert found[f"spec_decode_num_accepted_tokens_per_pos_total position={place}"] == expected > 0
+
+
+def test_what_the_server_tells_of_requests(any_token_server: LiveServer) -> None:
+    """Of each prompt once, when all answers to it have ended: how many, and the tokens of the longest."""
+    names = ("request_params_n", "request_max_num_generation_tokens")
+
+    def sums() -> list[float]:
+        found = scraped(httpx.get(f"{any_token_server.url}/metrics").text)
+        return [found[f"{name}_{kind}"] for name in names for kind in ("count", "sum")]
+
+    before, longest = sums(), []
+    for stream in (False, True):
+        body = {"model": MODEL, "prompt": ["a", "b"], "n": 3, "max_tokens": 60, "temperature": 1, "logprobs": 0}
+        reply = httpx.post(f"{any_token_server.url}/v1/completions", json=body | {"stream": stream}, timeout=60)
+        lines = reply.text.split("\n\n")[:-2] if stream else [reply.text]
+        counts = [0] * 6
+        for choice in (c for line in lines for c in json.loads(line.removeprefix("data: "))["choices"]):
+            counts[choice["index"]] += len((choice["logprobs"] or {"tokens": ()})["tokens"])
+        longest += [max(counts[:3]), max(counts[3:])]
+    httpx.post(f"{any_token_server.url}/v1/completions", json={"model": MODEL, "prompt": "a", "n": 0})  # is refused
+    assert [after - first for after, first in zip(sums(), before)] == [4, 12, 4, sum(longest)]
+    any_token_server.check_idle()
+
+
+def test_nothing_is_told_of_who_leaves(any_token_server: LiveServer) -> None:
+    """Also where one of the answers has ended."""
+    name, url = "request_params_n_count", f"{any_token_server.url}/v1/completions"
+    body = {"model": MODEL, "prompt": ["a", "b"], "max_tokens": 30, "ignore_eos": True}
+    short, long = (choice["text"] for choice in httpx.post(url, json=body, timeout=60).json()["choices"])
+    stop = next(character for character in short if character not in long)
+    before = scraped(httpx.get(f"{any_token_server.url}/metrics").text)[name]
+    any_token_server.runner.delay = 0.04  # 1.2 seconds for the longer one
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(url, json=body | {"stop": stop}, timeout=0.6)
+    any_token_server.check_idle()
+    any_token_server.runner.delay = 0.0
+    assert scraped(httpx.get(f"{any_token_server.url}/metrics").text)[name] == before
+    httpx.post(url, json=body, timeout=60)
+    assert scraped(httpx.get(f"{any_token_server.url}/metrics").text)[name] == before + 2
+
+
+def test_a_page_elsewhere_may_ask(tiny_model: Model, tiny_checkpoint: Checkpoint) -> None:
+    """Browsers ask ahead, without the key; pages of other origins are told nothing."""
+    runner = TorchRunner(tiny_model, CONFIG.num_pages, CONFIG.page_size, CPU)
+    with serve(runner, tiny_checkpoint, CONFIG, api_key="k", origins=("http://chat.example",)) as server:
+        url, asked = f"{server.url}/v1/chat/completions", "authorization,content-type"
+        ahead = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": asked}
+        reply = httpx.options(url, headers=ahead | {"Origin": "http://chat.example"})
+        assert reply.status_code == 200 and reply.headers["access-control-allow-headers"] == asked
+        assert reply.headers["access-control-allow-origin"] == "http://chat.example"
+        assert httpx.options(url, headers=ahead | {"Origin": "http://evil.example"}).status_code == 400
+        for origin, allowed in (("http://chat.example", "http://chat.example"), ("http://evil.example", None)):
+            reply = httpx.get(f"{server.url}/v1/models", headers={"Origin": origin, "Authorization": "Bearer k"})
+            assert (reply.status_code, reply.headers.get("access-control-allow-origin")) == (200, allowed)
+    with serve(runner, tiny_checkpoint, CONFIG) as server:
+        reply = httpx.get(f"{server.url}/v1/models", headers={"Origin": "http://chat.example"})
+        assert "access-control-allow-origin" not in reply.headers
 
 
 def test_a_value_at_a_bound_is_in_its_bucket() -> None:
@@ -183,7 +290,7 @@ def test_a_key(tiny_model: Model, tiny_checkpoint: Checkpoint) -> None:
                     == f"this server wants its key in the header 'Authorization: Bearer KEY', but found {found}"
                 )
                 assert error["code"] == "invalid_api_key"
-        for path in ("health", "metrics", "version"):
+        for path in ("health", "ping", "metrics", "version"):
             assert httpx.get(f"{server.url}/{path}").status_code == 200
         key = {"Authorization": "Bearer geheim ü".encode()}
         assert httpx.get(f"{server.url}/v1/models", headers=key).status_code == 200

@@ -42,5 +42,13 @@ def test_shows_the_text_before_the_first_stop(pieces: list[str], stops: tuple[st
     assert shown + matcher.flush() == expected
 
 
+@given(st.lists(text, max_size=8), stops)
+def test_shows_the_stop_that_is_wanted(pieces: list[str], stops: tuple[str, ...]) -> None:
+    whole = "".join(pieces)
+    ends = [end for end in range(len(whole) + 1) if any(whole[:end].endswith(stop) for stop in stops)]
+    matcher = StopMatcher(stops, include=True)
+    assert "".join(map(matcher.push, pieces)) + matcher.flush() == whole[: min(ends, default=len(whole))]
+
+
 def test_without_stops_everything_passes_at_once() -> None:
     assert StopMatcher(()).push("anything") == "anything"

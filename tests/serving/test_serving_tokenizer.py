@@ -14,7 +14,7 @@ from serving import tokenizer as tokenizers_module
 from serving.errors import RequestError
 from serving.gguf_tokenizer import from_gguf
 from serving.loader import default_model
-from serving.tokenizer import Detokenizer, Tokenizer, from_huggingface
+from serving.tokenizer import Detokenizer, TemplateOptions, Tokenizer, from_huggingface
 from tilus.errors import TilusError
 from tilus.kernels.quantize import GGUFFile
 
@@ -59,6 +59,7 @@ def test_golden_chat(smollm: Tokenizer) -> None:
 def test_text_survives(smollm: Tokenizer, text: str) -> None:
     ids = smollm.encode(text)
     assert smollm.fast.decode(list(ids), skip_special_tokens=False) == text
+    assert b"".join(map(smollm.token_bytes, ids)).decode() == text
     assert all(0 <= token_id < 49152 for token_id in ids)
 
 
@@ -151,6 +152,39 @@ def test_where_eos_comes_from(tmp_path: Path) -> None:
     (directory / "tokenizer_config.json").unlink()
     with pytest.raises(TilusError, match="but one of the three must say where answers end"):
         from_huggingface(directory)
+
+
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Well, \n"}]
+
+
+def test_the_end_of_a_rendered_chat(tiny: Tokenizer) -> None:
+    """It begins an answer, or ends with the last message's end, or with its last character, blanks included."""
+    begun = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nWell, \n"
+    assert tiny.render_chat(CHAT) == begun + "<|im_end|>\n<|im_start|>assistant\n"
+    assert tiny.render_chat(CHAT, (), TemplateOptions(starts_answer=False)) == begun + "<|im_end|>\n"
+    assert tiny.render_chat(CHAT, (), TemplateOptions(False, continues_final=True)) == begun
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert tiny.render_chat(CHAT, tools, TemplateOptions(False, continues_final=True)).endswith(begun)
+
+
+def test_variables_for_templates(tiny: Tokenizer) -> None:
+    template = "{{ mood }}{{ eos_token }}{{ messages | length }}"
+    other = Tokenizer(tiny.fast, tiny.eos_ids, template, tiny.special, tiny.vocab_size)
+    options = TemplateOptions(variables={"mood": "calm", "eos_token": "x", "messages": [], "add_generation_prompt": 5})
+    assert other.render_chat(CHAT, (), options) == "calm<|im_end|>2"
+
+
+@pytest.mark.parametrize(
+    ("template", "count"), [("{{ messages[0].content }}", 0), ("{{ messages[1].content * 2 }}", 2)]
+)
+def test_a_template_that_hides_the_last_message(tiny: Tokenizer, template: str, count: int) -> None:
+    other = Tokenizer(tiny.fast, tiny.eos_ids, template, tiny.special, tiny.vocab_size)
+    with pytest.raises(RequestError) as caught:
+        other.encode_chat(CHAT, (), TemplateOptions(False, continues_final=True))
+    assert caught.value.param == "continue_final_message"
+    assert caught.value.message == (
+        f"the model's chat template shows the last message {count} times, but must once for continue_final_message"
+    )
 
 
 def test_the_template_file_comes_first(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from tilus.kernels.allocate import empty
 BYTES = 512  # of bits that a block looks at
 
 
-@tilus.kernel
+@tilus.kernel(varying=("requests", "masks"))
 def allow_kernel(
     logits: Tensor[f32, "requests", "vocabulary"],
     bits: Tensor[uint8, "masks", "bytes"],
@@ -33,7 +33,7 @@ def allow_kernel(
     tilus.store(out, [request, 8 * first], tile)
 
 
-@tilus.kernel
+@tilus.kernel(varying=("requests", "edits"))
 def edit_kernel(
     out: Tensor[f32, "requests", "vocabulary"],
     rows: Tensor[int32, "edits"],

@@ -21,7 +21,7 @@ MOST_RUNS = 64
 _PLACES = 32  # of a run's results: its alternatives, padded to a power of two
 
 
-@tilus.kernel
+@tilus.kernel(varying=("rows", "requests"))
 def runs_kernel(
     logits: Tensor["dtype", "rows", "vocabulary"],
     asking: Tensor[int32, "requests"],
@@ -50,7 +50,7 @@ def runs_kernel(
         tile = tilus.where(numbers.to(f32) == token, -math.inf, tile)
 
 
-@tilus.kernel
+@tilus.kernel(varying=("rows", "requests"))
 def best_kernel(
     logits: Tensor["dtype", "rows", "vocabulary"],
     asking: Tensor[int32, "requests"],
