@@ -103,8 +103,8 @@ def rope_append_quantized_kernel(
     eps: f32,
     q_norm: Tensor[f32, "head_dim"] = None,
     k_norm: Tensor[f32, "head_dim"] = None,
-    to_queries: Tensor[f32, 3, "q_heads", "head_dim"] = None,
-    to_keys: Tensor[f32, 4, "kv_heads", "head_dim"] = None,
+    to_queries: Tensor[f32, 2, "q_heads", "head_dim"] = None,
+    to_keys: Tensor[f32, 3, "kv_heads", "head_dim"] = None,
     *,
     head_dim: Const,
     q_heads: Const,
@@ -128,36 +128,36 @@ def rope_append_quantized_kernel(
     page, offset = slot // page_size, slot % page_size
 
     def append(which: int, halves: Any) -> None:
-        scale, minimum = factors_of(*halves, kind)
-        rounded = [codes_of(half_, scale, minimum, kind) for half_ in halves]
+        low, high = halves
+        scale, minimum = factors_of(low, high, kind)
+        rounded = [codes_of(part, scale, minimum, kind) for part in halves]
         own = [page, 0, which, 0, offset]
         tilus.store(factors, own, scale, dims=[1, 3])
         if minimum is not None:
             tilus.store(factors, [page, 0, which, 1, offset], minimum_of(halves, rounded, scale), dims=[1, 3])
-        for at, codes_ in zip((0, half), rounded):
+        for at, part in zip((0, half), rounded):
             first = [page, 0, which, offset, at * kind.code.nbits // 8]
-            tilus.store(codes, first, as_bytes(codes_, kind), dims=[1, 4])
+            tilus.store(codes, first, as_bytes(part, kind), dims=[1, 4])
 
     def heads_of(first: int, count: int) -> Any:
         return halves_of(qkv[token, first : first + count], count, half)
 
-    def scaled(halves: Any, table: Any, count: int, row: int) -> Any:
-        """Rotated queries or keys as they meet each other; table: their part of the frame, its factors in this row."""
-        if table is not None:
-            products = [part * factor for part, factor in zip(halves, halves_of(table[row], count, half))]
-            halves = reflected(products, halves_of(table[row + 1], count, half))
+    def spread(halves: Any, frame: Any, count: int) -> Any:
+        """Rotated queries or keys as they meet each other; frame: their part of it."""
+        if frame is not None:
+            halves = reflected(halves, halves_of(frame[0], count, half))
         return mixed(*halves) if kind.mixes_keys else halves
 
     queries = rotated(normed(heads_of(0, q_heads), q_weight, eps), angles)
-    low, high = scaled(queries, to_queries, q_heads, 0)
+    low, high = spread(queries, to_queries, q_heads)
     tilus.store(q, [token, 0, 0], low.to(q.dtype))
     tilus.store(q, [token, 0, half], high.to(q.dtype))
     keys = rotated(normed(heads_of(q_heads, kv_heads), k_weight, eps), angles)
     values = heads_of(q_heads + kv_heads, kv_heads)
     if to_keys is not None:
-        keys = [part - centre for part, centre in zip(keys, halves_of(to_keys[0], kv_heads, half))]
-        values = mixed(*reflected(values, halves_of(to_keys[3], kv_heads, half)))
-    append(0, scaled(keys, to_keys, kv_heads, 1))
+        keys = [part - centre for part, centre in zip(keys, halves_of(to_keys[2], kv_heads, half))]
+        values = mixed(*reflected(values, halves_of(to_keys[1], kv_heads, half)))
+    append(0, spread(keys, to_keys, kv_heads))
     append(1, values)
 
 
@@ -222,7 +222,7 @@ def append_quantized(
 
 def check_frame(frame: KvFrame, cache: QuantizedCache, q_heads: int) -> None:
     _, _, _, kv_heads, head_dim = cache.shape
-    found, expected = (frame.queries.shape, frame.keys.shape), ((3, q_heads, head_dim), (4, kv_heads, head_dim))
+    found, expected = (frame.queries.shape, frame.keys.shape), ((2, q_heads, head_dim), (3, kv_heads, head_dim))
     if tuple(map(tuple, found)) != expected:
         raise TilusError(
             f"rope_append: a frame of shapes {list(found[0])} and {list(found[1])}, expected {list(expected[0])} and "

@@ -1,11 +1,10 @@
 """The coordinates in which a layer's cache of 4 bits keeps keys and values: those in which rounding disturbs attention least.
 
-Softmax does not change when the same vector is subtracted from all keys of a head, and scores do not when keys are multiplied by
-a matrix and queries by its transposed inverse. So keys lose their mean, whose range codes would have to cover; elements are scaled
-towards a balance of queries and keys, as activations and weights in G. Xiao et al., "SmoothQuant", arXiv 2211.10438; and a
-reflection in front of the Hadamard transform (A. S. Householder, "Unitary Triangularization of a Nonsymmetric Matrix", 1958) takes
-the direction in which queries are longest to the mean over a head's elements, which is the one that a minimum keeps exactly.
-Values are reflected such that their mean is what is kept, and transformed, too; attention's results are then transformed back.
+Softmax does not change when the same vector is subtracted from all keys of a head, so that keys lose their mean, whose range
+codes would have to cover. In front of the Hadamard transform a reflection (A. S. Householder, "Unitary Triangularization of a
+Nonsymmetric Matrix", 1958) takes the direction in which queries are longest to the mean over a head's elements, which is the one
+that a minimum keeps exactly. Values are reflected such that their mean over tokens is what is kept, and transformed, too;
+attention's results are then transformed back.
 """
 
 from __future__ import annotations
@@ -20,30 +19,18 @@ from tilus.kernels.vectors import by_vector, power_of_two
 
 WARPS = 4
 VECTOR = 4  # neighbouring elements of a thread
-_BALANCE = 0.125  # power of the ratio of second moments: half of what would balance them, which is safer with few samples
 
 
 @dataclass(frozen=True, eq=False)
 class KvFrame:
     """Of a layer, per head: the rows of these, and what they are for, float32.
 
-    queries: [3, Hq, D]: factors; reflections of queries, and of attention's results. keys: [4, Hkv, D]: centres, which are
-    subtracted first, and factors; reflections of keys, and of values. A reflection w takes x to x - w (w . x): of length
-    sqrt(2), or zeros for none.
+    queries: [2, Hq, D]: the reflections of queries, and of attention's results. keys: [3, Hkv, D]: the reflections of keys and of
+    values, and centres, which keys lose first. A reflection w takes x to x - w (w . x): of length sqrt(2), or zeros for none.
     """
 
     queries: Any
     keys: Any
-
-
-def identity_frame(q_heads: int, kv_heads: int, head_dim: int, device: Any = "cpu") -> KvFrame:
-    """The frame that changes nothing but that values, too, go through the Hadamard transform."""
-    import torch
-
-    queries = torch.zeros(3, q_heads, head_dim, device=device)
-    keys = torch.zeros(4, kv_heads, head_dim, device=device)
-    queries[0], keys[1] = 1, 1
-    return KvFrame(queries, keys)
 
 
 def fit_kv_frame(q: Any, k: Any, v: Any, *, centred: bool = True) -> KvFrame:
@@ -59,26 +46,17 @@ def fit_kv_frame(q: Any, k: Any, v: Any, *, centred: bool = True) -> KvFrame:
             f"fit_kv_frame: q, k and v of shapes {list(q.shape)}, {list(k.shape)} and {list(v.shape)}, expected "
             "[tokens, q_heads, D] and twice [tokens, kv_heads, D], with q_heads a multiple of kv_heads"
         )
-    tokens, q_heads, head_dim = q.shape
     kv_heads = k.shape[1]
-    group = q_heads // kv_heads
+    group = q.shape[1] // kv_heads
     q, k, v = (x.double() for x in (q, k, v))
-    queries = q.unflatten(1, (kv_heads, group)).transpose(1, 2).flatten(0, 1)  # those of a key-value head, one after another
+    queries = (
+        q.unflatten(1, (kv_heads, group)).transpose(1, 2).flatten(0, 1)
+    )  # those of a key-value head, one after another
     centres = k.mean(0) if centred else torch.zeros_like(k[0])
-    factors = (_sizes(queries) / _sizes(k - centres)) ** _BALANCE
-    queries = queries / factors
     directions = torch.linalg.eigh(torch.einsum("thd,the->hde", queries, queries)).eigenvectors[..., -1]
     reflections = [reflection(directions), reflection(v.mean(0))]
-    keys = torch.stack([centres, factors, *reflections]).float()
-    by_query = torch.stack([1 / factors, *reflections]).repeat_interleave(group, dim=1)
-    return KvFrame(by_query.float().contiguous(), keys.contiguous())
-
-
-def _sizes(x: Any) -> Any:
-    """The second moment of each element of a head [H, D], at least a millionth of the head's mean one; ones for zeros."""
-    squares = x.square().mean(0)
-    mean = squares.mean(-1, keepdim=True)
-    return (squares.clamp_min(mean * 1e-6) / mean).nan_to_num(1.0)
+    by_query = torch.stack(reflections).repeat_interleave(group, dim=1)
+    return KvFrame(by_query.float(), torch.stack([*reflections, centres]).float())
 
 
 def reflection(directions: Any) -> Any:
@@ -92,7 +70,9 @@ def reflection(directions: Any) -> Any:
     first = torch.zeros_like(directions)
     first[:, :: head_dim if run == half else run] = 1
     first, unit = (torch.nn.functional.normalize(x, dim=-1) for x in (first, directions))
-    towards = torch.where((unit * first).sum(-1, keepdim=True) > 0, -first, first)  # the farther one: no digits are lost
+    towards = torch.where(
+        (unit * first).sum(-1, keepdim=True) > 0, -first, first
+    )  # the farther one: no digits are lost
     return torch.nn.functional.normalize(unit - towards, dim=-1) * 2**0.5 * (unit != 0).any(-1, keepdim=True)
 
 
@@ -113,7 +93,7 @@ def halves_of(rows: Any, count: int, half: int) -> Any:
 @tilus.kernel(varying=("tokens",))
 def restore_values_kernel(
     out: Tensor["dtype", "tokens", "q_heads", "head_dim"],
-    queries: Tensor[f32, 3, "q_heads", "head_dim"],
+    queries: Tensor[f32, 2, "q_heads", "head_dim"],
     *,
     q_heads: Const,
     head_dim: Const,
@@ -123,7 +103,7 @@ def restore_values_kernel(
     tilus.launch_dependents()
     tilus.wait_dependencies()
     token, half = tilus.block_id(0), head_dim // 2
-    low, high = reflected(mixed(*halves_of(out[token], q_heads, half)), halves_of(queries[2], q_heads, half))
+    low, high = reflected(mixed(*halves_of(out[token], q_heads, half)), halves_of(queries[1], q_heads, half))
     tilus.store(out, [token, 0, 0], low.to(out.dtype))
     tilus.store(out, [token, 0, half], high.to(out.dtype))
 

@@ -120,7 +120,9 @@ def rope_append(
     check_tokens("rope_append", positions, slots, cos_sin.shape[0], kv_cache, device=device)
     by_head = qkv.unflatten(1, (heads, head_dim))
     if isinstance(kv_cache, QuantizedCache):
-        return append_quantized(by_head, positions, cos_sin, slots, kv_cache, (q_norm, k_norm, eps), frame, constant, device)
+        return append_quantized(
+            by_head, positions, cos_sin, slots, kv_cache, (q_norm, k_norm, eps), frame, constant, device
+        )
     q = empty(qkv, (qkv.shape[0], q_heads, head_dim), kv_cache.dtype)
     rope_append_kernel.on(device)(
         by_head, positions, cos_sin, slots, kv_cache, q, eps, q_norm, k_norm,
