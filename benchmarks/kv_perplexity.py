@@ -28,6 +28,7 @@ from serving.config import KV_DTYPES
 from serving.core import Batch, BatchItem, SamplingParams
 from serving.execution import choose_execution
 from serving.kernels import default_kernels
+from serving.kv_frames import has_frames, with_frames
 from serving.loader import default_model, open_checkpoint
 from serving.model import Model, load_model
 from serving.runner import TorchRunner
@@ -59,16 +60,24 @@ def likelihoods(model: Model, windows: torch.Tensor, kv_dtype: str) -> tuple[tor
 
 def measure(kv_dtypes: list[str]) -> dict[str, Any]:
     checkpoint = open_checkpoint(default_model())
-    model = load_model(checkpoint, default_kernels(), CPU)
+    plain = load_model(checkpoint, default_kernels(), CPU)
+
+    def model_for(kv_dtype: str) -> Model:  # as a server starts it
+        if not has_frames(kv_dtype):
+            return plain
+        return with_frames(plain, checkpoint.tokenizer, checkpoint.config.max_positions, CPU)
+
     ids = checkpoint.tokenizer.encode("\n".join((DATA / name).read_text() for name in TEXTS))[: WINDOWS * LENGTH]
     windows = torch.tensor(ids).view(WINDOWS, LENGTH)
     values = checkpoint.config.kv_values_per_token * PAGE
     rows: list[dict[str, Any]] = []
     with torch.inference_mode():
-        base, base_best = likelihoods(model, windows, "fp16")
+        base, base_best = likelihoods(plain, windows, "fp16")
         for kv_dtype in kv_dtypes:
-            losses, best = (base, base_best) if kv_dtype == "fp16" else likelihoods(model, windows, kv_dtype)
-            nbits = TorchRunner(model, 1, PAGE, CPU, kv_dtype=kv_dtype).kv_pool.shape.nbytes * 8 / values
+            losses, best = (
+                (base, base_best) if kv_dtype == "fp16" else likelihoods(model_for(kv_dtype), windows, kv_dtype)
+            )
+            nbits = TorchRunner(plain, 1, PAGE, CPU, kv_dtype=kv_dtype).kv_pool.shape.nbytes * 8 / values
             row = {
                 "kv_dtype": kv_dtype, "nbits": nbits, "perplexity": round(math.exp(losses.mean().item()), 4),
                 "change": round(math.expm1((losses - base).mean().item()), 6),

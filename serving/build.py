@@ -23,6 +23,7 @@ from serving.grammar import Grammars
 from serving.host_memory import available_nbytes
 from serving.kernels import Kernels, default_kernels
 from serving.kv import PageTables
+from serving.kv_frames import has_frames, with_frames
 from serving.loader import Checkpoint, default_model, open_checkpoint
 from serving.memory import PAGE_SIZE, Wishes, expected_size, free_nbytes, plan, size_of
 from serving.model import build_model
@@ -157,6 +158,9 @@ def build_runner(
         num_host_pages=_num_host_pages(config.swap_space, memory.page_nbytes),
     )
     model = build_model(checkpoint.config, kernels, packed, None if group is None else group.sum)
+    if has_frames(config.kv_dtype):
+        with progress("fitting the cache", "layer") as show:
+            model = with_frames(model, checkpoint.tokenizer, max_model_len, device, show)
     pages = min(limits.num_pages, -(-max_model_len // PAGE_SIZE))
     captures = kernels is default_kernels(config.batch_invariant) and can_capture(execution, group is not None)
     graphs = GraphLimits(config.max_batch, pages, config.max_step_tokens, config.drafts)

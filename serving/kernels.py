@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tilus.errors import TilusError
-from tilus.kernels import QuantizedCache
+from tilus.kernels import KvFrame, QuantizedCache
 from tilus.kernels.quantize import QuantizedMatrix
 
 # What cuts sums in one way or another.
@@ -69,16 +69,21 @@ class Kernels(Protocol):
 
     def rope_append(
         self, qkv: Tensor, positions: Tensor, cos_sin: Tensor, slots: Tensor, kv_cache: KvCache, *,
-        q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = ..., constant: bool = False,
+        q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = ..., frame: KvFrame | None = None,
+        constant: bool = False,
     ) -> Tensor:  # fmt: skip
         """Rotate q and k of qkv [M, (Hq + 2 Hkv) D], write k and v to the cache at slots, in its format; returns q [M, Hq, D] in
         the dtype of a cache of 16 bits, else in qkv's.
 
         positions, slots: int32 [M], a slot being page * page_size + offset; negative ones are not written. cos_sin: float32
         [max_pos, D], first the D/2 cosines, then the sines; halves are rotated as in Hugging Face's models. q_norm, k_norm:
-        float32 [D], weights of the norm of each head in front of its rotation. constant: nothing in front in the stream still
-        writes the integers, cos_sin and the weights.
+        float32 [D], weights of the norm of each head in front of its rotation. frame: the coordinates of a cache of 4 bits.
+        constant: nothing in front in the stream still writes the integers, cos_sin and the weights.
         """
+        ...
+
+    def restore_values(self, out: Tensor, frame: KvFrame) -> Tensor:
+        """What attention [M, Hq, D] would give without the cache's frame, in place."""
         ...
 
     def paged_attention(

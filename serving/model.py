@@ -17,6 +17,7 @@ from serving.config import Experts, ModelConfig
 from serving.kernels import Kernels, KvCache, PackedWeight
 from serving.loader import Checkpoint
 from serving.packing import BIAS, HEAD, NORM, ROPE, TABLE, TABLE_SCALES, PackedWeights, pack_weights
+from tilus.kernels import KvFrame
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +107,7 @@ class Mixture:
 @dataclass(frozen=True, eq=False)
 class Layer:
     """cos_sin: the table of its rotary embedding. window: how many tokens one sees at most. Norms that a model does not have are
-    None."""
+    None. frame: the coordinates of its cache, where that has some (`serving.kv_frames`)."""
 
     attn_norm: Tensor
     qkv: Linear
@@ -119,6 +120,7 @@ class Layer:
     ffn_norm: Tensor
     feed_forward: Dense | Mixture
     post_ffw_norm: Tensor | None
+    frame: KvFrame | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,13 +172,15 @@ class Model:
         kernels = self.kernels
         q = kernels.rope_append(
             layer.qkv(kernels, x), step.positions, layer.cos_sin, step.slots, kv_cache,
-            q_norm=layer.q_norm, k_norm=layer.k_norm, eps=self.config.rms_eps, constant=True,
+            q_norm=layer.q_norm, k_norm=layer.k_norm, eps=self.config.rms_eps, frame=layer.frame, constant=True,
         )  # fmt: skip
         out = kernels.paged_attention(
             q, kv_cache, step.block_tables, step.q_start, step.kv_lens, self.config.attention_scale, window=layer.window,
             soft_cap=self.config.attention_cap, decodes=step.decodes, out_dtype=x.dtype, constant_tables=True,
             constant_past=True,
         )  # fmt: skip
+        if layer.frame is not None:
+            out = kernels.restore_values(out, layer.frame)
         return layer.attn_output(kernels, out.reshape(out.shape[0], -1), self.combine)
 
 

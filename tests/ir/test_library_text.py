@@ -54,6 +54,7 @@ SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
     "kv_cache.rope_append_quantized_kernel": [
         {"head_dim": 64, "q_heads": 3, "kv_heads": 3, "page_size": 16, "kind": KV_FORMATS["int4"]}
     ],
+    "kv_frame.restore_values_kernel": [{"head_dim": 64, "q_heads": 3}],
     "linear.quantized_linear": [
         {
             "wdtype": uint4,

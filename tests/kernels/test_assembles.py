@@ -19,6 +19,7 @@ from tilus.kernels.gemm_kernel import gemm_kernel
 from tilus.kernels.gemm_schedule import Plan, stages_of
 from tilus.kernels.grouped_linear import grouped_linear_kernel, plans
 from tilus.kernels.kv_cache import KV_FORMATS, rope_append_quantized_kernel
+from tilus.kernels.kv_frame import restore_values_kernel
 from tilus.kernels.linear import kernel_call, quantized_linear
 from tilus.kernels.linear_problem import LinearProblem, heuristic
 from tilus.kernels.mixture import combine_kernel, places_kernel, route_kernel, scatter_kernel
@@ -112,6 +113,7 @@ LIBRARY: list[tuple[Kernel, dict[str, Any]]] = [
             ("int8", tilus.f16, 256, 8, 1),
         )
     ),
+    (restore_values_kernel, {"dtype": tilus.bf16, "q_heads": 32, "head_dim": 128}),
     *(
         (
             paged_attention_kernel,

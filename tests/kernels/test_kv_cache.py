@@ -204,13 +204,29 @@ def hadamard(row: Array) -> Array:
     return ((1 - 2 * parity) @ row.reshape(-1, run).T).T.reshape(-1) / math.sqrt(run)
 
 
+def check_elements(found: Array, wanted: Array, scale: float, name: str) -> None:
+    """A head's elements are off by half a step of their codes, next to what rounded factors cut off; where there is a minimum,
+    by half a step around a mean error that is that minimum's rounding."""
+    kind = KV_FORMATS[name]
+    low = min(wanted) if kind.has_minimum else 0.0
+    span = max(wanted) - low if kind.has_minimum else max(abs(wanted))
+    assert abs(scale - span / kind.largest) <= 2.0**-9 * span / kind.largest + 2.0**-24
+    step = np.full(len(wanted), scale)
+    if name == "fp8":  # three bits behind the first one, none below 2^-9
+        exponent = np.frexp(wanted / max(scale, 2.0**-30))[1] - 1
+        step = scale * 2.0 ** np.maximum(exponent - 3, -9)
+    errors, rounding = found - wanted, 2.0**-10 * (span + abs(low))
+    if kind.has_minimum:
+        assert abs(errors.mean()) <= 2.0**-11 * (span + abs(low)) + 2.0**-24
+        assert errors.max() - errors.min() <= scale + 2 * rounding
+    else:
+        assert (abs(errors) <= step / 2 + rounding).all()
+
+
 @pytest.mark.parametrize("device", ["reference", "cpu", "emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(("name", "head_dim"), [*((name, 64) for name in NAMES), ("int4", 96), ("int8", 16)])
 def test_append(name: str, head_dim: int, device: str) -> None:
-    """Factors are f16 next to what the extremes ask for; elements are off by half a step of their codes.
-
-    Everything else in the cache stays as it was, and the queries are those of rope_append.
-    """
+    """Elements are those of the heads; everything else in the cache stays as it was, and the queries are those of rope_append."""
     q_heads, kv_heads, page_size = 3, 2, 16
     inputs, cache = append_inputs(name, (q_heads, kv_heads), head_dim, page_size)
     before = numbers_of(cache)[1].copy()
@@ -220,8 +236,7 @@ def test_append(name: str, head_dim: int, device: str) -> None:
     found = numbers_of(there)[1]
     factors = there.factors.cpu().double().numpy()
     mix = hadamard if name != "fp8" else lambda row: row
-    rows = inputs["qkv"].double().numpy().reshape(5, -1, head_dim)
-    cos_sin, largest = inputs["cos_sin"].double().numpy(), cache.format.largest
+    rows, cos_sin = inputs["qkv"].double().numpy().reshape(5, -1, head_dim), inputs["cos_sin"].double().numpy()
     for token, (position, slot) in enumerate(zip(inputs["positions"].tolist(), inputs["slots"].tolist(), strict=True)):
         turned = [mix(rotated(row, cos_sin[position])) for row in rows[token, : q_heads + kv_heads]]
         assert np.allclose(q[token].double().numpy(), turned[:q_heads], rtol=2.0**-10, atol=2.0**-20)
@@ -230,18 +245,7 @@ def test_append(name: str, head_dim: int, device: str) -> None:
         page, offset = divmod(slot, page_size)
         for head in range(kv_heads):
             for which, wanted in enumerate((turned[q_heads + head], rows[token, q_heads + kv_heads + head])):
-                scale = factors[page, head, which, 0, offset]
-                low = min(wanted) if cache.format.has_minimum else 0.0
-                span = max(wanted) - low if cache.format.has_minimum else max(abs(wanted))
-                assert abs(scale - span / largest) <= 2.0**-9 * span / largest + 2.0**-24
-                step = np.full(head_dim, scale)
-                if name == "fp8":  # three bits behind the first one, none below 2^-9
-                    exponent = np.frexp(wanted / max(scale, 2.0**-30))[1] - 1
-                    step = scale * 2.0 ** np.maximum(exponent - 3, -9)
-                error = np.abs(found[page, head, which, offset] - wanted)
-                assert (
-                    error <= step / 2 + 2.0**-10 * (span + abs(low))
-                ).all()  # the extremes are cut by rounded factors
+                check_elements(found[page, head, which, offset], wanted, factors[page, head, which, 0, offset], name)
                 before[page, head, which, offset] = found[page, head, which, offset]
     assert np.array_equal(before, found), "something else was written"
 

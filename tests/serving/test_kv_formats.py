@@ -17,6 +17,7 @@ from serving.config import KV_DTYPES, EngineConfig
 from serving.core import Batch, Request, SampledToken, SamplingParams, StepOutput
 from serving.engine import Engine
 from serving.kernels import default_kernels
+from serving.kv_frames import has_frames, with_frames
 from serving.kv_pool import KvPool, PageShape
 from serving.loader import Checkpoint
 from serving.memory import ModelSize, Wishes, plan
@@ -89,6 +90,9 @@ def answers(
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 def test_the_same_text_however_it_is_run(model: Model, tiny_checkpoint: Checkpoint, kv_dtype: str) -> None:
+    if has_frames(kv_dtype):
+        model = with_frames(model, tiny_checkpoint.tokenizer, tiny_checkpoint.config.max_positions, CPU)
+
     def run(graphs: bool, **limits: int) -> tuple[Answers, list[int]]:
         return answers(model, tiny_checkpoint, kv_dtype, graphs, **limits)
 

@@ -82,7 +82,8 @@ class TorchKernels:
 
     def rope_append(
         self, qkv: Tensor, positions: Tensor, cos_sin: Tensor, slots: Tensor, kv_cache: Tensor, *,
-        q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 0.0, constant: bool = False,
+        q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 0.0, frame: None = None,
+        constant: bool = False,
     ) -> Tensor:  # fmt: skip
         _, _, page_size, kv_heads, head_dim = kv_cache.shape
         heads = qkv.view(qkv.shape[0], -1, head_dim).to(self.compute)

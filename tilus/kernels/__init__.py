@@ -16,6 +16,9 @@ from tilus.kernels.grouped_linear import grouped_linear as grouped_linear
 from tilus.kernels.kv_cache import KV_FORMATS as KV_FORMATS
 from tilus.kernels.kv_cache import QuantizedCache as QuantizedCache
 from tilus.kernels.kv_cache import quantized_cache as quantized_cache
+from tilus.kernels.kv_frame import KvFrame as KvFrame
+from tilus.kernels.kv_frame import fit_kv_frame as fit_kv_frame
+from tilus.kernels.kv_frame import restore_values as restore_values
 from tilus.kernels.linear import linear as linear
 from tilus.kernels.logit_edits import edit_logits as edit_logits
 from tilus.kernels.logprobs import token_logprobs as token_logprobs

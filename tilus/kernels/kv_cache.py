@@ -17,11 +17,11 @@ import tilus
 from tilus import Const, Tensor, TilusError, f16, f32, int32, uint8
 from tilus.dtypes import DataType, float8_e4m3, int8, uint4
 from tilus.kernels.allocate import empty
+from tilus.kernels.hadamard import mixed
+from tilus.kernels.kv_frame import VECTOR, WARPS, KvFrame, halves_of, reflected
 from tilus.kernels.rotation import angles_of, loaded_norm, normed, rotated
-from tilus.kernels.vectors import by_vector, power_of_two
+from tilus.kernels.vectors import by_vector
 
-WARPS = 4
-VECTOR = 4  # neighbouring elements of a thread
 MAX_HEAD_DIM = 256
 
 
@@ -103,6 +103,8 @@ def rope_append_quantized_kernel(
     eps: f32,
     q_norm: Tensor[f32, "head_dim"] = None,
     k_norm: Tensor[f32, "head_dim"] = None,
+    to_queries: Tensor[f32, 2, "q_heads", "head_dim"] = None,
+    to_keys: Tensor[f32, 3, "kv_heads", "head_dim"] = None,
     *,
     head_dim: Const,
     q_heads: Const,
@@ -125,55 +127,38 @@ def rope_append_quantized_kernel(
         tilus.wait_dependencies(constant=[positions, slots, cos_sin, q_norm, k_norm])
     page, offset = slot // page_size, slot % page_size
 
-    def halves(first: int, count: int) -> Any:
-        """The two halves of some heads, in f32."""
-        part, shape = qkv[token, first : first + count], [power_of_two(count), half]
-        layout = by_vector(shape[0], half, VECTOR, WARPS)
-        return [tilus.load(part, [0, at], shape, layout=layout).to(f32) for at in (0, half)]
-
-    def append(which: int, low: Any, high: Any) -> None:
+    def append(which: int, halves: Any) -> None:
+        low, high = halves
         scale, minimum = factors_of(low, high, kind)
+        rounded = [codes_of(part, scale, minimum, kind) for part in halves]
         own = [page, 0, which, 0, offset]
         tilus.store(factors, own, scale, dims=[1, 3])
         if minimum is not None:
-            tilus.store(factors, [page, 0, which, 1, offset], minimum, dims=[1, 3])
-        for at, elements in ((0, low), (half, high)):
+            tilus.store(factors, [page, 0, which, 1, offset], minimum_of(halves, rounded, scale), dims=[1, 3])
+        for at, part in zip((0, half), rounded):
             first = [page, 0, which, offset, at * kind.code.nbits // 8]
-            tilus.store(codes, first, as_bytes(codes_of(elements, scale, minimum, kind), kind), dims=[1, 4])
+            tilus.store(codes, first, as_bytes(part, kind), dims=[1, 4])
 
-    def turned(first: int, count: int, norm: Any) -> Any:
-        """Queries or keys."""
-        low, high = rotated(normed(halves(first, count), norm, eps), angles)
-        return mixed(low, high) if kind.mixes_keys else (low, high)
+    def heads_of(first: int, count: int) -> Any:
+        return halves_of(qkv[token, first : first + count], count, half)
 
-    low, high = turned(0, q_heads, q_weight)
+    def spread(halves: Any, frame: Any, count: int) -> Any:
+        """Rotated queries or keys as they meet each other; frame: their part of it."""
+        if frame is not None:
+            halves = reflected(halves, halves_of(frame[0], count, half))
+        return mixed(*halves) if kind.mixes_keys else halves
+
+    queries = rotated(normed(heads_of(0, q_heads), q_weight, eps), angles)
+    low, high = spread(queries, to_queries, q_heads)
     tilus.store(q, [token, 0, 0], low.to(q.dtype))
     tilus.store(q, [token, 0, half], high.to(q.dtype))
-    append(0, *turned(q_heads, kv_heads, k_weight))
-    append(1, *halves(q_heads + kv_heads, kv_heads))
-
-
-def mixed(low: Any, high: Any) -> Any:
-    """The Hadamard transform of heads whose halves [heads, D/2] are given, orthonormal: of all elements where D is a power of
-    two, else of runs of as many as the largest one that divides D, in each half."""
-    half = low.shape[1]
-    run = half & -half
-    if run == half:
-        low, high = low + high, low - high
-    factor = (2 * run if run == half else run) ** -0.5
-    return butterflies(low, run) * factor, butterflies(high, run) * factor
-
-
-def butterflies(x: Any, run: int) -> Any:
-    """Sums and differences [rows, columns] of each run of elements, at distances 1, 2, 4, ..."""
-    rows, columns = x.shape
-    distance = 1
-    while distance < run:
-        pairs = x.reshape([rows, columns // (2 * distance), 2, distance])
-        second = tilus.arange(2, shape=[1, 1, 2, 1], axis=2).to(f32)
-        x = (tilus.sum(pairs, 2, keepdims=True) - pairs * (second * 2.0)).reshape([rows, columns])  # a + b, a - b
-        distance *= 2
-    return x
+    keys = rotated(normed(heads_of(q_heads, kv_heads), k_weight, eps), angles)
+    values = heads_of(q_heads + kv_heads, kv_heads)
+    if to_keys is not None:
+        keys = [part - centre for part, centre in zip(keys, halves_of(to_keys[2], kv_heads, half))]
+        values = mixed(*reflected(values, halves_of(to_keys[1], kv_heads, half)))
+    append(0, spread(keys, to_keys, kv_heads))
+    append(1, values)
 
 
 def factors_of(low: Any, high: Any, kind: KvFormat) -> Any:
@@ -187,12 +172,19 @@ def factors_of(low: Any, high: Any, kind: KvFormat) -> Any:
 
 
 def codes_of(elements: Any, scale: Any, minimum: Any, kind: KvFormat) -> Any:
-    """Rounded to nearest even, and saturated; with a scale of zero all codes are zero."""
+    """Codes [heads, columns] of elements, rounded to nearest even, and saturated; with a scale of zero all are zero."""
     wide = scale.to(f32)
     factor = tilus.where(wide > 0.0, tilus.rcp(tilus.where(wide > 0.0, wide, 1.0)), 0.0)
     shifted = elements if minimum is None else elements - minimum.to(f32)
     rows, columns = elements.shape
     return tilus.cast(shifted * factor, kind.code, layout=by_vector(rows, columns, VECTOR, WARPS))
+
+
+def minimum_of(halves: Any, codes: Any, scale: Any) -> Any:
+    """The minimum with which a head's mean is exact, up to its rounding to f16: errors of codes then add up to zero."""
+    wide = scale.to(f32)
+    left = [tilus.sum(part - each.to(f32) * wide, 1, keepdims=True) for part, each in zip(halves, codes)]
+    return ((left[0] + left[1]) * (1 / (2 * halves[0].shape[1]))).to(f16)
 
 
 def as_bytes(codes: Any, kind: KvFormat) -> Any:
@@ -203,11 +195,11 @@ def as_bytes(codes: Any, kind: KvFormat) -> Any:
 
 def append_quantized(
     qkv: Any, positions: Any, cos_sin: Any, slots: Any, cache: QuantizedCache, norms: tuple[Any, Any, float],
-    constant: bool, device: str | None,
+    frame: KvFrame | None, constant: bool, device: str | None,
 ) -> Any:  # fmt: skip
     """`rope_append` with a quantised cache. qkv: [M, heads, D]. norms: q_norm, k_norm and eps.
 
-    Raises: TilusError for heads that kernels do not have."""
+    Raises: TilusError for heads that kernels do not have, and for a frame that does not fit them or the format."""
     _, _, page_size, kv_heads, head_dim = cache.shape
     if head_dim % 16 or not 16 <= head_dim <= MAX_HEAD_DIM:
         raise TilusError(
@@ -216,10 +208,28 @@ def append_quantized(
         )
     q_norm, k_norm, eps = norms
     q_heads = qkv.shape[1] - 2 * kv_heads
+    if frame is not None:
+        check_frame(frame, cache, q_heads)
+    to_queries, to_keys = (None, None) if frame is None else (frame.queries, frame.keys)
     q = empty(qkv, (qkv.shape[0], q_heads, head_dim))
     rope_append_quantized_kernel.on(device)(
-        qkv, positions, cos_sin, slots, cache.codes, cache.factors, q, eps, q_norm, k_norm,
+        qkv, positions, cos_sin, slots, cache.codes, cache.factors, q, eps, q_norm, k_norm, to_queries, to_keys,
         head_dim=head_dim, q_heads=q_heads, kv_heads=kv_heads, page_size=page_size, kind=cache.format,
         constant=constant,
     )  # fmt: skip
     return q
+
+
+def check_frame(frame: KvFrame, cache: QuantizedCache, q_heads: int) -> None:
+    _, _, _, kv_heads, head_dim = cache.shape
+    found, expected = (frame.queries.shape, frame.keys.shape), ((2, q_heads, head_dim), (3, kv_heads, head_dim))
+    if tuple(map(tuple, found)) != expected:
+        raise TilusError(
+            f"rope_append: a frame of shapes {list(found[0])} and {list(found[1])}, expected {list(expected[0])} and "
+            f"{list(expected[1])}"
+        )
+    if not cache.format.mixes_keys:
+        raise TilusError(
+            f"rope_append: a frame for a cache of {cache.format.code}, whose keys are kept as they are",
+            hint="frames are for formats that mix keys: int4 and int8",
+        )

@@ -10,6 +10,7 @@ from tilus import Const, Tensor, TilusError, f32, int32
 from tilus.kernels.allocate import empty
 from tilus.kernels.index_checks import check_tokens
 from tilus.kernels.kv_cache import QuantizedCache, append_quantized
+from tilus.kernels.kv_frame import KvFrame
 from tilus.kernels.rotation import angles_of, loaded_norm, normed, rotated
 from tilus.kernels.vectors import power_of_two
 
@@ -71,7 +72,7 @@ def rope_append_kernel(
 
 def rope_append(
     qkv: Any, positions: Any, cos_sin: Any, slots: Any, kv_cache: Any, *, q_norm: Any = None, k_norm: Any = None,
-    eps: float = 0.0, constant: bool = False, device: str | None = None,
+    eps: float = 0.0, frame: KvFrame | None = None, constant: bool = False, device: str | None = None,
 ) -> Any:  # fmt: skip
     """Rotate queries and keys by their positions; write keys and values to the cache, in its format.
 
@@ -82,6 +83,8 @@ def rope_append(
     `QuantizedCache`, with D a multiple of 16 up to 256: scales and minimums are rounded to f16 and codes computed with those, so
     that an element is off by half a step at most, half of the last place of an fp8 code. q_norm, k_norm: float32 [D]; where
     given, each head of queries (keys) becomes its `rms_norm` with this weight and eps before it is rotated. Torch tensors.
+    frame: the coordinates in which keys and values of a quantised cache are kept (`fit_kv_frame`); attention's results go through
+    `restore_values` then, and logarithms of sums that it returns are off by the product of the query and the centre.
     constant: positions, slots, cos_sin and the norms' weights are constant in the sense of "Dependent launch"
     (docs/language.md): read while the kernel in front ends.
     device: where to run (reference, emulator, cpu, cuda), by default as the arguments say.
@@ -105,6 +108,10 @@ def rope_append(
             f"rope_append: rows of {qkv.shape[1]} elements with {kv_heads} kv heads of {head_dim}, expected an even head "
             f"size and (q_heads + {2 * kv_heads}) * {head_dim} elements with at least one q head"
         )
+    if frame is not None and not isinstance(kv_cache, QuantizedCache):
+        raise TilusError(
+            "rope_append: a frame for a cache of 16 bits", hint="frames are for caches made by quantized_cache"
+        )
     if not isinstance(kv_cache, QuantizedCache) and str(kv_cache.dtype) not in ("torch.float16", "torch.bfloat16"):
         raise TilusError(
             f"rope_append: kv_cache of {kv_cache.dtype}, expected float16 or bfloat16",
@@ -113,7 +120,9 @@ def rope_append(
     check_tokens("rope_append", positions, slots, cos_sin.shape[0], kv_cache, device=device)
     by_head = qkv.unflatten(1, (heads, head_dim))
     if isinstance(kv_cache, QuantizedCache):
-        return append_quantized(by_head, positions, cos_sin, slots, kv_cache, (q_norm, k_norm, eps), constant, device)
+        return append_quantized(
+            by_head, positions, cos_sin, slots, kv_cache, (q_norm, k_norm, eps), frame, constant, device
+        )
     q = empty(qkv, (qkv.shape[0], q_heads, head_dim), kv_cache.dtype)
     rope_append_kernel.on(device)(
         by_head, positions, cos_sin, slots, kv_cache, q, eps, q_norm, k_norm,
