@@ -25,7 +25,7 @@ from tilus.kernels.paged_decode_split import Split
 from tilus.kernels.paged_prefill import PrefillPlan
 from tilus.kernels.quantize.tiles import ROWS
 from tilus.kernels.sampling_row import Tiling
-from tilus.kernels.shared_prefix_groups import PrefixSplit
+from tilus.kernels.shared_prefix import shared_plans
 from tilus.kernels.warpgroup_linear import WarpgroupPlan
 from tilus.lang.kernel import Kernel
 from tilus.target import get_target
@@ -158,9 +158,14 @@ SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
             "group": 4,
             "head_dim": 64,
             "page_size": 16,
-            "split": PrefixSplit(128, 132),
-            "plan": PrefillPlan(4),
+            "blocks": 132,
+            "unit": 128,
+            "split": Split(16),
+            "plan": next(shared_plans(2, 4, 64)),
         }
+    ],
+    "shared_prefix_merge.shared_prefix_merge_kernel": [
+        {"q_len": 2, "group": 4, "head_dim": 64, "blocks": 132, "unit": 128, "split": Split(16)}
     ],
     "quantize.codes.pack_codes_kernel": [
         {"wdtype": uint4, "lookup": False},

@@ -15,10 +15,14 @@ from hypothesis import strategies as st
 
 from tilus import TilusError
 from tilus.kernels import paged_decode
-from tilus.kernels.paged_decode import DecodePlan, by_plans, paged_decode_kernel, plans, with_whole_pairs
 from tilus.kernels.paged_decode_split import Split, share
-from tilus.kernels.paged_prefill import PrefillPlan
-from tilus.kernels.shared_prefix import attend_to_prefixes, find_shared_prefixes, prefix_plans, shared_prefix_decode
+from tilus.kernels.shared_prefix import (
+    find_shared_prefixes,
+    launch,
+    shared_plans,
+    shared_prefix_decode,
+    with_whole_pairs,
+)
 from tilus.kernels.shared_prefix_groups import (
     ENDS,
     LENGTH,
@@ -26,13 +30,13 @@ from tilus.kernels.shared_prefix_groups import (
     MEMBERS,
     TILE,
     TOKENS,
-    PrefixSplit,
     members_of,
     places,
     prefix_results,
     shared_prefix_groups_kernel,
 )
-from tilus.kernels.shared_prefix_rows import shared_prefix_kernel
+from tilus.kernels.shared_prefix_merge import shared_prefix_merge_kernel
+from tilus.kernels.shared_prefix_rows import SharedPlan, shared_prefix_kernel
 from tilus.ptx.assembler import SpillError
 from tilus.runtime.binaries import build
 from tilus.target import get_target
@@ -156,7 +160,7 @@ def test_every_partial_result_has_a_place_of_its_own() -> None:
         assert all(0 <= place < places(count, members, kv_heads, blocks) for place in written)
         for s in range(count):
             for head in range(kv_heads):
-                many, place, _ = prefix_results(found, s, head, kv_heads, PrefixSplit(128, blocks))
+                many, place, _ = prefix_results(found, s, head, kv_heads, 128, blocks)
                 if not found[TOKENS, s]:
                     assert many == 0
                     continue
@@ -225,8 +229,8 @@ def test_any_batch(sequences: list[tuple[int, int]], group: int, q_len: int) -> 
     check(batch, [common for _, common in sequences], "reference")
 
 
-def test_pages_of_a_prefix_are_read_by_the_prefix_alone() -> None:
-    """The rest sees none of them: with the pages of the prefix gone, it still has what it had."""
+def test_pages_of_a_prefix_are_read_for_the_first_sequence_alone() -> None:
+    """With those of the others gone, the result is what it was."""
     batch = decoding(TWO_GROUPS[0], kv_heads=1, group=2)
     inputs = shared_inputs(batch, TWO_GROUPS[1])
     q = inputs.q[:, None]
@@ -235,9 +239,13 @@ def test_pages_of_a_prefix_are_read_by_the_prefix_alone() -> None:
     rest = inputs.block_tables.clone()
     for row, tokens in enumerate(shared[TOKENS].tolist()):
         rest[row, : tokens // PAGE] = 2**20  # no page
-    plan = prefix_plans(2, 64)[0]
-    prefix = attend_to_prefixes(q, inputs.kv_cache, inputs.block_tables, shared, inputs.scale, plan, "reference")
-    out, _ = by_plans(q, inputs.kv_cache, rest, inputs.kv_lens, inputs.scale, False, None, "reference", False, prefix)
+    plan = next(shared_plans(1, 2, 64))
+    whole = launch(q, inputs.kv_cache, inputs.block_tables, shared, inputs.scale, plan, False, "reference")[0]
+    first = inputs.block_tables.clone()
+    for row in (1, 2, 5):  # those of all but the first sequence of a group
+        first[row, : int(shared[TOKENS, row]) // PAGE] = 2**20  # no page
+    out, _ = launch(q, inputs.kv_cache, first, shared, inputs.scale, plan, False, "reference")
+    assert torch.equal(out, whole)
     expected, size = exact_attention(inputs, batch)
     assert (np.abs(out[:, 0].double().numpy() - expected) <= limit_of(batch, expected, size)).all()
 
@@ -286,34 +294,32 @@ KINDS = [
     [pytest.param(*kind, marks=() if kind == KINDS[0] else pytest.mark.exhaustive) for kind in KINDS],
 )
 def test_assembles_without_spills(head_dim: int, group: int, page_size: int, q_len: int) -> None:
-    """`build` raises for spills: the groups, and by some plan prefixes and the rest. That of the usual shape is the first."""
+    """`build` raises for spills: the groups, by some plan prefixes and the rest, and the sums. That of the usual shape is the
+    first."""
     half, tables = torch.bfloat16, torch.zeros(64, 32, dtype=torch.int32)
     lens, heads, found = tables[:, 0].contiguous(), 1 << (group - 1).bit_length(), torch.zeros(6, 64, dtype=torch.int32)
-    rows, split = torch.zeros(4, 128 // heads, heads, head_dim), PrefixSplit(max(128, page_size), 132)
-    cache = torch.zeros(8, 2, page_size, 8, head_dim, dtype=half)
-    shape = {"q_len": q_len, "group": group, "head_dim": head_dim, "page_size": page_size}
+    q, cache = (
+        torch.zeros(64, q_len, 8, group, head_dim, dtype=half),
+        torch.zeros(8, 2, page_size, 8, head_dim, dtype=half),
+    )
+    rows, own = torch.zeros(4, 128 // heads, heads, head_dim), torch.zeros(9, q_len, group, head_dim)
+    partial = [rows, rows[..., 0].contiguous(), own, own[..., 0].contiguous()]
+    shape = {
+        "q_len": q_len, "group": group, "head_dim": head_dim, "blocks": 128, "unit": max(128, page_size),
+        "split": Split(min(64, page_size)),
+    }  # fmt: skip
 
-    def of_prefixes(plan: PrefillPlan) -> Any:
+    def assembled(plan: SharedPlan) -> Any:
         special = shared_prefix_kernel.specialize(
-            torch.zeros(64 * q_len, 8, group, head_dim, dtype=half), cache, tables, found, rows, rows[..., 0].contiguous(), 1.0,
-            **shape, split=split, plan=plan,
-        )  # fmt: skip
-        return build(special.function, get_target("sm_90a"))[0]
-
-    def of_the_rest(plan: DecodePlan) -> Any:
-        q, partial = torch.zeros(64, q_len, 8, group, head_dim, dtype=half), torch.zeros(9, q_len, group, head_dim)
-        special = paged_decode_kernel.specialize(
-            q, cache, tables, lens, q, partial, partial[..., 0].contiguous(), tables[0], 1.0, None, None, found, rows,
-            rows[..., 0].contiguous(), **shape, blocks=132, split=Split(min(plan.tile, page_size)), plan=plan, prefix_split=split,
-        )  # fmt: skip
+            q, q.flatten(0, 1), cache, tables, found, *partial, 1.0, **shape, page_size=page_size, plan=plan
+        )
         return build(special.function, get_target("sm_90a"))[0]
 
     usual = (head_dim, group, page_size, q_len) == KINDS[0]
-    prefix = list(prefix_plans(heads, head_dim))[: 1 if usual else None]
-    rest = list(plans(q_len, group, head_dim, page_size, 16, True))[: 1 if usual else None]
-    compiled = without_spills(prefix, of_prefixes)
-    assert "cp.async.bulk.tensor.5d" in compiled.ptx and "wgmma.mma_async" in compiled.ptx
-    assert "mma.sync" in without_spills(rest, of_the_rest).ptx
+    compiled = without_spills(list(shared_plans(q_len, group, head_dim))[: 1 if usual else None], assembled)
+    assert all(text in compiled.ptx for text in ("cp.async.bulk.tensor.5d", "wgmma.mma_async", "mma.sync"))
+    special = shared_prefix_merge_kernel.specialize(found, *partial, q, None, **shape)
+    assert build(special.function, get_target("sm_90a"))[1]
     special = shared_prefix_groups_kernel.specialize(
         tables, lens, tables[0], found, tables[0], q_len=q_len, page_size=page_size,
         members=members_of(q_len, group), unit=128, lanes=64,
@@ -333,6 +339,6 @@ def test_groups_of_any_number_of_sequences_assemble_without_spills(sequences: in
 
 
 def test_short_rests_are_not_cut() -> None:
-    """512 pairs for 264 blocks: two each for 256 of them; where that takes more than a twentieth of the blocks they stay."""
+    """512 pairs for 264 blocks: two each for 256 of them; where that leaves out more than a twentieth of the blocks they stay."""
     assert with_whole_pairs(264, 512) == 256 and with_whole_pairs(132, 264) == 132
     assert with_whole_pairs(264, 270) == 264 and with_whole_pairs(7, 3) == 7

@@ -284,7 +284,7 @@ class _StmtLowering:
         b, ctx = self.b, self.ctx
         end = b.label("end_of_roles")
         warp = b.pure("shr.u32", b.thread_id(), Imm(5))
-        groups = list(register_groups(roles))
+        groups = register_groups(roles)
         with b.scope():
             wholes = [range(group[0].first_warp, group[-1].warps.stop) for group in groups]
             tests = [_is_one_of(b, warp, whole, ctx.warps) for whole in wholes]

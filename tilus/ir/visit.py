@@ -61,19 +61,17 @@ def side_by_side(stmts: Sequence[Stmt]) -> Iterator[Stmt | tuple[Role, ...]]:
             yield from group
 
 
-def register_groups(roles: Sequence[Role]) -> Iterator[tuple[Role, ...]]:
+def register_groups(roles: Sequence[Role]) -> list[tuple[Role, ...]]:
     """Roles that follow each other in the same warpgroup, with the same number of registers: they set it together."""
-    group: tuple[Role, ...] = ()
+    groups: list[list[Role]] = []
     for role in roles:
-        inside = group and group[-1].warps.stop % WARPGROUP and role.first_warp == group[-1].warps.stop
-        if inside and role.registers is not None and role.registers == group[-1].registers:
-            group = (*group, role)
+        last = groups[-1][-1] if groups else None
+        inside = last is not None and last.warps.stop % WARPGROUP and role.first_warp == last.warps.stop
+        if last is not None and inside and role.registers is not None and role.registers == last.registers:
+            groups[-1].append(role)
         else:
-            if group:
-                yield group
-            group = (role,)
-    if group:
-        yield group
+            groups.append([role])
+    return [tuple(group) for group in groups]
 
 
 def rewrite(stmt: Stmt, leaf: Callable[[Stmt], Stmt]) -> Stmt:

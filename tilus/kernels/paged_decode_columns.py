@@ -17,7 +17,6 @@ from tilus.layout.atoms import mma_c
 
 MERGED = 16  # partial results that are loaded together, at most
 MERGED_REGISTERS = 64  # of a thread for them
-FEW_MERGED_REGISTERS = 32  # of one that has a result, too
 MERGED_ELEMENTS = 16  # of a thread, of the result
 
 
@@ -78,59 +77,61 @@ class Columns:
         tilus.store(partial_out[place], [0, 0, 0], self.rows(result))
         tilus.store(partial_lse[place], [0, 0], result_lse.reshape([self.tokens, self.heads]))
 
-    def merge(self, outs: Any, logs: Any, count: Any, out: Any, lse: Any, part: Part) -> None:
-        """Add up `count` partial results, always in the same order, and store the sums."""
+    def merge(
+        self, partials: list[tuple[Any, Any, Any]], out: Any, lse: Any, part: Part, registers: int = MERGED_REGISTERS
+    ) -> None:
+        """Add up partial results, always in the same order, and store the sums. partials: (outs, logs, how many) of each kind.
+        registers: of a thread, for those that are loaded together."""
         tokens = 1
         while tokens < self.q_len and 2 * tokens * self.heads * self.head_dim <= MERGED_ELEMENTS * 32 * self.warps:
             tokens *= 2
         for first in tilus.range(0, self.q_len, tokens):
-            self.merge_tokens(outs, logs, count, out, lse, part, first, tokens)
+            self.merge_tokens(partials, out, lse, part, first, tokens, registers)
 
     def merge_tokens(
-        self, outs: Any, logs: Any, count: Any, out: Any, lse: Any, part: Part, first: Any, tokens: int
-    ) -> None:
+        self, partials: list[tuple[Any, Any, Any]], out: Any, lse: Any, part: Part, first: Any, tokens: int,
+        registers: int,
+    ) -> None:  # fmt: skip
         """The same for some query tokens."""
         rows = (tokens, self.heads)
         layout = by_vector((*rows, self.head_dim), self.warps)
-        acc = tilus.zeros([*rows, self.head_dim], layout=layout)
-        total, highest = tilus.zeros([*rows, 1]), tilus.full([*rows, 1], NO_SCORE)
-        result, log2 = added_up(acc, total, highest, outs, logs, count, first, layout, MERGED_REGISTERS)
+        sums = Sums(layout)
+        for outs, logs, count in partials:
+            sums.add(outs, logs, count, first, registers)
+        result, log2 = sums.normalized()
         tilus.store(out[part.sequence], [first, part.head, 0, 0], result.to(out.dtype), dims=[0, 2, 3])
         self.store_lse(lse, part, first, log2.reshape(rows))
 
-    def with_partial(self, result: Any, result_lse: Any, outs: Any, logs: Any, count: Any) -> tuple[Any, Any]:
-        """What `normalized` gave, and `count` partial results added to it."""
-        rows = (self.tokens, self.heads)
-        layout = by_vector((*rows, self.head_dim), self.warps)
-        highest = result_lse.reshape([*rows, 1])
-        total = tilus.where(highest > NO_SCORE, tilus.full([*rows, 1], 1.0), 0.0)
-        result, log2 = added_up(self.rows(result), total, highest, outs, logs, count, 0, layout, FEW_MERGED_REGISTERS)
-        return tilus.transpose(result.reshape([self.width, self.head_dim])), log2.reshape([1, self.width])
 
+class Sums:
+    """Weighted sums of partial results [tokens, heads, head_dim] in a layout, of weights, and what these are relative to."""
 
-def added_up(
-    acc: Any, total: Any, highest: Any, outs: Any, logs: Any, count: Any, first: Any, layout: RegisterLayout, registers: int
-) -> tuple[Any, Any]:  # fmt: skip
-    """(results, log2 of sums of weights) of sums [tokens, heads, head_dim] and `count` partial results, from token `first` on.
+    def __init__(self, layout: RegisterLayout) -> None:
+        self.layout = layout
+        self.rows, self.head_dim = layout.shape[:2], layout.shape[2]
+        self.acc = tilus.zeros(layout.shape, layout=layout)
+        self.total, self.highest = tilus.zeros([*self.rows, 1]), tilus.full([*self.rows, 1], NO_SCORE)
 
-    total, highest: [tokens, heads, 1], sums of weights and what they are relative to. layout: of sums. registers: of a thread,
-    for partial results that are loaded together.
-    """
-    rows, head_dim = layout.shape[:2], layout.shape[2]
-    together = max(1, min(MERGED, registers // layout.num_locals))
-    for at in tilus.range(0, count, together):
-        spread = layout.unsqueeze(0).expand(0, together)
-        values = tilus.load(outs, [at, first, 0, 0], [together, *rows, head_dim], layout=spread)
-        log2 = tilus.load(logs, [at, first, 0], [together, *rows]).reshape([together, *rows, 1])
-        log2 = tilus.where(tilus.arange(together, shape=[together, 1, 1, 1], start=at) < count, log2, NO_SCORE)
-        higher = tilus.maximum(highest, tilus.max(log2, 0))
-        shrink = tilus.exp2(highest - higher)
-        factors = tilus.where(log2 > NO_SCORE, tilus.exp2(log2 - higher), 0.0)
-        acc = acc * shrink + tilus.sum(values * factors, 0)
-        total = total * shrink + tilus.sum(factors, 0)
-        highest = higher
-    result = acc * tilus.rcp(tilus.where(total > 0.0, total, 1.0))
-    return result, tilus.where(total > 0.0, tilus.log2(total) + highest, NO_SCORE)
+    def add(self, outs: Any, logs: Any, count: Any, first: Any, registers: int) -> None:
+        """`count` partial results, from token `first` on."""
+        rows = self.rows
+        together = max(1, min(MERGED, registers // self.layout.num_locals))
+        for at in tilus.range(0, count, together):
+            spread = self.layout.unsqueeze(0).expand(0, together)
+            values = tilus.load(outs, [at, first, 0, 0], [together, *rows, self.head_dim], layout=spread)
+            log2 = tilus.load(logs, [at, first, 0], [together, *rows]).reshape([together, *rows, 1])
+            log2 = tilus.where(tilus.arange(together, shape=[together, 1, 1, 1], start=at) < count, log2, NO_SCORE)
+            higher = tilus.maximum(self.highest, tilus.max(log2, 0))
+            shrink = tilus.exp2(self.highest - higher)
+            factors = tilus.where(log2 > NO_SCORE, tilus.exp2(log2 - higher), 0.0)
+            self.acc = self.acc * shrink + tilus.sum(values * factors, 0)
+            self.total = self.total * shrink + tilus.sum(factors, 0)
+            self.highest = higher
+
+    def normalized(self) -> tuple[Any, Any]:
+        """(results, log2 of sums of weights)"""
+        result = self.acc * tilus.rcp(tilus.where(self.total > 0.0, self.total, 1.0))
+        return result, tilus.where(self.total > 0.0, tilus.log2(self.total) + self.highest, NO_SCORE)
 
 
 def by_vector(shape: tuple[int, int, int], warps: int) -> RegisterLayout:

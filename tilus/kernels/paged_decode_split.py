@@ -150,6 +150,23 @@ def find_share(lengths: Any, kv_heads: Any, split: Split, warps: int, blocks: in
     return units, begin, end, (sequence, first)
 
 
+def find_pair(lengths: Any, kv_heads: Any, split: Split, warps: int, sequence: Any, head: Any) -> tuple[Any, Part]:
+    """(units of the batch, a sequence and kv head as one part). Every warp of the block finds them by itself."""
+    behind, before = 0, 0
+    for at in tilus.range(0, lengths.shape[0], LENGTHS):
+        units = _units(lengths, at, split, warps)
+        behind = behind + tilus.item(tilus.sum(units))
+        before = before + tilus.item(tilus.sum(tilus.where(tilus.arange(LENGTHS, start=at) < sequence, units, 0)))
+    length = max(lengths[sequence], 0)
+    passed = passed_of(length, split)
+    count = units_of(length - passed, split.unit)
+    first = before * kv_heads + head * count
+    last, pair = first + count, sequence * kv_heads + head
+    return behind * kv_heads, Part(
+        sequence, head, pair, length - passed, passed, first, last, first, last, 0, length - passed
+    )
+
+
 def _passed(ends: Any, begin: Any, at: Any, lengths: Any) -> Any:
     """How many sequences end at or before a unit, and where the last of them ends. ends: behind each of LENGTHS of them."""
     passed = (ends <= begin) & (tilus.arange(LENGTHS, start=at) < lengths.shape[0])

@@ -1,13 +1,14 @@
 """Decoding of batches whose sequences begin with the same pages: those are read once for all of them.
 
 Launches that depend on each other: one finds the groups (`shared_prefix_groups`), one attends to their prefixes, with many
-queries a product (`shared_prefix_rows`), and one, `paged_decode`'s, to the rest of each sequence, and adds all up. The host
-reads nothing. The groups are the same in all layers of a model: found once, they leave two launches.
+queries a product, and at the same time to the rest of each sequence (`shared_prefix_rows`), and one adds all up
+(`shared_prefix_merge`). The host reads nothing. The groups are the same in all layers of a model: found once, they leave two
+launches.
 
 Budget for 64 sequences with 8192 tokens in common and 256 of their own, 32 query heads and 8 of keys, 128 elements of 16 bits,
-on an H100. The prefix is 256 rows a kv head: 16 row tiles by 64 units of 128 tokens, 8 at most for each of 132 multiprocessors,
-of 2048 cycles: 10 us at 1.7 GHz, in which 34 MB are read (11 us). Partial results of 148 parts of 64 KB are written and read in
-the L2 cache. The rest is 67 MB: 21 us at 3.14 TB/s.
+on an H100. The prefix is 256 rows a kv head: 16 row tiles by 64 units of 128 tokens, 8 for each of 128 multiprocessors,
+of 2048 cycles: 10 us at 1.7 GHz. 34 MB of it and 67 MB of the rest take 32 us to read. Partial results are 128 parts of 64 KB,
+written and read in the L2 cache.
 
 Partial softmax over parts of the keys: see `merge_states`; shared prefixes of a batch: J. Juravsky et al., "Hydragen", arXiv
 2402.05099; Z. Ye et al., "FlashInfer", arXiv 2501.01005.
@@ -16,33 +17,42 @@ Partial softmax over parts of the keys: see `merge_states`; shared prefixes of a
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Iterator
 from typing import Any
 
-from tilus import TilusError
+from tilus import TilusError, f32
 from tilus.kernels.allocate import counters, empty, is_cuda
 from tilus.kernels.index_checks import check_tables
 from tilus.kernels.kv_cache import QuantizedCache
-from tilus.kernels.paged_decode import by_plans, by_queries, check_decode, paged_decode
-from tilus.kernels.paged_prefill import PrefillPlan, by_fitting_plan, plans_of
+from tilus.kernels.paged_decode import (
+    RESERVED_NBYTES,
+    SHARED_NBYTES,
+    by_queries,
+    check_decode,
+    paged_decode,
+    stage_nbytes,
+)
+from tilus.kernels.paged_decode_columns import padded_columns
+from tilus.kernels.paged_decode_split import Split
+from tilus.kernels.paged_decode_split import places as own_places
+from tilus.kernels.paged_prefill import PrefillPlan
 from tilus.kernels.paged_prefill_tiles import ROWS
 from tilus.kernels.plan_choice import num_sms_of
-from tilus.kernels.shared_prefix_groups import (
-    FIELDS,
-    PrefixResults,
-    PrefixSplit,
-    members_of,
-    places,
-    shared_prefix_groups_kernel,
-)
-from tilus.kernels.shared_prefix_rows import shared_prefix_kernel
+from tilus.kernels.shared_prefix_groups import FIELDS, members_of, places, shared_prefix_groups_kernel
+from tilus.kernels.shared_prefix_merge import shared_prefix_merge_kernel
+from tilus.kernels.shared_prefix_rows import WARPGROUP, SharedPlan, shared_prefix_kernel
 from tilus.kernels.vectors import power_of_two
+from tilus.ptx.assembler import SpillError
 from tilus.runtime.execute import place
 
 UNIT = 128  # tokens
 LEAST_LANES = 32
 MOST_HEAD_DIM = 128
 MOST_COLUMNS = 32  # of a launch; with more the registers do not suffice for prefixes and the rest
+OWN_TILE = 64  # tokens
+MOST_STAGES = 4  # of the rest
+PLANS = ((64, 160, 152, 40), (32, 144, 176, 48))
+_fitting: dict[tuple[Any, ...], SharedPlan] = {}
 
 
 def shared_prefix_decode(
@@ -89,12 +99,7 @@ def shared_prefix_decode(
             f"[{FIELDS}, {q.shape[0]}]",
             hint="it is what find_shared_prefixes gives for the same block_tables and kv_lens",
         )
-    plans = prefix_plans(power_of_two(group), head_dim)
-    key = "shared prefix", q.dtype, kv_cache.shape[3], group, kv_cache.shape[2], head_dim, q_len
-    prefix = by_fitting_plan(
-        key, plans, lambda plan: attend_to_prefixes(q, kv_cache, block_tables, shared, scale, plan, device)
-    )
-    out, lse = by_plans(q, kv_cache, block_tables, kv_lens, scale, return_lse, None, device, False, prefix)
+    out, lse = by_plans(q, kv_cache, block_tables, shared, scale, return_lse, device)
     return (out, lse) if return_lse else out
 
 
@@ -117,31 +122,66 @@ def find_shared_prefixes(
     return shared
 
 
-def attend_to_prefixes(
-    q: Any, kv_cache: Any, block_tables: Any, shared: Any, scale: float, plan: PrefillPlan, device: str | None,
-    blocks: int | None = None,
-) -> PrefixResults:  # fmt: skip
-    """Partial results of the prefixes of all groups, by a given plan; on as many blocks as there are multiprocessors."""
+def by_plans(
+    q: Any, kv_cache: Any, block_tables: Any, shared: Any, scale: float, return_lse: bool, device: str | None
+) -> tuple[Any, Any]:  # fmt: skip
+    """(output, log-sum-exp or None) by the first plan that the registers suffice for, which is remembered."""
+    page_size, kv_heads, head_dim = kv_cache.shape[2:]
+    shape = q.shape[1], q.shape[2] // kv_heads, head_dim, page_size
+    key = (*shape, kv_heads, q.dtype)
+    spilled: SpillError | None = None
+    for plan in (_fitting[key],) if key in _fitting else shared_plans(*shape[:3]):
+        try:
+            result = launch(q, kv_cache, block_tables, shared, scale, plan, return_lse, device)
+        except SpillError as error:
+            spilled = error
+        else:
+            _fitting[key] = plan
+            return result
+    raise spilled or TilusError(f"shared_prefix_decode: no plan for {shape}")
+
+
+def launch(
+    q: Any, kv_cache: Any, block_tables: Any, shared: Any, scale: float, plan: SharedPlan, return_lse: bool,
+    device: str | None, blocks: int | None = None,
+) -> tuple[Any, Any]:  # fmt: skip
+    """(output, log-sum-exp or None) by a given plan; on about as many blocks as there are multiprocessors."""
     sequences, q_len, q_heads, head_dim = q.shape
     page_size, kv_heads = kv_cache.shape[2:4]
-    group = q_heads // kv_heads
-    split = PrefixSplit(unit_of(page_size), blocks or num_sms_of(q, place(device, is_cuda(q))))
-    shape = places(sequences, members_of(q_len, group), kv_heads, split.blocks), ROWS // plan.heads, plan.heads
-    out, lse = empty(q, (*shape, head_dim), "float32"), empty(q, shape, "float32")
+    group, pairs, heads = q_heads // kv_heads, sequences * kv_heads, plan.prefix.heads
+    blocks = blocks or with_whole_pairs(num_sms_of(q, place(device, is_cuda(q))), pairs)
+    split, unit = Split(min(plan.tile, page_size)), unit_of(page_size)
+    of_prefix = places(sequences, members_of(q_len, group), kv_heads, blocks), ROWS // heads, heads
+    of_own = own_places(pairs, block_tables.shape[1] * page_size, blocks, split), q_len, group
+    partial = [empty(q, shape, "float32") for rows in (of_prefix, of_own) for shape in ((*rows, head_dim), rows)]
+    by_head = q.unflatten(2, (kv_heads, group))
+    out = empty(q, tuple(q.shape))
+    lse = empty(q, (sequences, q_len, kv_heads, group), "float32") if return_lse else None
+    shape = {"q_len": q_len, "group": group, "head_dim": head_dim, "blocks": blocks, "unit": unit, "split": split}
     shared_prefix_kernel.on(device)(
-        q.flatten(0, 1).unflatten(1, (kv_heads, group)), kv_cache, block_tables, shared, out, lse, scale * math.log2(math.e),
-        q_len=q_len, group=group, head_dim=head_dim, page_size=page_size, split=split, plan=plan,
+        by_head, by_head.flatten(0, 1), kv_cache, block_tables, shared, *partial, scale * math.log2(math.e), **shape,
+        page_size=page_size, plan=plan,
     )  # fmt: skip
-    return PrefixResults(shared, out, lse, split)
+    shared_prefix_merge_kernel.on(device)(shared, *partial, out.unflatten(2, (kv_heads, group)), lse, **shape)
+    return out, None if lse is None else lse.flatten(2, 3)
 
 
-def prefix_plans(heads: int, head_dim: int) -> tuple[PrefillPlan, ...]:
-    """Those of prefill; the warps that copy also look for their tiles, and get registers for it where the others have some."""
-    return tuple(
-        replace(plan, registers=registers, registers_to_copy=504 - 2 * registers)
-        for plan in plans_of(heads, head_dim)
-        for registers in (216, 232)
-    )
+def shared_plans(q_len: int, group: int, head_dim: int) -> Iterator[SharedPlan]:
+    """The one whose prefixes have the largest tiles first."""
+    groups = 1 << (padded_columns(q_len, group, 1) // 8 - 1).bit_length()  # of eight columns
+    width = padded_columns(q_len, group, groups)
+    to_merge = head_dim * width * f32.nbytes * (WARPGROUP // groups)
+    for kv_tile, prefix, own, copying in PLANS:
+        plan = PrefillPlan(power_of_two(group), kv_tile, 128 // kv_tile, 128 // kv_tile, prefix, copying)
+        of_prefixes = stage_nbytes(128, head_dim, 16) + ROWS * head_dim * 2
+        stages = (SHARED_NBYTES - RESERVED_NBYTES - to_merge - of_prefixes) // stage_nbytes(OWN_TILE, head_dim, 16)
+        yield SharedPlan(plan, OWN_TILE, min(stages, MOST_STAGES), own, groups)
+
+
+def with_whole_pairs(blocks: int, pairs: int) -> int:
+    """A few blocks less where each of them then has whole pairs, if sequences are as long: short rests are better not cut."""
+    each = -(-pairs // blocks)
+    return pairs // each if pairs % each == 0 and pairs // each > 0.95 * blocks else blocks
 
 
 def unit_of(page_size: int) -> int:

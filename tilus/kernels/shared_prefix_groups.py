@@ -38,29 +38,6 @@ MEMBERS = 5  # sequences of the row tile
 FIELDS = 6
 
 
-@dataclass(frozen=True)
-class PrefixSplit:
-    """unit: tokens of a unit, a multiple of the page size. blocks: that share the units."""
-
-    unit: int
-    blocks: int
-
-
-@dataclass(frozen=True, eq=False)
-class PrefixResults:
-    """shared: what was found, [FIELDS, sequences]. out, lse: partial results, as `shared_prefix_kernel` leaves them."""
-
-    shared: Any
-    out: Any
-    lse: Any
-    split: PrefixSplit
-
-
-def results_of(prefix: PrefixResults | None) -> tuple[Any, Any, Any]:
-    """As arguments of a kernel."""
-    return (None, None, None) if prefix is None else (prefix.shared, prefix.out, prefix.lse)
-
-
 @dataclass(frozen=True, eq=False)
 class SharedTile(Tile):
     """token: of the prefix, the first of this tile's. place: of its result among partial results."""
@@ -165,30 +142,32 @@ def make_groups(common: Any, kv_lens: Any, shared: Any, page_size: int, members:
 
 
 def each_shared_tile(
-    shared: Any, kv_heads: Any, q_len: int, split: PrefixSplit, kv_tile: int, warps: int, work: Callable[[Any, SharedTile], None]
+    shared: Any, kv_heads: Any, q_len: int, unit: int, blocks: int, kv_tile: int, warps: int,
+    work: Callable[[Any, SharedTile], None],
 ) -> None:  # fmt: skip
-    """`work(index, tile)` for what this block has of row tiles and prefixes; index counts. warps: of the role that calls."""
+    """`work(index, tile)` for what this block has of row tiles and prefixes; index counts. unit: tokens of a unit, a multiple of
+    the page size. blocks: that share the units. warps: of the role that calls."""
     block = tilus.block_id(0)
     total = shared[ENDS, shared.shape[1] - 1] * kv_heads
-    unit, end = share(total, split.blocks, block), share(total, split.blocks, block + 1)
+    at, end = share(total, blocks, block), share(total, blocks, block + 1)
     # Variables: computed once, not at each use.
     index, sequence, tokens, units, begin, head, of_pair, until, token, length, rows = 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0
-    while unit < end:
-        sequence = sequence_of(shared[ENDS], kv_heads, unit, warps)
+    while at < end:
+        sequence = sequence_of(shared[ENDS], kv_heads, at, warps)
         tokens = shared[TOKENS, sequence]
-        units = (tokens + (split.unit - 1)) // split.unit
+        units = (tokens + (unit - 1)) // unit
         begin = (shared[ENDS, sequence] - units) * kv_heads
-        head = max(unit - begin, 0) // max(units, 1)
+        head = max(at - begin, 0) // max(units, 1)
         of_pair = begin + head * units
         until = min(of_pair + units, end)
-        token = (unit - of_pair) * split.unit
-        length = min((until - of_pair) * split.unit, tokens) - token
+        token = (at - of_pair) * unit
+        length = min((until - of_pair) * unit, tokens) - token
         rows = shared[MEMBERS, sequence] * q_len
         work(index, SharedTile(
             sequence, head, 0, sequence * q_len, rows, length, 0, 0, length // kv_tile, tilus.cdiv(length, kv_tile),
             tilus.cdiv(length, kv_tile), token, block + shared[TILE, sequence] * kv_heads + head,
         ))  # fmt: skip
-        unit = until
+        at = until
         index += 1
 
 
@@ -203,12 +182,12 @@ def sequence_of(ends: Any, kv_heads: Any, unit: Any, warps: int) -> Any:
     return found
 
 
-def prefix_results(shared: Any, sequence: Any, head: Any, kv_heads: Any, split: PrefixSplit) -> Any:
+def prefix_results(shared: Any, sequence: Any, head: Any, kv_heads: Any, unit: int, blocks: int) -> Any:
     """(how many partial results there are of a sequence's prefix, the place of the first one, the sequence's place in each)."""
     tokens = shared[TOKENS, sequence]
-    units = (tokens + (split.unit - 1)) // split.unit
+    units = (tokens + (unit - 1)) // unit
     total = shared[ENDS, shared.shape[1] - 1] * kv_heads
     first = (shared[ENDS, sequence] - units) * kv_heads + head * units
-    block = owner(total, split.blocks, first)
-    count = owner(total, split.blocks, max(first + units - 1, 0)) - block + 1
+    block = owner(total, blocks, first)
+    count = owner(total, blocks, max(first + units - 1, 0)) - block + 1
     return count if tokens > 0 else 0, block + shared[TILE, sequence] * kv_heads + head, shared[MEMBER, sequence]

@@ -1,25 +1,51 @@
-"""Attention of all sequences of a group over the pages that they share: products of warpgroups, as in prefill.
+"""Attention of all sequences of a group over the pages that they share, and of each over its own, side by side in each block.
 
-128 rows, query heads of one kv head and queries of neighbouring sequences, see all tokens of their part of the prefix. Results
-are partial: softmax-weighted sums and logarithms, which the kernel that decodes the rest adds up.
+Prefixes: products of warpgroups, as in prefill. 128 rows, query heads of one kv head and queries of neighbouring sequences, see
+all tokens of their part of the prefix. The rest: products of warps, as in `paged_decode`. Results of both are partial:
+softmax-weighted sums and logarithms, which `shared_prefix_merge_kernel` adds up.
 
-Budget: as that of `paged_prefill`, 2048 cycles for 128 rows by 128 tokens; those are 64 KB, which take a multiprocessor of an
-H100 4600 cycles to read. So a group of two sequences already costs less here than two reads, and 64 queries of a group of 4
-heads are two row tiles a kv head, of which the second reads the L2 cache.
+Budget of 128 rows by 128 tokens, as that of `paged_prefill`: 2048 cycles; those are 64 KB, which take a multiprocessor of an H100
+4600 cycles to read. So prefixes wait for tensor cores, and the rest for memory: together they take as long as the longer of
+the two. A group of two sequences already costs less here than two reads, and 64 queries of a group of 4 heads are two
+row tiles a kv head, of which the second reads the L2 cache. Tiles of 64 tokens leave half of the registers and of the shared
+memory to the rest, of which 24 bytes come in a nanosecond: three tiles of 32 KB are 4 us.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import tilus
 from tilus import Const, Tensor, f32, int32
 from tilus.kernels.attention_variant import NO_VARIANT
+from tilus.kernels.paged_decode_columns import Columns, normalized
+from tilus.kernels.paged_decode_operands import Elements
+from tilus.kernels.paged_decode_softmax import Softmax, attend_to_part
+from tilus.kernels.paged_decode_split import each_part, find_share
+from tilus.kernels.paged_decode_stages import Stages, fill_part
+from tilus.kernels.paged_prefill import PrefillPlan
 from tilus.kernels.paged_prefill_softmax import Kind, Rows, Turns
 from tilus.kernels.paged_prefill_stages import Memory
-from tilus.kernels.shared_prefix_groups import each_shared_tile
+from tilus.kernels.shared_prefix_groups import LENGTH, TOKENS, each_shared_tile
 
-CONSUMERS, PRODUCERS = 8, 4  # warps
+WARPGROUP = 4  # warps
+OWN = 8  # the first warp that computes the rest; in front of it are two warpgroups for prefixes
+COPYING = 12  # the first warp that copies: two for prefixes, one for the rest
+COPYING_PREFIX = 2
+PAGES = 4  # of the rest, looked up at once: more take more registers than there are
+
+
+@dataclass(frozen=True)
+class SharedPlan:
+    """prefix: of prefixes; its registers_to_copy are those of all warps that copy. tile, stages: of the rest, see `DecodePlan`.
+    registers: of a thread that computes the rest. column_groups: of its warps, that compute different columns."""
+
+    prefix: PrefillPlan
+    tile: int
+    stages: int
+    registers: int
+    column_groups: int
 
 
 class SharedRows(Rows):
@@ -36,47 +62,81 @@ class SharedRows(Rows):
 
 @tilus.kernel
 def shared_prefix_kernel(
-    q: Tensor["dtype", "tokens", "kv_heads", "group", "head_dim"],
+    q: Tensor["dtype", "sequences", "q_len", "kv_heads", "group", "head_dim"],
+    q_rows: Tensor["dtype", "tokens", "kv_heads", "group", "head_dim"],
     kv_cache: Tensor["dtype", "pages", 2, "page_size", "kv_heads", "head_dim"],
     block_tables: Tensor[int32, "sequences", "max_pages"],
     shared: Tensor[int32, 6, "sequences"],
-    partial_out: Tensor[f32, "places", "row_tokens", "heads", "head_dim"],
-    partial_lse: Tensor[f32, "places", "row_tokens", "heads"],
+    prefix_out: Tensor[f32, "prefix_places", "row_tokens", "heads", "head_dim"],
+    prefix_lse: Tensor[f32, "prefix_places", "row_tokens", "heads"],
+    own_out: Tensor[f32, "places", "q_len", "group", "head_dim"],
+    own_lse: Tensor[f32, "places", "q_len", "group"],
     scale_log2: float,
     *,
     q_len: Const,
     group: Const,
     head_dim: Const,
     page_size: Const,
+    blocks: Const,
+    unit: Const,
     split: Const,
     plan: Const,
 ):
-    """q: q_len tokens of each sequence. shared: what `shared_prefix_groups` found. places: as `places` says.
+    """q_rows: q, all tokens one after another. shared: what `shared_prefix_groups` found. blocks: each has an even share of the
+    prefixes, in units of `unit` tokens, and one of the rest, by `split`. places: as `places` of each says.
 
     The next kernel may start once all earlier ones have ended: it relies on that.
     """
-    tilus.grid(split.blocks, warps=CONSUMERS + PRODUCERS)
-    kv_heads = q.shape[1]
-    memory = Memory(q.dtype, head_dim, plan)
+    tilus.grid(blocks, warps=COPYING + WARPGROUP)
+    kv_heads, prefix = q.shape[2], plan.prefix
+    memory = Memory(q.dtype, head_dim, prefix)
+    chunk = min(plan.tile, page_size)
+    ring = tilus.shared(kv_cache.dtype, [plan.stages, plan.tile // chunk, 2, chunk, head_dim])
+    full, empty = tilus.mbarrier(plan.stages), tilus.mbarrier(plan.stages)
     tilus.wait_dependencies()
     tilus.launch_dependents()
 
-    with tilus.warps(CONSUMERS, PRODUCERS, registers=plan.registers_to_copy):
+    for half in range(2):
+        with tilus.warps(WARPGROUP * half, WARPGROUP, registers=prefix.registers):
+            kind = Kind(prefix.heads, False, NO_VARIANT)
+            rows = SharedRows(
+                memory.stages(), Turns(memory.turns, half), (prefix_out, prefix_lse), scale_log2, kind, None, None
+            )
+            each_shared_tile(shared, kv_heads, q_len, unit, blocks, prefix.kv_tile, WARPGROUP, rows.compute)
+
+    with tilus.warps(OWN, WARPGROUP, registers=plan.registers):
+        using = Stages(ring, None, full, empty)
+        columns = Columns(q_len, group, head_dim, WARPGROUP, plan.column_groups)
+
+        def attend(part):
+            softmax = Softmax(columns, Elements(), columns.queries(q, part), scale_log2, None, None)
+            attend_to_part(part, using, softmax)
+            result, lse = normalized(softmax.highest, softmax.total, softmax.acc, columns.result_layout())
+            columns.store_partial(own_out, own_lse, tilus.block_id(0) + part.pair, result, lse)
+
+        _, begin, end, start = find_share(shared[LENGTH], kv_heads, split, WARPGROUP, blocks, tilus.block_id(0))
+        each_part(shared[LENGTH], kv_heads, start, begin, end, split, attend)
+
+    with tilus.warps(COPYING, COPYING_PREFIX, registers=prefix.registers_to_copy):
         filling = memory.stages()
 
         def fill(index, tile):
-            filling.fill_queries(q, tile, index, plan.heads)
+            filling.fill_queries(q_rows, tile, index, prefix.heads)
             pages = tilus.narrow(
                 block_tables[tile.sequence], 0, tile.token // page_size, tilus.cdiv(tile.length, page_size)
             )
-            filling.fill(kv_cache, pages, tile)
+            filling.fill(kv_cache, pages, tile, 0)  # prefixes are whole pages
 
-        each_shared_tile(shared, kv_heads, q_len, split, plan.kv_tile, PRODUCERS, fill)
+        each_shared_tile(shared, kv_heads, q_len, unit, blocks, prefix.kv_tile, COPYING_PREFIX, fill)
 
-    for half in range(2):
-        with tilus.warps(4 * half, 4, registers=plan.registers):
-            kind = Kind(plan.heads, False, NO_VARIANT)
-            rows = SharedRows(
-                memory.stages(), Turns(memory.turns, half), (partial_out, partial_lse), scale_log2, kind, None, None
-            )
-            each_shared_tile(shared, kv_heads, q_len, split, plan.kv_tile, 4, rows.compute)
+    with tilus.warps(COPYING + COPYING_PREFIX, 1, registers=prefix.registers_to_copy):
+        bringing = Stages(ring, None, full, empty)
+
+        def bring(part):
+            fill_part(part, bringing, kv_cache, None, block_tables, shared[TOKENS, part.sequence], None, PAGES)
+
+        _, begin, end, start = find_share(shared[LENGTH], kv_heads, split, 1, blocks, tilus.block_id(0))
+        each_part(shared[LENGTH], kv_heads, start, begin, end, split, bring)
+
+    with tilus.warps(COPYING + COPYING_PREFIX + 1, 1, registers=prefix.registers_to_copy):
+        pass  # registers are those of a whole warpgroup
