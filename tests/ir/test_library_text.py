@@ -164,9 +164,7 @@ SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
             "plan": next(shared_plans(2, 4, 64)),
         }
     ],
-    "shared_prefix_merge.shared_prefix_merge_kernel": [
-        {"q_len": 2, "group": 4, "head_dim": 64, "blocks": 132, "unit": 128, "split": Split(16)}
-    ],
+    "shared_prefix_merge.shared_prefix_merge_kernel": [{"q_len": 2, "group": 4, "head_dim": 64}],
     "quantize.codes.pack_codes_kernel": [
         {"wdtype": uint4, "lookup": False},
         {"wdtype": int4, "lookup": False, "order": ROWS},

@@ -304,21 +304,19 @@ def test_assembles_without_spills(head_dim: int, group: int, page_size: int, q_l
     )
     rows, own = torch.zeros(4, 128 // heads, heads, head_dim), torch.zeros(9, q_len, group, head_dim)
     partial = [rows, rows[..., 0].contiguous(), own, own[..., 0].contiguous()]
-    shape = {
-        "q_len": q_len, "group": group, "head_dim": head_dim, "blocks": 128, "unit": max(128, page_size),
-        "split": Split(min(64, page_size)),
-    }  # fmt: skip
+    notes, shape = torch.zeros(4, 512, dtype=torch.int32), {"q_len": q_len, "group": group, "head_dim": head_dim}
+    split = {"blocks": 128, "unit": max(128, page_size), "split": Split(min(64, page_size))}
 
     def assembled(plan: SharedPlan) -> Any:
         special = shared_prefix_kernel.specialize(
-            q, q.flatten(0, 1), cache, tables, found, *partial, 1.0, **shape, page_size=page_size, plan=plan
-        )
+            q, q.flatten(0, 1), cache, tables, found, notes, *partial, 1.0, **shape, **split, page_size=page_size, plan=plan
+        )  # fmt: skip
         return build(special.function, get_target("sm_90a"))[0]
 
     usual = (head_dim, group, page_size, q_len) == KINDS[0]
     compiled = without_spills(list(shared_plans(q_len, group, head_dim))[: 1 if usual else None], assembled)
     assert all(text in compiled.ptx for text in ("cp.async.bulk.tensor.5d", "wgmma.mma_async", "mma.sync"))
-    special = shared_prefix_merge_kernel.specialize(found, *partial, q, None, **shape)
+    special = shared_prefix_merge_kernel.specialize(found, notes, *partial, q, None, **shape)
     assert build(special.function, get_target("sm_90a"))[1]
     special = shared_prefix_groups_kernel.specialize(
         tables, lens, tables[0], found, tables[0], q_len=q_len, page_size=page_size,

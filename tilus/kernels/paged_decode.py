@@ -158,7 +158,7 @@ def paged_decode_kernel(
                 if tilus.atomic_add(tickets, [part.pair], 1) == count - 1:
                     tilus.store(tickets, [part.pair], tilus.zeros([1], int32))
                     outs, logs = [tilus.narrow(t, 0, place, count) for t in (partial_out, partial_lse)]
-                    columns.merge([(outs, logs, count)], out, lse, part)
+                    columns.merge([(outs, logs, count)], out, lse, part.sequence, part.head)
             else:
                 columns.store(out, lse, part, result, result_lse)
 

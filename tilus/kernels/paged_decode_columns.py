@@ -65,68 +65,77 @@ class Columns:
     def store(self, out: Any, lse: Any, part: Part, result: Any, result_lse: Any) -> None:
         where = [0, part.head, 0, 0]
         tilus.store(out[part.sequence], where, self.rows(result).to(out.dtype), dims=[0, 2, 3])
-        self.store_lse(lse, part, 0, result_lse.reshape([self.tokens, self.heads]))
+        self.store_lse(lse, part.sequence, part.head, 0, result_lse.reshape([self.tokens, self.heads]))
 
-    def store_lse(self, lse: Any, part: Part, first: Any, log2: Any) -> None:
+    def store_lse(self, lse: Any, sequence: Any, head: Any, first: Any, log2: Any) -> None:
         """Of the softmax itself: a natural logarithm, minus infinity where there was no key."""
         if lse is not None:
             natural = tilus.where(log2 > NO_SCORE, log2 * math.log(2.0), -math.inf)
-            tilus.store(lse[part.sequence], [first, part.head, 0], natural, dims=[0, 2])
+            tilus.store(lse[sequence], [first, head, 0], natural, dims=[0, 2])
 
     def store_partial(self, partial_out: Any, partial_lse: Any, place: Any, result: Any, result_lse: Any) -> None:
         tilus.store(partial_out[place], [0, 0, 0], self.rows(result))
         tilus.store(partial_lse[place], [0, 0], result_lse.reshape([self.tokens, self.heads]))
 
     def merge(
-        self, partials: list[tuple[Any, Any, Any]], out: Any, lse: Any, part: Part, registers: int = MERGED_REGISTERS
-    ) -> None:
+        self, partials: list[tuple[Any, Any, Any]], out: Any, lse: Any, sequence: Any, head: Any,
+        registers: int = MERGED_REGISTERS,
+    ) -> None:  # fmt: skip
         """Add up partial results, always in the same order, and store the sums. partials: (outs, logs, how many) of each kind.
         registers: of a thread, for those that are loaded together."""
         tokens = 1
         while tokens < self.q_len and 2 * tokens * self.heads * self.head_dim <= MERGED_ELEMENTS * 32 * self.warps:
             tokens *= 2
         for first in tilus.range(0, self.q_len, tokens):
-            self.merge_tokens(partials, out, lse, part, first, tokens, registers)
+            self.merge_tokens(partials, out, lse, sequence, head, first, tokens, registers)
 
     def merge_tokens(
-        self, partials: list[tuple[Any, Any, Any]], out: Any, lse: Any, part: Part, first: Any, tokens: int,
-        registers: int,
+        self, partials: list[tuple[Any, Any, Any]], out: Any, lse: Any, sequence: Any, head: Any, first: Any,
+        tokens: int, registers: int,
     ) -> None:  # fmt: skip
         """The same for some query tokens."""
         rows = (tokens, self.heads)
         layout = by_vector((*rows, self.head_dim), self.warps)
-        sums = Sums(layout)
-        for outs, logs, count in partials:
-            sums.add(outs, logs, count, first, registers)
+        sums = Sums(layout, registers)
+        ahead = [sums.load(*kind, 0, first) for kind in partials[1:]]  # they come while others are added up
+        sums.add_all(*partials[0], 0, first)
+        for kind, loaded in zip(partials[1:], ahead, strict=True):
+            sums.add(*loaded)
+            sums.add_all(*kind, sums.together, first)
         result, log2 = sums.normalized()
-        tilus.store(out[part.sequence], [first, part.head, 0, 0], result.to(out.dtype), dims=[0, 2, 3])
-        self.store_lse(lse, part, first, log2.reshape(rows))
+        tilus.store(out[sequence], [first, head, 0, 0], result.to(out.dtype), dims=[0, 2, 3])
+        self.store_lse(lse, sequence, head, first, log2.reshape(rows))
 
 
 class Sums:
     """Weighted sums of partial results [tokens, heads, head_dim] in a layout, of weights, and what these are relative to."""
 
-    def __init__(self, layout: RegisterLayout) -> None:
-        self.layout = layout
+    def __init__(self, layout: RegisterLayout, registers: int) -> None:
+        self.layout, self.together = layout, max(1, min(MERGED, registers // layout.num_locals))
         self.rows, self.head_dim = layout.shape[:2], layout.shape[2]
         self.acc = tilus.zeros(layout.shape, layout=layout)
         self.total, self.highest = tilus.zeros([*self.rows, 1]), tilus.full([*self.rows, 1], NO_SCORE)
 
-    def add(self, outs: Any, logs: Any, count: Any, first: Any, registers: int) -> None:
-        """`count` partial results, from token `first` on."""
-        rows = self.rows
-        together = max(1, min(MERGED, registers // self.layout.num_locals))
-        for at in tilus.range(0, count, together):
-            spread = self.layout.unsqueeze(0).expand(0, together)
-            values = tilus.load(outs, [at, first, 0, 0], [together, *rows, self.head_dim], layout=spread)
-            log2 = tilus.load(logs, [at, first, 0], [together, *rows]).reshape([together, *rows, 1])
-            log2 = tilus.where(tilus.arange(together, shape=[together, 1, 1, 1], start=at) < count, log2, NO_SCORE)
-            higher = tilus.maximum(self.highest, tilus.max(log2, 0))
-            shrink = tilus.exp2(self.highest - higher)
-            factors = tilus.where(log2 > NO_SCORE, tilus.exp2(log2 - higher), 0.0)
-            self.acc = self.acc * shrink + tilus.sum(values * factors, 0)
-            self.total = self.total * shrink + tilus.sum(factors, 0)
-            self.highest = higher
+    def load(self, outs: Any, logs: Any, count: Any, at: Any, first: Any) -> tuple[Any, Any]:
+        """Some of `count` partial results and their logarithms, from the at-th on, from token `first` on."""
+        together, rows = self.together, self.rows
+        spread = self.layout.unsqueeze(0).expand(0, together)
+        values = tilus.load(outs, [at, first, 0, 0], [together, *rows, self.head_dim], layout=spread)
+        log2 = tilus.load(logs, [at, first, 0], [together, *rows]).reshape([together, *rows, 1])
+        return values, tilus.where(tilus.arange(together, shape=[together, 1, 1, 1], start=at) < count, log2, NO_SCORE)
+
+    def add(self, values: Any, log2: Any) -> None:
+        higher = tilus.maximum(self.highest, tilus.max(log2, 0))
+        shrink = tilus.exp2(self.highest - higher)
+        factors = tilus.where(log2 > NO_SCORE, tilus.exp2(log2 - higher), 0.0)
+        self.acc = self.acc * shrink + tilus.sum(values * factors, 0)
+        self.total = self.total * shrink + tilus.sum(factors, 0)
+        self.highest = higher
+
+    def add_all(self, outs: Any, logs: Any, count: Any, begin: Any, first: Any) -> None:
+        """All of them from the begin-th on."""
+        for at in tilus.range(begin, count, self.together):
+            self.add(*self.load(outs, logs, count, at, first))
 
     def normalized(self) -> tuple[Any, Any]:
         """(results, log2 of sums of weights)"""

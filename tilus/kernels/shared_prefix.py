@@ -39,7 +39,7 @@ from tilus.kernels.paged_prefill import PrefillPlan
 from tilus.kernels.paged_prefill_tiles import ROWS
 from tilus.kernels.plan_choice import num_sms_of
 from tilus.kernels.shared_prefix_groups import FIELDS, members_of, places, shared_prefix_groups_kernel
-from tilus.kernels.shared_prefix_merge import shared_prefix_merge_kernel
+from tilus.kernels.shared_prefix_merge import NOTES, shared_prefix_merge_kernel
 from tilus.kernels.shared_prefix_rows import WARPGROUP, SharedPlan, shared_prefix_kernel
 from tilus.kernels.vectors import power_of_two
 from tilus.ptx.assembler import SpillError
@@ -50,7 +50,8 @@ LEAST_LANES = 32
 MOST_HEAD_DIM = 128
 MOST_COLUMNS = 32  # of a launch; with more the registers do not suffice for prefixes and the rest
 OWN_TILE = 64  # tokens
-MOST_STAGES = 4  # of the rest
+OWN_STAGES = 2
+MOST_STAGES = 8  # of prefixes
 PLANS = ((64, 160, 152, 40), (32, 144, 176, 48))
 _fitting: dict[tuple[Any, ...], SharedPlan] = {}
 
@@ -157,12 +158,13 @@ def launch(
     by_head = q.unflatten(2, (kv_heads, group))
     out = empty(q, tuple(q.shape))
     lse = empty(q, (sequences, q_len, kv_heads, group), "float32") if return_lse else None
-    shape = {"q_len": q_len, "group": group, "head_dim": head_dim, "blocks": blocks, "unit": unit, "split": split}
+    notes = empty(q, (NOTES, pairs), "int32")
+    shape = {"q_len": q_len, "group": group, "head_dim": head_dim}
     shared_prefix_kernel.on(device)(
-        by_head, by_head.flatten(0, 1), kv_cache, block_tables, shared, *partial, scale * math.log2(math.e), **shape,
-        page_size=page_size, plan=plan,
+        by_head, by_head.flatten(0, 1), kv_cache, block_tables, shared, notes, *partial, scale * math.log2(math.e), **shape,
+        page_size=page_size, blocks=blocks, unit=unit, split=split, plan=plan,
     )  # fmt: skip
-    shared_prefix_merge_kernel.on(device)(shared, *partial, out.unflatten(2, (kv_heads, group)), lse, **shape)
+    shared_prefix_merge_kernel.on(device)(shared, notes, *partial, out.unflatten(2, (kv_heads, group)), lse, **shape)
     return out, None if lse is None else lse.flatten(2, 3)
 
 
@@ -171,11 +173,12 @@ def shared_plans(q_len: int, group: int, head_dim: int) -> Iterator[SharedPlan]:
     groups = 1 << (padded_columns(q_len, group, 1) // 8 - 1).bit_length()  # of eight columns
     width = padded_columns(q_len, group, groups)
     to_merge = head_dim * width * f32.nbytes * (WARPGROUP // groups)
+    queries, rest = ROWS * head_dim * 2, OWN_STAGES * stage_nbytes(OWN_TILE, head_dim, 16)
+    left = SHARED_NBYTES - RESERVED_NBYTES - to_merge - queries - rest
     for kv_tile, prefix, own, copying in PLANS:
-        plan = PrefillPlan(power_of_two(group), kv_tile, 128 // kv_tile, 128 // kv_tile, prefix, copying)
-        of_prefixes = stage_nbytes(128, head_dim, 16) + ROWS * head_dim * 2
-        stages = (SHARED_NBYTES - RESERVED_NBYTES - to_merge - of_prefixes) // stage_nbytes(OWN_TILE, head_dim, 16)
-        yield SharedPlan(plan, OWN_TILE, min(stages, MOST_STAGES), own, groups)
+        stages = min(left // stage_nbytes(kv_tile, head_dim, 16), MOST_STAGES)
+        plan = PrefillPlan(power_of_two(group), kv_tile, stages, stages, prefix, copying)
+        yield SharedPlan(plan, OWN_TILE, OWN_STAGES, own, groups)
 
 
 def with_whole_pairs(blocks: int, pairs: int) -> int:

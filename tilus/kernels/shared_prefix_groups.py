@@ -113,22 +113,22 @@ def make_groups(common: Any, kv_lens: Any, shared: Any, page_size: int, members:
     index = tilus.arange(lanes)
     joined = (own * page_size >= LEAST_TOKENS) & (2 * own >= before) & (2 * own >= behind)
     first = tilus.cummax(tilus.where(joined, 0, index))  # of the group
-    tilus.store(shared[TILE], [0], first)
-    tilus.store(shared[MEMBER], [0], tilus.where(joined, own, MANY))
+    firsts, owns = tilus.shared(int32, [lanes]), tilus.shared(int32, [lanes])
+    tilus.store_shared(firsts, first)
+    tilus.store_shared(owns, tilus.where(joined, own, MANY))
     tilus.sync()
     pages, count = tilus.full([lanes], MANY, int32), tilus.zeros([lanes], int32)
-    together = max(1, min(FOUND, PAIRS // lanes))
+    together = max(1, min(FOUND, lanes, PAIRS // lanes))
     across = min(lanes, 32 * WARPS)
     by_lane = replicated(32 * WARPS // across, 2) * spatial(across, 1) * local(lanes // across, together)
     own_first = tilus.with_layout(tilus.broadcast(first.reshape([lanes, 1]), [lanes, together]), by_lane)
     for at in tilus.range(0, kv_lens.shape[0], together):
-        others = tilus.load(shared, [TILE, at], [1, together])
-        theirs = tilus.load(shared, [MEMBER, at], [1, together])
+        others = tilus.load_shared(firsts, [at], [together]).reshape([1, together])
+        theirs = tilus.load_shared(owns, [at], [together]).reshape([1, together])
         inside = tilus.arange(together, shape=[1, together], axis=1, start=at) < kv_lens.shape[0]
         same = (own_first == others) & inside  # a thread has whole rows of pairs: they need no exchange between threads
         pages = tilus.minimum(pages, tilus.min(tilus.where(same, theirs, MANY), 1))
         count = count + tilus.sum(same.to(int32), 1)
-    tilus.sync()
     member = index - first
     starts = (count > 1) & (member % members == 0) & (index < kv_lens.shape[0])
     tokens = tilus.where(count > 1, pages, 0) * page_size

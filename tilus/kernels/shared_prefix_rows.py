@@ -28,10 +28,11 @@ from tilus.kernels.paged_prefill import PrefillPlan
 from tilus.kernels.paged_prefill_softmax import Kind, Rows, Turns
 from tilus.kernels.paged_prefill_stages import Memory
 from tilus.kernels.shared_prefix_groups import LENGTH, TOKENS, each_shared_tile
+from tilus.kernels.shared_prefix_merge import note_places
 
 WARPGROUP = 4  # warps
 OWN = 8  # the first warp that computes the rest; in front of it are two warpgroups for prefixes
-COPYING = 12  # the first warp that copies: two for prefixes, one for the rest
+COPYING = 12  # the first warp that copies: two for prefixes, one for the rest; the last one notes places
 COPYING_PREFIX = 2
 PAGES = 4  # of the rest, looked up at once: more take more registers than there are
 
@@ -67,6 +68,7 @@ def shared_prefix_kernel(
     kv_cache: Tensor["dtype", "pages", 2, "page_size", "kv_heads", "head_dim"],
     block_tables: Tensor[int32, "sequences", "max_pages"],
     shared: Tensor[int32, 6, "sequences"],
+    notes: Tensor[int32, 4, "pairs"],
     prefix_out: Tensor[f32, "prefix_places", "row_tokens", "heads", "head_dim"],
     prefix_lse: Tensor[f32, "prefix_places", "row_tokens", "heads"],
     own_out: Tensor[f32, "places", "q_len", "group", "head_dim"],
@@ -83,7 +85,8 @@ def shared_prefix_kernel(
     plan: Const,
 ):
     """q_rows: q, all tokens one after another. shared: what `shared_prefix_groups` found. blocks: each has an even share of the
-    prefixes, in units of `unit` tokens, and one of the rest, by `split`. places: as `places` of each says.
+    prefixes, in units of `unit` tokens, and one of the rest, by `split`. places: as `places` of each says. notes: what
+    `note_places` says.
 
     The next kernel may start once all earlier ones have ended: it relies on that.
     """
@@ -139,4 +142,4 @@ def shared_prefix_kernel(
         each_part(shared[LENGTH], kv_heads, start, begin, end, split, bring)
 
     with tilus.warps(COPYING + COPYING_PREFIX + 1, 1, registers=prefix.registers_to_copy):
-        pass  # registers are those of a whole warpgroup
+        note_places(notes, shared, kv_heads, unit, split, blocks)
