@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,9 +26,11 @@ from tilus.kernels.shared_prefix import (
 )
 from tilus.kernels.shared_prefix_groups import (
     ENDS,
+    FIELDS,
     LENGTH,
     MEMBER,
     MEMBERS,
+    ORDER,
     TILE,
     TOKENS,
     members_of,
@@ -46,17 +49,28 @@ PAGE = 16
 LEAST = 256  # tokens
 
 
-def shared_inputs(batch: Batch, common: list[int], seed: int = 0) -> Inputs:
-    """Each sequence begins with the first common[s] pages of the one in front of it, as far as that has them."""
-    inputs = make_inputs(batch, seed)
-    for row in range(1, len(common)):
-        count = min(common[row], *(lengths[1] // batch.page_size for lengths in batch.lengths[row - 1 : row + 1]))
-        inputs.block_tables[row, :count] = inputs.block_tables[row - 1, :count]
+def shared_inputs(batch: Batch, common: list[int], seed: int = 0, order: list[int] | None = None) -> Inputs:
+    """Each sequence begins with the first common[s] pages of the one in front of it, as far as that has them. order: in which
+    sequences are counted so, by default as they come."""
+    inputs, order = make_inputs(batch, seed), list(range(len(common))) if order is None else order
+    for before, row in itertools.pairwise(order):
+        count = min(common[row], *(batch.lengths[s][1] // batch.page_size for s in (before, row)))
+        inputs.block_tables[row, :count] = inputs.block_tables[before, :count]
     return inputs
 
 
+def expected_order(tables: Any, lens: Any, q_len: int, page: int) -> list[int]:
+    """Those that are long enough to share, by the page in which 256 tokens end, behind the others, who go backwards."""
+    least = -(-LEAST // page)
+    short = [row for row, n in enumerate(lens) if (int(n) - q_len + 1) // page < least]
+    rest = [row for row in range(len(lens)) if row not in short]
+    return short[::-1] + sorted(rest, key=lambda row: int(tables[row][least - 1]))
+
+
 def expected_groups(tables: Any, lens: Any, q_len: int, page: int) -> list[tuple[int, int, int]]:
-    """(first sequence, sequences, tokens of the prefix) of all groups, one sequence after another."""
+    """(first rank, sequences, tokens of the prefix) of all groups, one rank after another."""
+    order = expected_order(tables, lens, q_len, page)
+    tables, lens = [tables[row] for row in order], [lens[row] for row in order]
     common = [0]
     for row in range(1, len(lens)):
         most = max(0, min(int(lens[row]), int(lens[row - 1])) - q_len + 1) // page
@@ -75,9 +89,11 @@ def expected_groups(tables: Any, lens: Any, q_len: int, page: int) -> list[tuple
 
 
 def check_found(found: Any, tables: Any, lens: Any, q_len: int, members: int, page: int, unit: int) -> None:
-    """What `find_shared_prefixes` gives, by sequence, is what its groups say."""
+    """What `find_shared_prefixes` gives, by rank, is what its groups say."""
+    order = expected_order(tables, lens, q_len, page)
+    assert found[ORDER].tolist() == order
     tokens, ends, tile = [0] * len(lens), 0, -1
-    wanted = np.zeros((6, len(lens)), np.int64)
+    wanted = np.zeros((FIELDS, len(lens)), np.int64)
     for first, count, prefix in expected_groups(tables, lens, q_len, page):
         for member in range(count):
             tokens[first + member] = prefix
@@ -86,7 +102,7 @@ def check_found(found: Any, tables: Any, lens: Any, q_len: int, members: int, pa
             tile += member % members == 0
             ends += (member % members == 0) * -(-prefix // unit)
             wanted[TILE, first + member], wanted[ENDS, first + member] = tile, ends
-    wanted[TOKENS], wanted[LENGTH] = tokens, np.array(lens) - tokens
+    wanted[TOKENS], wanted[LENGTH] = tokens, np.array([lens[row] for row in order]) - tokens
     shared = np.array(tokens) > 0
     for field in (TOKENS, LENGTH):
         assert np.array_equal(found[field], wanted[field])
@@ -96,13 +112,16 @@ def check_found(found: Any, tables: Any, lens: Any, q_len: int, members: int, pa
 
 
 def random_tables(rng: np.random.Generator, count: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Neighbours share nothing, a little, much or all; lengths end before, at and behind what is shared."""
+    """Neighbours share nothing, a little, much or all, and larger batches are shuffled; lengths end before, at and
+    behind what is shared."""
     tables = np.arange(count * 96, dtype=np.int32).reshape(count, 96)
     for row in range(1, count):
         same = int(rng.choice([0, 1, 15, 16, 17, 20, 24, 40, 41, 80, 81, 96]))
         tables[row, :same] = tables[row - 1, :same]
         if rng.integers(4) == 0:  # equal again behind a difference
             tables[row, same + 1 :] = tables[row - 1, same + 1 :]
+    if count > 20:
+        tables = tables[rng.permutation(count)]
     return tables, rng.choice([0, 1, 255, 256, 263, 300, 650, 1300, *[1536] * 12], count).astype(np.int32)
 
 
@@ -160,7 +179,7 @@ def test_every_partial_result_has_a_place_of_its_own() -> None:
         assert all(0 <= place < places(count, members, kv_heads, blocks) for place in written)
         for s in range(count):
             for head in range(kv_heads):
-                many, place, _ = prefix_results(found, s, head, kv_heads, 128, blocks)
+                many, place = prefix_results(found, s, head, kv_heads, 128, blocks)
                 if not found[TOKENS, s]:
                     assert many == 0
                     continue
@@ -168,9 +187,9 @@ def test_every_partial_result_has_a_place_of_its_own() -> None:
                 assert [place + i for i in range(many)] == sorted(p for p, of in written.items() if of == pair)
 
 
-def check(batch: Batch, common: list[int], device: str, blocks: int | None = None) -> None:
+def check(batch: Batch, common: list[int], device: str, order: list[int] | None = None) -> None:
     """Within the bound of `limit_of`, as paged_decode; logarithms within f32 arithmetic."""
-    inputs, q_len = shared_inputs(batch, common), batch.lengths[0][0]
+    inputs, q_len = shared_inputs(batch, common, order=order), batch.lengths[0][0]
     tensors = [inputs.q.unflatten(0, (-1, q_len)), inputs.kv_cache, inputs.block_tables, inputs.kv_lens]
     if device == "cuda":
         tensors = [on_gpu(t) for t in tensors]
@@ -194,8 +213,15 @@ TWO_GROUPS = (400, 500, 256, 20, 500, 660), [0, 20, 24, 0, 0, 30]
 
 @pytest.mark.parametrize("device", ["emulator", CUDA])
 def test_two_groups(device: str) -> None:
-    """Prefixes of different lengths, one whose sequence has nothing else, and a sequence that shares nothing."""
-    check(decoding(TWO_GROUPS[0], kv_heads=1, group=2, head_dim=64), TWO_GROUPS[1], device)
+    """Prefixes of different lengths, one whose sequence has nothing else, and a sequence that shares nothing; in a batch where
+    they are no neighbours."""
+    order, common = [4, 2, 0, 3, 1, 5], [0] * 6
+    for row, pages in zip(order, TWO_GROUPS[1]):
+        common[row] = pages
+    lengths = [0] * 6
+    for row, length in zip(order, TWO_GROUPS[0]):
+        lengths[row] = length
+    check(decoding(tuple(lengths), kv_heads=1, group=2, head_dim=64), common, device, order)
 
 
 @pytest.mark.parametrize("device", [pytest.param("emulator", marks=pytest.mark.exhaustive), CUDA])
@@ -235,7 +261,8 @@ def test_pages_of_a_prefix_are_read_for_the_first_sequence_alone() -> None:
     inputs = shared_inputs(batch, TWO_GROUPS[1])
     q = inputs.q[:, None]
     shared = find_shared_prefixes(inputs.block_tables, inputs.kv_lens, 1, 2, PAGE, device="reference")
-    assert shared[TOKENS].tolist() == [256, 256, 256, 0, 480, 480]
+    tokens = dict(zip(shared[ORDER].tolist(), shared[TOKENS].tolist()))
+    assert [tokens[row] for row in range(6)] == [256, 256, 256, 0, 480, 480]
     rest = inputs.block_tables.clone()
     for row, tokens in enumerate(shared[TOKENS].tolist()):
         rest[row, : tokens // PAGE] = 2**20  # no page
@@ -243,7 +270,7 @@ def test_pages_of_a_prefix_are_read_for_the_first_sequence_alone() -> None:
     whole = launch(q, inputs.kv_cache, inputs.block_tables, shared, inputs.scale, plan, False, "reference")[0]
     first = inputs.block_tables.clone()
     for row in (1, 2, 5):  # those of all but the first sequence of a group
-        first[row, : int(shared[TOKENS, row]) // PAGE] = 2**20  # no page
+        first[row, : tokens[row] // PAGE] = 2**20  # no page
     out, _ = launch(q, inputs.kv_cache, first, shared, inputs.scale, plan, False, "reference")
     assert torch.equal(out, whole)
     expected, size = exact_attention(inputs, batch)
@@ -258,7 +285,7 @@ def test_groups_found_once_serve_all_layers() -> None:
     shared = find_shared_prefixes(inputs.block_tables, inputs.kv_lens, 1, 2, PAGE, device="reference")
     out = shared_prefix_decode(*args, device="reference")
     assert torch.equal(shared_prefix_decode(*args, shared=shared, device="reference"), out)
-    with pytest.raises(TilusError, match=r"\[6, 1\] for 2 sequences, expected \[6, 2\]"):
+    with pytest.raises(TilusError, match=r"\[7, 1\] for 2 sequences, expected \[7, 2\]"):
         shared_prefix_decode(*args, shared=shared[:, :1], device="reference")
     one = (args[0][:1], args[1], args[2][:1], args[3][:1], args[4])
     assert torch.equal(shared_prefix_decode(*one, device="reference"), paged_decode(*one, device="reference"))
@@ -297,7 +324,7 @@ def test_assembles_without_spills(head_dim: int, group: int, page_size: int, q_l
     """`build` raises for spills: the groups, by some plan prefixes and the rest, and the sums. That of the usual shape is the
     first."""
     half, tables = torch.bfloat16, torch.zeros(64, 32, dtype=torch.int32)
-    lens, heads, found = tables[:, 0].contiguous(), 1 << (group - 1).bit_length(), torch.zeros(6, 64, dtype=torch.int32)
+    lens, heads, found = tables[:, 0].contiguous(), 1 << (group - 1).bit_length(), torch.zeros(7, 64, dtype=torch.int32)
     q, cache = (
         torch.zeros(64, q_len, 8, group, head_dim, dtype=half),
         torch.zeros(8, 2, page_size, 8, head_dim, dtype=half),
@@ -319,7 +346,7 @@ def test_assembles_without_spills(head_dim: int, group: int, page_size: int, q_l
     special = shared_prefix_merge_kernel.specialize(found, notes, *partial, q, None, **shape)
     assert build(special.function, get_target("sm_90a"))[1]
     special = shared_prefix_groups_kernel.specialize(
-        tables, lens, tables[0], found, tables[0], q_len=q_len, page_size=page_size,
+        tables, lens, torch.zeros(2, 65, dtype=torch.int32), found, tables[0], q_len=q_len, page_size=page_size,
         members=members_of(q_len, group), unit=128, lanes=64,
     )  # fmt: skip
     assert build(special.function, get_target("sm_90a"))[1]
@@ -327,8 +354,8 @@ def test_assembles_without_spills(head_dim: int, group: int, page_size: int, q_l
 
 @pytest.mark.parametrize("sequences", [2, 3, 17, pytest.param(500, marks=pytest.mark.exhaustive)])
 def test_groups_of_any_number_of_sequences_assemble_without_spills(sequences: int) -> None:
-    tables, found = torch.zeros(sequences, 32, dtype=torch.int32), torch.zeros(6, sequences, dtype=torch.int32)
-    lens, common = tables[:, 0].contiguous(), torch.zeros(sequences + 1, dtype=torch.int32)
+    tables, found = torch.zeros(sequences, 32, dtype=torch.int32), torch.zeros(7, sequences, dtype=torch.int32)
+    lens, common = tables[:, 0].contiguous(), torch.zeros(2, sequences + 1, dtype=torch.int32)
     special = shared_prefix_groups_kernel.specialize(
         tables, lens, common, found, lens[:1], q_len=1, page_size=16, members=32, unit=128,
         lanes=1 << (sequences - 1).bit_length(),

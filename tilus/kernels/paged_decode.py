@@ -132,7 +132,7 @@ def paged_decode_kernel(
         filling = Stages(ring, factor_ring, full, empty)
 
         def fill(part):
-            fill_part(part, filling, kv_cache, factors, block_tables, part.passed, constant)
+            fill_part(part, filling, kv_cache, factors, block_tables[part.sequence], part.passed, constant)
 
         each_part(kv_lens, kv_heads, start, begin, end, split, fill)
         tilus.wait_dependencies(constant=constant)
@@ -145,7 +145,7 @@ def paged_decode_kernel(
         operands = Elements() if code is None else Codes(code, head_dim, columns.parts, columns.column_groups)
 
         def attend(part):
-            softmax = Softmax(columns, operands, columns.queries(q, part), scale_log2, kinds, changed)
+            softmax = Softmax(columns, operands, columns.queries(q[part.sequence], part.head), scale_log2, kinds, changed)
             attend_to_part(part, using, softmax)
             layout = operands.ordered_layout(columns.result_layout())
             result, result_lse = normalized(softmax.highest, softmax.total, softmax.weighted_sum(), layout)

@@ -47,10 +47,10 @@ class Columns:
         repeats = local(1, rows // 16, self.width // (8 * self.column_groups))
         return spatial(self.parts, 1, self.column_groups) * repeats * mma_c().unsqueeze(0)
 
-    def queries(self, q: Any, part: Part) -> Any:
-        """[width, head_dim]"""
+    def queries(self, q: Any, head: Any) -> Any:
+        """Of a sequence and kv head, [width, head_dim]."""
         shape = [self.tokens, self.heads, self.head_dim]
-        tile = tilus.load(q[part.sequence], [0, part.head, 0, 0], shape, dims=[0, 2, 3])
+        tile = tilus.load(q, [0, head, 0, 0], shape, dims=[0, 2, 3])
         return tile.reshape([self.width, self.head_dim])
 
     def result_layout(self) -> RegisterLayout:

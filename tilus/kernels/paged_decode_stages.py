@@ -58,13 +58,13 @@ class Stages:
 
 
 def fill_part(
-    part: Part, stages: Stages, kv_cache: Any, factors: Any, block_tables: Any, passed: Any,
+    part: Part, stages: Stages, kv_cache: Any, factors: Any, table: Any, passed: Any,
     constant: list[Any] | None, most: int = PAGES,
 ) -> None:  # fmt: skip
-    """Copy the tiles of a part into the ring. For pages behind the part's end zeros arrive, and no memory is read; their
-    factors are those of some page. passed: tokens at the start of the sequence that do not count. constant: see
-    "Dependent launch" (docs/language.md); None where nothing is to be waited for. most: entries of a block table that are looked
-    up at once, which take as many registers."""
+    """Copy the tiles of a part into the ring. For pages behind the part's end zeros arrive, and no memory is read; their factors
+    are those of some page. table: the pages of the sequence. passed: tokens at its start that do not count. constant: see
+    "Dependent launch" (docs/language.md); None where nothing is to be waited for. most: entries of the table that are looked up
+    at once, which take as many registers."""
     count, chunks, _, chunk, row = stages.ring.shape
     page_size, nowhere = kv_cache.shape[2], kv_cache.shape[0]
     tile, end = chunks * chunk, part.end_token
@@ -75,9 +75,7 @@ def fill_part(
     def look_up(first: Any) -> Any:
         """The pages of the tiles from a token on."""
         layout = lanes if together > 1 else everywhere
-        return tilus.load(
-            block_tables, [part.sequence, (first + passed) // page_size], [together * chunks], layout=layout
-        )
+        return tilus.load(table, [(first + passed) // page_size], [together * chunks], layout=layout)
 
     def pages_of(known: Any, index: int, first: Any) -> Any:
         """Those of a tile; behind the end of the part pages that do not exist, which are not read."""

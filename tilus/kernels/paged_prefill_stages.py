@@ -53,16 +53,15 @@ class Memory:
 
     def __init__(self, dtype: Any, head_dim: int, plan: Any) -> None:
         self.queries = tilus.shared(dtype, [2, ROWS // 2, head_dim])
-        self.turns, self.empty = tilus.mbarrier(2), tilus.mbarrier(arrivals=2)
+        self.turns, self.full, self.empty = tilus.mbarrier(2), tilus.mbarrier(), tilus.mbarrier(arrivals=2)
         self.rings = [
             (
                 tilus.shared(dtype, [count, plan.kv_tile, head_dim]),
-                tilus.mbarrier(count + 1 - which),
+                tilus.mbarrier(count),
                 tilus.mbarrier(count, arrivals=2),
             )
-            for which, count in enumerate((plan.key_stages, plan.value_stages))
+            for count in (plan.key_stages, plan.value_stages)
         ]
-        self.full = self.rings[0][1][plan.key_stages]  # with those of keys: each tensor takes 128 bytes
 
     def stages(self) -> Stages:
         """For one role, which counts on its own."""

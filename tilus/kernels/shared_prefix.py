@@ -111,13 +111,13 @@ def find_shared_prefixes(
     """What `shared_prefix_decode` takes as `shared`: which sequences share pages. One launch; the host reads nothing.
 
     block_tables: int32 [S, max_pages]. kv_lens: int32 [S]. q_len: queries a sequence. group: query heads of a kv head.
-    constant_tables: as of `paged_decode`. Returns: int32 [6, S], for that function only.
+    constant_tables: as of `paged_decode`. Returns: int32 [7, S], for that function only.
     """
     sequences = kv_lens.shape[0]
     shared = empty(kv_lens, (FIELDS, sequences))
     lanes = max(LEAST_LANES, power_of_two(sequences))
     shared_prefix_groups_kernel.on(device)(
-        block_tables, kv_lens, empty(kv_lens, (sequences + 1,)), shared, counters(kv_lens, 1), q_len=q_len,
+        block_tables, kv_lens, empty(kv_lens, (2, sequences + 1)), shared, counters(kv_lens, 1), q_len=q_len,
         page_size=page_size, members=members_of(q_len, group), unit=unit_of(page_size), lanes=lanes, early=constant_tables,
     )  # fmt: skip
     return shared

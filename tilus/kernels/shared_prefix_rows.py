@@ -25,14 +25,15 @@ from tilus.kernels.paged_decode_softmax import Softmax, attend_to_part
 from tilus.kernels.paged_decode_split import each_part, find_share
 from tilus.kernels.paged_decode_stages import Stages, fill_part
 from tilus.kernels.paged_prefill import PrefillPlan
-from tilus.kernels.paged_prefill_softmax import Kind, Rows, Turns
+from tilus.kernels.paged_prefill_softmax import HALF, Kind, Rows, Turns
 from tilus.kernels.paged_prefill_stages import Memory
-from tilus.kernels.shared_prefix_groups import LENGTH, TOKENS, each_shared_tile
+from tilus.kernels.shared_prefix_groups import LENGTH, ORDER, TOKENS, SharedTile, each_shared_tile
 from tilus.kernels.shared_prefix_merge import note_places
+from tilus.kernels.vectors import power_of_two
 
 WARPGROUP = 4  # warps
 OWN = 8  # the first warp that computes the rest; in front of it are two warpgroups for prefixes
-COPYING = 12  # the first warp that copies: two for prefixes, one for the rest; the last one notes places
+COPYING = 12  # the first warp that copies: two for prefixes, one for the rest; the last one asks for queries
 COPYING_PREFIX = 2
 PAGES = 4  # of the rest, looked up at once: more take more registers than there are
 
@@ -49,16 +50,34 @@ class SharedPlan:
     column_groups: int
 
 
+def fill_members(stages: Any, q_rows: Any, order: Any, tile: SharedTile, index: Any, q_len: int, heads: int) -> None:
+    """The queries of a row tile's sequences: token by token, `heads` rows each, of q_len tokens rounded up to a power of two.
+
+    Rows of other ranks and of further tokens are anything: what becomes of them is not read.
+    """
+    full, queries = stages.full, stages.queries
+    tilus.wait_barrier(stages.empty, (index + 1) % 2)
+    tilus.arrive(full, nbytes=queries.nbytes)
+    tokens = power_of_two(q_len)
+    members = queries.shape[1] // (heads * tokens)
+    query = tilus.arange(tokens, shape=[1, tokens], axis=1)
+    for half in range(2):
+        sequences = tilus.load(order, [tile.rank + half * members], [members]).reshape([members, 1])
+        token = (sequences * q_len + query).reshape([members * tokens])
+        tilus.gather_tensor(queries[half], q_rows, token, [0, tile.kv_head, 0, 0], dims=[2, 3], barrier=full)
+
+
 class SharedRows(Rows):
-    """64 rows of a row tile, whose results are partial ones."""
+    """64 rows of a row tile, whose results are partial ones: token by token, all heads of each."""
 
     def store(self, tile: Any) -> None:
         """Of a `SharedTile`: the weighted mean of the values, and log2 of the sum of weights: there always is a key."""
-        where, rows = [self.first_token, self.first_head(tile)], [self.per_half, self.tokens]
+        rows = [HALF // self.heads, self.heads]
+        first = self.turns.half * rows[0]
         result = (self.acc * tilus.rcp(self.total)).reshape([*rows, self.acc.shape[1]])
-        tilus.store(tilus.narrow(self.out[tile.place], 0, 0, tile.queries), [*where, 0], result, dims=[1, 0, 2])
+        tilus.store(tilus.narrow(self.out[tile.place], 0, 0, tile.queries), [first, 0, 0], result)
         log2 = (tilus.log2(self.total) + self.highest * self.unit).reshape(rows)
-        tilus.store(tilus.narrow(self.lse[tile.place], 0, 0, tile.queries), where, log2, dims=[1, 0])
+        tilus.store(tilus.narrow(self.lse[tile.place], 0, 0, tile.queries), [first, 0], log2)
 
 
 @tilus.kernel
@@ -67,7 +86,7 @@ def shared_prefix_kernel(
     q_rows: Tensor["dtype", "tokens", "kv_heads", "group", "head_dim"],
     kv_cache: Tensor["dtype", "pages", 2, "page_size", "kv_heads", "head_dim"],
     block_tables: Tensor[int32, "sequences", "max_pages"],
-    shared: Tensor[int32, 6, "sequences"],
+    shared: Tensor[int32, 7, "sequences"],
     notes: Tensor[int32, 4, "pairs"],
     prefix_out: Tensor[f32, "prefix_places", "row_tokens", "heads", "head_dim"],
     prefix_lse: Tensor[f32, "prefix_places", "row_tokens", "heads"],
@@ -112,7 +131,8 @@ def shared_prefix_kernel(
         columns = Columns(q_len, group, head_dim, WARPGROUP, plan.column_groups)
 
         def attend(part):
-            softmax = Softmax(columns, Elements(), columns.queries(q, part), scale_log2, None, None)
+            queries = columns.queries(q[shared[ORDER, part.sequence]], part.head)
+            softmax = Softmax(columns, Elements(), queries, scale_log2, None, None)
             attend_to_part(part, using, softmax)
             result, lse = normalized(softmax.highest, softmax.total, softmax.acc, columns.result_layout())
             columns.store_partial(own_out, own_lse, tilus.block_id(0) + part.pair, result, lse)
@@ -123,8 +143,7 @@ def shared_prefix_kernel(
     with tilus.warps(COPYING, COPYING_PREFIX, registers=prefix.registers_to_copy):
         filling = memory.stages()
 
-        def fill(index, tile):
-            filling.fill_queries(q_rows, tile, index, prefix.heads)
+        def fill(_, tile):
             pages = tilus.narrow(
                 block_tables[tile.sequence], 0, tile.token // page_size, tilus.cdiv(tile.length, page_size)
             )
@@ -136,10 +155,17 @@ def shared_prefix_kernel(
         bringing = Stages(ring, None, full, empty)
 
         def bring(part):
-            fill_part(part, bringing, kv_cache, None, block_tables, shared[TOKENS, part.sequence], None, PAGES)
+            table = block_tables[shared[ORDER, part.sequence]]
+            fill_part(part, bringing, kv_cache, None, table, shared[TOKENS, part.sequence], None, PAGES)
 
         _, begin, end, start = find_share(shared[LENGTH], kv_heads, split, 1, blocks, tilus.block_id(0))
         each_part(shared[LENGTH], kv_heads, start, begin, end, split, bring)
 
     with tilus.warps(COPYING + COPYING_PREFIX + 1, 1, registers=prefix.registers_to_copy):
+        asking = memory.stages()
+
+        def ask(index, tile):
+            fill_members(asking, q_rows, shared[ORDER], tile, index, q_len, prefix.heads)
+
+        each_shared_tile(shared, kv_heads, q_len, unit, blocks, prefix.kv_tile, 1, ask)
         note_places(notes, shared, kv_heads, unit, split, blocks)
