@@ -155,8 +155,11 @@ SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
     "shared_prefix_rows.shared_prefix_kernel": [
         {
             "q_len": 2,
+            "kv_heads": 2,
             "group": 4,
             "head_dim": 64,
+            "heads": 4,
+            "row_tokens": 32,
             "page_size": 16,
             "blocks": 132,
             "unit": 128,
@@ -164,7 +167,9 @@ SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
             "plan": next(shared_plans(2, 4, 64)),
         }
     ],
-    "shared_prefix_merge.shared_prefix_merge_kernel": [{"q_len": 2, "group": 4, "head_dim": 64}],
+    "shared_prefix_merge.shared_prefix_merge_kernel": [
+        {"q_len": 2, "kv_heads": 2, "group": 4, "head_dim": 64, "heads": 4, "row_tokens": 32}
+    ],
     "quantize.codes.pack_codes_kernel": [
         {"wdtype": uint4, "lookup": False},
         {"wdtype": int4, "lookup": False, "order": ROWS},

@@ -263,9 +263,6 @@ def test_pages_of_a_prefix_are_read_for_the_first_sequence_alone() -> None:
     shared = find_shared_prefixes(inputs.block_tables, inputs.kv_lens, 1, 2, PAGE, device="reference")
     tokens = dict(zip(shared[ORDER].tolist(), shared[TOKENS].tolist()))
     assert [tokens[row] for row in range(6)] == [256, 256, 256, 0, 480, 480]
-    rest = inputs.block_tables.clone()
-    for row, tokens in enumerate(shared[TOKENS].tolist()):
-        rest[row, : tokens // PAGE] = 2**20  # no page
     plan = next(shared_plans(1, 2, 64))
     whole = launch(q, inputs.kv_cache, inputs.block_tables, shared, inputs.scale, plan, False, "reference")[0]
     first = inputs.block_tables.clone()
@@ -331,7 +328,10 @@ def test_assembles_without_spills(head_dim: int, group: int, page_size: int, q_l
     )
     rows, own = torch.zeros(4, 128 // heads, heads, head_dim), torch.zeros(9, q_len, group, head_dim)
     partial = [rows, rows[..., 0].contiguous(), own, own[..., 0].contiguous()]
-    notes, shape = torch.zeros(4, 512, dtype=torch.int32), {"q_len": q_len, "group": group, "head_dim": head_dim}
+    notes = torch.zeros(4, 512, dtype=torch.int32)
+    shape = {
+        "q_len": q_len, "kv_heads": 8, "group": group, "head_dim": head_dim, "heads": heads, "row_tokens": 128 // heads,
+    }  # fmt: skip
     split = {"blocks": 128, "unit": max(128, page_size), "split": Split(min(64, page_size))}
 
     def assembled(plan: SharedPlan) -> Any:

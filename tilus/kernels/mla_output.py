@@ -7,7 +7,7 @@ from typing import Any
 import tilus
 from tilus import int32
 from tilus.kernels.mla_stages import LATENT, OUTPUT_WARPS, ROWS, Exchange, Ring
-from tilus.kernels.paged_decode_columns import Columns
+from tilus.kernels.paged_decode_columns import MERGED_REGISTERS, Columns
 
 EIGHT = 8  # rows that are stored and merged together
 HALF = LATENT // 2
@@ -61,4 +61,4 @@ class Results:
         if tilus.atomic_add(self.tickets, [block], 1) == count - 1:
             tilus.store(self.tickets, [block], tilus.zeros([1], int32))
             outs, logs = (tilus.narrow(t, 0, first_place, count) for t in (self.partial_out, self.partial_lse))
-            self.columns.merge([(outs, logs, count)], self.out, self.lse, block, 0)
+            self.columns.merge([(outs, logs, count, MERGED_REGISTERS)], self.out, self.lse, block, 0)

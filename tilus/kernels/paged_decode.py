@@ -32,7 +32,7 @@ from tilus.kernels.attention_variant import AS_IT_IS, NO_VARIANT, GivenVariant, 
 from tilus.kernels.index_checks import check_tables
 from tilus.kernels.kv_cache import QuantizedCache
 from tilus.kernels.paged_decode_arguments import check_decode, check_given
-from tilus.kernels.paged_decode_columns import Columns, normalized, padded_columns
+from tilus.kernels.paged_decode_columns import MERGED_REGISTERS, Columns, normalized, padded_columns
 from tilus.kernels.paged_decode_operands import UNIT_NBITS, Codes, Elements
 from tilus.kernels.paged_decode_softmax import Columnwise, Softmax, attend_to_part
 from tilus.kernels.paged_decode_split import (
@@ -145,7 +145,9 @@ def paged_decode_kernel(
         operands = Elements() if code is None else Codes(code, head_dim, columns.parts, columns.column_groups)
 
         def attend(part):
-            softmax = Softmax(columns, operands, columns.queries(q[part.sequence], part.head), scale_log2, kinds, changed)
+            softmax = Softmax(
+                columns, operands, columns.queries(q[part.sequence], part.head), scale_log2, kinds, changed
+            )
             attend_to_part(part, using, softmax)
             layout = operands.ordered_layout(columns.result_layout())
             result, result_lse = normalized(softmax.highest, softmax.total, softmax.weighted_sum(), layout)
@@ -158,7 +160,7 @@ def paged_decode_kernel(
                 if tilus.atomic_add(tickets, [part.pair], 1) == count - 1:
                     tilus.store(tickets, [part.pair], tilus.zeros([1], int32))
                     outs, logs = [tilus.narrow(t, 0, place, count) for t in (partial_out, partial_lse)]
-                    columns.merge([(outs, logs, count)], out, lse, part.sequence, part.head)
+                    columns.merge([(outs, logs, count, MERGED_REGISTERS)], out, lse, part.sequence, part.head)
             else:
                 columns.store(out, lse, part, result, result_lse)
 

@@ -77,31 +77,27 @@ class Columns:
         tilus.store(partial_out[place], [0, 0, 0], self.rows(result))
         tilus.store(partial_lse[place], [0, 0], result_lse.reshape([self.tokens, self.heads]))
 
-    def merge(
-        self, partials: list[tuple[Any, Any, Any]], out: Any, lse: Any, sequence: Any, head: Any,
-        registers: int = MERGED_REGISTERS,
-    ) -> None:  # fmt: skip
-        """Add up partial results, always in the same order, and store the sums. partials: (outs, logs, how many) of each kind.
-        registers: of a thread, for those that are loaded together."""
+    def merge(self, partials: list[tuple[Any, Any, Any, int]], out: Any, lse: Any, sequence: Any, head: Any) -> None:
+        """Add up partial results, always in the same order, and store the sums. partials: (outs, logs, how many, registers of a
+        thread for those that are loaded together) of each kind."""
         tokens = 1
         while tokens < self.q_len and 2 * tokens * self.heads * self.head_dim <= MERGED_ELEMENTS * 32 * self.warps:
             tokens *= 2
         for first in tilus.range(0, self.q_len, tokens):
-            self.merge_tokens(partials, out, lse, sequence, head, first, tokens, registers)
+            self.merge_tokens(partials, out, lse, sequence, head, first, tokens)
 
     def merge_tokens(
-        self, partials: list[tuple[Any, Any, Any]], out: Any, lse: Any, sequence: Any, head: Any, first: Any,
-        tokens: int, registers: int,
+        self, partials: list[tuple[Any, Any, Any, int]], out: Any, lse: Any, sequence: Any, head: Any, first: Any, tokens: int
     ) -> None:  # fmt: skip
         """The same for some query tokens."""
         rows = (tokens, self.heads)
         layout = by_vector((*rows, self.head_dim), self.warps)
-        sums = Sums(layout, registers)
+        sums = Sums(layout)
         ahead = [sums.load(*kind, 0, first) for kind in partials[1:]]  # they come while others are added up
         sums.add_all(*partials[0], 0, first)
-        for kind, loaded in zip(partials[1:], ahead, strict=True):
-            sums.add(*loaded)
-            sums.add_all(*kind, sums.together, first)
+        for kind, (values, log2) in zip(partials[1:], ahead, strict=True):
+            sums.add(values, log2)
+            sums.add_all(*kind, values.shape[0], first)
         result, log2 = sums.normalized()
         tilus.store(out[sequence], [first, head, 0, 0], result.to(out.dtype), dims=[0, 2, 3])
         self.store_lse(lse, sequence, head, first, log2.reshape(rows))
@@ -110,15 +106,19 @@ class Columns:
 class Sums:
     """Weighted sums of partial results [tokens, heads, head_dim] in a layout, of weights, and what these are relative to."""
 
-    def __init__(self, layout: RegisterLayout, registers: int) -> None:
-        self.layout, self.together = layout, max(1, min(MERGED, registers // layout.num_locals))
+    def __init__(self, layout: RegisterLayout) -> None:
+        self.layout = layout
         self.rows, self.head_dim = layout.shape[:2], layout.shape[2]
         self.acc = tilus.zeros(layout.shape, layout=layout)
         self.total, self.highest = tilus.zeros([*self.rows, 1]), tilus.full([*self.rows, 1], NO_SCORE)
 
-    def load(self, outs: Any, logs: Any, count: Any, at: Any, first: Any) -> tuple[Any, Any]:
+    def together(self, registers: int) -> int:
+        """How many partial results a thread has so many registers for."""
+        return max(1, min(MERGED, registers // self.layout.num_locals))
+
+    def load(self, outs: Any, logs: Any, count: Any, registers: int, at: Any, first: Any) -> tuple[Any, Any]:
         """Some of `count` partial results and their logarithms, from the at-th on, from token `first` on."""
-        together, rows = self.together, self.rows
+        together, rows = self.together(registers), self.rows
         spread = self.layout.unsqueeze(0).expand(0, together)
         values = tilus.load(outs, [at, first, 0, 0], [together, *rows, self.head_dim], layout=spread)
         log2 = tilus.load(logs, [at, first, 0], [together, *rows]).reshape([together, *rows, 1])
@@ -132,10 +132,10 @@ class Sums:
         self.total = self.total * shrink + tilus.sum(factors, 0)
         self.highest = higher
 
-    def add_all(self, outs: Any, logs: Any, count: Any, begin: Any, first: Any) -> None:
+    def add_all(self, outs: Any, logs: Any, count: Any, registers: int, begin: Any, first: Any) -> None:
         """All of them from the begin-th on."""
-        for at in tilus.range(begin, count, self.together):
-            self.add(*self.load(outs, logs, count, at, first))
+        for at in tilus.range(begin, count, self.together(registers)):
+            self.add(*self.load(outs, logs, count, registers, at, first))
 
     def normalized(self) -> tuple[Any, Any]:
         """(results, log2 of sums of weights)"""

@@ -159,7 +159,9 @@ def launch(
     out = empty(q, tuple(q.shape))
     lse = empty(q, (sequences, q_len, kv_heads, group), "float32") if return_lse else None
     notes = empty(q, (NOTES, pairs), "int32")
-    shape = {"q_len": q_len, "group": group, "head_dim": head_dim}
+    shape = {
+        "q_len": q_len, "kv_heads": kv_heads, "group": group, "head_dim": head_dim, "heads": heads, "row_tokens": ROWS // heads,
+    }  # fmt: skip
     shared_prefix_kernel.on(device)(
         by_head, by_head.flatten(0, 1), kv_cache, block_tables, shared, notes, *partial, scale * math.log2(math.e), **shape,
         page_size=page_size, blocks=blocks, unit=unit, split=split, plan=plan,

@@ -28,7 +28,8 @@ LEAST_TOKENS = 256  # of a prefix: less is read as fast by every sequence on its
 WARPS = 4
 COLUMNS = 1024  # entries of a block table that are compared together
 PAIRS = 4096  # of sequences that are compared together
-FOUND = 32  # sequences that a warp looks at together
+FOUND = 32  # sequences that are compared with all others together
+LOOKED_AT = 128  # row tiles' ends that a warp looks at together
 MANY = 2**30
 # What is found of each rank, rows of a tensor:
 ORDER = 0  # the sequence
@@ -199,11 +200,11 @@ def each_shared_tile(
 
 def rank_of(ends: Any, kv_heads: Any, unit: Any, warps: int) -> Any:
     """The first one of the row tile that has a unit."""
-    lanes = replicated(warps, 1) * spatial(32).local(FOUND // 32)
+    lanes = replicated(warps, 1) * spatial(32).local(LOOKED_AT // 32)
     found = 0
-    for at in tilus.range(0, ends.shape[0], FOUND):
-        passed = tilus.load(ends, [at], [FOUND], layout=lanes) * kv_heads <= unit
-        inside = tilus.arange(FOUND, start=at) < ends.shape[0]
+    for at in tilus.range(0, ends.shape[0], LOOKED_AT):
+        passed = tilus.load(ends, [at], [LOOKED_AT], layout=lanes) * kv_heads <= unit
+        inside = tilus.arange(LOOKED_AT, start=at) < ends.shape[0]
         found = found + tilus.item(tilus.sum((passed & inside).to(int32)))
     return found
 

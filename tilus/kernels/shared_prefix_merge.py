@@ -16,7 +16,7 @@ from tilus.kernels.shared_prefix_groups import LENGTH, MEMBER, ORDER, prefix_res
 from tilus.kernels.vectors import power_of_two
 
 WARPS = 4
-MERGED_REGISTERS = 32  # of a thread, for partial results that are loaded together
+OWN_REGISTERS, PREFIX_REGISTERS = 8, 32  # of a thread, for partial results that are loaded together
 # Of each pair of a rank and a kv head, rows of a tensor:
 OWN = 0  # the place of the first partial result of its own tokens
 OF_OWN = 1  # how many there are
@@ -49,12 +49,16 @@ def shared_prefix_merge_kernel(
     lse: Tensor[f32, "sequences", "q_len", "kv_heads", "group"] = None,
     *,
     q_len: Const,
+    kv_heads: Const,
     group: Const,
     head_dim: Const,
+    heads: Const,
+    row_tokens: Const,
 ):
-    """notes: of `note_places`. The kernel in front lets this one start when all in front of itself have ended, so that `shared`
-    is constant."""
-    kv_heads = out.shape[2]
+    """heads: group, rounded up to a power of two. row_tokens: 128 / heads. notes: of `note_places`.
+
+    The kernel in front lets this one start when all in front of itself have ended, so that `shared` is constant.
+    """
     tilus.grid(out.shape[0] * kv_heads, warps=WARPS)
     tilus.launch_dependents()
     pair = tilus.block_id(0)
@@ -66,4 +70,5 @@ def shared_prefix_merge_kernel(
     prefix = [tilus.narrow(t, 1, first_query, q_len) for t in (prefix_out, prefix_lse)]
     prefix = [tilus.narrow(t, 0, notes[PREFIX, pair], of_prefix) for t in prefix]
     columns = Columns(q_len, group, head_dim, WARPS, 1)
-    columns.merge([(*own, of_own), (*prefix, of_prefix)], out, lse, sequence, head, MERGED_REGISTERS)
+    partials = [(*own, of_own, OWN_REGISTERS), (*prefix, of_prefix, PREFIX_REGISTERS)]
+    columns.merge(partials, out, lse, sequence, head)

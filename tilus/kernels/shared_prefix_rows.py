@@ -95,22 +95,25 @@ def shared_prefix_kernel(
     scale_log2: float,
     *,
     q_len: Const,
+    kv_heads: Const,
     group: Const,
     head_dim: Const,
+    heads: Const,
+    row_tokens: Const,
     page_size: Const,
     blocks: Const,
     unit: Const,
     split: Const,
     plan: Const,
 ):
-    """q_rows: q, all tokens one after another. shared: what `shared_prefix_groups` found. blocks: each has an even share of the
-    prefixes, in units of `unit` tokens, and one of the rest, by `split`. places: as `places` of each says. notes: what
-    `note_places` says.
+    """heads: group, rounded up to a power of two. row_tokens: 128 / heads. q_rows: q, all tokens one after another. shared: what
+    `shared_prefix_groups` found. blocks: each has an even share of the prefixes, in units of `unit` tokens, and one of the rest,
+    by `split`. places: as `places` of each says. notes: what `note_places` says.
 
     The next kernel may start once all earlier ones have ended: it relies on that.
     """
     tilus.grid(blocks, warps=COPYING + WARPGROUP)
-    kv_heads, prefix = q.shape[2], plan.prefix
+    prefix = plan.prefix
     memory = Memory(q.dtype, head_dim, prefix)
     chunk = min(plan.tile, page_size)
     ring = tilus.shared(kv_cache.dtype, [plan.stages, plan.tile // chunk, 2, chunk, head_dim])
@@ -120,7 +123,7 @@ def shared_prefix_kernel(
 
     for half in range(2):
         with tilus.warps(WARPGROUP * half, WARPGROUP, registers=prefix.registers):
-            kind = Kind(prefix.heads, False, NO_VARIANT)
+            kind = Kind(heads, False, NO_VARIANT)
             rows = SharedRows(
                 memory.stages(), Turns(memory.turns, half), (prefix_out, prefix_lse), scale_log2, kind, None, None
             )
@@ -165,7 +168,7 @@ def shared_prefix_kernel(
         asking = memory.stages()
 
         def ask(index, tile):
-            fill_members(asking, q_rows, shared[ORDER], tile, index, q_len, prefix.heads)
+            fill_members(asking, q_rows, shared[ORDER], tile, index, q_len, heads)
 
         each_shared_tile(shared, kv_heads, q_len, unit, blocks, prefix.kv_tile, 1, ask)
         note_places(notes, shared, kv_heads, unit, split, blocks)
