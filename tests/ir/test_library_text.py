@@ -161,7 +161,6 @@ SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
             "heads": 4,
             "row_tokens": 32,
             "page_size": 16,
-            "blocks": 132,
             "unit": 128,
             "split": Split(16),
             "plan": next(shared_plans(2, 4, 64)),

@@ -332,11 +332,11 @@ def test_assembles_without_spills(head_dim: int, group: int, page_size: int, q_l
     shape = {
         "q_len": q_len, "kv_heads": 8, "group": group, "head_dim": head_dim, "heads": heads, "row_tokens": 128 // heads,
     }  # fmt: skip
-    split = {"blocks": 128, "unit": max(128, page_size), "split": Split(min(64, page_size))}
+    split = {"unit": max(128, page_size), "split": Split(min(64, page_size))}
 
     def assembled(plan: SharedPlan) -> Any:
         special = shared_prefix_kernel.specialize(
-            q, q.flatten(0, 1), cache, tables, found, notes, *partial, 1.0, **shape, **split, page_size=page_size, plan=plan
+            q, q.flatten(0, 1), cache, tables, found, notes, *partial, 1.0, 128, **shape, **split, page_size=page_size, plan=plan
         )  # fmt: skip
         return build(special.function, get_target("sm_90a"))[0]
 

@@ -52,6 +52,7 @@ MOST_COLUMNS = 32  # of a launch; with more the registers do not suffice for pre
 OWN_TILE = 64  # tokens
 OWN_STAGES = 2
 MOST_STAGES = 8  # of prefixes
+# Tokens of a tile of a prefix; registers of threads for prefixes, for the rest, and that copy: 512 in all.
 PLANS = ((64, 160, 152, 40), (32, 144, 176, 48))
 _fitting: dict[tuple[Any, ...], SharedPlan] = {}
 
@@ -60,15 +61,15 @@ def shared_prefix_decode(
     q: Any, kv_cache: Any, block_tables: Any, kv_lens: Any, scale: float, *, return_lse: bool = False,
     constant_tables: bool = False, shared: Any = None, device: str | None = None,
 ) -> Any:  # fmt: skip
-    """`paged_decode`, which reads pages that neighbouring sequences begin with once for all of them (sm_90a).
+    """`paged_decode`, which reads pages that several sequences begin with once for all of them (sm_90a).
 
     Arguments, result and errors are those of `paged_decode`, without fixed_split and variants, and so is the meaning, whatever
     the tables hold; bits may differ.
-    What counts is equal entries at the start of the block tables of neighbours in the batch: at least 256 tokens that all
-    queries of both see whole. There may be several groups with prefixes of different lengths, and sequences that share nothing;
-    put those with the same prefix next to each other. Where prefixes are nested, each sequence takes part in one: neighbours
-    stay together if they have at least half as much in common as each has with its other neighbour, and all of a group share
-    what is common to all.
+    What counts is equal entries at the start of block tables: at least 256 tokens that all queries of both sequences see whole.
+    There may be several groups with prefixes of different lengths, and sequences that share nothing, in any order. Where
+    prefixes are nested, each sequence takes part in one: of those with the first 256 tokens in common, neighbours (put those
+    next to each other that share the most) stay together if they have at least half as much in common as each has with its
+    other neighbour, and all of a group share what is common to all.
 
     shared: what `find_shared_prefixes` gave for these tables and lengths, to use it in all layers of a model: two launches. By
     default it is found here, by one more. More than 32 columns, q_len times Hq / Hkv rounded up to a power of two, take several
@@ -163,8 +164,8 @@ def launch(
         "q_len": q_len, "kv_heads": kv_heads, "group": group, "head_dim": head_dim, "heads": heads, "row_tokens": ROWS // heads,
     }  # fmt: skip
     shared_prefix_kernel.on(device)(
-        by_head, by_head.flatten(0, 1), kv_cache, block_tables, shared, notes, *partial, scale * math.log2(math.e), **shape,
-        page_size=page_size, blocks=blocks, unit=unit, split=split, plan=plan,
+        by_head, by_head.flatten(0, 1), kv_cache, block_tables, shared, notes, *partial, scale * math.log2(math.e), blocks, **shape,
+        page_size=page_size, unit=unit, split=split, plan=plan,
     )  # fmt: skip
     shared_prefix_merge_kernel.on(device)(shared, notes, *partial, out.unflatten(2, (kv_heads, group)), lse, **shape)
     return out, None if lse is None else lse.flatten(2, 3)

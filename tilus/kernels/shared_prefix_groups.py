@@ -29,7 +29,7 @@ WARPS = 4
 COLUMNS = 1024  # entries of a block table that are compared together
 PAIRS = 4096  # of sequences that are compared together
 FOUND = 32  # sequences that are compared with all others together
-LOOKED_AT = 128  # row tiles' ends that a warp looks at together
+LOOKED_AT = 64  # row tiles' ends that a warp looks at together
 MANY = 2**30
 # What is found of each rank, rows of a tensor:
 ORDER = 0  # the sequence
@@ -61,7 +61,7 @@ def places(sequences: int, members: int, kv_heads: int, blocks: int) -> int:
     return (sequences if members < 3 else sequences // 2) * kv_heads + blocks
 
 
-@tilus.kernel
+@tilus.kernel(varying=("sequences", "sequences_plus_1"))
 def shared_prefix_groups_kernel(
     block_tables: Tensor[int32, "sequences", "max_pages"],
     kv_lens: Tensor[int32, "sequences"],
@@ -169,7 +169,7 @@ def make_groups(common: Any, lengths: Any, shared: Any, page_size: int, members:
 
 
 def each_shared_tile(
-    shared: Any, kv_heads: Any, q_len: int, unit: int, blocks: int, kv_tile: int, warps: int,
+    shared: Any, kv_heads: Any, q_len: int, unit: int, blocks: Any, kv_tile: int, warps: int,
     work: Callable[[Any, SharedTile], None],
 ) -> None:  # fmt: skip
     """`work(index, tile)` for what this block has of row tiles and prefixes; index counts. unit: tokens of a unit, a multiple of
@@ -209,7 +209,7 @@ def rank_of(ends: Any, kv_heads: Any, unit: Any, warps: int) -> Any:
     return found
 
 
-def prefix_results(shared: Any, rank: Any, head: Any, kv_heads: Any, unit: int, blocks: int) -> Any:
+def prefix_results(shared: Any, rank: Any, head: Any, kv_heads: Any, unit: int, blocks: Any) -> Any:
     """(how many partial results there are of a rank's prefix, the place of the first one)."""
     tokens = shared[TOKENS, rank]
     units = (tokens + (unit - 1)) // unit

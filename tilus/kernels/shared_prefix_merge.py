@@ -18,26 +18,34 @@ from tilus.kernels.vectors import power_of_two
 WARPS = 4
 OWN_REGISTERS, PREFIX_REGISTERS = 8, 32  # of a thread, for partial results that are loaded together
 # Of each pair of a rank and a kv head, rows of a tensor:
-OWN = 0  # the place of the first partial result of its own tokens
-OF_OWN = 1  # how many there are
+OWN = 0  # the place of the first partial result of its own tokens; behind it how many there are
 PREFIX = 2  # the same for its prefix
-OF_PREFIX = 3
 NOTES = 4
 
 
-def note_places(notes: Any, shared: Any, kv_heads: Any, unit: int, split: Split, blocks: int) -> None:
+def note_places(notes: Any, shared: Any, kv_heads: Any, unit: int, split: Split, blocks: Any) -> None:
     """By a warp: where partial results are, of the ranks that are this block's turn."""
-    for rank in tilus.range(tilus.block_id(0), shared.shape[1], blocks):
+    rank = tilus.block_id(0)
+    while rank < shared.shape[1]:
         units, first, count = find_units(shared[LENGTH], kv_heads, split, 1, rank)
-        for head in tilus.range(kv_heads):
-            pair, begin = rank * kv_heads + head, first + head * count
+        for head in tilus.range(
+            kv_heads
+        ):  # each kind by itself: both together take more registers than warps that copy have
+            begin = first + head * count
             block, of_own = owners(units, blocks, begin, begin + count)
-            of_prefix, prefix = prefix_results(shared, rank, head, kv_heads, unit, blocks)
-            for row, value in ((OWN, block + pair), (OF_OWN, of_own), (PREFIX, prefix), (OF_PREFIX, of_prefix)):
-                tilus.store(notes, [row, pair], tilus.full([1, 1], value, int32))
+            note(notes, OWN, rank * kv_heads + head, block + rank * kv_heads + head, of_own)
+        for head in tilus.range(kv_heads):
+            of_prefix, place = prefix_results(shared, rank, head, kv_heads, unit, blocks)
+            note(notes, PREFIX, rank * kv_heads + head, place, of_prefix)
+        rank += blocks
 
 
-@tilus.kernel
+def note(notes: Any, kind: int, pair: Any, place: Any, count: Any) -> None:
+    tilus.store(notes, [kind, pair], tilus.full([1, 1], place, int32))
+    tilus.store(notes, [kind + 1, pair], tilus.full([1, 1], count, int32))
+
+
+@tilus.kernel(varying=("sequences", "pairs", "prefix_places", "places"))
 def shared_prefix_merge_kernel(
     shared: Tensor[int32, 7, "sequences"],
     notes: Tensor[int32, 4, "pairs"],
@@ -65,7 +73,7 @@ def shared_prefix_merge_kernel(
     rank, head = pair // kv_heads, pair % kv_heads
     sequence, first_query = shared[ORDER, rank], shared[MEMBER, rank] * power_of_two(q_len)
     tilus.wait_dependencies(constant=[shared])
-    of_own, of_prefix = notes[OF_OWN, pair], notes[OF_PREFIX, pair]
+    of_own, of_prefix = notes[OWN + 1, pair], notes[PREFIX + 1, pair]
     own = [tilus.narrow(t, 0, notes[OWN, pair], of_own) for t in (own_out, own_lse)]
     prefix = [tilus.narrow(t, 1, first_query, q_len) for t in (prefix_out, prefix_lse)]
     prefix = [tilus.narrow(t, 0, notes[PREFIX, pair], of_prefix) for t in prefix]

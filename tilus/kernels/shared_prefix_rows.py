@@ -80,7 +80,7 @@ class SharedRows(Rows):
         tilus.store(tilus.narrow(self.lse[tile.place], 0, 0, tile.queries), [first, 0], log2)
 
 
-@tilus.kernel
+@tilus.kernel(varying=("sequences", "tokens", "pages", "pairs", "prefix_places", "places"))
 def shared_prefix_kernel(
     q: Tensor["dtype", "sequences", "q_len", "kv_heads", "group", "head_dim"],
     q_rows: Tensor["dtype", "tokens", "kv_heads", "group", "head_dim"],
@@ -93,6 +93,7 @@ def shared_prefix_kernel(
     own_out: Tensor[f32, "places", "q_len", "group", "head_dim"],
     own_lse: Tensor[f32, "places", "q_len", "group"],
     scale_log2: float,
+    blocks: int32,
     *,
     q_len: Const,
     kv_heads: Const,
@@ -101,7 +102,6 @@ def shared_prefix_kernel(
     heads: Const,
     row_tokens: Const,
     page_size: Const,
-    blocks: Const,
     unit: Const,
     split: Const,
     plan: Const,
@@ -138,7 +138,8 @@ def shared_prefix_kernel(
             softmax = Softmax(columns, Elements(), queries, scale_log2, None, None)
             attend_to_part(part, using, softmax)
             result, lse = normalized(softmax.highest, softmax.total, softmax.acc, columns.result_layout())
-            columns.store_partial(own_out, own_lse, tilus.block_id(0) + part.pair, result, lse)
+            place = tilus.block_id(0) + part.sequence * kv_heads + part.head
+            columns.store_partial(own_out, own_lse, place, result, lse)
 
         _, begin, end, start = find_share(shared[LENGTH], kv_heads, split, WARPGROUP, blocks, tilus.block_id(0))
         each_part(shared[LENGTH], kv_heads, start, begin, end, split, attend)
