@@ -164,8 +164,8 @@ def launch(
         "q_len": q_len, "kv_heads": kv_heads, "group": group, "head_dim": head_dim, "heads": heads, "row_tokens": ROWS // heads,
     }  # fmt: skip
     shared_prefix_kernel.on(device)(
-        by_head, by_head.flatten(0, 1), kv_cache, block_tables, shared, notes, *partial, scale * math.log2(math.e), blocks, **shape,
-        page_size=page_size, unit=unit, split=split, plan=plan,
+        by_head, by_head.flatten(0, 1), kv_cache, block_tables, shared, notes, *partial, scale * math.log2(math.e), blocks,
+        **shape, page_size=page_size, unit=unit, split=split, plan=plan,
     )  # fmt: skip
     shared_prefix_merge_kernel.on(device)(shared, notes, *partial, out.unflatten(2, (kv_heads, group)), lse, **shape)
     return out, None if lse is None else lse.flatten(2, 3)
