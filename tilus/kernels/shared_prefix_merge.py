@@ -28,9 +28,8 @@ def note_places(notes: Any, shared: Any, kv_heads: Any, unit: int, split: Split,
     rank = tilus.block_id(0)
     while rank < shared.shape[1]:
         units, first, count = find_units(shared[LENGTH], kv_heads, split, 1, rank)
-        for head in tilus.range(
-            kv_heads
-        ):  # each kind by itself: both together take more registers than warps that copy have
+        # Each kind by itself: both together take more registers than warps that copy have.
+        for head in tilus.range(kv_heads):
             begin = first + head * count
             block, of_own = owners(units, blocks, begin, begin + count)
             note(notes, OWN, rank * kv_heads + head, block + rank * kv_heads + head, of_own)
@@ -41,6 +40,7 @@ def note_places(notes: Any, shared: Any, kv_heads: Any, unit: int, split: Split,
 
 
 def note(notes: Any, kind: int, pair: Any, place: Any, count: Any) -> None:
+    """Of a pair: where the first partial result of a kind is, and how many there are."""
     tilus.store(notes, [kind, pair], tilus.full([1, 1], place, int32))
     tilus.store(notes, [kind + 1, pair], tilus.full([1, 1], count, int32))
 

@@ -5,10 +5,10 @@ all tokens of their part of the prefix. The rest: products of warps, as in `page
 softmax-weighted sums and logarithms, which `shared_prefix_merge_kernel` adds up.
 
 Budget of 128 rows by 128 tokens, as that of `paged_prefill`: 2048 cycles; those are 64 KB, which take a multiprocessor of an H100
-4600 cycles to read. So prefixes wait for tensor cores, and the rest for memory: together they take as long as the longer of
-the two. A group of two sequences already costs less here than two reads, and 64 queries of a group of 4 heads are two
-row tiles a kv head, of which the second reads the L2 cache. Tiles of 64 tokens leave half of the registers and of the shared
-memory to the rest, of which 24 bytes come in a nanosecond: three tiles of 32 KB are 4 us.
+4600 cycles to read. So prefixes that many rows share wait for tensor cores, and the rest for memory: side by side they take less
+than one after the other. A group of two sequences already costs less here than two reads, and 64 queries of a group of 4 heads
+are two row tiles a kv head, of which the second reads the L2 cache. Tiles of 64 tokens instead of 128 leave registers and shared
+memory to the rest: two tiles of 32 KB, which come in 2.7 us, longer than its warps take to end a part and begin the next.
 """
 
 from __future__ import annotations
@@ -121,13 +121,20 @@ def shared_prefix_kernel(
     tilus.wait_dependencies()
     tilus.launch_dependents()
 
+    def each_tile(warps, work):
+        each_shared_tile(shared, kv_heads, q_len, unit, blocks, prefix.kv_tile, warps, work)
+
+    def each_own_part(warps, work):
+        _, begin, end, start = find_share(shared[LENGTH], kv_heads, split, warps, blocks, tilus.block_id(0))
+        each_part(shared[LENGTH], kv_heads, start, begin, end, split, work)
+
     for half in range(2):
         with tilus.warps(WARPGROUP * half, WARPGROUP, registers=prefix.registers):
             kind = Kind(heads, False, NO_VARIANT)
             rows = SharedRows(
                 memory.stages(), Turns(memory.turns, half), (prefix_out, prefix_lse), scale_log2, kind, None, None
             )
-            each_shared_tile(shared, kv_heads, q_len, unit, blocks, prefix.kv_tile, WARPGROUP, rows.compute)
+            each_tile(WARPGROUP, rows.compute)
 
     with tilus.warps(OWN, WARPGROUP, registers=plan.registers):
         using = Stages(ring, None, full, empty)
@@ -141,19 +148,17 @@ def shared_prefix_kernel(
             place = tilus.block_id(0) + part.sequence * kv_heads + part.head
             columns.store_partial(own_out, own_lse, place, result, lse)
 
-        _, begin, end, start = find_share(shared[LENGTH], kv_heads, split, WARPGROUP, blocks, tilus.block_id(0))
-        each_part(shared[LENGTH], kv_heads, start, begin, end, split, attend)
+        each_own_part(WARPGROUP, attend)
 
     with tilus.warps(COPYING, COPYING_PREFIX, registers=prefix.registers_to_copy):
         filling = memory.stages()
 
         def fill(_, tile):
-            pages = tilus.narrow(
-                block_tables[tile.sequence], 0, tile.token // page_size, tilus.cdiv(tile.length, page_size)
-            )
+            count = tilus.cdiv(tile.length, page_size)
+            pages = tilus.narrow(block_tables[tile.sequence], 0, tile.token // page_size, count)
             filling.fill(kv_cache, pages, tile, 0)  # prefixes are whole pages
 
-        each_shared_tile(shared, kv_heads, q_len, unit, blocks, prefix.kv_tile, COPYING_PREFIX, fill)
+        each_tile(COPYING_PREFIX, fill)
 
     with tilus.warps(COPYING + COPYING_PREFIX, 1, registers=prefix.registers_to_copy):
         bringing = Stages(ring, None, full, empty)
@@ -162,8 +167,7 @@ def shared_prefix_kernel(
             table = block_tables[shared[ORDER, part.sequence]]
             fill_part(part, bringing, kv_cache, None, table, shared[TOKENS, part.sequence], None, PAGES)
 
-        _, begin, end, start = find_share(shared[LENGTH], kv_heads, split, 1, blocks, tilus.block_id(0))
-        each_part(shared[LENGTH], kv_heads, start, begin, end, split, bring)
+        each_own_part(1, bring)
 
     with tilus.warps(COPYING + COPYING_PREFIX + 1, 1, registers=prefix.registers_to_copy):
         asking = memory.stages()
@@ -171,5 +175,5 @@ def shared_prefix_kernel(
         def ask(index, tile):
             fill_members(asking, q_rows, shared[ORDER], tile, index, q_len, heads)
 
-        each_shared_tile(shared, kv_heads, q_len, unit, blocks, prefix.kv_tile, 1, ask)
+        each_tile(1, ask)
         note_places(notes, shared, kv_heads, unit, split, blocks)
