@@ -51,6 +51,7 @@ MOST_HEAD_DIM = 128
 MOST_COLUMNS = 32  # of a launch; with more the registers do not suffice for prefixes and the rest
 OWN_TILE = 64  # tokens
 OWN_STAGES = 2
+PIECE = 32  # elements of a head
 MOST_STAGES = 8  # of prefixes
 # Tokens of a tile of a prefix; registers of threads for prefixes, for the rest, and that copy: 512 in all.
 PLANS = ((64, 160, 152, 40), (32, 144, 176, 48))
@@ -181,7 +182,7 @@ def shared_plans(q_len: int, group: int, head_dim: int) -> Iterator[SharedPlan]:
     for kv_tile, prefix, own, copying in PLANS:
         stages = min(left // stage_nbytes(kv_tile, head_dim, 16), MOST_STAGES)
         plan = PrefillPlan(power_of_two(group), kv_tile, stages, stages, prefix, copying)
-        yield SharedPlan(plan, OWN_TILE, OWN_STAGES, own, groups)
+        yield SharedPlan(plan, OWN_TILE, OWN_STAGES, own, groups, max(1, head_dim // PIECE))
 
 
 def with_whole_pairs(blocks: int, pairs: int) -> int:

@@ -41,13 +41,15 @@ PAGES = 4  # of the rest, looked up at once: more take more registers than there
 @dataclass(frozen=True)
 class SharedPlan:
     """prefix: of prefixes; its registers_to_copy are those of all warps that copy. tile, stages: of the rest, see `DecodePlan`.
-    registers: of a thread that computes the rest. column_groups: of its warps, that compute different columns."""
+    registers: of a thread that computes the rest. column_groups: of its warps, that compute different columns. pieces: of
+    elements, see `Elements`."""
 
     prefix: PrefillPlan
     tile: int
     stages: int
     registers: int
     column_groups: int
+    pieces: int
 
 
 def fill_members(stages: Any, q_rows: Any, order: Any, tile: SharedTile, index: Any, q_len: int, heads: int) -> None:
@@ -142,7 +144,7 @@ def shared_prefix_kernel(
 
         def attend(part):
             queries = columns.queries(q[shared[ORDER, part.sequence]], part.head)
-            softmax = Softmax(columns, Elements(), queries, scale_log2, None, None)
+            softmax = Softmax(columns, Elements(plan.pieces), queries, scale_log2, None, None)
             attend_to_part(part, using, softmax)
             result, lse = normalized(softmax.highest, softmax.total, softmax.acc, columns.result_layout())
             place = tilus.block_id(0) + part.sequence * kv_heads + part.head
