@@ -36,6 +36,7 @@ from tilus.kernels.shared_prefix_groups import (
     members_of,
     places,
     prefix_results,
+    row_heads,
     shared_prefix_groups_kernel,
 )
 from tilus.kernels.shared_prefix_merge import shared_prefix_merge_kernel
@@ -229,7 +230,7 @@ def test_two_groups(device: str) -> None:
     ("batch", "common"),
     [
         (decoding((300,) * 9, 8, kv_heads=1, group=4), [18] * 9),  # more sequences than a row tile has
-        (decoding((300, 280, 290), 2, kv_heads=2, group=1, head_dim=128), [17] * 3),
+        (decoding((300, 280, 290), 2, kv_heads=2, group=1, head_dim=96), [17] * 3),
         (decoding((600, 700), 3, kv_heads=1, group=3, head_dim=96, dtype=torch.bfloat16), [33] * 2),
         (decoding((1100, 1100, 1050), kv_heads=1, group=16, head_dim=256), [66] * 3),
         (decoding((300, 290), 3, kv_heads=1, group=16), [17] * 2),  # more columns than a launch takes
@@ -321,7 +322,7 @@ def test_assembles_without_spills(head_dim: int, group: int, page_size: int, q_l
     """`build` raises for spills: the groups, by some plan prefixes and the rest, and the sums. That of the usual shape is the
     first."""
     half, tables = torch.bfloat16, torch.zeros(64, 32, dtype=torch.int32)
-    lens, heads, found = tables[:, 0].contiguous(), 1 << (group - 1).bit_length(), torch.zeros(7, 64, dtype=torch.int32)
+    lens, heads, found = tables[:, 0].contiguous(), row_heads(group), torch.zeros(7, 64, dtype=torch.int32)
     q, cache = (
         torch.zeros(64, q_len, 8, group, head_dim, dtype=half),
         torch.zeros(8, 2, page_size, 8, head_dim, dtype=half),

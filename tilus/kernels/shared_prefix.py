@@ -38,7 +38,7 @@ from tilus.kernels.paged_decode_split import places as own_places
 from tilus.kernels.paged_prefill import PrefillPlan
 from tilus.kernels.paged_prefill_tiles import ROWS
 from tilus.kernels.plan_choice import num_sms_of
-from tilus.kernels.shared_prefix_groups import FIELDS, members_of, places, shared_prefix_groups_kernel
+from tilus.kernels.shared_prefix_groups import FIELDS, members_of, places, row_heads, shared_prefix_groups_kernel
 from tilus.kernels.shared_prefix_merge import NOTES, shared_prefix_merge_kernel
 from tilus.kernels.shared_prefix_rows import WARPGROUP, SharedPlan, shared_prefix_kernel
 from tilus.kernels.vectors import power_of_two
@@ -181,7 +181,7 @@ def shared_plans(q_len: int, group: int, head_dim: int) -> Iterator[SharedPlan]:
     left = SHARED_NBYTES - RESERVED_NBYTES - to_merge - queries - rest
     for kv_tile, prefix, own, copying in PLANS:
         stages = min(left // stage_nbytes(kv_tile, head_dim, 16), MOST_STAGES)
-        plan = PrefillPlan(power_of_two(group), kv_tile, stages, stages, prefix, copying)
+        plan = PrefillPlan(row_heads(group), kv_tile, stages, stages, prefix, copying)
         yield SharedPlan(plan, OWN_TILE, OWN_STAGES, own, groups, max(1, head_dim // PIECE))
 
 

@@ -53,7 +53,12 @@ class SharedTile(Tile):
 
 def members_of(q_len: int, group: int) -> int:
     """Sequences of a row tile."""
-    return ROWS // (power_of_two(group) * power_of_two(q_len))
+    return ROWS // (row_heads(group) * power_of_two(q_len))
+
+
+def row_heads(group: int) -> int:
+    """Rows of a query token: a power of two, at least 2, since boxes of single rows of 96 elements would not be aligned."""
+    return max(2, power_of_two(group))
 
 
 def places(sequences: int, members: int, kv_heads: int, blocks: int) -> int:

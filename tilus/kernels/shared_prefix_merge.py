@@ -63,7 +63,7 @@ def shared_prefix_merge_kernel(
     heads: Const,
     row_tokens: Const,
 ):
-    """heads: group, rounded up to a power of two. row_tokens: 128 / heads. notes: of `note_places`.
+    """heads: `row_heads` of the group. row_tokens: 128 / heads. notes: of `note_places`.
 
     The kernel in front lets this one start when all in front of itself have ended, so that `shared` is constant.
     """

@@ -108,7 +108,7 @@ def shared_prefix_kernel(
     split: Const,
     plan: Const,
 ):
-    """heads: group, rounded up to a power of two. row_tokens: 128 / heads. q_rows: q, all tokens one after another. shared: what
+    """heads: `row_heads` of the group. row_tokens: 128 / heads. q_rows: q, all tokens one after another. shared: what
     `shared_prefix_groups` found. blocks: each has an even share of the prefixes, in units of `unit` tokens, and one of the rest,
     by `split`. places: as `places` of each says. notes: what `note_places` says.
 
