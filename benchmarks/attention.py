@@ -34,8 +34,8 @@ Every row has phase, batch, context (of a skewed batch the mean), q_len, heads, 
     bar, met               wanted tbps or tflops, and whether it was reached
     failures               {peer: why there is no time}
 prefixes: tokens of a prefix, groups that have one each, own tokens of a sequence; us with the groups found before, with_find_us,
-    find_us and prefixes_us (the launches that find groups and attend to prefixes, alone), paged_decode_us (which shares nothing),
-    read_us of every page once; bar in microseconds.
+    find_us (the launch that finds groups, alone), paged_decode_us (which shares nothing), read_us of every page once; bar in
+    microseconds, of with_find_us.
 mla: phase, batch, context, q_len, heads, page, kv_dtype, us, tbps, tflops (of keys that are seen), read_us and error.
 plans: tile, stages, warps, blocks, us, tbps and error of each plan.
 """

@@ -213,6 +213,28 @@ def test_registers(registers: Any, blocks_per_sm: int, at_launch: int, changes: 
     assert "C75" not in cubin.log
 
 
+@tilus.kernel
+def together(x: Tensor[f32, "m", "n"]):
+    tilus.grid(1, warps=8)
+    with tilus.warps(0, 4, registers=216):
+        tilus.store(x, [0, 0], tilus.full([1, 128], 1.0, f32))
+    with tilus.warps(4, 3, registers=40):
+        tilus.store(x, [1, 0], tilus.full([1, 96], 2.0, f32))
+    with tilus.warps(7, 1, registers=40):
+        tilus.store(x, [2, 0], tilus.full([1, 32], 3.0, f32))
+
+
+@pytest.mark.parametrize("device", ["emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_roles_of_a_warpgroup_set_its_registers_by_one_instruction(device: str) -> None:
+    """PTX wants the same one for all of its warps; then each goes its own way."""
+    x = np.zeros((3, 128), np.float32)
+    together.on(device)(x)
+    np.testing.assert_array_equal(x.sum(1), [128, 192, 96])
+    ptx = together.ptx()
+    assert re.findall(r"setmaxnreg\.(\w+)\.sync\.aligned\.u32 (\d+);", ptx) == [("dec", "40")]
+    assert "C75" not in assemble(ptx, SM_90A).log
+
+
 @pytest.mark.parametrize(
     ("registers", "message"),
     [

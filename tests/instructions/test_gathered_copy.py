@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 
 import tilus
-from tilus import Const, Tensor, f16, int32
+from tilus import Const, Tensor, f16, f32, int32
 from tilus.compiler import compile_function
 from tilus.target import get_target
 
@@ -78,6 +78,40 @@ def test_bulk_copies_from_outside_are_errors(device: str) -> None:
         pages_of.on(device)(
             x, np.array([1, 5], np.int32), y, 0, 0, count=2, warps=1, page=8, columns=64, stacked=True, bulk=True
         )  # fmt: skip
+
+
+@tilus.kernel
+def rows_of(
+    x: Tensor[f16, "n", "few", 128],
+    table: Tensor[int32, "entries"],
+    eye: Tensor[f16, 128, 128],
+    y: Tensor[f32, 64, 128],
+    *,
+    few: Const,
+):
+    """Products with a unit matrix of 64 rows, which were gathered `few` at a time."""
+    tilus.grid(1, warps=4)
+    rows, unit, full = tilus.shared(f16, [64, 128]), tilus.shared(f16, [128, 128]), tilus.mbarrier()
+    tilus.arrive(full, nbytes=rows.nbytes + unit.nbytes)
+    tilus.gather_tensor(rows, x, tilus.load(table, [0], [64 // few]), [0, 0, 0], dims=[1, 2], barrier=full)
+    tilus.copy_tensor(unit, eye, [0, 0], barrier=full)
+    tilus.wait_barrier(full, 0)
+    total = tilus.wgmma(rows, unit)
+    tilus.wgmma_wait()
+    tilus.store(y, [0, 0], total)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("few", [1, 2, 4, 8])
+def test_tiles_of_few_rows_lie_within_the_swizzle_of_all(device: str, few: int) -> None:
+    """Whose pattern repeats every eight rows, by the address."""
+    notes = compile_function(rows_of.ir(few=few), get_target("sm_90a")).lowered.notes
+    assert any(note.mnemonic == "gather_tensor" and "swizzled by 128 bytes" in note.text for note in notes)
+    x = np.random.default_rng(few).integers(-9, 9, (80 // few, few, 128)).astype(np.float16)
+    table = np.random.default_rng(1).permutation(80 // few)[: 64 // few].astype(np.int32)
+    y = np.zeros((64, 128), np.float32)
+    rows_of.on(device)(x, table, np.eye(128, dtype=np.float16), y, few=few)
+    np.testing.assert_array_equal(y, x[table].reshape(64, 128))
 
 
 def test_every_warp_starts_its_own_copies() -> None:

@@ -25,7 +25,7 @@ from tilus.kernels.paged_decode_split import Split
 from tilus.kernels.paged_prefill import PrefillPlan
 from tilus.kernels.quantize.tiles import ROWS
 from tilus.kernels.sampling_row import Tiling
-from tilus.kernels.shared_prefix_groups import PrefixSplit
+from tilus.kernels.shared_prefix import shared_plans
 from tilus.kernels.warpgroup_linear import WarpgroupPlan
 from tilus.lang.kernel import Kernel
 from tilus.target import get_target
@@ -156,12 +156,19 @@ SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
     "shared_prefix_rows.shared_prefix_kernel": [
         {
             "q_len": 2,
+            "kv_heads": 2,
             "group": 4,
             "head_dim": 64,
+            "heads": 4,
+            "row_tokens": 32,
             "page_size": 16,
-            "split": PrefixSplit(128, 132),
-            "plan": PrefillPlan(4),
+            "unit": 128,
+            "split": Split(16),
+            "plan": next(shared_plans(2, 4, 64)),
         }
+    ],
+    "shared_prefix_merge.shared_prefix_merge_kernel": [
+        {"q_len": 2, "kv_heads": 2, "group": 4, "head_dim": 64, "heads": 4, "row_tokens": 32}
     ],
     "quantize.codes.pack_codes_kernel": [
         {"wdtype": uint4, "lookup": False},

@@ -98,6 +98,10 @@ REFUSED = {
         "warps 4, 1 registers 40 { }",
         "the role of warp 4 sets its registers, expected whole warpgroups",
     ),
+    "warpgroup with a gap": (
+        "warps 4, 1 registers 40 { } warps 6, 2 registers 40 { }",
+        "the role of warp 4 sets its registers, expected whole warpgroups",
+    ),
     "registers in a loop": (
         "for %k: int32 in range(0, 2, 1) { warps 0, 4 registers 40 { } }",
         "the role of warps 0 to 3 sets its registers, and is not at the end of the kernel",
@@ -134,6 +138,16 @@ REFUSED = {
         "mbarrier in a loop, branch or role, expected where the whole block passes once",
     ),
 }
+
+
+def test_roles_may_share_a_warpgroup_that_sets_its_registers() -> None:
+    """Together they are whole warpgroups; with other numbers, or a warp that sets none, they are refused."""
+    verify(parsed("warps 4, 1 registers 40 { } warps 5, 3 registers 40 { } warps 0, 4 registers 24 { }"))
+    verify(parsed("warps 0, 3 registers 40 { } warps 3, 5 registers 40 { }"))
+    for second in ("3, 1 registers 48", "3, 1"):
+        with pytest.raises(TilusError) as caught:
+            verify(parsed(f"warps 0, 3 registers 40 {{ }} warps {second} {{ }}"))
+        assert "the role of warps 0 to 2 sets its registers, expected whole warpgroups" in str(caught.value)
 
 
 @pytest.mark.parametrize(("body", "message"), REFUSED.values(), ids=REFUSED)

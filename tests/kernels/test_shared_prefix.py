@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,24 +16,30 @@ from hypothesis import strategies as st
 
 from tilus import TilusError
 from tilus.kernels import paged_decode
-from tilus.kernels.paged_decode import DecodePlan, by_plans, paged_decode_kernel, plans, with_whole_pairs
-from tilus.kernels.paged_decode_split import Split, share
-from tilus.kernels.paged_prefill import PrefillPlan
-from tilus.kernels.shared_prefix import attend_to_prefixes, find_shared_prefixes, prefix_plans, shared_prefix_decode
+from tilus.kernels.paged_decode_split import Split, share, with_whole_pairs
+from tilus.kernels.shared_prefix import (
+    find_shared_prefixes,
+    launch,
+    shared_plans,
+    shared_prefix_decode,
+)
 from tilus.kernels.shared_prefix_groups import (
     ENDS,
+    FIELDS,
     LENGTH,
     MEMBER,
     MEMBERS,
+    ORDER,
     TILE,
     TOKENS,
-    PrefixSplit,
     members_of,
     places,
     prefix_results,
+    row_heads,
     shared_prefix_groups_kernel,
 )
-from tilus.kernels.shared_prefix_rows import shared_prefix_kernel
+from tilus.kernels.shared_prefix_merge import shared_prefix_merge_kernel
+from tilus.kernels.shared_prefix_rows import SharedPlan, shared_prefix_kernel
 from tilus.ptx.assembler import SpillError
 from tilus.runtime.binaries import build
 from tilus.target import get_target
@@ -42,17 +49,28 @@ PAGE = 16
 LEAST = 256  # tokens
 
 
-def shared_inputs(batch: Batch, common: list[int], seed: int = 0) -> Inputs:
-    """Each sequence begins with the first common[s] pages of the one in front of it, as far as that has them."""
-    inputs = make_inputs(batch, seed)
-    for row in range(1, len(common)):
-        count = min(common[row], *(lengths[1] // batch.page_size for lengths in batch.lengths[row - 1 : row + 1]))
-        inputs.block_tables[row, :count] = inputs.block_tables[row - 1, :count]
+def shared_inputs(batch: Batch, common: list[int], seed: int = 0, order: list[int] | None = None) -> Inputs:
+    """Each sequence begins with the first common[s] pages of the one in front of it, as far as that has them. order: in which
+    sequences are counted so, by default as they come."""
+    inputs, order = make_inputs(batch, seed), list(range(len(common))) if order is None else order
+    for before, row in itertools.pairwise(order):
+        count = min(common[row], *(batch.lengths[s][1] // batch.page_size for s in (before, row)))
+        inputs.block_tables[row, :count] = inputs.block_tables[before, :count]
     return inputs
 
 
+def expected_order(tables: Any, lens: Any, q_len: int, page: int) -> list[int]:
+    """Those that are long enough to share, by the page in which 256 tokens end, behind the others, who go backwards."""
+    least = -(-LEAST // page)
+    short = [row for row, n in enumerate(lens) if (int(n) - q_len + 1) // page < least]
+    rest = [row for row in range(len(lens)) if row not in short]
+    return short[::-1] + sorted(rest, key=lambda row: int(tables[row][least - 1]))
+
+
 def expected_groups(tables: Any, lens: Any, q_len: int, page: int) -> list[tuple[int, int, int]]:
-    """(first sequence, sequences, tokens of the prefix) of all groups, one sequence after another."""
+    """(first rank, sequences, tokens of the prefix) of all groups, one rank after another."""
+    order = expected_order(tables, lens, q_len, page)
+    tables, lens = [tables[row] for row in order], [lens[row] for row in order]
     common = [0]
     for row in range(1, len(lens)):
         most = max(0, min(int(lens[row]), int(lens[row - 1])) - q_len + 1) // page
@@ -71,9 +89,11 @@ def expected_groups(tables: Any, lens: Any, q_len: int, page: int) -> list[tuple
 
 
 def check_found(found: Any, tables: Any, lens: Any, q_len: int, members: int, page: int, unit: int) -> None:
-    """What `find_shared_prefixes` gives, by sequence, is what its groups say."""
+    """What `find_shared_prefixes` gives, by rank, is what its groups say."""
+    order = expected_order(tables, lens, q_len, page)
+    assert found[ORDER].tolist() == order
     tokens, ends, tile = [0] * len(lens), 0, -1
-    wanted = np.zeros((6, len(lens)), np.int64)
+    wanted = np.zeros((FIELDS, len(lens)), np.int64)
     for first, count, prefix in expected_groups(tables, lens, q_len, page):
         for member in range(count):
             tokens[first + member] = prefix
@@ -82,7 +102,7 @@ def check_found(found: Any, tables: Any, lens: Any, q_len: int, members: int, pa
             tile += member % members == 0
             ends += (member % members == 0) * -(-prefix // unit)
             wanted[TILE, first + member], wanted[ENDS, first + member] = tile, ends
-    wanted[TOKENS], wanted[LENGTH] = tokens, np.array(lens) - tokens
+    wanted[TOKENS], wanted[LENGTH] = tokens, np.array([lens[row] for row in order]) - tokens
     shared = np.array(tokens) > 0
     for field in (TOKENS, LENGTH):
         assert np.array_equal(found[field], wanted[field])
@@ -92,13 +112,16 @@ def check_found(found: Any, tables: Any, lens: Any, q_len: int, members: int, pa
 
 
 def random_tables(rng: np.random.Generator, count: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Neighbours share nothing, a little, much or all; lengths end before, at and behind what is shared."""
+    """Neighbours share nothing, a little, much or all, and larger batches are shuffled; lengths end before, at and
+    behind what is shared."""
     tables = np.arange(count * 96, dtype=np.int32).reshape(count, 96)
     for row in range(1, count):
         same = int(rng.choice([0, 1, 15, 16, 17, 20, 24, 40, 41, 80, 81, 96]))
         tables[row, :same] = tables[row - 1, :same]
         if rng.integers(4) == 0:  # equal again behind a difference
             tables[row, same + 1 :] = tables[row - 1, same + 1 :]
+    if count > 20:
+        tables = tables[rng.permutation(count)]
     return tables, rng.choice([0, 1, 255, 256, 263, 300, 650, 1300, *[1536] * 12], count).astype(np.int32)
 
 
@@ -156,7 +179,7 @@ def test_every_partial_result_has_a_place_of_its_own() -> None:
         assert all(0 <= place < places(count, members, kv_heads, blocks) for place in written)
         for s in range(count):
             for head in range(kv_heads):
-                many, place, _ = prefix_results(found, s, head, kv_heads, PrefixSplit(128, blocks))
+                many, place = prefix_results(found, s, head, kv_heads, 128, blocks)
                 if not found[TOKENS, s]:
                     assert many == 0
                     continue
@@ -164,9 +187,9 @@ def test_every_partial_result_has_a_place_of_its_own() -> None:
                 assert [place + i for i in range(many)] == sorted(p for p, of in written.items() if of == pair)
 
 
-def check(batch: Batch, common: list[int], device: str, blocks: int | None = None) -> None:
+def check(batch: Batch, common: list[int], device: str, order: list[int] | None = None) -> None:
     """Within the bound of `limit_of`, as paged_decode; logarithms within f32 arithmetic."""
-    inputs, q_len = shared_inputs(batch, common), batch.lengths[0][0]
+    inputs, q_len = shared_inputs(batch, common, order=order), batch.lengths[0][0]
     tensors = [inputs.q.unflatten(0, (-1, q_len)), inputs.kv_cache, inputs.block_tables, inputs.kv_lens]
     if device == "cuda":
         tensors = [on_gpu(t) for t in tensors]
@@ -190,8 +213,15 @@ TWO_GROUPS = (400, 500, 256, 20, 500, 660), [0, 20, 24, 0, 0, 30]
 
 @pytest.mark.parametrize("device", ["emulator", CUDA])
 def test_two_groups(device: str) -> None:
-    """Prefixes of different lengths, one whose sequence has nothing else, and a sequence that shares nothing."""
-    check(decoding(TWO_GROUPS[0], kv_heads=1, group=2, head_dim=64), TWO_GROUPS[1], device)
+    """Prefixes of different lengths, one whose sequence has nothing else, and a sequence that shares nothing; in a batch where
+    they are no neighbours."""
+    order, common = [4, 2, 0, 3, 1, 5], [0] * 6
+    for row, pages in zip(order, TWO_GROUPS[1]):
+        common[row] = pages
+    lengths = [0] * 6
+    for row, length in zip(order, TWO_GROUPS[0]):
+        lengths[row] = length
+    check(decoding(tuple(lengths), kv_heads=1, group=2, head_dim=64), common, device, order)
 
 
 @pytest.mark.parametrize("device", [pytest.param("emulator", marks=pytest.mark.exhaustive), CUDA])
@@ -199,7 +229,7 @@ def test_two_groups(device: str) -> None:
     ("batch", "common"),
     [
         (decoding((300,) * 9, 8, kv_heads=1, group=4), [18] * 9),  # more sequences than a row tile has
-        (decoding((300, 280, 290), 2, kv_heads=2, group=1, head_dim=128), [17] * 3),
+        (decoding((300, 280, 290), 2, kv_heads=2, group=1, head_dim=96), [17] * 3),
         (decoding((600, 700), 3, kv_heads=1, group=3, head_dim=96, dtype=torch.bfloat16), [33] * 2),
         (decoding((1100, 1100, 1050), kv_heads=1, group=16, head_dim=256), [66] * 3),
         (decoding((300, 290), 3, kv_heads=1, group=16), [17] * 2),  # more columns than a launch takes
@@ -225,19 +255,21 @@ def test_any_batch(sequences: list[tuple[int, int]], group: int, q_len: int) -> 
     check(batch, [common for _, common in sequences], "reference")
 
 
-def test_pages_of_a_prefix_are_read_by_the_prefix_alone() -> None:
-    """The rest sees none of them: with the pages of the prefix gone, it still has what it had."""
+def test_pages_of_a_prefix_are_read_for_the_first_sequence_alone() -> None:
+    """With those of the others gone, the result is what it was."""
     batch = decoding(TWO_GROUPS[0], kv_heads=1, group=2)
     inputs = shared_inputs(batch, TWO_GROUPS[1])
     q = inputs.q[:, None]
     shared = find_shared_prefixes(inputs.block_tables, inputs.kv_lens, 1, 2, PAGE, device="reference")
-    assert shared[TOKENS].tolist() == [256, 256, 256, 0, 480, 480]
-    rest = inputs.block_tables.clone()
-    for row, tokens in enumerate(shared[TOKENS].tolist()):
-        rest[row, : tokens // PAGE] = 2**20  # no page
-    plan = prefix_plans(2, 64)[0]
-    prefix = attend_to_prefixes(q, inputs.kv_cache, inputs.block_tables, shared, inputs.scale, plan, "reference")
-    out, _ = by_plans(q, inputs.kv_cache, rest, inputs.kv_lens, inputs.scale, False, None, "reference", False, prefix)
+    tokens = dict(zip(shared[ORDER].tolist(), shared[TOKENS].tolist()))
+    assert [tokens[row] for row in range(6)] == [256, 256, 256, 0, 480, 480]
+    plan = next(shared_plans(1, 2, 64))
+    whole = launch(q, inputs.kv_cache, inputs.block_tables, shared, inputs.scale, plan, False, "reference")[0]
+    first = inputs.block_tables.clone()
+    for row in (1, 2, 5):  # those of all but the first sequence of a group
+        first[row, : tokens[row] // PAGE] = 2**20  # no page
+    out, _ = launch(q, inputs.kv_cache, first, shared, inputs.scale, plan, False, "reference")
+    assert torch.equal(out, whole)
     expected, size = exact_attention(inputs, batch)
     assert (np.abs(out[:, 0].double().numpy() - expected) <= limit_of(batch, expected, size)).all()
 
@@ -250,7 +282,7 @@ def test_groups_found_once_serve_all_layers() -> None:
     shared = find_shared_prefixes(inputs.block_tables, inputs.kv_lens, 1, 2, PAGE, device="reference")
     out = shared_prefix_decode(*args, device="reference")
     assert torch.equal(shared_prefix_decode(*args, shared=shared, device="reference"), out)
-    with pytest.raises(TilusError, match=r"\[6, 1\] for 2 sequences, expected \[6, 2\]"):
+    with pytest.raises(TilusError, match=r"\[7, 1\] for 2 sequences, expected \[7, 2\]"):
         shared_prefix_decode(*args, shared=shared[:, :1], device="reference")
     one = (args[0][:1], args[1], args[2][:1], args[3][:1], args[4])
     assert torch.equal(shared_prefix_decode(*one, device="reference"), paged_decode(*one, device="reference"))
@@ -286,36 +318,35 @@ KINDS = [
     [pytest.param(*kind, marks=() if kind == KINDS[0] else pytest.mark.exhaustive) for kind in KINDS],
 )
 def test_assembles_without_spills(head_dim: int, group: int, page_size: int, q_len: int) -> None:
-    """`build` raises for spills: the groups, and by some plan prefixes and the rest. That of the usual shape is the first."""
+    """`build` raises for spills: the groups, by some plan prefixes and the rest, and the sums. That of the usual shape is the
+    first."""
     half, tables = torch.bfloat16, torch.zeros(64, 32, dtype=torch.int32)
-    lens, heads, found = tables[:, 0].contiguous(), 1 << (group - 1).bit_length(), torch.zeros(6, 64, dtype=torch.int32)
-    rows, split = torch.zeros(4, 128 // heads, heads, head_dim), PrefixSplit(max(128, page_size), 132)
-    cache = torch.zeros(8, 2, page_size, 8, head_dim, dtype=half)
-    shape = {"q_len": q_len, "group": group, "head_dim": head_dim, "page_size": page_size}
+    lens, heads, found = tables[:, 0].contiguous(), row_heads(group), torch.zeros(7, 64, dtype=torch.int32)
+    q, cache = (
+        torch.zeros(64, q_len, 8, group, head_dim, dtype=half),
+        torch.zeros(8, 2, page_size, 8, head_dim, dtype=half),
+    )
+    rows, own = torch.zeros(4, 128 // heads, heads, head_dim), torch.zeros(9, q_len, group, head_dim)
+    partial = [rows, rows[..., 0].contiguous(), own, own[..., 0].contiguous()]
+    notes = torch.zeros(4, 512, dtype=torch.int32)
+    shape = {
+        "q_len": q_len, "kv_heads": 8, "group": group, "head_dim": head_dim, "heads": heads, "row_tokens": 128 // heads,
+    }  # fmt: skip
+    split = {"unit": max(128, page_size), "split": Split(min(64, page_size))}
 
-    def of_prefixes(plan: PrefillPlan) -> Any:
+    def assembled(plan: SharedPlan) -> Any:
         special = shared_prefix_kernel.specialize(
-            torch.zeros(64 * q_len, 8, group, head_dim, dtype=half), cache, tables, found, rows, rows[..., 0].contiguous(), 1.0,
-            **shape, split=split, plan=plan,
-        )  # fmt: skip
-        return build(special.function, get_target("sm_90a"))[0]
-
-    def of_the_rest(plan: DecodePlan) -> Any:
-        q, partial = torch.zeros(64, q_len, 8, group, head_dim, dtype=half), torch.zeros(9, q_len, group, head_dim)
-        special = paged_decode_kernel.specialize(
-            q, cache, tables, lens, q, partial, partial[..., 0].contiguous(), tables[0], 1.0, None, None, found, rows,
-            rows[..., 0].contiguous(), **shape, blocks=132, split=Split(min(plan.tile, page_size)), plan=plan, prefix_split=split,
+            q, q.flatten(0, 1), cache, tables, found, notes, *partial, 1.0, 128, **shape, **split, page_size=page_size, plan=plan
         )  # fmt: skip
         return build(special.function, get_target("sm_90a"))[0]
 
     usual = (head_dim, group, page_size, q_len) == KINDS[0]
-    prefix = list(prefix_plans(heads, head_dim))[: 1 if usual else None]
-    rest = list(plans(q_len, group, head_dim, page_size, 16, True))[: 1 if usual else None]
-    compiled = without_spills(prefix, of_prefixes)
-    assert "cp.async.bulk.tensor.5d" in compiled.ptx and "wgmma.mma_async" in compiled.ptx
-    assert "mma.sync" in without_spills(rest, of_the_rest).ptx
+    compiled = without_spills(list(shared_plans(q_len, group, head_dim))[: 1 if usual else None], assembled)
+    assert all(text in compiled.ptx for text in ("cp.async.bulk.tensor.5d", "wgmma.mma_async", "mma.sync"))
+    special = shared_prefix_merge_kernel.specialize(found, notes, *partial, q, None, **shape)
+    assert build(special.function, get_target("sm_90a"))[1]
     special = shared_prefix_groups_kernel.specialize(
-        tables, lens, tables[0], found, tables[0], q_len=q_len, page_size=page_size,
+        tables, lens, torch.zeros(2, 65, dtype=torch.int32), found, tables[0], q_len=q_len, page_size=page_size,
         members=members_of(q_len, group), unit=128, lanes=64,
     )  # fmt: skip
     assert build(special.function, get_target("sm_90a"))[1]
@@ -323,8 +354,8 @@ def test_assembles_without_spills(head_dim: int, group: int, page_size: int, q_l
 
 @pytest.mark.parametrize("sequences", [2, 3, 17, pytest.param(500, marks=pytest.mark.exhaustive)])
 def test_groups_of_any_number_of_sequences_assemble_without_spills(sequences: int) -> None:
-    tables, found = torch.zeros(sequences, 32, dtype=torch.int32), torch.zeros(6, sequences, dtype=torch.int32)
-    lens, common = tables[:, 0].contiguous(), torch.zeros(sequences + 1, dtype=torch.int32)
+    tables, found = torch.zeros(sequences, 32, dtype=torch.int32), torch.zeros(7, sequences, dtype=torch.int32)
+    lens, common = tables[:, 0].contiguous(), torch.zeros(2, sequences + 1, dtype=torch.int32)
     special = shared_prefix_groups_kernel.specialize(
         tables, lens, common, found, lens[:1], q_len=1, page_size=16, members=32, unit=128,
         lanes=1 << (sequences - 1).bit_length(),
@@ -333,6 +364,6 @@ def test_groups_of_any_number_of_sequences_assemble_without_spills(sequences: in
 
 
 def test_short_rests_are_not_cut() -> None:
-    """512 pairs for 264 blocks: two each for 256 of them; where that takes more than a twentieth of the blocks they stay."""
+    """512 pairs for 264 blocks: two each for 256 of them; where that leaves out more than a twentieth of the blocks they stay."""
     assert with_whole_pairs(264, 512) == 256 and with_whole_pairs(132, 264) == 132
     assert with_whole_pairs(264, 270) == 264 and with_whole_pairs(7, 3) == 7

@@ -125,12 +125,15 @@ class AddressContext(ThreadContext):
         place = self.b.pure if isinstance(block, Const) else self.b.emit
         return place("mapa.shared::cluster.u32", own, self.integer(block))
 
-    def shared_address(self, tensor: SharedTensor, index: Sequence[Linear], block: Expr | None = None) -> Address:
-        """Where the element at `index` of a shared tensor starts; with `block`, in that block of the cluster."""
+    def shared_address(
+        self, tensor: SharedTensor, index: Sequence[Linear], block: Expr | None = None, *, swizzled: bool = True
+    ) -> Address:
+        """Where the element at `index` of a shared tensor starts; with `block`, in that block of the cluster. swizzled: False
+        for those who swizzle by themselves."""
         layout = tensor.layout
         if layout is None:
             raise TilusError(f"shared tensor {tensor.name} has no layout")
-        elements = self._shared_offset(layout, index)
+        elements = self._shared_offset(layout, index) if swizzled else self.linear_offset(layout, index)
         nbits = tensor.dtype.nbits
         if nbits % 8:
             bits = register(self.b, elements.scaled(nbits))

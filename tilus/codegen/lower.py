@@ -19,7 +19,7 @@ from tilus.ir.expr import Var
 from tilus.ir.function import Function, TensorParam
 from tilus.ir.stmt import Break, Continue, For, If, Inst, Return, Role, Seq, SetScalar, Stmt, While
 from tilus.ir.tensor import GlobalTensor
-from tilus.ir.visit import instructions, side_by_side, walk
+from tilus.ir.visit import instructions, register_groups, side_by_side, walk
 from tilus.ptx.builder import Builder
 from tilus.ptx.module import (
     Address,
@@ -279,22 +279,31 @@ class _StmtLowering:
                 b.place(end)
 
     def _roles(self, roles: Sequence[Role]) -> None:
-        """One chain of branches on the warp's number, the form in which the assembler honours setmaxnreg."""
+        """One chain of branches on the warp's number, the form in which the assembler honours setmaxnreg; in each a chain for
+        the roles that set their registers together."""
         b, ctx = self.b, self.ctx
         end = b.label("end_of_roles")
         warp = b.pure("shr.u32", b.thread_id(), Imm(5))
+        groups = register_groups(roles)
         with b.scope():
-            tests = [_is_one_of(b, warp, role.warps, ctx.warps) for role in roles]
-            for role, test in zip(roles, tests, strict=True):
-                otherwise = b.label("next_role")
-                b.loc = role.loc
+            wholes = [range(group[0].first_warp, group[-1].warps.stop) for group in groups]
+            tests = [_is_one_of(b, warp, whole, ctx.warps) for whole in wholes]
+            inner = [[_is_one_of(b, warp, role.warps, w) for role in g] for g, w in zip(groups, wholes, strict=True)]
+            for group, test, tests_inside in zip(groups, tests, inner, strict=True):
+                behind = b.label("next_role")
+                b.loc = group[0].loc
                 if test is not None:
-                    b.branch(otherwise, Guard(test, negated=True))
-                with ctx.role(role.warps):
-                    set_registers(ctx, role)
-                    self.lower(role.body)
-                b.branch(end)
-                b.place(otherwise)
+                    b.branch(behind, Guard(test, negated=True))
+                set_registers(ctx, group[0])
+                for role, own in zip(group, tests_inside, strict=True):
+                    otherwise = behind if role is group[-1] else b.label("next_role")
+                    b.loc = role.loc
+                    if own is not None:
+                        b.branch(otherwise, Guard(own, negated=True))
+                    with ctx.role(role.warps):
+                        self.lower(role.body)
+                    b.branch(end)
+                    b.place(otherwise)
             b.place(end)
 
 

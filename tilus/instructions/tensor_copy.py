@@ -247,7 +247,7 @@ def _boxes(
     index, origin = beyond(ctx, copy.starts, place), beyond(ctx, copy.offsets, corner)
     places: list[tuple[Address, TensorAddress]] = []
     for column in range(0, copy.shape[-1], width):
-        address = ctx.shared_address(copy.buffer, [*index[:-1], index[-1] + of_const(column)])
+        address = ctx.shared_address(copy.buffer, [*index[:-1], index[-1] + of_const(column)], swizzled=False)
         at = [*origin[:-1], origin[-1] + of_const(column)]
         places.append((address, TensorAddress(base, Vector(tuple(materialize(ctx.b, part) for part in reversed(at))))))
     ctx.note(

@@ -13,11 +13,10 @@ from tilus.ir.function import Function
 from tilus.ir.instruction import Instruction
 from tilus.ir.stmt import Break, Continue, For, If, Inst, Return, Role, Seq, SetScalar, Stmt, While
 from tilus.ir.tensor import RegisterTensor
-from tilus.ir.visit import side_by_side
+from tilus.ir.visit import WARPGROUP, register_groups, side_by_side
 from tilus.ir.visit import walk as walk_statements
 
-# Warps that set their registers together, and how many a thread may have then (PTX ISA, setmaxnreg).
-WARPGROUP = 4
+# How many registers a thread may have that sets their number (PTX ISA, setmaxnreg).
 MIN_REGISTERS = 24
 MAX_REGISTERS = 256
 
@@ -100,6 +99,9 @@ class _Checker:
             self._role_warps(role, taken, last)
             with self._inside(role):
                 self.statement(role.body)
+        for group in register_groups(roles):
+            if group[0].registers is not None:
+                self._whole_warpgroups(group)
         for role in roles:
             for result in _assigned(role):
                 self.elsewhere[result] = f"behind the role of {role} that assigns it: other warps do not know the value"
@@ -143,20 +145,24 @@ class _Checker:
         if registers is None or registers % 8 or not MIN_REGISTERS <= registers <= MAX_REGISTERS:
             message = f"registers is {registers}, expected a multiple of 8 from {MIN_REGISTERS} to {MAX_REGISTERS}"
             self.errors.append(TilusError(message, loc=role.loc))
-        if role.first_warp % WARPGROUP or role.num_warps % WARPGROUP:
-            self.errors.append(
-                TilusError(
-                    f"the role of {role} sets its registers, expected whole warpgroups",
-                    loc=role.loc,
-                    hint=f"first warp and number of warps are multiples of {WARPGROUP}; warps of a role may be idle",
-                )
-            )
         if not last:
             self.errors.append(
                 TilusError(
                     f"the role of {role} sets its registers, and is not at the end of the kernel",
                     loc=role.loc,
                     hint="put loops into the roles, and nothing behind them",
+                )
+            )
+
+    def _whole_warpgroups(self, group: tuple[Role, ...]) -> None:
+        role = group[0]
+        if role.first_warp % WARPGROUP or group[-1].warps.stop % WARPGROUP:
+            self.errors.append(
+                TilusError(
+                    f"the role of {role} sets its registers, expected whole warpgroups",
+                    loc=role.loc,
+                    hint=f"first warp and number of warps are multiples of {WARPGROUP}, of a role or of several that follow each "
+                    "other and have the same number of registers; warps of a role may be idle",
                 )
             )
 

@@ -10,6 +10,8 @@ from tilus.ir.expr import Expr, substitute
 from tilus.ir.stmt import Break, Continue, For, If, Inst, Return, Role, Seq, SetScalar, Stmt, While
 from tilus.ir.tensor import Tensor
 
+WARPGROUP = 4  # warps that set their registers together (PTX ISA, setmaxnreg)
+
 
 def walk(stmt: Stmt) -> Iterator[Stmt]:
     """The statement and all statements inside it, in program order."""
@@ -57,6 +59,19 @@ def side_by_side(stmts: Sequence[Stmt]) -> Iterator[Stmt | tuple[Role, ...]]:
             yield tuple(stmt for stmt in group if isinstance(stmt, Role))
         else:
             yield from group
+
+
+def register_groups(roles: Sequence[Role]) -> list[tuple[Role, ...]]:
+    """Roles that follow each other in the same warpgroup, with the same number of registers: they set it together."""
+    groups: list[list[Role]] = []
+    for role in roles:
+        last = groups[-1][-1] if groups else None
+        inside = last is not None and last.warps.stop % WARPGROUP and role.first_warp == last.warps.stop
+        if last is not None and inside and role.registers is not None and role.registers == last.registers:
+            groups[-1].append(role)
+        else:
+            groups.append([role])
+    return [tuple(group) for group in groups]
 
 
 def rewrite(stmt: Stmt, leaf: Callable[[Stmt], Stmt]) -> Stmt:

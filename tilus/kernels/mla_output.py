@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import tilus
 from tilus import int32
 from tilus.kernels.mla_stages import LATENT, OUTPUT_WARPS, ROWS, Exchange, Ring
-from tilus.kernels.paged_decode_columns import Columns
+from tilus.kernels.paged_decode_columns import MERGED_REGISTERS, Columns
 
 EIGHT = 8  # rows that are stored and merged together
 HALF = LATENT // 2
@@ -38,14 +37,6 @@ def weighted_sum(ring: Ring, exchange: Exchange, tiles: Any) -> Any:
     return (first * factor, second * factor), log2
 
 
-@dataclass(frozen=True, eq=False)
-class Block:
-    """A block of rows of the output, which `Columns` takes for a sequence with one kv head."""
-
-    sequence: Any
-    head: int = 0
-
-
 class Results:
     """out: [row blocks, eights, 1, 8, latent]. lse: likewise, or None. partial_out: [places, eights, 8, latent]. tickets: one
     for each block of rows."""
@@ -59,7 +50,7 @@ class Results:
         for index, half in enumerate(halves):
             rows = half.reshape([EIGHT, EIGHT, HALF]).to(self.out.dtype)
             tilus.store(self.out[block], [0, 0, 0, index * HALF], rows, dims=[0, 2, 3])
-        self.columns.store_lse(self.lse, Block(block), 0, log2.reshape([EIGHT, EIGHT]))
+        self.columns.store_lse(self.lse, block, 0, 0, log2.reshape([EIGHT, EIGHT]))
 
     def merge(self, halves: Any, log2: Any, block: Any, count: Any, first_place: Any, index: Any) -> None:
         """Store one of `count` partial results; whoever comes last adds up all of them in order."""
@@ -70,4 +61,4 @@ class Results:
         if tilus.atomic_add(self.tickets, [block], 1) == count - 1:
             tilus.store(self.tickets, [block], tilus.zeros([1], int32))
             outs, logs = (tilus.narrow(t, 0, first_place, count) for t in (self.partial_out, self.partial_lse))
-            self.columns.merge(outs, logs, count, self.out, self.lse, Block(block))
+            self.columns.merge([(outs, logs, count, MERGED_REGISTERS)], self.out, self.lse, block, 0)

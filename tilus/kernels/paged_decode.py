@@ -32,7 +32,7 @@ from tilus.kernels.attention_variant import AS_IT_IS, NO_VARIANT, GivenVariant, 
 from tilus.kernels.index_checks import check_tables
 from tilus.kernels.kv_cache import QuantizedCache
 from tilus.kernels.paged_decode_arguments import check_decode, check_given
-from tilus.kernels.paged_decode_columns import Columns, normalized, padded_columns
+from tilus.kernels.paged_decode_columns import MERGED_REGISTERS, Columns, normalized, padded_columns
 from tilus.kernels.paged_decode_operands import UNIT_NBITS, Codes, Elements
 from tilus.kernels.paged_decode_softmax import Columnwise, Softmax, attend_to_part
 from tilus.kernels.paged_decode_split import (
@@ -42,10 +42,10 @@ from tilus.kernels.paged_decode_split import (
     parts_of,
     places,
     units_of,
+    with_whole_pairs,
 )
 from tilus.kernels.paged_decode_stages import Stages, fill_part
 from tilus.kernels.plan_choice import num_sms_of
-from tilus.kernels.shared_prefix_groups import LENGTH, TOKENS, PrefixResults, prefix_results, results_of
 from tilus.kernels.vectors import power_of_two
 from tilus.ptx.assembler import SpillError
 from tilus.runtime.execute import place
@@ -94,9 +94,6 @@ def paged_decode_kernel(
     scale_log2: float,
     lse: Tensor[f32, "sequences", "q_len", "kv_heads", "group"] = None,
     factors: Tensor[f16, "pages", "kv_heads", 2, "kinds", "page_size"] = None,
-    shared: Tensor[int32, 6, "sequences"] = None,
-    shared_out: Tensor[f32, "shared_places", "row_tokens", "heads", "head_dim"] = None,
-    shared_lse: Tensor[f32, "shared_places", "row_tokens", "heads"] = None,
     parameters: Tensor[f32, "count"] = None,
     bits: Tensor[int32, "queries", "words"] = None,
     *,
@@ -110,7 +107,6 @@ def paged_decode_kernel(
     code: Const = None,
     early: Const = False,
     settled: Const = False,
-    prefix_split: Const = None,
     variant: Const = NO_VARIANT,
     words: Const = 0,
 ):
@@ -118,11 +114,7 @@ def paged_decode_kernel(
 
     code: of a quantised cache, whose rows are its codes in units of 16 bits. factors: scales of keys and values (kind 0) and what
     is added (kind 1), if anything is, for each token and head. early: block_tables and kv_lens may be read while the kernel in
-    front still runs. settled: and the cache's tokens in front of the queries' own. shared, shared_out, shared_lse, prefix_split:
-    of `shared_prefix_decode`: what sequences share, and attention over it; here follows the rest.
-
-    The kernel in front is then `shared_prefix_kernel`, which lets this one start when all others in front of it have ended. So
-    only its own results are waited for: all else is as good as constant.
+    front still runs. settled: and the cache's tokens in front of the queries' own.
     """
     kv_heads, warps, all_warps = q.shape[2], plan.warps, plan.warps + 1
     tilus.grid(blocks, warps=all_warps, blocks_per_sm=plan.blocks_per_sm)
@@ -134,63 +126,50 @@ def paged_decode_kernel(
     factor_ring = None if code is None else tilus.shared(f16, [plan.stages, plan.tile // chunk, 2, kinds, chunk])
     full, empty = tilus.mbarrier(plan.stages), tilus.mbarrier(plan.stages)
     constant = [kv_lens, block_tables, *([kv_cache, factors] if settled else [])] if early else []
-    if shared is not None:
-        constant = [q, kv_cache, block_tables, shared]
-    elif not early:
+    if not early:
         tilus.wait_dependencies()
-    lengths = kv_lens if shared is None else shared[LENGTH]
-    units, begin, end, start = find_share(lengths, kv_heads, split, all_warps, blocks, tilus.block_id(0))
+    units, begin, end, start = find_share(kv_lens, kv_heads, split, all_warps, blocks, tilus.block_id(0))
 
     with tilus.warps(warps, 1):
         filling = Stages(ring, factor_ring, full, empty)
 
         def fill(part):
-            passed = part.passed if shared is None else shared[TOKENS, part.sequence]
             past = part.length - q_len if settled else None
             fill_part(
-                part, filling, kv_cache, factors, block_tables, passed, constant if shared is None else None, past
+                part, filling, kv_cache, factors, block_tables[part.sequence], part.passed, constant, settled=past
             )
 
-        each_part(lengths, kv_heads, start, begin, end, split, fill)
+        each_part(kv_lens, kv_heads, start, begin, end, split, fill)
         tilus.wait_dependencies(constant=constant)
 
     with tilus.warps(0, warps):
-        if shared is None:
-            tilus.wait_dependencies(constant=constant)
+        tilus.wait_dependencies(constant=constant)
         using = Stages(ring, factor_ring, full, empty)
         columns = Columns(q_len, group, head_dim, plan.warps, plan.column_groups)
         changed = None if variant == NO_VARIANT else Columnwise(variant, columns, parameters, bits, words)
         operands = Elements() if code is None else Codes(code, head_dim, columns.parts, columns.column_groups)
 
         def attend(part):
-            softmax = Softmax(columns, operands, columns.queries(q, part), scale_log2, kinds, changed)
+            softmax = Softmax(
+                columns, operands, columns.queries(q[part.sequence], part.head), scale_log2, kinds, changed
+            )
             attend_to_part(part, using, softmax)
-            if shared is not None:  # now the prefixes are needed
-                tilus.wait_dependencies(constant=constant)
             layout = operands.ordered_layout(columns.result_layout())
             result, result_lse = normalized(softmax.highest, softmax.total, softmax.weighted_sum(), layout)
             result = operands.natural(result)
             count, index, place = parts_of(part, units, blocks, split)
             if changed is not None and variant.sink is not None and index == 0:
                 result, result_lse = changed.with_sink(result, result_lse, part)
-            if shared is not None:  # the first part takes the prefix, too
-                of_prefix, first, member = prefix_results(shared, part.sequence, part.head, kv_heads, prefix_split)
-                of_prefix = of_prefix if index == 0 else 0
-                own = [tilus.narrow(t, 1, member * q_len, q_len) for t in (shared_out, shared_lse)]
-                own = [tilus.narrow(t, 0, first, of_prefix) for t in own]
-                result, result_lse = columns.with_partial(result, result_lse, own[0], own[1], of_prefix)
             if count > 1:
                 columns.store_partial(partial_out, partial_lse, place + index, result, result_lse)
                 if tilus.atomic_add(tickets, [part.pair], 1) == count - 1:
                     tilus.store(tickets, [part.pair], tilus.zeros([1], int32))
                     outs, logs = [tilus.narrow(t, 0, place, count) for t in (partial_out, partial_lse)]
-                    columns.merge(outs, logs, count, out, lse, part)
+                    columns.merge([(outs, logs, count, MERGED_REGISTERS)], out, lse, part.sequence, part.head)
             else:
                 columns.store(out, lse, part, result, result_lse)
 
-        each_part(lengths, kv_heads, start, begin, end, split, attend)
-        if shared is not None:
-            tilus.wait_dependencies(constant=constant)
+        each_part(kv_lens, kv_heads, start, begin, end, split, attend)
 
 
 def paged_decode(
@@ -251,8 +230,7 @@ def paged_decode(
 
 def by_plans(
     q: Any, kv_cache: Any, block_tables: Any, kv_lens: Any, scale: float, return_lse: bool, fixed_split: int | None,
-    device: str | None, constant_tables: bool, prefix: PrefixResults | None = None, given: GivenVariant = AS_IT_IS,
-    out: Any = None, constant_past: bool = False,
+    device: str | None, constant_tables: bool, given: GivenVariant = AS_IT_IS, out: Any = None, constant_past: bool = False,
 ) -> tuple[Any, Any]:  # fmt: skip
     """(output, log-sum-exp or None) by the first plan that the registers suffice for, of arguments that fit."""
     _, _, page_size, kv_heads, head_dim = kv_cache.shape
@@ -261,16 +239,8 @@ def by_plans(
     num_sms, pairs = num_sms_of(q, where), q.shape[0] * kv_heads
     crowded = fixed_split is None and CROWDED_PAIRS * pairs >= num_sms  # else bits would depend on the batch
     shape = (q.shape[1], q.shape[2] // kv_heads, head_dim, page_size, nbits_of(kv_cache), crowded)
-    parts = (
-        return_lse,
-        fixed_split is None,
-        constant_tables,
-        constant_past,
-        where,
-        prefix is not None,
-        given.variant,
-        given.words,
-    )
+    constant = (constant_tables, constant_past)
+    parts = (return_lse, fixed_split is None, constant, where, given.variant, given.words)
     key = (*shape, q.dtype, out.dtype, *parts)
     spilled: SpillError | None = None
     for plan in dropwhile(lambda plan: plan != _found.get(key, plan), plans(*shape)):
@@ -282,8 +252,8 @@ def by_plans(
         blocks = with_whole_pairs(blocks_of(pairs, units, num_sms, plan), pairs)
         try:
             result = launch(
-                q, kv_cache, block_tables, kv_lens, scale, plan, split, blocks, return_lse, device, constant_tables, prefix,
-                given, out, constant_past,
+                q, kv_cache, block_tables, kv_lens, scale, plan, split, blocks, return_lse, device, constant_tables, given,
+                out, constant_past,
             )  # fmt: skip
         except SpillError as error:
             spilled = error
@@ -295,10 +265,10 @@ def by_plans(
 
 def launch(
     q: Any, kv_cache: Any, block_tables: Any, kv_lens: Any, scale: float, plan: DecodePlan, split: Split, blocks: int,
-    return_lse: bool, device: str | None, constant_tables: bool = False, prefix: PrefixResults | None = None,
-    given: GivenVariant = AS_IT_IS, out: Any = None, constant_past: bool = False,
+    return_lse: bool, device: str | None, constant_tables: bool = False, given: GivenVariant = AS_IT_IS, out: Any = None,
+    constant_past: bool = False,
 ) -> tuple[Any, Any]:  # fmt: skip
-    """(output, log-sum-exp or None) by a given plan. prefix: what has been done, where sequences share pages."""
+    """(output, log-sum-exp or None) by a given plan."""
     sequences, q_len, q_heads, head_dim = q.shape
     page_size, kv_heads = kv_cache.shape[2:4]
     group, pairs = q_heads // kv_heads, sequences * kv_heads
@@ -311,11 +281,9 @@ def launch(
     paged_decode_kernel.on(device)(
         q.unflatten(2, (kv_heads, group)), rows, block_tables, kv_lens, out.unflatten(2, (kv_heads, group)),
         empty(q, (most, q_len, group, head_dim), "float32"), empty(q, (most, q_len, group), "float32"),
-        counters(q, pairs), scale * math.log2(math.e), lse, factors, *results_of(prefix),
-        given.parameters, given.bits,
+        counters(q, pairs), scale * math.log2(math.e), lse, factors, given.parameters, given.bits,
         q_len=q_len, group=group, head_dim=head_dim, page_size=page_size, blocks=blocks, split=split, plan=plan, code=code,
-        early=constant_tables, settled=constant_tables and constant_past, prefix_split=None if prefix is None else prefix.split,
-        variant=given.variant, words=given.words,
+        early=constant_tables, settled=constant_tables and constant_past, variant=given.variant, words=given.words,
     )  # fmt: skip
     return out, None if lse is None else lse.flatten(2, 3)
 
@@ -401,12 +369,6 @@ def small(plan: DecodePlan, head_dim: int, nbits: int) -> DecodePlan:
 def stage_nbytes(tile: int, head_dim: int, nbits: int) -> int:
     """Keys, values and their factors."""
     return 2 * tile * (head_dim * nbits // 8 + (0 if nbits == 16 else MOST_FACTORS_NBYTES))
-
-
-def with_whole_pairs(blocks: int, pairs: int) -> int:
-    """A few blocks less where each of them then has whole pairs, if sequences are as long: short rests are better not cut."""
-    each = -(-pairs // blocks)
-    return pairs // each if pairs % each == 0 and pairs // each > 0.95 * blocks else blocks
 
 
 def blocks_of(pairs: int, units: int, num_sms: int, plan: DecodePlan) -> int:

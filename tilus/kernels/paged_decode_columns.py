@@ -17,7 +17,6 @@ from tilus.layout.atoms import mma_c
 
 MERGED = 16  # partial results that are loaded together, at most
 MERGED_REGISTERS = 64  # of a thread for them
-FEW_MERGED_REGISTERS = 32  # of one that has a result, too
 MERGED_ELEMENTS = 16  # of a thread, of the result
 
 
@@ -48,10 +47,10 @@ class Columns:
         repeats = local(1, rows // 16, self.width // (8 * self.column_groups))
         return spatial(self.parts, 1, self.column_groups) * repeats * mma_c().unsqueeze(0)
 
-    def queries(self, q: Any, part: Part) -> Any:
-        """[width, head_dim]"""
+    def queries(self, q: Any, head: Any) -> Any:
+        """Of a sequence and kv head, [width, head_dim]."""
         shape = [self.tokens, self.heads, self.head_dim]
-        tile = tilus.load(q[part.sequence], [0, part.head, 0, 0], shape, dims=[0, 2, 3])
+        tile = tilus.load(q, [0, head, 0, 0], shape, dims=[0, 2, 3])
         return tile.reshape([self.width, self.head_dim])
 
     def result_layout(self) -> RegisterLayout:
@@ -66,71 +65,82 @@ class Columns:
     def store(self, out: Any, lse: Any, part: Part, result: Any, result_lse: Any) -> None:
         where = [0, part.head, 0, 0]
         tilus.store(out[part.sequence], where, self.rows(result).to(out.dtype), dims=[0, 2, 3])
-        self.store_lse(lse, part, 0, result_lse.reshape([self.tokens, self.heads]))
+        self.store_lse(lse, part.sequence, part.head, 0, result_lse.reshape([self.tokens, self.heads]))
 
-    def store_lse(self, lse: Any, part: Part, first: Any, log2: Any) -> None:
+    def store_lse(self, lse: Any, sequence: Any, head: Any, first: Any, log2: Any) -> None:
         """Of the softmax itself: a natural logarithm, minus infinity where there was no key."""
         if lse is not None:
             natural = tilus.where(log2 > NO_SCORE, log2 * math.log(2.0), -math.inf)
-            tilus.store(lse[part.sequence], [first, part.head, 0], natural, dims=[0, 2])
+            tilus.store(lse[sequence], [first, head, 0], natural, dims=[0, 2])
 
     def store_partial(self, partial_out: Any, partial_lse: Any, place: Any, result: Any, result_lse: Any) -> None:
         tilus.store(partial_out[place], [0, 0, 0], self.rows(result))
         tilus.store(partial_lse[place], [0, 0], result_lse.reshape([self.tokens, self.heads]))
 
-    def merge(self, outs: Any, logs: Any, count: Any, out: Any, lse: Any, part: Part) -> None:
-        """Add up `count` partial results, always in the same order, and store the sums."""
+    def merge(self, partials: list[tuple[Any, Any, Any, int]], out: Any, lse: Any, sequence: Any, head: Any) -> None:
+        """Add up partial results, always in the same order, and store the sums. partials: (outs, logs, how many, registers of a
+        thread for those that are loaded together) of each kind."""
         tokens = 1
         while tokens < self.q_len and 2 * tokens * self.heads * self.head_dim <= MERGED_ELEMENTS * 32 * self.warps:
             tokens *= 2
         for first in tilus.range(0, self.q_len, tokens):
-            self.merge_tokens(outs, logs, count, out, lse, part, first, tokens)
+            self.merge_tokens(partials, out, lse, sequence, head, first, tokens)
 
     def merge_tokens(
-        self, outs: Any, logs: Any, count: Any, out: Any, lse: Any, part: Part, first: Any, tokens: int
-    ) -> None:
+        self, partials: list[tuple[Any, Any, Any, int]], out: Any, lse: Any, sequence: Any, head: Any, first: Any, tokens: int
+    ) -> None:  # fmt: skip
         """The same for some query tokens."""
         rows = (tokens, self.heads)
         layout = by_vector((*rows, self.head_dim), self.warps)
-        acc = tilus.zeros([*rows, self.head_dim], layout=layout)
-        total, highest = tilus.zeros([*rows, 1]), tilus.full([*rows, 1], NO_SCORE)
-        result, log2 = added_up(acc, total, highest, outs, logs, count, first, layout, MERGED_REGISTERS)
-        tilus.store(out[part.sequence], [first, part.head, 0, 0], result.to(out.dtype), dims=[0, 2, 3])
-        self.store_lse(lse, part, first, log2.reshape(rows))
-
-    def with_partial(self, result: Any, result_lse: Any, outs: Any, logs: Any, count: Any) -> tuple[Any, Any]:
-        """What `normalized` gave, and `count` partial results added to it."""
-        rows = (self.tokens, self.heads)
-        layout = by_vector((*rows, self.head_dim), self.warps)
-        highest = result_lse.reshape([*rows, 1])
-        total = tilus.where(highest > NO_SCORE, tilus.full([*rows, 1], 1.0), 0.0)
-        result, log2 = added_up(self.rows(result), total, highest, outs, logs, count, 0, layout, FEW_MERGED_REGISTERS)
-        return tilus.transpose(result.reshape([self.width, self.head_dim])), log2.reshape([1, self.width])
+        sums = Sums(layout)
+        ahead = [sums.load(*kind, 0, first) for kind in partials[1:]]  # they come while others are added up
+        sums.add_all(*partials[0], 0, first)
+        for kind, (values, log2) in zip(partials[1:], ahead, strict=True):
+            sums.add(values, log2)
+            sums.add_all(*kind, values.shape[0], first)
+        result, log2 = sums.normalized()
+        tilus.store(out[sequence], [first, head, 0, 0], result.to(out.dtype), dims=[0, 2, 3])
+        self.store_lse(lse, sequence, head, first, log2.reshape(rows))
 
 
-def added_up(
-    acc: Any, total: Any, highest: Any, outs: Any, logs: Any, count: Any, first: Any, layout: RegisterLayout, registers: int
-) -> tuple[Any, Any]:  # fmt: skip
-    """(results, log2 of sums of weights) of sums [tokens, heads, head_dim] and `count` partial results, from token `first` on.
+class Sums:
+    """Weighted sums of partial results [tokens, heads, head_dim] in a layout, of weights, and what these are relative to."""
 
-    total, highest: [tokens, heads, 1], sums of weights and what they are relative to. layout: of sums. registers: of a thread,
-    for partial results that are loaded together.
-    """
-    rows, head_dim = layout.shape[:2], layout.shape[2]
-    together = max(1, min(MERGED, registers // layout.num_locals))
-    for at in tilus.range(0, count, together):
-        spread = layout.unsqueeze(0).expand(0, together)
-        values = tilus.load(outs, [at, first, 0, 0], [together, *rows, head_dim], layout=spread)
+    def __init__(self, layout: RegisterLayout) -> None:
+        self.layout = layout
+        self.rows, self.head_dim = layout.shape[:2], layout.shape[2]
+        self.acc = tilus.zeros(layout.shape, layout=layout)
+        self.total, self.highest = tilus.zeros([*self.rows, 1]), tilus.full([*self.rows, 1], NO_SCORE)
+
+    def together(self, registers: int) -> int:
+        """How many partial results a thread has so many registers for."""
+        return max(1, min(MERGED, registers // self.layout.num_locals))
+
+    def load(self, outs: Any, logs: Any, count: Any, registers: int, at: Any, first: Any) -> tuple[Any, Any]:
+        """Some of `count` partial results and their logarithms, from the at-th on, from token `first` on."""
+        together, rows = self.together(registers), self.rows
+        spread = self.layout.unsqueeze(0).expand(0, together)
+        values = tilus.load(outs, [at, first, 0, 0], [together, *rows, self.head_dim], layout=spread)
         log2 = tilus.load(logs, [at, first, 0], [together, *rows]).reshape([together, *rows, 1])
-        log2 = tilus.where(tilus.arange(together, shape=[together, 1, 1, 1], start=at) < count, log2, NO_SCORE)
-        higher = tilus.maximum(highest, tilus.max(log2, 0))
-        shrink = tilus.exp2(highest - higher)
+        return values, tilus.where(tilus.arange(together, shape=[together, 1, 1, 1], start=at) < count, log2, NO_SCORE)
+
+    def add(self, values: Any, log2: Any) -> None:
+        higher = tilus.maximum(self.highest, tilus.max(log2, 0))
+        shrink = tilus.exp2(self.highest - higher)
         factors = tilus.where(log2 > NO_SCORE, tilus.exp2(log2 - higher), 0.0)
-        acc = acc * shrink + tilus.sum(values * factors, 0)
-        total = total * shrink + tilus.sum(factors, 0)
-        highest = higher
-    result = acc * tilus.rcp(tilus.where(total > 0.0, total, 1.0))
-    return result, tilus.where(total > 0.0, tilus.log2(total) + highest, NO_SCORE)
+        self.acc = self.acc * shrink + tilus.sum(values * factors, 0)
+        self.total = self.total * shrink + tilus.sum(factors, 0)
+        self.highest = higher
+
+    def add_all(self, outs: Any, logs: Any, count: Any, registers: int, begin: Any, first: Any) -> None:
+        """All of them from the begin-th on."""
+        for at in tilus.range(begin, count, self.together(registers)):
+            self.add(*self.load(outs, logs, count, registers, at, first))
+
+    def normalized(self) -> tuple[Any, Any]:
+        """(results, log2 of sums of weights)"""
+        result = self.acc * tilus.rcp(tilus.where(self.total > 0.0, self.total, 1.0))
+        return result, tilus.where(self.total > 0.0, tilus.log2(self.total) + self.highest, NO_SCORE)
 
 
 def by_vector(shape: tuple[int, int, int], warps: int) -> RegisterLayout:

@@ -82,16 +82,33 @@ class Softmax:
         self.acc = tilus.zeros([parts, head_dim, width], layout=columns.layout(head_dim))
         self.added = tilus.zeros([parts, 1, width]) if kinds == 2 else None
 
+    def products(self, keys: Any) -> Any:
+        """Of keys [parts, 16, head_dim] with the queries, [parts, 16, width]; pieces of the elements by themselves."""
+        parts, head_dim, width = self.queries.shape
+        pieces = self.operands.pieces
+        keys = keys.reshape([parts, ROWS, pieces, head_dim // pieces])
+        queries = self.queries.reshape([parts, pieces, head_dim // pieces, width])
+        sums = [
+            tilus.dot(
+                tilus.select(keys, 2, piece),
+                tilus.select(queries, 1, piece),
+                tilus.zeros([parts, ROWS, width], layout=self.columns.layout(ROWS)),
+            )
+            for piece in range(pieces)
+        ]
+        total = sums[0]
+        for further in sums[1:]:
+            total = total + further
+        return total
+
     def weights(self, stages: Stages, step: Any, seen: Any, valid: Any, at: Position | None) -> Any:
         """Of 16 tokens for each warp, in f32 [parts, 16, width], scales of values included.
 
         seen [parts, 16, width]: by which columns. valid [parts, 16, 1]: which of the tokens there are; others may be anything,
         also no number. at: where the scores are, if there is a variant.
         """
-        parts, width, count = self.columns.parts, self.columns.width, ROWS * self.columns.parts
-        scores = tilus.zeros([parts, ROWS, width], layout=self.columns.layout(ROWS))
-        scores = tilus.dot(self.operands.keys(stages, step, count), self.queries, scores)
-        scores = self.scaled(scores, stages, step, count)
+        count = ROWS * self.columns.parts
+        scores = self.scaled(self.products(self.operands.keys(stages, step, count)), stages, step, count)
         if self.variant is not None:
             scores = self.variant.scores(scores, at)
         weights = self.weights_of(scores, seen)

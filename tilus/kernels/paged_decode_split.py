@@ -81,6 +81,12 @@ def owner(units: Any, blocks: Any, unit: Any) -> Any:
     return block
 
 
+def owners(units: Any, blocks: Any, first: Any, last: Any) -> Any:
+    """(the block that has unit `first`, how many blocks have units from that to before `last`)"""
+    block = owner(units, blocks, first)
+    return block, owner(units, blocks, max(last - 1, 0)) - block + 1
+
+
 def parts_of(part: Part, units: Any, blocks: Any, split: Split) -> Any:
     """(how many parts the pair of a part has, which of them it is, the place of the pair's first one among partial results).
 
@@ -89,13 +95,19 @@ def parts_of(part: Part, units: Any, blocks: Any, split: Split) -> Any:
     """
     if split.fixed:
         return part.last - part.first, part.begin - part.first, part.first
-    block = owner(units, blocks, part.first)
-    return owner(units, blocks, part.last - 1) - block + 1, owner(units, blocks, part.begin) - block, block + part.pair
+    block, count = owners(units, blocks, part.first, part.last)
+    return count, owner(units, blocks, part.begin) - block, block + part.pair
 
 
 def places(pairs: int, max_tokens: int, blocks: int, split: Split) -> int:
     """Places for partial results of a batch: pairs of sequences and kv heads, sequences of up to max_tokens."""
     return pairs * units_of(max_tokens, split.unit) if split.fixed else pairs + blocks
+
+
+def with_whole_pairs(blocks: int, pairs: int) -> int:
+    """A few blocks less where each of them then has whole pairs, if sequences are as long: short rests are better not cut."""
+    each = -(-pairs // blocks)
+    return pairs // each if pairs % each == 0 and pairs // each > 0.95 * blocks else blocks
 
 
 def each_part(
@@ -148,6 +160,17 @@ def find_share(lengths: Any, kv_heads: Any, split: Split, warps: int, blocks: in
         sequence, first = sequence + more, max(first, last)
         count = tilus.item(tilus.max(ends))
     return units, begin, end, (sequence, first)
+
+
+def find_units(lengths: Any, kv_heads: Any, split: Split, warps: int, sequence: Any) -> Any:
+    """(units of the batch, the first one of a sequence, units of each of its pairs). Every warp finds them by itself."""
+    behind, before = 0, 0
+    for at in tilus.range(0, lengths.shape[0], LENGTHS):
+        units = _units(lengths, at, split, warps)
+        behind = behind + tilus.item(tilus.sum(units))
+        before = before + tilus.item(tilus.sum(tilus.where(tilus.arange(LENGTHS, start=at) < sequence, units, 0)))
+    length = max(lengths[sequence], 0)
+    return behind * kv_heads, before * kv_heads, units_of(length - passed_of(length, split), split.unit)
 
 
 def _passed(ends: Any, begin: Any, at: Any, lengths: Any) -> Any:

@@ -11,6 +11,7 @@ from tilus.kernels.paged_decode_split import Part
 from tilus.layout import replicated, spatial
 
 PAGES = 32  # entries of a block table that a warp looks up at once
+LANES = 32
 
 
 class Stages:
@@ -57,26 +58,25 @@ class Stages:
 
 
 def fill_part(
-    part: Part, stages: Stages, kv_cache: Any, factors: Any, block_tables: Any, passed: Any,
-    constant: list[Any] | None, settled: Any = None,
+    part: Part, stages: Stages, kv_cache: Any, factors: Any, table: Any, passed: Any,
+    constant: list[Any] | None, most: int = PAGES, settled: Any = None,
 ) -> None:  # fmt: skip
-    """Copy the tiles of a part into the ring. For pages behind the part's end zeros arrive, and no memory is read; their
-    factors are those of some page. passed: tokens at the start of the sequence that do not count. constant: see
-    "Dependent launch" (docs/language.md); None where nothing is to be waited for. settled: of the tokens that count, how many
-    at the start are constant, too: their tiles are asked for while kernels in front still run; None: none of them."""
+    """Copy the tiles of a part into the ring. For pages behind the part's end zeros arrive, and no memory is read; their factors
+    are those of some page. table: the pages of the sequence. passed: tokens at its start that do not count. constant: see
+    "Dependent launch" (docs/language.md); None where nothing is to be waited for. most: entries of the table that are looked up
+    at once, which take as many registers. settled: of the tokens that count, how many at the start are constant, too: their tiles
+    are asked for while kernels in front still run; None: none of them."""
     count, chunks, _, chunk, row = stages.ring.shape
     page_size, nowhere = kv_cache.shape[2], kv_cache.shape[0]
     tile, end = chunks * chunk, part.end_token
     # Looked up together by the lanes of the warp, or the first tiles would wait for one access of the table after the other.
-    together = PAGES // chunks if PAGES % chunks == 0 and page_size <= tile else 1
-    lanes, everywhere = spatial(PAGES), replicated(PAGES, 1).local(together * chunks)
+    together = most // chunks if most % chunks == 0 and page_size <= tile else 1
+    lanes, everywhere = replicated(LANES // most, 1) * spatial(most), replicated(LANES, 1).local(together * chunks)
 
     def look_up(first: Any) -> Any:
         """The pages of the tiles from a token on."""
         layout = lanes if together > 1 else everywhere
-        return tilus.load(
-            block_tables, [part.sequence, (first + passed) // page_size], [together * chunks], layout=layout
-        )
+        return tilus.load(table, [(first + passed) // page_size], [together * chunks], layout=layout)
 
     def pages_of(known: Any, index: int, first: Any) -> Any:
         """Those of a tile; behind the end of the part pages that do not exist, which are not read."""

@@ -34,7 +34,7 @@ from tilus.kernels.paged_decode import units_of_codes
 from tilus.kernels.paged_prefill_codes import CONVERTERS, CodeMemory, Filling
 from tilus.kernels.paged_prefill_softmax import Kind, Rows, Turns
 from tilus.kernels.paged_prefill_split import SplitRows, splits_of
-from tilus.kernels.paged_prefill_stages import Memory
+from tilus.kernels.paged_prefill_stages import PIECE, Memory
 from tilus.kernels.paged_prefill_tiles import LEAST_STEPS, ROWS, Tables, Visits, each_tile, slack_of, slots, tokens_of
 from tilus.kernels.plan_choice import num_sms_of
 from tilus.kernels.vectors import power_of_two
@@ -130,7 +130,7 @@ def paged_prefill_kernel(
 
             def fill(index, tile):
                 filling.fill_queries(q, tile, index, plan.heads)
-                filling.fill(kv_cache, tables.of(tile), tile)
+                filling.fill(kv_cache, tables.of(tile), tile, tile.length % PIECE)
 
             each_tile(q, q_start, kv_lens, blocks, slack, visits, fill, parts)
     else:

@@ -53,8 +53,7 @@ class Memory:
 
     def __init__(self, dtype: Any, head_dim: int, plan: Any) -> None:
         self.queries = tilus.shared(dtype, [2, ROWS // 2, head_dim])
-        single = tilus.mbarrier(3)  # together: each tensor takes 128 bytes
-        self.turns, self.full, self.empty = single, single[2], tilus.mbarrier(arrivals=2)
+        self.turns, self.full, self.empty = tilus.mbarrier(2), tilus.mbarrier(), tilus.mbarrier(arrivals=2)
         self.rings = [
             (
                 tilus.shared(dtype, [count, plan.kv_tile, head_dim]),
@@ -93,8 +92,9 @@ class Stages:
                     dst_offsets=[i * tokens, 0], barrier=full, dims=[0, 3],
                 )  # fmt: skip
 
-    def fill(self, kv_cache: Any, table: Any, tile: Tile) -> None:
-        """The tiles of the cache that some row sees, the last one first. Pages of the next one are looked up ahead."""
+    def fill(self, kv_cache: Any, table: Any, tile: Tile, rest: Any) -> None:
+        """The tiles of the cache that some row sees, the last one first. Pages of the next one are looked up ahead. rest: tokens
+        of the last piece, 0 where it is whole."""
         length, page_size = self.keys.tiles.shape[1], kv_cache.shape[2]
         count = max(length // page_size, 1)
         at = (tile.end - 1) * length  # a variable: computed once, not at each use
@@ -102,7 +102,7 @@ class Stages:
         for _ in tilus.range(tile.steps):
             following = tilus.load(table, [(at - length) // page_size], [count])
             if at + length > tile.length:
-                self.fill_end(kv_cache, table, tile, at)
+                self.fill_end(kv_cache, table, tile, at, rest)
             else:
                 self.fill_whole(self.keys, 0, pages, kv_cache, tile, at)
                 self.fill_whole(self.values, 1, pages, kv_cache, tile, at)
@@ -120,12 +120,11 @@ class Stages:
         )  # fmt: skip
         ring.advance()
 
-    def fill_end(self, kv_cache: Any, table: Any, tile: Tile, at: Any) -> None:
+    def fill_end(self, kv_cache: Any, table: Any, tile: Tile, at: Any, rest: Any) -> None:
         """The tile of the cache that contains the end of the sequence, which starts at token `at`."""
         pages, page_size = kv_cache.shape[0], kv_cache.shape[2]
         _, length, head_dim = self.keys.tiles.shape
         nbytes = self.keys.tiles[0].nbytes
-        rest = tile.length % PIECE
         whole = (tile.length - at) // PIECE * PIECE  # tokens in front of the piece with the end
         for which in range(2):
             ring = (self.keys, self.values)[which]

@@ -1,13 +1,14 @@
 """Decoding of batches whose sequences begin with the same pages: those are read once for all of them.
 
 Launches that depend on each other: one finds the groups (`shared_prefix_groups`), one attends to their prefixes, with many
-queries a product (`shared_prefix_rows`), and one, `paged_decode`'s, to the rest of each sequence, and adds all up. The host
-reads nothing. The groups are the same in all layers of a model: found once, they leave two launches.
+queries a product, and at the same time to the rest of each sequence (`shared_prefix_rows`), and one adds all up
+(`shared_prefix_merge`). The host reads nothing. The groups are the same in all layers of a model: found once, they leave two
+launches.
 
 Budget for 64 sequences with 8192 tokens in common and 256 of their own, 32 query heads and 8 of keys, 128 elements of 16 bits,
-on an H100. The prefix is 256 rows a kv head: 16 row tiles by 64 units of 128 tokens, 8 at most for each of 132 multiprocessors,
-of 2048 cycles: 10 us at 1.7 GHz, in which 34 MB are read (11 us). Partial results of 148 parts of 64 KB are written and read in
-the L2 cache. The rest is 67 MB: 21 us at 3.14 TB/s.
+on an H100. The prefix is 256 rows a kv head: 16 row tiles by 64 units of 128 tokens, 8 for each of 128 multiprocessors,
+of 2048 cycles: 10 us at 1.7 GHz. 34 MB of it and 67 MB of the rest take 32 us to read. Partial results are 128 parts of 64 KB,
+written and read in the L2 cache.
 
 Partial softmax over parts of the keys: see `merge_states`; shared prefixes of a batch: J. Juravsky et al., "Hydragen", arXiv
 2402.05099; Z. Ye et al., "FlashInfer", arXiv 2501.01005.
@@ -16,48 +17,60 @@ Partial softmax over parts of the keys: see `merge_states`; shared prefixes of a
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Iterator
 from typing import Any
 
-from tilus import TilusError
+from tilus import TilusError, f32
 from tilus.kernels.allocate import counters, empty, is_cuda
 from tilus.kernels.index_checks import check_tables
 from tilus.kernels.kv_cache import QuantizedCache
-from tilus.kernels.paged_decode import by_plans, by_queries, check_decode, paged_decode
-from tilus.kernels.paged_prefill import PrefillPlan, by_fitting_plan, plans_of
+from tilus.kernels.paged_decode import (
+    RESERVED_NBYTES,
+    SHARED_NBYTES,
+    by_queries,
+    check_decode,
+    paged_decode,
+    stage_nbytes,
+)
+from tilus.kernels.paged_decode_columns import padded_columns
+from tilus.kernels.paged_decode_split import Split, with_whole_pairs
+from tilus.kernels.paged_decode_split import places as own_places
+from tilus.kernels.paged_prefill import PrefillPlan
 from tilus.kernels.paged_prefill_tiles import ROWS
 from tilus.kernels.plan_choice import num_sms_of
-from tilus.kernels.shared_prefix_groups import (
-    FIELDS,
-    PrefixResults,
-    PrefixSplit,
-    members_of,
-    places,
-    shared_prefix_groups_kernel,
-)
-from tilus.kernels.shared_prefix_rows import shared_prefix_kernel
+from tilus.kernels.shared_prefix_groups import FIELDS, members_of, places, row_heads, shared_prefix_groups_kernel
+from tilus.kernels.shared_prefix_merge import NOTES, shared_prefix_merge_kernel
+from tilus.kernels.shared_prefix_rows import WARPGROUP, SharedPlan, shared_prefix_kernel
 from tilus.kernels.vectors import power_of_two
+from tilus.ptx.assembler import SpillError
 from tilus.runtime.execute import place
 
 UNIT = 128  # tokens
 LEAST_LANES = 32
 MOST_HEAD_DIM = 128
 MOST_COLUMNS = 32  # of a launch; with more the registers do not suffice for prefixes and the rest
+OWN_TILE = 64  # tokens
+OWN_STAGES = 2
+PIECE = 32  # elements of a head
+MOST_STAGES = 8  # of prefixes
+# Tokens of a tile of a prefix; registers of threads for prefixes, for the rest, and that copy: 512 in all.
+PLANS = ((64, 160, 152, 40), (32, 144, 176, 48))
+_fitting: dict[tuple[Any, ...], SharedPlan] = {}
 
 
 def shared_prefix_decode(
     q: Any, kv_cache: Any, block_tables: Any, kv_lens: Any, scale: float, *, return_lse: bool = False,
     constant_tables: bool = False, shared: Any = None, device: str | None = None,
 ) -> Any:  # fmt: skip
-    """`paged_decode`, which reads pages that neighbouring sequences begin with once for all of them (sm_90a).
+    """`paged_decode`, which reads pages that several sequences begin with once for all of them (sm_90a).
 
     Arguments, result and errors are those of `paged_decode`, without fixed_split and variants, and so is the meaning, whatever
     the tables hold; bits may differ.
-    What counts is equal entries at the start of the block tables of neighbours in the batch: at least 256 tokens that all
-    queries of both see whole. There may be several groups with prefixes of different lengths, and sequences that share nothing;
-    put those with the same prefix next to each other. Where prefixes are nested, each sequence takes part in one: neighbours
-    stay together if they have at least half as much in common as each has with its other neighbour, and all of a group share
-    what is common to all.
+    What counts is equal entries at the start of block tables: at least 256 tokens that all queries of both sequences see whole.
+    There may be several groups with prefixes of different lengths, and sequences that share nothing, in any order. Where
+    prefixes are nested, each sequence takes part in one: of those with the first 256 tokens in common, neighbours (put those
+    next to each other that share the most) stay together if they have at least half as much in common as each has with its
+    other neighbour, and all of a group share what is common to all.
 
     shared: what `find_shared_prefixes` gave for these tables and lengths, to use it in all layers of a model: two launches. By
     default it is found here, by one more. More than 32 columns, q_len times Hq / Hkv rounded up to a power of two, take several
@@ -89,12 +102,7 @@ def shared_prefix_decode(
             f"[{FIELDS}, {q.shape[0]}]",
             hint="it is what find_shared_prefixes gives for the same block_tables and kv_lens",
         )
-    plans = prefix_plans(power_of_two(group), head_dim)
-    key = "shared prefix", q.dtype, kv_cache.shape[3], group, kv_cache.shape[2], head_dim, q_len
-    prefix = by_fitting_plan(
-        key, plans, lambda plan: attend_to_prefixes(q, kv_cache, block_tables, shared, scale, plan, device)
-    )
-    out, lse = by_plans(q, kv_cache, block_tables, kv_lens, scale, return_lse, None, device, False, prefix)
+    out, lse = by_plans(q, kv_cache, block_tables, shared, scale, return_lse, device)
     return (out, lse) if return_lse else out
 
 
@@ -105,43 +113,76 @@ def find_shared_prefixes(
     """What `shared_prefix_decode` takes as `shared`: which sequences share pages. One launch; the host reads nothing.
 
     block_tables: int32 [S, max_pages]. kv_lens: int32 [S]. q_len: queries a sequence. group: query heads of a kv head.
-    constant_tables: as of `paged_decode`. Returns: int32 [6, S], for that function only.
+    constant_tables: as of `paged_decode`. Returns: int32 [7, S], for that function only.
     """
     sequences = kv_lens.shape[0]
     shared = empty(kv_lens, (FIELDS, sequences))
     lanes = max(LEAST_LANES, power_of_two(sequences))
     shared_prefix_groups_kernel.on(device)(
-        block_tables, kv_lens, empty(kv_lens, (sequences + 1,)), shared, counters(kv_lens, 1), q_len=q_len,
+        block_tables, kv_lens, empty(kv_lens, (2, sequences + 1)), shared, counters(kv_lens, 1), q_len=q_len,
         page_size=page_size, members=members_of(q_len, group), unit=unit_of(page_size), lanes=lanes, early=constant_tables,
     )  # fmt: skip
     return shared
 
 
-def attend_to_prefixes(
-    q: Any, kv_cache: Any, block_tables: Any, shared: Any, scale: float, plan: PrefillPlan, device: str | None,
-    blocks: int | None = None,
-) -> PrefixResults:  # fmt: skip
-    """Partial results of the prefixes of all groups, by a given plan; on as many blocks as there are multiprocessors."""
+def by_plans(
+    q: Any, kv_cache: Any, block_tables: Any, shared: Any, scale: float, return_lse: bool, device: str | None
+) -> tuple[Any, Any]:  # fmt: skip
+    """(output, log-sum-exp or None) by the first plan that the registers suffice for, which is remembered."""
+    page_size, kv_heads, head_dim = kv_cache.shape[2:]
+    shape = q.shape[1], q.shape[2] // kv_heads, head_dim, page_size
+    key = (*shape, kv_heads, q.dtype)
+    spilled: SpillError | None = None
+    for plan in (_fitting[key],) if key in _fitting else shared_plans(*shape[:3]):
+        try:
+            result = launch(q, kv_cache, block_tables, shared, scale, plan, return_lse, device)
+        except SpillError as error:
+            spilled = error
+        else:
+            _fitting[key] = plan
+            return result
+    raise spilled or TilusError(f"shared_prefix_decode: no plan for {shape}")
+
+
+def launch(
+    q: Any, kv_cache: Any, block_tables: Any, shared: Any, scale: float, plan: SharedPlan, return_lse: bool,
+    device: str | None, blocks: int | None = None,
+) -> tuple[Any, Any]:  # fmt: skip
+    """(output, log-sum-exp or None) by a given plan; on about as many blocks as there are multiprocessors."""
     sequences, q_len, q_heads, head_dim = q.shape
     page_size, kv_heads = kv_cache.shape[2:4]
-    group = q_heads // kv_heads
-    split = PrefixSplit(unit_of(page_size), blocks or num_sms_of(q, place(device, is_cuda(q))))
-    shape = places(sequences, members_of(q_len, group), kv_heads, split.blocks), ROWS // plan.heads, plan.heads
-    out, lse = empty(q, (*shape, head_dim), "float32"), empty(q, shape, "float32")
+    group, pairs, heads = q_heads // kv_heads, sequences * kv_heads, plan.prefix.heads
+    blocks = blocks or with_whole_pairs(num_sms_of(q, place(device, is_cuda(q))), pairs)
+    split, unit = Split(min(plan.tile, page_size)), unit_of(page_size)
+    of_prefix = places(sequences, members_of(q_len, group), kv_heads, blocks), ROWS // heads, heads
+    of_own = own_places(pairs, block_tables.shape[1] * page_size, blocks, split), q_len, group
+    partial = [empty(q, shape, "float32") for rows in (of_prefix, of_own) for shape in ((*rows, head_dim), rows)]
+    by_head = q.unflatten(2, (kv_heads, group))
+    out = empty(q, tuple(q.shape))
+    lse = empty(q, (sequences, q_len, kv_heads, group), "float32") if return_lse else None
+    notes = empty(q, (NOTES, pairs), "int32")
+    shape = {
+        "q_len": q_len, "kv_heads": kv_heads, "group": group, "head_dim": head_dim, "heads": heads, "row_tokens": ROWS // heads,
+    }  # fmt: skip
     shared_prefix_kernel.on(device)(
-        q.flatten(0, 1).unflatten(1, (kv_heads, group)), kv_cache, block_tables, shared, out, lse, scale * math.log2(math.e),
-        q_len=q_len, group=group, head_dim=head_dim, page_size=page_size, split=split, plan=plan,
+        by_head, by_head.flatten(0, 1), kv_cache, block_tables, shared, notes, *partial, scale * math.log2(math.e), blocks,
+        **shape, page_size=page_size, unit=unit, split=split, plan=plan,
     )  # fmt: skip
-    return PrefixResults(shared, out, lse, split)
+    shared_prefix_merge_kernel.on(device)(shared, notes, *partial, out.unflatten(2, (kv_heads, group)), lse, **shape)
+    return out, None if lse is None else lse.flatten(2, 3)
 
 
-def prefix_plans(heads: int, head_dim: int) -> tuple[PrefillPlan, ...]:
-    """Those of prefill; the warps that copy also look for their tiles, and get registers for it where the others have some."""
-    return tuple(
-        replace(plan, registers=registers, registers_to_copy=504 - 2 * registers)
-        for plan in plans_of(heads, head_dim)
-        for registers in (216, 232)
-    )
+def shared_plans(q_len: int, group: int, head_dim: int) -> Iterator[SharedPlan]:
+    """The one whose prefixes have the largest tiles first."""
+    groups = 1 << (padded_columns(q_len, group, 1) // 8 - 1).bit_length()  # of eight columns
+    width = padded_columns(q_len, group, groups)
+    to_merge = head_dim * width * f32.nbytes * (WARPGROUP // groups)
+    queries, rest = ROWS * head_dim * 2, OWN_STAGES * stage_nbytes(OWN_TILE, head_dim, 16)
+    left = SHARED_NBYTES - RESERVED_NBYTES - to_merge - queries - rest
+    for kv_tile, prefix, own, copying in PLANS:
+        stages = min(left // stage_nbytes(kv_tile, head_dim, 16), MOST_STAGES)
+        plan = PrefillPlan(row_heads(group), kv_tile, stages, stages, prefix, copying)
+        yield SharedPlan(plan, OWN_TILE, OWN_STAGES, own, groups, max(1, head_dim // PIECE))
 
 
 def unit_of(page_size: int) -> int:

@@ -35,7 +35,8 @@ def warps(b: IRBuilder, first: Any, count: Any, registers: Any = None) -> Warps:
     Blocks that follow each other run side by side, in different warps. In each, tiles are spread over its threads, `tilus.sync()`
     waits for them only, and what it assigns is known to them only. They talk through shared memory and `tilus.mbarrier`s.
     registers: a multiple of 8 from 24 to 256, that each thread may have from here on: those that only copy leave theirs to those
-    that compute. That needs whole warpgroups (multiples of 4 warps), the end of the kernel, and sm_90a.
+    that compute. That needs whole warpgroups (multiples of 4 warps, which roles that follow each other may share if they have the
+    same number), the end of the kernel, and sm_90a.
     """
     for name, value, least in (("first", first, 0), ("count", count, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
