@@ -102,7 +102,9 @@ def test_frames_halve_what_4_bits_of_cache_cost(checkpoint: Checkpoint) -> None:
     with torch.inference_mode():
         wanted = expectations(plain, "fp16")
         lost = [
-            torch.nn.functional.kl_div(expectations(model, "int4"), wanted, log_target=True, reduction="batchmean").item()
+            torch.nn.functional.kl_div(
+                expectations(model, "int4"), wanted, log_target=True, reduction="batchmean"
+            ).item()
             for model in (plain, framed)
         ]
     assert 0 < lost[1] < lost[0] / 2, lost
