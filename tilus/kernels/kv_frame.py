@@ -3,10 +3,10 @@
 Softmax does not change when the same vector is subtracted from all keys of a head, so that keys lose their mean, whose range
 codes would have to cover. In front of the Hadamard transform a reflection (A. S. Householder, "Unitary Triangularization of a
 Nonsymmetric Matrix", 1958) takes the direction in which queries are longest to the mean over a head's elements, which is the one
-that a minimum keeps exactly. A second one takes what is left of a sequence's first key, to which most of the attention goes (G. Xiao
-et al., "Efficient Streaming Language Models with Attention Sinks", arXiv 2309.17453), to a vector of two values, which codes hold
-exactly. Values are reflected such that their mean over tokens is what is kept, and transformed, too;
-attention's results are then transformed back.
+that a minimum keeps exactly. A second one takes what is left of a sequence's first key, to which most of the attention goes
+(G. Xiao et al., "Efficient Streaming Language Models with Attention Sinks", arXiv 2309.17453), to a vector of two values, which
+codes hold exactly. Values are reflected such that their mean over tokens is what is kept, and transformed, too; attention's
+results are then transformed back.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ VECTOR = 4  # neighbouring elements of a thread
 class KvFrame:
     """Of a layer, per head: the rows of these, and what they are for, float32.
 
-    queries: [3, Hq, D]: the two reflections of queries, and that of attention's results. keys: [4, Hkv, D]: the two reflections of
-    keys, that of values, and centres, which keys lose first. A reflection w takes x to x - w (w . x): of length sqrt(2), or
-    zeros for none.
+    queries: [3, Hq, D]: the two reflections of queries, and that of attention's results. keys: [4, Hkv, D]: the two of keys, that
+    of values, and centres, which keys lose first. A reflection w takes x to x - w (w . x): of length sqrt(2), or zeros for none.
     """
 
     queries: Any
@@ -40,7 +39,8 @@ def fit_kv_frame(q: Any, k: Any, v: Any, *, centred: bool = True) -> KvFrame:
     """The frame for queries, keys and values like these, torch tensors on one device.
 
     q: [tokens, Hq, D]; k, v: [tokens, Hkv, D], queries and keys rotated by their positions, the first those of a sequence's first
-    token. centred: whether keys lose their mean: not where scores are capped before the softmax. Raises: TilusError for shapes that do not fit together.
+    token. centred: whether keys lose their mean: not where scores are capped before the softmax.
+    Raises: TilusError for shapes that do not fit together.
     """
     import torch
 
