@@ -10,7 +10,7 @@ from test_rope import rotated
 
 from tilus import TilusError
 from tilus.kernels import KvFrame, fit_kv_frame, paged_attention, quantized_cache, restore_values, rope_append
-from tilus.kernels.kv_frame import reflection
+from tilus.kernels.kv_frame import column, reflection
 
 DEVICES = ["reference", "cpu", "emulator", pytest.param("cuda", marks=pytest.mark.gpu)]
 Q_HEADS, KV_HEADS, PAGE = 4, 2, 16
@@ -19,7 +19,7 @@ GROUP = Q_HEADS // KV_HEADS
 
 def random_frame(head_dim: int) -> KvFrame:
     generator = torch.Generator().manual_seed(head_dim)
-    centres, *mirrors = torch.randn(3, KV_HEADS, head_dim, generator=generator)
+    centres, *mirrors = torch.randn(4, KV_HEADS, head_dim, generator=generator)
     mirrors = [2**0.5 * torch.nn.functional.normalize(mirror, dim=-1) for mirror in mirrors]
     by_query = torch.stack(mirrors).repeat_interleave(GROUP, dim=1)
     return KvFrame(by_query, torch.stack([*mirrors, centres]))
@@ -35,10 +35,13 @@ def matrices(frame: KvFrame) -> dict[str, Array]:
     head_dim = keys.shape[-1]
     mix = np.array([hadamard(row) for row in np.eye(head_dim)]).T
 
-    def of(mirrors: Array) -> Array:
-        return np.array([mix @ (np.eye(head_dim) - np.outer(w, w)) for w in mirrors])
+    def of(*mirrors: Array) -> Array:
+        product = mix
+        for mirror in reversed(mirrors):  # the first one acts first
+            product = product @ (np.eye(head_dim) - mirror[:, :, None] * mirror[:, None])
+        return product
 
-    return {"q": of(queries[0]), "k": of(keys[0]), "v": of(keys[1])}
+    return {"q": of(*queries[:2]), "k": of(*keys[:2]), "v": of(keys[2])}
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -49,7 +52,7 @@ def test_append(name: str, head_dim: int, device: str) -> None:
     given = {key: t.cuda() if device == "cuda" else t for key, t in inputs.items()}
     q = rope_append(**given, kv_cache=there, frame=there_is(frame, device), device=device).cpu().double().numpy()
     found, factors = numbers_of(there)[1], there.factors.cpu().double().numpy()
-    by, centres = matrices(frame), frame.keys[2].double().numpy()
+    by, centres = matrices(frame), frame.keys[3].double().numpy()
     rows, cos_sin = inputs["qkv"].double().numpy().reshape(5, -1, head_dim), inputs["cos_sin"].double().numpy()
     for token, (position, slot) in enumerate(zip(inputs["positions"].tolist(), inputs["slots"].tolist(), strict=True)):
         turned = [rotated(row, cos_sin[position]) for row in rows[token, : Q_HEADS + KV_HEADS]]
@@ -79,19 +82,21 @@ def test_values_are_restored(dtype: torch.dtype, head_dim: int, device: str) -> 
 @pytest.mark.parametrize("head_dim", [64, 48])
 def test_fitted_frames_keep_scores_and_what_queries_see(head_dim: int) -> None:
     """Scores are those of keys without their means; the longest direction of queries, and the mean of values, become vectors of
-    equal elements; centred=False leaves keys where they are."""
+    equal elements, the first key one of two values; centred=False leaves keys where they are."""
     q, k, v = samples(50, head_dim)
     frame = fit_kv_frame(q, k, v)
     by = matrices(frame)
     assert np.allclose(np.einsum("hed,hef->hdf", by["q"], by["k"].repeat(GROUP, axis=0)), np.eye(head_dim), atol=1e-5)
-    assert np.allclose(frame.keys[2], k.mean(0), atol=1e-6)
-    assert not fit_kv_frame(q, k, v, centred=False).keys[2].any()
+    assert np.allclose(frame.keys[3], k.mean(0), atol=1e-6)
+    assert not fit_kv_frame(q, k, v, centred=False).keys[3].any()
     for head in range(KV_HEADS):
         turned = q[:, head * GROUP : (head + 1) * GROUP].double().flatten(0, 1).numpy() @ by["q"][head * GROUP].T
         _, _, directions = np.linalg.svd(turned)
         mean = by["v"][head] @ v[:, head].double().mean(0).numpy()
         for vector in (directions[0], mean / np.linalg.norm(mean)):
             assert np.allclose(abs(vector), head_dim**-0.5, atol=1e-4) and len(set(np.sign(vector))) == 1
+        first = by["k"][head] @ (k[0, head] - k[:, head].mean(0)).double().numpy()
+        assert np.allclose(np.minimum(first - first.min(), first.max() - first), 0, atol=1e-4)
 
 
 def samples(tokens: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -106,7 +111,8 @@ def samples(tokens: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor, tor
 def test_nothing_to_fit_is_no_frame() -> None:
     zeros = torch.zeros(4, KV_HEADS, 64)
     frame = fit_kv_frame(zeros.repeat(1, GROUP, 1), zeros, zeros)
-    assert frame.queries.isfinite().all() and not frame.keys[1:].any() and not reflection(zeros[0]).any()
+    assert frame.queries.isfinite().all() and not frame.keys[1:].any()
+    assert not reflection(zeros[0], column(zeros[0], 0)).any()
 
 
 def test_a_fitted_frame_makes_attention_more_exact() -> None:
@@ -136,7 +142,7 @@ def test_frames_that_do_not_fit() -> None:
     inputs, cache = append_inputs("int4", (Q_HEADS, KV_HEADS), 64, PAGE)
     frame = random_frame(64)
     with pytest.raises(
-        TilusError, match=r"a frame of shapes \[2, 4, 48\] and \[3, 2, 48\], expected \[2, 4, 64\] and \[3, 2, 64\]"
+        TilusError, match=r"a frame of shapes \[3, 4, 48\] and \[4, 2, 48\], expected \[3, 4, 64\] and \[4, 2, 64\]"
     ):
         rope_append(**inputs, kv_cache=cache, frame=random_frame(48), device="reference")
     with pytest.raises(TilusError, match=r"a frame for a cache of float8_e4m3.*\n.*int4 and int8"):

@@ -61,7 +61,7 @@ def test_keys_lose_their_mean_unless_scores_are_capped(tiny_checkpoint: Checkpoi
     for layer, cache in zip(framed.layers, pool.layers):
         assert layer.frame is not None
         keys, values = (cache[0, which, 0].double() for which in (0, 1))
-        assert torch.allclose(layer.frame.keys[2].double(), keys if cap is None else keys * 0, atol=1e-6)
-        mirror = layer.frame.keys[1].double()
+        assert torch.allclose(layer.frame.keys[3].double(), keys if cap is None else keys * 0, atol=1e-6)
+        mirror = layer.frame.keys[2].double()
         first = values - mirror * (mirror * values).sum(-1, keepdim=True)
         assert torch.allclose(first[:, 0].abs(), values.norm(dim=-1), rtol=1e-3)

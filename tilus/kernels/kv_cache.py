@@ -52,7 +52,8 @@ KV_FORMATS = {
 @dataclass(frozen=True, eq=False)
 class QuantizedCache:
     """Keys (0) and values (1) of pages: element = code * scale, or code * scale + minimum. Elements of keys are those of their
-    Hadamard transform where the format mixes them: as `rope_append` writes them, and gives queries.
+    Hadamard transform where the format mixes them, or of keys and values in a frame (`kv_frame`): as `rope_append` writes them, and
+    gives queries.
 
     codes: uint8 [pages, Hkv, 2, page_size, D * nbits / 8], of 4 bits the even element in the lower half of a byte. factors:
     float16 [pages, Hkv, 2, kinds, page_size], scales and then minimums. Both may be strided views (one layer of a pool) with
@@ -103,8 +104,8 @@ def rope_append_quantized_kernel(
     eps: f32,
     q_norm: Tensor[f32, "head_dim"] = None,
     k_norm: Tensor[f32, "head_dim"] = None,
-    to_queries: Tensor[f32, 2, "q_heads", "head_dim"] = None,
-    to_keys: Tensor[f32, 3, "kv_heads", "head_dim"] = None,
+    to_queries: Tensor[f32, 3, "q_heads", "head_dim"] = None,
+    to_keys: Tensor[f32, 4, "kv_heads", "head_dim"] = None,
     *,
     head_dim: Const,
     q_heads: Const,
@@ -145,7 +146,8 @@ def rope_append_quantized_kernel(
     def spread(halves: Any, frame: Any, count: int) -> Any:
         """Rotated queries or keys as they meet each other; frame: their part of it."""
         if frame is not None:
-            halves = reflected(halves, halves_of(frame[0], count, half))
+            for row in (0, 1):
+                halves = reflected(halves, halves_of(frame[row], count, half))
         return mixed(*halves) if kind.mixes_keys else halves
 
     queries = rotated(normed(heads_of(0, q_heads), q_weight, eps), angles)
@@ -155,8 +157,8 @@ def rope_append_quantized_kernel(
     keys = rotated(normed(heads_of(q_heads, kv_heads), k_weight, eps), angles)
     values = heads_of(q_heads + kv_heads, kv_heads)
     if to_keys is not None:
-        keys = [part - centre for part, centre in zip(keys, halves_of(to_keys[2], kv_heads, half))]
-        values = mixed(*reflected(values, halves_of(to_keys[1], kv_heads, half)))
+        keys = [part - centre for part, centre in zip(keys, halves_of(to_keys[3], kv_heads, half))]
+        values = mixed(*reflected(values, halves_of(to_keys[2], kv_heads, half)))
     append(0, spread(keys, to_keys, kv_heads))
     append(1, values)
 
@@ -222,7 +224,7 @@ def append_quantized(
 
 def check_frame(frame: KvFrame, cache: QuantizedCache, q_heads: int) -> None:
     _, _, _, kv_heads, head_dim = cache.shape
-    found, expected = (frame.queries.shape, frame.keys.shape), ((2, q_heads, head_dim), (3, kv_heads, head_dim))
+    found, expected = (frame.queries.shape, frame.keys.shape), ((3, q_heads, head_dim), (4, kv_heads, head_dim))
     if tuple(map(tuple, found)) != expected:
         raise TilusError(
             f"rope_append: a frame of shapes {list(found[0])} and {list(found[1])}, expected {list(expected[0])} and "

@@ -3,8 +3,10 @@
 Softmax does not change when the same vector is subtracted from all keys of a head, so that keys lose their mean, whose range
 codes would have to cover. In front of the Hadamard transform a reflection (A. S. Householder, "Unitary Triangularization of a
 Nonsymmetric Matrix", 1958) takes the direction in which queries are longest to the mean over a head's elements, which is the one
-that a minimum keeps exactly. Values are reflected such that their mean over tokens is what is kept, and transformed, too;
-attention's results are then transformed back.
+that a minimum keeps exactly. A second one takes what is left of a sequence's first key, to which most of the attention goes
+(G. Xiao et al., "Efficient Streaming Language Models with Attention Sinks", arXiv 2309.17453), to a vector of two values, which
+codes hold exactly. Values are reflected such that their mean over tokens is what is kept, and transformed, too; attention's
+results are then transformed back.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ VECTOR = 4  # neighbouring elements of a thread
 class KvFrame:
     """Of a layer, per head: the rows of these, and what they are for, float32.
 
-    queries: [2, Hq, D]: the reflections of queries, and of attention's results. keys: [3, Hkv, D]: the reflections of keys and of
-    values, and centres, which keys lose first. A reflection w takes x to x - w (w . x): of length sqrt(2), or zeros for none.
+    queries: [3, Hq, D]: the two reflections of queries, and that of attention's results. keys: [4, Hkv, D]: the two of keys, that
+    of values, and centres, which keys lose first. A reflection w takes x to x - w (w . x): of length sqrt(2), or zeros for none.
     """
 
     queries: Any
@@ -36,8 +38,9 @@ class KvFrame:
 def fit_kv_frame(q: Any, k: Any, v: Any, *, centred: bool = True) -> KvFrame:
     """The frame for queries, keys and values like these, torch tensors on one device.
 
-    q: [tokens, Hq, D]; k, v: [tokens, Hkv, D], queries and keys rotated by their positions. centred: whether keys lose their
-    mean: not where scores are capped before the softmax. Raises: TilusError for shapes that do not fit together.
+    q: [tokens, Hq, D]; k, v: [tokens, Hkv, D], queries and keys rotated by their positions, the first those of a sequence's first
+    token. centred: whether keys lose their mean: not where scores are capped before the softmax.
+    Raises: TilusError for shapes that do not fit together.
     """
     import torch
 
@@ -49,30 +52,39 @@ def fit_kv_frame(q: Any, k: Any, v: Any, *, centred: bool = True) -> KvFrame:
     kv_heads = k.shape[1]
     group = q.shape[1] // kv_heads
     q, k, v = (x.double() for x in (q, k, v))
-    queries = (
-        q.unflatten(1, (kv_heads, group)).transpose(1, 2).flatten(0, 1)
-    )  # those of a key-value head, one after another
+    # Those of the query heads of a key-value head are one after another.
+    queries = q.unflatten(1, (kv_heads, group)).transpose(1, 2).flatten(0, 1)
     centres = k.mean(0) if centred else torch.zeros_like(k[0])
-    directions = torch.linalg.eigh(torch.einsum("thd,the->hde", queries, queries)).eigenvectors[..., -1]
-    reflections = [reflection(directions), reflection(v.mean(0))]
+    longest = torch.linalg.eigh(torch.einsum("thd,the->hde", queries, queries)).eigenvectors[..., -1]
+    equal, alternating = (column(k[0], index) for index in (0, 1))
+    first = reflection(longest, equal)
+    sink = k[0] - centres
+    sink = sink - first * (first * sink).sum(-1, keepdim=True)
+    second = reflection(sink - equal * (equal * sink).sum(-1, keepdim=True), alternating)
+    reflections = [first, second, reflection(v.mean(0), equal)]
     by_query = torch.stack(reflections).repeat_interleave(group, dim=1)
     return KvFrame(by_query.float(), torch.stack([*reflections, centres]).float())
 
 
-def reflection(directions: Any) -> Any:
-    """[H, D]: what takes each direction to plus or minus that whose Hadamard transform is the same in all elements; zeros where
-    the direction is zero."""
+def column(like: Any, index: int) -> Any:
+    """[H, D]: the unit vector whose Hadamard transform is the same in all elements (0), or alternates between two values (1)."""
     import torch
 
-    head_dim = directions.shape[-1]
+    head_dim = like.shape[-1]
     half = head_dim // 2
     run = half & -half
-    first = torch.zeros_like(directions)
-    first[:, :: head_dim if run == half else run] = 1
-    first, unit = (torch.nn.functional.normalize(x, dim=-1) for x in (first, directions))
-    towards = torch.where(
-        (unit * first).sum(-1, keepdim=True) > 0, -first, first
-    )  # the farther one: no digits are lost
+    found = torch.zeros_like(like)
+    found[:, index :: head_dim if run == half else run] = 1
+    return torch.nn.functional.normalize(found, dim=-1)
+
+
+def reflection(directions: Any, target: Any) -> Any:
+    """[H, D]: what takes each direction to plus or minus a unit vector; zeros where the direction is zero."""
+    import torch
+
+    unit = torch.nn.functional.normalize(directions, dim=-1)
+    ahead = (unit * target).sum(-1, keepdim=True) > 0
+    towards = torch.where(ahead, -target, target)  # the farther one: no digits are lost
     return torch.nn.functional.normalize(unit - towards, dim=-1) * 2**0.5 * (unit != 0).any(-1, keepdim=True)
 
 
@@ -93,7 +105,7 @@ def halves_of(rows: Any, count: int, half: int) -> Any:
 @tilus.kernel(varying=("tokens",))
 def restore_values_kernel(
     out: Tensor["dtype", "tokens", "q_heads", "head_dim"],
-    queries: Tensor[f32, 2, "q_heads", "head_dim"],
+    queries: Tensor[f32, 3, "q_heads", "head_dim"],
     *,
     q_heads: Const,
     head_dim: Const,
@@ -103,7 +115,7 @@ def restore_values_kernel(
     tilus.launch_dependents()
     tilus.wait_dependencies()
     token, half = tilus.block_id(0), head_dim // 2
-    low, high = reflected(mixed(*halves_of(out[token], q_heads, half)), halves_of(queries[1], q_heads, half))
+    low, high = reflected(mixed(*halves_of(out[token], q_heads, half)), halves_of(queries[2], q_heads, half))
     tilus.store(out, [token, 0, 0], low.to(out.dtype))
     tilus.store(out, [token, 0, half], high.to(out.dtype))
 

@@ -81,7 +81,8 @@ def rope_append(
     slots: int32 [M], page * page_size + offset; a token whose slot is outside of the cache (a negative one, say) is not
     written to it. kv_cache: float16 or bfloat16 [pages, 2, page_size, Hkv, D], keys at index 0, values at 1; may be strided. Or a
     `QuantizedCache`, with D a multiple of 16 up to 256: scales and minimums are rounded to f16 and codes computed with those, so
-    that an element is off by half a step at most, half of the last place of an fp8 code. q_norm, k_norm: float32 [D]; where
+    that an element is off by half a step at most, half of the last place of an fp8 code; with minimums by half a step around the
+    mean of a head's errors, which is then added to the minimum. q_norm, k_norm: float32 [D]; where
     given, each head of queries (keys) becomes its `rms_norm` with this weight and eps before it is rotated. Torch tensors.
     frame: the coordinates in which keys and values of a quantised cache are kept (`fit_kv_frame`); attention's results go through
     `restore_values` then, and logarithms of sums that it returns are off by the product of the query and the centre.
