@@ -18,6 +18,9 @@ measured steps as baseline; limit is the part by which they may differ.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import gc
+import gzip
 import json
 import sys
 import time
@@ -33,11 +36,12 @@ from serving.bench.summary import summarise
 from serving.bench.traces import read_trace
 from serving.bench.workload import PlannedRequest, at_rate, scaled
 from serving.config import EngineConfig
-from serving.core import Runner
+from serving.core import Batch, Runner, StepOutput
 from serving.cost_model import CostModel, StepWork
 from serving.engine import Engine
 from serving.rehearsal import rehearsal
 from serving.simulate import Outcome, PlainVocabulary, PlannedEnds, RealClock, replay, roofline, simulate
+from serving.trace import Trace
 from serving.warm_up import measure_steps, warm_up
 
 PAGE = 16
@@ -56,7 +60,7 @@ def conversation(options: argparse.Namespace) -> list[PlannedRequest]:
 def long_answers(options: argparse.Namespace) -> list[PlannedRequest]:
     rng, count = np.random.default_rng(0), options.requests
     answers = np.clip(np.rint(rng.lognormal(np.log(options.longest / 13.65), 1.0, count)), 1, options.longest)
-    return [PlannedRequest(0.0, int(size), int(answer)) for size, answer in zip(rng.integers(32, 512, count), answers)]
+    return [PlannedRequest(0.0, int(size), int(answer)) for size, answer in zip(rng.integers(32, options.longest // 8, count), answers)]
 
 
 def limits(options: argparse.Namespace, **policy: Any) -> EngineConfig:
@@ -126,6 +130,30 @@ def simulator(seconds: Callable[[StepWork], float]) -> Replay:
     return lambda plan, config, max_tokens: simulate(plan, config, seconds, max_tokens)
 
 
+class Watched:
+    """A runner whose steps are remembered."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self.works: list[tuple[int, ...]] = []
+
+    def launch(self, batch: Batch) -> Callable[[], StepOutput]:
+        work = StepWork.of(batch)
+        self.works.append((work.tokens, work.kv_tokens, work.pairs, int(work.prompts), len(batch.items)))
+        return self._runner.launch(batch)
+
+
+class Spans(Trace):
+    """Keeps what is added."""
+
+    def __init__(self) -> None:
+        super().__init__(Path("trace.json"))
+        self.found: list[tuple[str, float, float]] = []
+
+    def add(self, track: str, name: str, start: float, end: float) -> None:
+        self.found.append(("GPU" if track == "GPU" else name, start, end))
+
+
 class Gpu:
     """Replays on the GPU, on one model and runner."""
 
@@ -135,7 +163,9 @@ class Gpu:
         from serving.decode_graph import GraphLimits
         from serving.runner import TorchRunner
 
-        model, _ = open_model(options)
+        self._spans, self._record = Spans(), options.record
+        self._recorded: list[dict[str, Any]] = []
+        model, _ = open_model(options, options.runner)
         pages = -(-options.context // PAGE)
         self._runner = TorchRunner(
             model,
@@ -144,27 +174,51 @@ class Gpu:
             model.norm.device,
             max_rows=options.max_batch,
             graphs=GraphLimits(options.max_batch, pages),
+            trace=self._spans,
         )
         self._cost = CostModel(options.steps)
         engine = self._engine(self._runner, limits(options))
         say("loaded")
-        largest = limits(options, max_step_tokens=max(options.max_step_tokens, options.prefill_tokens))
-        tilus.compile_ahead(lambda: self._runner.rehearse(rehearsal(largest)))
+        whole = limits(options, max_step_tokens=max(options.max_step_tokens, options.prefill_tokens))
+        tilus.compile_ahead(lambda: self._runner.rehearse(rehearsal(whole)))
         say("compiled")
         warm_up(engine, True, lambda done, total: None, options.max_batch)
         say("captured")
-        measure_steps(engine)
-        say("steps measured")
+        large = dataclasses.replace(whole, max_batch=8)
+        for config in (large, limits(options), limits(options)):
+            start = time.perf_counter()
+            self.replayed("measure", lambda runner, config=config: measure_steps(self._engine(runner, config)))
+            say(f"steps measured {time.perf_counter() - start:.1f}")
+
+    def replayed(self, name: str, run: Callable[[Runner], Any], runner: Runner | None = None) -> Any:
+        watched = Watched(runner or self._runner)
+        self._spans.found.clear()
+        gc.collect()
+        gc.freeze()
+        found = run(watched)
+        records = [dataclasses.asdict(r) for r in found.records] if hasattr(found, "records") else []
+        self._recorded.append({"name": name, "works": watched.works, "spans": list(self._spans.found), "records": records})
+        if self._record:
+            with gzip.open(self._record, "wt") as file:
+                json.dump(self._recorded, file)
+        return found
 
     def __call__(self, plan: list[PlannedRequest], config: EngineConfig, max_tokens: int) -> Outcome:
         lengths = {str(index): planned.output_tokens for index, planned in enumerate(plan)}
-        engine = self._engine(PlannedEnds(self._runner, lengths), config)
-        seen = replay(engine, plan, RealClock(), max_tokens)
+        engines: list[Engine] = []
+
+        def run(runner: Runner) -> Any:
+            engines.append(self._engine(runner, config))
+            return replay(engines[0], plan, RealClock(), max_tokens)
+
+        seen = self.replayed(repr(config), run, PlannedEnds(self._runner, lengths))
+        (engine,) = engines
         engine.check()
+        say(f"replayed, {summarise(seen).duration:.1f} s")
         return Outcome(summarise(seen), engine.scheduler.num_recomputed, engine.scheduler.num_swapped)
 
     def _engine(self, runner: Runner, config: EngineConfig) -> Engine:
-        return Engine(runner, PlainVocabulary(), config, RealClock(), cost=self._cost)
+        return Engine(runner, PlainVocabulary(), config, RealClock(), cost=self._cost, trace=self._spans)
 
 
 def agreement(case: str, gpu: list[Outcome], simulated: list[Outcome]) -> list[dict[str, Any]]:
@@ -177,7 +231,7 @@ def agreement(case: str, gpu: list[Outcome], simulated: list[Outcome]) -> list[d
 
 
 def measure(options: argparse.Namespace, report: dict[str, Any]) -> None:
-    gpu = Gpu(options) if options.runner == "cuda" else None
+    gpu = Gpu(options) if options.runner != "sim" else None
     known = CostModel(options.steps)  # for the simulator: what was known before the first replay
     in_theory = simulator(known.predict if known.is_fitted else roofline)
     report["steps"] = "measured" if known.is_fitted else "estimated"
@@ -202,7 +256,7 @@ def measure(options: argparse.Namespace, report: dict[str, Any]) -> None:
 def options_of() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--runner", choices=("sim", "cuda"), default="sim")
+    add("--runner", choices=("sim", "cuda", "cpu"), default="sim")
     add("--trace", type=Path, help="of conversations; default: requests with BurstGPT's statistics")
     add("--requests", type=int, default=600, help="of each case (default 600)")
     add("--longest", type=int, default=4096, help="tokens of long answers (default 4096)")
@@ -214,8 +268,10 @@ def options_of() -> argparse.Namespace:
     add("--itl-slo", type=float, default=30, help="milliseconds between two tokens (default 30)")
     add("--steps", type=Path, help="times of steps: read, and with --runner cuda written")
     add("--prefill-tokens", type=int, default=8192, help="of a step of prompts first (default 8192)")
+    add("--record", type=Path, help="x")
+    add("--config", type=Path, help="x")
     add("--out", type=Path, help="write the JSON here")
-    parser.set_defaults(config=None, layers=None, weight_dtype="int4", group=128)
+    parser.set_defaults(layers=None, weight_dtype="int4", group=128)
     return parser.parse_args()
 
 
