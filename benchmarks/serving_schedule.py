@@ -12,19 +12,21 @@ times of steps first measured for the cost model). Answers end where the plan sa
 Output, as JSON: runner, device, options, and rows, a list of {case, metric, value, unit, baseline, limit}: baseline is the value
 of what is compared with, limit what the value may be at most (evictions, times) or must be at least (rates), null where none was
 set. With --runner cuda also rows of case "agreement ...": the GPU's value, with the simulator's for the same plan and the
-measured steps as baseline; limit is the part by which they may differ.
+measured steps as baseline; limit is the part by which they may differ. And residuals: a list of {case, resource: device or host,
+prompts: whether these steps have some, steps, measured_ms: the mean, predicted_ms: by the model before the replay, ratio: of what
+was predicted to what was measured, 5th, 50th and 95th percentile}.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import copy
 import gc
-import gzip
 import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +38,11 @@ from serving.bench.summary import summarise
 from serving.bench.traces import read_trace
 from serving.bench.workload import PlannedRequest, at_rate, scaled
 from serving.config import EngineConfig
-from serving.core import Batch, Runner, StepOutput
-from serving.cost_model import CostModel, StepWork
+from serving.core import Runner
+from serving.cost_model import CostModel, StepTimes, StepWork
 from serving.engine import Engine
 from serving.rehearsal import rehearsal
-from serving.simulate import Outcome, PlainVocabulary, PlannedEnds, RealClock, replay, roofline, simulate
-from serving.trace import Trace
+from serving.simulate import ESTIMATE, Outcome, Pace, PlainVocabulary, PlannedEnds, RealClock, replay, simulate
 from serving.warm_up import measure_steps, warm_up
 
 PAGE = 16
@@ -59,8 +60,9 @@ def conversation(options: argparse.Namespace) -> list[PlannedRequest]:
 
 def long_answers(options: argparse.Namespace) -> list[PlannedRequest]:
     rng, count = np.random.default_rng(0), options.requests
+    prompts = rng.integers(options.longest // 128, options.longest // 8, count)
     answers = np.clip(np.rint(rng.lognormal(np.log(options.longest / 13.65), 1.0, count)), 1, options.longest)
-    return [PlannedRequest(0.0, int(size), int(answer)) for size, answer in zip(rng.integers(32, options.longest // 8, count), answers)]
+    return [PlannedRequest(0.0, int(size), int(answer)) for size, answer in zip(prompts, answers)]
 
 
 def limits(options: argparse.Namespace, **policy: Any) -> EngineConfig:
@@ -84,6 +86,10 @@ def rate(outcome: Outcome) -> float:
 
 def first_token(outcome: Outcome) -> float:
     return outcome.summary.ttft.mean * 1e3 if outcome.summary.ttft else 0.0
+
+
+def time_a_token(outcome: Outcome) -> float:
+    return outcome.summary.tpot.mean * 1e3 if outcome.summary.tpot else 0.0
 
 
 def evictions(outcome: Outcome) -> float:
@@ -126,32 +132,34 @@ def compare_admission(options: argparse.Namespace, run: Replay) -> tuple[list[di
     ], list(found.values())
 
 
-def simulator(seconds: Callable[[StepWork], float]) -> Replay:
-    return lambda plan, config, max_tokens: simulate(plan, config, seconds, max_tokens)
+def simulator(known: CostModel) -> Replay:
+    pace = Pace.of(known) if known.is_fitted else ESTIMATE
+    return lambda plan, config, max_tokens: simulate(plan, config, pace, max_tokens, copy.deepcopy(known))
 
 
-class Watched:
-    """A runner whose steps are remembered."""
+class Remembered(StepTimes):
+    """Keeps what was predicted of each step, and measured."""
 
-    def __init__(self, runner: Runner) -> None:
-        self._runner = runner
-        self.works: list[tuple[int, ...]] = []
+    def __init__(self, known: StepTimes) -> None:
+        self.found: list[tuple[StepWork, float, float]] = []
+        super().__init__()
+        self.load([rows[:, 1:] for rows in known.known()])
+        self.found.clear()
 
-    def launch(self, batch: Batch) -> Callable[[], StepOutput]:
-        work = StepWork.of(batch)
-        self.works.append((work.tokens, work.kv_tokens, work.pairs, int(work.prompts), len(batch.items)))
-        return self._runner.launch(batch)
+    def observe(self, work: StepWork, seconds: float) -> None:
+        self.found.append((work, self.predict(work), seconds))
+        super().observe(work, seconds)
 
-
-class Spans(Trace):
-    """Keeps what is added."""
-
-    def __init__(self) -> None:
-        super().__init__(Path("trace.json"))
-        self.found: list[tuple[str, float, float]] = []
-
-    def add(self, track: str, name: str, start: float, end: float) -> None:
-        self.found.append(("GPU" if track == "GPU" else name, start, end))
+    def residuals(self, **row: str) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = []
+        for prompts in (False, True):
+            times = np.array([(p, m) for work, p, m in self.found if work.prompts == prompts]).reshape(-1, 2)
+            if len(times):
+                predicted, measured = (round(float(mean) * 1e3, 3) for mean in times.mean(axis=0))
+                ratio = np.percentile(times[:, 0] / times[:, 1], (5, 50, 95)).round(3).tolist()
+                found = {"steps": len(times), "measured_ms": measured, "predicted_ms": predicted, "ratio": ratio}
+                rows.append(row | {"prompts": prompts} | found)
+        return rows
 
 
 class Gpu:
@@ -163,8 +171,6 @@ class Gpu:
         from serving.decode_graph import GraphLimits
         from serving.runner import TorchRunner
 
-        self._spans, self._record = Spans(), options.record
-        self._recorded: list[dict[str, Any]] = []
         model, _ = open_model(options, options.runner)
         pages = -(-options.context // PAGE)
         self._runner = TorchRunner(
@@ -174,55 +180,49 @@ class Gpu:
             model.norm.device,
             max_rows=options.max_batch,
             graphs=GraphLimits(options.max_batch, pages),
-            trace=self._spans,
         )
-        self._cost = CostModel(options.steps)
+        self._steps = options.steps
+        self.residuals: list[dict[str, Any]] = []
+        self._num_replays = 0
         engine = self._engine(self._runner, limits(options))
         say("loaded")
-        whole = limits(options, max_step_tokens=max(options.max_step_tokens, options.prefill_tokens))
-        tilus.compile_ahead(lambda: self._runner.rehearse(rehearsal(whole)))
+        largest = limits(options, max_step_tokens=max(options.max_step_tokens, options.prefill_tokens))
+        tilus.compile_ahead(lambda: self._runner.rehearse(rehearsal(largest)))
         say("compiled")
         warm_up(engine, True, lambda done, total: None, options.max_batch)
         say("captured")
-        large = dataclasses.replace(whole, max_batch=8)
-        for config in (large, limits(options), limits(options)):
-            start = time.perf_counter()
-            self.replayed("measure", lambda runner, config=config: measure_steps(self._engine(runner, config)))
-            say(f"steps measured {time.perf_counter() - start:.1f}")
-
-    def replayed(self, name: str, run: Callable[[Runner], Any], runner: Runner | None = None) -> Any:
-        watched = Watched(runner or self._runner)
-        self._spans.found.clear()
-        gc.collect()
-        gc.freeze()
-        found = run(watched)
-        records = [dataclasses.asdict(r) for r in found.records] if hasattr(found, "records") else []
-        self._recorded.append({"name": name, "works": watched.works, "spans": list(self._spans.found), "records": records})
-        if self._record:
-            with gzip.open(self._record, "wt") as file:
-                json.dump(self._recorded, file)
-        return found
+        for config in (replace(largest, max_batch=8), limits(options), limits(options)):
+            measure_steps(self._engine(self._runner, config))  # which keeps them
+        self.known = CostModel(self._steps)
+        say("steps measured")
 
     def __call__(self, plan: list[PlannedRequest], config: EngineConfig, max_tokens: int) -> Outcome:
         lengths = {str(index): planned.output_tokens for index, planned in enumerate(plan)}
-        engines: list[Engine] = []
-
-        def run(runner: Runner) -> Any:
-            engines.append(self._engine(runner, config))
-            return replay(engines[0], plan, RealClock(), max_tokens)
-
-        seen = self.replayed(repr(config), run, PlannedEnds(self._runner, lengths))
-        (engine,) = engines
+        engine = self._engine(PlannedEnds(self._runner, lengths), config)
+        engine.cost.device, engine.cost.host = watched = Remembered(self.known.device), Remembered(self.known.host)
+        gc.collect()
+        gc.freeze()  # as the server does when it is ready
+        seen = replay(engine, plan, RealClock(), max_tokens)
         engine.check()
-        say(f"replayed, {summarise(seen).duration:.1f} s")
-        return Outcome(summarise(seen), engine.scheduler.num_recomputed, engine.scheduler.num_swapped)
+        case = f"replay {self._num_replays}"
+        for name, times in zip(("device", "host"), watched):
+            self.residuals += times.residuals(case=case, resource=name)
+        self._num_replays += 1
+        outcome = Outcome(summarise(seen), engine.scheduler.num_recomputed, engine.scheduler.num_swapped)
+        say(f"{case}: {outcome.summary.duration:.1f} s")
+        return outcome
 
     def _engine(self, runner: Runner, config: EngineConfig) -> Engine:
-        return Engine(runner, PlainVocabulary(), config, RealClock(), cost=self._cost, trace=self._spans)
+        return Engine(runner, PlainVocabulary(), config, RealClock(), cost=CostModel(self._steps))
 
 
 def agreement(case: str, gpu: list[Outcome], simulated: list[Outcome]) -> list[dict[str, Any]]:
-    metrics = (("inter-token latency, p99", p99, "ms"), ("throughput", rate, "tokens/s"))
+    metrics = (
+        ("inter-token latency, p99", p99, "ms"),
+        ("throughput", rate, "tokens/s"),
+        ("time to first token, mean", first_token, "ms"),
+        ("time a token, mean", time_a_token, "ms"),
+    )
     return [
         row(f"agreement {case} {index}", name, value(found), unit, value(other), AGREEMENT)
         for index, (found, other) in enumerate(zip(gpu, simulated))
@@ -233,7 +233,7 @@ def agreement(case: str, gpu: list[Outcome], simulated: list[Outcome]) -> list[d
 def measure(options: argparse.Namespace, report: dict[str, Any]) -> None:
     gpu = Gpu(options) if options.runner != "sim" else None
     known = CostModel(options.steps)  # for the simulator: what was known before the first replay
-    in_theory = simulator(known.predict if known.is_fitted else roofline)
+    in_theory = simulator(known)
     report["steps"] = "measured" if known.is_fitted else "estimated"
     at_once = scaled(conversation(options), rate=1e9)
     longest = max(planned.output_tokens for planned in at_once)
@@ -245,10 +245,13 @@ def measure(options: argparse.Namespace, report: dict[str, Any]) -> None:
         rows, outcomes = compare(gpu or in_theory)
         if gpu is not None:
             rows += agreement(case, outcomes, compare(in_theory)[1])
+            report["residuals"] = gpu.residuals
         report["rows"] += rows
         for found in rows:
             print(*found.values(), sep="  ", flush=True)
         say(case)
+        for found in gpu.residuals if gpu is not None else ():
+            print(*found.values(), sep="  ", file=sys.stderr)
         if options.out is not None:
             options.out.write_text(json.dumps(report, indent=1) + "\n")
 
@@ -266,13 +269,15 @@ def options_of() -> argparse.Namespace:
     add("--max-step-tokens", type=int, default=1024, help="tokens of a step (default 1024)")
     add("--context", type=int, default=16384, help="tokens of a request (default 16384)")
     add("--itl-slo", type=float, default=30, help="milliseconds between two tokens (default 30)")
-    add("--steps", type=Path, help="times of steps: read, and with --runner cuda written")
+    add("--steps", type=Path, help="times of steps: read, or with --runner cuda written")
     add("--prefill-tokens", type=int, default=8192, help="of a step of prompts first (default 8192)")
-    add("--record", type=Path, help="x")
-    add("--config", type=Path, help="x")
     add("--out", type=Path, help="write the JSON here")
+    add("--config", type=Path, help="a config.json; default: that of Llama-3-8B")
     parser.set_defaults(layers=None, weight_dtype="int4", group=128)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.runner != "sim" and options.steps is None:
+        parser.error("--runner cuda measures steps: say with --steps where they go")
+    return options
 
 
 def main() -> None:
