@@ -170,8 +170,9 @@ def test_the_real_server_among_many_clients_and_killed(device: str, count: int, 
         server.check_idle()
         resident.append(resident_nbytes(server.process.process.pid))
     assert all(crowd.found[kind] for kind in KINDS if count >= 1000 or KINDS[kind] > 10), crowd.found
-    assert crowd.found["429"] > 0 or count < 1000, crowd.found
-    assert resident[3] < resident[1] + 16 * 2**20, resident
+    if count >= 1000:  # fewer have not yet used all pages of a cache that takes the CPU's memory as it is used
+        assert crowd.found["429"] > 0, crowd.found
+        assert resident[3] < resident[1] + 16 * 2**20, resident
     server.process.process.terminate()
     assert server.process.finish() == 0
     assert "Traceback" not in server.process.text, server.process.text
