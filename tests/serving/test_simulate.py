@@ -133,8 +133,8 @@ def host_seconds(work: StepWork) -> float:
 @pytest.mark.parametrize("slower", ["device", "host"])
 @pytest.mark.parametrize("overlap", [True, False])
 def test_an_engine_learns_what_host_and_device_take(slower: str, overlap: bool) -> None:
-    """Each of its own where they overlap; of a device that always waits for the host nothing is known, and nothing needed. Without
-    overlap the host has no time of its own."""
+    """Each of its own where they overlap; of a device that always waits for the host nothing is known, and nothing needed.
+    Without overlap the host has no time of its own."""
     pace, cost = Pace(seconds, lambda work: host_seconds(work) * (20 if slower == "host" else 1)), CostModel()
     simulate(conversation(60, 12.0), replace(LIMITS, overlap=overlap), pace, max_tokens=400, cost=cost)
     cost.fit()
