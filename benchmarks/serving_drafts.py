@@ -3,7 +3,7 @@
 SmolLM2-135M-Instruct repeats and summarises texts, greedily, for one request and for several at once, without drafts and with as
 many as --drafts says. Each case is run once before it is timed; nothing is found in the cache.
 
-Output, as JSON: device, torch, python, model, and rows, a list of {case, metric, value, unit, baseline: the value without drafts,
+Output, as JSON: device, torch, model, and rows, a list of {case, metric, value, unit, baseline: the value without drafts,
 limit: null}. Answers may differ from those without drafts, as other numbers of rows are summed in other orders.
 """
 
@@ -38,12 +38,10 @@ MAX_TOKENS = 96
 
 
 class Counted(Observer):
-    """Counts drafts that are checked."""
-
-    count = 0
+    num_drafts = 0
 
     def scheduled(self, batch: Batch, now: float) -> None:
-        self.count += sum(item.num_drafts for item in batch.items)
+        self.num_drafts += sum(item.num_drafts for item in batch.items)
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def run(engine: Engine, prompts: list[tuple[int, ...]]) -> Run:
         for output in engine.step():
             outputs += bool(output.tokens)
             answers.setdefault(output.request_id, []).extend(token.token_id for token in output.tokens)
-    return Run(answers, time.perf_counter() - start, outputs, counted.count)
+    return Run(answers, time.perf_counter() - start, outputs, counted.num_drafts)
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -89,11 +87,10 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def rows_of(key: tuple[str, int, int], with_drafts: Run, without: Run) -> list[dict[str, Any]]:
     equal = sum(with_drafts.answers[name] == answer for name, answer in without.answers.items())
-    accepted = with_drafts.tokens - with_drafts.outputs
     values = (
         ("tokens a second", with_drafts.tokens / with_drafts.seconds, without.tokens / without.seconds),
         ("tokens a step", with_drafts.tokens / with_drafts.outputs, without.tokens / without.outputs),
-        ("drafts that are right", accepted / max(1, with_drafts.drafts), None),
+        ("drafts that are right", (with_drafts.tokens - with_drafts.outputs) / max(1, with_drafts.drafts), None),
         ("answers that are equal", equal / len(without.answers), None),
     )
     case = f"{key[0]}, requests: {key[1]}, drafts: {key[2]}"
@@ -110,13 +107,10 @@ def main() -> None:
     parser.add_argument("--drafts", type=int, default=4, help="guesses of a step (default 4)")
     parser.add_argument("--out", type=Path, help="write the JSON here")
     options = parser.parse_args()
-    rows = measure(options)
-    for row in rows:
+    for row in (rows := measure(options)):
         print(*row.values(), sep="  ", flush=True)
-    report = {
-        "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else platform.machine(),
-        "torch": torch.__version__, "python": platform.python_version(), "model": "SmolLM2-135M-Instruct", "rows": rows,
-    }  # fmt: skip
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else platform.machine()
+    report = {"device": device, "torch": torch.__version__, "model": "SmolLM2-135M-Instruct", "rows": rows}
     if options.out is not None:
         options.out.write_text(json.dumps(report, indent=1) + "\n")
 

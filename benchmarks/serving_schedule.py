@@ -60,8 +60,8 @@ def conversation(options: argparse.Namespace) -> list[PlannedRequest]:
 
 def long_answers(options: argparse.Namespace) -> list[PlannedRequest]:
     rng, count = np.random.default_rng(0), options.requests
-    prompts = rng.integers(options.longest // 128, options.longest // 8, count)
     answers = np.clip(np.rint(rng.lognormal(np.log(options.longest / 13.65), 1.0, count)), 1, options.longest)
+    prompts = rng.integers(options.longest // 128, options.longest // 8, count)
     return [PlannedRequest(0.0, int(size), int(answer)) for size, answer in zip(prompts, answers)]
 
 

@@ -195,6 +195,19 @@ def test_the_command_compares_policies(tmp_path: Path, capsys: pytest.CaptureFix
         assert values["requests/s"] > 0 and values["evicted"] == 0
 
 
+def test_the_command_takes_times_that_a_server_has_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Requests of one token each after a prompt of one token take a step of 4 ms, for which the host needs 7 ms."""
+    cost = CostModel(tmp_path / "steps.json")
+    for tokens in range(1, 65):
+        cost.device.observe(StepWork(tokens, tokens, tokens), 4e-3)
+        cost.host.observe(StepWork(tokens, tokens, tokens), 7e-3)
+    cost.save()
+    workload = ["--rate", "1", "--limit", "3", "--input-tokens", "1", "--output-tokens", "9"]
+    assert main(["simulate", "--steps", str(tmp_path / "steps.json"), *workload, "--json", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out").read_text())["policies"]["past-future"]
+    assert report["itl p50"] == pytest.approx(7.0) and report["ttft p50"] == pytest.approx(14.0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
