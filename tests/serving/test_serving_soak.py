@@ -103,7 +103,7 @@ class Server:
         self.process = Process(
             "--device", device, "--port", str(port), "--batch-invariant", "--max-batch", "24", "--max-waiting", "8",
             "--max-model-len", "256", "--num-pages", "300", "--model-name", MODEL,
-            program=IMPATIENT, TILUS_CACHE_DIR=str(cache),
+            program=IMPATIENT, TILUS_CACHE_DIR=str(cache), PYTHONWARNINGS="default",
         )  # fmt: skip
         found = self.process.wait_for(r"ready: \S+ on (\w+) at (http://127\.0\.0\.1:\d+)\n", 280)
         assert found.group(1) == device
