@@ -11,10 +11,10 @@ times of steps first measured for the cost model). Answers end where the plan sa
 
 Output, as JSON: runner, device, options, and rows, a list of {case, metric, value, unit, baseline, limit}: baseline is the value
 of what is compared with, limit what the value may be at most (evictions, times) or must be at least (rates), null where none was
-set. With --runner cuda also rows of case "agreement ...": the GPU's value, with the simulator's for the same plan and the
-measured steps as baseline; limit is the part by which they may differ. And residuals: a list of {case, resource: device or host,
-prompts: whether these steps have some, steps, measured_ms: the mean, predicted_ms: by the model before the replay, ratio: of what
-was predicted to what was measured, 5th, 50th and 95th percentile}.
+set. With --runner cuda also rows of case "agreement ...": the GPU's value, with the simulator's for the same plan as baseline,
+whose steps take what was measured before, or ("own steps") in this replay; limit is the part by which they may differ. And
+residuals: a list of {case, resource: device or host, prompts: whether these steps have some, steps, measured_ms: the mean,
+predicted_ms: by the model before the replay, ratio: of predicted to measured times, 5th, 50th and 95th percentile}.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import itertools
 import json
 import sys
 import time
@@ -132,9 +133,16 @@ def compare_admission(options: argparse.Namespace, run: Replay) -> tuple[list[di
     ], list(found.values())
 
 
-def simulator(known: CostModel) -> Replay:
-    pace = Pace.of(known) if known.is_fitted else ESTIMATE
-    return lambda plan, config, max_tokens: simulate(plan, config, pace, max_tokens, copy.deepcopy(known))
+def simulator(known: CostModel, models: list[CostModel] | None = None) -> Replay:
+    """The engine knows `known`; steps take what that says, or in one replay after the other what `models` say."""
+    truths = itertools.repeat(known) if models is None else iter(models)
+
+    def run(plan: list[PlannedRequest], config: EngineConfig, max_tokens: int) -> Outcome:
+        truth = next(truths)
+        pace = Pace.of(truth) if truth.is_fitted else ESTIMATE
+        return simulate(plan, config, pace, max_tokens, copy.deepcopy(known))
+
+    return run
 
 
 class Remembered(StepTimes):
@@ -149,6 +157,14 @@ class Remembered(StepTimes):
     def observe(self, work: StepWork, seconds: float) -> None:
         self.found.append((work, self.predict(work), seconds))
         super().observe(work, seconds)
+
+    def alone(self) -> StepTimes:
+        """What is learnt from these steps only."""
+        times = StepTimes()
+        for work, _, seconds in self.found:
+            times.observe(work, seconds)
+        times.fit()
+        return times
 
     def residuals(self, **row: str) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
@@ -183,7 +199,7 @@ class Gpu:
         )
         self._steps = options.steps
         self.residuals: list[dict[str, Any]] = []
-        self._num_replays = 0
+        self.models: list[CostModel] = []  # of the steps of each replay
         engine = self._engine(self._runner, limits(options))
         say("loaded")
         largest = limits(options, max_step_tokens=max(options.max_step_tokens, options.prefill_tokens))
@@ -204,10 +220,12 @@ class Gpu:
         gc.freeze()  # as the server does when it is ready
         seen = replay(engine, plan, RealClock(), max_tokens)
         engine.check()
-        case = f"replay {self._num_replays}"
+        case = f"replay {len(self.models)}"
         for name, times in zip(("device", "host"), watched):
             self.residuals += times.residuals(case=case, resource=name)
-        self._num_replays += 1
+        own = CostModel()
+        own.device, own.host = (times.alone() for times in watched)
+        self.models.append(own)
         outcome = Outcome(summarise(seen), engine.scheduler.num_recomputed, engine.scheduler.num_swapped)
         say(f"{case}: {outcome.summary.duration:.1f} s")
         return outcome
@@ -242,9 +260,11 @@ def measure(options: argparse.Namespace, report: dict[str, Any]) -> None:
         ("conversation", lambda run: compare_chunks(options, run, served)),
         ("long answers", lambda run: compare_admission(options, run)),
     ):
+        first = 0 if gpu is None else len(gpu.models)
         rows, outcomes = compare(gpu or in_theory)
         if gpu is not None:
             rows += agreement(case, outcomes, compare(in_theory)[1])
+            rows += agreement(f"{case}, own steps", outcomes, compare(simulator(known, gpu.models[first:]))[1])
             report["residuals"] = gpu.residuals
         report["rows"] += rows
         for found in rows:

@@ -102,6 +102,14 @@ class StepTimes:
         """Features and seconds of the last steps that only decode, and of others."""
         return [rows[: min(count, WINDOW)] for rows, count in zip(self._rows, self._counts)]
 
+    def ratios(self) -> list[NDArray[np.float64]]:
+        """What steps took, as a part of what is predicted of them, by kind; without the tenth that differs most."""
+        found: list[NDArray[np.float64]] = []
+        for rows, factors in zip(self.known(), self._factors):
+            ratio = np.sort(rows[:, -1] / np.maximum(rows[:, :-1] @ np.array(factors), 1e-9))
+            found.append(ratio[len(ratio) // 20 : len(ratio) - len(ratio) // 20])
+        return found
+
     def load(self, kinds: list[NDArray[np.float64]]) -> None:
         """[tokens, kv_tokens, pairs, seconds] of steps that only decode, and of others."""
         for prompts, rows in enumerate(kinds):

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from serving.bench.command import make_plan
 from serving.bench.load import Observations
 from serving.bench.options import parse_args as parse_workload
@@ -24,7 +26,7 @@ from serving.bench.summary import Distribution, Summary, summarise
 from serving.bench.workload import PlannedRequest, mean_rate
 from serving.config import EngineConfig
 from serving.core import Batch, Clock, Request, Runner, SampledToken, SamplingParams, StepOutput
-from serving.cost_model import CostModel, StepWork
+from serving.cost_model import CostModel, StepTimes, StepWork
 from serving.engine import Engine
 from tilus.errors import TilusError
 
@@ -87,7 +89,18 @@ class Pace:
 
     @classmethod
     def of(cls, cost: CostModel) -> Pace:
-        return cls(cost.device.predict, cost.host.predict, cost.page_copy_seconds)
+        """Steps take what is predicted, times what one of those that are known, drawn by chance, differed by."""
+        return cls(_scattered(cost.device), _scattered(cost.host), cost.page_copy_seconds)
+
+
+def _scattered(times: StepTimes) -> Callable[[StepWork], float]:
+    ratios, rng = times.ratios(), np.random.default_rng(0)
+
+    def seconds(work: StepWork) -> float:
+        of_kind = ratios[work.prompts]
+        return times.predict(work) * (float(of_kind[rng.integers(len(of_kind))]) if len(of_kind) else 1.0)
+
+    return seconds
 
 
 class SimRunner:
@@ -247,12 +260,11 @@ def main(arguments: Sequence[str]) -> int:
             prefix_cache=False, itl_slo=own.itl_slo and own.itl_slo / 1e3, overlap=True,
         )  # fmt: skip
         known = None if own.steps is None else _measured(own.steps)
-        pace = ESTIMATE if known is None else Pace.of(known)
         print(f"{len(plan)} requests, {mean_rate(plan):.2f} a second; times in ms", file=sys.stderr)
         print(f"{'':14}" + "".join(f"{name:>12}" for name in COLUMNS))
         report: dict[str, dict[str, float]] = {}
         for name, policy in POLICIES.items():
-            config = dataclasses.replace(limits, **policy)
+            config, pace = dataclasses.replace(limits, **policy), ESTIMATE if known is None else Pace.of(known)
             report[name] = dict(
                 zip(COLUMNS, numbers(simulate(plan, config, pace, own.max_tokens, copy.deepcopy(known))))
             )

@@ -208,6 +208,18 @@ def test_the_command_takes_times_that_a_server_has_left(tmp_path: Path, capsys: 
     assert report["itl p50"] == pytest.approx(7.0) and report["ttft p50"] == pytest.approx(14.0)
 
 
+def test_steps_scatter_as_those_did_that_were_measured() -> None:
+    """Equal steps took 3 or 5 ms, and once a second: so do simulated ones, but for the second, and in the mean as long."""
+    cost = CostModel()
+    for index in range(200):
+        cost.device.observe(StepWork(1, 100, 100), 1.0 if index == 50 else 3e-3 + 2e-3 * (index % 2))
+    cost.fit()
+    plan = [PlannedRequest(0.0, 99, 2000)]
+    found = simulate(plan, LIMITS, Pace(Pace.of(cost).device), max_tokens=3000).summary.itl
+    assert found.p50 in (pytest.approx(3e-3, rel=0.05), pytest.approx(5e-3, rel=0.05)) and found.max < 6e-3
+    assert found.mean == pytest.approx(4e-3, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
