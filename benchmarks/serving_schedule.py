@@ -207,7 +207,7 @@ class Gpu:
         say("compiled")
         warm_up(engine, True, lambda done, total: None, options.max_batch)
         say("captured")
-        for config in (replace(largest, max_batch=8), limits(options)):
+        for config in (replace(largest, max_batch=5), limits(options)):
             measure_steps(self._engine(self._runner, config))  # which keeps them
         self.known = CostModel(self._steps)
         say("steps measured")

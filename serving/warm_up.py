@@ -62,8 +62,8 @@ def measure_steps(engine: Engine) -> None:
         longest = engine.max_model_len - answer
         engine.add(_request(next(number), max(1, min(longest, prompt)), answer))
 
-    for width in (1, 4, 16, 64, 256):
-        for index in range(min(width, engine.config.max_batch - 1)):
+    for width in sorted({min(width, engine.config.max_batch - 1) for width in (1, 4, 16, 64, 256)}):
+        for index in range(width):
             add(4 * chunk // (index + 1), min(2 * len(shapes), engine.max_model_len - 1))
         while engine.scheduler.waiting or any(seq.num_pending > 1 for seq in engine.scheduler.running):
             engine.step()
