@@ -150,12 +150,13 @@ class Remembered(StepTimes):
 
     def __init__(self, known: StepTimes) -> None:
         self.found: list[tuple[StepWork, float, float]] = []
+        self._before = known
         super().__init__()
         self.load([rows[:, 1:] for rows in known.known()])
         self.found.clear()
 
     def observe(self, work: StepWork, seconds: float) -> None:
-        self.found.append((work, self.predict(work), seconds))
+        self.found.append((work, self._before.predict(work), seconds))
         super().observe(work, seconds)
 
     def alone(self) -> StepTimes:
