@@ -138,7 +138,11 @@ def test_a_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_dry_run_is_not_checked() -> None:
     """Its indices are whatever their memory held."""
-    positions, slots, angles = torch.tensor([99], dtype=torch.int32), torch.zeros(1, dtype=torch.int32), torch.zeros(8, 16)
+    positions, slots, angles = (
+        torch.tensor([99], dtype=torch.int32),
+        torch.zeros(1, dtype=torch.int32),
+        torch.zeros(8, 16),
+    )
     launch = partial(
         rope_append, torch.zeros(1, 48, dtype=torch.float16), positions, angles, slots, torch.zeros(1, 2, 16, 1, 16).half(),
         device="cpu",
