@@ -104,9 +104,8 @@ def _scattered(times: StepTimes) -> Callable[[StepWork], float]:
 
 
 class SimRunner:
-    """The host takes its time for each step; the device runs one after the other, each from its launch on, but ends none before
-    it has been launched to its end. It samples tokens that are not EOS.
-    """
+    """The host takes its time for each step; the device runs one after the other, each from when the host began with it. It
+    samples tokens that are not EOS."""
 
     def __init__(self, clock: VirtualClock, pace: Pace) -> None:
         self._clock = clock
@@ -117,7 +116,7 @@ class SimRunner:
         work, now = StepWork.of(batch), self._clock.now()
         self._clock.wait_until(now + self._pace.host(work))
         seconds = self._pace.device(work) + self._pace.page_copy * len(batch.copies)
-        done = self._busy_until = max(max(self._busy_until, now) + seconds, self._clock.now())
+        done = self._busy_until = max(self._busy_until, now) + seconds
 
         def wait() -> StepOutput:
             self._clock.wait_until(done)
