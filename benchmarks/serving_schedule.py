@@ -11,17 +11,23 @@ times of steps first measured for the cost model). Answers end where the plan sa
 
 Output, as JSON: runner, device, options, and rows, a list of {case, metric, value, unit, baseline, limit}: baseline is the value
 of what is compared with, limit what the value may be at most (evictions, times) or must be at least (rates), null where none was
-set. With --runner cuda also rows of case "agreement ...": the GPU's value, with the simulator's for the same plan and the
-measured steps as baseline; limit is the part by which they may differ.
+set. With --runner cuda also rows of case "agreement ...": the GPU's value, with the simulator's for the same plan as baseline,
+whose steps take what was measured before, or ("own steps") in this replay; limit is the part by which they may differ. And
+residuals: a list of {case, resource: device or host, prompts: whether these steps have some, steps, measured_ms: the mean,
+predicted_ms: by the model before the replay, ratio: of predicted to measured times, 5th, 50th and 95th percentile}.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import gc
+import itertools
 import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +40,9 @@ from serving.bench.traces import read_trace
 from serving.bench.workload import PlannedRequest, at_rate, scaled
 from serving.config import EngineConfig
 from serving.core import Runner
-from serving.cost_model import CostModel, StepWork
+from serving.cost_model import CostModel, StepTimes, StepWork
 from serving.engine import Engine
-from serving.simulate import Outcome, PlainVocabulary, PlannedEnds, RealClock, replay, roofline, simulate
+from serving.simulate import ESTIMATE, Outcome, Pace, PlainVocabulary, PlannedEnds, RealClock, replay, simulate
 from serving.warm_up import measure_steps, warm_up
 
 PAGE = 16
@@ -55,7 +61,8 @@ def conversation(options: argparse.Namespace) -> list[PlannedRequest]:
 def long_answers(options: argparse.Namespace) -> list[PlannedRequest]:
     rng, count = np.random.default_rng(0), options.requests
     answers = np.clip(np.rint(rng.lognormal(np.log(options.longest / 13.65), 1.0, count)), 1, options.longest)
-    return [PlannedRequest(0.0, int(size), int(answer)) for size, answer in zip(rng.integers(32, 512, count), answers)]
+    prompts = rng.integers(options.longest // 128, options.longest // 8, count)
+    return [PlannedRequest(0.0, int(size), int(answer)) for size, answer in zip(prompts, answers)]
 
 
 def limits(options: argparse.Namespace, **policy: Any) -> EngineConfig:
@@ -79,6 +86,10 @@ def rate(outcome: Outcome) -> float:
 
 def first_token(outcome: Outcome) -> float:
     return outcome.summary.ttft.mean * 1e3 if outcome.summary.ttft else 0.0
+
+
+def time_a_token(outcome: Outcome) -> float:
+    return outcome.summary.tpot.mean * 1e3 if outcome.summary.tpot else 0.0
 
 
 def evictions(outcome: Outcome) -> float:
@@ -121,8 +132,50 @@ def compare_admission(options: argparse.Namespace, run: Replay) -> tuple[list[di
     ], list(found.values())
 
 
-def simulator(seconds: Callable[[StepWork], float]) -> Replay:
-    return lambda plan, config, max_tokens: simulate(plan, config, seconds, max_tokens)
+def simulator(known: CostModel, models: list[CostModel] | None = None) -> Replay:
+    """The engine knows `known`; steps take what that says, or in one replay after the other what `models` say."""
+    truths = itertools.repeat(known) if models is None else iter(models)
+
+    def run(plan: list[PlannedRequest], config: EngineConfig, max_tokens: int) -> Outcome:
+        truth = next(truths)
+        pace = Pace.of(truth) if truth.is_fitted else ESTIMATE
+        return simulate(plan, config, pace, max_tokens, copy.deepcopy(known))
+
+    return run
+
+
+class Remembered(StepTimes):
+    """Keeps what was predicted of each step, and measured."""
+
+    def __init__(self, known: StepTimes) -> None:
+        self.found: list[tuple[StepWork, float, float]] = []
+        self._before = known
+        super().__init__()
+        self.load([rows[:, 1:] for rows in known.known()])
+        self.found.clear()
+
+    def observe(self, work: StepWork, seconds: float) -> None:
+        self.found.append((work, self._before.predict(work), seconds))
+        super().observe(work, seconds)
+
+    def alone(self) -> StepTimes:
+        """What is learnt from these steps only."""
+        times = StepTimes()
+        for work, _, seconds in self.found:
+            times.observe(work, seconds)
+        times.fit()
+        return times
+
+    def residuals(self, **row: str) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = []
+        for prompts in (False, True):
+            times = np.array([(p, m) for work, p, m in self.found if work.prompts == prompts]).reshape(-1, 2)
+            if len(times):
+                predicted, measured = (round(float(mean) * 1e3, 3) for mean in times.mean(axis=0))
+                ratio = np.percentile(times[:, 0] / times[:, 1], (5, 50, 95)).round(3).tolist()
+                found = {"steps": len(times), "measured_ms": measured, "predicted_ms": predicted, "ratio": ratio}
+                rows.append(row | {"prompts": prompts} | found)
+        return rows
 
 
 class Gpu:
@@ -134,18 +187,20 @@ class Gpu:
         from serving.runner import TorchRunner
         from serving.step_shapes import GraphLimits
 
-        model, _ = open_model(options)
+        model, _ = open_model(options, options.runner)
         pages = -(-options.context // PAGE)
-        largest = max(options.max_step_tokens, options.prefill_tokens)
+        largest = limits(options, max_step_tokens=max(options.max_step_tokens, options.prefill_tokens))
         self._runner = TorchRunner(
             model,
             options.num_pages,
             PAGE,
             model.norm.device,
             max_rows=options.max_batch,
-            graphs=GraphLimits(options.max_batch, pages, largest),
+            graphs=GraphLimits(options.max_batch, pages, largest.max_step_tokens),
         )
-        self._cost = CostModel(options.steps)
+        self._steps = options.steps
+        self.residuals: list[dict[str, Any]] = []
+        self.models: list[CostModel] = []  # of the steps of each replay
         engine = self._engine(self._runner, limits(options))
         say("loaded")
         tilus.compile_ahead(lambda: self._runner.rehearse(()))
@@ -153,22 +208,40 @@ class Gpu:
         self._runner.capture(lambda done, total: None)
         warm_up(engine, lambda done, total: None)
         say("captured")
-        measure_steps(engine)
+        for config in (replace(largest, max_batch=5), limits(options)):
+            measure_steps(self._engine(self._runner, config))  # which keeps them
+        self.known = CostModel(self._steps)
         say("steps measured")
 
     def __call__(self, plan: list[PlannedRequest], config: EngineConfig, max_tokens: int) -> Outcome:
         lengths = {str(index): planned.output_tokens for index, planned in enumerate(plan)}
         engine = self._engine(PlannedEnds(self._runner, lengths), config)
+        engine.cost.device, engine.cost.host = watched = Remembered(self.known.device), Remembered(self.known.host)
+        gc.collect()
+        gc.freeze()  # as the server does when it is ready
         seen = replay(engine, plan, RealClock(), max_tokens)
         engine.check()
-        return Outcome(summarise(seen), engine.scheduler.num_recomputed, engine.scheduler.num_swapped)
+        case = f"replay {len(self.models)}"
+        for name, times in zip(("device", "host"), watched):
+            self.residuals += times.residuals(case=case, resource=name)
+        own = CostModel()
+        own.device, own.host = (times.alone() for times in watched)
+        self.models.append(own)
+        outcome = Outcome(summarise(seen), engine.scheduler.num_recomputed, engine.scheduler.num_swapped)
+        say(f"{case}: {outcome.summary.duration:.1f} s")
+        return outcome
 
     def _engine(self, runner: Runner, config: EngineConfig) -> Engine:
-        return Engine(runner, PlainVocabulary(), config, RealClock(), cost=self._cost)
+        return Engine(runner, PlainVocabulary(), config, RealClock(), cost=CostModel(self._steps))
 
 
 def agreement(case: str, gpu: list[Outcome], simulated: list[Outcome]) -> list[dict[str, Any]]:
-    metrics = (("inter-token latency, p99", p99, "ms"), ("throughput", rate, "tokens/s"))
+    metrics = (
+        ("inter-token latency, p99", p99, "ms"),
+        ("throughput", rate, "tokens/s"),
+        ("time to first token, mean", first_token, "ms"),
+        ("time a token, mean", time_a_token, "ms"),
+    )
     return [
         row(f"agreement {case} {index}", name, value(found), unit, value(other), AGREEMENT)
         for index, (found, other) in enumerate(zip(gpu, simulated))
@@ -177,9 +250,9 @@ def agreement(case: str, gpu: list[Outcome], simulated: list[Outcome]) -> list[d
 
 
 def measure(options: argparse.Namespace, report: dict[str, Any]) -> None:
-    gpu = Gpu(options) if options.runner == "cuda" else None
+    gpu = Gpu(options) if options.runner != "sim" else None
     known = CostModel(options.steps)  # for the simulator: what was known before the first replay
-    in_theory = simulator(known.predict if known.is_fitted else roofline)
+    in_theory = simulator(known)
     report["steps"] = "measured" if known.is_fitted else "estimated"
     at_once = scaled(conversation(options), rate=1e9)
     longest = max(planned.output_tokens for planned in at_once)
@@ -188,13 +261,18 @@ def measure(options: argparse.Namespace, report: dict[str, Any]) -> None:
         ("conversation", lambda run: compare_chunks(options, run, served)),
         ("long answers", lambda run: compare_admission(options, run)),
     ):
+        first = 0 if gpu is None else len(gpu.models)
         rows, outcomes = compare(gpu or in_theory)
         if gpu is not None:
             rows += agreement(case, outcomes, compare(in_theory)[1])
+            rows += agreement(f"{case}, own steps", outcomes, compare(simulator(known, gpu.models[first:]))[1])
+            report["residuals"] = gpu.residuals
         report["rows"] += rows
         for found in rows:
             print(*found.values(), sep="  ", flush=True)
         say(case)
+        for found in gpu.residuals if gpu is not None else ():
+            print(*found.values(), sep="  ", file=sys.stderr)
         if options.out is not None:
             options.out.write_text(json.dumps(report, indent=1) + "\n")
 
@@ -202,7 +280,7 @@ def measure(options: argparse.Namespace, report: dict[str, Any]) -> None:
 def options_of() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--runner", choices=("sim", "cuda"), default="sim")
+    add("--runner", choices=("sim", "cuda", "cpu"), default="sim")
     add("--trace", type=Path, help="of conversations; default: requests with BurstGPT's statistics")
     add("--requests", type=int, default=600, help="of each case (default 600)")
     add("--longest", type=int, default=4096, help="tokens of long answers (default 4096)")
@@ -212,11 +290,15 @@ def options_of() -> argparse.Namespace:
     add("--max-step-tokens", type=int, default=1024, help="tokens of a step (default 1024)")
     add("--context", type=int, default=16384, help="tokens of a request (default 16384)")
     add("--itl-slo", type=float, default=30, help="milliseconds between two tokens (default 30)")
-    add("--steps", type=Path, help="times of steps: read, and with --runner cuda written")
+    add("--steps", type=Path, help="times of steps: read, or with --runner cuda written")
     add("--prefill-tokens", type=int, default=8192, help="of a step of prompts first (default 8192)")
     add("--out", type=Path, help="write the JSON here")
-    parser.set_defaults(config=None, layers=None, weight_dtype="int4", group=128)
-    return parser.parse_args()
+    add("--config", type=Path, help="a config.json; default: that of Llama-3-8B")
+    parser.set_defaults(layers=None, weight_dtype="int4", group=128)
+    options = parser.parse_args()
+    if options.runner != "sim" and options.steps is None:
+        parser.error("--runner cuda measures steps: say with --steps where they go")
+    return options
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
 """How long a step takes, as a small model that is fitted to steps that were measured; and how many tokens fit into a time.
 
-A step's seconds are a constant and what a token, a key read and a pair of a query and a key cost. Steps with prompts have factors
-of their own: those that only decode are captured, and bound by other things. No factor is below 0, and relative errors are
-squared, so that short steps count as much as long ones and a disturbed one counts little: it cannot be wrong by more than itself.
+A step's seconds are a constant and what a token, a key read and a pair of a query and a key cost, on the device and of the host's
+time. Where steps overlap, one is prepared while the one before runs, and the longer of the two counts. No factor is below 0, and
+relative errors are squared, so that short steps count as much as long ones and a disturbed one counts little: it cannot be wrong
+by more than itself.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ _LOG = logging.getLogger("serving")
 NUM_FEATURES = 4
 WINDOW = 512  # the last steps of each kind (with and without prompts) that count
 REFIT = 32  # steps between two fits
-LEAST_CHUNK = (
-    16  # tokens of a prompt that a step may always take: else a limit that cannot be kept would stop all prompts
-)
+WAITED = 0.1  # part of a step's time from which on the host has waited for the device
+# Tokens of a prompt that a step may always take: else a limit that cannot be kept would stop all prompts.
+LEAST_CHUNK = 16
 
 
 @dataclass(frozen=True)
@@ -61,22 +62,15 @@ class StepWork:
         return 1.0, float(self.tokens), float(self.kv_tokens), float(self.pairs)
 
 
-class CostModel:
-    """Predicts steps from those that were observed. Without any, it knows nothing: `is_fitted` is False.
+class StepTimes:
+    """What steps take, on the device or of the host's time, learnt from those that were observed.
 
-    path: where what was observed is kept from one server to the next of the same model on the same device; None for nowhere.
-    page_copy_seconds: what a copy of a page to the host's memory takes.
+    A constant and factors for tokens, keys and pairs, apart for steps with prompts, which other things bound.
     """
 
-    def __init__(self, path: Path | None = None, page_copy_seconds: float = 0.0) -> None:
-        self.page_copy_seconds = page_copy_seconds
-        self._path = path
+    def __init__(self) -> None:
         self._rows = np.zeros((2, WINDOW, NUM_FEATURES + 1))  # features and seconds, by whether there are prompts
         self.forget()
-
-    @property
-    def is_fitted(self) -> bool:
-        return any(any(factors) for factors in self._factors)
 
     def predict(self, work: StepWork) -> float:
         """Seconds; 0 when nothing is known."""
@@ -96,44 +90,104 @@ class CostModel:
         """Least squares over all that is known. Called now and then by `observe`. Of a kind of step that never came, the other
         kind's factors are the best guess.
         """
-        known = self._known()
-        found = [tuple(map(float, non_negative_fit(r[:, :-1] / r[:, -1:], np.ones(len(r))))) for r in known]
-        self._factors = found if all(map(len, known)) else [found[len(known[1]) > 0]] * 2
+        rows = self.known()
+        found = [tuple(map(float, non_negative_fit(r[:, :-1] / r[:, -1:], np.ones(len(r))))) for r in rows]
+        self._factors = found if all(map(len, rows)) else [found[len(rows[1]) > 0]] * 2
 
     def forget(self) -> None:
-        """Go back to what is kept: the first steps compile kernels."""
         self._counts = [0, 0]
         self._factors: list[tuple[float, ...]] = [(0.0,) * NUM_FEATURES] * 2
-        if self._path is not None:
-            self._load(self._path)
 
-    def save(self) -> None:
-        """Keep it, all of it or nothing; where that cannot be written, say so and go on."""
-        if self._path is None or not sum(self._counts):
-            return
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self._path.parent, prefix=self._path.name, delete=False) as file:
-                json.dump([rows[:, 1:].tolist() for rows in self._known()], file)
-            Path(file.name).replace(self._path)
-        except OSError as error:
-            _LOG.warning("cannot keep the times of steps in %s (%s)", self._path, error.strerror)
-
-    def _known(self) -> list[NDArray[np.float64]]:
+    def known(self) -> list[NDArray[np.float64]]:
+        """Features and seconds of the last steps that only decode, and of others."""
         return [rows[: min(count, WINDOW)] for rows, count in zip(self._rows, self._counts)]
 
-    def _load(self, path: Path) -> None:
-        """[tokens, kv_tokens, pairs, seconds] of steps that only decode, and of others. What cannot be read is measured again."""
-        try:
-            kinds = [np.array(rows, np.float64).reshape(-1, NUM_FEATURES) for rows in json.loads(path.read_text())]
-        except (OSError, ValueError, TypeError):
-            return
-        if len(kinds) != 2 or not all(np.isfinite(rows).all() and (rows >= 0).all() for rows in kinds):
-            return
+    def ratios(self) -> list[NDArray[np.float64]]:
+        """What steps took, as a part of what is predicted of them, by kind; without the tenth that differs most."""
+        found: list[NDArray[np.float64]] = []
+        for rows, factors in zip(self.known(), self._factors):
+            ratio = np.sort(rows[:, -1] / np.maximum(rows[:, :-1] @ np.array(factors), 1e-9))
+            found.append(ratio[len(ratio) // 20 : len(ratio) - len(ratio) // 20])
+        return found
+
+    def load(self, kinds: list[NDArray[np.float64]]) -> None:
+        """[tokens, kv_tokens, pairs, seconds] of steps that only decode, and of others."""
         for prompts, rows in enumerate(kinds):
             for tokens, kv_tokens, pairs, seconds in rows.tolist():
                 self.observe(StepWork(int(tokens), int(kv_tokens), int(pairs), bool(prompts)), seconds)
         self.fit()
+
+
+class CostModel:
+    """Predicts steps from those that were observed. Without any, it knows nothing: `is_fitted` is False.
+
+    device: what steps take there. host: what scheduling and launching a step and telling its tokens takes, all of a step where
+    nothing is done beside it. A step that overlaps with the next one takes the longer of the two.
+
+    path: where what was observed is kept from one server to the next of the same model on the same device; None for nowhere.
+    page_copy_seconds: what a copy of a page to the host's memory takes.
+    """
+
+    def __init__(self, path: Path | None = None, page_copy_seconds: float = 0.0) -> None:
+        self.page_copy_seconds = page_copy_seconds
+        self.host, self.device = StepTimes(), StepTimes()
+        self._path = path
+        self.forget()
+
+    @property
+    def is_fitted(self) -> bool:
+        return self.predict(StepWork(1, 1, 1)) > 0
+
+    def predict(self, work: StepWork) -> float:
+        """Seconds from the end of the step before to the end of this one; 0 when nothing is known."""
+        return max(self.host.predict(work), self.device.predict(work))
+
+    def forget(self) -> None:
+        """Go back to what is kept: the first steps compile kernels."""
+        self.host.forget()
+        self.device.forget()
+        if self._path is not None:
+            self._load(self._path)
+
+    def fit(self) -> None:
+        """To all that is known."""
+        self.host.fit()
+        self.device.fit()
+
+    def save(self) -> None:
+        """Keep it, all of it or nothing; where that cannot be written, say so and go on."""
+        kept = {name: [rows[:, 1:].tolist() for rows in times.known()] for name, times in self._times().items()}
+        if self._path is None or not any(map(any, kept.values())):
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=self._path.parent, prefix=self._path.name, delete=False) as file:
+                json.dump(kept, file)
+            Path(file.name).replace(self._path)
+        except OSError as error:
+            _LOG.warning("cannot keep the times of steps in %s (%s)", self._path, error.strerror)
+
+    def _times(self) -> dict[str, StepTimes]:
+        return {"host": self.host, "device": self.device}
+
+    def _load(self, path: Path) -> None:
+        """What cannot be read is measured again."""
+        try:
+            kept = json.loads(path.read_text())
+            found = {name: [_rows(rows) for rows in kept[name]] for name in self._times()}
+        except (OSError, ValueError, TypeError, KeyError):
+            return
+        if all(len(kinds) == 2 for kinds in found.values()):
+            for name, times in self._times().items():
+                times.load(found[name])
+
+
+def _rows(kept: object) -> NDArray[np.float64]:
+    """Raises ValueError or TypeError for anything but rows of numbers that can be."""
+    rows = np.array(kept, np.float64)
+    if rows.size and (rows.shape[1:] != (NUM_FEATURES,) or not np.isfinite(rows).all() or (rows < 0).any()):
+        raise ValueError("no rows of times")
+    return rows.reshape(-1, NUM_FEATURES)
 
 
 def non_negative_fit(features: NDArray[np.float64], seconds: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -154,6 +208,36 @@ def non_negative_fit(features: NDArray[np.float64], seconds: NDArray[np.float64]
             if (factors >= 0).all() and error < least:
                 best, least = factors, error
     return best / scale
+
+
+class StepWatch:
+    """Teaches a cost model what steps take, from when an engine launches them, waits for them and has their tokens."""
+
+    def __init__(self, cost: CostModel) -> None:
+        self._cost = cost
+        self.rest_ends(0.0)
+
+    def rest_ends(self, now: float) -> None:
+        """Work comes where there was none."""
+        self._since = now  # the end of the step before
+        self._is_first = True
+        self._was_queued = False  # whether the device had the next step when that one ended
+
+    def alone(self, work: StepWork, now: float) -> None:
+        """A step has ended, beside which nothing was done."""
+        self._cost.host.observe(work, now - self._since)
+        self._since, self._is_first, self._was_queued = now, False, False
+
+    def overlapped(self, work: StepWork, launched: float, behind: StepWork | None, asked: float, now: float) -> None:
+        """A step has ended that was launched at `launched`; then `behind` was, or there was nothing, and it was waited for from
+        `asked` to `now`. If there was nothing to wait for, the device has waited for the host, and nobody knows since when.
+        """
+        waited = now - asked > WAITED * (now - self._since)
+        if behind is not None and not self._is_first:
+            self._cost.host.observe(behind, asked - self._since)
+        if waited and (self._is_first or self._was_queued):
+            self._cost.device.observe(work, now - (launched if self._is_first else self._since))
+        self._since, self._is_first, self._was_queued = now, False, waited
 
 
 class StepBudget:

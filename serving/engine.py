@@ -25,7 +25,7 @@ from serving.core import (
     Sequence,
     StepOutput,
 )
-from serving.cost_model import CostModel, StepWork
+from serving.cost_model import CostModel, StepWatch, StepWork
 from serving.errors import RequestError
 from serving.kv import PageTables
 from serving.observer import Observer
@@ -59,9 +59,10 @@ class _Live:
 
 @dataclass(frozen=True, eq=False)
 class _Launched:
-    """A step that runs: what it does and samples, for whom, and how to wait for it."""
+    """A step that runs: what it does and samples, for whom, since when, and how to wait for it."""
 
     work: StepWork
+    since: float
     items: tuple[BatchItem, ...]
     sampled: tuple[_Live, ...]
     wait: Callable[[], StepOutput]
@@ -107,7 +108,7 @@ class Engine:
         self.max_model_len = min(config.max_model_len, self.pages.capacity)
         self._live: dict[str, _Live] = {}
         self._launched: _Launched | None = None
-        self._since: float | None = None  # when the step that is waited for next began; None where that is not known
+        self._watch = StepWatch(self.cost)
 
     @property
     def has_work(self) -> bool:
@@ -159,7 +160,7 @@ class Engine:
         limit = params.max_tokens or self.max_model_len - len(request.prompt)
         now = self._clock.now()
         if not self.has_work:
-            self._since = now
+            self._watch.rest_ends(now)
         matcher = self.new_matcher(request.params.grammar)
         seq = Sequence(request, limit, now + self.config.request_timeout, matcher, arrived=now)
         decode = partial(self._vocabulary.decode, skip_special=params.skip_special_tokens)
@@ -263,7 +264,7 @@ class Engine:
                 live.seq.tokens.append(UNKNOWN)
                 live.seq.num_unknown += 1
                 sampled.append(live)
-        return _Launched(StepWork.of(batch), batch.sampled, tuple(sampled), wait)
+        return _Launched(StepWork.of(batch), now, batch.sampled, tuple(sampled), wait)
 
     def _drafts(self) -> Drafts:
         """Guesses for sequences whose next tokens depend on nothing but the model and random numbers: no mask, no history."""
@@ -279,32 +280,30 @@ class Engine:
 
     def _finish(self) -> list[RequestOutput]:
         step, self._launched = self._launched, None
-        return self._commit(step)
+        return self._commit(step, alone=True)
 
-    def _commit(self, step: _Launched | None) -> list[RequestOutput]:
-        """Wait for a step. What was sampled for requests that have gone since is dropped."""
+    def _commit(self, step: _Launched | None, alone: bool = False) -> list[RequestOutput]:
+        """Wait for a step, the next one being launched, unless this one is alone. What was sampled for requests that have gone
+        since is dropped.
+        """
         if step is None:
             return []
+        asked = self._clock.now()
         with self._span("wait"):
             tokens = step.wait().tokens
         if len(tokens) != len(step.items):
             raise TilusError(f"the runner sampled {len(tokens)} tokens, expected {len(step.items)}")
         now = self._clock.now()
-        self._observe(step, now)
+        if alone:
+            self._watch.alone(step.work, now)
+        else:
+            self._watch.overlapped(step.work, step.since, self._launched and self._launched.work, asked, now)
         with self._span("commit"):
             return [
                 self._extend(live, item, found, now)
                 for item, live, found in zip(step.items, step.sampled, tokens)
                 if self._live.get(item.request_id) is live
             ]
-
-    def _observe(self, step: _Launched, now: float) -> None:
-        """Steps follow each other without a pause while there is work. The end of one that samples nothing is not waited for, so
-        that neither its time is known nor the next one's.
-        """
-        if step.items and self._since is not None:
-            self.cost.observe(step.work, now - self._since)
-        self._since = now if step.items else None
 
     def _extend(
         self, live: _Live, item: BatchItem, tokens: tuple[SampledToken, ...] | None, now: float

@@ -61,7 +61,10 @@ class PageTables:
         if self._prefixes is None:
             return
         known, number = self._ends.get(owner, (0, ROOT))
-        table, size = self._tables[owner], self.page_size
+        size = self.page_size
+        if count // size <= known:
+            return
+        table = self._tables[owner]
         for index in range(known, count // size):
             number = self._prefixes.add(table[index], number, tokens[index * size : (index + 1) * size])
             self._ends[owner] = index + 1, number
@@ -70,10 +73,11 @@ class PageTables:
         """Grow the owner's table until it holds `num_tokens`. False, and nothing changed, when pages are lacking."""
         table = self._tables.get(owner, ())
         missing = -(-num_tokens // self.page_size) - len(table)
+        if missing <= 0:
+            return True
         if missing > self.num_free:
             return False
-        if missing > 0:
-            self._tables[owner] = (*table, *(self._take() for _ in range(missing)))
+        self._tables[owner] = (*table, *(self._take() for _ in range(missing)))
         return True
 
     def release(self, owner: str) -> None:

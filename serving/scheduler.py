@@ -166,10 +166,10 @@ class Scheduler:
 
     def _plan_prompts(self, plan: dict[Sequence, int], decodes: StepWork, newcomers: bool = True) -> None:
         budget = StepBudget(self._config.max_step_tokens, self._cost, self._config.itl_slo, decodes)
-        self._plan_prefills(plan, [seq for seq in self.running if seq.num_pending > 1 and not seq.is_full], budget)
-        free = self._config.max_batch - sum(
-            not seq.is_full for seq in self.running
-        )  # those that are full have no row any more
+        others = [seq for seq in self.running if seq not in plan]
+        self._plan_prefills(plan, [seq for seq in others if seq.num_pending > 1 and not seq.is_full], budget)
+        # Those that are full have no row any more.
+        free = self._config.max_batch - len(self.running) + sum(seq.is_full for seq in others)
         while newcomers and self.waiting and not budget.is_spent and free > 0:
             seq = self.waiting.first()
             if not self._admit(seq):
@@ -234,13 +234,10 @@ class Scheduler:
         self.pages.release(seq.id)
 
     def _item(self, seq: Sequence, count: int, drafts: tuple[int, ...]) -> BatchItem:
-        start, end = seq.num_computed, seq.num_computed + count
+        start, tokens = seq.num_computed, seq.tokens
+        end = start + count
+        token_ids = (*tokens[start:end], *drafts)
+        params = seq.request.params if end == len(tokens) else None
         return BatchItem(
-            request_id=seq.id,
-            token_ids=(*seq.tokens[start:end], *drafts),
-            start=start,
-            pages=self.pages.table(seq.id),
-            params=seq.request.params if end == len(seq.tokens) else None,
-            draw=seq.num_output,
-            num_drafts=len(drafts),
+            seq.id, token_ids, start, self.pages.table(seq.id), params, seq.num_output, num_drafts=len(drafts)
         )

@@ -6,6 +6,7 @@ can so be seen in seconds, without a GPU. `replay` runs the same plan on a real 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import sys
 import time
@@ -13,6 +14,8 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
+
+import numpy as np
 
 from serving.bench.command import make_plan
 from serving.bench.load import Observations
@@ -23,7 +26,7 @@ from serving.bench.summary import Distribution, Summary, summarise
 from serving.bench.workload import PlannedRequest, mean_rate
 from serving.config import EngineConfig
 from serving.core import Batch, Clock, Request, Runner, SampledToken, SamplingParams, StepOutput
-from serving.cost_model import CostModel, StepWork
+from serving.cost_model import CostModel, StepTimes, StepWork
 from serving.engine import Engine
 from tilus.errors import TilusError
 
@@ -72,20 +75,48 @@ class PlainVocabulary:
         return "." * len(ids)
 
 
-class SimRunner:
-    """Takes a step's seconds, and those of its copies, one step after the other. It samples tokens that are not EOS."""
+def no_time(work: StepWork) -> float:
+    return 0.0
 
-    def __init__(
-        self, clock: VirtualClock, seconds: Callable[[StepWork], float], page_copy_seconds: float = 0.0
-    ) -> None:
+
+@dataclasses.dataclass(frozen=True)
+class Pace:
+    """Seconds of a step on the device, of the host's time for it, and of the copy of a page."""
+
+    device: Callable[[StepWork], float]
+    host: Callable[[StepWork], float] = no_time
+    page_copy: float = 0.0
+
+    @classmethod
+    def of(cls, cost: CostModel) -> Pace:
+        """Steps take what is predicted, times what one of those that are known, drawn by chance, differed by."""
+        return cls(_scattered(cost.device), _scattered(cost.host), cost.page_copy_seconds)
+
+
+def _scattered(times: StepTimes) -> Callable[[StepWork], float]:
+    ratios, rng = times.ratios(), np.random.default_rng(0)
+
+    def seconds(work: StepWork) -> float:
+        of_kind = ratios[work.prompts]
+        return times.predict(work) * (float(of_kind[rng.integers(len(of_kind))]) if len(of_kind) else 1.0)
+
+    return seconds
+
+
+class SimRunner:
+    """The host takes its time for each step; the device runs one after the other, each from when the host began with it. It
+    samples tokens that are not EOS."""
+
+    def __init__(self, clock: VirtualClock, pace: Pace) -> None:
         self._clock = clock
-        self._seconds = seconds
-        self._page_copy_seconds = page_copy_seconds
+        self._pace = pace
         self._busy_until = 0.0
 
     def launch(self, batch: Batch) -> Callable[[], StepOutput]:
-        seconds = self._seconds(StepWork.of(batch)) + self._page_copy_seconds * len(batch.copies)
-        done = self._busy_until = max(self._busy_until, self._clock.now()) + seconds
+        work, now = StepWork.of(batch), self._clock.now()
+        self._clock.wait_until(now + self._pace.host(work))
+        seconds = self._pace.device(work) + self._pace.page_copy * len(batch.copies)
+        done = self._busy_until = max(self._busy_until, now) + seconds
 
         def wait() -> StepOutput:
             self._clock.wait_until(done)
@@ -120,6 +151,9 @@ def roofline(work: StepWork) -> float:
     compute = (2 * 7.5e9 * work.tokens + 4 * 32 * 4096 * work.pairs) / (0.55 * 790e12)
     memory = (4.7e9 + 131072 * work.kv_tokens) / 2.6e12
     return max(compute, memory) + 0.15 * min(compute, memory) + 0.9e-3
+
+
+ESTIMATE = Pace(roofline)
 
 
 @dataclasses.dataclass
@@ -184,17 +218,16 @@ class Outcome:
 def simulate(
     plan: Sequence[PlannedRequest],
     config: EngineConfig,
-    seconds: Callable[[StepWork], float] = roofline,
+    pace: Pace = ESTIMATE,
     max_tokens: int | None = None,
-    page_copy_seconds: float = 0.0,
+    cost: CostModel | None = None,
 ) -> Outcome:
-    """Replay a plan in virtual time. The engine learns what steps take as it does in a server."""
+    """Replay a plan in virtual time. cost: what the engine knows of steps; it learns as it does in a server."""
     clock = VirtualClock()
     runner = PlannedEnds(
-        SimRunner(clock, seconds, page_copy_seconds),
-        {str(index): planned.output_tokens for index, planned in enumerate(plan)},
+        SimRunner(clock, pace), {str(index): planned.output_tokens for index, planned in enumerate(plan)}
     )
-    cost = CostModel(page_copy_seconds=page_copy_seconds)
+    cost = CostModel(page_copy_seconds=pace.page_copy) if cost is None else cost
     engine = Engine(runner, PlainVocabulary(), config, clock, cost=cost)
     seen = replay(engine, plan, clock, max_tokens)
     engine.check()
@@ -223,15 +256,17 @@ def main(arguments: Sequence[str]) -> int:
         longest = max(planned.input_tokens + (own.max_tokens or planned.output_tokens) for planned in plan)
         limits = EngineConfig(
             own.num_pages, longest, max_batch=own.max_batch, max_step_tokens=own.max_step_tokens, request_timeout=1e9,
-            prefix_cache=False, itl_slo=own.itl_slo and own.itl_slo / 1e3,
+            prefix_cache=False, itl_slo=own.itl_slo and own.itl_slo / 1e3, overlap=True,
         )  # fmt: skip
-        seconds = _measured(own.steps) if own.steps is not None else roofline
+        known = None if own.steps is None else _measured(own.steps)
         print(f"{len(plan)} requests, {mean_rate(plan):.2f} a second; times in ms", file=sys.stderr)
         print(f"{'':14}" + "".join(f"{name:>12}" for name in COLUMNS))
         report: dict[str, dict[str, float]] = {}
         for name, policy in POLICIES.items():
-            config = dataclasses.replace(limits, **policy)
-            report[name] = dict(zip(COLUMNS, numbers(simulate(plan, config, seconds, own.max_tokens))))
+            config, pace = dataclasses.replace(limits, **policy), ESTIMATE if known is None else Pace.of(known)
+            report[name] = dict(
+                zip(COLUMNS, numbers(simulate(plan, config, pace, own.max_tokens, copy.deepcopy(known))))
+            )
             print(f"{name:14}" + "".join(f"{value:12.2f}" for value in report[name].values()), flush=True)
         if workload.json is not None:
             write_json(workload.json, {"requests": len(plan), "policies": report})
@@ -258,10 +293,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _measured(path: Path) -> Callable[[StepWork], float]:
+def _measured(path: Path) -> CostModel:
     cost = CostModel(path)
     if not cost.is_fitted:
         raise TilusError(
             f"{path} holds no times of steps", hint="take a file of steps/ in the cache directory of a server"
         )
-    return cost.predict
+    return cost

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 from serving.core import Request, SamplingParams
 from serving.engine import Engine
 
 _QUESTION = 40  # tokens of a short question in a chat's template
-_MEASURED_STEPS = 16  # answers' tokens
+_LEAST_MEASURED = 16  # tokens of a prompt
+_TOKENS = 60  # of the vocabulary, which every one has
 
 
 def warm_up(engine: Engine, progress: Callable[[int, int], None]) -> None:
@@ -29,22 +31,35 @@ def warm_up(engine: Engine, progress: Callable[[int, int], None]) -> None:
     engine.scheduler.forget_past()
 
 
-def _request(index: int, prompt: int, answer: int, token: int = 0) -> Request:
-    """token: prompts of another one have nothing in the cache."""
-    return Request(
-        f"warm-up {index}", (token,) * prompt, SamplingParams(max_tokens=answer, temperature=0, ignore_eos=True)
-    )
+def _request(index: int, prompt: int, answer: int) -> Request:
+    """Its prompt begins as no other one does, so that nothing of it is in the cache."""
+    tokens = (*divmod(index, _TOKENS),) * -(-prompt // 2)
+    params = SamplingParams(max_tokens=answer, temperature=0, ignore_eos=True)
+    return Request(f"warm-up {index}", tokens[:prompt], params)
 
 
 def measure_steps(engine: Engine) -> None:
-    """Teach the engine's cost model what steps take, once kernels are compiled: prompts of many lengths beside more and more
-    answers.
+    """Teach the engine's cost model what steps take, once kernels are compiled: prompts of many lengths, one or a few in a step,
+    beside more and more answers.
     """
-    longest, chunk = engine.max_model_len - _MEASURED_STEPS, engine.config.max_step_tokens
-    for round_, width in enumerate((1, 4, 16, 64, 256)):
-        for index in range(min(width, engine.config.max_batch)):
-            prompt = max(1, min(longest, 4 * chunk // (index + 1)))
-            engine.add(_request(index, prompt, min(_MEASURED_STEPS, engine.max_model_len - prompt), token=round_ + 2))
+    chunk, number = engine.config.max_step_tokens, itertools.count()
+    sizes = [int(_LEAST_MEASURED * 1.5**power) for power in range(30) if _LEAST_MEASURED * 1.5**power < chunk] + [chunk]
+    shapes = [(size, parts) for size in sizes for parts in (1, 4) if size >= parts]
+
+    def add(prompt: int, answer: int) -> None:
+        longest = engine.max_model_len - answer
+        engine.add(_request(next(number), max(1, min(longest, prompt)), answer))
+
+    for width in sorted({min(width, engine.config.max_batch - 1) for width in (1, 4, 16, 64, 256)}):
+        for index in range(width):
+            add(4 * chunk // (index + 1), min(2 * len(shapes), engine.max_model_len - 1))
+        while engine.scheduler.waiting or any(seq.num_pending > 1 for seq in engine.scheduler.running):
+            engine.step()
+        for size, parts in shapes:
+            for _ in range(parts):
+                add(size // parts, 1)
+            engine.step()
+            engine.step()
         while engine.has_work:
             engine.step()
     engine.cost.fit()

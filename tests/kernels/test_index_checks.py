@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from attention_batches import Batch, make_inputs, on_gpu
 
+import tilus
 from tilus import TilusError, config
 from tilus.kernels import (
     index_checks,
@@ -132,6 +134,22 @@ def test_a_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs(BATCH, 0)
     args = (inputs.q[:, None], inputs.kv_cache, inputs.block_tables, inputs.kv_lens, inputs.scale)
     assert "capture of a CUDA graph" in found_by(paged_decode, *args, device="reference")
+
+
+def test_a_dry_run_is_not_checked() -> None:
+    """Its indices are whatever their memory held."""
+    positions, slots, angles = (
+        torch.tensor([99], dtype=torch.int32),
+        torch.zeros(1, dtype=torch.int32),
+        torch.zeros(8, 16),
+    )
+    launch = partial(
+        rope_append, torch.zeros(1, 48, dtype=torch.float16), positions, angles, slots, torch.zeros(1, 2, 16, 1, 16).half(),
+        device="cpu",
+    )  # fmt: skip
+    tilus.compile_ahead(launch)
+    with pytest.raises(TilusError, match="token 0 has position 99, expected 0 to 7"):
+        launch()
 
 
 def test_other_values_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ def fitted(
     rng, model = np.random.default_rng(seed), CostModel(path)
     for index in range(256):
         work = random_work(rng)
-        model.observe(work, seconds(truth, of_prompts, work) * (100 if index in slow else 1))
+        model.device.observe(work, seconds(truth, of_prompts, work) * (100 if index in slow else 1))
     return model
 
 
@@ -57,7 +57,7 @@ def test_of_a_kind_that_never_came_the_other_is_the_best_guess() -> None:
     for prompts in (False, True):
         model = CostModel()
         for tokens in range(1, 65):
-            model.observe(StepWork(tokens, 100 * tokens, 10, prompts), 1e-3 + 1e-5 * tokens)
+            model.host.observe(StepWork(tokens, 100 * tokens, 10, prompts), 1e-3 + 1e-5 * tokens)
         assert model.predict(StepWork(50, 100, 10, not prompts)) == model.predict(StepWork(50, 100, 10, prompts)) > 1e-3
 
 
@@ -117,12 +117,20 @@ def test_a_step_takes_as_much_of_prompts_as_it_may(truth, limit, contexts, promp
 def test_what_is_known_is_kept_for_the_next_server(tmp_path: Path) -> None:
     path = tmp_path / "steps" / "model.json"
     first = fitted((1e-3, 3e-5, 4e-8, 5e-10), (2e-3, 3e-5, 4e-8, 5e-10), path)
+    for tokens in range(1, 65):
+        first.host.observe(StepWork(tokens, 1, 1), 1e-2)
     first.save()
     again, work = CostModel(path), StepWork(100, 5000, 5000, True)
     assert again.is_fitted and again.predict(work) == pytest.approx(first.predict(work), rel=1e-6)
-    for damaged in ("", "{}", "[[1, 2], []]", "[[[1, -3, 4, 5]], []]", '[[[1, 0, 1, "x"]], []]', "[[[1, 2, 3, 4]]]"):
+    assert again.host.predict(work) == pytest.approx(1e-2)
+    good = path.read_text()
+    rows = ("[1, -3, 4, 5]", '[1, 0, 1, "x"]', "[1, 2]", "[NaN, 1, 1, 1]")
+    for damaged in (
+        "", "{}", "[]", good.replace("device", "GPU"), '{"host": [[], []], "device": [[]]}', '{"host": 1, "device": 2}',
+        *(f'{{"host": [[], []], "device": [[{row}], []]}}' for row in rows),
+    ):  # fmt: skip
         path.write_text(damaged)
-        assert not CostModel(path).is_fitted
+        assert not CostModel(path).is_fitted, damaged
 
 
 def test_a_place_that_cannot_be_written_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -134,6 +142,6 @@ def test_a_place_that_cannot_be_written_is_said(tmp_path: Path, caplog: pytest.L
 def test_clocks_that_stand_still_teach_nothing() -> None:
     model = CostModel()
     for _ in range(100):
-        model.observe(StepWork(1, 1, 1), 0.0)
+        model.host.observe(StepWork(1, 1, 1), 0.0)
     model.fit()
     assert not model.is_fitted and model.predict(StepWork(1, 1, 1)) == 0

@@ -32,7 +32,8 @@ class Process:
     """The server, on oracle kernels unless another program is named; stderr is collected while it runs."""
 
     def __init__(self, *arguments: str, program: tuple[str, ...] = ORACLE, **variables: str) -> None:
-        environment = os.environ | {"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}", "PYTHONWARNINGS": "error"}
+        paths = (str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", ""))
+        environment = os.environ | {"PYTHONPATH": ":".join(filter(None, paths)), "PYTHONWARNINGS": "error"}
         self.process = subprocess.Popen(
             [sys.executable, *program, *arguments],
             cwd=ROOT,

@@ -16,10 +16,11 @@ from serving.__main__ import main
 from serving.bench.workload import PlannedRequest, arrival_times
 from serving.config import EngineConfig
 from serving.core import Batch, StepOutput
-from serving.cost_model import LEAST_CHUNK, StepWork
+from serving.cost_model import LEAST_CHUNK, CostModel, StepWork
 from serving.engine import Engine
 from serving.simulate import (
     COLUMNS,
+    Pace,
     PlainVocabulary,
     PlannedEnds,
     SimRunner,
@@ -51,7 +52,7 @@ def test_a_request_alone_takes_what_its_steps_take(prompt: int, answer: int, chu
         context += 1
         time += seconds(StepWork(1, context, context))
     clock = VirtualClock()
-    runner = PlannedEnds(SimRunner(clock, seconds), {"0": answer})
+    runner = PlannedEnds(SimRunner(clock, Pace(seconds)), {"0": answer})
     engine = Engine(runner, PlainVocabulary(), replace(LIMITS, max_step_tokens=chunk, max_batch=4), clock)
     (record,) = replay(engine, [PlannedRequest(arrival, prompt, answer)], clock, max_tokens=100).records
     assert record.outcome == "finished" and record.output_tokens == answer
@@ -63,7 +64,7 @@ class Watching:
 
     def __init__(self, clock: VirtualClock, lengths: dict[str, int]) -> None:
         self._clock = clock
-        self._runner = PlannedEnds(SimRunner(clock, seconds), lengths)
+        self._runner = PlannedEnds(SimRunner(clock, Pace(seconds)), lengths)
         self.steps: list[tuple[list[int], float]] = []
 
     def launch(self, batch: Batch) -> Callable[[], StepOutput]:
@@ -125,12 +126,44 @@ def test_past_future_admission_rarely_evicts_and_fills_the_cache() -> None:
     assert rates["past-future"] >= 1.8 * rates["conservative"]
 
 
+def host_seconds(work: StepWork) -> float:
+    return 5e-4 + 1e-5 * work.tokens
+
+
+@pytest.mark.parametrize("slower", ["device", "host"])
+@pytest.mark.parametrize("overlap", [True, False])
+def test_an_engine_learns_what_host_and_device_take(slower: str, overlap: bool) -> None:
+    """Each of its own where they overlap; of a device that always waits for the host nothing is known, and nothing needed.
+    Without overlap the host has no time of its own."""
+    pace, cost = Pace(seconds, lambda work: host_seconds(work) * (20 if slower == "host" else 1)), CostModel()
+    simulate(conversation(60, 12.0), replace(LIMITS, overlap=overlap), pace, max_tokens=400, cost=cost)
+    cost.fit()
+    works = StepWork(8, 9000, 9000), StepWork(40, 30000, 30000), StepWork(500, 9000, 1_500_000, True)
+    for work in works:
+        device, host = pace.device(work), pace.host(work)
+        assert cost.predict(work) == pytest.approx(max(device, host), rel=0.02)
+        if overlap:
+            assert cost.host.predict(work) == pytest.approx(host, rel=0.02)
+            assert cost.device.predict(work) == pytest.approx(device, rel=0.02) or slower == "host"
+
+
+def test_time_of_the_host_is_hidden_by_the_device_or_the_other_way_round() -> None:
+    """Steps follow each other as fast as the slower one goes, and without overlap as both together."""
+    plan = [PlannedRequest(0.0, 10, 200)]
+
+    def gap(host: float, device: float, overlap: bool) -> float:
+        pace = Pace(lambda work: device, lambda work: host)
+        return simulate(plan, replace(LIMITS, overlap=overlap), pace, max_tokens=400).summary.itl.p50
+
+    assert gap(1e-3, 4e-3, True) == pytest.approx(4e-3) and gap(5e-3, 4e-3, True) == pytest.approx(5e-3)
+
+
 def test_swapping_costs_copies_instead_of_tokens() -> None:
     plan = [PlannedRequest(0.0, 60, 120) for _ in range(24)]
     limits = replace(LIMITS, num_pages=120, admission="aggressive")
     again = simulate(plan, limits)
-    swapped = simulate(plan, replace(limits, num_host_pages=1000), page_copy_seconds=1e-6)
-    slow = simulate(plan, replace(limits, num_host_pages=1000), page_copy_seconds=1.0)
+    swapped = simulate(plan, replace(limits, num_host_pages=1000), pace=Pace(roofline, page_copy=1e-6))
+    slow = simulate(plan, replace(limits, num_host_pages=1000), pace=Pace(roofline, page_copy=1.0))
     assert again.recomputed > 0 and again.swapped == 0
     assert swapped.swapped > 0 and swapped.recomputed == 0
     assert swapped.summary.duration < again.summary.duration
@@ -160,6 +193,31 @@ def test_the_command_compares_policies(tmp_path: Path, capsys: pytest.CaptureFix
     for line, values in zip(table[1:], report["policies"].values()):
         assert line[14:].split() == [f"{value:.2f}" for value in values.values()]
         assert values["requests/s"] > 0 and values["evicted"] == 0
+
+
+def test_the_command_takes_times_that_a_server_has_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Requests of one token each after a prompt of one token take a step of 4 ms, for which the host needs 7 ms."""
+    cost = CostModel(tmp_path / "steps.json")
+    for tokens in range(1, 65):
+        cost.device.observe(StepWork(tokens, tokens, tokens), 4e-3)
+        cost.host.observe(StepWork(tokens, tokens, tokens), 7e-3)
+    cost.save()
+    workload = ["--rate", "1", "--limit", "3", "--input-tokens", "1", "--output-tokens", "9"]
+    assert main(["simulate", "--steps", str(tmp_path / "steps.json"), *workload, "--json", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out").read_text())["policies"]["past-future"]
+    assert report["itl p50"] == pytest.approx(7.0) and report["ttft p50"] == pytest.approx(14.0)
+
+
+def test_steps_scatter_as_those_did_that_were_measured() -> None:
+    """Equal steps took 3 or 5 ms, and once a second: so do simulated ones, but for the second, and in the mean as long."""
+    cost = CostModel()
+    for index in range(200):
+        cost.device.observe(StepWork(1, 100, 100), 1.0 if index == 50 else 3e-3 + 2e-3 * (index % 2))
+    cost.fit()
+    plan = [PlannedRequest(0.0, 99, 2000)]
+    found = simulate(plan, LIMITS, Pace(Pace.of(cost).device), max_tokens=3000).summary.itl
+    assert found.p50 in (pytest.approx(3e-3, rel=0.05), pytest.approx(5e-3, rel=0.05)) and found.max < 6e-3
+    assert found.mean == pytest.approx(4e-3, rel=0.05)
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,13 @@ def test_measured_steps_teach_the_cost_model_and_nothing_else() -> None:
             return super().execute(batch)
 
     clock, config = ManualClock(), EngineConfig(num_pages=400, max_model_len=200, page_size=4)
-    engine = Engine(Timed(4), FakeVocabulary(), config, clock)
+    runner = Timed(4)
+    engine = Engine(runner, FakeVocabulary(), config, clock)
     measure_steps(engine)
+    steps = [[len(item.token_ids) for item in batch.items] for batch in runner.batches]
+    for beside in (1, 4):  # nothing is found in the cache
+        sizes = {sum(counts) - counts.count(1) for counts in steps if counts.count(1) == beside}
+        assert sizes >= {16, 24, 36, 54, 81, 121, 182}
     for work in (StepWork(1, 100, 100), StepWork(300, 900, 9000, prompts=True)):
         assert engine.cost.predict(work) == pytest.approx(1e-3 + 1e-6 * work.tokens, rel=1e-3)
     assert not engine.has_work and engine.pages.num_free == 400
