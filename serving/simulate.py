@@ -75,16 +75,12 @@ class PlainVocabulary:
         return "." * len(ids)
 
 
-def no_time(work: StepWork) -> float:
-    return 0.0
-
-
 @dataclasses.dataclass(frozen=True)
 class Pace:
     """Seconds of a step on the device, of the host's time for it, and of the copy of a page."""
 
     device: Callable[[StepWork], float]
-    host: Callable[[StepWork], float] = no_time
+    host: Callable[[StepWork], float] = lambda work: 0.0
     page_copy: float = 0.0
 
     @classmethod
