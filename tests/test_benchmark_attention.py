@@ -13,6 +13,7 @@ from paged.plans import PLANS
 from paged.prefixes import PREFIXES, PrefixCase, shared_batch
 
 from tilus.kernels import find_shared_prefixes, paged_decode
+from tilus.kernels.shared_prefix_groups import TOKENS
 
 SMALL = {"heads": 4, "kv_heads": 2, "head_dim": 64}
 
@@ -56,7 +57,7 @@ def test_sequences_of_a_group_begin_with_the_same_pages() -> None:
     assert torch.equal(tables[0, :17], tables[1, :17]) and torch.equal(tables[2, :17], tables[3, :17])
     assert wanted.nbytes == batch.caches[0].nbytes
     shared = find_shared_prefixes(tables, batch.kv_lens, 1, 4, 16, device="reference")
-    assert shared[1].tolist() == [272] * 4
+    assert shared[TOKENS].tolist() == [272] * 4
     assert all(case.batch % case.groups == 0 for case in PREFIXES)
 
 
