@@ -3,7 +3,8 @@
 The server's default model (SmolLM2-135M-Instruct, its weights as shipped) reads WINDOWS x LENGTH tokens of
 tests/data/shakespeare.txt and tempest.txt in the server's runner, with its kernels as native code, in chunks of CHUNK tokens.
 Every key and value is read from the cache, those of a token's own chunk too, so that a token finds what it would find if it were
-decoded. Nothing but the format of the cache differs between rows. On two cores a row takes about a minute.
+decoded. Nothing but the format of the cache differs between rows; int4 has frames, as in the server. On two cores a row takes a
+minute.
 
 Output, as JSON:
     torch, python, tokens   versions; tokens whose likelihood is measured (the first of each window has none)

@@ -71,6 +71,7 @@ class _Watched:
         self._kernels = model.kernels
         self._centred = model.config.attention_cap is None
         self._progress = lambda: progress(len(self.frames), model.config.num_layers)
+        self._progress()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._kernels, name)
@@ -78,7 +79,6 @@ class _Watched:
     def rope_append(
         self, qkv: Tensor, positions: Tensor, cos_sin: Tensor, slots: Tensor, kv_cache: KvCache, **options: Any
     ) -> Tensor:
-        self._progress()
         q = self._kernels.rope_append(qkv, positions, cos_sin, slots, kv_cache, **options)
         assert isinstance(kv_cache, Tensor)
         keys, values = kv_cache[slots.long() // _PAGE, :, slots.long() % _PAGE].cpu().unbind(1)

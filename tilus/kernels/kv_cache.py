@@ -52,8 +52,8 @@ KV_FORMATS = {
 @dataclass(frozen=True, eq=False)
 class QuantizedCache:
     """Keys (0) and values (1) of pages: element = code * scale, or code * scale + minimum. Elements of keys are those of their
-    Hadamard transform where the format mixes them, or of keys and values in a frame (`kv_frame`): as `rope_append` writes them,
-    and gives queries.
+    Hadamard transform where the format mixes them; with a frame (`kv_frame`) those of values are others, too. `rope_append`
+    writes them so, and gives queries that fit.
 
     codes: uint8 [pages, Hkv, 2, page_size, D * nbits / 8], of 4 bits the even element in the lower half of a byte. factors:
     float16 [pages, Hkv, 2, kinds, page_size], scales and then minimums. Both may be strided views (one layer of a pool) with
