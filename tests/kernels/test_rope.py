@@ -145,8 +145,12 @@ def test_heads_are_normed_before_they_are_rotated(name: str | None, head_dim: in
     else:
         numbers = codes.view(torch.float8_e4m3fn)
     found = numbers.double() * factors[..., :1].double() + (factors[..., 1:].double() if name == "int4" else 0.0)
-    step = factors[..., :1].double().numpy() * (16 if name == "fp8" else 0.5)  # fp8: codes up to 448 are 32 apart
-    assert (np.abs(found.numpy() - mixed[:, 3:]) <= step * 1.01 + 2.0**-8).all()
+    step = factors[..., :1].double().numpy() * (32 if name == "fp8" else 1)  # fp8: codes up to 448 are 32 apart
+    errors = found.numpy() - mixed[:, 3:]
+    if name == "int4":  # a head's errors add up to zero, and so lie around half a step
+        assert np.abs(errors.mean(-1)).max() <= 2.0**-9
+        errors -= (errors.max(-1, keepdims=True) + errors.min(-1, keepdims=True)) / 2
+    assert (np.abs(errors) <= step * 0.505 + 2.0**-8).all()
 
 
 def hadamard(vectors: Any) -> Any:
