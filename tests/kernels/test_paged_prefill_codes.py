@@ -22,6 +22,7 @@ from tilus.kernels.paged_prefill import (
     launch,
     paged_prefill,
     paged_prefill_kernel,
+    partials_of,
     plans_of_codes,
 )
 from tilus.runtime.binaries import build
@@ -143,6 +144,15 @@ SHAPES = [(128, 4, 16, torch.bfloat16, True), (64, 2, 128, torch.float16, False)
     ],
 )
 def test_assembles_without_spills(name: str, shape: tuple[int, int, int, torch.dtype, bool]) -> None:
+    assert_assembles(name, shape, splits=1)
+
+
+@pytest.mark.parametrize("name", ["fp8", pytest.param("int8", marks=pytest.mark.exhaustive)])
+def test_partial_results_have_room_beside_codes(name: str) -> None:
+    assert_assembles(name, SHAPES[0], splits=2)
+
+
+def assert_assembles(name: str, shape: tuple[int, int, int, torch.dtype, bool], splits: int) -> None:
     head_dim, heads, page_size, dtype, causal = shape
     cache = quantized_cache(name, 4, page_size, 2, head_dim)
     q, table, starts_ = (
@@ -153,7 +163,7 @@ def test_assembles_without_spills(name: str, shape: tuple[int, int, int, torch.d
     bits, q_type = as_f16(q)
     special = paged_prefill_kernel.specialize(
         bits, units_of_codes(cache), table, starts_, table[0], q, 1.0, 132, torch.zeros(2, 2, heads), None, None, None,
-        cache.factors, head_dim=head_dim, page_size=page_size, kv_heads=2, group=heads, causal=causal, kind=cache.format,
+        cache.factors, *partials_of(q[0], 4, splits), head_dim=head_dim, page_size=page_size, kv_heads=2, group=heads, causal=causal, kind=cache.format,
         plan=plans_of_codes(heads, head_dim, cache.format.code.nbits)[0], q_type=q_type,
     )  # fmt: skip
     compiled, cubin = build(special.function, get_target("sm_90a"))

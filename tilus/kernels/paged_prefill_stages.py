@@ -53,7 +53,8 @@ class Memory:
 
     def __init__(self, dtype: Any, head_dim: int, plan: Any) -> None:
         self.queries = tilus.shared(dtype, [2, ROWS // 2, head_dim])
-        self.turns, self.full, self.empty = tilus.mbarrier(2), tilus.mbarrier(), tilus.mbarrier(arrivals=2)
+        single = tilus.mbarrier(3)  # together: each tensor takes 128 bytes, and beside codes there is no room
+        self.turns, self.full, self.empty = single, single[2], tilus.mbarrier(arrivals=2)
         self.rings = [
             (
                 tilus.shared(dtype, [count, plan.kv_tile, head_dim]),
