@@ -51,7 +51,7 @@ MOST_HEAD_DIM = 128
 MOST_COLUMNS = 32  # of a launch; with more the registers do not suffice for prefixes and the rest
 OWN_TILE = 64  # tokens
 OWN_STAGES = 2
-PIECE = 32  # elements of a head
+PIECE = 128  # elements of a head, whose products are a chain: shorter ones are not measured yet
 MOST_STAGES = 8  # of prefixes
 # Tokens of a tile of a prefix; registers of threads for prefixes, for the rest, and that copy: 512 in all.
 PLANS = ((64, 160, 152, 40), (32, 144, 176, 48))
