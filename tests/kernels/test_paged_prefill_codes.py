@@ -163,7 +163,8 @@ def assert_assembles(name: str, shape: tuple[int, int, int, torch.dtype, bool], 
     bits, q_type = as_f16(q)
     special = paged_prefill_kernel.specialize(
         bits, units_of_codes(cache), table, starts_, table[0], q, 1.0, 132, torch.zeros(2, 2, heads), None, None, None,
-        cache.factors, *partials_of(q[0], 4, splits), head_dim=head_dim, page_size=page_size, kv_heads=2, group=heads, causal=causal, kind=cache.format,
+        cache.factors, *partials_of(q[0], 4, splits),
+        head_dim=head_dim, page_size=page_size, kv_heads=2, group=heads, causal=causal, kind=cache.format,
         plan=plans_of_codes(heads, head_dim, cache.format.code.nbits)[0], q_type=q_type,
     )  # fmt: skip
     compiled, cubin = build(special.function, get_target("sm_90a"))
