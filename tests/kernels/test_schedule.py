@@ -73,7 +73,7 @@ def test_a_kernel_that_spills_gets_an_easier_schedule_and_keeps_it(monkeypatch: 
     module = importlib.import_module("tilus.kernels.linear")
     tried: list[Schedule] = []
 
-    def launch(x: Any, weight: Any, y: Any, bias: Any, plan: Schedule, device: Any) -> None:
+    def launch(x: Any, weight: Any, y: Any, bias: Any, plan: Schedule, device: Any, activation: Any) -> None:
         tried.append(plan)
         if plan.tokens > 8 or plan.stages > 1:
             raise SpillError("kernel spills")

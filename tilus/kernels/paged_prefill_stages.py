@@ -49,12 +49,17 @@ class Ring:
 
 
 class Memory:
-    """The shared memory of a block: a tile of queries, tiles of keys and of values, and their barriers."""
+    """The shared memory of a block: a tile of queries, tiles of keys and of values, and their barriers.
 
-    def __init__(self, dtype: Any, head_dim: int, plan: Any) -> None:
+    gathered: queries are copied by one warp, not by a warpgroup, and so have a barrier of their own. Else there is one tensor for
+    all that wait for single arrivals: each takes 128 bytes, for which beside codes there is no room.
+    """
+
+    def __init__(self, dtype: Any, head_dim: int, plan: Any, gathered: bool = False) -> None:
         self.queries = tilus.shared(dtype, [2, ROWS // 2, head_dim])
-        single = tilus.mbarrier(3)  # together: each tensor takes 128 bytes, and beside codes there is no room
-        self.turns, self.full, self.empty = single, single[2], tilus.mbarrier(arrivals=2)
+        self.turns = tilus.mbarrier(2 if gathered else 3)
+        self.full = tilus.mbarrier() if gathered else self.turns[2]
+        self.empty = tilus.mbarrier(arrivals=2)
         self.rings = [
             (
                 tilus.shared(dtype, [count, plan.kv_tile, head_dim]),

@@ -116,7 +116,7 @@ def shared_prefix_kernel(
     """
     tilus.grid(blocks, warps=COPYING + WARPGROUP)
     prefix = plan.prefix
-    memory = Memory(q.dtype, head_dim, prefix)
+    memory = Memory(q.dtype, head_dim, prefix, gathered=True)
     chunk = min(plan.tile, page_size)
     ring = tilus.shared(kv_cache.dtype, [plan.stages, plan.tile // chunk, 2, chunk, head_dim])
     full, empty = tilus.mbarrier(plan.stages), tilus.mbarrier(plan.stages)
