@@ -242,11 +242,55 @@ def test_what_it_becomes(c: int) -> None:
     for each in (function, parsed):
         ptx = compile_function(each, get_target("sm_90a")).ptx
         assert (f".reqnctapercluster {c}, 1, 1" in ptx) == ("st.shared::cluster" in ptx) == ("mapa" in ptx) == (c > 1)
-        # Two of the kernel, and one at its end: nobody leaves while others write to its memory.
-        assert ptx.count("barrier.cluster.arrive.release") == ptx.count("barrier.cluster.wait.acquire") == 3 * (c > 1)
+        # Two of the kernel, and one at its end: nobody leaves while others write to its memory. At the first there is nothing
+        # to hand on.
+        arrivals = [line.split(".")[3] for line in ptx.splitlines() if "barrier.cluster.arrive" in line]
+        assert arrivals == ["relaxed", "release", "release"][: 3 * (c > 1)]
+        assert ptx.count("barrier.cluster.wait.acquire") == 3 * (c > 1)
         assemble(ptx, get_target("sm_90a"))
     if c == 1:
         assemble(transpose.ptx(c=c, target="sm_80"), get_target("sm_80"))
+
+
+def test_what_was_written_in_front_of_the_first_barrier_is_handed_on() -> None:
+    assert "barrier.cluster.arrive.relaxed" not in total.ptx(c=2)
+
+
+@tilus.kernel
+def gathered(x: Tensor[int32, "blocks", 64], y: Tensor[int32, "clusters", 64], *, c: Const, waits: Const = True):
+    """The first block of a cluster adds up the rows of all; the others leave as soon as they have given it theirs."""
+    tilus.grid(x.shape[0], warps=2, cluster=c, ends_alone=True)
+    inbox = tilus.shared(int32, [c, 64])
+    given = tilus.mbarrier(arrivals=c)
+    tilus.cluster_sync()
+    rank, block = tilus.cluster_rank(), tilus.block_id(0)
+    tilus.store_shared(inbox[rank], tilus.load(x, [block, 0], [64]), block=0)
+    tilus.arrive(given, block=0)
+    if rank == 0 and waits:
+        tilus.wait_barrier(given, 0)
+        tilus.store(y, [block // c, 0], tilus.sum(tilus.load_shared(inbox), 0))
+
+
+@pytest.mark.parametrize("c", [2, 4])
+@pytest.mark.parametrize("device", DEVICES)
+def test_blocks_that_end_alone(c: int, device: str) -> None:
+    x = np.random.default_rng(c).integers(-1000, 1000, (3 * c, 64), np.int32)
+    y = np.zeros((3, 64), np.int32)
+    gathered.on(device)(x, y, c=c)
+    assert np.array_equal(y, by_cluster(x, c).sum(1, dtype=np.int32))
+
+
+def test_blocks_that_end_alone_have_no_barrier_at_the_end() -> None:
+    function = gathered.ir(c=2)
+    for each in (function, parse_function(print_function(function), INSTRUCTIONS)):
+        ptx = compile_function(each, get_target("sm_90a")).ptx
+        assert ptx.count("barrier.cluster.arrive.relaxed") == ptx.count("barrier.cluster.arrive") == 1
+
+
+def test_one_that_ends_while_others_write_to_its_memory_is_found() -> None:
+    x, y = np.zeros((2, 64), np.int32), np.zeros((1, 64), np.int32)
+    with pytest.raises(RaceError, match="exit"):
+        gathered.on("emulator")(x, y, c=2, waits=False)
 
 
 def test_a_kernel_that_keeps_to_its_own_memory_ends_without_a_barrier() -> None:

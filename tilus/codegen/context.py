@@ -56,7 +56,7 @@ class EmitContext(AddressContext):
 
     read_only: pointers to memory that nobody writes while the kernel runs. parameters: what the launcher knows. arriving_warps:
     of one arrival at each mbarrier. met_by_other_blocks: mbarriers at which other blocks arrive. entry_registers: of a thread at
-    launch, where roles change it.
+    launch, where roles change it. first_meeting: the barrier of the cluster at which blocks have nothing to hand on.
     """
 
     target: Target
@@ -65,6 +65,7 @@ class EmitContext(AddressContext):
     arriving_warps: Mapping[SharedTensor, int]
     met_by_other_blocks: frozenset[SharedTensor]
     entry_registers: int | None
+    first_meeting: Instruction | None
     tiles: dict[RegisterTensor, list[Reg]] = field(default_factory=dict[RegisterTensor, list[Reg]])
     notes: list[Note] = field(default_factory=list[Note])
     strings: dict[str, str] = field(default_factory=dict[str, str])

@@ -14,6 +14,7 @@ from tilus.codegen.shared_plan import SharedPlan, plan_shared
 from tilus.codegen.tensor_map import MAP_ALIGNMENT, MAP_NBYTES, TensorMap
 from tilus.dtypes import DataType, boolean
 from tilus.errors import TilusError
+from tilus.ir.clusters import first_meeting
 from tilus.ir.dependencies import constants, waits_for_kernels
 from tilus.ir.expr import Var
 from tilus.ir.function import Function, TensorParam
@@ -71,11 +72,12 @@ def lower(function: Function, target: Target) -> Lowered:
     ctx = EmitContext(
         b, function.warps, {function.warps: 0}, function.cluster, scalars, plan, target, _read_only(function), frozenset(params),
         arriving_warps(function), met_by_other_blocks(function), entry_registers(function, target),
+        first_meeting(function),
     )  # fmt: skip
     pointers = {param.tensor.base for param in function.params if isinstance(param, TensorParam)}
     for var, name in names.items():
         scalars.variables[var] = _load_param(b, var, name, var in pointers)
-    _StmtLowering(ctx).lower_body(function.body)
+    _StmtLowering(ctx).lower_body(function.body, function.ends_alone)
     dynamic = plan.nbytes > MAX_STATIC_SHARED_NBYTES
     shared = (SharedArray(SHARED_SYMBOL, plan.nbytes, plan.alignment, dynamic),) if plan.nbytes else ()
     ordinary = [Param(name, "u64" if var in pointers else _param_type(var.dtype)) for var, name in names.items()]
@@ -170,14 +172,14 @@ class _StmtLowering:
         self.loops: list[_Loop] = []
         self.exit_label: str | None = None
 
-    def lower_body(self, body: Stmt) -> None:
+    def lower_body(self, body: Stmt, ends_alone: bool) -> None:
         if any(isinstance(stmt, Return) for stmt in walk(body)):
             self.exit_label = self.b.label("exit")
         with self.b.scope():  # so that what is hoisted to the kernel's top never lands behind the exit label
             self.lower(body)
         if self.exit_label:
             self.b.place(self.exit_label)
-        if any(stmt.inst.effects().remote for stmt in instructions(body)):
+        if not ends_alone and any(stmt.inst.effects().remote for stmt in instructions(body)):
             self.ctx.cluster_barrier()  # a block's shared memory lives as long as others may touch it
         self.b.emit_to("ret")
 

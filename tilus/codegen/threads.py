@@ -128,9 +128,12 @@ class ThreadContext:
                 hint="let several roles have the same warps, or do without tilus.sync in some",
             )
 
-    def cluster_barrier(self) -> None:
-        """Wait for all threads of all blocks of the cluster, whose memory accesses before it are then visible to each other."""
-        self.b.emit_to("barrier.cluster.arrive.release.aligned")
+    def cluster_barrier(self, *, bare: bool = False) -> None:
+        """Wait for all threads of all blocks of the cluster, whose memory accesses before it are then visible to each other.
+
+        bare: nothing is to be seen but mbarriers, which are fenced as they are made; a release would wait for all accesses.
+        """
+        self.b.emit_to(f"barrier.cluster.arrive.{'relaxed' if bare else 'release'}.aligned")
         self.b.emit_to("barrier.cluster.wait.acquire.aligned")
 
     def warp_barrier(self) -> None:

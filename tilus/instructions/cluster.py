@@ -30,7 +30,7 @@ class ClusterSync(Instruction):
         env.cluster_sync()
 
     def emit(self, ctx: EmitContext) -> None:
-        ctx.cluster_barrier()
+        ctx.cluster_barrier(bare=self is ctx.first_meeting)
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,12 +19,13 @@ InstructionT = TypeVar("InstructionT", bound=Instruction)
 
 
 class IRBuilder:
-    """Collects statements. `loc` is the user's position that is being compiled; `tilus.grid` sets `num_warps` and `cluster`."""
+    """Collects statements. `loc` is the user's position that is being compiled; `tilus.grid` sets the rest."""
 
     def __init__(self) -> None:
         self.loc: Loc | None = None
         self.num_warps: int | None = None
         self.cluster = 1
+        self.ends_alone = False
         self._blocks: list[list[Stmt]] = [[]]
         self._names: dict[str, int] = {}
         self._pins: dict[RegisterTensor, Loc | None] = {}

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from tilus.errors import Loc, TilusError
 from tilus.ir.function import Function
 from tilus.ir.instruction import Instruction
 from tilus.ir.order import Order
+from tilus.ir.stmt import Inst, Seq, SetScalar, Stmt
+from tilus.ir.tensor import SharedTensor
 from tilus.ir.visit import by_warps
 
 
@@ -13,7 +17,7 @@ def check_cluster(function: Function) -> list[TilusError]:
     """Barriers of the cluster in roles; accesses to other blocks that no such barrier precedes, or in a kernel without clusters.
 
     Before such a barrier other blocks may not have started yet, and have no shared memory. At the end of a kernel with such
-    accesses code generation puts one.
+    accesses code generation puts one, unless its blocks end alone.
     """
     errors: list[TilusError] = []
 
@@ -48,3 +52,26 @@ def check_cluster(function: Function) -> list[TilusError]:
             )
     Order(lambda inst: inst.effects().cluster_barrier, sees, lambda loc: None).follow(function)
     return errors
+
+
+def first_meeting(function: Function) -> Instruction | None:
+    """The first barrier of the cluster, where a block has nothing to hand on at it, as all that it has done is to make mbarriers,
+    which are handed on as they are made."""
+    for stmt in _in_front(function.body):
+        if not isinstance(stmt, Inst):
+            return None
+        effects = stmt.inst.effects()
+        if effects.cluster_barrier:
+            return stmt.inst
+        if (effects.writes and not stmt.inst.once) or any(isinstance(read, SharedTensor) for read in effects.reads):
+            return None
+    return None
+
+
+def _in_front(stmt: Stmt) -> Iterator[Stmt]:
+    """Statements in order, those of sequences by themselves, without those that set scalars."""
+    if isinstance(stmt, Seq):
+        for child in stmt.stmts:
+            yield from _in_front(child)
+    elif not isinstance(stmt, SetScalar):
+        yield stmt

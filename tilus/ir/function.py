@@ -32,7 +32,7 @@ class Function:
     """params: as the user wrote them. grid: up to three extents over dims and scalars. A block has `num_warps` * 32 threads.
 
     blocks_per_sm: how many blocks must fit on a multiprocessor, which limits registers. cluster: so many blocks, neighbours along
-    x, run at the same time and reach each other's shared memory.
+    x, run at the same time and reach each other's shared memory. ends_alone: a block may end while others of its cluster run.
     """
 
     name: str
@@ -43,6 +43,7 @@ class Function:
     loc: Loc | None = None
     blocks_per_sm: int = 1
     cluster: int = 1
+    ends_alone: bool = False
 
     @property
     def num_threads(self) -> int:

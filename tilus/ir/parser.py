@@ -119,7 +119,7 @@ class _Reader:
     # The header.
 
     def function(self, tree: Node) -> Function:
-        name, params, where, grid, warps, blocks, cluster, block = tree.children
+        name, params, where, grid, warps, blocks, cluster, alone, block = tree.children
         for dim in where.children if where is not None else ():
             self.declare(dim.children[0], self.scalar(*dim.children))
         listed = [param for param in params.children if param is not None]
@@ -135,6 +135,7 @@ class _Reader:
             self.source(name),
             1 if blocks is None else self.integer(blocks),
             1 if cluster is None else self.integer(cluster),
+            alone is not None,
         )
 
     def scalar_param(self, tree: Node) -> ScalarParam:

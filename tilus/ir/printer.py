@@ -103,7 +103,8 @@ class _Printer:
         grid = ", ".join(map(self.expr, function.grid))
         blocks = "" if function.blocks_per_sm == 1 else f" blocks_per_sm({function.blocks_per_sm})"
         cluster = "" if function.cluster == 1 else f" cluster({function.cluster})"
-        return f"kernel {function.name}({params}\n){where} grid({grid}) warps({function.num_warps}){blocks}{cluster} {{"
+        limits = f"{blocks}{cluster}{' ends_alone' if function.ends_alone else ''}"
+        return f"kernel {function.name}({params}\n){where} grid({grid}) warps({function.num_warps}){limits} {{"
 
     def _dims(self) -> Iterator[Var]:
         """Variables of the parameters' shapes and strides that are no parameters themselves."""

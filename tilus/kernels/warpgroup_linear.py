@@ -68,6 +68,7 @@ def warpgroup_linear(
         warps=group_warps * splits + copiers,
         cluster=plan.blocks * plan.sharing,
         blocks_per_sm=plan.blocks_per_sm,
+        ends_alone=plan.sharing == 1,  # only the first block's memory is written to, and that waits for it
     )
     tilus.launch_dependents()
     row_tiles = tilus.cdiv(codes.shape[0], rows * plan.sharing)

@@ -20,14 +20,16 @@ T = TypeVar("T")
 
 @builtin
 def grid(
-    b: IRBuilder, x: Any, y: Any = 1, z: Any = 1, *, warps: Any = 4, blocks_per_sm: Any = 1, cluster: Any = 1
-) -> None:
+    b: IRBuilder, x: Any, y: Any = 1, z: Any = 1, *, warps: Any = 4, blocks_per_sm: Any = 1, cluster: Any = 1,
+    ends_alone: Any = False,
+) -> None:  # fmt: skip
     """Launch x * y * z blocks of `warps` * 32 threads; the first thing that a kernel does.
 
     The extents may use shapes, scalar parameters and compile-time values. A launch with an extent of 0 does nothing.
     blocks_per_sm: how many blocks must fit on a multiprocessor at once; more than 1 limits a thread's registers.
     cluster: so many blocks, neighbours along x, run at the same time and reach each other's shared memory; x must be a multiple
-    of it. 1 to 8, and 1 for targets below sm_90.
+    of it. 1 to 8, and 1 for targets below sm_90. ends_alone: leave out the barrier of the cluster at the end, where each block
+    has waited, at its own mbarriers, for all that others do in its shared memory.
     """
     if not isinstance(b, KernelBuilder):
         raise TilusError("tilus.grid outside of a kernel")
@@ -39,6 +41,8 @@ def grid(
         raise TilusError(f"blocks_per_sm is {describe(blocks_per_sm)}, expected a positive compile-time int")
     if type(cluster) is not int or not 1 <= cluster <= MAX_CLUSTER:
         raise TilusError(f"cluster is {describe(cluster)}, expected a compile-time int from 1 to {MAX_CLUSTER}")
+    if type(ends_alone) is not bool:
+        raise TilusError(f"ends_alone is {describe(ends_alone)}, expected a compile-time True or False")
     extents: list[Expr] = []
     for axis, extent in zip("xyz", (x, y, z), strict=True):
         expr = as_expr(extent) if isinstance(extent, (Expr, int)) else None
@@ -55,6 +59,7 @@ def grid(
     b.num_warps = warps
     b.blocks_per_sm = blocks_per_sm
     b.cluster = cluster
+    b.ends_alone = ends_alone
 
 
 @builtin

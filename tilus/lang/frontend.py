@@ -46,7 +46,7 @@ def translate(
         )
     return Function(
         function.__name__, params, builder.grid, builder.num_warps, builder.body(), signature.loc, builder.blocks_per_sm,
-        builder.cluster,
+        builder.cluster, builder.ends_alone,
     )  # fmt: skip
 
 
