@@ -184,7 +184,7 @@ def test_locations_in_the_text() -> None:
     ("old", "new", "line", "message"),
     [
         ("%xs: f16", "%xs f16", 7, r"found 'f16', expected .*:"),
-        ("warps(4) {", "warps(4)", 7, r"expected blocks_per_sm, cluster, \{"),
+        ("warps(4) {", "warps(4)", 7, r"expected blocks_per_sm, cluster, ends_alone, \{"),
         ("store(", "stor(", 27, "unknown instruction stor"),
         (
             "load(src=%y",
