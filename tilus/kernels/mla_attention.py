@@ -12,8 +12,9 @@ from typing import Any
 import tilus
 from tilus import Const, Tensor, f32, int32
 from tilus.kernels.allocate import empty
-from tilus.kernels.attention import NO_SCORE, find_queries
+from tilus.kernels.attention import find_queries
 from tilus.kernels.mla_stages import LATENT, WIDTH
+from tilus.kernels.online_softmax import NO_SCORE
 
 WARPS = 4
 HEADS = 16

@@ -14,7 +14,7 @@ from typing import Any
 import tilus
 from tilus import Const, Tensor, TilusError, f32, int32
 from tilus.kernels.allocate import empty, is_cuda
-from tilus.kernels.attention import NO_SCORE, find_queries
+from tilus.kernels.attention import find_queries
 from tilus.kernels.mla_attention import mla_attention
 from tilus.kernels.mla_decode import MlaPlan, check_shapes, on_hopper
 from tilus.kernels.mla_output import HALF, weighted_sum
@@ -29,6 +29,7 @@ from tilus.kernels.mla_stages import (
     WIDTH,
     BlockMemory,
 )
+from tilus.kernels.online_softmax import NO_SCORE
 from tilus.kernels.paged_prefill_tiles import number, slots
 from tilus.kernels.plan_choice import num_sms_of
 from tilus.runtime.execute import place

@@ -9,8 +9,8 @@ import math
 from typing import Any
 
 import tilus
-from tilus.kernels.attention import NO_SCORE
 from tilus.kernels.mla_stages import LATENT, PIECE, ROWS, Exchange, Queries, Ring
+from tilus.kernels.online_softmax import NO_SCORE
 
 COLUMNS = 192  # of queries and latents that are multiplied together: more of them take more registers for their places
 

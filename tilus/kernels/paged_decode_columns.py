@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 import tilus
-from tilus.kernels.attention import NO_SCORE
+from tilus.kernels.online_softmax import NO_SCORE
 from tilus.kernels.paged_decode_split import Part
 from tilus.kernels.vectors import power_of_two
 from tilus.layout import RegisterLayout, local, replicated, spatial

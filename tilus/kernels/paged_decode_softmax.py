@@ -7,8 +7,8 @@ from typing import Any
 
 import tilus
 from tilus import bf16, f32, int32
-from tilus.kernels.attention import NO_SCORE
 from tilus.kernels.attention_variant import Position, Variant, Words, scaled_logits, seen, sink_log2
+from tilus.kernels.online_softmax import NO_SCORE
 from tilus.kernels.paged_decode_columns import Columns
 from tilus.kernels.paged_decode_operands import ROWS
 from tilus.kernels.paged_decode_split import Part

@@ -16,8 +16,8 @@ from typing import Any
 import tilus
 from tilus import f32
 from tilus.dtypes import DataType
-from tilus.kernels.attention import NO_SCORE
 from tilus.kernels.attention_variant import Position, Variant, Words, scaled_logits, seen, sink_log2
+from tilus.kernels.online_softmax import NO_SCORE
 from tilus.kernels.paged_prefill_stages import Stages
 from tilus.kernels.paged_prefill_tiles import Tile
 from tilus.kernels.vectors import by_vector
