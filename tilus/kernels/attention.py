@@ -1,7 +1,7 @@
 """Causal attention over a paged key-value cache on any device: one kernel for prefill, chunked prefill and decode.
 
-Online softmax: M. Milakov and N. Gimelshein, arXiv 1805.02867; tiling: T. Dao et al., "FlashAttention", arXiv 2205.14135. The
-query heads that share a kv head are rows of one tile (J. Ainslie et al., "GQA", arXiv 2305.13245).
+Tiling: T. Dao et al., "FlashAttention", arXiv 2205.14135. The query heads that share a kv head are rows of one tile (J. Ainslie
+et al., "GQA", arXiv 2305.13245).
 """
 
 from __future__ import annotations
@@ -10,23 +10,19 @@ import math
 from typing import Any
 
 import tilus
-from tilus import Const, Tensor, TilusError, f16, f32, int32
+from tilus import Const, Tensor, TilusError, f16, int32
 from tilus.kernels.allocate import is_cuda
-from tilus.kernels.attention_tiles import CodeTiles, ElementTiles
+from tilus.kernels.attention_softmax import FRAGMENT_ROWS, Rows
+from tilus.kernels.attention_tiles import WARPS, CodeTiles, ElementTiles
 from tilus.kernels.kv_cache import QuantizedCache
 from tilus.kernels.vectors import power_of_two
-from tilus.layout import RegisterLayout, local, spatial
-from tilus.layout.atoms import mma_c
 from tilus.runtime.execute import place
 
-WARPS = 4
-FRAGMENT_ROWS = 16  # rows of a tensor-core product, of which a warp takes one
 CPU_ROWS = 48  # rows of a block that does not decode, about
 CPU_INVARIANT_ROWS = 16  # of any block, about, where a row's bits must not depend on it
 KV_TILE = 64  # tokens of the cache per iteration, at most
 MAX_GROUP = 16
 MAX_HEAD_DIM, CPU_MAX_HEAD_DIM = 128, 256  # accumulators and queries of more do not fit into the registers of a GPU
-NO_SCORE = -1e30  # the maximum of no scores; finite, so that differences with it are no NaN
 
 
 def group_of(what: str, q_heads: int, kv_heads: int) -> int:
@@ -39,14 +35,7 @@ def group_of(what: str, q_heads: int, kv_heads: int) -> int:
     return group
 
 
-@tilus.kernel(
-    varying=(
-        "tokens",
-        "sequences",
-        "sequences_plus_1",
-        "pages",
-    )
-)
+@tilus.kernel(varying=("tokens", "sequences", "sequences_plus_1", "pages"))
 def paged_attention_kernel(
     q: Tensor["dtype", "tokens", "kv_heads", "group", "head_dim"],
     kv_cache: Tensor["unit", "pages", 2, "page_size", "kv_heads", "row"],
@@ -83,64 +72,44 @@ def paged_attention_kernel(
     heads = power_of_two(group) if heads is None else heads
     parts = FRAGMENT_ROWS * WARPS // rows if parts is None else parts
     tokens = rows // heads
-    keys = kv_tile // parts
     sequences = kv_lens.shape[0]
     blocks = sequences if q_start is None else (q.shape[0] + sequences * (tokens - 1)) // tokens
     tilus.grid(blocks, q.shape[1], warps=WARPS)
     tilus.launch_dependents()
     tilus.wait_dependencies()
     head = tilus.block_id(1)
-    if q_start is None:
-        sequence, first, begin, end = tilus.block_id(0), 0, tilus.block_id(0), tilus.block_id(0) + 1
-    else:
-        sequence, first = find_queries(q_start, sequences, tokens, tilus.block_id(0))
-        begin, end = q_start[sequence], q_start[sequence + 1]
+    sequence, first, begin, end = queries_of(q_start, sequences, tokens, tilus.block_id(0))
     if begin + first >= end:
         return
     kv_len = kv_lens[sequence]
     limit = kv_len - (end - begin) + first + 1  # keys that the block's first query sees
     tiles = tilus.cdiv(max(min(kv_len, limit - 1 + tokens), 0), kv_tile)
     start = 0 if window is None else max(limit - window, 0) // kv_tile  # the first tile that the first query sees
-    ring = [stages, parts, keys, head_dim]
+    ring = [stages, parts, kv_tile // parts, head_dim]
     if kind is None:
         kv = ElementTiles(kv_cache[:, :, :, head], block_tables[sequence], kv_len, ring)
     else:
         kv = CodeTiles(kv_cache[:, :, :, head], block_tables[sequence], kv_len, ring, factors[:, head], kind)
     kv.begin(start, tiles)
     queries = tilus.load(q, [begin + first, head, 0, 0], [tokens, heads, head_dim], dims=[0, 2, 3])
-    queries = tilus.broadcast(queries.reshape([1, rows, head_dim]), [parts, rows, head_dim])
     limits = limit + tilus.arange(rows, shape=[1, rows, 1], axis=1) // heads
-    key = tilus.arange(parts, shape=[parts, 1, 1]) * keys + tilus.arange(keys, shape=[1, 1, keys], axis=2)
-    highest = tilus.full([parts, rows, 1], NO_SCORE)
-    total = tilus.zeros([parts, rows, 1])
-    acc = tilus.zeros([parts, rows, head_dim], layout=rows_by_warp(parts, rows, head_dim))
-    added = tilus.zeros([parts, rows, 1])
-    query_sums = tilus.sum(queries.to(f32), 2, keepdims=True) if kv.has_minimum else None
-    operands = queries.to(kv.dtype)
+    softmax = Rows(kv, queries.reshape([rows, head_dim]), limits, scale_log2, window, soft_cap)
     for tile in tilus.range(start, tiles):
         ahead = kv.arrive(tile, tiles)
-        scores = tilus.zeros([parts, rows, keys], layout=rows_by_warp(parts, rows, keys))
-        scores = kv.scores(tilus.dot(operands, kv.keys(tile), scores), tile, query_sums) * scale_log2
-        if soft_cap is not None:
-            scores = tilus.tanh(scores * (math.log(2.0) / soft_cap)) * (soft_cap * math.log2(math.e))
-        behind = limits - tile * kv_tile
-        scores = tilus.where(key < behind, scores, -math.inf)
-        if window is not None:
-            scores = tilus.where(key >= behind - window, scores, -math.inf)
-        higher = tilus.maximum(highest, tilus.max(scores, 2, keepdims=True))
-        weights = tilus.exp2(scores - higher)
-        shrink = tilus.exp2(highest - higher)
-        highest = higher
-        total = total * shrink + tilus.sum(weights, 2, keepdims=True)
-        if kv.has_minimum:
-            added = added * shrink + tilus.sum(weights * kv.factor(tile, 1, 1), 2, keepdims=True)
-        acc = tilus.dot(kv.weights(weights, tile).to(kv.dtype), kv.values(tile), acc * shrink)
+        softmax.attend(tile)
         kv.leave(tile, ahead)
     kv.end()
-    result = merged(highest, total, acc + added if kv.has_minimum else acc)
-    tilus.store(
-        out[begin:end], [first, head, 0, 0], result.to(out.dtype).reshape([tokens, heads, head_dim]), dims=[0, 2, 3]
-    )
+    result = softmax.result().to(out.dtype).reshape([tokens, heads, head_dim])
+    tilus.store(out[begin:end], [first, head, 0, 0], result, dims=[0, 2, 3])
+
+
+def queries_of(q_start: Any, sequences: Any, tokens: int, block: Any) -> Any:
+    """(the sequence whose queries a block computes, the first of them, counted from the sequence's first, where the sequence's
+    begin and end in q)"""
+    if q_start is None:
+        return block, 0, block, block + 1
+    sequence, first = find_queries(q_start, sequences, tokens, block)
+    return sequence, first, q_start[sequence], q_start[sequence + 1]
 
 
 def find_queries(q_start: Any, sequences: Any, tokens: int, block: Any, slack: Any = None) -> Any:
@@ -163,21 +132,6 @@ def find_queries(q_start: Any, sequences: Any, tokens: int, block: Any, slack: A
         else:
             high = middle
     return low, (block - first_block(low)) * tokens
-
-
-def merged(highest: Any, total: Any, acc: Any) -> Any:
-    """The softmax-weighted sum [rows, head_dim] from its parts; rows without any key are zero."""
-    factor = tilus.exp2(highest - tilus.max(highest, 0, keepdims=True))
-    total = tilus.sum(total * factor, 0)
-    return tilus.sum(acc * factor, 0) / tilus.where(total > 0.0, total, 1.0)
-
-
-def rows_by_warp(parts: int, rows: int, columns: int) -> RegisterLayout | None:
-    """The accumulator of `parts` products [rows, columns] in which every row belongs to one warp; None for tiles of CPUs."""
-    if parts * rows != FRAGMENT_ROWS * WARPS:
-        return None
-    fragments = local(1, 1, columns // 8) * mma_c().unsqueeze(0)
-    return spatial(parts, 1, 1) * spatial(1, WARPS // parts, 1) * fragments
 
 
 def portable_attention(

@@ -1,7 +1,6 @@
 """Multi-head latent attention on any device, without haste: what `mla_decode` and `mla_prefill` do where there is no Hopper GPU.
 
 A block computes 16 heads of one query token. Latents come straight from global memory, 16 tokens at a time.
-Online softmax: M. Milakov and N. Gimelshein, arXiv 1805.02867.
 """
 
 from __future__ import annotations
@@ -12,8 +11,9 @@ from typing import Any
 import tilus
 from tilus import Const, Tensor, f32, int32
 from tilus.kernels.allocate import empty
-from tilus.kernels.attention import NO_SCORE, find_queries
+from tilus.kernels.attention import find_queries
 from tilus.kernels.mla_stages import LATENT, WIDTH
+from tilus.kernels.online_softmax import OnlineSoftmax
 
 WARPS = 4
 HEADS = 16
@@ -43,7 +43,7 @@ def mla_attention_kernel(
     sequence, _ = find_queries(q_start, kv_lens.shape[0], 1, row)
     length = kv_lens[sequence]
     seen = min(length - (q_start[sequence + 1] - row) + 1, length)
-    highest, total = tilus.full([HEADS, 1], NO_SCORE), tilus.zeros([HEADS, 1])
+    softmax = OnlineSoftmax([HEADS, 1], 1)
     acc = tilus.zeros([HEADS, latent])
     token = tilus.arange(TOKENS, shape=[1, TOKENS], axis=1)
     for first in tilus.range(0, seen, TOKENS):
@@ -54,18 +54,14 @@ def mla_attention_kernel(
             left = tilus.load(q, [row, head, column], [HEADS, COLUMNS], dims=[1, 2])
             right = tilus.load(latents, [0, column], [TOKENS, COLUMNS])
             scores = tilus.dot(left, tilus.transpose(right), scores)
-        scores = tilus.where(token < seen - first, scores * scale_log2, -math.inf)
-        higher = tilus.maximum(highest, tilus.max(scores, 1, keepdims=True))
-        weights, shrink = tilus.exp2(scores - higher), tilus.exp2(highest - higher)
-        highest = higher
-        total = total * shrink + tilus.sum(weights, 1, keepdims=True)
+        weights, shrink = softmax.weigh(tilus.where(token < seen - first, scores * scale_log2, -math.inf))
         values = tilus.load(latents, [0, 0], [TOKENS, latent])
         acc = tilus.dot(weights.to(q.dtype), values, acc * shrink)
-    found = total > 0.0
-    result = acc * (1.0 / tilus.where(found, total, 1.0))
+    found = softmax.total > 0.0
+    result = acc * (1.0 / tilus.where(found, softmax.total, 1.0))
     tilus.store(out, [row, head, 0], result.to(out.dtype), dims=[1, 2])
     if lse is not None:
-        logs = (tilus.log2(tilus.where(found, total, 1.0)) + highest) * math.log(2.0)
+        logs = (tilus.log2(tilus.where(found, softmax.total, 1.0)) + softmax.highest) * math.log(2.0)
         tilus.store(lse, [row, head], tilus.where(found, logs, -math.inf).reshape([HEADS]), dims=[1])
 
 

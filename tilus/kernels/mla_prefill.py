@@ -14,7 +14,7 @@ from typing import Any
 import tilus
 from tilus import Const, Tensor, TilusError, f32, int32
 from tilus.kernels.allocate import empty, is_cuda
-from tilus.kernels.attention import NO_SCORE, find_queries
+from tilus.kernels.attention import find_queries
 from tilus.kernels.mla_attention import mla_attention
 from tilus.kernels.mla_decode import MlaPlan, check_shapes, on_hopper
 from tilus.kernels.mla_output import HALF, weighted_sum
@@ -29,6 +29,7 @@ from tilus.kernels.mla_stages import (
     WIDTH,
     BlockMemory,
 )
+from tilus.kernels.online_softmax import natural
 from tilus.kernels.paged_prefill_tiles import number, slots
 from tilus.kernels.plan_choice import num_sms_of
 from tilus.runtime.execute import place
@@ -97,8 +98,7 @@ def mla_prefill_kernel(
             for index, half in enumerate(halves):
                 tilus.store(tilus.narrow(out, 0, row, count), [0, index * HALF], half.to(out.dtype))
             if lse is not None:
-                logs = tilus.where(log2 > NO_SCORE, log2 * math.log(2.0), -math.inf)
-                tilus.store(tilus.narrow(lse, 0, row, count), [0], logs.reshape([ROWS]))
+                tilus.store(tilus.narrow(lse, 0, row, count), [0], natural(log2).reshape([ROWS]))
             taking.wait_ready()
             count_of_tiles = taking.number(0)
 

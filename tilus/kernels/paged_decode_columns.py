@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 import tilus
-from tilus.kernels.attention import NO_SCORE
+from tilus.kernels.online_softmax import NO_SCORE, natural
 from tilus.kernels.paged_decode_split import Part
 from tilus.kernels.vectors import power_of_two
 from tilus.layout import RegisterLayout, local, replicated, spatial
@@ -70,8 +70,7 @@ class Columns:
     def store_lse(self, lse: Any, sequence: Any, head: Any, first: Any, log2: Any) -> None:
         """Of the softmax itself: a natural logarithm, minus infinity where there was no key."""
         if lse is not None:
-            natural = tilus.where(log2 > NO_SCORE, log2 * math.log(2.0), -math.inf)
-            tilus.store(lse[sequence], [first, head, 0], natural, dims=[0, 2])
+            tilus.store(lse[sequence], [first, head, 0], natural(log2), dims=[0, 2])
 
     def store_partial(self, partial_out: Any, partial_lse: Any, place: Any, result: Any, result_lse: Any) -> None:
         tilus.store(partial_out[place], [0, 0, 0], self.rows(result))

@@ -7,8 +7,8 @@ from typing import Any
 
 import tilus
 from tilus import bf16, f32, int32
-from tilus.kernels.attention import NO_SCORE
 from tilus.kernels.attention_variant import Position, Variant, Words, scaled_logits, seen, sink_log2
+from tilus.kernels.online_softmax import OnlineSoftmax
 from tilus.kernels.paged_decode_columns import Columns
 from tilus.kernels.paged_decode_operands import ROWS
 from tilus.kernels.paged_decode_split import Part
@@ -55,7 +55,7 @@ class Columnwise:
         return result * (weight * tilus.rcp(total)), tilus.log2(total) + higher
 
 
-class Softmax:
+class Softmax(OnlineSoftmax):
     """Each warp's highest score, sum of weights and weighted sum of values, of the tokens that it has seen of a part.
 
     Scales of keys multiply scores, those of values weights. kinds: of factors; with two of them something is added to each
@@ -78,7 +78,7 @@ class Softmax:
         repeated = tilus.transpose(ordered.reshape([1, width, head_dim]), [0, 2, 1])
         self.queries = tilus.broadcast(repeated, [parts, head_dim, width])
         self.query_sums = tilus.sum(self.queries.to(f32), 1, keepdims=True) * scale_log2 if kinds == 2 else None
-        self.highest, self.total = tilus.full([parts, 1, width], NO_SCORE), tilus.zeros([parts, 1, width])
+        OnlineSoftmax.__init__(self, [parts, 1, width], 1)
         self.acc = tilus.zeros([parts, head_dim, width], layout=columns.layout(head_dim))
         self.added = tilus.zeros([parts, 1, width]) if kinds == 2 else None
 
@@ -140,12 +140,7 @@ class Softmax:
 
     def weights_of(self, scores: Any, seen: Any) -> Any:
         """And what was added up so far, scaled to a new maximum."""
-        scores = tilus.where(seen, scores, -math.inf)
-        higher = tilus.maximum(self.highest, tilus.max(scores, 1, keepdims=True))
-        weights = tilus.exp2(scores - higher)
-        shrink = tilus.exp2(self.highest - higher)
-        self.highest = higher
-        self.total = self.total * shrink + tilus.sum(weights, 1, keepdims=True)
+        weights, shrink = self.weigh(tilus.where(seen, scores, -math.inf))
         self.acc = self.acc * shrink
         if self.added is not None:
             self.added = self.added * shrink

@@ -3,8 +3,7 @@
 While the tensor cores multiply the weights of one tile by its values, the softmax of the next one is computed, and the other
 warpgroup takes its turn with the tensor cores meanwhile.
 
-Online softmax: M. Milakov and N. Gimelshein, arXiv 1805.02867. Turns of warpgroups: J. Shah et al., "FlashAttention-3",
-arXiv 2407.08608.
+Turns of warpgroups: J. Shah et al., "FlashAttention-3", arXiv 2407.08608.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from typing import Any
 import tilus
 from tilus import f32
 from tilus.dtypes import DataType
-from tilus.kernels.attention import NO_SCORE
 from tilus.kernels.attention_variant import Position, Variant, Words, scaled_logits, seen, sink_log2
+from tilus.kernels.online_softmax import OnlineSoftmax
 from tilus.kernels.paged_prefill_stages import Stages
 from tilus.kernels.paged_prefill_tiles import Tile
 from tilus.kernels.vectors import by_vector
@@ -56,7 +55,7 @@ class Kind:
     q_type: Any = None
 
 
-class Rows:
+class Rows(OnlineSoftmax):
     """64 rows of a tile: the highest score, the sum of weights and the weighted sum of values of each, as far as seen.
 
     Without a variant's logits, scores are not scaled before the exponential: scale_log2, which is positive, is part of its
@@ -70,8 +69,7 @@ class Rows:
         self.out, self.lse = outputs
         self.heads, self.causal, self.variant, self.parameters = kind.heads, kind.causal, kind.variant, parameters
         self.bits, self.words, self.q_type = bits, kind.words, kind.q_type
-        self.unit = scale_log2 if kind.variant.logits is None else 1.0
-        self.highest, self.total = tilus.full([HALF, 1], NO_SCORE), tilus.zeros([HALF, 1])
+        OnlineSoftmax.__init__(self, [HALF, 1], 1, scale_log2 if kind.variant.logits is None else 1.0)
         _, length, head_dim = stages.keys.tiles.shape
         self.acc = tilus.zeros([HALF, head_dim])
         self.factors = tilus.zeros([HALF, length], stages.keys.tiles.dtype)
@@ -128,7 +126,7 @@ class Rows:
 
     def begin(self, tile: Tile) -> None:
         """Nothing is seen yet, but the variant's sink."""
-        self.highest, self.total = tilus.full([HALF, 1], NO_SCORE), tilus.zeros([HALF, 1])
+        self.restart()
         if self.variant.sink is not None:
             self.highest = sink_log2(self.variant.sink, self.position(tile, 0, 1), (HALF, 1)) * (1.0 / self.unit)
             self.total = tilus.full([HALF, 1], 1.0)
@@ -159,12 +157,7 @@ class Rows:
             )
         if masked:
             scores = tilus.where(self.seen(tile, at * length, length), scores, -math.inf)
-        higher = tilus.maximum(self.highest, tilus.max(scores, 1, keepdims=True))
-        weights = tilus.exp2(tilus.fma(scores, self.unit, -(higher * self.unit)), ftz=True)
-        shrink = tilus.exp2((self.highest - higher) * self.unit, ftz=True)
-        self.highest = higher
-        self.total = self.total * shrink + tilus.sum(weights, 1, keepdims=True)
-        return weights, shrink
+        return self.weigh(scores)
 
     def seen(self, tile: Tile, first: Any, length: int) -> Any:
         """Which of the keys from `first` on a row sees, [64, length]."""

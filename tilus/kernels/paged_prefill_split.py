@@ -15,7 +15,7 @@ from typing import Any
 
 import tilus
 from tilus import int32
-from tilus.kernels.attention import NO_SCORE
+from tilus.kernels.online_softmax import NO_SCORE
 from tilus.kernels.paged_prefill_softmax import HALF, Kind, Rows, Turns
 from tilus.kernels.paged_prefill_stages import Stages
 from tilus.kernels.paged_prefill_tiles import PartOfTile
