@@ -181,7 +181,7 @@ def test_assembles_without_spills(q_heads: int, kv_heads: int, head_dim: int, sm
     inputs["qkv"] = inputs["qkv"].unflatten(1, (heads, head_dim))
     special = rope_append_kernel.specialize(
         **inputs, q=torch.empty(3, q_heads, head_dim).half(), eps=1e-6, q_norm=norm, k_norm=norm,
-        head_dim=head_dim, heads=heads, q_heads=q_heads, kv_heads=kv_heads, page_size=16, constant=normed,
+        head_dim=head_dim, q_heads=q_heads, kv_heads=kv_heads, page_size=16, constant=normed,
     )  # fmt: skip
     assert build(special.function, get_target(sm))[1]
 

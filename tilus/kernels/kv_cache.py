@@ -114,8 +114,9 @@ def rope_append_quantized_kernel(
     kind: Const,
     constant: Const = False,
 ):
-    """One token a block. Tiles hold a power of two of heads: those beyond the last read zeros and are not written."""
-    tilus.grid(qkv.shape[0], warps=WARPS)
+    """A block has a token's queries, or its keys and values, which are all asked for first. Tiles hold a power of two of heads:
+    those beyond the last read zeros and are not written."""
+    tilus.grid(qkv.shape[0], 2, warps=WARPS)
     tilus.launch_dependents()
     token = tilus.block_id(0)
     half = head_dim // 2
@@ -150,17 +151,19 @@ def rope_append_quantized_kernel(
                 halves = reflected(halves, halves_of(frame[row], count, half))
         return mixed(*halves) if kind.mixes_keys else halves
 
-    queries = rotated(normed(heads_of(0, q_heads), q_weight, eps), angles)
-    low, high = spread(queries, to_queries, q_heads)
-    tilus.store(q, [token, 0, 0], low.to(q.dtype))
-    tilus.store(q, [token, 0, half], high.to(q.dtype))
-    keys = rotated(normed(heads_of(q_heads, kv_heads), k_weight, eps), angles)
-    values = heads_of(q_heads + kv_heads, kv_heads)
-    if to_keys is not None:
-        keys = [part - centre for part, centre in zip(keys, halves_of(to_keys[3], kv_heads, half))]
-        values = mixed(*reflected(values, halves_of(to_keys[2], kv_heads, half)))
-    append(0, spread(keys, to_keys, kv_heads))
-    append(1, values)
+    if tilus.block_id(1) == 0:
+        queries = rotated(normed(heads_of(0, q_heads), q_weight, eps), angles)
+        low, high = spread(queries, to_queries, q_heads)
+        tilus.store(q, [token, 0, 0], low.to(q.dtype))
+        tilus.store(q, [token, 0, half], high.to(q.dtype))
+    else:
+        keys, values = heads_of(q_heads, kv_heads), heads_of(q_heads + kv_heads, kv_heads)
+        keys = rotated(normed(keys, k_weight, eps), angles)
+        if to_keys is not None:
+            keys = [part - centre for part, centre in zip(keys, halves_of(to_keys[3], kv_heads, half))]
+            values = mixed(*reflected(values, halves_of(to_keys[2], kv_heads, half)))
+        append(0, spread(keys, to_keys, kv_heads))
+        append(1, values)
 
 
 def factors_of(low: Any, high: Any, kind: KvFormat) -> Any:

@@ -33,14 +33,14 @@ def rope_append_kernel(
     k_norm: Tensor[f32, "head_dim"] = None,
     *,
     head_dim: Const,
-    heads: Const,
     q_heads: Const,
     kv_heads: Const,
     page_size: Const,
     constant: Const = False,
 ):
-    """One token a block. Tiles hold a power of two of heads: those beyond the last read zeros and are not written."""
-    tilus.grid(qkv.shape[0], warps=4)
+    """A block has a token's queries, or its keys and values, which are all asked for first. Tiles hold a power of two of heads:
+    those beyond the last read zeros and are not written."""
+    tilus.grid(qkv.shape[0], 2, warps=4)
     tilus.launch_dependents()
     token = tilus.block_id(0)
     half = head_dim // 2
@@ -53,21 +53,19 @@ def rope_append_kernel(
         tilus.wait_dependencies(constant=[positions, slots, cos_sin, q_norm, k_norm])
     page, offset = slot // page_size, slot % page_size
 
-    def rotated_heads(first: int, count: int, norm: Any) -> Any:
-        part = qkv[token, first : first + count]
-        shape = [power_of_two(count), half]
-        low = tilus.load(part, [0, 0], shape).to(f32)
-        high = tilus.load(part, [0, half], shape).to(f32)
-        return rotated(normed((low, high), norm, eps), angles)
+    def loaded(first: int, count: int) -> Any:
+        part, shape = qkv[token, first : first + count], [power_of_two(count), half]
+        return [tilus.load(part, [0, at], shape).to(f32) for at in (0, half)]
 
-    low, high = rotated_heads(0, q_heads, q_weight)
-    tilus.store(q, [token, 0, 0], low.to(q.dtype))
-    tilus.store(q, [token, 0, half], high.to(q.dtype))
-    low, high = rotated_heads(q_heads, kv_heads, k_weight)
-    tilus.store(kv_cache, [page, 0, offset, 0, 0], low.to(kv_cache.dtype))
-    tilus.store(kv_cache, [page, 0, offset, 0, half], high.to(kv_cache.dtype))
-    values = tilus.load(qkv[token, q_heads + kv_heads : heads], [0, 0], [power_of_two(kv_heads), head_dim])
-    tilus.store(kv_cache, [page, 1, offset, 0, 0], values.to(kv_cache.dtype))
+    if tilus.block_id(1) == 0:
+        low, high = rotated(normed(loaded(0, q_heads), q_weight, eps), angles)
+        tilus.store(q, [token, 0, 0], low.to(q.dtype))
+        tilus.store(q, [token, 0, half], high.to(q.dtype))
+    else:
+        keys, values = loaded(q_heads, kv_heads), loaded(q_heads + kv_heads, kv_heads)
+        for which, halves in enumerate((rotated(normed(keys, k_weight, eps), angles), values)):
+            for at, part in zip((0, half), halves):
+                tilus.store(kv_cache, [page, which, offset, 0, at], part.to(kv_cache.dtype))
 
 
 def rope_append(
@@ -127,7 +125,7 @@ def rope_append(
     q = empty(qkv, (qkv.shape[0], q_heads, head_dim), kv_cache.dtype)
     rope_append_kernel.on(device)(
         by_head, positions, cos_sin, slots, kv_cache, q, eps, q_norm, k_norm,
-        head_dim=head_dim, heads=heads, q_heads=q_heads, kv_heads=kv_heads, page_size=page_size,
+        head_dim=head_dim, q_heads=q_heads, kv_heads=kv_heads, page_size=page_size,
         constant=constant,
     )  # fmt: skip
     return q
