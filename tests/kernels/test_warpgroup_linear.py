@@ -247,3 +247,23 @@ def test_there_is_room_for_results_of_32_bits(dtype: tilus.DataType, n: int, k: 
         kernel, arguments, values = kernel_call(x, weight, y, None, plan.with_wide_results(header))
         function = kernel.specialize(*arguments, **values).function
         lower(run_pipeline(function, get_target("sm_90a")), get_target("sm_90a"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("plan", [
+    WarpgroupPlan(64, 1, 1, 2, 2, 2, blocks_per_sm=2, overlap="others"),
+    WarpgroupPlan(64, 2, 1, 1, 4, 2, blocks_per_sm=2, overlap="others"),
+    WarpgroupPlan(64, 1, 2, 1, 2, 4, blocks_per_sm=2, overlap="others"),
+    WarpgroupPlan(64, 2, 1, 2, 2, 2, blocks_per_sm=2, overlap="others"),
+], ids=str)  # fmt: skip
+def test_nothing_is_read_after_its_stage_was_given_back(plan: WarpgroupPlan) -> None:
+    """Many times, with many blocks on each multiprocessor, whose products keep loads from shared memory waiting."""
+    matrix = matrix_of("symmetric", tilus.int4, 28672, 2048, 128, seed=1)
+    weight = pack(matrix, "cuda")
+    x = torch.randn(64, 2048, generator=torch.Generator().manual_seed(2)).half().cuda()
+    right, found = (torch.empty(64, 28672, dtype=torch.float16, device="cuda") for _ in range(2))
+    launch(x, weight, right, None, WarpgroupPlan(64, 1, 1, 1, 2, 4), "cuda")
+    bound = 2.0**-9 * right.float().abs().amax()
+    for _ in range(300):
+        launch(x, weight, found, None, plan, "cuda")
+        assert (found.float() - right.float()).abs().amax() <= bound

@@ -102,14 +102,18 @@ def add_ahead(total, unpacked, stages: Stages, once, begin, steps, plan: Warpgro
 
 
 def add_narrow(total, unpacked, stages: Stages, once, begin, steps, plan: WarpgroupPlan):
-    """The same without minimums, in few registers: while tensor cores work on a piece, other warpgroups unpack."""
+    """The same without minimums, in few registers: while tensor cores work on a piece, other warpgroups unpack.
+
+    Scales are asked for in front of the products: products of others keep loads from shared memory waiting for so long that one
+    behind the last product would find what the next copy brings, as `give_back` does not wait for it.
+    """
     shape = unpacked.shape
     extents = (TILE * plan.rows, plan.tokens, shape.width)
     together = shape.pieces // shape.sets  # pieces with the same factors, which are added up before they are scaled
     for i in tilus.range(begin, steps, plan.splits):
         stage = stages.wait(i)
         for first in range(0, shape.pieces, together):
-            part = None
+            part, scale = None, unpacked.scale(stages.factors, stage, first, once)
             for piece in range(first, first + together):
                 left, offsets = (
                     unpacked.piece(stages.codes, stages.factors, stage, piece, once),
@@ -117,7 +121,7 @@ def add_narrow(total, unpacked, stages: Stages, once, begin, steps, plan: Warpgr
                 )
                 part = tilus.wgmma(left, stages.x[stage], part, shape=extents, y_offsets=offsets)
                 tilus.wgmma_wait()
-            total = tilus.fma(as_f32(part), unpacked.scale(stages.factors, stage, first, once), total)
+            total = tilus.fma(as_f32(part), scale, total)
         stages.give_back(stage)
     return total
 
