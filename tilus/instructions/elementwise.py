@@ -51,7 +51,8 @@ def broadcast_shapes(what: str, *shapes: tuple[int, ...]) -> tuple[int, ...]:
     except ValueError:
         raise TilusError(
             f"{what}: shapes {' and '.join(str(list(s)) for s in shapes)} do not broadcast",
-            hint="dims are matched from the last one; they must be equal or 1: tilus.reshape(x, [n, 1])",
+            hint="dims are matched from the last one; they must be equal or 1: reduce with keepdims=True, or "
+            "tilus.reshape(x, [n, 1])",
         ) from None
 
 
