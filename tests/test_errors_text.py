@@ -201,7 +201,7 @@ tilus.store(x, [0, 0], a)
   at FILE:9:9
     9 |     a = tilus.load(x, [0, 0], shape=[16, 16]) + tilus.load(x, [0, 0], shape=[16, 8])
                 ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
-  hint: dims are matched from the last one; they must be equal or 1: tilus.reshape(x, [n, 1])
+  hint: dims are matched from the last one; they must be equal or 1: reduce with keepdims=True, or tilus.reshape(x, [n, 1])
 """,
     ),
     "sum of two dtypes": (

@@ -161,6 +161,14 @@ def one_argument(score):
     return score
 
 
+def temperature(score, at):
+    return score * at.of_heads()
+
+
+def first_parameter(at):
+    return at.parameters[0]
+
+
 def test_wrong_variants_are_shown_where_they_are_defined() -> None:
     """With what they give and what was expected; other mistakes at the line in them."""
     here = "test_attention_variant.py"
@@ -171,8 +179,22 @@ def test_wrong_variants_are_shown_where_they_are_defined() -> None:
         ({"mask": a_number}, ["no tile", "boolean", "def a_number(at):"]),
         ({"logits": no_name}, ["slope", "return score * slope"]),
         ({"logits": one_argument}, ["one_argument(score)", "logits(score, at)", "def one_argument(score):"]),
+        ({"logits": temperature}, ["at.of_heads", "no parameters", "pass parameters=", "def temperature(score, at):"]),
         ({"mask": soft_cap}, ["soft_cap(score, at)", "mask(at)", "def soft_cap(score, at):"]),
     ]
     for functions, parts in cases:
         text = wrong(**functions)
         assert all(part in text for part in [here, *parts]), text
+
+
+def test_what_is_no_variant_is_refused_at_once() -> None:
+    with pytest.raises(TilusError, match=r"the mask of an attention variant is 3, expected a function mask\(at\)"):
+        Variant(mask=3)
+    with pytest.raises(TilusError, match=r"the window of an attention variant is 2.5, expected an integer from 1 on"):
+        Variant(window=2.5)
+
+
+def test_a_scalar_is_no_mask() -> None:
+    inputs, variant = make_inputs(Batch(((2, 5),), kv_heads=1, group=1), 0), Variant(mask=first_parameter)
+    with pytest.raises(TilusError, match=r"first_parameter, gives a scalar of f32, expected boolean that broadcasts"):
+        paged_prefill(**vars(inputs), variant=variant, parameters=torch.ones(1), device="reference")

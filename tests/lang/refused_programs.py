@@ -407,7 +407,8 @@ the condition of `if` is a tile of boolean [4], expected a scalar
   at kernel.py:5:5
     5 |     if t > 1: pass
             ^^^^^^^^^^^^^^
-  hint: reduce it to a scalar, or choose element by element with tilus.where""",
+  hint: for conditions of elements write & and | (each side in parentheses) and tilus.where; tilus.item makes a scalar of one \
+element""",
     ),
     (
         "tileslice",
@@ -536,7 +537,7 @@ floor is called with a run-time scalar of int32; Python functions without source
   at kernel.py:5:9
     5 |     v = math_floor(a)
                 ^^^^^^^^^^^^^
-  hint: use the function of tilus of that name, if there is one""",
+  hint: use tilus.floor""",
     ),
     (
         "wrongarg",
@@ -751,15 +752,93 @@ the loop variable i is also bound outside of this run-time loop or branch
   hint: give the loop variable a name of its own""",
     ),
     (
+        "runtimeshape",
+        """\
+v = tilus.load(x, [0], [a])""",
+        """\
+tilus.load: shape is [a run-time scalar of int32], expected a list of compile-time integers
+  at kernel.py:5:9
+    5 |     v = tilus.load(x, [0], [a])
+                ^^^^^^^^^^^^^^^^^^^^^^^
+  hint: it has to be known while compiling: a Const parameter, say, but no extent of a tensor; its signature is load(src, \
+offsets, shape, *, dims=None, layout=None, checked=True, evict=None)""",
+    ),
+    (
+        "negativeshape",
+        """\
+v = tilus.zeros([-1, 4])""",
+        """\
+a tile of shape [-1, 4], expected extents of at least 0
+  at kernel.py:5:9
+    5 |     v = tilus.zeros([-1, 4])
+                ^^^^^^^^^^^^^^^^^^^^""",
+    ),
+    (
+        "dtypename",
+        """\
+v = t.to("f16")""",
+        """\
+tilus.cast: dtype is 'f16', expected a dtype
+  at kernel.py:5:9
+    5 |     v = t.to("f16")
+                ^^^^^^^^^^^
+  hint: dtypes are values: tilus.f16; its signature is cast(x, dtype, *, layout=None)""",
+    ),
+    (
+        "fractionaloffset",
+        """\
+v = tilus.load(x, [0.5], [4])""",
+        """\
+tilus.load: offsets is [0.5], expected a list of integers
+  at kernel.py:5:9
+    5 |     v = tilus.load(x, [0.5], [4])
+                ^^^^^^^^^^^^^^^^^^^^^^^^^
+  hint: a tile starts at one index for each dim: [i, j]; its signature is load(src, offsets, shape, *, dims=None, layout=None, \
+checked=True, evict=None)""",
+    ),
+    (
+        "nottensor",
+        """\
+v = tilus.load(None, [0], [4])""",
+        """\
+tilus.load: src is None, expected a tensor in global memory
+  at kernel.py:5:9
+    5 |     v = tilus.load(None, [0], [4])
+                ^^^^^^^^^^^^^^^^^^^^^^^^^^
+  hint: pass it to the kernel; its signature is load(src, offsets, shape, *, dims=None, layout=None, checked=True, evict=None)""",
+    ),
+    (
+        "newaxisoftensor",
+        """\
+v = x[None, :] * 2""",
+        """\
+2 indices for global tensor x, which has rank 1
+  at kernel.py:5:9
+    5 |     v = x[None, :] * 2
+                ^^^^^^^^^^
+  hint: load a tile: tilus.load(x, [start, ...], shape=[size, ...])""",
+    ),
+    (
+        "nosuchfunction",
+        """\
+v = tilus.zzyzx(t)""",
+        """\
+module tilus has no attribute zzyzx
+  at kernel.py:5:9
+    5 |     v = tilus.zzyzx(t)
+                ^^^^^^^^^^^
+  hint: docs/instructions.md lists its functions""",
+    ),
+    (
         "badargs",
         """\
 v = tilus.shared([4, 8], tilus.f32)""",
         """\
-tilus.shared does not take these arguments: 'DataType' object is not iterable
+tilus.shared: dtype is [4, 8], expected a dtype
   at kernel.py:5:9
     5 |     v = tilus.shared([4, 8], tilus.f32)
                 ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
-  hint: its signature is shared(dtype, shape, *, layout=None, name='shared')""",
+  hint: dtypes are values: tilus.f16; its signature is shared(dtype, shape, *, layout=None, name='shared')""",
     ),
     (
         "nograd",

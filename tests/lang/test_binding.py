@@ -337,3 +337,8 @@ def test_only_named_dims_can_vary() -> None:
     for name in ("k", "x", "32"):
         with pytest.raises(tilus.TilusError, match=f"k: varying='{name}', expected names of dims: m, n"):
             make(VARYING.replace('m",)', f'{name}",)'))
+
+
+def test_launches_are_called_like_their_kernel_in_errors_of_python() -> None:
+    with pytest.raises(TypeError, match=r"k\(\) missing 2 required positional arguments: 'w' and 'a'"):
+        make().on("reference")(np.zeros((2, 3), np.float32))

@@ -61,7 +61,9 @@ class IRBuilder:
         self, dtype: DataType, shape: tuple[int, ...], layout: RegisterLayout | None = None, name: str = "t",
         mutable: bool = False,
     ) -> RegisterTensor:  # fmt: skip
-        """A new register tensor with a name that is unique in the function."""
+        """A new register tensor with a name that is unique in the function. Raises: TilusError for a negative extent."""
+        if any(extent < 0 for extent in shape):
+            raise TilusError(f"a tile of shape {list(shape)}, expected extents of at least 0")
         return RegisterTensor(dtype, shape, layout, self.fresh(name), mutable)
 
     def fresh(self, stem: str) -> str:

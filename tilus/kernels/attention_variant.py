@@ -66,9 +66,9 @@ class Variant:
         ):
             if function is not None:
                 _check_signature(what, function, expected)
-        if self.window is not None and self.window < 1:
+        if self.window is not None and (type(self.window) is not int or self.window < 1):
             raise TilusError(
-                f"the window of an attention variant is {self.window}, expected at least 1, the query's own key"
+                f"the window of an attention variant is {self.window!r}, expected an integer from 1 on, the query's own key"
             )
 
 
@@ -150,7 +150,7 @@ class Position:
 
     def bit(self, index: Any) -> Any:
         """The index-th bit of each row's query, boolean; index: int32, [1, keys] or [rows, keys]. False where there is none."""
-        _check_words(self.words.count, self.words.variant)
+        _check_given(self.words.count > 0, "at.bit", "bits", "pack_bits(...)", self.words.variant)
         found = 0
         for number in range(self.words.count):
             word = self.words.word(number) >> (index % WORD_NBITS)
@@ -159,6 +159,8 @@ class Position:
 
     def of_heads(self, offset: int = 0) -> Any:
         """parameters[offset + head] of each row, [rows, 1]."""
+        example = "a tensor of f32, one for each query head"
+        _check_given(self.parameters is not None, "at.of_heads", "parameters", example, self.words.variant)
         heads, tokens = self.words.runs
         values = tilus.load(self.parameters, [self.first_head + offset], [heads])
         if self.words.token_first:
@@ -208,7 +210,9 @@ def check_tile(
     )
     if fits and dtype == wanted_dtype:
         return
-    found = f"{dtype.name}{list(shape)}" if dtype is not None and shape is not None else "no tile"
+    found = (
+        "no tile" if dtype is None else f"a scalar of {dtype.name}" if shape is None else f"{dtype.name}{list(shape)}"
+    )
     raise TilusError(
         f"the {what} of an attention variant, {_name(function)}, gives {found}, expected {wanted_dtype.name} that broadcasts "
         f"to {list(wanted)}",
@@ -249,17 +253,22 @@ def check_variant(what: str, variant: Variant, bits: Any, queries: int, causal: 
         )
 
 
-def _check_words(count: int, variant: Variant) -> None:
-    if count == 0:
+def _check_given(is_given: bool, use: str, argument: str, example: str, variant: Variant) -> None:
+    """Raise at the user's function where the call lacks the tensor that it uses."""
+    if not is_given:
         function = variant.mask or variant.logits or variant.sink
         raise TilusError(
-            "at.bit of an attention variant, but the call has no bits",
+            f"{use} of an attention variant, but the call has no {argument}",
             loc=None if function is None else _defined_at(function),
-            hint="pass bits=pack_bits(...)",
+            hint=f"pass {argument}={example}",
         )
 
 
 def _check_signature(what: str, function: Callable[..., Any], expected: tuple[str, ...]) -> None:
+    if not callable(function):
+        raise TilusError(
+            f"the {what} of an attention variant is {function!r}, expected a function {what}({', '.join(expected)})"
+        )
     try:
         inspect.signature(function).bind(*expected)
     except TypeError as error:

@@ -26,7 +26,7 @@ from tilus import Const, Tensor, TilusError, f32, int32
 from tilus.kernels.allocate import counters, empty, is_cuda
 from tilus.kernels.linear import gpu_of
 from tilus.kernels.mla_attention import mla_attention
-from tilus.kernels.mla_output import EIGHT, Results, weighted_sum
+from tilus.kernels.mla_output import EIGHT, Results, each_result
 from tilus.kernels.mla_softmax import Scores
 from tilus.kernels.mla_stages import (
     COPY_WARPS,
@@ -122,22 +122,16 @@ def mla_decode_kernel(
         giving.end()
 
     with tilus.warps(0, OUTPUT_WARPS, registers=plan.output_registers):
-        using, taking = memory.ring(rank), memory.exchange()
         results = Results(out, lse, partial_out, partial_lse, tickets, eights)
-        taking.wait_ready()
-        count_of_tiles = taking.number(0)
-        while count_of_tiles >= 0:
-            taking.take()
-            halves, log2 = weighted_sum(using, taking, count_of_tiles)
-            block, count, first_place, index = [taking.number(i) for i in range(4)]
-            taking.take()
+
+        def store(halves, log2, block, count, first_place, index):
             if count > 1:
                 first_place = first_place + rank * (partial_out.shape[0] // cluster)
                 results.merge(halves, log2, block, count, first_place, index)
             else:
                 results.store(halves, log2, block)
-            taking.wait_ready()
-            count_of_tiles = taking.number(0)
+
+        each_result(memory.ring(rank), memory.exchange(), 4, store)
 
 
 def mla_decode(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import tilus
@@ -11,6 +12,20 @@ from tilus.kernels.paged_decode_columns import MERGED_REGISTERS, Columns
 
 EIGHT = 8  # rows that are stored and merged together
 HALF = LATENT // 2
+
+
+def each_result(ring: Ring, exchange: Exchange, count: int, store: Callable[..., None]) -> None:
+    """`store(halves, log2, *numbers)` for each part whose weights arrive; numbers: the `count` of its last message."""
+    exchange.wait_ready()
+    tiles = exchange.number(0)
+    while tiles >= 0:
+        exchange.take()
+        halves, log2 = weighted_sum(ring, exchange, tiles)
+        numbers = [exchange.number(index) for index in range(count)]
+        exchange.take()
+        store(halves, log2, *numbers)
+        exchange.wait_ready()
+        tiles = exchange.number(0)
 
 
 def weighted_sum(ring: Ring, exchange: Exchange, tiles: Any) -> Any:

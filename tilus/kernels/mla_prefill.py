@@ -17,7 +17,7 @@ from tilus.kernels.allocate import empty, is_cuda
 from tilus.kernels.attention import find_queries
 from tilus.kernels.mla_attention import mla_attention
 from tilus.kernels.mla_decode import MlaPlan, check_shapes, on_hopper
-from tilus.kernels.mla_output import HALF, weighted_sum
+from tilus.kernels.mla_output import HALF, each_result
 from tilus.kernels.mla_softmax import Scores
 from tilus.kernels.mla_stages import (
     COPY_WARPS,
@@ -87,20 +87,14 @@ def mla_prefill_kernel(
         giving.end()
 
     with tilus.warps(0, OUTPUT_WARPS, registers=plan.output_registers):
-        using, taking = memory.ring(rank), memory.exchange()
-        taking.wait_ready()
-        count_of_tiles = taking.number(0)
-        while count_of_tiles >= 0:
-            taking.take()
-            halves, log2 = weighted_sum(using, taking, count_of_tiles)
-            row, count = taking.number(0), taking.number(1)
-            taking.take()
+
+        def store(halves, log2, row, count):
             for index, half in enumerate(halves):
                 tilus.store(tilus.narrow(out, 0, row, count), [0, index * HALF], half.to(out.dtype))
             if lse is not None:
                 tilus.store(tilus.narrow(lse, 0, row, count), [0], natural(log2).reshape([ROWS]))
-            taking.wait_ready()
-            count_of_tiles = taking.number(0)
+
+        each_result(memory.ring(rank), memory.exchange(), 2, store)
 
 
 class Visits:

@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 import tilus
+from tilus import int32
 from tilus.kernels.online_softmax import NO_SCORE, natural
 from tilus.kernels.paged_decode_split import Part
 from tilus.kernels.vectors import power_of_two
@@ -100,6 +101,29 @@ class Columns:
         result, log2 = sums.normalized()
         tilus.store(out[sequence], [first, head, 0, 0], result.to(out.dtype), dims=[0, 2, 3])
         self.store_lse(lse, sequence, head, first, log2.reshape(rows))
+
+
+class Results:
+    """Where results of parts go: those of whole pairs to the output, others to be merged by the last block of a pair to come.
+
+    partial_out: [places, q_len, group, head_dim]. tickets: zeros, one for each pair, and left so.
+    """
+
+    def __init__(self, columns: Columns, out: Any, lse: Any, partial_out: Any, partial_lse: Any, tickets: Any) -> None:
+        self.columns, self.out, self.lse = columns, out, lse
+        self.partial_out, self.partial_lse, self.tickets = partial_out, partial_lse, tickets
+
+    def store(self, part: Part, count: Any, index: Any, place: Any, result: Any, result_lse: Any) -> None:
+        """The index-th of `count` parts of a pair, whose places begin at `place`."""
+        columns = self.columns
+        if count > 1:
+            columns.store_partial(self.partial_out, self.partial_lse, place + index, result, result_lse)
+            if tilus.atomic_add(self.tickets, [part.pair], 1) == count - 1:
+                tilus.store(self.tickets, [part.pair], tilus.zeros([1], int32))
+                outs, logs = [tilus.narrow(t, 0, place, count) for t in (self.partial_out, self.partial_lse)]
+                columns.merge([(outs, logs, count, MERGED_REGISTERS)], self.out, self.lse, part.sequence, part.head)
+        else:
+            columns.store(self.out, self.lse, part, result, result_lse)
 
 
 class Sums:

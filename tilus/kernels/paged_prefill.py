@@ -35,7 +35,7 @@ from tilus.kernels.paged_prefill_codes import CONVERTERS, CodeMemory, Filling
 from tilus.kernels.paged_prefill_softmax import Kind, Rows, Turns
 from tilus.kernels.paged_prefill_split import SplitRows, splits_of
 from tilus.kernels.paged_prefill_stages import PIECE, Memory
-from tilus.kernels.paged_prefill_tiles import LEAST_STEPS, ROWS, Tables, Visits, each_tile, slack_of, slots, tokens_of
+from tilus.kernels.paged_prefill_tiles import LEAST_STEPS, ROWS, Tables, Visits, each_tile, kept_slack, slots, tokens_of
 from tilus.kernels.plan_choice import num_sms_of
 from tilus.kernels.vectors import power_of_two
 from tilus.ptx.assembler import SpillError
@@ -67,15 +67,7 @@ class PrefillPlan:
     code_stages: int = 0
 
 
-@tilus.kernel(
-    varying=(
-        "tokens",
-        "sequences",
-        "sequences_plus_1",
-        "tables",
-        "pages",
-    )
-)
+@tilus.kernel(varying=("tokens", "sequences", "sequences_plus_1", "tables", "pages"))
 def paged_prefill_kernel(
     q: Tensor["dtype", "tokens", "kv_heads", "group", "head_dim"],
     kv_cache: Tensor["unit", "pages", 2, "page_size", "kv_heads", "row"],
@@ -117,9 +109,7 @@ def paged_prefill_kernel(
     tilus.grid(blocks, warps=warps)
     tilus.launch_dependents()
     tilus.wait_dependencies()
-    slack = tilus.shared(int32, [1])
-    tilus.store_shared(slack, tilus.full([1], slack_of(q_start, tokens_of(plan.heads), warps), int32))
-    tilus.sync()
+    slack = kept_slack(q_start, tokens_of(plan.heads), warps)
     parts = None if partial_out is None else splits
     memory = Memory(q.dtype, head_dim, plan)
 
@@ -143,12 +133,8 @@ def paged_prefill_kernel(
     for half in range(2):
         with tilus.warps(4 * half, 4, registers=plan.registers):
             rows_kind = Kind(plan.heads, causal, variant, words, q_type)
-            stages, turns, outputs = memory.stages(), Turns(memory.turns, half), (out, lse)
-            if parts is None:
-                rows = Rows(stages, turns, outputs, scale_log2, rows_kind, parameters, bits)
-            else:
-                partials = partial_out, partial_lse, tickets
-                rows = SplitRows(stages, turns, outputs, scale_log2, rows_kind, parameters, bits, partials)
+            given = memory.stages(), Turns(memory.turns, half), (out, lse), scale_log2, rows_kind, parameters, bits
+            rows = Rows(*given) if parts is None else SplitRows(*given, (partial_out, partial_lse, tickets))
             each_tile(q, q_start, kv_lens, blocks, slack, visits, rows.compute, parts)
 
 

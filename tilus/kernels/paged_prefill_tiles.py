@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import tilus
+from tilus import int32
 from tilus.kernels.attention import find_queries
 from tilus.layout import replicated, spatial
 
@@ -111,6 +112,14 @@ def slack_of(q_start: Any, tokens: int, warps: int) -> Any:
     return slack
 
 
+def kept_slack(q_start: Any, tokens: int, warps: int) -> Any:
+    """What `slack_of` finds, in shared memory, int32 [1]: it costs no register."""
+    slack = tilus.shared(int32, [1])
+    tilus.store_shared(slack, tilus.full([1], slack_of(q_start, tokens, warps), int32))
+    tilus.sync()
+    return slack
+
+
 def number(turn: Any, block: Any, blocks: Any) -> Any:
     """The tile that a block takes in its turn.
 
@@ -141,7 +150,7 @@ def each_tile(
 ) -> None:  # fmt: skip
     """`work(index, tile)` for the tiles of this block, in order; index counts them. Empty ones are left out.
 
-    q: [tokens, kv_heads, group, head_dim]. slack: what `slack_of` finds in the batch, in shared memory: it costs no register.
+    q: [tokens, kv_heads, group, head_dim]. slack: see `kept_slack`.
     splits: if given, what blocks take in turns are parts of tiles, `PartOfTile`, so many of each, or less for few steps.
     """
     heads, tokens, sequences = visits.heads, tokens_of(visits.heads), kv_lens.shape[0]

@@ -27,16 +27,13 @@ import numpy as np
 import tilus
 from tilus import Const, Tensor, TilusError, f32, int32, uint32
 from tilus.kernels.allocate import empty, is_cuda, is_torch
+from tilus.kernels.sampling_filters import BROKEN, FIELDS, FINITE, LEAST, MOST, SCORE, TOKEN, Filters, Runs
 from tilus.kernels.sampling_row import NO_TOKEN, Dice, Row, Tiling, scalar, winner
 from tilus.kernels.vectors import power_of_two
-from tilus.layout import replicated, spatial
 from tilus.runtime.execute import place
 
 MAX_VOCABULARY = 1 << 18
 COLDEST = 1e-30  # temperatures whose inverse is safely finite
-LARGE = 1e38  # scores beyond it may have overflowed
-SCORE, TOKEN, MOST, BROKEN, LEAST, FINITE = range(6)  # what is known of a run of a row
-FIELDS = 6
 _LOG2_E = math.log2(math.e)
 
 
@@ -113,55 +110,18 @@ def choose_kernel(
     tilus.launch_dependents()
     tilus.wait_dependencies()
     request = tilus.block_id(0)
-    lanes = min(32, most_runs)
-    layout = replicated(32 * tiling.warps // lanes, 1) * spatial(lanes).local(most_runs // lanes)
-
-    def of_runs(field: Any, nothing: Any) -> Any:
-        """What is known of all runs, f32 [most_runs], each warp having all of it."""
-        found = tilus.load(runs, [request, field, 0], [most_runs], layout=layout)
-        return tilus.where(tilus.arange(most_runs) < runs.shape[2], found, nothing)
-
-    scores = of_runs(SCORE, -math.inf)
+    found = Runs(runs, request, most_runs, tiling.warps)
+    scores = found.of(SCORE, -math.inf)
     score = tilus.max(scores, 0, keepdims=True)
-    found = tilus.where(scores == score, of_runs(TOKEN, NO_TOKEN), NO_TOKEN)
-    token = scalar(tilus.min(found).to(int32))
-    is_row = scalar(tilus.sum(of_runs(BROKEN, 0.0))) == 0.0
+    tokens_of_best = tilus.where(scores == score, found.of(TOKEN, NO_TOKEN), NO_TOKEN)
+    token = scalar(tilus.min(tokens_of_best).to(int32))
+    is_row = scalar(tilus.sum(found.of(BROKEN, 0.0))) == 0.0
     if temperature[request] > COLDEST:
-        most = scalar(tilus.max(of_runs(MOST, -math.inf)))
+        most = scalar(tilus.max(found.of(MOST, -math.inf)))
         is_row = is_row and most > -math.inf
         if is_row:
-            row = Row(logits, request, tiling)
-            dice = dice_of(seeds, positions, temperature, request)
-            bound = -math.inf
-            if min_p[request] > 0.0:
-                share = tilus.item(tilus.log2(tilus.full([1], min_p[request])))
-                bound = min(most + share / dice.rate, most)
-            logit, lowest = row.logit(token), -math.inf
-            racing = logit < bound or abs(tilus.item(score)) > LARGE
-            finite, limit = (
-                0.0,
-                0.0,
-            )  # how many the logits are, and how many of them top_k keeps where it is not yet looked for
-            if top_k[request] > 0:
-                finite, limit = scalar(tilus.sum(of_runs(FINITE, 0.0))), float(top_k[request])
-            limit = limit if limit < finite else 0.0
-            choosing = True
-            while choosing:
-                if racing:
-                    logit, token = row.race(dice, most, bound)
-                choosing, racing = False, False
-                if limit > 0.0 or top_p[request] < 1.0:
-                    count, higher, kept, above = row.above(logit, lowest, most, dice.rate)
-                    if limit > 0.0:  # what top_k keeps weighs at least as much as what is known of it
-                        kept = higher + tilus.item(tilus.exp2(tilus.full([1], (logit - most) * dice.rate)))
-                    fits = higher < top_p[request] * kept or logit == most or top_p[request] >= 1.0
-                    if limit > 0.0 and (count >= limit or not fits):
-                        least = scalar(tilus.min(of_runs(LEAST, math.inf)))
-                        lowest = row.largest(limit, least, most, finite)
-                        bound, limit = lowest, 0.0
-                        choosing, racing = True, logit < bound
-                    elif not fits:
-                        choosing, racing, bound = True, True, above
+            row, dice = Row(logits, request, tiling), dice_of(seeds, positions, temperature, request)
+            token = Filters(top_k, top_p, min_p, request).winner(row, dice, found, most, score, token)
     elif tilus.item(score) == -math.inf:
         is_row = False
     tilus.store(tokens, [request], tilus.full([1], token if is_row else -1, int32))

@@ -82,7 +82,10 @@ def _python_attribute(frame: Frame, value: Value, name: str) -> Value:
             return frame.inline(getter, (value,), {})
     if not hasattr(value, name):
         kind = f"module {value.__name__}" if inspect.ismodule(value) else describe(value)
-        raise TilusError(f"{kind} has no attribute {name}", hint=close_matches(name, dir(value)))
+        hint = close_matches(name, dir(value)) or (
+            "docs/instructions.md lists its functions" if kind == "module tilus" else None
+        )
+        raise TilusError(f"{kind} has no attribute {name}", hint=hint)
     return python_value(lambda: getattr(value, name))
 
 
@@ -120,7 +123,7 @@ def _is_full(item: Value) -> bool:
 def _check_index(what: str, items: tuple[Value, ...], rank: int, instead: str, *, bounds: bool = False) -> None:
     """bounds: whether slices may have a start and a stop."""
     if len(items) > rank:
-        raise TilusError(f"{len(items)} indices for {what}, which has rank {rank}")
+        raise TilusError(f"{len(items)} indices for {what}, which has rank {rank}", hint=instead)
     for item in items:
         if isinstance(item, slice) and not _is_full(item):
             if not bounds:

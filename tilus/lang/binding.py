@@ -231,6 +231,7 @@ def make_launcher(kernel: Kernel, device: str | None) -> Callable[..., None]:
         has_default = parameter.default is not parameter.empty
         parameters.append(f"{parameter.name}=default_{parameter.name}" if has_default else parameter.name)
     exec(_launcher_source(signature, parameters), namespace)
+    namespace["launch"].__qualname__ = signature.name  # what Python's errors of missing arguments call it
     ahead.register(namespace["launch"], prepared)
     return namespace["launch"]
 

@@ -13,6 +13,7 @@ from typing import Any
 from tilus.errors import TilusError
 from tilus.ir.builder import Builtin
 from tilus.ir.expr import Expr
+from tilus.lang.builtin_arguments import TENSORS, check_kinds, usage
 from tilus.lang.frame import Frame
 from tilus.lang.operators import python_value
 from tilus.lang.python_builtins import MUTATORS, RUNTIME, STRUCTURAL
@@ -57,24 +58,21 @@ def _build(frame: Frame, builtin: Builtin, args: Sequence[Value], kwargs: Mappin
     name = getattr(builtin, "__name__", "?")
     signature = _signature(builtin)
     try:
-        signature.bind(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
     except TypeError as error:
-        raise TilusError(f"tilus.{name}: {error}", hint=_usage(name, signature)) from None
+        raise TilusError(f"tilus.{name}: {error}", hint=usage(name, signature)) from None
+    check_kinds(name, bound)
     try:
         return builtin.build(frame.builder, *args, **kwargs)
     except (TypeError, ValueError, AttributeError, IndexError, KeyError, ZeroDivisionError) as error:
+        check_kinds(name, bound, TENSORS)
         message = f"tilus.{name} does not take these arguments: {error}"
-        raise TilusError(message, hint=_usage(name, signature)) from error
+        raise TilusError(message, hint=usage(name, signature)) from error
 
 
 @functools.cache
 def _signature(builtin: Builtin) -> inspect.Signature:
     return inspect.signature(builtin)
-
-
-def _usage(name: str, signature: inspect.Signature) -> str:
-    plain = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
-    return f"its signature is {name}{signature.replace(parameters=plain, return_annotation=signature.empty)}"
 
 
 def _all_known(frame: Frame, args: Sequence[Value], kwargs: Mapping[str, Value]) -> bool:
@@ -162,8 +160,17 @@ def _other(frame: Frame, callee: Value, args: Sequence[Value], kwargs: Mapping[s
     runtime = next(describe(v) for v in (*args, *kwargs.values()) if is_runtime(v))
     raise TilusError(
         f"{name} is called with {runtime}; Python functions without source work on compile-time values only",
-        hint="use the function of tilus of that name, if there is one" if callee is not print else "use tilus.print",
+        hint=_instead(name, callee),
     )
+
+
+def _instead(name: str, callee: Value) -> str:
+    """A hint for a call of a Python function without source."""
+    import tilus
+
+    if callee is print or isinstance(getattr(tilus, name, None), Builtin):
+        return f"use tilus.{name}"
+    return "only functions of tilus, and functions in Python made of those, work on run-time values"
 
 
 def uses_language(frame: Frame, function: FunctionType | type) -> bool:

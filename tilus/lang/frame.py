@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
@@ -97,7 +98,9 @@ class Scope:
             return self.enclosing.lookup(name)
         if name in self.free:
             return self.free[name]
-        raise TilusError(f"unknown name {name}", hint=close_matches(name, [*self.names, *self.free]))
+        raise TilusError(
+            f"unknown name {name}", hint=close_matches(name, [*self.names, *(self.free.keys() - vars(builtins).keys())])
+        )
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,8 @@ def truth(value: Value, what: str) -> bool | Expr:
     if is_runtime(value):
         raise TilusError(
             f"{what} is {describe(value)}, expected a scalar",
-            hint="reduce it to a scalar, or choose element by element with tilus.where",
+            hint="for conditions of elements write & and | (each side in parentheses) and tilus.where; "
+            "tilus.item makes a scalar of one element",
         )
     return python_value(lambda: bool(value))
 

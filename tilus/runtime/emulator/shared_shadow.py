@@ -327,8 +327,8 @@ class SharedShadow:
         if agent >= FIRST_BARRIER:
             return "wait for the copy's mbarrier (or meet one who has), with its bytes announced by expect_tx"
         if agent >> 5 == int(self.machine.agent_of[lane]) >> 5:
-            return "put bar.warp.sync (or a barrier) between the two"
-        return "put a barrier between the two"
+            return "put tilus.sync(), in PTX bar.warp.sync or a barrier, between the two"
+        return "put tilus.sync(), in PTX a barrier, between the two"
 
     def _stamp_text(self, stamp: int) -> str:
         agent, many = stamp >> int(_AGENT) & int(_AGENT_MASK), stamp & int(_MANY)
