@@ -32,9 +32,9 @@ from tilus.kernels.attention_variant import AS_IT_IS, NO_VARIANT, GivenVariant, 
 from tilus.kernels.index_checks import check_tables
 from tilus.kernels.kv_cache import QuantizedCache
 from tilus.kernels.paged_decode_arguments import check_decode, check_given
-from tilus.kernels.paged_decode_columns import MERGED_REGISTERS, Columns, normalized, padded_columns
+from tilus.kernels.paged_decode_columns import MERGED_REGISTERS, Columns, padded_columns
 from tilus.kernels.paged_decode_operands import UNIT_NBITS, Codes, Elements
-from tilus.kernels.paged_decode_softmax import Columnwise, Softmax, attend_to_part
+from tilus.kernels.paged_decode_softmax import Columnwise, Softmax, result_of_part
 from tilus.kernels.paged_decode_split import (
     Split,
     each_part,
@@ -44,7 +44,7 @@ from tilus.kernels.paged_decode_split import (
     units_of,
     with_whole_pairs,
 )
-from tilus.kernels.paged_decode_stages import Stages, fill_part
+from tilus.kernels.paged_decode_stages import TileMemory, fill_part
 from tilus.kernels.plan_choice import num_sms_of
 from tilus.kernels.vectors import power_of_two
 from tilus.ptx.assembler import SpillError
@@ -119,19 +119,16 @@ def paged_decode_kernel(
     kv_heads, warps, all_warps = q.shape[2], plan.warps, plan.warps + 1
     tilus.grid(blocks, warps=all_warps, blocks_per_sm=plan.blocks_per_sm)
     tilus.launch_dependents()
-    chunk = min(plan.tile, page_size)
     row = head_dim if code is None else head_dim * code.nbits // UNIT_NBITS
-    ring = tilus.shared(kv_cache.dtype, [plan.stages, plan.tile // chunk, 2, chunk, row])
     kinds = None if code is None else 1 if code.is_signed else 2
-    factor_ring = None if code is None else tilus.shared(f16, [plan.stages, plan.tile // chunk, 2, kinds, chunk])
-    full, empty = tilus.mbarrier(plan.stages), tilus.mbarrier(plan.stages)
+    memory = TileMemory(kv_cache, page_size, row, kinds, plan)
     constant = [kv_lens, block_tables, *([kv_cache, factors] if settled else [])] if early else []
     if not early:
         tilus.wait_dependencies()
     units, begin, end, start = find_share(kv_lens, kv_heads, split, all_warps, blocks, tilus.block_id(0))
 
     with tilus.warps(warps, 1):
-        filling = Stages(ring, factor_ring, full, empty)
+        filling = memory.stages()
 
         def fill(part):
             past = part.length - q_len if settled else None
@@ -144,7 +141,7 @@ def paged_decode_kernel(
 
     with tilus.warps(0, warps):
         tilus.wait_dependencies(constant=constant)
-        using = Stages(ring, factor_ring, full, empty)
+        using = memory.stages()
         columns = Columns(q_len, group, head_dim, plan.warps, plan.column_groups)
         changed = None if variant == NO_VARIANT else Columnwise(variant, columns, parameters, bits, words)
         operands = Elements() if code is None else Codes(code, head_dim, columns.parts, columns.column_groups)
@@ -153,10 +150,7 @@ def paged_decode_kernel(
             softmax = Softmax(
                 columns, operands, columns.queries(q[part.sequence], part.head), scale_log2, kinds, changed
             )
-            attend_to_part(part, using, softmax)
-            layout = operands.ordered_layout(columns.result_layout())
-            result, result_lse = normalized(softmax.highest, softmax.total, softmax.weighted_sum(), layout)
-            result = operands.natural(result)
+            result, result_lse = result_of_part(part, using, softmax)
             count, index, place = parts_of(part, units, blocks, split)
             if changed is not None and variant.sink is not None and index == 0:
                 result, result_lse = changed.with_sink(result, result_lse, part)

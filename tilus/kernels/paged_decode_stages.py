@@ -5,13 +5,29 @@ from __future__ import annotations
 from typing import Any
 
 import tilus
-from tilus import f32
+from tilus import f16, f32
 from tilus.kernels.paged_decode_operands import ROWS
 from tilus.kernels.paged_decode_split import Part
 from tilus.layout import replicated, spatial
 
 PAGES = 32  # entries of a block table that a warp looks up at once
 LANES = 32
+
+
+class TileMemory:
+    """The shared memory of a block for tiles of cached tokens, and its barriers. row: units of `kv_cache.dtype` of a token and head.
+    kinds: of factors, None where there are none."""
+
+    def __init__(self, kv_cache: Any, page_size: int, row: int, kinds: int | None, plan: Any) -> None:
+        chunk = min(plan.tile, page_size)
+        chunks = plan.stages, plan.tile // chunk, 2
+        self.ring = tilus.shared(kv_cache.dtype, [*chunks, chunk, row])
+        self.factors = None if kinds is None else tilus.shared(f16, [*chunks, kinds, chunk])
+        self.full, self.empty = tilus.mbarrier(plan.stages), tilus.mbarrier(plan.stages)
+
+    def stages(self) -> Stages:
+        """For one role, which counts on its own."""
+        return Stages(self.ring, self.factors, self.full, self.empty)
 
 
 class Stages:

@@ -21,16 +21,17 @@ from tilus.kernels.paged_prefill_stages import Ring, Stages
 from tilus.kernels.paged_prefill_tiles import Tables, Tile
 from tilus.kernels.vectors import by_vector, power_of_two
 
-CONVERTERS = 4  # warps that have keys, and as many that have values
+CONVERTERS = 4  # warps that have keys, and as many that have values, of the prefill kernel
 VECTOR = 8  # elements that a thread stores together
-ELEMENTS = 4096  # that are on their way through registers together, about
+ELEMENTS = 1024  # of a warp, that are on their way through registers together, about
 
 
 class CodeMemory:
     """Of a block, for keys (0) and values (1): tiles of codes [stages, tokens, 16-bit units of a row], their factors [keys and
-    values, stages, chunks, kinds, tokens of a chunk], and barriers of both."""
+    values, stages, chunks, kinds, tokens of a chunk], and barriers of both. warps: that have keys, and as many that have values."""
 
-    def __init__(self, kind: KvFormat, head_dim: int, page_size: int, plan: Any) -> None:
+    def __init__(self, kind: KvFormat, head_dim: int, page_size: int, plan: Any, warps: int = CONVERTERS) -> None:
+        self.warps = warps
         self.kind, count, length = kind, plan.code_stages, plan.kv_tile
         chunk = min(page_size, length)
         units = head_dim * kind.code.nbits // int16.nbits
@@ -40,7 +41,7 @@ class CodeMemory:
 
     def of(self, which: int) -> Codes:
         """For the role that has keys or values."""
-        return Codes(self.kind, which, self.tiles[which], self.factors, self.full)
+        return Codes(self.kind, which, self.tiles[which], self.factors, self.full, self.warps)
 
 
 class Filling:
@@ -63,7 +64,8 @@ class Filling:
 class Codes:
     """Keys (0) or values (1) as codes, and which stage is next. As soon as its tile has been read it is filled again."""
 
-    def __init__(self, kind: KvFormat, which: int, tiles: Any, factors: Any, full: Any) -> None:
+    def __init__(self, kind: KvFormat, which: int, tiles: Any, factors: Any, full: Any, warps: int) -> None:
+        self.warps = warps
         self.kind, self.which, self.tiles, self.factors, self.full = kind, which, tiles, factors, full
         self.stage, self.turn = 0, 0
 
@@ -124,7 +126,7 @@ class Codes:
     def store(self, ring: Ring, count: Any) -> None:
         """Elements of the present tile, zeros from the token `count` on."""
         _, length, head_dim = ring.tiles.shape
-        rows = min(ELEMENTS // power_of_two(head_dim), length)
+        rows = min(ELEMENTS * self.warps // power_of_two(head_dim), length)
         for first in range(0, length, rows):
             elements = self.elements(first, rows, head_dim)
             if count is not None:
@@ -135,9 +137,9 @@ class Codes:
     def elements(self, first: int, rows: int, head_dim: int) -> Any:
         """f16 [rows, head_dim] of the tokens of the present stage from `first` on."""
         stage, units = self.stage, self.tiles.shape[2]
-        raw_layout = by_vector(rows, units, VECTOR * self.kind.code.nbits // int16.nbits, CONVERTERS)
+        raw_layout = by_vector(rows, units, VECTOR * self.kind.code.nbits // int16.nbits, self.warps)
         raw = tilus.load_shared(self.tiles, [stage, first, 0], [rows, units], dims=[1, 2], layout=raw_layout)
-        layout = by_vector(rows, head_dim, VECTOR, CONVERTERS)
+        layout = by_vector(rows, head_dim, VECTOR, self.warps)
         found = tilus.cast(tilus.view(raw, self.kind.code, [rows, head_dim], layout), f16)
         factors = [self.factor(kind, first, rows) for kind in range(self.kind.kinds)]
         return tilus.fma(found, *factors) if self.kind.has_minimum else found * factors[0]
