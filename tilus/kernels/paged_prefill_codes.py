@@ -28,10 +28,13 @@ ELEMENTS = 1024  # of a warp, that are on their way through registers together, 
 
 class CodeMemory:
     """Of a block, for keys (0) and values (1): tiles of codes [stages, tokens, 16-bit units of a row], their factors [keys and
-    values, stages, chunks, kinds, tokens of a chunk], and barriers of both. warps: that have keys, and as many that have values."""
+    values, stages, chunks, kinds, tokens of a chunk], and barriers of both. warps: that have keys, and as many that have values.
+    whole: whether there are whole tiles alone."""
 
-    def __init__(self, kind: KvFormat, head_dim: int, page_size: int, plan: Any, warps: int = CONVERTERS) -> None:
-        self.warps = warps
+    def __init__(
+        self, kind: KvFormat, head_dim: int, page_size: int, plan: Any, warps: int = CONVERTERS, whole: bool = False
+    ) -> None:  # fmt: skip
+        self.warps, self.whole = warps, whole
         self.kind, count, length = kind, plan.code_stages, plan.kv_tile
         chunk = min(page_size, length)
         units = head_dim * kind.code.nbits // int16.nbits
@@ -41,7 +44,7 @@ class CodeMemory:
 
     def of(self, which: int) -> Codes:
         """For the role that has keys or values."""
-        return Codes(self.kind, which, self.tiles[which], self.factors, self.full, self.warps)
+        return Codes(self.kind, which, self.tiles[which], self.factors, self.full, self.warps, self.whole)
 
 
 class Filling:
@@ -64,8 +67,10 @@ class Filling:
 class Codes:
     """Keys (0) or values (1) as codes, and which stage is next. As soon as its tile has been read it is filled again."""
 
-    def __init__(self, kind: KvFormat, which: int, tiles: Any, factors: Any, full: Any, warps: int) -> None:
-        self.warps = warps
+    def __init__(
+        self, kind: KvFormat, which: int, tiles: Any, factors: Any, full: Any, warps: int, whole: bool
+    ) -> None:  # fmt: skip
+        self.warps, self.whole = warps, whole
         self.kind, self.which, self.tiles, self.factors, self.full = kind, which, tiles, factors, full
         self.stage, self.turn = 0, 0
 
@@ -112,7 +117,7 @@ class Codes:
         """The present tile, of which `count` tokens and more are not behind the end. Values behind it are zeros: a weight of zero
         does not undo what is no number."""
         length = self.tiles.shape[1]
-        if self.which == 1:
+        if self.which == 1 and not self.whole:
             if count < length:
                 self.store(ring, count)
             else:

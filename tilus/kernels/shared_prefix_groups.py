@@ -25,6 +25,7 @@ from tilus.kernels.vectors import power_of_two
 from tilus.layout import local, replicated, spatial
 
 LEAST_TOKENS = 256  # of a prefix: less is read as fast by every sequence on its own
+WHOLE = 64  # tokens: prefixes are multiples, so that no tile of a prefix has an end in it
 WARPS = 4
 COLUMNS = 1024  # entries of a block table that are compared together
 PAIRS = 4096  # of sequences that are compared together
@@ -163,7 +164,7 @@ def make_groups(common: Any, lengths: Any, shared: Any, page_size: int, members:
         count = count + tilus.sum(same.to(int32), 1)
     member = index - first
     starts = (count > 1) & (member % members == 0) & (index < sequences)
-    tokens = tilus.where(count > 1, pages, 0) * page_size
+    tokens = tilus.where(count > 1, pages, 0) * page_size // WHOLE * WHOLE
     units = tilus.where(starts, (tokens + (unit - 1)) // unit, 0)
     tilus.store(shared[LENGTH], [0], tilus.load(lengths, [0], [lanes]) - tokens)
     tilus.store(shared[TOKENS], [0], tokens)

@@ -215,7 +215,7 @@ def shared_prefix_kernel(
     tilus.grid(blocks, warps=COPYING + WARPGROUP)
     prefix, heads = plan.prefix, row_heads(group)
     memory = Memory(q_rows.dtype, head_dim, prefix, gathered=True)
-    codes = None if kind is None else CodeMemory(kind, head_dim, page_size, prefix, COPYING_PREFIX // 2)
+    codes = None if kind is None else CodeMemory(kind, head_dim, page_size, prefix, COPYING_PREFIX // 2, whole=True)
     row = head_dim if kind is None else head_dim * kind.code.nbits // UNIT_NBITS
     own = TileMemory(kv_cache, page_size, row, None if kind is None else kind.kinds, plan)
     tilus.wait_dependencies()
