@@ -31,7 +31,7 @@ from tilus.kernels.attention_variant import AS_IT_IS, NO_VARIANT, GivenVariant, 
 from tilus.kernels.index_checks import check_tables
 from tilus.kernels.kv_cache import QuantizedCache
 from tilus.kernels.paged_decode import units_of_codes
-from tilus.kernels.paged_prefill_codes import CONVERTERS, CodeMemory, Filling
+from tilus.kernels.paged_prefill_codes import CodeMemory, Converters, Filling
 from tilus.kernels.paged_prefill_softmax import Kind, Rows, Turns
 from tilus.kernels.paged_prefill_split import SplitRows, splits_of
 from tilus.kernels.paged_prefill_stages import PIECE, Memory
@@ -45,6 +45,7 @@ HEAD_DIMS = (64, 96, 128, 256)
 HEAD_DIMS_OF_CODES = (64, 96, 128)  # registers do not suffice for more
 DTYPES = ("torch.float16", "torch.bfloat16")
 CONSUMERS, PRODUCERS = 8, 4  # warps
+CONVERTERS = Converters()
 FACTORS_NBITS = 32  # of a token's keys or values, at most
 MOST_CODE_STAGES = 4
 LEAST_SPLIT = 2 * LEAST_STEPS * 128  # tokens of the longest sequence, from which on tiles may be shared out
@@ -113,7 +114,7 @@ def paged_prefill_kernel(
     blocks share tiles of rows, as `SplitRows` says.
     """
     visits = Visits(plan.heads, plan.kv_tile, causal, variant.hides, variant.window)
-    warps = CONSUMERS + (PRODUCERS if kind is None else 2 * CONVERTERS)
+    warps = CONSUMERS + (PRODUCERS if kind is None else 2 * CONVERTERS.warps)
     tilus.grid(blocks, warps=warps)
     tilus.launch_dependents()
     tilus.wait_dependencies()
@@ -134,9 +135,9 @@ def paged_prefill_kernel(
 
             each_tile(q, q_start, kv_lens, blocks, slack, visits, fill, parts)
     else:
-        codes = CodeMemory(kind, head_dim, page_size, plan)
+        codes = CodeMemory(kind, head_dim, page_size, plan, CONVERTERS)
         for which in range(2):
-            with tilus.warps(CONSUMERS + which * CONVERTERS, CONVERTERS, registers=plan.registers_to_copy):
+            with tilus.warps(CONSUMERS + which * CONVERTERS.warps, CONVERTERS.warps, registers=plan.registers_to_copy):
                 making = Filling(which, memory.stages(), codes.of(which), (q, kv_cache, factors), tables, plan.heads)
                 each_tile(q, q_start, kv_lens, blocks, slack, visits, making.work, parts)
 

@@ -57,7 +57,7 @@ MOST_STAGES = 8  # of prefixes
 ELEMENT_STAGES = 2  # of prefixes that codes become
 # Tokens of a tile of a prefix; registers of threads for prefixes, for the rest, and that copy: 512 in all.
 PLANS = ((64, 160, 152, 40), (32, 144, 176, 48))
-PLANS_OF_CODES = ((64, 152, 152, 56), (64, 152, 144, 64), (32, 136, 176, 64), (32, 128, 176, 80))  # to copy is to make elements
+PLANS_OF_CODES = ((64, 152, 152, 56), (32, 136, 176, 64), (32, 128, 176, 80))  # to copy is to make elements
 _fitting: dict[tuple[Any, ...], SharedPlan] = {}
 
 

@@ -28,7 +28,7 @@ from tilus.kernels.paged_decode_softmax import Columnwise, Softmax, result_of_pa
 from tilus.kernels.paged_decode_split import Part, Split, each_part, find_share
 from tilus.kernels.paged_decode_stages import TileMemory, fill_part
 from tilus.kernels.paged_prefill import PrefillPlan
-from tilus.kernels.paged_prefill_codes import CodeMemory
+from tilus.kernels.paged_prefill_codes import CodeMemory, Converters
 from tilus.kernels.paged_prefill_softmax import HALF, Kind, Rows, Turns
 from tilus.kernels.paged_prefill_stages import Memory
 from tilus.kernels.paged_prefill_tiles import Visits
@@ -40,6 +40,7 @@ WARPGROUP = 4  # warps
 OWN = 8  # the first warp that computes the rest; in front of it are two warpgroups for prefixes
 COPYING = 12  # the first warp that copies: two for prefixes, one for the rest; the last one asks for queries
 COPYING_PREFIX = 2
+CONVERTERS = Converters(COPYING_PREFIX // 2, 512, whole=True)
 PAGES = 4  # of the rest, looked up at once: more take more registers than there are
 
 
@@ -215,7 +216,7 @@ def shared_prefix_kernel(
     tilus.grid(blocks, warps=COPYING + WARPGROUP)
     prefix, heads = plan.prefix, row_heads(group)
     memory = Memory(q_rows.dtype, head_dim, prefix, gathered=True)
-    codes = None if kind is None else CodeMemory(kind, head_dim, page_size, prefix, COPYING_PREFIX // 2, whole=True)
+    codes = None if kind is None else CodeMemory(kind, head_dim, page_size, prefix, CONVERTERS)
     row = head_dim if kind is None else head_dim * kind.code.nbits // UNIT_NBITS
     own = TileMemory(kv_cache, page_size, row, None if kind is None else kind.kinds, plan)
     tilus.wait_dependencies()
