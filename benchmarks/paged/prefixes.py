@@ -54,7 +54,9 @@ QUANTISED_PREFIXES = [replace(case, bar=None, kv_dtype=name) for name in KV_FORM
 def shared_batch(wanted: PrefixCase, l2_nbytes: int, device: str = "cuda") -> PagedBatch:
     """Pages of all sequences in random order; those of a prefix are those of its group's first sequence."""
     own = random_batch(replace(wanted.case, context=wanted.own), 1, device)
-    prefixes = random_batch(replace(wanted.case, batch=wanted.groups, context=max(wanted.prefix, wanted.case.page)), 1, device)
+    prefixes = random_batch(
+        replace(wanted.case, batch=wanted.groups, context=max(wanted.prefix, wanted.case.page)), 1, device
+    )
     pages = own.caches[0].shape[0]
     each = wanted.batch // wanted.groups
     tables = prefixes.block_tables[:, : wanted.prefix // wanted.case.page].repeat_interleave(each, dim=0) + pages
@@ -70,7 +72,9 @@ def joined(first: Any, second: Any, order: torch.Tensor) -> Any:
     """A cache of the pages of two, of which page i is their order[i]-th."""
     if not isinstance(first, QuantizedCache):
         return torch.cat([first, second])[order]
-    codes, factors = (torch.cat(parts)[order] for parts in ((first.codes, second.codes), (first.factors, second.factors)))
+    codes, factors = (
+        torch.cat(parts)[order] for parts in ((first.codes, second.codes), (first.factors, second.factors))
+    )
     return QuantizedCache(first.format, codes, factors)
 
 

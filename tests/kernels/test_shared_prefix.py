@@ -44,8 +44,8 @@ from tilus.kernels.shared_prefix_groups import (
     row_heads,
     shared_prefix_groups_kernel,
 )
+from tilus.kernels.shared_prefix_kernel import SharedPlan, SharedProblem, shared_prefix_kernel
 from tilus.kernels.shared_prefix_merge import shared_prefix_merge_kernel
-from tilus.kernels.shared_prefix_rows import SharedPlan, shared_prefix_kernel
 from tilus.ptx.assembler import SpillError
 from tilus.runtime.binaries import build
 from tilus.target import get_target
@@ -351,10 +351,10 @@ def assert_assembles(
     shape = {"q_len": q_len, "kv_heads": 8, "group": group, "head_dim": head_dim}
 
     def assembled(plan: SharedPlan) -> Any:
+        split = split_of(plan, page_size, q_len, variant.window)
         special = shared_prefix_kernel.specialize(
             q, q_rows, cache, tables, found, notes, *prefix, *rest, 1.0, 128, factors, torch.zeros(64), None, **shape,
-            page_size=page_size, unit=unit_of(page_size), split=split_of(plan, page_size, q_len, variant.window), plan=plan,
-            kind=kind, q_type=q_type, variant=variant,
+            page_size=page_size, problem=SharedProblem(plan, unit_of(page_size), split, kind, q_type, variant),
         )  # fmt: skip
         return build(special.function, get_target("sm_90a"))[0]
 

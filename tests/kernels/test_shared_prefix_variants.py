@@ -42,9 +42,7 @@ def check_codes(name: str, batch: Batch, common: list[int], device: str) -> None
     tensors = [q.unflatten(0, (-1, batch.lengths[0][0])), tables, lens]
     queries, table, kv_lens = [on_gpu(t) for t in tensors] if device == "cuda" else tensors
     given_cache = moved(cache, device)
-    out, lse = shared_prefix_decode(
-        queries, given_cache, table, kv_lens, inputs.scale, return_lse=True, device=device
-    )
+    out, lse = shared_prefix_decode(queries, given_cache, table, kv_lens, inputs.scale, return_lse=True, device=device)
     (expected, size), wanted = exact_attention(inputs, batch), exact_lse(inputs, batch)
     error = np.abs(out.flatten(0, 1).cpu().double().numpy() - expected)
     limit = limit_of_codes(batch, inputs, expected, size)
@@ -150,14 +148,20 @@ def test_what_a_window_hides_from_all_is_not_read() -> None:
 
 
 def test_what_is_left_to_paged_decode() -> None:
-    """Heads of 256 elements, one sequence, and bits for more columns than a launch has: the same bits, into the caller's tensor."""
+    """Heads of 256 elements, one sequence, bits for more columns than a launch has: the same result, in the caller's tensor."""
     for batch, mask in [
         (decoding((40, 50), kv_heads=1, group=1, head_dim=256), None),
         (decoding((40,), kv_heads=1, group=2), None),
         (decoding((40, 50), 3, kv_heads=1, group=16), ancestors),
     ]:
         inputs, q_len = make_inputs(batch, 0), batch.lengths[0][0]
-        arguments = (inputs.q.unflatten(0, (-1, q_len)), inputs.kv_cache, inputs.block_tables, inputs.kv_lens, inputs.scale)
+        arguments = (
+            inputs.q.unflatten(0, (-1, q_len)),
+            inputs.kv_cache,
+            inputs.block_tables,
+            inputs.kv_lens,
+            inputs.scale,
+        )
         bits = None if mask is None else pack_bits(torch.from_numpy(trees(batch, 0)))
         options: dict[str, Any] = {"variant": Variant(mask=mask), "bits": bits, "device": "reference"}
         into = torch.empty_like(arguments[0])
@@ -169,4 +173,6 @@ def test_bits_of_another_batch_are_refused() -> None:
     inputs = make_inputs(TINY, 0)
     arguments = (inputs.q[:, None], inputs.kv_cache, inputs.block_tables, inputs.kv_lens, inputs.scale)
     with pytest.raises(TilusError, match=r"shared_prefix_decode: bits of shape \[3, 1\], expected \[2, 1 to 8 words\]"):
-        shared_prefix_decode(*arguments, variant=Variant(mask=ancestors), bits=torch.zeros(3, 1).int(), device="reference")
+        shared_prefix_decode(
+            *arguments, variant=Variant(mask=ancestors), bits=torch.zeros(3, 1).int(), device="reference"
+        )

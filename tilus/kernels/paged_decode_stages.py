@@ -15,8 +15,8 @@ LANES = 32
 
 
 class TileMemory:
-    """The shared memory of a block for tiles of cached tokens, and its barriers. row: units of `kv_cache.dtype` of a token and head.
-    kinds: of factors, None where there are none."""
+    """The shared memory of a block for tiles of cached tokens, and its barriers. row: units of `kv_cache.dtype` of a token and
+    head. kinds: of factors, None where there are none."""
 
     def __init__(self, kv_cache: Any, page_size: int, row: int, kinds: int | None, plan: Any) -> None:
         chunk = min(plan.tile, page_size)

@@ -27,7 +27,7 @@ VECTOR = 8  # elements that a thread stores together
 
 @dataclass(frozen=True)
 class Converters:
-    """warps: that have keys, and as many that have values. elements: of a warp, on their way through its registers together, about.
+    """warps: that have keys, and as many that have values. elements: of a warp, on their way through registers together, about.
     whole: whether tiles of the cache have no end of a sequence in them."""
 
     warps: int = 4

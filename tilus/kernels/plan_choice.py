@@ -11,7 +11,6 @@ from tilus.kernels.linear import EMULATED_SMS, gpu_of
 from tilus.kernels.quantize.packed import QuantizedWeight
 from tilus.ptx.assembler import SpillError
 
-
 Plan = TypeVar("Plan")
 Result = TypeVar("Result")
 

@@ -1,7 +1,7 @@
 """Decoding of batches whose sequences begin with the same pages: those are read once for all of them.
 
 Launches that depend on each other: one finds the groups (`shared_prefix_groups`), one attends to their prefixes, with many
-queries a product, and at the same time to the rest of each sequence (`shared_prefix_rows`), and one adds all up
+queries a product, and at the same time to the rest of each sequence (`shared_prefix_kernel`), and one adds all up
 (`shared_prefix_merge`). The host reads nothing. The groups are the same in all layers of a model: found once, they leave two
 launches.
 
@@ -42,8 +42,8 @@ from tilus.kernels.paged_prefill import MOST_CODE_STAGES, PrefillPlan, as_f16
 from tilus.kernels.paged_prefill_tiles import ROWS
 from tilus.kernels.plan_choice import by_fitting_plan, num_sms_of
 from tilus.kernels.shared_prefix_groups import FIELDS, members_of, places, row_heads, shared_prefix_groups_kernel
+from tilus.kernels.shared_prefix_kernel import WARPGROUP, SharedPlan, SharedProblem, shared_prefix_kernel
 from tilus.kernels.shared_prefix_merge import NOTES, shared_prefix_merge_kernel
-from tilus.kernels.shared_prefix_rows import WARPGROUP, SharedPlan, shared_prefix_kernel
 from tilus.kernels.vectors import power_of_two
 from tilus.runtime.execute import place
 
@@ -68,8 +68,8 @@ def shared_prefix_decode(
 ) -> Any:  # fmt: skip
     """`paged_decode`, which reads pages that several sequences begin with once for all of them (sm_90a).
 
-    Arguments, result and errors are those of `paged_decode`, without fixed_split and constant_past, and so is the meaning, whatever
-    the tables hold; bits may differ. Codes of prefixes become code * scale or code * scale + minimum, rounded to f16.
+    Arguments, result and errors are those of `paged_decode`, without fixed_split and constant_past, and so is the meaning,
+    whatever the tables hold; bits may differ. Codes of prefixes become code * scale or code * scale + minimum, rounded to f16.
     What counts is equal entries at the start of block tables: at least 256 tokens that all queries of both sequences see whole.
     There may be several groups with prefixes of different lengths, and sequences that share nothing, in any order. Where
     prefixes are nested, each sequence takes part in one: of those with the first 256 tokens in common, neighbours (put those
@@ -160,7 +160,7 @@ def launch(
     page_size, kv_heads = kv_cache.shape[2:4]
     group, pairs, heads = q_heads // kv_heads, sequences * kv_heads, plan.prefix.heads
     blocks = with_whole_pairs(num_sms_of(q, place(device, is_cuda(q))), pairs)
-    split, unit = split_of(plan, page_size, q_len, given.variant.window), unit_of(page_size)
+    split = split_of(plan, page_size, q_len, given.variant.window)
     of_prefix = places(sequences, members_of(q_len, group), kv_heads, blocks), ROWS
     of_own = own_places(pairs, block_tables.shape[1] * page_size, blocks, split), q_len, group
     prefix, own = ([empty(q, shape, "float32") for shape in ((*rows, head_dim), rows)] for rows in (of_prefix, of_own))
@@ -169,12 +169,17 @@ def launch(
     notes = empty(q, (NOTES, pairs), "int32")
     rows, factors, kind, (q_rows, q_type) = kv_cache, None, None, (by_head.flatten(0, 1), None)
     if isinstance(kv_cache, QuantizedCache):
-        rows, factors, kind, (q_rows, q_type) = units_of_codes(kv_cache), kv_cache.factors, kv_cache.format, as_f16(q_rows)
+        rows, factors, kind, (q_rows, q_type) = (
+            units_of_codes(kv_cache),
+            kv_cache.factors,
+            kv_cache.format,
+            as_f16(q_rows),
+        )
     shape = {"q_len": q_len, "kv_heads": kv_heads, "group": group, "head_dim": head_dim}
+    problem = SharedProblem(plan, unit_of(page_size), split, kind, q_type, given.variant, given.words)
     shared_prefix_kernel.on(device)(
         by_head, q_rows, rows, block_tables, shared, notes, *prefix, *own, scale * math.log2(math.e), blocks, factors,
-        given.parameters, given.bits, **shape, page_size=page_size, unit=unit, split=split, plan=plan, kind=kind, q_type=q_type,
-        variant=given.variant, words=given.words,
+        given.parameters, given.bits, **shape, page_size=page_size, problem=problem,
     )  # fmt: skip
     by_token = [part.unflatten(1, (ROWS // heads, heads)) for part in prefix]
     shared_prefix_merge_kernel.on(device)(

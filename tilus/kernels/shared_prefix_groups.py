@@ -187,7 +187,20 @@ def each_shared_tile(
     total = shared[ENDS, shared.shape[1] - 1] * kv_heads
     at, end = share(total, blocks, block), share(total, blocks, block + 1)
     # Variables: computed once, not at each use.
-    index, rank, tokens, units, begin, head, of_pair, until, token, length, end_tile, hidden = 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0
+    index, rank, tokens, units, begin, head, of_pair, until, token, length, end_tile, hidden = (
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+    )
     while at < end:
         rank = rank_of(shared[ENDS], kv_heads, at, warps)
         tokens = shared[TOKENS, rank]
