@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from test_kv_cache import NAMES, moved, numbers_of
 from test_paged_attention import quantized_inputs
 from test_shared_prefix import CUDA, decoding, share_pages
-from test_tree_attention import SINKS, SLOPES, VARIANTS, ancestors, exact, soft_cap, trees
+from test_tree_attention import SINKS, SLOPES, VARIANTS, Change, ancestors, exact, soft_cap, trees
 
 from tilus import TilusError
 from tilus.kernels import paged_decode
@@ -88,8 +88,11 @@ def test_any_batch_of_codes(sequences: list[tuple[int, int]], name: str, q_len: 
     check_codes(name, batch, [common for _, common in sequences], "reference")
 
 
-def of_window(count: int) -> Any:
-    return lambda s, query, key, head, nodes: np.where(query - key < count, s, -np.inf)
+def of_window(count: int) -> Change:
+    def change(scores: Array, query: Array, key: Array, head: int, nodes: Array) -> Array:
+        return np.where(query - key < count, scores, -np.inf)
+
+    return change
 
 
 # Two groups, one of more sequences than a warpgroup has of 8 rows each; what of a prefix a window leaves differs among them.

@@ -22,11 +22,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import dropwhile
 from typing import Any
 
 import tilus
-from tilus import Const, Tensor, TilusError, f16, f32, int32
+from tilus import Const, Tensor, f16, f32, int32
 from tilus.kernels.allocate import counters, empty, is_cuda
 from tilus.kernels.attention_variant import AS_IT_IS, NO_VARIANT, GivenVariant, Variant
 from tilus.kernels.index_checks import check_tables
@@ -45,9 +44,8 @@ from tilus.kernels.paged_decode_split import (
     with_whole_pairs,
 )
 from tilus.kernels.paged_decode_stages import TileMemory, fill_part
-from tilus.kernels.plan_choice import num_sms_of
+from tilus.kernels.plan_choice import by_fitting_plan, num_sms_of
 from tilus.kernels.vectors import power_of_two
-from tilus.ptx.assembler import SpillError
 from tilus.runtime.execute import place
 from tilus.target import TARGETS
 
@@ -236,25 +234,20 @@ def by_plans(
     constant = (constant_tables, constant_past)
     parts = (return_lse, fixed_split is None, constant, where, given.variant, given.words)
     key = (*shape, q.dtype, out.dtype, *parts)
-    spilled: SpillError | None = None
-    for plan in dropwhile(lambda plan: plan != _found.get(key, plan), plans(*shape)):
+
+    def by(plan: DecodePlan) -> tuple[Any, Any]:
         window = given.variant.window
         recent = None if window is None else window + q.shape[1] - 1
         unit = min(plan.tile, page_size) if fixed_split is None else fixed_split
         split = Split(unit, fixed_split is not None, recent, 1 if recent is None else page_size)
         units = pairs * units_of(block_tables.shape[1] * page_size, split.unit)
         blocks = with_whole_pairs(blocks_of(pairs, units, num_sms, plan), pairs)
-        try:
-            result = launch(
-                q, kv_cache, block_tables, kv_lens, scale, plan, split, blocks, return_lse, device, constant_tables, given,
-                out, constant_past,
-            )  # fmt: skip
-        except SpillError as error:
-            spilled = error
-        else:
-            _found[key] = plan
-            return result
-    raise spilled or TilusError(f"paged_decode: no plan for {shape}")
+        return launch(
+            q, kv_cache, block_tables, kv_lens, scale, plan, split, blocks, return_lse, device, constant_tables, given,
+            out, constant_past,
+        )  # fmt: skip
+
+    return by_fitting_plan(_found, key, plans(*shape), by)
 
 
 def launch(

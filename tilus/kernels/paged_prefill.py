@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,9 +35,8 @@ from tilus.kernels.paged_prefill_softmax import Kind, Rows, Turns
 from tilus.kernels.paged_prefill_split import SplitRows, splits_of
 from tilus.kernels.paged_prefill_stages import PIECE, Memory
 from tilus.kernels.paged_prefill_tiles import LEAST_STEPS, ROWS, Tables, Visits, each_tile, slack_of, slots, tokens_of
-from tilus.kernels.plan_choice import num_sms_of
+from tilus.kernels.plan_choice import by_fitting_plan, num_sms_of
 from tilus.kernels.vectors import power_of_two
-from tilus.ptx.assembler import SpillError
 from tilus.runtime.execute import place
 
 HEAD_DIMS = (64, 96, 128, 256)
@@ -220,21 +218,7 @@ def by_plans(
         lists is None, kind, splits > 1,
     )  # fmt: skip
     plans = plans_of(heads, q.shape[2]) if kind is None else plans_of_codes(heads, q.shape[2], kind.code.nbits)
-    return by_fitting_plan(key, plans, by)
-
-
-def by_fitting_plan(key: tuple[Any, ...], plans: Sequence[PrefillPlan], launch_by: Callable[[PrefillPlan], Any]) -> Any:
-    """By the first plan that the registers suffice for: functions of a variant may need some. It is remembered by the key."""
-    last = plans[-1]
-    for plan in plans[plans.index(_fitting.get(key, plans[0])) : -1]:
-        try:
-            result = launch_by(plan)
-        except SpillError:
-            continue
-        _fitting[key] = plan
-        return result
-    _fitting[key] = last
-    return launch_by(last)
+    return by_fitting_plan(_fitting, key, plans, by)
 
 
 def plans_of(heads: int, head_dim: int) -> tuple[PrefillPlan, ...]:

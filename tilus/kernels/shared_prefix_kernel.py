@@ -131,7 +131,7 @@ class Rest:
             queries = self.columns.queries(q[part.sequence], part.head)
             softmax = Softmax(self.columns, self.operands, queries, scale_log2, self.problem.kinds, self.variant)
             result, log2 = result_of_part(part, self.stages, softmax)
-            if self.problem.variant.sink is not None and part.begin == part.first:
+            if self.variant is not None and self.variant.variant.sink is not None and part.begin == part.first:
                 result, log2 = self.variant.with_sink(result, log2, part)
             self.columns.store_partial(out, lse, tilus.block_id(0) + part.pair, result, log2)
 
@@ -223,7 +223,7 @@ def shared_prefix_kernel(
         columns = Columns(q_len, group, head_dim, WARPGROUP, plan.column_groups)
         Rest(shares, own, columns, parameters, bits).compute(q, scale_log2, own_out, own_lse)
 
-    if kind is None:
+    if codes is None:
         with tilus.warps(COPYING, COPYING_PREFIX, registers=prefix.registers_to_copy):
             copy_prefixes(shares, memory.stages(), kv_cache, block_tables)
     else:

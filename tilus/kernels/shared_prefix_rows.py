@@ -58,11 +58,11 @@ class SharedRows(Rows):
         self.members = HALF // (self.heads * self.tokens_of_each)
         self.past = tilus.zeros([HALF, 1], int32)
 
-    def first_rank(self, tile: SharedTile) -> Any:
+    def first_rank(self, tile: Any) -> Any:
         """Of these rows."""
         return tile.rank + self.turns.half * self.members
 
-    def begin(self, tile: SharedTile) -> None:
+    def begin(self, tile: Any) -> None:
         """Nothing is seen yet: a sink counts once, among the sequence's own tokens."""
         self.highest, self.total = tilus.full([HALF, 1], NO_SCORE), tilus.zeros([HALF, 1])
         if self.variant != NO_VARIANT:
@@ -70,7 +70,7 @@ class SharedRows(Rows):
             past = (lengths + (self.shared[TOKENS, tile.rank] - self.q_len)).reshape([self.members, 1])
             self.past = tilus.broadcast(past, [self.members, HALF // self.members]).reshape([HALF, 1])
 
-    def position(self, tile: SharedTile, first: Any, length: int) -> Position:
+    def position(self, tile: Any, first: Any, length: int) -> Position:
         """Of scores with the keys of the tile from `first` on."""
         rows = tilus.arange(HALF, shape=[HALF, 1])
         query = rows // self.heads % self.tokens_of_each + self.past
@@ -80,7 +80,7 @@ class SharedRows(Rows):
         words = MemberWords(self.variant, self.bits, self.words, self.query_rows(tile), runs, (HALF, 1), True)
         return Position(query, key, rows % self.heads + head, self.past, self.parameters, head, words)
 
-    def query_rows(self, tile: SharedTile) -> Any:
+    def query_rows(self, tile: Any) -> Any:
         """Numbers of these rows' queries among those of the batch, [64 / heads]; None where they have no bits."""
         if self.bits is None:
             return None
@@ -88,7 +88,7 @@ class SharedRows(Rows):
         query = tilus.arange(self.tokens_of_each, shape=[1, self.tokens_of_each], axis=1)
         return (sequences * self.q_len + query).reshape([HALF // self.heads])
 
-    def seen(self, tile: SharedTile, first: Any, length: int) -> Any:
+    def seen(self, tile: Any, first: Any, length: int) -> Any:
         """Which of the keys from `first` on a row sees, [64, length]."""
         allowed = Rows.seen(self, tile, first, length)
         if self.variant.window is not None:
@@ -96,7 +96,7 @@ class SharedRows(Rows):
             allowed = allowed & (at.key > at.query - self.variant.window)
         return allowed
 
-    def store(self, tile: SharedTile) -> None:
+    def store(self, tile: Any) -> None:
         """What these rows are partial results of."""
         first, rows = HALF * self.turns.half, tile.queries * self.heads
         result, log2 = self.partial()
