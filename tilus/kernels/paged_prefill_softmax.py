@@ -149,14 +149,15 @@ class Rows:
         weights, shrink = self.weights(scores, tile, at, masked)
         tilus.wgmma_wait()
         values.leave()
-        self.acc = self.acc * shrink
-        self.keep(weights)
+        self.keep(weights, shrink)
 
-    def keep(self, weights: Any) -> None:
+    def keep(self, weights: Any, shrink: Any = None) -> None:
         """For the product with the next tile of values. That of what rounding leaves is made here: there are no registers for
-        both while scores are."""
+        both while scores are. shrink: the factor of what has been added up before, if anything has."""
         values, dtype = self.stages.values, self.factors.dtype
         self.factors = weights.to(dtype)
+        if shrink is not None:
+            self.acc = self.acc * shrink
         if self.terms == 2:
             rest = (weights - self.factors.to(f32)).to(dtype)
             values.wait_full()
