@@ -223,6 +223,7 @@ def test_round_trip(name: str, consts: dict[str, Any]) -> None:
         "out_dtype": f16,
         "unit": f16,
         "dtype": f16,
+        "row_dtype": f16,
         "code": int8,
         "bias_type": f32,
     }

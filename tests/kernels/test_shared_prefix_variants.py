@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from test_kv_cache import NAMES, moved, numbers_of
 from test_paged_attention import quantized_inputs
 from test_shared_prefix import CUDA, decoding, share_pages
-from test_tree_attention import SINKS, SLOPES, VARIANTS, Change, ancestors, exact, soft_cap, trees
+from test_tree_attention import SLOPES, VARIANTS, Change, ancestors, exact, sink, soft_cap, trees
 
 from tilus import TilusError
 from tilus.kernels import paged_decode
@@ -52,7 +53,11 @@ def check_codes(name: str, batch: Batch, common: list[int], device: str) -> None
     assert np.abs(found[finite] - wanted[finite]).max(initial=0) < 2.0**-7
 
 
-@pytest.mark.parametrize("device", ["reference", SLOW[1], CUDA])
+def test_two_sequences_of_codes() -> None:
+    check_codes("int4", TINY, [0, 18], "reference")
+
+
+@pytest.mark.parametrize("device", [*SLOW, CUDA])
 @pytest.mark.parametrize("name", NAMES)
 def test_codes(name: str, device: str) -> None:
     check_codes(name, TINY, [0, 18], device)
@@ -95,25 +100,44 @@ def of_window(count: int) -> Change:
     return change
 
 
+COLUMNS = 5  # conditions of a query that keys of a prefix ask for, too
+
+
+def bit_of_key(at):
+    return at.bit(at.key % COLUMNS)
+
+
 # Two groups, one of more sequences than a warpgroup has of 8 rows each; what of a prefix a window leaves differs among them.
 LENGTHS = (340, 310, 420, 300, 301, 400, 40)
 COMMON = [0, 18, 18, 0, 18, 18, 0]
-CASES = VARIANTS | {"wide window": (Variant(window=100), of_window(100))}
+CASES = VARIANTS | {
+    "wide window": (Variant(window=100), of_window(100)),
+    "bits": (
+        Variant(mask=bit_of_key),
+        lambda s, query, key, head, nodes: np.where(nodes[:, key[0] % COLUMNS], s, -np.inf),
+    ),
+    "bits and sinks": (
+        Variant(mask=bit_of_key, sink=sink, logits=soft_cap),
+        lambda s, query, key, head, nodes: np.where(nodes[:, key[0] % COLUMNS], 2 * np.tanh(s / 2), -np.inf),
+    ),
+}
 
 
 def check_variant(name: str, batch: Batch, common: list[int], device: str) -> None:
     """Scores are within 2^-9 of themselves where there is a tanh (of a GPU), and so are weights."""
     variant, change = CASES[name]
     inputs, nodes, q_len = make_inputs(batch, 0), trees(batch, 0), batch.lengths[0][0]
+    if variant.mask is bit_of_key:
+        nodes = np.random.default_rng(0).random((len(inputs.q), COLUMNS)) < 0.6
     share_pages(batch, inputs.block_tables, common)
-    bits, slopes = pack_bits(torch.from_numpy(nodes)) if variant.mask is ancestors else None, SLOPES
+    bits, slopes = pack_bits(torch.from_numpy(nodes)) if variant.mask in (ancestors, bit_of_key) else None, SLOPES
     tensors = [inputs.q.unflatten(0, (-1, q_len)), inputs.kv_cache, inputs.block_tables, inputs.kv_lens]
     if device == "cuda":
         tensors, slopes, bits = [on_gpu(t) for t in tensors], slopes.cuda(), None if bits is None else bits.cuda()
     out, lse = shared_prefix_decode(
         *tensors, inputs.scale, return_lse=True, variant=variant, parameters=slopes, bits=bits, device=device
     )
-    expected, size, expected_lse = exact(inputs, batch, change, nodes, name in SINKS)
+    expected, size, expected_lse = exact(inputs, batch, change, nodes, variant.sink is not None)
     inexact = 2.0**-9 if variant.logits is soft_cap else 0.0
     found = lse.flatten(0, 1).cpu().double().numpy()
     error = np.abs(out.flatten(0, 1).cpu().double().numpy() - expected)
@@ -123,8 +147,10 @@ def check_variant(name: str, batch: Batch, common: list[int], device: str) -> No
     assert np.abs(found[finite] - expected_lse[finite]).max() <= max(2.0**-14, inexact)
 
 
-@pytest.mark.parametrize("name", ["all", "wide window", "ALiBi"])
-def test_variants_of_two_sequences(name: str) -> None:
+@pytest.mark.parametrize("name", ["bits and sinks", "wide window"])
+def test_variants_of_two_sequences(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On several blocks, so that there are several parts of a sequence's own tokens."""
+    monkeypatch.setattr(sys.modules["tilus.kernels.shared_prefix"], "num_sms_of", lambda *_: 3)
     check_variant(name, replace(TINY, lengths=((2, 330), (2, 300)), dtype=torch.float16), [0, 18], "reference")
 
 
@@ -136,14 +162,16 @@ def test_variants(q_len: int, name: str, device: str) -> None:
 
 
 def test_what_a_window_hides_from_all_is_not_read() -> None:
-    """Its pages may be no pages; those that one sequence still sees are read for it."""
+    """Its pages may hold no numbers; those that one sequence still sees are read for it."""
     batch = decoding((340, 300), kv_heads=1, group=2)
     inputs = make_inputs(batch, 0)
     share_pages(batch, inputs.block_tables, [0, 18])
     shared = find_shared_prefixes(inputs.block_tables, inputs.kv_lens, 1, 2, 16, device="reference")
     assert shared[TOKENS].tolist() == [256, 256]
     tables = inputs.block_tables.clone()
-    tables[:, :12] = 2**20  # keys from 192 on: the tile in which the window of the shorter one, from 220 on, begins
+    tables[:, :12] = next(
+        i for i, page in enumerate(inputs.kv_cache) if page.isnan().all()
+    )  # keys from 192 on: the tile in which the window of the shorter one, from 220 on, begins
     arguments = inputs.q[:, None], inputs.kv_cache, tables, inputs.kv_lens, inputs.scale
     out = shared_prefix_decode(*arguments, variant=Variant(window=80), shared=shared, device="reference")
     expected, size, _ = exact(inputs, batch, of_window(80), trees(batch, 0))
@@ -153,9 +181,9 @@ def test_what_a_window_hides_from_all_is_not_read() -> None:
 def test_what_is_left_to_paged_decode() -> None:
     """Heads of 256 elements, one sequence, bits for more columns than a launch has: the same result, in the caller's tensor."""
     for batch, mask in [
-        (decoding((40, 50), kv_heads=1, group=1, head_dim=256), None),
-        (decoding((40,), kv_heads=1, group=2), None),
-        (decoding((40, 50), 3, kv_heads=1, group=16), ancestors),
+        (decoding((4, 5), kv_heads=1, group=1, head_dim=256), None),
+        (decoding((4,), kv_heads=1, group=2), None),
+        (decoding((4, 5), 3, kv_heads=1, group=16), ancestors),
     ]:
         inputs, q_len = make_inputs(batch, 0), batch.lengths[0][0]
         arguments = (

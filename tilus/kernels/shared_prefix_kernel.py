@@ -174,7 +174,7 @@ def pages_of(block_tables: Any, tile: SharedTile, page_size: int) -> Any:
 def shared_prefix_kernel(
     q: Tensor["dtype", "sequences", "q_len", "kv_heads", "group", "head_dim"],
     q_rows: Tensor["row_dtype", "tokens", "kv_heads", "group", "head_dim"],
-    kv_cache: Tensor["unit_dtype", "pages", 2, "page_size", "kv_heads", "row"],
+    kv_cache: Tensor["unit", "pages", 2, "page_size", "kv_heads", "row"],
     block_tables: Tensor[int32, "sequences", "max_pages"],
     shared: Tensor[int32, 7, "sequences"],
     notes: Tensor[int32, 4, "pairs"],
