@@ -168,10 +168,9 @@ def test_what_a_window_hides_from_all_is_not_read() -> None:
     share_pages(batch, inputs.block_tables, [0, 18])
     shared = find_shared_prefixes(inputs.block_tables, inputs.kv_lens, 1, 2, 16, device="reference")
     assert shared[TOKENS].tolist() == [256, 256]
+    # Those of keys in front of 192, where the tile is in which the window of the shorter sequence begins, at 220.
     tables = inputs.block_tables.clone()
-    tables[:, :12] = next(
-        i for i, page in enumerate(inputs.kv_cache) if page.isnan().all()
-    )  # keys from 192 on: the tile in which the window of the shorter one, from 220 on, begins
+    tables[:, :12] = next(i for i, page in enumerate(inputs.kv_cache) if page.isnan().all())
     arguments = inputs.q[:, None], inputs.kv_cache, tables, inputs.kv_lens, inputs.scale
     out = shared_prefix_decode(*arguments, variant=Variant(window=80), shared=shared, device="reference")
     expected, size, _ = exact(inputs, batch, of_window(80), trees(batch, 0))

@@ -54,10 +54,10 @@ MOST_COLUMNS = 32  # of a launch; with more the registers do not suffice for pre
 OWN_TILE = 64  # tokens
 OWN_STAGES = 2  # of elements; of codes as many as take no more memory
 MOST_STAGES = 8  # of prefixes
-ELEMENT_STAGES = 2  # of prefixes that codes become
+ELEMENT_STAGES = 1  # of prefixes that codes become: two were slower
 # Tokens of a tile of a prefix; registers of threads for prefixes, for the rest, and that copy: 512 in all.
 PLANS = ((64, 160, 152, 40), (32, 144, 176, 48))
-PLANS_OF_CODES = ((64, 152, 152, 56), (32, 136, 176, 64), (32, 128, 176, 80))  # to copy is to make elements
+PLANS_OF_CODES = ((32, 136, 176, 64), (32, 128, 176, 80), (64, 152, 152, 56))  # those that copy make elements, too
 _fitting: dict[tuple[Any, ...], SharedPlan] = {}
 
 

@@ -181,8 +181,8 @@ def each_shared_tile(
     """`work(index, tile)` for what this block has of row tiles and prefixes; index counts. unit: tokens of a unit, a multiple of
     the page size. blocks: that share the units. warps: of the role that calls.
 
-    Of a tile, `steps` are the tiles of the cache that a window leaves to some sequence. All sequences get an even share as if
-    there were no window: with one it is not even, and no longer."""
+    Of a tile, `steps` are the tiles of the cache that a window leaves to some sequence. Shares are those of whole prefixes, so
+    that with a window they are not even; no block has more to do than without."""
     block = tilus.block_id(0)
     total = shared[ENDS, shared.shape[1] - 1] * kv_heads
     at, end = share(total, blocks, block), share(total, blocks, block + 1)
