@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_kv_cache import NAMES, moved, numbers_of
 from test_paged_attention import quantized_inputs
-from test_shared_prefix import CUDA, decoding, share_pages
+from test_shared_prefix import CUDA, KINDS, assert_assembles, decoding, share_pages
 from test_tree_attention import SLOPES, VARIANTS, Change, ancestors, exact, sink, soft_cap, trees
 
 from tilus import TilusError
@@ -206,3 +206,23 @@ def test_bits_of_another_batch_are_refused() -> None:
         shared_prefix_decode(
             *arguments, variant=Variant(mask=ancestors), bits=torch.zeros(3, 1).int(), device="reference"
         )
+
+
+def test_where_no_plan_fits_nothing_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["tilus.kernels.shared_prefix"]
+    monkeypatch.setattr(module, "shared_plans", lambda *_: iter(()))
+    monkeypatch.setattr(module, "_fitting", {})
+    inputs = make_inputs(decoding((4, 5), kv_heads=1, group=2), 0)
+    arguments = (inputs.q[:, None], inputs.kv_cache, inputs.block_tables, inputs.kv_lens, inputs.scale)
+    for _ in range(2):
+        assert torch.equal(
+            shared_prefix_decode(*arguments, device="reference"), paged_decode(*arguments, device="reference")
+        )
+    assert list(module._fitting.values()) == [None]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", [None, *NAMES])
+@pytest.mark.parametrize("variant", ["window", "soft cap", "ALiBi", "sinks"])
+def test_variants_assemble_by_some_plan(variant: str, name: str | None) -> None:
+    assert_assembles(*KINDS[0], name, CASES[variant][0])

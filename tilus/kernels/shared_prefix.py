@@ -17,7 +17,7 @@ Partial softmax over parts of the keys: see `merge_states`; shared prefixes of a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tilus import TilusError, f32
@@ -57,8 +57,8 @@ MOST_STAGES = 8  # of prefixes
 ELEMENT_STAGES = 1  # of prefixes that codes become: two were slower
 # Tokens of a tile of a prefix; registers of threads for prefixes, for the rest, and that copy: 512 in all.
 PLANS = ((64, 160, 152, 40), (32, 144, 176, 48))
-PLANS_OF_CODES = ((32, 136, 176, 64), (32, 128, 176, 80), (64, 152, 152, 56))  # those that copy make elements, too
-_fitting: dict[tuple[Any, ...], SharedPlan] = {}
+PLANS_OF_CODES = ((32, 136, 176, 64), (32, 128, 176, 80), (16, 136, 160, 80))  # those that copy make elements, too
+_fitting: dict[tuple[Any, ...], SharedPlan | None] = {}
 
 
 def shared_prefix_decode(
@@ -78,8 +78,8 @@ def shared_prefix_decode(
 
     shared: what `find_shared_prefixes` gave for these tables and lengths, to use it in all layers of a model, whatever their
     windows: two launches. By default it is found here, by one more. More than 32 columns, q_len times Hq / Hkv rounded up to a
-    power of two, take several calls, which find their own. Heads of 256 elements, for which the registers do not suffice, and
-    bits for more columns are left to `paged_decode`, and nothing is shared.
+    power of two, take several calls, which find their own. Heads of 256 elements, for which the registers do not suffice,
+    variants for which they do not, and bits for more columns are left to `paged_decode`, and nothing is shared.
     """
     group = check_decode(q, kv_cache, block_tables, kv_lens, None)
     check_variant("shared_prefix_decode", variant, bits, q.shape[0] * q.shape[1], causal=True)
@@ -113,7 +113,14 @@ def shared_prefix_decode(
             f"[{FIELDS}, {q.shape[0]}]",
             hint="it is what find_shared_prefixes gives for the same block_tables and kv_lens",
         )
-    lse = by_plans(q, kv_cache, block_tables, shared, scale, return_lse, device, given, out)
+
+    def unshared() -> Any:
+        return paged_decode(
+            q, kv_cache, block_tables, kv_lens, scale, return_lse=True, constant_tables=constant_tables, device=device, out=out,
+            **vars(given),
+        )[1]  # fmt: skip
+
+    lse = by_plans(q, kv_cache, block_tables, shared, scale, return_lse, device, given, out, unshared)
     return (out, lse) if return_lse else out
 
 
@@ -138,17 +145,20 @@ def find_shared_prefixes(
 
 def by_plans(
     q: Any, kv_cache: Any, block_tables: Any, shared: Any, scale: float, return_lse: bool, device: str | None,
-    given: GivenVariant, out: Any,
+    given: GivenVariant, out: Any, unshared: Callable[[], Any],
 ) -> Any:  # fmt: skip
-    """The result into `out` by the first plan that the registers suffice for, which is remembered; the logarithms or None."""
+    """The result into `out` by the first plan that the registers suffice for, which is remembered, or by `unshared`, where
+    functions of a variant leave too few; the logarithms or None."""
     page_size, kv_heads, head_dim = kv_cache.shape[2:]
     nbits, shape = nbits_of(kv_cache), (q.shape[1], q.shape[2] // kv_heads, head_dim)
     key = (*shape, nbits, page_size, kv_heads, q.dtype, given.variant, given.words)
 
-    def by(plan: SharedPlan) -> Any:
+    def by(plan: SharedPlan | None) -> Any:
+        if plan is None:
+            return unshared()
         return launch(q, kv_cache, block_tables, shared, scale, plan, return_lse, device, given, out)
 
-    return by_fitting_plan(_fitting, key, shared_plans(*shape, nbits), by)
+    return by_fitting_plan(_fitting, key, [*shared_plans(*shape, nbits), None], by)
 
 
 def launch(
