@@ -5,6 +5,7 @@
     python benchmarks/attention.py prefill              causal prefill, and appending to a cache
     python benchmarks/attention.py quantised_prefill    the same from caches of fp8, int8 and int4, without peers
     python benchmarks/attention.py prefixes             sequences that begin with the same pages, tilus alone
+    python benchmarks/attention.py quantised_prefixes   the same from caches of fp8, int8 and int4
     python benchmarks/attention.py mla                  multi-head latent attention, without peers
     python benchmarks/attention.py plans                decoding by several plans, tilus alone; quantised_plans likewise
     python benchmarks/attention.py decode prefill       one after the other; without a name all but plans
@@ -61,11 +62,12 @@ SUITES = {
     "prefill": (prefill, PREFILL),
     "quantised_prefill": (prefill, QUANTISED_PREFILL),
     "prefixes": (prefixes, prefixes.PREFIXES),
+    "quantised_prefixes": (prefixes, prefixes.QUANTISED_PREFIXES),
     "mla": (mla, mla.CASES),
     "plans": (plans, DECODE),
     "quantised_plans": (plans, QUANTISED),
 }
-DEFAULT = ("decode", "quantised", "prefill", "quantised_prefill", "prefixes", "mla")
+DEFAULT = ("decode", "quantised", "prefill", "quantised_prefill", "prefixes", "quantised_prefixes", "mla")
 
 
 def numbers_in(text: str) -> list[int]:

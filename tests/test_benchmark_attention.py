@@ -47,17 +47,19 @@ def test_bytes_and_lengths() -> None:
     assert Case(8, 4096, skewed=True).lengths[0] > 7 * Case(8, 4096, skewed=True).lengths[-1]
 
 
-def test_sequences_of_a_group_begin_with_the_same_pages() -> None:
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int4"])
+def test_sequences_of_a_group_begin_with_the_same_pages(kv_dtype: str) -> None:
     """And all others are different; bytes count every page once."""
-    wanted = PrefixCase(4, 272, 32, groups=2)
+    wanted = PrefixCase(4, 272, 32, groups=2, kv_dtype=kv_dtype)
     batch = shared_batch(wanted, 1, "cpu")
-    tables = batch.block_tables
+    tables, cache = batch.block_tables, batch.caches[0]
     assert batch.kv_lens.tolist() == [304] * 4 and tables.shape == (4, 19)
-    assert len(set(tables.flatten().tolist())) == 2 * 17 + 4 * 2 == batch.caches[0].shape[0]
+    assert len(set(tables.flatten().tolist())) == 2 * 17 + 4 * 2 == cache.shape[0]
     assert torch.equal(tables[0, :17], tables[1, :17]) and torch.equal(tables[2, :17], tables[3, :17])
-    assert wanted.nbytes == batch.caches[0].nbytes
+    held = (cache,) if isinstance(cache, torch.Tensor) else (cache.codes, cache.factors)
+    assert wanted.nbytes == sum(part.nbytes for part in held)
     shared = find_shared_prefixes(tables, batch.kv_lens, 1, 4, 16, device="reference")
-    assert shared[TOKENS].tolist() == [272] * 4
+    assert shared[TOKENS].tolist() == [256] * 4
     assert all(case.batch % case.groups == 0 for case in PREFIXES)
 
 

@@ -13,6 +13,7 @@ from products.timing import Budget, Timer
 from paged.batches import PagedBatch, check, random_batch
 from paged.cases import Case
 from tilus.kernels import paged_decode
+from tilus.kernels.kv_cache import KV_FORMATS, QuantizedCache
 from tilus.kernels.shared_prefix import find_shared_prefixes, shared_prefix_decode
 
 COLUMNS = {
@@ -23,17 +24,18 @@ COLUMNS = {
 @dataclass(frozen=True)
 class PrefixCase:
     """batch: sequences, in `groups` equal runs of neighbours that share `prefix` tokens; own: further ones of each. bar: wanted
-    microseconds."""
+    microseconds. kv_dtype: see `Case`."""
 
     batch: int
     prefix: int
     own: int
     groups: int = 1
     bar: float | None = None
+    kv_dtype: str = "bfloat16"
 
     @property
     def case(self) -> Case:
-        return Case(self.batch, self.prefix + self.own)
+        return Case(self.batch, self.prefix + self.own, kv_dtype=self.kv_dtype)
 
     @property
     def nbytes(self) -> int:
@@ -46,23 +48,34 @@ PREFIXES = [
     PrefixCase(64, 8192, 256, bar=55.0), PrefixCase(16, 8192, 256), PrefixCase(64, 32768, 256), PrefixCase(256, 8192, 256),
     PrefixCase(64, 2048, 256, groups=8), PrefixCase(64, 0, 1024),
 ]  # fmt: skip
+QUANTISED_PREFIXES = [replace(case, bar=None, kv_dtype=name) for name in KV_FORMATS for case in PREFIXES]
 
 
 def shared_batch(wanted: PrefixCase, l2_nbytes: int, device: str = "cuda") -> PagedBatch:
     """Pages of all sequences in random order; those of a prefix are those of its group's first sequence."""
     own = random_batch(replace(wanted.case, context=wanted.own), 1, device)
-    prefixes = random_batch(Case(wanted.groups, max(wanted.prefix, wanted.case.page)), 1, device)
+    prefixes = random_batch(
+        replace(wanted.case, batch=wanted.groups, context=max(wanted.prefix, wanted.case.page)), 1, device
+    )
     pages = own.caches[0].shape[0]
     each = wanted.batch // wanted.groups
     tables = prefixes.block_tables[:, : wanted.prefix // wanted.case.page].repeat_interleave(each, dim=0) + pages
-    cache = torch.cat([own.caches[0], prefixes.caches[0]])
-    order = torch.randperm(cache.shape[0], generator=torch.Generator().manual_seed(0)).to(device)
-    moved = torch.empty_like(cache)
-    moved[order] = cache
+    order = torch.randperm(pages + prefixes.caches[0].shape[0], generator=torch.Generator().manual_seed(0)).to(device)
+    back = torch.argsort(order)
     tables = order[torch.cat([tables, own.block_tables], dim=1).long()].int()
     copies = max(1, -(-3 * l2_nbytes // wanted.nbytes))
-    caches = [moved, *(moved.clone() for _ in range(copies - 1))]
+    caches = [joined(own.caches[0], prefixes.caches[0], back) for _ in range(copies)]
     return PagedBatch(wanted.case, own.q, caches, tables, own.kv_lens + wanted.prefix, own.scale)
+
+
+def joined(first: Any, second: Any, order: torch.Tensor) -> Any:
+    """A cache of the pages of two, of which page i is their order[i]-th."""
+    if not isinstance(first, QuantizedCache):
+        return torch.cat([first, second])[order]
+    codes, factors = (
+        torch.cat(parts)[order] for parts in ((first.codes, second.codes), (first.factors, second.factors))
+    )
+    return QuantizedCache(first.format, codes, factors)
 
 
 def rows(timer: Timer, budget: Budget, peers: bool, cases: Sequence[PrefixCase]) -> Iterator[dict[str, Any]]:

@@ -26,6 +26,7 @@ from tilus.kernels.paged_prefill import PrefillPlan
 from tilus.kernels.quantize.tiles import ROWS
 from tilus.kernels.sampling_row import Tiling
 from tilus.kernels.shared_prefix import shared_plans
+from tilus.kernels.shared_prefix_kernel import SharedProblem
 from tilus.kernels.warpgroup_linear import WarpgroupPlan
 from tilus.lang.kernel import Kernel
 from tilus.target import get_target
@@ -153,18 +154,14 @@ SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
         {"q_len": 2, "page_size": 16, "members": 16, "unit": 128, "lanes": 64},
         {"q_len": 1, "page_size": 256, "members": 32, "unit": 256, "lanes": 256, "early": True},
     ],
-    "shared_prefix_rows.shared_prefix_kernel": [
+    "shared_prefix_kernel.shared_prefix_kernel": [
         {
             "q_len": 2,
             "kv_heads": 2,
             "group": 4,
             "head_dim": 64,
-            "heads": 4,
-            "row_tokens": 32,
             "page_size": 16,
-            "unit": 128,
-            "split": Split(16),
-            "plan": next(shared_plans(2, 4, 64)),
+            "problem": SharedProblem(next(shared_plans(2, 4, 64)), 128, Split(16)),
         }
     ],
     "shared_prefix_merge.shared_prefix_merge_kernel": [
@@ -226,6 +223,7 @@ def test_round_trip(name: str, consts: dict[str, Any]) -> None:
         "out_dtype": f16,
         "unit": f16,
         "dtype": f16,
+        "row_dtype": f16,
         "code": int8,
         "bias_type": f32,
     }

@@ -14,7 +14,8 @@ import tilus
 from tilus import TilusError
 from tilus.kernels import paged_prefill
 from tilus.kernels.attention_variant import Variant
-from tilus.kernels.paged_prefill import PrefillPlan, by_fitting_plan, paged_prefill_kernel, plans_of
+from tilus.kernels.paged_prefill import PrefillPlan, paged_prefill_kernel, plans_of
+from tilus.kernels.plan_choice import by_fitting_plan
 from tilus.runtime.binaries import build
 from tilus.target import get_target
 
@@ -127,7 +128,7 @@ def test_variants_assemble_with_some_plan(name: str, head_dim: int) -> None:
         )  # fmt: skip
         return len(build(special.function, get_target("sm_90a"))[1])
 
-    assert by_fitting_plan((name, head_dim), plans_of(4, head_dim), assemble)
+    assert by_fitting_plan({}, name, plans_of(4, head_dim), assemble)
 
 
 def wrong(**functions: Callable[..., object]) -> str:

@@ -16,12 +16,18 @@ from hypothesis import strategies as st
 
 from tilus import TilusError
 from tilus.kernels import paged_decode
-from tilus.kernels.paged_decode_split import Split, share, with_whole_pairs
+from tilus.kernels.attention_variant import AS_IT_IS, NO_VARIANT, Variant
+from tilus.kernels.kv_cache import KV_FORMATS, quantized_cache
+from tilus.kernels.paged_decode import units_of_codes
+from tilus.kernels.paged_decode_split import share, with_whole_pairs
+from tilus.kernels.paged_prefill import as_f16
 from tilus.kernels.shared_prefix import (
     find_shared_prefixes,
     launch,
     shared_plans,
     shared_prefix_decode,
+    split_of,
+    unit_of,
 )
 from tilus.kernels.shared_prefix_groups import (
     ENDS,
@@ -38,8 +44,8 @@ from tilus.kernels.shared_prefix_groups import (
     row_heads,
     shared_prefix_groups_kernel,
 )
+from tilus.kernels.shared_prefix_kernel import SharedPlan, SharedProblem, shared_prefix_kernel
 from tilus.kernels.shared_prefix_merge import shared_prefix_merge_kernel
-from tilus.kernels.shared_prefix_rows import SharedPlan, shared_prefix_kernel
 from tilus.ptx.assembler import SpillError
 from tilus.runtime.binaries import build
 from tilus.target import get_target
@@ -52,11 +58,16 @@ LEAST = 256  # tokens
 def shared_inputs(batch: Batch, common: list[int], seed: int = 0, order: list[int] | None = None) -> Inputs:
     """Each sequence begins with the first common[s] pages of the one in front of it, as far as that has them. order: in which
     sequences are counted so, by default as they come."""
-    inputs, order = make_inputs(batch, seed), list(range(len(common))) if order is None else order
-    for before, row in itertools.pairwise(order):
-        count = min(common[row], *(batch.lengths[s][1] // batch.page_size for s in (before, row)))
-        inputs.block_tables[row, :count] = inputs.block_tables[before, :count]
+    inputs = make_inputs(batch, seed)
+    share_pages(batch, inputs.block_tables, common, order)
     return inputs
+
+
+def share_pages(batch: Batch, tables: torch.Tensor, common: list[int], order: list[int] | None = None) -> None:
+    """The same of the tables of a batch."""
+    for before, row in itertools.pairwise(range(len(common)) if order is None else order):
+        count = min(common[row], *(batch.lengths[s][1] // batch.page_size for s in (before, row)))
+        tables[row, :count] = tables[before, :count]
 
 
 def expected_order(tables: Any, lens: Any, q_len: int, page: int) -> list[int]:
@@ -83,7 +94,7 @@ def expected_groups(tables: Any, lens: Any, q_len: int, page: int) -> list[tuple
             if common[row] * page >= LEAST and all(2 * common[row] >= other for other in beside):
                 continue
         if row - first > 1:
-            groups.append((first, row - first, min(common[first + 1 : row]) * page))
+            groups.append((first, row - first, min(common[first + 1 : row]) * page // 64 * 64))
         first = row
     return groups
 
@@ -188,14 +199,15 @@ def test_every_partial_result_has_a_place_of_its_own() -> None:
 
 
 def check(batch: Batch, common: list[int], device: str, order: list[int] | None = None) -> None:
-    """Within the bound of `limit_of`, as paged_decode; logarithms within f32 arithmetic."""
+    """Within the bound of `limit_of`, with weights of 11 bits or more, as paged_decode; logarithms within f32 arithmetic."""
     inputs, q_len = shared_inputs(batch, common, order=order), batch.lengths[0][0]
     tensors = [inputs.q.unflatten(0, (-1, q_len)), inputs.kv_cache, inputs.block_tables, inputs.kv_lens]
     if device == "cuda":
         tensors = [on_gpu(t) for t in tensors]
     out, lse = shared_prefix_decode(*tensors, inputs.scale, return_lse=True, device=device)
     expected, size = exact_attention(inputs, batch)
-    error, limit = np.abs(out.flatten(0, 1).cpu().double().numpy() - expected), limit_of(batch, expected, size)
+    error = np.abs(out.flatten(0, 1).cpu().double().numpy() - expected)
+    limit = limit_of(batch, expected, size, 2.0**-11)
     assert out.dtype == batch.dtype and out.shape == tensors[0].shape
     assert (error <= limit).all(), f"{batch}: off by {error.max()}, {(error / (limit + 1e-30)).max()} of the limit"
     wanted, found = exact_lse(inputs, batch), lse.flatten(0, 1).cpu().double().numpy()
@@ -262,13 +274,19 @@ def test_pages_of_a_prefix_are_read_for_the_first_sequence_alone() -> None:
     q = inputs.q[:, None]
     shared = find_shared_prefixes(inputs.block_tables, inputs.kv_lens, 1, 2, PAGE, device="reference")
     tokens = dict(zip(shared[ORDER].tolist(), shared[TOKENS].tolist()))
-    assert [tokens[row] for row in range(6)] == [256, 256, 256, 0, 480, 480]
+    assert [tokens[row] for row in range(6)] == [256, 256, 256, 0, 448, 448]
     plan = next(shared_plans(1, 2, 64))
-    whole = launch(q, inputs.kv_cache, inputs.block_tables, shared, inputs.scale, plan, False, "reference")[0]
+
+    def attend(tables: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(q)
+        launch(q, inputs.kv_cache, tables, shared, inputs.scale, plan, False, "reference", AS_IT_IS, out)
+        return out
+
+    whole = attend(inputs.block_tables)
     first = inputs.block_tables.clone()
     for row in (1, 2, 5):  # those of all but the first sequence of a group
         first[row, : tokens[row] // PAGE] = 2**20  # no page
-    out, _ = launch(q, inputs.kv_cache, first, shared, inputs.scale, plan, False, "reference")
+    out = attend(first)
     assert torch.equal(out, whole)
     expected, size = exact_attention(inputs, batch)
     assert (np.abs(out[:, 0].double().numpy() - expected) <= limit_of(batch, expected, size)).all()
@@ -313,43 +331,63 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("head_dim", "group", "page_size", "q_len"),
-    [pytest.param(*kind, marks=() if kind == KINDS[0] else pytest.mark.exhaustive) for kind in KINDS],
-)
-def test_assembles_without_spills(head_dim: int, group: int, page_size: int, q_len: int) -> None:
-    """`build` raises for spills: the groups, by some plan prefixes and the rest, and the sums. That of the usual shape is the
-    first."""
+def assert_assembles(
+    head_dim: int, group: int, page_size: int, q_len: int, name: str | None = None, variant: Variant = NO_VARIANT,
+    most: int | None = None,
+) -> None:  # fmt: skip
+    """`build` raises for spills: the groups, by one of the first `most` plans prefixes and the rest, and the sums. name: of the
+    format of a quantised cache."""
     half, tables = torch.bfloat16, torch.zeros(64, 32, dtype=torch.int32)
     lens, heads, found = tables[:, 0].contiguous(), row_heads(group), torch.zeros(7, 64, dtype=torch.int32)
-    q, cache = (
-        torch.zeros(64, q_len, 8, group, head_dim, dtype=half),
-        torch.zeros(8, 2, page_size, 8, head_dim, dtype=half),
-    )
-    rows, own = torch.zeros(4, 128 // heads, heads, head_dim), torch.zeros(9, q_len, group, head_dim)
-    partial = [rows, rows[..., 0].contiguous(), own, own[..., 0].contiguous()]
+    q = torch.zeros(64, q_len, 8, group, head_dim, dtype=half)
+    cache, factors, kind = torch.zeros(8, 2, page_size, 8, head_dim, dtype=half), None, None
+    q_rows, q_type = q.flatten(0, 1), None
+    if name is not None:
+        codes = quantized_cache(name, 8, page_size, 8, head_dim)
+        cache, factors, kind, (q_rows, q_type) = units_of_codes(codes), codes.factors, codes.format, as_f16(q_rows)
+    rows, own = torch.zeros(4, 128, head_dim), torch.zeros(9, q_len, group, head_dim)
+    prefix, rest = ([part, part[..., 0].contiguous()] for part in (rows, own))
     notes = torch.zeros(4, 512, dtype=torch.int32)
-    shape = {
-        "q_len": q_len, "kv_heads": 8, "group": group, "head_dim": head_dim, "heads": heads, "row_tokens": 128 // heads,
-    }  # fmt: skip
-    split = {"unit": max(128, page_size), "split": Split(min(64, page_size))}
+    shape = {"q_len": q_len, "kv_heads": 8, "group": group, "head_dim": head_dim}
 
     def assembled(plan: SharedPlan) -> Any:
+        split = split_of(plan, page_size, q_len, variant.window)
         special = shared_prefix_kernel.specialize(
-            q, q.flatten(0, 1), cache, tables, found, notes, *partial, 1.0, 128, **shape, **split, page_size=page_size, plan=plan
+            q, q_rows, cache, tables, found, notes, *prefix, *rest, 1.0, 128, factors, torch.zeros(64), None, **shape,
+            page_size=page_size, problem=SharedProblem(plan, unit_of(page_size), split, kind, q_type, variant),
         )  # fmt: skip
         return build(special.function, get_target("sm_90a"))[0]
 
-    usual = (head_dim, group, page_size, q_len) == KINDS[0]
-    compiled = without_spills(list(shared_plans(q_len, group, head_dim))[: 1 if usual else None], assembled)
+    nbits = 16 if kind is None else kind.code.nbits
+    compiled = without_spills(list(shared_plans(q_len, group, head_dim, nbits))[:most], assembled)
     assert all(text in compiled.ptx for text in ("cp.async.bulk.tensor.5d", "wgmma.mma_async", "mma.sync"))
-    special = shared_prefix_merge_kernel.specialize(found, notes, *partial, q, None, **shape)
+    by_token = [part.unflatten(1, (128 // heads, heads)) for part in prefix]
+    special = shared_prefix_merge_kernel.specialize(
+        found, notes, *by_token, *rest, q, None, **shape, heads=heads, row_tokens=128 // heads
+    )
     assert build(special.function, get_target("sm_90a"))[1]
     special = shared_prefix_groups_kernel.specialize(
         tables, lens, torch.zeros(2, 65, dtype=torch.int32), found, tables[0], q_len=q_len, page_size=page_size,
         members=members_of(q_len, group), unit=128, lanes=64,
     )  # fmt: skip
     assert build(special.function, get_target("sm_90a"))[1]
+
+
+def test_the_usual_shape_assembles_by_the_first_plan() -> None:
+    assert_assembles(*KINDS[0], most=1)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", [None, *sorted(KV_FORMATS)])
+@pytest.mark.parametrize(("head_dim", "group", "page_size", "q_len"), KINDS)
+def test_assembles_without_spills(head_dim: int, group: int, page_size: int, q_len: int, name: str | None) -> None:
+    assert_assembles(head_dim, group, page_size, q_len, name)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", sorted(KV_FORMATS))
+def test_codes_of_the_usual_shape_assemble_by_the_first_plan(name: str) -> None:
+    assert_assembles(*KINDS[0], name, most=1)
 
 
 @pytest.mark.parametrize("sequences", [2, 3, 17, pytest.param(500, marks=pytest.mark.exhaustive)])

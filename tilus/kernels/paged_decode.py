@@ -22,19 +22,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import dropwhile
 from typing import Any
 
 import tilus
-from tilus import Const, Tensor, TilusError, f16, f32, int32
+from tilus import Const, Tensor, f16, f32, int32
 from tilus.kernels.allocate import counters, empty, is_cuda
 from tilus.kernels.attention_variant import AS_IT_IS, NO_VARIANT, GivenVariant, Variant
 from tilus.kernels.index_checks import check_tables
 from tilus.kernels.kv_cache import QuantizedCache
 from tilus.kernels.paged_decode_arguments import check_decode, check_given
-from tilus.kernels.paged_decode_columns import Columns, Results, normalized, padded_columns
+from tilus.kernels.paged_decode_columns import Columns, Results, padded_columns
 from tilus.kernels.paged_decode_operands import Codes, Elements
-from tilus.kernels.paged_decode_softmax import Columnwise, Softmax, attend_to_part
+from tilus.kernels.paged_decode_softmax import Columnwise, Softmax, result_of_part
 from tilus.kernels.paged_decode_split import (
     Split,
     each_part,
@@ -44,10 +43,9 @@ from tilus.kernels.paged_decode_split import (
     units_of,
     with_whole_pairs,
 )
-from tilus.kernels.paged_decode_stages import Memory, fill_part
-from tilus.kernels.plan_choice import num_sms_of
+from tilus.kernels.paged_decode_stages import TileMemory, fill_part
+from tilus.kernels.plan_choice import by_fitting_plan, num_sms_of
 from tilus.kernels.vectors import power_of_two
-from tilus.ptx.assembler import SpillError
 from tilus.runtime.execute import place
 from tilus.target import TARGETS
 
@@ -112,7 +110,7 @@ def paged_decode_kernel(
     kv_heads, warps, all_warps = q.shape[2], plan.warps, plan.warps + 1
     tilus.grid(blocks, warps=all_warps, blocks_per_sm=plan.blocks_per_sm)
     tilus.launch_dependents()
-    memory = Memory(kv_cache, head_dim, code, plan)
+    memory = TileMemory(kv_cache, head_dim, code, plan)
     constant = [kv_lens, block_tables, *([kv_cache, factors] if settled else [])] if early else []
     if not early:
         tilus.wait_dependencies()
@@ -141,10 +139,7 @@ def paged_decode_kernel(
         def attend(part):
             queries = columns.queries(q[part.sequence], part.head)
             softmax = Softmax(columns, operands, queries, scale_log2, memory.kinds, changed)
-            attend_to_part(part, using, softmax)
-            layout = operands.ordered_layout(columns.result_layout())
-            result, result_lse = normalized(softmax.highest, softmax.total, softmax.weighted_sum(), layout)
-            result = operands.natural(result)
+            result, result_lse = result_of_part(part, using, softmax)
             count, index, place = parts_of(part, units, blocks, split)
             if changed is not None and variant.sink is not None and index == 0:
                 result, result_lse = changed.with_sink(result, result_lse, part)
@@ -223,25 +218,20 @@ def by_plans(
     constant = (constant_tables, constant_past)
     parts = (return_lse, fixed_split is None, constant, where, given.variant, given.words)
     key = (*shape, q.dtype, out.dtype, *parts)
-    spilled: SpillError | None = None
-    for plan in dropwhile(lambda plan: plan != _found.get(key, plan), plans(*shape)):
+
+    def by(plan: DecodePlan) -> tuple[Any, Any]:
         window = given.variant.window
         recent = None if window is None else window + q.shape[1] - 1
         unit = min(plan.tile, page_size) if fixed_split is None else fixed_split
         split = Split(unit, fixed_split is not None, recent, 1 if recent is None else page_size)
         units = pairs * units_of(block_tables.shape[1] * page_size, split.unit)
         blocks = with_whole_pairs(blocks_of(pairs, units, num_sms, plan), pairs)
-        try:
-            result = launch(
-                q, kv_cache, block_tables, kv_lens, scale, plan, split, blocks, return_lse, device, constant_tables, given,
-                out, constant_past,
-            )  # fmt: skip
-        except SpillError as error:
-            spilled = error
-        else:
-            _found[key] = plan
-            return result
-    raise spilled or TilusError(f"paged_decode: no plan for {shape}")
+        return launch(
+            q, kv_cache, block_tables, kv_lens, scale, plan, split, blocks, return_lse, device, constant_tables, given,
+            out, constant_past,
+        )  # fmt: skip
+
+    return by_fitting_plan(_found, key, plans(*shape), by)
 
 
 def launch(

@@ -23,11 +23,7 @@ UNIT_NBITS = 16
 
 
 class Elements:
-    """Keys and values of 16 bits. pieces: of the elements of a head, whose products do not wait for each other: beside
-    warpgroups, whose products are queued in front of them, that takes long."""
-
-    def __init__(self, pieces: int = 1) -> None:
-        self.pieces = pieces
+    """Keys and values of 16 bits."""
 
     def keys(self, stages: Any, step: Any, count: int) -> Any:
         """[parts, 16, head_dim]"""
@@ -54,7 +50,7 @@ class Codes:
     """Keys and values of codes, which become f16. parts, column_groups: of the computing warps (see `DecodePlan`)."""
 
     def __init__(self, dtype: DataType, head_dim: int, parts: int, column_groups: int) -> None:
-        self.dtype, self.head_dim, self.parts, self.pieces = dtype, head_dim, parts, 1
+        self.dtype, self.head_dim, self.parts = dtype, head_dim, parts
         self.in_unit = UNIT_NBITS // dtype.nbits
         self.blocks = head_dim // (8 * self.in_unit)  # of 16 bytes
         self.warps = spatial(parts, 1, 1) * replicated(column_groups, 3)

@@ -9,7 +9,7 @@ import tilus
 from tilus import bf16, f32, int32
 from tilus.kernels.attention_variant import Position, Variant, Words, scaled_logits, seen, sink_log2
 from tilus.kernels.online_softmax import OnlineSoftmax
-from tilus.kernels.paged_decode_columns import Columns
+from tilus.kernels.paged_decode_columns import Columns, normalized
 from tilus.kernels.paged_decode_operands import ROWS
 from tilus.kernels.paged_decode_split import Part
 from tilus.kernels.paged_decode_stages import Stages
@@ -83,23 +83,9 @@ class Softmax(OnlineSoftmax):
         self.added = tilus.zeros([parts, 1, width]) if kinds == 2 else None
 
     def products(self, keys: Any) -> Any:
-        """Of keys [parts, 16, head_dim] with the queries, [parts, 16, width]; pieces of the elements by themselves."""
-        parts, head_dim, width = self.queries.shape
-        pieces = self.operands.pieces
-        keys = keys.reshape([parts, ROWS, pieces, head_dim // pieces])
-        queries = self.queries.reshape([parts, pieces, head_dim // pieces, width])
-        sums = [
-            tilus.dot(
-                tilus.select(keys, 2, piece),
-                tilus.select(queries, 1, piece),
-                tilus.zeros([parts, ROWS, width], layout=self.columns.layout(ROWS)),
-            )
-            for piece in range(pieces)
-        ]
-        total = sums[0]
-        for further in sums[1:]:
-            total = total + further
-        return total
+        """Of keys [parts, 16, head_dim] with the queries, [parts, 16, width]."""
+        parts, _, width = self.queries.shape
+        return tilus.dot(keys, self.queries, tilus.zeros([parts, ROWS, width], layout=self.columns.layout(ROWS)))
 
     def weights(self, stages: Stages, step: Any, seen: Any, valid: Any, at: Position | None) -> Any:
         """Of 16 tokens for each warp, in f32 [parts, 16, width], scales of values included.
@@ -148,6 +134,14 @@ class Softmax(OnlineSoftmax):
 
     def weighted_sum(self) -> Any:
         return self.acc if self.added is None else self.acc + self.added
+
+
+def result_of_part(part: Part, stages: Stages, softmax: Softmax) -> tuple[Any, Any]:
+    """What `normalized` gives of all tokens of a part, elements in their natural order."""
+    attend_to_part(part, stages, softmax)
+    layout = softmax.operands.ordered_layout(softmax.columns.result_layout())
+    result, log2 = normalized(softmax.highest, softmax.total, softmax.weighted_sum(), layout)
+    return softmax.operands.natural(result), log2
 
 
 def attend_to_part(part: Part, stages: Stages, softmax: Softmax) -> None:

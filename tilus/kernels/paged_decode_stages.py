@@ -14,7 +14,7 @@ PAGES = 32  # entries of a block table that a warp looks up at once
 LANES = 32
 
 
-class Memory:
+class TileMemory:
     """Shared memory and barriers of a block, made in front of its roles. code: of a quantised cache, whose rows are its codes."""
 
     def __init__(self, kv_cache: Any, head_dim: int, code: Any, plan: Any) -> None:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,20 +30,20 @@ from tilus.kernels.attention_variant import AS_IT_IS, NO_VARIANT, GivenVariant, 
 from tilus.kernels.index_checks import check_tables
 from tilus.kernels.kv_cache import QuantizedCache
 from tilus.kernels.paged_decode import units_of_codes
-from tilus.kernels.paged_prefill_codes import CONVERTERS, CodeMemory, Filling
+from tilus.kernels.paged_prefill_codes import CodeMemory, Converters, Filling
 from tilus.kernels.paged_prefill_softmax import Kind, Rows, Turns
 from tilus.kernels.paged_prefill_split import SplitRows, splits_of
 from tilus.kernels.paged_prefill_stages import PIECE, Memory
 from tilus.kernels.paged_prefill_tiles import LEAST_STEPS, ROWS, Tables, Visits, each_tile, kept_slack, slots, tokens_of
-from tilus.kernels.plan_choice import num_sms_of
+from tilus.kernels.plan_choice import by_fitting_plan, num_sms_of
 from tilus.kernels.vectors import power_of_two
-from tilus.ptx.assembler import SpillError
 from tilus.runtime.execute import place
 
 HEAD_DIMS = (64, 96, 128, 256)
 HEAD_DIMS_OF_CODES = (64, 96, 128)  # registers do not suffice for more
 DTYPES = ("torch.float16", "torch.bfloat16")
 CONSUMERS, PRODUCERS = 8, 4  # warps
+CONVERTERS = Converters()
 FACTORS_NBITS = 32  # of a token's keys or values, at most
 MOST_CODE_STAGES = 4
 LEAST_SPLIT = 2 * LEAST_STEPS * 128  # tokens of the longest sequence, from which on tiles may be shared out
@@ -105,7 +104,7 @@ def paged_prefill_kernel(
     blocks share tiles of rows, as `SplitRows` says.
     """
     visits = Visits(plan.heads, plan.kv_tile, causal, variant.hides, variant.window)
-    warps = CONSUMERS + (PRODUCERS if kind is None else 2 * CONVERTERS)
+    warps = CONSUMERS + (PRODUCERS if kind is None else 2 * CONVERTERS.warps)
     tilus.grid(blocks, warps=warps)
     tilus.launch_dependents()
     tilus.wait_dependencies()
@@ -124,9 +123,9 @@ def paged_prefill_kernel(
 
             each_tile(q, q_start, kv_lens, blocks, slack, visits, fill, parts)
     else:
-        codes = CodeMemory(kind, head_dim, page_size, plan)
+        codes = CodeMemory(kind, head_dim, page_size, plan, CONVERTERS)
         for which in range(2):
-            with tilus.warps(CONSUMERS + which * CONVERTERS, CONVERTERS, registers=plan.registers_to_copy):
+            with tilus.warps(CONSUMERS + which * CONVERTERS.warps, CONVERTERS.warps, registers=plan.registers_to_copy):
                 making = Filling(which, memory.stages(), codes.of(which), (q, kv_cache, factors), tables, plan.heads)
                 each_tile(q, q_start, kv_lens, blocks, slack, visits, making.work, parts)
 
@@ -205,21 +204,7 @@ def by_plans(
         lists is None, kind, splits > 1,
     )  # fmt: skip
     plans = plans_of(heads, q.shape[2]) if kind is None else plans_of_codes(heads, q.shape[2], kind.code.nbits)
-    return by_fitting_plan(key, plans, by)
-
-
-def by_fitting_plan(key: tuple[Any, ...], plans: Sequence[PrefillPlan], launch_by: Callable[[PrefillPlan], Any]) -> Any:
-    """By the first plan that the registers suffice for: functions of a variant may need some. It is remembered by the key."""
-    last = plans[-1]
-    for plan in plans[plans.index(_fitting.get(key, plans[0])) : -1]:
-        try:
-            result = launch_by(plan)
-        except SpillError:
-            continue
-        _fitting[key] = plan
-        return result
-    _fitting[key] = last
-    return launch_by(last)
+    return by_fitting_plan(_fitting, key, plans, by)
 
 
 def plans_of(heads: int, head_dim: int) -> tuple[PrefillPlan, ...]:

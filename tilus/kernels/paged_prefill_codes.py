@@ -12,6 +12,7 @@ fp8, 900 of int8 and int4, most of which wait for each other: one warp on each t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import tilus
@@ -21,17 +22,25 @@ from tilus.kernels.paged_prefill_stages import Ring, Stages
 from tilus.kernels.paged_prefill_tiles import Tables, Tile
 from tilus.kernels.vectors import by_vector, power_of_two
 
-CONVERTERS = 4  # warps that have keys, and as many that have values
 VECTOR = 8  # elements that a thread stores together
-ELEMENTS = 4096  # that are on their way through registers together, about
+
+
+@dataclass(frozen=True)
+class Converters:
+    """warps: that have keys, and as many that have values. elements: of a warp, on their way through registers together, about.
+    whole: whether tiles of the cache have no end of a sequence in them."""
+
+    warps: int = 4
+    elements: int = 1024
+    whole: bool = False
 
 
 class CodeMemory:
     """Of a block, for keys (0) and values (1): tiles of codes [stages, tokens, 16-bit units of a row], their factors [keys and
     values, stages, chunks, kinds, tokens of a chunk], and barriers of both."""
 
-    def __init__(self, kind: KvFormat, head_dim: int, page_size: int, plan: Any) -> None:
-        self.kind, count, length = kind, plan.code_stages, plan.kv_tile
+    def __init__(self, kind: KvFormat, head_dim: int, page_size: int, plan: Any, converters: Converters) -> None:
+        self.kind, self.converters, count, length = kind, converters, plan.code_stages, plan.kv_tile
         chunk = min(page_size, length)
         units = head_dim * kind.code.nbits // int16.nbits
         self.tiles = [tilus.shared(int16, [count, length, units]) for _ in range(2)]
@@ -40,7 +49,7 @@ class CodeMemory:
 
     def of(self, which: int) -> Codes:
         """For the role that has keys or values."""
-        return Codes(self.kind, which, self.tiles[which], self.factors, self.full)
+        return Codes(self.kind, which, self.tiles[which], self.factors, self.full, self.converters)
 
 
 class Filling:
@@ -63,7 +72,10 @@ class Filling:
 class Codes:
     """Keys (0) or values (1) as codes, and which stage is next. As soon as its tile has been read it is filled again."""
 
-    def __init__(self, kind: KvFormat, which: int, tiles: Any, factors: Any, full: Any) -> None:
+    def __init__(
+        self, kind: KvFormat, which: int, tiles: Any, factors: Any, full: Any, converters: Converters
+    ) -> None:  # fmt: skip
+        self.converters = converters
         self.kind, self.which, self.tiles, self.factors, self.full = kind, which, tiles, factors, full
         self.stage, self.turn = 0, 0
 
@@ -93,8 +105,10 @@ class Codes:
         length, (nowhere, _, page_size, _, _) = self.tiles.shape[1], kv_cache.shape
         count, chunk = max(length // page_size, 1), min(page_size, length)
         pages = tilus.load(table, [at // page_size], [count])
-        pages = tilus.where(tilus.arange(count) * chunk < tile.length - at, pages, nowhere)
-        inside = tilus.where(pages < nowhere, tilus.maximum(pages, 0), 0)  # bulk copies have no bounds
+        inside = pages
+        if not self.converters.whole:
+            pages = tilus.where(tilus.arange(count) * chunk < tile.length - at, pages, nowhere)
+            inside = tilus.where(pages < nowhere, tilus.maximum(pages, 0), 0)  # bulk copies have no bounds
         slot = 0 if page_size <= length else at % page_size // length * length
         full = self.full[self.which * self.tiles.shape[0] + stage]
         tilus.arrive(full, nbytes=self.tiles[0].nbytes + self.factors[0][0].nbytes)
@@ -110,7 +124,7 @@ class Codes:
         """The present tile, of which `count` tokens and more are not behind the end. Values behind it are zeros: a weight of zero
         does not undo what is no number."""
         length = self.tiles.shape[1]
-        if self.which == 1:
+        if self.which == 1 and not self.converters.whole:
             if count < length:
                 self.store(ring, count)
             else:
@@ -124,7 +138,7 @@ class Codes:
     def store(self, ring: Ring, count: Any) -> None:
         """Elements of the present tile, zeros from the token `count` on."""
         _, length, head_dim = ring.tiles.shape
-        rows = min(ELEMENTS // power_of_two(head_dim), length)
+        rows = min(self.converters.elements * self.converters.warps // power_of_two(head_dim), length)
         for first in range(0, length, rows):
             elements = self.elements(first, rows, head_dim)
             if count is not None:
@@ -135,9 +149,9 @@ class Codes:
     def elements(self, first: int, rows: int, head_dim: int) -> Any:
         """f16 [rows, head_dim] of the tokens of the present stage from `first` on."""
         stage, units = self.stage, self.tiles.shape[2]
-        raw_layout = by_vector(rows, units, VECTOR * self.kind.code.nbits // int16.nbits, CONVERTERS)
+        raw_layout = by_vector(rows, units, VECTOR * self.kind.code.nbits // int16.nbits, self.converters.warps)
         raw = tilus.load_shared(self.tiles, [stage, first, 0], [rows, units], dims=[1, 2], layout=raw_layout)
-        layout = by_vector(rows, head_dim, VECTOR, CONVERTERS)
+        layout = by_vector(rows, head_dim, VECTOR, self.converters.warps)
         found = tilus.cast(tilus.view(raw, self.kind.code, [rows, head_dim], layout), f16)
         factors = [self.factor(kind, first, rows) for kind in range(self.kind.kinds)]
         return tilus.fma(found, *factors) if self.kind.has_minimum else found * factors[0]

@@ -16,7 +16,7 @@ import tilus
 from tilus import f32
 from tilus.dtypes import DataType
 from tilus.kernels.attention_variant import Position, Variant, Words, scaled_logits, seen, sink_log2
-from tilus.kernels.online_softmax import OnlineSoftmax
+from tilus.kernels.online_softmax import NO_SCORE, OnlineSoftmax
 from tilus.kernels.paged_prefill_stages import Stages
 from tilus.kernels.paged_prefill_tiles import Tile
 from tilus.kernels.vectors import by_vector
@@ -46,13 +46,15 @@ class Turns:
 @dataclass(frozen=True)
 class Kind:
     """heads: of a tile of rows. causal: whether queries do not see what comes behind them. words: of the bits of a query. q_type:
-    of queries that come as bits of another type, and are converted to it."""
+    of queries that come as bits of another type, and are converted to it. terms: numbers that a weight is the sum of in the
+    products, 1 or 2: bf16 has 8 bits, and what rounding leaves of a weight would be as large as the error of the result."""
 
     heads: int
     causal: bool
     variant: Variant
     words: int = 0
     q_type: Any = None
+    terms: int = 1
 
 
 class Rows(OnlineSoftmax):
@@ -68,7 +70,7 @@ class Rows(OnlineSoftmax):
         self.stages, self.turns, self.scale_log2 = stages, turns, scale_log2
         self.out, self.lse = outputs
         self.heads, self.causal, self.variant, self.parameters = kind.heads, kind.causal, kind.variant, parameters
-        self.bits, self.words, self.q_type = bits, kind.words, kind.q_type
+        self.bits, self.words, self.q_type, self.terms = bits, kind.words, kind.q_type, kind.terms
         OnlineSoftmax.__init__(self, [HALF, 1], 1, scale_log2 if kind.variant.logits is None else 1.0)
         _, length, head_dim = stages.keys.tiles.shape
         self.acc = tilus.zeros([HALF, head_dim])
@@ -110,7 +112,7 @@ class Rows(OnlineSoftmax):
             tilus.wgmma_wait()
             keys.leave()
             weights, _ = self.weights(scores, tile, tile.end - 1, True)
-            self.factors = weights.to(values.tiles.dtype)
+            self.keep(weights)
             masked = min(tile.steps, tile.end - tile.unmasked)
             for step in tilus.range(1, masked):
                 self.step(tile, tile.end - 1 - step, True)
@@ -145,8 +147,20 @@ class Rows(OnlineSoftmax):
         weights, shrink = self.weights(scores, tile, at, masked)
         tilus.wgmma_wait()
         values.leave()
-        self.factors = weights.to(values.tiles.dtype)
-        self.acc = self.acc * shrink
+        self.keep(weights, shrink)
+
+    def keep(self, weights: Any, shrink: Any = None) -> None:
+        """For the product with the next tile of values. That of what rounding leaves is made here: there are no registers for
+        both while scores are. shrink: the factor of what has been added up before, if anything has."""
+        values, dtype = self.stages.values, self.factors.dtype
+        self.factors = weights.to(dtype)
+        if shrink is not None:
+            self.acc = self.acc * shrink
+        if self.terms == 2:
+            rest = (weights - self.factors.to(f32)).to(dtype)
+            values.wait_full()
+            self.acc = tilus.wgmma(rest, values.tiles[values.stage], self.acc, y_transposed=True)
+            tilus.wgmma_wait()
 
     def weights(self, scores: Any, tile: Tile, at: Any, masked: bool) -> Any:
         """The weights of the at-th tile of the cache, and the factor of what has been added up before."""
@@ -187,6 +201,13 @@ class Rows(OnlineSoftmax):
     def first_head(self, tile: Tile) -> Any:
         """The first of the kv head's query heads that these rows have."""
         return tile.head + (self.turns.half * self.per_half if self.heads > 1 else 0)
+
+    def partial(self) -> tuple[Any, Any]:
+        """The weighted mean of the values, and log2 of the sum of weights [64], NO_SCORE where there was no key."""
+        some = self.total > 0.0
+        total = tilus.where(some, self.total, 1.0)
+        log2 = tilus.where(some, tilus.log2(total) + self.highest * self.unit, NO_SCORE)
+        return self.acc * tilus.rcp(total), log2.reshape([HALF])
 
     def store(self, tile: Tile) -> None:
         """Rows without any key are zero. Neighbouring lanes exchange columns, so that each has 8 bytes of a row."""

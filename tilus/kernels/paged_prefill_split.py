@@ -69,13 +69,10 @@ class SplitRows(Rows):
             self.store(tile)
 
     def store_part(self, tile: PartOfTile) -> None:
-        """The weighted mean of the values, and log2 of the sum of weights, NO_SCORE where there was no key."""
         place, first = tile.place + tile.part, HALF * self.turns.half
-        some = self.total > 0.0
-        total = tilus.where(some, self.total, 1.0)
-        tilus.store(self.results[place], [first, 0], self.acc * tilus.rcp(total))
-        log2 = tilus.where(some, tilus.log2(total) + self.highest * self.unit, NO_SCORE)
-        tilus.store(self.logs[place], [first], log2.reshape([HALF]))
+        result, log2 = self.partial()
+        tilus.store(self.results[place], [first, 0], result)
+        tilus.store(self.logs[place], [first], log2)
 
     def merge(self, tile: PartOfTile) -> None:
         """Add up what all parts have stored."""

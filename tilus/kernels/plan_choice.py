@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import dropwhile
-from typing import Any
+from typing import Any, TypeVar
 
 from tilus.errors import TilusError
 from tilus.kernels.linear import EMULATED_SMS, gpu_of
 from tilus.kernels.quantize.packed import QuantizedWeight
 from tilus.ptx.assembler import SpillError
+
+Plan = TypeVar("Plan")
+Result = TypeVar("Result")
 
 
 def num_sms_of(x: Any, where: str) -> int:
@@ -33,3 +36,21 @@ def launch_without_spills(
             weight.schedules[key] = plan
             return
     raise last or TilusError(f"no plan fits the shared memory for {weight.header.scheme} {weight.header.dtype}")
+
+
+def by_fitting_plan(
+    found: dict[Any, Plan], key: Any, candidates: Iterable[Plan], launch_by: Callable[[Plan], Result]
+) -> Result:
+    """Launch by the first plan that the registers suffice for, which `found` remembers under the key.
+
+    Raises: SpillError where they suffice for none."""
+    last = None
+    for plan in dropwhile(lambda plan: plan != found.get(key, plan), candidates):
+        try:
+            result = launch_by(plan)
+        except SpillError as error:
+            last = error
+        else:
+            found[key] = plan
+            return result
+    raise last or TilusError(f"no plan for {key}")

@@ -20,11 +20,12 @@ from typing import Any
 import tilus
 from tilus import Const, Tensor, int32
 from tilus.kernels.paged_decode_split import owners, share
-from tilus.kernels.paged_prefill_tiles import ROWS, Tile
+from tilus.kernels.paged_prefill_tiles import ROWS, Tile, Visits
 from tilus.kernels.vectors import power_of_two
 from tilus.layout import local, replicated, spatial
 
 LEAST_TOKENS = 256  # of a prefix: less is read as fast by every sequence on its own
+WHOLE = 64  # tokens: prefixes are multiples, so that no tile of a prefix has an end in it
 WARPS = 4
 COLUMNS = 1024  # entries of a block table that are compared together
 PAIRS = 4096  # of sequences that are compared together
@@ -163,7 +164,7 @@ def make_groups(common: Any, lengths: Any, shared: Any, page_size: int, members:
         count = count + tilus.sum(same.to(int32), 1)
     member = index - first
     starts = (count > 1) & (member % members == 0) & (index < sequences)
-    tokens = tilus.where(count > 1, pages, 0) * page_size
+    tokens = tilus.where(count > 1, pages, 0) * page_size // WHOLE * WHOLE
     units = tilus.where(starts, (tokens + (unit - 1)) // unit, 0)
     tilus.store(shared[LENGTH], [0], tilus.load(lengths, [0], [lanes]) - tokens)
     tilus.store(shared[TOKENS], [0], tokens)
@@ -174,16 +175,32 @@ def make_groups(common: Any, lengths: Any, shared: Any, page_size: int, members:
 
 
 def each_shared_tile(
-    shared: Any, kv_heads: Any, q_len: int, unit: int, blocks: Any, kv_tile: int, warps: int,
+    shared: Any, kv_heads: Any, q_len: int, unit: int, blocks: Any, visits: Visits, warps: int,
     work: Callable[[Any, SharedTile], None],
 ) -> None:  # fmt: skip
     """`work(index, tile)` for what this block has of row tiles and prefixes; index counts. unit: tokens of a unit, a multiple of
-    the page size. blocks: that share the units. warps: of the role that calls."""
+    the page size. blocks: that share the units. warps: of the role that calls.
+
+    Of a tile, `steps` are the tiles of the cache that a window leaves to some sequence. Shares are those of whole prefixes, so
+    that with a window they are not even; no block has more to do than without."""
     block = tilus.block_id(0)
     total = shared[ENDS, shared.shape[1] - 1] * kv_heads
     at, end = share(total, blocks, block), share(total, blocks, block + 1)
     # Variables: computed once, not at each use.
-    index, rank, tokens, units, begin, head, of_pair, until, token, length, rows = 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0
+    index, rank, tokens, units, begin, head, of_pair, until, token, length, end_tile, hidden = (
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+    )
     while at < end:
         rank = rank_of(shared[ENDS], kv_heads, at, warps)
         tokens = shared[TOKENS, rank]
@@ -194,13 +211,27 @@ def each_shared_tile(
         until = min(of_pair + units, end)
         token = (at - of_pair) * unit
         length = min((until - of_pair) * unit, tokens) - token
-        rows = shared[MEMBERS, rank] * power_of_two(q_len)
+        end_tile = tilus.cdiv(length, visits.kv_tile)
+        hidden = hidden_tiles(shared, rank, tokens - token, end_tile, q_len, visits, warps)
         work(index, SharedTile(
-            shared[ORDER, rank], head, 0, 0, rows, length, 0, 0, length // kv_tile, tilus.cdiv(length, kv_tile),
-            tilus.cdiv(length, kv_tile), rank, token, block + shared[TILE, rank] * kv_heads + head,
+            shared[ORDER, rank], head, 0, 0, shared[MEMBERS, rank] * power_of_two(q_len), length, 0, 0,
+            0 if visits.masked else length // visits.kv_tile, end_tile, end_tile - hidden, rank, token,
+            block + shared[TILE, rank] * kv_heads + head,
         ))  # fmt: skip
         at = until
         index += 1
+
+
+def hidden_tiles(shared: Any, rank: Any, behind: Any, tiles: Any, q_len: int, visits: Visits, warps: int) -> Any:
+    """How many of the first `tiles` tiles of the cache no sequence of a row tile sees. behind: tokens of the prefix from the
+    first one's first on."""
+    if visits.window is None:
+        return 0
+    lanes = replicated(warps, 1) * spatial(32).local(LOOKED_AT // 32)  # a row tile has no more sequences
+    lengths = tilus.load(shared[LENGTH], [rank], [LOOKED_AT], layout=lanes)
+    shortest = tilus.min(tilus.where(tilus.arange(LOOKED_AT) < shared[MEMBERS, rank], lengths, MANY))
+    seen_from = tilus.item(shortest) + behind - (q_len - 1) - visits.window
+    return min(max(seen_from, 0) // visits.kv_tile, tiles)
 
 
 def rank_of(ends: Any, kv_heads: Any, unit: Any, warps: int) -> Any:

@@ -1,55 +1,20 @@
-"""Attention of all sequences of a group over the pages that they share, and of each over its own, side by side in each block.
+"""Prefixes in a block of the kernel of shared prefixes: products of warpgroups, as in prefill, of the queries of many sequences.
 
-Prefixes: products of warpgroups, as in prefill. 128 rows, query heads of one kv head and queries of neighbouring sequences, see
-all tokens of their part of the prefix. The rest: products of warps, as in `paged_decode`. Results of both are partial:
-softmax-weighted sums and logarithms, which `shared_prefix_merge_kernel` adds up.
-
-Budget of 128 rows by 128 tokens, as that of `paged_prefill`: 2048 cycles; those are 64 KB, which take a multiprocessor of an H100
-4600 cycles to read. So prefixes that many rows share wait for tensor cores, and the rest for memory: side by side they take less
-than one after the other. A group of two sequences already costs less here than two reads, and 64 queries of a group of 4 heads
-are two row tiles a kv head, of which the second reads the L2 cache. Tiles of 64 tokens instead of 128 leave registers and shared
-memory to the rest: two tiles of 32 KB, which come in 2.7 us, longer than its warps take to end a part and begin the next.
+128 rows, query heads of one kv head and queries of neighbouring sequences, see all tokens of their part of the prefix, or what a
+variant leaves of them. Results are partial: softmax-weighted sums and logarithms.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import tilus
-from tilus import Const, Tensor, f32, int32
-from tilus.kernels.attention_variant import NO_VARIANT
-from tilus.kernels.paged_decode_columns import Columns, normalized
-from tilus.kernels.paged_decode_operands import Elements
-from tilus.kernels.paged_decode_softmax import Softmax, attend_to_part
-from tilus.kernels.paged_decode_split import each_part, find_share
-from tilus.kernels.paged_decode_stages import Stages, fill_part
-from tilus.kernels.paged_prefill import PrefillPlan
+from tilus import int32
+from tilus.kernels.attention_variant import NO_VARIANT, Position, Words
+from tilus.kernels.online_softmax import NO_SCORE
 from tilus.kernels.paged_prefill_softmax import HALF, Kind, Rows, Turns
-from tilus.kernels.paged_prefill_stages import Memory
-from tilus.kernels.shared_prefix_groups import LENGTH, ORDER, TOKENS, SharedTile, each_shared_tile
-from tilus.kernels.shared_prefix_merge import note_places
+from tilus.kernels.shared_prefix_groups import LENGTH, ORDER, TOKENS, SharedTile
 from tilus.kernels.vectors import power_of_two
-
-WARPGROUP = 4  # warps
-OWN = 8  # the first warp that computes the rest; in front of it are two warpgroups for prefixes
-COPYING = 12  # the first warp that copies: two for prefixes, one for the rest; the last one asks for queries
-COPYING_PREFIX = 2
-PAGES = 4  # of the rest, looked up at once: more take more registers than there are
-
-
-@dataclass(frozen=True)
-class SharedPlan:
-    """prefix: of prefixes; its registers_to_copy are those of all warps that copy. tile, stages: of the rest, see `DecodePlan`.
-    registers: of a thread that computes the rest. column_groups: of its warps, that compute different columns. pieces: of
-    elements, see `Elements`."""
-
-    prefix: PrefillPlan
-    tile: int
-    stages: int
-    registers: int
-    column_groups: int
-    pieces: int
 
 
 def fill_members(stages: Any, q_rows: Any, order: Any, tile: SharedTile, index: Any, q_len: int, heads: int) -> None:
@@ -69,113 +34,71 @@ def fill_members(stages: Any, q_rows: Any, order: Any, tile: SharedTile, index: 
         tilus.gather_tensor(queries[half], q_rows, token, [0, tile.kv_head, 0, 0], dims=[2, 3], barrier=full)
 
 
+class MemberWords(Words):
+    """Bits of the queries of several sequences; `row` is a tile of their numbers."""
+
+    def word(self, index: int) -> Any:
+        heads, tokens = self.runs
+        values = tilus.gather(self.bits, [0, index], self.row, [tokens, 1], axis=0)
+        return tilus.broadcast(values, [tokens, heads]).reshape(self.shape)
+
+
 class SharedRows(Rows):
-    """64 rows of a row tile, whose results are partial ones: token by token, all heads of each."""
+    """64 rows of a row tile, whose results are partial ones: sequence by sequence, token by token, all heads of each.
+
+    batch: (what `shared_prefix_groups` found, queries of a sequence, query heads of a kv head). past: of each row the cached
+    tokens in front of its sequence's queries."""
+
+    def __init__(
+        self, stages: Any, turns: Turns, outputs: Any, scale_log2: Any, kind: Kind, parameters: Any, bits: Any, batch: Any
+    ) -> None:  # fmt: skip
+        Rows.__init__(self, stages, turns, outputs, scale_log2, kind, parameters, bits)
+        self.shared, self.q_len, self.group = batch
+        self.tokens_of_each = power_of_two(self.q_len)
+        self.members = HALF // (self.heads * self.tokens_of_each)
+        self.past = tilus.zeros([HALF, 1], int32)
+
+    def first_rank(self, tile: Any) -> Any:
+        """Of these rows."""
+        return tile.rank + self.turns.half * self.members
+
+    def begin(self, tile: Any) -> None:
+        """Nothing is seen yet: a sink counts once, among the sequence's own tokens."""
+        self.highest, self.total = tilus.full([HALF, 1], NO_SCORE), tilus.zeros([HALF, 1])
+        if self.variant != NO_VARIANT:
+            lengths = tilus.load(self.shared[LENGTH], [self.first_rank(tile)], [self.members])
+            past = (lengths + (self.shared[TOKENS, tile.rank] - self.q_len)).reshape([self.members, 1])
+            self.past = tilus.broadcast(past, [self.members, HALF // self.members]).reshape([HALF, 1])
+
+    def position(self, tile: Any, first: Any, length: int) -> Position:
+        """Of scores with the keys of the tile from `first` on."""
+        rows = tilus.arange(HALF, shape=[HALF, 1])
+        query = rows // self.heads % self.tokens_of_each + self.past
+        key = tilus.arange(length, start=tile.token + first, shape=[1, length], axis=1)
+        head = tile.kv_head * self.group
+        runs = self.heads, HALF // self.heads
+        words = MemberWords(self.variant, self.bits, self.words, self.query_rows(tile), runs, (HALF, 1), True)
+        return Position(query, key, rows % self.heads + head, self.past, self.parameters, head, words)
+
+    def query_rows(self, tile: Any) -> Any:
+        """Numbers of these rows' queries among those of the batch, [64 / heads]; None where they have no bits."""
+        if self.bits is None:
+            return None
+        sequences = tilus.load(self.shared[ORDER], [self.first_rank(tile)], [self.members]).reshape([self.members, 1])
+        query = tilus.arange(self.tokens_of_each, shape=[1, self.tokens_of_each], axis=1)
+        return (sequences * self.q_len + query).reshape([HALF // self.heads])
+
+    def seen(self, tile: Any, first: Any, length: int) -> Any:
+        """Which of the keys from `first` on a row sees, [64, length]."""
+        allowed = Rows.seen(self, tile, first, length)
+        if self.variant.window is not None:
+            at = self.position(tile, first, length)
+            allowed = allowed & (at.key > at.query - self.variant.window)
+        return allowed
 
     def store(self, tile: Any) -> None:
-        """Of a `SharedTile`: the weighted mean of the values, and log2 of the sum of weights: there always is a key."""
-        rows = [HALF // self.heads, self.heads]
-        first = self.turns.half * rows[0]
-        result = (self.acc * tilus.rcp(self.total)).reshape([*rows, self.acc.shape[1]])
-        tilus.store(tilus.narrow(self.out[tile.place], 0, 0, tile.queries), [first, 0, 0], result)
-        log2 = (tilus.log2(self.total) + self.highest * self.unit).reshape(rows)
-        tilus.store(tilus.narrow(self.lse[tile.place], 0, 0, tile.queries), [first, 0], log2)
-
-
-@tilus.kernel(varying=("sequences", "tokens", "pages", "pairs", "prefix_places", "places"))
-def shared_prefix_kernel(
-    q: Tensor["dtype", "sequences", "q_len", "kv_heads", "group", "head_dim"],
-    q_rows: Tensor["dtype", "tokens", "kv_heads", "group", "head_dim"],
-    kv_cache: Tensor["dtype", "pages", 2, "page_size", "kv_heads", "head_dim"],
-    block_tables: Tensor[int32, "sequences", "max_pages"],
-    shared: Tensor[int32, 7, "sequences"],
-    notes: Tensor[int32, 4, "pairs"],
-    prefix_out: Tensor[f32, "prefix_places", "row_tokens", "heads", "head_dim"],
-    prefix_lse: Tensor[f32, "prefix_places", "row_tokens", "heads"],
-    own_out: Tensor[f32, "places", "q_len", "group", "head_dim"],
-    own_lse: Tensor[f32, "places", "q_len", "group"],
-    scale_log2: float,
-    blocks: int32,
-    *,
-    q_len: Const,
-    kv_heads: Const,
-    group: Const,
-    head_dim: Const,
-    heads: Const,
-    row_tokens: Const,
-    page_size: Const,
-    unit: Const,
-    split: Const,
-    plan: Const,
-):
-    """heads: `row_heads` of the group. row_tokens: 128 / heads. q_rows: q, all tokens one after another. shared: what
-    `shared_prefix_groups` found. blocks: each has an even share of the prefixes, in units of `unit` tokens, and one of the rest,
-    by `split`. places: as `places` of each says. notes: what `note_places` says.
-
-    The next kernel may start once all earlier ones have ended: it relies on that.
-    """
-    tilus.grid(blocks, warps=COPYING + WARPGROUP)
-    prefix = plan.prefix
-    memory = Memory(q.dtype, head_dim, prefix, gathered=True)
-    chunk = min(plan.tile, page_size)
-    ring = tilus.shared(kv_cache.dtype, [plan.stages, plan.tile // chunk, 2, chunk, head_dim])
-    full, empty = tilus.mbarrier(plan.stages), tilus.mbarrier(plan.stages)
-    tilus.wait_dependencies()
-    tilus.launch_dependents()
-
-    def each_tile(warps, work):
-        each_shared_tile(shared, kv_heads, q_len, unit, blocks, prefix.kv_tile, warps, work)
-
-    def each_own_part(warps, work):
-        _, begin, end, start = find_share(shared[LENGTH], kv_heads, split, warps, blocks, tilus.block_id(0))
-        each_part(shared[LENGTH], kv_heads, start, begin, end, split, work)
-
-    for half in range(2):
-        with tilus.warps(WARPGROUP * half, WARPGROUP, registers=prefix.registers):
-            kind = Kind(heads, False, NO_VARIANT)
-            rows = SharedRows(
-                memory.stages(), Turns(memory.turns, half), (prefix_out, prefix_lse), scale_log2, kind, None, None
-            )
-            each_tile(WARPGROUP, rows.compute)
-
-    with tilus.warps(OWN, WARPGROUP, registers=plan.registers):
-        using = Stages(ring, None, full, empty)
-        columns = Columns(q_len, group, head_dim, WARPGROUP, plan.column_groups)
-
-        def attend(part):
-            queries = columns.queries(q[shared[ORDER, part.sequence]], part.head)
-            softmax = Softmax(columns, Elements(plan.pieces), queries, scale_log2, None, None)
-            attend_to_part(part, using, softmax)
-            result, lse = normalized(softmax.highest, softmax.total, softmax.acc, columns.result_layout())
-            place = tilus.block_id(0) + part.sequence * kv_heads + part.head
-            columns.store_partial(own_out, own_lse, place, result, lse)
-
-        each_own_part(WARPGROUP, attend)
-
-    with tilus.warps(COPYING, COPYING_PREFIX, registers=prefix.registers_to_copy):
-        filling = memory.stages()
-
-        def fill(_, tile):
-            count = tilus.cdiv(tile.length, page_size)
-            pages = tilus.narrow(block_tables[tile.sequence], 0, tile.token // page_size, count)
-            filling.fill(kv_cache, pages, tile, 0)  # prefixes are whole pages
-
-        each_tile(COPYING_PREFIX, fill)
-
-    with tilus.warps(COPYING + COPYING_PREFIX, 1, registers=prefix.registers_to_copy):
-        bringing = Stages(ring, None, full, empty)
-
-        def bring(part):
-            table = block_tables[shared[ORDER, part.sequence]]
-            fill_part(part, bringing, kv_cache, None, table, shared[TOKENS, part.sequence], None, PAGES)
-
-        each_own_part(1, bring)
-
-    with tilus.warps(COPYING + COPYING_PREFIX + 1, 1, registers=prefix.registers_to_copy):
-        asking = memory.stages()
-
-        def ask(index, tile):
-            fill_members(asking, q_rows, shared[ORDER], tile, index, q_len, heads)
-
-        each_tile(1, ask)
-        note_places(notes, shared, kv_heads, unit, split, blocks)
+        """What these rows are partial results of."""
+        first, rows = HALF * self.turns.half, tile.queries * self.heads
+        result, log2 = self.partial()
+        tilus.store(tilus.narrow(self.out[tile.place], 0, 0, rows), [first, 0], result)
+        tilus.store(tilus.narrow(self.lse[tile.place], 0, 0, rows), [first], log2)
