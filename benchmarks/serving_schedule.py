@@ -40,7 +40,7 @@ from serving.bench.traces import read_trace
 from serving.bench.workload import PlannedRequest, at_rate, scaled
 from serving.config import EngineConfig
 from serving.core import Runner
-from serving.cost_model import CostModel, StepTimes, StepWork
+from serving.cost_model import CostModel, Rows, StepTimes, StepWork, unpadded
 from serving.engine import Engine
 from serving.simulate import ESTIMATE, Outcome, Pace, PlainVocabulary, PlannedEnds, RealClock, replay, simulate
 from serving.warm_up import measure_steps, warm_up
@@ -147,10 +147,10 @@ def simulator(known: CostModel, models: list[CostModel] | None = None) -> Replay
 class Remembered(StepTimes):
     """Keeps what was predicted of each step, and measured."""
 
-    def __init__(self, known: StepTimes) -> None:
+    def __init__(self, known: StepTimes, rows: Rows = unpadded) -> None:
         self.found: list[tuple[StepWork, float, float]] = []
         self._before = known
-        super().__init__()
+        super().__init__(rows)
         self.load([rows[:, 1:] for rows in known.known()])
         self.found.clear()
 
@@ -160,7 +160,7 @@ class Remembered(StepTimes):
 
     def alone(self) -> StepTimes:
         """What is learnt from these steps only."""
-        times = StepTimes()
+        times = StepTimes(self._rows)
         for work, _, seconds in self.found:
             times.observe(work, seconds)
         times.fit()
@@ -210,13 +210,15 @@ class Gpu:
         say("captured")
         for config in (replace(largest, max_batch=5), limits(options)):
             measure_steps(self._engine(self._runner, config))  # which keeps them
-        self.known = CostModel(self._steps)
+        self.known = CostModel(self._steps, rows=self._runner.rows)
         say("steps measured")
 
     def __call__(self, plan: list[PlannedRequest], config: EngineConfig, max_tokens: int) -> Outcome:
         lengths = {str(index): planned.output_tokens for index, planned in enumerate(plan)}
         engine = self._engine(PlannedEnds(self._runner, lengths), config)
-        engine.cost.device, engine.cost.host = watched = Remembered(self.known.device), Remembered(self.known.host)
+        engine.cost.device, engine.cost.host = watched = (
+            Remembered(self.known.device, self._runner.rows), Remembered(self.known.host, self._runner.rows),
+        )  # fmt: skip
         gc.collect()
         gc.freeze()  # as the server does when it is ready
         seen = replay(engine, plan, RealClock(), max_tokens)
@@ -232,7 +234,7 @@ class Gpu:
         return outcome
 
     def _engine(self, runner: Runner, config: EngineConfig) -> Engine:
-        return Engine(runner, PlainVocabulary(), config, RealClock(), cost=CostModel(self._steps))
+        return Engine(runner, PlainVocabulary(), config, RealClock(), cost=CostModel(self._steps, rows=self._runner.rows))
 
 
 def agreement(case: str, gpu: list[Outcome], simulated: list[Outcome]) -> list[dict[str, Any]]:

@@ -1,9 +1,10 @@
 """How long a step takes, as a small model that is fitted to steps that were measured; and how many tokens fit into a time.
 
-A step's seconds are a constant and what a token, a key read and a pair of a query and a key cost, on the device and of the host's
-time. Where steps overlap, one is prepared while the one before runs, and the longer of the two counts. No factor is below 0, and
-relative errors are squared, so that short steps count as much as long ones and a disturbed one counts little: it cannot be wrong
-by more than itself.
+A step's seconds are a constant and what a row, a key read and a pair of a query and a key cost, on the device and of the host's
+time, and what steps of just so many rows take more or less than that: those that are padded have few numbers of rows, whose
+kernels differ. Where steps overlap, one is prepared while the one before runs, and the longer of the two counts. No factor is
+below 0, and relative errors are squared, so that short steps count as much as long ones and a disturbed one counts little: it
+cannot be wrong by more than itself.
 """
 
 from __future__ import annotations
@@ -13,18 +14,20 @@ import json
 import logging
 import math
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.core import Batch
+from serving.core import Batch, is_decode
 
 _LOG = logging.getLogger("serving")
 NUM_FEATURES = 4
 WINDOW = 512  # the last steps of each kind (with and without prompts) that count
 REFIT = 32  # steps between two fits
+ROUNDS = 4  # of a fit, each of the factors, then of what numbers of rows add
 WAITED = 0.1  # part of a step's time from which on the host has waited for the device
 # Tokens of a prompt that a step may always take: else a limit that cannot be kept would stop all prompts.
 LEAST_CHUNK = 16
@@ -33,89 +36,115 @@ LEAST_CHUNK = 16
 @dataclass(frozen=True)
 class StepWork:
     """What a step does. tokens: that go through the model. kv_tokens: whose keys and values are read, summed over sequences.
-    pairs: of a query and a key, summed over sequences. prompts: whether not all of it decodes."""
+    pairs: of a query and a key, summed over sequences. prompts, prompt_tokens: sequences that do not just decode, and their
+    tokens; all others decode, a token each."""
 
     tokens: int = 0
     kv_tokens: int = 0
     pairs: int = 0
-    prompts: bool = False
+    prompts: int = 0
+    prompt_tokens: int = 0
 
     def with_prompt(self, start: int, count: int) -> StepWork:
         """With `count` more tokens, of a prompt that has `start` in the cache."""
         pairs = count * start + count * (count + 1) // 2
-        return StepWork(self.tokens + count, self.kv_tokens + start + count, self.pairs + pairs, True)
+        return StepWork(
+            self.tokens + count, self.kv_tokens + start + count, self.pairs + pairs, self.prompts + 1,
+            self.prompt_tokens + count,
+        )  # fmt: skip
 
     @classmethod
     def of(cls, batch: Batch) -> StepWork:
-        tokens = kv_tokens = pairs = 0
-        prompts = False
+        decodes = [item.kv_len for item in batch.items if is_decode(item)]
+        work = cls(len(decodes), sum(decodes), sum(decodes))
         for item in batch.items:
-            count = len(item.token_ids)
-            tokens += count
-            kv_tokens += item.start + count
-            pairs += count * item.start + count * (count + 1) // 2
-            prompts = prompts or count > 1 or item.params is None
-        return cls(tokens, kv_tokens, pairs, prompts)
+            if not is_decode(item):
+                work = work.with_prompt(item.start, len(item.token_ids))
+        return work
 
-    @property
-    def features(self) -> tuple[float, ...]:
-        return 1.0, float(self.tokens), float(self.kv_tokens), float(self.pairs)
+
+Rows = Callable[[StepWork], int]
+
+
+def unpadded(work: StepWork) -> int:
+    """Rows of a step that is computed as it is."""
+    return work.tokens
 
 
 class StepTimes:
-    """What steps take, on the device or of the host's time, learnt from those that were observed.
+    """What steps take, on the device or of the host's time, learnt from those that were observed, apart for steps with prompts,
+    which other things bound. rows: of a step, those that are made up included."""
 
-    A constant and factors for tokens, keys and pairs, apart for steps with prompts, which other things bound.
-    """
-
-    def __init__(self) -> None:
-        self._rows = np.zeros((2, WINDOW, NUM_FEATURES + 1))  # features and seconds, by whether there are prompts
+    def __init__(self, rows: Rows = unpadded) -> None:
+        self._rows = rows
+        self._seen = np.zeros((2, WINDOW, NUM_FEATURES + 1))  # features and seconds, by whether there are prompts
         self.forget()
 
     def predict(self, work: StepWork) -> float:
         """Seconds; 0 when nothing is known."""
-        step, token, kv_token, pair = self._factors[work.prompts]
-        return step + token * work.tokens + kv_token * work.kv_tokens + pair * work.pairs
+        rows, kind = self._rows(work), work.prompts > 0
+        step, row, kv_token, pair = self._factors[kind]
+        known = self._of_rows[kind].get(rows, 0.0)
+        return max(0.0, step + row * rows + kv_token * work.kv_tokens + pair * work.pairs + known)
 
     def observe(self, work: StepWork, seconds: float) -> None:
         """A step took so long. Of clocks that stand still nothing is learnt."""
-        if seconds <= 0 or not work.tokens:
-            return
-        self._rows[int(work.prompts), self._counts[work.prompts] % WINDOW] = (*work.features, seconds)
-        self._counts[work.prompts] += 1
-        if sum(self._counts) % REFIT == 0:
-            self.fit()
+        if work.tokens:
+            self._keep(work.prompts > 0, (self._rows(work), work.kv_tokens, work.pairs, seconds))
+
+    def _keep(self, kind: bool, row: Sequence[float]) -> None:
+        if row[-1] > 0:
+            self._seen[int(kind), self._counts[kind] % WINDOW] = (1.0, *row)
+            self._counts[kind] += 1
+            if sum(self._counts) % REFIT == 0:
+                self.fit()
 
     def fit(self) -> None:
         """Least squares over all that is known. Called now and then by `observe`. Of a kind of step that never came, the other
         kind's factors are the best guess.
         """
-        rows = self.known()
-        found = [tuple(map(float, non_negative_fit(r[:, :-1] / r[:, -1:], np.ones(len(r))))) for r in rows]
-        self._factors = found if all(map(len, rows)) else [found[len(rows[1]) > 0]] * 2
+        kinds = self.known()
+        found = [_fit(rows) for rows in kinds]
+        found = found if all(map(len, kinds)) else [found[len(kinds[1]) > 0]] * 2
+        self._factors, self._of_rows = ([one[part] for one in found] for part in range(2))
 
     def forget(self) -> None:
         self._counts = [0, 0]
         self._factors: list[tuple[float, ...]] = [(0.0,) * NUM_FEATURES] * 2
+        self._of_rows: list[dict[int, float]] = [{}, {}]
 
     def known(self) -> list[NDArray[np.float64]]:
         """Features and seconds of the last steps that only decode, and of others."""
-        return [rows[: min(count, WINDOW)] for rows, count in zip(self._rows, self._counts)]
+        return [rows[: min(count, WINDOW)] for rows, count in zip(self._seen, self._counts)]
 
     def ratios(self) -> list[NDArray[np.float64]]:
         """What steps took, as a part of what is predicted of them, by kind; without the tenth that differs most."""
         found: list[NDArray[np.float64]] = []
-        for rows, factors in zip(self.known(), self._factors):
-            ratio = np.sort(rows[:, -1] / np.maximum(rows[:, :-1] @ np.array(factors), 1e-9))
+        for rows, factors, of_rows in zip(self.known(), self._factors, self._of_rows):
+            known = np.array([of_rows.get(int(row), 0.0) for row in rows[:, 1]])
+            ratio = np.sort(rows[:, -1] / np.maximum(rows[:, :-1] @ np.array(factors) + known, 1e-9))
             found.append(ratio[len(ratio) // 20 : len(ratio) - len(ratio) // 20])
         return found
 
     def load(self, kinds: list[NDArray[np.float64]]) -> None:
-        """[tokens, kv_tokens, pairs, seconds] of steps that only decode, and of others."""
-        for prompts, rows in enumerate(kinds):
-            for tokens, kv_tokens, pairs, seconds in rows.tolist():
-                self.observe(StepWork(int(tokens), int(kv_tokens), int(pairs), bool(prompts)), seconds)
+        """[rows, kv_tokens, pairs, seconds] of steps that only decode, and of others."""
+        for kind, rows in enumerate(kinds):
+            for row in rows.tolist():
+                self._keep(kind > 0, row)
         self.fit()
+
+
+def _fit(seen: NDArray[np.float64]) -> tuple[tuple[float, ...], dict[int, float]]:
+    """Factors, and seconds that steps of so many rows take besides: of what is left, the mean, the nearer to 0 the fewer they are."""
+    features, seconds = seen[:, :-1], seen[:, -1:]
+    sizes, place, counts = np.unique(seen[:, 1], return_inverse=True, return_counts=True)
+    weights = 1 / seconds[:, 0] ** 2
+    known, factors = np.zeros(len(sizes)), np.zeros(NUM_FEATURES)
+    for _ in range(ROUNDS):
+        factors = non_negative_fit(features / seconds, 1 - known[place] / seconds[:, 0])
+        left = (seconds[:, 0] - features @ factors) * weights
+        known = np.bincount(place, left) / np.bincount(place, weights) * counts / (counts + 1)
+    return tuple(map(float, factors)), dict(zip(map(int, sizes), map(float, known)))
 
 
 class CostModel:
@@ -125,12 +154,13 @@ class CostModel:
     nothing is done beside it. A step that overlaps with the next one takes the longer of the two.
 
     path: where what was observed is kept from one server to the next of the same model on the same device; None for nowhere.
-    page_copy_seconds: what a copy of a page to the host's memory takes.
+    page_copy_seconds: what a copy of a page to the host's memory takes. rows: of a step as it is computed, those that are made up
+    included.
     """
 
-    def __init__(self, path: Path | None = None, page_copy_seconds: float = 0.0) -> None:
+    def __init__(self, path: Path | None = None, page_copy_seconds: float = 0.0, rows: Rows = unpadded) -> None:
         self.page_copy_seconds = page_copy_seconds
-        self.host, self.device = StepTimes(), StepTimes()
+        self.host, self.device = StepTimes(rows), StepTimes(rows)
         self._path = path
         self.forget()
 

@@ -93,7 +93,7 @@ def _scattered(times: StepTimes) -> Callable[[StepWork], float]:
     ratios, rng = times.ratios(), np.random.default_rng(0)
 
     def seconds(work: StepWork) -> float:
-        of_kind = ratios[work.prompts]
+        of_kind = ratios[work.prompts > 0]
         return times.predict(work) * (float(of_kind[rng.integers(len(of_kind))]) if len(of_kind) else 1.0)
 
     return seconds

@@ -85,8 +85,9 @@ def test_the_work_of_a_batch_is_that_of_its_tokens(items: list[tuple[int, int]])
     )
     pairs = sum(position + 1 for start, count in items for position in range(start, start + count))
     keys = sum(start + count for start, count in items)
-    prompts = any(count > 1 for _, count in items)
-    assert StepWork.of(batch) == StepWork(sum(count for _, count in items), keys, pairs, prompts)
+    chunks = [count for _, count in items if count > 1]
+    expected = StepWork(sum(count for _, count in items), keys, pairs, len(chunks), sum(chunks))
+    assert StepWork.of(batch) == expected
 
 
 @given(
