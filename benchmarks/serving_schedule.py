@@ -42,7 +42,17 @@ from serving.config import EngineConfig
 from serving.core import Runner
 from serving.cost_model import CostModel, Rows, StepTimes, StepWork, unpadded
 from serving.engine import Engine
-from serving.simulate import ESTIMATE, Outcome, Pace, PlainVocabulary, PlannedEnds, RealClock, replay, simulate
+from serving.simulate import (
+    ESTIMATE,
+    Outcome,
+    Pace,
+    PlainVocabulary,
+    PlannedEnds,
+    RealClock,
+    replay,
+    rows_on_gpu,
+    simulate,
+)
 from serving.warm_up import measure_steps, warm_up
 
 PAGE = 16
@@ -226,7 +236,7 @@ class Gpu:
         case = f"replay {len(self.models)}"
         for name, times in zip(("device", "host"), watched):
             self.residuals += times.residuals(case=case, resource=name)
-        own = CostModel()
+        own = CostModel(rows=self._runner.rows)
         own.device, own.host = (times.alone() for times in watched)
         self.models.append(own)
         outcome = Outcome(summarise(seen), engine.scheduler.num_recomputed, engine.scheduler.num_swapped)
@@ -234,7 +244,9 @@ class Gpu:
         return outcome
 
     def _engine(self, runner: Runner, config: EngineConfig) -> Engine:
-        return Engine(runner, PlainVocabulary(), config, RealClock(), cost=CostModel(self._steps, rows=self._runner.rows))
+        return Engine(
+            runner, PlainVocabulary(), config, RealClock(), cost=CostModel(self._steps, rows=self._runner.rows)
+        )
 
 
 def agreement(case: str, gpu: list[Outcome], simulated: list[Outcome]) -> list[dict[str, Any]]:
@@ -253,7 +265,8 @@ def agreement(case: str, gpu: list[Outcome], simulated: list[Outcome]) -> list[d
 
 def measure(options: argparse.Namespace, report: dict[str, Any]) -> None:
     gpu = Gpu(options) if options.runner != "sim" else None
-    known = CostModel(options.steps)  # for the simulator: what was known before the first replay
+    rows = rows_on_gpu(options.max_batch, max(options.max_step_tokens, options.prefill_tokens))
+    known = CostModel(options.steps, rows=rows if options.steps else unpadded)  # before the first replay
     in_theory = simulator(known)
     report["steps"] = "measured" if known.is_fitted else "estimated"
     at_once = scaled(conversation(options), rate=1e9)

@@ -14,8 +14,9 @@ import json
 import logging
 import math
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,6 @@ _LOG = logging.getLogger("serving")
 NUM_FEATURES = 4
 WINDOW = 512  # the last steps of each kind (with and without prompts) that count
 REFIT = 32  # steps between two fits
-ROUNDS = 4  # of a fit, each of the factors, then of what numbers of rows add
 WAITED = 0.1  # part of a step's time from which on the host has waited for the device
 # Tokens of a prompt that a step may always take: else a limit that cannot be kept would stop all prompts.
 LEAST_CHUNK = 16
@@ -71,6 +71,33 @@ def unpadded(work: StepWork) -> int:
     return work.tokens
 
 
+@dataclass(frozen=True)
+class StepLaw:
+    """Seconds as factors of features, and what steps of so many rows take besides."""
+
+    factors: tuple[float, ...] = (0.0,) * NUM_FEATURES
+    besides: Mapping[int, float] = field(default_factory=dict[int, float])
+
+    def __call__(self, rows: float, kv_tokens: float, pairs: float) -> float:
+        step, row, kv_token, pair = self.factors
+        known = self.besides.get(int(rows), 0.0)
+        return max(0.0, step + row * rows + kv_token * kv_tokens + pair * pairs + known)
+
+    @classmethod
+    def of(cls, seen: NDArray[np.float64]) -> StepLaw:
+        """The best one for features and seconds [N]: of steps of as many rows `besides` has the mean of what is left, the nearer
+        to 0 the fewer they are. Such means need no rounds: they are taken out of both sides first, in part, as random effects.
+        """
+        sizes, place, counts = np.unique(seen[:, 1], return_inverse=True, return_counts=True)
+        weights, means = seen[:, -1:] ** -2, np.zeros((len(sizes), NUM_FEATURES + 1))
+        np.add.at(means, place, seen * weights)
+        means /= np.bincount(place, weights[:, 0])[:, None]
+        apart = (seen - (1 - (counts[place, None] + 1) ** -0.5) * means[place]) / seen[:, -1:]
+        factors = non_negative_fit(apart[:, :-1], apart[:, -1])
+        besides = (means[:, -1] - means[:, :-1] @ factors) * counts / (counts + 1)
+        return cls(tuple(map(float, factors)), dict(zip(map(int, sizes), map(float, besides))))
+
+
 class StepTimes:
     """What steps take, on the device or of the host's time, learnt from those that were observed, apart for steps with prompts,
     which other things bound. rows: of a step, those that are made up included."""
@@ -82,36 +109,31 @@ class StepTimes:
 
     def predict(self, work: StepWork) -> float:
         """Seconds; 0 when nothing is known."""
-        rows, kind = self._rows(work), work.prompts > 0
-        step, row, kv_token, pair = self._factors[kind]
-        known = self._of_rows[kind].get(rows, 0.0)
-        return max(0.0, step + row * rows + kv_token * work.kv_tokens + pair * work.pairs + known)
+        return self._laws[work.prompts > 0](self._rows(work), work.kv_tokens, work.pairs)
 
     def observe(self, work: StepWork, seconds: float) -> None:
         """A step took so long. Of clocks that stand still nothing is learnt."""
         if work.tokens:
-            self._keep(work.prompts > 0, (self._rows(work), work.kv_tokens, work.pairs, seconds))
+            self._keep(int(work.prompts > 0), (self._rows(work), work.kv_tokens, work.pairs, seconds))
 
-    def _keep(self, kind: bool, row: Sequence[float]) -> None:
+    def _keep(self, kind: int, row: Sequence[float]) -> None:
         if row[-1] > 0:
-            self._seen[int(kind), self._counts[kind] % WINDOW] = (1.0, *row)
+            self._seen[kind, self._counts[kind] % WINDOW] = (1.0, *row)
             self._counts[kind] += 1
             if sum(self._counts) % REFIT == 0:
                 self.fit()
 
     def fit(self) -> None:
         """Least squares over all that is known. Called now and then by `observe`. Of a kind of step that never came, the other
-        kind's factors are the best guess.
+        kind's law is the best guess.
         """
         kinds = self.known()
-        found = [_fit(rows) for rows in kinds]
-        found = found if all(map(len, kinds)) else [found[len(kinds[1]) > 0]] * 2
-        self._factors, self._of_rows = ([one[part] for one in found] for part in range(2))
+        laws = [StepLaw.of(rows) for rows in kinds]
+        self._laws = laws if all(map(len, kinds)) else [laws[len(kinds[1]) > 0]] * 2
 
     def forget(self) -> None:
         self._counts = [0, 0]
-        self._factors: list[tuple[float, ...]] = [(0.0,) * NUM_FEATURES] * 2
-        self._of_rows: list[dict[int, float]] = [{}, {}]
+        self._laws = [StepLaw()] * 2
 
     def known(self) -> list[NDArray[np.float64]]:
         """Features and seconds of the last steps that only decode, and of others."""
@@ -120,9 +142,8 @@ class StepTimes:
     def ratios(self) -> list[NDArray[np.float64]]:
         """What steps took, as a part of what is predicted of them, by kind; without the tenth that differs most."""
         found: list[NDArray[np.float64]] = []
-        for rows, factors, of_rows in zip(self.known(), self._factors, self._of_rows):
-            known = np.array([of_rows.get(int(row), 0.0) for row in rows[:, 1]])
-            ratio = np.sort(rows[:, -1] / np.maximum(rows[:, :-1] @ np.array(factors) + known, 1e-9))
+        for rows, law in zip(self.known(), self._laws):
+            ratio = np.sort([row[-1] / max(1e-9, law(*row[1:-1])) for row in rows])
             found.append(ratio[len(ratio) // 20 : len(ratio) - len(ratio) // 20])
         return found
 
@@ -130,21 +151,8 @@ class StepTimes:
         """[rows, kv_tokens, pairs, seconds] of steps that only decode, and of others."""
         for kind, rows in enumerate(kinds):
             for row in rows.tolist():
-                self._keep(kind > 0, row)
+                self._keep(kind, row)
         self.fit()
-
-
-def _fit(seen: NDArray[np.float64]) -> tuple[tuple[float, ...], dict[int, float]]:
-    """Factors, and seconds that steps of so many rows take besides: of what is left, the mean, the nearer to 0 the fewer they are."""
-    features, seconds = seen[:, :-1], seen[:, -1:]
-    sizes, place, counts = np.unique(seen[:, 1], return_inverse=True, return_counts=True)
-    weights = 1 / seconds[:, 0] ** 2
-    known, factors = np.zeros(len(sizes)), np.zeros(NUM_FEATURES)
-    for _ in range(ROUNDS):
-        factors = non_negative_fit(features / seconds, 1 - known[place] / seconds[:, 0])
-        left = (seconds[:, 0] - features @ factors) * weights
-        known = np.bincount(place, left) / np.bincount(place, weights) * counts / (counts + 1)
-    return tuple(map(float, factors)), dict(zip(map(int, sizes), map(float, known)))
 
 
 class CostModel:
@@ -223,21 +231,18 @@ def _rows(kept: object) -> NDArray[np.float64]:
 def non_negative_fit(features: NDArray[np.float64], seconds: NDArray[np.float64]) -> NDArray[np.float64]:
     """The factors f >= 0, one for each column, that minimise |features @ f - seconds|^2.
 
-    The best ones are the plain least squares over the columns whose factor is not 0: with few columns, all choices are tried.
+    The best ones are the plain least squares over the columns whose factor is not 0: with few columns, all choices are tried. Of
+    two that explain as much, as with equal columns, it is the one of fewer columns, the first ones.
     """
     scale = np.abs(features).max(axis=0, initial=1e-300)
     columns = features / scale
     gram, moments = columns.T @ columns, columns.T @ seconds
-    best, least = np.zeros(features.shape[1]), math.inf
-    for size in range(features.shape[1] + 1):
-        for chosen in itertools.combinations(range(features.shape[1]), size):
-            factors = np.zeros(features.shape[1])
-            index = list(chosen)
-            factors[index] = np.linalg.lstsq(gram[np.ix_(index, index)], moments[index], rcond=1e-9)[0]
-            error = float(factors @ gram @ factors - 2 * factors @ moments)
-            if (factors >= 0).all() and error < least:
-                best, least = factors, error
-    return best / scale
+    chosen = np.array(sorted(itertools.product((1.0, 0.0), repeat=len(scale)), key=sum))
+    inverses = np.linalg.pinv(gram * chosen[:, :, None] * chosen[:, None, :], rcond=1e-9, hermitian=True)
+    factors = chosen * (inverses @ moments)
+    errors = ((factors @ gram - 2 * moments) * factors).sum(axis=1)
+    errors[(factors < 0).any(axis=1)] = 0.0  # no better than none
+    return factors[np.argmax(errors <= errors.min() + 1e-12 * float(seconds @ seconds))] / scale
 
 
 class StepWatch:
@@ -282,33 +287,25 @@ class StepBudget:
         self.work = decodes
         self._max_tokens = max_tokens
         self._cost = cost
-        self._limit = limit if decodes.tokens else None
+        self._limit = limit if limit is not None and decodes.tokens else math.inf
         self._least = LEAST_CHUNK
 
     @property
     def is_spent(self) -> bool:
         """Whether no token fits any more."""
-        if self.work.tokens >= self._max_tokens or self._limit is None:
-            return self.work.tokens >= self._max_tokens
-        return self._least == 0 and self._cost.predict(self.work.with_prompt(0, 1)) > self._limit
+        return self.work.tokens >= self._max_tokens or (self._least == 0 and self._seconds(0, 1) > self._limit)
 
     def take(self, start: int, pending: int) -> int:
         """How many of a prompt's pending tokens go into the step, behind `start` that are in the cache; they are in it then."""
-        count = most = min(pending, self._max_tokens - self.work.tokens)
-        if self._limit is not None:
-            least = min(most, self._least)
-            count = max(least, self._largest(start, most, self._limit))
-            self._least -= min(count, self._least)
-        if count > 0:
+        most = max(0, min(pending, self._max_tokens - self.work.tokens))
+        least = min(most, self._least)
+        limit = max(self._limit, self._seconds(start, least)) if least else self._limit
+        more = range(least + 1, most + 1)  # of which some may cost nothing, where rows are made up
+        count = least + bisect_right(more, limit, key=lambda count: self._seconds(start, count))
+        self._least -= least
+        if count:
             self.work = self.work.with_prompt(start, count)
-        return max(0, count)
+        return count
 
-    def _largest(self, start: int, most: int, limit: float) -> int:
-        low, high = 0, most
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self._cost.predict(self.work.with_prompt(start, middle)) <= limit:
-                low = middle
-            else:
-                high = middle - 1
-        return low
+    def _seconds(self, start: int, count: int) -> float:
+        return self._cost.predict(self.work.with_prompt(start, count))

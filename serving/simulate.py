@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from serving.bench.command import make_plan
 from serving.bench.load import Observations
@@ -25,9 +26,10 @@ from serving.bench.report import write_json
 from serving.bench.summary import Distribution, Summary, summarise
 from serving.bench.workload import PlannedRequest, mean_rate
 from serving.config import EngineConfig
-from serving.core import Batch, Clock, Request, Runner, SampledToken, SamplingParams, StepOutput
-from serving.cost_model import CostModel, StepTimes, StepWork
+from serving.core import Batch, Clock, MonotonicClock, Request, Runner, SampledToken, SamplingParams, StepOutput
+from serving.cost_model import CostModel, Rows, StepTimes, StepWork
 from serving.engine import Engine
+from serving.step_shapes import GraphLimits, StepShapes
 from tilus.errors import TilusError
 
 EOS = 0
@@ -57,10 +59,7 @@ class VirtualClock:
         self.time = max(self.time, moment)
 
 
-class RealClock:
-    def now(self) -> float:
-        return time.monotonic()
-
+class RealClock(MonotonicClock):
     def wait_until(self, moment: float) -> None:
         time.sleep(max(0.0, moment - self.now()))
 
@@ -137,6 +136,11 @@ class PlannedEnds:
             return StepOutput(tuple((SampledToken(EOS if end else EOS + 1),) for end in ends))
 
         return with_ends
+
+
+def rows_on_gpu(max_batch: int, max_step_tokens: int) -> Rows:
+    """Of steps as a GPU computes them, those that are made up included."""
+    return StepShapes(GraphLimits(max_batch, 1, max_step_tokens), torch.device("cuda")).rows
 
 
 def roofline(work: StepWork) -> float:
@@ -254,7 +258,7 @@ def main(arguments: Sequence[str]) -> int:
             own.num_pages, longest, max_batch=own.max_batch, max_step_tokens=own.max_step_tokens, request_timeout=1e9,
             prefix_cache=False, itl_slo=own.itl_slo and own.itl_slo / 1e3, overlap=True,
         )  # fmt: skip
-        known = None if own.steps is None else _measured(own.steps)
+        known = None if own.steps is None else _measured(own.steps, rows_on_gpu(own.max_batch, own.max_step_tokens))
         print(f"{len(plan)} requests, {mean_rate(plan):.2f} a second; times in ms", file=sys.stderr)
         print(f"{'':14}" + "".join(f"{name:>12}" for name in COLUMNS))
         report: dict[str, dict[str, float]] = {}
@@ -289,8 +293,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _measured(path: Path) -> CostModel:
-    cost = CostModel(path)
+def _measured(path: Path, rows: Rows) -> CostModel:
+    cost = CostModel(path, rows=rows)
     if not cost.is_fitted:
         raise TilusError(
             f"{path} holds no times of steps", hint="take a file of steps/ in the cache directory of a server"

@@ -10,7 +10,7 @@ from serving.engine import Engine
 
 _QUESTION = 40  # tokens of a short question in a chat's template
 _LEAST_MEASURED = 16  # tokens of a prompt
-_EACH_NUMBER = 3  # steps with about so many answers
+_EACH_NUMBER = 2  # steps with about so many answers
 _TOKENS = 60  # of the vocabulary, which every one has
 
 
