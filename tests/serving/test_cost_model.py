@@ -96,7 +96,7 @@ def test_what_each_number_of_rows_takes_is_learnt() -> None:
 
 
 def test_rows_are_filled_that_are_paid_for() -> None:
-    """A prompt that is longer than what fits gets all rows of a step, also where the step takes longer than it may; but where just
+    """A prompt that is longer than what fits gets all rows of a step, also where that takes longer than it may; but where just
     the keys of so many tokens would be too much, which is rare."""
     model, chunks = learnt(np.random.default_rng(0)), list[int]()
     for limit in np.linspace(6e-3, 25e-3, 40):
