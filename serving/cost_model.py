@@ -168,6 +168,7 @@ class CostModel:
 
     def __init__(self, path: Path | None = None, page_copy_seconds: float = 0.0, rows: Rows = unpadded) -> None:
         self.page_copy_seconds = page_copy_seconds
+        self.rows = rows
         self.host, self.device = StepTimes(rows), StepTimes(rows)
         self._path = path
         self.forget()
@@ -276,7 +277,8 @@ class StepWatch:
 
 
 class StepBudget:
-    """What still fits into a step: `max_tokens` tokens, and with a limit in seconds no more than the cost model says.
+    """What still fits into a step: `max_tokens` tokens, as many rows if they are padded, and no more than the limit in seconds,
+    as the cost model says. Rows that are made up are paid for: a step that has some takes as much of a prompt as fills them.
 
     b* = max{b : t_step(decodes + b tokens of prompts) <= limit}: Dynamic SplitFuse (DeepSpeed-FastGen, arXiv 2401.08671), its
     budget derived from the limit on the time between two tokens as Sarathi-Serve (arXiv 2403.02310) proposes. Where nothing
@@ -287,25 +289,26 @@ class StepBudget:
         self.work = decodes
         self._max_tokens = max_tokens
         self._cost = cost
-        self._limit = limit if limit is not None and decodes.tokens else math.inf
+        self._limit = (False, limit if limit is not None and decodes.tokens else math.inf)
         self._least = LEAST_CHUNK
 
     @property
     def is_spent(self) -> bool:
         """Whether no token fits any more."""
-        return self.work.tokens >= self._max_tokens or (self._least == 0 and self._seconds(0, 1) > self._limit)
+        return self.work.tokens >= self._max_tokens or (self._least == 0 and self._price(0, 1) > self._limit)
 
     def take(self, start: int, pending: int) -> int:
         """How many of a prompt's pending tokens go into the step, behind `start` that are in the cache; they are in it then."""
         most = max(0, min(pending, self._max_tokens - self.work.tokens))
         least = min(most, self._least)
-        limit = max(self._limit, self._seconds(start, least)) if least else self._limit
-        more = range(least + 1, most + 1)  # of which some may cost nothing, where rows are made up
-        count = least + bisect_right(more, limit, key=lambda count: self._seconds(start, count))
+        limit = max(self._limit, self._price(start, least)) if least else self._limit
+        count = least + bisect_right(range(least + 1, most + 1), limit, key=lambda count: self._price(start, count))
         self._least -= least
         if count:
             self.work = self.work.with_prompt(start, count)
         return count
 
-    def _seconds(self, start: int, count: int) -> float:
-        return self._cost.predict(self.work.with_prompt(start, count))
+    def _price(self, start: int, count: int) -> tuple[bool, float]:
+        """Whether the step would have too many rows with so much of a prompt, and its seconds."""
+        work = self.work.with_prompt(start, count)
+        return self._cost.rows(work) > self._max_tokens, self._cost.predict(work)

@@ -108,6 +108,16 @@ def test_rows_are_filled_that_are_paid_for() -> None:
     assert len(full) > 0.95 * len(chunks) and len(set(full)) >= 5
 
 
+@given(st.integers(0, 63), st.integers(1, 5), st.sampled_from([256, 512, 1024]))
+def test_without_a_limit_a_step_has_as_many_rows_as_it_may(decodes: int, prompts: int, most: int) -> None:
+    """Where sequences that decode are padded to 64, not so many tokens: the rows beyond would take another shape."""
+    model = CostModel(rows=lambda work: (64 if decodes else 0) + work.prompt_tokens)
+    budget = StepBudget(most, model, None, StepWork(decodes, decodes, decodes))
+    for _ in range(prompts):
+        budget.take(0, most // prompts + 1)
+    assert budget.is_spent and model.rows(budget.work) == most
+
+
 @given(st.integers(1, 40), st.integers(0, 2**32))
 def test_the_fit_is_the_best_without_negative_factors(count: int, seed: int) -> None:
     """The conditions of Karush, Kuhn and Tucker: no factor can be changed, but below 0, for a smaller error."""
