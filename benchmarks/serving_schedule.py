@@ -39,7 +39,7 @@ from serving.bench.summary import summarise
 from serving.bench.traces import read_trace
 from serving.bench.workload import PlannedRequest, at_rate, scaled
 from serving.config import EngineConfig
-from serving.core import Runner
+from serving.core import MonotonicClock, Runner
 from serving.cost_model import CostModel, Rows, StepTimes, StepWork, unpadded
 from serving.engine import Engine
 from serving.simulate import (
@@ -48,7 +48,6 @@ from serving.simulate import (
     Pace,
     PlainVocabulary,
     PlannedEnds,
-    RealClock,
     replay,
     rows_on_gpu,
     simulate,
@@ -60,6 +59,11 @@ LOAD = 0.8  # of what can be served
 AGREEMENT = 0.15
 START = time.perf_counter()
 Replay = Callable[[list[PlannedRequest], EngineConfig, int], Outcome]
+
+
+class RealClock(MonotonicClock):
+    def wait_until(self, moment: float) -> None:
+        time.sleep(max(0.0, moment - self.now()))
 
 
 def conversation(options: argparse.Namespace) -> list[PlannedRequest]:

@@ -105,7 +105,8 @@ class StepTimes:
     def __init__(self, rows: Rows = unpadded) -> None:
         self._rows = rows
         self._seen = np.zeros((2, WINDOW, NUM_FEATURES + 1))  # features and seconds, by whether there are prompts
-        self.forget()
+        self._counts = [0, 0]
+        self._laws = [StepLaw()] * 2
 
     def predict(self, work: StepWork) -> float:
         """Seconds; 0 when nothing is known."""
@@ -130,10 +131,6 @@ class StepTimes:
         kinds = self.known()
         laws = [StepLaw.of(rows) for rows in kinds]
         self._laws = laws if all(map(len, kinds)) else [laws[len(kinds[1]) > 0]] * 2
-
-    def forget(self) -> None:
-        self._counts = [0, 0]
-        self._laws = [StepLaw()] * 2
 
     def known(self) -> list[NDArray[np.float64]]:
         """Features and seconds of the last steps that only decode, and of others."""
@@ -169,7 +166,6 @@ class CostModel:
     def __init__(self, path: Path | None = None, page_copy_seconds: float = 0.0, rows: Rows = unpadded) -> None:
         self.page_copy_seconds = page_copy_seconds
         self.rows = rows
-        self.host, self.device = StepTimes(rows), StepTimes(rows)
         self._path = path
         self.forget()
 
@@ -183,8 +179,7 @@ class CostModel:
 
     def forget(self) -> None:
         """Go back to what is kept: the first steps compile kernels."""
-        self.host.forget()
-        self.device.forget()
+        self.host, self.device = StepTimes(self.rows), StepTimes(self.rows)
         if self._path is not None:
             self._load(self._path)
 

@@ -1,7 +1,7 @@
 """`python -m serving simulate`: the server's own engine and scheduler on a clock that is only counted, under planned requests.
 
 Nothing is computed: a step takes what a cost model says, and an answer ends where the plan says. What differs between policies
-can so be seen in seconds, without a GPU. `replay` runs the same plan on a real runner in real time."""
+can so be seen in seconds, without a GPU. `replay` also runs a plan on a real runner in real time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import argparse
 import copy
 import dataclasses
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from serving.bench.report import write_json
 from serving.bench.summary import Distribution, Summary, summarise
 from serving.bench.workload import PlannedRequest, mean_rate
 from serving.config import EngineConfig
-from serving.core import Batch, Clock, MonotonicClock, Request, Runner, SampledToken, SamplingParams, StepOutput
+from serving.core import Batch, Clock, Request, Runner, SampledToken, SamplingParams, StepOutput
 from serving.cost_model import CostModel, Rows, StepTimes, StepWork
 from serving.engine import Engine
 from serving.step_shapes import GraphLimits, StepShapes
@@ -57,11 +56,6 @@ class VirtualClock:
 
     def wait_until(self, moment: float) -> None:
         self.time = max(self.time, moment)
-
-
-class RealClock(MonotonicClock):
-    def wait_until(self, moment: float) -> None:
-        time.sleep(max(0.0, moment - self.now()))
 
 
 class PlainVocabulary:
@@ -156,24 +150,6 @@ def roofline(work: StepWork) -> float:
 ESTIMATE = Pace(roofline)
 
 
-@dataclasses.dataclass
-class _Watched:
-    """A request on its way. times: of its tokens, since the start."""
-
-    index: int
-    planned: PlannedRequest
-    sent: float
-    times: list[float] = dataclasses.field(default_factory=list[float])
-
-    def record(self, end: float, finished: bool) -> Record:
-        p = self.planned
-        outcome = "finished" if finished else "failed"
-        return Record(
-            self.index, p.arrival, self.sent, tuple(self.times), end, outcome, None, 0,
-            p.input_tokens, p.output_tokens, p.input_tokens, len(self.times),
-        )  # fmt: skip
-
-
 def replay(
     engine: Engine, plan: Sequence[PlannedRequest], clock: ReplayClock, max_tokens: int | None = None
 ) -> Observations:
@@ -181,27 +157,31 @@ def replay(
 
     max_tokens: what each may have at most; None for what the plan says, so that the scheduler knows it.
     """
-    seen, live, start = Observations(len(plan)), dict[str, _Watched](), clock.now()
+    seen, start = Observations(len(plan)), clock.now()
+    sent, times = dict[int, float](), [list[float]() for _ in plan]
     coming = deque(enumerate(plan))
     while coming or engine.has_work:
         now = clock.now() - start
         while coming and coming[0][1].arrival <= now:
             index, planned = coming.popleft()
-            limit = max_tokens or planned.output_tokens
-            params = dataclasses.replace(GREEDY, max_tokens=limit)
+            params = dataclasses.replace(GREEDY, max_tokens=max_tokens or planned.output_tokens)
             engine.add(Request(str(index), (1 + index % 251,) * planned.input_tokens, params))
-            live[str(index)] = _Watched(index, planned, now)
+            sent[index] = now
         if not engine.has_work:
             clock.wait_until(start + coming[0][1].arrival)
             continue
         outputs = engine.step()
         now = clock.now() - start
         for output in outputs:
-            watched = live[output.request_id]
-            watched.times.extend([now] * len(output.tokens))
+            index = int(output.request_id)
+            planned, mine = plan[index], times[index]
+            mine.extend([now] * len(output.tokens))
             if output.finish_reason is not None:
-                del live[output.request_id]
-                seen.records.append(watched.record(now, output.finish_reason in ("stop", "length")))
+                outcome = "finished" if output.finish_reason in ("stop", "length") else "failed"
+                seen.records.append(Record(
+                    index, planned.arrival, sent[index], tuple(mine), now, outcome, None, 0,
+                    planned.input_tokens, planned.output_tokens, planned.input_tokens, len(mine),
+                ))  # fmt: skip
     seen.records.sort(key=lambda record: record.index)
     return seen
 
@@ -264,9 +244,8 @@ def main(arguments: Sequence[str]) -> int:
         report: dict[str, dict[str, float]] = {}
         for name, policy in POLICIES.items():
             config, pace = dataclasses.replace(limits, **policy), ESTIMATE if known is None else Pace.of(known)
-            report[name] = dict(
-                zip(COLUMNS, numbers(simulate(plan, config, pace, own.max_tokens, copy.deepcopy(known))))
-            )
+            outcome = simulate(plan, config, pace, own.max_tokens, copy.deepcopy(known))
+            report[name] = dict(zip(COLUMNS, numbers(outcome)))
             print(f"{name:14}" + "".join(f"{value:12.2f}" for value in report[name].values()), flush=True)
         if workload.json is not None:
             write_json(workload.json, {"requests": len(plan), "policies": report})

@@ -51,11 +51,6 @@ def measure_steps(engine: Engine) -> None:
         longest = engine.max_model_len - answer
         engine.add(_request(next(number), max(1, min(longest, prompt)), answer))
 
-    def begin() -> None:
-        """Until all prompts are in the cache."""
-        while engine.scheduler.waiting or any(seq.num_pending > 1 for seq in engine.scheduler.running):
-            engine.step()
-
     def end() -> None:
         while engine.has_work:
             engine.step()
@@ -67,7 +62,8 @@ def measure_steps(engine: Engine) -> None:
     for width in sorted({min(width, most - 1) for width in (1, 4, 16, 64, 256)}):
         for index in range(width):
             add(4 * chunk // (index + 1), min(2 * len(shapes), engine.max_model_len - 1))
-        begin()
+        while engine.scheduler.waiting or any(seq.num_pending > 1 for seq in engine.scheduler.running):
+            engine.step()
         for size, parts in shapes:
             for _ in range(parts):
                 add(size // parts, 1)
