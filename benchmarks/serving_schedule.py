@@ -12,7 +12,8 @@ times of steps first measured for the cost model). Answers end where the plan sa
 Output, as JSON: runner, device, options, and rows, a list of {case, metric, value, unit, baseline, limit}: baseline is the value
 of what is compared with, limit what the value may be at most (evictions, times) or must be at least (rates), null where none was
 set. With --runner cuda also rows of case "agreement ...": the GPU's value, with the simulator's for the same plan as baseline,
-whose steps take what was measured before, or ("own steps") in this replay; limit is the part by which they may differ. And
+whose steps take what was measured before, or ("own steps") in this replay; limit is the part by which they may differ. They are
+numbered as they ran: of conversations, 0 is prompts first, then come the limits of --itl-slo. And
 residuals: a list of {case, resource: device or host, prompts: whether these steps have some, steps, measured_ms: the mean,
 predicted_ms: by the model before the replay, ratio: of predicted to measured times, 5th, 50th and 95th percentile}.
 """
@@ -121,14 +122,18 @@ def compare_chunks(
     """served: requests a second that can be."""
     plan = at_rate(conversation(options), LOAD * served)
     longest = max(planned.output_tokens for planned in plan)
-    chunks = run(plan, limits(options, itl_slo=options.itl_slo / 1e3), longest)
     first = run(plan, limits(options, prefill_first=True, max_step_tokens=options.prefill_tokens), longest)
-    case = f"conversation at {LOAD * served:.2f} requests a second"
-    return [
-        row(case, "inter-token latency, p99", p99(chunks), "ms", p99(first), 0.4 * p99(first)),
-        row(case, "throughput", rate(chunks), "tokens/s", rate(first), 0.97 * rate(first)),
-        row(case, "time to first token, mean", first_token(chunks), "ms", first_token(first), None),
-    ], [chunks, first]
+    rows, outcomes = list[dict[str, Any]](), [first]
+    for slo in options.itl_slo:
+        chunks = run(plan, limits(options, itl_slo=slo / 1e3), longest)
+        case = f"conversation at {LOAD * served:.2f} requests a second, {slo:g} ms"
+        rows += [
+            row(case, "inter-token latency, p99", p99(chunks), "ms", p99(first), 0.4 * p99(first)),
+            row(case, "throughput", rate(chunks), "tokens/s", rate(first), 0.97 * rate(first)),
+            row(case, "time to first token, mean", first_token(chunks), "ms", first_token(first), None),
+        ]
+        outcomes.append(chunks)
+    return rows, outcomes
 
 
 def compare_admission(options: argparse.Namespace, run: Replay) -> tuple[list[dict[str, Any]], list[Outcome]]:
@@ -308,7 +313,7 @@ def options_of() -> argparse.Namespace:
     add("--max-batch", type=int, default=256, help="requests at a time (default 256)")
     add("--max-step-tokens", type=int, default=1024, help="tokens of a step (default 1024)")
     add("--context", type=int, default=16384, help="tokens of a request (default 16384)")
-    add("--itl-slo", type=float, default=30, help="milliseconds between two tokens (default 30)")
+    add("--itl-slo", type=float, nargs="+", default=[30.0], help="milliseconds between two tokens (default 30)")
     add("--steps", type=Path, help="times of steps: read, or with --runner cuda written")
     add("--prefill-tokens", type=int, default=8192, help="of a step of prompts first (default 8192)")
     add("--out", type=Path, help="write the JSON here")
@@ -324,7 +329,7 @@ def main() -> None:
     options = options_of()
     report: dict[str, Any] = {
         "runner": options.runner, "trace": options.trace and options.trace.name, "rows": [],
-        "options": {name: value for name, value in vars(options).items() if isinstance(value, int | float)},
+        "options": {name: value for name, value in vars(options).items() if isinstance(value, int | float | list)},
     }  # fmt: skip
     if options.runner == "cuda":
         import torch
