@@ -13,7 +13,7 @@ Output, as JSON: runner, device, options, and rows, a list of {case, metric, val
 of what is compared with, limit what the value may be at most (evictions, times) or must be at least (rates), null where none was
 set. With --runner cuda also rows of case "agreement ...": the GPU's value, with the simulator's for the same plan as baseline,
 whose steps take what was measured before, or ("own steps") in this replay; limit is the part by which they may differ. They are
-numbered as they ran: of conversations, 0 is prompts first, then come the limits of --itl-slo. And
+numbered as they ran: of conversations, those of --itl-slo and then prompts first. And
 residuals: a list of {case, resource: device or host, prompts: whether these steps have some, steps, measured_ms: the mean,
 predicted_ms: by the model before the replay, ratio: of predicted to measured times, 5th, 50th and 95th percentile}.
 """
@@ -122,18 +122,17 @@ def compare_chunks(
     """served: requests a second that can be."""
     plan = at_rate(conversation(options), LOAD * served)
     longest = max(planned.output_tokens for planned in plan)
+    chunks = [run(plan, limits(options, itl_slo=slo / 1e3), longest) for slo in options.itl_slo]
     first = run(plan, limits(options, prefill_first=True, max_step_tokens=options.prefill_tokens), longest)
-    rows, outcomes = list[dict[str, Any]](), [first]
-    for slo in options.itl_slo:
-        chunks = run(plan, limits(options, itl_slo=slo / 1e3), longest)
+    rows: list[dict[str, Any]] = []
+    for slo, found in zip(options.itl_slo, chunks):
         case = f"conversation at {LOAD * served:.2f} requests a second, {slo:g} ms"
         rows += [
-            row(case, "inter-token latency, p99", p99(chunks), "ms", p99(first), 0.4 * p99(first)),
-            row(case, "throughput", rate(chunks), "tokens/s", rate(first), 0.97 * rate(first)),
-            row(case, "time to first token, mean", first_token(chunks), "ms", first_token(first), None),
+            row(case, "inter-token latency, p99", p99(found), "ms", p99(first), 0.4 * p99(first)),
+            row(case, "throughput", rate(found), "tokens/s", rate(first), 0.97 * rate(first)),
+            row(case, "time to first token, mean", first_token(found), "ms", first_token(first), None),
         ]
-        outcomes.append(chunks)
-    return rows, outcomes
+    return rows, [*chunks, first]
 
 
 def compare_admission(options: argparse.Namespace, run: Replay) -> tuple[list[dict[str, Any]], list[Outcome]]:
