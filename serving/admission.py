@@ -35,10 +35,8 @@ class Conservative(Admission):
     """Every answer may become as long as it is allowed to: nobody ever loses pages."""
 
     def admits(self, running: List[Sequence], newcomer: Sequence, pages: PageTables) -> bool:
-        everyone = [*running, newcomer]
-        most = sum(
-            -(-(len(seq.request.prompt) + seq.max_tokens) // pages.page_size) - seq.num_shared for seq in everyone
-        )
+        everyone, size = [*running, newcomer], pages.page_size
+        most = sum(-(-(len(seq.request.prompt) + seq.max_tokens) // size) - seq.num_shared for seq in everyone)
         return len(everyone) == 1 or most + _uncounted(everyone, pages) <= pages.num_pages
 
 
@@ -65,9 +63,8 @@ class PastFuture(Admission):
             return True
         everyone = [*running, newcomer]
         size = pages.page_size
-        held = np.array(
-            [len(seq.tokens) + size - 1 - seq.num_shared * size for seq in everyone]
-        )  # its last page is not full
+        # As if the last page of each were not full.
+        held = np.array([len(seq.tokens) + size - 1 - seq.num_shared * size for seq in everyone])
         outputs = np.array([seq.num_output for seq in everyone])
         limits = np.array([seq.max_tokens for seq in everyone])
         chances = self._rng.random((DRAWS, len(everyone)))

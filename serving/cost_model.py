@@ -80,8 +80,7 @@ class StepLaw:
 
     def __call__(self, rows: float, kv_tokens: float, pairs: float) -> float:
         step, row, kv_token, pair = self.factors
-        known = self.besides.get(int(rows), 0.0)
-        return max(0.0, step + row * rows + kv_token * kv_tokens + pair * pairs + known)
+        return max(0.0, step + row * rows + kv_token * kv_tokens + pair * pairs + self.besides.get(int(rows), 0.0))
 
     @classmethod
     def of(cls, seen: NDArray[np.float64]) -> StepLaw:

@@ -48,8 +48,7 @@ def measure_steps(engine: Engine) -> None:
     shapes = [(size, parts) for size in sizes for parts in (1, 4) if size >= parts]
 
     def add(prompt: int, answer: int) -> None:
-        longest = engine.max_model_len - answer
-        engine.add(_request(next(number), max(1, min(longest, prompt)), answer))
+        engine.add(_request(next(number), max(1, min(engine.max_model_len - answer, prompt)), answer))
 
     def end() -> None:
         while engine.has_work:
