@@ -12,7 +12,8 @@ times of steps first measured for the cost model). Answers end where the plan sa
 Output, as JSON: runner, device, options, and rows, a list of {case, metric, value, unit, baseline, limit}: baseline is the value
 of what is compared with, limit what the value may be at most (evictions, times) or must be at least (rates), null where none was
 set. With --runner cuda also rows of case "agreement ...": the GPU's value, with the simulator's for the same plan as baseline,
-whose steps take what was measured before, or ("own steps") in this replay; limit is the part by which they may differ. And
+whose steps take what was measured before, or ("own steps") in this replay; limit is the part by which they may differ. They are
+numbered as they ran: of conversations, those of --itl-slo and then prompts first. And
 residuals: a list of {case, resource: device or host, prompts: whether these steps have some, steps, measured_ms: the mean,
 predicted_ms: by the model before the replay, ratio: of predicted to measured times, 5th, 50th and 95th percentile}.
 """
@@ -39,10 +40,19 @@ from serving.bench.summary import summarise
 from serving.bench.traces import read_trace
 from serving.bench.workload import PlannedRequest, at_rate, scaled
 from serving.config import EngineConfig
-from serving.core import Runner
-from serving.cost_model import CostModel, StepTimes, StepWork
+from serving.core import MonotonicClock, Runner
+from serving.cost_model import CostModel, Rows, StepTimes, StepWork, unpadded
 from serving.engine import Engine
-from serving.simulate import ESTIMATE, Outcome, Pace, PlainVocabulary, PlannedEnds, RealClock, replay, simulate
+from serving.simulate import (
+    ESTIMATE,
+    Outcome,
+    Pace,
+    PlainVocabulary,
+    PlannedEnds,
+    replay,
+    rows_on_gpu,
+    simulate,
+)
 from serving.warm_up import measure_steps, warm_up
 
 PAGE = 16
@@ -50,6 +60,11 @@ LOAD = 0.8  # of what can be served
 AGREEMENT = 0.15
 START = time.perf_counter()
 Replay = Callable[[list[PlannedRequest], EngineConfig, int], Outcome]
+
+
+class RealClock(MonotonicClock):
+    def wait_until(self, moment: float) -> None:
+        time.sleep(max(0.0, moment - self.now()))
 
 
 def conversation(options: argparse.Namespace) -> list[PlannedRequest]:
@@ -107,14 +122,17 @@ def compare_chunks(
     """served: requests a second that can be."""
     plan = at_rate(conversation(options), LOAD * served)
     longest = max(planned.output_tokens for planned in plan)
-    chunks = run(plan, limits(options, itl_slo=options.itl_slo / 1e3), longest)
+    chunks = [run(plan, limits(options, itl_slo=slo / 1e3), longest) for slo in options.itl_slo]
     first = run(plan, limits(options, prefill_first=True, max_step_tokens=options.prefill_tokens), longest)
-    case = f"conversation at {LOAD * served:.2f} requests a second"
-    return [
-        row(case, "inter-token latency, p99", p99(chunks), "ms", p99(first), 0.4 * p99(first)),
-        row(case, "throughput", rate(chunks), "tokens/s", rate(first), 0.97 * rate(first)),
-        row(case, "time to first token, mean", first_token(chunks), "ms", first_token(first), None),
-    ], [chunks, first]
+    rows: list[dict[str, Any]] = []
+    for slo, found in zip(options.itl_slo, chunks):
+        case = f"conversation at {LOAD * served:.2f} requests a second, {slo:g} ms"
+        rows += [
+            row(case, "inter-token latency, p99", p99(found), "ms", p99(first), 0.4 * p99(first)),
+            row(case, "throughput", rate(found), "tokens/s", rate(first), 0.97 * rate(first)),
+            row(case, "time to first token, mean", first_token(found), "ms", first_token(first), None),
+        ]
+    return rows, [*chunks, first]
 
 
 def compare_admission(options: argparse.Namespace, run: Replay) -> tuple[list[dict[str, Any]], list[Outcome]]:
@@ -147,10 +165,10 @@ def simulator(known: CostModel, models: list[CostModel] | None = None) -> Replay
 class Remembered(StepTimes):
     """Keeps what was predicted of each step, and measured."""
 
-    def __init__(self, known: StepTimes) -> None:
+    def __init__(self, known: StepTimes, rows: Rows = unpadded) -> None:
         self.found: list[tuple[StepWork, float, float]] = []
         self._before = known
-        super().__init__()
+        super().__init__(rows)
         self.load([rows[:, 1:] for rows in known.known()])
         self.found.clear()
 
@@ -160,7 +178,7 @@ class Remembered(StepTimes):
 
     def alone(self) -> StepTimes:
         """What is learnt from these steps only."""
-        times = StepTimes()
+        times = StepTimes(self._rows)
         for work, _, seconds in self.found:
             times.observe(work, seconds)
         times.fit()
@@ -210,13 +228,15 @@ class Gpu:
         say("captured")
         for config in (replace(largest, max_batch=5), limits(options)):
             measure_steps(self._engine(self._runner, config))  # which keeps them
-        self.known = CostModel(self._steps)
+        self.known = CostModel(self._steps, rows=self._runner.rows)
         say("steps measured")
 
     def __call__(self, plan: list[PlannedRequest], config: EngineConfig, max_tokens: int) -> Outcome:
         lengths = {str(index): planned.output_tokens for index, planned in enumerate(plan)}
         engine = self._engine(PlannedEnds(self._runner, lengths), config)
-        engine.cost.device, engine.cost.host = watched = Remembered(self.known.device), Remembered(self.known.host)
+        engine.cost.device, engine.cost.host = watched = (
+            Remembered(self.known.device, self._runner.rows), Remembered(self.known.host, self._runner.rows),
+        )  # fmt: skip
         gc.collect()
         gc.freeze()  # as the server does when it is ready
         seen = replay(engine, plan, RealClock(), max_tokens)
@@ -224,7 +244,7 @@ class Gpu:
         case = f"replay {len(self.models)}"
         for name, times in zip(("device", "host"), watched):
             self.residuals += times.residuals(case=case, resource=name)
-        own = CostModel()
+        own = CostModel(rows=self._runner.rows)
         own.device, own.host = (times.alone() for times in watched)
         self.models.append(own)
         outcome = Outcome(summarise(seen), engine.scheduler.num_recomputed, engine.scheduler.num_swapped)
@@ -232,7 +252,9 @@ class Gpu:
         return outcome
 
     def _engine(self, runner: Runner, config: EngineConfig) -> Engine:
-        return Engine(runner, PlainVocabulary(), config, RealClock(), cost=CostModel(self._steps))
+        return Engine(
+            runner, PlainVocabulary(), config, RealClock(), cost=CostModel(self._steps, rows=self._runner.rows)
+        )
 
 
 def agreement(case: str, gpu: list[Outcome], simulated: list[Outcome]) -> list[dict[str, Any]]:
@@ -251,7 +273,8 @@ def agreement(case: str, gpu: list[Outcome], simulated: list[Outcome]) -> list[d
 
 def measure(options: argparse.Namespace, report: dict[str, Any]) -> None:
     gpu = Gpu(options) if options.runner != "sim" else None
-    known = CostModel(options.steps)  # for the simulator: what was known before the first replay
+    rows = rows_on_gpu(options.max_batch, max(options.max_step_tokens, options.prefill_tokens))
+    known = CostModel(options.steps, rows=rows if options.steps else unpadded)  # before the first replay
     in_theory = simulator(known)
     report["steps"] = "measured" if known.is_fitted else "estimated"
     at_once = scaled(conversation(options), rate=1e9)
@@ -289,7 +312,7 @@ def options_of() -> argparse.Namespace:
     add("--max-batch", type=int, default=256, help="requests at a time (default 256)")
     add("--max-step-tokens", type=int, default=1024, help="tokens of a step (default 1024)")
     add("--context", type=int, default=16384, help="tokens of a request (default 16384)")
-    add("--itl-slo", type=float, default=30, help="milliseconds between two tokens (default 30)")
+    add("--itl-slo", type=float, nargs="+", default=[30.0], help="milliseconds between two tokens (default 30)")
     add("--steps", type=Path, help="times of steps: read, or with --runner cuda written")
     add("--prefill-tokens", type=int, default=8192, help="of a step of prompts first (default 8192)")
     add("--out", type=Path, help="write the JSON here")
@@ -305,7 +328,7 @@ def main() -> None:
     options = options_of()
     report: dict[str, Any] = {
         "runner": options.runner, "trace": options.trace and options.trace.name, "rows": [],
-        "options": {name: value for name, value in vars(options).items() if isinstance(value, int | float)},
+        "options": {name: value for name, value in vars(options).items() if isinstance(value, int | float | list)},
     }  # fmt: skip
     if options.runner == "cuda":
         import torch

@@ -8,7 +8,6 @@ from __future__ import annotations
 from bisect import insort
 from collections import deque
 from collections.abc import Sequence as List
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,41 +20,27 @@ DRAWS = 4  # of all lengths, the worst of which counts
 RESERVE = 0.05  # part of the cache that predictions leave free, as they are drawn
 
 
-class Admission(Protocol):
-    def admits(self, running: List[Sequence], newcomer: Sequence, pages: PageTables) -> bool:
-        """Whether a newcomer may join those that run."""
-        ...
-
-    def learn(self, num_output: int) -> None:
-        """An answer has ended with so many tokens."""
-        ...
-
-
-class Aggressive:
+class Admission:
     """Whoever fits now starts; those that find no page later lose theirs."""
 
     def admits(self, running: List[Sequence], newcomer: Sequence, pages: PageTables) -> bool:
+        """Whether a newcomer may join those that run."""
         return True
 
     def learn(self, num_output: int) -> None:
-        pass
+        """An answer has ended with so many tokens."""
 
 
-class Conservative:
+class Conservative(Admission):
     """Every answer may become as long as it is allowed to: nobody ever loses pages."""
 
     def admits(self, running: List[Sequence], newcomer: Sequence, pages: PageTables) -> bool:
-        everyone = [*running, newcomer]
-        most = sum(
-            -(-(len(seq.request.prompt) + seq.max_tokens) // pages.page_size) - seq.num_shared for seq in everyone
-        )
+        everyone, size = [*running, newcomer], pages.page_size
+        most = sum(-(-(len(seq.request.prompt) + seq.max_tokens) // size) - seq.num_shared for seq in everyone)
         return len(everyone) == 1 or most + _uncounted(everyone, pages) <= pages.num_pages
 
-    def learn(self, num_output: int) -> None:
-        pass
 
-
-class PastFuture:
+class PastFuture(Admission):
     """The Past-Future scheduler (Gong et al., ASPLOS 2025, arXiv 2507.10150): answers will be as long as those of the past.
 
     A length is drawn for each sequence from those of the last answers that are longer than what it has already. Memory then peaks
@@ -78,9 +63,8 @@ class PastFuture:
             return True
         everyone = [*running, newcomer]
         size = pages.page_size
-        held = np.array(
-            [len(seq.tokens) + size - 1 - seq.num_shared * size for seq in everyone]
-        )  # its last page is not full
+        # As if the last page of each were not full.
+        held = np.array([len(seq.tokens) + size - 1 - seq.num_shared * size for seq in everyone])
         outputs = np.array([seq.num_output for seq in everyone])
         limits = np.array([seq.max_tokens for seq in everyone])
         chances = self._rng.random((DRAWS, len(everyone)))
@@ -121,4 +105,4 @@ def _uncounted(everyone: List[Sequence], pages: PageTables) -> int:
 
 def admission_policy(name: str) -> Admission:
     """The policy of an `--admission`."""
-    return {"past-future": PastFuture, "aggressive": Aggressive, "conservative": Conservative}[name]()
+    return {"past-future": PastFuture, "aggressive": Admission, "conservative": Conservative}[name]()

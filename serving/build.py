@@ -63,7 +63,7 @@ def build_engine(
     trace = Trace(Path(config.trace)) if config.trace is not None else None
     runner, limits = build_runner(config, path, checkpoint, kernels, execution, group, trace)
     page_copy_seconds = 0.0 if runner.swapper is None else runner.swapper.seconds_a_page()
-    cost = CostModel(_steps_file(config, checkpoint, execution), page_copy_seconds)
+    cost = CostModel(_steps_file(config, checkpoint, execution), page_copy_seconds, runner.rows)
     engine = Engine(
         runner if ranks is None else ParallelRunner(runner, ranks.others), checkpoint.tokenizer, limits, MonotonicClock(),
         Grammars(checkpoint.tokenizer).matcher, drafter=drafter, trace=trace, cost=cost,

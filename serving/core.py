@@ -225,6 +225,11 @@ class BatchItem(NamedTuple):
         return self.start + len(self.token_ids)
 
 
+def is_decode(item: BatchItem) -> bool:
+    """Whether an item is a single token behind which one is sampled."""
+    return len(item.token_ids) == 1 and item.params is not None
+
+
 @dataclass(frozen=True)
 class PageCopy:
     """Of one page, between the cache and the host's memory: to the host, or back from there."""

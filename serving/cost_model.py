@@ -1,9 +1,10 @@
 """How long a step takes, as a small model that is fitted to steps that were measured; and how many tokens fit into a time.
 
-A step's seconds are a constant and what a token, a key read and a pair of a query and a key cost, on the device and of the host's
-time. Where steps overlap, one is prepared while the one before runs, and the longer of the two counts. No factor is below 0, and
-relative errors are squared, so that short steps count as much as long ones and a disturbed one counts little: it cannot be wrong
-by more than itself.
+A step's seconds are a constant and what a row, a key read and a pair of a query and a key cost, on the device and of the host's
+time, and what steps of just so many rows take more or less than that: those that are padded have few numbers of rows, whose
+kernels differ. Where steps overlap, one is prepared while the one before runs, and the longer of the two counts. No factor is
+below 0, and relative errors are squared, so that short steps count as much as long ones and a disturbed one counts little: it
+cannot be wrong by more than itself.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ import json
 import logging
 import math
 import tempfile
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.core import Batch
+from serving.core import Batch, is_decode
 
 _LOG = logging.getLogger("serving")
 NUM_FEATURES = 4
@@ -33,88 +36,118 @@ LEAST_CHUNK = 16
 @dataclass(frozen=True)
 class StepWork:
     """What a step does. tokens: that go through the model. kv_tokens: whose keys and values are read, summed over sequences.
-    pairs: of a query and a key, summed over sequences. prompts: whether not all of it decodes."""
+    pairs: of a query and a key, summed over sequences. prompts, prompt_tokens: sequences that do not just decode, and their
+    tokens; all others decode, a token each."""
 
     tokens: int = 0
     kv_tokens: int = 0
     pairs: int = 0
-    prompts: bool = False
+    prompts: int = 0
+    prompt_tokens: int = 0
 
     def with_prompt(self, start: int, count: int) -> StepWork:
         """With `count` more tokens, of a prompt that has `start` in the cache."""
         pairs = count * start + count * (count + 1) // 2
-        return StepWork(self.tokens + count, self.kv_tokens + start + count, self.pairs + pairs, True)
+        return StepWork(
+            self.tokens + count, self.kv_tokens + start + count, self.pairs + pairs, self.prompts + 1,
+            self.prompt_tokens + count,
+        )  # fmt: skip
 
     @classmethod
     def of(cls, batch: Batch) -> StepWork:
-        tokens = kv_tokens = pairs = 0
-        prompts = False
+        decodes = [item.kv_len for item in batch.items if is_decode(item)]
+        work = cls(len(decodes), sum(decodes), sum(decodes))
         for item in batch.items:
-            count = len(item.token_ids)
-            tokens += count
-            kv_tokens += item.start + count
-            pairs += count * item.start + count * (count + 1) // 2
-            prompts = prompts or count > 1 or item.params is None
-        return cls(tokens, kv_tokens, pairs, prompts)
+            if not is_decode(item):
+                work = work.with_prompt(item.start, len(item.token_ids))
+        return work
 
-    @property
-    def features(self) -> tuple[float, ...]:
-        return 1.0, float(self.tokens), float(self.kv_tokens), float(self.pairs)
+
+Rows = Callable[[StepWork], int]
+
+
+def unpadded(work: StepWork) -> int:
+    """Rows of a step that is computed as it is."""
+    return work.tokens
+
+
+@dataclass(frozen=True)
+class StepLaw:
+    """Seconds as factors of features, and what steps of so many rows take besides."""
+
+    factors: tuple[float, ...] = (0.0,) * NUM_FEATURES
+    besides: Mapping[int, float] = field(default_factory=dict[int, float])
+
+    def __call__(self, rows: float, kv_tokens: float, pairs: float) -> float:
+        step, row, kv_token, pair = self.factors
+        return max(0.0, step + row * rows + kv_token * kv_tokens + pair * pairs + self.besides.get(int(rows), 0.0))
+
+    @classmethod
+    def of(cls, seen: NDArray[np.float64]) -> StepLaw:
+        """The best one for features and seconds [N]: of steps of as many rows `besides` has the mean of what is left, the nearer
+        to 0 the fewer they are. Such means need no rounds: they are taken out of both sides first, in part, as random effects.
+        """
+        sizes, place, counts = np.unique(seen[:, 1], return_inverse=True, return_counts=True)
+        weights, means = seen[:, -1:] ** -2, np.zeros((len(sizes), NUM_FEATURES + 1))
+        np.add.at(means, place, seen * weights)
+        means /= np.bincount(place, weights[:, 0])[:, None]
+        apart = (seen - (1 - (counts[place, None] + 1) ** -0.5) * means[place]) / seen[:, -1:]
+        factors = non_negative_fit(apart[:, :-1], apart[:, -1])
+        besides = (means[:, -1] - means[:, :-1] @ factors) * counts / (counts + 1)
+        return cls(tuple(map(float, factors)), dict(zip(map(int, sizes), map(float, besides))))
 
 
 class StepTimes:
-    """What steps take, on the device or of the host's time, learnt from those that were observed.
+    """What steps take, on the device or of the host's time, learnt from those that were observed, apart for steps with prompts,
+    which other things bound. rows: of a step, those that are made up included."""
 
-    A constant and factors for tokens, keys and pairs, apart for steps with prompts, which other things bound.
-    """
-
-    def __init__(self) -> None:
-        self._rows = np.zeros((2, WINDOW, NUM_FEATURES + 1))  # features and seconds, by whether there are prompts
-        self.forget()
+    def __init__(self, rows: Rows = unpadded) -> None:
+        self._rows = rows
+        self._seen = np.zeros((2, WINDOW, NUM_FEATURES + 1))  # features and seconds, by whether there are prompts
+        self._counts = [0, 0]
+        self._laws = [StepLaw()] * 2
 
     def predict(self, work: StepWork) -> float:
         """Seconds; 0 when nothing is known."""
-        step, token, kv_token, pair = self._factors[work.prompts]
-        return step + token * work.tokens + kv_token * work.kv_tokens + pair * work.pairs
+        return self._laws[work.prompts > 0](self._rows(work), work.kv_tokens, work.pairs)
 
     def observe(self, work: StepWork, seconds: float) -> None:
         """A step took so long. Of clocks that stand still nothing is learnt."""
-        if seconds <= 0 or not work.tokens:
-            return
-        self._rows[int(work.prompts), self._counts[work.prompts] % WINDOW] = (*work.features, seconds)
-        self._counts[work.prompts] += 1
-        if sum(self._counts) % REFIT == 0:
-            self.fit()
+        if work.tokens:
+            self._keep(int(work.prompts > 0), (self._rows(work), work.kv_tokens, work.pairs, seconds))
+
+    def _keep(self, kind: int, row: Sequence[float]) -> None:
+        if row[-1] > 0:
+            self._seen[kind, self._counts[kind] % WINDOW] = (1.0, *row)
+            self._counts[kind] += 1
+            if sum(self._counts) % REFIT == 0:
+                self.fit()
 
     def fit(self) -> None:
         """Least squares over all that is known. Called now and then by `observe`. Of a kind of step that never came, the other
-        kind's factors are the best guess.
+        kind's law is the best guess.
         """
-        rows = self.known()
-        found = [tuple(map(float, non_negative_fit(r[:, :-1] / r[:, -1:], np.ones(len(r))))) for r in rows]
-        self._factors = found if all(map(len, rows)) else [found[len(rows[1]) > 0]] * 2
-
-    def forget(self) -> None:
-        self._counts = [0, 0]
-        self._factors: list[tuple[float, ...]] = [(0.0,) * NUM_FEATURES] * 2
+        kinds = self.known()
+        laws = [StepLaw.of(rows) for rows in kinds]
+        self._laws = laws if all(map(len, kinds)) else [laws[len(kinds[1]) > 0]] * 2
 
     def known(self) -> list[NDArray[np.float64]]:
         """Features and seconds of the last steps that only decode, and of others."""
-        return [rows[: min(count, WINDOW)] for rows, count in zip(self._rows, self._counts)]
+        return [rows[: min(count, WINDOW)] for rows, count in zip(self._seen, self._counts)]
 
     def ratios(self) -> list[NDArray[np.float64]]:
         """What steps took, as a part of what is predicted of them, by kind; without the tenth that differs most."""
         found: list[NDArray[np.float64]] = []
-        for rows, factors in zip(self.known(), self._factors):
-            ratio = np.sort(rows[:, -1] / np.maximum(rows[:, :-1] @ np.array(factors), 1e-9))
+        for rows, law in zip(self.known(), self._laws):
+            ratio = np.sort([row[-1] / max(1e-9, law(*row[1:-1])) for row in rows])
             found.append(ratio[len(ratio) // 20 : len(ratio) - len(ratio) // 20])
         return found
 
     def load(self, kinds: list[NDArray[np.float64]]) -> None:
-        """[tokens, kv_tokens, pairs, seconds] of steps that only decode, and of others."""
-        for prompts, rows in enumerate(kinds):
-            for tokens, kv_tokens, pairs, seconds in rows.tolist():
-                self.observe(StepWork(int(tokens), int(kv_tokens), int(pairs), bool(prompts)), seconds)
+        """[rows, kv_tokens, pairs, seconds] of steps that only decode, and of others."""
+        for kind, rows in enumerate(kinds):
+            for row in rows.tolist():
+                self._keep(kind, row)
         self.fit()
 
 
@@ -125,12 +158,13 @@ class CostModel:
     nothing is done beside it. A step that overlaps with the next one takes the longer of the two.
 
     path: where what was observed is kept from one server to the next of the same model on the same device; None for nowhere.
-    page_copy_seconds: what a copy of a page to the host's memory takes.
+    page_copy_seconds: what a copy of a page to the host's memory takes. rows: of a step as it is computed, those that are made up
+    included.
     """
 
-    def __init__(self, path: Path | None = None, page_copy_seconds: float = 0.0) -> None:
+    def __init__(self, path: Path | None = None, page_copy_seconds: float = 0.0, rows: Rows = unpadded) -> None:
         self.page_copy_seconds = page_copy_seconds
-        self.host, self.device = StepTimes(), StepTimes()
+        self.rows = rows
         self._path = path
         self.forget()
 
@@ -144,8 +178,7 @@ class CostModel:
 
     def forget(self) -> None:
         """Go back to what is kept: the first steps compile kernels."""
-        self.host.forget()
-        self.device.forget()
+        self.host, self.device = StepTimes(self.rows), StepTimes(self.rows)
         if self._path is not None:
             self._load(self._path)
 
@@ -193,21 +226,18 @@ def _rows(kept: object) -> NDArray[np.float64]:
 def non_negative_fit(features: NDArray[np.float64], seconds: NDArray[np.float64]) -> NDArray[np.float64]:
     """The factors f >= 0, one for each column, that minimise |features @ f - seconds|^2.
 
-    The best ones are the plain least squares over the columns whose factor is not 0: with few columns, all choices are tried.
+    The best ones are the plain least squares over the columns whose factor is not 0: with few columns, all choices are tried. Of
+    two that explain as much, as with equal columns, it is the one of fewer columns, the first ones.
     """
     scale = np.abs(features).max(axis=0, initial=1e-300)
     columns = features / scale
     gram, moments = columns.T @ columns, columns.T @ seconds
-    best, least = np.zeros(features.shape[1]), math.inf
-    for size in range(features.shape[1] + 1):
-        for chosen in itertools.combinations(range(features.shape[1]), size):
-            factors = np.zeros(features.shape[1])
-            index = list(chosen)
-            factors[index] = np.linalg.lstsq(gram[np.ix_(index, index)], moments[index], rcond=1e-9)[0]
-            error = float(factors @ gram @ factors - 2 * factors @ moments)
-            if (factors >= 0).all() and error < least:
-                best, least = factors, error
-    return best / scale
+    chosen = np.array(sorted(itertools.product((1.0, 0.0), repeat=len(scale)), key=sum))
+    inverses = np.linalg.pinv(gram * chosen[:, :, None] * chosen[:, None, :], rcond=1e-9, hermitian=True)
+    factors = chosen * (inverses @ moments)
+    errors = ((factors @ gram - 2 * moments) * factors).sum(axis=1)
+    errors[(factors < 0).any(axis=1)] = 0.0  # no better than none
+    return factors[np.argmax(errors <= errors.min() + 1e-12 * float(seconds @ seconds))] / scale
 
 
 class StepWatch:
@@ -241,7 +271,8 @@ class StepWatch:
 
 
 class StepBudget:
-    """What still fits into a step: `max_tokens` tokens, and with a limit in seconds no more than the cost model says.
+    """What still fits into a step: `max_tokens` tokens, as many rows if they are padded, and no more than the limit in seconds,
+    as the cost model says. Rows that are made up are paid for: a step that has some takes as much of a prompt as fills them.
 
     b* = max{b : t_step(decodes + b tokens of prompts) <= limit}: Dynamic SplitFuse (DeepSpeed-FastGen, arXiv 2401.08671), its
     budget derived from the limit on the time between two tokens as Sarathi-Serve (arXiv 2403.02310) proposes. Where nothing
@@ -252,33 +283,26 @@ class StepBudget:
         self.work = decodes
         self._max_tokens = max_tokens
         self._cost = cost
-        self._limit = limit if decodes.tokens else None
+        self._limit = (False, limit if limit is not None and decodes.tokens else math.inf)
         self._least = LEAST_CHUNK
 
     @property
     def is_spent(self) -> bool:
         """Whether no token fits any more."""
-        if self.work.tokens >= self._max_tokens or self._limit is None:
-            return self.work.tokens >= self._max_tokens
-        return self._least == 0 and self._cost.predict(self.work.with_prompt(0, 1)) > self._limit
+        return self.work.tokens >= self._max_tokens or (self._least == 0 and self._price(0, 1) > self._limit)
 
     def take(self, start: int, pending: int) -> int:
         """How many of a prompt's pending tokens go into the step, behind `start` that are in the cache; they are in it then."""
-        count = most = min(pending, self._max_tokens - self.work.tokens)
-        if self._limit is not None:
-            least = min(most, self._least)
-            count = max(least, self._largest(start, most, self._limit))
-            self._least -= min(count, self._least)
-        if count > 0:
+        most = max(0, min(pending, self._max_tokens - self.work.tokens))
+        least = min(most, self._least)
+        limit = max(self._limit, self._price(start, least)) if least else self._limit
+        count = least + bisect_right(range(least + 1, most + 1), limit, key=lambda count: self._price(start, count))
+        self._least -= least
+        if count:
             self.work = self.work.with_prompt(start, count)
-        return max(0, count)
+        return count
 
-    def _largest(self, start: int, most: int, limit: float) -> int:
-        low, high = 0, most
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self._cost.predict(self.work.with_prompt(start, middle)) <= limit:
-                low = middle
-            else:
-                high = middle - 1
-        return low
+    def _price(self, start: int, count: int) -> tuple[bool, float]:
+        """Whether the step would have too many rows with so much of a prompt, and its seconds."""
+        work = self.work.with_prompt(start, count)
+        return self._cost.rows(work) > self._max_tokens, self._cost.predict(work)

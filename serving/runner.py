@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from serving.core import Batch, BatchItem, SampledToken, StepOutput
+from serving.cost_model import StepWork
 from serving.gpu_spans import GpuSpans
 from serving.kv_pool import KvPool, PageShape
 from serving.model import Model
@@ -71,6 +72,10 @@ class TorchRunner:
             return StepOutput(tokens)
 
         return wait
+
+    def rows(self, work: StepWork) -> int:
+        """Of a step as it is computed, those that are made up included."""
+        return work.tokens if self._graphs is None else self._graphs.shapes.rows(work)
 
     def _mark(self) -> torch.cuda.Event | None:
         return None if self._gpu_spans is None else self._gpu_spans.mark()

@@ -219,7 +219,7 @@ class Scheduler:
         """The copies that save a sequence; none where computing it again takes less time, or the host has no room."""
         pages = -(-seq.num_computed // self.pages.page_size)
         again = self._cost.predict(StepWork().with_prompt(0, seq.num_computed)) - self._cost.predict(
-            StepWork(prompts=True)
+            StepWork(prompts=1)
         )
         if self._cost.is_fitted and 2 * pages * self._cost.page_copy_seconds > again:
             return ()

@@ -1,7 +1,7 @@
 """`python -m serving simulate`: the server's own engine and scheduler on a clock that is only counted, under planned requests.
 
 Nothing is computed: a step takes what a cost model says, and an answer ends where the plan says. What differs between policies
-can so be seen in seconds, without a GPU. `replay` runs the same plan on a real runner in real time."""
+can so be seen in seconds, without a GPU. `replay` also runs a plan on a real runner in real time."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import argparse
 import copy
 import dataclasses
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from serving.bench.command import make_plan
 from serving.bench.load import Observations
@@ -26,8 +26,9 @@ from serving.bench.summary import Distribution, Summary, summarise
 from serving.bench.workload import PlannedRequest, mean_rate
 from serving.config import EngineConfig
 from serving.core import Batch, Clock, Request, Runner, SampledToken, SamplingParams, StepOutput
-from serving.cost_model import CostModel, StepTimes, StepWork
+from serving.cost_model import CostModel, Rows, StepTimes, StepWork
 from serving.engine import Engine
+from serving.step_shapes import GraphLimits, StepShapes
 from tilus.errors import TilusError
 
 EOS = 0
@@ -55,14 +56,6 @@ class VirtualClock:
 
     def wait_until(self, moment: float) -> None:
         self.time = max(self.time, moment)
-
-
-class RealClock:
-    def now(self) -> float:
-        return time.monotonic()
-
-    def wait_until(self, moment: float) -> None:
-        time.sleep(max(0.0, moment - self.now()))
 
 
 class PlainVocabulary:
@@ -93,7 +86,7 @@ def _scattered(times: StepTimes) -> Callable[[StepWork], float]:
     ratios, rng = times.ratios(), np.random.default_rng(0)
 
     def seconds(work: StepWork) -> float:
-        of_kind = ratios[work.prompts]
+        of_kind = ratios[work.prompts > 0]
         return times.predict(work) * (float(of_kind[rng.integers(len(of_kind))]) if len(of_kind) else 1.0)
 
     return seconds
@@ -139,6 +132,11 @@ class PlannedEnds:
         return with_ends
 
 
+def rows_on_gpu(max_batch: int, max_step_tokens: int) -> Rows:
+    """Of steps as a GPU computes them, those that are made up included."""
+    return StepShapes(GraphLimits(max_batch, 1, max_step_tokens), torch.device("cuda")).rows
+
+
 def roofline(work: StepWork) -> float:
     """Seconds of a step of Llama-3-8B with 4-bit weights and a cache of 16 bits on an H100: 15 GFLOP a token and 0.5 MFLOP a pair
     at 55 % of 790 TFLOP/s, 4.7 GB of weights and 128 KiB a key at 2.6 TB/s, mostly beside each other, and 0.9 ms of launches.
@@ -152,24 +150,6 @@ def roofline(work: StepWork) -> float:
 ESTIMATE = Pace(roofline)
 
 
-@dataclasses.dataclass
-class _Watched:
-    """A request on its way. times: of its tokens, since the start."""
-
-    index: int
-    planned: PlannedRequest
-    sent: float
-    times: list[float] = dataclasses.field(default_factory=list[float])
-
-    def record(self, end: float, finished: bool) -> Record:
-        p = self.planned
-        outcome = "finished" if finished else "failed"
-        return Record(
-            self.index, p.arrival, self.sent, tuple(self.times), end, outcome, None, 0,
-            p.input_tokens, p.output_tokens, p.input_tokens, len(self.times),
-        )  # fmt: skip
-
-
 def replay(
     engine: Engine, plan: Sequence[PlannedRequest], clock: ReplayClock, max_tokens: int | None = None
 ) -> Observations:
@@ -177,27 +157,31 @@ def replay(
 
     max_tokens: what each may have at most; None for what the plan says, so that the scheduler knows it.
     """
-    seen, live, start = Observations(len(plan)), dict[str, _Watched](), clock.now()
+    seen, start = Observations(len(plan)), clock.now()
+    sent, times = dict[int, float](), [list[float]() for _ in plan]
     coming = deque(enumerate(plan))
     while coming or engine.has_work:
         now = clock.now() - start
         while coming and coming[0][1].arrival <= now:
             index, planned = coming.popleft()
-            limit = max_tokens or planned.output_tokens
-            params = dataclasses.replace(GREEDY, max_tokens=limit)
+            params = dataclasses.replace(GREEDY, max_tokens=max_tokens or planned.output_tokens)
             engine.add(Request(str(index), (1 + index % 251,) * planned.input_tokens, params))
-            live[str(index)] = _Watched(index, planned, now)
+            sent[index] = now
         if not engine.has_work:
             clock.wait_until(start + coming[0][1].arrival)
             continue
         outputs = engine.step()
         now = clock.now() - start
         for output in outputs:
-            watched = live[output.request_id]
-            watched.times.extend([now] * len(output.tokens))
+            index = int(output.request_id)
+            planned, mine = plan[index], times[index]
+            mine.extend([now] * len(output.tokens))
             if output.finish_reason is not None:
-                del live[output.request_id]
-                seen.records.append(watched.record(now, output.finish_reason in ("stop", "length")))
+                outcome = "finished" if output.finish_reason in ("stop", "length") else "failed"
+                seen.records.append(Record(
+                    index, planned.arrival, sent[index], tuple(mine), now, outcome, None, 0,
+                    planned.input_tokens, planned.output_tokens, planned.input_tokens, len(mine),
+                ))  # fmt: skip
     seen.records.sort(key=lambda record: record.index)
     return seen
 
@@ -254,15 +238,14 @@ def main(arguments: Sequence[str]) -> int:
             own.num_pages, longest, max_batch=own.max_batch, max_step_tokens=own.max_step_tokens, request_timeout=1e9,
             prefix_cache=False, itl_slo=own.itl_slo and own.itl_slo / 1e3, overlap=True,
         )  # fmt: skip
-        known = None if own.steps is None else _measured(own.steps)
+        known = None if own.steps is None else _measured(own.steps, rows_on_gpu(own.max_batch, own.max_step_tokens))
         print(f"{len(plan)} requests, {mean_rate(plan):.2f} a second; times in ms", file=sys.stderr)
         print(f"{'':14}" + "".join(f"{name:>12}" for name in COLUMNS))
         report: dict[str, dict[str, float]] = {}
         for name, policy in POLICIES.items():
             config, pace = dataclasses.replace(limits, **policy), ESTIMATE if known is None else Pace.of(known)
-            report[name] = dict(
-                zip(COLUMNS, numbers(simulate(plan, config, pace, own.max_tokens, copy.deepcopy(known))))
-            )
+            outcome = simulate(plan, config, pace, own.max_tokens, copy.deepcopy(known))
+            report[name] = dict(zip(COLUMNS, numbers(outcome)))
             print(f"{name:14}" + "".join(f"{value:12.2f}" for value in report[name].values()), flush=True)
         if workload.json is not None:
             write_json(workload.json, {"requests": len(plan), "policies": report})
@@ -289,8 +272,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _measured(path: Path) -> CostModel:
-    cost = CostModel(path)
+def _measured(path: Path, rows: Rows) -> CostModel:
+    cost = CostModel(path, rows=rows)
     if not cost.is_fitted:
         raise TilusError(
             f"{path} holds no times of steps", hint="take a file of steps/ in the cache directory of a server"

@@ -11,9 +11,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from serving.core import UNKNOWN, Batch, BatchItem
+from serving.core import UNKNOWN, Batch, BatchItem, is_decode
 from serving.model import StepTensors
-from serving.step_shapes import StepShape, is_decode
+from serving.step_shapes import StepShape
 
 _ALIGNMENT = 16  # int32 values: arrays start at multiples of 64 bytes, so that kernels see one alignment
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
-from serving.core import BatchItem
+from serving.core import BatchItem, is_decode
+from serving.cost_model import StepWork
 
 # Sequences of a step on a CPU: graphs keep their activations, and with more of them kernels take most of the time anyway.
 LARGEST_BATCH = 8
@@ -44,16 +46,12 @@ class GraphLimits:
     num_drafts: int = 0
 
 
-def is_decode(item: BatchItem) -> bool:
-    """Whether an item is a single token behind which one is sampled."""
-    return len(item.token_ids) == 1 and item.params is not None
-
-
 class StepShapes:
     """The shapes of a device: on a CPU of small steps that only decode, on a GPU of all steps."""
 
     def __init__(self, limits: GraphLimits, device: torch.device) -> None:
         self._limits = limits
+        self._least = lru_cache(2**14)(self._search)  # which is asked for many steps that are only considered
         sizes = decode_sizes(limits.max_batch, device)
         self.all = (
             *(StepShape(size, size, 0, size) for size in sizes),
@@ -64,7 +62,15 @@ class StepShapes:
         """The least one that a batch fits into; None where there is none."""
         decodes = sum(map(is_decode, items))
         tokens = sum(len(item.token_ids) for item in items) - decodes
-        others = len(items) - decodes + 1 if len(items) > decodes else 0
+        return self._least(decodes, tokens, len(items) - decodes)
+
+    def rows(self, work: StepWork) -> int:
+        """Of a step, those that are made up included."""
+        shape = self._least(work.tokens - work.prompt_tokens, work.prompt_tokens, work.prompts)
+        return work.tokens if shape is None else shape.rows
+
+    def _search(self, decodes: int, tokens: int, prompts: int) -> StepShape | None:
+        others = prompts + 1 if prompts else 0
         fitting = (s for s in self.all if s.decodes >= decodes and s.rows - s.decodes >= tokens and s.others >= others)
         return next(fitting, None)
 

@@ -10,6 +10,7 @@ from serving.engine import Engine
 
 _QUESTION = 40  # tokens of a short question in a chat's template
 _LEAST_MEASURED = 16  # tokens of a prompt
+_EACH_NUMBER = 2  # steps with about so many answers
 _TOKENS = 60  # of the vocabulary, which every one has
 
 
@@ -39,18 +40,25 @@ def _request(index: int, prompt: int, answer: int) -> Request:
 
 
 def measure_steps(engine: Engine) -> None:
-    """Teach the engine's cost model what steps take, once kernels are compiled: prompts of many lengths, one or a few in a step,
-    beside more and more answers.
+    """Teach the engine's cost model what steps take, once kernels are compiled: fewer and fewer answers, behind short prompts and
+    long ones, then prompts of many lengths, one or a few in a step, beside some answers.
     """
-    chunk, number = engine.config.max_step_tokens, itertools.count()
+    chunk, number, most = engine.config.max_step_tokens, itertools.count(), engine.config.max_batch
     sizes = [int(_LEAST_MEASURED * 1.5**power) for power in range(30) if _LEAST_MEASURED * 1.5**power < chunk] + [chunk]
     shapes = [(size, parts) for size in sizes for parts in (1, 4) if size >= parts]
 
     def add(prompt: int, answer: int) -> None:
-        longest = engine.max_model_len - answer
-        engine.add(_request(next(number), max(1, min(longest, prompt)), answer))
+        engine.add(_request(next(number), max(1, min(engine.max_model_len - answer, prompt)), answer))
 
-    for width in sorted({min(width, engine.config.max_batch - 1) for width in (1, 4, 16, 64, 256)}):
+    def end() -> None:
+        while engine.has_work:
+            engine.step()
+
+    for prompt in (_LEAST_MEASURED, chunk // 2):
+        for index in range(most):  # steps until all have begun, and some of each number
+            add(prompt, min(most * prompt // chunk + 1 + _EACH_NUMBER * (index // 4 + 1), engine.max_model_len - 1))
+        end()
+    for width in sorted({min(width, most - 1) for width in (1, 4, 16, 64, 256)}):
         for index in range(width):
             add(4 * chunk // (index + 1), min(2 * len(shapes), engine.max_model_len - 1))
         while engine.scheduler.waiting or any(seq.num_pending > 1 for seq in engine.scheduler.running):
@@ -60,8 +68,7 @@ def measure_steps(engine: Engine) -> None:
                 add(size // parts, 1)
             engine.step()
             engine.step()
-        while engine.has_work:
-            engine.step()
+        end()
     engine.cost.fit()
     engine.cost.save()
     engine.scheduler.forget_past()

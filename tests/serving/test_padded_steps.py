@@ -17,7 +17,7 @@ from tiny_llama import CPU, TINY
 import tilus.kernels
 from serving import runner, step_graphs
 from serving.config import EngineConfig
-from serving.core import Batch, BatchItem, Request, SampledToken, SamplingParams
+from serving.core import Batch, BatchItem, Request, SampledToken, SamplingParams, is_decode
 from serving.dummy import open_dummy
 from serving.engine import Engine
 from serving.kernels import default_kernels
@@ -29,7 +29,7 @@ from serving.sampling import Sampler
 from serving.speculation import PromptLookup
 from serving.step_graphs import StepGraphs
 from serving.step_inputs import StepInputs
-from serving.step_shapes import GraphLimits, StepShape, StepShapes, is_decode
+from serving.step_shapes import GraphLimits, StepShape, StepShapes
 from tilus.dtypes import int8
 
 

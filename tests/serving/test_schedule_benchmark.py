@@ -42,7 +42,7 @@ def test_residuals_are_of_what_was_predicted_before() -> None:
 def test_each_replay_is_simulated_with_steps_of_its_own(tmp_path: Path) -> None:
     options = argparse.Namespace(
         trace=None, requests=20, longest=256, few_pages=60, num_pages=2000, max_batch=8, max_step_tokens=128, context=4096,
-        itl_slo=30.0, prefill_tokens=512, steps=None, runner="sim", out=tmp_path / "out.json",
+        itl_slo=[30.0], prefill_tokens=512, steps=None, runner="sim", out=tmp_path / "out.json",
     )  # fmt: skip
     known, models = CostModel(), [CostModel(), CostModel(), CostModel()]
     known.device = taking(4e-3, 10e-3)

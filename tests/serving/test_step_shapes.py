@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.core import BatchItem, SamplingParams
+from serving.core import Batch, BatchItem, SamplingParams
+from serving.cost_model import StepWork
 from serving.step_shapes import GraphLimits, StepShapes
 
 GPU = torch.device("cuda")
@@ -43,6 +44,7 @@ def test_every_step_fits_one_of_all_shapes(step: tuple[GraphLimits, list[BatchIt
     shapes = StepShapes(limit, GPU)
     shape = shapes.of(items)
     assert shape is not None and shape in set(shapes.all)
+    assert shapes.rows(StepWork.of(Batch(tuple(items)))) == shape.rows
     single = [item for item in items if len(item.token_ids) == 1 and item.params is not None]
     others = [item for item in items if item not in single]
     assert shape.decodes >= len(single) and shape.rows - shape.decodes >= sum(len(item.token_ids) for item in others)
