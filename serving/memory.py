@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from serving.config import ModelConfig
 from serving.host_memory import available_nbytes
 from serving.kernels import Kernels, PackedWeight
 from serving.kv_pool import PageShape
 from serving.loader import Checkpoint, Weights
+from serving.model_config import ModelConfig
 from serving.packing import HEAD, TABLE, TABLE_SCALES, PackedWeights, keeps_codes, layer_linears, layer_vectors
 from serving.quantize import with_short_scales
 from serving.step_shapes import LARGEST_BATCH

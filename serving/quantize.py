@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from tilus.dtypes import DataType, f16, f32
+from tilus.dtypes import DataType, f16, f32, int8
 from tilus.dtypes import dtype as dtype_named
 from tilus.errors import TilusError
 from tilus.kernels.quantize import PRESETS, RECIPE_NAMES, DenseMatrix, Matrix, QuantizedMatrix, quantize
@@ -15,6 +15,8 @@ from tilus.kernels.quantize import PRESETS, RECIPE_NAMES, DenseMatrix, Matrix, Q
 GROUP = 32
 # int1 holds only 0 and -1, which no positive scale makes useful.
 WEIGHT_DTYPES = tuple(name for name in RECIPE_NAMES if name not in PRESETS and name != "int1")
+# Embeddings and routers, which lose more by fewer bits than they weigh.
+ALWAYS_INT8 = ("token_embd", "ffn_gate_inp")
 DENSE = "fp16"  # the name of weights that are not quantised
 _Floats = npt.NDArray[np.float32]
 
@@ -22,6 +24,11 @@ _Floats = npt.NDArray[np.float32]
 def weight_type(name: str) -> DataType:
     """What --weight-dtype names."""
     return f16 if name == DENSE else dtype_named(name)
+
+
+def type_on_load(name: str, weight_dtype: DataType) -> DataType:
+    """Of a matrix, by its GGUF name."""
+    return int8 if name.rpartition(".")[2] in ALWAYS_INT8 else weight_dtype
 
 
 def quantize_on_load(weight: _Floats, dtype: DataType, name: str) -> Matrix:

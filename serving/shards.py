@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from serving.config import ModelConfig
 from serving.loader import Checkpoint, Weights
+from serving.model_config import ModelConfig
 from tilus.errors import TilusError
 from tilus.kernels.quantize import Matrix
 
@@ -93,9 +93,6 @@ class ShardedWeights:
     def bias(self, name: str) -> npt.NDArray[np.float32]:
         bias, rows = self._weights.bias(name), self._rows(name)
         return bias if rows is None else bias[rows.start : rows.stop]
-
-    def table(self) -> Matrix:
-        return self._weights.table()
 
     def matrix(self, name: str) -> Matrix:
         matrix, rows = self._columns(name, self._weights.matrix(name)), self._rows(name)
