@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import importlib.metadata
 import json
 import logging
 import time
@@ -25,6 +24,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from serving import schemas
 from serving.async_engine import AsyncEngine, Generation
+from serving.config import version
 from serving.core import Request, RequestOutput
 from serving.errors import RequestError
 from serving.metrics import CONTENT_TYPE, Metrics
@@ -129,7 +129,7 @@ class _Service:
         self._created = int(time.time())
         self._compiler = ThreadPoolExecutor(1, "grammars")  # apart from what all requests wait for
         self._metrics = Metrics(engine.engine, model_name)
-        state = f"{_version()} {model_name} {engine.engine.config}"
+        state = f"{version()} {model_name} {engine.engine.config}"
         self._fingerprint = f"fp_{hashlib.sha256(state.encode()).hexdigest()[:10]}"
 
     async def completions(self, body: CompletionBody, http: HTTPRequest) -> Response:
@@ -203,7 +203,7 @@ class _Service:
         return JSONResponse({"status": "ok"})
 
     async def version(self) -> Json:
-        return {"version": _version()}
+        return {"version": version()}
 
     def _check(self, body: GenerationBody) -> None:
         body.check()
@@ -283,13 +283,6 @@ async def _events(
     if options.include_usage:
         yield _event(header.body(format.chunk_kind, []) | {"usage": usage(choices)})
     yield "data: [DONE]\n\n"
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("tilus")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown: running from a checkout that is not installed"
 
 
 def _event(body: Json) -> str:

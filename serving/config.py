@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,6 +62,14 @@ class EngineConfig:
                 "needs a token in a step",
                 hint="raise --max-step-tokens or lower --max-batch",
             )
+
+
+def version() -> str:
+    """Of tilus, where it is installed; a checkout that is only on the path has none."""
+    try:
+        return importlib.metadata.version("tilus")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown: running from a checkout that is not installed"
 
 
 def _option(default: Any, help: str, metavar: str | None = None, choices: Sequence[str] | None = None) -> Any:

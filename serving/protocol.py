@@ -9,7 +9,6 @@ import json
 import random
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -159,29 +158,31 @@ class GenerationBody(BaseModel):
             )
         return asked[0] or asked[1]
 
-    def request(self, request_id: str, prompt: tuple[int, ...], choice: int, grammar: Grammar | None) -> Request:
-        """One of the `n` choices for a prompt."""
-        params = replace(self.choice_params(choice), grammar=grammar)
-        return Request(request_id, prompt, params, self.priority or 0, self.user or "")
-
+    @property
     @abstractmethod
-    def choice_params(self, choice: int) -> SamplingParams:
-        """Sampling parameters of one of `n` choices."""
+    def most_tokens(self) -> int | None:
+        """The limit of an answer; None for all that the context holds."""
 
-    def params(self, choice: int, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        """Sampling parameters of one of `n` choices: each has a random stream of its own, following from `seed`."""
+    @property
+    @abstractmethod
+    def num_logprobs(self) -> int | None:
+        """Alternatives beside each token; None where no log-probabilities are wanted."""
+
+    def request(self, request_id: str, prompt: tuple[int, ...], choice: int, grammar: Grammar | None) -> Request:
+        """One of the `n` choices for a prompt: each has a random stream of its own, following from `seed`."""
         seed = random.getrandbits(64) if self.seed is None else self.seed + choice
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        return SamplingParams(
-            max_tokens=max_tokens,
+        params = SamplingParams(
+            max_tokens=self.most_tokens,
             top_k=0 if self.top_k in (None, -1) else self.top_k,  # vLLM's word for no limit is -1
             logit_bias=self._biases(),
+            grammar=grammar,
             seed=seed % _SEEDS,
-            stop=stop,
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
-            logprobs=logprobs,
+            logprobs=self.num_logprobs,
             **{name: value for name in _AS_GIVEN if (value := getattr(self, name)) is not None},
         )
+        return Request(request_id, prompt, params, self.priority or 0, self.user or "")
 
     def _biases(self) -> tuple[tuple[int, float], ...]:
         """JSON knows only texts as names: a token's id comes as its decimal digits."""
@@ -223,8 +224,13 @@ class CompletionBody(GenerationBody):
             )
         return [item for item in prompt if not isinstance(item, int)]
 
-    def choice_params(self, choice: int) -> SamplingParams:
-        return self.params(choice, 16 if self.max_tokens is None else self.max_tokens, self.logprobs)
+    @property
+    def most_tokens(self) -> int:
+        return 16 if self.max_tokens is None else self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
 
 
 class TextPart(_Closed):
@@ -381,9 +387,13 @@ class ChatBody(TemplateFields, GenerationBody):
                 param="max_tokens",
             )
 
-    def choice_params(self, choice: int) -> SamplingParams:
-        limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        return self.params(choice, limit, (self.top_logprobs or 0) if self.logprobs else None)
+    @property
+    def most_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class TokenizeBody(TemplateFields):

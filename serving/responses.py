@@ -110,34 +110,30 @@ class ChatFormat:
         return self._delta(index, {"role": "assistant", "content": ""}, None, None)
 
     def choice(self, choice: Choice) -> Json:
-        message: Json = {"role": "assistant", "content": choice.text, "refusal": None}
-        reason = choice.finish_reason
-        if self._parser is not None:
-            stream = _CallStream(self._parser(), several=self._several)
-            content, calls = stream.push(choice.text, ended=True)
-            reason = stream.reason(reason)
-            message["content"] = content if content or not calls else None
-            for call in calls:
-                del call["index"]
-                message.setdefault("tool_calls", []).append(call)
-        return {
-            "index": choice.index,
-            "message": message,
-            "logprobs": self._logprobs(choice.tokens),
-            "finish_reason": reason,
-        }
+        part, logprobs, reason = self._part(choice.index, choice.text, choice.tokens, choice.finish_reason)
+        calls = [
+            {name: value for name, value in call.items() if name != "index"} for call in part.pop("tool_calls", ())
+        ]
+        message: Json = {"role": "assistant", "content": None if calls else "", "refusal": None} | part
+        message |= {"tool_calls": calls} if calls else {}
+        return {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
     def delta(self, choice: Choice, output: RequestOutput) -> Json | None:
         """The next chunk's choice, if there is anything to tell."""
-        content, calls, reason = output.text, list[Json](), output.finish_reason
+        part, logprobs, reason = self._part(choice.index, output.text, output.tokens, output.finish_reason)
+        return self._delta(choice.index, part, logprobs, reason) if part or logprobs or reason else None
+
+    def _part(
+        self, index: int, text: str, tokens: Sequence[SampledToken], ended: FinishReason | None
+    ) -> tuple[Json, Json | None, str | None]:
+        """What a piece of an answer, or all of it, adds to its message; its log-probabilities, and why it ends there."""
+        calls, reason = list[Json](), ended
         if self._parser is not None:
-            stream = self._streams.get(choice.index) or _CallStream(self._parser(), several=self._several)
-            self._streams[choice.index] = stream
-            content, calls = stream.push(output.text, ended=reason is not None)
-            reason = stream.reason(reason)
-        delta = ({"content": content} if content else {}) | ({"tool_calls": calls} if calls else {})
-        logprobs = self._logprobs(output.tokens)
-        return self._delta(choice.index, delta, logprobs, reason) if delta or logprobs or reason else None
+            stream = self._streams.setdefault(index, _CallStream(self._parser(), several=self._several))
+            text, calls = stream.push(text, ended=ended is not None)
+            reason = stream.reason(ended)
+        part = ({"content": text} if text else {}) | ({"tool_calls": calls} if calls else {})
+        return part, self._logprobs(tokens), reason
 
     @staticmethod
     def _delta(index: int, delta: Json, logprobs: Json | None, finish_reason: str | None) -> Json:
