@@ -142,7 +142,10 @@ class _Service:
             for i, prompt in enumerate(prompts)
             for choice in range(body.num_choices)
         ]
-        return await self._respond(body, http, header, requests, CompletionFormat(self._tokenizer, echoes))
+        scored = body.num_prompt_logprobs is not None
+        return await self._respond(
+            body, http, header, requests, CompletionFormat(self._tokenizer, echoes, scored=scored), body.is_only_prompt
+        )
 
     async def chat_completions(self, body: ChatBody, http: HTTPRequest) -> Response:
         self._check(body)
@@ -173,11 +176,11 @@ class _Service:
 
     async def tokenize(self, body: TokenizeBody) -> Json:
         self._check_model(body.model)
-        if body.messages is not None:
+        if (text := body.text()) is None:
             tools = [tool.model_dump(exclude_none=True) for tool in body.tools or []]
             tokens = await self._chat_ids(body, tools)
         else:
-            tokens = await asyncio.to_thread(self._tokenizer.encode, body.text(), body.add_special_tokens)
+            tokens = await self._prompt_ids(text, body.add_special_tokens)
         texts = [self._tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
         own = {"count": len(tokens), "max_model_len": self._engine.engine.max_model_len, "tokens": list(tokens)}
         return own | {"token_strs": texts}
@@ -233,14 +236,15 @@ class _Service:
         return Header(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), self._model_name, self._fingerprint)
 
     async def _respond(
-        self, body: GenerationBody, http: HTTPRequest, header: Header, requests: Sequence[Request], format: Format
-    ) -> Response:
+        self, body: GenerationBody, http: HTTPRequest, header: Header, requests: Sequence[Request], format: Format,
+        is_only_prompt: bool = False,
+    ) -> Response:  # fmt: skip
         if (grammar := requests[0].params.grammar) is not None:
             await asyncio.get_running_loop().run_in_executor(self._compiler, self._engine.engine.new_matcher, grammar)
         generation = self._engine.submit(requests)
         n = body.num_choices
         choices = {r.id: Choice(index, 0 if index % n else len(r.prompt)) for index, r in enumerate(requests)}
-        outputs = self._counted(generation, choices, n)
+        outputs = self._counted(generation, choices, n, is_only_prompt)
         if body.stream:
             events = _events(header, outputs, [*choices.values()], format, body.stream_options or StreamOptions())
             return EventStream(generation, events)
@@ -250,10 +254,14 @@ class _Service:
         answer = header.body(format.kind, [format.choice(choice) for choice in choices.values()])
         return JSONResponse(answer | {"usage": usage(choices.values())})
 
-    async def _counted(self, generation: Generation, choices: Mapping[str, Choice], num_choices: int) -> _Outputs:
+    async def _counted(
+        self, generation: Generation, choices: Mapping[str, Choice], num_choices: int, is_only_prompt: bool
+    ) -> _Outputs:
         """What the choices get, of which `num_choices` belong to each prompt, and what metrics tell of those that end."""
         async for output in generation:
             _raise_failure(output)
+            if is_only_prompt:
+                output = output._replace(text="", tokens=(), finish_reason="length")
             choices[output.request_id].count(output)
             yield choices[output.request_id], output
         counts = [choice.num_tokens for choice in choices.values() if choice.finish_reason is not None]

@@ -168,6 +168,11 @@ class GenerationBody(BaseModel):
     def num_logprobs(self) -> int | None:
         """Alternatives beside each token; None where no log-probabilities are wanted."""
 
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """The same of the prompt."""
+        return None
+
     def request(self, request_id: str, prompt: tuple[int, ...], choice: int, grammar: Grammar | None) -> Request:
         """One of the `n` choices for a prompt: each has a random stream of its own, following from `seed`."""
         seed = random.getrandbits(64) if self.seed is None else self.seed + choice
@@ -180,6 +185,7 @@ class GenerationBody(BaseModel):
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             logprobs=self.num_logprobs,
+            prompt_logprobs=self.num_prompt_logprobs,
             **{name: value for name in _AS_GIVEN if (value := getattr(self, name)) is not None},
         )
         return Request(request_id, prompt, params, self.priority or 0, self.user or "")
@@ -202,11 +208,6 @@ class CompletionBody(GenerationBody):
     echo: bool | None = None
     add_special_tokens: bool = True
 
-    def check(self) -> None:
-        super().check()
-        if self.echo and self.logprobs is not None:
-            raise RequestError("logprobs with echo is not supported: prompts have none here", param="logprobs")
-
     def prompts(self) -> list[str | list[int]]:
         """One prompt or several, as text or token ids."""
         prompt = self.prompt
@@ -225,12 +226,21 @@ class CompletionBody(GenerationBody):
         return [item for item in prompt if not isinstance(item, int)]
 
     @property
+    def is_only_prompt(self) -> bool:
+        """Whether nothing but the prompt is wanted. A token is drawn then, too, and not told."""
+        return bool(self.echo) and self.max_tokens == 0
+
+    @property
     def most_tokens(self) -> int:
-        return 16 if self.max_tokens is None else self.max_tokens
+        return 1 if self.is_only_prompt else 16 if self.max_tokens is None else self.max_tokens
 
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        return self.logprobs if self.echo else None
 
 
 class TextPart(_Closed):
@@ -405,9 +415,10 @@ class TokenizeBody(TemplateFields):
     add_special_tokens: bool = True
     return_token_strs: bool | None = None
 
-    def text(self) -> str:
-        if self.prompt is None:
-            raise RequestError("give a prompt or messages", param="prompt")
+    def text(self) -> str | None:
+        """Of the prompt; None where there are messages."""
+        if (self.prompt is None) == (self.messages is None):
+            raise RequestError("give either a prompt or messages", param="prompt")
         return self.prompt
 
 

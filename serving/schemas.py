@@ -39,8 +39,8 @@ class Usage(_Closed):
 
 class CompletionLogprobs(_Closed):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 

@@ -269,7 +269,12 @@ def test_tokens_of_texts_and_chats(tiny_server: LiveServer, tiny_checkpoint: Che
     assert post("detokenize", model=MODEL, tokens=expected) == {"prompt": text}
     assert post("tokenize", messages=messages)["tokens"] == list(tokenizer.encode_chat(messages))
     for path, body, message in (
-        ("tokenize", {}, "give a prompt or messages"),
+        ("tokenize", {}, "give either a prompt or messages"),
+        (
+            "tokenize",
+            {"prompt": "a", "messages": [{"role": "user", "content": "b"}]},
+            "give either a prompt or messages",
+        ),
         ("detokenize", {"tokens": [5, 259]}, "tokens contains 259, but token ids go from 0 to 258"),
         ("tokenize", {"model": "x", "prompt": "a"}, "the model 'x' does not exist; this server has 'tiny'"),
     ):
