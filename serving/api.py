@@ -12,7 +12,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import cast
 
 from fastapi import FastAPI
 from fastapi import Request as HTTPRequest
@@ -67,10 +66,8 @@ def create_app(
         app.add_middleware(KeyCheck, key=api_key)
     if origins:  # outermost: what browsers ask ahead has no key
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
-    app.add_exception_handler(RequestValidationError, _invalid_body)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(RequestError, _request_error)
-    app.add_exception_handler(Exception, _internal_error)
+    for kind in (RequestError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, _told)
     app.add_api_route("/", service.page, methods=["GET"], include_in_schema=False)
     for path, endpoint, method, answers in (
         ("/v1/completions", service.completions, "POST", schemas.responses(schemas.Completion, stream=True)),
@@ -142,10 +139,8 @@ class _Service:
             for i, prompt in enumerate(prompts)
             for choice in range(body.num_choices)
         ]
-        scored = body.num_prompt_logprobs is not None
-        return await self._respond(
-            body, http, header, requests, CompletionFormat(self._tokenizer, echoes, scored=scored), body.is_only_prompt
-        )
+        format = CompletionFormat(self._tokenizer, echoes, scored=requests[0].params.prompt_logprobs is not None)
+        return await self._respond(body, http, header, requests, format, body.is_only_prompt)
 
     async def chat_completions(self, body: ChatBody, http: HTTPRequest) -> Response:
         self._check(body)
@@ -326,36 +321,33 @@ async def _abandoned_with(receive: Receive, generation: Generation) -> AsyncGene
         generation.close()
 
 
-# FastAPI types every handler as taking Exception; each gets only what it was registered for.
+async def _told(http: HTTPRequest, error: Exception) -> Response:
+    """Whatever went wrong, as OpenAI's clients expect it."""
+    match error:
+        case RequestError():
+            found = error
+        case RequestValidationError():
+            found = _invalid_body(error)
+        case HTTPException():
+            found = RequestError(f"{http.method} {http.url.path}: {error.detail}", status=error.status_code)
+        case _:
+            _LOG.error("%s %s failed", http.method, http.url.path, exc_info=error)
+            found = RequestError("internal error", status=500, kind="server_error")
+    return error_response(found)
 
 
-async def _request_error(_: HTTPRequest, error: Exception) -> Response:
-    return error_response(cast(RequestError, error))
-
-
-async def _invalid_body(_: HTTPRequest, error: Exception) -> Response:
+def _invalid_body(error: RequestValidationError) -> RequestError:
     """Malformed JSON and fields of wrong types: the first mistake, where it is, and what was found."""
-    errors = cast(RequestValidationError, error).errors()
+    errors = error.errors()
     # Where several types are allowed, that one is meant which fits the farthest; types are no part of the place.
     first = max((e for e in errors if e["loc"][:2] == errors[0]["loc"][:2]), key=lambda found: len(found["loc"]))
     where = ".".join(
         str(part) for part in first["loc"][1:] if part not in ("str", "NamedTool") and "[" not in str(part)
     )
     if first["type"] == "json_invalid":
-        message = f"the body is not valid JSON: {first['ctx']['error']} at character {where}"
-        return error_response(RequestError(message))
+        return RequestError(f"the body is not valid JSON: {first['ctx']['error']} at character {where}")
     if isinstance(first["input"], bytes):
-        return error_response(RequestError("the body must be JSON, sent with Content-Type: application/json"))
+        return RequestError("the body must be JSON, sent with Content-Type: application/json")
     found = "" if first["type"] == "missing" else f", but found {first['input']!r:.200}"
     message = f"{where or 'the body'}: {first['msg'][:1].lower()}{first['msg'][1:]}{found}"
-    return error_response(RequestError(message, param=where or None))
-
-
-async def _http_error(http: HTTPRequest, error: Exception) -> Response:
-    cause = cast(HTTPException, error)
-    return error_response(RequestError(f"{http.method} {http.url.path}: {cause.detail}", status=cause.status_code))
-
-
-async def _internal_error(http: HTTPRequest, error: Exception) -> Response:
-    _LOG.error("%s %s failed", http.method, http.url.path, exc_info=error)
-    return error_response(RequestError("internal error", status=500, kind="server_error"))
+    return RequestError(message, param=where or None)

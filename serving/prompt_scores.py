@@ -8,9 +8,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from serving.core import Batch, SampledToken, TokenLogprobs
+from serving.core import Batch, SampledToken
 from serving.kernels import KvCache
 from serving.model import Model, StepTensors
+from serving.sampling import logprobs_of
 from serving.step_shapes import is_decode
 from tilus.kernels import token_logprobs
 
@@ -43,16 +44,11 @@ class PromptScores:
 
     def collect(self) -> dict[str, tuple[int, tuple[SampledToken, ...]]]:
         """By request the place of the first target in its prompt, and all targets; once the copies have arrived."""
-        found = ((values, ids) for part in self._found for values, ids in zip(part[0].tolist(), part[1].tolist()))
+        found = (row for values, ids in self._found for row in zip(values.tolist(), ids.tolist()))
         return {
             item.request_id: (
                 item.start + 1,
-                tuple(_scored(token, item.num_best, *next(found)) for token in item.targets),
+                tuple(SampledToken(token, logprobs_of(*next(found), item.num_best)) for token in item.targets),
             )
             for item in self._items
         }
-
-
-def _scored(token: int, num_best: int, values: Sequence[float], ids: Sequence[int]) -> SampledToken:
-    of_token, *of_best = values
-    return SampledToken(token, TokenLogprobs(of_token, tuple(zip(ids[:num_best], of_best[:num_best]))))

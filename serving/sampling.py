@@ -217,11 +217,15 @@ def _logprobs_by_row(
 ) -> dict[int, TokenLogprobs]:
     rows = [row for row, item in enumerate(items) if _asks(item)]
     found: dict[int, TokenLogprobs] = {}
-    for row, (of_chosen, *of_best), token_ids in zip(rows, logprobs.tolist(), best.tolist()):
+    for row, values, token_ids in zip(rows, logprobs.tolist(), best.tolist()):
         params = items[row].params
-        count = min((params and params.logprobs) or 0, vocab_size)
-        found[row] = TokenLogprobs(of_chosen, tuple(zip(token_ids[:count], of_best[:count])))
+        found[row] = logprobs_of(values, token_ids, min((params and params.logprobs) or 0, vocab_size))
     return found
+
+
+def logprobs_of(values: Sequence[float], token_ids: Sequence[int], count: int) -> TokenLogprobs:
+    """A row of what `token_logprobs` gives, of which `count` best tokens were asked for."""
+    return TokenLogprobs(values[0], tuple(zip(token_ids[:count], values[1 : count + 1])))
 
 
 def _move(arrays: Sequence[npt.NDArray[np.int32]], device: torch.device) -> list[Tensor]:

@@ -285,7 +285,7 @@ def test_a_key(tiny_model: Model, tiny_checkpoint: Checkpoint) -> None:
     runner = TorchRunner(tiny_model, CONFIG.num_pages, CONFIG.page_size, CPU)
     with serve(runner, tiny_checkpoint, CONFIG, api_key="geheim ü") as server:
         for path in ("v1/completions", "tokenize", "v1/chat/completions", "openapi.json"):
-            for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "geheim ü".encode()}):
+            for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic geheim ü".encode()}):
                 reply = httpx.request("GET" if "." in path else "POST", f"{server.url}/{path}", headers=headers)
                 assert (reply.status_code, reply.headers["www-authenticate"]) == (401, "Bearer")
                 error = reply.json()["error"]
@@ -297,7 +297,8 @@ def test_a_key(tiny_model: Model, tiny_checkpoint: Checkpoint) -> None:
                 assert error["code"] == "invalid_api_key"
         for path in ("health", "ping", "metrics", "version"):
             assert httpx.get(f"{server.url}/{path}").status_code == 200
-        key = {"Authorization": "Bearer geheim ü".encode()}
-        assert httpx.get(f"{server.url}/v1/models", headers=key).status_code == 200
+        for scheme in ("Bearer", "bearer"):
+            key = {"Authorization": f"{scheme} geheim ü".encode()}
+            assert httpx.get(f"{server.url}/v1/models", headers=key).status_code == 200
         with server.client() as client, pytest.raises(openai.AuthenticationError, match="wants its key"):
             client.models.list()
