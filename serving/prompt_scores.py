@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from serving.core import Batch, SampledToken
 from serving.kernels import KvCache
 from serving.model import Model, StepTensors
-from serving.sampling import logprobs_of
+from serving.sampling import logprobs_of, move
 from serving.step_shapes import is_decode
 from tilus.kernels import token_logprobs
 
@@ -24,18 +25,17 @@ class PromptScores:
         ends = accumulate(len(item.token_ids) for item in items)
         firsts = [(item, end - len(item.token_ids)) for item, end in zip(items, ends) if item.targets]
         self._items = [item for item, _ in firsts]
-        self._rows = [range(first, first + len(item.targets)) for item, first in firsts]
+        self._rows = [row for item, first in firsts for row in range(first, first + len(item.targets))]
         self._max_rows = max_rows
         self._found: list[tuple[Tensor, Tensor]] = []
 
     def compute(self, model: Model, step: StepTensors, layers: Sequence[KvCache]) -> Tensor:
         """The step's logits, as `Model.forward` gives them; the copies of what is found to the host are under way."""
         x = model.hidden(step, layers)
-        rows = [row for part in self._rows for row in part]
         targets = [token for item in self._items for token in item.targets]
         counts = [min(item.num_best, model.config.vocab_size) for item in self._items for _ in item.targets]
-        table = torch.tensor([rows, targets, counts], dtype=torch.int32).to(x.device)
-        for some_rows, chosen, numbers in zip(*(column.split(self._max_rows) for column in table)):
+        columns = move([np.array(column, np.int32) for column in (self._rows, targets, counts)], x.device)
+        for some_rows, chosen, numbers in zip(*(column.split(self._max_rows) for column in columns)):
             logits = model.logits(x.index_select(0, some_rows))
             asking = torch.arange(len(chosen), dtype=torch.int32, device=x.device)
             found = token_logprobs(logits, chosen.clone(), asking=asking, counts=numbers.clone())

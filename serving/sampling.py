@@ -54,12 +54,12 @@ class Sampler:
         self._staging[0].copy_to(self._parameters)
         self._edits = self._asking = None
         if any(_edits(item) for item in items):
-            bits, *rest = _move(_edit_arrays(items, self._vocab_size, self.max_rows), self._device)
+            bits, *rest = move(_edit_arrays(items, self._vocab_size, self.max_rows), self._device)
             mask_of, rows, tokens, penalties, addends = rest
             floats = (penalties.view(torch.float32), addends.view(torch.float32))
             self._edits = _Edits(bits.view(torch.uint8), mask_of, rows, tokens, *floats)
         if any(_asks(item) for item in items):
-            rows, counts = _move(_asking_arrays(items, self._vocab_size), self._device)
+            rows, counts = move(_asking_arrays(items, self._vocab_size), self._device)
             self._asking = _Asking(rows, counts)
 
     def run(self, logits: Tensor, rows: int) -> Tensor:
@@ -228,7 +228,7 @@ def logprobs_of(values: Sequence[float], token_ids: Sequence[int], count: int) -
     return TokenLogprobs(values[0], tuple(zip(token_ids[:count], values[1 : count + 1])))
 
 
-def _move(arrays: Sequence[npt.NDArray[np.int32]], device: torch.device) -> list[Tensor]:
+def move(arrays: Sequence[npt.NDArray[np.int32]], device: torch.device) -> list[Tensor]:
     """To the device in one copy; each starts at a multiple of 64 bytes, so that kernels see one alignment."""
     starts = np.cumsum([0, *(-(-array.size // 16) * 16 for array in arrays)])
     staging = torch.zeros(int(starts[-1]), dtype=torch.int32, pin_memory=device.type == "cuda")
