@@ -220,7 +220,7 @@ def _cache(
 ) -> WeightCache | None:
     """On a GPU only for weights that are quantised while loading: it packs others faster than a disk reads."""
     if device.type != "cpu" and not any(
-        checkpoint.weights.is_float(f"blk.0.{part}") for part in chain(*FUSED.values())
+        checkpoint.weights.stored(f"blk.0.{part}").is_float for part in chain(*FUSED.values())
     ):
         return None
     form = packed_form(kernels, device)

@@ -13,7 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from serving.loader import Checkpoint
 from serving.model_config import ModelConfig, model_config
 from serving.packing import layer_vectors
-from serving.quantize import ALWAYS_INT8, GROUP
+from serving.quantize import ALWAYS_INT8, GROUP, StoredMatrix
 from serving.tokenizer import Tokenizer, read_json
 from tilus.dtypes import DataType, f16, int8
 from tilus.errors import TilusError
@@ -69,17 +69,9 @@ class DummyWeights:
     def matrix(self, name: str) -> Matrix:
         return self._random(self._shape(name), *self._kind(name))
 
-    def is_float(self, name: str) -> bool:
-        return False
-
-    def first_row(self, name: str) -> Matrix:
-        return self._random((1, self._shape(name)[1]), *self._kind(name))
-
-    def num_rows(self, name: str) -> int:
-        return self._shape(name)[0]
-
-    def stored_nbytes(self, name: str) -> int:
-        return 0
+    def stored(self, name: str) -> StoredMatrix:
+        num_rows, width = self._shape(name)
+        return StoredMatrix(False, self._random((1, width), *self._kind(name)), num_rows, 0)
 
     def _kind(self, name: str) -> tuple[DataType, int]:
         return (int8, 32) if _part(name) in ALWAYS_INT8 else (self._dtype, self._group)

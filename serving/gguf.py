@@ -9,10 +9,10 @@ import numpy.typing as npt
 
 from serving.architectures import by_gguf, by_huggingface
 from serving.model_config import ACTIVATIONS, ModelConfig
-from serving.quantize import quantize_on_load, type_on_load
+from serving.quantize import StoredMatrix, quantize_on_load, type_on_load
 from tilus.dtypes import DataType, int8
 from tilus.errors import TilusError
-from tilus.kernels.quantize import GGUFFile, GGUFTensor, Matrix, QuantizedMatrix
+from tilus.kernels.quantize import GGUFFile, Matrix, QuantizedMatrix
 
 # Layers of the Gemma models of 27B, whose scale of scores follows from another length than that of a head; files do not say it.
 _SCALED_BY_HIDDEN = {"gemma2": 46, "gemma3": 62}
@@ -54,6 +54,7 @@ def gguf_settings(file: GGUFFile) -> dict[str, Any]:
         "rope_scaling": _rope_scaling(file, f"{kind}.rope.scaling"),
         "attention_bias": "blk.0.attn_output.bias" in file.tensors,
         "mlp_bias": "blk.0.ffn_down.bias" in file.tensors,
+        "biases": [name.split(".")[2] for name in file.tensors if name.startswith("blk.0.") and name.endswith(".bias")],
         "tie_word_embeddings": "output.weight" not in file.tensors,
     }
     if num_experts:
@@ -101,18 +102,10 @@ class GGUFWeights:
         order = self._halves(name, matrix.shape[0])
         return matrix if order is None else matrix.take_rows(order)
 
-    def is_float(self, name: str) -> bool:
-        return self._tensor(name).format.is_float
-
-    def first_row(self, name: str) -> Matrix | None:
-        return self._quantized(name, self._file.first_row(_stored(name)[0]))
-
-    def num_rows(self, name: str) -> int:
-        return self._tensor(name).shape[-2]
-
-    def stored_nbytes(self, name: str) -> int:
-        tensor = self._tensor(name)
-        return tensor.rows[: tensor.shape[-2]].nbytes
+    def stored(self, name: str) -> StoredMatrix:
+        tensor = self._file.tensor(_stored(name)[0])
+        row, num_rows = self._quantized(name, self._file.first_row(tensor.name)), tensor.shape[-2]
+        return StoredMatrix(tensor.format.is_float, row, num_rows, tensor.rows[:num_rows].nbytes)
 
     def floats(self, name: str, kind: str = "weight") -> npt.NDArray[np.float32]:
         """Any tensor's values, rows in Hugging Face's order."""
@@ -125,9 +118,6 @@ class GGUFWeights:
         if isinstance(found, QuantizedMatrix):
             return found
         return quantize_on_load(found, type_on_load(name, self._weight_dtype), name)
-
-    def _tensor(self, name: str) -> GGUFTensor:
-        return self._file.tensor(_stored(name)[0])
 
     def _halves(self, name: str, num_rows: int) -> npt.NDArray[np.int64] | None:
         """Files of some architectures interleave the two halves of each head of q and k: the order that undoes it."""

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from serving.model_config import ModelConfig, model_config
-from serving.quantize import quantize_on_load, type_on_load
+from serving.quantize import StoredMatrix, quantize_on_load, type_on_load
 from serving.tokenizer import Tokenizer, from_huggingface, read_json
 from tilus.dtypes import DataType
 from tilus.errors import TilusError
@@ -76,22 +76,16 @@ class DirectoryWeights:
             return found
         return quantize_on_load(_checked(found, stored_name), type_on_load(name, self._weight_dtype), stored_name)
 
-    def is_float(self, name: str) -> bool:
-        return not self._tensors.is_quantized(self._full_name(name))
-
-    def first_row(self, name: str) -> Matrix | None:
-        if not self.is_float(name):
-            return None
-        width, dtype = self._tensors.stored(self._full_name(name)).shape[-1], type_on_load(name, self._weight_dtype)
-        if (width, dtype) not in self._rows:  # a mixture has thousands of matrices
-            self._rows[width, dtype] = quantize_on_load(np.zeros((1, width), np.float32), dtype, self._full_name(name))
-        return self._rows[width, dtype]
-
-    def num_rows(self, name: str) -> int:
-        return self._tensors.stored(self._full_name(name)).shape[0]
-
-    def stored_nbytes(self, name: str) -> int:
-        return self._tensors.stored_nbytes(self._full_name(name))
+    def stored(self, name: str) -> StoredMatrix:
+        stored_name = self._full_name(name)
+        nbytes = self._tensors.stored_nbytes(stored_name)
+        if self._tensors.is_quantized(stored_name):
+            return StoredMatrix(False, None, 0, nbytes)
+        num_rows, width = self._tensors.stored(stored_name).shape
+        kind = width, type_on_load(name, self._weight_dtype)
+        if kind not in self._rows:  # a mixture has thousands of matrices
+            self._rows[kind] = quantize_on_load(np.zeros((1, width), np.float32), kind[1], stored_name)
+        return StoredMatrix(True, self._rows[kind], num_rows, nbytes)
 
     def _full_name(self, name: str) -> str:
         return self._config.architecture.full_name(name)

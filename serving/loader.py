@@ -18,6 +18,7 @@ from serving.gguf import GGUFWeights, gguf_settings
 from serving.gguf_tokenizer import from_gguf
 from serving.huggingface import open_directory
 from serving.model_config import ModelConfig, model_config
+from serving.quantize import StoredMatrix
 from serving.tokenizer import Tokenizer
 from tilus.dtypes import DataType, int8
 from tilus.errors import TilusError
@@ -44,20 +45,7 @@ class Weights(Protocol):
         rotary embedding."""
         ...
 
-    def is_float(self, name: str) -> bool:
-        """Whether a matrix is stored as floats, and quantised on the way."""
-        ...
-
-    def first_row(self, name: str) -> Matrix | None:
-        """The first row of a matrix, or one that is quantised like it: says how much memory the matrix needs, before it is
-        read. None when only reading all of it would tell."""
-        ...
-
-    def num_rows(self, name: str) -> int: ...
-
-    def stored_nbytes(self, name: str) -> int:
-        """Bytes of a tensor in its file."""
-        ...
+    def stored(self, name: str) -> StoredMatrix: ...
 
 
 @dataclass(frozen=True, eq=False)

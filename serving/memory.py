@@ -153,18 +153,18 @@ class _Sizing:
         """Bytes of matrices that are fused where they are quantised alike."""
         total, previous, num_rows = 0, None, 0
         for name in names:
-            row = self._weights.first_row(name)
-            if row is None:
-                total += self._weights.stored_nbytes(name)
+            stored = self._weights.stored(name)
+            if (row := stored.first_row) is None:
+                total += stored.nbytes
                 continue
             if previous is not None and not previous.stacks_with(row):
                 total += self._nbytes(previous, num_rows)
                 num_rows = 0
-            previous, num_rows = row, num_rows + self._weights.num_rows(name)
+            previous, num_rows = row, num_rows + stored.num_rows
         return total + (self._nbytes(previous, num_rows) if previous is not None else 0)
 
     def embedding_nbytes(self, config: ModelConfig) -> int:
-        row = self._weights.first_row(TABLE)
+        row = self._weights.stored(TABLE).first_row
         if row is not None and keeps_codes(row):
             return config.vocab_size * (config.hidden_size + 2 * row.scales.shape[1])
         return config.vocab_size * config.hidden_size * 2

@@ -177,6 +177,8 @@ def _rope_parameters(architecture: Architecture, settings: dict[str, Any], kind:
 
 
 def _biases(architecture: Architecture, settings: dict[str, Any]) -> tuple[str, ...]:
+    if "biases" in settings:  # which GGUF files list
+        return tuple(settings["biases"])
     attention = (*QKV, "attn_output") if settings.get("attention_bias") else architecture.biases
     return (*attention, *(("ffn_gate", "ffn_up", "ffn_down") if settings.get("mlp_bias") else ()))
 

@@ -164,7 +164,7 @@ class _Packing:
             [
                 weights.bias(prefix + part)
                 if part in self._config.biases
-                else np.zeros(weights.num_rows(prefix + part), np.float32)
+                else np.zeros(weights.stored(prefix + part).num_rows, np.float32)
                 for part in parts
             ]
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,18 @@ WEIGHT_DTYPES = tuple(name for name in RECIPE_NAMES if name not in PRESETS and n
 ALWAYS_INT8 = ("token_embd", "ffn_gate_inp")
 DENSE = "fp16"  # the name of weights that are not quantised
 _Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class StoredMatrix:
+    """What is known of a matrix before it is read. is_float: whether it is stored as floats, and quantised on the way. first_row:
+    or one that is quantised like it, which says how much memory it needs; None, and num_rows is 0, when only reading all of it
+    would tell. nbytes: in its file."""
+
+    is_float: bool
+    first_row: Matrix | None
+    num_rows: int
+    nbytes: int
 
 
 def weight_type(name: str) -> DataType:

@@ -27,7 +27,7 @@ import tilus.kernels
 from serving import build, weight_file
 from serving.loader import Checkpoint, open_checkpoint
 from serving.packing import PackedWeights, pack_weights
-from serving.quantize import WEIGHT_DTYPES
+from serving.quantize import WEIGHT_DTYPES, StoredMatrix
 from serving.weight_cache import WeightCache, moved, packed_form
 from tilus.dtypes import dtype
 from tilus.kernels.quantize import QuantizedMatrix
@@ -267,7 +267,7 @@ def test_a_gpu_keeps_only_what_is_quantised_while_loading(cache_dir: Path, tiny_
         return tilus.kernels.quantize.pack(matrix, CPU, order="mma")
 
     kernels: Any = SimpleNamespace(quantize=SimpleNamespace(pack=pack))
-    stored = replace(tiny_checkpoint, weights=SimpleNamespace(is_float=lambda name: False))
+    stored = replace(tiny_checkpoint, weights=SimpleNamespace(stored=lambda name: StoredMatrix(False, None, 1, 1)))
     path, gpu = tiny_checkpoint.weights._tensors.path, torch.device("cuda")
     assert build._cache(path, "int8", stored, kernels, gpu) is None
     kept = build._cache(path, "int8", tiny_checkpoint, kernels, gpu)
