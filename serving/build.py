@@ -117,11 +117,7 @@ def build_runner(
 ) -> tuple[TorchRunner, EngineConfig]:
     """What runs a checkpoint's steps in this process, and the limits that follow from the memory of all."""
     checkpoint = checkpoint if group is None else shard(checkpoint, group.share)
-    model_limit = checkpoint.config.max_positions
-    max_model_len = config.max_model_len or model_limit
-    if max_model_len > model_limit:
-        raise TilusError(f"--max-model-len is {max_model_len}, but the model was made for at most {model_limit} tokens")
-    device = execution.device
+    max_model_len, device = _max_model_len(config, checkpoint), execution.device
     parts = "" if group is None else f"s of {group.share.count} processes"
     say(f"loading {checkpoint.name} on {device.type}{parts}")
     if not execution.is_compiled:
@@ -168,6 +164,15 @@ def build_runner(
     if captures:
         _prepare_steps(runner, limits, device, group)
     return runner, limits
+
+
+def _max_model_len(config: ServerConfig, checkpoint: Checkpoint) -> int:
+    limit = checkpoint.config.max_positions
+    if config.max_model_len is not None and config.max_model_len > limit:
+        raise TilusError(
+            f"--max-model-len is {config.max_model_len}, but the model was made for at most {limit} tokens"
+        )
+    return config.max_model_len or limit
 
 
 def can_capture(execution: Execution, is_parallel: bool) -> bool:
