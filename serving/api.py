@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import importlib.metadata
 import json
 import logging
 import time
@@ -13,7 +12,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import cast
 
 from fastapi import FastAPI
 from fastapi import Request as HTTPRequest
@@ -25,6 +23,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from serving import schemas
 from serving.async_engine import AsyncEngine, Generation
+from serving.config import version
 from serving.core import Request, RequestOutput
 from serving.errors import RequestError
 from serving.metrics import CONTENT_TYPE, Metrics
@@ -67,10 +66,8 @@ def create_app(
         app.add_middleware(KeyCheck, key=api_key)
     if origins:  # outermost: what browsers ask ahead has no key
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
-    app.add_exception_handler(RequestValidationError, _invalid_body)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(RequestError, _request_error)
-    app.add_exception_handler(Exception, _internal_error)
+    for kind in (RequestError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, _told)
     app.add_api_route("/", service.page, methods=["GET"], include_in_schema=False)
     for path, endpoint, method, answers in (
         ("/v1/completions", service.completions, "POST", schemas.responses(schemas.Completion, stream=True)),
@@ -129,7 +126,7 @@ class _Service:
         self._created = int(time.time())
         self._compiler = ThreadPoolExecutor(1, "grammars")  # apart from what all requests wait for
         self._metrics = Metrics(engine.engine, model_name)
-        state = f"{_version()} {model_name} {engine.engine.config}"
+        state = f"{version()} {model_name} {engine.engine.config}"
         self._fingerprint = f"fp_{hashlib.sha256(state.encode()).hexdigest()[:10]}"
 
     async def completions(self, body: CompletionBody, http: HTTPRequest) -> Response:
@@ -142,7 +139,8 @@ class _Service:
             for i, prompt in enumerate(prompts)
             for choice in range(body.num_choices)
         ]
-        return await self._respond(body, http, header, requests, CompletionFormat(self._tokenizer, echoes))
+        format = CompletionFormat(self._tokenizer, echoes, scored=requests[0].params.prompt_logprobs is not None)
+        return await self._respond(body, http, header, requests, format, body.is_only_prompt)
 
     async def chat_completions(self, body: ChatBody, http: HTTPRequest) -> Response:
         self._check(body)
@@ -173,11 +171,11 @@ class _Service:
 
     async def tokenize(self, body: TokenizeBody) -> Json:
         self._check_model(body.model)
-        if body.messages is not None:
+        if (text := body.text()) is None:
             tools = [tool.model_dump(exclude_none=True) for tool in body.tools or []]
             tokens = await self._chat_ids(body, tools)
         else:
-            tokens = await asyncio.to_thread(self._tokenizer.encode, body.text(), body.add_special_tokens)
+            tokens = await self._prompt_ids(text, body.add_special_tokens)
         texts = [self._tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
         own = {"count": len(tokens), "max_model_len": self._engine.engine.max_model_len, "tokens": list(tokens)}
         return own | {"token_strs": texts}
@@ -203,7 +201,7 @@ class _Service:
         return JSONResponse({"status": "ok"})
 
     async def version(self) -> Json:
-        return {"version": _version()}
+        return {"version": version()}
 
     def _check(self, body: GenerationBody) -> None:
         body.check()
@@ -233,14 +231,15 @@ class _Service:
         return Header(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), self._model_name, self._fingerprint)
 
     async def _respond(
-        self, body: GenerationBody, http: HTTPRequest, header: Header, requests: Sequence[Request], format: Format
-    ) -> Response:
+        self, body: GenerationBody, http: HTTPRequest, header: Header, requests: Sequence[Request], format: Format,
+        is_only_prompt: bool = False,
+    ) -> Response:  # fmt: skip
         if (grammar := requests[0].params.grammar) is not None:
             await asyncio.get_running_loop().run_in_executor(self._compiler, self._engine.engine.new_matcher, grammar)
         generation = self._engine.submit(requests)
         n = body.num_choices
         choices = {r.id: Choice(index, 0 if index % n else len(r.prompt)) for index, r in enumerate(requests)}
-        outputs = self._counted(generation, choices, n)
+        outputs = self._counted(generation, choices, n, is_only_prompt)
         if body.stream:
             events = _events(header, outputs, [*choices.values()], format, body.stream_options or StreamOptions())
             return EventStream(generation, events)
@@ -250,10 +249,14 @@ class _Service:
         answer = header.body(format.kind, [format.choice(choice) for choice in choices.values()])
         return JSONResponse(answer | {"usage": usage(choices.values())})
 
-    async def _counted(self, generation: Generation, choices: Mapping[str, Choice], num_choices: int) -> _Outputs:
+    async def _counted(
+        self, generation: Generation, choices: Mapping[str, Choice], num_choices: int, is_only_prompt: bool
+    ) -> _Outputs:
         """What the choices get, of which `num_choices` belong to each prompt, and what metrics tell of those that end."""
         async for output in generation:
             _raise_failure(output)
+            if is_only_prompt:
+                output = output._replace(text="", tokens=(), finish_reason="length")
             choices[output.request_id].count(output)
             yield choices[output.request_id], output
         counts = [choice.num_tokens for choice in choices.values() if choice.finish_reason is not None]
@@ -283,13 +286,6 @@ async def _events(
     if options.include_usage:
         yield _event(header.body(format.chunk_kind, []) | {"usage": usage(choices)})
     yield "data: [DONE]\n\n"
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("tilus")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown: running from a checkout that is not installed"
 
 
 def _event(body: Json) -> str:
@@ -325,36 +321,33 @@ async def _abandoned_with(receive: Receive, generation: Generation) -> AsyncGene
         generation.close()
 
 
-# FastAPI types every handler as taking Exception; each gets only what it was registered for.
+async def _told(http: HTTPRequest, error: Exception) -> Response:
+    """Whatever went wrong, as OpenAI's clients expect it."""
+    match error:
+        case RequestError():
+            found = error
+        case RequestValidationError():
+            found = _invalid_body(error)
+        case HTTPException():
+            found = RequestError(f"{http.method} {http.url.path}: {error.detail}", status=error.status_code)
+        case _:
+            _LOG.error("%s %s failed", http.method, http.url.path, exc_info=error)
+            found = RequestError("internal error", status=500, kind="server_error")
+    return error_response(found)
 
 
-async def _request_error(_: HTTPRequest, error: Exception) -> Response:
-    return error_response(cast(RequestError, error))
-
-
-async def _invalid_body(_: HTTPRequest, error: Exception) -> Response:
+def _invalid_body(error: RequestValidationError) -> RequestError:
     """Malformed JSON and fields of wrong types: the first mistake, where it is, and what was found."""
-    errors = cast(RequestValidationError, error).errors()
+    errors = error.errors()
     # Where several types are allowed, that one is meant which fits the farthest; types are no part of the place.
     first = max((e for e in errors if e["loc"][:2] == errors[0]["loc"][:2]), key=lambda found: len(found["loc"]))
     where = ".".join(
         str(part) for part in first["loc"][1:] if part not in ("str", "NamedTool") and "[" not in str(part)
     )
     if first["type"] == "json_invalid":
-        message = f"the body is not valid JSON: {first['ctx']['error']} at character {where}"
-        return error_response(RequestError(message))
+        return RequestError(f"the body is not valid JSON: {first['ctx']['error']} at character {where}")
     if isinstance(first["input"], bytes):
-        return error_response(RequestError("the body must be JSON, sent with Content-Type: application/json"))
+        return RequestError("the body must be JSON, sent with Content-Type: application/json")
     found = "" if first["type"] == "missing" else f", but found {first['input']!r:.200}"
     message = f"{where or 'the body'}: {first['msg'][:1].lower()}{first['msg'][1:]}{found}"
-    return error_response(RequestError(message, param=where or None))
-
-
-async def _http_error(http: HTTPRequest, error: Exception) -> Response:
-    cause = cast(HTTPException, error)
-    return error_response(RequestError(f"{http.method} {http.url.path}: {cause.detail}", status=cause.status_code))
-
-
-async def _internal_error(http: HTTPRequest, error: Exception) -> Response:
-    _LOG.error("%s %s failed", http.method, http.url.path, exc_info=error)
-    return error_response(RequestError("internal error", status=500, kind="server_error"))
+    return RequestError(message, param=where or None)

@@ -77,7 +77,7 @@ def _together(outputs: Sequence[RequestOutput]) -> RequestOutput:
         return outputs[0]
     text = "".join(output.text for output in outputs)
     tokens = tuple(token for output in outputs for token in output.tokens)
-    return outputs[-1]._replace(text=text, tokens=tokens)
+    return outputs[-1]._replace(text=text, tokens=tokens, prompt=outputs[0].prompt)
 
 
 class AsyncEngine:

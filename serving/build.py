@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import sys
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -25,10 +24,10 @@ from serving.kernels import Kernels, default_kernels
 from serving.kv import PageTables
 from serving.kv_frames import has_frames, with_frames
 from serving.loader import Checkpoint, default_model, open_checkpoint
-from serving.memory import PAGE_SIZE, Wishes, expected_size, free_nbytes, plan, size_of
+from serving.memory import PAGE_SIZE, expected_size, free_nbytes, plan, size_of
 from serving.model import build_model
 from serving.packing import FUSED, PackedWeights, pack_weights
-from serving.progress import progress
+from serving.progress import progress, say
 from serving.quantize import DENSE, weight_type
 from serving.rehearsal import rehearsal
 from serving.request_log import RequestLog
@@ -118,15 +117,11 @@ def build_runner(
 ) -> tuple[TorchRunner, EngineConfig]:
     """What runs a checkpoint's steps in this process, and the limits that follow from the memory of all."""
     checkpoint = checkpoint if group is None else shard(checkpoint, group.share)
-    model_limit = checkpoint.config.max_positions
-    max_model_len = config.max_model_len or model_limit
-    if max_model_len > model_limit:
-        raise TilusError(f"--max-model-len is {max_model_len}, but the model was made for at most {model_limit} tokens")
-    device = execution.device
+    max_model_len, device = _max_model_len(config, checkpoint), execution.device
     parts = "" if group is None else f"s of {group.share.count} processes"
-    _say(f"loading {checkpoint.name} on {device.type}{parts}")
+    say(f"loading {checkpoint.name} on {device.type}{parts}")
     if not execution.is_compiled:
-        _say(f"kernels are interpreted ({execution.way}), which is slow")
+        say(f"kernels are interpreted ({execution.way}), which is slow")
     if config.weight_dtype == DENSE and execution.way != "cuda":
         raise TilusError(
             f"--weight-dtype {DENSE} is for GPUs, but the model runs on {execution.way}", hint="take int8 or fewer bits"
@@ -135,11 +130,8 @@ def build_runner(
     cache = None if not is_kept else _cache(path, config.weight_dtype, checkpoint, kernels, device)
     packed = cache.load() if cache is not None else None
     size = expected_size(checkpoint, kernels, device) if packed is None else size_of(packed)
-    wishes = Wishes(
-        config.max_batch, config.max_step_tokens, config.max_model_len, config.num_pages, config.kv_dtype, config.drafts
-    )
-    memory = plan(checkpoint.config, size, wishes, free_nbytes(device), device)
-    _say(memory.table())
+    memory = plan(checkpoint.config, size, config, free_nbytes(device), device)
+    say(memory.table())
     num_pages = memory.num_pages if group is None else group.least(memory.num_pages)
     packed = _pack(checkpoint, kernels, device, cache) if packed is None else moved(packed, device)
     limits = EngineConfig(
@@ -172,6 +164,15 @@ def build_runner(
     if captures:
         _prepare_steps(runner, limits, device, group)
     return runner, limits
+
+
+def _max_model_len(config: ServerConfig, checkpoint: Checkpoint) -> int:
+    limit = checkpoint.config.max_positions
+    if config.max_model_len is not None and config.max_model_len > limit:
+        raise TilusError(
+            f"--max-model-len is {config.max_model_len}, but the model was made for at most {limit} tokens"
+        )
+    return config.max_model_len or limit
 
 
 def can_capture(execution: Execution, is_parallel: bool) -> bool:
@@ -224,7 +225,7 @@ def _cache(
 ) -> WeightCache | None:
     """On a GPU only for weights that are quantised while loading: it packs others faster than a disk reads."""
     if device.type != "cpu" and not any(
-        checkpoint.weights.is_float(f"blk.0.{part}") for part in chain(*FUSED.values())
+        checkpoint.weights.stored(f"blk.0.{part}").is_float for part in chain(*FUSED.values())
     ):
         return None
     form = packed_form(kernels, device)
@@ -235,7 +236,3 @@ def _pack(checkpoint: Checkpoint, kernels: Kernels, device: torch.device, cache:
     with progress("packing weights", "layer") as show:
         packed = pack_weights(checkpoint, kernels, device, show)
     return packed if cache is None else cache.store(packed)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

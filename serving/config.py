@@ -1,16 +1,15 @@
-"""Every option of the server, once: the fields below are the command line and its help. And what a model computes."""
+"""Every option of the server, once: the fields below are the command line and its help."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from serving.architectures import Architecture
 from serving.quantize import DENSE, WEIGHT_DTYPES
-from serving.rope import Rope
 from tilus.errors import TilusError
 from tilus.kernels import KV_FORMATS
 
@@ -65,80 +64,12 @@ class EngineConfig:
             )
 
 
-@dataclass(frozen=True)
-class LayerAttention:
-    """Of one layer. window: how many tokens one sees at most, the last ones, itself included; None: all."""
-
-    rope: Rope
-    window: int | None = None
-
-
-@dataclass(frozen=True)
-class Experts:
-    """Of layers whose feed-forward is a mixture. active: those that compute a token. ffn_size: of one expert. normalized: whether
-    the weights of a token's experts are divided by their sum."""
-
-    count: int
-    active: int
-    ffn_size: int
-    normalized: bool
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """What a decoder computes, beside its architecture. Raises TilusError when the numbers contradict each other.
-
-    attention: of the layers, over and over. attention_scale: what scores are multiplied with. attention_cap, final_cap: scores
-    (logits) x become cap * tanh(x / cap). biases: the matrices of a layer that have one. experts: None for dense layers.
-    """
-
-    architecture: Architecture
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    ffn_size: int
-    vocab_size: int
-    max_positions: int
-    rms_eps: float
-    attention: tuple[LayerAttention, ...]
-    attention_scale: float
-    attention_cap: float | None = None
-    final_cap: float | None = None
-    biases: tuple[str, ...] = ()
-    experts: Experts | None = None
-
-    def __post_init__(self) -> None:
-        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
-            raise TilusError(
-                f"the model has {self.num_heads} query heads and {self.num_kv_heads} key-value heads, "
-                "but the first must be a multiple of the second"
-            )
-        if self.head_dim % 2:
-            raise TilusError(f"the model's head_dim is {self.head_dim}, but rotary embedding needs an even one")
-        if self.experts is not None and not 1 <= self.experts.active <= self.experts.count:
-            raise TilusError(
-                f"{self.experts.active} of {self.experts.count} experts compute a token, but must be at least one of them"
-            )
-
-    @property
-    def ropes(self) -> tuple[Rope, ...]:
-        """The different ones."""
-        return tuple(dict.fromkeys(layer.rope for layer in self.attention))
-
-    @property
-    def embedding_scale(self) -> float:
-        """What rows of the embedding are multiplied with."""
-        return self.hidden_size**0.5 if self.architecture.scales_embedding else 1.0
-
-    def attention_of(self, layer: int) -> LayerAttention:
-        return self.attention[layer % len(self.attention)]
-
-    @property
-    def kv_values_per_token(self) -> int:
-        """Elements that one token keeps in the cache, over all layers."""
-        return self.num_layers * 2 * self.num_kv_heads * self.head_dim
+def version() -> str:
+    """Of tilus, where it is installed; a checkout that is only on the path has none."""
+    try:
+        return importlib.metadata.version("tilus")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown: running from a checkout that is not installed"
 
 
 def _option(default: Any, help: str, metavar: str | None = None, choices: Sequence[str] | None = None) -> Any:

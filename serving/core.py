@@ -9,10 +9,10 @@ made in a third of the time of a frozen dataclass.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from serving.errors import RequestError
 
@@ -59,7 +59,8 @@ class SamplingParams:
     stop, stop_token_ids: texts and tokens that end the answer, as the model's own do unless ignore_eos; it is shown with
     include_stop_str_in_output. min_tokens: before there are so many, nothing of this ends it.
     skip_special_tokens: whether special tokens are left out of the text.
-    logprobs: None for none, else how many alternatives to report beside the chosen token (0 to 20).
+    logprobs: None for none, else how many alternatives to report beside the chosen token (0 to 20). prompt_logprobs: the same of
+    the prompt's tokens; such a prompt is computed as a whole, whatever the cache knows of it.
     Raises RequestError for a value outside its range.
     """
 
@@ -81,6 +82,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         biases, stops = dict(self.logit_bias), list(self.stop)
@@ -107,6 +109,7 @@ class SamplingParams:
             ),
             "stop_token_ids": (len(self.stop_token_ids) <= MAX_STOP_TOKENS, f"at most {MAX_STOP_TOKENS} tokens"),
             "logprobs": (0 <= (self.logprobs or 0) <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}"),
+            "prompt_logprobs": (0 <= (self.prompt_logprobs or 0) <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}"),
         }
         for name, (holds, expected) in rules.items():
             if not holds:
@@ -206,7 +209,8 @@ class BatchItem(NamedTuple):
     number. history: all tokens of the sequence, the last `draw` of them its answer, where `params.needs_history`. allowed: a
     bit for each token of the vocabulary, the first in the lowest bit of the first byte, where a grammar decides; None for all.
     num_drafts: how many of the last tokens are guesses, which the step checks: behind the token in front of them and behind
-    each of them one is sampled, with draw, draw + 1, ...
+    each of them one is sampled, with draw, draw + 1, ... targets: what follows on the first of the tokens in a prompt, where log-
+    probabilities are wanted of that, and of the `num_best` most probable tokens in each place.
     """
 
     request_id: str
@@ -218,6 +222,8 @@ class BatchItem(NamedTuple):
     history: tuple[int, ...] = ()
     allowed: bytes | None = None
     num_drafts: int = 0
+    targets: tuple[int, ...] = ()
+    num_best: int = 0
 
     @property
     def kv_len(self) -> int:
@@ -268,15 +274,18 @@ class SampledToken(NamedTuple):
 @dataclass(frozen=True)
 class StepOutput:
     """One entry for each of `Batch.sampled`, in order: its new tokens, one, or as many drafts as agreed with what was sampled in
-    their places and one more. None where the logits were not numbers.
+    their places and one more. None where the logits were not numbers. prompts: by request, targets with what was asked of them,
+    and where in its tokens the first one is.
     """
 
     tokens: tuple[tuple[SampledToken, ...] | None, ...]
+    prompts: Mapping[str, tuple[int, tuple[SampledToken, ...]]] = field(default_factory=dict[str, Any])
 
 
 class RequestOutput(NamedTuple):
     """What a request gained in one step. `text` may lag behind `tokens`: half characters and possible beginnings of a
-    stop string are held back. After an output with a finish reason there is none. num_cached: as of `Sequence`.
+    stop string are held back. After an output with a finish reason there is none. num_cached: as of `Sequence`. prompt: its
+    tokens, in a request's first output where `prompt_logprobs` are wanted.
     """
 
     request_id: str
@@ -284,6 +293,7 @@ class RequestOutput(NamedTuple):
     tokens: tuple[SampledToken, ...]
     finish_reason: FinishReason | None = None
     num_cached: int = 0
+    prompt: tuple[SampledToken, ...] = ()
 
 
 class Runner(Protocol):

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
-from serving.config import ModelConfig
-from serving.huggingface import model_config
-from serving.loader import ALWAYS_INT8, Checkpoint
+from serving.loader import Checkpoint
+from serving.model_config import ModelConfig, model_config
 from serving.packing import layer_vectors
-from serving.quantize import GROUP
-from serving.tokenizer import Tokenizer
+from serving.quantize import ALWAYS_INT8, GROUP, StoredMatrix
+from serving.tokenizer import Tokenizer, read_json
 from tilus.dtypes import DataType, f16, int8
 from tilus.errors import TilusError
 from tilus.kernels.quantize import DenseMatrix, Matrix, QuantizedMatrix
@@ -31,13 +28,10 @@ def open_dummy(path: Path, weight_dtype: DataType, group: int = GROUP) -> Checkp
     Raises: TilusError when there is none, and, by name, for what is not supported.
     """
     file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
+    settings = read_json(file)
+    if not settings:
         raise TilusError(f"there is no {file}", hint="--dummy takes a config.json, or a directory with one, as --model")
-    try:
-        settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise TilusError(f"{file} is not valid JSON: {error}") from error
-    config = model_config(file.parent, settings)
+    config = model_config(settings, str(file))
     weights = DummyWeights(config, weight_dtype, group, tied=bool(settings.get("tie_word_embeddings", False)))
     return Checkpoint(f"dummy-{file.resolve().parent.name}", config, _byte_tokenizer(), weights)
 
@@ -75,20 +69,9 @@ class DummyWeights:
     def matrix(self, name: str) -> Matrix:
         return self._random(self._shape(name), *self._kind(name))
 
-    def table(self) -> Matrix:
-        return self.matrix("token_embd")
-
-    def is_float(self, name: str) -> bool:
-        return False
-
-    def first_row(self, name: str) -> Matrix:
-        return self._random((1, self._shape(name)[1]), *self._kind(name))
-
-    def num_rows(self, name: str) -> int:
-        return self._shape(name)[0]
-
-    def stored_nbytes(self, name: str) -> int:
-        return 0
+    def stored(self, name: str) -> StoredMatrix:
+        num_rows, width = self._shape(name)
+        return StoredMatrix(False, self._random((1, width), *self._kind(name)), num_rows, 0)
 
     def _kind(self, name: str) -> tuple[DataType, int]:
         return (int8, 32) if _part(name) in ALWAYS_INT8 else (self._dtype, self._group)

@@ -50,11 +50,12 @@ class Vocabulary(Protocol):
 
 @dataclass(eq=False)
 class _Live:
-    """A sequence with the state of its text."""
+    """A sequence with the state of its text. prompt: its tokens, where their log-probabilities are wanted, as far as known."""
 
     seq: Sequence
     detokenizer: Detokenizer
     stop: StopMatcher
+    prompt: list[SampledToken]
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,8 +166,9 @@ class Engine:
         seq = Sequence(request, limit, now + self.config.request_timeout, matcher, arrived=now)
         decode = partial(self._vocabulary.decode, skip_special=params.skip_special_tokens)
         self._live[request.id] = _Live(
-            seq, Detokenizer(decode), StopMatcher(params.stop, include=params.include_stop_str_in_output)
-        )
+            seq, Detokenizer(decode), StopMatcher(params.stop, include=params.include_stop_str_in_output),
+            [] if params.prompt_logprobs is None else [SampledToken(request.prompt[0])],
+        )  # fmt: skip
         self.scheduler.add(seq)
         for observer in self.observers:
             observer.queued(seq, now)
@@ -223,18 +225,22 @@ class Engine:
     def _informed(self, batch: Batch) -> Batch:
         """The batch with what sampling must know beyond the logits."""
         wanting = (item.params for item in batch.items if item.params is not None)
-        if not any(params.needs_history or params.min_tokens for params in wanting):
+        prompts = (item.request_id for item in batch.items if item.params is None or len(item.token_ids) > 1)
+        if not any(p.needs_history or p.min_tokens for p in wanting) and not any(self._live[i].prompt for i in prompts):
             return batch
         return replace(batch, items=tuple(self._informed_item(item) for item in batch.items))
 
     def _informed_item(self, item: BatchItem) -> BatchItem:
-        params = item.params
+        params, seq = item.params, self._live[item.request_id].seq
+        request = seq.request
+        if request.params.prompt_logprobs is not None:
+            targets = request.prompt[item.start + 1 : item.kv_len + 1]
+            item = item._replace(targets=targets, num_best=request.params.prompt_logprobs)
         if params is not None and item.draw < params.min_tokens:
             ends = frozenset(params.stop_token_ids).union(() if params.ignore_eos else self._vocabulary.eos_ids)
             item = item._replace(allowed=_all_but(ends, self._vocabulary.vocab_size))
         if params is None or not params.needs_history:
             return item
-        seq = self._live[item.request_id].seq
         allowed = seq.matcher.allowed() if seq.matcher is not None else item.allowed
         return item._replace(history=tuple(seq.tokens), allowed=allowed)
 
@@ -290,7 +296,8 @@ class Engine:
             return []
         asked = self._clock.now()
         with self._span("wait"):
-            tokens = step.wait().tokens
+            output = step.wait()
+        tokens = output.tokens
         if len(tokens) != len(step.items):
             raise TilusError(f"the runner sampled {len(tokens)} tokens, expected {len(step.items)}")
         now = self._clock.now()
@@ -299,6 +306,9 @@ class Engine:
         else:
             self._watch.overlapped(step.work, step.since, self._launched and self._launched.work, asked, now)
         with self._span("commit"):
+            for request_id, (start, scored) in output.prompts.items():
+                if request_id in self._live:
+                    self._live[request_id].prompt[start : start + len(scored)] = scored
             return [
                 self._extend(live, item, found, now)
                 for item, live, found in zip(step.items, step.sampled, tokens)
@@ -325,7 +335,8 @@ class Engine:
             observer.produced(seq, count, now)
         if reason is not None:
             self._end(item.request_id, reason)
-        return RequestOutput(item.request_id, text, tokens[:count], reason, seq.num_cached)
+        prompt = () if item.draw else tuple(live.prompt)
+        return RequestOutput(item.request_id, text, tokens[:count], reason, seq.num_cached, prompt)
 
     def _append(self, live: _Live, token_id: int, num_output: int) -> tuple[str, FinishReason | None]:
         """The text that can be shown with an answer's `num_output`-th token, and whether it ends there."""

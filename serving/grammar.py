@@ -69,12 +69,14 @@ class _Trial:
 
     def passes(self, source: str) -> bool:
         """Whether the process is done within MAX_SECONDS. If not it is of no more use."""
+        if not self._is_ready:
+            return False
         try:
             self._requests.write(json.dumps(source).encode() + b"\n")
             self._requests.flush()
         except BrokenPipeError:
             return False
-        return self._is_ready and self._answers_within(MAX_SECONDS)
+        return self._answers_within(MAX_SECONDS)
 
     def _answers_within(self, seconds: float) -> bool:
         return bool(select.select([self._answers], [], [], seconds)[0]) and self._answers.readline() == b"\n"

@@ -7,13 +7,13 @@ step, S its sequences.
 from __future__ import annotations
 
 import functools
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from tilus.errors import TilusError
+from tilus import kernels
 from tilus.kernels import KvFrame, QuantizedCache
 from tilus.kernels.quantize import QuantizedMatrix
 
@@ -128,19 +128,12 @@ class Kernels(Protocol):
 
 @functools.cache
 def default_kernels(invariant: bool = False) -> Kernels:
-    """`tilus.kernels`, imported when a model is loaded and not before.
+    """`tilus.kernels`.
 
     invariant: such that a token's results have the same bits whatever else is in its step, however prompts are cut, and whether
     it is computed again. Sums are then cut in one way, at the cost of time.
     """
-    import importlib
-
-    try:
-        importlib.import_module("tilus.kernels.quantize")  # the package itself imports its modules lazily
-        module: ModuleType = importlib.import_module("tilus.kernels")
-    except ModuleNotFoundError as error:
-        raise TilusError(f"the kernel library cannot be imported: {error}") from error
     if not invariant:
-        return cast(Kernels, module)
-    changed = {name: functools.partial(getattr(module, name), invariant=True) for name in _SUMMING}
-    return cast(Kernels, SimpleNamespace(**vars(module) | changed))
+        return cast(Kernels, kernels)
+    changed = {name: functools.partial(getattr(kernels, name), invariant=True) for name in _SUMMING}
+    return cast(Kernels, SimpleNamespace(**vars(kernels) | changed))

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from serving.config import ModelConfig
 from serving.kernels import KvCache
+from serving.model_config import ModelConfig
 from tilus.kernels import KV_FORMATS, QuantizedCache
 
 _PLAIN = {"fp16": torch.float16, "bf16": torch.bfloat16}

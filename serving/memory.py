@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from serving.config import ModelConfig
+from serving.config import ServerConfig
 from serving.host_memory import available_nbytes
 from serving.kernels import Kernels, PackedWeight
 from serving.kv_pool import PageShape
 from serving.loader import Checkpoint, Weights
+from serving.model_config import ModelConfig
 from serving.packing import HEAD, TABLE, TABLE_SCALES, PackedWeights, keeps_codes, layer_linears, layer_vectors
 from serving.quantize import with_short_scales
 from serving.step_shapes import LARGEST_BATCH
@@ -110,26 +111,16 @@ def free_nbytes(device: torch.device) -> int:
     return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_nbytes()
 
 
-@dataclass(frozen=True)
-class Wishes:
-    """What the user asked for: None where the memory decides. num_drafts: of a sequence in a step."""
-
-    max_batch: int
-    max_step_tokens: int
-    max_model_len: int | None
-    num_pages: int | None
-    kv_dtype: str = "fp16"
-    num_drafts: int = 0
-
-
-def plan(config: ModelConfig, size: ModelSize, wishes: Wishes, available: int, device: torch.device) -> MemoryPlan:
+def plan(
+    config: ModelConfig, size: ModelSize, wishes: ServerConfig, available: int, device: torch.device
+) -> MemoryPlan:
     """Share the memory out. By default the cache holds every request at full length as far as the memory goes, and at least
     one request: of `max_model_len` tokens where that was asked for, else of 512.
 
     Raises: TilusError with the numbers when that does not fit.
     """
     page_nbytes = PageShape(config, PAGE_SIZE, wishes.kv_dtype).nbytes
-    max_rows = wishes.max_batch * (1 + wishes.num_drafts)
+    max_rows = wishes.max_batch * (1 + wishes.drafts)
     activations = activation_nbytes(config, wishes.max_step_tokens, max_rows, device)
     left = available - size.weights - size.embedding - activations
     full = -(-(wishes.max_model_len or config.max_positions) // PAGE_SIZE)
@@ -141,16 +132,12 @@ def plan(config: ModelConfig, size: ModelSize, wishes: Wishes, available: int, d
     num_pages = wishes.num_pages or max(least, min(wishes.max_batch * full, share // page_nbytes))
     found = MemoryPlan(size, activations, num_pages, page_nbytes, available)
     if found.total > available:
-        raise _refusal(found)
+        raise TilusError(
+            f"the model needs {found.total / 2**20:.0f} MiB, but {available / 2**20:.0f} MiB are available\n{found.table()}",
+            hint="take fewer bits with --weight-dtype (weights that are stored as floats) and --kv-dtype, a smaller cache with "
+            "--num-pages or --max-model-len, smaller steps with --max-step-tokens and --max-batch, or end other programs",
+        )
     return found
-
-
-def _refusal(plan: MemoryPlan) -> TilusError:
-    return TilusError(
-        f"the model needs {plan.total / 2**20:.0f} MiB, but {plan.available / 2**20:.0f} MiB are available\n{plan.table()}",
-        hint="take fewer bits with --weight-dtype (weights that are stored as floats) and --kv-dtype, a smaller cache with "
-        "--num-pages or --max-model-len, smaller steps with --max-step-tokens and --max-batch, or end other programs",
-    )
 
 
 class _Sizing:
@@ -166,18 +153,18 @@ class _Sizing:
         """Bytes of matrices that are fused where they are quantised alike."""
         total, previous, num_rows = 0, None, 0
         for name in names:
-            row = self._weights.first_row(name)
-            if row is None:
-                total += self._weights.stored_nbytes(name)
+            stored = self._weights.stored(name)
+            if (row := stored.first_row) is None:
+                total += stored.nbytes
                 continue
             if previous is not None and not previous.stacks_with(row):
                 total += self._nbytes(previous, num_rows)
                 num_rows = 0
-            previous, num_rows = row, num_rows + self._weights.num_rows(name)
+            previous, num_rows = row, num_rows + stored.num_rows
         return total + (self._nbytes(previous, num_rows) if previous is not None else 0)
 
     def embedding_nbytes(self, config: ModelConfig) -> int:
-        row = self._weights.first_row(TABLE)
+        row = self._weights.stored(TABLE).first_row
         if row is not None and keeps_codes(row):
             return config.vocab_size * (config.hidden_size + 2 * row.scales.shape[1])
         return config.vocab_size * config.hidden_size * 2

@@ -11,10 +11,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
+from itertools import accumulate
+from math import inf
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from serving.core import Batch, Ending, Sequence
 from serving.engine import Engine
@@ -73,11 +76,7 @@ class Histogram:
 
     def buckets(self) -> list[tuple[str, float]]:
         """Upper bounds and how many values are at most that, as Prometheus wants them."""
-        gathered, result = 0, list[tuple[str, float]]()
-        for bound, count in zip([*map(float, self.bounds), float("inf")], list(self.counts)):
-            gathered += count
-            result.append((str(bound) if bound != float("inf") else "+Inf", gathered))
-        return result
+        return list(zip(map(floatToGoString, (*self.bounds, inf)), accumulate(self.counts)))
 
 
 @dataclass(eq=False)
@@ -169,22 +168,20 @@ class Metrics(Observer, Collector):
     def collect(self) -> Iterator[Metric]:
         names, values = list(self._labels), list(self._labels.values())
         for name, value in self._gauges():
-            gauge = GaugeMetricFamily(f"vllm:{name}", f"{name.replace('_', ' ')}.".capitalize(), labels=names)
-            gauge.add_metric(values, value)
-            yield gauge
+            yield _one(
+                GaugeMetricFamily(f"vllm:{name}", f"{name.replace('_', ' ')}.".capitalize(), labels=names),
+                values,
+                value,
+            )
         config = self._engine.config
         cache = {"block_size": str(config.page_size), "num_gpu_blocks": str(config.num_pages)}
-        info = GaugeMetricFamily(
-            "vllm:cache_config_info", "The key-value cache, whatever it lies on.", labels=[*names, *cache]
-        )
-        info.add_metric([*values, *cache.values()], 1)
-        yield info
+        told = "The key-value cache, whatever it lies on."
+        info = GaugeMetricFamily("vllm:cache_config_info", told, labels=[*names, *cache])
+        yield _one(info, [*values, *cache.values()], 1)
         accepted, preempted = list(self._accepted), sum(r.seq.num_preemptions for r in list(self._records.values()))
         counts = self._counts + Counter(num_preemptions=preempted, spec_decode_num_accepted_tokens=sum(accepted))
         for name, text in _COUNTERS.items():
-            counter = CounterMetricFamily(f"vllm:{name}", text, labels=names)
-            counter.add_metric(values, counts[name])
-            yield counter
+            yield _one(CounterMetricFamily(f"vllm:{name}", text, labels=names), values, counts[name])
         for name, text, label, parts in (
             ("request_success", "Requests by how they ended.", "finished_reason", list(self._ends.items())),
             ("spec_decode_num_accepted_tokens_per_pos", "Accepted tokens by place.", "position", enumerate(accepted)),
@@ -209,3 +206,8 @@ class Metrics(Observer, Collector):
 
     def _observe(self, name: str, value: float) -> None:
         self._histograms[name].observe(value)
+
+
+def _one(family: GaugeMetricFamily | CounterMetricFamily, labels: Several[str], value: float) -> Metric:
+    family.add_metric(labels, value)
+    return family

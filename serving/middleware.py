@@ -50,12 +50,13 @@ class KeyCheck:
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self._app = app
-        self._expected = f"Bearer {key}".encode()
+        self._key = key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in _OPEN:
             given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._expected):
+            scheme, _, found_key = given.partition(b" ")  # whose letters may be large or small (RFC 9110)
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(found_key, self._key):
                 found = "another one" if given else "none"
                 message = f"this server wants its key in the header 'Authorization: Bearer KEY', but found {found}"
                 error = RequestError(message, status=401, code="invalid_api_key")

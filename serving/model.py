@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from serving.config import Experts, ModelConfig
 from serving.kernels import Kernels, KvCache, PackedWeight
 from serving.loader import Checkpoint
+from serving.model_config import Experts, ModelConfig
 from serving.packing import BIAS, HEAD, NORM, ROPE, TABLE, TABLE_SCALES, PackedWeights, pack_weights
 from tilus.kernels import KvFrame
 
@@ -149,6 +149,11 @@ class Model:
         """Logits float32 [L, vocabulary] of the rows `step.last`. Where these are all rows, only kernels of the library compute.
         layers: each one's cache. out: where the logits go.
         """
+        x = self.hidden(step, layers)
+        return self.logits(x if step.last is None else x.index_select(0, step.last), out)
+
+    def hidden(self, step: StepTensors, layers: Sequence[KvCache]) -> Tensor:
+        """What the head gets: the norm of the residual stream, [M, H]."""
         kernels, config, eps = self.kernels, self.config, self.config.rms_eps
         x = kernels.embedding(step.token_ids, self.embedding.table, self.embedding.scales)
         x, residual = kernels.start_rms_norm(
@@ -161,12 +166,15 @@ class Model:
             x = kernels.add_rms_norm(x, residual, layer.ffn_norm, eps, x_norm=layer.post_attention_norm, constant=True)
             x = layer.feed_forward(kernels, x, self.combine)
             x = kernels.add_rms_norm(x, residual, next_norm, eps, x_norm=layer.post_ffw_norm, constant=True)
-        if step.last is not None:
-            x = x.index_select(0, step.last)
+        return x
+
+    def logits(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Of rows of `hidden`, float32 [rows, vocabulary]."""
+        config = self.config
         if x.shape[0] == 0:  # only chunks inside prompts
             return torch.empty((0, config.vocab_size), dtype=torch.float32, device=x.device)
-        logits = kernels.linear(x, self.head, out_dtype=torch.float32, out=out)
-        return logits if config.final_cap is None else kernels.soft_cap(logits, config.final_cap)
+        logits = self.kernels.linear(x, self.head, out_dtype=torch.float32, out=out)
+        return logits if config.final_cap is None else self.kernels.soft_cap(logits, config.final_cap)
 
     def _attention(self, layer: Layer, x: Tensor, step: StepTensors, kv_cache: KvCache) -> Tensor:
         kernels = self.kernels

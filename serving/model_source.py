@@ -11,12 +11,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from serving import tokenizer
-from serving.config import LayerAttention
+from serving.gguf import GGUFWeights, gguf_settings
 from serving.gguf_tokenizer import from_gguf
-from serving.loader import GGUFWeights, gguf_config
-from serving.rope import rope_of
-from serving.tokenizer import Tokenizer, read_json
+from serving.huggingface import read_settings
+from serving.model_config import model_config
+from serving.tokenizer import Tokenizer, from_huggingface
 from tilus.dtypes import f16, f32
 from tilus.errors import TilusError
 from tilus.kernels.quantize import CheckpointWriter, GGUFFile, QuantizedMatrix, open_tensors
@@ -72,9 +71,7 @@ class DirectorySource:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._config = read_json(path / "config.json")
-        if not self._config:
-            raise TilusError(f"{path} has no config.json, so it is no model in Hugging Face's format")
+        self._config = read_settings(path)
         self._tensors = open_tensors(path)
 
     def names(self) -> Iterator[str]:
@@ -102,7 +99,7 @@ class DirectorySource:
         return {key: value for key, value in self._config.items() if key not in dropped}
 
     def tokenizer(self) -> Tokenizer:
-        return tokenizer.from_huggingface(self._path)
+        return from_huggingface(self._path)
 
     def write_files(self, directory: Path) -> None:
         for file in self._path.iterdir():
@@ -116,16 +113,16 @@ class GGUFSource:
 
     def __init__(self, path: Path) -> None:
         self._file = GGUFFile(path)
-        self._config = gguf_config(self._file)
-        self._architecture = self._config.architecture
-        self._theta = self._file.number(f"{self._architecture.gguf}.rope.freq_base", 10000.0)
-        plain = LayerAttention(rope_of({"rope_theta": self._theta}, self._config.head_dim, 1, str(path)))
-        if self._architecture.gguf not in _MODEL_TYPES or self._config.experts or self._config.attention != (plain,):
+        self._settings = gguf_settings(self._file)
+        config = model_config(self._settings, str(path))
+        self._architecture = config.architecture
+        is_plain = not config.experts and "rope_scaling" not in self._settings and config.attention[0].window is None
+        if self._architecture.gguf not in _MODEL_TYPES or not is_plain:
             raise TilusError(
                 f"{path} is a {self._architecture.huggingface} that would need more than sizes in its config.json",
                 hint="quantise the same model in Hugging Face's format",
             )
-        self._weights = GGUFWeights(self._file, self._config)
+        self._weights = GGUFWeights(self._file, config)
         self._tokenizer = from_gguf(self._file)
         self._own_name = {self._full_name(name): name for name in self._file.tensors}
 
@@ -148,26 +145,9 @@ class GGUFSource:
         writer.add_floats(name, values, f16 if values.ndim == 2 else f32)
 
     def config(self) -> dict[str, Any]:
-        config = self._config
-        return {
-            "architectures": [self._architecture.huggingface],
-            "model_type": _MODEL_TYPES[self._architecture.gguf],
-            "hidden_size": config.hidden_size,
-            "num_hidden_layers": config.num_layers,
-            "num_attention_heads": config.num_heads,
-            "num_key_value_heads": config.num_kv_heads,
-            "head_dim": config.head_dim,
-            "intermediate_size": config.ffn_size,
-            "vocab_size": config.vocab_size,
-            "max_position_embeddings": config.max_positions,
-            "rms_norm_eps": config.rms_eps,
-            "rope_theta": self._theta,
-            "hidden_act": "silu",
-            "tie_word_embeddings": not self._weights.has("output"),
-            "bos_token_id": self._file.integer("tokenizer.ggml.bos_token_id"),
-            "eos_token_id": self._file.integer("tokenizer.ggml.eos_token_id"),
-            "torch_dtype": "float16",
-        }
+        own = {"model_type": _MODEL_TYPES[self._architecture.gguf], "torch_dtype": "float16"}
+        ends = {f"{name}_token_id": self._file.integer(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+        return self._settings | own | ends
 
     def tokenizer(self) -> Tokenizer:
         return self._tokenizer

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from serving.architectures import QKV
-from serving.config import ModelConfig
 from serving.kernels import Kernels, PackedWeight
 from serving.loader import Checkpoint
+from serving.model_config import ModelConfig
 from serving.quantize import fit_float16, with_short_scales
 from tilus.dtypes import int8
 from tilus.errors import TilusError
@@ -145,7 +145,7 @@ class _Packing:
 
     def add_ends(self) -> None:
         """What comes before and after the layers."""
-        table = self._weights.table()
+        table = self._weights.matrix(TABLE)
         if keeps_codes(table):
             self.tensors[TABLE] = self._tensor(table.codes.view(np.int8))
             self.tensors[TABLE_SCALES] = self._half(table.scales)
@@ -164,7 +164,7 @@ class _Packing:
             [
                 weights.bias(prefix + part)
                 if part in self._config.biases
-                else np.zeros(weights.num_rows(prefix + part), np.float32)
+                else np.zeros(weights.stored(prefix + part).num_rows, np.float32)
                 for part in parts
             ]
         )

@@ -10,6 +10,10 @@ from collections.abc import Callable, Generator
 import click
 
 
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 @contextlib.contextmanager
 def progress(label: str, unit: str) -> Generator[Callable[[int, int], None]]:
     """On stderr. What is given is called with (done, total), first with done = 0. At the end the seconds are told, unless it was
@@ -22,7 +26,8 @@ def progress(label: str, unit: str) -> Generator[Callable[[int, int], None]]:
             nonlocal shown
             shown = True
             if not sys.stderr.isatty():
-                _log(label, unit, done, total)
+                if done and done * 4 // total != (done - 1) * 4 // total:
+                    say(f"{label}: {unit} {done} of {total}")
                 return
             if not bars or bars[0].length != total:
                 bars[:] = [
@@ -32,9 +37,4 @@ def progress(label: str, unit: str) -> Generator[Callable[[int, int], None]]:
 
         yield show
     if shown:
-        print(f"{label}: {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
-
-
-def _log(label: str, unit: str, done: int, total: int) -> None:
-    if done and done * 4 // total != (done - 1) * 4 // total:
-        print(f"{label}: {unit} {done} of {total}", file=sys.stderr, flush=True)
+        say(f"{label}: {time.monotonic() - start:.1f} s")

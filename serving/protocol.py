@@ -9,13 +9,13 @@ import json
 import random
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from serving.core import Grammar, Request, SamplingParams
 from serving.errors import RequestError
+from serving.messages import Closed, Message, NamedTool, Tool
 from serving.tokenizer import TemplateOptions
 
 MAX_CHOICES = 128
@@ -41,13 +41,7 @@ _ONLY_NEUTRAL: Mapping[str, tuple[object, ...]] = {
 }
 
 
-class _Closed(BaseModel):
-    """Has no other fields, and nothing is converted."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class StreamOptions(_Closed):
+class StreamOptions(Closed):
     """include_usage: in a chunk at the end; with continuous_usage_stats (vLLM's) in all others, too. include_obfuscation: the
     padding, which hides lengths from those who listen in, is never sent.
     """
@@ -57,7 +51,7 @@ class StreamOptions(_Closed):
     include_obfuscation: bool | None = None
 
 
-class JsonSchemaFormat(_Closed):
+class JsonSchemaFormat(Closed):
     """A named JSON schema. strict: schemas are always enforced; whether they are supported is found when they are compiled."""
 
     name: str
@@ -66,7 +60,7 @@ class JsonSchemaFormat(_Closed):
     strict: bool | None = None
 
 
-class ResponseFormat(_Closed):
+class ResponseFormat(Closed):
     """OpenAI's way to ask for JSON."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -82,7 +76,7 @@ class ResponseFormat(_Closed):
         return Grammar("json_schema", '{"type": "object"}') if self.type == "json_object" else None
 
 
-class StructuredOutputs(_Closed):
+class StructuredOutputs(Closed):
     """vLLM's way to ask for what OpenAI has no word for: one of a JSON schema, a regular expression, or some texts."""
 
     json_schema: dict[str, Any] | str | None = Field(None, alias="json")
@@ -159,29 +153,24 @@ class GenerationBody(BaseModel):
             )
         return asked[0] or asked[1]
 
-    def request(self, request_id: str, prompt: tuple[int, ...], choice: int, grammar: Grammar | None) -> Request:
-        """One of the `n` choices for a prompt."""
-        params = replace(self.choice_params(choice), grammar=grammar)
-        return Request(request_id, prompt, params, self.priority or 0, self.user or "")
-
     @abstractmethod
-    def choice_params(self, choice: int) -> SamplingParams:
-        """Sampling parameters of one of `n` choices."""
+    def own_params(self) -> dict[str, Any]:
+        """What endpoints have different words for: max_tokens, logprobs and prompt_logprobs of `SamplingParams`."""
 
-    def params(self, choice: int, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        """Sampling parameters of one of `n` choices: each has a random stream of its own, following from `seed`."""
+    def request(self, request_id: str, prompt: tuple[int, ...], choice: int, grammar: Grammar | None) -> Request:
+        """One of the `n` choices for a prompt: each has a random stream of its own, following from `seed`."""
         seed = random.getrandbits(64) if self.seed is None else self.seed + choice
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        return SamplingParams(
-            max_tokens=max_tokens,
+        params = SamplingParams(
             top_k=0 if self.top_k in (None, -1) else self.top_k,  # vLLM's word for no limit is -1
             logit_bias=self._biases(),
+            grammar=grammar,
             seed=seed % _SEEDS,
-            stop=stop,
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
-            logprobs=logprobs,
+            **self.own_params(),
             **{name: value for name in _AS_GIVEN if (value := getattr(self, name)) is not None},
         )
+        return Request(request_id, prompt, params, self.priority or 0, self.user or "")
 
     def _biases(self) -> tuple[tuple[int, float], ...]:
         """JSON knows only texts as names: a token's id comes as its decimal digits."""
@@ -201,11 +190,6 @@ class CompletionBody(GenerationBody):
     echo: bool | None = None
     add_special_tokens: bool = True
 
-    def check(self) -> None:
-        super().check()
-        if self.echo and self.logprobs is not None:
-            raise RequestError("logprobs with echo is not supported: prompts have none here", param="logprobs")
-
     def prompts(self) -> list[str | list[int]]:
         """One prompt or several, as text or token ids."""
         prompt = self.prompt
@@ -223,99 +207,20 @@ class CompletionBody(GenerationBody):
             )
         return [item for item in prompt if not isinstance(item, int)]
 
-    def choice_params(self, choice: int) -> SamplingParams:
-        return self.params(choice, 16 if self.max_tokens is None else self.max_tokens, self.logprobs)
+    @property
+    def is_only_prompt(self) -> bool:
+        """Whether nothing but the prompt is wanted. A token is drawn then, too, and not told."""
+        return bool(self.echo) and self.max_tokens == 0
+
+    def own_params(self) -> dict[str, Any]:
+        limit = 16 if self.max_tokens is None else self.max_tokens
+        prompt_logprobs = self.logprobs if self.echo else None
+        return {
+            "max_tokens": 1 if self.is_only_prompt else limit, "logprobs": self.logprobs, "prompt_logprobs": prompt_logprobs
+        }  # fmt: skip
 
 
-class TextPart(_Closed):
-    type: Literal["text"]
-    text: str
-
-
-class FunctionCall(_Closed):
-    """parsed_arguments: what OpenAI's client adds to `arguments` when it has read them from a stream."""
-
-    name: str
-    arguments: str
-    parsed_arguments: Any = None
-
-    def for_template(self) -> dict[str, Any]:
-        """Templates write the arguments themselves, and want them as an object."""
-        try:
-            arguments = json.loads(self.arguments)
-        except (ValueError, RecursionError) as error:
-            raise RequestError(
-                f"the arguments of a call of {self.name!r} are not valid JSON: {error}", param="messages"
-            ) from error
-        return {"name": self.name, "arguments": arguments}
-
-
-class MessageToolCall(_Closed):
-    id: str
-    type: Literal["function"] = "function"
-    index: int | None = None
-    function: FunctionCall
-
-
-class Message(_Closed):
-    """One of a conversation. What only answers have may come back, as clients send answers as they got them."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
-    name: str | None = None
-    tool_calls: list[MessageToolCall] | None = None
-    tool_call_id: str | None = None
-    refusal: str | None = None
-    annotations: list[Any] | None = None
-    parsed: Any = None
-    audio: None = None
-    function_call: None = None
-
-    def for_template(self) -> dict[str, Any]:
-        """As chat templates expect it; `developer` is OpenAI's newer word for `system`."""
-        if self.content is None and not self.tool_calls:
-            raise RequestError(
-                f"a message of the role {self.role!r} has neither content nor tool_calls", param="messages"
-            )
-        if self.tool_calls and self.role != "assistant":
-            raise RequestError(
-                f"a message of the role {self.role!r} has tool_calls, but only 'assistant' calls", param="messages"
-            )
-        content = "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content
-        message = {"role": "system" if self.role == "developer" else self.role, "content": content or ""}
-        if self.tool_calls:
-            calls = [
-                {"id": call.id, "type": call.type, "function": call.function.for_template()} for call in self.tool_calls
-            ]
-            return message | {"tool_calls": calls}
-        extra = {"name": self.name, "tool_call_id": self.tool_call_id}
-        return message | {name: value for name, value in extra.items() if value is not None}
-
-
-class Function(_Closed):
-    """parameters: a JSON schema; None for a function without any."""
-
-    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class Tool(_Closed):
-    type: Literal["function"]
-    function: Function
-
-
-class NamedFunction(_Closed):
-    name: str
-
-
-class NamedTool(_Closed):
-    type: Literal["function"]
-    function: NamedFunction
-
-
-class TemplateFields(_Closed):
+class TemplateFields(Closed):
     """What decides how messages are rendered, beside them; most of it as in vLLM."""
 
     tools: list[Tool] | None = None
@@ -381,9 +286,9 @@ class ChatBody(TemplateFields, GenerationBody):
                 param="max_tokens",
             )
 
-    def choice_params(self, choice: int) -> SamplingParams:
+    def own_params(self) -> dict[str, Any]:
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        return self.params(choice, limit, (self.top_logprobs or 0) if self.logprobs else None)
+        return {"max_tokens": limit, "logprobs": (self.top_logprobs or 0) if self.logprobs else None}
 
 
 class TokenizeBody(TemplateFields):
@@ -395,13 +300,14 @@ class TokenizeBody(TemplateFields):
     add_special_tokens: bool = True
     return_token_strs: bool | None = None
 
-    def text(self) -> str:
-        if self.prompt is None:
-            raise RequestError("give a prompt or messages", param="prompt")
+    def text(self) -> str | None:
+        """Of the prompt; None where there are messages."""
+        if (self.prompt is None) == (self.messages is None):
+            raise RequestError("give either a prompt or messages", param="prompt")
         return self.prompt
 
 
-class DetokenizeBody(_Closed):
+class DetokenizeBody(Closed):
     """POST /detokenize, as in vLLM."""
 
     model: str | None = None

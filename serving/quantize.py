@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from tilus.dtypes import DataType, f16, f32
+from tilus.dtypes import DataType, f16, f32, int8
 from tilus.dtypes import dtype as dtype_named
 from tilus.errors import TilusError
 from tilus.kernels.quantize import PRESETS, RECIPE_NAMES, DenseMatrix, Matrix, QuantizedMatrix, quantize
@@ -15,13 +15,32 @@ from tilus.kernels.quantize import PRESETS, RECIPE_NAMES, DenseMatrix, Matrix, Q
 GROUP = 32
 # int1 holds only 0 and -1, which no positive scale makes useful.
 WEIGHT_DTYPES = tuple(name for name in RECIPE_NAMES if name not in PRESETS and name != "int1")
+# Embeddings and routers, which lose more by fewer bits than they weigh.
+ALWAYS_INT8 = ("token_embd", "ffn_gate_inp")
 DENSE = "fp16"  # the name of weights that are not quantised
 _Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class StoredMatrix:
+    """What is known of a matrix before it is read. is_float: whether it is stored as floats, and quantised on the way. first_row:
+    or one that is quantised like it, which says how much memory it needs; None, and num_rows is 0, when only reading all of it
+    would tell. nbytes: in its file."""
+
+    is_float: bool
+    first_row: Matrix | None
+    num_rows: int
+    nbytes: int
 
 
 def weight_type(name: str) -> DataType:
     """What --weight-dtype names."""
     return f16 if name == DENSE else dtype_named(name)
+
+
+def type_on_load(name: str, weight_dtype: DataType) -> DataType:
+    """Of a matrix, by its GGUF name."""
+    return int8 if name.rpartition(".")[2] in ALWAYS_INT8 else weight_dtype
 
 
 def quantize_on_load(weight: _Floats, dtype: DataType, name: str) -> Matrix:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-
 from serving.core import Ending, Sequence
 from serving.observer import Observer
+from serving.progress import say
 
 
 class RequestLog(Observer):
     """Says it on stderr."""
 
     def ended(self, seq: Sequence, ending: Ending, now: float) -> None:
-        print(request_line(seq, ending, now), file=sys.stderr, flush=True)
+        say(request_line(seq, ending, now))
 
 
 def request_line(seq: Sequence, ending: Ending, now: float) -> str:

@@ -16,7 +16,7 @@ Json = dict[str, Any]
 @dataclass(eq=False)
 class Choice:
     """One continuation as it grows. num_prompt: tokens of its prompt, 0 where a choice before it has the same. num_cached: those
-    of them that were in the cache. shown: length of the token texts so far, the next `text_offset`.
+    of them that were in the cache. shown: length of the token texts so far, the next `text_offset`. prompt: of `RequestOutput`.
     """
 
     index: int
@@ -27,6 +27,7 @@ class Choice:
     tokens: list[SampledToken] = field(default_factory=list[SampledToken])
     finish_reason: FinishReason | None = None
     shown: int = 0
+    prompt: tuple[SampledToken, ...] = ()
 
     def count(self, output: RequestOutput) -> None:
         self.num_cached = min(output.num_cached, self.num_prompt)
@@ -34,6 +35,7 @@ class Choice:
         self.finish_reason = output.finish_reason
 
     def extend(self, output: RequestOutput) -> None:
+        self.prompt += output.prompt
         self.text += output.text
         self.tokens += output.tokens
 
@@ -110,34 +112,30 @@ class ChatFormat:
         return self._delta(index, {"role": "assistant", "content": ""}, None, None)
 
     def choice(self, choice: Choice) -> Json:
-        message: Json = {"role": "assistant", "content": choice.text, "refusal": None}
-        reason = choice.finish_reason
-        if self._parser is not None:
-            stream = _CallStream(self._parser(), several=self._several)
-            content, calls = stream.push(choice.text, ended=True)
-            reason = stream.reason(reason)
-            message["content"] = content if content or not calls else None
-            for call in calls:
-                del call["index"]
-                message.setdefault("tool_calls", []).append(call)
-        return {
-            "index": choice.index,
-            "message": message,
-            "logprobs": self._logprobs(choice.tokens),
-            "finish_reason": reason,
-        }
+        part, logprobs, reason = self._part(choice.index, choice.text, choice.tokens, choice.finish_reason)
+        calls = [
+            {name: value for name, value in call.items() if name != "index"} for call in part.pop("tool_calls", ())
+        ]
+        message: Json = {"role": "assistant", "content": None if calls else "", "refusal": None} | part
+        message |= {"tool_calls": calls} if calls else {}
+        return {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
     def delta(self, choice: Choice, output: RequestOutput) -> Json | None:
         """The next chunk's choice, if there is anything to tell."""
-        content, calls, reason = output.text, list[Json](), output.finish_reason
+        part, logprobs, reason = self._part(choice.index, output.text, output.tokens, output.finish_reason)
+        return self._delta(choice.index, part, logprobs, reason) if part or logprobs or reason else None
+
+    def _part(
+        self, index: int, text: str, tokens: Sequence[SampledToken], ended: FinishReason | None
+    ) -> tuple[Json, Json | None, str | None]:
+        """What a piece of an answer, or all of it, adds to its message; its log-probabilities, and why it ends there."""
+        calls, reason = list[Json](), ended
         if self._parser is not None:
-            stream = self._streams.get(choice.index) or _CallStream(self._parser(), several=self._several)
-            self._streams[choice.index] = stream
-            content, calls = stream.push(output.text, ended=reason is not None)
-            reason = stream.reason(reason)
-        delta = ({"content": content} if content else {}) | ({"tool_calls": calls} if calls else {})
-        logprobs = self._logprobs(output.tokens)
-        return self._delta(choice.index, delta, logprobs, reason) if delta or logprobs or reason else None
+            stream = self._streams.setdefault(index, _CallStream(self._parser(), several=self._several))
+            text, calls = stream.push(text, ended=ended is not None)
+            reason = stream.reason(ended)
+        part = ({"content": text} if text else {}) | ({"tool_calls": calls} if calls else {})
+        return part, self._logprobs(tokens), reason
 
     @staticmethod
     def _delta(index: int, delta: Json, logprobs: Json | None, finish_reason: str | None) -> Json:
@@ -157,26 +155,29 @@ class ChatFormat:
 
 
 class CompletionFormat:
-    """echoes: for each choice the prompt with which its text begins; none where none are wanted."""
+    """echoes: for each choice the prompt with which its text begins; none where none are wanted. scored: whether prompts have
+    log-probabilities, and come with the first token."""
 
     kind = "text_completion"
     chunk_kind = "text_completion"
 
-    def __init__(self, tokenizer: Tokenizer, echoes: Sequence[str | list[int]]) -> None:
+    def __init__(self, tokenizer: Tokenizer, echoes: Sequence[str | list[int]], *, scored: bool) -> None:
         self._tokenizer = tokenizer
         self._echoes = echoes
+        self._scored = scored
 
     def opening(self, index: int) -> Json | None:
-        text = self._echo(index)
+        text = "" if self._scored else self._echo(index)
         return {"index": index, "text": text, "logprobs": None, "finish_reason": None} if text else None
 
     def choice(self, choice: Choice) -> Json:
         text = self._echo(choice.index) + choice.text
-        return self._choice(choice, text, choice.tokens, choice.finish_reason)
+        return self._choice(choice, text, (*choice.prompt, *choice.tokens), choice.finish_reason)
 
     def delta(self, choice: Choice, output: RequestOutput) -> Json | None:
-        chunk = self._choice(choice, output.text, output.tokens, output.finish_reason)
-        return chunk if output.text or chunk["logprobs"] or output.finish_reason else None
+        text = (self._echo(choice.index) if output.prompt else "") + output.text
+        chunk = self._choice(choice, text, (*output.prompt, *output.tokens), output.finish_reason)
+        return chunk if text or chunk["logprobs"] or output.finish_reason else None
 
     def _echo(self, index: int) -> str:
         prompt = self._echoes[index] if self._echoes else ""
@@ -189,21 +190,22 @@ class CompletionFormat:
         return {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
     def _logprobs(self, choice: Choice, tokens: Sequence[SampledToken]) -> Json | None:
-        pairs = [(token.token_id, found) for token in tokens if (found := token.logprobs) is not None]
-        if not pairs:
+        if not tokens or not (self._scored or tokens[-1].logprobs):
             return None
         text_of = self._tokenizer.token_text
-        texts = [text_of(token_id) for token_id, _ in pairs]
+        texts = [text_of(token.token_id) for token in tokens]
         offsets: list[int] = []
         for text in texts:
             offsets.append(choice.shown)
             choice.shown += len(text)
+        found = [(token.token_id, token.logprobs) for token in tokens]  # of a prompt's first token there are none
         return {
             "tokens": texts,
-            "token_logprobs": [found.logprob for _, found in pairs],
+            "token_logprobs": [known and known.logprob for _, known in found],
             # The chosen token is always among them, also where it is not one of the best.
             "top_logprobs": [
-                {text_of(t): value for t, value in ((token_id, found.logprob), *found.top)} for token_id, found in pairs
+                known and {text_of(t): value for t, value in ((token_id, known.logprob), *known.top)}
+                for token_id, known in found
             ],
             "text_offset": offsets,
         }

@@ -33,13 +33,14 @@ class Rope:
 
 
 def rope_of(parameters: Mapping[str, Any], head_dim: int, max_positions: int, source: str) -> Rope:
-    """The embedding that `rope_parameters` of a config.json describe. source: what errors call the model.
+    """The embedding that `rope_parameters` of a config.json describe, each frequency divided by one of `factors` [D / 2] where
+    there are some, which is how GGUF files store llama3's scaling. source: what errors call the model.
 
     Raises: TilusError, by name, for a type that is not supported, and for a number that is missing.
     """
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     theta = float(parameters["rope_theta"])
-    plain = theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    plain = theta ** (-np.arange(0, head_dim, 2) / head_dim) / np.asarray(parameters.get("factors", 1.0))
     try:
         match kind:
             case "default":
@@ -57,11 +58,6 @@ def rope_of(parameters: Mapping[str, Any], head_dim: int, max_positions: int, so
                 )
     except KeyError as error:
         raise TilusError(f"{source} has a rotary embedding of type {kind!r} without {error}") from error
-
-
-def divided(rope: Rope, factors: npt.NDArray[np.float32]) -> Rope:
-    """With each frequency divided by a factor of its own, [D / 2]: how GGUF files store llama3's scaling."""
-    return _rope(np.asarray(rope.frequencies) / factors)
 
 
 def _rope(frequencies: _Array, magnitude: float = 1.0) -> Rope:

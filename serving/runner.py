@@ -16,6 +16,7 @@ from serving.cost_model import StepWork
 from serving.gpu_spans import GpuSpans
 from serving.kv_pool import KvPool, PageShape
 from serving.model import Model
+from serving.prompt_scores import PromptScores
 from serving.rehearsal import asking_item, without_repetitions
 from serving.sampling import Sampler
 from serving.step_graphs import StepGraphs
@@ -54,7 +55,8 @@ class TorchRunner:
         items = batch.sampled
         has_drafts = any(item.num_drafts for item in items)
         rows = tuple(row for item in items for row in _rows_of(item)) if has_drafts else items
-        compute, samples = self._prepare(batch)
+        scores = PromptScores(batch, self._sampler.max_rows) if any(item.targets for item in batch.items) else None
+        compute, samples = self._prepare(batch, scores)
         self._sampler.write(rows)
         start = self._mark()
         logits = compute()
@@ -69,7 +71,7 @@ class TorchRunner:
             tokens = _agreeing(items, found) if has_drafts else tuple(None if t is None else (t,) for t in found)
             if self._gpu_spans is not None and start is not None and end is not None:
                 self._gpu_spans.add(f"{len(batch.items)} sequences", start, end)
-            return StepOutput(tokens)
+            return StepOutput(tokens, {} if scores is None else scores.collect())
 
         return wait
 
@@ -80,12 +82,14 @@ class TorchRunner:
     def _mark(self) -> torch.cuda.Event | None:
         return None if self._gpu_spans is None else self._gpu_spans.mark()
 
-    def _prepare(self, batch: Batch) -> tuple[Callable[[], Tensor], bool]:
+    def _prepare(self, batch: Batch, scores: PromptScores | None) -> tuple[Callable[[], Tensor], bool]:
         """What launches a step and gives its logits, and whether it samples, too, where rows are plain."""
-        shape = None if self._graphs is None else self._graphs.shapes.of(batch.items)
+        shape = None if self._graphs is None or scores is not None else self._graphs.shapes.of(batch.items)
         if self._graphs is not None and shape is not None:
             return self._graphs.prepare(batch, shape, self._rows), self._graphs.samples
         step = step_tensors(batch, self._page_size, self._device, self._sampler.tokens, self._rows)
+        if scores is not None:
+            return lambda: scores.compute(self._model, step, self.kv_pool.layers), False
         return lambda: self._model.forward(step, self.kv_pool.layers), False
 
     @torch.inference_mode()

@@ -54,12 +54,12 @@ class Sampler:
         self._staging[0].copy_to(self._parameters)
         self._edits = self._asking = None
         if any(_edits(item) for item in items):
-            bits, *rest = _move(_edit_arrays(items, self._vocab_size, self.max_rows), self._device)
+            bits, *rest = move(_edit_arrays(items, self._vocab_size, self.max_rows), self._device)
             mask_of, rows, tokens, penalties, addends = rest
             floats = (penalties.view(torch.float32), addends.view(torch.float32))
             self._edits = _Edits(bits.view(torch.uint8), mask_of, rows, tokens, *floats)
         if any(_asks(item) for item in items):
-            rows, counts = _move(_asking_arrays(items, self._vocab_size), self._device)
+            rows, counts = move(_asking_arrays(items, self._vocab_size), self._device)
             self._asking = _Asking(rows, counts)
 
     def run(self, logits: Tensor, rows: int) -> Tensor:
@@ -217,14 +217,18 @@ def _logprobs_by_row(
 ) -> dict[int, TokenLogprobs]:
     rows = [row for row, item in enumerate(items) if _asks(item)]
     found: dict[int, TokenLogprobs] = {}
-    for row, (of_chosen, *of_best), token_ids in zip(rows, logprobs.tolist(), best.tolist()):
+    for row, values, token_ids in zip(rows, logprobs.tolist(), best.tolist()):
         params = items[row].params
-        count = min((params and params.logprobs) or 0, vocab_size)
-        found[row] = TokenLogprobs(of_chosen, tuple(zip(token_ids[:count], of_best[:count])))
+        found[row] = logprobs_of(values, token_ids, min((params and params.logprobs) or 0, vocab_size))
     return found
 
 
-def _move(arrays: Sequence[npt.NDArray[np.int32]], device: torch.device) -> list[Tensor]:
+def logprobs_of(values: Sequence[float], token_ids: Sequence[int], count: int) -> TokenLogprobs:
+    """A row of what `token_logprobs` gives, of which `count` best tokens were asked for."""
+    return TokenLogprobs(values[0], tuple(zip(token_ids[:count], values[1 : count + 1])))
+
+
+def move(arrays: Sequence[npt.NDArray[np.int32]], device: torch.device) -> list[Tensor]:
     """To the device in one copy; each starts at a multiple of 64 bytes, so that kernels see one alignment."""
     starts = np.cumsum([0, *(-(-array.size // 16) * 16 for array in arrays)])
     staging = torch.zeros(int(starts[-1]), dtype=torch.int32, pin_memory=device.type == "cuda")

@@ -188,7 +188,8 @@ class Scheduler:
 
     def _admit(self, seq: Sequence) -> bool:
         """Whether a sequence that waits runs from now on."""
-        found = self.pages.adopt(seq.id, seq.tokens)
+        is_scored = seq.request.params.prompt_logprobs is not None  # what is found in the cache would have no logits
+        found = 0 if is_scored else self.pages.adopt(seq.id, seq.tokens)
         seq.num_shared = self.pages.num_shared(seq.id)
         if not (self._admission.admits(self.running, seq, self.pages) and self.pages.reserve(seq.id, len(seq.tokens))):
             if found:

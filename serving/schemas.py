@@ -7,123 +7,109 @@ from typing import Any, Literal, NotRequired
 from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
-_CLOSED = ConfigDict(extra="forbid")
 _Reason = Literal["stop", "length", "tool_calls"]
 
 
-@with_config(_CLOSED)
-class Error(TypedDict):
+@with_config(ConfigDict(extra="forbid"))
+class _Closed(TypedDict):
+    """Has no other fields."""
+
+
+class Error(_Closed):
     message: str
     type: str
     param: str | None
     code: str | None
 
 
-@with_config(_CLOSED)
-class ErrorBody(TypedDict):
+class ErrorBody(_Closed):
     error: Error
 
 
-@with_config(_CLOSED)
-class PromptTokens(TypedDict):
+class PromptTokens(_Closed):
     cached_tokens: int
 
 
-@with_config(_CLOSED)
-class Usage(TypedDict):
+class Usage(_Closed):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokens
 
 
-@with_config(_CLOSED)
-class CompletionLogprobs(TypedDict):
+class CompletionLogprobs(_Closed):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
-@with_config(_CLOSED)
-class CompletionChoice(TypedDict):
+class CompletionChoice(_Closed):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: _Reason
 
 
-@with_config(_CLOSED)
-class Completion(TypedDict):
+class _Answer(_Closed):
     id: str
-    object: Literal["text_completion"]
     created: int
     model: str
     system_fingerprint: str
-    choices: list[CompletionChoice]
     usage: Usage
 
 
-@with_config(_CLOSED)
-class FunctionOfCall(TypedDict):
+class Completion(_Answer):
+    object: Literal["text_completion"]
+    choices: list[CompletionChoice]
+
+
+class FunctionOfCall(_Closed):
     name: str
     arguments: str
 
 
-@with_config(_CLOSED)
-class CallOfTool(TypedDict):
+class CallOfTool(_Closed):
     id: str
     type: Literal["function"]
     function: FunctionOfCall
 
 
-@with_config(_CLOSED)
-class AnswerMessage(TypedDict):
+class AnswerMessage(_Closed):
     role: Literal["assistant"]
     content: str | None
     refusal: None
     tool_calls: NotRequired[list[CallOfTool]]
 
 
-@with_config(_CLOSED)
-class TopLogprob(TypedDict):
+class TopLogprob(_Closed):
     token: str
     logprob: float
     bytes: list[int]
 
 
-@with_config(_CLOSED)
 class TokenLogprob(TopLogprob):
     top_logprobs: list[TopLogprob]
 
 
-@with_config(_CLOSED)
-class ChatLogprobs(TypedDict):
+class ChatLogprobs(_Closed):
     content: list[TokenLogprob]
     refusal: None
 
 
-@with_config(_CLOSED)
-class ChatChoice(TypedDict):
+class ChatChoice(_Closed):
     index: int
     message: AnswerMessage
     logprobs: ChatLogprobs | None
     finish_reason: _Reason
 
 
-@with_config(_CLOSED)
-class ChatCompletion(TypedDict):
-    id: str
+class ChatCompletion(_Answer):
     object: Literal["chat.completion"]
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[ChatChoice]
-    usage: Usage
 
 
-@with_config(_CLOSED)
-class ModelCard(TypedDict):
+class ModelCard(_Closed):
     id: str
     object: Literal["model"]
     created: int
@@ -133,33 +119,28 @@ class ModelCard(TypedDict):
     max_model_len: int
 
 
-@with_config(_CLOSED)
-class ModelList(TypedDict):
+class ModelList(_Closed):
     object: Literal["list"]
     data: list[ModelCard]
 
 
-@with_config(_CLOSED)
-class Tokenized(TypedDict):
+class Tokenized(_Closed):
     count: int
     max_model_len: int
     tokens: list[int]
     token_strs: list[str] | None
 
 
-@with_config(_CLOSED)
-class Detokenized(TypedDict):
+class Detokenized(_Closed):
     prompt: str
 
 
-@with_config(_CLOSED)
-class Health(TypedDict):
+class Health(_Closed):
     status: Literal["ok", "failed"]
     reason: NotRequired[str]
 
 
-@with_config(_CLOSED)
-class Version(TypedDict):
+class Version(_Closed):
     version: str
 
 

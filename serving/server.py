@@ -7,10 +7,8 @@ import json
 import shlex
 import signal
 import socket
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from types import FrameType
 
 import torch
 import uvicorn
@@ -22,7 +20,7 @@ from serving.config import ServerConfig
 from serving.engine import Engine
 from serving.execution import Execution, choose_execution
 from serving.kernels import Kernels, default_kernels
-from serving.progress import progress
+from serving.progress import progress, say
 from serving.shards import check_shares
 from serving.tensor_parallel import ranks
 from serving.warm_up import measure_steps, warm_up
@@ -71,18 +69,14 @@ def serve(config: ServerConfig, kernels: Callable[[], Kernels] | None = None) ->
             uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=max(1, round(config.drain_timeout))),
             ready=lambda: _ready(config.host, port, name, engine, execution),
         )
-        # uvicorn drains on these signals, then raises them again for whoever was there before: that is us, satisfied.
+        # uvicorn drains on these signals, then raises them again for whoever was there before.
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, _satisfied)
+            signal.signal(number, signal.SIG_IGN)
         server.run(sockets=[listener])
         engine.cost.save()
         if engine.trace is not None:
             engine.trace.write()
-    _say("stopped")
-
-
-def _satisfied(number: int, frame: FrameType | None) -> None:
-    """A signal handler that has nothing left to do."""
+    say("stopped")
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -110,14 +104,10 @@ def _ready(host: str, port: int, name: str, engine: Engine, execution: Execution
     url = f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
     message = {"role": "user", "content": "What is the capital of France?"}
     body = json.dumps({"model": name, "messages": [message], "temperature": 0})
-    _say(
+    say(
         f"ready: {name} on {execution.device.type} at {url}\n"
         f"  context {engine.max_model_len} tokens, {engine.config.num_pages} pages, "
         f"up to {engine.config.max_batch} requests at once; stop with Ctrl-C\n"
         f"  a page to chat: {url}/\n"
         f"try:\n  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}"
     )
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

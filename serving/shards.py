@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from serving.config import ModelConfig
 from serving.loader import Checkpoint, Weights
+from serving.model_config import ModelConfig
+from serving.quantize import StoredMatrix
 from tilus.errors import TilusError
 from tilus.kernels.quantize import Matrix
 
@@ -59,7 +60,7 @@ def shard(checkpoint: Checkpoint, share: Share) -> Checkpoint:
 
 def _group(weights: Weights, config: ModelConfig) -> int:
     """Columns of the feed-forward layer that stay together."""
-    row = weights.first_row("blk.0.ffn_down") or weights.matrix("blk.0.ffn_down")
+    row = weights.stored("blk.0.ffn_down").first_row or weights.matrix("blk.0.ffn_down")
     return row.group if row.group < config.ffn_size else _UNGROUPED
 
 
@@ -94,26 +95,14 @@ class ShardedWeights:
         bias, rows = self._weights.bias(name), self._rows(name)
         return bias if rows is None else bias[rows.start : rows.stop]
 
-    def table(self) -> Matrix:
-        return self._weights.table()
-
     def matrix(self, name: str) -> Matrix:
         matrix, rows = self._columns(name, self._weights.matrix(name)), self._rows(name)
         return matrix if rows is None else matrix.take_rows(np.arange(rows.start, rows.stop))
 
-    def is_float(self, name: str) -> bool:
-        return self._weights.is_float(name)
-
-    def first_row(self, name: str) -> Matrix | None:
-        row = self._weights.first_row(name)
-        return None if row is None else self._columns(name, row)
-
-    def num_rows(self, name: str) -> int:
-        rows = self._rows(name)
-        return self._weights.num_rows(name) if rows is None else len(rows)
-
-    def stored_nbytes(self, name: str) -> int:
-        return self._weights.stored_nbytes(name)
+    def stored(self, name: str) -> StoredMatrix:
+        whole, rows = self._weights.stored(name), self._rows(name)
+        row = None if whole.first_row is None else self._columns(name, whole.first_row)
+        return replace(whole, first_row=row, num_rows=whole.num_rows if rows is None else len(rows))
 
     def _rows(self, name: str) -> range | None:
         return self._ranges.rows.get(name.rpartition(".")[2])

@@ -32,12 +32,8 @@ _SYMBOLS = sorted(pre_tokenizers.ByteLevel.alphabet())
 _BYTES = dict(zip(_SYMBOLS, sorted(range(256), key=lambda byte: (chr(byte) not in _SYMBOLS, byte))))
 
 
-class _TemplateRefusal(jinja2.TemplateError):
-    """A chat template called raise_exception."""
-
-
 def _raise_exception(message: str) -> NoReturn:
-    raise _TemplateRefusal(message)
+    raise jinja2.TemplateError(message)
 
 
 def _strftime_now(pattern: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import logging
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 
 from serving import weight_file
+from serving.config import version
 from serving.kernels import Kernels
 from serving.packing import PackedWeights
 from tilus import config
@@ -41,7 +41,7 @@ class WeightCache:
             "weight_dtype": weight_dtype,
             "format": weight_file.FORMAT_VERSION,
             "form": form,
-            "tilus": _version(),
+            "tilus": version(),
         }
         self.key = _hash(json.dumps(parts))
         self._prefix = _hash(str(model)) + "-"
@@ -103,14 +103,6 @@ def packed_form(kernels: Kernels, device: torch.device) -> str | None:
     small = QuantizedMatrix(codes, np.ones((1, 1), np.float32), None, int8, scale_dtype=f16)
     weight = kernels.quantize.pack(small, device)
     return json.dumps(weight.header.to_json()) if isinstance(weight, QuantizedWeight) else None
-
-
-def _version() -> str:
-    """Of tilus, where it is installed; a checkout that is only on the path has none."""
-    try:
-        return importlib.metadata.version("tilus")
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def _files(model: Path) -> list[tuple[str, int, int]]:

@@ -1,16 +1,17 @@
 """Packed weights in one file that is mapped into memory, not read: a server starts at once, and several share the pages.
 
-    magic, size of the header, sha256 of the header | header: JSON | arrays, each at a multiple of a page
+    magic, bytes of the file and of the header, sum | header: JSON and blanks | arrays, each at a multiple of a page
 
-The header names the arrays and holds what the packed weights say of themselves, as they write it. Written whole under another
-name and then renamed, so that no reader sees part of a file.
+The header names the arrays and holds what the packed weights say of themselves, as they write it. The sum is what makes all words
+of the file add up to 0, which notices flipped bits and pages that were lost, at the speed of the memory. Written whole under
+another name and then renamed, so that no reader sees part of a file.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
+import math
 import os
 import struct
 from pathlib import Path
@@ -25,10 +26,10 @@ from serving.packing import PackedWeights
 from tilus.errors import TilusError
 from tilus.kernels.quantize import QuantizedWeight, WeightHeader
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 TEMPORARY = ".part"
 _MAGIC = f"tilusW{FORMAT_VERSION:02}".encode()
-_PREFIX = struct.Struct("<8sQ32s")
+_PREFIX = struct.Struct("<8sQQQ")
 _PAGE = 4096  # arrays begin at multiples of it, so that every alignment that a kernel may want is met
 _Bytes = npt.NDArray[np.uint8]
 
@@ -36,25 +37,37 @@ _Bytes = npt.NDArray[np.uint8]
 def write(path: Path, key: str, weights: PackedWeights) -> None:
     """Create or replace a file of packed weights, whose linear layers are QuantizedWeight, on any device. key: what a reader must
     ask for. Raises: OSError."""
-    layout = _Layout()
-    tensors = {name: layout.place(tensor) for name, tensor in weights.tensors.items()}
-    linears = {
-        name: [
-            {
-                "header": part.header.to_json(),
-                "arrays": {key: layout.place(array) for key, array in part.arrays.items()},
-            }
-            for part in parts
-        ]
-        for name, parts in weights.linears.items()
-    }
-    entries = {"key": key, "sum": layout.sum, "nbytes": layout.nbytes, "tensors": tensors, "linears": linears}
-    header = json.dumps(entries).encode()
+    arrays: list[Tensor] = []
+    end = 0
+
+    def place(tensor: Tensor) -> tuple[str, list[int], int]:
+        """torch's dtype, the shape and the first byte of a tensor, the next one in the file."""
+        nonlocal end
+        arrays.append(tensor)
+        start, end = end, end + tensor.nbytes + -tensor.nbytes % _PAGE
+        return str(tensor.dtype).removeprefix("torch."), list(tensor.shape), start
+
+    def described(part: QuantizedWeight) -> dict[str, Any]:
+        return {"header": part.header.to_json(), "arrays": {name: place(array) for name, array in part.arrays.items()}}
+
+    tensors = {name: place(tensor) for name, tensor in weights.tensors.items()}
+    linears = {name: [described(part) for part in parts] for name, parts in weights.linears.items()}
+    header = json.dumps({"key": key, "tensors": tensors, "linears": linears}).encode()
+    header += b" " * (-(_PREFIX.size + len(header)) % _PAGE)
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
     try:
         with _opened_and_locked(temporary) as file:
-            file.write(_PREFIX.pack(_MAGIC, len(header), hashlib.sha256(header).digest()) + header)
-            layout.write(file)
+            counts = _MAGIC, _PREFIX.size + len(header) + end, len(header)
+            start = _PREFIX.pack(*counts, 0) + header
+            file.write(start)
+            total = _word_sum(np.frombuffer(start, np.uint8))
+            for tensor in arrays:  # those of a GPU come one by one: all at once may be too many for this memory
+                flat = tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy()
+                whole = np.pad(flat, (0, -len(flat) % _PAGE))
+                file.write(whole.data)
+                total += _word_sum(whole)
+            file.seek(0)
+            file.write(_PREFIX.pack(*counts, -total % 2**64))
             file.flush()
             os.fsync(file.fileno())  # or a power cut could leave the name without the bytes
             os.replace(temporary, path)
@@ -94,28 +107,25 @@ def read(path: Path, key: str) -> PackedWeights:
 
     Raises: TilusError for a file that is damaged, cut short, of another key, or no file of packed weights; OSError.
     """
-    if path.stat().st_size < _PREFIX.size:
-        raise TilusError(f"{path} has {path.stat().st_size} bytes, expected at least {_PREFIX.size}")
+    nbytes = path.stat().st_size
+    if nbytes < _PAGE:
+        raise TilusError(f"{path} has {nbytes} bytes, expected at least {_PAGE}")
     # Copy-on-write, since torch has no tensors of memory that must not be written.
     mapped = np.asarray(np.memmap(path, np.uint8, mode="c"))
-    magic, size, digest = _PREFIX.unpack(mapped[: _PREFIX.size].tobytes())
-    header = mapped[_PREFIX.size : _PREFIX.size + size].tobytes()
-    if magic != _MAGIC or hashlib.sha256(header).digest() != digest:
-        raise TilusError(f"{path} is no file of packed weights of format {FORMAT_VERSION}, or its header is damaged")
-    entries = json.loads(header)
+    magic, expected, header_nbytes, _ = _PREFIX.unpack(mapped[: _PREFIX.size].tobytes())
+    if magic != _MAGIC:
+        raise TilusError(f"{path} is no file of packed weights of format {FORMAT_VERSION}")
+    if nbytes != expected or _word_sum(mapped):
+        raise TilusError(f"{path} is damaged: it has {nbytes} of {expected} bytes, or others than were written")
+    end = _PREFIX.size + header_nbytes
+    entries = json.loads(mapped[_PREFIX.size : end].tobytes())
     if entries["key"] != key:
         raise TilusError(f"{path} has weights with key {entries['key']}, expected {key}")
-    data = mapped[_round_up(_PREFIX.size + size) :]
-    if data.nbytes != entries["nbytes"] or _word_sum(data) != entries["sum"]:
-        raise TilusError(f"{path} is damaged: its arrays are cut short or not what was written")
-    return _weights(data, entries)
+    data = torch.from_numpy(mapped[end:])
 
-
-def _weights(data: _Bytes, entries: dict[str, Any]) -> PackedWeights:
     def tensor(place: tuple[str, list[int], int]) -> Tensor:
-        dtype, shape, start = place
-        array = np.ndarray(shape, dtype, data, start)
-        return torch.from_numpy(array)
+        dtype, shape, start = getattr(torch, place[0]), place[1], place[2]
+        return data[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
     def weight(part: dict[str, Any]) -> QuantizedWeight:
         header = WeightHeader.from_json(part["header"])
@@ -126,41 +136,6 @@ def _weights(data: _Bytes, entries: dict[str, Any]) -> PackedWeights:
     return PackedWeights(tensors, linears)
 
 
-class _Layout:
-    """Gives arrays their places in the file, one after the other."""
-
-    def __init__(self) -> None:
-        self.nbytes = 0
-        self.sum = 0
-        self._tensors: list[Tensor] = []
-
-    def place(self, tensor: Tensor) -> tuple[str, list[int], int]:
-        """numpy's dtype, the shape and the first byte of a tensor."""
-        array = _array(tensor)
-        start, self.nbytes = self.nbytes, self.nbytes + _round_up(array.nbytes)
-        self.sum = (self.sum + _word_sum(array.reshape(-1).view(np.uint8))) % 2**64
-        self._tensors.append(tensor)
-        return array.dtype.str, list(array.shape), start
-
-    def write(self, file: BinaryIO) -> None:
-        for (
-            tensor
-        ) in self._tensors:  # those of a GPU come one by one, once more: all at once may be too many for this memory
-            file.write(bytes(-file.tell() % _PAGE))
-            file.write(_array(tensor).reshape(-1).view(np.uint8).data)
-        file.write(bytes(-file.tell() % _PAGE))
-
-
-def _array(tensor: Tensor) -> npt.NDArray[np.generic]:
-    return tensor.contiguous().cpu().numpy()
-
-
-def _round_up(nbytes: int) -> int:
-    return -(-nbytes // _PAGE) * _PAGE
-
-
-def _word_sum(flat: _Bytes) -> int:
-    """The sum of 64-bit words, modulo 2^64: notices flipped bits and pages that were lost, at the speed of the memory."""
-    words = flat[: flat.nbytes // 8 * 8].view(np.uint64)
-    rest = flat[words.nbytes :].tobytes()
-    return (int(words.sum()) + int.from_bytes(rest, "little")) % 2**64
+def _word_sum(words: _Bytes) -> int:
+    """Of 64 bits, modulo 2^64."""
+    return int(words.view(np.uint64).sum())

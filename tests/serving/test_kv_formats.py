@@ -11,13 +11,13 @@ import torch
 from tiny_llama import CPU, TINY
 from ways_to_run import PAGE, Run, run
 
-from serving.config import KV_DTYPES
+from serving.config import KV_DTYPES, ServerConfig
 from serving.core import Request, SamplingParams
 from serving.kernels import default_kernels
 from serving.kv_frames import has_frames, with_frames
 from serving.kv_pool import KvPool, PageShape
 from serving.loader import Checkpoint
-from serving.memory import ModelSize, Wishes, plan
+from serving.memory import ModelSize, plan
 from serving.model import Model, load_model
 
 LAYERS, KV_HEADS, HEAD_DIM = TINY["num_hidden_layers"], TINY["num_key_value_heads"], TINY["head_dim"]
@@ -103,6 +103,12 @@ def test_a_page_is_contiguous_and_as_large_as_its_format(tiny_checkpoint: Checkp
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 def test_the_memory_decides_how_many_pages_of_a_format_there_are(tiny_checkpoint: Checkpoint, kv_dtype: str) -> None:
-    found = plan(tiny_checkpoint.config, ModelSize(0, 0), Wishes(10**6, 64, None, None, kv_dtype), 2**40, CPU)
+    found = plan(
+        tiny_checkpoint.config,
+        ModelSize(0, 0),
+        ServerConfig(max_batch=10**6, max_step_tokens=64, kv_dtype=kv_dtype),
+        2**40,
+        CPU,
+    )
     nbytes = PAGE * LAYERS * 2 * KV_HEADS * NBYTES[kv_dtype]
     assert (found.page_nbytes, found.num_pages) == (nbytes, 2**30 // nbytes)

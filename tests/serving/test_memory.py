@@ -15,9 +15,10 @@ from tiny_llama import CPU, tiny_tensors, write_tiny
 from torch_kernels import TorchKernels
 
 import tilus.kernels
+from serving.config import ServerConfig
 from serving.host_memory import available_nbytes
 from serving.loader import Checkpoint, default_model, open_checkpoint
-from serving.memory import MemoryPlan, ModelSize, Wishes, activation_nbytes, expected_size, plan, size_of
+from serving.memory import MemoryPlan, ModelSize, activation_nbytes, expected_size, plan, size_of
 from serving.model import load_model
 from serving.packing import pack_weights
 from serving.quantize import WEIGHT_DTYPES
@@ -89,7 +90,7 @@ def test_the_size_is_what_the_model_holds(tiny_checkpoint: Checkpoint) -> None:
 
 
 def test_the_cache_is_what_the_runner_allocates(tiny_checkpoint: Checkpoint) -> None:
-    found = plan(tiny_checkpoint.config, ModelSize(0, 0), Wishes(4, 64, None, None), 2**30, CPU)
+    found = plan(tiny_checkpoint.config, ModelSize(0, 0), ServerConfig(max_batch=4, max_step_tokens=64), 2**30, CPU)
     runner = TorchRunner(load_model(tiny_checkpoint, TorchKernels(), CPU), found.num_pages, 16, CPU)
     memory = runner.kv_pool.memory
     assert memory.nbytes == found.cache
@@ -99,7 +100,7 @@ def test_the_cache_is_what_the_runner_allocates(tiny_checkpoint: Checkpoint) -> 
 
 amounts = st.integers(0, 4 * 2**30)
 wishes = st.builds(
-    Wishes,
+    ServerConfig,
     max_batch=st.integers(1, 4096),
     max_step_tokens=st.integers(1, 8192),
     max_model_len=st.none() | st.integers(1, 256),
@@ -109,7 +110,12 @@ wishes = st.builds(
 
 @given(amounts, amounts, amounts, wishes, st.sampled_from([CPU, GPU]))
 def test_a_plan_fits_or_is_refused(
-    tiny_checkpoint: Checkpoint, weights: int, embedding: int, available: int, wishes: Wishes, device: torch.device
+    tiny_checkpoint: Checkpoint,
+    weights: int,
+    embedding: int,
+    available: int,
+    wishes: ServerConfig,
+    device: torch.device,
 ) -> None:
     config, size = tiny_checkpoint.config, ModelSize(weights, embedding)
     least = wishes.num_pages or -(-(wishes.max_model_len or 256) // 16)
@@ -133,7 +139,7 @@ def test_a_plan_fits_or_is_refused(
 def test_the_table_and_the_refusal() -> None:
     config = open_checkpoint(default_model()).config
     size = ModelSize(100 * MIB, 30 * MIB)
-    found = plan(config, size, Wishes(1, 512, None, None), 1000 * MIB, CPU)
+    found = plan(config, size, ServerConfig(max_batch=1), 1000 * MIB, CPU)
     assert found == MemoryPlan(size, activation_nbytes(config, 512, 1, CPU), 512, 368640, 1000 * MIB)
     assert found.table() == (
         "memory in MiB\n"
@@ -144,7 +150,7 @@ def test_the_table_and_the_refusal() -> None:
         f"  total           {found.total / MIB:10.1f}  of 1000.0 available"
     )
     with pytest.raises(TilusError) as caught:
-        plan(config, size, Wishes(1, 512, None, 4000), 1000 * MIB, CPU)
+        plan(config, size, ServerConfig(max_batch=1, num_pages=4000), 1000 * MIB, CPU)
     assert str(caught.value).startswith(
         "the model needs 1548 MiB, but 1000 MiB are available\nmemory in MiB\n  weights"
     )

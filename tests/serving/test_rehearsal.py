@@ -16,11 +16,12 @@ from tiny_llama import CPU
 import tilus
 from serving import step_graphs
 from serving.architectures import by_huggingface
-from serving.config import EngineConfig, LayerAttention, ModelConfig
+from serving.config import EngineConfig
 from serving.core import Batch, BatchItem, SamplingParams
 from serving.kernels import default_kernels
 from serving.loader import Checkpoint
 from serving.model import Dense, Embedding, Layer, Linear, Model, load_model
+from serving.model_config import LayerAttention, ModelConfig
 from serving.rehearsal import rehearsal, without_repetitions
 from serving.rope import Rope
 from serving.runner import TorchRunner

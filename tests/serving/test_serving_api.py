@@ -376,13 +376,6 @@ REFUSED = [
     ("completions", COMPLETION | {"best_of": 2}, 400, "best_of", "best_of = 2 is not supported by this server"),
     (
         "completions",
-        COMPLETION | {"echo": True, "logprobs": 0},
-        400,
-        "logprobs",
-        "logprobs with echo is not supported: prompts have none here",
-    ),
-    (
-        "completions",
         COMPLETION | {"stop_token_ids": [5, 259]},
         400,
         "stop_token_ids",

@@ -10,7 +10,7 @@ from serving_fakes import FakeRunner, FakeVocabulary, ManualClock, reference_ans
 
 from serving.async_engine import AsyncEngine, Generation
 from serving.config import EngineConfig
-from serving.core import Batch, Request, SamplingParams, StepOutput
+from serving.core import Batch, Request, RequestOutput, SampledToken, SamplingParams, StepOutput
 from serving.engine import Engine
 from serving.errors import EngineFailure, Overloaded, RequestError
 
@@ -77,6 +77,22 @@ def test_who_reads_slowly_gets_more_at_once_and_nothing_less() -> None:
         await engine.stop()
 
     asyncio.run(scenario())
+
+
+def test_what_is_put_together_keeps_the_prompt_of_the_first_output() -> None:
+    async def main() -> list[RequestOutput]:
+        generation = Generation(["a"], 5.0, lambda ids: None)
+        outputs = (
+            RequestOutput("a", "x", (SampledToken(1),), prompt=(SampledToken(7), SampledToken(8))),
+            RequestOutput("a", "y", (SampledToken(2),), "length"),
+        )
+        for output in outputs:
+            generation.send(output)
+        await asyncio.sleep(0.01)
+        return [output async for output in generation]
+
+    (whole,) = asyncio.run(main())
+    assert (whole.text, whole.tokens, whole.prompt) == ("xy", ((1, None), (2, None)), ((7, None), (8, None)))
 
 
 def test_a_hung_engine_is_noticed() -> None:

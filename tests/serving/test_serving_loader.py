@@ -13,10 +13,13 @@ from tiny_llama import CPU, TEMPLATE, TINY, byte_tokenizer, tiny_tensors
 from torch_kernels import TorchKernels
 
 from serving.core import Batch, BatchItem, SamplingParams
+from serving.gguf import gguf_settings
 from serving.loader import Checkpoint, default_model, open_checkpoint
 from serving.model import Model, load_model
+from serving.model_config import model_config
 from serving.step_inputs import step_tensors
 from tilus.errors import TilusError
+from tilus.kernels.quantize import GGUFFile
 
 GGUF_NAMES = {
     "model.embed_tokens": "token_embd",
@@ -147,6 +150,14 @@ def test_other_models_are_named(tmp_path: Path, changes: dict[str, object], mess
     with pytest.raises(TilusError) as caught:
         open_checkpoint(path)
     assert message in str(caught.value)
+
+
+def test_biases_are_those_that_a_file_has(tmp_path: Path) -> None:
+    """Not all or none of them: a bias that is there is never left out."""
+    file = GGUFFile(write_gguf(tmp_path / "tiny.gguf", GGMLQuantizationType.F16))
+    assert model_config(gguf_settings(file), "a test").biases == ()
+    file.tensors["blk.0.attn_k.bias"] = file.tensors["output_norm.weight"]
+    assert model_config(gguf_settings(file), "a test").biases == ("attn_k",)
 
 
 def test_the_default_model_is_found_or_its_package_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -269,7 +269,12 @@ def test_tokens_of_texts_and_chats(tiny_server: LiveServer, tiny_checkpoint: Che
     assert post("detokenize", model=MODEL, tokens=expected) == {"prompt": text}
     assert post("tokenize", messages=messages)["tokens"] == list(tokenizer.encode_chat(messages))
     for path, body, message in (
-        ("tokenize", {}, "give a prompt or messages"),
+        ("tokenize", {}, "give either a prompt or messages"),
+        (
+            "tokenize",
+            {"prompt": "a", "messages": [{"role": "user", "content": "b"}]},
+            "give either a prompt or messages",
+        ),
         ("detokenize", {"tokens": [5, 259]}, "tokens contains 259, but token ids go from 0 to 258"),
         ("tokenize", {"model": "x", "prompt": "a"}, "the model 'x' does not exist; this server has 'tiny'"),
     ):
@@ -280,7 +285,7 @@ def test_a_key(tiny_model: Model, tiny_checkpoint: Checkpoint) -> None:
     runner = TorchRunner(tiny_model, CONFIG.num_pages, CONFIG.page_size, CPU)
     with serve(runner, tiny_checkpoint, CONFIG, api_key="geheim ü") as server:
         for path in ("v1/completions", "tokenize", "v1/chat/completions", "openapi.json"):
-            for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "geheim ü".encode()}):
+            for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic geheim ü".encode()}):
                 reply = httpx.request("GET" if "." in path else "POST", f"{server.url}/{path}", headers=headers)
                 assert (reply.status_code, reply.headers["www-authenticate"]) == (401, "Bearer")
                 error = reply.json()["error"]
@@ -292,7 +297,8 @@ def test_a_key(tiny_model: Model, tiny_checkpoint: Checkpoint) -> None:
                 assert error["code"] == "invalid_api_key"
         for path in ("health", "ping", "metrics", "version"):
             assert httpx.get(f"{server.url}/{path}").status_code == 200
-        key = {"Authorization": "Bearer geheim ü".encode()}
-        assert httpx.get(f"{server.url}/v1/models", headers=key).status_code == 200
+        for scheme in ("Bearer", "bearer"):
+            key = {"Authorization": f"{scheme} geheim ü".encode()}
+            assert httpx.get(f"{server.url}/v1/models", headers=key).status_code == 200
         with server.client() as client, pytest.raises(openai.AuthenticationError, match="wants its key"):
             client.models.list()

@@ -251,7 +251,7 @@ def mixed_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
 
     class Mixed:
         def __init__(self, weights, other) -> None:
-            self.has, self.vector, self.table = weights.has, weights.vector, weights.table
+            self.has, self.vector = weights.has, weights.vector
             self.matrix = lambda name: (other if name.endswith(("attn_v", "ffn_up")) else weights).matrix(name)
 
     other = open_checkpoint(checkpoint.weights._tensors.path, dtype("uint8"))

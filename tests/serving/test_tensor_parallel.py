@@ -57,10 +57,10 @@ def test_parts_are_the_matrices_of_the_model(tiny: Path) -> None:
             found = np.concatenate([values(part, name) for part in parts], axis)
             np.testing.assert_array_equal(found, values(whole, name))
             for part in parts:
-                row = part.weights.first_row(f"blk.1.{name}")
-                assert row is not None
-                assert row.stacks_with(part.weights.matrix(f"blk.1.{name}"))
-                assert part.weights.num_rows(f"blk.1.{name}") == len(values(part, name))
+                stored = part.weights.stored(f"blk.1.{name}")
+                assert stored.first_row is not None
+                assert stored.first_row.stacks_with(part.weights.matrix(f"blk.1.{name}"))
+                assert stored.num_rows == len(values(part, name))
     np.testing.assert_array_equal(parts[1].weights.vector("output_norm"), whole.weights.vector("output_norm"))
 
 
