@@ -154,7 +154,8 @@ class Matcher(Protocol):
 class Sequence:
     """A request inside the engine.
 
-    tokens: the prompt, then the output so far; UNKNOWN at its end stands for what launched steps sample. num_computed: how many
+    tokens: the prompt, then the output so far; UNKNOWN at its end stands for what launched steps sample, behind drafts in them,
+    as if these agreed: so many, num_unknown, are not sure. num_computed: how many
     of them have keys and values in the cache once the launched steps have run; it falls to 0 when the sequence loses its
     pages, and everything is computed again later, or copied back from the host. max_tokens: the limit on output with the
     default resolved. deadline: the clock's time after which the request is given up. matcher: of the request's grammar, if it
@@ -201,7 +202,8 @@ class Sequence:
 class BatchItem(NamedTuple):
     """One sequence's share of a step: `token_ids` at positions start, start + 1, ... with `pages` as its block table.
 
-    A token UNKNOWN is the one that the step launched just before sampled for the same request. params is None when this step
+    A token UNKNOWN is the last one that the step launched just before sampled for the same request. Positions and draw are as if
+    all drafts of that step had agreed: for each that did not, the step computes this item one place further in front. params is None when this step
     does not reach the sequence's end, so that nothing is sampled; draw counts the tokens sampled before, and picks the random
     number. history: all tokens of the sequence, the last `draw` of them its answer, where `params.needs_history`. allowed: a
     bit for each token of the vocabulary, the first in the lowest bit of the first byte, where a grammar decides; None for all.

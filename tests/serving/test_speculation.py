@@ -17,7 +17,7 @@ from torch_kernels import TorchKernels
 
 from serving import core
 from serving.config import EngineConfig
-from serving.core import Batch, BatchItem, Request, SampledToken, SamplingParams, StepOutput
+from serving.core import UNKNOWN, Batch, BatchItem, Request, SampledToken, SamplingParams, StepOutput
 from serving.engine import Engine
 from serving.kv import PageTables
 from serving.loader import Checkpoint
@@ -29,14 +29,25 @@ VOCABULARY = FakeVocabulary.vocab_size
 
 
 class Guesses:
-    """Right or wrong as a list says, over and over."""
+    """Right or wrong as a list says, over and over. Behind what is not known yet they are as if that were right."""
+
+    ahead = True
 
     def __init__(self, right: Sequence[bool]) -> None:
         self._right = right
         self._count = 0
 
+    def chance(self, seq: core.Sequence) -> float:
+        return 1.0
+
     def propose(self, wanted: Mapping[core.Sequence, int]) -> Drafts:
-        return {seq.id: self._of(list(seq.tokens), count) for seq, count in wanted.items()}
+        return {seq.id: self._of(self._completed(seq.tokens), count) for seq, count in wanted.items()}
+
+    def _completed(self, tokens: Sequence[int]) -> list[int]:
+        known: list[int] = []
+        for token in tokens:
+            known.append(next_token(known) if token == UNKNOWN else token)
+        return known
 
     def _of(self, tokens: list[int], count: int) -> tuple[int, ...]:
         drafts: list[int] = []
@@ -109,9 +120,10 @@ def test_answers_are_those_without_drafts(
         assert engine.pages.num_free == engine.pages.num_pages
     assert found[0] == found[1]
     if isinstance(drafter, DraftModel):
-        assert not drafter._cached and drafter._pages.num_free == drafter._pages.num_pages
+        assert not (drafter._cached or drafter._of or drafter._guessed)
+        assert drafter._pages.num_free == drafter._pages.num_pages
     if isinstance(drafter, PromptLookup):
-        assert not drafter._seen
+        assert not drafter._known
 
 
 @pytest.mark.parametrize("drafter", [Guesses([True]), draft_model(0)], ids=["guesses", "model"])
@@ -145,8 +157,8 @@ def test_what_follows_the_same_tokens_is_proposed() -> None:
     assert lookup.propose({seq: 2}) == {}
     seq.tokens += [9, 8, 1, 3, 9]  # of equal runs the last one
     assert lookup.propose({seq: 1}) == {"r": (5,)}
-    seq.tokens += [8, 7, 0, 9, 8, 1, 2, 3, 9]  # and a longer one before it
-    assert lookup.propose({seq: 3}) == {"r": (5, 9, 8)}
+    seq.tokens += [8, 7, 0, 9, 8, 1, 2, 3, 9]  # and a longer one before it, which has been followed since
+    assert lookup.propose({seq: 3}) == {"r": (8, 7, 2)}
     assert PromptLookup(3, 2).propose({sequence(4, 4): 3}) == {}
 
 
@@ -177,6 +189,9 @@ def test_the_distribution_is_the_models() -> None:
     chain = np.random.default_rng(0).dirichlet(np.full(4, 0.7), 4)
 
     class Likeliest(Guesses):
+        def _completed(self, tokens: Sequence[int]) -> list[int]:
+            return [*tokens[:-1], *self._of(list(tokens[:-1]), 1)] if tokens[-1] == UNKNOWN else list(tokens)
+
         def _of(self, tokens: list[int], count: int) -> tuple[int, ...]:
             for _ in range(count):
                 tokens.append(int(chain[tokens[-1]].argmax()))

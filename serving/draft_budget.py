@@ -1,0 +1,71 @@
+"""How many of the next tokens of each sequence a step guesses: as many as bring the most tokens in its time, none included."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence as List
+from typing import NamedTuple
+
+from serving.core import Sequence
+from serving.cost_model import CostModel, StepWork
+
+_GAIN = 1.03  # in tokens a second that guesses must promise
+_PROBE = 128  # steps without guesses, after which one sequence is guessed for to learn what that takes and brings
+
+
+class Hope(NamedTuple):
+    """What guesses of a sequence are worth. first: the chance that the first one is right. each: that one is, if those in front
+    are. room: how many there may be."""
+
+    seq: Sequence
+    first: float
+    each: float
+    room: int
+
+
+class DraftBudget:
+    """Chooses by the cost model's time of a step with more rows, and by chances.
+
+    A step gives each sequence one token, and another one for each of its guesses that is right together with all in front of it.
+    Guesses are taken in the order of their chances as long as they raise tokens a second. Where the cost model knows nothing yet,
+    those are taken that are more likely right than not.
+    """
+
+    def __init__(self, cost: CostModel) -> None:
+        self._cost = cost
+        self._idle = 0  # steps since the last one with guesses
+
+    def counts(self, hopes: List[Hope], decodes: StepWork) -> dict[Sequence, int]:
+        """decodes: the step without guesses. How many for each sequence that has some."""
+        hopes = [hope for hope in hopes if hope.first > 0 and hope.room > 0]
+        if not hopes:
+            return {}
+        counts = self._best(hopes, decodes)
+        self._idle = 0 if counts else self._idle + 1
+        if self._idle > _PROBE:
+            self._idle = 0
+            counts = {hopes[0].seq: hopes[0].room}
+        return counts
+
+    def _best(self, hopes: List[Hope], decodes: StepWork) -> dict[Sequence, int]:
+        counts: dict[Sequence, int] = {}
+        work = dataclasses.replace(decodes, prompts=True)
+        without, seconds, tokens = self._cost.predict(decodes), self._cost.predict(work), float(decodes.tokens)
+        # One more row takes this at least, so that less likely guesses need no look.
+        row = self._cost.predict(dataclasses.replace(work, tokens=work.tokens + 1)) - seconds
+        least = tokens * row / seconds if seconds > 0 else 0.5
+        guesses = [
+            (chance, hope.seq)
+            for hope in hopes
+            for number in range(hope.room)
+            if (chance := hope.first * hope.each**number) > least
+        ]
+        for chance, seq in sorted(guesses, key=lambda guess: guess[0], reverse=True):
+            number = counts.get(seq, 0) + 1
+            work = StepWork(work.tokens + 1, work.kv_tokens + 1, work.pairs + len(seq.tokens) + number, True)
+            longer = self._cost.predict(work)
+            if chance * seconds < tokens * (longer - seconds):
+                break
+            counts[seq], tokens, seconds = number, tokens + chance, longer
+        pays = tokens * without >= _GAIN * decodes.tokens * seconds
+        return counts if pays else {}
