@@ -156,7 +156,7 @@ def conversation(engine: Engine, drafts: bool) -> dict[str, list[SampledToken]]:
 
 @pytest.mark.usefixtures("_as_on_a_gpu")
 @pytest.mark.parametrize(
-    ("drafts", "overlap", "num_pages"), [(0, False, 30), (0, True, 30), (0, True, 9), (3, False, 30)]
+    ("drafts", "overlap", "num_pages"), [(0, False, 30), (0, True, 30), (0, True, 9), (3, False, 30), (3, True, 30), (3, True, 16)]
 )
 def test_an_engine_whose_steps_are_padded(
     tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, drafts: int, overlap: bool, num_pages: int
