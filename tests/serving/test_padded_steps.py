@@ -13,6 +13,7 @@ from plain_step import plain_step
 from serving_fakes import ManualClock
 from test_step_graphs import GREEDY, MAX_PAGES, PAGE, copy_of, graphs_of, random_batch, random_pool, replayed
 from tiny_llama import CPU, TINY
+from ways_to_run import EagerLookup
 
 import tilus.kernels
 from serving import runner, step_graphs
@@ -26,7 +27,6 @@ from serving.loader import Checkpoint
 from serving.model import Model, load_model
 from serving.runner import TorchRunner
 from serving.sampling import Sampler
-from serving.speculation import PromptLookup
 from serving.step_graphs import StepGraphs
 from serving.step_inputs import StepInputs
 from serving.step_shapes import GraphLimits, StepShape, StepShapes, is_decode
@@ -169,7 +169,7 @@ def test_an_engine_whose_steps_are_padded(
             admission="aggressive",
         )  # fmt: skip
         torch_runner = TorchRunner(model, num_pages, PAGE, CPU, max_rows=5 * (1 + drafts), graphs=limits)
-        drafter = PromptLookup() if drafts else None
+        drafter = EagerLookup() if drafts else None
         engine = Engine(torch_runner, tiny_checkpoint.tokenizer, config, ManualClock(), drafter=drafter)
         found.append(conversation(engine, drafts > 0))
         monkeypatch.delattr(runner, "step_tensors", raising=False)  # so that the second engine has nothing else

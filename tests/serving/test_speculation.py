@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,9 +78,9 @@ class Small(FakeRunner):
         return StepOutput(tuple(None if t is None else (SampledToken(t),) for t in changed))
 
 
-def make_engine(runner: FakeRunner, drafter: Drafter | None, drafts: int, **limits: int) -> Engine:
+def make_engine(runner: FakeRunner, drafter: Drafter | None, drafts: int, **limits: Any) -> Engine:
     given_limits = {"num_pages": 24, "max_model_len": 40, "max_batch": 4, "max_step_tokens": 12} | limits
-    config = EngineConfig(**given_limits, page_size=PAGE, num_drafts=drafts, overlap=True)
+    config = EngineConfig(**{"overlap": True} | given_limits, page_size=PAGE, num_drafts=drafts)
     return Engine(runner, FakeVocabulary(), config, ManualClock(), drafter=drafter)
 
 
@@ -100,6 +102,8 @@ drafters = st.one_of(
     drafts=st.integers(1, 8),
     num_pages=st.integers(14, 24),
     stop=st.sampled_from([(), ("!",), ("5", "A#")]),
+    lazy=st.booleans(),
+    way=st.sampled_from([{}, {"num_host_pages": 40}, {"schedule": "priority"}, {"overlap": False}]),
 )
 def test_answers_are_those_without_drafts(
     drafter: Drafter,
@@ -108,15 +112,23 @@ def test_answers_are_those_without_drafts(
     drafts: int,
     num_pages: int,
     stop: tuple[str, ...],
+    lazy: bool,
+    way: dict[str, Any],
 ) -> None:
-    """The runner checks each read of the cache; sequences lose their pages; the engine's integrity is checked after each step."""
+    """The runner checks each read of the cache, and steps run as late as they may; sequences lose their pages, are swapped and
+    computed again, others come later with a higher priority; the engine's integrity is checked after each step."""
     found: list[dict[str, list[int]]] = []
     for guesses in (None, drafter):
-        engine = make_engine(FakeRunner(PAGE), guesses, drafts, num_pages=num_pages)
+        engine = make_engine(FakeRunner(PAGE, lazy=lazy), guesses, drafts, num_pages=num_pages, **way)
+        answers: dict[str, list[int]] = {}
         for index, (prompt, length) in enumerate(zip(prompts, lengths)):
             params = {"ignore_eos": index % 2 == 0, "presence_penalty": float(index == 3), "stop": stop}
-            engine.add(request(str(index), prompt, length, **params))
-        found.append(run(engine))
+            engine.add(dataclasses.replace(request(str(index), prompt, length, **params), priority=-index))
+            for output in engine.step() if index % 2 else ():
+                answers.setdefault(output.request_id, []).extend(token.token_id for token in output.tokens)
+        for name, tokens in run(engine).items():
+            answers.setdefault(name, []).extend(tokens)
+        found.append(answers)
         assert engine.pages.num_free == engine.pages.num_pages
     assert found[0] == found[1]
     if isinstance(drafter, DraftModel):
