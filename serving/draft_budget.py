@@ -7,10 +7,11 @@ from collections.abc import Sequence as List
 from typing import NamedTuple
 
 from serving.core import Sequence
-from serving.cost_model import CostModel, StepWork
+from serving.cost_model import StepTimes, StepWork
 
 _GAIN = 1.03  # in tokens a second that guesses must promise
 _PROBE = 128  # steps without guesses, after which one sequence is guessed for to learn what that takes and brings
+_LIKELY = 0.5
 
 
 class Hope(NamedTuple):
@@ -24,16 +25,26 @@ class Hope(NamedTuple):
 
 
 class DraftBudget:
-    """Chooses by the cost model's time of a step with more rows, and by chances.
+    """Chooses by chances and by what a step with more rows takes, from the end of the step before it to its own.
 
     A step gives each sequence one token, and another one for each of its guesses that is right together with all in front of it.
-    Guesses are taken in the order of their chances as long as they raise tokens a second. Where the cost model knows nothing yet,
-    those are taken that are more likely right than not.
+    Guesses are taken in the order of their chances as long as they raise tokens a second. Where nothing is known yet of what
+    steps take, those are taken that are more likely right than not.
     """
 
-    def __init__(self, cost: CostModel) -> None:
-        self._cost = cost
+    def __init__(self) -> None:
+        self._times = StepTimes()
+        self._since = 0.0
         self._idle = 0  # steps since the last one with guesses
+
+    def rest_ends(self, now: float) -> None:
+        """Work comes where there was none."""
+        self._since = now
+
+    def observe(self, work: StepWork, now: float) -> None:
+        """A step has ended."""
+        self._times.observe(work, now - self._since)
+        self._since = now
 
     def counts(self, hopes: List[Hope], decodes: StepWork) -> dict[Sequence, int]:
         """decodes: the step without guesses. How many for each sequence that has some."""
@@ -48,12 +59,14 @@ class DraftBudget:
         return counts
 
     def _best(self, hopes: List[Hope], decodes: StepWork) -> dict[Sequence, int]:
-        counts: dict[Sequence, int] = {}
-        work = dataclasses.replace(decodes, prompts=True)
-        without, seconds, tokens = self._cost.predict(decodes), self._cost.predict(work), float(decodes.tokens)
+        predict, counts = self._times.predict, dict[Sequence, int]()
+        work, tokens = dataclasses.replace(decodes, prompts=True), float(decodes.tokens)
+        without, seconds = predict(decodes), predict(work)
+        if seconds > 0 and not len(self._times.known()[0]):
+            return {}  # what a step without guesses takes is the first thing to know
         # One more row takes this at least, so that less likely guesses need no look.
-        row = self._cost.predict(dataclasses.replace(work, tokens=work.tokens + 1)) - seconds
-        least = tokens * row / seconds if seconds > 0 else 0.5
+        row = predict(dataclasses.replace(work, tokens=work.tokens + 1)) - seconds
+        least = tokens * row / seconds if seconds > 0 else _LIKELY
         guesses = [
             (chance, hope.seq)
             for hope in hopes
@@ -63,7 +76,7 @@ class DraftBudget:
         for chance, seq in sorted(guesses, key=lambda guess: guess[0], reverse=True):
             number = counts.get(seq, 0) + 1
             work = StepWork(work.tokens + 1, work.kv_tokens + 1, work.pairs + len(seq.tokens) + number, True)
-            longer = self._cost.predict(work)
+            longer = predict(work)
             if chance * seconds < tokens * (longer - seconds):
                 break
             counts[seq], tokens, seconds = number, tokens + chance, longer

@@ -104,7 +104,7 @@ class Engine:
         self.pages = PageTables(config.num_pages, config.page_size, reuse=config.prefix_cache)
         self.cost = CostModel() if cost is None else cost
         self.scheduler = Scheduler(self.pages, config, self.cost)
-        self._draft_budget = DraftBudget(self.cost)
+        self._draft_budget = DraftBudget()
         self.observers: list[Observer] = []
         self.max_model_len = min(config.max_model_len, self.pages.capacity)
         self._live: dict[str, _Live] = {}
@@ -162,6 +162,7 @@ class Engine:
         now = self._clock.now()
         if not self.has_work:
             self._watch.rest_ends(now)
+            self._draft_budget.rest_ends(now)
         matcher = self.new_matcher(request.params.grammar)
         seq = Sequence(request, limit, now + self.config.request_timeout, matcher, arrived=now)
         decode = partial(self._vocabulary.decode, skip_special=params.skip_special_tokens)
@@ -277,10 +278,9 @@ class Engine:
             return {}
         decoding, hopes = self.scheduler.decoding(), list[Hope]()
         for seq in decoding:
-            params, chance = seq.request.params, drafter.chance(seq)
+            params = seq.request.params
             if not params.needs_history and seq.num_output >= params.min_tokens:
-                first = chance ** (1 + seq.num_unknown) if drafter.ahead else chance
-                hopes.append(Hope(seq, first, chance, self._room(seq)))
+                hopes.append(Hope(seq, *drafter.chances(seq), self._room(seq)))
         keys = sum(len(seq.tokens) for seq in decoding)
         return self._draft_budget.counts(hopes, StepWork(len(decoding), keys, keys))
 
@@ -312,6 +312,7 @@ class Engine:
         if len(tokens) != len(step.items):
             raise TilusError(f"the runner sampled {len(tokens)} tokens, expected {len(step.items)}")
         now = self._clock.now()
+        self._draft_budget.observe(step.work, now)
         if alone:
             self._watch.alone(step.work, now)
         else:

@@ -28,8 +28,9 @@ class Drafter(Protocol):
 
     ahead: bool
 
-    def chance(self, seq: Sequence) -> float:
-        """That a guess of the sequence's next token is right, if those in front of it are; 0 where there is none."""
+    def chances(self, seq: Sequence) -> tuple[float, float]:
+        """That the first token that it would propose for a sequence is right, and each one if those in front of it are; zeros where
+        there is none."""
         ...
 
     def propose(self, wanted: Mapping[Sequence, int]) -> Drafts:
@@ -77,13 +78,16 @@ class PromptLookup:
         self._chances = Chances()
         self._known: dict[str, _Followed] = {}
 
-    def chance(self, seq: Sequence) -> float:
+    def chances(self, seq: Sequence) -> tuple[float, float]:
         followed = self._follow(seq)
-        return 0.0 if followed.place is None else followed.chances.of(followed.agreed)
+        if followed.place is None:
+            return 0.0, 0.0
+        each = followed.chances.of(followed.agreed)
+        return each ** (1 + followed.num_expected(seq)), each
 
     def propose(self, wanted: Mapping[Sequence, int]) -> Drafts:
-        found = {seq.id: self._follow(seq).next(seq, count) for seq, count in wanted.items()}
-        return {request_id: drafts for request_id, drafts in found.items() if drafts}
+        found = {seq: self._follow(seq) for seq in wanted}
+        return {seq.id: followed.next(seq, wanted[seq]) for seq, followed in found.items() if followed.place is not None}
 
     def forget(self, request_id: str) -> None:
         self._known.pop(request_id, None)
@@ -122,13 +126,26 @@ class _Followed:
                     self.ends[run] = end
         self.num_tokens = known
 
+    def num_expected(self, seq: Sequence) -> int:
+        """Tokens that the step on the device will give: drafts in it up to one that was guessed before it was known what is
+        followed now, and one more."""
+        if seq.num_unknown == 0:
+            return 0
+        drafts = seq.tokens[self.num_tokens : -1]
+        agreed = 0
+        while agreed < len(drafts) and drafts[agreed] == self._guess(seq, agreed):
+            agreed += 1
+        return agreed + 1
+
     def next(self, seq: Sequence, count: int) -> tuple[int, ...]:
-        """Of so many tokens behind the sequence's end, those that are known as well as those on the device being as they should:
-        what repeats goes on to repeat."""
-        if self.place is None:
-            return ()
-        period = self.num_tokens - self.place
-        return tuple(seq.tokens[self.place + (seq.num_unknown + index) % period] for index in range(count))
+        """So many tokens behind those that are expected."""
+        first = self.num_expected(seq)
+        return tuple(self._guess(seq, first + index) for index in range(count))
+
+    def _guess(self, seq: Sequence, index: int) -> int:
+        """Of the token with this index behind those that are known: what repeats goes on to repeat."""
+        place = self.place or 0
+        return seq.tokens[place + index % (self.num_tokens - place)]
 
 
 class DraftModel:
@@ -148,7 +165,7 @@ class DraftModel:
         self._of: dict[str, Chances] = {}
         self._guessed: dict[str, tuple[int, tuple[int, ...]]] = {}  # the last drafts, and where they are in the sequence
 
-    def chance(self, seq: Sequence) -> float:
+    def chances(self, seq: Sequence) -> tuple[float, float]:
         own = self._of.setdefault(seq.id, Chances(self._chances))
         start, drafts = self._guessed.get(seq.id, (0, ()))
         if start < len(seq.tokens) - seq.num_unknown:
@@ -157,7 +174,7 @@ class DraftModel:
                 if draft != token:
                     break
             self._guessed.pop(seq.id, None)
-        return own.of(0)
+        return own.of(0), own.of(0)
 
     def propose(self, wanted: Mapping[Sequence, int]) -> Drafts:
         growing = {seq: count for seq, count in wanted.items() if self._pages.reserve(seq.id, len(seq.tokens) + count)}

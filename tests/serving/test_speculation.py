@@ -39,8 +39,8 @@ class Guesses:
         self._right = right
         self._count = 0
 
-    def chance(self, seq: core.Sequence) -> float:
-        return 1.0
+    def chances(self, seq: core.Sequence) -> tuple[float, float]:
+        return 1.0, 1.0
 
     def propose(self, wanted: Mapping[core.Sequence, int]) -> Drafts:
         return {seq.id: self._of(self._completed(seq.tokens), count) for seq, count in wanted.items()}
