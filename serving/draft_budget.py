@@ -11,6 +11,7 @@ from serving.cost_model import StepTimes, StepWork
 
 _GAIN = 1.03  # in tokens a second that guesses must promise
 _PROBE = 128  # steps without guesses, after which one sequence is guessed for to learn what that takes and brings
+_FEW = 8  # steps without guesses that tell what they take
 _LIKELY = 0.5
 
 
@@ -35,7 +36,7 @@ class DraftBudget:
     def __init__(self) -> None:
         self._times = StepTimes()
         self._since = 0.0
-        self._idle = 0  # steps since the last one with guesses
+        self._idle = _PROBE - _FEW  # steps since the last one with guesses
 
     def rest_ends(self, now: float) -> None:
         """Work comes where there was none."""
@@ -45,6 +46,8 @@ class DraftBudget:
         """A step has ended."""
         self._times.observe(work, now - self._since)
         self._since = now
+        if not work.prompts and len(self._times.known()[0]) == _FEW:
+            self._times.fit()
 
     def counts(self, hopes: List[Hope], decodes: StepWork) -> dict[Sequence, int]:
         """decodes: the step without guesses. How many for each sequence that has some."""
@@ -55,14 +58,15 @@ class DraftBudget:
         self._idle = 0 if counts else self._idle + 1
         if self._idle > _PROBE:
             self._idle = 0
-            counts = {hopes[0].seq: hopes[0].room}
+            best = max(hopes, key=lambda hope: hope.first)
+            counts = {best.seq: best.room}
         return counts
 
     def _best(self, hopes: List[Hope], decodes: StepWork) -> dict[Sequence, int]:
         predict, counts = self._times.predict, dict[Sequence, int]()
         work, tokens = dataclasses.replace(decodes, prompts=True), float(decodes.tokens)
         without, seconds = predict(decodes), predict(work)
-        if seconds > 0 and not len(self._times.known()[0]):
+        if seconds > 0 and len(self._times.known()[0]) < _FEW:
             return {}  # what a step without guesses takes is the first thing to know
         # One more row takes this at least, so that less likely guesses need no look.
         row = predict(dataclasses.replace(work, tokens=work.tokens + 1)) - seconds

@@ -15,7 +15,7 @@ from serving.core import UNKNOWN, Batch, BatchItem, SampledToken, StepOutput
 from serving.gpu_spans import GpuSpans
 from serving.kv_pool import KvPool, PageShape
 from serving.model import Model
-from serving.rehearsal import asking_item, without_repetitions
+from serving.rehearsal import asking_item, resumed_item, without_repetitions
 from serving.sampling import Sampler
 from serving.step_graphs import StepGraphs
 from serving.step_inputs import StepInputs, own_inputs, step_tensors
@@ -111,6 +111,10 @@ class TorchRunner:
         self._sampler.write(())
         for step, out in self._graphs.steps() if self._graphs is not None else ():
             self._sampler.run(model.forward(step, caches, out), len(out))
+        if self._graphs is not None and self._graphs.shapes.limits.num_drafts:
+            batch, rows, shape = Batch((resumed_item(),)), {resumed_item().request_id: 0}, self._graphs.shapes.all[0]
+            self._graphs.inputs.write(batch, shape, rows)
+            self._graphs.inputs.follow(shape, batch.items, {name: (0,) for name in rows}, rows, rows, self._sampler.draws)
         self._sampler.write((asking_item(),))
         self._sampler.run(torch.empty(1, model.config.vocab_size, device=self._device), 1)
 
