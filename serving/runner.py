@@ -112,9 +112,10 @@ class TorchRunner:
         for step, out in self._graphs.steps() if self._graphs is not None else ():
             self._sampler.run(model.forward(step, caches, out), len(out))
         if self._graphs is not None and self._graphs.shapes.limits.num_drafts:
-            batch, rows, shape = Batch((resumed_item(),)), {resumed_item().request_id: 0}, self._graphs.shapes.all[0]
-            self._graphs.inputs.write(batch, shape, rows)
-            self._graphs.inputs.follow(shape, batch.items, {name: (0,) for name in rows}, rows, rows, self._sampler.draws)
+            item, shape, max_pages = resumed_item(), self._graphs.shapes.all[0], self._graphs.shapes.limits.max_pages
+            inputs, rows = StepInputs([shape], self._page_size, max_pages, self._sampler.tokens), {item.request_id: 0}
+            inputs.write(Batch((item,)), shape, rows)
+            inputs.follow(shape, [item], {item.request_id: (0,)}, rows, rows, self._sampler.draws)
         self._sampler.write((asking_item(),))
         self._sampler.run(torch.empty(1, model.config.vocab_size, device=self._device), 1)
 
