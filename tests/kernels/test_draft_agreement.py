@@ -11,7 +11,6 @@ from tilus.kernels import follow_drafts
 PAGE = 4
 
 
-@pytest.mark.parametrize("device", ["reference", "emulator", "cpu"])
 def test_rows_are_where_agreement_ends(device: str) -> None:
     """Of sequences whose drafts agreed in part, in all or not at all, and of one without drafts, which stays."""
     rng = np.random.default_rng(0)
