@@ -51,7 +51,6 @@ class DraftBudget:
 
     def counts(self, hopes: List[Hope], decodes: StepWork) -> dict[Sequence, int]:
         """decodes: the step without guesses. How many for each sequence that has some."""
-        hopes = [hope for hope in hopes if hope.first > 0 and hope.room > 0]
         if not hopes:
             return {}
         counts = self._best(hopes, decodes)
@@ -59,7 +58,7 @@ class DraftBudget:
         if self._idle > _PROBE:
             self._idle = 0
             best = max(hopes, key=lambda hope: hope.first)
-            counts = {best.seq: best.room}
+            counts = {best.seq: best.room} if best.room > 0 else {}
         return counts
 
     def _best(self, hopes: List[Hope], decodes: StepWork) -> dict[Sequence, int]:

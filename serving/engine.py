@@ -278,10 +278,10 @@ class Engine:
             return {}
         decoding, hopes = self.scheduler.decoding(), list[Hope]()
         for seq in decoding:
-            params = seq.request.params
-            if not params.needs_history and seq.num_output >= params.min_tokens:
-                hopes.append(Hope(seq, *drafter.chances(seq), self._room(seq)))
-        keys = sum(len(seq.tokens) for seq in decoding)
+            params, (first, each) = seq.request.params, drafter.chances(seq)
+            if first > 0 and not params.needs_history and seq.num_output >= params.min_tokens:
+                hopes.append(Hope(seq, first, each, self._room(seq)))
+        keys = sum(len(seq.tokens) for seq in decoding) if hopes else 0
         return self._draft_budget.counts(hopes, StepWork(len(decoding), keys, keys))
 
     def _drafts(self, guesses: Mapping[Sequence, int]) -> Drafts:
