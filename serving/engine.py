@@ -77,8 +77,9 @@ class Engine:
     """Generates for many requests at once: `add` them, call `step` while `has_work`, and hand out its outputs.
 
     Every request that was added ends in exactly one output with a finish reason, or by `abort`. matcher: makes those of grammars;
-    without it, requests with a grammar are refused. drafter: guesses up to `config.num_drafts` tokens of each sequence, where that
-    pays. trace: gets the times of the parts of steps. cost: learns what steps take. `observers` are told what happens to requests.
+    without it, requests with a grammar are refused. drafter: guesses up to `config.num_drafts` tokens of each sequence, where
+    that pays. trace: gets the times of the parts of steps. cost: learns what steps take. `observers` are told what happens to
+    requests.
     """
 
     def __init__(

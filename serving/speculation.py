@@ -29,8 +29,8 @@ class Drafter(Protocol):
     ahead: bool
 
     def chances(self, seq: Sequence) -> tuple[float, float]:
-        """That the first token that it would propose for a sequence is right, and each one if those in front of it are; zeros where
-        there is none."""
+        """That the first token that it would propose for a sequence is right, and each one if those in front of it are; zeros
+        where there is none."""
         ...
 
     def propose(self, wanted: Mapping[Sequence, int]) -> Drafts:
@@ -68,7 +68,8 @@ class PromptLookup:
     """What followed the last time that a sequence's last tokens occurred in it: cheap, and right where answers quote.
 
     longest, shortest: how many tokens must occur again, tried in this order (A. Saxena, "Prompt Lookup Decoding", 2023). What is
-    found is followed, in thought where it is not proposed, until the answer goes another way: so its chances are known at no cost.
+    found is followed, in thought where it is not proposed, until the answer goes another way: so its chances are known for
+    nothing.
     """
 
     ahead = True
@@ -87,7 +88,9 @@ class PromptLookup:
 
     def propose(self, wanted: Mapping[Sequence, int]) -> Drafts:
         found = {seq: self._follow(seq) for seq in wanted}
-        return {seq.id: followed.next(seq, wanted[seq]) for seq, followed in found.items() if followed.place is not None}
+        return {
+            seq.id: followed.next(seq, wanted[seq]) for seq, followed in found.items() if followed.place is not None
+        }
 
     def forget(self, request_id: str) -> None:
         self._known.pop(request_id, None)
@@ -163,7 +166,9 @@ class DraftModel:
         self._cached: dict[str, list[int]] = {}  # the tokens whose keys and values are in the cache
         self._chances = Chances(start=0.8)
         self._of: dict[str, Chances] = {}
-        self._guessed: dict[str, tuple[int, tuple[int, ...]]] = {}  # the last drafts, and where they are in the sequence
+        self._guessed: dict[
+            str, tuple[int, tuple[int, ...]]
+        ] = {}  # the last drafts, and where they are in the sequence
 
     def chances(self, seq: Sequence) -> tuple[float, float]:
         own = self._of.setdefault(seq.id, Chances(self._chances))

@@ -32,15 +32,7 @@ from serving.step_inputs import StepInputs
 from serving.step_shapes import GraphLimits, StepShape, StepShapes, is_decode
 from tilus.dtypes import int8
 
-
-@pytest.fixture(autouse=True)
-def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TILUS_DEVICE", raising=False)
-
-
-@pytest.fixture(scope="module")
-def model(tiny_checkpoint: Checkpoint) -> Model:
-    return load_model(tiny_checkpoint, tilus.kernels, CPU)
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 def mixed_batch(rng: np.random.Generator, limits: GraphLimits, num_pages: int) -> Batch:
@@ -156,7 +148,8 @@ def conversation(engine: Engine, drafts: bool) -> dict[str, list[SampledToken]]:
 
 @pytest.mark.usefixtures("_as_on_a_gpu")
 @pytest.mark.parametrize(
-    ("drafts", "overlap", "num_pages"), [(0, False, 30), (0, True, 30), (0, True, 9), (3, False, 30), (3, True, 30), (3, True, 16)]
+    ("drafts", "overlap", "num_pages"),
+    [(0, False, 30), (0, True, 30), (0, True, 9), (3, False, 30), (3, True, 30), (3, True, 16)],
 )
 def test_an_engine_whose_steps_are_padded(
     tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, drafts: int, overlap: bool, num_pages: int

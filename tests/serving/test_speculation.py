@@ -80,7 +80,9 @@ class Small(FakeRunner):
 
 def make_engine(runner: FakeRunner, drafter: Drafter | None, drafts: int, **limits: Any) -> Engine:
     given_limits = {"num_pages": 24, "max_model_len": 40, "max_batch": 4, "max_step_tokens": 12} | limits
-    config = EngineConfig(**{"overlap": True, "admission": "aggressive"} | given_limits, page_size=PAGE, num_drafts=drafts)
+    config = EngineConfig(
+        **{"overlap": True, "admission": "aggressive"} | given_limits, page_size=PAGE, num_drafts=drafts
+    )
     return Engine(runner, FakeVocabulary(), config, ManualClock(), drafter=drafter)
 
 
