@@ -205,9 +205,9 @@ class BatchItem(NamedTuple):
     A token UNKNOWN is the last one that the step launched just before sampled for the same request. Positions and draw are as if
     all drafts of that step had agreed: for each that did not, the step computes this item one place further in front. params is
     None when this step does not reach the sequence's end, so that nothing is sampled; draw counts the tokens sampled before, and
-    picks the random number. history: all tokens of the sequence, the last `draw` of them its answer, where
-    `params.needs_history`. allowed: a bit for each token of the vocabulary, the first in the lowest bit of the first byte, where a grammar
-    decides; None for all.
+    picks the random number. history: all tokens of the sequence, the last `draw` of them its answer, where they are needed
+    (`params.needs_history`). allowed: a bit for each token of the vocabulary, the first in the lowest bit of the first byte,
+    where a grammar decides; None for all.
     num_drafts: how many of the last tokens are guesses, which the step checks: behind the token in front of them and behind
     each of them one is sampled, with draw, draw + 1, ...
     """
