@@ -244,7 +244,7 @@ class Batch:
     items: tuple[BatchItem, ...]
     copies: tuple[PageCopy, ...] = ()
 
-    @property
+    @cached_property
     def sampled(self) -> tuple[BatchItem, ...]:
         """The items that get a new token, in order."""
         return tuple(item for item in self.items if item.params is not None)
