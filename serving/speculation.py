@@ -21,6 +21,7 @@ from serving.kv import PageTables
 Drafts = dict[str, tuple[int, ...]]  # by request
 _KINDS = 6  # of guesses: behind 0, 1, 2, 4, 8, 16 tokens or more that were right
 _OF_ALL, _OF_ONE = 256, 16  # guesses of a kind that count, of all requests and of one
+_OF_START = 4  # for how many what is known of all stands when a request starts
 
 
 class Drafter(Protocol):
@@ -51,7 +52,7 @@ class Chances:
     def __init__(self, before: Chances | None = None, start: float = 0.5) -> None:
         self._before = before
         self._means = [start] * _KINDS if before is None else before._means.copy()
-        self._counts = [1] * _KINDS if before is None else [_OF_ONE] * _KINDS
+        self._counts = [1 if before is None else _OF_START] * _KINDS
 
     def of(self, agreed: int) -> float:
         return self._means[min(agreed.bit_length(), _KINDS - 1)]
@@ -166,24 +167,26 @@ class DraftModel:
         self._cached: dict[str, list[int]] = {}  # the tokens whose keys and values are in the cache
         self._chances = Chances(start=0.8)
         self._of: dict[str, Chances] = {}
-        self._guessed: dict[
-            str, tuple[int, tuple[int, ...]]
-        ] = {}  # the last drafts, and where they are in the sequence
+        self._guessed: dict[str, tuple[int, tuple[int, ...]]] = {}  # where in the sequence, and what; not yet compared
 
     def chances(self, seq: Sequence) -> tuple[float, float]:
-        own = self._of.setdefault(seq.id, Chances(self._chances))
-        start, drafts = self._guessed.get(seq.id, (0, ()))
-        if start < len(seq.tokens) - seq.num_unknown:
-            for draft, token in zip(drafts, seq.tokens[start : len(seq.tokens) - seq.num_unknown]):
+        return (self._learnt(seq).of(0),) * 2
+
+    def _learnt(self, seq: Sequence) -> Chances:
+        """Also from its last drafts, when what came in their places is known."""
+        own, known = self._of.setdefault(seq.id, Chances(self._chances)), len(seq.tokens) - seq.num_unknown
+        if seq.id in self._guessed and self._guessed[seq.id][0] < known:
+            start, drafts = self._guessed.pop(seq.id)
+            for draft, token in zip(drafts, seq.tokens[start:known]):
                 own.learn(0, draft == token)
                 if draft != token:
                     break
-            self._guessed.pop(seq.id, None)
-        return own.of(0), own.of(0)
+        return own
 
     def propose(self, wanted: Mapping[Sequence, int]) -> Drafts:
         growing = {seq: count for seq, count in wanted.items() if self._pages.reserve(seq.id, len(seq.tokens) + count)}
         for seq in growing:
+            self._learnt(seq)
             self._keep_common(seq)
         self._read(growing)
         steps = [self._launch(growing, number) for number in range(max(growing.values(), default=0))]
