@@ -17,7 +17,7 @@ _LIKELY = 0.5
 
 class Hope(NamedTuple):
     """What guesses of a sequence are worth. first: the chance that the first one is right. each: that one is, if those in front
-    are. room: how many there may be."""
+    are. room: how many there may be, at least 1."""
 
     seq: Sequence
     first: float
@@ -58,7 +58,7 @@ class DraftBudget:
         if self._idle > _PROBE:
             self._idle = 0
             best = max(hopes, key=lambda hope: hope.first)
-            counts = {best.seq: best.room} if best.room > 0 else {}
+            counts = {best.seq: best.room}
         return counts
 
     def _best(self, hopes: List[Hope], decodes: StepWork) -> dict[Sequence, int]:

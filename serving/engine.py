@@ -281,7 +281,8 @@ class Engine:
         for seq in decoding:
             params, (first, each) = seq.request.params, drafter.chances(seq)
             if first > 0 and not params.needs_history and seq.num_output >= params.min_tokens:
-                hopes.append(Hope(seq, first, each, self._room(seq)))
+                room = min(self.config.num_drafts, seq.max_tokens - seq.num_output - 1)
+                hopes += [Hope(seq, first, each, room)] if room > 0 else []
         keys = sum(len(seq.tokens) for seq in decoding) if hopes else 0
         return self._draft_budget.counts(hopes, StepWork(len(decoding), keys, keys))
 
@@ -289,13 +290,7 @@ class Engine:
         """Of those that are still there."""
         if self._drafter is None or not guesses:
             return {}
-        decoding = self.scheduler.decoding()
-        return self._drafter.propose(
-            {seq: room for seq in decoding if (room := min(guesses.get(seq, 0), self._room(seq))) > 0}
-        )
-
-    def _room(self, seq: Sequence) -> int:
-        return min(self.config.num_drafts, seq.max_tokens - seq.num_output - 1)
+        return self._drafter.propose({seq: guesses[seq] for seq in self.scheduler.decoding() if seq in guesses})
 
     def _finish(self) -> list[RequestOutput]:
         step, self._launched = self._launched, None

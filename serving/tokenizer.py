@@ -179,7 +179,9 @@ class Detokenizer:
         text = self._decode(self._window)
         piece = text[len(self._shown) :]
         if not piece and self._num_shown:
-            del self._window[self._num_shown :]  # invisible (a special token): or a run of them would make the window grow
+            del self._window[
+                self._num_shown :
+            ]  # invisible (a special token): or a run of them would make the window grow
         if not piece or piece.endswith(_REPLACEMENT):
             return ""
         if len(self._window) > _WINDOW:  # goes on behind the tokens of this piece

@@ -15,8 +15,8 @@ import serving
 from serving.config import EngineConfig
 from serving.core import UNKNOWN, Batch, Request, SampledToken, SamplingParams, StepOutput
 from serving.engine import Engine
-from serving.simulate import Pace, PlainVocabulary, SimRunner, VirtualClock
 from serving.kv import PageTables
+from serving.simulate import Pace, PlainVocabulary, SimRunner, VirtualClock
 from serving.speculation import Drafter, DraftModel, PromptLookup
 
 SIZE = 220  # tokens of a prompt, and of its answer
