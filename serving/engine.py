@@ -308,7 +308,8 @@ class Engine:
         if len(tokens) != len(step.items):
             raise TilusError(f"the runner sampled {len(tokens)} tokens, expected {len(step.items)}")
         now = self._clock.now()
-        self._draft_budget.observe(step.work, now)
+        if self._drafter is not None:
+            self._draft_budget.observe(step.work, now)
         if alone:
             self._watch.alone(step.work, now)
         else:

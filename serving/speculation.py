@@ -170,7 +170,8 @@ class DraftModel:
         self._guessed: dict[str, tuple[int, tuple[int, ...]]] = {}  # where in the sequence, and what; not yet compared
 
     def chances(self, seq: Sequence) -> tuple[float, float]:
-        return (self._learnt(seq).of(0),) * 2
+        each = self._learnt(seq).of(0)
+        return each, each
 
     def _learnt(self, seq: Sequence) -> Chances:
         """Also from its last drafts, when what came in their places is known."""
