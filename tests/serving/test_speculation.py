@@ -176,6 +176,24 @@ def test_what_follows_the_same_tokens_is_proposed() -> None:
     assert PromptLookup(3, 2).propose({sequence(4, 4): 3}) == {}
 
 
+@pytest.mark.parametrize(
+    ("on_the_device", "expected", "certain"),
+    [((), (3, 4, 5), 0), ((UNKNOWN,), (4, 5, 6), 1), ((3, 4, UNKNOWN), (6, 7, 1), 3), ((3, 9, UNKNOWN), (5, 6, 7), 2),
+     ((9, 4, UNKNOWN), (4, 5, 6), 1)],
+)  # fmt: skip
+def test_proposals_are_behind_what_the_device_is_expected_to_give(
+    on_the_device: tuple[int, ...], expected: tuple[int, ...], certain: int
+) -> None:
+    """Drafts there that differ from what is followed now end it, with one token more; else guesses would miss for ever."""
+    seq = core.Sequence(Request("r", (1, 2, 3, 4, 5, 6, 7, 1, 2), SamplingParams()), 20, math.inf)
+    seq.tokens += on_the_device
+    seq.num_unknown = len(on_the_device)
+    lookup = PromptLookup()
+    assert lookup.propose({seq: 3}) == {"r": expected}
+    first, each = lookup.chances(seq)
+    assert first == pytest.approx(each ** (1 + certain)) and 0 < each < 1
+
+
 class ByChance(FakeRunner):
     """Draws from a chain's probabilities by the request's seed and the number of the draw, as samplers do."""
 
