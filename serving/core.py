@@ -157,7 +157,8 @@ class Matcher(Protocol):
 class Sequence:
     """A request inside the engine.
 
-    tokens: the prompt, then the output so far; UNKNOWN at its end stands for what launched steps sample. num_computed: how many
+    tokens: the prompt, then the output so far; UNKNOWN at its end stands for what launched steps sample, behind drafts in them,
+    as if these agreed: so many, num_unknown, are not sure. num_computed: how many
     of them have keys and values in the cache once the launched steps have run; it falls to 0 when the sequence loses its
     pages, and everything is computed again later, or copied back from the host. max_tokens: the limit on output with the
     default resolved. deadline: the clock's time after which the request is given up. matcher: of the request's grammar, if it
@@ -204,10 +205,12 @@ class Sequence:
 class BatchItem(NamedTuple):
     """One sequence's share of a step: `token_ids` at positions start, start + 1, ... with `pages` as its block table.
 
-    A token UNKNOWN is the one that the step launched just before sampled for the same request. params is None when this step
-    does not reach the sequence's end, so that nothing is sampled; draw counts the tokens sampled before, and picks the random
-    number. history: all tokens of the sequence, the last `draw` of them its answer, where `params.needs_history`. allowed: a
-    bit for each token of the vocabulary, the first in the lowest bit of the first byte, where a grammar decides; None for all.
+    A token UNKNOWN is the last one that the step launched just before sampled for the same request. Positions and draw are as if
+    all drafts of that step had agreed: for each that did not, the step computes this item one place further in front. params is
+    None when this step does not reach the sequence's end, so that nothing is sampled; draw counts the tokens sampled before, and
+    picks the random number. history: all tokens of the sequence, the last `draw` of them its answer, where they are needed
+    (`params.needs_history`). allowed: a bit for each token of the vocabulary, the first in the lowest bit of the first byte,
+    where a grammar decides; None for all.
     num_drafts: how many of the last tokens are guesses, which the step checks: behind the token in front of them and behind
     each of them one is sampled, with draw, draw + 1, ... targets: what follows on the first of the tokens in a prompt, where log-
     probabilities are wanted of that, and of the `num_best` most probable tokens in each place.
@@ -252,7 +255,7 @@ class Batch:
     items: tuple[BatchItem, ...]
     copies: tuple[PageCopy, ...] = ()
 
-    @property
+    @cached_property
     def sampled(self) -> tuple[BatchItem, ...]:
         """The items that get a new token, in order."""
         return tuple(item for item in self.items if item.params is not None)

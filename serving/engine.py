@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -26,6 +26,7 @@ from serving.core import (
     StepOutput,
 )
 from serving.cost_model import CostModel, StepWatch, StepWork
+from serving.draft_budget import DraftBudget, Hope
 from serving.errors import RequestError
 from serving.kv import PageTables
 from serving.observer import Observer
@@ -70,16 +71,16 @@ class _Launched:
 
     def decides_the_next(self) -> bool:
         """Whether the next step cannot be scheduled without this one's tokens."""
-        return any(item.num_drafts or (item.params and item.params.needs_history) for item in self.items)
+        return any(item.params and item.params.needs_history for item in self.items)
 
 
 class Engine:
     """Generates for many requests at once: `add` them, call `step` while `has_work`, and hand out its outputs.
 
     Every request that was added ends in exactly one output with a finish reason, or by `abort`. matcher: makes those of grammars;
-    without it, requests with a grammar are refused. drafter: guesses up to `config.num_drafts` tokens of each sequence; without
-    overlap, as the tokens of a step must be known then before the next one is scheduled. trace: gets the times of the parts of
-    steps. cost: learns what steps take. `observers` are told what happens to requests.
+    without it, requests with a grammar are refused. drafter: guesses up to `config.num_drafts` tokens of each sequence, where
+    that pays. trace: gets the times of the parts of steps. cost: learns what steps take. `observers` are told what happens to
+    requests.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class Engine:
         self.pages = PageTables(config.num_pages, config.page_size, reuse=config.prefix_cache)
         self.cost = CostModel() if cost is None else cost
         self.scheduler = Scheduler(self.pages, config, self.cost)
+        self._draft_budget = DraftBudget()
         self.observers: list[Observer] = []
         self.max_model_len = min(config.max_model_len, self.pages.capacity)
         self._live: dict[str, _Live] = {}
@@ -162,6 +164,7 @@ class Engine:
         now = self._clock.now()
         if not self.has_work:
             self._watch.rest_ends(now)
+            self._draft_budget.rest_ends(now)
         matcher = self.new_matcher(request.params.grammar)
         seq = Sequence(request, limit, now + self.config.request_timeout, matcher, arrived=now)
         decode = partial(self._vocabulary.decode, skip_special=params.skip_special_tokens)
@@ -185,12 +188,13 @@ class Engine:
         queue: so the device does not wait for what is done here. Sequences that turn out to have ended have a row in the next
         batch already, whose token is dropped.
         """
-        outputs = self._expire()
-        if self._launched is not None and self._launched.decides_the_next():
+        outputs, guesses = self._expire(), self._num_guesses()
+        waits = bool(guesses) and self._drafter is not None and not self._drafter.ahead
+        if self._launched is not None and (waits or self._launched.decides_the_next()):
             outputs += self._finish()
-        before, self._launched = self._launched, self._launch()
+        before, self._launched = self._launched, self._launch(guesses)
         outputs += self._commit(before)
-        if not self.config.overlap or self._drafter is not None:
+        if not self.config.overlap:
             outputs += self._finish()
         if self._checks:
             self.check()
@@ -199,10 +203,11 @@ class Engine:
     def check(self) -> None:
         """Raise unless pages, scheduler and requests agree: run after steps in tests and with TILUS_DEBUG, and when idle."""
         self.scheduler.check()
-        sampled = () if self._launched is None else self._launched.sampled
+        step = self._launched
+        running = {} if step is None else {live: item.num_drafts for live, item in zip(step.sampled, step.items)}
         for name, live in self._live.items():
             unknown, counted = live.seq.tokens.count(UNKNOWN), live.seq.num_unknown
-            if not unknown == counted == (live in sampled):
+            if unknown != (live in running) or counted != unknown + running.get(live, 0):
                 raise TilusError(f"request {name!r} has {unknown} unknown tokens, {counted} by its own count")
         scheduled = sorted(seq.id for seq in (*self.scheduler.running, *self.scheduler.waiting))
         if scheduled != sorted(self._live):
@@ -251,9 +256,9 @@ class Engine:
             self._end(request_id, "timeout")
         return [RequestOutput(request_id, "", (), "timeout") for request_id in late]
 
-    def _launch(self) -> _Launched | None:
+    def _launch(self, guesses: Mapping[Sequence, int]) -> _Launched | None:
         with self._span("schedule"):
-            batch = self._informed(self.scheduler.schedule(self._drafts()))
+            batch = self._informed(self.scheduler.schedule(self._drafts(guesses)))
         if not batch.items:
             return None
         now, sampled = self._clock.now(), list[_Live]()
@@ -267,22 +272,31 @@ class Engine:
             if live.seq.started is None:
                 live.seq.started, live.seq.num_cached = now, item.start
             if item.params is not None:
-                live.seq.tokens.append(UNKNOWN)
-                live.seq.num_unknown += 1
+                drafts = item.token_ids[len(item.token_ids) - item.num_drafts :]
+                live.seq.tokens += (*drafts, UNKNOWN)
+                live.seq.num_unknown += 1 + item.num_drafts
                 sampled.append(live)
         return _Launched(StepWork.of(batch), now, batch.sampled, tuple(sampled), wait)
 
-    def _drafts(self) -> Drafts:
-        """Guesses for sequences whose next tokens depend on nothing but the model and random numbers: no mask, no history."""
-        if self._drafter is None:
+    def _num_guesses(self) -> dict[Sequence, int]:
+        """For sequences whose next tokens depend on nothing but the model and random numbers: no mask, no history."""
+        drafter = self._drafter
+        if drafter is None:
             return {}
-        wanted: dict[Sequence, int] = {}
-        for seq in self.scheduler.decoding():
-            room = min(seq.max_tokens, self.max_model_len - len(seq.request.prompt)) - seq.num_output - 1
-            params = seq.request.params
-            if not params.needs_history and seq.num_output >= params.min_tokens and room > 0:
-                wanted[seq] = min(self.config.num_drafts, room)
-        return self._drafter.propose(wanted)
+        decoding, hopes = self.scheduler.decoding(), list[Hope]()
+        for seq in decoding:
+            params, (first, each) = seq.request.params, drafter.chances(seq)
+            if first > 0 and not params.needs_history and seq.num_output >= params.min_tokens:
+                room = min(self.config.num_drafts, seq.max_tokens - seq.num_output - 1)
+                hopes += [Hope(seq, first, each, room)] if room > 0 else []
+        keys = sum(len(seq.tokens) for seq in decoding) if hopes else 0
+        return self._draft_budget.counts(hopes, StepWork(len(decoding), keys, keys))
+
+    def _drafts(self, guesses: Mapping[Sequence, int]) -> Drafts:
+        """Of those that are still there."""
+        if self._drafter is None or not guesses:
+            return {}
+        return self._drafter.propose({seq: guesses[seq] for seq in self.scheduler.decoding() if seq in guesses})
 
     def _finish(self) -> list[RequestOutput]:
         step, self._launched = self._launched, None
@@ -301,6 +315,8 @@ class Engine:
         if len(tokens) != len(step.items):
             raise TilusError(f"the runner sampled {len(tokens)} tokens, expected {len(step.items)}")
         now = self._clock.now()
+        if self._drafter is not None:
+            self._draft_budget.observe(step.work, now)
         if alone:
             self._watch.alone(step.work, now)
         else:
@@ -321,15 +337,16 @@ class Engine:
         if tokens is None:  # not-a-number logits: this request ends, the others go on
             self._end(item.request_id, "error")
             return RequestOutput(item.request_id, "", (), "error")
-        seq, position = live.seq, item.kv_len - item.num_drafts
-        seq.tokens[position : position + 1] = [token.token_id for token in tokens]
-        seq.num_unknown -= 1
+        seq, position = live.seq, len(live.seq.tokens) - live.seq.num_unknown
+        num_output = position - len(seq.request.prompt)
+        seq.tokens[position : position + item.num_drafts + 1] = [token.token_id for token in tokens]
+        seq.num_unknown -= 1 + item.num_drafts
         seq.answered = now if seq.answered is None else seq.answered
-        seq.num_computed -= item.num_drafts - (len(tokens) - 1)  # drafts that did not agree are computed again
+        seq.num_computed = min(seq.num_computed, len(seq.tokens) - 1)  # without the drafts that did not agree
         text, reason, count = "", None, 0
         while count < len(tokens) and reason is None:
             count += 1
-            piece, reason = self._append(live, tokens[count - 1].token_id, item.draw + count)
+            piece, reason = self._append(live, tokens[count - 1].token_id, num_output + count)
             text += piece
         for observer in self.observers:
             observer.produced(seq, count, now)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from serving.config import EngineConfig
-from serving.core import Batch, BatchItem, SamplingParams
+from serving.core import UNKNOWN, Batch, BatchItem, SamplingParams
 from serving.kernels import KvCache, PackedWeight
 from serving.model import Model
 from tilus.kernels.quantize import QuantizedWeight
@@ -44,6 +44,11 @@ def asking_item() -> BatchItem:
     """A row that asks for all that most do not: log-probabilities, and logits that are edited and masked."""
     params = SamplingParams(repetition_penalty=2.0, logprobs=0)
     return _item(0, 1, 1)._replace(params=params, history=(0,), allowed=b"")
+
+
+def resumed_item() -> BatchItem:
+    """A row behind a draft, of which only the device knows whether it is right."""
+    return _item(0, 1, 1)._replace(token_ids=(UNKNOWN,))
 
 
 def without_repetitions(model: Model, caches: Sequence[KvCache]) -> tuple[Model, Sequence[KvCache]]:

@@ -11,17 +11,17 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from serving.core import Batch, BatchItem, SampledToken, StepOutput
+from serving.core import UNKNOWN, Batch, BatchItem, SampledToken, StepOutput
 from serving.cost_model import StepWork
 from serving.gpu_spans import GpuSpans
 from serving.kv_pool import KvPool, PageShape
 from serving.model import Model
 from serving.prompt_scores import PromptScores
-from serving.rehearsal import asking_item, without_repetitions
+from serving.rehearsal import asking_item, resumed_item, without_repetitions
 from serving.sampling import Sampler
 from serving.step_graphs import StepGraphs
-from serving.step_inputs import step_tensors
-from serving.step_shapes import GraphLimits
+from serving.step_inputs import StepInputs, own_inputs, step_tensors
+from serving.step_shapes import GraphLimits, StepShape
 from serving.swap import PageSwapper
 from serving.trace import Trace
 
@@ -45,7 +45,8 @@ class TorchRunner:
         self._device = device
         self._sampler = Sampler(model.config.vocab_size, max_rows, device)
         self._gpu_spans = GpuSpans(trace) if trace is not None and device.type == "cuda" else None
-        self._rows: dict[str, int] = {}  # of the tokens that the last step sampled, by request
+        self._rows: dict[str, int] = {}  # of the last tokens that the last step sampled, by request
+        self._drafts: dict[str, tuple[int, ...]] = {}  # of that step
         self._graphs = None if graphs is None else StepGraphs(model, self.kv_pool, graphs, self._sampler)
 
     @torch.inference_mode()
@@ -56,14 +57,18 @@ class TorchRunner:
         has_drafts = any(item.num_drafts for item in items)
         rows = tuple(row for item in items for row in _rows_of(item)) if has_drafts else items
         scores = PromptScores(batch, self._sampler.max_rows) if any(item.targets for item in batch.items) else None
-        compute, samples = self._prepare(batch, scores)
+        compute, samples, inputs, shape = self._prepare(batch, scores)
         self._sampler.write(rows)
+        next_rows = {row.request_id: index for index, row in enumerate(rows)}
+        if self._drafts and (behind := [i for i in items if i.request_id in self._drafts and UNKNOWN in i.token_ids]):
+            inputs.follow(shape, behind, self._drafts, self._rows, next_rows, self._sampler.draws)
         start = self._mark()
         logits = compute()
         if rows and not (samples and self._sampler.is_plain):
             self._sampler.run(logits, len(rows))
         end = self._mark()
-        self._rows = {row.request_id: index for index, row in enumerate(rows)}
+        self._rows = next_rows
+        self._drafts = {i.request_id: i.token_ids[-i.num_drafts :] for i in items if i.num_drafts} if has_drafts else {}
         collect = self._sampler.collect(rows)
 
         def wait() -> StepOutput:
@@ -82,15 +87,21 @@ class TorchRunner:
     def _mark(self) -> torch.cuda.Event | None:
         return None if self._gpu_spans is None else self._gpu_spans.mark()
 
-    def _prepare(self, batch: Batch, scores: PromptScores | None) -> tuple[Callable[[], Tensor], bool]:
-        """What launches a step and gives its logits, and whether it samples, too, where rows are plain."""
+    def _prepare(
+        self, batch: Batch, scores: PromptScores | None
+    ) -> tuple[Callable[[], Tensor], bool, StepInputs, StepShape]:
+        """What launches a step and gives its logits, whether it samples, too, where rows are plain, and its inputs."""
         shape = None if self._graphs is None or scores is not None else self._graphs.shapes.of(batch.items)
         if self._graphs is not None and shape is not None:
-            return self._graphs.prepare(batch, shape, self._rows), self._graphs.samples
-        step = step_tensors(batch, self._page_size, self._device, self._sampler.tokens, self._rows)
-        if scores is not None:
-            return lambda: scores.compute(self._model, step, self.kv_pool.layers), False
-        return lambda: self._model.forward(step, self.kv_pool.layers), False
+            return self._graphs.prepare(batch, shape, self._rows), self._graphs.samples, self._graphs.inputs, shape
+        inputs, shape = own_inputs(batch, self._page_size, self._sampler.tokens, self._rows)
+
+        def compute() -> Tensor:
+            inputs.gather(shape)
+            step, layers = inputs.step(shape), self.kv_pool.layers
+            return self._model.forward(step, layers) if scores is None else scores.compute(self._model, step, layers)
+
+        return compute, False, inputs, shape
 
     @torch.inference_mode()
     def capture(self, progress: Callable[[int, int], None]) -> None:
@@ -110,6 +121,11 @@ class TorchRunner:
         self._sampler.write(())
         for step, out in self._graphs.steps() if self._graphs is not None else ():
             self._sampler.run(model.forward(step, caches, out), len(out))
+        if self._graphs is not None and self._graphs.shapes.limits.num_drafts:
+            item, shape, max_pages = resumed_item(), self._graphs.shapes.all[0], self._graphs.shapes.limits.max_pages
+            inputs, rows = StepInputs([shape], self._page_size, max_pages, self._sampler.tokens), {item.request_id: 0}
+            inputs.write(Batch((item,)), shape, rows)
+            inputs.follow(shape, [item], {item.request_id: (0,)}, rows, rows, self._sampler.draws)
         self._sampler.write((asking_item(),))
         self._sampler.run(torch.empty(1, model.config.vocab_size, device=self._device), 1)
 

@@ -28,7 +28,8 @@ class Sampler:
 
     A step is write, run, collect. On a GPU they only put work into the current stream, and nothing waits. What `run` launches
     follows from the last `write`: for plain rows always the same, at fixed addresses, so that it can be captured.
-    tokens: int32 [max_rows] on the device, what the last run chose, for the next step to read there.
+    tokens, draws: int32 [max_rows] on the device, what the last run chose, for the next step to read there, and how many tokens
+    each row's request had been given before.
     """
 
     def __init__(self, vocab_size: int, max_rows: int, device: torch.device) -> None:
@@ -37,6 +38,7 @@ class Sampler:
         self._device = device
         self._parameters = torch.zeros(_WORDS * max_rows, dtype=torch.int32, device=device)
         self._columns = _columns(self._parameters)
+        self.draws = self._columns[-1]
         self._staging = [_Staging(max_rows, device) for _ in range(2)]  # a step's copy may wait behind the step before
         self.tokens = torch.full((max_rows,), -1, dtype=torch.int32, device=device)
         self._edits: _Edits | None = None

@@ -188,6 +188,8 @@ class Scheduler:
 
     def _admit(self, seq: Sequence) -> bool:
         """Whether a sequence that waits runs from now on."""
+        if seq.num_unknown > 1:  # it has lost its place just now, and nobody knows which of its drafts agreed
+            return False
         is_scored = seq.request.params.prompt_logprobs is not None  # what is found in the cache would have no logits
         found = 0 if is_scored else self.pages.adopt(seq.id, seq.tokens)
         seq.num_shared = self.pages.num_shared(seq.id)
@@ -218,17 +220,20 @@ class Scheduler:
 
     def _swap_out(self, seq: Sequence) -> tuple[PageCopy, ...]:
         """The copies that save a sequence; none where computing it again takes less time, or the host has no room."""
-        pages = -(-seq.num_computed // self.pages.page_size)
-        again = self._cost.predict(StepWork().with_prompt(0, seq.num_computed)) - self._cost.predict(
-            StepWork(prompts=1)
-        )
+        count = self._num_sure(seq)
+        pages = -(-count // self.pages.page_size)
+        again = self._cost.predict(StepWork().with_prompt(0, count)) - self._cost.predict(StepWork(prompts=1))
         if self._cost.is_fitted and 2 * pages * self._cost.page_copy_seconds > again:
             return ()
-        return self.host.save(seq.id, seq.num_computed, self.pages.table(seq.id))
+        return self.host.save(seq.id, count, self.pages.table(seq.id))
 
     def _publish(self, seq: Sequence) -> None:
         """Only pages whose tokens are known have names."""
-        self.pages.publish(seq.id, seq.tokens, min(seq.num_computed, len(seq.tokens) - seq.num_unknown))
+        self.pages.publish(seq.id, seq.tokens, self._num_sure(seq))
+
+    def _num_sure(self, seq: Sequence) -> int:
+        """Tokens in the cache that are known."""
+        return min(seq.num_computed, len(seq.tokens) - seq.num_unknown)
 
     def _release(self, seq: Sequence) -> None:
         self._publish(seq)

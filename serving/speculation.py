@@ -19,58 +19,137 @@ from serving.core import UNKNOWN, Batch, BatchItem, Runner, Sequence, StepOutput
 from serving.kv import PageTables
 
 Drafts = dict[str, tuple[int, ...]]  # by request
+_KINDS = 6  # of guesses: behind 0, 1, 2, 4, 8, 16 tokens or more that were right
+_OF_ALL, _OF_ONE = 256, 16  # guesses of a kind that count, of all requests and of one
+_OF_START = 4  # for how many what is known of all stands when a request starts
 
 
 class Drafter(Protocol):
+    """ahead: whether it guesses behind tokens that are still on the device."""
+
+    ahead: bool
+
+    def chances(self, seq: Sequence) -> tuple[float, float]:
+        """That the first token that it would propose for a sequence is right, and each one if those in front of it are; zeros
+        where there is none."""
+        ...
+
     def propose(self, wanted: Mapping[Sequence, int]) -> Drafts:
-        """At most so many guesses for each of some sequences, all of whose tokens are known; none for those that are missing."""
+        """At most so many guesses for each of some sequences; none for those that are missing."""
         ...
 
     def forget(self, request_id: str) -> None:
-        """A request has ended, or lost its place."""
+        """A request has ended."""
         ...
+
+
+class Chances:
+    """How often guesses are right, by how many tokens in front of them were: means in which the past fades.
+
+    start: before anything is known. before: of all requests, from which those of one start, and which learn from it.
+    """
+
+    def __init__(self, before: Chances | None = None, start: float = 0.5) -> None:
+        self._before = before
+        self._means = [start] * _KINDS if before is None else before._means.copy()
+        self._counts = [1 if before is None else _OF_START] * _KINDS
+
+    def of(self, agreed: int) -> float:
+        return self._means[min(agreed.bit_length(), _KINDS - 1)]
+
+    def learn(self, agreed: int, right: bool) -> None:
+        kind = min(agreed.bit_length(), _KINDS - 1)
+        self._means[kind] += (right - self._means[kind]) / (self._counts[kind] + 1)
+        self._counts[kind] = min(self._counts[kind] + 1, _OF_ALL if self._before is None else _OF_ONE)
+        if self._before is not None:
+            self._before.learn(agreed, right)
 
 
 class PromptLookup:
     """What followed the last time that a sequence's last tokens occurred in it: cheap, and right where answers quote.
 
-    longest, shortest: how many tokens must occur again, tried in this order (A. Saxena, "Prompt Lookup Decoding", 2023).
+    longest, shortest: how many tokens must occur again, tried in this order (A. Saxena, "Prompt Lookup Decoding", 2023). What is
+    found is followed, in thought where it is not proposed, until the answer goes another way: so its chances are known for
+    nothing.
     """
+
+    ahead = True
 
     def __init__(self, longest: int = 4, shortest: int = 2) -> None:
         self._sizes = range(longest, shortest - 1, -1)
-        self._seen: dict[str, _Occurrences] = {}
+        self._chances = Chances()
+        self._known: dict[str, _Followed] = {}
+
+    def chances(self, seq: Sequence) -> tuple[float, float]:
+        followed = self._follow(seq)
+        if followed.place is None:
+            return 0.0, 0.0
+        each = followed.chances.of(followed.agreed)
+        return each ** (1 + followed.num_expected(seq)), each
 
     def propose(self, wanted: Mapping[Sequence, int]) -> Drafts:
-        found = {seq.id: self._following(seq, count) for seq, count in wanted.items()}
-        return {request_id: drafts for request_id, drafts in found.items() if drafts}
+        found = {seq: self._follow(seq) for seq in wanted}
+        return {
+            seq.id: followed.next(seq, wanted[seq]) for seq, followed in found.items() if followed.place is not None
+        }
 
     def forget(self, request_id: str) -> None:
-        self._seen.pop(request_id, None)
+        self._known.pop(request_id, None)
 
-    def _following(self, seq: Sequence, count: int) -> tuple[int, ...]:
-        tokens, seen = seq.tokens, self._seen.setdefault(seq.id, _Occurrences())
-        seen.add(tokens, self._sizes)
-        for size in self._sizes:
-            end = seen.ends.get(tuple(tokens[-size:])) if len(tokens) > size else None
-            if end is not None:
-                return tuple(tokens[end : end + count])
-        return ()
+    def _follow(self, seq: Sequence) -> _Followed:
+        if (followed := self._known.get(seq.id)) is None:
+            followed = self._known[seq.id] = _Followed(Chances(self._chances))
+        followed.read(seq, self._sizes)
+        return followed
 
 
 @dataclass
-class _Occurrences:
-    """Where runs of tokens ended last, but for those that end with the sequence."""
+class _Followed:
+    """A sequence that may repeat itself. place: of the token in it that should come next, `agreed` in front of which it has
+    repeated; None when nothing occurs again. ends: where runs of tokens ended last, among the first num_tokens."""
 
+    chances: Chances
+    place: int | None = None
+    agreed: int = 0
     ends: dict[tuple[int, ...], int] = field(default_factory=dict[tuple[int, ...], int])
     num_tokens: int = 0
 
-    def add(self, tokens: list[int], sizes: range) -> None:
-        for end in range(self.num_tokens, len(tokens)):
+    def read(self, seq: Sequence, sizes: range) -> None:
+        """The tokens that have become known."""
+        tokens, known = seq.tokens, len(seq.tokens) - seq.num_unknown
+        for end in range(self.num_tokens + 1, known + 1):
+            if self.place is not None:
+                right = tokens[self.place] == tokens[end - 1]
+                self.chances.learn(self.agreed, right)
+                self.place, self.agreed = (self.place + 1, self.agreed + 1) if right else (None, 0)
             for size in sizes:
                 if size <= end:
-                    self.ends[tuple(tokens[end - size : end])] = end
-        self.num_tokens = len(tokens)
+                    run = tuple(tokens[end - size : end])
+                    if self.place is None and end >= len(seq.request.prompt) and run in self.ends:
+                        self.place, self.agreed = self.ends[run], size
+                    self.ends[run] = end
+        self.num_tokens = known
+
+    def num_expected(self, seq: Sequence) -> int:
+        """Tokens that the step on the device will give: drafts in it up to one that was guessed before it was known what is
+        followed now, and one more."""
+        if seq.num_unknown == 0:
+            return 0
+        drafts = seq.tokens[self.num_tokens : -1]
+        agreed = 0
+        while agreed < len(drafts) and drafts[agreed] == self._guess(seq, agreed):
+            agreed += 1
+        return agreed + 1
+
+    def next(self, seq: Sequence, count: int) -> tuple[int, ...]:
+        """So many tokens behind those that are expected."""
+        first = self.num_expected(seq)
+        return tuple(self._guess(seq, first + index) for index in range(count))
+
+    def _guess(self, seq: Sequence, index: int) -> int:
+        """Of the token with this index behind those that are known: what repeats goes on to repeat."""
+        place = self.place or 0
+        return seq.tokens[place + index % (self.num_tokens - place)]
 
 
 class DraftModel:
@@ -79,15 +158,36 @@ class DraftModel:
     A sequence for which there are no pages gets no drafts. max_step_tokens: of a step of the model.
     """
 
+    ahead = False
+
     def __init__(self, runner: Runner, pages: PageTables, max_step_tokens: int) -> None:
         self._runner = runner
         self._pages = pages
         self._max_step_tokens = max_step_tokens
         self._cached: dict[str, list[int]] = {}  # the tokens whose keys and values are in the cache
+        self._chances = Chances(start=0.8)
+        self._of: dict[str, Chances] = {}
+        self._guessed: dict[str, tuple[int, tuple[int, ...]]] = {}  # where in the sequence, and what; not yet compared
+
+    def chances(self, seq: Sequence) -> tuple[float, float]:
+        each = self._learnt(seq).of(0)
+        return each, each
+
+    def _learnt(self, seq: Sequence) -> Chances:
+        """Also from its last drafts, when what came in their places is known."""
+        own, known = self._of.setdefault(seq.id, Chances(self._chances)), len(seq.tokens) - seq.num_unknown
+        if seq.id in self._guessed and self._guessed[seq.id][0] < known:
+            start, drafts = self._guessed.pop(seq.id)
+            for draft, token in zip(drafts, seq.tokens[start:known]):
+                own.learn(0, draft == token)
+                if draft != token:
+                    break
+        return own
 
     def propose(self, wanted: Mapping[Sequence, int]) -> Drafts:
         growing = {seq: count for seq, count in wanted.items() if self._pages.reserve(seq.id, len(seq.tokens) + count)}
         for seq in growing:
+            self._learnt(seq)
             self._keep_common(seq)
         self._read(growing)
         steps = [self._launch(growing, number) for number in range(max(growing.values(), default=0))]
@@ -99,9 +199,12 @@ class DraftModel:
         for seq in growing:
             # The last draft has not been computed.
             self._cached[seq.id] = [*seq.tokens, *drafts.get(seq.id, ())[:-1]]
+            self._guessed[seq.id] = len(seq.tokens), drafts.get(seq.id, ())
         return drafts
 
     def forget(self, request_id: str) -> None:
+        self._of.pop(request_id, None)
+        self._guessed.pop(request_id, None)
         if self._cached.pop(request_id, None) is not None:
             self._pages.release(request_id)
 

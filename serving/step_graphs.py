@@ -121,13 +121,13 @@ class StepGraphs:
         valid until the next call. rows: of the tokens that the last step sampled, by request.
         """
         self.inputs.write(batch, shape, rows)
-        if not self._capture.samples:
-            self.inputs.gather(shape)
         if shape not in self._graphs:
             self._graphs[shape] = self._captured(shape)
         replay_graph, logits = self._graphs[shape], self._logits[: shape.samples]
 
         def replay() -> Tensor:
+            if not self._capture.samples:
+                self.inputs.gather(shape)
             replay_graph()
             return logits
 

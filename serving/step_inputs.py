@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 
@@ -14,7 +14,9 @@ from torch import Tensor
 from serving.core import UNKNOWN, Batch, BatchItem, is_decode
 from serving.model import StepTensors
 from serving.step_shapes import StepShape
+from tilus.kernels import follow_drafts
 
+_NO_TOKEN = -2
 _ALIGNMENT = 16  # int32 values: arrays start at multiples of 64 bytes, so that kernels see one alignment
 
 
@@ -49,13 +51,12 @@ class StepInputs:
         self._token_ids = torch.zeros(max(shape.rows for shape in shapes), dtype=torch.int32, device=last.device)
         self._arrays: dict[StepShape, _Arrays] = {}
         self._known: dict[str, tuple[int, tuple[int, ...]]] = {}  # by request: the row, and the pages that are there
+        self._ends: dict[str, int] = {}  # by request: the row behind its last one
 
     def step(self, shape: StepShape) -> StepTensors:
         _, _, positions, slots, kv_lens, q_start, samples = self._parts(self._there, shape)
-        sequences = shape.decodes + shape.others
-        tables = self._there[self._front : self._front + sequences * self._max_pages].view(sequences, -1)
         return StepTensors(
-            self._token_ids[: shape.rows], positions, slots, tables, q_start, kv_lens,
+            self._token_ids[: shape.rows], positions, slots, self._table(shape), q_start, kv_lens,
             last=samples if shape.others else None, decodes=shape.decodes,
         )  # fmt: skip
 
@@ -79,16 +80,45 @@ class StepInputs:
             singles = sum(map(is_decode, items))
         self._write_tables(items, [*range(singles), *range(shape.decodes, shape.decodes + len(items) - singles)])
         ends = self._write_rows(items, singles, shape, rows)
+        self._ends = {item.request_id: end for item, end in zip(items, ends.tolist())}
         if shape.others:
-            self._write_samples(batch, shape, {item.request_id: end for item, end in zip(items, ends.tolist())})
+            self._write_samples(batch, shape)
         if self._there is not self._host:
             sequences = shape.decodes + shape.others
             used = slice(self._front - _starts(shape)[-1], self._front + sequences * self._max_pages)
             staging = torch.empty_like(self._host[used], pin_memory=self._there.device.type == "cuda")
             self._there[used].copy_(staging.copy_(self._host[used]), non_blocking=True)
 
-    def _write_samples(self, batch: Batch, shape: StepShape, ends: Mapping[str, int]) -> None:
-        """ends: by request the row behind its last one."""
+    def follow(
+        self, shape: StepShape, items: Iterable[BatchItem], before: Mapping[str, tuple[int, ...]], rows: Mapping[str, int],
+        next_rows: Mapping[str, int], draws: Tensor,
+    ) -> None:  # fmt: skip
+        """Behind `write` and in front of `gather`: move what follows drafts that did not agree, which only the device knows.
+
+        items: some of those that were written, with drafts in the step before. before: these, by request. rows, next_rows: of the
+        last token that the step before sampled, and that this one does. draws: of what this step samples, on the device.
+        """
+        jobs: list[tuple[int, ...]] = []
+        for item in items:
+            drafts, count, sequence = before[item.request_id], len(item.token_ids), self._known[item.request_id][0]
+            first, padding = rows[item.request_id] - len(drafts), [_NO_TOKEN] * (8 - len(drafts))
+            for index in range(count):
+                row, draw = self._ends[item.request_id] - count + index, next_rows[item.request_id] + 1 - count + index
+                jobs.append((row, sequence, draw, first, len(drafts), index == 0, 0, 0, *drafts, *padding))
+        _, sources, positions, slots, kv_lens, *_ = self._parts(self._there, shape)
+        is_pinned = draws.device.type == "cuda"
+        follow_drafts(
+            torch.tensor(jobs, dtype=torch.int32, pin_memory=is_pinned).to(draws.device, non_blocking=True), self._last,
+            sources=sources, positions=positions, slots=slots, kv_lens=kv_lens, tables=self._table(shape), draws=draws,
+            page_size=self._page_size,
+        )  # fmt: skip
+
+    def _table(self, shape: StepShape) -> Tensor:
+        sequences = shape.decodes + shape.others
+        return self._there[self._front : self._front + sequences * self._max_pages].view(sequences, -1)
+
+    def _write_samples(self, batch: Batch, shape: StepShape) -> None:
+        ends = self._ends
         wanted = [
             row
             for item in batch.items
@@ -154,21 +184,20 @@ class StepInputs:
         return [memory[self._front - end + start :][:size] for start, size in zip(starts, _sizes(shape), strict=True)]
 
 
-def step_tensors(
-    batch: Batch,
-    page_size: int,
-    device: torch.device,
-    last: Tensor | None = None,
-    rows: Mapping[str, int] | None = None,
-) -> StepTensors:
-    """A batch as it is, in memory of its own. last, rows: the tokens that the step before sampled, and their rows."""
+def own_inputs(batch: Batch, page_size: int, last: Tensor, rows: Mapping[str, int]) -> tuple[StepInputs, StepShape]:
+    """Of a batch as it is, in memory of its own. last, rows: the tokens that the step before sampled, and their rows."""
     items, singles = batch.items, sum(map(is_decode, batch.items))
     samples = sum(1 + item.num_drafts for item in batch.sampled)
     shape = StepShape(singles, sum(len(item.token_ids) for item in items), len(items) - singles, samples)
     width = -(-max(len(item.pages) for item in items) // _ALIGNMENT) * _ALIGNMENT
-    before = torch.empty(0, dtype=torch.int32, device=device) if last is None else last
-    inputs = StepInputs([shape], page_size, width, before)
-    inputs.write(batch, shape, rows or {})
+    inputs = StepInputs([shape], page_size, width, last)
+    inputs.write(batch, shape, rows)
+    return inputs, shape
+
+
+def step_tensors(batch: Batch, page_size: int, device: torch.device) -> StepTensors:
+    """A batch as it is, all of whose tokens are known."""
+    inputs, shape = own_inputs(batch, page_size, torch.empty(0, dtype=torch.int32, device=device), {})
     inputs.gather(shape)
     return inputs.step(shape)
 

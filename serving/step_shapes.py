@@ -50,7 +50,7 @@ class StepShapes:
     """The shapes of a device: on a CPU of small steps that only decode, on a GPU of all steps."""
 
     def __init__(self, limits: GraphLimits, device: torch.device) -> None:
-        self._limits = limits
+        self.limits = limits
         self._least = lru_cache(2**14)(self._search)  # which is asked for many steps that are only considered
         sizes = decode_sizes(limits.max_batch, device)
         self.all = (
@@ -80,7 +80,7 @@ class StepShapes:
 
     def _mixed(self) -> Iterator[StepShape]:
         """Of steps with prompts, or drafts."""
-        most, each = self._limits.max_batch, 1 + self._limits.num_drafts
+        most, each = self.limits.max_batch, 1 + self.limits.num_drafts
         powers = (size for size in (_EACH * 4**power for power in range(8)) if size < most)
         sizes = (0, *powers, *([-(-most // _EACH) * _EACH] if most > 1 else []))
         for less, size in zip((-1, *sizes), sizes):
@@ -91,14 +91,14 @@ class StepShapes:
 
     def _rows(self, size: int, made_up: int) -> tuple[int, ...]:
         """Of steps with `size` sequences that decode, of which so many are made up at most: whole steps have those besides."""
-        most = self._limits.max_step_tokens
+        most = self.limits.max_step_tokens
         standard = (*_FEW_ROWS, *range(_FEW_ROWS[-1] + _MANY_ROWS, most, _MANY_ROWS), most)
         largest = -(-(most + made_up) // _EACH) * _EACH if made_up else most
         return tuple(sorted({largest, *(rows for rows in standard if size < rows <= most)}))
 
     def _prompts(self, rows: int) -> tuple[int, ...]:
         """Of so many rows. Where sequences have drafts, few of them are common."""
-        most, few = self._limits.max_batch, (1, 2, 4, 8) if self._limits.num_drafts else (1, 4)
+        most, few = self.limits.max_batch, (1, 2, 4, 8) if self.limits.num_drafts else (1, 4)
         sizes = (*(few if rows <= _FEW_TOKENS else ()), _PROMPTS, most)
         return tuple(sorted({min(size, rows, most) for size in sizes}))
 

@@ -26,6 +26,7 @@ from serving.tools import Json, told_in_words
 from tilus.errors import TilusError
 
 _REPLACEMENT = "\ufffd"
+_WINDOW = 8  # tokens
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # SentencePiece's
 # What byte-level vocabularies write bytes as: those that print as themselves, the others as what follows in Unicode.
 _SYMBOLS = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -159,35 +160,35 @@ def _token_text(fast: FastTokenizer, token_id: int) -> str:
 class Detokenizer:
     """Tokens to text, piece by piece, never half a character.
 
-    Decoding depends on neighbours (byte tokens form characters, some decoders strip a first space), so the text of the
-    new tokens is the difference of decoding a short window with and without them. A window that ends in U+FFFD may end
-    inside a character, and waits. Law: the pieces with the final flush make up decode(all tokens).
+    Decoding depends on neighbours (byte tokens form characters, some decoders strip a first space), so the text of a new token is
+    what it adds to that of a short window of those before it. A window that ends in U+FFFD may end inside a character, and waits.
+    Law: the pieces with the final flush make up decode(all tokens).
     """
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
         self._decode = decode
-        self._context: list[int] = []  # the tokens of the last piece, already shown
-        self._new: list[int] = []
+        self._window: list[int] = []
+        self._num_shown, self._shown = 0, ""  # of the window, what has been given out
 
     def push(self, token_id: int) -> str:
-        self._new.append(token_id)
-        piece = self._piece()
-        if not piece and self._context:
-            self._new = []  # invisible (a special token): forget it, or a run of them would make the window grow
+        self._window.append(token_id)
+        text = self._decode(self._window)
+        piece = text[len(self._shown) :]
+        if not piece and self._num_shown:
+            del self._window[
+                self._num_shown :
+            ]  # invisible (a special token): or a run of them would make the window grow
         if not piece or piece.endswith(_REPLACEMENT):
             return ""
-        self._context, self._new = self._new, []
+        if len(self._window) > _WINDOW:  # goes on behind the tokens of this piece
+            del self._window[: self._num_shown]
+            text = self._decode(self._window)
+        self._num_shown, self._shown = len(self._window), text
         return piece
 
     def flush(self) -> str:
         """What still waits, when the output ends: half a character shows as U+FFFD."""
-        piece = self._piece() if self._new else ""
-        self._context, self._new = self._new, []
-        return piece
-
-    def _piece(self) -> str:
-        shown = self._decode(self._context)
-        return self._decode(self._context + self._new)[len(shown) :]
+        return self._decode(self._window)[len(self._shown) :]
 
 
 def from_huggingface(directory: Path) -> Tokenizer:

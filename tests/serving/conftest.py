@@ -12,6 +12,7 @@ from live_server import CONFIG, LiveServer, serve
 from tiny_llama import CPU, write_tiny
 from torch_kernels import TorchKernels
 
+import tilus.kernels
 from serving.loader import Checkpoint, open_checkpoint
 from serving.model import Model, load_model
 from serving.runner import TorchRunner
@@ -35,6 +36,18 @@ def tiny_checkpoint(tiny_directory: Path) -> Checkpoint:
 @pytest.fixture(scope="session")
 def tiny_model(tiny_checkpoint: Checkpoint) -> Model:
     return load_model(tiny_checkpoint, TorchKernels(), CPU)
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels run where their arguments are, natively."""
+    monkeypatch.delenv("TILUS_DEVICE", raising=False)
+
+
+@pytest.fixture(scope="session")
+def model(tiny_checkpoint: Checkpoint) -> Model:
+    """The tiny model on the kernels of tilus."""
+    return load_model(tiny_checkpoint, tilus.kernels, CPU)
 
 
 @pytest.fixture(scope="session")

@@ -52,6 +52,7 @@ class FakeRunner:
         self._lazy = lazy
         self._outputs: list[StepOutput] = []
         self._last: dict[str, int] = {}  # what the last step that ran sampled
+        self._disagreed: dict[str, int] = {}  # its drafts that did not agree
 
     def launch(self, batch: Batch) -> Callable[[], StepOutput]:
         self.batches.append(batch)
@@ -63,10 +64,19 @@ class FakeRunner:
     def execute(self, batch: Batch) -> StepOutput:
         for copy in batch.copies:
             self._copy(copy)
-        results = [(item, self._run(item)) for item in batch.items]
-        sampled = [(item.request_id, tokens) for item, tokens in results if tokens is not None]
-        self._last = {request_id: tokens[-1].token_id for request_id, tokens in sampled}
+        results = [(item, self._run(self._known(item))) for item in batch.items]
+        sampled = [(item, tokens) for item, tokens in results if tokens is not None]
+        self._last = {item.request_id: tokens[-1].token_id for item, tokens in sampled}
+        self._disagreed = {item.request_id: 1 + item.num_drafts - len(tokens) for item, tokens in sampled}
         return StepOutput(tuple(tokens for _, tokens in sampled))
+
+    def _known(self, item: BatchItem) -> BatchItem:
+        """The item behind what the step before has sampled."""
+        if UNKNOWN not in item.token_ids:
+            return item
+        last, wrong = self._last[item.request_id], self._disagreed[item.request_id]
+        token_ids = tuple(last if token_id == UNKNOWN else token_id for token_id in item.token_ids)
+        return item._replace(token_ids=token_ids, start=item.start - wrong, draw=item.draw - wrong)
 
     def _run_until(self, number: int) -> StepOutput:
         while len(self._outputs) < number:
@@ -85,8 +95,7 @@ class FakeRunner:
             self.memory[copy.page, offset] = stored
 
     def _run(self, item: BatchItem) -> tuple[SampledToken, ...] | None:
-        token_ids = [self._last[item.request_id] if token_id == UNKNOWN else token_id for token_id in item.token_ids]
-        for position, token_id in enumerate(token_ids, item.start):
+        for position, token_id in enumerate(item.token_ids, item.start):
             slot = (item.pages[position // self.page_size], position % self.page_size)
             self.memory[slot] = (position, token_id)
         history = []

@@ -13,6 +13,7 @@ from plain_step import plain_step
 from serving_fakes import ManualClock
 from test_step_graphs import GREEDY, MAX_PAGES, PAGE, copy_of, graphs_of, random_batch, random_pool, replayed
 from tiny_llama import CPU, TINY
+from ways_to_run import EagerLookup
 
 import tilus.kernels
 from serving import runner, step_graphs
@@ -26,21 +27,12 @@ from serving.loader import Checkpoint
 from serving.model import Model, load_model
 from serving.runner import TorchRunner
 from serving.sampling import Sampler
-from serving.speculation import PromptLookup
 from serving.step_graphs import StepGraphs
 from serving.step_inputs import StepInputs
 from serving.step_shapes import GraphLimits, StepShape, StepShapes
 from tilus.dtypes import int8
 
-
-@pytest.fixture(autouse=True)
-def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TILUS_DEVICE", raising=False)
-
-
-@pytest.fixture(scope="module")
-def model(tiny_checkpoint: Checkpoint) -> Model:
-    return load_model(tiny_checkpoint, tilus.kernels, CPU)
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 def mixed_batch(rng: np.random.Generator, limits: GraphLimits, num_pages: int) -> Batch:
@@ -156,7 +148,8 @@ def conversation(engine: Engine, drafts: bool) -> dict[str, list[SampledToken]]:
 
 @pytest.mark.usefixtures("_as_on_a_gpu")
 @pytest.mark.parametrize(
-    ("drafts", "overlap", "num_pages"), [(0, False, 30), (0, True, 30), (0, True, 9), (3, False, 30)]
+    ("drafts", "overlap", "num_pages"),
+    [(0, False, 30), (0, True, 30), (0, True, 9), (3, False, 30), (3, True, 30), (3, True, 16)],
 )
 def test_an_engine_whose_steps_are_padded(
     tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, drafts: int, overlap: bool, num_pages: int
@@ -169,7 +162,7 @@ def test_an_engine_whose_steps_are_padded(
             admission="aggressive",
         )  # fmt: skip
         torch_runner = TorchRunner(model, num_pages, PAGE, CPU, max_rows=5 * (1 + drafts), graphs=limits)
-        drafter = PromptLookup() if drafts else None
+        drafter = EagerLookup() if drafts else None
         engine = Engine(torch_runner, tiny_checkpoint.tokenizer, config, ManualClock(), drafter=drafter)
         found.append(conversation(engine, drafts > 0))
         monkeypatch.delattr(runner, "step_tensors", raising=False)  # so that the second engine has nothing else

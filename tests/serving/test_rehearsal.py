@@ -17,7 +17,7 @@ import tilus
 from serving import step_graphs
 from serving.architectures import by_huggingface
 from serving.config import EngineConfig
-from serving.core import Batch, BatchItem, SamplingParams
+from serving.core import UNKNOWN, Batch, BatchItem, SamplingParams
 from serving.kernels import default_kernels
 from serving.loader import Checkpoint
 from serving.model import Dense, Embedding, Layer, Linear, Model, load_model
@@ -98,6 +98,15 @@ def random_batches(rng: random.Random, count: int) -> Iterator[Batch]:
         yield Batch(tuple(item if rng.random() < 0.7 else asking(rng, item) for item in items))
 
 
+def behind_drafts() -> Iterator[Batch]:
+    """Steps with drafts, and behind each one whose sequences go on from where they agreed, with and without more of them."""
+    for size in (1, 5, 16):
+        first = [BatchItem(str(i), (0, 1, 2, 3), 4, (0,), GREEDY, 0, num_drafts=3) for i in range(size)]
+        then = [item._replace(token_ids=(UNKNOWN, 4, 5, 6), start=8, draw=4) for item in first]
+        last = [item._replace(token_ids=(UNKNOWN,), start=12, draw=8, num_drafts=0) for item in then]
+        yield from (Batch(tuple(items)) for items in (first, then, last))
+
+
 def asking(rng: random.Random, item: BatchItem) -> BatchItem:
     """The same item of a request that wants more than tokens, or others."""
     history = tuple(rng.choices(range(99), k=rng.randrange(1, 40)))
@@ -126,6 +135,20 @@ def test_no_step_needs_another_kernel(
     needed.clear()
     tilus.compile_ahead(lambda: [runner.launch(batch) for batch in random_batches(random.Random(0), 60)])
     assert needed and rehearsed.issuperset(needed)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_what_runs_behind_drafts_is_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = GraphLimits(32, 512, 512, 3)
+    runner = TorchRunner(shaped(SMOLLM, uint4, 1), 64, 16, CPU, max_rows=128, graphs=graphs)
+    needed: list[Any] = []
+    monkeypatch.setattr(CompilePool, "compile_all", lambda _, jobs, **__: needed.extend(job.args[:3] for job in jobs))
+    found: list[frozenset[Any]] = []
+    for run in (lambda: runner.rehearse(()), lambda: [runner.launch(batch) for batch in behind_drafts()]):
+        needed.clear()
+        tilus.compile_ahead(run)
+        found.append(frozenset(job for job in needed if job[1] == "follow_drafts_kernel"))
+    assert len(found[0]) == 1 and found[1] == found[0]
 
 
 @pytest.mark.parametrize(

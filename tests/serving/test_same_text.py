@@ -98,6 +98,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "swapped": {"max_batch": 8, "graphs": True, "overlap": True, "num_pages": FEW, "num_host_pages": 256},
     "beginnings in the cache": {"max_batch": 8, "graphs": True, "overlap": True, "rounds": 2},
     "drafted": {"max_batch": 8, "graphs": True, "num_drafts": 4},
+    "drafted, overlapped": {"max_batch": 8, "graphs": True, "num_drafts": 4, "overlap": True},
+    "drafted and overlapped, alone": {"max_batch": 1, "graphs": True, "num_drafts": 4, "overlap": True},
     "drafted, alone": {"max_batch": 1, "graphs": True, "num_drafts": 4},
     "all at once": {
         "max_batch": 8, "max_step_tokens": 23, "graphs": True, "overlap": True, "num_pages": FEW - 10,

@@ -85,6 +85,11 @@ def test_no_draft_is_checked_where_ends_are_masked() -> None:
     """All rows of a step with drafts have one mask, but the answer may end behind its min_tokens-th token."""
 
     class Zeros:
+        ahead = True
+
+        def chances(self, seq):
+            return 1.0, 1.0
+
         def propose(self, wanted):
             return {seq.id: (EOS,) * count for seq, count in wanted.items()}
 

@@ -130,7 +130,7 @@ def test_invisible_tokens_do_not_pile_up() -> None:
     stream = Detokenizer(decode)
     ids = [*fast.encode("añ").ids, *[258] * 50, *fast.encode("é").ids, 258]
     assert "".join(stream.push(token_id) for token_id in ids) + stream.flush() == "añé"
-    assert max(windows) <= 4
+    assert max(windows) <= 8 + 4  # bytes of a character behind a full window
 
 
 def test_huggingface_settings(tiny: Tokenizer) -> None:

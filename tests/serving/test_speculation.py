@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from torch_kernels import TorchKernels
 
 from serving import core
 from serving.config import EngineConfig
-from serving.core import Batch, BatchItem, Request, SampledToken, SamplingParams, StepOutput
+from serving.core import UNKNOWN, Batch, BatchItem, Request, SampledToken, SamplingParams, StepOutput
 from serving.engine import Engine
 from serving.kv import PageTables
 from serving.loader import Checkpoint
@@ -29,14 +31,25 @@ VOCABULARY = FakeVocabulary.vocab_size
 
 
 class Guesses:
-    """Right or wrong as a list says, over and over."""
+    """Right or wrong as a list says, over and over. Behind what is not known yet they are as if that were right."""
+
+    ahead = True
 
     def __init__(self, right: Sequence[bool]) -> None:
         self._right = right
         self._count = 0
 
+    def chances(self, seq: core.Sequence) -> tuple[float, float]:
+        return 1.0, 1.0
+
     def propose(self, wanted: Mapping[core.Sequence, int]) -> Drafts:
-        return {seq.id: self._of(list(seq.tokens), count) for seq, count in wanted.items()}
+        return {seq.id: self._of(self._completed(seq.tokens), count) for seq, count in wanted.items()}
+
+    def _completed(self, tokens: Sequence[int]) -> list[int]:
+        known: list[int] = []
+        for token in tokens:
+            known.append(next_token(known) if token == UNKNOWN else token)
+        return known
 
     def _of(self, tokens: list[int], count: int) -> tuple[int, ...]:
         drafts: list[int] = []
@@ -65,9 +78,11 @@ class Small(FakeRunner):
         return StepOutput(tuple(None if t is None else (SampledToken(t),) for t in changed))
 
 
-def make_engine(runner: FakeRunner, drafter: Drafter | None, drafts: int, **limits: int) -> Engine:
+def make_engine(runner: FakeRunner, drafter: Drafter | None, drafts: int, **limits: Any) -> Engine:
     given_limits = {"num_pages": 24, "max_model_len": 40, "max_batch": 4, "max_step_tokens": 12} | limits
-    config = EngineConfig(**given_limits, page_size=PAGE, num_drafts=drafts, overlap=True)
+    config = EngineConfig(
+        **{"overlap": True, "admission": "aggressive"} | given_limits, page_size=PAGE, num_drafts=drafts
+    )
     return Engine(runner, FakeVocabulary(), config, ManualClock(), drafter=drafter)
 
 
@@ -89,6 +104,8 @@ drafters = st.one_of(
     drafts=st.integers(1, 8),
     num_pages=st.integers(14, 24),
     stop=st.sampled_from([(), ("!",), ("5", "A#")]),
+    lazy=st.booleans(),
+    way=st.sampled_from([{}, {"num_host_pages": 40}, {"schedule": "priority"}, {"overlap": False}]),
 )
 def test_answers_are_those_without_drafts(
     drafter: Drafter,
@@ -97,21 +114,30 @@ def test_answers_are_those_without_drafts(
     drafts: int,
     num_pages: int,
     stop: tuple[str, ...],
+    lazy: bool,
+    way: dict[str, Any],
 ) -> None:
-    """The runner checks each read of the cache; sequences lose their pages; the engine's integrity is checked after each step."""
+    """The runner checks each read of the cache, and steps run as late as they may; sequences lose their pages, are swapped and
+    computed again, others come later with a higher priority; the engine's integrity is checked after each step."""
     found: list[dict[str, list[int]]] = []
     for guesses in (None, drafter):
-        engine = make_engine(FakeRunner(PAGE), guesses, drafts, num_pages=num_pages)
+        engine = make_engine(FakeRunner(PAGE, lazy=lazy), guesses, drafts, num_pages=num_pages, **way)
+        answers: dict[str, list[int]] = {}
         for index, (prompt, length) in enumerate(zip(prompts, lengths)):
             params = {"ignore_eos": index % 2 == 0, "presence_penalty": float(index == 3), "stop": stop}
-            engine.add(request(str(index), prompt, length, **params))
-        found.append(run(engine))
+            engine.add(dataclasses.replace(request(str(index), prompt, length, **params), priority=-index))
+            for output in engine.step() if index % 2 else ():
+                answers.setdefault(output.request_id, []).extend(token.token_id for token in output.tokens)
+        for name, tokens in run(engine).items():
+            answers.setdefault(name, []).extend(tokens)
+        found.append(answers)
         assert engine.pages.num_free == engine.pages.num_pages
     assert found[0] == found[1]
     if isinstance(drafter, DraftModel):
-        assert not drafter._cached and drafter._pages.num_free == drafter._pages.num_pages
+        assert not (drafter._cached or drafter._of or drafter._guessed)
+        assert drafter._pages.num_free == drafter._pages.num_pages
     if isinstance(drafter, PromptLookup):
-        assert not drafter._seen
+        assert not drafter._known
 
 
 @pytest.mark.parametrize("drafter", [Guesses([True]), draft_model(0)], ids=["guesses", "model"])
@@ -145,9 +171,27 @@ def test_what_follows_the_same_tokens_is_proposed() -> None:
     assert lookup.propose({seq: 2}) == {}
     seq.tokens += [9, 8, 1, 3, 9]  # of equal runs the last one
     assert lookup.propose({seq: 1}) == {"r": (5,)}
-    seq.tokens += [8, 7, 0, 9, 8, 1, 2, 3, 9]  # and a longer one before it
-    assert lookup.propose({seq: 3}) == {"r": (5, 9, 8)}
+    seq.tokens += [8, 7, 0, 9, 8, 1, 2, 3, 9]  # and a longer one before it, which has been followed since
+    assert lookup.propose({seq: 3}) == {"r": (8, 7, 2)}
     assert PromptLookup(3, 2).propose({sequence(4, 4): 3}) == {}
+
+
+@pytest.mark.parametrize(
+    ("on_the_device", "expected", "certain"),
+    [((), (3, 4, 5), 0), ((UNKNOWN,), (4, 5, 6), 1), ((3, 4, UNKNOWN), (6, 7, 1), 3), ((3, 9, UNKNOWN), (5, 6, 7), 2),
+     ((9, 4, UNKNOWN), (4, 5, 6), 1)],
+)  # fmt: skip
+def test_proposals_are_behind_what_the_device_is_expected_to_give(
+    on_the_device: tuple[int, ...], expected: tuple[int, ...], certain: int
+) -> None:
+    """Drafts there that differ from what is followed now end it, with one token more; else guesses would miss for ever."""
+    seq = core.Sequence(Request("r", (1, 2, 3, 4, 5, 6, 7, 1, 2), SamplingParams()), 20, math.inf)
+    seq.tokens += on_the_device
+    seq.num_unknown = len(on_the_device)
+    lookup = PromptLookup()
+    assert lookup.propose({seq: 3}) == {"r": expected}
+    first, each = lookup.chances(seq)
+    assert first == pytest.approx(each ** (1 + certain)) and 0 < each < 1
 
 
 class ByChance(FakeRunner):
@@ -177,6 +221,9 @@ def test_the_distribution_is_the_models() -> None:
     chain = np.random.default_rng(0).dirichlet(np.full(4, 0.7), 4)
 
     class Likeliest(Guesses):
+        def _completed(self, tokens: Sequence[int]) -> list[int]:
+            return [*tokens[:-1], *self._of(list(tokens[:-1]), 1)] if tokens[-1] == UNKNOWN else list(tokens)
+
         def _of(self, tokens: list[int], count: int) -> tuple[int, ...]:
             for _ in range(count):
                 tokens.append(int(chain[tokens[-1]].argmax()))

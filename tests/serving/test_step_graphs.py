@@ -34,16 +34,7 @@ from tilus.errors import TilusError
 PAGE = 16
 MAX_PAGES = 5
 GREEDY = SamplingParams(temperature=0)
-
-
-@pytest.fixture(autouse=True)
-def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TILUS_DEVICE", raising=False)
-
-
-@pytest.fixture(scope="module")
-def model(tiny_checkpoint: Checkpoint) -> Model:
-    return load_model(tiny_checkpoint, tilus.kernels, CPU)
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 @pytest.fixture(scope="module")

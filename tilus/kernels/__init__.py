@@ -10,6 +10,7 @@ from tilus.kernels.activation import soft_cap as soft_cap
 from tilus.kernels.block_sparse import block_sparse_attention as block_sparse_attention
 from tilus.kernels.dense_weight import DenseWeight as DenseWeight
 from tilus.kernels.dense_weight import pack_dense as pack_dense
+from tilus.kernels.draft_agreement import follow_drafts as follow_drafts
 from tilus.kernels.embedding import embedding as embedding
 from tilus.kernels.gemm import gemm as gemm
 from tilus.kernels.grouped_linear import grouped_linear as grouped_linear

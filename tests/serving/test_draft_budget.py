@@ -1,0 +1,139 @@
+"""Guesses never cost: steps take what a pace says, in time that is only counted, and answers are texts that are known."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import serving
+from serving.config import EngineConfig
+from serving.core import UNKNOWN, Batch, Request, SampledToken, SamplingParams, StepOutput
+from serving.engine import Engine
+from serving.kv import PageTables
+from serving.simulate import Pace, PlainVocabulary, SimRunner, VirtualClock
+from serving.speculation import Drafter, DraftModel, PromptLookup
+
+SIZE = 220  # tokens of a prompt, and of its answer
+Texts = Mapping[str, list[int]]
+
+
+class Told:
+    """Answers with given texts, and checks drafts against them."""
+
+    def __init__(self, runner: SimRunner, texts: Texts) -> None:
+        self._runner, self._texts = runner, texts
+        self._wrong: dict[str, int] = {}
+
+    def launch(self, batch: Batch) -> Callable[[], StepOutput]:
+        wait = self._runner.launch(batch)
+        found: list[tuple[SampledToken, ...]] = []
+        for item in batch.sampled:
+            wrong = self._wrong.get(item.request_id, 0) if UNKNOWN in item.token_ids else 0
+            first = item.kv_len - item.num_drafts - wrong
+            drafts, text = item.token_ids[len(item.token_ids) - item.num_drafts :], self._texts[item.request_id][first:]
+            right = next((n for n, (draft, token) in enumerate(zip(drafts, text)) if draft != token), len(drafts))
+            self._wrong[item.request_id] = len(drafts) - right
+            found.append(tuple(map(SampledToken, text[: right + 1])))
+
+        def told() -> StepOutput:
+            wait()
+            return StepOutput(tuple(found))
+
+        return told
+
+
+@cache
+def words() -> list[int]:
+    text = Path(serving.__file__).with_name("calibration.txt").read_text()
+    return [zlib.crc32(word.encode()) % 2**16 + 1 for word in re.findall(r"\w+|[^\w\s]", text)]
+
+
+def prose(number: int) -> list[int]:
+    """Goes on as texts do."""
+    return (words()[37 * number :] + words())[: 2 * SIZE + 20]
+
+
+def dice(number: int) -> list[int]:
+    """Everything has been there before, and tells nothing."""
+    return np.random.default_rng(number).integers(1, 5, 2 * SIZE + 20).tolist()
+
+
+def quotation(number: int) -> list[int]:
+    return prose(number)[:SIZE] + prose(number)[: SIZE + 20]
+
+
+def seconds(texts: Texts, pace: Pace, drafts: int, overlap: bool, guessed: Texts | None = None) -> float:
+    """guessed: by a draft model, whose steps take a fifth; None for drafts from the prompt."""
+    clock = VirtualClock()
+    config = EngineConfig(
+        2000, 512, max_batch=32, max_step_tokens=256, num_drafts=drafts, overlap=overlap, prefix_cache=False,
+        request_timeout=1e9,
+    )  # fmt: skip
+    drafter: Drafter | None = PromptLookup() if drafts else None
+    if guessed is not None:
+        small = Pace(lambda work: pace.device(work) / 5, lambda work: pace.host(work) / 5)
+        drafter = DraftModel(Told(SimRunner(clock, small), guessed), PageTables(2000, 16), 256)
+    engine = Engine(Told(SimRunner(clock, pace), texts), PlainVocabulary(), config, clock, drafter=drafter)
+    found: dict[str, list[int]] = {}
+    for name, text in texts.items():
+        engine.add(Request(name, tuple(text[:SIZE]), SamplingParams(max_tokens=SIZE, temperature=0, ignore_eos=True)))
+    while engine.has_work:
+        for output in engine.step():
+            found.setdefault(output.request_id, []).extend(token.token_id for token in output.tokens)
+    assert found == {name: text[SIZE : 2 * SIZE] for name, text in texts.items()}
+    return clock.time
+
+
+def paced(step: float, more: float, row: float, host: float) -> Pace:
+    """Milliseconds: of a step, what it takes more where not all of it decodes, of a row; of the host."""
+    return Pace(lambda work: (step + more * work.prompts + row * work.tokens) / 1e3, lambda work: host / 1e3)
+
+
+PACES = {
+    "the device waits": (paced(0.5, 0.3, 0.01, 0.6), True),
+    "the host waits": (paced(2.0, 0.1, 0.005, 0.4), True),
+    "rows are dear": (paced(1.1, 0.65, 0.06, 0.4), True),
+    "in turn": (paced(5.0, 1.0, 2.0, 0.2), False),
+}
+
+
+@pytest.mark.parametrize("pace", PACES)
+@pytest.mark.parametrize("count", [2, pytest.param(12, marks=pytest.mark.exhaustive)])
+def test_what_cannot_be_guessed_costs_three_percent_at_most(pace: str, count: int) -> None:
+    for kind in (prose, dice):
+        texts = {str(number): kind(number) for number in range(count)}
+        without, with_drafts = (seconds(texts, PACES[pace][0], drafts, PACES[pace][1]) for drafts in (0, 4))
+        assert with_drafts <= 1.03 * without, kind
+
+
+@pytest.mark.parametrize(("pace", "count", "gain"), [
+    ("the device waits", 1, 2.0), ("the device waits", 6, 1.5), ("the host waits", 1, 2.5), ("the host waits", 6, 2.2),
+    ("rows are dear", 1, 1.8), ("rows are dear", 6, 1.2), ("in turn", 1, 1.3), ("in turn", 6, 1.0),
+])  # fmt: skip
+def test_quotations_gain(pace: str, count: int, gain: float) -> None:
+    texts = {str(number): quotation(number) for number in range(count)}
+    without, with_drafts = (seconds(texts, PACES[pace][0], drafts, PACES[pace][1]) for drafts in (0, 4))
+    assert without >= gain * with_drafts
+
+
+def test_a_draft_model_is_asked_as_long_as_it_is_right() -> None:
+    """Its steps take time of their own, and the model waits for them; where it is wrong it is asked now and then."""
+    texts = {str(number): prose(number) for number in range(2)}
+    wrong = {name: [token + 1 for token in text] for name, text in texts.items()}
+    pace = paced(2.0, 0.1, 0.005, 0.4)
+    without, right, in_vain = (
+        seconds(texts, pace, drafts, True, guessed) for drafts, guessed in ((0, None), (4, texts), (4, wrong))
+    )
+    assert 2 * right <= without and in_vain <= 1.03 * without
+
+
+def test_steps_are_those_of_the_text() -> None:
+    """Guards the tests above: a pace of nothing but rows takes a millisecond for each token that goes through the model."""
+    texts = {"a": quotation(0)}
+    assert seconds(texts, Pace(lambda work: work.tokens / 1e3), 0, True) == pytest.approx((2 * SIZE - 1) / 1e3)
