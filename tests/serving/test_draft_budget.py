@@ -92,7 +92,7 @@ def seconds(texts: Texts, pace: Pace, drafts: int, overlap: bool, guessed: Texts
 
 def paced(step: float, more: float, row: float, host: float) -> Pace:
     """Milliseconds: of a step, what it takes more where not all of it decodes, of a row; of the host."""
-    return Pace(lambda work: (step + more * work.prompts + row * work.tokens) / 1e3, lambda work: host / 1e3)
+    return Pace(lambda work: (step + more * (work.prompts > 0) + row * work.tokens) / 1e3, lambda work: host / 1e3)
 
 
 PACES = {
