@@ -7,7 +7,7 @@ from collections.abc import Sequence as List
 from typing import NamedTuple
 
 from serving.core import Sequence
-from serving.cost_model import StepTimes, StepWork
+from serving.cost_model import Rows, StepTimes, StepWork
 
 _GAIN = 1.03  # in tokens a second that guesses must promise
 _PROBE = 128  # steps without guesses, after which one sequence is guessed for to learn what that takes and brings
@@ -30,11 +30,12 @@ class DraftBudget:
 
     A step gives each sequence one token, and another one for each of its guesses that is right together with all in front of it.
     Guesses are taken in the order of their chances as long as they raise tokens a second. Where nothing is known yet of what
-    steps take, those are taken that are more likely right than not.
+    steps take, those are taken that are more likely right than not. rows: of a step as it is computed, so that guesses in place
+    of rows that are made up cost nothing.
     """
 
-    def __init__(self) -> None:
-        self._times = StepTimes()
+    def __init__(self, rows: Rows) -> None:
+        self._times = StepTimes(rows)
         self._since = 0.0
         self._idle = _PROBE - _FEW  # steps since the last one with guesses
 
@@ -63,12 +64,12 @@ class DraftBudget:
 
     def _best(self, hopes: List[Hope], decodes: StepWork) -> dict[Sequence, int]:
         predict, counts = self._times.predict, dict[Sequence, int]()
-        work, tokens = dataclasses.replace(decodes, prompts=1), float(decodes.tokens)
+        work, tokens = dataclasses.replace(decodes, prompts=1, prompt_tokens=1), float(decodes.tokens)
         without, seconds = predict(decodes), predict(work)
         if seconds > 0 and len(self._times.known()[0]) < _FEW:
             return {}  # what a step without guesses takes is the first thing to know
         # One more row takes this at least, so that less likely guesses need no look.
-        row = predict(dataclasses.replace(work, tokens=work.tokens + 1)) - seconds
+        row = predict(dataclasses.replace(work, tokens=work.tokens + 1, prompt_tokens=2)) - seconds
         least = tokens * row / seconds if seconds > 0 else _LIKELY
         guesses = [
             (chance, hope.seq)
@@ -78,7 +79,11 @@ class DraftBudget:
         ]
         for chance, seq in sorted(guesses, key=lambda guess: guess[0], reverse=True):
             number = counts.get(seq, 0) + 1
-            work = StepWork(work.tokens + 1, work.kv_tokens + 1, work.pairs + len(seq.tokens) + number, 1)
+            guessed = len(counts) + (number == 1)  # sequences that then do not just decode
+            work = StepWork(
+                work.tokens + 1, work.kv_tokens + 1, work.pairs + len(seq.tokens) + number, guessed,
+                guessed + sum(counts.values()) + 1,
+            )  # fmt: skip
             longer = predict(work)
             if chance * seconds < tokens * (longer - seconds):
                 break

@@ -106,7 +106,7 @@ class Engine:
         self.pages = PageTables(config.num_pages, config.page_size, reuse=config.prefix_cache)
         self.cost = CostModel() if cost is None else cost
         self.scheduler = Scheduler(self.pages, config, self.cost)
-        self._draft_budget = DraftBudget()
+        self._draft_budget = DraftBudget(self.cost.rows)
         self.observers: list[Observer] = []
         self.max_model_len = min(config.max_model_len, self.pages.capacity)
         self._live: dict[str, _Live] = {}

@@ -13,7 +13,9 @@ import pytest
 
 import serving
 from serving.config import EngineConfig
-from serving.core import UNKNOWN, Batch, Request, SampledToken, SamplingParams, StepOutput
+from serving.core import UNKNOWN, Batch, Request, SampledToken, SamplingParams, Sequence, StepOutput
+from serving.cost_model import StepWork
+from serving.draft_budget import DraftBudget, Hope
 from serving.engine import Engine
 from serving.kv import PageTables
 from serving.simulate import Pace, PlainVocabulary, SimRunner, VirtualClock
@@ -137,3 +139,25 @@ def test_steps_are_those_of_the_text() -> None:
     """Guards the tests above: a pace of nothing but rows takes a millisecond for each token that goes through the model."""
     texts = {"a": quotation(0)}
     assert seconds(texts, Pace(lambda work: work.tokens / 1e3), 0, True) == pytest.approx((2 * SIZE - 1) / 1e3)
+
+
+def padded(work: StepWork) -> int:
+    return -(-work.tokens // 64) * 64 if work.prompts else work.tokens
+
+
+def test_guesses_in_place_of_rows_that_are_made_up_cost_nothing() -> None:
+    """Steps with guesses have 64 or 128 rows, all of which take their time: up to 64 even unlikely guesses are made, which would
+    not pay if each had its part of it."""
+    sequences = [Sequence(Request(str(n), (1,) * 50, SamplingParams()), 10, 1e9) for n in range(8)]
+    decodes = StepWork(8, 400, 400)
+
+    def guesses(rows: Callable[[StepWork], int]) -> int:
+        budget, now = DraftBudget(rows), 0.0
+        for number in range(60):
+            more = 7 * (number % 15) + 1
+            work = StepWork(8 + more, 400 + more, 400 + 50 * more, 4, 4 + more) if number % 2 else decodes
+            now += 1e-3 * padded(work) / 64 if number % 2 else 0.9e-3
+            budget.observe(work, now)
+        return sum(budget.counts([Hope(seq, 0.3, 0.3, 4) for seq in sequences], decodes).values())
+
+    assert guesses(lambda work: work.tokens) < guesses(padded) == 4 * len(sequences)
