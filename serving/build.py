@@ -151,8 +151,10 @@ def build_runner(
     )
     model = build_model(checkpoint.config, kernels, packed, None if group is None else group.sum)
     if has_frames(config.kv_dtype):
+        form = None if config.dummy or group is not None else packed_form(kernels, device)
+        kept = None if form is None else _frames(path, config, max_model_len, form)
         with progress("fitting the cache", "layer") as show:
-            model = with_frames(model, checkpoint.tokenizer, max_model_len, device, show)
+            model = with_frames(model, checkpoint.tokenizer, max_model_len, device, show, kept)
     pages = min(limits.num_pages, -(-max_model_len // PAGE_SIZE))
     captures = kernels is default_kernels(config.batch_invariant) and can_capture(execution, group is not None)
     graphs = GraphLimits(config.max_batch, pages, config.max_step_tokens, config.drafts)
@@ -230,6 +232,11 @@ def _cache(
         return None
     form = packed_form(kernels, device)
     return None if form is None else WeightCache(path, weight_dtype, form)
+
+
+def _frames(path: Path, config: ServerConfig, max_model_len: int, form: str) -> WeightCache:
+    """Where the frames of the model at `path` are kept, which may be the draft model."""
+    return WeightCache(path, config.weight_dtype, f"{config.kv_dtype}, {max_model_len} tokens, {form}", "frames")
 
 
 def _pack(checkpoint: Checkpoint, kernels: Kernels, device: torch.device, cache: WeightCache | None) -> PackedWeights:

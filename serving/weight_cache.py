@@ -1,4 +1,5 @@
-"""Packed weights that are kept between starts: one file a model in the cache directory, rebuilt when anything changed."""
+"""Packed weights that are kept between starts: one file a model in the cache directory, rebuilt when anything changed. What
+else is made of a model (`serving.kv_frames`) is kept likewise."""
 
 from __future__ import annotations
 
@@ -26,15 +27,16 @@ _DIGITS = 24
 
 
 class WeightCache:
-    """The entry of one model, packed in one way, in `config.cache_dir() / "weights"`.
+    """The entry of one model, packed in one way, in `config.cache_dir() / "weights"`; of other tensors in another `directory`.
 
     Its name says the model's path and, as a hash, all that decides the packed form: the model's files with sizes and times of
-    change, the type that floats are rounded to, the format of the file, what the kernels make of a small weight, tilus'
-    version. A model has one entry: writing it removes the others of the same path.
+    change, the type that floats are rounded to, the format of the file, what the kernels make of a small weight (`form`, which
+    also says what else decides other tensors), tilus' version. A model has one entry: writing it removes the others of the same
+    path.
     """
 
-    def __init__(self, model: Path, weight_dtype: str, form: str) -> None:
-        self.directory = config.cache_dir() / "weights"
+    def __init__(self, model: Path, weight_dtype: str, form: str, directory: str = "weights") -> None:
+        self.directory = config.cache_dir() / directory
         model = model.resolve()
         parts = {
             "files": _files(model),
@@ -48,14 +50,14 @@ class WeightCache:
         self.path = self.directory / f"{self._prefix}{self.key}{_SUFFIX}"
 
     def load(self) -> PackedWeights | None:
-        """The weights, mapped into memory; None when they must be packed: there is no entry, or it is of no use."""
+        """The tensors, mapped into memory; None when they must be made: there is no entry, or it is of no use."""
         try:
             return weight_file.read(self.path, self.key)
         except OSError:  # absent or unreadable: `store` will say so if it matters
             return None
         except (TilusError, LookupError, TypeError, ValueError) as error:
             # A header with the right hash can still come from a version of tilus that is under development.
-            _LOG.warning("packing the weights again: %s", error)
+            _LOG.warning("making the %s again: %s", self.directory.name, error)
             return None
 
     def store(self, weights: PackedWeights) -> PackedWeights:
@@ -66,8 +68,9 @@ class WeightCache:
             weight_file.write(self.path, self.key, weights)
         except OSError as error:
             _LOG.warning(
-                "cannot keep the packed weights in %s (%s): they are packed at every start; set TILUS_CACHE_DIR to a "
-                "directory that can be written and has room",
+                "cannot keep the %s in %s (%s): they are made at every start; set TILUS_CACHE_DIR to a directory that can be "
+                "written and has room",
+                self.directory.name,
                 self.directory,
                 error.strerror,
             )

@@ -234,7 +234,7 @@ def test_a_start_that_was_killed_leaves_nothing_in_the_way(tiny_directory: Path,
 def test_a_cache_directory_that_is_none_costs_one_warning(tiny_directory: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     text = start_and_stop(tiny_directory, tmp_path / "file")
-    assert text.count("cannot keep the packed weights in ") == 1
+    assert text.count("cannot keep the weights in ") == 1
     assert "Traceback" not in text
 
 

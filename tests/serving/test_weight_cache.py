@@ -131,7 +131,7 @@ def test_foreign_files_are_not_used(
     cache.path.write_bytes(content)
     assert cache.load() is None
     assert len(caplog.messages) == 1
-    assert caplog.messages[0].startswith(f"packing the weights again: {cache.path} ")
+    assert caplog.messages[0].startswith(f"making the weights again: {cache.path} ")
 
 
 def test_an_entry_of_another_key_or_layout_is_not_used(
@@ -228,7 +228,7 @@ def test_a_directory_that_cannot_be_written_costs_one_warning(
     assert found is packed
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert caplog.messages == [
-        f"cannot keep the packed weights in {tmp_path}/file/weights (Not a directory): they are packed at every start; "
+        f"cannot keep the weights in {tmp_path}/file/weights (Not a directory): they are made at every start; "
         "set TILUS_CACHE_DIR to a directory that can be written and has room"
     ]
 
