@@ -99,6 +99,7 @@ SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
             "order": ROWS,
         },
     ],
+    "draft_agreement.follow_drafts_kernel": [{"page_size": 16}],
     "merge_states.merge_states_kernel": [{"head_dim": 128, "rows": 4}],
     "mla_attention.mla_attention_kernel": [{"width": 576, "latent": 512, "page_size": 16}],
     "mla_decode.mla_decode_kernel": [
@@ -173,7 +174,7 @@ SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
     ],
     "quantize.codes.unpack_codes_kernel": [{"wdtype": int8, "lookup": True}],
     "quantize_tokens.quantize_tokens_kernel": [{"columns": 768}, {"columns": 20000, "paired": True}],
-    "rope.rope_append_kernel": [{"head_dim": 64, "heads": 9, "q_heads": 3, "kv_heads": 3, "page_size": 16}],
+    "rope.rope_append_kernel": [{"head_dim": 64, "q_heads": 3, "kv_heads": 3, "page_size": 16}],
     "logit_edits.allow_kernel": [{}],
     "logit_edits.edit_kernel": [{}],
     "logprobs.runs_kernel": [{}],
