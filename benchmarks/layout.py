@@ -70,7 +70,7 @@ LIBRARY: list[tuple[Kernel, dict[str, Any]]] = [
     (rms_norm_kernel, {"dtype": f16, "out_dtype": f16, "hidden": 768}),
     (
         rope_append_kernel,
-        {"act": f16, "dtype": f16, "head_dim": 64, "heads": 9, "q_heads": 3, "kv_heads": 3, "page_size": 16},
+        {"act": f16, "dtype": f16, "head_dim": 64, "q_heads": 3, "kv_heads": 3, "page_size": 16},
     ),
     (paged_attention_kernel, {**ATTENTION, "group": 3, "head_dim": 64, "rows": 16, "kv_tile": 64}),
     (paged_attention_kernel, {**ATTENTION, "group": 4, "head_dim": 128, "rows": 64, "kv_tile": 64}),
