@@ -192,7 +192,7 @@ def test_arguments_that_do_not_fit_are_refused_with_both_values() -> None:
     expect(wrong({"q": torch.zeros(3, 34, 64).half()}), "34 query heads", "1 to 16")
     expect(wrong({"q": torch.zeros(3, 6 * 64).half()}), "[3, 384]", "[tokens, q_heads, head_dim]")
     expect(wrong({"q": torch.zeros(3, 6, 32).half()}), "head_dim", "32", "64")
-    expect(wrong({"window": 0}), "window of an attention variant is 0, expected at least 1")
+    expect(wrong({"window": 0}), "window of an attention variant is 0, expected an integer from 1 on")
     expect(wrong({"soft_cap": -1.0}), "soft_cap is -1.0, expected a positive number")
     large = {"q": torch.zeros(3, 6, 256).half(), "kv_cache": torch.zeros(9, 2, 16, 2, 256).half(), "device": "emulator"}
     expect(wrong(large), "head_dim 256 for the kernel of all GPUs, expected at most 128")
