@@ -11,6 +11,7 @@ from weights import SCHEMES, exact, matrix_of
 
 import tilus
 from tilus.codegen.lower import lower
+from tilus.compiler import compile_function
 from tilus.kernels.linear import kernel_call, launch, linear
 from tilus.kernels.linear_problem import LinearProblem, candidates, heuristic
 from tilus.kernels.quantize import QuantizedWeight, WeightHeader, pack
@@ -267,3 +268,19 @@ def test_nothing_is_read_after_its_stage_was_given_back(plan: WarpgroupPlan) -> 
     for _ in range(300):
         launch(x, weight, found, None, plan, "cuda")
         assert (found.float() - right.float()).abs().amax() <= bound
+
+
+@pytest.mark.parametrize("plan", [
+    *(plan for plan, *_ in PLANS if plan.unit == "wgmma" and not plan.launched and plan.sharing == 1),
+    WarpgroupPlan(64, 2, 1, 1, 4, 2, blocks_per_sm=2, overlap="others"),
+], ids=str)  # fmt: skip
+def test_no_load_stands_between_the_last_product_and_the_return_of_a_stage(plan: WarpgroupPlan) -> None:
+    """The return does not wait for it, and products of other warps can keep it waiting until the next copy has come."""
+    weight_header = header("int4", 256, 2048, 128)
+    weight = QuantizedWeight(weight_header, **{name: np.empty(*kind) for name, kind in weight_header.arrays.items()})
+    operands = placeholder((plan.tokens, 2048), tilus.f16), weight, placeholder((plan.tokens, 256), tilus.f16)
+    kernel, arguments, values = kernel_call(*operands, None, plan)
+    ptx = compile_function(kernel.specialize(*arguments, **values).function, HOPPER).ptx
+    ends = [part.rpartition("wgmma.wait_group")[1:] for part in ptx.split("mbarrier.arrive.shared::cta")[:-1]]
+    returns = [behind for found, behind in ends if found]
+    assert len(returns) >= plan.splits and not any("ld.shared" in behind for behind in returns)
