@@ -1,9 +1,9 @@
-"""Which loads from shared memory a GPU may not have ended where a warp arrives at an mbarrier, read from a cubin's SASS.
+"""Which loads from shared memory may be on their way where a warp arrives at an mbarrier or starts a copy, from a cubin's SASS.
 
 An instruction whose result takes a while counts up one of six scoreboards, and down when the result is in its registers. Later
 instructions name the scoreboards that must be zero before they start. All of this is in the control bits of each instruction's
 encoding, which nvdisasm prints (`-hex`): of the upper 64 bits, 46 to 48 are the scoreboard of the result (7: none) and 52
-to 57 the scoreboards that are waited for (Jia et al., "Dissecting the NVIDIA Volta GPU architecture via microbenchmarking", 2018).
+to 57 the scoreboards that are waited for (Jia et al., "Dissecting the NVIDIA Volta GPU Architecture via Microbenchmarking").
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from tilus.ptx.sass import find_disassembler
 
 _SCOREBOARDS = 6
 _LOADS = ("LDS", "LDSM", "LD")  # LD: of another block's shared memory, by a generic address
-_ARRIVAL = "SYNCS.ARRIVE"
+_COPIES = ("UBLKCP.S.G", "UTMALDG")  # into shared memory
 _ENDS = ("EXIT", "RET")
-_UNKNOWN = ("CALL", "BRX", "JMP", "JMX", "BRXU", "RPCMOV", "BREAK")  # go where no label says
+_UNKNOWN = ("BRX", "JMP", "JMX", "BRXU", "BREAK")  # go where no label says; CALL: of a division, which loads nothing
 
 _LINE = re.compile(
     r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;\s*/\* 0x([0-9a-f]{16}) \*/"
@@ -48,6 +48,11 @@ class _Instruction:
     def base(self) -> str:
         return self.opcode.partition(".")[0]
 
+    @property
+    def first(self) -> str:
+        """Its first operand."""
+        return self.operands.partition(",")[0]
+
     def __str__(self) -> str:
         return f"{self.address:04x}: {self.predicate} {self.opcode} {self.operands}"
 
@@ -65,68 +70,76 @@ def disassemble(cubin: bytes) -> str:
 
 
 def arrivals(cubin: bytes) -> int:
-    """How many instructions arrive at an mbarrier and tell of no bytes."""
-    return sum(_is_arrival(i) for code, _ in _kernels(disassemble(cubin)) for i in code)
+    """How many instructions arrive at an mbarrier."""
+    return sum(i.opcode.startswith("SYNCS.ARRIVE") for code, _ in _kernels(disassemble(cubin)) for i in code)
 
 
 def loads_under_way(cubin: bytes) -> list[str]:
-    """For each arrival in front of which loads from shared memory may not have ended: a line with the two instructions."""
+    """A line for each load from shared memory and each arrival or copy in front of which it may not have ended."""
     found: list[str] = []
     for code, labels in _kernels(disassemble(cubin)):
-        before = _under_way(code, labels)
+        before = _states(code, labels)
         for index, instruction in enumerate(code):
-            if _is_arrival(instruction):
-                pending = sorted(load for scoreboard, load in before[index] if scoreboard not in instruction.waits)
-                found += [f"{code[load]} is under way at {instruction}" for load in pending]
+            if instruction.opcode.startswith(("SYNCS.ARRIVE", *_COPIES)):
+                pending = {load for scoreboard, load in before[index].loads if scoreboard not in instruction.waits}
+                found += [f"{code[load]} is under way at {instruction}" for load in sorted(pending)]
     return found
 
 
-def _is_arrival(instruction: _Instruction) -> bool:
-    return instruction.opcode.startswith(_ARRIVAL) and "A1T0" in instruction.opcode.split(".")
+@dataclass(frozen=True)
+class _State:
+    """Loads that may be on their way, each as its scoreboard and its index; where threads go on that have waited for each other
+    at a convergence barrier (B0 and so on)."""
 
+    loads: frozenset[tuple[int, int]] = frozenset()
+    joins: frozenset[tuple[str, int]] = frozenset()
 
-def _under_way(code: list[_Instruction], labels: dict[str, int]) -> list[frozenset[tuple[int, int]]]:
-    """In front of each instruction: loads from shared memory that may not have ended, each as its scoreboard and its index."""
-    before: list[frozenset[tuple[int, int]]] = [frozenset() for _ in code]
-    todo, seen = [0], {0}
-    joins = {i.operands.split(",")[0]: set[int]() for i in code if i.base == "BSSY"}
-    for instruction in code:
+    def __or__(self, other: _State) -> _State:
+        return _State(self.loads | other.loads, self.joins | other.joins)
+
+    def after(self, instruction: _Instruction, index: int, labels: dict[str, int]) -> _State:
+        over = set(instruction.waits)
+        if instruction.opcode == "DEPBAR.LE" and (match := _DEPBAR.search(instruction.operands)):
+            over |= {int(match[1])} if int(match[2], 16) == 0 else set()
+        loads = {(scoreboard, load) for scoreboard, load in self.loads if scoreboard not in over}
+        if instruction.base in _LOADS and instruction.result is not None:
+            loads.add((instruction.result, index))
+        joins = set(self.joins)
         if instruction.base == "BSSY":
-            joins[instruction.operands.split(",")[0]].add(_target(instruction, labels))
+            joins = {(name, target) for name, target in joins if name != instruction.first}
+            joins.add((instruction.first, _target(instruction, labels)))
+        return _State(frozenset(loads), frozenset(joins))
+
+
+def _states(code: list[_Instruction], labels: dict[str, int]) -> list[_State]:
+    """In front of each instruction, over all paths."""
+    before = [_State() for _ in code]
+    todo, seen = [0], {0}
     while todo:
         index = todo.pop()
-        after = frozenset(_after(code[index], index, before[index]))
-        for follower in _followers(code, index, labels, joins):
-            if follower not in seen or not after <= before[follower]:
-                before[follower] |= after
+        after = before[index].after(code[index], index, labels)
+        for follower in _followers(code, index, labels, after):
+            joined = before[follower] | after
+            if follower not in seen or joined != before[follower]:
+                before[follower] = joined
                 seen.add(follower)
                 todo.append(follower)
     return before
 
 
-def _after(instruction: _Instruction, index: int, before: frozenset[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    over = set(instruction.waits)
-    if instruction.opcode == "DEPBAR.LE" and (match := _DEPBAR.search(instruction.operands)) and int(match[2], 16) == 0:
-        over.add(int(match[1]))
-    yield from ((scoreboard, load) for scoreboard, load in before if scoreboard not in over)
-    if instruction.base in _LOADS and instruction.result is not None:
-        yield instruction.result, index
-
-
-def _followers(
-    code: list[_Instruction], index: int, labels: dict[str, int], joins: dict[str, set[int]]
-) -> Iterator[int]:
+def _followers(code: list[_Instruction], index: int, labels: dict[str, int], state: _State) -> Iterator[int]:
     """Where the program may go on."""
     instruction = code[index]
-    if instruction.base in _UNKNOWN:
-        raise AssertionError(f"{instruction} goes where this analysis does not follow")
+    assert instruction.base not in _UNKNOWN, f"{instruction} goes where this analysis does not follow"
     if instruction.base == "BRA":
         yield _target(instruction, labels)
     if instruction.base == "BSYNC":
-        yield from joins[instruction.operands.split(",")[0]]
-    always = not instruction.predicate and instruction.base in ("BRA", *_ENDS)
-    conditional = instruction.base == "BRA" and instruction.operands.partition(",")[0].lstrip("!")[:1] in ("P", "U")
-    if (not always or conditional) and index + 1 < len(code):
+        targets = [target for name, target in state.joins if name == instruction.first]
+        assert targets, f"{instruction} ends nothing that has begun"
+        yield from targets
+        return
+    conditional = bool(instruction.predicate) or instruction.first.lstrip("!")[:1] in ("P", "U")
+    if (conditional or instruction.base not in ("BRA", *_ENDS)) and index + 1 < len(code):
         yield index + 1
 
 

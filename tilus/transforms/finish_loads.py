@@ -12,9 +12,9 @@ Requires: instructions are selected. Ensures: no thread hands on memory that cop
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from tilus.errors import Loc
 from tilus.instructions.barrier import FinishLoads
 from tilus.ir.function import Function
 from tilus.ir.stmt import Break, Continue, For, If, Inst, Return, Role, Seq, SetScalar, Stmt, While
@@ -24,24 +24,32 @@ from tilus.target import Target
 
 
 def finish_loads(function: Function, target: Target) -> Function:
-    landing = {t for stmt in instructions(function.body) for t in _copied_into(stmt)}
-    if not landing:
+    if not any(_lands(stmt) or stmt.inst.effects().remote for stmt in instructions(function.body)):
         return function
-    body, _ = _Inserter(landing).after(function.body, False)
+    body, _ = _Inserter().after(function.body, False)
     return function if body is function.body else replace(function, body=body)
 
 
-def _copied_into(stmt: Inst) -> list[Tensor]:
+def _lands(stmt: Inst) -> bool:
+    """Whether it is a copy into shared memory."""
     effects = stmt.inst.effects()
-    return [t for t in effects.writes if isinstance(t, SharedTensor)] if effects.by_proxy else []
+    return effects.by_proxy and _has_shared(effects.writes)
+
+
+def _loads(stmt: Inst) -> bool:
+    """Whether threads load from shared memory, other than mbarriers."""
+    effects = stmt.inst.effects()
+    return not effects.by_proxy and not effects.barrier and _has_shared(effects.reads)
+
+
+def _has_shared(tensors: Iterable[Tensor]) -> bool:
+    return any(isinstance(tensor, SharedTensor) for tensor in tensors)
 
 
 @dataclass
 class _Inserter:
-    """landing: shared tensors that copies write to. jumps: for each loop around the statement, whether loads may be on their way
-    where it is left or goes on early."""
+    """jumps: for each loop around the statement, whether loads may be on their way where it is left or goes on early."""
 
-    landing: set[Tensor]
     jumps: list[bool] = field(default_factory=list[bool])
 
     def after(self, stmt: Stmt, pending: bool) -> tuple[Stmt, bool]:
@@ -89,14 +97,6 @@ class _Inserter:
         return stmt if body is stmt.body else replace(stmt, body=body), pending
 
     def _instruction(self, stmt: Inst, pending: bool) -> tuple[Stmt, bool]:
-        effects = stmt.inst.effects()
-        if pending and (effects.hands_on or _copied_into(stmt)):
-            return Seq((_finish(stmt.loc), stmt)), False
-        if isinstance(stmt.inst, FinishLoads):
-            return stmt, False
-        loads = not effects.by_proxy and not effects.barrier and any(t in self.landing for t in effects.reads)
-        return stmt, pending or loads
-
-
-def _finish(loc: Loc | None) -> Inst:
-    return Inst(FinishLoads(), loc)
+        if pending and (stmt.inst.effects().hands_on or _lands(stmt)):
+            return Seq((Inst(FinishLoads(), stmt.loc), stmt)), False
+        return stmt, not isinstance(stmt.inst, FinishLoads) and (pending or _loads(stmt))
