@@ -51,13 +51,16 @@ def test_no_load_is_on_its_way_where_memory_is_handed_on(name: str) -> None:
 
 def agree(run: Callable[[], torch.Tensor], replays: int) -> None:
     """The results of launches without a pause between them have the same bits."""
-    first, stream = run(), torch.cuda.Stream()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # what is allocated for a stream exists from here on
+        first = run()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         results = [run() for _ in range(20)]
     for _ in range(replays):
         graph.replay()
+        torch.cuda.synchronize()
         assert all(torch.equal(result, first) for result in results)
 
 
