@@ -70,7 +70,6 @@ def agree(run: Callable[[], torch.Tensor], replays: int) -> None:
     WarpgroupPlan(8, 1, 1, 1, 1, 2, blocks_per_sm=3, unit="mma"),
     WarpgroupPlan(16, 1, 2, 1, 1, 4, blocks_per_sm=2, unit="mma"),
     WarpgroupPlan(16, 1, 1, 1, 2, 2, blocks_per_sm=2),
-    WarpgroupPlan(64, 1, 2, 1, 2, 4, blocks_per_sm=2, overlap="others"),
 ], ids=str)  # fmt: skip
 def test_launches_of_a_linear_layer_agree(plan: WarpgroupPlan, scheme: str) -> None:
     """As few stages as there can be."""
