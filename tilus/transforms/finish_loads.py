@@ -2,21 +2,22 @@
 
 A load takes until its registers have what it loads. On a GPU neither an arrival at an mbarrier nor another barrier waits for
 that, and where products of warpgroups keep shared memory busy it can take longer than the next copy. What threads store later is
-stored after the load; a copy by the asynchronous proxy takes another way into the memory, and may land before it. So the loads
-of a group of warps are finished in front of whatever lets others go on, and of its own copies.
+stored after the load; a copy by the asynchronous proxy and a store of another block take other ways into the memory, and may land
+before it. So the loads of a group of warps from memory that these write to, and from other blocks, are finished in front of
+whatever lets others go on, and of its own copies.
 
 Loops are looked at as if they ran twice, so that what a trip leaves on its way meets the next one.
 
-Requires: instructions are selected. Ensures: no thread hands on memory that copies write to while a load from it is on its way.
+Requires: instructions are selected. Ensures: no thread hands on such memory while a load from it is on its way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from tilus.instructions.barrier import FinishLoads
 from tilus.ir.function import Function
+from tilus.ir.instruction import Instruction
 from tilus.ir.stmt import Break, Continue, For, If, Inst, Return, Role, Seq, SetScalar, Stmt, While
 from tilus.ir.tensor import SharedTensor, Tensor
 from tilus.ir.visit import instructions, side_by_side
@@ -24,33 +25,33 @@ from tilus.target import Target
 
 
 def finish_loads(function: Function, target: Target) -> Function:
-    if not any(_lands(stmt) or stmt.inst.effects().remote for stmt in instructions(function.body)):
+    insts = [stmt.inst for stmt in instructions(function.body)]
+    written = {tensor for inst in insts if _writes_unordered(inst) for tensor in inst.effects().writes}
+    if not written and not any(inst.effects().remote for inst in insts):
         return function
-    body, _ = _Inserter().after(function.body, False)
+    body, _ = _Inserter(written).after(function.body, False)
     return function if body is function.body else replace(function, body=body)
 
 
-def _lands(stmt: Inst) -> bool:
-    """Whether it is a copy into shared memory."""
-    effects = stmt.inst.effects()
-    return effects.by_proxy and _has_shared(effects.writes)
+def _writes_unordered(inst: Instruction) -> bool:
+    """Whether it writes to memory that a load which was begun before may still read: that of threads of the block cannot."""
+    return inst.effects().by_proxy or inst.effects().remote
 
 
-def _loads(stmt: Inst) -> bool:
-    """Whether threads load from shared memory, other than mbarriers."""
-    effects = stmt.inst.effects()
-    return not effects.by_proxy and not effects.barrier and _has_shared(effects.reads)
+@dataclass
+class _Jumps:
+    """Whether loads may be on their way where a loop is left, or goes on with its next trip, early."""
 
-
-def _has_shared(tensors: Iterable[Tensor]) -> bool:
-    return any(isinstance(tensor, SharedTensor) for tensor in tensors)
+    out: bool = False
+    on: bool = False
 
 
 @dataclass
 class _Inserter:
-    """jumps: for each loop around the statement, whether loads may be on their way where it is left or goes on early."""
+    """written: what copies and other blocks write to. jumps: of each loop around the statement."""
 
-    jumps: list[bool] = field(default_factory=list[bool])
+    written: set[Tensor]
+    jumps: list[_Jumps] = field(default_factory=list[_Jumps])
 
     def after(self, stmt: Stmt, pending: bool) -> tuple[Stmt, bool]:
         """The statement with what it needs, and whether loads may be on their way behind it. pending: before it."""
@@ -69,10 +70,15 @@ class _Inserter:
                 return stmt if body is stmt.body else replace(stmt, body=body), pending
             case Inst():
                 return self._instruction(stmt, pending)
-            case Break() | Continue():
-                self.jumps[-1] = self.jumps[-1] or pending
-                return stmt, pending
-            case SetScalar() | Return():
+            case Break():
+                self.jumps[-1].out = self.jumps[-1].out or pending
+                return stmt, False  # nobody comes behind it
+            case Continue():
+                self.jumps[-1].on = self.jumps[-1].on or pending
+                return stmt, False
+            case Return():
+                return stmt, False
+            case SetScalar():
                 return stmt, pending
 
     def _sequence(self, stmt: Seq, pending: bool) -> tuple[Stmt, bool]:
@@ -89,14 +95,24 @@ class _Inserter:
         return Seq(tuple(stmts)) if changed else stmt, pending
 
     def _loop(self, stmt: For | While, pending: bool) -> tuple[Stmt, bool]:
-        body: Stmt = stmt.body
+        body, jumps = stmt.body, _Jumps()
         for _ in range(2):
-            self.jumps.append(False)
+            self.jumps.append(jumps)
             body, left = self.after(stmt.body, pending)
-            pending = self.jumps.pop() or left or pending
-        return stmt if body is stmt.body else replace(stmt, body=body), pending
+            on = self.jumps.pop().on
+            pending = pending or left or on
+        return stmt if body is stmt.body else replace(stmt, body=body), pending or jumps.out
 
     def _instruction(self, stmt: Inst, pending: bool) -> tuple[Stmt, bool]:
-        if pending and (stmt.inst.effects().hands_on or _lands(stmt)):
+        effects = stmt.inst.effects()
+        copies = effects.by_proxy and any(isinstance(tensor, SharedTensor) for tensor in effects.writes)
+        if pending and (effects.hands_on or copies):
             return Seq((Inst(FinishLoads(), stmt.loc), stmt)), False
-        return stmt, not isinstance(stmt.inst, FinishLoads) and (pending or _loads(stmt))
+        return stmt, not isinstance(stmt.inst, FinishLoads) and (pending or self._loads(stmt.inst))
+
+    def _loads(self, inst: Instruction) -> bool:
+        """Whether threads load what copies or other blocks write to, or what is another block's."""
+        effects = inst.effects()
+        if effects.by_proxy or effects.barrier:
+            return False
+        return any(isinstance(t, SharedTensor) and (effects.remote or t in self.written) for t in effects.reads)
