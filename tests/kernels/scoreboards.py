@@ -29,18 +29,21 @@ _LINE = re.compile(
 _UPPER = re.compile(r"^\s*/\* 0x([0-9a-f]{16}) \*/\s*$")
 _LABEL = re.compile(r"^(\.L_x_\d+):")
 _TARGET = re.compile(r"`\((\.L_x_\d+)\)")
+_SOURCE = re.compile(r'^\s*//## File "(.*?)", line (\d+)')
 _KERNEL = re.compile(r"^\.text\.(\S+):")
 _DEPBAR = re.compile(r"SB(\d), (0x[0-9a-f]+)")
 
 
 @dataclass
 class _Instruction:
-    """result: the scoreboard that it counts up until its result is there. waits: those that are zero before it starts."""
+    """source: the line that it comes from, FILE:LINE; empty where it is not known. result: the scoreboard that it counts up until
+    its result is there. waits: those that are zero before it starts."""
 
     address: int
     predicate: str
     opcode: str
     operands: str
+    source: str
     result: int | None = None
     waits: frozenset[int] = frozenset()
 
@@ -54,18 +57,30 @@ class _Instruction:
         return self.operands.partition(",")[0]
 
     def __str__(self) -> str:
-        return f"{self.address:04x}: {self.predicate} {self.opcode} {self.operands}"
+        return f"{self.address:04x}: {self.predicate} {self.opcode} {self.operands} {self.source}".rstrip()
+
+
+@dataclass(frozen=True)
+class UnderWay:
+    """A load that may not have ended at an instruction that hands memory on. source: of the latter, see `_Instruction`."""
+
+    load: str
+    handed_on: str
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.load} is under way at {self.handed_on}"
 
 
 def disassemble(cubin: bytes) -> str:
-    """With encodings.
+    """With encodings, and with lines where it was assembled with them.
 
     Raises: CalledProcessError when nvdisasm refuses it.
     """
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "kernel.cubin")
         path.write_bytes(cubin)
-        command = [find_disassembler().path, "-c", "-hex", path]
+        command = [find_disassembler().path, "-c", "-hex", "-g", path]
         return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
@@ -74,15 +89,15 @@ def arrivals(cubin: bytes) -> int:
     return sum(i.opcode.startswith("SYNCS.ARRIVE") for code, _ in _kernels(disassemble(cubin)) for i in code)
 
 
-def loads_under_way(cubin: bytes) -> list[str]:
-    """A line for each load from shared memory and each arrival or copy in front of which it may not have ended."""
-    found: list[str] = []
+def loads_under_way(cubin: bytes) -> list[UnderWay]:
+    """Each load from shared memory with each arrival or copy in front of which it may not have ended."""
+    found: list[UnderWay] = []
     for code, labels in _kernels(disassemble(cubin)):
         before = _states(code, labels)
         for index, instruction in enumerate(code):
             if instruction.opcode.startswith(("SYNCS.ARRIVE", *_COPIES)):
                 pending = {load for scoreboard, load in before[index].loads if scoreboard not in instruction.waits}
-                found += [f"{code[load]} is under way at {instruction}" for load in sorted(pending)]
+                found += [UnderWay(str(code[load]), str(instruction), instruction.source) for load in sorted(pending)]
     return found
 
 
@@ -153,17 +168,20 @@ def _kernels(text: str) -> Iterator[tuple[list[_Instruction], dict[str, int]]]:
     """The instructions of each kernel, and the index of the one behind each label."""
     code: list[_Instruction] | None = None
     labels: dict[str, int] = {}
+    source = ""
     for line in text.splitlines():
         if _KERNEL.match(line):
             if code:
                 yield code, labels
-            code, labels = [], {}
+            code, labels, source = [], {}, ""
         elif code is None:
             continue
+        elif match := _SOURCE.match(line):
+            source = f"{match[1]}:{match[2]}"
         elif match := _LABEL.match(line):
             labels[match[1]] = len(code)
         elif match := _LINE.match(line):
-            code.append(_Instruction(int(match[1], 16), match[2] or "", match[3], match[4]))
+            code.append(_Instruction(int(match[1], 16), match[2] or "", match[3], match[4], source))
         elif (match := _UPPER.match(line)) and code:
             upper = int(match[1], 16)
             result, mask = upper >> 46 & 7, upper >> 52 & 63

@@ -69,7 +69,8 @@ NOT_FOUND = {
 
 
 def under_way(body: str) -> list[str]:
-    return scoreboards.loads_under_way(assemble(HEAD + body + "ret;\n}\n", get_target("sm_90a")).cubin)
+    found = scoreboards.loads_under_way(assemble(HEAD + body + "ret;\n}\n", get_target("sm_90a")).cubin)
+    return [str(one) for one in found]
 
 
 @pytest.mark.parametrize("name", FOUND)
