@@ -275,7 +275,7 @@ def test_nothing_is_read_after_its_stage_was_given_back(plan: WarpgroupPlan) -> 
     WarpgroupPlan(64, 2, 1, 1, 4, 2, blocks_per_sm=2, overlap="others"),
 ], ids=str)  # fmt: skip
 def test_no_load_stands_between_the_last_product_and_the_return_of_a_stage(plan: WarpgroupPlan) -> None:
-    """The return does not wait for it, and products of other warps can keep it waiting until the next copy has come."""
+    """The return would wait for it, and products of other warps can keep it waiting for long."""
     weight_header = header("int4", 256, 2048, 128)
     weight = QuantizedWeight(weight_header, **{name: np.empty(*kind) for name, kind in weight_header.arrays.items()})
     operands = placeholder((plan.tokens, 2048), tilus.f16), weight, placeholder((plan.tokens, 256), tilus.f16)

@@ -95,6 +95,7 @@ mbarrier.try_wait.parity.shared::cta.b64 %p3, [%r13], %r12;
 add.u32 %r17, %r14, %r16;
 ld.shared.b32 %r18, [%r17];
 mad.lo.u32 %r20, %r20, 3, %r18;
+fence.acquire.cta;
 bar.warp.sync -1;
 elect.sync %r2|%p2, -1;
 @%p2 mbarrier.arrive.shared::cta.b64 _, [%r13+64];

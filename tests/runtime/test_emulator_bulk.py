@@ -90,9 +90,29 @@ def test_a_copy_over_what_other_threads_read_needs_a_barrier(seed: int | None) -
         "@%p0 st.shared.b32 [smem], 7;\nfence.proxy.async;\nbar.sync 0;\nld.shared.b32 %r4, [smem];\n{sync}@!%p0 bra MEET;\n"
         + EXPECT.format(bar=0, nbytes=128) + COPY.format(to=0, at=0, nbytes=128, bar=0) + WAIT.format(n=1, at=0) + "MEET:\n" + OUT
     )  # fmt: skip
-    assert words(body.format(sync="bar.sync 0;\n"), threads=64, seed=seed) == [7] * 64
+    for fence in ("fence.acquire.cta;\n", "fence.acq_rel.gpu;\n", "fence.proxy.async;\n", "membar.cta;\n"):
+        assert words(body.format(sync=fence + "bar.sync 0;\n"), threads=64, seed=seed) == [7] * 64
     with pytest.raises(EmulatorError, match=r"writes shared memory that another thread has read|reads shared memory"):
-        words(body.format(sync=""), threads=64, seed=seed)
+        words(body.format(sync="fence.acquire.cta;\n"), threads=64, seed=seed)
+    for fence in ("", "fence.mbarrier_init.release.cluster;\n"):
+        with pytest.raises(RaceError, match=r"does not wait for loads that are under way\n  read by (.|\n)*ld\.shared"):
+            words(body.format(sync=fence + "bar.sync 0;\n"), threads=64, seed=seed)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_copy_over_what_the_same_thread_loads(seed: int | None) -> None:
+    """It does not wait for the load either; a fence in front of the load, or of another warp, does not help."""
+    body = (
+        "@%p0 st.shared.b32 [smem], 7;\nfence.proxy.async;\nbar.sync 0;\n{before}@%p0 ld.shared.b32 %r4, [smem];\n{after}"
+        "@!%p0 bra MEET;\n" + EXPECT.format(bar=0, nbytes=128) + COPY.format(to=0, at=0, nbytes=128, bar=0)
+        + WAIT.format(n=1, at=0) + "MEET:\n"
+    )  # fmt: skip
+    fence = "fence.acquire.cta;\n"
+    words(body.format(before="", after=fence), threads=64, seed=seed)
+    other_warp = "setp.eq.u32 %p9, %r1, 1;\n@%p9 " + fence
+    for before, after in (("", ""), (fence, ""), ("", other_warp)):
+        with pytest.raises(RaceError, match="loads that are under way"):
+            words(body.format(before=before, after=after), threads=64, seed=seed)
 
 
 def test_a_copy_over_ordinary_stores_needs_a_proxy_fence() -> None:

@@ -156,7 +156,7 @@ PIPELINE = (
     + "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
     + "[smem], [%d1], 128, [bars], %h1;\nadd.s64 %d1, %d1, 128;\nFULL:\n"
     + "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 %p3, [bars], %r11;\n@!%p3 bra FULL;\n"
-    + "ld.shared.b32 %r22, [%r21];\nmad.lo.u32 %r24, %r24, 3, %r22;\nbar.warp.sync -1;\n"
+    + "ld.shared.b32 %r22, [%r21];\nmad.lo.u32 %r24, %r24, 3, %r22;\nfence.acquire.cta;\nbar.warp.sync -1;\n"
     + "@%p0 mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%r53+8];\n"
     + f"xor.b32 %r11, %r11, 1;\nadd.u32 %r10, %r10, 1;\nsetp.lt.u32 %p5, %r10, {STEPS};\n@%p5 bra LOOP;\n"
     + "mad.lo.u32 %r23, %r5, 32, %r0;\nmad.wide.u32 %d5, %r23, 4, %d0;\nst.global.b32 [%d5], %r24;\n"
@@ -177,6 +177,7 @@ def test_a_buffer_that_is_filled_by_multicast_again_and_again() -> None:
         pipeline(PIPELINE + BARRIER, seed)
     for lacking, message in (
         ("bar.warp.sync -1;\n", r"race|has read"),
+        ("fence.acquire.cta;\n", r"does not wait for loads that are under way\n  read by .*block . of the cluster"),
         (BARRIER, r"exits with nothing that orders|has exited|exits"),
         ("EMPTY:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 %p3, [bars+8], %r12;\n@!%p3 bra EMPTY;\n",
          r"race|in flight|bytes"),

@@ -60,6 +60,8 @@ MISSING = {
     "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r13], 256;": r"phase 0 lacks 1 of 1 arrivals and -256 bytes",
     "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r14], [%d1], 256, [%r13];": r"and 256 bytes",
     "@!%p3 bra FULL;": r"reads shared memory(.|\n)*(asynchronous copy|in flight)|uninitialised|race: arrives",
+    "fence.acquire.cta;": r"by a copy, which does not wait for loads that are under way\n  read by (.|\n)*ld\.shared\.b32(.|\n)*"
+    r"cp\.async\.bulk",
     "bar.warp.sync -1;": r"writes shared memory that another thread has read(.|\n)*ld\.shared\.b32(.|\n)*cp\.async\.bulk",
     "@%p2 mbarrier.arrive.shared::cta.b64 _, [%r13+64];": "phase 0 lacks 2 of 2 arrivals",
     "@%p4 xor.b32 %r12, %r12, 1;": "race: arrives|it has missed phase|lacks 2 of 2 arrivals|more arrivals",

@@ -18,7 +18,7 @@ class Sync(Instruction):
     mnemonic = "sync"
 
     def effects(self) -> Effects:
-        return Effects(barrier=True)
+        return Effects(barrier=True, hands_on=True)
 
     def evaluate(self, env: Evaluation) -> None:
         """A block of the reference execution is one sequential program."""
@@ -28,6 +28,28 @@ class Sync(Instruction):
 
     def emit(self, ctx: EmitContext) -> None:
         ctx.barrier()
+
+
+@dataclass(frozen=True, eq=False)
+class FinishLoads(Instruction):
+    """Wait until what the thread has begun to load from shared memory is in its registers.
+
+    Inserted by `finish_loads` in front of arrivals and barriers behind which copies may land in that memory: they do not wait.
+    """
+
+    mnemonic = "finish_loads"
+    needs_gpu = True
+
+    def effects(self) -> Effects:
+        return Effects(barrier=True)
+
+    def evaluate(self, env: Evaluation) -> None:
+        """Loads of the reference execution are done at once."""
+
+    def emit(self, ctx: EmitContext) -> None:
+        """Reads before an acquiring fence come before everything behind it. ptxas makes of it an empty instruction that waits
+        for all registers that are on their way; a proxy fence waits for stores, too, and takes longer."""
+        ctx.b.emit_to("fence.acquire.cta")
 
 
 @builtin

@@ -24,7 +24,7 @@ class ClusterSync(Instruction):
     needs_gpu = True
 
     def effects(self) -> Effects:
-        return Effects(barrier=True, cluster_barrier=True)
+        return Effects(barrier=True, cluster_barrier=True, hands_on=True)
 
     def evaluate(self, env: Evaluation) -> None:
         env.cluster_sync()

@@ -90,6 +90,7 @@ class Arrive(Instruction):
             barrier=True,
             remote=remote,
             publishes=remote and not self.reads_only,
+            hands_on=True,
         )
 
     def arrivals(self) -> tuple[SharedTensor, ...]:

@@ -145,7 +145,7 @@ class CopyToShared(SharedCopy):
 
     def effects(self) -> Effects:
         remote = self.multicast is not None
-        return Effects(reads=(self.src,), writes=(self.dst, self.barrier), remote=remote)
+        return Effects(reads=(self.src,), writes=(self.dst, self.barrier), remote=remote, by_proxy=True)
 
     def verify(self) -> None:
         super().verify()
@@ -202,7 +202,7 @@ class CopyFromShared(SharedCopy):
         return self.src_offsets
 
     def effects(self) -> Effects:
-        return Effects(reads=(self.src,), writes=(self.dst,))
+        return Effects(reads=(self.src,), writes=(self.dst,), by_proxy=True)
 
     def evaluate(self, env: Evaluation) -> None:
         """Copies of the reference execution land at once."""

@@ -63,7 +63,8 @@ class Wgmma(Instruction):
     b_transposed: bool = False
 
     def effects(self) -> Effects:
-        return Effects(reads=tuple(t for t in (self.a, self.b) if isinstance(t, SharedTensor)), other=True)
+        shared = tuple(t for t in (self.a, self.b) if isinstance(t, SharedTensor))
+        return Effects(reads=shared, other=True, by_proxy=True)
 
     def accumulator(self) -> RegisterTensor | None:
         return self.acc

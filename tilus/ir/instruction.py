@@ -34,7 +34,8 @@ class Effects:
     reads, writes: tensors in memory. barrier: waits for other threads or for asynchronous copies. other: prints and the like.
     waits_for_kernels: waits for the end of the earlier kernels of the stream; constants: tensors that none of them which may
     still be running writes. remote: touches shared memory of other blocks of the cluster; publishes: tells them that what its
-    threads wrote is there. cluster_barrier: waits for all of them.
+    threads wrote is there. cluster_barrier: waits for all of them. by_proxy: accesses shared memory by the asynchronous proxy, as
+    copies and products of warpgroups do. hands_on: other threads may go on when these have come here.
     """
 
     reads: tuple[Tensor, ...] = ()
@@ -46,6 +47,8 @@ class Effects:
     remote: bool = False
     publishes: bool = False
     cluster_barrier: bool = False
+    by_proxy: bool = False
+    hands_on: bool = False
 
     @property
     def removable(self) -> bool:

@@ -104,8 +104,8 @@ def add_ahead(total, unpacked, stages: Stages, once, begin, steps, plan: Warpgro
 def add_narrow(total, unpacked, stages: Stages, once, begin, steps, plan: WarpgroupPlan):
     """The same without minimums, in few registers: while tensor cores work on a piece, other warpgroups unpack.
 
-    Scales are asked for in front of the products: products of others keep loads from shared memory waiting for so long that one
-    behind the last product would find what the next copy brings, as `give_back` does not wait for it.
+    Scales are asked for in front of the products: `give_back` waits for loads, and products of others would keep one behind the
+    last product waiting for long.
     """
     shape = unpacked.shape
     extents = (TILE * plan.rows, plan.tokens, shape.width)

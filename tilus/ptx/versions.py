@@ -24,6 +24,7 @@ _INTRODUCED: dict[str, tuple[int, int]] = {
     "createpolicy": (7, 4),
     "mbarrier.expect_tx": (8, 0),
     "fence.proxy.async": (8, 0),
+    "fence.acquire": (8, 6),
     "ld.global.L1::no_allocate": (7, 4),
     "ld.global.L2::cache_hint": (7, 4),
     "ld.global.nc.L1::no_allocate": (7, 4),

@@ -12,6 +12,7 @@ from tilus.target import Target
 from tilus.transforms.accumulate_in_place import accumulate_in_place
 from tilus.transforms.check_under_way import check_under_way
 from tilus.transforms.eliminate_dead_code import eliminate_dead_code
+from tilus.transforms.finish_loads import finish_loads
 from tilus.transforms.infer_layouts import infer_layouts
 from tilus.transforms.layout_shared import layout_shared
 from tilus.transforms.select_instructions import select_instructions
@@ -40,6 +41,7 @@ PIPELINE: tuple[Pass, ...] = (
     Pass("layout_shared", layout_shared),
     Pass("select_instructions", select_instructions),
     Pass("clean_up", eliminate_dead_code),
+    Pass("finish_loads", finish_loads),
 )
 
 

@@ -309,7 +309,7 @@ def prefetch(site: Site) -> Step:
 
 @instruction("membar", "fence")
 def fence(site: Site) -> Step:
-    """Fences order this thread's accesses, which here happen in order anyway; they let a block acquire.
+    """Fences order this thread's accesses, which here happen in order anyway; they let a block acquire, and finish its loads.
 
     A proxy fence makes what this thread has stored to shared memory visible to bulk copies and wgmma;
     fence.mbarrier_init and proxy fences do so for the mbarriers it has initialised.
@@ -321,11 +321,14 @@ def fence(site: Site) -> Step:
     machine = site.machine
     publishes = site.has("async") or site.has("mbarrier_init")
     reaches_cluster = machine.cluster > 1 and not site.has("proxy") and site.one_of("cta", "gl") != "cta"
+    finishes = not site.has("mbarrier_init") and not site.has("alias")
     reaches_shared = site.has("async") and not site.has("global")
 
     def step(mask: Mask) -> None:
         lanes = site.lanes(mask)
         machine.global_shadow.acquire(lanes)
+        if finishes:
+            machine.shared_shadow.proxy.finish_loads(lanes)
         if reaches_shared:
             machine.shared_shadow.proxy.fence(lanes)
         if publishes:

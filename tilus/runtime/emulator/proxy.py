@@ -1,7 +1,8 @@
 """The asynchronous proxy (PTX ISA, "Proxies"): the path to shared memory of bulk copies, tensor copies and wgmma.
 
-It does not see what threads have stored in the ordinary way until the storing thread executes `fence.proxy.async`. And
-it reads its sources at any time until it is waited for: they are on loan and must not change.
+It does not see what threads have stored in the ordinary way until the storing thread executes `fence.proxy.async`. It reads
+its sources at any time until it is waited for: they are on loan and must not change. And it overtakes ordinary loads: what an
+arrival or a barrier orders behind a load may still land before it, unless the loading warp has executed a fence in between.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from tilus.runtime.emulator.machine import Machine
 
 Lanes = npt.NDArray[np.int64]
+WARP = 32
 _USERS = ("cp.async.bulk", "cp.reduce.async.bulk", "wgmma.")
 
 
@@ -27,17 +29,20 @@ def uses_async_proxy(program: Program) -> bool:
 
 
 class AsyncProxy:
-    """When each granule of shared memory was last stored to, when each thread last fenced, what is on loan, and with
-    which swizzle tensor copies have landed (bytes plus 1; 0: something else has written since).
+    """When each granule of shared memory was last stored to, and loaded from by each warp of the cluster (-1: never), when each
+    thread last fenced for its stores and each warp for its loads, what is on loan, and with which swizzle tensor copies have
+    landed (bytes plus 1; 0: something else has written since).
 
-    Granules are numbered as in `SharedShadow`. Times count stores and fences of the whole machine.
+    Granules and warps are numbered as in `SharedShadow`. Times count stores and fences of the whole machine.
     """
 
     def __init__(self, machine: Machine, granules: int, *, enabled: bool) -> None:
         self.machine, self.enabled = machine, enabled
         self.time = 0
         self.stored = np.zeros(granules if enabled else 0, np.int64)
+        self.loaded = np.full(granules * machine.clocks.all_warps if enabled else 0, -1, np.int32)
         self.fenced = np.zeros(machine.lanes, np.int64)
+        self.finished = np.zeros(machine.lanes // WARP, np.int64)
         self.loans = np.zeros(granules if enabled else 0, np.int32)
         self.lender = np.zeros(granules if enabled else 0, np.int32)  # pc of the reading instruction
         self.num_loans = 0
@@ -45,6 +50,7 @@ class AsyncProxy:
 
     def reset(self) -> None:
         self.stored[:] = 0
+        self.loaded[:] = -1
         self.swizzles[:] = 0
         self.loans[:] = 0
         self.num_loans = 0
@@ -54,6 +60,34 @@ class AsyncProxy:
         self.time += 1
         self.stored[granules] = self.time
         self.swizzles[granules] = 0
+
+    def load(self, cells: Lanes) -> None:
+        """Warps have begun to load from granules: numbers of the former behind those of the latter."""
+        self.loaded[cells] = self.time
+
+    def finish_loads(self, lanes: Lanes) -> None:
+        """These threads execute a fence: the loads of their warps are over."""
+        self.time += 1
+        self.finished[lanes // WARP] = self.time
+
+    def check_finished(self, pc: int, granules: slice, lane: int) -> None:
+        """No warp may still be loading from these granules of one block. Raises: RaceError naming the load."""
+        machine, warps = self.machine, self.machine.clocks.all_warps
+        cluster = granules.start // (len(self.stored) // machine.slots) // machine.cluster
+        loaded = self.loaded.reshape(-1, warps)[granules]
+        pending = loaded >= self.finished[cluster * warps : (cluster + 1) * warps]
+        if not pending.any():
+            return
+        row, column = np.argwhere(pending)[0].tolist()
+        shadow, granule = machine.shared_shadow, granules.start + row
+        raise machine.fault(
+            pc,
+            f"race: writes shared memory at {shadow.place_text(granule)} by a copy, which does not wait for loads that are under "
+            f"way\n  read by {shadow.reader_text(granule, column)}",
+            lane,
+            hint="the loading threads execute a fence (fence.acquire.cta) after their loads and before the barrier",
+            kind=RaceError,
+        )
 
     def check_swizzle(self, pc: int, granules: Lanes, swizzle_nbytes: int, lane: int) -> None:
         """Granules are about to be read as a matrix with this swizzle."""

@@ -80,16 +80,19 @@ class SharedShadow:
             if not strong:
                 self._check_order(pc, stamps, lanes, None, "reads")
         if not strong:
-            self._remember_readers(pc, where, lanes, collective=collective)
+            cells = self._remember_readers(pc, where, lanes, collective=collective)
+            if self.proxy.enabled:
+                self.proxy.load(cells)
 
-    def _remember_readers(self, pc: int, where: Lanes, lanes: Lanes, *, collective: bool) -> None:
+    def _remember_readers(self, pc: int, where: Lanes, lanes: Lanes, *, collective: bool) -> Lanes:
+        """Gives the places among `readers`."""
         cell = where * self.warps + self.machine.column_of[lanes][:, None]
         now = self.now[lanes]
         self.touched[lanes] = now
         stamp = (now | np.uint64(pc))[:, None]
         if collective:
             self.readers[cell] = stamp | _MANY
-            return
+            return cell
         old = self.readers[cell]
         several = ((old ^ stamp) >> _CLOCK == 0) & ((old ^ stamp) >> _AGENT & _AGENT_MASK != 0)
         stamp = np.where(several, stamp | _MANY, stamp)
@@ -97,6 +100,7 @@ class SharedShadow:
         lost = self.readers[cell] != stamp
         if np.logical_or.reduce(lost, axis=None):
             self.readers[cell[lost]] |= _MANY
+        return cell
 
     def write(
         self,
@@ -176,6 +180,7 @@ class SharedShadow:
         self._check_free(pc, where, writers, readers, lanes, None)
         self.proxy.check_not_lent(pc, where, lanes)
         self.proxy.check_fenced(pc, where[0], self._agents(writers[0]), lane, "writes")
+        self.proxy.check_finished(pc, span, lane)
         self.writer[span] = _IN_FLIGHT | self.now[lane] | np.uint64(pc)
 
     def issue_bulk_read(self, pc: int, flat: int, nbytes: int, lane: int) -> Lanes:
@@ -344,6 +349,10 @@ class SharedShadow:
 
     def writer_text(self, granule: int) -> str:
         return self._stamp_text(int(self.writer[granule]))
+
+    def reader_text(self, granule: int, column: int) -> str:
+        """column: of the warp among those of the cluster."""
+        return self._stamp_text(int(self.readers[granule * self.warps + column]))
 
     def place_text(self, granule: int) -> str:
         shared = self.machine.shared
