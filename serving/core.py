@@ -216,16 +216,20 @@ class Sequence:
 
     def expect(self, drafts: tuple[int, ...]) -> None:
         """A step has been launched that samples a token behind each of some drafts, and one in front of them."""
-        self.tokens += (*drafts, UNKNOWN)
+        self.tokens += drafts
+        self.tokens.append(UNKNOWN)
         self.num_unknown += 1 + len(drafts)
 
     def settle(self, token_ids: List[int], num_drafts: int) -> None:
         """What the first of the launched steps, which had so many drafts, has sampled."""
-        position = len(self.tokens) - self.num_unknown
-        self.tokens[position : position + num_drafts + 1] = token_ids
-        self.num_unknown -= 1 + num_drafts
-        if num_drafts:  # keys of those that did not agree are of no use
+        if num_drafts:
+            position = len(self.tokens) - self.num_unknown
+            self.tokens[position : position + num_drafts + 1] = token_ids
+            # Keys of those that did not agree are of no use.
             self.num_computed = min(self.num_computed, len(self.tokens) - 1)
+        else:
+            self.tokens[-self.num_unknown] = token_ids[0]
+        self.num_unknown -= 1 + num_drafts
 
 
 class BatchItem(NamedTuple):
@@ -290,6 +294,16 @@ class Batch:
     def sampled(self) -> tuple[BatchItem, ...]:
         """The items that get a new token, in order."""
         return tuple([item for item in self.items if item.params is not None])
+
+    @cached_property
+    def others(self) -> tuple[BatchItem, ...]:
+        """The items that do not just decode, in order."""
+        return tuple([item for item in self.items if not is_decode(item)])
+
+    @cached_property
+    def in_rows(self) -> tuple[BatchItem, ...]:
+        """The items as their rows lie in the step: those that decode in front."""
+        return (*filter(is_decode, self.items), *self.others) if self.others else self.items
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.core import Batch, is_decode
+from serving.core import Batch
 
 _LOG = logging.getLogger("serving")
 NUM_FEATURES = 4
@@ -55,11 +55,10 @@ class StepWork(NamedTuple):
 
     @classmethod
     def of(cls, batch: Batch) -> StepWork:
-        others = [item for item in batch.items if not is_decode(item)]
-        decodes = len(batch.items) - len(others)
-        kv_tokens = decodes + sum([item.start for item in batch.items]) - sum([item.start for item in others])
+        decodes = len(batch.items) - len(batch.others)
+        kv_tokens = decodes + sum([item.start for item in batch.items]) - sum([item.start for item in batch.others])
         work = cls(decodes, kv_tokens, kv_tokens)
-        for item in others:
+        for item in batch.others:
             work = work.with_prompt(item.start, len(item.token_ids))
         return work
 

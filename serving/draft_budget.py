@@ -66,7 +66,9 @@ class DraftBudget:
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
         self._plain: dict[int, Mean] = {}  # seconds, by sequences
-        self._longer: dict[int, dict[int, Mean]] = {}  # by sequences and rows: how many times as long as without guesses
+        self._longer: dict[
+            int, dict[int, Mean]
+        ] = {}  # by sequences and rows: how many times as long as without guesses
         self._since = 0.0
         self._idle, self._patience = 0, _PROBE  # steps since the last one with guesses, and how many there may be
 
@@ -84,7 +86,8 @@ class DraftBudget:
         """A step has ended. Since the one before it did, another one has been prepared: itself where nothing overlaps. None for
         those with prompts.
 
-        The time is half of either. So where one of the two has no guesses, its half is that of a plain step, and the rest the other's.
+        The time is half of either: where one of the two has no guesses, half of what a plain step takes is its, and the rest the
+        other's.
         """
         seconds, self._since = now - self._since, now
         if ended is None or prepared is None or ended.sequences != prepared.sequences or seconds <= 0:

@@ -55,7 +55,9 @@ class TorchRunner:
         if self.swapper is not None:
             self.swapper.begin(batch)
         items = batch.sampled
-        ends = list(accumulate([1 + item.num_drafts for item in items], initial=0))  # of the items' rows that are sampled
+        ends = list(
+            accumulate([1 + item.num_drafts for item in items], initial=0)
+        )  # of the items' rows that are sampled
         num_rows, has_drafts = ends[-1], ends[-1] > len(items)
         scores = PromptScores(batch, self._sampler.max_rows) if any(item.targets for item in batch.items) else None
         compute, samples, inputs, shape = self._prepare(batch, scores)
@@ -74,7 +76,11 @@ class TorchRunner:
 
         def wait() -> StepOutput:
             found = collect()
-            tokens = _agreeing(items, found) if has_drafts else tuple([None if token is None else (token,) for token in found])
+            tokens = (
+                _agreeing(items, found)
+                if has_drafts
+                else tuple([None if token is None else (token,) for token in found])
+            )
             if self._gpu_spans is not None and start is not None and end is not None:
                 self._gpu_spans.add(f"{len(batch.items)} sequences", start, end)
             return StepOutput(tokens, {} if scores is None else scores.collect())
@@ -92,7 +98,7 @@ class TorchRunner:
         self, batch: Batch, scores: PromptScores | None
     ) -> tuple[Callable[[], Tensor], bool, StepInputs, StepShape]:
         """What launches a step and gives its logits, whether it samples, too, where rows are plain, and its inputs."""
-        shape = None if self._graphs is None or scores is not None else self._graphs.shapes.of(batch.items)
+        shape = None if self._graphs is None or scores is not None else self._graphs.shapes.of(batch)
         if self._graphs is not None and shape is not None:
             return self._graphs.prepare(batch, shape, self._rows), self._graphs.samples, self._graphs.inputs, shape
         inputs, shape = own_inputs(batch, self._page_size, self._sampler.tokens, self._rows)

@@ -50,15 +50,16 @@ class Sampler:
         return self._edits is None and self._asking is None
 
     def write(self, items: Sequence[BatchItem]) -> None:
-        """Start the copy of the parameters of a step's rows: an item has one in front of each of its drafts, and one behind its last
-        token, with draws that follow each other."""
+        """Start the copy of the parameters of a step's rows: an item has one in front of each of its drafts, and one behind its
+        last token, with draws that follow each other.
+        """
         rows = _rows_of(items)
         self._staging.reverse()
         staging = self._staging[0]
         staging.fill([item.params or _GREEDY for item in rows], _draws_of(items))
         staging.copy_to(self._parameters)
         self._edits = self._asking = None
-        if staging.edits or any([item.allowed is not None for item in rows]):
+        if staging.edits or any(item.allowed is not None for item in rows):
             bits, *rest = move(_edit_arrays(rows, self._vocab_size, self.max_rows), self._device)
             mask_of, places, tokens, penalties, addends = rest
             floats = (penalties.view(torch.float32), addends.view(torch.float32))
@@ -106,7 +107,8 @@ class Sampler:
                 return tuple([None if token < 0 else SampledToken(token) for token in tokens.tolist()])
             logprobs = _logprobs_by_row(rows, self._vocab_size, *found)
             return tuple(
-                None if token < 0 else SampledToken(token, logprobs.get(row)) for row, token in enumerate(tokens.tolist())
+                None if token < 0 else SampledToken(token, logprobs.get(row))
+                for row, token in enumerate(tokens.tolist())
             )
 
         return wait
@@ -114,7 +116,7 @@ class Sampler:
 
 def _rows_of(items: Sequence[BatchItem]) -> Sequence[BatchItem]:
     """The item of each row."""
-    if not any([item.num_drafts for item in items]):
+    if not any(item.num_drafts for item in items):
         return items
     return [item for item in items for _ in range(1 + item.num_drafts)]
 
@@ -134,11 +136,6 @@ def _asks(item: BatchItem) -> bool:
 def _edits(item: BatchItem) -> bool:
     """Whether logits are changed before a token is drawn."""
     return item.allowed is not None or (item.params is not None and item.params.edits_logits)
-
-
-def _asks(item: BatchItem) -> bool:
-    """For log-probabilities."""
-    return item.params is not None and item.params.logprobs is not None
 
 
 def _columns(memory: Tensor) -> list[Tensor]:

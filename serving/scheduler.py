@@ -243,7 +243,6 @@ class Scheduler:
         start, tokens = seq.num_computed, seq.tokens
         end = start + count
         params = seq.request.params if end == len(tokens) else None
-        token_ids = (*tokens[start:end], *drafts)
-        return BatchItem(
-            seq.id, token_ids, start, self.pages.table(seq.id), params, seq.num_output, num_drafts=len(drafts)
-        )
+        token_ids = (tokens[start],) if count == 1 else tuple(tokens[start:end])
+        item = BatchItem(seq.id, token_ids, start, self.pages.table(seq.id), params, seq.num_output)
+        return item._replace(token_ids=token_ids + drafts, num_drafts=len(drafts)) if drafts else item

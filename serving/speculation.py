@@ -88,7 +88,9 @@ class PromptLookup:
         return each ** (1 + followed.num_expected(seq)), each
 
     def propose(self, wanted: Mapping[Sequence, int]) -> Drafts:
-        return {seq.id: followed.next(seq, count) for seq, count in wanted.items() if (followed := self._follow(seq)).is_on}
+        return {
+            seq.id: followed.next(seq, count) for seq, count in wanted.items() if (followed := self._follow(seq)).is_on
+        }
 
     def forget(self, request_id: str) -> None:
         self._known.pop(request_id, None)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from serving.config import MAX_DRAFTS
-from serving.core import UNKNOWN, Batch, BatchItem, is_decode
+from serving.core import UNKNOWN, Batch, BatchItem
 from serving.model import StepTensors
 from serving.sampling import move
 from serving.step_shapes import StepShape
@@ -76,10 +76,7 @@ class StepInputs:
 
         What earlier sequences left in a row of the block tables, behind its sequence's pages, is never read.
         """
-        items, singles = batch.items, len(batch.items)
-        if shape.others:
-            items = sorted(items, key=is_decode, reverse=True)  # which keeps the order of equals
-            singles = sum(map(is_decode, items))
+        items, singles = batch.in_rows, len(batch.items) - len(batch.others)
         self._write_tables(items, [*range(singles), *range(shape.decodes, shape.decodes + len(items) - singles)])
         ends = self._write_rows(items, singles, shape, rows)
         self._ends = dict(zip(self._known, ends.tolist()))
@@ -131,7 +128,9 @@ class StepInputs:
 
     def _write_samples(self, batch: Batch, shape: StepShape) -> None:
         items, samples = batch.sampled, self._array(shape).samples
-        ends, counts = np.array([(self._ends[item.request_id], 1 + item.num_drafts) for item in items], int).reshape(-1, 2).T
+        ends, counts = (
+            np.array([(self._ends[item.request_id], 1 + item.num_drafts) for item in items], int).reshape(-1, 2).T
+        )
         wanted = np.repeat(ends - np.cumsum(counts), counts) + np.arange(counts.sum())
         samples[: len(wanted)], samples[len(wanted) :] = wanted, 0
 
@@ -197,7 +196,7 @@ class StepInputs:
 
 def own_inputs(batch: Batch, page_size: int, last: Tensor, rows: Mapping[str, int]) -> tuple[StepInputs, StepShape]:
     """Of a batch as it is, in memory of its own. last, rows: the tokens that the step before sampled, and their rows."""
-    items, singles = batch.items, sum(map(is_decode, batch.items))
+    items, singles = batch.items, len(batch.items) - len(batch.others)
     samples = sum(1 + item.num_drafts for item in batch.sampled)
     shape = StepShape(singles, sum(len(item.token_ids) for item in items), len(items) - singles, samples)
     width = -(-max(len(item.pages) for item in items) // _ALIGNMENT) * _ALIGNMENT

@@ -161,8 +161,8 @@ def taught(rows: Callable[[StepWork], int], steps: Iterable[int], device: Paces,
 
 
 def test_guesses_in_place_of_rows_that_are_made_up_cost_nothing() -> None:
-    """Steps with guesses have 64 rows, all of which take their time: up to 64 even unlikely guesses are made, which would not pay if
-    each had its part of it."""
+    """Steps with guesses have 64 rows, all of which take their time: up to 64 even unlikely guesses are made, which would not pay
+    if each had its part of it."""
 
     def guesses(rows: Callable[[StepWork], int], device: Paces) -> int:
         budget = taught(rows, [0] * 6 + [4] * 6 + [24] * 6, device, lambda drafts: 0.0)
@@ -179,12 +179,11 @@ def test_what_guesses_cost_is_what_they_make_the_whole_longer(
     pattern: list[int], device: tuple[float, float], host: tuple[float, float]
 ) -> None:
     """Whoever of host and device waits for the other, and whichever of two steps the time between them belongs to."""
-    paces = [lambda drafts, pace=pace: pace[drafts > 0] for pace in (device, host)]
     steps = pattern * (120 // len(pattern))
-    total = sum(max(paces[0](a), paces[1](b)) for a, b in itertools.pairwise([*steps, steps[0]]))
+    total = sum(max(device[a > 0], host[b > 0]) for a, b in itertools.pairwise([*steps, steps[0]]))
     plain = max(device[0], host[0])
     longer = (total - steps.count(0) * plain) / steps.count(4) / plain
-    budget = taught(padded, [0] * 6 + steps, *paces)
+    budget = taught(padded, [0] * 6 + steps, lambda drafts: device[drafts > 0], lambda drafts: host[drafts > 0])
     for gain, pays in ((1.03 * longer - 0.1, False), (1.03 * longer + 0.1, True)):
         hopes = [Hope(seq, gain - 1, 0.0, 1) for seq in SEQUENCES]
         assert bool(budget.counts(hopes, 8)) == pays
@@ -195,4 +194,6 @@ def test_looks_for_whether_it_pays_become_rarer() -> None:
     hopes = [Hope(seq, 0.5, 0.5, 4) for seq in SEQUENCES]
     tries = [number for number in range(4000) if budget.counts(hopes, 8)]
     gaps = [after - before for before, after in itertools.pairwise(tries)]
-    assert len(tries) >= 3 and all(after == pytest.approx(2 * before, rel=0.05) for before, after in itertools.pairwise(gaps))
+    assert len(tries) >= 3 and all(
+        after == pytest.approx(2 * before, rel=0.05) for before, after in itertools.pairwise(gaps)
+    )

@@ -121,7 +121,17 @@ def test_pieces_make_up_the_whole_and_characters_stay_whole(parts: list[bytes]) 
             assert so_far == complete
 
 
-SYMBOLS = ["<s>", "\u2581", "\u2581\u2581", "\u2581the", "a", "n't", ".", "\u00e9", *(f"<0x{byte:02X}>" for byte in range(256))]
+SYMBOLS = [
+    "<s>",
+    "\u2581",
+    "\u2581\u2581",
+    "\u2581the",
+    "a",
+    "n't",
+    ".",
+    "\u00e9",
+    *(f"<0x{byte:02X}>" for byte in range(256)),
+]
 
 
 def sentencepiece() -> FastTokenizer:
