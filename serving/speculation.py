@@ -82,15 +82,14 @@ class PromptLookup:
 
     def chances(self, seq: Sequence) -> tuple[float, float]:
         followed = self._follow(seq)
-        if not followed.is_on:
+        if followed.place is None:
             return 0.0, 0.0
         each = followed.chances.of(followed.agreed)
         return each ** (1 + followed.num_expected(seq)), each
 
     def propose(self, wanted: Mapping[Sequence, int]) -> Drafts:
-        return {
-            seq.id: followed.next(seq, count) for seq, count in wanted.items() if (followed := self._follow(seq)).is_on
-        }
+        found = {seq: self._follow(seq) for seq in wanted}
+        return {seq.id: of.next(seq, wanted[seq]) for seq, of in found.items() if of.place is not None}
 
     def forget(self, request_id: str) -> None:
         self._known.pop(request_id, None)
@@ -115,10 +114,6 @@ class _Followed:
         # For each size where runs of so many tokens ended last.
         self._ends = [(size, dict(zip(_runs(prompt, size), range(size, len(prompt) + 1)))) for size in sizes]
 
-    @property
-    def is_on(self) -> bool:
-        return self.place is not None
-
     def read(self, seq: Sequence) -> None:
         """The tokens that have become known."""
         tokens, known = seq.tokens, len(seq.tokens) - seq.num_unknown
@@ -140,8 +135,6 @@ class _Followed:
         followed now, and one more."""
         if seq.num_unknown == 0:
             return 0
-        if seq.num_unknown == 1:
-            return 1
         drafts = seq.tokens[self._num_tokens : -1]
         agreed = 0
         while agreed < len(drafts) and drafts[agreed] == self._guess(seq, agreed):

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 import serving
+from serving.bench.simulate import Pace, PlainVocabulary, SimRunner, VirtualClock
 from serving.config import EngineConfig
 from serving.core import UNKNOWN, Batch, Request, SampledToken, SamplingParams, Sequence, StepOutput
 from serving.cost_model import StepWork
 from serving.draft_budget import DraftBudget, Hope
 from serving.engine import Engine
 from serving.kv import PageTables
-from serving.simulate import Pace, PlainVocabulary, SimRunner, VirtualClock
 from serving.speculation import Drafter, DraftModel, PromptLookup
 
 SIZE = 220  # tokens of a prompt, and of its answer
