@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Sequence as List
 from itertools import accumulate
+from statistics import fmean
 from typing import NamedTuple
 
 from serving.core import Sequence
@@ -12,10 +14,10 @@ from serving.cost_model import Rows, StepWork
 
 _GAIN = 1.03  # in tokens a second that guesses must promise
 _PROBE, _LONGEST_PROBE = 128, 4096  # steps without guesses, after which it is looked again whether they pay
-_KNOWN = 4  # steps without guesses that tell what they take
-_MEMORY = 16  # times that a mean is of, in which older ones fade
+_KNOWN = 2  # steps of a kind that tell what they take
+_MEMORY = 16  # values that a mean is of
 _LIKELY = 0.5
-_UNUSUAL = 3.0  # so many times the mean is a disturbance
+_UNUSUAL = 3.0  # so many times the median is a disturbance
 
 
 class Hope(NamedTuple):
@@ -41,16 +43,20 @@ class StepKind(NamedTuple):
 
 
 class Mean:
-    """Of the last values."""
+    """Of the last values, but for those that are far above most of them: what comes first is often compiled first."""
 
     def __init__(self) -> None:
-        self.value, self.count = 0.0, 0
+        self._values = deque[float](maxlen=_MEMORY)
+        self.value = 0.0
+
+    @property
+    def is_known(self) -> bool:
+        return len(self._values) >= _KNOWN
 
     def learn(self, value: float) -> None:
-        if self.count >= _KNOWN:
-            value = min(value, _UNUSUAL * self.value)
-        self.count = min(self.count + 1, _MEMORY)
-        self.value += (value - self.value) / self.count
+        self._values.append(value)
+        most = _UNUSUAL * sorted(self._values)[(len(self._values) - 1) // 2]
+        self.value = fmean(value for value in self._values if value <= most)
 
 
 class DraftBudget:
@@ -96,7 +102,7 @@ class DraftBudget:
         guessing = [kind for kind in (ended, prepared) if not kind.is_plain]
         if not guessing:
             plain.learn(seconds)
-        elif plain.count:
+        elif plain.is_known:
             longer = seconds / plain.value if len(guessing) == 2 else 2 * seconds / plain.value - 1
             for kind in guessing:
                 self._longer.setdefault(kind.sequences, {}).setdefault(kind.rows, Mean()).learn(max(1.0, longer))
@@ -117,9 +123,9 @@ class DraftBudget:
 
     def _best(self, hopes: List[Hope], sequences: int) -> dict[Sequence, int]:
         plain = self.kind(sequences, 0, 0).rows
-        if self._plain and (plain not in self._plain or self._plain[plain].count < _KNOWN):
+        if self._plain and (plain not in self._plain or not self._plain[plain].is_known):
             return {}  # what a step without guesses takes is the first thing to know
-        known = self._longer.get(plain, {})
+        known = {rows: mean.value for rows, mean in self._longer.get(plain, {}).items() if mean.is_known}
         least = 0.0 if known else _LIKELY
         guesses = [
             (chance, number, hope.seq)
@@ -152,12 +158,12 @@ def _some_of(most: int) -> list[int]:
     return [*(1 << power for power in range(most.bit_length()) if 1 << power < most), *([most] if most else [])]
 
 
-def _between(known: dict[int, Mean], plain: int, rows: int) -> float:
+def _between(known: dict[int, float], plain: int, rows: int) -> float:
     """How many times as long steps of so many rows take: between those of the next fewer and the next more that are known."""
     sizes = sorted(known)
     index = bisect_left(sizes, rows)
-    fewer, less = (sizes[index - 1], known[sizes[index - 1]].value) if index else (plain, 1.0)
+    fewer, less = (sizes[index - 1], known[sizes[index - 1]]) if index else (plain, 1.0)
     if index == len(sizes):
         return less
-    more, longer = sizes[index], known[sizes[index]].value
+    more, longer = sizes[index], known[sizes[index]]
     return less + (longer - less) * (rows - fewer) / (more - fewer)

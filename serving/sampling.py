@@ -39,7 +39,7 @@ class Sampler:
         self._parameters = torch.zeros(_WORDS * max_rows, dtype=torch.int32, device=device)
         self._columns = _columns(self._parameters)
         self.draws = self._columns[-1]
-        self._staging = [_Staging(max_rows, device) for _ in range(2)]  # a step's copy may wait behind the step before
+        self._staging = _Staging(max_rows, device)
         self.tokens = torch.full((max_rows,), -1, dtype=torch.int32, device=device)
         self._edits: _Edits | None = None
         self._asking: _Asking | None = None
@@ -54,17 +54,15 @@ class Sampler:
         last token, with draws that follow each other.
         """
         rows = _rows_of(items)
-        self._staging.reverse()
-        staging = self._staging[0]
-        staging.fill([item.params or _GREEDY for item in rows], _draws_of(items))
-        staging.copy_to(self._parameters)
+        self._staging.fill([item.params or _GREEDY for item in rows], _draws_of(items))
+        self._staging.copy_to(self._parameters)
         self._edits = self._asking = None
-        if staging.edits or any(item.allowed is not None for item in rows):
+        if self._staging.edits or any(item.allowed is not None for item in rows):
             bits, *rest = move(_edit_arrays(rows, self._vocab_size, self.max_rows), self._device)
             mask_of, places, tokens, penalties, addends = rest
             floats = (penalties.view(torch.float32), addends.view(torch.float32))
             self._edits = _Edits(bits.view(torch.uint8), mask_of, places, tokens, *floats)
-        if staging.asks:
+        if self._staging.asks:
             places, counts = move(_asking_arrays(rows, self._vocab_size), self._device)
             self._asking = _Asking(places, counts)
 

@@ -47,8 +47,10 @@ class StepInputs:
         self._page_size, self._max_pages, self._last, self._num_last = page_size, max_pages, last, len(last)
         self._front = max(_starts(shape)[-1] for shape in shapes)
         sequences = max(shape.decodes + shape.others for shape in shapes)
-        self._host = torch.zeros(self._front + sequences * max_pages, dtype=torch.int32)
+        on_gpu = last.device.type == "cuda"
+        self._host = torch.zeros(self._front + sequences * max_pages, dtype=torch.int32, pin_memory=on_gpu)
         self._there = self._host.to(last.device)  # on a CPU the same
+        self._copied = torch.cuda.Event() if on_gpu else None
         self._tables = self._host[self._front :].view(sequences, max_pages).numpy()
         self._token_ids = torch.zeros(max(shape.rows for shape in shapes), dtype=torch.int32, device=last.device)
         self._arrays: dict[StepShape, _Arrays] = {}
@@ -74,8 +76,11 @@ class StepInputs:
     def write(self, batch: Batch, shape: StepShape, rows: Mapping[str, int]) -> None:
         """A batch that fits the shape. rows: of the tokens that the last step sampled, by request.
 
-        What earlier sequences left in a row of the block tables, behind its sequence's pages, is never read.
+        What earlier sequences left in a row of the block tables, behind its sequence's pages, is never read. Waits for the copy
+        of the batch before, which begins when the step in front of that has ended.
         """
+        if self._copied is not None:
+            self._copied.synchronize()
         items, singles = batch.in_rows, len(batch.items) - len(batch.others)
         self._write_tables(items, [*range(singles), *range(shape.decodes, shape.decodes + len(items) - singles)])
         ends = self._write_rows(items, singles, shape, rows)
@@ -85,8 +90,9 @@ class StepInputs:
         if self._there is not self._host:
             sequences = shape.decodes + shape.others
             used = slice(self._front - _starts(shape)[-1], self._front + sequences * self._max_pages)
-            staging = torch.empty_like(self._host[used], pin_memory=self._there.device.type == "cuda")
-            self._there[used].copy_(staging.copy_(self._host[used]), non_blocking=True)
+            self._there[used].copy_(self._host[used], non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
 
     def follow(
         self, shape: StepShape, items: Sequence[BatchItem], before: Mapping[str, tuple[int, ...]], rows: Mapping[str, int],

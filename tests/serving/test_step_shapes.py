@@ -90,5 +90,5 @@ def test_what_lies_behind_sequences_that_decode_is_aligned(limit: GraphLimits) -
 @given(limits())
 def test_a_full_step_has_a_shape_of_its_own(limit: GraphLimits) -> None:
     item = BatchItem("a", (0,) * limit.max_step_tokens, 0, (0,), None, 0)
-    shape = StepShapes(limit, GPU).of([item])
+    shape = StepShapes(limit, GPU).of(Batch((item,)))
     assert shape is not None and (shape.decodes, shape.rows) == (0, limit.max_step_tokens)
