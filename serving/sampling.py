@@ -119,11 +119,9 @@ def _rows_of(items: Sequence[BatchItem]) -> Sequence[BatchItem]:
     return [item for item in items for _ in range(1 + item.num_drafts)]
 
 
-def _draws_of(items: Sequence[BatchItem]) -> npt.NDArray[np.int64]:
+def _draws_of(items: Sequence[BatchItem]) -> list[int]:
     """The draw of each row."""
-    draws, counts = np.array([(item.draw, 1 + item.num_drafts) for item in items], np.int64).reshape(-1, 2).T
-    ends = np.cumsum(counts)
-    return np.repeat(draws - (ends - counts), counts) + np.arange(counts.sum())
+    return [draw for item in items for draw in range(item.draw, item.draw + 1 + item.num_drafts)]
 
 
 def _asks(item: BatchItem) -> bool:
@@ -154,7 +152,7 @@ class _Staging:
         self.asks = self.edits = False
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
 
-    def fill(self, params: list[SamplingParams], draws: npt.NDArray[np.int64]) -> None:
+    def fill(self, params: list[SamplingParams], draws: Sequence[int]) -> None:
         """Of so many rows. Those behind them are greedy."""
         if self._copied is not None:
             self._copied.synchronize()

@@ -172,22 +172,22 @@ class Detokenizer:
     Law: the pieces with the final flush make up decode(all tokens).
     """
 
-    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+    def __init__(self, decode: Callable[[tuple[int, ...]], str]) -> None:
         self._decode = decode
-        self._window: list[int] = []  # tokens of the last piece, and of what waits behind it
+        self._window: tuple[int, ...] = ()  # tokens of the last piece, and of what waits behind it
         self._num_shown, self._shown = 0, ""  # of the window, what has been given out
 
     def push(self, token_id: int) -> str:
-        self._window.append(token_id)
-        piece = self._decode(self._window)[len(self._shown) :]
-        if not piece and self._num_shown:
-            # invisible (a special token): or a run of them would make the window grow
-            del self._window[self._num_shown :]
-        if not piece or piece.endswith(_REPLACEMENT):
-            return ""
-        del self._window[: self._num_shown]
-        self._num_shown, self._shown = len(self._window), self._decode(self._window)
-        return piece
+        window = (*self._window, token_id)
+        piece = self._decode(window)[len(self._shown) :]
+        if piece and not piece.endswith(_REPLACEMENT):
+            self._window = window[self._num_shown :]
+            self._num_shown, self._shown = len(self._window), self._decode(self._window)
+            return piece
+        # An invisible token (a special one) is forgotten: or a run of them would make the window grow.
+        if piece or not self._num_shown:
+            self._window = window
+        return ""
 
     def flush(self) -> str:
         """What still waits, when the output ends: half a character shows as U+FFFD."""

@@ -158,7 +158,7 @@ def test_invisible_tokens_do_not_pile_up() -> None:
     """Models that may not stop tend to repeat their end token."""
     fast, windows = byte_tokenizer(), []
 
-    def decode(ids: list[int]) -> str:
+    def decode(ids: tuple[int, ...]) -> str:
         windows.append(len(ids))
         return fast.decode(ids)
 
