@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +42,7 @@ class Sampler:
         self.draws = self._columns[-1]
         self._staging = _Staging(max_rows, device)
         self.tokens = torch.full((max_rows,), -1, dtype=torch.int32, device=device)
-        self._edits: _Edits | None = None
+        self._edits: dict[str, Any] | None = None  # arguments of `edit_logits`
         self._asking: _Asking | None = None
 
     @property
@@ -58,10 +59,13 @@ class Sampler:
         self._staging.copy_to(self._parameters)
         self._edits = self._asking = None
         if self._staging.edits or any(item.allowed is not None for item in rows):
-            bits, *rest = move(_edit_arrays(rows, self._vocab_size, self.max_rows), self._device)
-            mask_of, places, tokens, penalties, addends = rest
-            floats = (penalties.view(torch.float32), addends.view(torch.float32))
-            self._edits = _Edits(bits.view(torch.uint8), mask_of, places, tokens, *floats)
+            bits, mask_of, places, tokens, penalties, addends = move(
+                _edit_arrays(rows, self._vocab_size, self.max_rows), self._device
+            )
+            self._edits = {
+                "bits": bits.view(torch.uint8), "mask_of": mask_of, "rows": places, "tokens": tokens,
+                "penalties": penalties.view(torch.float32), "addends": addends.view(torch.float32),
+            }  # fmt: skip
         if self._staging.asks:
             places, counts = move(_asking_arrays(rows, self._vocab_size), self._device)
             self._asking = _Asking(places, counts)
@@ -71,13 +75,10 @@ class Sampler:
 
         Returns: the first rows of `tokens`, -1 where the logits are not numbers or nothing is allowed.
         """
-        logits, tokens, edits = logits[:rows], self.tokens[:rows], self._edits
+        logits, tokens = logits[:rows], self.tokens[:rows]
         wanted = logits
-        if edits is not None:
-            wanted = edit_logits(
-                logits, bits=edits.bits, mask_of=edits.mask_of[:rows], rows=edits.rows, tokens=edits.tokens,
-                penalties=edits.penalties, addends=edits.addends,
-            )  # fmt: skip
+        if self._edits is not None:
+            wanted = edit_logits(logits, **{**self._edits, "mask_of": self._edits["mask_of"][:rows]})
         seeds, temperature, top_k, top_p, min_p, positions = (column[:rows] for column in self._columns)
         sample(
             wanted, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seeds=seeds, positions=positions, out=tokens
@@ -173,18 +174,6 @@ class _Staging:
         there.copy_(self._memory, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
-
-
-@dataclass(frozen=True)
-class _Edits:
-    """Arguments of `tilus.kernels.edit_logits`."""
-
-    bits: Tensor
-    mask_of: Tensor
-    rows: Tensor
-    tokens: Tensor
-    penalties: Tensor
-    addends: Tensor
 
 
 @dataclass
