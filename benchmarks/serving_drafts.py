@@ -1,8 +1,8 @@
 """What drafts from the prompt are worth: `python benchmarks/serving_drafts.py [--device cpu] [--out FILE]`.
 
 SmolLM2-135M-Instruct repeats and summarises texts, greedily, for one request and for several at once, without drafts and with as
-many as --drafts says. Each case is run once before it is timed, and then --repeats times, of which the fastest counts; nothing is
-found in the cache. Where texts are summarised, little can be guessed.
+many as --drafts says, in turns. Each case is run once before it is timed, and then --repeats times, of which the median counts;
+nothing is found in the cache. Where texts are summarised, little can be guessed.
 
 Output, as JSON: device, torch, model, and rows, a list of {case, metric, value, unit, baseline: the value without drafts,
 limit: null}. Answers may differ from those without drafts, as other numbers of rows are summed in other orders.
@@ -75,20 +75,28 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     config = ServerConfig(device=options.device, no_prefix_cache=True, max_model_len=512, max_batch=max(COUNTS))
     path, checkpoint = open_model(config)
     execution = choose_execution(options.device)
-    runs: dict[tuple[str, int, int], Run] = {}
-    for drafts in (0, options.drafts):
-        engine = build_engine(replace(config, drafts=drafts), path, checkpoint, default_kernels(), execution)
-        for task, words in TASKS.items():
-            chats = [[{"role": "user", "content": f"{words}\n\n{text}"}] for text in TEXTS]
-            prompts = [checkpoint.tokenizer.encode_chat(messages) for messages in chats]
-            for count in COUNTS:
-                asked = [prompts[index % len(prompts)] for index in range(count)]
-                timed = [run(engine, asked) for _ in range(1 + options.repeats)][1:]
-                runs[task, count, drafts] = min(timed, key=lambda found: found.seconds)
-    return [row for key in runs if key[2] for row in rows_of(key, runs[key], runs[*key[:2], 0])]
+    engines = {
+        drafts: build_engine(replace(config, drafts=drafts), path, checkpoint, default_kernels(), execution)
+        for drafts in (0, options.drafts)
+    }
+    rows: list[dict[str, Any]] = []
+    for task, words in TASKS.items():
+        chats = [[{"role": "user", "content": f"{words}\n\n{text}"}] for text in TEXTS]
+        prompts = [checkpoint.tokenizer.encode_chat(messages) for messages in chats]
+        for count in COUNTS:
+            asked = [prompts[index % len(prompts)] for index in range(count)]
+            turns = [
+                {drafts: run(engine, asked) for drafts, engine in engines.items()} for _ in range(1 + options.repeats)
+            ]
+            without, with_drafts = (
+                sorted((turn[drafts] for turn in turns[1:]), key=lambda found: found.seconds)[options.repeats // 2]
+                for drafts in engines
+            )
+            rows += rows_of(f"{task}, requests: {count}, drafts: {options.drafts}", with_drafts, without)
+    return rows
 
 
-def rows_of(key: tuple[str, int, int], with_drafts: Run, without: Run) -> list[dict[str, Any]]:
+def rows_of(case: str, with_drafts: Run, without: Run) -> list[dict[str, Any]]:
     equal = sum(with_drafts.answers[name] == answer for name, answer in without.answers.items())
     values = (
         ("tokens a second", with_drafts.tokens / with_drafts.seconds, without.tokens / without.seconds),
@@ -96,7 +104,6 @@ def rows_of(key: tuple[str, int, int], with_drafts: Run, without: Run) -> list[d
         ("drafts that are right", (with_drafts.tokens - with_drafts.outputs) / max(1, with_drafts.drafts), None),
         ("answers that are equal", equal / len(without.answers), None),
     )
-    case = f"{key[0]}, requests: {key[1]}, drafts: {key[2]}"
     names = ("case", "metric", "value", "unit", "baseline", "limit")
     return [
         dict(zip(names, (case, metric, round(value, 3), "", baseline and round(baseline, 3), None)))
@@ -108,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="where the model runs (default cuda)")
     parser.add_argument("--drafts", type=int, default=4, help="guesses of a step (default 4)")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of a case that are timed (default 3)")
+    parser.add_argument("--repeats", type=int, default=15, help="runs of a case that are timed (default 15)")
     parser.add_argument("--out", type=Path, help="write the JSON here")
     options = parser.parse_args()
     for row in (rows := measure(options)):

@@ -77,7 +77,7 @@ def measure(model: Model, options: argparse.Namespace) -> tuple[dict[str, Any], 
     tilus.compile_ahead(lambda: (runner.rehearse(()), plain.rehearse(batch for _, batch in cases)))
     capture, rows = captured(runner, len(StepShapes(limits, device).common())), list[dict[str, Any]]()
     for (decodes, prompts, tokens), batch in cases:
-        shape = StepShapes(limits, device).of(batch.items)
+        shape = StepShapes(limits, device).of(batch)
         if shape is None:
             raise SystemExit(
                 f"no shape for {decodes} sequences that decode beside {prompts} prompts of {tokens} tokens"

@@ -52,7 +52,7 @@ class Bytes:
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
 
-    def decode(self, ids: list[int], skip_special: bool = True) -> str:
+    def decode(self, ids: tuple[int, ...], skip_special: bool = True) -> str:
         return bytes(token_id % 95 + 32 for token_id in ids).decode()
 
 

@@ -36,14 +36,7 @@ import numpy as np
 
 import tilus
 from serving.bench import burstgpt
-from serving.bench.summary import summarise
-from serving.bench.traces import read_trace
-from serving.bench.workload import PlannedRequest, at_rate, scaled
-from serving.config import EngineConfig
-from serving.core import MonotonicClock, Runner
-from serving.cost_model import CostModel, Rows, StepTimes, StepWork, unpadded
-from serving.engine import Engine
-from serving.simulate import (
+from serving.bench.simulate import (
     ESTIMATE,
     Outcome,
     Pace,
@@ -53,6 +46,13 @@ from serving.simulate import (
     rows_on_gpu,
     simulate,
 )
+from serving.bench.summary import summarise
+from serving.bench.traces import read_trace
+from serving.bench.workload import PlannedRequest, at_rate, scaled
+from serving.config import EngineConfig
+from serving.core import MonotonicClock, Runner
+from serving.cost_model import CostModel, Rows, StepTimes, StepWork, unpadded
+from serving.engine import Engine
 from serving.warm_up import measure_steps, warm_up
 
 PAGE = 16

@@ -42,7 +42,7 @@ def _measure(command: str, arguments: Sequence[str]) -> int:
         if command == "bench":
             from serving.bench.command import main as run
         else:
-            from serving.simulate import main as run
+            from serving.bench.simulate import main as run
     except ModuleNotFoundError as missing:
         error = TilusError(f"measuring needs the package {missing.name}", hint="pip install 'tilus[bench]'")
         print(f"error: {error}", file=sys.stderr)

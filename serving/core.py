@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
@@ -122,6 +123,11 @@ class SamplingParams:
         penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1.0)
         return self.grammar is not None or any(penalties)
 
+    @cached_property
+    def edits_logits(self) -> bool:
+        """Whether logits are changed before a token is drawn, be it by what came before."""
+        return bool(self.logit_bias) or self.needs_history
+
 
 @dataclass(frozen=True)
 class Request:
@@ -173,6 +179,7 @@ class Sequence:
     matcher: Matcher | None = None
     id: str = field(init=False)
     tokens: list[int] = field(init=False)
+    num_prompt: int = field(init=False)
     num_computed: int = 0
     num_unknown: int = 0
     number: int = 0
@@ -186,10 +193,11 @@ class Sequence:
     def __post_init__(self) -> None:
         self.id = self.request.id
         self.tokens = list(self.request.prompt)
+        self.num_prompt = len(self.tokens)
 
     @property
     def num_output(self) -> int:
-        return len(self.tokens) - len(self.request.prompt)
+        return len(self.tokens) - self.num_prompt
 
     @property
     def num_pending(self) -> int:
@@ -199,7 +207,29 @@ class Sequence:
     @property
     def is_full(self) -> bool:
         """Whether it has as many tokens as it may, known or not: it only waits for its end to be told."""
-        return self.num_output >= self.max_tokens
+        return len(self.tokens) >= self.num_prompt + self.max_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether it only waits for its next token."""
+        return len(self.tokens) - self.num_computed == 1 and not self.is_full
+
+    def expect(self, drafts: tuple[int, ...]) -> None:
+        """A step has been launched that samples a token behind each of some drafts, and one in front of them."""
+        self.tokens += drafts
+        self.tokens.append(UNKNOWN)
+        self.num_unknown += 1 + len(drafts)
+
+    def settle(self, token_ids: List[int], num_drafts: int) -> None:
+        """What the first of the launched steps, which had so many drafts, has sampled."""
+        if num_drafts:
+            position = len(self.tokens) - self.num_unknown
+            self.tokens[position : position + num_drafts + 1] = token_ids
+            # Keys of those that did not agree are of no use.
+            self.num_computed = min(self.num_computed, len(self.tokens) - 1)
+        else:
+            self.tokens[-self.num_unknown] = token_ids[0]
+        self.num_unknown -= 1 + num_drafts
 
 
 class BatchItem(NamedTuple):
@@ -212,8 +242,9 @@ class BatchItem(NamedTuple):
     (`params.needs_history`). allowed: a bit for each token of the vocabulary, the first in the lowest bit of the first byte,
     where a grammar decides; None for all.
     num_drafts: how many of the last tokens are guesses, which the step checks: behind the token in front of them and behind
-    each of them one is sampled, with draw, draw + 1, ... targets: what follows on the first of the tokens in a prompt, where log-
-    probabilities are wanted of that, and of the `num_best` most probable tokens in each place.
+    each of them one is sampled, with draw, draw + 1, ...; none where there is a history, or a mask.
+    targets: what follows on the first of the tokens in a prompt, where log-probabilities are wanted of that, and of the
+    `num_best` most probable tokens in each place.
     """
 
     request_id: str
@@ -232,6 +263,10 @@ class BatchItem(NamedTuple):
     def kv_len(self) -> int:
         """Tokens in the cache after the step."""
         return self.start + len(self.token_ids)
+
+    @property
+    def drafts(self) -> tuple[int, ...]:
+        return self.token_ids[-self.num_drafts :] if self.num_drafts else ()
 
 
 def is_decode(item: BatchItem) -> bool:
@@ -258,7 +293,17 @@ class Batch:
     @cached_property
     def sampled(self) -> tuple[BatchItem, ...]:
         """The items that get a new token, in order."""
-        return tuple(item for item in self.items if item.params is not None)
+        return tuple([item for item in self.items if item.params is not None])
+
+    @cached_property
+    def others(self) -> tuple[BatchItem, ...]:
+        """The items that do not just decode, in order."""
+        return tuple([item for item in self.items if not is_decode(item)])
+
+    @cached_property
+    def in_rows(self) -> tuple[BatchItem, ...]:
+        """The items as their rows lie in the step: those that decode in front."""
+        return (*filter(is_decode, self.items), *self.others) if self.others else self.items
 
 
 @dataclass(frozen=True)

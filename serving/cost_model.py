@@ -18,23 +18,23 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.core import Batch, is_decode
+from serving.core import Batch
 
 _LOG = logging.getLogger("serving")
 NUM_FEATURES = 4
 WINDOW = 512  # the last steps of each kind (with and without prompts) that count
-REFIT = 32  # steps between two fits
+REFIT = 32  # steps between two fits, at first
 WAITED = 0.1  # part of a step's time from which on the host has waited for the device
 # Tokens of a prompt that a step may always take: else a limit that cannot be kept would stop all prompts.
 LEAST_CHUNK = 16
 
 
-@dataclass(frozen=True)
-class StepWork:
+class StepWork(NamedTuple):
     """What a step does. tokens: that go through the model. kv_tokens: whose keys and values are read, summed over sequences.
     pairs: of a query and a key, summed over sequences. prompts, prompt_tokens: sequences that do not just decode, and their
     tokens; all others decode, a token each."""
@@ -55,11 +55,11 @@ class StepWork:
 
     @classmethod
     def of(cls, batch: Batch) -> StepWork:
-        decodes = [item.kv_len for item in batch.items if is_decode(item)]
-        work = cls(len(decodes), sum(decodes), sum(decodes))
-        for item in batch.items:
-            if not is_decode(item):
-                work = work.with_prompt(item.start, len(item.token_ids))
+        decodes = len(batch.items) - len(batch.others)
+        kv_tokens = decodes + sum([item.start for item in batch.items]) - sum([item.start for item in batch.others])
+        work = cls(decodes, kv_tokens, kv_tokens)
+        for item in batch.others:
+            work = work.with_prompt(item.start, len(item.token_ids))
         return work
 
 
@@ -104,7 +104,7 @@ class StepTimes:
     def __init__(self, rows: Rows = unpadded) -> None:
         self._rows = rows
         self._seen = np.zeros((2, WINDOW, NUM_FEATURES + 1))  # features and seconds, by whether there are prompts
-        self._counts = [0, 0]
+        self._counts, self._next_fit = [0, 0], REFIT
         self._laws = [StepLaw()] * 2
 
     def predict(self, work: StepWork) -> float:
@@ -120,7 +120,8 @@ class StepTimes:
         if row[-1] > 0:
             self._seen[kind, self._counts[kind] % WINDOW] = (1.0, *row)
             self._counts[kind] += 1
-            if sum(self._counts) % REFIT == 0:
+            if (total := sum(self._counts)) >= self._next_fit:
+                self._next_fit = total + max(REFIT, min(total, WINDOW) // 4)
                 self.fit()
 
     def fit(self) -> None:

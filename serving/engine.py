@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
+from serving.answer import Answer, Vocabulary
 from serving.config import EngineConfig
 from serving.core import (
     UNKNOWN,
@@ -15,7 +15,6 @@ from serving.core import (
     BatchItem,
     Clock,
     Ending,
-    FinishReason,
     Grammar,
     Matcher,
     Request,
@@ -26,44 +25,37 @@ from serving.core import (
     StepOutput,
 )
 from serving.cost_model import CostModel, StepWatch, StepWork
-from serving.draft_budget import DraftBudget, Hope
+from serving.draft_budget import DraftBudget, Hope, StepKind
 from serving.errors import RequestError
 from serving.kv import PageTables
 from serving.observer import Observer
 from serving.scheduler import Scheduler
 from serving.speculation import Drafter, Drafts
-from serving.stop import StopMatcher
-from serving.tokenizer import Detokenizer
 from serving.trace import Trace
 from tilus import config as environment
 from tilus.errors import TilusError
 
 
-class Vocabulary(Protocol):
-    """What the engine needs of a tokenizer."""
-
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def eos_ids(self) -> frozenset[int]: ...
-    def decode(self, ids: list[int], skip_special: bool = True) -> str: ...
-
-
 @dataclass(eq=False)
 class _Live:
-    """A sequence with the state of its text. prompt: its tokens, where their log-probabilities are wanted, as far as known."""
+    """A sequence with its answer. prompt: its tokens, where their log-probabilities are wanted, as far as known."""
 
     seq: Sequence
-    detokenizer: Detokenizer
-    stop: StopMatcher
+    answer: Answer
     prompt: list[SampledToken]
+    needs_more: bool = field(init=False)  # than logits, for sampling
+
+    def __post_init__(self) -> None:
+        params = self.seq.request.params
+        self.needs_more = params.needs_history or params.min_tokens > 0 or params.prompt_logprobs is not None
 
 
 @dataclass(frozen=True, eq=False)
 class _Launched:
-    """A step that runs: what it does and samples, for whom, since when, and how to wait for it."""
+    """A step that runs: what it does and samples, for whom, since when, and how to wait for it. kind: where there are drafts."""
 
     work: StepWork
+    kind: StepKind | None
     since: float
     items: tuple[BatchItem, ...]
     sampled: tuple[_Live, ...]
@@ -167,11 +159,8 @@ class Engine:
             self._draft_budget.rest_ends(now)
         matcher = self.new_matcher(request.params.grammar)
         seq = Sequence(request, limit, now + self.config.request_timeout, matcher, arrived=now)
-        decode = partial(self._vocabulary.decode, skip_special=params.skip_special_tokens)
-        self._live[request.id] = _Live(
-            seq, Detokenizer(decode), StopMatcher(params.stop, include=params.include_stop_str_in_output),
-            [] if params.prompt_logprobs is None else [SampledToken(request.prompt[0])],
-        )  # fmt: skip
+        prompt = [] if params.prompt_logprobs is None else [SampledToken(request.prompt[0])]
+        self._live[request.id] = _Live(seq, Answer(seq, self._vocabulary), prompt)
         self.scheduler.add(seq)
         for observer in self.observers:
             observer.queued(seq, now)
@@ -229,29 +218,29 @@ class Engine:
 
     def _informed(self, batch: Batch) -> Batch:
         """The batch with what sampling must know beyond the logits."""
-        wanting = (item.params for item in batch.items if item.params is not None)
-        prompts = (item.request_id for item in batch.items if item.params is None or len(item.token_ids) > 1)
-        if not any(p.needs_history or p.min_tokens for p in wanting) and not any(self._live[i].prompt for i in prompts):
+        if not any(self._live[item.request_id].needs_more for item in batch.items):
             return batch
         return replace(batch, items=tuple(self._informed_item(item) for item in batch.items))
 
     def _informed_item(self, item: BatchItem) -> BatchItem:
-        params, seq = item.params, self._live[item.request_id].seq
-        request = seq.request
+        params, live = item.params, self._live[item.request_id]
+        seq, request = live.seq, live.seq.request
         if request.params.prompt_logprobs is not None:
             targets = request.prompt[item.start + 1 : item.kv_len + 1]
             item = item._replace(targets=targets, num_best=request.params.prompt_logprobs)
         if params is not None and item.draw < params.min_tokens:
-            ends = frozenset(params.stop_token_ids).union(() if params.ignore_eos else self._vocabulary.eos_ids)
-            item = item._replace(allowed=_all_but(ends, self._vocabulary.vocab_size))
+            item = item._replace(allowed=_all_but(live.answer.ends, self._vocabulary.vocab_size))
         if params is None or not params.needs_history:
             return item
         allowed = seq.matcher.allowed() if seq.matcher is not None else item.allowed
         return item._replace(history=tuple(seq.tokens), allowed=allowed)
 
     def _expire(self) -> list[RequestOutput]:
-        now = self._clock.now()
-        late = [request_id for request_id, live in self._live.items() if live.seq.deadline < now]
+        now, late = self._clock.now(), list[str]()
+        for request_id, live in self._live.items():  # in the order of their deadlines
+            if live.seq.deadline >= now:
+                break
+            late.append(request_id)
         for request_id in late:
             self._end(request_id, "timeout")
         return [RequestOutput(request_id, "", (), "timeout") for request_id in late]
@@ -268,15 +257,21 @@ class Engine:
             wait = self._runner.launch(batch)
         for item in batch.items:
             live = self._live[item.request_id]
-            self.scheduler.advance(live.seq, len(item.token_ids))
-            if live.seq.started is None:
-                live.seq.started, live.seq.num_cached = now, item.start
+            seq = live.seq
+            self.scheduler.advance(seq, len(item.token_ids))
+            if seq.started is None:
+                seq.started, seq.num_cached = now, item.start
             if item.params is not None:
-                drafts = item.token_ids[len(item.token_ids) - item.num_drafts :]
-                live.seq.tokens += (*drafts, UNKNOWN)
-                live.seq.num_unknown += 1 + item.num_drafts
+                seq.expect(item.drafts)
                 sampled.append(live)
-        return _Launched(StepWork.of(batch), now, batch.sampled, tuple(sampled), wait)
+        work = StepWork.of(batch)
+        kind = None if self._drafter is None else self._kind(batch, work)
+        return _Launched(work, kind, now, batch.sampled, tuple(sampled), wait)
+
+    def _kind(self, batch: Batch, work: StepWork) -> StepKind | None:
+        drafts = [item.num_drafts for item in batch.items if item.num_drafts]
+        is_prompt = work.prompts > len(drafts)
+        return None if is_prompt else self._draft_budget.kind(len(batch.items), len(drafts), sum(drafts))
 
     def _num_guesses(self) -> dict[Sequence, int]:
         """For sequences whose next tokens depend on nothing but the model and random numbers: no mask, no history."""
@@ -289,8 +284,7 @@ class Engine:
             if first > 0 and not params.needs_history and seq.num_output >= params.min_tokens:
                 room = min(self.config.num_drafts, seq.max_tokens - seq.num_output - 1)
                 hopes += [Hope(seq, first, each, room)] if room > 0 else []
-        keys = sum(len(seq.tokens) for seq in decoding) if hopes else 0
-        return self._draft_budget.counts(hopes, StepWork(len(decoding), keys, keys))
+        return self._draft_budget.counts(hopes, len(decoding))
 
     def _drafts(self, guesses: Mapping[Sequence, int]) -> Drafts:
         """Of those that are still there."""
@@ -316,7 +310,8 @@ class Engine:
             raise TilusError(f"the runner sampled {len(tokens)} tokens, expected {len(step.items)}")
         now = self._clock.now()
         if self._drafter is not None:
-            self._draft_budget.observe(step.work, now)
+            behind = step if alone else self._launched
+            self._draft_budget.observe(step.kind, behind and behind.kind, now)
         if alone:
             self._watch.alone(step.work, now)
         else:
@@ -337,45 +332,20 @@ class Engine:
         if tokens is None:  # not-a-number logits: this request ends, the others go on
             self._end(item.request_id, "error")
             return RequestOutput(item.request_id, "", (), "error")
-        seq, position = live.seq, len(live.seq.tokens) - live.seq.num_unknown
-        num_output = position - len(seq.request.prompt)
-        seq.tokens[position : position + item.num_drafts + 1] = [token.token_id for token in tokens]
-        seq.num_unknown -= 1 + item.num_drafts
-        seq.answered = now if seq.answered is None else seq.answered
-        seq.num_computed = min(seq.num_computed, len(seq.tokens) - 1)  # without the drafts that did not agree
-        text, reason, count = "", None, 0
+        seq, text, reason, count = live.seq, "", None, 0
+        seq.settle([token.token_id for token in tokens], item.num_drafts)
+        if seq.answered is None:
+            seq.answered = now
         while count < len(tokens) and reason is None:
-            count += 1
-            piece, reason = self._append(live, tokens[count - 1].token_id, num_output + count)
+            piece, reason = live.answer.push(tokens[count].token_id)
             text += piece
+            count += 1
         for observer in self.observers:
             observer.produced(seq, count, now)
         if reason is not None:
             self._end(item.request_id, reason)
         prompt = () if item.draw else tuple(live.prompt)
         return RequestOutput(item.request_id, text, tokens[:count], reason, seq.num_cached, prompt)
-
-    def _append(self, live: _Live, token_id: int, num_output: int) -> tuple[str, FinishReason | None]:
-        """The text that can be shown with an answer's `num_output`-th token, and whether it ends there."""
-        params = live.seq.request.params
-        if live.seq.matcher is not None:
-            live.seq.matcher.accept(token_id)
-        is_end = token_id in params.stop_token_ids or (not params.ignore_eos and token_id in self._vocabulary.eos_ids)
-        text = live.detokenizer.push(token_id) if params.include_stop_str_in_output or not is_end else ""
-        text = live.stop.push(text) if num_output > params.min_tokens else text
-        reason: FinishReason | None = None
-        if is_end or live.stop.found:
-            reason = "stop"
-        elif live.seq.matcher is not None and live.seq.matcher.failed:
-            reason = "grammar"
-        elif num_output >= live.seq.max_tokens:
-            reason = "length"
-        if reason is not None:
-            text += live.stop.push(live.detokenizer.flush())
-            text += live.stop.flush()
-            if live.stop.found:  # completed by the last half character
-                reason = "stop"
-        return text, reason
 
 
 @lru_cache(64)

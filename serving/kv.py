@@ -61,7 +61,10 @@ class PageTables:
         if self._prefixes is None:
             return
         known, number = self._ends.get(owner, (0, ROOT))
-        table, size = self._tables[owner], self.page_size
+        size = self.page_size
+        if count // size <= known:
+            return
+        table = self._tables[owner]
         for index in range(known, count // size):
             number = self._prefixes.add(table[index], number, tokens[index * size : (index + 1) * size])
             self._ends[owner] = index + 1, number

@@ -13,7 +13,6 @@ from serving.core import Batch, SampledToken
 from serving.kernels import KvCache
 from serving.model import Model, StepTensors
 from serving.sampling import logprobs_of, move
-from serving.step_shapes import is_decode
 from tilus.kernels import token_logprobs
 
 
@@ -21,9 +20,8 @@ class PromptScores:
     """What a step finds of the `targets` of its items. max_rows: whose logits are in memory at a time."""
 
     def __init__(self, batch: Batch, max_rows: int) -> None:
-        items = sorted(batch.items, key=is_decode, reverse=True)  # as their rows lie in the step
-        ends = accumulate(len(item.token_ids) for item in items)
-        firsts = [(item, end - len(item.token_ids)) for item, end in zip(items, ends) if item.targets]
+        ends = accumulate(len(item.token_ids) for item in batch.in_rows)
+        firsts = [(item, end - len(item.token_ids)) for item, end in zip(batch.in_rows, ends) if item.targets]
         self._items = [item for item, _ in firsts]
         self._rows = [row for item, first in firsts for row in range(first, first + len(item.targets))]
         self._max_rows = max_rows

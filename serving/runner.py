@@ -7,6 +7,7 @@ inputs go through pinned memory that torch keeps until they have been read, resu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -54,26 +55,32 @@ class TorchRunner:
         if self.swapper is not None:
             self.swapper.begin(batch)
         items = batch.sampled
-        has_drafts = any(item.num_drafts for item in items)
-        rows = tuple(row for item in items for row in _rows_of(item)) if has_drafts else items
+        ends = list(
+            accumulate([1 + item.num_drafts for item in items], initial=0)
+        )  # of the items' rows that are sampled
+        num_rows, has_drafts = ends[-1], ends[-1] > len(items)
         scores = PromptScores(batch, self._sampler.max_rows) if any(item.targets for item in batch.items) else None
         compute, samples, inputs, shape = self._prepare(batch, scores)
-        self._sampler.write(rows)
-        next_rows = {row.request_id: index for index, row in enumerate(rows)}
+        self._sampler.write(items)
+        next_rows = {item.request_id: end - 1 for item, end in zip(items, ends[1:])}
         if self._drafts and (behind := [i for i in items if i.request_id in self._drafts and UNKNOWN in i.token_ids]):
             inputs.follow(shape, behind, self._drafts, self._rows, next_rows, self._sampler.draws)
         start = self._mark()
         logits = compute()
-        if rows and not (samples and self._sampler.is_plain):
-            self._sampler.run(logits, len(rows))
+        if items and not (samples and self._sampler.is_plain):
+            self._sampler.run(logits, num_rows)
         end = self._mark()
         self._rows = next_rows
-        self._drafts = {i.request_id: i.token_ids[-i.num_drafts :] for i in items if i.num_drafts} if has_drafts else {}
-        collect = self._sampler.collect(rows)
+        self._drafts = {item.request_id: item.drafts for item in items if item.num_drafts} if has_drafts else {}
+        collect = self._sampler.collect(items)
 
         def wait() -> StepOutput:
             found = collect()
-            tokens = _agreeing(items, found) if has_drafts else tuple(None if t is None else (t,) for t in found)
+            tokens = (
+                _agreeing(items, found)
+                if has_drafts
+                else tuple([None if token is None else (token,) for token in found])
+            )
             if self._gpu_spans is not None and start is not None and end is not None:
                 self._gpu_spans.add(f"{len(batch.items)} sequences", start, end)
             return StepOutput(tokens, {} if scores is None else scores.collect())
@@ -91,7 +98,7 @@ class TorchRunner:
         self, batch: Batch, scores: PromptScores | None
     ) -> tuple[Callable[[], Tensor], bool, StepInputs, StepShape]:
         """What launches a step and gives its logits, whether it samples, too, where rows are plain, and its inputs."""
-        shape = None if self._graphs is None or scores is not None else self._graphs.shapes.of(batch.items)
+        shape = None if self._graphs is None or scores is not None else self._graphs.shapes.of(batch)
         if self._graphs is not None and shape is not None:
             return self._graphs.prepare(batch, shape, self._rows), self._graphs.samples, self._graphs.inputs, shape
         inputs, shape = own_inputs(batch, self._page_size, self._sampler.tokens, self._rows)
@@ -130,17 +137,6 @@ class TorchRunner:
         self._sampler.run(torch.empty(1, model.config.vocab_size, device=self._device), 1)
 
 
-def _rows_of(item: BatchItem) -> tuple[BatchItem, ...]:
-    """What is to be sampled for an item: behind its last token, and behind those in front of each draft."""
-    if not item.num_drafts:
-        return (item,)
-    drafts = item.token_ids[-item.num_drafts :]
-    return tuple(
-        item._replace(draw=item.draw + count, history=(*item.history, *drafts[:count]) if item.history else ())
-        for count in range(item.num_drafts + 1)
-    )
-
-
 def _agreeing(
     items: tuple[BatchItem, ...], found: tuple[SampledToken | None, ...]
 ) -> tuple[tuple[SampledToken, ...] | None, ...]:
@@ -152,8 +148,7 @@ def _agreeing(
     rows = iter(found)
     for item in items:
         mine = [next(rows) for _ in range(item.num_drafts + 1)]
-        drafts = item.token_ids[len(item.token_ids) - item.num_drafts :]
-        agreed = 0
+        drafts, agreed = item.drafts, 0
         while agreed < len(drafts) and (token := mine[agreed]) is not None and token.token_id == drafts[agreed]:
             agreed += 1
         kept = [token for token in mine[: agreed + 1] if token is not None]

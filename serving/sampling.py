@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -39,9 +40,9 @@ class Sampler:
         self._parameters = torch.zeros(_WORDS * max_rows, dtype=torch.int32, device=device)
         self._columns = _columns(self._parameters)
         self.draws = self._columns[-1]
-        self._staging = [_Staging(max_rows, device) for _ in range(2)]  # a step's copy may wait behind the step before
+        self._staging = _Staging(max_rows, device)
         self.tokens = torch.full((max_rows,), -1, dtype=torch.int32, device=device)
-        self._edits: _Edits | None = None
+        self._edits: dict[str, Any] | None = None  # arguments of `edit_logits`
         self._asking: _Asking | None = None
 
     @property
@@ -50,32 +51,34 @@ class Sampler:
         return self._edits is None and self._asking is None
 
     def write(self, items: Sequence[BatchItem]) -> None:
-        """Start the copy of the parameters of a step's rows: an item for each, those of drafts with draws of their own."""
-        self._staging.reverse()
-        self._staging[0].fill(items)
-        self._staging[0].copy_to(self._parameters)
+        """Start the copy of the parameters of a step's rows: an item has one in front of each of its drafts, and one behind its
+        last token, with draws that follow each other.
+        """
+        rows = _rows_of(items)
+        self._staging.fill([item.params or _GREEDY for item in rows], _draws_of(items))
+        self._staging.copy_to(self._parameters)
         self._edits = self._asking = None
-        if any(_edits(item) for item in items):
-            bits, *rest = move(_edit_arrays(items, self._vocab_size, self.max_rows), self._device)
-            mask_of, rows, tokens, penalties, addends = rest
-            floats = (penalties.view(torch.float32), addends.view(torch.float32))
-            self._edits = _Edits(bits.view(torch.uint8), mask_of, rows, tokens, *floats)
-        if any(_asks(item) for item in items):
-            rows, counts = move(_asking_arrays(items, self._vocab_size), self._device)
-            self._asking = _Asking(rows, counts)
+        if self._staging.edits or any(item.allowed is not None for item in rows):
+            bits, mask_of, places, tokens, penalties, addends = move(
+                _edit_arrays(rows, self._vocab_size, self.max_rows), self._device
+            )
+            self._edits = {
+                "bits": bits.view(torch.uint8), "mask_of": mask_of, "rows": places, "tokens": tokens,
+                "penalties": penalties.view(torch.float32), "addends": addends.view(torch.float32),
+            }  # fmt: skip
+        if self._staging.asks:
+            places, counts = move(_asking_arrays(rows, self._vocab_size), self._device)
+            self._asking = _Asking(places, counts)
 
     def run(self, logits: Tensor, rows: int) -> Tensor:
         """Launch the kernels. logits: float32 [rows or more, V], which are not changed; rows without an item are greedy.
 
         Returns: the first rows of `tokens`, -1 where the logits are not numbers or nothing is allowed.
         """
-        logits, tokens, edits = logits[:rows], self.tokens[:rows], self._edits
+        logits, tokens = logits[:rows], self.tokens[:rows]
         wanted = logits
-        if edits is not None:
-            wanted = edit_logits(
-                logits, bits=edits.bits, mask_of=edits.mask_of[:rows], rows=edits.rows, tokens=edits.tokens,
-                penalties=edits.penalties, addends=edits.addends,
-            )  # fmt: skip
+        if self._edits is not None:
+            wanted = edit_logits(logits, **{**self._edits, "mask_of": self._edits["mask_of"][:rows]})
         seeds, temperature, top_k, top_p, min_p, positions = (column[:rows] for column in self._columns)
         sample(
             wanted, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seeds=seeds, positions=positions, out=tokens
@@ -85,11 +88,12 @@ class Sampler:
         return tokens
 
     def collect(self, items: Sequence[BatchItem]) -> Callable[[], Tokens]:
-        """Start the copy of what the last `run` found to the host.
+        """Start the copy of what the last `run` found for the items of the last `write` to the host.
 
         Returns: what waits for it and gives a token for each row; None where the logits are not numbers, or nothing is allowed.
         """
-        tokens = self.tokens[: len(items)].to("cpu", non_blocking=True, copy=True)
+        rows = _rows_of(items)
+        tokens = self.tokens[: len(rows)].to("cpu", non_blocking=True, copy=True)
         found = () if self._asking is None else tuple(t.to("cpu", non_blocking=True) for t in self._asking.found)
         copied = torch.cuda.Event() if self._device.type == "cuda" else None
         if copied is not None:
@@ -98,13 +102,27 @@ class Sampler:
         def wait() -> Tokens:
             if copied is not None:
                 copied.synchronize()
-            logprobs = _logprobs_by_row(items, self._vocab_size, *found) if found else {}
+            if not found:
+                return tuple([None if token < 0 else SampledToken(token) for token in tokens.tolist()])
+            logprobs = _logprobs_by_row(rows, self._vocab_size, *found)
             return tuple(
-                None if token_id < 0 else SampledToken(token_id, logprobs.get(row))
-                for row, token_id in enumerate(tokens.tolist())
+                None if token < 0 else SampledToken(token, logprobs.get(row))
+                for row, token in enumerate(tokens.tolist())
             )
 
         return wait
+
+
+def _rows_of(items: Sequence[BatchItem]) -> Sequence[BatchItem]:
+    """The item of each row."""
+    if not any(item.num_drafts for item in items):
+        return items
+    return [item for item in items for _ in range(1 + item.num_drafts)]
+
+
+def _draws_of(items: Sequence[BatchItem]) -> list[int]:
+    """The draw of each row."""
+    return [draw for item in items for draw in range(item.draw, item.draw + 1 + item.num_drafts)]
 
 
 def _asks(item: BatchItem) -> bool:
@@ -114,8 +132,7 @@ def _asks(item: BatchItem) -> bool:
 
 def _edits(item: BatchItem) -> bool:
     """Whether logits are changed before a token is drawn."""
-    params = item.params
-    return item.allowed is not None or (params is not None and (bool(params.logit_bias) or params.needs_history))
+    return item.allowed is not None or (item.params is not None and item.params.edits_logits)
 
 
 def _columns(memory: Tensor) -> list[Tensor]:
@@ -127,20 +144,22 @@ def _columns(memory: Tensor) -> list[Tensor]:
 
 
 class _Staging:
-    """Parameters of rows in the host's memory, on their way to the device."""
+    """Parameters of rows in the host's memory, on their way to the device. asks, edits: whether some row's do."""
 
     def __init__(self, max_rows: int, device: torch.device) -> None:
         self._memory = torch.zeros(_WORDS * max_rows, dtype=torch.int32, pin_memory=device.type == "cuda")
         *self._columns, self._positions = (column.numpy() for column in _columns(self._memory))
         self._params: list[SamplingParams] = []
+        self.asks = self.edits = False
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
 
-    def fill(self, items: Sequence[BatchItem]) -> None:
-        """Rows without an item are greedy."""
+    def fill(self, params: list[SamplingParams], draws: Sequence[int]) -> None:
+        """Of so many rows. Those behind them are greedy."""
         if self._copied is not None:
             self._copied.synchronize()
-        params = [item.params or _GREEDY for item in items]
         if params != self._params:  # else the same requests go on, which is quickly seen
+            self.asks = any(p.logprobs is not None for p in params)
+            self.edits = any(p.edits_logits for p in params)
             padded = params + [_GREEDY] * (len(self._params) - len(params))
             values = (
                 np.array([p.seed for p in padded], np.uint64).view(np.int64), [p.temperature for p in padded],
@@ -149,24 +168,12 @@ class _Staging:
             for column, of_rows in zip(self._columns, values):
                 column[: len(padded)] = of_rows
             self._params = params
-        self._positions[: len(items)] = [item.draw for item in items]
+        self._positions[: len(params)] = draws
 
     def copy_to(self, there: Tensor) -> None:
         there.copy_(self._memory, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
-
-
-@dataclass(frozen=True)
-class _Edits:
-    """Arguments of `tilus.kernels.edit_logits`."""
-
-    bits: Tensor
-    mask_of: Tensor
-    rows: Tensor
-    tokens: Tensor
-    penalties: Tensor
-    addends: Tensor
 
 
 @dataclass

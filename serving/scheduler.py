@@ -73,7 +73,7 @@ class Scheduler:
 
     def decoding(self) -> list[Sequence]:
         """The sequences that will get a token in the next step if they keep their pages, first in rank first."""
-        return [seq for seq in self.running if seq.num_pending == 1 and not seq.is_full]
+        return [seq for seq in self.running if seq.is_decoding]
 
     def forget_past(self) -> None:
         """Lengths of answers that nobody asked for: those of a warm-up."""
@@ -144,7 +144,7 @@ class Scheduler:
         index = 0
         while index < len(self.running):
             seq = self.running[index]
-            if seq.num_pending == 1 and not seq.is_full:
+            if seq.is_decoding:
                 if self.pages.reserve(seq.id, len(seq.tokens)):
                     plan[seq] = 1
                 elif not any(other.is_full for other in self.running):  # else pages are free when its end is told
@@ -242,8 +242,7 @@ class Scheduler:
     def _item(self, seq: Sequence, count: int, drafts: tuple[int, ...]) -> BatchItem:
         start, tokens = seq.num_computed, seq.tokens
         end = start + count
-        token_ids = (*tokens[start:end], *drafts)
         params = seq.request.params if end == len(tokens) else None
-        return BatchItem(
-            seq.id, token_ids, start, self.pages.table(seq.id), params, seq.num_output, num_drafts=len(drafts)
-        )
+        token_ids = (tokens[start],) if count == 1 else tuple(tokens[start:end])
+        item = BatchItem(seq.id, token_ids, start, self.pages.table(seq.id), params, seq.num_output)
+        return item._replace(token_ids=token_ids + drafts, num_drafts=len(drafts)) if drafts else item

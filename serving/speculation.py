@@ -10,8 +10,8 @@ acceptance by chance this replaces: here a draft model draws with the random num
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as List
 from typing import Protocol
 
 from serving.config import MAX_DRAFTS
@@ -68,7 +68,7 @@ class Chances:
 class PromptLookup:
     """What followed the last time that a sequence's last tokens occurred in it: cheap, and right where answers quote.
 
-    longest, shortest: how many tokens must occur again, tried in this order (A. Saxena, "Prompt Lookup Decoding", 2023). What is
+    longest, shortest: how many tokens must occur again, the more the better (A. Saxena, "Prompt Lookup Decoding", 2023). What is
     found is followed, in thought where it is not proposed, until the answer goes another way: so its chances are known for
     nothing.
     """
@@ -76,7 +76,7 @@ class PromptLookup:
     ahead = True
 
     def __init__(self, longest: int = 4, shortest: int = 2) -> None:
-        self._sizes = range(longest, shortest - 1, -1)
+        self._sizes = tuple(range(shortest, longest + 1))
         self._chances = Chances()
         self._known: dict[str, _Followed] = {}
 
@@ -89,53 +89,53 @@ class PromptLookup:
 
     def propose(self, wanted: Mapping[Sequence, int]) -> Drafts:
         found = {seq: self._follow(seq) for seq in wanted}
-        return {
-            seq.id: followed.next(seq, wanted[seq]) for seq, followed in found.items() if followed.place is not None
-        }
+        return {seq.id: of.next(seq, wanted[seq]) for seq, of in found.items() if of.place is not None}
 
     def forget(self, request_id: str) -> None:
         self._known.pop(request_id, None)
 
     def _follow(self, seq: Sequence) -> _Followed:
         if (followed := self._known.get(seq.id)) is None:
-            followed = self._known[seq.id] = _Followed(Chances(self._chances))
-        followed.read(seq, self._sizes)
+            followed = self._known[seq.id] = _Followed(seq, Chances(self._chances), self._sizes)
+        followed.read(seq)
         return followed
 
 
-@dataclass
 class _Followed:
     """A sequence that may repeat itself. place: of the token in it that should come next, `agreed` in front of which it has
-    repeated; None when nothing occurs again. ends: where runs of tokens ended last, among the first num_tokens."""
+    repeated; None when nothing occurs again."""
 
-    chances: Chances
-    place: int | None = None
-    agreed: int = 0
-    ends: dict[tuple[int, ...], int] = field(default_factory=dict[tuple[int, ...], int])
-    num_tokens: int = 0
+    def __init__(self, seq: Sequence, chances: Chances, sizes: tuple[int, ...]) -> None:
+        self.chances = chances
+        self.place: int | None = None
+        self.agreed = 0
+        self._num_tokens = seq.num_prompt - 1  # that have been read; of a prompt only what ends it can go on
+        prompt = seq.tokens[: self._num_tokens]
+        # For each size where runs of so many tokens ended last.
+        self._ends = [(size, dict(zip(_runs(prompt, size), range(size, len(prompt) + 1)))) for size in sizes]
 
-    def read(self, seq: Sequence, sizes: range) -> None:
+    def read(self, seq: Sequence) -> None:
         """The tokens that have become known."""
         tokens, known = seq.tokens, len(seq.tokens) - seq.num_unknown
-        for end in range(self.num_tokens + 1, known + 1):
+        for end in range(self._num_tokens + 1, known + 1):
             if self.place is not None:
                 right = tokens[self.place] == tokens[end - 1]
                 self.chances.learn(self.agreed, right)
                 self.place, self.agreed = (self.place + 1, self.agreed + 1) if right else (None, 0)
-            for size in sizes:
-                if size <= end:
-                    run = tuple(tokens[end - size : end])
-                    if self.place is None and end >= len(seq.request.prompt) and run in self.ends:
-                        self.place, self.agreed = self.ends[run], size
-                    self.ends[run] = end
-        self.num_tokens = known
+            is_lost = self.place is None
+            for size, ends in self._ends:
+                run = tuple(tokens[end - size : end])
+                if is_lost and len(run) == size and run in ends:
+                    self.place, self.agreed = ends[run], size
+                ends[run] = end
+        self._num_tokens = known
 
     def num_expected(self, seq: Sequence) -> int:
         """Tokens that the step on the device will give: drafts in it up to one that was guessed before it was known what is
         followed now, and one more."""
         if seq.num_unknown == 0:
             return 0
-        drafts = seq.tokens[self.num_tokens : -1]
+        drafts = seq.tokens[self._num_tokens : -1]
         agreed = 0
         while agreed < len(drafts) and drafts[agreed] == self._guess(seq, agreed):
             agreed += 1
@@ -149,7 +149,12 @@ class _Followed:
     def _guess(self, seq: Sequence, index: int) -> int:
         """Of the token with this index behind those that are known: what repeats goes on to repeat."""
         place = self.place or 0
-        return seq.tokens[place + index % (self.num_tokens - place)]
+        return seq.tokens[place + index % (self._num_tokens - place)]
+
+
+def _runs(tokens: List[int], size: int) -> Iterable[tuple[int, ...]]:
+    """Of so many tokens, all that there are."""
+    return zip(*(tokens[first:] for first in range(size)))
 
 
 class DraftModel:

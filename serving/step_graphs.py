@@ -8,7 +8,6 @@ decode have graphs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,31 +23,23 @@ from serving.step_inputs import StepInputs
 from serving.step_shapes import GraphLimits, StepShape, StepShapes
 
 
-class Capture(Protocol):
-    """A way to capture. samples: whether a graph also gathers the tokens of a step, and samples."""
+class CpuCapture:
+    """Records the launches of tilus' kernels, and nothing else. samples: whether a graph also gathers the tokens of a step, and
+    samples."""
 
-    samples: bool
+    samples = False
 
     def __call__(self, run: Callable[[], None], first: Callable[[], None]) -> Callable[[], None]:
         """Record what `run` launches; what is returned launches it again. first: launches every kernel of it, so that what they
         keep is made, and plans that need too many registers are found out, where a capture launches nothing.
         """
-        ...
-
-
-class CpuCapture:
-    """Records the launches of tilus' kernels, and nothing else."""
-
-    samples = False
-
-    def __call__(self, run: Callable[[], None], first: Callable[[], None]) -> Callable[[], None]:
         with tilus.capture() as launches:  # they run, too
             run()
         return launches.replay
 
 
 class CudaCapture:
-    """CUDA graphs, which share the memory of activations: they never run at the same time."""
+    """CUDA graphs, which share the memory of activations: they never run at the same time. As `CpuCapture`."""
 
     samples = True
 
@@ -71,7 +62,7 @@ class CudaCapture:
         return graph.replay
 
 
-def capture_of(device: torch.device) -> Capture:
+def capture_of(device: torch.device) -> CpuCapture | CudaCapture:
     return CudaCapture(device) if device.type == "cuda" else CpuCapture()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 
@@ -11,8 +11,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from serving.core import UNKNOWN, Batch, BatchItem, is_decode
+from serving.config import MAX_DRAFTS
+from serving.core import UNKNOWN, Batch, BatchItem
 from serving.model import StepTensors
+from serving.sampling import move
 from serving.step_shapes import StepShape
 from tilus.kernels import follow_drafts
 
@@ -42,11 +44,13 @@ class StepInputs:
     """
 
     def __init__(self, shapes: Sequence[StepShape], page_size: int, max_pages: int, last: Tensor) -> None:
-        self._page_size, self._max_pages, self._last = page_size, max_pages, last
+        self._page_size, self._max_pages, self._last, self._num_last = page_size, max_pages, last, len(last)
         self._front = max(_starts(shape)[-1] for shape in shapes)
         sequences = max(shape.decodes + shape.others for shape in shapes)
-        self._host = torch.zeros(self._front + sequences * max_pages, dtype=torch.int32)
+        on_gpu = last.device.type == "cuda"
+        self._host = torch.zeros(self._front + sequences * max_pages, dtype=torch.int32, pin_memory=on_gpu)
         self._there = self._host.to(last.device)  # on a CPU the same
+        self._copied = torch.cuda.Event() if on_gpu else None
         self._tables = self._host[self._front :].view(sequences, max_pages).numpy()
         self._token_ids = torch.zeros(max(shape.rows for shape in shapes), dtype=torch.int32, device=last.device)
         self._arrays: dict[StepShape, _Arrays] = {}
@@ -72,25 +76,26 @@ class StepInputs:
     def write(self, batch: Batch, shape: StepShape, rows: Mapping[str, int]) -> None:
         """A batch that fits the shape. rows: of the tokens that the last step sampled, by request.
 
-        What earlier sequences left in a row of the block tables, behind its sequence's pages, is never read.
+        What earlier sequences left in a row of the block tables, behind its sequence's pages, is never read. Waits for the copy
+        of the batch before, which begins when the step in front of that has ended.
         """
-        items, singles = batch.items, len(batch.items)
-        if shape.others:
-            items = sorted(items, key=is_decode, reverse=True)  # which keeps the order of equals
-            singles = sum(map(is_decode, items))
+        if self._copied is not None:
+            self._copied.synchronize()
+        items, singles = batch.in_rows, len(batch.items) - len(batch.others)
         self._write_tables(items, [*range(singles), *range(shape.decodes, shape.decodes + len(items) - singles)])
         ends = self._write_rows(items, singles, shape, rows)
-        self._ends = {item.request_id: end for item, end in zip(items, ends.tolist())}
+        self._ends = dict(zip(self._known, ends.tolist()))
         if shape.others:
             self._write_samples(batch, shape)
         if self._there is not self._host:
             sequences = shape.decodes + shape.others
             used = slice(self._front - _starts(shape)[-1], self._front + sequences * self._max_pages)
-            staging = torch.empty_like(self._host[used], pin_memory=self._there.device.type == "cuda")
-            self._there[used].copy_(staging.copy_(self._host[used]), non_blocking=True)
+            self._there[used].copy_(self._host[used], non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
 
     def follow(
-        self, shape: StepShape, items: Iterable[BatchItem], before: Mapping[str, tuple[int, ...]], rows: Mapping[str, int],
+        self, shape: StepShape, items: Sequence[BatchItem], before: Mapping[str, tuple[int, ...]], rows: Mapping[str, int],
         next_rows: Mapping[str, int], draws: Tensor,
     ) -> None:  # fmt: skip
         """Behind `write` and in front of `gather`: move what follows drafts that did not agree, which only the device knows.
@@ -98,34 +103,41 @@ class StepInputs:
         items: some of those that were written, with drafts in the step before. before: these, by request. rows, next_rows: of the
         last token that the step before sampled, and that this one does. draws: of what this step samples, on the device.
         """
-        jobs: list[tuple[int, ...]] = []
-        for item in items:
-            drafts, count, sequence = before[item.request_id], len(item.token_ids), self._known[item.request_id][0]
-            first, padding = rows[item.request_id] - len(drafts), [_NO_TOKEN] * (8 - len(drafts))
-            for index in range(count):
-                row, draw = self._ends[item.request_id] - count + index, next_rows[item.request_id] + 1 - count + index
-                jobs.append((row, sequence, draw, first, len(drafts), index == 0, 0, 0, *drafts, *padding))
         _, sources, positions, slots, kv_lens, *_ = self._parts(self._there, shape)
-        is_pinned = draws.device.type == "cuda"
+        jobs = self._jobs(items, before, rows, next_rows)
         follow_drafts(
-            torch.tensor(jobs, dtype=torch.int32, pin_memory=is_pinned).to(draws.device, non_blocking=True), self._last,
-            sources=sources, positions=positions, slots=slots, kv_lens=kv_lens, tables=self._table(shape), draws=draws,
-            page_size=self._page_size,
+            move([jobs], draws.device)[0], self._last, sources=sources, positions=positions, slots=slots, kv_lens=kv_lens,
+            tables=self._table(shape), draws=draws, page_size=self._page_size,
         )  # fmt: skip
+
+    def _jobs(
+        self, items: Sequence[BatchItem], before: Mapping[str, tuple[int, ...]], rows: Mapping[str, int],
+        next_rows: Mapping[str, int],
+    ) -> npt.NDArray[np.int32]:  # fmt: skip
+        """Of `follow_drafts`."""
+        names = [item.request_id for item in items]
+        q_lens, counts = np.array([(len(item.token_ids), len(before[item.request_id])) for item in items]).T
+        places = np.array([(self._ends[n], self._known[n][0], next_rows[n] + 1, rows[n]) for n in names])
+        drafts = np.array([before[name] + (_NO_TOKEN,) * (MAX_DRAFTS - len(before[name])) for name in names])
+        of_row = np.repeat(np.arange(len(names)), q_lens)
+        back = np.arange(len(of_row)) - np.cumsum(q_lens)[of_row]  # from an item's end
+        jobs = np.zeros((len(of_row), 8 + MAX_DRAFTS), np.int32)
+        ends, sequences, draws, last = places[of_row].T
+        fields = (ends + back, sequences, draws + back, last - counts[of_row], counts[of_row], back == -q_lens[of_row])
+        jobs[:, : len(fields)] = np.stack(fields, 1)
+        jobs[:, 8:] = drafts[of_row]
+        return jobs
 
     def _table(self, shape: StepShape) -> Tensor:
         sequences = shape.decodes + shape.others
         return self._there[self._front : self._front + sequences * self._max_pages].view(sequences, -1)
 
     def _write_samples(self, batch: Batch, shape: StepShape) -> None:
-        ends = self._ends
-        wanted = [
-            row
-            for item in batch.items
-            if item.params is not None
-            for row in range(ends[item.request_id] - 1 - item.num_drafts, ends[item.request_id])
-        ]
-        samples = self._array(shape).samples
+        items, samples = batch.sampled, self._array(shape).samples
+        ends, counts = (
+            np.array([(self._ends[item.request_id], 1 + item.num_drafts) for item in items], int).reshape(-1, 2).T
+        )
+        wanted = np.repeat(ends - np.cumsum(counts), counts) + np.arange(counts.sum())
         samples[: len(wanted)], samples[len(wanted) :] = wanted, 0
 
     def _write_rows(
@@ -133,27 +145,31 @@ class StepInputs:
     ) -> npt.NDArray[np.int64]:
         """Of tokens and of sequences, all but block tables; the row behind each item's last one."""
         arrays, made_up = self._array(shape), shape.decodes - singles
-        by_item = [item.token_ids for item in items]
-        q_lens, starts = np.array([*map(len, by_item)], np.int64), np.array([item.start for item in items], np.int64)
+        by_item, starts = [item.token_ids for item in items], np.array([item.start for item in items], np.int64)
         tokens = np.array([*chain.from_iterable(by_item)], np.int32)
-        ends, places, owners = np.cumsum(q_lens), np.arange(len(tokens)), np.arange(len(items))
-        positions = places + np.repeat(starts - (ends - q_lens), q_lens)
+        places, owners = np.arange(len(tokens)), np.arange(len(items))
+        if len(tokens) == len(items):  # a token each
+            ends, positions, of_row = places + 1, starts, places.copy()
+        else:
+            q_lens = np.array([*map(len, by_item)], np.int64)
+            ends, of_row = np.cumsum(q_lens), np.repeat(owners, q_lens)
+            positions = places + (starts - (ends - q_lens))[of_row]
+        kv_lens = positions[ends - 1] + 1
         for index in (ends, places, owners):
             index[singles:] += made_up
-        pages = self._tables[np.repeat(owners, q_lens), positions // self._page_size]
-        for array, nothing, values in (
-            (arrays.given, 0, tokens),
-            (arrays.positions, 0, positions),
-            (arrays.slots, -1, pages * self._page_size + positions % self._page_size),
+        pages = self._tables[owners[of_row], positions // self._page_size]
+        for array, nothing, there, values in (
+            (arrays.given, 0, places, tokens),
+            (arrays.positions, 0, places, positions),
+            (arrays.slots, -1, places, pages * self._page_size + positions % self._page_size),
+            (arrays.kv_lens, 0, owners, kv_lens),
         ):
             array.fill(nothing)
-            array[places] = values
-        arrays.kv_lens.fill(0)
-        arrays.kv_lens[owners] = starts + q_lens
+            array[there] = values
         arrays.q_start.fill(shape.rows - shape.decodes)
         arrays.q_start[0] = 0
         arrays.q_start[1 : len(items) - singles + 1] = ends[singles:] - shape.decodes
-        arrays.sources[:] = np.arange(len(self._last), len(self._last) + shape.rows)
+        arrays.sources[:] = np.arange(self._num_last, self._num_last + shape.rows)
         unknown = tokens == UNKNOWN
         if unknown.any():
             arrays.sources[places[unknown]] = [rows[item.request_id] for item in items if UNKNOWN in item.token_ids]
@@ -186,7 +202,7 @@ class StepInputs:
 
 def own_inputs(batch: Batch, page_size: int, last: Tensor, rows: Mapping[str, int]) -> tuple[StepInputs, StepShape]:
     """Of a batch as it is, in memory of its own. last, rows: the tokens that the step before sampled, and their rows."""
-    items, singles = batch.items, sum(map(is_decode, batch.items))
+    items, singles = batch.items, len(batch.items) - len(batch.others)
     samples = sum(1 + item.num_drafts for item in batch.sampled)
     shape = StepShape(singles, sum(len(item.token_ids) for item in items), len(items) - singles, samples)
     width = -(-max(len(item.pages) for item in items) // _ALIGNMENT) * _ALIGNMENT

@@ -7,14 +7,14 @@ reading the weights; where they are many, they are rounded to the tiles of the p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
-from serving.core import BatchItem, is_decode
+from serving.core import Batch
 from serving.cost_model import StepWork
 
 # Sequences of a step on a CPU: graphs keep their activations, and with more of them kernels take most of the time anyway.
@@ -58,11 +58,10 @@ class StepShapes:
             *(self._mixed() if device.type == "cuda" else ()),
         )
 
-    def of(self, items: Sequence[BatchItem]) -> StepShape | None:
+    def of(self, batch: Batch) -> StepShape | None:
         """The least one that a batch fits into; None where there is none."""
-        decodes = sum(map(is_decode, items))
-        tokens = sum(len(item.token_ids) for item in items) - decodes
-        return self._least(decodes, tokens, len(items) - decodes)
+        tokens = sum([len(item.token_ids) for item in batch.others])
+        return self._least(len(batch.items) - len(batch.others), tokens, len(batch.others))
 
     def rows(self, work: StepWork) -> int:
         """Of a step, those that are made up included."""

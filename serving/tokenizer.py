@@ -26,7 +26,7 @@ from serving.tools import Json, told_in_words
 from tilus.errors import TilusError
 
 _REPLACEMENT = "\ufffd"
-_WINDOW = 8  # tokens
+_FEW = 2  # tokens, whose text is remembered: of an answer's last two, and of each token that can be a piece
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # SentencePiece's
 # What byte-level vocabularies write bytes as: those that print as themselves, the others as what follows in Unicode.
 _SYMBOLS = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -120,6 +120,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of token ids, without special tokens unless asked; bytes that are not UTF-8 become U+FFFD."""
+        if len(ids) <= _FEW:
+            return _text(self.fast, tuple(ids), skip_special)
         return self.fast.decode(list(ids), skip_special_tokens=skip_special)
 
     def token_text(self, token_id: int) -> str:
@@ -152,6 +154,11 @@ class Tokenizer:
 
 
 @lru_cache(2**16)
+def _text(fast: FastTokenizer, ids: tuple[int, ...], skip_special: bool) -> str:
+    return fast.decode(list(ids), skip_special_tokens=skip_special)
+
+
+@lru_cache(2**16)
 def _token_text(fast: FastTokenizer, token_id: int) -> str:
     once, twice = (fast.decode([token_id] * count, skip_special_tokens=False) for count in (1, 2))
     return twice[len(once) :]
@@ -161,30 +168,26 @@ class Detokenizer:
     """Tokens to text, piece by piece, never half a character.
 
     Decoding depends on neighbours (byte tokens form characters, some decoders strip a first space), so the text of a new token is
-    what it adds to that of a short window of those before it. A window that ends in U+FFFD may end inside a character, and waits.
+    what it adds to that of the piece before it. A piece that ends in U+FFFD may end inside a character, and waits.
     Law: the pieces with the final flush make up decode(all tokens).
     """
 
-    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+    def __init__(self, decode: Callable[[tuple[int, ...]], str]) -> None:
         self._decode = decode
-        self._window: list[int] = []
+        self._window: tuple[int, ...] = ()  # tokens of the last piece, and of what waits behind it
         self._num_shown, self._shown = 0, ""  # of the window, what has been given out
 
     def push(self, token_id: int) -> str:
-        self._window.append(token_id)
-        text = self._decode(self._window)
-        piece = text[len(self._shown) :]
-        if not piece and self._num_shown:
-            del self._window[
-                self._num_shown :
-            ]  # invisible (a special token): or a run of them would make the window grow
-        if not piece or piece.endswith(_REPLACEMENT):
-            return ""
-        if len(self._window) > _WINDOW:  # goes on behind the tokens of this piece
-            del self._window[: self._num_shown]
-            text = self._decode(self._window)
-        self._num_shown, self._shown = len(self._window), text
-        return piece
+        window = (*self._window, token_id)
+        piece = self._decode(window)[len(self._shown) :]
+        if piece and not piece.endswith(_REPLACEMENT):
+            self._window = window[self._num_shown :]
+            self._num_shown, self._shown = len(self._window), self._decode(self._window)
+            return piece
+        # An invisible token (a special one) is forgotten: or a run of them would make the window grow.
+        if piece or not self._num_shown:
+            self._window = window
+        return ""
 
     def flush(self) -> str:
         """What still waits, when the output ends: half a character shows as U+FFFD."""

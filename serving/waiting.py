@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterator
-from typing import Protocol
 
 from serving.core import Sequence
 
@@ -13,27 +12,8 @@ INPUT_WEIGHT, OUTPUT_WEIGHT = 1, 2  # what a token of a prompt and of an answer 
 MAX_USERS = 10_000  # whose service is remembered at least
 
 
-class Waiting(Protocol):
-    """Sequences that wait. `rank` orders those that run: the last one is the first to lose its pages."""
-
-    def __len__(self) -> int: ...
-    def __iter__(self) -> Iterator[Sequence]: ...
-    def rank(self, seq: Sequence) -> Rank: ...
-    def push(self, seq: Sequence) -> None: ...
-
-    def first(self) -> Sequence:
-        """Whose turn it is; there must be one."""
-        ...
-
-    def remove(self, seq: Sequence) -> None: ...
-
-    def charge(self, user: str, cost: int) -> None:
-        """A user has been served."""
-        ...
-
-
 class Ranked:
-    """First come, first served; with `by_priority`, of the lowest priority number that waits."""
+    """Sequences that wait, first come, first served; with `by_priority`, of the lowest priority number that waits."""
 
     def __init__(self, by_priority: bool = False) -> None:
         self._by_priority = by_priority
@@ -46,19 +26,21 @@ class Ranked:
         return iter(self._sequences)
 
     def rank(self, seq: Sequence) -> Rank:
+        """Orders also those that run: the last one is the first to lose its pages."""
         return seq.request.priority if self._by_priority else 0, seq.number
 
     def push(self, seq: Sequence) -> None:
         insort(self._sequences, seq, key=self.rank)
 
     def first(self) -> Sequence:
+        """Whose turn it is; there must be one."""
         return self._sequences[0]
 
     def remove(self, seq: Sequence) -> None:
         self._sequences.remove(seq)
 
     def charge(self, user: str, cost: int) -> None:
-        pass
+        """A user has been served."""
 
 
 class Fair:
@@ -110,6 +92,9 @@ class Fair:
         """Users who would be lifted anyway."""
         if len(self._served) >= MAX_USERS:
             self._served = {name: n for name, n in self._served.items() if name in self._queues or n > level}
+
+
+Waiting = Ranked | Fair
 
 
 def waiting_queue(schedule: str) -> Waiting:

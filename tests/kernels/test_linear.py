@@ -8,7 +8,9 @@ everything is added up and scaled in f32, and the result is rounded once. No wei
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,11 +20,15 @@ from weights import CODE_TYPES, SCHEMES, exact, matrix_of, random_matrix
 
 import tilus
 from tilus import TilusError
+from tilus.compiler import compile_for_cpu
 from tilus.dtypes import DTYPES, DataType
+from tilus.ir.function import Function
 from tilus.kernels import linear
-from tilus.kernels.linear import launch
+from tilus.kernels.linear import launch, quantized_linear
 from tilus.kernels.quantize import QuantizedMatrix, pack
 from tilus.kernels.schedule import Schedule, cpu_schedule
+from tilus.runtime import binaries
+from tilus.target import CpuTarget
 
 GROUPS = [16, 32, 48, 64, 128, 192, 0]
 ACTIVATIONS = pytest.mark.parametrize("act", [torch.float16, torch.bfloat16], ids=["f16", "bf16"])
@@ -212,6 +218,31 @@ def test_schedules_for_cpus(m: int, group: int, k: int) -> None:
         y = torch.full((m, 70), torch.nan)
         launch(x, packed, y, None, replace(plan, splits=splits), "reference")
         assert_exact(y, *exact_and_bound(x, matrix, torch.float32))
+
+
+@pytest.fixture(params=[4, 8, 16])
+def other_vectors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Native code for vectors of so many lanes, whatever this processor has: C compilers make wide ones of narrow ones."""
+
+    def compile_with_lanes(function: Function, target: CpuTarget) -> str:
+        return compile_for_cpu(function, replace(target, lanes=request.param))
+
+    monkeypatch.setenv("TILUS_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(binaries, "compile_for_cpu", compile_with_lanes)
+    monkeypatch.setattr(quantized_linear, "_launchers", {})
+    monkeypatch.setattr(quantized_linear, "_specializations", {})
+    binaries.on_cpu.cache_clear()
+    yield
+    binaries.on_cpu.cache_clear()
+
+
+@pytest.mark.usefixtures("other_vectors")
+@pytest.mark.parametrize("m", [1, 5, 9, 16, 17])
+def test_the_vectors_of_other_cpus(m: int) -> None:
+    """Also where a block of tokens is more than the processor's registers hold."""
+    matrix, x = random_matrix(tilus.uint4, 70, 96, 32, mins=True), activations(m, 96)
+    y = linear(x, pack(matrix, "cpu"), out_dtype=torch.float32, device="cpu")
+    assert_exact(y, *exact_and_bound(x, matrix, torch.float32))
 
 
 @pytest.mark.slow

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -12,17 +13,18 @@ import numpy as np
 import pytest
 
 import serving
+from serving.bench.simulate import Pace, PlainVocabulary, SimRunner, VirtualClock
 from serving.config import EngineConfig
 from serving.core import UNKNOWN, Batch, Request, SampledToken, SamplingParams, Sequence, StepOutput
 from serving.cost_model import StepWork
 from serving.draft_budget import DraftBudget, Hope
 from serving.engine import Engine
 from serving.kv import PageTables
-from serving.simulate import Pace, PlainVocabulary, SimRunner, VirtualClock
 from serving.speculation import Drafter, DraftModel, PromptLookup
 
 SIZE = 220  # tokens of a prompt, and of its answer
 Texts = Mapping[str, list[int]]
+Paces = Callable[[int], float]  # milliseconds of a step, by its drafts
 
 
 class Told:
@@ -145,19 +147,53 @@ def padded(work: StepWork) -> int:
     return -(-work.tokens // 64) * 64 if work.prompts else work.tokens
 
 
+SEQUENCES = [Sequence(Request(str(n), (1,) * 50, SamplingParams()), 10, 1e9) for n in range(8)]
+
+
+def taught(rows: Callable[[StepWork], int], steps: Iterable[int], device: Paces, host: Paces) -> DraftBudget:
+    """By steps of 8 sequences with so many drafts each, one of which is prepared while the one before it runs."""
+    budget, now = DraftBudget(rows), 0.0
+    kinds = [(budget.kind(8, 4 * (drafts > 0), drafts), drafts) for drafts in steps]
+    for (kind, drafts), (prepared, next_drafts) in itertools.pairwise(kinds):
+        now += max(device(drafts), host(next_drafts))
+        budget.observe(kind, prepared, now)
+    return budget
+
+
 def test_guesses_in_place_of_rows_that_are_made_up_cost_nothing() -> None:
-    """Steps with guesses have 64 or 128 rows, all of which take their time: up to 64 even unlikely guesses are made, which would
-    not pay if each had its part of it."""
-    sequences = [Sequence(Request(str(n), (1,) * 50, SamplingParams()), 10, 1e9) for n in range(8)]
-    decodes = StepWork(8, 400, 400)
+    """Steps with guesses have 64 rows, all of which take their time: up to 64 even unlikely guesses are made, which would not pay
+    if each had its part of it."""
 
-    def guesses(rows: Callable[[StepWork], int]) -> int:
-        budget, now = DraftBudget(rows), 0.0
-        for number in range(60):
-            more = 7 * (number % 15) + 1
-            work = StepWork(8 + more, 400 + more, 400 + 50 * more, 4, 4 + more) if number % 2 else decodes
-            now += 1e-3 * padded(work) / 64 if number % 2 else 0.9e-3
-            budget.observe(work, now)
-        return sum(budget.counts([Hope(seq, 0.3, 0.3, 4) for seq in sequences], decodes).values())
+    def guesses(rows: Callable[[StepWork], int], device: Paces) -> int:
+        budget = taught(rows, [0] * 6 + [4] * 6 + [24] * 6, device, lambda drafts: 0.0)
+        return sum(budget.counts([Hope(seq, 0.3, 0.3, 4) for seq in SEQUENCES], 8).values())
 
-    assert guesses(lambda work: work.tokens) < guesses(padded) == 4 * len(sequences)
+    dear = guesses(lambda work: work.tokens, lambda drafts: 0.9 + 0.03 * drafts)
+    assert dear < guesses(padded, lambda drafts: 1.0 if drafts else 0.9) == 4 * len(SEQUENCES)
+
+
+@pytest.mark.parametrize("pattern", [[4], [0, 4], [0, 0, 4], [0, 4, 4], [4, 0, 4, 4, 0]])
+@pytest.mark.parametrize(("device", "host"), [((1.0, 1.6), (0.2, 0.3)), ((0.2, 0.3), (1.0, 1.6)), ((0.9, 1.2), (1.0, 1.9)),
+                                              ((1.0, 2.0), (0.8, 2.5))])  # fmt: skip
+def test_what_guesses_cost_is_what_they_make_the_whole_longer(
+    pattern: list[int], device: tuple[float, float], host: tuple[float, float]
+) -> None:
+    """Whoever of host and device waits for the other, and whichever of two steps the time between them belongs to."""
+    steps = pattern * (120 // len(pattern))
+    total = sum(max(device[a > 0], host[b > 0]) for a, b in itertools.pairwise([*steps, steps[0]]))
+    plain = max(device[0], host[0])
+    longer = (total - steps.count(0) * plain) / steps.count(4) / plain
+    budget = taught(padded, [0] * 6 + steps, lambda drafts: device[drafts > 0], lambda drafts: host[drafts > 0])
+    for gain, pays in ((1.03 * longer - 0.1, False), (1.03 * longer + 0.1, True)):
+        hopes = [Hope(seq, gain - 1, 0.0, 1) for seq in SEQUENCES]
+        assert bool(budget.counts(hopes, 8)) == pays
+
+
+def test_looks_for_whether_it_pays_become_rarer() -> None:
+    budget = taught(padded, [0] * 6 + [4] * 6 + [0] * 6, lambda drafts: 2.0 if drafts else 1.0, lambda drafts: 0.0)
+    hopes = [Hope(seq, 0.5, 0.5, 4) for seq in SEQUENCES]
+    tries = [number for number in range(4000) if budget.counts(hopes, 8)]
+    gaps = [after - before for before, after in itertools.pairwise(tries)]
+    assert len(tries) >= 3 and all(
+        after == pytest.approx(2 * before, rel=0.05) for before, after in itertools.pairwise(gaps)
+    )

@@ -77,7 +77,7 @@ def test_rows_that_are_made_up_change_nothing(tiny_checkpoint: Checkpoint, kv_dt
     seen: set[StepShape] = set()
     for _ in range(40):
         batch = mixed_batch(rng, limits, num_pages)
-        shape = shapes.of(batch.items)
+        shape = shapes.of(batch)
         assert shape is not None
         seen.add(shape)
         inputs.write(batch, shape, {})
@@ -221,7 +221,7 @@ def test_cuda_graphs_of_the_fastest_kernels(tmp_path: Path, kv_dtype: str) -> No
     graphs = StepGraphs(model, pools[0], limits, Sampler(model.config.vocab_size, 44, gpu))
     for _ in range(40):
         batch = mixed_batch(rng, limits, 11 * MAX_PAGES)
-        shape = graphs.shapes.of(batch.items)
+        shape = graphs.shapes.of(batch)
         assert shape is not None
         found = graphs.prepare(batch, shape, {})()
         assert torch.equal(found, model.forward(graphs.inputs.step(shape), pools[1].layers))

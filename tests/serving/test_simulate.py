@@ -13,12 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.__main__ import main
-from serving.bench.workload import PlannedRequest, arrival_times
-from serving.config import EngineConfig
-from serving.core import Batch, StepOutput
-from serving.cost_model import LEAST_CHUNK, CostModel, StepWork
-from serving.engine import Engine
-from serving.simulate import (
+from serving.bench.simulate import (
     COLUMNS,
     Pace,
     PlainVocabulary,
@@ -30,6 +25,11 @@ from serving.simulate import (
     roofline,
     simulate,
 )
+from serving.bench.workload import PlannedRequest, arrival_times
+from serving.config import EngineConfig
+from serving.core import Batch, StepOutput
+from serving.cost_model import LEAST_CHUNK, CostModel, StepWork
+from serving.engine import Engine
 
 LIMITS = EngineConfig(4000, 8192, max_batch=64, max_step_tokens=512, request_timeout=1e9, prefix_cache=False)
 

@@ -68,7 +68,7 @@ def graphs_of(model: Model, pool: KvPool) -> StepGraphs:
 
 def replayed(graphs: StepGraphs, batch: Batch) -> torch.Tensor:
     """The logits of a batch that fits."""
-    shape = graphs.shapes.of(batch.items)
+    shape = graphs.shapes.of(batch)
     assert shape is not None
     return graphs.prepare(batch, shape, {})()
 
@@ -171,10 +171,10 @@ def test_requests_that_come_and_go(model: Model, tiny_checkpoint: Checkpoint, nu
 def test_on_a_cpu_small_batches_that_decode_have_graphs(model: Model) -> None:
     shapes = StepShapes(GraphLimits(32, MAX_PAGES, 64), CPU)
     decode = BatchItem("a", (1,), 4, (0,), GREEDY, 0)
-    assert tuple(shapes.of((decode,) * size) for size in range(1, LARGEST_BATCH + 1)) == shapes.all
-    assert shapes.of((decode,) * (LARGEST_BATCH + 1)) is None
-    assert shapes.of((decode, BatchItem("b", (1, 2), 0, (1,), GREEDY, 0))) is None
-    assert shapes.of((decode, BatchItem("b", (1,), 0, (1,), None, 0))) is None
+    assert tuple(shapes.of(Batch((decode,) * size)) for size in range(1, LARGEST_BATCH + 1)) == shapes.all
+    assert shapes.of(Batch((decode,) * (LARGEST_BATCH + 1))) is None
+    assert shapes.of(Batch((decode, BatchItem("b", (1, 2), 0, (1,), GREEDY, 0)))) is None
+    assert shapes.of(Batch((decode, BatchItem("b", (1,), 0, (1,), None, 0)))) is None
 
 
 @torch.inference_mode()

@@ -42,7 +42,7 @@ def steps(draw: st.DrawFn) -> tuple[GraphLimits, list[BatchItem]]:
 def test_every_step_fits_one_of_all_shapes(step: tuple[GraphLimits, list[BatchItem]]) -> None:
     limit, items = step
     shapes = StepShapes(limit, GPU)
-    shape = shapes.of(items)
+    shape = shapes.of(Batch(tuple(items)))
     assert shape is not None and shape in set(shapes.all)
     assert shapes.rows(StepWork.of(Batch(tuple(items)))) == shape.rows
     single = [item for item in items if len(item.token_ids) == 1 and item.params is not None]
@@ -58,7 +58,7 @@ def test_what_is_made_up_is_bounded(step: tuple[GraphLimits, list[BatchItem]]) -
     """Where all decode fewer than eight sequences, else of those that do seven, or three times as many as there are; of rows no
     more than that, and as many as the step has, or 256, which is the largest tile of a product."""
     limit, items = step
-    shape, tokens = StepShapes(limit, GPU).of(items), sum(len(item.token_ids) for item in items)
+    shape, tokens = StepShapes(limit, GPU).of(Batch(tuple(items))), sum(len(item.token_ids) for item in items)
     assert shape is not None
     if not shape.others:
         assert shape.rows < tokens + 8
@@ -90,5 +90,5 @@ def test_what_lies_behind_sequences_that_decode_is_aligned(limit: GraphLimits) -
 @given(limits())
 def test_a_full_step_has_a_shape_of_its_own(limit: GraphLimits) -> None:
     item = BatchItem("a", (0,) * limit.max_step_tokens, 0, (0,), None, 0)
-    shape = StepShapes(limit, GPU).of([item])
+    shape = StepShapes(limit, GPU).of(Batch((item,)))
     assert shape is not None and (shape.decodes, shape.rows) == (0, limit.max_step_tokens)

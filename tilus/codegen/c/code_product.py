@@ -49,7 +49,9 @@ class CodeBlocks:
 
     def emit(self) -> None:
         batch, m, _ = self.a.shape
-        vectors = max(v for v in (4, 2, 1) if (m // self.lanes) % v == 0 and v * self.columns <= registers(self.ctx))
+        # One vector a column may be more than the registers hold: some then go through memory, for which codes are unpacked once.
+        most = max(self.columns, registers(self.ctx))
+        vectors = max(v for v in (4, 2, 1) if (m // self.lanes) % v == 0 and v * self.columns <= most)
         writer = self.ctx.writer
         step = 0
         if batch > 1:

@@ -64,7 +64,7 @@ class PlainVocabulary:
     vocab_size = 2**18
     eos_ids = frozenset({EOS})
 
-    def decode(self, ids: list[int], skip_special: bool = True) -> str:
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         return "." * len(ids)
 
 
