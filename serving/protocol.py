@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from serving.core import Grammar, Request, SamplingParams
+from serving.core import MAX_LOGPROBS, Grammar, Request, SamplingParams
 from serving.errors import RequestError
 from serving.messages import Closed, Message, NamedTool, Tool
 from serving.tokenizer import TemplateOptions
@@ -38,6 +38,13 @@ _ONLY_NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
+    "echo": (False,),  # of a chat; those below are vLLM's, with what they are there when nothing is said
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+    "bad_words": ([],),
+    "spaces_between_special_tokens": (True,),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
 }
 
 
@@ -243,9 +250,9 @@ class ChatBody(TemplateFields, GenerationBody):
     """POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = None
+    max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
 
