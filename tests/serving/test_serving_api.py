@@ -375,8 +375,8 @@ REFUSED = [
     ),
     ("completions", COMPLETION | {"top_p": 0}, 400, "top_p", "top_p is 0.0, but must be above 0 and at most 1"),
     ("completions", COMPLETION | {"top_k": -2}, 400, "top_k", "top_k is -2, but must be at least 1, or 0 for no limit"),
-    ("completions", COMPLETION | {"n": 0}, 400, "n", "n is 0, but must be between 1 and 128"),
-    ("completions", COMPLETION | {"n": 129}, 400, "n", "n is 129, but must be between 1 and 128"),
+    ("completions", COMPLETION | {"n": 0}, 400, "n", "n: input should be greater than or equal to 1, but found 0"),
+    ("completions", COMPLETION | {"n": 129}, 400, "n", "n: input should be less than or equal to 128, but found 129"),
     (
         "completions",
         COMPLETION | {"stop": ""},
@@ -441,8 +441,8 @@ REFUSED = [
         "completions",
         COMPLETION | {"logit_bias": {"x": 1}},
         400,
-        "logit_bias",
-        "logit_bias has the name 'x', but names must be token ids",
+        "logit_bias.x",
+        "logit_bias.x: input should be a valid integer, unable to parse string as an integer, but found 'x'",
     ),
     (
         "completions",
