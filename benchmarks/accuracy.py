@@ -34,8 +34,8 @@ import numpy as np
 import torch
 
 from serving.loader import default_model, open_checkpoint
-from serving.model_source import ModelSource, open_source
-from serving.quantize_model import Totals, chosen_names
+from serving.offline.model_source import ModelSource, open_source
+from serving.offline.quantize_model import Totals, chosen_names
 from tilus.dtypes import DTYPES
 from tilus.kernels.quantize import PRESETS, RECIPE_NAMES, QuantizedMatrix, Recipe, recipe
 
@@ -120,7 +120,7 @@ class Subject:
 def rounding(subject: Subject, row: Row) -> Callable[[str], QuantizedMatrix]:
     """The function that makes a row's matrix of a tensor's name."""
     if row.calibrated:
-        from serving.calibrate import calibrate
+        from serving.offline.calibrate import calibrate
 
         return calibrate(subject.source, subject.chosen, row.recipe, OTHER_TEXT, lambda done, total: None).__getitem__
     return lambda name: row.recipe.quantize(subject.floats[name], search=row.search, name=name)

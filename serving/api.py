@@ -69,23 +69,20 @@ def create_app(
     for kind in (RequestError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _told)
     app.add_api_route("/", service.page, methods=["GET"], include_in_schema=False)
-    for path, endpoint, method, answers in (
-        ("/v1/completions", service.completions, "POST", schemas.responses(schemas.Completion, stream=True)),
-        (
-            "/v1/chat/completions",
-            service.chat_completions,
-            "POST",
-            schemas.responses(schemas.ChatCompletion, stream=True),
-        ),
-        ("/v1/models", service.models, "GET", schemas.responses(schemas.ModelList)),
-        ("/v1/models/{name:path}", service.model, "GET", schemas.responses(schemas.ModelCard)),
-        ("/tokenize", service.tokenize, "POST", schemas.responses(schemas.Tokenized)),
-        ("/detokenize", service.detokenize, "POST", schemas.responses(schemas.Detokenized)),
-        ("/health", service.health, "GET", schemas.responses(schemas.Health) | {503: {"model": schemas.Health}}),
-        ("/ping", service.health, "GET", schemas.responses(schemas.Health) | {503: {"model": schemas.Health}}),
-        ("/version", service.version, "GET", schemas.responses(schemas.Version)),
+    answers = schemas.responses
+    health = answers(schemas.Health) | {503: {"model": schemas.Health}}
+    for path, endpoint, method, responses in (
+        ("/v1/completions", service.completions, "POST", answers(schemas.Completion, stream=True)),
+        ("/v1/chat/completions", service.chat_completions, "POST", answers(schemas.ChatCompletion, stream=True)),
+        ("/v1/models", service.models, "GET", answers(schemas.ModelList)),
+        ("/v1/models/{name:path}", service.model, "GET", answers(schemas.ModelCard)),
+        ("/tokenize", service.tokenize, "POST", answers(schemas.Tokenized)),
+        ("/detokenize", service.detokenize, "POST", answers(schemas.Detokenized)),
+        ("/health", service.health, "GET", health),
+        ("/ping", service.health, "GET", health),
+        ("/version", service.version, "GET", answers(schemas.Version)),
     ):
-        app.add_api_route(path, endpoint, methods=[method], responses=answers, response_model=None)
+        app.add_api_route(path, endpoint, methods=[method], responses=responses, response_model=None)
     app.add_api_route("/metrics", service.metrics, methods=["GET"], response_class=PlainTextResponse)
     return app
 

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
 from serving.core import Request, RequestOutput
 from serving.engine import Engine
-from serving.errors import EngineFailure, Overloaded
+from serving.errors import EngineFailure, Overloaded, RequestError
 
 _LOG = logging.getLogger("serving")
 _GRACE = 60.0  # seconds by which a step may overrun a request's own deadline
@@ -106,9 +106,12 @@ class AsyncEngine:
         await asyncio.to_thread(self._thread.join, _GRACE)
 
     def submit(self, requests: Sequence[Request]) -> Generation:
-        """Queue requests, all or none. Raises RequestError for one that cannot be served, Overloaded, EngineFailure."""
+        """Queue requests, all or none. Raises RequestError for what can never be served, Overloaded, EngineFailure."""
         for request in requests:
             self.engine.validate(request)
+        if len(requests) > self._max_live:
+            found = f"{len(requests)} answers were asked for"
+            raise RequestError(f"{found}, but at most {self._max_live} requests may run or wait at once", param="n")
         generation = Generation([r.id for r in requests], self.engine.config.request_timeout + _GRACE, self._abort)
         with self._wake:
             if self._failure is not None:

@@ -24,7 +24,7 @@ from serving.kernels import Kernels, default_kernels
 from serving.kv import PageTables
 from serving.kv_frames import has_frames, with_frames
 from serving.loader import Checkpoint, default_model, open_checkpoint
-from serving.memory import PAGE_SIZE, expected_size, free_nbytes, plan, size_of
+from serving.memory import PAGE_SIZE, MemoryPlan, expected_size, free_nbytes, plan, size_of
 from serving.model import build_model
 from serving.packing import FUSED, PackedWeights, pack_weights
 from serving.progress import progress, say
@@ -118,40 +118,12 @@ def build_runner(
     """What runs a checkpoint's steps in this process, and the limits that follow from the memory of all."""
     checkpoint = checkpoint if group is None else shard(checkpoint, group.share)
     max_model_len, device = _max_model_len(config, checkpoint), execution.device
-    parts = "" if group is None else f"s of {group.share.count} processes"
-    say(f"loading {checkpoint.name} on {device.type}{parts}")
-    if not execution.is_compiled:
-        say(f"kernels are interpreted ({execution.way}), which is slow")
-    if config.weight_dtype == DENSE and execution.way != "cuda":
-        raise TilusError(
-            f"--weight-dtype {DENSE} is for GPUs, but the model runs on {execution.way}", hint="take int8 or fewer bits"
-        )
-    is_kept = not config.dummy and group is None and config.weight_dtype != DENSE
-    cache = None if not is_kept else _cache(path, config.weight_dtype, checkpoint, kernels, device)
-    packed = cache.load() if cache is not None else None
-    size = expected_size(checkpoint, kernels, device) if packed is None else size_of(packed)
-    memory = plan(checkpoint.config, size, config, free_nbytes(device), device)
-    say(memory.table())
-    num_pages = memory.num_pages if group is None else group.least(memory.num_pages)
-    packed = _pack(checkpoint, kernels, device, cache) if packed is None else moved(packed, device)
-    limits = EngineConfig(
-        num_pages=num_pages,
-        max_model_len=max_model_len,
-        page_size=PAGE_SIZE,
-        max_batch=config.max_batch,
-        max_step_tokens=config.max_step_tokens,
-        request_timeout=config.request_timeout,
-        prefix_cache=not config.no_prefix_cache,
-        num_drafts=config.drafts,
-        overlap=device.type == "cuda" and not config.no_overlap,  # a launch on a CPU ends when the step does
-        itl_slo=None if config.itl_slo is None else config.itl_slo / 1e3,
-        admission=config.admission,
-        schedule=config.schedule,
-        num_host_pages=_num_host_pages(config.swap_space, memory.page_nbytes),
-    )
+    _announce(config, checkpoint, execution, group)
+    packed, memory = _packed_weights(config, path, checkpoint, kernels, device, group)
+    limits = _limits(config, memory, max_model_len, device)
     model = build_model(checkpoint.config, kernels, packed, None if group is None else group.sum)
     if has_frames(config.kv_dtype):
-        form = None if config.dummy or group is not None else packed_form(kernels, device)
+        form = packed_form(kernels, device) if _may_be_kept(config, group) else None
         kept = None if form is None else _frames(path, config, max_model_len, form)
         with progress("fitting the cache", "layer") as show:
             model = with_frames(model, checkpoint.tokenizer, max_model_len, device, show, kept)
@@ -166,6 +138,64 @@ def build_runner(
     if captures:
         _prepare_steps(runner, limits, device, group)
     return runner, limits
+
+
+def _announce(config: ServerConfig, checkpoint: Checkpoint, execution: Execution, group: Group | None) -> None:
+    """What will run where. Raises TilusError for weights that nothing multiplies there."""
+    parts = "" if group is None else f"s of {group.share.count} processes"
+    say(f"loading {checkpoint.name} on {execution.device.type}{parts}")
+    if not execution.is_compiled:
+        say(f"kernels are interpreted ({execution.way}), which is slow")
+    if config.weight_dtype == DENSE and execution.way != "cuda":
+        raise TilusError(
+            f"--weight-dtype {DENSE} is for GPUs, but the model runs on {execution.way}", hint="take int8 or fewer bits"
+        )
+
+
+def _packed_weights(
+    config: ServerConfig,
+    path: Path,
+    checkpoint: Checkpoint,
+    kernels: Kernels,
+    device: torch.device,
+    group: Group | None,
+) -> tuple[PackedWeights, MemoryPlan]:
+    """From the cache or packed, when it is known that they fit; the cache has as many pages as the smallest memory holds."""
+    is_kept = _may_be_kept(config, group) and config.weight_dtype != DENSE
+    cache = _cache(path, config.weight_dtype, checkpoint, kernels, device) if is_kept else None
+    kept = None if cache is None else cache.load()
+    size = expected_size(checkpoint, kernels, device) if kept is None else size_of(kept)
+    memory = plan(checkpoint.config, size, config, free_nbytes(device), device)
+    say(memory.table())
+    memory = memory if group is None else replace(memory, num_pages=group.least(memory.num_pages))
+    if kept is not None:
+        return moved(kept, device), memory
+    with progress("packing weights", "layer") as show:
+        packed = pack_weights(checkpoint, kernels, device, show)
+    return packed if cache is None else cache.store(packed), memory
+
+
+def _limits(config: ServerConfig, memory: MemoryPlan, max_model_len: int, device: torch.device) -> EngineConfig:
+    return EngineConfig(
+        num_pages=memory.num_pages,
+        max_model_len=max_model_len,
+        page_size=PAGE_SIZE,
+        max_batch=config.max_batch,
+        max_step_tokens=config.max_step_tokens,
+        request_timeout=config.request_timeout,
+        prefix_cache=not config.no_prefix_cache,
+        num_drafts=config.drafts,
+        overlap=device.type == "cuda" and not config.no_overlap,  # a launch on a CPU ends when the step does
+        itl_slo=None if config.itl_slo is None else config.itl_slo / 1e3,
+        admission=config.admission,
+        schedule=config.schedule,
+        num_host_pages=_num_host_pages(config.swap_space, memory.page_nbytes),
+    )
+
+
+def _may_be_kept(config: ServerConfig, group: Group | None) -> bool:
+    """Whether what is made of a model is of use to a later start: not of random weights, nor of a part of --tp."""
+    return not config.dummy and group is None
 
 
 def _max_model_len(config: ServerConfig, checkpoint: Checkpoint) -> int:
@@ -237,9 +267,3 @@ def _cache(
 def _frames(path: Path, config: ServerConfig, max_model_len: int, form: str) -> WeightCache:
     """Where the frames of the model at `path` are kept, which may be the draft model."""
     return WeightCache(path, config.weight_dtype, f"{config.kv_dtype}, {max_model_len} tokens, {form}", "frames")
-
-
-def _pack(checkpoint: Checkpoint, kernels: Kernels, device: torch.device, cache: WeightCache | None) -> PackedWeights:
-    with progress("packing weights", "layer") as show:
-        packed = pack_weights(checkpoint, kernels, device, show)
-    return packed if cache is None else cache.store(packed)

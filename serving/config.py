@@ -7,6 +7,7 @@ import dataclasses
 import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 from serving.quantize import DENSE, WEIGHT_DTYPES
@@ -18,6 +19,7 @@ MAX_DRAFTS = 8
 KV_DTYPES = ("fp16", "bf16", *KV_FORMATS)
 ADMISSION_POLICIES = ("past-future", "aggressive", "conservative")
 SCHEDULES = ("fcfs", "priority", "fair")
+_MOST = {"port": 65535, "drafts": MAX_DRAFTS}
 
 
 @dataclass(frozen=True)
@@ -229,16 +231,13 @@ def parse_args(arguments: Sequence[str] | None = None) -> ServerConfig:
     parser = build_parser()
     config = ServerConfig(**vars(parser.parse_args(arguments)))
     counts = ("max_batch", "max_step_tokens", "max_waiting", "max_model_len", "num_pages", "tp")
-    for name in (*counts, "request_timeout", "itl_slo"):
-        value = getattr(config, name)
-        if value is not None and value <= 0:
-            parser.error(f"argument --{name.replace('_', '-')}: {value} is not positive")
-    if not 0 <= config.drafts <= MAX_DRAFTS:
-        parser.error(f"argument --drafts: {config.drafts} is not between 0 and {MAX_DRAFTS}")
+    given = {name: value for name, value in vars(config).items() if value is not None}
+    rules = {name: (given.get(name, 1) > 0, "positive") for name in (*counts, "request_timeout", "itl_slo")}
+    rules |= {name: (0 <= given[name] < inf, "finite and not negative") for name in ("swap_space", "drain_timeout")}
+    rules |= {name: (0 <= given[name] <= most, f"between 0 and {most}") for name, most in _MOST.items()}
+    for name, (holds, expected) in rules.items():
+        if not holds:
+            parser.error(f"argument --{name.replace('_', '-')}: {given[name]} is not {expected}")
     if config.draft_model is not None and not config.drafts:
         parser.error("argument --draft-model: nothing is guessed without --drafts")
-    if config.swap_space < 0:
-        parser.error(f"argument --swap-space: {config.swap_space} is negative")
-    if not 0 <= config.port <= 65535:
-        parser.error(f"argument --port: {config.port} is not between 0 and 65535")
     return config

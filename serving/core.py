@@ -115,7 +115,7 @@ class SamplingParams:
         for name, (holds, expected) in rules.items():
             if not holds:
                 found = {"logit_bias": biases, "stop": stops}.get(name, getattr(self, name))
-                raise RequestError(f"{name} is {found!r}, but must be {expected}", param=name)
+                raise RequestError(f"{name} is {found!r:.200}, but must be {expected}", param=name)
 
     @cached_property
     def needs_history(self) -> bool:

@@ -36,21 +36,13 @@ def _groups(root: Path) -> Iterator[Path]:
 
 def _left_in(group: Path) -> int | None:
     """What a group has left; None where it sets no limit. Pages of files count as used, but give way."""
-    for limit_name, usage_name, prefix in (
-        ("memory.max", "memory.current", ""),
-        (
-            "memory.limit_in_bytes",
-            "memory.usage_in_bytes",
-            "total_",
-        ),  # in version 1, names without it leave out children
-    ):
-        limit = _text(group / limit_name)
-        usage = _text(group / usage_name)
+    # In version 1, amounts without "total_" leave out those of groups below.
+    second, first = ("memory.max", "memory.current", ""), ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+    for limit_name, usage_name, prefix in (second, first):
+        limit, usage = _text(group / limit_name), _text(group / usage_name)
         if limit.isdigit() and usage.isdigit():
-            entries = (line.split() for line in _text(group / "memory.stat").splitlines())
-            files = sum(
-                int(value) for name, value in entries if name in (f"{prefix}inactive_file", f"{prefix}active_file")
-            )
+            amounts = dict(line.split() for line in _text(group / "memory.stat").splitlines())
+            files = sum(int(amounts.get(f"{prefix}{kind}", 0)) for kind in ("inactive_file", "active_file"))
             return int(limit) - int(usage) + files
     return None
 

@@ -167,12 +167,8 @@ class Metrics(Observer, Collector):
 
     def collect(self) -> Iterator[Metric]:
         names, values = list(self._labels), list(self._labels.values())
-        for name, value in self._gauges():
-            yield _one(
-                GaugeMetricFamily(f"vllm:{name}", f"{name.replace('_', ' ')}.".capitalize(), labels=names),
-                values,
-                value,
-            )
+        for name, text, value in self._gauges():
+            yield _one(GaugeMetricFamily(f"vllm:{name}", text, labels=names), values, value)
         config = self._engine.config
         cache = {"block_size": str(config.page_size), "num_gpu_blocks": str(config.num_pages)}
         told = "The key-value cache, whatever it lies on."
@@ -198,11 +194,15 @@ class Metrics(Observer, Collector):
     def describe(self) -> Iterable[Metric]:
         return ()
 
-    def _gauges(self) -> Iterator[tuple[str, float]]:
+    def _gauges(self) -> Iterator[tuple[str, str, float]]:
         scheduler, pages = self._engine.scheduler, self._engine.pages
-        yield "num_requests_running", len(scheduler.running)
-        yield "num_requests_waiting", len(scheduler.waiting)
-        yield "kv_cache_usage_perc", 1 - pages.num_free / pages.num_pages
+        yield "num_requests_running", "Requests that have a place in the cache.", len(scheduler.running)
+        yield "num_requests_waiting", "Requests that wait for one.", len(scheduler.waiting)
+        yield (
+            "kv_cache_usage_perc",
+            "The part of the cache that is taken: 1 is all.",
+            1 - pages.num_free / pages.num_pages,
+        )
 
     def _observe(self, name: str, value: float) -> None:
         self._histograms[name].observe(value)

@@ -9,16 +9,17 @@ import json
 import random
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from serving.core import Grammar, Request, SamplingParams
+from serving.core import MAX_LOGPROBS, Grammar, Request, SamplingParams
 from serving.errors import RequestError
 from serving.messages import Closed, Message, NamedTool, Tool
 from serving.tokenizer import TemplateOptions
 
 MAX_CHOICES = 128
+_TokenName = Annotated[int, Field(strict=False)]  # JSON knows only texts as names
 _SEEDS = 2**64
 _CONTINUE = "continue_final_message"
 
@@ -38,6 +39,13 @@ _ONLY_NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
+    "echo": (False,),  # of a chat; those below are vLLM's, with what they are there when nothing is said
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+    "bad_words": ([],),
+    "spaces_between_special_tokens": (True,),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
 }
 
 
@@ -109,9 +117,9 @@ class GenerationBody(BaseModel):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[_TokenName, float] | None = None
     seed: int | None = None
-    n: int | None = None
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     stop: str | list[str] | None = None
     include_stop_str_in_output: bool | None = None
     stop_token_ids: list[int] | None = None
@@ -135,8 +143,6 @@ class GenerationBody(BaseModel):
             if value is None or name in _WITHOUT_EFFECT or value in _ONLY_NEUTRAL.get(name, ()):
                 continue
             raise RequestError(f"{name} = {value!r} is not supported by this server", param=name)
-        if not 1 <= self.num_choices <= MAX_CHOICES:
-            raise RequestError(f"n is {self.n}, but must be between 1 and {MAX_CHOICES}", param="n")
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options is only allowed when stream is true", param="stream_options")
 
@@ -162,7 +168,7 @@ class GenerationBody(BaseModel):
         seed = random.getrandbits(64) if self.seed is None else self.seed + choice
         params = SamplingParams(
             top_k=0 if self.top_k in (None, -1) else self.top_k,  # vLLM's word for no limit is -1
-            logit_bias=self._biases(),
+            logit_bias=tuple((self.logit_bias or {}).items()),
             grammar=grammar,
             seed=seed % _SEEDS,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
@@ -171,15 +177,6 @@ class GenerationBody(BaseModel):
             **{name: value for name in _AS_GIVEN if (value := getattr(self, name)) is not None},
         )
         return Request(request_id, prompt, params, self.priority or 0, self.user or "")
-
-    def _biases(self) -> tuple[tuple[int, float], ...]:
-        """JSON knows only texts as names: a token's id comes as its decimal digits."""
-        bad = next(
-            (name for name in self.logit_bias or {} if not (name.isascii() and name.isdigit() and len(name) < 10)), None
-        )
-        if bad is not None:
-            raise RequestError(f"logit_bias has the name {bad!r}, but names must be token ids", param="logit_bias")
-        return tuple((int(name), bias) for name, bias in (self.logit_bias or {}).items())
 
 
 class CompletionBody(GenerationBody):
@@ -243,9 +240,9 @@ class ChatBody(TemplateFields, GenerationBody):
     """POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = None
+    max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
 

@@ -16,7 +16,8 @@ Json = dict[str, Any]
 @dataclass(eq=False)
 class Choice:
     """One continuation as it grows. num_prompt: tokens of its prompt, 0 where a choice before it has the same. num_cached: those
-    of them that were in the cache. shown: length of the token texts so far, the next `text_offset`. prompt: of `RequestOutput`.
+    of them that were in the cache. shown: characters that its tokens have begun so far, the next `text_offset`. prompt: of
+    `RequestOutput`.
     """
 
     index: int
@@ -195,9 +196,9 @@ class CompletionFormat:
         text_of = self._tokenizer.token_text
         texts = [text_of(token.token_id) for token in tokens]
         offsets: list[int] = []
-        for text in texts:
+        for token in tokens:  # counted by first bytes of characters, which may be cut between tokens
             offsets.append(choice.shown)
-            choice.shown += len(text)
+            choice.shown += sum(byte & 0xC0 != 0x80 for byte in self._tokenizer.token_bytes(token.token_id))
         found = [(token.token_id, token.logprobs) for token in tokens]  # of a prompt's first token there are none
         return {
             "tokens": texts,

@@ -37,7 +37,7 @@ LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 PUBLIC = {"tilus", "tilus.dtypes", "tilus.errors", "tilus.kernels", "tilus.kernels.quantize", "tilus.config"}
 
 # The command line offers what stands above the library, and imports it only when it is asked for.
-COMMANDS = {"tilus.cli": {"serving.quantize_model"}}
+COMMANDS = {"tilus.cli": {"serving.offline.quantize_model"}}
 
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
@@ -95,6 +95,15 @@ def test_code_generation_knows_no_instruction() -> None:
     """Not even for type checkers."""
     for path in (ROOT / "tilus" / "codegen").rglob("*.py"):
         assert "tilus.instructions" not in path.read_text(), path
+
+
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if m.split(".")[0] == "serving"))
+@pytest.mark.parametrize("tools", ["serving.bench", "serving.offline"])
+def test_the_server_needs_none_of_its_tools(module: str, tools: str) -> None:
+    """Not even inside of functions, but where `python -m serving bench` and `simulate` start."""
+    is_command = (module, tools) == ("serving.__main__", "serving.bench")
+    used = {other for other in imported(module) if other.startswith(tools)}
+    assert used == set() or is_command or module.startswith(tools)
 
 
 @pytest.mark.parametrize("module", sorted(m for m in MODULES if m.startswith("serving")))

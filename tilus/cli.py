@@ -239,7 +239,7 @@ def quantize_command(
     from tilus.kernels.quantize import recipe
 
     try:
-        from serving.quantize_model import quantize_model
+        from serving.offline.quantize_model import quantize_model
     except ModuleNotFoundError as error:
         raise TilusError(
             f"quantising models needs the package {error.name}", hint="pip install 'tilus[serve]'"

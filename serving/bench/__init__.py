@@ -1,1 +1,2 @@
-"""`python -m serving bench`: load for any server with OpenAI's interface, and how well it was answered."""
+"""What measures, and is no part of the server: `bench` sends load to any server with OpenAI's interface and tells how well it was
+answered, `simulate` replays such load on the server's own engine, on a clock that is only counted."""

@@ -20,9 +20,9 @@ from serving.host_memory import available_nbytes
 from serving.loader import Checkpoint, default_model, open_checkpoint
 from serving.memory import MemoryPlan, ModelSize, activation_nbytes, expected_size, plan, size_of
 from serving.model import load_model
+from serving.offline.quantize_model import quantize_model
 from serving.packing import pack_weights
 from serving.quantize import WEIGHT_DTYPES
-from serving.quantize_model import quantize_model
 from serving.runner import TorchRunner
 from tilus.dtypes import dtype
 from tilus.errors import TilusError

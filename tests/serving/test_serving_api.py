@@ -276,6 +276,19 @@ def test_logprobs_of_completions(client: openai.OpenAI) -> None:
     assert [o for m in merged for o in m.text_offset] == found.text_offset
 
 
+def test_offsets_are_places_in_the_text(client: openai.OpenAI) -> None:
+    """Also behind characters of several tokens, of which those behind the first stand where the next character does."""
+    text = "hi <|im_start|>ü😀x"
+    fixed = FIXED | {"max_tokens": 0}
+    choice = client.completions.create(model=MODEL, prompt=text, echo=True, logprobs=0, **fixed).choices[0]
+    assert choice.text == text
+    whole = [pair for pair in zip(choice.logprobs.tokens, choice.logprobs.text_offset) if pair[0] != "\ufffd"]
+    assert [token for token, _ in whole] == ["h", "i", " ", "<|im_start|>", "x"]
+    assert all(text[offset:].startswith(token) for token, offset in whole)
+    end = len(text) - 1
+    assert choice.logprobs.text_offset[-7:] == [end - 2, end - 1, end - 1, end, end, end, end]
+
+
 def test_logprobs_of_chats(client: openai.OpenAI) -> None:
     reply = client.chat.completions.create(model=MODEL, messages=USER, logprobs=True, top_logprobs=2, **FIXED)
     content = reply.choices[0].logprobs.content
@@ -362,8 +375,8 @@ REFUSED = [
     ),
     ("completions", COMPLETION | {"top_p": 0}, 400, "top_p", "top_p is 0.0, but must be above 0 and at most 1"),
     ("completions", COMPLETION | {"top_k": -2}, 400, "top_k", "top_k is -2, but must be at least 1, or 0 for no limit"),
-    ("completions", COMPLETION | {"n": 0}, 400, "n", "n is 0, but must be between 1 and 128"),
-    ("completions", COMPLETION | {"n": 129}, 400, "n", "n is 129, but must be between 1 and 128"),
+    ("completions", COMPLETION | {"n": 0}, 400, "n", "n: input should be greater than or equal to 1, but found 0"),
+    ("completions", COMPLETION | {"n": 129}, 400, "n", "n: input should be less than or equal to 128, but found 129"),
     (
         "completions",
         COMPLETION | {"stop": ""},
@@ -428,8 +441,8 @@ REFUSED = [
         "completions",
         COMPLETION | {"logit_bias": {"x": 1}},
         400,
-        "logit_bias",
-        "logit_bias has the name 'x', but names must be token ids",
+        "logit_bias.x",
+        "logit_bias.x: input should be a valid integer, unable to parse string as an integer, but found 'x'",
     ),
     (
         "completions",
@@ -487,6 +500,34 @@ REFUSED = [
         400,
         "top_logprobs",
         "top_logprobs is only allowed when logprobs is true",
+    ),
+    (
+        "chat/completions",
+        CHAT | {"logprobs": True, "top_logprobs": 21},
+        400,
+        "top_logprobs",
+        "top_logprobs: input should be less than or equal to 20, but found 21",
+    ),
+    (
+        "chat/completions",
+        CHAT | {"max_completion_tokens": 0},
+        400,
+        "max_completion_tokens",
+        "max_completion_tokens: input should be greater than or equal to 1, but found 0",
+    ),
+    (
+        "completions",
+        COMPLETION | {"stop": "y" * 10**5},
+        400,
+        "stop",
+        f"stop is ['{'y' * 198}, but must be at most 16 strings of 1 to 256 characters",
+    ),
+    (
+        "completions",
+        COMPLETION | {"length_penalty": 2},
+        400,
+        "length_penalty",
+        "length_penalty = 2 is not supported by this server",
     ),
     (
         "chat/completions",
@@ -558,6 +599,9 @@ def test_fields_without_effect_are_accepted(client: openai.OpenAI, answer) -> No
     nothing = {"ignore_eos": True, "top_k": -1, "guided_json": None, "best_of": 1, "suffix": "", "echo": False}
     reply = client.completions.create(model=MODEL, prompt="x", **(FIXED | {"extra_body": nothing}))
     assert reply.choices[0].text == answer("x", temperature=0)
+    nothing = {"ignore_eos": True, "echo": False, "use_beam_search": False, "length_penalty": 1.0, "bad_words": []}
+    reply = client.chat.completions.create(model=MODEL, messages=USER, **(FIXED | {"extra_body": nothing}))
+    assert reply.choices[0].message.content == answer(USER, temperature=0)
 
 
 def test_the_other_endpoints(server: LiveServer, client: openai.OpenAI) -> None:
@@ -632,6 +676,9 @@ def test_a_full_queue_is_429(tiny_model: Model, tiny_checkpoint: Checkpoint) -> 
             assert caught.value.response.headers["retry-after"] == "1"
             assert caught.value.code == "queue_full"
             assert "more were asked for, but at most 2 may be; try again later" in caught.value.message
+            told = "3 answers were asked for, but at most 2 requests may run or wait at once"
+            with pytest.raises(openai.BadRequestError, match=told):  # to try again would be in vain
+                client.completions.create(model=MODEL, prompt="a", n=3, **FIXED)
             server.runner.open.set()
             assert len({future.result(30).choices[0].text for future in running}) == 1
         server.check_idle()

@@ -16,10 +16,10 @@ from test_serving_loader import write_gguf
 from test_serving_quantized import DenseKernels, dense_model, expected_logits, logits_of, write_quantized
 from tiny_llama import TINY, tiny_tensors, write_tiny
 
-import serving.calibrate
+import serving.offline.calibrate
 from serving.loader import open_checkpoint
-from serving.model_source import open_source
-from serving.quantize_model import quantize_model
+from serving.offline.model_source import open_source
+from serving.offline.quantize_model import quantize_model
 from tilus.cli import main
 from tilus.errors import TilusError
 from tilus.kernels.quantize import CheckpointWriter, QuantizedMatrix, load, recipe
@@ -200,18 +200,18 @@ def test_calibration_changes_outputs_less(tmp_path: Path, tiny_directory: Path) 
 def test_calibration_sees_the_inputs_of_rounded_layers(tmp_path: Path, tiny_directory: Path, monkeypatch) -> None:
     """The moments of each layer's q are those of its normed inputs in a model whose layers before are rounded."""
     seen: dict[str, np.ndarray] = {}
-    plain = serving.calibrate._moments
+    plain = serving.offline.calibrate._moments
 
     def spy(layer, modules, states, arguments):
         found = plain(layer, modules, states, arguments)
         seen.update(found)
         return found
 
-    monkeypatch.setattr(serving.calibrate, "_moments", spy)
+    monkeypatch.setattr(serving.offline.calibrate, "_moments", spy)
     (tmp_path / "text").write_text(TEXT)
     source = open_source(tiny_directory)
     names = [name for name in source.names() if "_proj" in name]
-    rounded = serving.calibrate.calibrate(
+    rounded = serving.offline.calibrate.calibrate(
         source, names, recipe("int3", 32), tmp_path / "text", lambda done, total: None
     )
     tokens = source.tokenizer().encode(TEXT)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from serving.model_source import ModelSource, open_source
+from serving.offline.model_source import ModelSource, open_source
 from tilus.errors import TilusError
 from tilus.kernels.quantize import CheckpointWriter, QuantizedMatrix, Recipe
 
@@ -95,7 +95,7 @@ def _calibrated(
 ) -> Mapping[str, QuantizedMatrix]:
     if text is None:
         return {}
-    from serving.calibrate import calibrate
+    from serving.offline.calibrate import calibrate
 
     return calibrate(model, chosen, recipe, text, progress)
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from serving.model_source import ModelSource
+from serving.offline.model_source import ModelSource
 from tilus.errors import TilusError
 from tilus.kernels.quantize import QuantizedMatrix, Recipe
 
