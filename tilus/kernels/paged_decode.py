@@ -43,7 +43,7 @@ from tilus.kernels.paged_decode_split import (
     units_of,
     with_whole_pairs,
 )
-from tilus.kernels.paged_decode_stages import TileMemory, fill_part
+from tilus.kernels.paged_decode_stages import Filling, TileMemory
 from tilus.kernels.plan_choice import by_fitting_plan, num_sms_of
 from tilus.kernels.vectors import power_of_two
 from tilus.runtime.execute import place
@@ -117,15 +117,9 @@ def paged_decode_kernel(
     units, begin, end, start = find_share(kv_lens, kv_heads, split, all_warps, blocks, tilus.block_id(0))
 
     with tilus.warps(warps, 1):
-        filling = memory.stages()
-
-        def fill(part):
-            past = part.length - q_len if settled else None
-            fill_part(
-                part, filling, kv_cache, factors, block_tables[part.sequence], part.passed, constant, settled=past
-            )
-
-        each_part(kv_lens, kv_heads, start, begin, end, split, fill)
+        own = q_len if settled else None
+        filling = Filling(memory.stages(), kv_cache, factors, block_tables, constant, own)
+        each_part(kv_lens, kv_heads, start, begin, end, split, filling.fill)
         tilus.wait_dependencies(constant=constant)
 
     with tilus.warps(0, warps):

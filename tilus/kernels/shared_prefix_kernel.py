@@ -27,7 +27,7 @@ from tilus.kernels.paged_decode_columns import Columns
 from tilus.kernels.paged_decode_operands import Codes, Elements
 from tilus.kernels.paged_decode_softmax import Columnwise, Softmax, result_of_part
 from tilus.kernels.paged_decode_split import Part, Split, each_part, find_share
-from tilus.kernels.paged_decode_stages import TileMemory, fill_part
+from tilus.kernels.paged_decode_stages import Filling, TileMemory
 from tilus.kernels.paged_prefill import PrefillPlan
 from tilus.kernels.paged_prefill_codes import CodeMemory, Converters
 from tilus.kernels.paged_prefill_softmax import Kind, Turns
@@ -134,15 +134,6 @@ class Rest:
         self.shares.each_part(WARPGROUP, attend)
 
 
-def copy_rest(shares: Shares, stages: Any, kv_cache: Any, factors: Any, block_tables: Any) -> None:
-    """By one warp."""
-
-    def copy(part: Part) -> None:
-        fill_part(part, stages, kv_cache, factors, block_tables[part.sequence], part.passed, None, PAGES)
-
-    shares.each_part(1, copy)
-
-
 def copy_prefixes(shares: Shares, stages: Any, kv_cache: Any, block_tables: Any) -> None:
     """Elements: keys and values, by some warps."""
     page_size = kv_cache.shape[2]
@@ -229,7 +220,8 @@ def shared_prefix_kernel(
                 convert_prefixes(shares, ring, codes.of(which), (kv_cache, factors), block_tables)
 
     with tilus.warps(COPYING + COPYING_PREFIX, 1, registers=prefix.registers_to_copy):
-        copy_rest(shares, own.stages(), kv_cache, factors, block_tables)
+        filling = Filling(own.stages(), kv_cache, factors, block_tables, None, most=PAGES)
+        shares.each_part(1, filling.fill)
 
     with tilus.warps(COPYING + COPYING_PREFIX + 1, 1, registers=prefix.registers_to_copy):
         asking = memory.stages()
