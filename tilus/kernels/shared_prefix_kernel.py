@@ -75,6 +75,11 @@ class SharedProblem:
         """Factors of a token and head."""
         return None if self.kind is None else self.kind.kinds
 
+    def rows_of(self, dtype: Any) -> Kind:
+        """What the rows are that see a prefix, of queries of this type."""
+        terms = 2 if dtype == bf16 else 1
+        return Kind(self.plan.prefix.heads, False, self.variant, self.words, self.q_type, terms)
+
 
 @dataclass(frozen=True, eq=False)
 class Shares:
@@ -152,6 +157,12 @@ def convert_prefixes(shares: Shares, ring: Any, codes: Any, sources: Any, block_
     )
 
 
+def ask_for_queries(shares: Shares, stages: Any, q_rows: Any) -> None:
+    """By one warp."""
+    order, heads = shares.shared[ORDER], shares.problem.plan.prefix.heads
+    shares.each_tile(1, lambda index, tile: fill_members(stages, q_rows, order, tile, index, shares.q_len, heads))
+
+
 def pages_of(block_tables: Any, tile: SharedTile, page_size: int) -> Any:
     """Of a part of a prefix, which is whole pages."""
     return tilus.narrow(block_tables[tile.sequence], 0, tile.token // page_size, tilus.cdiv(tile.length, page_size))
@@ -199,11 +210,11 @@ def shared_prefix_kernel(
 
     for half in range(2):
         with tilus.warps(WARPGROUP * half, WARPGROUP, registers=prefix.registers):
-            terms = 2 if q_rows.dtype == bf16 else 1
-            rows_kind = Kind(prefix.heads, False, problem.variant, problem.words, problem.q_type, terms)
             stages, turns, outputs = memory.stages(), Turns(memory.turns, half), (prefix_out, prefix_lse)
             batch = shared, q_len, group
-            rows = SharedRows(stages, turns, outputs, scale_log2, rows_kind, parameters, bits, batch)
+            rows = SharedRows(
+                stages, turns, outputs, scale_log2, problem.rows_of(q_rows.dtype), parameters, bits, batch
+            )
             shares.each_tile(WARPGROUP, rows.compute)
 
     with tilus.warps(OWN, WARPGROUP, registers=plan.registers):
@@ -224,8 +235,5 @@ def shared_prefix_kernel(
         shares.each_part(1, filling.fill)
 
     with tilus.warps(COPYING + COPYING_PREFIX + 1, 1, registers=prefix.registers_to_copy):
-        asking = memory.stages()
-        shares.each_tile(
-            1, lambda index, tile: fill_members(asking, q_rows, shared[ORDER], tile, index, q_len, prefix.heads)
-        )
+        ask_for_queries(shares, memory.stages(), q_rows)
         note_places(notes, shared, kv_heads, problem.unit, problem.split, blocks)
