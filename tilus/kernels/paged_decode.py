@@ -32,8 +32,8 @@ from tilus.kernels.index_checks import check_tables
 from tilus.kernels.kv_cache import QuantizedCache
 from tilus.kernels.paged_decode_arguments import check_decode, check_given
 from tilus.kernels.paged_decode_columns import Columns, Results, padded_columns
-from tilus.kernels.paged_decode_operands import Codes, Elements
-from tilus.kernels.paged_decode_softmax import Columnwise, Softmax, result_of_part
+from tilus.kernels.paged_decode_operands import operands_of
+from tilus.kernels.paged_decode_softmax import Attending, Columnwise
 from tilus.kernels.paged_decode_split import (
     Split,
     each_part,
@@ -124,19 +124,15 @@ def paged_decode_kernel(
 
     with tilus.warps(0, warps):
         tilus.wait_dependencies(constant=constant)
-        using = memory.stages()
+        stages = memory.stages()
         columns = Columns(q_len, group, head_dim, plan.warps, plan.column_groups)
-        changed = None if variant == NO_VARIANT else Columnwise(variant, columns, parameters, bits, words)
+        changed = Columnwise.of(variant, columns, parameters, bits, words)
         results = Results(columns, out, lse, partial_out, partial_lse, tickets)
-        operands = Elements() if code is None else Codes(code, head_dim, columns.parts, columns.column_groups)
+        attending = Attending(columns, operands_of(code, columns), stages, scale_log2, memory.kinds, changed)
 
         def attend(part):
-            queries = columns.queries(q[part.sequence], part.head)
-            softmax = Softmax(columns, operands, queries, scale_log2, memory.kinds, changed)
-            result, result_lse = result_of_part(part, using, softmax)
+            result, result_lse = attending.result_of(part, q)
             count, index, place = parts_of(part, units, blocks, split)
-            if changed is not None and variant.sink is not None and index == 0:
-                result, result_lse = changed.with_sink(result, result_lse, part)
             results.store(part, count, index, place, result, result_lse)
 
         each_part(kv_lens, kv_heads, start, begin, end, split, attend)

@@ -24,8 +24,8 @@ from tilus import Const, Tensor, bf16, f16, f32, int32
 from tilus.kernels.attention_variant import NO_VARIANT, Variant
 from tilus.kernels.kv_cache import KvFormat
 from tilus.kernels.paged_decode_columns import Columns
-from tilus.kernels.paged_decode_operands import Codes, Elements
-from tilus.kernels.paged_decode_softmax import Columnwise, Softmax, result_of_part
+from tilus.kernels.paged_decode_operands import operands_of
+from tilus.kernels.paged_decode_softmax import Attending, Columnwise
 from tilus.kernels.paged_decode_split import Part, Split, each_part, find_share
 from tilus.kernels.paged_decode_stages import Filling, TileMemory
 from tilus.kernels.paged_prefill import PrefillPlan
@@ -112,31 +112,14 @@ class Shares:
         each_part(lengths, self.kv_heads, start, begin, end, split, of_sequence)
 
 
-class Rest:
-    """What sequences have behind prefixes, as in `paged_decode`: the roles that compute and copy it. variant: in its columns."""
+def compute_rest(shares: Shares, attending: Attending, q: Any, out: Any, lse: Any) -> None:
+    """Partial results of what sequences have behind prefixes, as in `paged_decode`, by place."""
 
-    def __init__(self, shares: Shares, memory: TileMemory, columns: Columns, parameters: Any, bits: Any) -> None:
-        problem = shares.problem
-        self.shares, self.problem, self.stages, self.columns = shares, problem, memory.stages(), columns
-        self.variant = None
-        if problem.variant != NO_VARIANT:
-            self.variant = Columnwise(problem.variant, columns, parameters, bits, problem.words)
-        self.operands = Elements()
-        if problem.kind is not None:
-            self.operands = Codes(problem.kind.code, columns.head_dim, columns.parts, columns.column_groups)
+    def attend(part: Part) -> None:
+        result, log2 = attending.result_of(part, q)
+        attending.columns.store_partial(out, lse, tilus.block_id(0) + part.pair, result, log2)
 
-    def compute(self, q: Any, scale_log2: Any, out: Any, lse: Any) -> None:
-        """Partial results, by place."""
-
-        def attend(part: Part) -> None:
-            queries = self.columns.queries(q[part.sequence], part.head)
-            softmax = Softmax(self.columns, self.operands, queries, scale_log2, self.problem.kinds, self.variant)
-            result, log2 = result_of_part(part, self.stages, softmax)
-            if self.variant is not None and self.variant.variant.sink is not None and part.begin == part.first:
-                result, log2 = self.variant.with_sink(result, log2, part)
-            self.columns.store_partial(out, lse, tilus.block_id(0) + part.pair, result, log2)
-
-        self.shares.each_part(WARPGROUP, attend)
+    shares.each_part(WARPGROUP, attend)
 
 
 def copy_prefixes(shares: Shares, stages: Any, kv_cache: Any, block_tables: Any) -> None:
@@ -203,7 +186,8 @@ def shared_prefix_kernel(
     plan, prefix, kind = problem.plan, problem.plan.prefix, problem.kind
     memory = Memory(q_rows.dtype, head_dim, prefix, gathered=True)
     codes = None if kind is None else CodeMemory(kind, head_dim, page_size, prefix, CONVERTERS)
-    own = TileMemory(kv_cache, head_dim, None if kind is None else kind.code, plan)
+    code = None if kind is None else kind.code
+    own = TileMemory(kv_cache, head_dim, code, plan)
     tilus.wait_dependencies()
     tilus.launch_dependents()
     shares = Shares(problem, shared, kv_heads, q_len, blocks)
@@ -219,7 +203,9 @@ def shared_prefix_kernel(
 
     with tilus.warps(OWN, WARPGROUP, registers=plan.registers):
         columns = Columns(q_len, group, head_dim, WARPGROUP, plan.column_groups)
-        Rest(shares, own, columns, parameters, bits).compute(q, scale_log2, own_out, own_lse)
+        changed = Columnwise.of(problem.variant, columns, parameters, bits, problem.words)
+        attending = Attending(columns, operands_of(code, columns), own.stages(), scale_log2, problem.kinds, changed)
+        compute_rest(shares, attending, q, own_out, own_lse)
 
     if codes is None:
         with tilus.warps(COPYING, COPYING_PREFIX, registers=prefix.registers_to_copy):
