@@ -101,34 +101,30 @@ def paged_decode_kernel(
     variant: Const = NO_VARIANT,
     words: Const = 0,
 ):
-    """tickets: zeros, one for each sequence and kv head, and left so. places: as `paged_decode_split.places` says.
-
-    code: of a quantised cache, whose rows are its codes in units of 16 bits. factors: scales of keys and values (kind 0) and what
-    is added (kind 1), if anything is, for each token and head. early: block_tables and kv_lens may be read while the kernel in
-    front still runs. settled: and the cache's tokens in front of the queries' own.
-    """
-    kv_heads, warps, all_warps = q.shape[2], plan.warps, plan.warps + 1
-    tilus.grid(blocks, warps=all_warps, blocks_per_sm=plan.blocks_per_sm)
+    """tickets: zeros, one for each sequence and kv head, and left so. places: as `paged_decode_split.places` says. code: of a
+    quantised cache, whose rows are its codes in units of 16 bits. factors: scales of keys and values (kind 0) and what is added
+    (kind 1), if anything is, for each token and head. early: block_tables and kv_lens may be read while the kernel in front still
+    runs. settled: and the cache's tokens in front of the queries' own."""
+    kv_heads, warps = q.shape[2], plan.warps
+    tilus.grid(blocks, warps=warps + 1, blocks_per_sm=plan.blocks_per_sm)
     tilus.launch_dependents()
     memory = TileMemory(kv_cache, head_dim, code, plan)
     constant = [kv_lens, block_tables, *([kv_cache, factors] if settled else [])] if early else []
     if not early:
         tilus.wait_dependencies()
-    units, begin, end, start = find_share(kv_lens, kv_heads, split, all_warps, blocks, tilus.block_id(0))
+    units, begin, end, start = find_share(kv_lens, kv_heads, split, warps + 1, blocks, tilus.block_id(0))
 
     with tilus.warps(warps, 1):
-        own = q_len if settled else None
-        filling = Filling(memory.stages(), kv_cache, factors, block_tables, constant, own)
+        filling = Filling(memory.stages(), kv_cache, factors, block_tables, constant, q_len if settled else None)
         each_part(kv_lens, kv_heads, start, begin, end, split, filling.fill)
         tilus.wait_dependencies(constant=constant)
 
     with tilus.warps(0, warps):
         tilus.wait_dependencies(constant=constant)
-        stages = memory.stages()
-        columns = Columns(q_len, group, head_dim, plan.warps, plan.column_groups)
+        columns = Columns(q_len, group, head_dim, warps, plan.column_groups)
         changed = Columnwise.of(variant, columns, parameters, bits, words)
         results = Results(columns, out, lse, partial_out, partial_lse, tickets)
-        attending = Attending(columns, operands_of(code, columns), stages, scale_log2, memory.kinds, changed)
+        attending = Attending(columns, operands_of(code, columns), memory.stages(), scale_log2, memory.kinds, changed)
 
         def attend(part):
             result, result_lse = attending.result_of(part, q)

@@ -21,6 +21,7 @@ from typing import Any
 
 import tilus
 from tilus import Const, Tensor, bf16, f16, f32, int32
+from tilus.dtypes import DataType
 from tilus.kernels.attention_variant import NO_VARIANT, Variant
 from tilus.kernels.kv_cache import KvFormat
 from tilus.kernels.paged_decode_columns import Columns
@@ -71,9 +72,9 @@ class SharedProblem:
     words: int = 0
 
     @property
-    def kinds(self) -> int | None:
-        """Factors of a token and head."""
-        return None if self.kind is None else self.kind.kinds
+    def code(self) -> DataType | None:
+        """Of a quantised cache."""
+        return None if self.kind is None else self.kind.code
 
     def rows_of(self, dtype: Any) -> Kind:
         """What the rows are that see a prefix, of queries of this type."""
@@ -122,16 +123,24 @@ def compute_rest(shares: Shares, attending: Attending, q: Any, out: Any, lse: An
     shares.each_part(WARPGROUP, attend)
 
 
-def copy_prefixes(shares: Shares, stages: Any, kv_cache: Any, block_tables: Any) -> None:
-    """Elements: keys and values, by some warps."""
-    page_size = kv_cache.shape[2]
-    shares.each_tile(
-        COPYING_PREFIX, lambda _, tile: stages.fill(kv_cache, pages_of(block_tables, tile, page_size), tile, 0)
-    )
+def fill_prefixes(shares: Shares, memory: Memory, codes: Any, kv_cache: Any, factors: Any, block_tables: Any) -> None:
+    """By the warps that copy prefixes: elements by all of them, or codes that become elements, keys and values by other ones."""
+    page_size, registers = kv_cache.shape[2], shares.problem.plan.prefix.registers_to_copy
+    if codes is None:
+        with tilus.warps(COPYING, COPYING_PREFIX, registers=registers):
+            stages = memory.stages()
+            shares.each_tile(
+                COPYING_PREFIX, lambda _, tile: stages.fill(kv_cache, pages_of(block_tables, tile, page_size), tile, 0)
+            )
+    else:
+        for which in range(2):
+            with tilus.warps(COPYING + which * CONVERTERS.warps, CONVERTERS.warps, registers=registers):
+                ring = memory.stages().keys if which == 0 else memory.stages().values
+                convert_prefixes(shares, ring, codes.of(which), (kv_cache, factors), block_tables)
 
 
 def convert_prefixes(shares: Shares, ring: Any, codes: Any, sources: Any, block_tables: Any) -> None:
-    """Codes that become elements: keys or values, by other warps each. sources: (codes, factors)."""
+    """Codes that become elements: keys or values. sources: (codes, factors)."""
     kv_cache, factors = sources
     page_size = kv_cache.shape[2]
     shares.each_tile(
@@ -178,16 +187,13 @@ def shared_prefix_kernel(
 ):
     """q_rows: q, all tokens one after another; with a quantised cache, whose rows are codes in units of 16 bits, its bits as f16.
     shared: what `shared_prefix_groups` found. blocks: each has an even share of the prefixes and one of the rest. places: as
-    `places` of each says. notes: what `note_places` says.
-
-    The next kernel may start once all earlier ones have ended: it relies on that.
-    """
+    `places` of each says. notes: what `note_places` says. The next kernel may start once all earlier ones have ended: it relies
+    on that."""
     tilus.grid(blocks, warps=COPYING + WARPGROUP)
     plan, prefix, kind = problem.plan, problem.plan.prefix, problem.kind
     memory = Memory(q_rows.dtype, head_dim, prefix, gathered=True)
     codes = None if kind is None else CodeMemory(kind, head_dim, page_size, prefix, CONVERTERS)
-    code = None if kind is None else kind.code
-    own = TileMemory(kv_cache, head_dim, code, plan)
+    own = TileMemory(kv_cache, head_dim, problem.code, plan)
     tilus.wait_dependencies()
     tilus.launch_dependents()
     shares = Shares(problem, shared, kv_heads, q_len, blocks)
@@ -204,21 +210,13 @@ def shared_prefix_kernel(
     with tilus.warps(OWN, WARPGROUP, registers=plan.registers):
         columns = Columns(q_len, group, head_dim, WARPGROUP, plan.column_groups)
         changed = Columnwise.of(problem.variant, columns, parameters, bits, problem.words)
-        attending = Attending(columns, operands_of(code, columns), own.stages(), scale_log2, problem.kinds, changed)
+        attending = Attending(columns, operands_of(problem.code, columns), own.stages(), scale_log2, own.kinds, changed)
         compute_rest(shares, attending, q, own_out, own_lse)
 
-    if codes is None:
-        with tilus.warps(COPYING, COPYING_PREFIX, registers=prefix.registers_to_copy):
-            copy_prefixes(shares, memory.stages(), kv_cache, block_tables)
-    else:
-        for which in range(2):
-            with tilus.warps(COPYING + which, 1, registers=prefix.registers_to_copy):
-                ring = memory.stages().keys if which == 0 else memory.stages().values
-                convert_prefixes(shares, ring, codes.of(which), (kv_cache, factors), block_tables)
+    fill_prefixes(shares, memory, codes, kv_cache, factors, block_tables)
 
     with tilus.warps(COPYING + COPYING_PREFIX, 1, registers=prefix.registers_to_copy):
-        filling = Filling(own.stages(), kv_cache, factors, block_tables, None, most=PAGES)
-        shares.each_part(1, filling.fill)
+        shares.each_part(1, Filling(own.stages(), kv_cache, factors, block_tables, None, most=PAGES).fill)
 
     with tilus.warps(COPYING + COPYING_PREFIX + 1, 1, registers=prefix.registers_to_copy):
         ask_for_queries(shares, memory.stages(), q_rows)
