@@ -33,8 +33,8 @@ from tilus.kernels.paged_decode import units_of_codes
 from tilus.kernels.paged_prefill_codes import CodeMemory, Converters, Filling
 from tilus.kernels.paged_prefill_softmax import Kind, Rows, Turns
 from tilus.kernels.paged_prefill_split import FRAGMENT, WARPS, SplitRows, splits_of
-from tilus.kernels.paged_prefill_stages import PIECE, Memory
-from tilus.kernels.paged_prefill_tiles import LEAST_STEPS, ROWS, Tables, Visits, each_tile, kept_slack, slots, tokens_of
+from tilus.kernels.paged_prefill_stages import Copying, Memory
+from tilus.kernels.paged_prefill_tiles import LEAST_STEPS, ROWS, Tables, Tiles, Visits, kept_slack, slots, tokens_of
 from tilus.kernels.plan_choice import by_fitting_plan, num_sms_of
 from tilus.kernels.vectors import power_of_two
 from tilus.runtime.execute import place
@@ -98,12 +98,10 @@ def paged_prefill_kernel(
     kind: Const = None,
     q_type: Const = None,
 ):
-    """lists: where the pages of each sequence begin in the only row of block_tables; without it each sequence has a row.
-
-    kind: the format of a quantised cache, whose rows are its codes in units of 16 bits, and whose factors are given. q_type:
-    what the bits of q are where they are not those of q's dtype; they become it. splits, partial_out, partial_lse, tickets: where
-    blocks share tiles of rows, as `SplitRows` says.
-    """
+    """lists: where the pages of each sequence begin in the only row of block_tables; without it each sequence has a row. kind:
+    the format of a quantised cache, whose rows are its codes in units of 16 bits, and whose factors are given. q_type: what the
+    bits of q are where they are not those of q's dtype; they become it. splits, partial_out, partial_lse, tickets: where blocks
+    share tiles of rows, as `SplitRows` says."""
     visits = Visits(plan.heads, plan.kv_tile, causal, variant.hides, variant.window)
     warps = CONSUMERS + (PRODUCERS if kind is None else 2 * CONVERTERS.warps)
     tilus.grid(blocks, warps=warps)
@@ -112,30 +110,24 @@ def paged_prefill_kernel(
     slack = kept_slack(q_start, tokens_of(plan.heads), warps)
     parts = None if partial_out is None else splits
     memory = Memory(q.dtype, head_dim, plan)
-
     tables = Tables(block_tables, lists, page_size)
+    tiles = Tiles(q, q_start, kv_lens, blocks, slack, visits, parts)
     if kind is None:
         with tilus.warps(CONSUMERS, PRODUCERS, registers=plan.registers_to_copy):
-            filling = memory.stages()
-
-            def fill(index, tile):
-                filling.fill_queries(q, tile, index, plan.heads)
-                filling.fill(kv_cache, tables.of(tile), tile, tile.length % PIECE)
-
-            each_tile(q, q_start, kv_lens, blocks, slack, visits, fill, parts)
+            tiles.each(Copying(memory.stages(), q, kv_cache, tables, plan.heads).work)
     else:
         codes = CodeMemory(kind, head_dim, page_size, plan, CONVERTERS)
         for which in range(2):
             with tilus.warps(CONSUMERS + which * CONVERTERS.warps, CONVERTERS.warps, registers=plan.registers_to_copy):
-                making = Filling(which, memory.stages(), codes.of(which), (q, kv_cache, factors), tables, plan.heads)
-                each_tile(q, q_start, kv_lens, blocks, slack, visits, making.work, parts)
+                filling = Filling(which, memory.stages(), codes.of(which), (q, kv_cache, factors), tables, plan.heads)
+                tiles.each(filling.work)
 
     for half in range(2):
         with tilus.warps(4 * half, 4, registers=plan.registers):
             rows_kind = Kind(plan.heads, causal, variant, words, q_type)
             given = memory.stages(), Turns(memory.turns, half), (out, lse), scale_log2, rows_kind, parameters, bits
             rows = Rows(*given) if parts is None else SplitRows(*given, (partial_out, partial_lse, tickets))
-            each_tile(q, q_start, kv_lens, blocks, slack, visits, rows.compute, parts)
+            tiles.each(rows.compute)
 
 
 def paged_prefill(
