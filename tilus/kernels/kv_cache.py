@@ -153,7 +153,8 @@ def spread(halves: Any, frame: Any, count: int, kind: KvFormat) -> Any:
 def append(codes: Any, factors: Any, slot: tuple[Any, Any], which: int, halves: Any, kind: KvFormat) -> None:
     """Write the keys (0) or values (1) of a token, if its slot, a page and an offset in it, is one of the cache."""
     page, offset = slot
-    scale, minimum = factors_of(*halves, kind)
+    low, high = halves
+    scale, minimum = factors_of(low, high, kind)
     rounded = [codes_of(part, scale, minimum, kind) for part in halves]
     tilus.store(factors, [page, 0, which, 0, offset], scale, dims=[1, 3])
     if minimum is not None:
