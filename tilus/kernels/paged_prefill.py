@@ -31,8 +31,8 @@ from tilus.kernels.index_checks import check_tables
 from tilus.kernels.kv_cache import QuantizedCache
 from tilus.kernels.paged_decode import units_of_codes
 from tilus.kernels.paged_prefill_codes import CodeMemory, Converters, Filling
-from tilus.kernels.paged_prefill_softmax import Kind, Rows, Turns
-from tilus.kernels.paged_prefill_split import FRAGMENT, WARPS, SplitRows, splits_of
+from tilus.kernels.paged_prefill_softmax import HALF, Kind, Rows, Turns
+from tilus.kernels.paged_prefill_split import SplitRows, splits_of
 from tilus.kernels.paged_prefill_stages import Copying, Memory
 from tilus.kernels.paged_prefill_tiles import LEAST_STEPS, ROWS, Tables, Tiles, Visits, kept_slack, slots, tokens_of
 from tilus.kernels.plan_choice import by_fitting_plan, num_sms_of
@@ -83,7 +83,7 @@ def paged_prefill_kernel(
     lists: Tensor[int32, "sequences_plus_1"] = None,
     factors: Tensor[f16, "pages", "kv_heads", 2, "kinds", "page_size"] = None,
     splits: int32 = 1,
-    partial_out: Tensor[f32, "places", 8, "eights", 128] = None,
+    partial_out: Tensor[f32, "places", 2, "head_dim", 64] = None,
     partial_lse: Tensor[f32, "places", 128] = None,
     tickets: Tensor[int32, "counters"] = None,
     *,
@@ -263,7 +263,7 @@ def partials_of(q: Any, tiles: int, splits: int) -> tuple[Any, ...]:
     if splits == 1:
         return 1, None, None, None
     places, head_dim = tiles * splits, q.shape[2]
-    results, logs = empty(q, (places, WARPS, head_dim // 8, FRAGMENT), "float32"), empty(q, (places, ROWS), "float32")
+    results, logs = empty(q, (places, 2, head_dim, HALF), "float32"), empty(q, (places, ROWS), "float32")
     return splits, results, logs, counters(q, 2 * tiles)
 
 

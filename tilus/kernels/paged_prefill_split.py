@@ -22,14 +22,13 @@ from tilus.kernels.online_softmax import NO_SCORE
 from tilus.kernels.paged_prefill_softmax import HALF, Kind, Rows, Turns
 from tilus.kernels.paged_prefill_stages import Stages
 from tilus.kernels.paged_prefill_tiles import PartOfTile
-from tilus.layout import spatial
+from tilus.layout import RegisterLayout, spatial
 
 MOST_SPLITS = 16
 MOST_TURNS = 2  # of blocks, beyond which the last turn is not much of the whole
 PART_STEPS = 6  # that storing a part and merging it take as long as
 LEAST_GAIN = 0.1
-WARPS = 8  # that have rows of a tile
-FRAGMENT = 128  # elements of eight columns that a warp has
+WARPS = 4  # of a warpgroup
 
 
 @functools.lru_cache(maxsize=4096)
@@ -49,26 +48,30 @@ def splits_of(tiles: int, num_sms: int, steps: int) -> int:
 
 
 def fragments(rows: Any) -> Any:
-    """Rows [64, head_dim] of a warpgroup by warp and thread, [4, head_dim / 8, 128]: four neighbouring elements of each lane."""
-    eights = rows.shape[1] // 8
-    apart = rows.reshape(
-        [WARPS // 2, 2, 8, eights, 4, 2]
-    )  # of a product's result lane 4 g + t has pairs of rows g and g + 8
-    return tilus.transpose(apart, [0, 3, 2, 4, 1, 5]).reshape([WARPS // 2, eights, FRAGMENT])
+    """Rows [64, head_dim] by warp and thread, [head_dim, 64]: fours of neighbouring elements of a thread, those of a warp's lanes
+    side by side."""
+    head_dim = rows.shape[1]
+    apart = rows.reshape([WARPS, 2, 8, head_dim // 8, 4, 2])  # a product's lane 4 g + t has pairs of rows g and g + 8
+    return tilus.transpose(apart, [0, 3, 2, 4, 1, 5]).reshape([head_dim, HALF])
 
 
 def rows_of(fragments: Any) -> Any:
     """The inverse of `fragments`."""
-    eights = fragments.shape[1]
-    apart = tilus.transpose(fragments.reshape([WARPS // 2, eights, 8, 4, 2, 2]), [0, 4, 2, 1, 3, 5])
-    return apart.reshape([HALF, 8 * eights])
+    head_dim = fragments.shape[0]
+    apart = tilus.transpose(fragments.reshape([WARPS, head_dim // 8, 8, 4, 2, 2]), [0, 4, 2, 1, 3, 5])
+    return apart.reshape([HALF, head_dim])
+
+
+def fragment_layout(head_dim: int) -> RegisterLayout:
+    """Of what `rows_of` takes."""
+    return (spatial(WARPS, 1).local(1, head_dim // 8).spatial(1, 32).local(1, 4)).reshape((head_dim, HALF))
 
 
 class SplitRows(Rows):
     """64 rows of a tile that other blocks may have a part of, too.
 
-    partials: (results [places, 8, head_dim / 8, 128], which are `fragments`, log2 of sums of weights [places, 128], tickets:
-    zero, two for each tile of rows, and left so). The parts of a tile have places one after another.
+    partials: (results [places, 2, head_dim, 64], `fragments` of each half, log2 of sums of weights [places, 128], tickets: zero,
+    two for each tile of rows, and left so). The parts of a tile have places one after another.
     """
 
     def __init__(
@@ -92,27 +95,22 @@ class SplitRows(Rows):
         if complete == 1:
             self.store(tile)
 
-    @property
-    def first_warp(self) -> int:
-        """Of those that have these rows, among all."""
-        return WARPS // 2 * self.turns.half
-
     def store_part(self, tile: PartOfTile) -> None:
         place, first = tile.place + tile.part, HALF * self.turns.half
         result, log2 = self.partial()
-        tilus.store(self.results[place], [self.first_warp, 0, 0], fragments(result))
+        tilus.store(self.results[place, self.turns.half], [0, 0], fragments(result))
         tilus.store(self.logs[place], [first], log2)
 
     def merge(self, tile: PartOfTile) -> None:
         """Add up what all parts have stored."""
-        first, shape = HALF * self.turns.half, self.acc.shape
-        found = [WARPS // 2, shape[1] // 8, FRAGMENT]
-        layout = spatial(WARPS // 2, 1, 1).local(1, found[1], 1).spatial(1, 1, 32).local(1, 1, 4)
-        self.acc, self.total = tilus.zeros(shape), tilus.zeros([HALF, 1])
+        half, (_, head_dim) = self.turns.half, self.acc.shape
+        layout = fragment_layout(head_dim)
+        self.acc, self.total = tilus.zeros([HALF, head_dim]), tilus.zeros([HALF, 1])
         highest = tilus.full([HALF, 1], NO_SCORE)
         for part in tilus.range(tile.parts):
-            log2 = tilus.load(self.logs[tile.place + part], [first], [HALF]).reshape([HALF, 1])
-            values = rows_of(tilus.load(self.results[tile.place + part], [self.first_warp, 0, 0], found, layout=layout))
+            place = tile.place + part
+            log2 = tilus.load(self.logs[place], [HALF * half], [HALF]).reshape([HALF, 1])
+            values = rows_of(tilus.load(self.results[place, half], [0, 0], [head_dim, HALF], layout=layout))
             higher = tilus.maximum(highest, log2)
             shrink = tilus.exp2(highest - higher)
             factor = tilus.where(log2 > NO_SCORE, tilus.exp2(log2 - higher), 0.0)
