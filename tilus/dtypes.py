@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tilus.errors import TilusError
+from tilus.rounding import TF32_BITS, round_f16, to_float64, wide_codes
 
 Kind = Literal["int", "uint", "float", "bool"]
 Specials = Literal["none", "nan", "ieee"]
@@ -183,7 +184,7 @@ class DataType:
             case "bf16":
                 return (codes.astype(np.uint32) << 16).view(np.float32)
             case "tf32":
-                return (codes & _TF32_BITS).view(np.float32)
+                return (codes & TF32_BITS).view(np.float32)
             case _:
                 return codes.view(self.compute)
 
@@ -207,23 +208,13 @@ class DataType:
         if self.is_integer:
             return _encode_integer(self, array)
         if array.dtype != np.float32:
-            array = _to_float64(array)
-        if self.nbits <= 8:
-            return _encode_small_float(self, array)
-        match self.name:
-            case "f16":
-                return array.astype(np.float16).view(np.uint16)
-            case "bf16":
-                return _encode_bf16(array)
-            case "tf32":
-                return _encode_tf32(array)
-            case _:
-                return array.astype(np.float32).view(np.uint32)
+            array = to_float64(array)
+        return _encode_small_float(self, array) if self.nbits <= 8 else wide_codes(self.name, array)
 
     def round(self, values: npt.ArrayLike) -> npt.NDArray[Any]:
         """The values of this type nearest to `values`: `decode(encode(values))`; dtype `compute`."""
         if self is f16 and isinstance(values, np.ndarray) and values.dtype == np.float32:
-            return _round_f16(values)
+            return round_f16(values)
         return self.decode(self.encode(values))
 
     def _require_float(self, what: str) -> None:
@@ -269,16 +260,6 @@ def _float_values(dtype: DataType, codes: npt.NDArray[np.int64]) -> npt.NDArray[
     return np.where(codes == magnitude, values, -values)
 
 
-def _to_float64(array: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Float64 whose later rounding to a narrower type equals rounding the input: 64-bit integers are rounded to odd."""
-    if array.dtype.kind not in "iu" or array.dtype.itemsize < 8:
-        return array.astype(np.float64)
-    dropped = array & array.dtype.type(0x7FF)
-    wide = np.abs(array.astype(np.float64)) >= 2.0**53
-    sticky = np.where(wide & (dropped != 0), array - dropped | array.dtype.type(0x800), array)
-    return sticky.astype(np.float64)
-
-
 def _encode_integer(dtype: DataType, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     low, high = int(dtype.min_value), int(dtype.max_value)
     if array.dtype.kind == "f":
@@ -314,51 +295,6 @@ def _encode_small_float(dtype: DataType, array: npt.NDArray[Any]) -> npt.NDArray
     has_nan = dtype.specials == "nan" or (dtype.specials == "ieee" and dtype.mantissa_nbits > 0)
     codes = np.where(np.isnan(array), dtype.num_codes // 2 - 1 if has_nan else dtype.max_code, codes)
     return codes.astype(np.uint8)
-
-
-def _round_f16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """f32 values rounded to f16, several times faster than numpy's casts there and back.
-
-    Adding and subtracting 3 * 2^(e + 12), e the exponent of the value but at least -14, leaves multiples of f16's spacing.
-    """
-    magic = np.abs(values)
-    np.maximum(magic, np.float32(2.0**-14), out=magic)
-    bits = magic.view(np.uint32)
-    np.bitwise_and(bits, np.uint32(0x7F800000), out=bits)
-    np.multiply(magic, np.float32(3 * 2.0**12), out=magic)
-    with np.errstate(all="ignore"):
-        result = np.add(values, magic)
-        np.subtract(result, magic, out=result)
-        np.copysign(result, values, out=result)
-        if not float(np.max(np.abs(values), initial=0.0)) < 65520.0:  # overflow to infinity, or NaN
-            large = ~(np.abs(values) < 65520.0)
-            result[large] = values[large].astype(np.float16)
-    return result
-
-
-def _encode_bf16(array: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:
-    """Keep the upper half of the float32 bits, rounded. Float64 goes through float32 rounded to odd, so only one
-    rounding decides (Boldo and Melquiond, "When double rounding is odd", 2005)."""
-    bits = _odd_float32_bits(array)
-    codes = ((bits + (bits >> 16 & 1) + np.uint32(0x7FFF)) >> 16).astype(np.uint16)
-    return np.where(np.isnan(array), np.uint16(0x7FC0), codes)
-
-
-def _encode_tf32(array: npt.NDArray[Any]) -> npt.NDArray[np.uint32]:
-    """Add half of the last place to the magnitude and cut: ties go away from zero, as PTX `cvt.rna.tf32.f32` does."""
-    bits = _odd_float32_bits(array)
-    codes = np.where(np.isinf(array), bits, bits + np.uint32(0x1000)) & _TF32_BITS
-    return np.where(np.isnan(array), np.uint32(0x7FFFE000), codes)
-
-
-def _odd_float32_bits(array: npt.NDArray[Any]) -> npt.NDArray[np.uint32]:
-    """The bits of float32 values; float64 ones are rounded to odd."""
-    single = array.astype(np.float32)
-    bits = single.view(np.uint32)
-    if array.dtype == np.float64:
-        wide = single.astype(np.float64)
-        bits = bits - (np.abs(wide) > np.abs(array)) | (wide != array)
-    return bits
 
 
 def pack_bits(codes: npt.NDArray[Any], dtype: DataType) -> npt.NDArray[np.uint8]:
@@ -438,7 +374,6 @@ f16 = DataType("f16", "float", 16, 5, 10, "ieee")
 bf16 = DataType("bf16", "float", 16, 8, 7, "ieee")
 f32 = DataType("f32", "float", 32, 8, 23, "ieee")
 tf32 = DataType("tf32", "float", 32, 8, 10, "ieee")
-_TF32_BITS = np.uint32(0xFFFFFFFF << tf32.ignored_nbits & 0xFFFFFFFF)
 
 DTYPES: dict[str, DataType] = {value.name: value for value in list(globals().values()) if isinstance(value, DataType)}
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 import tilus
 from tilus import Const, Tensor, int32
 from tilus.kernels.attention import find_queries
-from tilus.kernels.paged_prefill_split import MOST_SPLITS, splits_of
+from tilus.kernels.paged_prefill import likely_tiles
+from tilus.kernels.paged_prefill_split import MOST_SPLITS, PART_STEPS, splits_of
 from tilus.kernels.paged_prefill_tiles import Visits, number, slack_of, slots, steps_of, tokens_of, visited
 
 KV_TILE = 128
@@ -83,15 +84,34 @@ def test_parts_of_a_tile_are_all_of_its_steps(steps: int, parts: int) -> None:
     assert max(map(len, found)) - min(map(len, found)) <= 1
 
 
-@given(st.integers(1, 1000), st.integers(1, 200))
-def test_more_parts_only_where_they_gain(tiles: int, num_sms: int) -> None:
-    """The time of a block in tiles: turns over parts. More parts save at least a tenth of it; none in batches of many tiles."""
-    splits = splits_of(tiles, num_sms)
-    whole, shared = -(-tiles // num_sms), -(-tiles * splits // num_sms) / splits
-    assert 1 <= splits <= MOST_SPLITS and (splits == 1 or shared <= 0.9 * whole)
-    assert splits == 1 or tiles <= 2 * num_sms
-    if 2 * tiles <= num_sms:
-        assert shared <= 0.5
+@given(st.integers(1, 400), st.integers(1, 150), st.integers(1, 300))
+def test_more_parts_only_where_they_gain(tiles: int, num_sms: int, steps: int) -> None:
+    """The steps of the busiest block, which takes parts in turns: parts save a tenth of it or there are none, and other numbers
+    of parts are not a tenth better. None in batches of many tiles."""
+
+    def busiest(splits: int) -> float:
+        each = Counter(part % num_sms for part in range(tiles * splits))
+        return max(each.values()) * (steps / splits + (PART_STEPS if splits > 1 else 0))
+
+    splits = splits_of(tiles, num_sms, steps)
+    assert splits == 1 or (tiles <= 2 * num_sms and busiest(splits) <= 0.9 * tiles_in_turns(tiles, num_sms) * steps)
+    if tiles <= 2 * num_sms:
+        assert all(busiest(other) >= 0.9 * busiest(splits) * (1 - 1e-9) for other in range(1, MOST_SPLITS + 1))
+
+
+def tiles_in_turns(tiles: int, num_sms: int) -> int:
+    """What the busiest block has."""
+    return len(range(0, tiles, num_sms))
+
+
+@given(st.integers(1, 40), st.integers(1, 300), st.sampled_from([1, 4, 16]), st.integers(1, 8), st.integers(1, 16))
+def test_likely_tiles_are_those_of_equal_sequences(
+    sequences: int, queries: int, heads: int, kv_heads: int, group: int
+) -> None:
+    tiles = [(s, first, head, h)
+             for s in range(sequences) for first in range(0, queries, tokens_of(heads))
+             for head in range(kv_heads) for h in range(0, group, heads)]  # fmt: skip
+    assert likely_tiles(sequences * queries, sequences, kv_heads, group, heads) == len(tiles)
 
 
 @given(st.integers(1, 300), st.integers(1, 40), st.sampled_from([8, 32, 128]))

@@ -13,7 +13,7 @@ import tilus
 from tilus import Const, Tensor, TilusError, f16, int32
 from tilus.kernels.allocate import is_cuda
 from tilus.kernels.attention_softmax import FRAGMENT_ROWS, Rows
-from tilus.kernels.attention_tiles import WARPS, CodeTiles, ElementTiles
+from tilus.kernels.attention_tiles import WARPS, tiles_of
 from tilus.kernels.kv_cache import QuantizedCache
 from tilus.kernels.vectors import power_of_two
 from tilus.runtime.execute import place
@@ -63,12 +63,10 @@ def paged_attention_kernel(
     With 64 rows each warp has 16 of them and reads all keys; with 16, all warps have the same rows and each reads its own
     quarter of every kv tile. In both cases a warp's softmax is its own business: warps meet only to share loaded tiles, and
     at the end, when the parts of the softmax (axis 0 of all tiles) are merged.
-
     q_start: None where each sequence has one query. factors: of a quantised cache of the format `kind`, whose rows are bytes.
     kv_tile: tokens of the cache per iteration. stages: kv tiles in shared memory; one is used while the others arrive.
     heads: rows of a token, those of its group first; by default a power of two. parts: of a kv tile; by default as many as
-    the warps need. window: how many keys a query sees at most, the last ones. soft_cap: see `paged_attention`.
-    """
+    the warps need. window: how many keys a query sees at most, the last ones. soft_cap: see `paged_attention`."""
     heads = power_of_two(group) if heads is None else heads
     parts = FRAGMENT_ROWS * WARPS // rows if parts is None else parts
     tokens = rows // heads
@@ -86,10 +84,8 @@ def paged_attention_kernel(
     tiles = tilus.cdiv(max(min(kv_len, limit - 1 + tokens), 0), kv_tile)
     start = 0 if window is None else max(limit - window, 0) // kv_tile  # the first tile that the first query sees
     ring = [stages, parts, kv_tile // parts, head_dim]
-    if kind is None:
-        kv = ElementTiles(kv_cache[:, :, :, head], block_tables[sequence], kv_len, ring)
-    else:
-        kv = CodeTiles(kv_cache[:, :, :, head], block_tables[sequence], kv_len, ring, factors[:, head], kind)
+    own_factors = None if kind is None else factors[:, head]
+    kv = tiles_of(kv_cache[:, :, :, head], block_tables[sequence], kv_len, ring, own_factors, kind)
     kv.begin(start, tiles)
     queries = tilus.load(q, [begin + first, head, 0, 0], [tokens, heads, head_dim], dims=[0, 2, 3])
     limits = limit + tilus.arange(rows, shape=[1, rows, 1], axis=1) // heads

@@ -173,3 +173,14 @@ class CodeTiles(Tiles):
 
     def weights(self, weights: Any, tile: Any) -> Any:
         return weights * self.factor(tile, 1, 0)
+
+
+def tiles_of(
+    cache: Any, table: Any, length: Any, ring: Any, factors: Any, kind: KvFormat | None
+) -> ElementTiles | CodeTiles:
+    """Of a cache of elements, or of codes with these factors."""
+    return (
+        ElementTiles(cache, table, length, ring)
+        if kind is None
+        else CodeTiles(cache, table, length, ring, factors, kind)
+    )

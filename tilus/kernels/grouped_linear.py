@@ -12,7 +12,7 @@ A token tile may reach into the rows of the next expert; what it computes there 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,18 +89,11 @@ def grouped_linear_kernel(
     stages = Stages(plan, x, codes, wdtype, factors, shape, 0)
     sums = Sums(splits, plan.tokens, 32 * group_warps, turns=splits > 1)
 
+    items = Items(offsets, x.shape[0], expert_tiles, blocks, plan)
+
     with tilus.warps(group_warps * splits, copiers, registers=None if plan.registers is None else 40):
         tilus.wait_dependencies(constant=constant)
-
-        free = Walk(stages, 0, 1)
-
-        def fill(turn, expert, row_tile, token, end):
-            for step in tilus.range(steps):
-                stage = free.wait_until_empty()
-                stages.copy_weights(stage, expert * expert_tiles + row_tile, step)
-                stages.copy_activations(stage, token, step, 0)
-
-        each_item(offsets, x.shape[0], expert_tiles, blocks, plan, fill)
+        copy_items(items, stages, steps)
 
     def multiply_all(split: int):
         exponent = residual(wdtype, x.dtype, table, zeros, MMA)
@@ -115,17 +108,63 @@ def grouped_linear_kernel(
                 sums.give(total, split, turn=turn)
             else:
                 result = sums.added_to(total, turn) * (global_scale * 2.0**exponent)
-                own_bias = None if bias is None else bias[expert]
-                offset = offsets_of(own_bias, row_tile * TILE, rows * TILE, False)
-                own = tilus.narrow(y, 0, 0, end)  # rows behind it are those of other experts
-                store_rows(own, [token, row_tile * TILE], result, 32 * group_warps, offset, None)
+                store_item(y, None if bias is None else bias[expert], row_tile, token, end, result, plan)
 
-        each_item(offsets, x.shape[0], expert_tiles, blocks, plan, multiply)
+        items.each(multiply)
 
     for split in range(splits):
         with tilus.warps(group_warps * split, group_warps, registers=plan.registers):
             tilus.wait_dependencies(constant=constant)
             multiply_all(split)
+
+
+@dataclass(frozen=True, eq=False)
+class Items:
+    """What a block has of a launch. offsets: where the rows of each expert begin among num_rows. expert_tiles: of its weight."""
+
+    offsets: Any
+    num_rows: Any
+    expert_tiles: Any
+    blocks: Any
+    plan: WarpgroupPlan
+
+    def each(self, work: Callable[[Any, Any, Any, Any, Any], None]) -> None:
+        """`work(turn, expert, tile of its weight, first row of x, end of the expert's rows)` for every item of this block."""
+        number = tilus.block_id(0)  # of this block's next item, counted from the first one of the expert
+        turn, end = 0, self.offsets[0]
+        row_tile, token = 0, 0  # variables: what divisions give is used in every step
+        for expert in tilus.range(self.offsets.shape[0] - 1):
+            begin = end
+            end = min(self.offsets[expert + 1], self.num_rows)
+            token_tiles = tilus.cdiv(max(end - begin, 0), self.plan.tokens)
+            count = token_tiles * (self.expert_tiles // self.plan.rows)
+            while number < count:
+                row_tile = number // token_tiles * self.plan.rows
+                token = begin + number % token_tiles * self.plan.tokens
+                work(turn, expert, row_tile, token, end)
+                number += self.blocks
+                turn += 1
+            number -= count
+
+
+def copy_items(items: Items, stages: Stages, steps: Any) -> None:
+    """Fill the ring of stages with what `steps` of every item read."""
+    free = Walk(stages, 0, 1)
+
+    def fill(turn: Any, expert: Any, row_tile: Any, token: Any, end: Any) -> None:
+        for step in tilus.range(steps):
+            stage = free.wait_until_empty()
+            stages.copy_weights(stage, expert * items.expert_tiles + row_tile, step)
+            stages.copy_activations(stage, token, step, 0)
+
+    items.each(fill)
+
+
+def store_item(y: Any, bias: Any, row_tile: Any, token: Any, end: Any, result: Any, plan: WarpgroupPlan) -> None:
+    """Write the rows of an item that are its expert's, with the expert's bias, if there is any."""
+    offset = offsets_of(bias, row_tile * TILE, plan.rows * TILE, False)
+    own = tilus.narrow(y, 0, 0, end)  # rows behind it are those of other experts
+    store_rows(own, [token, row_tile * TILE], result, 128 * plan.rows, offset, None)
 
 
 class Walk:
@@ -166,25 +205,6 @@ class Walk:
 
     def give_back(self, stage):
         tilus.arrive(self.empty[stage])
-
-
-def each_item(offsets, num_rows, expert_tiles, blocks, plan: WarpgroupPlan, work):
-    """`work(turn, expert, tile of its weight, first row of x, end of the expert's rows)` for every item of this block."""
-    number = tilus.block_id(0)  # of this block's next item, counted from the first one of the expert
-    turn, end = 0, offsets[0]
-    row_tile, token = 0, 0  # variables: what divisions give is used in every step
-    for expert in tilus.range(offsets.shape[0] - 1):
-        begin = end
-        end = min(offsets[expert + 1], num_rows)
-        token_tiles = tilus.cdiv(max(end - begin, 0), plan.tokens)
-        count = token_tiles * (expert_tiles // plan.rows)
-        while number < count:
-            row_tile = number // token_tiles * plan.rows
-            token = begin + number % token_tiles * plan.tokens
-            work(turn, expert, row_tile, token, end)
-            number += blocks
-            turn += 1
-        number -= count
 
 
 # By tokens of an item, best first (docs/performance.md): rows of tiles, warpgroups along K, most tiles of a step, blocks on a

@@ -87,12 +87,7 @@ def quantized_cache(
     return QuantizedCache(kind, codes, factors)
 
 
-@tilus.kernel(
-    varying=(
-        "tokens",
-        "pages",
-    )
-)
+@tilus.kernel(varying=("tokens", "pages"))
 def rope_append_quantized_kernel(
     qkv: Tensor["dtype", "tokens", "heads", "head_dim"],
     positions: Tensor[int32, "tokens"],
@@ -127,33 +122,14 @@ def rope_append_quantized_kernel(
     q_weight, k_weight = loaded_norm(q_norm, half), loaded_norm(k_norm, half)
     if constant:  # asked for while the kernel in front ends
         tilus.wait_dependencies(constant=[positions, slots, cos_sin, q_norm, k_norm])
-    page, offset = slot // page_size, slot % page_size
-
-    def append(which: int, halves: Any) -> None:
-        low, high = halves
-        scale, minimum = factors_of(low, high, kind)
-        rounded = [codes_of(part, scale, minimum, kind) for part in halves]
-        own = [page, 0, which, 0, offset]
-        tilus.store(factors, own, scale, dims=[1, 3])
-        if minimum is not None:
-            tilus.store(factors, [page, 0, which, 1, offset], minimum_of(halves, rounded, scale), dims=[1, 3])
-        for at, part in zip((0, half), rounded):
-            first = [page, 0, which, offset, at * kind.code.nbits // 8]
-            tilus.store(codes, first, as_bytes(part, kind), dims=[1, 4])
+    place = slot // page_size, slot % page_size
 
     def heads_of(first: int, count: int) -> Any:
         return halves_of(qkv[token, first : first + count], count, half)
 
-    def spread(halves: Any, frame: Any, count: int) -> Any:
-        """Rotated queries or keys as they meet each other; frame: their part of it."""
-        if frame is not None:
-            for row in (0, 1):
-                halves = reflected(halves, halves_of(frame[row], count, half))
-        return mixed(*halves) if kind.mixes_keys else halves
-
     if tilus.block_id(1) == 0:
         queries = rotated(normed(heads_of(0, q_heads), q_weight, eps), angles)
-        low, high = spread(queries, to_queries, q_heads)
+        low, high = spread(queries, to_queries, q_heads, kind)
         tilus.store(q, [token, 0, 0], low.to(q.dtype))
         tilus.store(q, [token, 0, half], high.to(q.dtype))
     else:
@@ -162,8 +138,30 @@ def rope_append_quantized_kernel(
         if to_keys is not None:
             keys = [part - centre for part, centre in zip(keys, halves_of(to_keys[3], kv_heads, half))]
             values = mixed(*reflected(values, halves_of(to_keys[2], kv_heads, half)))
-        append(0, spread(keys, to_keys, kv_heads))
-        append(1, values)
+        append(codes, factors, place, 0, spread(keys, to_keys, kv_heads, kind), kind)
+        append(codes, factors, place, 1, values, kind)
+
+
+def spread(halves: Any, frame: Any, count: int, kind: KvFormat) -> Any:
+    """The halves of rotated queries or keys as they meet each other. frame: their part of it, or None."""
+    if frame is not None:
+        for row in (0, 1):
+            halves = reflected(halves, halves_of(frame[row], count, halves[0].shape[1]))
+    return mixed(*halves) if kind.mixes_keys else halves
+
+
+def append(codes: Any, factors: Any, slot: tuple[Any, Any], which: int, halves: Any, kind: KvFormat) -> None:
+    """Write the keys (0) or values (1) of a token, if its slot, a page and an offset in it, is one of the cache."""
+    page, offset = slot
+    low, high = halves
+    scale, minimum = factors_of(low, high, kind)
+    rounded = [codes_of(part, scale, minimum, kind) for part in halves]
+    tilus.store(factors, [page, 0, which, 0, offset], scale, dims=[1, 3])
+    if minimum is not None:
+        tilus.store(factors, [page, 0, which, 1, offset], minimum_of(halves, rounded, scale), dims=[1, 3])
+    for half, part in enumerate(rounded):
+        row = as_bytes(part, kind)
+        tilus.store(codes, [page, 0, which, offset, half * row.shape[1]], row, dims=[1, 4])
 
 
 def factors_of(low: Any, high: Any, kind: KvFormat) -> Any:

@@ -32,8 +32,8 @@ from tilus.kernels.index_checks import check_tables
 from tilus.kernels.kv_cache import QuantizedCache
 from tilus.kernels.paged_decode_arguments import check_decode, check_given
 from tilus.kernels.paged_decode_columns import Columns, Results, padded_columns
-from tilus.kernels.paged_decode_operands import Codes, Elements
-from tilus.kernels.paged_decode_softmax import Columnwise, Softmax, result_of_part
+from tilus.kernels.paged_decode_operands import operands_of
+from tilus.kernels.paged_decode_softmax import Attending, Columnwise
 from tilus.kernels.paged_decode_split import (
     Split,
     each_part,
@@ -43,7 +43,7 @@ from tilus.kernels.paged_decode_split import (
     units_of,
     with_whole_pairs,
 )
-from tilus.kernels.paged_decode_stages import TileMemory, fill_part
+from tilus.kernels.paged_decode_stages import Filling, TileMemory
 from tilus.kernels.plan_choice import by_fitting_plan, num_sms_of
 from tilus.kernels.vectors import power_of_two
 from tilus.runtime.execute import place
@@ -101,48 +101,34 @@ def paged_decode_kernel(
     variant: Const = NO_VARIANT,
     words: Const = 0,
 ):
-    """tickets: zeros, one for each sequence and kv head, and left so. places: as `paged_decode_split.places` says.
-
-    code: of a quantised cache, whose rows are its codes in units of 16 bits. factors: scales of keys and values (kind 0) and what
-    is added (kind 1), if anything is, for each token and head. early: block_tables and kv_lens may be read while the kernel in
-    front still runs. settled: and the cache's tokens in front of the queries' own.
-    """
-    kv_heads, warps, all_warps = q.shape[2], plan.warps, plan.warps + 1
-    tilus.grid(blocks, warps=all_warps, blocks_per_sm=plan.blocks_per_sm)
+    """tickets: zeros, one for each sequence and kv head, and left so. places: as `paged_decode_split.places` says. code: of a
+    quantised cache, whose rows are its codes in units of 16 bits. factors: scales of keys and values (kind 0) and what is added
+    (kind 1), if anything is, for each token and head. early: block_tables and kv_lens may be read while the kernel in front still
+    runs. settled: and the cache's tokens in front of the queries' own."""
+    kv_heads, warps = q.shape[2], plan.warps
+    tilus.grid(blocks, warps=warps + 1, blocks_per_sm=plan.blocks_per_sm)
     tilus.launch_dependents()
     memory = TileMemory(kv_cache, head_dim, code, plan)
     constant = [kv_lens, block_tables, *([kv_cache, factors] if settled else [])] if early else []
     if not early:
         tilus.wait_dependencies()
-    units, begin, end, start = find_share(kv_lens, kv_heads, split, all_warps, blocks, tilus.block_id(0))
+    units, begin, end, start = find_share(kv_lens, kv_heads, split, warps + 1, blocks, tilus.block_id(0))
 
     with tilus.warps(warps, 1):
-        filling = memory.stages()
-
-        def fill(part):
-            past = part.length - q_len if settled else None
-            fill_part(
-                part, filling, kv_cache, factors, block_tables[part.sequence], part.passed, constant, settled=past
-            )
-
-        each_part(kv_lens, kv_heads, start, begin, end, split, fill)
+        filling = Filling(memory.stages(), kv_cache, factors, block_tables, constant, q_len if settled else None)
+        each_part(kv_lens, kv_heads, start, begin, end, split, filling.fill)
         tilus.wait_dependencies(constant=constant)
 
     with tilus.warps(0, warps):
         tilus.wait_dependencies(constant=constant)
-        using = memory.stages()
-        columns = Columns(q_len, group, head_dim, plan.warps, plan.column_groups)
-        changed = None if variant == NO_VARIANT else Columnwise(variant, columns, parameters, bits, words)
+        columns = Columns(q_len, group, head_dim, warps, plan.column_groups)
+        changed = Columnwise.of(variant, columns, parameters, bits, words)
         results = Results(columns, out, lse, partial_out, partial_lse, tickets)
-        operands = Elements() if code is None else Codes(code, head_dim, columns.parts, columns.column_groups)
+        attending = Attending(columns, operands_of(code, columns), memory.stages(), scale_log2, memory.kinds, changed)
 
         def attend(part):
-            queries = columns.queries(q[part.sequence], part.head)
-            softmax = Softmax(columns, operands, queries, scale_log2, memory.kinds, changed)
-            result, result_lse = result_of_part(part, using, softmax)
+            result, result_lse = attending.result_of(part, q)
             count, index, place = parts_of(part, units, blocks, split)
-            if changed is not None and variant.sink is not None and index == 0:
-                result, result_lse = changed.with_sink(result, result_lse, part)
             results.store(part, count, index, place, result, result_lse)
 
         each_part(kv_lens, kv_heads, start, begin, end, split, attend)

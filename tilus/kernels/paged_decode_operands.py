@@ -15,6 +15,7 @@ from typing import Any
 import tilus
 from tilus import f16
 from tilus.dtypes import DataType
+from tilus.kernels.paged_decode_columns import Columns
 from tilus.layout import Digit, RegisterLayout, local, replicated, spatial
 from tilus.layout.atoms import ldmatrix_trans, mma_a
 
@@ -98,3 +99,8 @@ class Codes:
         width = natural.shape[1]
         by_code = natural.reshape((self.blocks, 8, self.in_unit, width)).permute([0, 2, 1, 3])
         return by_code.reshape((self.head_dim, width))
+
+
+def operands_of(code: DataType | None, columns: Columns) -> Elements | Codes:
+    """Of a cache of such codes, or of elements."""
+    return Elements() if code is None else Codes(code, columns.head_dim, columns.parts, columns.column_groups)

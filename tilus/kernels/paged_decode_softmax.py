@@ -7,7 +7,7 @@ from typing import Any
 
 import tilus
 from tilus import bf16, f32, int32
-from tilus.kernels.attention_variant import Position, Variant, Words, scaled_logits, seen, sink_log2
+from tilus.kernels.attention_variant import NO_VARIANT, Position, Variant, Words, scaled_logits, seen, sink_log2
 from tilus.kernels.online_softmax import OnlineSoftmax
 from tilus.kernels.paged_decode_columns import Columns, normalized
 from tilus.kernels.paged_decode_operands import ROWS
@@ -21,6 +21,11 @@ class Columnwise:
     def __init__(self, variant: Variant, columns: Columns, parameters: Any, bits: Any, words: int) -> None:
         self.variant, self.columns = variant, columns
         self.parameters, self.bits, self.words = parameters, bits, words
+
+    @staticmethod
+    def of(variant: Variant, columns: Columns, parameters: Any, bits: Any, words: int) -> Columnwise | None:
+        """None where there is nothing to change."""
+        return None if variant == NO_VARIANT else Columnwise(variant, columns, parameters, bits, words)
 
     def position(self, part: Part, key: Any) -> Position:
         """Of scores of all columns with the keys at these positions."""
@@ -136,12 +141,26 @@ class Softmax(OnlineSoftmax):
         return self.acc if self.added is None else self.acc + self.added
 
 
-def result_of_part(part: Part, stages: Stages, softmax: Softmax) -> tuple[Any, Any]:
-    """What `normalized` gives of all tokens of a part, elements in their natural order."""
-    attend_to_part(part, stages, softmax)
-    layout = softmax.operands.ordered_layout(softmax.columns.result_layout())
-    result, log2 = normalized(softmax.highest, softmax.total, softmax.weighted_sum(), layout)
-    return softmax.operands.natural(result), log2
+class Attending:
+    """The warps that compute, part by part. operands: of products. kinds: see `Softmax`. variant: None where there is none."""
+
+    def __init__(
+        self, columns: Columns, operands: Any, stages: Stages, scale_log2: Any, kinds: int | None, variant: Columnwise | None
+    ) -> None:  # fmt: skip
+        self.columns, self.operands, self.stages = columns, operands, stages
+        self.scale_log2, self.kinds, self.variant = scale_log2, kinds, variant
+
+    def result_of(self, part: Part, q: Any) -> tuple[Any, Any]:
+        """What `normalized` gives of all tokens of a part, elements in their natural order; a pair's first part has the sink."""
+        queries = self.columns.queries(q[part.sequence], part.head)
+        softmax = Softmax(self.columns, self.operands, queries, self.scale_log2, self.kinds, self.variant)
+        attend_to_part(part, self.stages, softmax)
+        layout = self.operands.ordered_layout(self.columns.result_layout())
+        ordered, log2 = normalized(softmax.highest, softmax.total, softmax.weighted_sum(), layout)
+        result = self.operands.natural(ordered)
+        if self.variant is not None and self.variant.variant.sink is not None and part.begin == part.first:
+            result, log2 = self.variant.with_sink(result, log2, part)
+        return result, log2
 
 
 def attend_to_part(part: Part, stages: Stages, softmax: Softmax) -> None:

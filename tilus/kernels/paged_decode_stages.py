@@ -75,66 +75,88 @@ class Stages:
         return tile.reshape([count // ROWS, ROWS, 1]).to(f32)
 
 
-def fill_part(
-    part: Part, stages: Stages, kv_cache: Any, factors: Any, table: Any, passed: Any,
-    constant: list[Any] | None, most: int = PAGES, settled: Any = None,
-) -> None:  # fmt: skip
-    """Copy the tiles of a part into the ring. For pages behind the part's end zeros arrive, and no memory is read; their factors
-    are those of some page. table: the pages of the sequence. passed: tokens at its start that do not count. constant: see
-    "Dependent launch" (docs/language.md); None where nothing is to be waited for. most: entries of the table that are looked up
-    at once, which take as many registers. settled: of the tokens that count, how many at the start are constant, too: their tiles
-    are asked for while kernels in front still run; None: none of them."""
-    count, chunks, _, chunk, row = stages.ring.shape
-    page_size, nowhere = kv_cache.shape[2], kv_cache.shape[0]
-    tile, end = chunks * chunk, part.end_token
-    # Looked up together by the lanes of the warp, or the first tiles would wait for one access of the table after the other.
-    together = most // chunks if most % chunks == 0 and page_size <= tile else 1
-    lanes, everywhere = replicated(LANES // most, 1) * spatial(most), replicated(LANES, 1).local(together * chunks)
+class Filling:
+    """The warp that copies tiles of parts into the ring.
 
-    def look_up(first: Any) -> Any:
+    For pages behind a part's end zeros arrive, and no memory is read; their factors are those of some page. constant: see
+    "Dependent launch" (docs/language.md); None where nothing is to be waited for. own: if given, the queries' own tokens, so many
+    at the end of a sequence, are all that is not constant: other tiles are asked for while kernels in front still run. most:
+    entries of a block table that are looked up at once, which take as many registers.
+    """
+
+    def __init__(
+        self, stages: Stages, kv_cache: Any, factors: Any, block_tables: Any, constant: list[Any] | None,
+        own: int | None = None, most: int = PAGES,
+    ) -> None:  # fmt: skip
+        self.stages, self.kv_cache, self.factors, self.block_tables = stages, kv_cache, factors, block_tables
+        self.constant, self.own = constant, own
+        self.count, self.chunks, _, self.chunk, self.row = stages.ring.shape
+        self.tile, self.page_size = self.chunks * self.chunk, kv_cache.shape[2]
+        # Looked up together by the lanes of the warp, or the first tiles would wait for one access of the table after the other.
+        self.together = most // self.chunks if most % self.chunks == 0 and self.page_size <= self.tile else 1
+        self.everywhere = replicated(LANES, 1).local(self.together * self.chunks)
+        spread = replicated(LANES // most, 1) * spatial(most)
+        self.looking = spread if self.together > 1 else self.everywhere
+
+    def fill(self, part: Part) -> None:
+        """All tiles of a part."""
+        table, end, span = self.block_tables[part.sequence], part.end_token, self.together * self.tile
+        known = tilus.with_layout(self.look_up(table, part.token, part.passed), self.everywhere)
+        if self.constant and self.own is None and self.stages.used == 0:
+            self.prefetch(part, known)
+        self.stages.used = 1
+        if (
+            self.constant is not None and self.own is None
+        ):  # the first time; nothing before has read or written what it waits for
+            tilus.wait_dependencies(constant=self.constant)
+        for first in tilus.range(part.token, end, span):
+            following = self.look_up(table, first + span, part.passed)
+            for index in range(self.together):
+                if first + index * self.tile < end:
+                    if self.own is not None and first + (index + 1) * self.tile > part.length - self.own:
+                        tilus.wait_dependencies(constant=self.constant)
+                    at = first + index * self.tile
+                    self.copy(part, self.pages_of(known, index, at, end), at)
+            known = tilus.with_layout(following, self.everywhere)
+
+    def look_up(self, table: Any, first: Any, passed: Any) -> Any:
         """The pages of the tiles from a token on."""
-        layout = lanes if together > 1 else everywhere
-        return tilus.load(table, [(first + passed) // page_size], [together * chunks], layout=layout)
+        return tilus.load(
+            table, [(first + passed) // self.page_size], [self.together * self.chunks], layout=self.looking
+        )
 
-    def pages_of(known: Any, index: int, first: Any) -> Any:
+    def pages_of(self, known: Any, index: int, first: Any, end: Any) -> Any:
         """Those of a tile; behind the end of the part pages that do not exist, which are not read."""
-        inside = tilus.arange(chunks) * chunk < end - first
-        return tilus.where(inside, tilus.select(known.reshape([together, chunks]), 0, index), nowhere)
+        inside = tilus.arange(self.chunks) * self.chunk < end - first
+        pages = tilus.select(known.reshape([self.together, self.chunks]), 0, index)
+        return tilus.where(inside, pages, self.kv_cache.shape[0])
 
-    def slot_of(first: Any) -> Any:
-        return 0 if page_size <= tile else first % page_size // chunk * chunk
+    def slot_of(self, first: Any) -> Any:
+        """Of a token, in its page."""
+        return 0 if self.page_size <= self.tile else first % self.page_size // self.chunk * self.chunk
 
-    def fill(pages: Any, first: Any) -> None:
+    def prefetch(self, part: Part, known: Any) -> None:
+        """Bring the tiles of the first stages, which the kernel in front may still write, into the L2 cache."""
+        for index in range(min(self.together, self.count)):
+            first = part.token + index * self.tile
+            if first < part.end_token:
+                pages = self.pages_of(known, index, first, part.end_token)
+                where = [0, 0, self.slot_of(first), part.head, 0]
+                tilus.prefetch_gathered(self.kv_cache, pages, where, [2, self.chunk, self.row], dims=[1, 2, 4])
+
+    def copy(self, part: Part, pages: Any, first: Any) -> None:
+        """One tile."""
+        stages = self.stages
         stages.wait_empty()
         full = stages.full[stages.stage]
         tilus.gather_tensor(
-            stages.ring[stages.stage], kv_cache, pages, [0, 0, slot_of(first), part.head, 0], dims=[1, 2, 4],
+            stages.ring[stages.stage], self.kv_cache, pages, [0, 0, self.slot_of(first), part.head, 0], dims=[1, 2, 4],
             barrier=full, evict="first",
         )  # fmt: skip
-        if factors is not None:  # bulk copies have no bounds
-            there = tilus.where(pages < nowhere, tilus.maximum(pages, 0), 0)
+        if self.factors is not None:  # bulk copies have no bounds
+            there = tilus.where(pages < self.kv_cache.shape[0], tilus.maximum(pages, 0), 0)
             tilus.gather_bulk(
-                stages.factors[stages.stage], factors, there, [0, part.head, 0, 0, slot_of(first)], dims=[2, 3, 4],
+                stages.factors[stages.stage], self.factors, there, [0, part.head, 0, 0, self.slot_of(first)], dims=[2, 3, 4],
                 barrier=full, evict="first",
             )  # fmt: skip
         stages.advance()
-
-    known = tilus.with_layout(look_up(part.token), everywhere)
-    if constant and settled is None and stages.used == 0:
-        for index in range(min(together, count)):  # of the first stages, which the kernel in front may still write
-            first = part.token + index * tile
-            if first < end:
-                pages = pages_of(known, index, first)
-                where = [0, 0, slot_of(first), part.head, 0]
-                tilus.prefetch_gathered(kv_cache, pages, where, [2, chunk, row], dims=[1, 2, 4])
-    stages.used = 1
-    if constant is not None and settled is None:  # the first time; nothing before has read or written what it waits for
-        tilus.wait_dependencies(constant=constant)
-    for first in tilus.range(part.token, end, together * tile):
-        following = look_up(first + together * tile)
-        for index in range(together):
-            if first + index * tile < end:
-                if settled is not None and first + (index + 1) * tile > settled:
-                    tilus.wait_dependencies(constant=constant)
-                fill(pages_of(known, index, first + index * tile), first + index * tile)
-        known = tilus.with_layout(following, everywhere)

@@ -31,10 +31,10 @@ from tilus.kernels.index_checks import check_tables
 from tilus.kernels.kv_cache import QuantizedCache
 from tilus.kernels.paged_decode import units_of_codes
 from tilus.kernels.paged_prefill_codes import CodeMemory, Converters, Filling
-from tilus.kernels.paged_prefill_softmax import Kind, Rows, Turns
+from tilus.kernels.paged_prefill_softmax import HALF, Kind, Rows, Turns
 from tilus.kernels.paged_prefill_split import SplitRows, splits_of
-from tilus.kernels.paged_prefill_stages import PIECE, Memory
-from tilus.kernels.paged_prefill_tiles import LEAST_STEPS, ROWS, Tables, Visits, each_tile, kept_slack, slots, tokens_of
+from tilus.kernels.paged_prefill_stages import Copying, Memory
+from tilus.kernels.paged_prefill_tiles import LEAST_STEPS, ROWS, Tables, Tiles, Visits, kept_slack, slots, tokens_of
 from tilus.kernels.plan_choice import by_fitting_plan, num_sms_of
 from tilus.kernels.vectors import power_of_two
 from tilus.runtime.execute import place
@@ -46,7 +46,8 @@ CONSUMERS, PRODUCERS = 8, 4  # warps
 CONVERTERS = Converters()
 FACTORS_NBITS = 32  # of a token's keys or values, at most
 MOST_CODE_STAGES = 4
-LEAST_SPLIT = 2 * LEAST_STEPS * 128  # tokens of the longest sequence, from which on tiles may be shared out
+KV_TILE = 128  # tokens of a tile of the cache, mostly
+LEAST_SPLIT = 2 * LEAST_STEPS * KV_TILE  # tokens of the longest sequence, from which on tiles may be shared out
 CODES_NBYTES = 66 * 1024  # of shared memory for tiles of codes and their factors
 _fitting: dict[tuple[Any, ...], PrefillPlan] = {}
 
@@ -58,7 +59,7 @@ class PrefillPlan:
     computes, and that copies. code_stages: of tiles of codes of each, where the cache is quantised."""
 
     heads: int
-    kv_tile: int = 128
+    kv_tile: int = KV_TILE
     key_stages: int = 2
     value_stages: int = 2
     registers: int = 232
@@ -82,7 +83,7 @@ def paged_prefill_kernel(
     lists: Tensor[int32, "sequences_plus_1"] = None,
     factors: Tensor[f16, "pages", "kv_heads", 2, "kinds", "page_size"] = None,
     splits: int32 = 1,
-    partial_out: Tensor[f32, "places", 128, "head_dim"] = None,
+    partial_out: Tensor[f32, "places", 2, "head_dim", 64] = None,
     partial_lse: Tensor[f32, "places", 128] = None,
     tickets: Tensor[int32, "counters"] = None,
     *,
@@ -97,12 +98,10 @@ def paged_prefill_kernel(
     kind: Const = None,
     q_type: Const = None,
 ):
-    """lists: where the pages of each sequence begin in the only row of block_tables; without it each sequence has a row.
-
-    kind: the format of a quantised cache, whose rows are its codes in units of 16 bits, and whose factors are given. q_type:
-    what the bits of q are where they are not those of q's dtype; they become it. splits, partial_out, partial_lse, tickets: where
-    blocks share tiles of rows, as `SplitRows` says.
-    """
+    """lists: where the pages of each sequence begin in the only row of block_tables; without it each sequence has a row. kind:
+    the format of a quantised cache, whose rows are its codes in units of 16 bits, and whose factors are given. q_type: what the
+    bits of q are where they are not those of q's dtype; they become it. splits, partial_out, partial_lse, tickets: where blocks
+    share tiles of rows, as `SplitRows` says."""
     visits = Visits(plan.heads, plan.kv_tile, causal, variant.hides, variant.window)
     warps = CONSUMERS + (PRODUCERS if kind is None else 2 * CONVERTERS.warps)
     tilus.grid(blocks, warps=warps)
@@ -111,30 +110,24 @@ def paged_prefill_kernel(
     slack = kept_slack(q_start, tokens_of(plan.heads), warps)
     parts = None if partial_out is None else splits
     memory = Memory(q.dtype, head_dim, plan)
-
     tables = Tables(block_tables, lists, page_size)
+    tiles = Tiles(q, q_start, kv_lens, blocks, slack, visits, parts)
     if kind is None:
         with tilus.warps(CONSUMERS, PRODUCERS, registers=plan.registers_to_copy):
-            filling = memory.stages()
-
-            def fill(index, tile):
-                filling.fill_queries(q, tile, index, plan.heads)
-                filling.fill(kv_cache, tables.of(tile), tile, tile.length % PIECE)
-
-            each_tile(q, q_start, kv_lens, blocks, slack, visits, fill, parts)
+            tiles.each(Copying(memory.stages(), q, kv_cache, tables, plan.heads).work)
     else:
         codes = CodeMemory(kind, head_dim, page_size, plan, CONVERTERS)
         for which in range(2):
             with tilus.warps(CONSUMERS + which * CONVERTERS.warps, CONVERTERS.warps, registers=plan.registers_to_copy):
-                making = Filling(which, memory.stages(), codes.of(which), (q, kv_cache, factors), tables, plan.heads)
-                each_tile(q, q_start, kv_lens, blocks, slack, visits, making.work, parts)
+                filling = Filling(which, memory.stages(), codes.of(which), (q, kv_cache, factors), tables, plan.heads)
+                tiles.each(filling.work)
 
     for half in range(2):
         with tilus.warps(4 * half, 4, registers=plan.registers):
             rows_kind = Kind(plan.heads, causal, variant, words, q_type)
             given = memory.stages(), Turns(memory.turns, half), (out, lse), scale_log2, rows_kind, parameters, bits
             rows = Rows(*given) if parts is None else SplitRows(*given, (partial_out, partial_lse, tickets))
-            each_tile(q, q_start, kv_lens, blocks, slack, visits, rows.compute, parts)
+            tiles.each(rows.compute)
 
 
 def paged_prefill(
@@ -189,7 +182,9 @@ def by_plans(
     tiles = tiles_of(q.shape[0], sequences, kv_heads, group, heads)
     num_sms = num_sms_of(q, place(device, is_cuda(q)))
     longest = block_tables.shape[1] * kv_cache.shape[2]  # tokens
-    splits = splits_of(tiles, num_sms) if longest >= LEAST_SPLIT and given.variant.sink is None else 1
+    splits = 1
+    if longest >= LEAST_SPLIT and given.variant.sink is None:
+        splits = splits_of(likely_tiles(q.shape[0], sequences, kv_heads, group, heads), num_sms, longest // KV_TILE)
     blocks = min(tiles * splits, num_sms)
 
     def by(plan: PrefillPlan) -> tuple[Any, Any]:
@@ -209,7 +204,7 @@ def by_plans(
 
 def plans_of(heads: int, head_dim: int) -> tuple[PrefillPlan, ...]:
     """The largest tile of the cache first: the fewer tiles, the less what each takes beside its products counts."""
-    kv_tiles = (128, 64) if head_dim <= 128 else (32, 16)
+    kv_tiles = (KV_TILE, 64) if head_dim <= 128 else (32, 16)
     registers = {96: (224, 56), 256: (216, 72)}.get(head_dim, (232, 40))  # copies of more boxes take more
     return tuple(PrefillPlan(heads, kv_tile, 2, 2, *registers) for kv_tile in kv_tiles)
 
@@ -257,12 +252,18 @@ def tiles_of(queries: int, sequences: int, kv_heads: int, group: int, heads: int
     return slots(queries, sequences, tokens_of(heads)) * kv_heads * -(-group // heads)
 
 
+def likely_tiles(queries: int, sequences: int, kv_heads: int, group: int, heads: int) -> int:
+    """Those that are not empty, if all sequences have as many queries."""
+    tokens = -(-queries // max(sequences, 1))
+    return sequences * -(-tokens // tokens_of(heads)) * kv_heads * -(-group // heads)
+
+
 def partials_of(q: Any, tiles: int, splits: int) -> tuple[Any, ...]:
     """(splits, places for partial results of tiles, for their logarithms, tickets); None where tiles are whole."""
     if splits == 1:
         return 1, None, None, None
     places, head_dim = tiles * splits, q.shape[2]
-    results, logs = empty(q, (places, ROWS, head_dim), "float32"), empty(q, (places, ROWS), "float32")
+    results, logs = empty(q, (places, 2, head_dim, HALF), "float32"), empty(q, (places, ROWS), "float32")
     return splits, results, logs, counters(q, 2 * tiles)
 
 

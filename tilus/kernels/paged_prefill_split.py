@@ -1,9 +1,12 @@
 """Tiles of rows whose keys are shared out among blocks: where tiles are fewer than multiprocessors, or make a bad last turn.
 
 A short chunk of a long sequence has few tiles of rows, and each sees many keys: 128 queries of 32 heads on 8192 tokens are 32
-tiles of 65 steps of 1.6 us, for 132 multiprocessors. With four parts each a block has 16 steps; storing and merging partial
-results of 32 KB a warpgroup takes as long as two. Blocks do not wait for each other: the last one of a tile to come adds all
-parts up, always in the same order.
+tiles of 65 steps of 1.6 us, for 132 multiprocessors. With four parts each a block has 16 steps, and beside them stores and merges
+partial results of 32 KB a warpgroup. Blocks do not wait for each other: the last one of a tile to come adds all parts up, always
+in the same order.
+
+Partial results lie in memory as threads have them: each stores and loads 16 bytes at a time, neighbouring lanes side by side.
+Otherwise these would be pairs of elements of a row.
 
 Sums of parts merged by their log-sum-exp: T. Dao et al., "Flash-Decoding for long-context inference", 2023.
 """
@@ -19,32 +22,56 @@ from tilus.kernels.online_softmax import NO_SCORE
 from tilus.kernels.paged_prefill_softmax import HALF, Kind, Rows, Turns
 from tilus.kernels.paged_prefill_stages import Stages
 from tilus.kernels.paged_prefill_tiles import PartOfTile
+from tilus.layout import RegisterLayout, spatial
 
 MOST_SPLITS = 16
 MOST_TURNS = 2  # of blocks, beyond which the last turn is not much of the whole
+PART_STEPS = 6  # that storing a part and merging it take as long as
 LEAST_GAIN = 0.1
+WARPS = 4  # of a warpgroup
 
 
 @functools.lru_cache(maxsize=4096)
-def splits_of(tiles: int, num_sms: int) -> int:
-    """Parts of each tile of rows, at most, such that blocks are busy for the shortest time; more only if it gains LEAST_GAIN."""
+def splits_of(tiles: int, num_sms: int, steps: int) -> int:
+    """Parts of each of so many tiles of rows, at most, such that blocks are busy for the shortest time if each tile has so many
+    steps; more only if it gains LEAST_GAIN."""
 
-    def turns(splits: int) -> float:
-        return -(-tiles * splits // num_sms) / splits
+    def busy(splits: int) -> float:
+        return -(-tiles * splits // num_sms) * (steps / splits + (PART_STEPS if splits > 1 else 0))
 
     best = 1
     if tiles <= MOST_TURNS * num_sms:
         for splits in range(2, MOST_SPLITS + 1):
-            if turns(splits) <= (1 - LEAST_GAIN) * turns(best):
+            if busy(splits) <= (1 - LEAST_GAIN) * busy(best):
                 best = splits
     return best
+
+
+def fragments(rows: Any) -> Any:
+    """Rows [64, head_dim] by warp and thread, [head_dim, 64]: fours of neighbouring elements of a thread, those of a warp's lanes
+    side by side."""
+    head_dim = rows.shape[1]
+    apart = rows.reshape([WARPS, 2, 8, head_dim // 8, 4, 2])  # a product's lane 4 g + t has pairs of rows g and g + 8
+    return tilus.transpose(apart, [0, 3, 2, 4, 1, 5]).reshape([head_dim, HALF])
+
+
+def rows_of(fragments: Any) -> Any:
+    """The inverse of `fragments`."""
+    head_dim = fragments.shape[0]
+    apart = tilus.transpose(fragments.reshape([WARPS, head_dim // 8, 8, 4, 2, 2]), [0, 4, 2, 1, 3, 5])
+    return apart.reshape([HALF, head_dim])
+
+
+def fragment_layout(head_dim: int) -> RegisterLayout:
+    """Of what `rows_of` takes."""
+    return (spatial(WARPS, 1).local(1, head_dim // 8).spatial(1, 32).local(1, 4)).reshape((head_dim, HALF))
 
 
 class SplitRows(Rows):
     """64 rows of a tile that other blocks may have a part of, too.
 
-    partials: (results [places, 128, head_dim], log2 of sums of weights [places, 128], tickets: zero, two for each tile of rows,
-    and left so). The parts of a tile have places one after another.
+    partials: (results [places, 2, head_dim, 64], `fragments` of each half, log2 of sums of weights [places, 128], tickets: zero,
+    two for each tile of rows, and left so). The parts of a tile have places one after another.
     """
 
     def __init__(
@@ -71,17 +98,19 @@ class SplitRows(Rows):
     def store_part(self, tile: PartOfTile) -> None:
         place, first = tile.place + tile.part, HALF * self.turns.half
         result, log2 = self.partial()
-        tilus.store(self.results[place], [first, 0], result)
+        tilus.store(self.results[place, self.turns.half], [0, 0], fragments(result))
         tilus.store(self.logs[place], [first], log2)
 
     def merge(self, tile: PartOfTile) -> None:
         """Add up what all parts have stored."""
-        first, shape = HALF * self.turns.half, self.acc.shape
-        self.acc, self.total = tilus.zeros(shape), tilus.zeros([HALF, 1])
+        half, (_, head_dim) = self.turns.half, self.acc.shape
+        layout = fragment_layout(head_dim)
+        self.acc, self.total = tilus.zeros([HALF, head_dim]), tilus.zeros([HALF, 1])
         highest = tilus.full([HALF, 1], NO_SCORE)
         for part in tilus.range(tile.parts):
-            log2 = tilus.load(self.logs[tile.place + part], [first], [HALF]).reshape([HALF, 1])
-            values = tilus.load(self.results[tile.place + part], [first, 0], shape)
+            place = tile.place + part
+            log2 = tilus.load(self.logs[place], [HALF * half], [HALF]).reshape([HALF, 1])
+            values = rows_of(tilus.load(self.results[place, half], [0, 0], [head_dim, HALF], layout=layout))
             higher = tilus.maximum(highest, log2)
             shrink = tilus.exp2(highest - higher)
             factor = tilus.where(log2 > NO_SCORE, tilus.exp2(log2 - higher), 0.0)

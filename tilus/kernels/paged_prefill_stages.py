@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import tilus
-from tilus.kernels.paged_prefill_tiles import ROWS, Tile
+from tilus.kernels.paged_prefill_tiles import ROWS, Tables, Tile
 
 PIECE = 16  # tokens of a copy around the end of a sequence: every page is a multiple
 
@@ -153,3 +153,15 @@ class Stages:
                         shape=[PIECE, head_dim], dst_offsets=[piece * PIECE, 0], barrier=ring.full[ring.stage], dims=[2, 4],
                     )  # fmt: skip
             ring.advance()
+
+
+class Copying:
+    """What warps that copy elements do of each tile of rows. heads: of a tile."""
+
+    def __init__(self, stages: Stages, q: Any, kv_cache: Any, tables: Tables, heads: int) -> None:
+        self.stages, self.q, self.kv_cache, self.tables, self.heads = stages, q, kv_cache, tables, heads
+
+    def work(self, index: Any, tile: Tile) -> None:
+        """For the index-th tile of the block."""
+        self.stages.fill_queries(self.q, tile, index, self.heads)
+        self.stages.fill(self.kv_cache, self.tables.of(tile), tile, tile.length % PIECE)

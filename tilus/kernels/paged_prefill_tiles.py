@@ -10,6 +10,7 @@ Plain arithmetic on ints: kernels inline these functions, tests call them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,45 +146,56 @@ def steps_of(part: Any, parts: Any, steps: Any) -> Any:
     return part * steps // parts, (part + 1) * steps // parts
 
 
-def each_tile(
-    q: Any, q_start: Any, kv_lens: Any, blocks: Any, slack: Any, visits: Visits, work: Any, splits: Any = None
-) -> None:  # fmt: skip
-    """`work(index, tile)` for the tiles of this block, in order; index counts them. Empty ones are left out.
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """Those of a batch that blocks take in turns. q: [tokens, kv_heads, group, head_dim]. slack: see `kept_slack`. splits: if
+    given, what blocks take are parts of tiles, `PartOfTile`, so many of each, or less for few steps."""
 
-    q: [tokens, kv_heads, group, head_dim]. slack: see `kept_slack`.
-    splits: if given, what blocks take in turns are parts of tiles, `PartOfTile`, so many of each, or less for few steps.
-    """
-    heads, tokens, sequences = visits.heads, tokens_of(visits.heads), kv_lens.shape[0]
-    kv_heads, parts = q.shape[1], tilus.cdiv(q.shape[2], heads)
-    each = kv_heads * parts * (1 if splits is None else splits)  # tiles, or parts of them, of a slot
-    # Variables: computed once, not at each use.
-    index, at, sequence, first, row, queries, length, limit, unmasked, end, steps = 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0
-    sharers, begin, behind = 0, 0, 0
-    for turn in tilus.range(tilus.cdiv(slots(q.shape[0], sequences, tokens) * each, blocks)):
-        lacking = tilus.item(tilus.load_shared(slack))
-        rows = slots(q.shape[0], sequences, tokens, lacking)
-        taken = number(turn, tilus.block_id(0), blocks)
-        at = taken if splits is None else taken // splits
-        if taken < rows * each:
-            sequence, first = find_queries(q_start, sequences, tokens, rows - 1 - at // (kv_heads * parts), lacking)
-            row = q_start[sequence] + first
-            queries = q_start[sequence + 1] - row
-            if queries > 0:
-                length = kv_lens[sequence]
-                limit = length - queries + 1
-                unmasked, end, steps = visited(limit, length, visits)
-                kv_head, head = at % (kv_heads * parts) // parts, at % parts * heads
-                past = limit - 1 - first
-                if splits is None:
-                    work(index, Tile(sequence, kv_head, head, row, queries, length, past, limit, unmasked, end, steps))
-                    index += 1
-                else:
-                    sharers = max(1, min(splits, steps // LEAST_STEPS))
-                    part = taken % splits
-                    if part < sharers:
-                        begin, behind = steps_of(part, sharers, steps)
-                        work(index, PartOfTile(
-                            sequence, kv_head, head, row, queries, length, past, limit, unmasked, end - begin, behind - begin,
-                            at, part, sharers, at * splits,
+    q: Any
+    q_start: Any
+    kv_lens: Any
+    blocks: Any
+    slack: Any
+    visits: Visits
+    splits: Any
+
+    def each(self, work: Callable[[Any, Tile], None]) -> None:
+        """`work(index, tile)` for the tiles of this block, in order; index counts them. Empty ones are left out."""
+        heads, tokens, sequences = self.visits.heads, tokens_of(self.visits.heads), self.kv_lens.shape[0]
+        kv_heads, parts = self.q.shape[1], tilus.cdiv(self.q.shape[2], heads)
+        each = kv_heads * parts * (1 if self.splits is None else self.splits)  # tiles, or parts of them, of a slot
+        # Variables: computed once, not at each use.
+        index, at, sequence, first, row, queries, length, limit, unmasked, end, steps = 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0
+        sharers, begin, behind = 0, 0, 0
+        for turn in tilus.range(tilus.cdiv(slots(self.q.shape[0], sequences, tokens) * each, self.blocks)):
+            lacking = tilus.item(tilus.load_shared(self.slack))
+            rows = slots(self.q.shape[0], sequences, tokens, lacking)
+            taken = number(turn, tilus.block_id(0), self.blocks)
+            at = taken if self.splits is None else taken // self.splits
+            if taken < rows * each:
+                sequence, first = find_queries(
+                    self.q_start, sequences, tokens, rows - 1 - at // (kv_heads * parts), lacking
+                )
+                row = self.q_start[sequence] + first
+                queries = self.q_start[sequence + 1] - row
+                if queries > 0:
+                    length = self.kv_lens[sequence]
+                    limit = length - queries + 1
+                    unmasked, end, steps = visited(limit, length, self.visits)
+                    kv_head, head = at % (kv_heads * parts) // parts, at % parts * heads
+                    past = limit - 1 - first
+                    if self.splits is None:
+                        work(index, Tile(
+                            sequence, kv_head, head, row, queries, length, past, limit, unmasked, end, steps
                         ))  # fmt: skip
                         index += 1
+                    else:
+                        sharers = max(1, min(self.splits, steps // LEAST_STEPS))
+                        part = taken % self.splits
+                        if part < sharers:
+                            begin, behind = steps_of(part, sharers, steps)
+                            work(index, PartOfTile(
+                                sequence, kv_head, head, row, queries, length, past, limit, unmasked, end - begin, behind - begin,
+                                at, part, sharers, at * self.splits,
+                            ))  # fmt: skip
+                            index += 1

@@ -94,12 +94,32 @@ def rope_append(
     Raises: TilusError when shapes, dtypes or devices do not fit together; with TILUS_DEBUG=1 also for positions without angles
     and slots behind the cache.
     """
+    heads = check_append(qkv, kv_cache, frame)
+    page_size, kv_heads, head_dim = kv_cache.shape[2:]
+    q_heads = heads - 2 * kv_heads
+    check_tokens("rope_append", positions, slots, cos_sin.shape[0], kv_cache, device=device)
+    by_head = qkv.unflatten(1, (heads, head_dim))
+    if isinstance(kv_cache, QuantizedCache):
+        return append_quantized(
+            by_head, positions, cos_sin, slots, kv_cache, (q_norm, k_norm, eps), frame, constant, device
+        )
+    q = empty(qkv, (qkv.shape[0], q_heads, head_dim), kv_cache.dtype)
+    rope_append_kernel.on(device)(
+        by_head, positions, cos_sin, slots, kv_cache, q, eps, q_norm, k_norm,
+        head_dim=head_dim, q_heads=q_heads, kv_heads=kv_heads, page_size=page_size,
+        constant=constant,
+    )  # fmt: skip
+    return q
+
+
+def check_append(qkv: Any, kv_cache: Any, frame: KvFrame | None) -> int:
+    """The heads of a row of qkv: those of queries, keys and values. Raises: TilusError for shapes and dtypes that do not fit."""
     if qkv.ndim != 2 or len(kv_cache.shape) != 5:
         raise TilusError(
             f"rope_append: qkv of shape {list(qkv.shape)} and kv_cache of shape {list(kv_cache.shape)}, "
             "expected [tokens, (q_heads + 2 kv_heads) * head_dim] and [pages, 2, page_size, kv_heads, head_dim]"
         )
-    page_size, kv_heads, head_dim = kv_cache.shape[2:]
+    kv_heads, head_dim = kv_cache.shape[3:]
     heads, rest = divmod(qkv.shape[1], head_dim)
     q_heads = heads - 2 * kv_heads
     if rest or q_heads < 1 or head_dim % 2:
@@ -116,16 +136,4 @@ def rope_append(
             f"rope_append: kv_cache of {kv_cache.dtype}, expected float16 or bfloat16",
             hint="caches of fewer bits are made by quantized_cache",
         )
-    check_tokens("rope_append", positions, slots, cos_sin.shape[0], kv_cache, device=device)
-    by_head = qkv.unflatten(1, (heads, head_dim))
-    if isinstance(kv_cache, QuantizedCache):
-        return append_quantized(
-            by_head, positions, cos_sin, slots, kv_cache, (q_norm, k_norm, eps), frame, constant, device
-        )
-    q = empty(qkv, (qkv.shape[0], q_heads, head_dim), kv_cache.dtype)
-    rope_append_kernel.on(device)(
-        by_head, positions, cos_sin, slots, kv_cache, q, eps, q_norm, k_norm,
-        head_dim=head_dim, q_heads=q_heads, kv_heads=kv_heads, page_size=page_size,
-        constant=constant,
-    )  # fmt: skip
-    return q
+    return heads

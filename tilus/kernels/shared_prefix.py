@@ -107,12 +107,7 @@ def shared_prefix_decode(
         shared = find_shared_prefixes(
             block_tables, kv_lens, q_len, group, kv_cache.shape[2], constant_tables=constant_tables, device=device
         )  # fmt: skip
-    elif tuple(shared.shape) != (FIELDS, q.shape[0]):
-        raise TilusError(
-            f"shared_prefix_decode: shared of shape {list(shared.shape)} for {q.shape[0]} sequences, expected "
-            f"[{FIELDS}, {q.shape[0]}]",
-            hint="it is what find_shared_prefixes gives for the same block_tables and kv_lens",
-        )
+    check_shared(shared, q.shape[0])
 
     def unshared() -> Any:
         return paged_decode(
@@ -122,6 +117,16 @@ def shared_prefix_decode(
 
     lse = by_plans(q, kv_cache, block_tables, shared, scale, return_lse, device, given, out, unshared)
     return (out, lse) if return_lse else out
+
+
+def check_shared(shared: Any, sequences: int) -> None:
+    """Raise a TilusError for what `find_shared_prefixes` does not give for so many sequences."""
+    if tuple(shared.shape) != (FIELDS, sequences):
+        raise TilusError(
+            f"shared_prefix_decode: shared of shape {list(shared.shape)} for {sequences} sequences, expected "
+            f"[{FIELDS}, {sequences}]",
+            hint="it is what find_shared_prefixes gives for the same block_tables and kv_lens",
+        )
 
 
 def find_shared_prefixes(

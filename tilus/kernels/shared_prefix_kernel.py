@@ -21,13 +21,14 @@ from typing import Any
 
 import tilus
 from tilus import Const, Tensor, bf16, f16, f32, int32
+from tilus.dtypes import DataType
 from tilus.kernels.attention_variant import NO_VARIANT, Variant
 from tilus.kernels.kv_cache import KvFormat
 from tilus.kernels.paged_decode_columns import Columns
-from tilus.kernels.paged_decode_operands import Codes, Elements
-from tilus.kernels.paged_decode_softmax import Columnwise, Softmax, result_of_part
+from tilus.kernels.paged_decode_operands import operands_of
+from tilus.kernels.paged_decode_softmax import Attending, Columnwise
 from tilus.kernels.paged_decode_split import Part, Split, each_part, find_share
-from tilus.kernels.paged_decode_stages import TileMemory, fill_part
+from tilus.kernels.paged_decode_stages import Filling, TileMemory
 from tilus.kernels.paged_prefill import PrefillPlan
 from tilus.kernels.paged_prefill_codes import CodeMemory, Converters
 from tilus.kernels.paged_prefill_softmax import Kind, Turns
@@ -71,9 +72,14 @@ class SharedProblem:
     words: int = 0
 
     @property
-    def kinds(self) -> int | None:
-        """Factors of a token and head."""
-        return None if self.kind is None else self.kind.kinds
+    def code(self) -> DataType | None:
+        """Of a quantised cache."""
+        return None if self.kind is None else self.kind.code
+
+    def rows_of(self, dtype: Any) -> Kind:
+        """What the rows are that see a prefix, of queries of this type."""
+        terms = 2 if dtype == bf16 else 1
+        return Kind(self.plan.prefix.heads, False, self.variant, self.words, self.q_type, terms)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,58 +113,46 @@ class Shares:
         each_part(lengths, self.kv_heads, start, begin, end, split, of_sequence)
 
 
-class Rest:
-    """What sequences have behind prefixes, as in `paged_decode`: the roles that compute and copy it. variant: in its columns."""
+def compute_rest(shares: Shares, attending: Attending, q: Any, out: Any, lse: Any) -> None:
+    """Partial results of what sequences have behind prefixes, as in `paged_decode`, by place."""
 
-    def __init__(self, shares: Shares, memory: TileMemory, columns: Columns, parameters: Any, bits: Any) -> None:
-        problem = shares.problem
-        self.shares, self.problem, self.stages, self.columns = shares, problem, memory.stages(), columns
-        self.variant = None
-        if problem.variant != NO_VARIANT:
-            self.variant = Columnwise(problem.variant, columns, parameters, bits, problem.words)
-        self.operands = Elements()
-        if problem.kind is not None:
-            self.operands = Codes(problem.kind.code, columns.head_dim, columns.parts, columns.column_groups)
+    def attend(part: Part) -> None:
+        result, log2 = attending.result_of(part, q)
+        attending.columns.store_partial(out, lse, tilus.block_id(0) + part.pair, result, log2)
 
-    def compute(self, q: Any, scale_log2: Any, out: Any, lse: Any) -> None:
-        """Partial results, by place."""
-
-        def attend(part: Part) -> None:
-            queries = self.columns.queries(q[part.sequence], part.head)
-            softmax = Softmax(self.columns, self.operands, queries, scale_log2, self.problem.kinds, self.variant)
-            result, log2 = result_of_part(part, self.stages, softmax)
-            if self.variant is not None and self.variant.variant.sink is not None and part.begin == part.first:
-                result, log2 = self.variant.with_sink(result, log2, part)
-            self.columns.store_partial(out, lse, tilus.block_id(0) + part.pair, result, log2)
-
-        self.shares.each_part(WARPGROUP, attend)
+    shares.each_part(WARPGROUP, attend)
 
 
-def copy_rest(shares: Shares, stages: Any, kv_cache: Any, factors: Any, block_tables: Any) -> None:
-    """By one warp."""
-
-    def copy(part: Part) -> None:
-        fill_part(part, stages, kv_cache, factors, block_tables[part.sequence], part.passed, None, PAGES)
-
-    shares.each_part(1, copy)
-
-
-def copy_prefixes(shares: Shares, stages: Any, kv_cache: Any, block_tables: Any) -> None:
-    """Elements: keys and values, by some warps."""
-    page_size = kv_cache.shape[2]
-    shares.each_tile(
-        COPYING_PREFIX, lambda _, tile: stages.fill(kv_cache, pages_of(block_tables, tile, page_size), tile, 0)
-    )
+def fill_prefixes(shares: Shares, memory: Memory, codes: Any, kv_cache: Any, factors: Any, block_tables: Any) -> None:
+    """By the warps that copy prefixes: elements by all of them, or codes that become elements, keys and values by other ones."""
+    page_size, registers = kv_cache.shape[2], shares.problem.plan.prefix.registers_to_copy
+    if codes is None:
+        with tilus.warps(COPYING, COPYING_PREFIX, registers=registers):
+            stages = memory.stages()
+            shares.each_tile(
+                COPYING_PREFIX, lambda _, tile: stages.fill(kv_cache, pages_of(block_tables, tile, page_size), tile, 0)
+            )
+    else:
+        for which in range(2):
+            with tilus.warps(COPYING + which * CONVERTERS.warps, CONVERTERS.warps, registers=registers):
+                ring = memory.stages().keys if which == 0 else memory.stages().values
+                convert_prefixes(shares, ring, codes.of(which), (kv_cache, factors), block_tables)
 
 
 def convert_prefixes(shares: Shares, ring: Any, codes: Any, sources: Any, block_tables: Any) -> None:
-    """Codes that become elements: keys or values, by other warps each. sources: (codes, factors)."""
+    """Codes that become elements: keys or values. sources: (codes, factors)."""
     kv_cache, factors = sources
     page_size = kv_cache.shape[2]
     shares.each_tile(
         CONVERTERS.warps,
         lambda _, tile: codes.fill(ring, kv_cache, factors, pages_of(block_tables, tile, page_size), tile),
     )
+
+
+def ask_for_queries(shares: Shares, stages: Any, q_rows: Any) -> None:
+    """By one warp."""
+    order, heads = shares.shared[ORDER], shares.problem.plan.prefix.heads
+    shares.each_tile(1, lambda index, tile: fill_members(stages, q_rows, order, tile, index, shares.q_len, heads))
 
 
 def pages_of(block_tables: Any, tile: SharedTile, page_size: int) -> Any:
@@ -193,47 +187,37 @@ def shared_prefix_kernel(
 ):
     """q_rows: q, all tokens one after another; with a quantised cache, whose rows are codes in units of 16 bits, its bits as f16.
     shared: what `shared_prefix_groups` found. blocks: each has an even share of the prefixes and one of the rest. places: as
-    `places` of each says. notes: what `note_places` says.
-
-    The next kernel may start once all earlier ones have ended: it relies on that.
-    """
+    `places` of each says. notes: what `note_places` says. The next kernel may start once all earlier ones have ended: it relies
+    on that."""
     tilus.grid(blocks, warps=COPYING + WARPGROUP)
     plan, prefix, kind = problem.plan, problem.plan.prefix, problem.kind
     memory = Memory(q_rows.dtype, head_dim, prefix, gathered=True)
     codes = None if kind is None else CodeMemory(kind, head_dim, page_size, prefix, CONVERTERS)
-    own = TileMemory(kv_cache, head_dim, None if kind is None else kind.code, plan)
+    own = TileMemory(kv_cache, head_dim, problem.code, plan)
     tilus.wait_dependencies()
     tilus.launch_dependents()
     shares = Shares(problem, shared, kv_heads, q_len, blocks)
 
     for half in range(2):
         with tilus.warps(WARPGROUP * half, WARPGROUP, registers=prefix.registers):
-            terms = 2 if q_rows.dtype == bf16 else 1
-            rows_kind = Kind(prefix.heads, False, problem.variant, problem.words, problem.q_type, terms)
             stages, turns, outputs = memory.stages(), Turns(memory.turns, half), (prefix_out, prefix_lse)
             batch = shared, q_len, group
-            rows = SharedRows(stages, turns, outputs, scale_log2, rows_kind, parameters, bits, batch)
+            rows = SharedRows(
+                stages, turns, outputs, scale_log2, problem.rows_of(q_rows.dtype), parameters, bits, batch
+            )
             shares.each_tile(WARPGROUP, rows.compute)
 
     with tilus.warps(OWN, WARPGROUP, registers=plan.registers):
         columns = Columns(q_len, group, head_dim, WARPGROUP, plan.column_groups)
-        Rest(shares, own, columns, parameters, bits).compute(q, scale_log2, own_out, own_lse)
+        changed = Columnwise.of(problem.variant, columns, parameters, bits, problem.words)
+        attending = Attending(columns, operands_of(problem.code, columns), own.stages(), scale_log2, own.kinds, changed)
+        compute_rest(shares, attending, q, own_out, own_lse)
 
-    if codes is None:
-        with tilus.warps(COPYING, COPYING_PREFIX, registers=prefix.registers_to_copy):
-            copy_prefixes(shares, memory.stages(), kv_cache, block_tables)
-    else:
-        for which in range(2):
-            with tilus.warps(COPYING + which, 1, registers=prefix.registers_to_copy):
-                ring = memory.stages().keys if which == 0 else memory.stages().values
-                convert_prefixes(shares, ring, codes.of(which), (kv_cache, factors), block_tables)
+    fill_prefixes(shares, memory, codes, kv_cache, factors, block_tables)
 
     with tilus.warps(COPYING + COPYING_PREFIX, 1, registers=prefix.registers_to_copy):
-        copy_rest(shares, own.stages(), kv_cache, factors, block_tables)
+        shares.each_part(1, Filling(own.stages(), kv_cache, factors, block_tables, None, most=PAGES).fill)
 
     with tilus.warps(COPYING + COPYING_PREFIX + 1, 1, registers=prefix.registers_to_copy):
-        asking = memory.stages()
-        shares.each_tile(
-            1, lambda index, tile: fill_members(asking, q_rows, shared[ORDER], tile, index, q_len, prefix.heads)
-        )
+        ask_for_queries(shares, memory.stages(), q_rows)
         note_places(notes, shared, kv_heads, problem.unit, problem.split, blocks)
