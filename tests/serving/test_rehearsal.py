@@ -19,8 +19,9 @@ from serving.architectures import by_huggingface
 from serving.config import EngineConfig
 from serving.core import UNKNOWN, Batch, BatchItem, SamplingParams
 from serving.kernels import default_kernels
+from serving.layers import Dense, Linear, Norm
 from serving.loader import Checkpoint
-from serving.model import Dense, Embedding, Layer, Linear, Model, load_model
+from serving.model import Embedding, Layer, Model, load_model
 from serving.model_config import LayerAttention, ModelConfig
 from serving.rehearsal import rehearsal, without_repetitions
 from serving.rope import Rope
@@ -61,7 +62,7 @@ def shaped(config: ModelConfig, dtype: tilus.DataType, layers: int) -> Model:
     norm = torch.empty(hidden)
     cos_sin = torch.empty(config.max_positions, config.head_dim)
     layer = Layer(
-        attn_norm=norm,
+        attn_norm=Norm(norm),
         qkv=Linear((weight(q + 2 * config.num_kv_heads * config.head_dim, hidden),)),
         q_norm=None,
         k_norm=None,
@@ -69,7 +70,7 @@ def shaped(config: ModelConfig, dtype: tilus.DataType, layers: int) -> Model:
         window=None,
         attn_output=Linear((weight(hidden, q),)),
         post_attention_norm=None,
-        ffn_norm=norm,
+        ffn_norm=Norm(norm),
         feed_forward=Dense(
             Linear((weight(2 * config.ffn_size, hidden, is_gated=True),)),
             Linear((weight(hidden, config.ffn_size),)),

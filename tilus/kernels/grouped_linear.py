@@ -32,9 +32,9 @@ from tilus.kernels.quantize.packed import QuantizedWeight
 from tilus.kernels.quantize.tiles import MMA, TILE, WHOLE
 from tilus.kernels.schedule import Schedule
 from tilus.kernels.vectors import power_of_two
-from tilus.kernels.warpgroup_linear import store_rows
 from tilus.kernels.warpgroup_operands import Unpacking, table_entries, tile_nbytes
 from tilus.kernels.warpgroup_products import sum_of_steps
+from tilus.kernels.warpgroup_results import Rows, store_rows
 from tilus.kernels.warpgroup_schedule import Overlap, WarpgroupPlan, planned
 from tilus.kernels.warpgroup_stages import Stages
 from tilus.kernels.warpgroup_sums import Sums
@@ -118,7 +118,9 @@ def grouped_linear_kernel(
                 own_bias = None if bias is None else bias[expert]
                 offset = offsets_of(own_bias, row_tile * TILE, rows * TILE, False)
                 own = tilus.narrow(y, 0, 0, end)  # rows behind it are those of other experts
-                store_rows(own, [token, row_tile * TILE], result, 32 * group_warps, offset, None)
+                stored = Rows(own, plan, None, 32 * group_warps)
+                stored.begin([token, row_tile * TILE])
+                store_rows(stored, result, offset)
 
         each_item(offsets, x.shape[0], expert_tiles, blocks, plan, multiply)
 
