@@ -75,8 +75,8 @@ class Kernels(Protocol):
         reader: PackedWeight | None = None, scale: float = 1.0,
     ) -> Activations:  # fmt: skip
         """`add_rms_norm(linear(x, weight, bias=bias), residual, norm, eps)`, weights being constant. Without reader it is a
-        tensor, else for `linear` with this weight and nobody else, which may be left to take the norm. scale: a power of two, such
-        that numbers of the stream times scale * norm fit into the type of x."""
+        tensor, else for `linear` with this weight and nobody else, which may be left to take the norm. scale: a power of two,
+        such that numbers of the stream times scale * norm fit into the type of x."""
         ...
 
     def rope_append(

@@ -13,7 +13,7 @@ from typing import Any
 import tilus
 from tilus import f32
 from tilus.kernels.quantize.tiles import TILE
-from tilus.layout import local, replicated
+from tilus.layout import local
 
 VECTOR = 4  # sums of neighbours that a thread loads at once: 16 bytes
 LANES = 4  # threads that add up the squares of a token, whatever the plan, so that sums have one order
@@ -66,31 +66,43 @@ NO_NORMS = Norms()
 
 
 class RootMeanSquares:
-    """In a kernel: of rows of a `DeferredNorm`, found while the first step comes, and kept in shared memory until sums are there.
+    """In a kernel: of rows of a `DeferredNorm`. Warps of their own find them while others multiply, and leave them in shared memory.
 
-    squares: as there, None for activations that are no such norm. parts: of a row.
+    squares: as there, None for activations that are no such norm. parts: of a row. turns: there is more than one tile.
     """
 
-    def __init__(self, squares, tokens: int, parts, threads: int):
-        self.squares = squares
+    def __init__(self, squares, tokens: int, parts, turns: bool):
+        self.squares, self.tokens, self.parts = squares, tokens, parts
+        self.taken = None
         if squares is not None:
-            self.tokens, self.parts = tokens, parts
             self.inverse = tilus.shared(f32, [tokens])
-            self.count = tilus.cdiv(parts, LANES * VECTOR)  # vectors of a thread
-            several, together = max(1, tokens * LANES // threads), min(tokens, threads // LANES)
-            lanes = local(several, self.count).spatial(together, LANES).local(1, VECTOR)
-            self.layout = replicated(max(1, threads // (tokens * LANES)), 2) * lanes
+            self.found = tilus.mbarrier()
+            self.taken = tilus.mbarrier() if turns else None
 
-    def find(self, token, eps):
-        """Of the rows from `token` on."""
+    def find(self, tiles, eps, warps: int):
+        """Of the rows of all tiles, one after the other, by a role of so many warps."""
+        several, count = 32 * warps // LANES, tilus.cdiv(self.parts, LANES * VECTOR)
+        layout = local(1, count).spatial(several, LANES).local(1, VECTOR)
+        for index in tiles.numbers():
+            _, token = tiles.start(index)
+            if self.taken is not None:
+                tilus.wait_barrier(self.taken, (index + 1) % 2)
+            for first in range(0, self.tokens, several):
+                start, shape = [token + first, 0], [several, count * LANES * VECTOR]
+                total = tilus.sum(tilus.load(self.squares, start, shape, layout=layout), 1)
+                tilus.store_shared(self.inverse, tilus.rsqrt(total / (self.parts * TILE) + eps), offsets=[first])
+            tilus.arrive(self.found)
+
+    def wait(self, index):
+        """Until those of a tile are there."""
         if self.squares is not None:
-            width = self.count * LANES * VECTOR
-            squares = tilus.load(self.squares, [token, 0], [self.tokens, width], layout=self.layout)
-            inverse = tilus.rsqrt(tilus.sum(squares, 1) / (self.parts * TILE) + eps)
-            tilus.sync()  # nobody reads those of the rows before
-            tilus.store_shared(self.inverse, inverse)
-            tilus.sync()
+            tilus.wait_barrier(self.found, index % 2)
 
     def divided(self, sums):
         """Sums [rows, tokens] of products with the values, divided by the roots of the tokens."""
         return sums if self.squares is None else sums * tilus.load_shared(self.inverse)
+
+    def free(self):
+        """Those of the next tile may come."""
+        if self.taken is not None:
+            tilus.arrive(self.taken)

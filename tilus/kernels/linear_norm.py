@@ -33,8 +33,8 @@ def linear_add_rms_norm(
     numbers of the stream times scale * norm must fit into the type of x, else the results are infinite.
 
     Returns: the norm [M, H] in the dtype of x, or a `DeferredNorm` for `linear` with the reader: on Hopper, for packed weights
-    and few tokens, or any number where invariant, no kernel is launched for the norm. Then the layer's results are not rounded before
-    they are added, and the norm's values are rounded before they are divided by their root mean square.
+    and few tokens, or any number where invariant, no kernel is launched for the norm. Then the layer's results are not rounded
+    before they are added, and the norm's values are rounded before they are divided by their root mean square.
     Raises: TilusError when shapes, dtypes or devices do not fit together.
     """
     if reader is None or not _is_deferred(x, weight, reader, device, invariant):

@@ -69,12 +69,14 @@ def warpgroup_linear(
 ):
     rows, splits = plan.rows, plan.splits
     shape, out_rows = plan.shape(span), TILE if activation is None else TILE // 2
-    group_warps, copiers = 4 * rows, 1 if plan.registers is None else 4
+    group_warps, alone = 4 * rows, plan.registers is None
+    finders = 0 if x_squares is None else 1 if alone else 2
+    copiers = 1 if alone else 4 - finders
     token_tiles = tilus.cdiv(y.shape[0], plan.tokens)
     tilus.grid(
         launched,
         1 if plan.launched else token_tiles,
-        warps=group_warps * splits + copiers,
+        warps=group_warps * splits + copiers + finders,
         cluster=plan.blocks * plan.sharing,
         blocks_per_sm=plan.blocks_per_sm,
         ends_alone=plan.sharing == 1,  # only the first block's memory is written to, and that waits for it
@@ -88,13 +90,18 @@ def warpgroup_linear(
     constant = [codes, scales, mins, zeros, table, bias, norm]
     stages = Stages(plan, x, codes, wdtype, factors, shape, tiles.group)
     own_sums = Sums(splits, plan.tokens, 32 * group_warps, turns=plan.launched > 0 and splits > 1)
-    roots = RootMeanSquares(x_squares, plan.tokens, x_parts, 32 * group_warps)
+    roots = RootMeanSquares(x_squares, plan.tokens, x_parts, turns=plan.launched > 0)
     all_sums = Sums(plan.blocks, plan.tokens, 32 * group_warps)
     if plan.blocks * plan.sharing > 1:
         tilus.cluster_sync()
 
-    with tilus.warps(group_warps * splits, copiers, registers=None if plan.registers is None else 40):
+    with tilus.warps(group_warps * splits, copiers, registers=None if alone else 40):
         stages.fill(tiles, constant)
+
+    if finders > 0:
+        with tilus.warps(group_warps * splits + copiers, finders, registers=None if alone else 40):
+            tilus.wait_dependencies(constant=constant)
+            roots.find(tiles, eps, finders)
 
     for split in range(splits):
         with tilus.warps(group_warps * split, group_warps, registers=plan.registers):
@@ -107,9 +114,6 @@ def warpgroup_linear(
             for index in tiles.numbers():
                 row_tile, token = tiles.start(index)
                 begin, end = tiles.extent(index)
-                if split == 0:
-                    roots.find(token, eps)
-                    stored.begin([token, row_tile * out_rows])
                 once = unpacked.whole(factors, row_tile) if span == WHOLE else None
                 first = tiles.before(index)
                 stages.begin_tile(first)
@@ -119,7 +123,7 @@ def warpgroup_linear(
                 if split > 0:
                     own_sums.give(total, split, index)
                 else:
-                    stored.fetch()
+                    stored.begin([token, row_tile * out_rows])
                     total = own_sums.added_to(total, index)
                     if tiles.part > 0:
                         all_sums.give(total, tiles.part, block=tiles.own)
@@ -127,6 +131,7 @@ def warpgroup_linear(
                         total, complete = all_sums.added_to(total), 1
                         if plan.streamed:
                             total, complete = tiles.joined(total, partial, tickets, index)
+                        roots.wait(index)
                         if complete == 1:
                             total = total * (global_scale * 2.0**unpacked.exponent)
                             if x_scale is not None:
@@ -134,6 +139,7 @@ def warpgroup_linear(
                             total = roots.divided(total)
                             offset = offsets_of(bias, row_tile * TILE, rows * TILE, activation is not None)
                             store_rows(stored, total, offset)
+                        roots.free()
 
 
 def unpacking(wdtype, factor_dtypes, x, x_scale, zeros, entries, shape):

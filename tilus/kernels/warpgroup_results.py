@@ -9,13 +9,12 @@ from tilus.kernels.warpgroup_schedule import STORED_TOKENS, WarpgroupPlan
 from tilus.layout import local
 
 VECTOR = 4  # neighbours of the residual stream that a thread moves: 16 bytes
-EARLY_TOKENS = 32  # of a block, whose part of the stream registers hold beside products
 
 
 class Rows:
     """Results that are rounded, and stored in runs along the rows of the weight.
 
-    begin: says where they go, a token and a row; fetch: in front of the last sums; store: the index-th [rows, tokens] of them.
+    begin: says where those of a tile go, a token and a row, in front of the last sums; store: the index-th [rows, tokens] of them.
     """
 
     def __init__(self, y, plan: WarpgroupPlan, activation, threads: int):
@@ -27,9 +26,6 @@ class Rows:
     def begin(self, start):
         self.start = start
 
-    def fetch(self):
-        """They need nothing."""
-
     def store(self, index: int, results):
         rounded = tilus.transpose(tilus.cast(results, self.y.dtype))
         start = [self.start[0] + index * self.tokens, self.start[1]]
@@ -39,7 +35,8 @@ class Rows:
 class StreamRows:
     """Results that are added to a block's part of the residual stream, whose norm is stored, as `Rows` are used.
 
-    addend: the fields of `Addend`. The stream may come from memory, so it is asked for early.
+    addend: the fields of `Addend`. The stream is asked for while the last sums come: before, it would take registers that blocks
+    of the next kernel need beside this one.
     """
 
     def __init__(self, y, addend, plan: WarpgroupPlan, threads: int):
@@ -50,15 +47,7 @@ class StreamRows:
 
     def begin(self, start):
         self.start = start
-        if self.all_tokens <= EARLY_TOKENS:
-            self.load()
-
-    def fetch(self):
-        if self.all_tokens > EARLY_TOKENS:
-            self.load()
-
-    def load(self):
-        token, row = self.start
+        token, row = start
         self.before = [
             tilus.load(self.stream, [token + first, row], [self.tokens, self.rows], layout=self.layout)
             for first in range(0, self.all_tokens, self.tokens)
