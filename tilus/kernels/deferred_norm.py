@@ -66,7 +66,7 @@ NO_NORMS = Norms()
 
 
 class RootMeanSquares:
-    """In a kernel: of rows of a `DeferredNorm`. Warps of their own find them while others multiply, and leave them in shared memory.
+    """In a kernel: those of rows of a `DeferredNorm`. Warps of their own find them, while others multiply.
 
     squares: as there, None for activations that are no such norm. parts: of a row. turns: there is more than one tile.
     """

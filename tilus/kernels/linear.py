@@ -298,7 +298,8 @@ def _plan(x: Any, weight: QuantizedWeight, y: Any, where: str, invariant: bool, 
         return cpu_schedule(m, tiles_n, tiles_k, header.dtype.nbits, num_threads())
     problem = LinearProblem.of(header, m, _dtype(x), _dtype(y))
     if where != "cuda":
-        sms, hopper = EMULATED_SMS if where == "emulator" else 0, norms is not NO_NORMS
+        hopper = norms is not NO_NORMS
+        sms = EMULATED_SMS if hopper or where == "emulator" else 0
         return invariant_plans(problem, sms, hopper=hopper)[0] if invariant else heuristic(problem, sms, hopper=hopper)
     if header.order != MMA:
         raise TilusError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from tilus.errors import TilusError
+from tilus.kernels.activation import activation_of
 from tilus.kernels.allocate import empty, is_cuda
 from tilus.kernels.deferred_norm import Addend, DeferredNorm, Norms
 from tilus.kernels.linear import gpu_of, is_aligned, launch_without_spills, linear
@@ -16,7 +17,9 @@ from tilus.runtime.execute import place
 if TYPE_CHECKING:
     from tilus.kernels.dense_weight import DenseWeight
 
-MOST_TOKENS = 64  # from there on products, not starts and ends of kernels, are what takes time
+# Up to 8 tokens a step of decoding takes as long either way, as weights of the next layer come while the norm is taken; beyond 64
+# the kernels themselves take the time (docs/performance.md).
+TOKENS = range(9, 65)
 
 
 def linear_add_rms_norm(
@@ -32,31 +35,23 @@ def linear_add_rms_norm(
     layer that reads the result, by `linear`; None for others, as any that multiply it by several weights. scale: a power of two;
     numbers of the stream times scale * norm must fit into the type of x, else the results are infinite.
 
-    Returns: the norm [M, H] in the dtype of x, or a `DeferredNorm` for `linear` with the reader: on Hopper, for packed weights
-    and few tokens, or any number where invariant, no kernel is launched for the norm. Then the layer's results are not rounded
+    Returns: the norm [M, H] in the dtype of x, or a `DeferredNorm` for `linear` with the reader: on Hopper, for packed weights,
+    `TOKENS` and results that need not be invariant, no kernel is launched for the norm. Then the layer's results are not rounded
     before they are added, and the norm's values are rounded before they are divided by their root mean square.
     Raises: TilusError when shapes, dtypes or devices do not fit together.
     """
-    if reader is None or not _is_deferred(x, weight, reader, device, invariant):
-        return add_rms_norm(
-            linear(x, weight, bias=bias, device=device, invariant=invariant),
-            residual,
-            norm,
-            eps,
-            constant=True,
-            device=device,
-        )
-    return deferred(x, weight, residual, norm, eps, bias=bias, scale=scale, device=device, invariant=invariant)
+    if reader is not None and not invariant and _is_deferred(x, weight, reader, device):
+        return deferred(x, weight, residual, norm, eps, bias=bias, scale=scale, device=device)
+    y = linear(x, weight, bias=bias, device=device, invariant=invariant)
+    return add_rms_norm(y, residual, norm, eps, constant=True, device=device)
 
 
-def _is_deferred(x: Any, weight: Any, reader: Any, device: str | None, invariant: bool) -> bool:
-    """The choice, which invariant results need to be the same for every M."""
-    packed = all(
-        isinstance(w, QuantizedWeight) and not any(extent % TILE for extent in w.shape) for w in (weight, reader)
-    )
+def _is_deferred(x: Any, weight: Any, reader: Any, device: str | None) -> bool:
     return (
-        packed
-        and (invariant or 0 < x.shape[0] <= MOST_TOKENS)
+        isinstance(weight, QuantizedWeight)
+        and isinstance(reader, QuantizedWeight)
+        and not any(extent % TILE for extent in weight.shape)
+        and x.shape[0] in TOKENS
         and place(device, is_cuda(x)) == "cuda"
         and gpu_of(x).target.sm == 90
         and is_aligned(x)
@@ -65,10 +60,11 @@ def _is_deferred(x: Any, weight: Any, reader: Any, device: str | None, invariant
 
 def deferred(
     x: Any, weight: QuantizedWeight, residual: Any, norm: Any, eps: float, *, bias: Any | None = None, scale: float = 1.0,
-    device: str | None = None, invariant: bool = False,
+    device: str | None = None,
 ) -> DeferredNorm:  # fmt: skip
     """`linear_add_rms_norm` whose norm is left to the reader, by the kernel of warpgroups alone. H and K are multiples of 64."""
     (n, k), m = weight.shape, int(x.shape[0])
+    activation_of("linear_add_rms_norm", weight.is_gated, None)
     if tuple(x.shape) != (m, k) or tuple(residual.shape) != (m, n):
         raise TilusError(
             f"linear_add_rms_norm: x has shape {list(x.shape)}, residual {list(residual.shape)}, the weight is {[n, k]}",
@@ -76,5 +72,5 @@ def deferred(
         )
     values, squares = empty(x, (m, n)), empty(x, (m, n // TILE), "float32")
     addend = Addend(residual, norm, squares, scale)
-    launch_without_spills(x, weight, values, bias, None, device, invariant, Norms(after=addend))
+    launch_without_spills(x, weight, values, bias, None, device, False, Norms(after=addend))
     return DeferredNorm(values, squares, eps * scale * scale)

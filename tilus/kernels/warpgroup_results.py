@@ -14,7 +14,7 @@ VECTOR = 4  # neighbours of the residual stream that a thread moves: 16 bytes
 class Rows:
     """Results that are rounded, and stored in runs along the rows of the weight.
 
-    begin: says where those of a tile go, a token and a row, in front of the last sums; store: the index-th [rows, tokens] of them.
+    begin: in front of the last sums, says where those of a tile go, a token and a row; store: the index-th [rows, tokens].
     """
 
     def __init__(self, y, plan: WarpgroupPlan, activation, threads: int):
@@ -35,8 +35,8 @@ class Rows:
 class StreamRows:
     """Results that are added to a block's part of the residual stream, whose norm is stored, as `Rows` are used.
 
-    addend: the fields of `Addend`. The stream is asked for while the last sums come: before, it would take registers that blocks
-    of the next kernel need beside this one.
+    addend: the fields of `Addend`. The stream is asked for while the last sums come, and while the results in front are stored:
+    before, it would take registers that products need, and blocks of the next kernel beside this one.
     """
 
     def __init__(self, y, addend, plan: WarpgroupPlan, threads: int):
@@ -47,17 +47,20 @@ class StreamRows:
 
     def begin(self, start):
         self.start = start
-        token, row = start
-        self.before = [
-            tilus.load(self.stream, [token + first, row], [self.tokens, self.rows], layout=self.layout)
-            for first in range(0, self.all_tokens, self.tokens)
-        ]
-        self.factors = tilus.reshape(tilus.load(self.weight, [row], [self.rows]), [1, self.rows])
+        self.following = self.load(0)
+        factors = tilus.load(self.weight, [start[1]], [self.rows])
+        self.factors = tilus.reshape(factors, [1, self.rows])
+
+    def load(self, index: int):
+        start = [self.start[0] + index * self.tokens, self.start[1]]
+        return tilus.load(self.stream, start, [self.tokens, self.rows], layout=self.layout)
 
     def store(self, index: int, results):
         tokens, rows = self.tokens, self.rows
-        start = [self.start[0] + index * tokens, self.start[1]]
-        total = self.before[index] + tilus.with_layout(tilus.transpose(results), self.layout)
+        start, before = [self.start[0] + index * tokens, self.start[1]], self.following
+        if (index + 1) * tokens < self.all_tokens:
+            self.following = self.load(index + 1)
+        total = before + tilus.with_layout(tilus.transpose(results), self.layout)
         tilus.store(self.stream, start, total)
         scaled = total * self.scale
         tilus.store(self.y, start, tilus.cast(scaled * self.factors, self.y.dtype))
