@@ -17,9 +17,9 @@ from tilus.runtime.execute import place
 if TYPE_CHECKING:
     from tilus.kernels.dense_weight import DenseWeight
 
-# Up to 8 tokens a step of decoding takes as long either way, as weights of the next layer come while the norm is taken; beyond 64
-# the kernels themselves take the time (docs/performance.md).
-TOKENS = range(9, 65)
+# A step of decoding takes as long either way for one token, as weights of the next layer come while its norm is taken. Plans for
+# more than 64 have no registers for the stream (docs/performance.md).
+TOKENS = range(2, 65)
 
 
 def linear_add_rms_norm(
