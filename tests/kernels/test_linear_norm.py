@@ -216,11 +216,8 @@ def test_the_choice_on_hopper(m: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("group", [64, 128])
-@pytest.mark.parametrize("m", [2, 9, 17, 33, 64])
-@pytest.mark.parametrize(
-    ("h", "k", "n"), [(4096, 14336, 28672), (4096, 4096, 6144), (576, 1536, 3072), (8192, 28672, 57344)]
-)
+@pytest.mark.parametrize(("m", "group"), [(2, 128), (16, 128), (32, 128), (64, 128), (64, 64)])
+@pytest.mark.parametrize(("h", "k", "n"), [(4096, 14336, 28672), (4096, 4096, 6144), (640, 1536, 3072)])
 def test_norms_spill_no_registers(h: int, k: int, n: int, m: int, group: int) -> None:
     """By the rule's plans, some of which spill anyway where scales are many; the next kernel's blocks want registers, too."""
     front, behind = (WeightHeader(tilus.int4, shape, group, "f16", None) for shape in ((h, k), (n, h)))
