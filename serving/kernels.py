@@ -18,10 +18,13 @@ from tilus.kernels import KvFrame, QuantizedCache
 from tilus.kernels.quantize import QuantizedMatrix
 
 # What cuts sums in one way or another.
-_SUMMING = ("linear", "paged_attention", "mixture")
+_SUMMING = ("linear", "linear_add_rms_norm", "paged_attention", "mixture")
 
 # Each library has its own packed form of a weight; the model carries it from `pack` to `linear`, and asks it for `shape`, (N, K).
 PackedWeight = Any
+
+# What linear layers read: tensors [M, K], or what `linear_add_rms_norm` leaves to its reader.
+Activations = Any
 
 # One layer's keys and values: float16 or bfloat16 [pages, 2, page_size, Hkv, D], keys at index 0, or quantised.
 KvCache = Tensor | QuantizedCache
@@ -45,7 +48,7 @@ class Kernels(Protocol):
         ...
 
     def linear(
-        self, x: Tensor, weight: PackedWeight, *, bias: Tensor | None = None, activation: str | None = None,
+        self, x: Activations, weight: PackedWeight, *, bias: Tensor | None = None, activation: str | None = None,
         out_dtype: torch.dtype = ..., out: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """x [M, K] by weight [N, K], plus bias float32 [N] -> [M, N] in out_dtype, float16 by default. activation: silu or
@@ -65,6 +68,15 @@ class Kernels(Protocol):
     ) -> Tensor:  # fmt: skip
         """residual (float32 [M, H]) += x in place, or where x_norm (float32 [H]) is given the norm of x with this weight;
         returns the norm of the sum, [M, H] in the dtype of x. constant: nothing in front in the stream still writes weights."""
+        ...
+
+    def linear_add_rms_norm(
+        self, x: Activations, weight: PackedWeight, residual: Tensor, norm: Tensor, eps: float, *, bias: Tensor | None = None,
+        reader: PackedWeight | None = None, scale: float = 1.0,
+    ) -> Activations:  # fmt: skip
+        """`add_rms_norm(linear(x, weight, bias=bias), residual, norm, eps)`, weights being constant. Without reader it is a
+        tensor, else for `linear` with this weight and nobody else, which may be left to take the norm. scale: a power of two,
+        such that numbers of the stream times scale * norm fit into the type of x."""
         ...
 
     def rope_append(

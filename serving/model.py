@@ -7,15 +7,16 @@ layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from serving.kernels import Kernels, KvCache, PackedWeight
+from serving.kernels import Activations, Kernels, KvCache, PackedWeight
+from serving.layers import Combine, Dense, Linear, Mixture, Norm, Stream
 from serving.loader import Checkpoint
-from serving.model_config import Experts, ModelConfig
+from serving.model_config import ModelConfig
 from serving.packing import BIAS, HEAD, NORM, ROPE, TABLE, TABLE_SCALES, PackedWeights, pack_weights
 from tilus.kernels import KvFrame
 
@@ -39,77 +40,12 @@ class StepTensors:
     decodes: int
 
 
-Combine = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class Linear:
-    """One linear layer. Fused layers are a single weight where their parts are quantised alike, else several."""
-
-    parts: tuple[PackedWeight, ...]
-    bias: Tensor | None = None
-
-    def __call__(self, kernels: Kernels, x: Tensor, combine: Combine | None = None) -> Tensor:
-        """combine: of parts that several devices compute of the sums."""
-        if combine is not None:  # rounded once, as on one device
-            total = combine(kernels.linear(x, self.parts[0], out_dtype=torch.float32))
-            return (total if self.bias is None else total + self.bias).to(x.dtype)
-        if len(self.parts) == 1:
-            return kernels.linear(x, self.parts[0], bias=self.bias)
-        widths = [int(part.shape[0]) for part in self.parts]
-        out = torch.empty((x.shape[0], sum(widths)), dtype=x.dtype, device=x.device)
-        biases = [None] * len(widths) if self.bias is None else self.bias.split(widths)
-        for part, bias, columns in zip(self.parts, biases, out.split(widths, dim=1)):
-            kernels.linear(x, part, bias=bias, out=columns)
-        return out
-
-
-@dataclass(frozen=True, eq=False)
-class Dense:
-    """A gated feed-forward layer. gate_up: one gated weight, or gates and factors by themselves."""
-
-    gate_up: Linear
-    down: Linear
-    activation: str
-
-    @property
-    def weights(self) -> tuple[PackedWeight, ...]:
-        return (*self.gate_up.parts, *self.down.parts)
-
-    def __call__(self, kernels: Kernels, x: Tensor, combine: Combine | None = None) -> Tensor:
-        if len(self.gate_up.parts) == 1:
-            gated = kernels.linear(x, self.gate_up.parts[0], bias=self.gate_up.bias, activation=self.activation)
-        else:
-            gate_up = self.gate_up(kernels, x)
-            gated = kernels.silu_mul(gate_up) if self.activation == "silu" else kernels.gelu_mul(gate_up)
-        return self.down(kernels, gated, combine)
-
-
-@dataclass(frozen=True, eq=False)
-class Mixture:
-    """A feed-forward layer of experts, each of which is gated by SiLU. Each device has all of them: nothing is combined."""
-
-    router: PackedWeight
-    gate_up: PackedWeight
-    down: PackedWeight
-    experts: Experts
-
-    @property
-    def weights(self) -> tuple[PackedWeight, ...]:
-        return self.router, self.gate_up, self.down
-
-    def __call__(self, kernels: Kernels, x: Tensor, combine: Combine | None = None) -> Tensor:
-        logits = kernels.linear(x, self.router, out_dtype=torch.float32)
-        top, normalized = self.experts.active, self.experts.normalized
-        return kernels.mixture(x, logits, self.gate_up, self.down, top=top, normalized=normalized)
-
-
 @dataclass(frozen=True, eq=False)
 class Layer:
     """cos_sin: the table of its rotary embedding. window: how many tokens one sees at most. Norms that a model does not have are
     None. frame: the coordinates of its cache, where that has some (`serving.kv_frames`)."""
 
-    attn_norm: Tensor
+    attn_norm: Norm
     qkv: Linear
     q_norm: Tensor | None
     k_norm: Tensor | None
@@ -117,7 +53,7 @@ class Layer:
     window: int | None
     attn_output: Linear
     post_attention_norm: Tensor | None
-    ffn_norm: Tensor
+    ffn_norm: Norm
     feed_forward: Dense | Mixture
     post_ffw_norm: Tensor | None
     frame: KvFrame | None = None
@@ -157,15 +93,15 @@ class Model:
         kernels, config, eps = self.kernels, self.config, self.config.rms_eps
         x = kernels.embedding(step.token_ids, self.embedding.table, self.embedding.scales)
         x, residual = kernels.start_rms_norm(
-            x, self.layers[0].attn_norm, eps, scale=config.embedding_scale,
+            x, self.layers[0].attn_norm.weight, eps, scale=config.embedding_scale,
             out_dtype=torch.bfloat16 if config.architecture.wide else None,
         )  # fmt: skip
-        next_norms = [*(layer.attn_norm for layer in self.layers[1:]), self.norm]
-        for layer, next_norm, kv_cache in zip(self.layers, next_norms, layers, strict=True):
-            x = self._attention(layer, x, step, kv_cache)
-            x = kernels.add_rms_norm(x, residual, layer.ffn_norm, eps, x_norm=layer.post_attention_norm, constant=True)
-            x = layer.feed_forward(kernels, x, self.combine)
-            x = kernels.add_rms_norm(x, residual, next_norm, eps, x_norm=layer.post_ffw_norm, constant=True)
+        stream = Stream(kernels, residual, eps, self.combine)
+        following = [*((layer.attn_norm, layer.qkv.only) for layer in self.layers[1:]), (Norm(self.norm), None)]
+        for layer, (norm, reader), kv_cache in zip(self.layers, following, layers, strict=True):
+            feed_forward, x = layer.feed_forward, self._attention(layer, x, step, kv_cache)
+            x = stream.add_linear(layer.attn_output, x, layer.ffn_norm, layer.post_attention_norm, feed_forward.reader)
+            x = feed_forward.add_to(stream, x, norm, layer.post_ffw_norm, reader)
         return x
 
     def logits(self, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -176,7 +112,8 @@ class Model:
         logits = self.kernels.linear(x, self.head, out_dtype=torch.float32, out=out)
         return logits if config.final_cap is None else self.kernels.soft_cap(logits, config.final_cap)
 
-    def _attention(self, layer: Layer, x: Tensor, step: StepTensors, kv_cache: KvCache) -> Tensor:
+    def _attention(self, layer: Layer, x: Activations, step: StepTensors, kv_cache: KvCache) -> Tensor:
+        """Of all heads [M, Hq D], in front of the output's layer."""
         kernels = self.kernels
         q = kernels.rope_append(
             layer.qkv(kernels, x), step.positions, layer.cos_sin, step.slots, kv_cache,
@@ -189,7 +126,7 @@ class Model:
         )  # fmt: skip
         if layer.frame is not None:
             out = kernels.restore_values(out, layer.frame)
-        return layer.attn_output(kernels, out.reshape(out.shape[0], -1), self.combine)
+        return out.reshape(out.shape[0], -1)
 
 
 def build_model(config: ModelConfig, kernels: Kernels, packed: PackedWeights, combine: Combine | None = None) -> Model:
@@ -210,7 +147,7 @@ def build_model(config: ModelConfig, kernels: Kernels, packed: PackedWeights, co
     def layer(index: int) -> Layer:
         prefix, attention = f"blk.{index}.", config.attention_of(index)
         return Layer(
-            attn_norm=packed.tensors[prefix + "attn_norm"],
+            attn_norm=Norm.of(packed.tensors[prefix + "attn_norm"]),
             qkv=linear(prefix + "attn_qkv"),
             q_norm=packed.tensors.get(prefix + "attn_q_norm"),
             k_norm=packed.tensors.get(prefix + "attn_k_norm"),
@@ -218,7 +155,7 @@ def build_model(config: ModelConfig, kernels: Kernels, packed: PackedWeights, co
             window=attention.window,
             attn_output=linear(prefix + "attn_output"),
             post_attention_norm=packed.tensors.get(prefix + "post_attention_norm"),
-            ffn_norm=packed.tensors[prefix + "ffn_norm"],
+            ffn_norm=Norm.of(packed.tensors[prefix + "ffn_norm"]),
             feed_forward=feed_forward(prefix),
             post_ffw_norm=packed.tensors.get(prefix + "post_ffw_norm"),
         )

@@ -8,7 +8,7 @@ from dataclasses import replace
 from serving.config import EngineConfig
 from serving.core import UNKNOWN, Batch, BatchItem, SamplingParams
 from serving.kernels import KvCache, PackedWeight
-from serving.model import Model
+from serving.model import Layer, Model
 from tilus.kernels.quantize import QuantizedWeight
 
 _FINE, _EACH_FINE, _EACH = 512, 8, 128
@@ -52,14 +52,25 @@ def resumed_item() -> BatchItem:
 
 
 def without_repetitions(model: Model, caches: Sequence[KvCache]) -> tuple[Model, Sequence[KvCache]]:
-    """A model of `tilus.kernels` with one layer of those whose weights have the same shapes and forms, and its cache."""
-    kinds: dict[object, int] = {}
-    for index, layer in enumerate(model.layers):
-        norms = (layer.q_norm, layer.post_attention_norm, layer.post_ffw_norm)
-        weights = (*layer.qkv.parts, *layer.attn_output.parts, *layer.feed_forward.weights)
-        kinds.setdefault((layer.window, *(norm is None for norm in norms), *map(_form, weights)), index)
-    kept = tuple(kinds.values())
+    """A model of `tilus.kernels` with few layers, and their caches: of those whose weights have the same shapes and forms one, or
+    as many as have neighbours that leave a norm to it, or take one from it, and others."""
+    alone = [layer.qkv.only is not None for layer in model.layers]
+    reads, is_read = (False, *alone[1:]), (*alone[1:], False)
+    kinds = [_kind(layer) for layer in model.layers]
+    found, kept = set[object](), list[int]()
+    for index in sorted(range(len(kinds)), key=lambda index: index if index < len(kinds) - 1 else 0):
+        parts = {(kinds[index], "qkv", reads[index]), (kinds[index], "down", is_read[index])}
+        if not parts <= found:
+            kept.append(index)
+            found |= parts
+    kept.sort()
     return replace(model, layers=tuple(model.layers[index] for index in kept)), [caches[index] for index in kept]
+
+
+def _kind(layer: Layer) -> object:
+    norms = (layer.q_norm, layer.post_attention_norm, layer.post_ffw_norm)
+    weights = (*layer.qkv.parts, *layer.attn_output.parts, *layer.feed_forward.weights)
+    return layer.window, *(norm is None for norm in norms), *map(_form, weights)
 
 
 def _form(weight: PackedWeight) -> object:

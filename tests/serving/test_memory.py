@@ -84,7 +84,7 @@ def test_the_size_is_what_the_model_holds(tiny_checkpoint: Checkpoint) -> None:
         for part in f.parts
     ]
     weights = sum(part.nbytes for part in [*linears, model.head]) + model.norm.nbytes + model.layers[0].cos_sin.nbytes
-    weights += sum(layer.attn_norm.nbytes + layer.ffn_norm.nbytes for layer in model.layers)
+    weights += sum(layer.attn_norm.weight.nbytes + layer.ffn_norm.weight.nbytes for layer in model.layers)
     embedding = model.embedding.table.nbytes + model.embedding.scales.nbytes
     assert expected_size(tiny_checkpoint, tilus.kernels, CPU) == ModelSize(weights, embedding)
 

@@ -202,6 +202,9 @@ class ShapeKernels:
         assert residual.device == META and residual.dtype == torch.float32 and residual.shape == x.shape
         return torch.empty_like(x, dtype=torch.float16)
 
+    def linear_add_rms_norm(self, x, weight, residual, norm, eps, *, bias, reader, scale):
+        return self.add_rms_norm(self.linear(x, weight, bias=bias), residual, norm, eps)
+
     def rope_append(self, qkv, positions, cos_sin, slots, kv_cache, **norms):
         assert {t.device for t in (qkv, positions, cos_sin, slots, kv_cache)} == {META}
         return torch.empty(qkv.shape[0], TINY["num_attention_heads"], TINY["head_dim"], dtype=qkv.dtype, device=META)

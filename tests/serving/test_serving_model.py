@@ -17,8 +17,9 @@ from torch_kernels import TorchKernels
 
 from serving.core import Batch, BatchItem, Request, SamplingParams
 from serving.errors import RequestError
+from serving.layers import Dense
 from serving.loader import Checkpoint, open_checkpoint
-from serving.model import Dense, Model, load_model
+from serving.model import Model, load_model
 from serving.step_inputs import step_tensors
 from tilus.dtypes import dtype
 from tilus.errors import TilusError

@@ -187,7 +187,7 @@ def test_a_capture_that_failed_is_tried_again(model: Model, monkeypatch: pytest.
         raise TilusError("the compiler is gone")
 
     with monkeypatch.context() as broken:
-        broken.setattr(tilus.kernels, "add_rms_norm", fails)
+        broken.setattr(tilus.kernels, "linear_add_rms_norm", fails)
         with pytest.raises(TilusError, match="the compiler is gone"):
             replayed(graphs, batch)
     expected = model.forward(plain_step(batch, PAGE, CPU), copy_of(pool).layers)

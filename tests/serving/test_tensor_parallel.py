@@ -18,8 +18,8 @@ from serving.config import ServerConfig
 from serving.core import Request, Runner, SamplingParams
 from serving.engine import Engine
 from serving.execution import Execution
+from serving.layers import Linear
 from serving.loader import Checkpoint, open_checkpoint
-from serving.model import Linear
 from serving.shards import Share, shard
 from serving.tensor_parallel import Group, ranks
 from tilus.dtypes import uint4

@@ -80,6 +80,12 @@ class TorchKernels:
         residual += x.float() if x_norm is None else self.normed(x, x_norm, eps).float()
         return self.rms_norm(residual, weight, eps, x.dtype)
 
+    def linear_add_rms_norm(
+        self, x: Tensor, weight: Tensor, residual: Tensor, norm: Tensor, eps: float, *, bias: Tensor | None = None,
+        reader: Tensor | None = None, scale: float = 1.0,
+    ) -> Tensor:  # fmt: skip
+        return self.add_rms_norm(self.linear(x, weight, bias=bias), residual, norm, eps)
+
     def rope_append(
         self, qkv: Tensor, positions: Tensor, cos_sin: Tensor, slots: Tensor, kv_cache: Tensor, *,
         q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 0.0, frame: None = None,

@@ -8,6 +8,7 @@ from tilus.kernels.activation import gelu_mul as gelu_mul
 from tilus.kernels.activation import silu_mul as silu_mul
 from tilus.kernels.activation import soft_cap as soft_cap
 from tilus.kernels.block_sparse import block_sparse_attention as block_sparse_attention
+from tilus.kernels.deferred_norm import DeferredNorm as DeferredNorm
 from tilus.kernels.dense_weight import DenseWeight as DenseWeight
 from tilus.kernels.dense_weight import pack_dense as pack_dense
 from tilus.kernels.draft_agreement import follow_drafts as follow_drafts
@@ -21,6 +22,7 @@ from tilus.kernels.kv_frame import KvFrame as KvFrame
 from tilus.kernels.kv_frame import fit_kv_frame as fit_kv_frame
 from tilus.kernels.kv_frame import restore_values as restore_values
 from tilus.kernels.linear import linear as linear
+from tilus.kernels.linear_norm import linear_add_rms_norm as linear_add_rms_norm
 from tilus.kernels.logit_edits import edit_logits as edit_logits
 from tilus.kernels.logprobs import token_logprobs as token_logprobs
 from tilus.kernels.merge_states import merge_states as merge_states

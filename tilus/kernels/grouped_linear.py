@@ -32,9 +32,9 @@ from tilus.kernels.quantize.packed import QuantizedWeight
 from tilus.kernels.quantize.tiles import MMA, TILE, WHOLE
 from tilus.kernels.schedule import Schedule
 from tilus.kernels.vectors import power_of_two
-from tilus.kernels.warpgroup_linear import store_rows
 from tilus.kernels.warpgroup_operands import Unpacking, table_entries, tile_nbytes
 from tilus.kernels.warpgroup_products import sum_of_steps
+from tilus.kernels.warpgroup_results import Rows, store_rows
 from tilus.kernels.warpgroup_schedule import Overlap, WarpgroupPlan, planned
 from tilus.kernels.warpgroup_stages import Stages
 from tilus.kernels.warpgroup_sums import Sums
@@ -164,7 +164,9 @@ def store_item(y: Any, bias: Any, row_tile: Any, token: Any, end: Any, result: A
     """Write the rows of an item that are its expert's, with the expert's bias, if there is any."""
     offset = offsets_of(bias, row_tile * TILE, plan.rows * TILE, False)
     own = tilus.narrow(y, 0, 0, end)  # rows behind it are those of other experts
-    store_rows(own, [token, row_tile * TILE], result, 128 * plan.rows, offset, None)
+    stored = Rows(own, plan, None, 128 * plan.rows)
+    stored.begin([token, row_tile * TILE])
+    store_rows(stored, result, offset)
 
 
 class Walk:

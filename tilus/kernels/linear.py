@@ -24,6 +24,7 @@ from tilus.kernels.activation import Activation, activation_of
 from tilus.kernels.allocate import counters, empty, is_cuda, is_torch, result_of
 from tilus.kernels.attention import find_queries
 from tilus.kernels.columns import take_columns
+from tilus.kernels.deferred_norm import NO_NORMS, DeferredNorm, Norms
 from tilus.kernels.linear_problem import PLANS, LinearProblem, Plan, heuristic, invariant_plans
 from tilus.kernels.linear_results import finished, offsets_of
 from tilus.kernels.linear_step import (
@@ -185,12 +186,13 @@ def load_table(table, act: DataType, warps: int):
 
 
 def linear(
-    x: Any, weight: QuantizedWeight | DenseWeight, *, bias: Any | None = None, activation: str | None = None,
+    x: Any | DeferredNorm, weight: QuantizedWeight | DenseWeight, *, bias: Any | None = None, activation: str | None = None,
     out_dtype: Any = None, out: Any = None, device: str | None = None, invariant: bool = False,
 ) -> Any:  # fmt: skip
     """x [M, K] of f16 or bf16 times the transpose of a packed or dense weight (N, K), plus a bias [N]: [M, N] of `out_dtype`.
 
-    x, bias, out: torch tensors or numpy arrays, on the weight's device. bias: f16, bf16 or f32, added in f32. activation: of a
+    x, bias, out: torch tensors or numpy arrays, on the weight's device. x may be a norm that `linear_add_rms_norm` leaves to this
+    layer, whose sums are then divided by the root mean squares of rows. bias: f16, bf16 or f32, added in f32. activation: of a
     gated weight, silu or gelu_tanh: of the N = 2 F sums s, of F gates and then F factors, the result is [M, F],
     `silu(s[:, :F]) * s[:, F:]` (see `silu_mul`, `gelu_mul`), computed in f32 and rounded once. out_dtype: by default that of x.
     out: written in place when given. device: where to run (reference, emulator, cpu, cuda), by default as the arguments say.
@@ -202,6 +204,9 @@ def linear(
     without Hopper's tensor cores, and for a gated one without activation, or the other way round.
     """
     (n, k), function = weight.shape, activation_of("linear", weight.is_gated, activation)
+    norms = NO_NORMS
+    if isinstance(x, DeferredNorm):
+        x, norms = x.values, Norms(before=x)
     if x.ndim != 2 or x.shape[1] != k:
         raise TilusError(f"linear: x has shape {list(x.shape)}, the weight is {[n, k]}", hint=f"x must be [M, {k}]")
     if str(x.dtype).removeprefix("torch.") not in ("float16", "bfloat16"):
@@ -209,6 +214,8 @@ def linear(
     if bias is not None and tuple(bias.shape) != (n,):
         raise TilusError(f"linear: bias has shape {list(bias.shape)}, expected {[n]} for the weight of {[n, k]}")
     if not isinstance(weight, QuantizedWeight):
+        if norms.before is not None:
+            raise TilusError("linear: the norm of x is deferred, the weight is dense", hint="expected a packed weight")
         from tilus.kernels.dense_weight import dense_linear  # dense products take their GPU from here
 
         return dense_linear(x, weight, bias, function, out_dtype, out, device, invariant)
@@ -216,27 +223,31 @@ def linear(
     y = result_of("linear", x, (m, width), out_dtype, out)
     if m == 0:
         return y
-    ordered = x if weight.columns is None else take_columns(x, weight.columns, device=device)
-    _launch_without_spills(ordered, weight, y, bias, function, device, invariant)
+    launch_without_spills(x, weight, y, bias, function, device, invariant, norms)
     return y
 
 
-def _launch_without_spills(
+def launch_without_spills(
     x: Any, weight: QuantizedWeight, y: Any, bias: Any | None, activation: Activation | None, device: str | None,
-    invariant: bool,
+    invariant: bool, norms: Norms,
 ) -> None:  # fmt: skip
-    """`launch` with the plan for the device, or with the first easier one that the registers suffice for."""
+    """`launch` with the plan for the device, or with the first easier one that the registers suffice for. x: with columns in the
+    order of the model."""
+    x = x if weight.columns is None else take_columns(x, weight.columns, device=device)
     m, where = int(x.shape[0]), place(device, is_cuda(x))
-    key = (m, x.dtype, y.dtype, bias is None, where, is_cuda(x) and x.get_device(), _is_aligned(x), invariant)
+    key = (
+        m, x.dtype, y.dtype, bias is None, where, is_cuda(x) and x.get_device(), is_aligned(x), invariant,
+        norms.before is None, norms.after is None,
+    )  # fmt: skip
     while True:
         plan = weight.schedules.get(key)
         if plan is None:
-            plan = _plan(x, weight, y, where, invariant)
-            if isinstance(plan, WarpgroupPlan) and y.dtype.itemsize == 4:
+            plan = _plan(x, weight, y, where, invariant, norms)
+            if isinstance(plan, WarpgroupPlan) and (y.dtype.itemsize == 4 or norms.after is not None):
                 plan = plan.with_wide_results(weight.header)
             weight.schedules[key] = plan
         try:
-            return launch(x, weight, y, bias, plan, device, activation)
+            return launch(x, weight, y, bias, plan, device, activation, norms)
         except SpillError:
             easier = plan.narrower() if invariant and isinstance(plan, WarpgroupPlan) else plan.easier()
             if easier is None:
@@ -246,21 +257,21 @@ def _launch_without_spills(
 
 def launch(
     x: Any, weight: QuantizedWeight, y: Any, bias: Any | None, plan: Plan, device: str | None,
-    activation: Activation | None = None,
+    activation: Activation | None = None, norms: Norms = NO_NORMS,
 ) -> None:  # fmt: skip
     """The kernel of a given plan, on activations whose columns are in the order of the weight's."""
-    kernel, arguments, values = kernel_call(x, weight, y, bias, plan, activation)
+    kernel, arguments, values = kernel_call(x, weight, y, bias, plan, activation, norms=norms)
     kernel.on(device)(*arguments, **values)
 
 
 def kernel_call(
     x: Any, weight: QuantizedWeight, y: Any, bias: Any | None, plan: Plan, activation: Activation | None = None,
-    offsets: Any | None = None,
+    offsets: Any | None = None, norms: Norms = NO_NORMS,
 ) -> tuple[Kernel, list[Any], dict[str, Any]]:  # fmt: skip
     """What a plan means: its kernel, arguments and compile-time values. activation: of a gated weight. offsets: of
-    `grouped_linear`."""
+    `grouped_linear`. norms: beside the layer, for plans of warpgroups."""
     if isinstance(plan, WarpgroupPlan):
-        return warpgroup_call(x, weight, y, bias, plan, activation)
+        return warpgroup_call(x, weight, y, bias, plan, activation, norms=norms)
     m, n, header = int(y.shape[0]), weight.shape[0], weight.header
     partial = tickets = None
     if plan.splits > 1:
@@ -279,30 +290,33 @@ def kernel_call(
     return quantized_linear, arguments, values
 
 
-def _plan(x: Any, weight: QuantizedWeight, y: Any, where: str, invariant: bool) -> Plan:
-    """For the device that runs the product: on a GPU the tuned plan where there is one, else by rule."""
+def _plan(x: Any, weight: QuantizedWeight, y: Any, where: str, invariant: bool, norms: Norms) -> Plan:
+    """For the device that runs the product: on a GPU the tuned plan where there is one, else by rule. Norms need warpgroups."""
     header, m = weight.header, 1 if invariant and where == "cpu" else int(x.shape[0])
     tiles_n, tiles_k = (-(-extent // TILE) for extent in weight.shape)
     if where == "cpu":
         return cpu_schedule(m, tiles_n, tiles_k, header.dtype.nbits, num_threads())
     problem = LinearProblem.of(header, m, _dtype(x), _dtype(y))
     if where != "cuda":
-        sms = EMULATED_SMS if where == "emulator" else 0
-        return invariant_plans(problem, sms)[0] if invariant else heuristic(problem, sms)
+        hopper = norms is not NO_NORMS
+        sms = EMULATED_SMS if hopper or where == "emulator" else 0
+        return invariant_plans(problem, sms, hopper=hopper)[0] if invariant else heuristic(problem, sms, hopper=hopper)
     if header.order != MMA:
         raise TilusError(
             f"linear on a GPU with a weight packed in the order {header.order}, expected {MMA}",
             hint='pack it again: weight.to("cuda"), or pack(matrix, device, order="mma")',
         )
     device = gpu_of(x)
-    hopper = device.target.sm == 90 and _is_aligned(x)
+    hopper = device.target.sm == 90 and is_aligned(x)
     if invariant:
         return invariant_plans(problem, device.num_sms, hopper=hopper)[0]
-    plan = _tuned(problem, device) or heuristic(problem, device.num_sms, hopper=hopper)
+    plan = _tuned(problem, device)
+    if plan is None or (norms is not NO_NORMS and isinstance(plan, Schedule)):
+        plan = heuristic(problem, device.num_sms, hopper=hopper)
     return plan if hopper or isinstance(plan, Schedule) else heuristic(problem, device.num_sms)
 
 
-def _is_aligned(x: Any) -> bool:
+def is_aligned(x: Any) -> bool:
     """Whether TMA can copy rows of x: their first bytes must be multiples of 16."""
     address, stride = (x.data_ptr(), x.stride(0)) if is_torch(x) else (x.ctypes.data, x.strides[0] // x.itemsize)
     return address % 16 == 0 and stride % 8 == 0

@@ -5,7 +5,8 @@ on their way: packed codes and factors by bulk copies, activations by TMA. Warpg
 left operand of wgmma, and take turns along K (`splits`): while one waits for its product, the others unpack. Their sums meet in
 shared memory, those of `blocks` blocks along K in that of the first, always in the same order.
 
-Sums of a group are scaled in f32, as in `linear`, so no weight is ever rounded. The producer asks for the first weights before it
+Sums of a group are scaled in f32, as in `linear`, so no weight is ever rounded. Norms in front and behind may be parts of the
+kernel (`deferred_norm`). The producer asks for the first weights before it
 waits for the kernel in front (programmatic dependent launch).
 """
 
@@ -19,18 +20,19 @@ from tilus.dtypes import DTYPES
 from tilus.kernels.activation import Activation
 from tilus.kernels.allocate import counters, empty
 from tilus.kernels.byte_operands import UNPACKINGS, exponent_of
-from tilus.kernels.linear_results import finished, offsets_of
+from tilus.kernels.deferred_norm import NO_NORMS, Norms, RootMeanSquares
+from tilus.kernels.linear_results import offsets_of
 from tilus.kernels.linear_step import residual
 from tilus.kernels.quantize.packed import QuantizedWeight
 from tilus.kernels.quantize.tiles import MMA, TILE, WHOLE
 from tilus.kernels.warpgroup_operands import Unpacking, table_entries, tile_nbytes
 from tilus.kernels.warpgroup_products import sum_of_steps
-from tilus.kernels.warpgroup_schedule import STORED_TOKENS, WarpgroupPlan
+from tilus.kernels.warpgroup_results import Rows, StreamRows, store_rows
+from tilus.kernels.warpgroup_schedule import WarpgroupPlan
 from tilus.kernels.warpgroup_stages import Stages
 from tilus.kernels.warpgroup_sums import Sums
 from tilus.kernels.warpgroup_tiles import Tiles
 from tilus.lang.kernel import Kernel
-from tilus.layout import local
 
 
 @tilus.kernel(varying=("m", "tiles_n"))
@@ -41,6 +43,8 @@ def warpgroup_linear(
     y: Tensor["out", "m", "width"],
     global_scale: f32,
     launched: int32,
+    eps: f32,
+    stream_scale: f32,
     mins: Tensor[uint8, "tiles_n", "mins_nbytes"] = None,
     zeros: Tensor[uint8, "tiles_n", "zeros_nbytes"] = None,
     table: Tensor[f32, 16] = None,
@@ -48,6 +52,10 @@ def warpgroup_linear(
     partial: Tensor[f32, "places", 2, "eights", "threads", 4] = None,
     tickets: Tensor[int32, "counters"] = None,
     x_scale: Tensor[f32, "m"] = None,
+    x_squares: Tensor[f32, "m", "x_parts"] = None,
+    stream: Tensor[f32, "m", "width"] = None,
+    norm: Tensor[f32, "width"] = None,
+    squares: Tensor[f32, "m", "parts"] = None,
     *,
     wdtype: Const,
     scale_dtype: Const,
@@ -57,15 +65,18 @@ def warpgroup_linear(
     activation: Const = None,
     eights: Const = None,
     threads: Const = None,
+    x_parts: Const = None,
 ):
     rows, splits = plan.rows, plan.splits
     shape, out_rows = plan.shape(span), TILE if activation is None else TILE // 2
-    group_warps, copiers = 4 * rows, 1 if plan.registers is None else 4
+    group_warps, alone = 4 * rows, plan.registers is None
+    finders = 0 if x_squares is None else 1 if alone else 2
+    copiers = 1 if alone else 4 - finders
     token_tiles = tilus.cdiv(y.shape[0], plan.tokens)
     tilus.grid(
         launched,
         1 if plan.launched else token_tiles,
-        warps=group_warps * splits + copiers,
+        warps=group_warps * splits + copiers + finders,
         cluster=plan.blocks * plan.sharing,
         blocks_per_sm=plan.blocks_per_sm,
         ends_alone=plan.sharing == 1,  # only the first block's memory is written to, and that waits for it
@@ -76,21 +87,30 @@ def warpgroup_linear(
     tiles = Tiles(plan, row_tiles, token_tiles, steps, launched)
 
     factors = [(scales, scale_dtype), (mins, mins_dtype), (zeros, f16)]
-    constant = [codes, scales, mins, zeros, table, bias]
+    constant = [codes, scales, mins, zeros, table, bias, norm]
     stages = Stages(plan, x, codes, wdtype, factors, shape, tiles.group)
     own_sums = Sums(splits, plan.tokens, 32 * group_warps, turns=plan.launched > 0 and splits > 1)
+    roots = RootMeanSquares(x_squares, plan.tokens, x_parts, turns=plan.launched > 0)
     all_sums = Sums(plan.blocks, plan.tokens, 32 * group_warps)
     if plan.blocks * plan.sharing > 1:
         tilus.cluster_sync()
 
-    with tilus.warps(group_warps * splits, copiers, registers=None if plan.registers is None else 40):
+    with tilus.warps(group_warps * splits, copiers, registers=None if alone else 40):
         stages.fill(tiles, constant)
+
+    if finders > 0:
+        with tilus.warps(group_warps * splits + copiers, finders, registers=None if alone else 40):
+            tilus.wait_dependencies(constant=constant)
+            roots.find(tiles, eps, finders)
 
     for split in range(splits):
         with tilus.warps(group_warps * split, group_warps, registers=plan.registers):
             tilus.wait_dependencies(constant=constant)
             entries = table_entries(table, x.dtype, 32 * group_warps)
             unpacked = unpacking(wdtype, (scale_dtype, mins_dtype), x, x_scale, zeros, entries, shape)
+            stored = Rows(y, plan, activation, 32 * group_warps)
+            if stream is not None:
+                stored = StreamRows(y, (stream, norm, squares, stream_scale), plan, 32 * group_warps)
             for index in tiles.numbers():
                 row_tile, token = tiles.start(index)
                 begin, end = tiles.extent(index)
@@ -103,6 +123,7 @@ def warpgroup_linear(
                 if split > 0:
                     own_sums.give(total, split, index)
                 else:
+                    stored.begin([token, row_tile * out_rows])
                     total = own_sums.added_to(total, index)
                     if tiles.part > 0:
                         all_sums.give(total, tiles.part, block=tiles.own)
@@ -110,13 +131,15 @@ def warpgroup_linear(
                         total, complete = all_sums.added_to(total), 1
                         if plan.streamed:
                             total, complete = tiles.joined(total, partial, tickets, index)
+                        roots.wait(index)
                         if complete == 1:
                             total = total * (global_scale * 2.0**unpacked.exponent)
                             if x_scale is not None:
                                 total = total * tilus.load(x_scale, [token], [plan.tokens])
+                            total = roots.divided(total)
                             offset = offsets_of(bias, row_tile * TILE, rows * TILE, activation is not None)
-                            start = [token, row_tile * out_rows]
-                            store_rows(y, start, total, 32 * group_warps, offset, activation)
+                            store_rows(stored, total, offset)
+                        roots.free()
 
 
 def unpacking(wdtype, factor_dtypes, x, x_scale, zeros, entries, shape):
@@ -128,27 +151,12 @@ def unpacking(wdtype, factor_dtypes, x, x_scale, zeros, entries, shape):
     return UNPACKINGS[x.dtype](wdtype, factor_dtypes, f16, entries, exponent, shape)
 
 
-def store_rows(y, start, sums, threads: int, offset, activation):
-    """Write what becomes of sums [rows, tokens] of wgmma to y [tokens, rows] in runs along the rows, some tokens at a time."""
-    rows, tokens = sums.shape
-    halves = 1 if activation is None else 2
-    part, out_rows = min(tokens, STORED_TOKENS * halves), rows // halves
-    size = min(8, part * out_rows // threads)
-    lanes = out_rows // size  # along the rows
-    layout = local(part * lanes // threads, 1).spatial(threads // lanes, lanes).local(1, size)
-    for index in range(tokens // part):
-        some = tilus.select(tilus.reshape(sums, [rows, tokens // part, part]), 1, index)
-        result = tilus.cast(finished(some, offset, activation), y.dtype)
-        runs = tilus.with_layout(tilus.transpose(result), layout)
-        tilus.store(y, [start[0] + index * part, start[1]], runs)
-
-
 def kernel_call(
     x: Any, weight: QuantizedWeight, y: Any, bias: Any | None, plan: WarpgroupPlan, activation: Activation | None = None,
-    x_scale: Any | None = None,
+    x_scale: Any | None = None, norms: Norms = NO_NORMS,
 ) -> tuple[Kernel, list[Any], dict[str, Any]]:  # fmt: skip
     """The kernel with its arguments and compile-time values, for activations whose columns are in the order of the weight's.
-    activation: of a gated weight."""
+    activation: of a gated weight. norms: in front of the layer, and behind it."""
     header = weight.header
     codes, scales, mins, zeros = (
         None if array is None else array.reshape(array.shape[0], -1)
@@ -168,19 +176,14 @@ def kernel_call(
         partial = empty(x, (launched + 1, 2, plan.tokens // 8, 128 * plan.rows, 4), "float32")
         tickets = counters(x, launched + 1)
         values |= {"eights": plan.tokens // 8, "threads": 128 * plan.rows}
+    before, after = norms.before, norms.after
+    if before is not None:
+        values |= {"x_parts": before.squares.shape[1]}
     arguments = [
-        x,
-        codes,
-        scales,
-        y,
-        header.global_scale,
-        launched,
-        mins,
-        zeros,
-        weight.table,
-        bias,
-        partial,
-        tickets,
-        x_scale,
-    ]
+        x, codes, scales, y, header.global_scale, launched,
+        0.0 if before is None else before.eps, 1.0 if after is None else after.scale,
+        mins, zeros, weight.table, bias, partial, tickets, x_scale,
+        None if before is None else before.squares,
+        *((None, None, None) if after is None else (after.stream, after.weight, after.squares)),
+    ]  # fmt: skip
     return warpgroup_linear, arguments, values

@@ -1,0 +1,83 @@
+"""Results of a block of a quantised linear layer on Hopper on their way to memory, some tokens at a time."""
+
+from __future__ import annotations
+
+import tilus
+from tilus.kernels.linear_results import finished
+from tilus.kernels.quantize.tiles import TILE
+from tilus.kernels.warpgroup_schedule import STORED_TOKENS, WarpgroupPlan
+from tilus.layout import local
+
+VECTOR = 4  # neighbours of the residual stream that a thread moves: 16 bytes
+
+
+class Rows:
+    """Results that are rounded, and stored in runs along the rows of the weight.
+
+    begin: in front of the last sums, says where those of a tile go, a token and a row; store: the index-th [rows, tokens].
+    """
+
+    def __init__(self, y, plan: WarpgroupPlan, activation, threads: int):
+        halves = 1 if activation is None else 2
+        self.y, self.activation = y, activation
+        self.tokens, self.rows = min(plan.tokens, STORED_TOKENS * halves), TILE * plan.rows // halves
+        self.layout = runs(self.tokens, self.rows, threads, min(8, self.tokens * self.rows // threads))
+
+    def begin(self, start):
+        self.start = start
+
+    def store(self, index: int, results):
+        rounded = tilus.transpose(tilus.cast(results, self.y.dtype))
+        start = [self.start[0] + index * self.tokens, self.start[1]]
+        tilus.store(self.y, start, tilus.with_layout(rounded, self.layout))
+
+
+class StreamRows:
+    """Results that are added to a block's part of the residual stream, whose norm is stored, as `Rows` are used.
+
+    addend: the fields of `Addend`. The stream is asked for while the last sums come, and while the results in front are stored:
+    before, it would take registers that products need, and blocks of the next kernel beside this one.
+    """
+
+    def __init__(self, y, addend, plan: WarpgroupPlan, threads: int):
+        self.y, self.activation = y, None
+        self.stream, self.weight, self.squares, self.scale = addend
+        self.tokens, self.rows, self.all_tokens = min(plan.tokens, STORED_TOKENS), TILE * plan.rows, plan.tokens
+        self.layout = runs(self.tokens, self.rows, threads, VECTOR)
+
+    def begin(self, start):
+        self.start = start
+        self.following = self.load(0)
+        factors = tilus.load(self.weight, [start[1]], [self.rows])
+        self.factors = tilus.reshape(factors, [1, self.rows])
+
+    def load(self, index: int):
+        start = [self.start[0] + index * self.tokens, self.start[1]]
+        return tilus.load(self.stream, start, [self.tokens, self.rows], layout=self.layout)
+
+    def store(self, index: int, results):
+        tokens, rows = self.tokens, self.rows
+        start, before = [self.start[0] + index * tokens, self.start[1]], self.following
+        if (index + 1) * tokens < self.all_tokens:
+            self.following = self.load(index + 1)
+        total = before + tilus.with_layout(tilus.transpose(results), self.layout)
+        tilus.store(self.stream, start, total)
+        scaled = total * self.scale
+        tilus.store(self.y, start, tilus.cast(scaled * self.factors, self.y.dtype))
+        squares = tilus.sum(tilus.reshape(scaled * scaled, [tokens, rows // TILE, TILE]), 2)
+        tilus.store(self.squares, [start[0], start[1] // TILE], squares)
+
+
+def runs(tokens: int, rows: int, threads: int, size: int):
+    """The layout [tokens, rows] in which a thread has `size` neighbours along the rows."""
+    lanes = rows // size
+    return local(tokens * lanes // threads, 1).spatial(threads // lanes, lanes).local(1, size)
+
+
+def store_rows(stored, sums, offset):
+    """Store what becomes of sums [rows, tokens] of wgmma, as `Rows` or `StreamRows`."""
+    rows, tokens = sums.shape
+    part = stored.tokens
+    for index in range(tokens // part):
+        some = tilus.select(tilus.reshape(sums, [rows, tokens // part, part]), 1, index)
+        stored.store(index, finished(some, offset, stored.activation))
