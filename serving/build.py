@@ -32,7 +32,7 @@ from serving.quantize import DENSE, weight_type
 from serving.rehearsal import rehearsal
 from serving.request_log import RequestLog
 from serving.runner import TorchRunner
-from serving.shards import shard
+from serving.shards import columns_of, shard
 from serving.speculation import Drafter, DraftModel, PromptLookup
 from serving.step_shapes import GraphLimits
 from serving.tensor_parallel import Group, ParallelRunner, Ranks
@@ -116,12 +116,15 @@ def build_runner(
     trace: Trace | None = None,
 ) -> tuple[TorchRunner, EngineConfig]:
     """What runs a checkpoint's steps in this process, and the limits that follow from the memory of all."""
-    checkpoint = checkpoint if group is None else shard(checkpoint, group.share)
+    columns = None
+    if group is not None:  # sums of parts would have other bits than those of one device
+        columns = columns_of(checkpoint, group.share) if config.batch_invariant else None
+        checkpoint = shard(checkpoint, group.share, parts_of_sums=columns is None)
     max_model_len, device = _max_model_len(config, checkpoint), execution.device
     _announce(config, checkpoint, execution, group)
     packed, memory = _packed_weights(config, path, checkpoint, kernels, device, group)
     limits = _limits(config, memory, max_model_len, device)
-    model = build_model(checkpoint.config, kernels, packed, None if group is None else group.sum)
+    model = build_model(checkpoint.config, kernels, packed, None if group is None else group.sum, columns)
     if has_frames(config.kv_dtype):
         form = packed_form(kernels, device) if _may_be_kept(config, group) else None
         kept = None if form is None else _frames(path, config, max_model_len, form)

@@ -20,10 +20,12 @@ Combine = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Linear:
-    """One linear layer. Fused layers are a single weight where their parts are quantised alike, else several."""
+    """One linear layer. Fused layers are a single weight where their parts are quantised alike, else several. columns: those of x
+    that this device computes, where it has all of the weight; None: as many as the weight has."""
 
     parts: tuple[PackedWeight, ...]
     bias: Tensor | None = None
+    columns: range | None = None
 
     @property
     def only(self) -> PackedWeight | None:
@@ -43,6 +45,12 @@ class Linear:
         for part, bias, columns in zip(self.parts, biases, out.split(widths, dim=1)):
             kernels.linear(x, part, bias=bias, out=columns)
         return out
+
+    def gathered(self, x: Tensor, columns: range, combine: Combine) -> Tensor:
+        """x with all columns, of which each device has some: whatever is added to zeros keeps its bits."""
+        whole = x.new_zeros((x.shape[0], self.parts[0].shape[1]))
+        whole[:, columns.start : columns.stop] = x
+        return combine(whole)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,11 +80,14 @@ class Stream:
         return self.kernels.add_rms_norm(x, self.values, norm.weight, self.eps, x_norm=post_norm, constant=True)
 
     def add_linear(
-        self, layer: Linear, x: Activations, norm: Norm, post_norm: Tensor | None, reader: PackedWeight | None
+        self, layer: Linear, x: Tensor, norm: Norm, post_norm: Tensor | None, reader: PackedWeight | None
     ) -> Activations:
         """`add` of a layer's results. reader: the only weight that reads the norm; None: others do."""
-        if self.combine is not None or post_norm is not None or layer.only is None:
-            return self.add(layer(self.kernels, x, self.combine), norm, post_norm)
+        combine = self.combine
+        if combine is not None and layer.columns is not None:
+            x, combine = layer.gathered(x, layer.columns, combine), None
+        if combine is not None or post_norm is not None or layer.only is None:
+            return self.add(layer(self.kernels, x, combine), norm, post_norm)
         return self.kernels.linear_add_rms_norm(
             x, layer.only, self.values, norm.weight, self.eps, bias=layer.bias, reader=reader, scale=norm.scale
         )

@@ -7,7 +7,7 @@ layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -129,11 +129,15 @@ class Model:
         return out.reshape(out.shape[0], -1)
 
 
-def build_model(config: ModelConfig, kernels: Kernels, packed: PackedWeights, combine: Combine | None = None) -> Model:
-    """The model of packed weights, which it shares."""
+def build_model(
+    config: ModelConfig, kernels: Kernels, packed: PackedWeights, combine: Combine | None = None,
+    columns: Mapping[str, range] | None = None,
+) -> Model:  # fmt: skip
+    """The model of packed weights, which it shares. columns: of the layers that are whole on several devices (`Linear`)."""
 
     def linear(name: str) -> Linear:
-        return Linear(packed.linears[name], packed.tensors.get(name + BIAS))
+        some = (columns or {}).get(name.rpartition(".")[2])
+        return Linear(packed.linears[name], packed.tensors.get(name + BIAS), some)
 
     def feed_forward(prefix: str) -> Dense | Mixture:
         if config.experts is None:

@@ -2,11 +2,13 @@
 
 Of query, key, value, gate and up a device has rows, of the two layers behind them the columns for these, so that its results are
 parts of sums; embedding, norms and output are whole everywhere (M. Shoeybi et al., "Megatron-LM", arXiv 1909.08053). Ranges are
-as equal as whole heads and groups of scales allow. Mixtures of experts are whole everywhere, too.
+as equal as whole heads and groups of scales allow. Mixtures of experts are whole everywhere, too. Where sums must have the bits
+that one device gives them, the two layers are whole as well, and what they read is gathered (`columns_of`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -42,20 +44,29 @@ def check_shares(checkpoint: Checkpoint, count: int) -> None:
         )
 
 
-def shard(checkpoint: Checkpoint, share: Share) -> Checkpoint:
-    """The checkpoint that one device loads. Raises TilusError where there are fewer key-value heads than devices."""
+def shard(checkpoint: Checkpoint, share: Share, *, parts_of_sums: bool = True) -> Checkpoint:
+    """The checkpoint that one device loads. parts_of_sums: whether it has only its columns of the layers that end with sums.
+
+    Raises: TilusError where there are fewer key-value heads than devices.
+    """
     config = checkpoint.config
     check_shares(checkpoint, share.count)
-    dense = config.experts is None
-    ranges = _Ranges(config, share, _group(checkpoint.weights, config) if dense else config.ffn_size)
-    heads, ffn = ranges.kv_heads, ranges.ffn if dense else range(config.ffn_size)
+    ranges = _Ranges.of(checkpoint, share)
+    heads, ffn = ranges.kv_heads, ranges.ffn if config.experts is None else range(config.ffn_size)
     local = replace(
         config,
         num_heads=len(heads) * (config.num_heads // config.num_kv_heads),
         num_kv_heads=len(heads),
         ffn_size=len(ffn),
     )
-    return Checkpoint(checkpoint.name, local, checkpoint.tokenizer, ShardedWeights(checkpoint.weights, ranges))
+    weights = ShardedWeights(checkpoint.weights, ranges.rows, ranges.columns if parts_of_sums else {})
+    return Checkpoint(checkpoint.name, local, checkpoint.tokenizer, weights)
+
+
+def columns_of(checkpoint: Checkpoint, share: Share) -> Mapping[str, range]:
+    """Of what the layers that end with sums read, the columns that one device computes; by the layer's name."""
+    columns = _Ranges.of(checkpoint, share).columns
+    return columns if checkpoint.config.experts is None else {"attn_output": columns["attn_output"]}
 
 
 def _group(weights: Weights, config: ModelConfig) -> int:
@@ -77,13 +88,20 @@ class _Ranges:
         self.rows = {"attn_q": q, "attn_k": kv, "attn_v": kv, "ffn_gate": self.ffn, "ffn_up": self.ffn}
         self.columns = {"attn_output": q, "ffn_down": self.ffn}
 
+    @staticmethod
+    def of(checkpoint: Checkpoint, share: Share) -> _Ranges:
+        config = checkpoint.config
+        group = config.ffn_size if config.experts is not None else _group(checkpoint.weights, config)
+        return _Ranges(config, share, group)
+
 
 class ShardedWeights:
-    """`serving.loader.Weights` of one device."""
+    """`serving.loader.Weights` of one device. rows, columns: of the layers of which it has a part."""
 
-    def __init__(self, weights: Weights, ranges: _Ranges) -> None:
+    def __init__(self, weights: Weights, rows: Mapping[str, range], columns: Mapping[str, range]) -> None:
         self._weights = weights
-        self._ranges = ranges
+        self._row_ranges = rows
+        self._column_ranges = columns
 
     def has(self, name: str) -> bool:
         return self._weights.has(name)
@@ -105,8 +123,8 @@ class ShardedWeights:
         return replace(whole, first_row=row, num_rows=whole.num_rows if rows is None else len(rows))
 
     def _rows(self, name: str) -> range | None:
-        return self._ranges.rows.get(name.rpartition(".")[2])
+        return self._row_ranges.get(name.rpartition(".")[2])
 
     def _columns(self, name: str, matrix: Matrix) -> Matrix:
-        columns = self._ranges.columns.get(name.rpartition(".")[2])
+        columns = self._column_ranges.get(name.rpartition(".")[2])
         return matrix if columns is None else matrix.take_columns(columns.start, columns.stop)
