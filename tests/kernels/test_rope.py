@@ -166,6 +166,27 @@ def hadamard(vectors: Any) -> Any:
     return (runs @ matrix.T / np.sqrt(run)).reshape(vectors.shape)
 
 
+@pytest.mark.parametrize("device", EXECUTIONS)
+@pytest.mark.parametrize("normed", [False, True])
+def test_a_head_has_the_same_bits_whatever_others_there_are(normed: bool, device: str) -> None:
+    """A device that holds some heads of a model computes what one alone would."""
+    inputs = make_inputs(37, (12, 3), 64, 16)
+    norms = {"q_norm": torch.rand(64) + 0.5, "k_norm": torch.rand(64) + 0.5} if normed else {}
+    there = {name: tensor.to("cuda") if device == "cuda" else tensor for name, tensor in (inputs | norms).items()}
+    heads, cache = there.pop("qkv").reshape(37, 18, 64), there.pop("kv_cache")
+    whole = rope_append(heads.reshape(37, -1), kv_cache=cache, device=device, **there)
+    for first, count in ((0, 1), (1, 2), (2, 1)):
+        parts = (
+            heads[:, 4 * first : 4 * (first + count)],
+            *(heads[:, at + first : at + first + count] for at in (12, 15)),
+        )
+        own = torch.zeros_like(cache[..., :count, :])
+        q = rope_append(torch.cat(parts, 1).reshape(37, -1), kv_cache=own, device=device, **there)
+        written = own != 0
+        assert torch.equal(q, whole[:, 4 * first : 4 * (first + count)])
+        assert written.any() and torch.equal(own[written], cache[..., first : first + count, :][written])
+
+
 def test_no_tokens() -> None:
     inputs = make_inputs(0, (3, 3), 64, 16)
     assert rope_append(**inputs, device="reference").shape == (0, 3, 64)
