@@ -170,18 +170,19 @@ def hadamard(vectors: Any) -> Any:
 @pytest.mark.parametrize("normed", [False, True])
 def test_a_head_has_the_same_bits_whatever_others_there_are(normed: bool, device: str) -> None:
     """A device that holds some heads of a model computes what one alone would."""
-    inputs = make_inputs(37, (12, 3), 64, 16)
+    tokens = 37 if device == "emulator" else 300  # one in some thousands is where another rounding shows
+    inputs = make_inputs(tokens, (12, 3), 64, 16)
     norms = {"q_norm": torch.rand(64) + 0.5, "k_norm": torch.rand(64) + 0.5} if normed else {}
     there = {name: tensor.to("cuda") if device == "cuda" else tensor for name, tensor in (inputs | norms).items()}
-    heads, cache = there.pop("qkv").reshape(37, 18, 64), there.pop("kv_cache")
-    whole = rope_append(heads.reshape(37, -1), kv_cache=cache, device=device, **there)
+    heads, cache = there.pop("qkv").reshape(tokens, 18, 64), there.pop("kv_cache")
+    whole = rope_append(heads.reshape(tokens, -1), kv_cache=cache, device=device, **there)
     for first, count in ((0, 1), (1, 2), (2, 1)):
         parts = (
             heads[:, 4 * first : 4 * (first + count)],
             *(heads[:, at + first : at + first + count] for at in (12, 15)),
         )
         own = torch.zeros_like(cache[..., :count, :])
-        q = rope_append(torch.cat(parts, 1).reshape(37, -1), kv_cache=own, device=device, **there)
+        q = rope_append(torch.cat(parts, 1).reshape(tokens, -1), kv_cache=own, device=device, **there)
         written = own != 0
         assert torch.equal(q, whole[:, 4 * first : 4 * (first + count)])
         assert written.any() and torch.equal(own[written], cache[..., first : first + count, :][written])
