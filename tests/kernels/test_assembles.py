@@ -295,7 +295,7 @@ def test_w4a8_linear(act: torch.dtype, m: int, shape: tuple[int, int]) -> None:
     (n, k), header = shape, WeightHeader(tilus.int4, shape, 128, "f16")
     arrays = {name: torch.empty(full, dtype=getattr(torch, kind)) for name, (full, kind) in header.arrays.items()}
     x, y, bias = torch.empty(m, k, dtype=act), torch.empty(m, n, dtype=torch.bfloat16), torch.empty(n)
-    args = [x, arrays["codes"].flatten(1), arrays["scales"].flatten(1), y, 1.0, n // 64]
+    args = [x, arrays["codes"].flatten(1), arrays["scales"].flatten(1), y, 1.0, n // 64, 0.0, 1.0]
     args += [None, None, None, bias, None, None, torch.empty(m)]
     found = list(w4a8_plans(m, tilus.int8 if act == torch.int8 else tilus.float8_e4m3, header, 132))
     same = [plan for plan in found if (plan.tokens, plan.rows) == (found[0].tokens, found[0].rows)]
