@@ -47,7 +47,7 @@ def test_the_text_form_compiles_for_the_cpu(square: Path, tmp_path: Path, stage:
     """Also that of a later stage, with layouts and the instructions of a GPU."""
     text = tmp_path / "square.tilus"
     output_of("compile", square, "--emit", "ir", "--after", stage, "-o", text)
-    assert ("mma_sync" in text.read_text()) == (stage in ("select_instructions", "clean_up"))
+    assert ("mma_sync" in text.read_text()) == (stage in ("select_instructions", "clean_up", "finish_loads"))
     library = build.load(output_of("compile", text, "--target", "cpu"))
     parameters = parse_function(text.read_text(), INSTRUCTIONS).kernel_params()
     a = np.random.default_rng(0).integers(-4, 5, (64, 64)).astype(np.float16)

@@ -259,7 +259,7 @@ def test_no_rows_are_no_tokens() -> None:
         ),
         ({"seed": 2**64}, "seed is 18446744073709551616, but must be between 0 and 2^64 - 1"),
         ({"stop": ("a", "")}, "stop is ['a', ''], but must be at most 16 strings of 1 to 256 characters"),
-        ({"stop": ("a" * 257,)}, f"stop is ['{'a' * 257}'], but must be at most 16 strings of 1 to 256 characters"),
+        ({"stop": ("a" * 257,)}, f"stop is ['{'a' * 198}, but must be at most 16 strings of 1 to 256 characters"),
         ({"stop": ("a",) * 17}, f"stop is {['a'] * 17}, but must be at most 16 strings of 1 to 256 characters"),
         ({"logprobs": 21}, "logprobs is 21, but must be between 0 and 20"),
     ],
