@@ -34,8 +34,8 @@ def angles_of(cos_sin: Any, position: Any, half: int) -> Any:
 
 
 def rotated(halves: Any, angles: Any) -> Any:
-    """The two halves [heads, D/2] of heads, turned by the angles of a position. Which products are rounded is said and not left to
-    a compiler, whose choice could depend on how many heads there are."""
+    """The two halves [heads, D/2] of heads, turned by the angles of a position. Which products are rounded is said and not left
+    to a compiler, whose choice could depend on how many heads there are."""
     low, high = halves
     cos, sin = angles
     return tilus.fma(low, cos, -(high * sin)), tilus.fma(high, cos, low * sin)
