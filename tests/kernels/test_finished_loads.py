@@ -28,7 +28,7 @@ HOPPER = get_target("sm_90a")
 FENCE = "fence.acquire.cta;"
 # Those whose loads would be on their way without the fence; then one of every other family.
 RED = ("linear, 1 token", "minimums, 1 token", "minimums, 16 tokens", "dense, sums of a cluster")
-ALWAYS = (*RED, "linear, 16 tokens", "8-bit activations", "grouped", "decode, int4", "prefill, fp8", "latents, decode")
+ALWAYS = (*RED, "linear, 16 tokens", "8-bit activations", "grouped", "decode, fp8")
 
 
 def lines_of(function: Callable[..., object], code: str) -> set[str]:
