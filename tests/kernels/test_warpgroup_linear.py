@@ -7,11 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from weights import SCHEMES, exact, matrix_of
 
 import tilus
 from tilus.codegen.lower import lower
 from tilus.compiler import compile_function
+from tilus.kernels import linear_problem
 from tilus.kernels.linear import kernel_call, launch, linear
 from tilus.kernels.linear_problem import LinearProblem, candidates, heuristic
 from tilus.kernels.quantize import QuantizedWeight, WeightHeader, pack
@@ -145,6 +148,41 @@ def test_invariant_products(device: str) -> None:
     for first, last in ((0, 1), (5, 22), (32, 33)):
         part = linear(x[first:last].clone(), packed, out_dtype=torch.float32, device=device, invariant=True)
         assert torch.equal(part, whole[first:last])
+
+
+@pytest.mark.parametrize("device", ["reference", "cpu", "emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    ("act", "k"), [(torch.float16, 2048), (torch.bfloat16, 2064)], ids=["float16", "bfloat16, ragged"]
+)
+def test_invariant_products_do_not_depend_on_the_other_rows_of_the_weight(
+    act: torch.dtype, k: int, device: str
+) -> None:
+    """A device that holds some rows of a layer gives the bits of one that holds all. Few rows alone would be cut along K."""
+    matrix, order = matrix_of("minimums", tilus.uint4, 448, k, 16), "rows" if device == "cpu" else "mma"
+    x = torch.randn(9, k, generator=torch.Generator().manual_seed(4)).to(act)
+    whole, few = (
+        linear(x, pack(part, "cpu", order), out_dtype=torch.float32, device=device, invariant=True)
+        for part in (matrix, matrix.take_rows(np.arange(384, 448)))
+    )
+    assert torch.equal(few, whole[:, 384:])
+
+
+@given(
+    n=st.integers(1, 2000),
+    k=st.integers(1, 500),
+    m=st.integers(1, 300),
+    width=st.integers(2, 8),
+    sms=st.integers(1, 200),
+)
+def test_invariant_plans_do_not_depend_on_the_other_rows_of_the_weight(
+    n: int, k: int, m: int, width: int, sms: int
+) -> None:
+    """n, k: in blocks of 16; of plans of warpgroups and of the portable kernel."""
+    plans = []
+    for rows in (n, 64):
+        problem = LinearProblem.of(header(f"int{width}", 16 * rows, 16 * k, 16), m, tilus.f16, tilus.f16)
+        plans.append([linear_problem.invariant_plans(problem, sms, hopper=hopper) for hopper in (False, True)])
+    assert plans[0] == plans[1]
 
 
 def header(dtype: str, n: int, k: int, group: int, **changes: Any) -> WeightHeader:

@@ -196,8 +196,8 @@ def linear(
     gated weight, silu or gelu_tanh: of the N = 2 F sums s, of F gates and then F factors, the result is [M, F],
     `silu(s[:, :F]) * s[:, F:]` (see `silu_mul`, `gelu_mul`), computed in f32 and rounded once. out_dtype: by default that of x.
     out: written in place when given. device: where to run (reference, emulator, cpu, cuda), by default as the arguments say.
-    invariant: a row of y has the same bits whatever the other rows are and however many there are (on one kind of device): sums
-    along K are then cut in one way for every M, which takes longer for most.
+    invariant: a number of y has the same bits whatever the other rows of x and of the weight are and however many there are (on
+    one kind of device): sums along K are then cut in one way for every M and N, which takes longer for most.
     The kernel may start while the one in front of it runs, and then reads the weight and the bias, but not x: nothing that is
     still on its way in the stream may write those two.
     Raises: TilusError when K, dtypes or devices do not fit, for a weight that is packed for CPUs on a GPU, for a dense one
@@ -295,7 +295,7 @@ def _plan(x: Any, weight: QuantizedWeight, y: Any, where: str, invariant: bool, 
     header, m = weight.header, 1 if invariant and where == "cpu" else int(x.shape[0])
     tiles_n, tiles_k = (-(-extent // TILE) for extent in weight.shape)
     if where == "cpu":
-        return cpu_schedule(m, tiles_n, tiles_k, header.dtype.nbits, num_threads())
+        return cpu_schedule(m, tiles_n, tiles_k, header.dtype.nbits, 1 if invariant else num_threads())
     problem = LinearProblem.of(header, m, _dtype(x), _dtype(y))
     if where != "cuda":
         hopper = norms is not NO_NORMS

@@ -23,6 +23,7 @@ Plan = Schedule | WarpgroupPlan
 PLANS: tuple[type, ...] = (Schedule, WarpgroupPlan)
 FAMILY = "linear-4"  # another number where plans get another meaning, or kernels another speed
 CANDIDATES = 10
+INVARIANT_ROWS = 4096  # of the weight that invariant plans are made for, whatever rows a weight has
 
 # The model's machine, an H100: what one multiprocessor gets from memory and issues, and how long a read is under way.
 BYTES_PER_NS = 24.0
@@ -79,9 +80,13 @@ def heuristic(problem: LinearProblem, num_sms: int, *, hopper: bool = False) -> 
 
 
 def invariant_plans(problem: LinearProblem, num_sms: int, *, hopper: bool = False) -> tuple[Plan, ...]:
-    """Plans by which a row of the result has the same bits for every m: the best, then those that need fewer registers."""
+    """Plans by which a number of the result has the same bits for every m and N: the best, then those that need fewer
+    registers."""
     plans = warpgroup_schedule.invariant_plans(problem.header, problem.m, num_sms) if hopper else ()
-    return plans or (heuristic(replace(problem, m=1), num_sms),)
+    if plans:
+        return plans
+    planned = replace(problem.header, shape=(INVARIANT_ROWS, problem.header.shape[1]))
+    return (heuristic(replace(problem, header=planned, m=1), num_sms),)
 
 
 def candidates(problem: LinearProblem, num_sms: int, *, hopper: bool = False) -> tuple[Plan, ...]:

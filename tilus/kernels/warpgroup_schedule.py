@@ -159,12 +159,13 @@ def warpgroup_plans(header: WeightHeader, m: int, num_sms: int) -> tuple[Warpgro
 
 
 def invariant_plans(header: WeightHeader, m: int, num_sms: int) -> tuple[WarpgroupPlan, ...]:
-    """Plans that add up in one order whatever m is, as only the tokens of a block differ; the best first, then fewer tokens."""
-    n, k = header.shape
+    """Plans that add up in one order whatever m and N are, as only the tokens of a block differ; the best first, then fewer
+    tokens."""
+    _, k = header.shape
     if k % TILE:
         return ()
-    tiles_n, tiles_k = -(-n // TILE), k // TILE
-    blocks, depth = _blocks(header, tiles_n, tiles_k, num_sms, 1), _depths(tiles_k, 2)[0]
+    tiles_k = k // TILE
+    blocks, depth = _blocks(header, 1, tiles_k, num_sms, 1), _depths(tiles_k, 2)[0]
     most = next((tokens for tokens in (8, 16, 32) if m <= tokens), 64)
     found = (
         planned(header, tokens, 1, 2, blocks, depth, SHARED_NBYTES) for tokens in (64, 32, 16, 8) if tokens <= most
