@@ -73,19 +73,19 @@ def test_a_kernel_that_spills_gets_an_easier_schedule_and_keeps_it(monkeypatch: 
     module = importlib.import_module("tilus.kernels.linear")
     tried: list[Schedule] = []
 
-    def launch(x: Any, weight: Any, y: Any, bias: Any, plan: Schedule, device: Any, activation: Any) -> None:
+    def launch(x: Any, weight: Any, y: Any, bias: Any, plan: Schedule, *others: Any) -> None:
         tried.append(plan)
         if plan.tokens > 8 or plan.stages > 1:
             raise SpillError("kernel spills")
 
     monkeypatch.setattr(module, "launch", launch)
     first = Schedule(16, 1, 8, 2)
-    monkeypatch.setattr(module, "heuristic", lambda *_: first)
+    monkeypatch.setattr(module, "heuristic", lambda *_, **__: first)
     weight = pack(quantize(np.ones((64, 64), np.float32), uint4, 64))
     for _ in range(2):
         module.linear(np.ones((16, 64), np.float16), weight, device="reference")
     assert tried == [first, Schedule(16, 1, 8, 1), Schedule(8, 1, 8, 1), Schedule(8, 1, 8, 1)]
-    monkeypatch.setattr(module, "heuristic", lambda *_: Schedule(8, 1, 8, 1))
+    monkeypatch.setattr(module, "heuristic", lambda *_, **__: Schedule(8, 1, 8, 1))
     monkeypatch.setattr(module, "launch", lambda *_: (_ for _ in ()).throw(SpillError("kernel spills")))
     with pytest.raises(SpillError, match="kernel spills"):
         module.linear(np.ones((16, 64), np.float16), weight, device="reference")
