@@ -129,7 +129,7 @@ def functions(x: Tensor[f32, "n"], y: Tensor[f32, "count", "n"], *, names: Const
 
 
 ULPS = {"exp": 1.5, "exp2": 1.25, "log": 1.0, "log2": 1.0, "sqrt": 0.5, "rsqrt": 1.5}
-"""How far results may be from exact ones, in units of the last place of f32, whether or not products are contracted."""
+"""How far results may be from exact ones, in units of the last place of f32."""
 
 
 def test_functions_are_within_ulps() -> None:

@@ -168,11 +168,8 @@ def hadamard(vectors: Any) -> Any:
 
 @pytest.mark.parametrize("device", EXECUTIONS)
 @pytest.mark.parametrize("normed", [False, True])
-def test_a_head_has_the_same_bits_whatever_others_there_are(
-    normed: bool, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_head_has_the_same_bits_whatever_others_there_are(normed: bool, device: str) -> None:
     """A device that holds some heads of a model computes what one alone would."""
-    monkeypatch.delenv("TILUS_CFLAGS", raising=False)  # a compiler that does its best is what could make a difference
     tokens = 37 if device == "emulator" else 300  # one in some thousands is where another rounding shows
     inputs = make_inputs(tokens, (12, 3), 64, 16)
     norms = {"q_norm": torch.rand(64) + 0.5, "k_norm": torch.rand(64) + 0.5} if normed else {}

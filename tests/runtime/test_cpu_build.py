@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from tilus import config
 from tilus.errors import TilusError, TilusErrors
-from tilus.runtime.cpu import build, features, temporary, toolchain
+from tilus.runtime.cpu import build, features, intrinsics, temporary, toolchain
 
 REAL = toolchain.find_compiler()
 HOST = features.host_cpu(REAL)
@@ -40,13 +40,18 @@ class Compiler:
         script(
             self.path,
             f'case "$*" in *--version*|*-dM*) exec {real} "$@";; esac\n'
-            f'echo run >> "{self.directory}/log"\n{instead or f"exec {real}"} "$@"',
+            f'echo "$*" >> "{self.directory}/log"\n{instead or f"exec {real}"} "$@"',
         )
 
     @property
-    def runs(self) -> int:
+    def commands(self) -> list[str]:
+        """The arguments of each run."""
         log = self.directory / "log"
-        return len(log.read_text().splitlines()) if log.exists() else 0
+        return log.read_text().splitlines() if log.exists() else []
+
+    @property
+    def runs(self) -> int:
+        return len(self.commands)
 
 
 @pytest.fixture
@@ -85,6 +90,40 @@ def test_math_vectors_and_atomics_link(compiler: Compiler) -> None:
     function = build.load(text).f
     function.argtypes, function.restype = [ctypes.c_float], ctypes.c_float
     assert abs(function(1.0) - 3.4798760) < 1e-5
+
+
+WITH_INTRINSICS = pytest.mark.skipif(
+    HOST.arch != "x86_64" or not REAL.is_gcc, reason="the header is that of x86, gcc's way to parse it once"
+)
+VECTORS = f"{intrinsics.HEADER}\nint lanes(void) {{ return %d + _mm_cvtsi128_si32(_mm_set1_epi32(1)); }}\n"
+
+
+@WITH_INTRINSICS
+def test_the_header_of_intrinsics_is_parsed_once(compiler: Compiler) -> None:
+    assert build.load(VECTORS % 1).lanes() == 2
+    (header,) = entries("*.gch")
+    before = header.stat()
+    assert build.load(VECTORS % 2).lanes() == 3 and compiler.runs == 3 and entries("*.gch") == [header]
+    assert header.stat().st_mtime_ns == before.st_mtime_ns
+    build.load(answer(1))
+    build.load(intrinsics.WITHOUT + VECTORS % 3)
+    assert [line.count("-include") for line in compiler.commands] == [0, 1, 1, 0, 0]
+
+
+@WITH_INTRINSICS
+def test_a_damaged_header_is_parsed_again(compiler: Compiler) -> None:
+    build.load(VECTORS % 1)
+    (header,) = entries("*.gch")
+    header.write_bytes(header.read_bytes()[:9000000])
+    assert build.load(VECTORS % 2).lanes() == 3 and not header.exists()
+    assert build.load(VECTORS % 3).lanes() == 4 and header.stat().st_size > 9000000
+
+
+@WITH_INTRINSICS
+def test_a_text_is_refused_with_what_the_compiler_says_without_the_parsed_header(compiler: Compiler) -> None:
+    with pytest.raises(TilusError, match=r"kernel\.c:2.*error") as caught:
+        build.load(f"{intrinsics.HEADER}\nint x = y;\n")
+    assert "-include" not in str(caught.value)
 
 
 def test_everything_in_the_key_distinguishes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,7 +76,8 @@ class Block:
         x = self.writer.name("x")
         self.writer.line(f"const float {x} = {element};")
         for i, vector in enumerate(vectors):
-            self.writer.line(f"c{i}_{column} += {vector} * {x};")
+            sum_ = f"c{i}_{column}"
+            self.writer.line(f"{sum_} = tl_scaled_f32x{self.lanes}({vector}, {x}, {sum_});")
 
     def close(self) -> None:
         for (i, j), place in self.places.items():

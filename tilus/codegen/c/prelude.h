@@ -3,6 +3,9 @@
 #include <stdint.h>
 #include <stdio.h>
 #include <string.h>
+#if defined(__AVX512F__)
+#define TL_MAD_512 /* has no header */
+#endif
 #if defined(TL_NO_INTRINSICS) /* their headers take the compiler longer than a small kernel */
 #undef __AVX512F__
 #undef __AVX512BW__
@@ -137,6 +140,14 @@ TL_INLINE float tl_odd_f32(double wide) {
     return tl_float((bits - (fabs((double)x) > fabs(wide))) | 1);
 }
 
+/* x * y + z, rounded once where the machine can. It is written out wherever it is meant: a compiler that may contract chooses by
+   what stands around, and the same sum would have other bits in another kernel, or with another -O. */
+#if defined(__FMA__) || defined(__aarch64__)
+#define tl_mad __builtin_fmaf
+#else
+TL_INLINE float tl_mad(float x, float y, float z) { return x * y + z; }
+#endif
+
 /* f32: of a number and NaN, min and max take the number. exp2 to about one unit in the last place. */
 TL_INLINE float tl_fmin(float a, float b) { return a < b || b != b ? a : b; }
 TL_INLINE float tl_fmax(float a, float b) { return a > b || b != b ? a : b; }
@@ -145,21 +156,21 @@ TL_INLINE float tl_exp2(float x) {
     c = c < -151.0f ? -151.0f : c;
     float n = rintf(c), f = c - n;
     float p = 1.5252734e-5f;
-    p = p * f + 1.5403531e-4f;
-    p = p * f + 1.3333558e-3f;
-    p = p * f + 9.6181291e-3f;
-    p = p * f + 5.5504109e-2f;
-    p = p * f + 2.4022651e-1f;
-    p = p * f + 6.9314718e-1f;
-    p = p * f + 1.0f;
+    p = tl_mad(p, f, 1.5403531e-4f);
+    p = tl_mad(p, f, 1.3333558e-3f);
+    p = tl_mad(p, f, 9.6181291e-3f);
+    p = tl_mad(p, f, 5.5504109e-2f);
+    p = tl_mad(p, f, 2.4022651e-1f);
+    p = tl_mad(p, f, 6.9314718e-1f);
+    p = tl_mad(p, f, 1.0f);
     int32_t whole = c == c ? (int32_t)n : 0, half = whole >> 1;
     return p * tl_float((uint32_t)(half + 127) << 23) * tl_float((uint32_t)(whole - half + 127) << 23);
 }
 TL_INLINE float tl_exp(float x) { /* x log2(e) in two parts: one product would lose the bits of its whole part */
     float high = x * 1.44269504f;
-    float rest = __builtin_isinf(high) ? 0.0f : __builtin_fmaf(x, 1.44269504f, -high) + x * 1.92596299e-8f;
+    float rest = __builtin_isinf(high) ? 0.0f : tl_mad(x, 1.92596299e-8f, __builtin_fmaf(x, 1.44269504f, -high));
     float power = tl_exp2(high);
-    return power + (power < TL_INF ? power * (rest * 0.6931471806f) : 0.0f);
+    return power < TL_INF ? tl_mad(power, rest * 0.6931471806f, power) : power;
 }
 /* x = 2^n (1 + f) with 1 + f around 1, so that f is exact: log2(1 + f) is f log2(e) in two parts plus f^2 times a polynomial. */
 TL_INLINE float tl_log2(float x) {
@@ -168,16 +179,16 @@ TL_INLINE float tl_log2(float x) {
     int32_t n = (int32_t)shifted >> 23;
     float f = tl_float(bits - ((uint32_t)n << 23)) - 1.0f;
     float p = -1.0997752e-1f;
-    p = p * f + 1.8618706e-1f;
-    p = p * f - 1.9105583e-1f;
-    p = p * f + 2.0459774e-1f;
-    p = p * f - 2.3961803e-1f;
-    p = p * f + 2.8856763e-1f;
-    p = p * f - 3.6069660e-1f;
-    p = p * f + 4.8089823e-1f;
+    p = tl_mad(p, f, 1.8618706e-1f);
+    p = tl_mad(p, f, -1.9105583e-1f);
+    p = tl_mad(p, f, 2.0459774e-1f);
+    p = tl_mad(p, f, -2.3961803e-1f);
+    p = tl_mad(p, f, 2.8856763e-1f);
+    p = tl_mad(p, f, -3.6069660e-1f);
+    p = tl_mad(p, f, 4.8089823e-1f);
     p = __builtin_fmaf(p, f, -7.2134733e-1f);
     float square = f * f, lost = __builtin_fmaf(f, f, -square);
-    float rest = __builtin_fmaf(square, p, f * 1.92596299e-8f - lost * 0.72134752f);
+    float rest = __builtin_fmaf(square, p, tl_mad(f, 1.92596299e-8f, -lost * 0.72134752f));
     float found = (float)(x < 1.17549435e-38f ? n - 23 : n) + __builtin_fmaf(f, 1.44269504f, rest);
     found = x > 0.0f ? found : x == 0.0f ? -TL_INF : TL_NAN;
     return x < TL_INF ? found : x;
@@ -210,6 +221,30 @@ TL_INLINE float tl_rcp(float x) { return 1.0f / x; }
 TL_VECTORS(4)
 TL_VECTORS(8)
 TL_VECTORS(16)
+/* Lanes of tl_mad. Of a loop over lanes compilers make one instruction only where they try hard. */
+#define TL_MAD(n, lanes) \
+    TL_INLINE tl_f32x##n tl_mad_f32x##n(tl_f32x##n x, tl_f32x##n y, tl_f32x##n z) { return lanes; } \
+    TL_INLINE tl_f32x##n tl_scaled_f32x##n(tl_f32x##n x, float y, tl_f32x##n z) { \
+        return tl_mad_f32x##n(x, y - (tl_f32x##n){0}, z); \
+    }
+#define TL_MAD_LOOP(n) \
+    TL_INLINE tl_f32x##n tl_mads_f32x##n(tl_f32x##n x, tl_f32x##n y, tl_f32x##n z) { \
+        for (int i = 0; i < n; i++) z[i] = tl_mad(x[i], y[i], z[i]); \
+        return z; \
+    } \
+    TL_MAD(n, tl_mads_f32x##n(x, y, z))
+#if defined(__FMA__)
+TL_MAD(4, (tl_f32x4)__builtin_ia32_vfmaddps(x, y, z))
+TL_MAD(8, (tl_f32x8)__builtin_ia32_vfmaddps256(x, y, z))
+#else
+TL_MAD_LOOP(4)
+TL_MAD_LOOP(8)
+#endif
+#if defined(TL_MAD_512)
+TL_MAD(16, (tl_f32x16)__builtin_ia32_vfmaddps512_mask(x, y, z, -1, 4))
+#else
+TL_MAD_LOOP(16)
+#endif
 /* The sum of the lanes, halves added to each other. */
 #define TL_TOTAL(n) \
     TL_INLINE float tl_total_f32x##n(tl_f32x##n x) { \
@@ -233,6 +268,8 @@ TL_INLINE float tl_total_f32x16(tl_f32x16 x) { return _mm512_reduce_add_ps((__m5
 TL_TOTAL(16)
 #endif
 typedef float tl_f32x1;
+#define tl_mad_f32x1 tl_mad
+#define tl_scaled_f32x1 tl_mad
 TL_INLINE float tl_load_f32x1(const float *p) { return *p; }
 TL_INLINE void tl_store_f32x1(float *p, float x) { *p = x; }
 TL_INLINE float tl_total_f32x1(float x) { return x; }

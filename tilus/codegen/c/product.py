@@ -194,7 +194,7 @@ class Product:
                         place = side.at(at, f"{first} + {i}", step)
                         writer.line(f"const tl_f32x{lanes} {name}{i} = tl_load_f32x{lanes}(&{place});")
                 for i, j in pairs:
-                    writer.line(f"p{i}_{j} += x{i} * y{j};")
+                    writer.line(f"p{i}_{j} = tl_mad_f32x{lanes}(x{i}, y{j}, p{i}_{j});")
             for i, j in pairs:
                 place = out.at(at, f"{row} * {rows} + {i}", f"{column} * {columns} + {j}")
                 writer.line(f"{place} {'+=' if reads else '='} tl_total_f32x{lanes}(p{i}_{j});")

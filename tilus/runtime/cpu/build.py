@@ -22,17 +22,17 @@ from tilus import config
 from tilus.errors import TilusError, raise_all
 from tilus.runtime import compilations
 from tilus.runtime.cache import write_atomically
-from tilus.runtime.cpu import temporary, toolchain
+from tilus.runtime.cpu import intrinsics, temporary, toolchain
 from tilus.runtime.cpu.features import HostCpu, host_cpu, native_flags
 from tilus.runtime.cpu.threads import usable_cpus
 from tilus.runtime.cpu.toolchain import CCompiler
 
 COMPILE_TIMEOUT_S = 600.0
 
-# Contraction and no errno change what a float operation costs, not which of them run. Part of the key.
+# No errno changes what a float operation costs, not which of them run; contraction would change bits. Part of the key.
 _FLAGS = (
     *("-O3", "-std=gnu11", "-fPIC", "-shared", "-pthread", "-fno-semantic-interposition", "-w"),
-    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp-simd"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fopenmp-simd"),
 )
 _ZIG_FLAGS = ("-fno-sanitize=undefined",)  # on by default there
 # Part of the key and of the checksum, so that entries of another layout are never read.
@@ -185,10 +185,14 @@ def _compile(source: str, name: str, compiler: CCompiler, *stop_at: str) -> byte
     with tempfile.TemporaryDirectory(prefix="tilus-") as work:
         text, output = Path(work, "kernel.c"), Path(work, "kernel.out")
         text.write_text(source)
-        command = [*compiler.command, *flags(compiler), *stop_at, text.name, "-o", output.name, "-lm"]
-        status, log = toolchain.run(command, timeout_s=COMPILE_TIMEOUT_S, cwd=Path(work))
-        if status == 0 and output.is_file():
-            return output.read_bytes()
+        header = intrinsics.parsed(source, compiler, flags(compiler), host_cpu(compiler).fingerprint)
+        for more in dict.fromkeys((header, ())):
+            command = [*compiler.command, *flags(compiler), *more, *stop_at, text.name, "-o", output.name, "-lm"]
+            status, log = toolchain.run(command, timeout_s=COMPILE_TIMEOUT_S, cwd=Path(work))
+            if status == 0 and output.is_file():
+                if more != header:  # which was damaged
+                    intrinsics.forget(header)
+                return output.read_bytes()
     kept = _keep(source, name)
     expected = "assembly" if stop_at else "a library"
     raise TilusError(

@@ -33,6 +33,10 @@ class CCompiler:
         return f"{self.version} ({' '.join(self.command)})"
 
     @property
+    def is_gcc(self) -> bool:
+        return "clang" not in self.version and not self.is_zig
+
+    @property
     def is_zig(self) -> bool:
         """zig's clang, which has its own words for this machine and its own cache."""
         return self.command[-2:] == ("ziglang", "cc")
