@@ -121,32 +121,7 @@ def quantized_linear(
         ahead[index].fetch(begin + index * warps)
     if offsets is None:
         tilus.wait_dependencies(constant=[codes, scales, mins, zeros, table, bias])
-    total = tilus.zeros([step.batch, TILE, tokens], f32)
-    sums = tilus.zeros([step.batch, sum_rows(step), tokens], f32)
-    for first in tilus.range(begin, end, tiles):
-        for stage, weights in enumerate(ahead):
-            tile = first + stage * warps
-            shape, layout = [tokens, warps * TILE], order.activation_layout(tokens, rows, warps)
-            right = activation_tile(tilus.load(x, [first_token, tile * TILE], shape, layout=layout), tokens, step)
-            if stages == 0:
-                weights.fetch(tile)
-            raw = weights.codes
-            if once is None and weights.has_many_factors():
-                weights.fetch_factors(tile)
-            scale, minimum, zero = once if once is not None else weights.numbers(exponent, x.dtype)
-            if stages > 0:
-                weights.fetch(tile + tiles)
-            w = weight_tile(raw, zero, lookup_table, wdtype, x.dtype, step)
-            if once is None:
-                total = add_groups(total, w, right, scale, minimum, step)
-            else:
-                total = tilus.dot(w, right, total)
-                if mins is not None:
-                    sums = sums_of_activations(right, step, sums)
-    if once is not None:
-        nothing = tilus.zeros([step.batch, TILE, tokens], f32)
-        total = scaled_sum(nothing, total, sums, once[0], once[1], 0, step)
-
+    total = sum_over_tiles(x, first_token, ahead, once, [begin, end], lookup_table, exponent, tokens, stages)
     by_row = tilus.sum(tilus.reshape(total, [rows, warps, TILE, tokens]), axis=1)
     result = tilus.reshape(by_row, [rows * TILE, tokens]) * 2.0**exponent
     if partial is None:
@@ -156,6 +131,42 @@ def quantized_linear(
         shape = [tokens, rows * TILE]
         tilus.store(partial, [tilus.block_id(2), first_token, row_tile * TILE], result, dims=[2, 1])
         add_splits(y, partial, tickets, global_scale, bias, activation, first_token, row_tile, shape, splits)
+
+
+def sum_over_tiles(x, first_token, ahead, once, tiles, table, exponent, tokens, stages):
+    """Scaled sums [batch, 64, tokens] over tiles along K, from tiles[0] to tiles[1], divided by 2^exponent.
+
+    ahead: what is multiplied first, with `stages` already fetched; each fetches its next tile once its factors are read. once:
+    the factors that serve all of K.
+    """
+    step, wdtype, (_, mins, _) = ahead[0].step, ahead[0].dtypes[0], ahead[0].factors
+    shape, layout = [tokens, step.warps * TILE], step.order.activation_layout(tokens, step.rows, step.warps)
+    total = tilus.zeros([step.batch, TILE, tokens], f32)
+    sums = tilus.zeros([step.batch, sum_rows(step), tokens], f32)
+    for first in tilus.range(tiles[0], tiles[1], step.warps * len(ahead)):
+        for stage, weights in enumerate(ahead):
+            tile = first + stage * step.warps
+            loaded = tilus.load(x, [first_token, tile * TILE], shape, layout=layout)
+            right = activation_tile(loaded, tokens, step)
+            if stages == 0:
+                weights.fetch(tile)
+            raw = weights.codes
+            if once is None and weights.has_many_factors():
+                weights.fetch_factors(tile)
+            scale, minimum, zero = once if once is not None else weights.numbers(exponent, x.dtype)
+            if stages > 0:
+                weights.fetch(tile + step.warps * len(ahead))
+            w = weight_tile(raw, zero, table, wdtype, x.dtype, step)
+            if once is None:
+                total = add_groups(total, w, right, scale, minimum, step)
+            else:
+                total = tilus.dot(w, right, total)
+                if mins is not None:
+                    sums = sums_of_activations(right, step, sums)
+    if once is not None:
+        nothing = tilus.zeros([step.batch, TILE, tokens], f32)
+        total = scaled_sum(nothing, total, sums, once[0], once[1], 0, step)
+    return total
 
 
 def store_results(y, sums, offset, activation, start):

@@ -21,13 +21,12 @@ from tilus.kernels.activation import Activation
 from tilus.kernels.allocate import counters, empty
 from tilus.kernels.byte_operands import UNPACKINGS, exponent_of
 from tilus.kernels.deferred_norm import NO_NORMS, Norms, RootMeanSquares
-from tilus.kernels.linear_results import offsets_of
 from tilus.kernels.linear_step import residual
 from tilus.kernels.quantize.packed import QuantizedWeight
 from tilus.kernels.quantize.tiles import MMA, TILE, WHOLE
 from tilus.kernels.warpgroup_operands import Unpacking, table_entries, tile_nbytes
 from tilus.kernels.warpgroup_products import sum_of_steps
-from tilus.kernels.warpgroup_results import Rows, StreamRows, store_rows
+from tilus.kernels.warpgroup_results import Results
 from tilus.kernels.warpgroup_schedule import WarpgroupPlan
 from tilus.kernels.warpgroup_stages import Stages
 from tilus.kernels.warpgroup_sums import Sums
@@ -68,7 +67,7 @@ def warpgroup_linear(
     x_parts: Const = None,
 ):
     rows, splits = plan.rows, plan.splits
-    shape, out_rows = plan.shape(span), TILE if activation is None else TILE // 2
+    shape = plan.shape(span)
     group_warps, alone = 4 * rows, plan.registers is None
     finders = 0 if x_squares is None else 1 if alone else 2
     copiers = 1 if alone else 4 - finders
@@ -103,14 +102,14 @@ def warpgroup_linear(
             tilus.wait_dependencies(constant=constant)
             roots.find(tiles, eps, finders)
 
+    after = None if stream is None else (stream, norm, squares, stream_scale)
     for split in range(splits):
         with tilus.warps(group_warps * split, group_warps, registers=plan.registers):
             tilus.wait_dependencies(constant=constant)
             entries = table_entries(table, x.dtype, 32 * group_warps)
             unpacked = unpacking(wdtype, (scale_dtype, mins_dtype), x, x_scale, zeros, entries, shape)
-            stored = Rows(y, plan, activation, 32 * group_warps)
-            if stream is not None:
-                stored = StreamRows(y, (stream, norm, squares, stream_scale), plan, 32 * group_warps)
+            scales = (global_scale * 2.0**unpacked.exponent, x_scale)
+            results = Results(y, after, plan, activation, scales, bias, roots)
             for index in tiles.numbers():
                 row_tile, token = tiles.start(index)
                 begin, end = tiles.extent(index)
@@ -123,7 +122,7 @@ def warpgroup_linear(
                 if split > 0:
                     own_sums.give(total, split, index)
                 else:
-                    stored.begin([token, row_tile * out_rows])
+                    results.begin(token, row_tile)
                     total = own_sums.added_to(total, index)
                     if tiles.part > 0:
                         all_sums.give(total, tiles.part, block=tiles.own)
@@ -133,12 +132,7 @@ def warpgroup_linear(
                             total, complete = tiles.joined(total, partial, tickets, index)
                         roots.wait(index)
                         if complete == 1:
-                            total = total * (global_scale * 2.0**unpacked.exponent)
-                            if x_scale is not None:
-                                total = total * tilus.load(x_scale, [token], [plan.tokens])
-                            total = roots.divided(total)
-                            offset = offsets_of(bias, row_tile * TILE, rows * TILE, activation is not None)
-                            store_rows(stored, total, offset)
+                            results.store(total, token, row_tile)
                         roots.free()
 
 

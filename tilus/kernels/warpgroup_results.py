@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tilus
-from tilus.kernels.linear_results import finished
+from tilus.kernels.linear_results import finished, offsets_of
 from tilus.kernels.quantize.tiles import TILE
 from tilus.kernels.warpgroup_schedule import STORED_TOKENS, WarpgroupPlan
 from tilus.layout import local
@@ -81,3 +81,31 @@ def store_rows(stored, sums, offset):
     for index in range(tokens // part):
         some = tilus.select(tilus.reshape(sums, [rows, tokens // part, part]), 1, index)
         stored.store(index, finished(some, offset, stored.activation))
+
+
+class Results:
+    """What becomes of the sums of a block's tiles: factors and a bias, then rows.
+
+    addend: as of `StreamRows`; without, results are `Rows`. factors: of all sums, and a tensor of those of tokens or None.
+    roots: `RootMeanSquares` of the activations.
+    """
+
+    def __init__(self, y, addend, plan: WarpgroupPlan, activation, factors, bias, roots):
+        self.plan, self.bias, self.roots = plan, bias, roots
+        self.factor, self.token_factors = factors
+        self.threads, self.is_gated = 128 * plan.rows, activation is not None
+        self.rows = Rows(y, plan, activation, self.threads)
+        if addend is not None:
+            self.rows = StreamRows(y, addend, plan, self.threads)
+
+    def begin(self, token, row_tile):
+        """In front of the last sums of the tile of a token and a tile of rows."""
+        self.rows.begin([token, row_tile * (TILE // 2 if self.is_gated else TILE)])
+
+    def store(self, total, token, row_tile):
+        total = total * self.factor
+        if self.token_factors is not None:
+            total = total * tilus.load(self.token_factors, [token], [self.plan.tokens])
+        total = self.roots.divided(total)
+        offset = offsets_of(self.bias, row_tile * TILE, self.plan.rows * TILE, self.is_gated)
+        store_rows(self.rows, total, offset)
