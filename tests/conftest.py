@@ -1,8 +1,11 @@
-"""Settings shared by all tests: hypothesis without deadlines (CI machines are slow and shared), and cheap C."""
+"""Settings shared by all tests: hypothesis without deadlines (CI machines are slow and shared), cheap C, samples of long laws."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections import defaultdict
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -15,12 +18,35 @@ settings.register_profile(
 settings.register_profile("thorough", deadline=None, max_examples=2000, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
-# C compilers take most of the time of tests on the CPU. What C means does not depend on it; examples and random programs
-# are optimised as for users (`optimized_c`).
-os.environ.setdefault("TILUS_CFLAGS", "-O1")
+# C compilers take most of the time of tests on the CPU. Bits do not depend on it (test_c_bits.py); random programs are optimised
+# as for users (`optimized_c`).
+os.environ.setdefault("TILUS_CFLAGS", "-Og")
 
 
 @pytest.fixture
 def optimized_c(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that this test is the first to run are compiled as they are for users."""
     monkeypatch.delenv("TILUS_CFLAGS")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a law that is `sampled(n)`, about one case in n is for `make test`; the others are exhaustive."""
+    laws: dict[tuple[str, int], list[pytest.Function]] = defaultdict(list)
+    for item in items:
+        mark, others = item.get_closest_marker("sampled"), {mark.name for mark in item.iter_markers()}
+        if mark is not None and isinstance(item, pytest.Function) and not others & {"gpu", "exhaustive", "browser"}:
+            laws[item.nodeid.split("[")[0], mark.args[0]].append(item)
+    for (_, share), cases in laws.items():
+        for case in set(cases).difference(sample(cases, share)):
+            case.add_marker(pytest.mark.exhaustive)
+
+
+def sample(cases: Sequence[pytest.Function], share: int) -> list[pytest.Function]:
+    """One case in `share`, always the same ones, first such as show a value of a parameter that those before do not."""
+    seen, new, others = set[tuple[str, str]](), list[pytest.Function](), list[pytest.Function]()
+    for case in sorted(cases, key=lambda case: hashlib.sha256(case.nodeid.encode()).digest()):
+        values = {(name, repr(value)) for name, value in case.callspec.params.items()}
+        (others if values <= seen else new).append(case)
+        seen |= values
+    return (new + others)[: -(-len(cases) // share)]

@@ -9,7 +9,7 @@ import pytest
 
 from tilus import TilusError
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimized_c")]
+pytestmark = pytest.mark.slow
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 KERNELS = [
@@ -49,6 +49,7 @@ def test_example_for_hopper(
     assert capsys.readouterr().out.strip()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [

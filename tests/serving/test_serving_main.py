@@ -19,6 +19,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from serving.__main__ import main
 from serving.config import ServerConfig, build_parser, parse_args
 
 pytestmark = pytest.mark.slow
@@ -183,11 +184,21 @@ def test_a_port_in_use_is_said_before_loading(tiny_directory: Path) -> None:
         (["--weight-dtype", "int9"], 2, "error: argument --weight-dtype: invalid choice: 'int9' (choose from "),
     ],
 )
-def test_wrong_options_are_named(arguments: list[str], status: int, message: str) -> None:
-    server = Process("--port", "0", *arguments)
-    assert server.finish() == status
-    assert message in server.text
-    assert "Traceback" not in server.text
+def test_wrong_options_are_named(
+    arguments: list[str], status: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        found = main(["--port", "0", *arguments])
+    except SystemExit as ended:
+        found = ended.code
+    assert found == status
+    assert message in capsys.readouterr().err
+
+
+def test_a_wrong_option_ends_the_process() -> None:
+    server = Process("--port", "0", "--device", "tpu")
+    assert server.finish() == 2
+    assert "error: argument --device: invalid choice: 'tpu'" in server.text and "Traceback" not in server.text
 
 
 def test_limits_that_contradict_the_model(tiny_directory: Path) -> None:
