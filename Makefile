@@ -25,10 +25,10 @@ $(VENV)/.dev: $(VENV)/.test
 serve: $(VENV)/.base          ## start the server on whatever device there is
 	$(BIN)/python -m serving --port $(PORT) $(if $(MODEL),--model $(MODEL))
 
-test: $(VENV)/.test           ## all tests that need no GPU
+test: $(VENV)/.test           ## the tests that need no GPU, of long laws a sample
 	$(BIN)/python -m pytest -W error -n auto -m "not gpu and not exhaustive and not browser"
 
-exhaustive: $(VENV)/.test     ## those that take minutes on the emulator
+exhaustive: $(VENV)/.test     ## all other cases, and what takes minutes
 	$(PIP) -e '.[fuzz]'
 	$(BIN)/python -m pytest -W error -n auto -m "exhaustive and not gpu"
 

@@ -72,9 +72,8 @@ class DraftBudget:
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
         self._plain: dict[int, Mean] = {}  # seconds, by sequences
-        self._longer: dict[
-            int, dict[int, Mean]
-        ] = {}  # by sequences and rows: how many times as long as without guesses
+        # By sequences and rows: how many times as long as without guesses.
+        self._longer: dict[int, dict[int, Mean]] = {}
         self._since = 0.0
         self._idle, self._patience = 0, _PROBE  # steps since the last one with guesses, and how many there may be
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Sequence
 
 import pytest
+from case_samples import sample
 from hypothesis import HealthCheck, settings
 
 settings.register_profile("default", deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
@@ -38,15 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if mark is not None and isinstance(item, pytest.Function) and not others & {"gpu", "exhaustive", "browser"}:
             laws[item.nodeid.split("[")[0], mark.args[0]].append(item)
     for (_, share), cases in laws.items():
-        for case in set(cases).difference(sample(cases, share)):
-            case.add_marker(pytest.mark.exhaustive)
-
-
-def sample(cases: Sequence[pytest.Function], share: int) -> list[pytest.Function]:
-    """One case in `share`, always the same ones, first such as show a value of a parameter that those before do not."""
-    seen, new, others = set[tuple[str, str]](), list[pytest.Function](), list[pytest.Function]()
-    for case in sorted(cases, key=lambda case: hashlib.sha256(case.nodeid.encode()).digest()):
-        values = {(name, repr(value)) for name, value in case.callspec.params.items()}
-        (others if values <= seen else new).append(case)
-        seen |= values
-    return (new + others)[: -(-len(cases) // share)]
+        chosen = set(sample({case.nodeid: case.callspec.params for case in cases}, share))
+        for case in cases:
+            if case.nodeid not in chosen:
+                case.add_marker(pytest.mark.exhaustive)
