@@ -32,6 +32,7 @@ Every row has phase, batch, context (of a skewed batch the mean), q_len, heads, 
     error                  relative, in the L2 norm, the largest of the sequences that were checked
     peers                  microseconds by name: sdpa_flash and sdpa_cudnn on contiguous keys and values of equal lengths; triton:
                            the fastest of a few configurations of the kernel in paged/triton_decode.py
+    peer_errors            of those whose results were checked, as error
     bar, met               wanted tbps or tflops, and whether it was reached
     failures               {peer: why there is no time}
 prefixes: tokens of a prefix, groups that have one each, own tokens of a sequence; us with the groups found before, with_find_us,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 @dataclass(frozen=True, eq=False)
 class PagedBatch:
-    """caches: [pages, 2, page, kv_heads, head_dim] or quantised, the same numbers in all; pages are in random order."""
+    """caches: [pages, 2, page, kv_heads, head_dim] or quantised, the same numbers in all; pages are in random order. errors: the
+    largest of what was checked, by name."""
 
     case: Case
     q: torch.Tensor
@@ -28,6 +29,7 @@ class PagedBatch:
     block_tables: torch.Tensor
     kv_lens: torch.Tensor
     scale: float
+    errors: dict[str, float] = field(default_factory=dict[str, float])
 
     def contiguous(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [batch, kv_heads, context, head_dim] of a batch of equal lengths."""
@@ -112,4 +114,5 @@ def check(batch: PagedBatch, out: torch.Tensor, what: str) -> float:
     error = error_of(batch, out)
     if not error <= BOUND:
         raise SystemExit(f"{what}, {batch.case}: the relative error is {error:.2e}, expected at most {BOUND}")
+    batch.errors[what] = max(round(error, 6), batch.errors.get(what, 0.0))
     return error

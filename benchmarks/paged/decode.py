@@ -76,7 +76,8 @@ class DecodeRun(AttentionRun):
             "phase": "decode", "batch": case.batch, "context": case.context, "skewed": case.skewed, "q_len": case.q_len,
             "heads": case.heads, "kv_heads": case.kv_heads, "head_dim": case.head_dim, "page": case.page,
             "kv_dtype": case.kv_dtype, "us": us, "tbps": tbps, "plain_us": plain_us, "read_us": read_us,
-            "plain_read_us": plain_read_us, "error": error, "peers": peers, "bar": case.bar,
+            "plain_read_us": plain_read_us, "error": error, "peers": peers,
+            "peer_errors": {name: batch.errors[name] for name in peers if name in batch.errors}, "bar": case.bar,
             "met": None if case.bar is None else tbps >= case.bar, "failures": self.failures,
         }  # fmt: skip
 

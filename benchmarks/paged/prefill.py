@@ -32,7 +32,9 @@ class PrefillRun(AttentionRun):
             "phase": "prefill" if case.q_len == case.context else "append", "batch": case.batch, "context": case.context,
             "q_len": case.q_len, "heads": case.heads, "kv_heads": case.kv_heads, "head_dim": case.head_dim, "page": case.page,
             "kv_dtype": case.kv_dtype, "us": us, "tflops": tflops, "plain_us": plain_us, "read_us": self.reads.us(case.nbytes)[0],
-            "error": error, "peers": peers, "bar": case.bar, "met": None if case.bar is None else tflops >= case.bar,
+            "error": error, "peers": peers,
+            "peer_errors": {name: batch.errors[name] for name in peers if name in batch.errors},
+            "bar": case.bar, "met": None if case.bar is None else tflops >= case.bar,
             "failures": self.failures,
         }  # fmt: skip
 
