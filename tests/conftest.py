@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import defaultdict
+from typing import Any
 
 import pytest
 from case_samples import sample
@@ -20,6 +22,18 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 # C compilers take most of the time of tests on the CPU. Bits do not depend on it (test_c_bits.py); random programs are optimised
 # as for users (`optimized_c`).
 os.environ.setdefault("TILUS_CFLAGS", "-Og")
+
+
+def _forget_launches(event: str, arguments: tuple[Any, ...]) -> None:
+    """Kernels read TILUS_DEVICE when they first meet such arguments. In tests it changes, and one that goes on elsewhere than a test
+    says would not be the one that is tested."""
+    if event in ("os.putenv", "os.unsetenv") and os.fsencode(arguments[0]) == b"TILUS_DEVICE":
+        launches = sys.modules.get("tilus.runtime.ahead")
+        for prepared in list(launches._prepared.values()) if launches is not None else ():
+            prepared.clear()
+
+
+sys.addaudithook(_forget_launches)
 
 
 @pytest.fixture
