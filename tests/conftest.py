@@ -25,8 +25,8 @@ os.environ.setdefault("TILUS_CFLAGS", "-Og")
 
 
 def _forget_launches(event: str, arguments: tuple[Any, ...]) -> None:
-    """Kernels read TILUS_DEVICE when they first meet such arguments. In tests it changes, and one that goes on elsewhere than a test
-    says would not be the one that is tested."""
+    """Kernels read TILUS_DEVICE when they first meet such arguments. In tests it changes, and one that goes on elsewhere than a
+    test says would not be the one that is tested."""
     if event in ("os.putenv", "os.unsetenv") and os.fsencode(arguments[0]) == b"TILUS_DEVICE":
         launches = sys.modules.get("tilus.runtime.ahead")
         for prepared in list(launches._prepared.values()) if launches is not None else ():

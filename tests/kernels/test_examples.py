@@ -49,7 +49,7 @@ def test_example_for_hopper(
     assert capsys.readouterr().out.strip()
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [

@@ -223,7 +223,7 @@ def check_elements(found: Array, wanted: Array, scale: float, name: str) -> None
         assert (abs(errors) <= step / 2 + rounding).all()
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("device", ["reference", "cpu", "emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(("name", "head_dim"), [*((name, 64) for name in NAMES), ("int4", 96), ("int8", 16)])
 def test_append(name: str, head_dim: int, device: str) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import builtins
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import FunctionType
+from types import FunctionType, TracebackType
 from typing import Any
 
 from tilus.errors import Loc, TilusError
@@ -164,6 +163,23 @@ class Translation:
                 self.attributes[(id(obj), name)] = binding
 
 
+class _At:
+    """`Frame.at`, which is entered for every expression: a generator would take twice as long."""
+
+    __slots__ = ("builder", "loc", "outer")
+
+    def __init__(self, builder: IRBuilder, loc: Loc) -> None:
+        self.builder, self.loc, self.outer = builder, loc, builder.loc
+
+    def __enter__(self) -> None:
+        self.builder.loc = self.loc
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.builder.loc = self.outer
+        if isinstance(error, TilusError):
+            raise error.at(self.loc) from error.__cause__
+
+
 class Frame(ABC):
     """One function being translated: where its code comes from and what its names mean."""
 
@@ -176,17 +192,9 @@ class Frame(ABC):
         self.entry_level = translation.level
         self.loops: list[Loop] = []
 
-    @contextmanager
-    def at(self, node: Any) -> Generator[None]:
+    def at(self, node: Any) -> _At:
         """Translate a node: what is emitted carries its position, and so do errors that have none yet."""
-        outer = self.builder.loc
-        loc = self.builder.loc = self.source.loc(node)
-        try:
-            yield
-        except TilusError as error:
-            raise error.at(loc) from error.__cause__
-        finally:
-            self.builder.loc = outer
+        return _At(self.builder, self.source.loc(node))
 
     @abstractmethod
     def inline(

@@ -10,7 +10,7 @@ import ast
 import functools
 import linecache
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import CodeType, FunctionType
 
 from tilus.errors import Loc, TilusError
@@ -25,9 +25,15 @@ class Source:
     file: str
     node: Code
     lines: tuple[str, ...]
+    _known: dict[ast.AST, Loc] = field(default_factory=dict[ast.AST, Loc])  # loops are unrolled: nodes come again
 
     def loc(self, node: ast.AST) -> Loc:
         """Where a node stands; a node of several lines is marked to the end of its first."""
+        if node not in self._known:
+            self._known[node] = self._found(node)
+        return self._known[node]
+
+    def _found(self, node: ast.AST) -> Loc:
         line = getattr(node, "lineno", self.node.lineno)
         text = self.lines[line - 1].rstrip("\r\n") if line <= len(self.lines) else ""
         start = _characters(text, getattr(node, "col_offset", 0))
@@ -42,15 +48,15 @@ def _characters(text: str, nbytes: int) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def _functions(lines: tuple[str, ...], file: str) -> dict[tuple[str, int], list[Code]]:
+def _functions(lines: tuple[str, ...], file: str) -> dict[tuple[str, int], list[Source]]:
     """All functions of a file, by what their code objects know: name and first line, decorators included."""
-    found: dict[tuple[str, int], list[Code]] = {}
+    found: dict[tuple[str, int], list[Source]] = {}
     for node in ast.walk(ast.parse("".join(lines), file)):
         if isinstance(node, ast.FunctionDef):
             first = node.decorator_list[0].lineno if node.decorator_list else node.lineno
-            found.setdefault((node.name, first), []).append(node)
+            found.setdefault((node.name, first), []).append(Source(file, node, lines))
         elif isinstance(node, ast.Lambda):
-            found.setdefault(("<lambda>", node.lineno), []).append(node)
+            found.setdefault(("<lambda>", node.lineno), []).append(Source(file, node, lines))
     return found
 
 
@@ -67,13 +73,13 @@ def source_of(function: FunctionType) -> Source:
             hint="kernels and helpers are read from their source: put the function into a file",
         )
     candidates = _functions(lines, code.co_filename).get((code.co_name, code.co_firstlineno), [])
-    found = [node for node in candidates if not isinstance(node, ast.Lambda) or _covers(node.body, code)]
+    found = [one for one in candidates if not isinstance(one.node, ast.Lambda) or _covers(one.node.body, code)]
     if len(found) != 1:
         raise TilusError(
             f"found {len(found)} functions named {code.co_name} at {code.co_filename}:{code.co_firstlineno}, expected 1",
             hint="write one function a line; if the file changed since it was imported, start Python again",
         )
-    return Source(code.co_filename, found[0], lines)
+    return found[0]
 
 
 def _covers(body: ast.expr, code: CodeType) -> bool:
