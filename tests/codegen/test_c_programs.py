@@ -37,7 +37,7 @@ def test_programs(seed: int) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimized_c")
 @pytest.mark.parametrize(
-    "seed", [pytest.param(n, marks=() if n < 28 else pytest.mark.exhaustive) for n in range(25, 50)]
+    "seed", [pytest.param(n, marks=() if n < 27 else pytest.mark.exhaustive) for n in range(25, 50)]
 )
 def test_more_programs(seed: int) -> None:
     check(seed)

@@ -375,6 +375,7 @@ def test_plans_of_packed_codes(src: DataType) -> None:
 LIMITS = {"int": [1.0, 1.07, 1.16, 1.125, 1.3, 1.45, 1.57, 1.25], "float": [0, 0, 1.2, 1.125, 1.5, 1.7, 1.7, 1.75]}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("src", SMALL, ids=str)
 def test_what_packed_codes_cost(src: DataType) -> None:
     """No plan is dearer than its limit, than the plain cast, or than the cast of little-endian codes; orders are permutations."""

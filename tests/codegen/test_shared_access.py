@@ -169,6 +169,7 @@ UINTS: dict[int, DataType] = {nbits: getattr(tilus, f"uint{nbits}") for nbits in
 WIDTHS = [*UINTS.values(), tilus.float8_e4m3, f16, f32, tilus.int64, tilus.boolean]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dtype", WIDTHS, ids=str)
 @pytest.mark.parametrize("memory", [padded(SHAPE, 32), row_major(SHAPE).swizzled(3, 2, 5)], ids=str)
 @pytest.mark.parametrize("tile", [spatial(4, 8).local(8, 8), spatial(32, 2).local(1, 32)], ids=str)

@@ -249,6 +249,7 @@ def parts_of_operands(
     tilus.store(out, [0, 0], acc)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("swizzle", [0, 32, 64, 128])
 def test_parts_of_transposed_operands(swizzle: int, device: str) -> None:

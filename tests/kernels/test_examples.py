@@ -26,6 +26,7 @@ def test_all_examples_are_listed_here() -> None:
     )
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", KERNELS)
 def test_example(device: str, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("TILUS_DEVICE", device)

@@ -126,6 +126,7 @@ def test_gates_behind_a_norm(device: str, plan: WarpgroupPlan) -> None:
     check(y, *divided(values, squares, matrix, bias), "silu")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("m", [1, 9, 40])
 def test_two_layers(device: str, m: int) -> None:

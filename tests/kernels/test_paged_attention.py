@@ -142,6 +142,7 @@ def run(batch: Batch, device: str, seed: int = 0, **options: Any) -> torch.Tenso
     return paged_attention(*tensors, inputs.scale, device=device, **options).cpu()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("device", EXECUTIONS)
 @pytest.mark.parametrize("decodes", range(3))
 def test_batches_that_decode_in_part(decodes: int, device: str) -> None:

@@ -223,7 +223,7 @@ def decoding(kv_lens: tuple[int, ...], q_len: int = 1, **shape: Any) -> Batch:
 TWO_GROUPS = (400, 500, 256, 20, 500, 660), [0, 20, 24, 0, 0, 30]
 
 
-@pytest.mark.parametrize("device", ["emulator", CUDA])
+@pytest.mark.parametrize("device", [pytest.param("emulator", marks=pytest.mark.exhaustive), CUDA])
 def test_two_groups(device: str) -> None:
     """Prefixes of different lengths, one whose sequence has nothing else, and a sequence that shares nothing; in a batch where
     they are no neighbours."""

@@ -193,6 +193,7 @@ def exact_pairs() -> Iterator[Any]:
                 yield pytest.param(dtype, act, marks=[] if often else pytest.mark.exhaustive, id=f"{dtype} {act}")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("dtype", "act"), list(exact_pairs()))
 def test_every_code_is_what_it_stands_for(device: str, dtype: tilus.DataType, act: torch.dtype) -> None:
     """A one in each column finds that column's codes: every code in every place of a packed word, every column in its place."""

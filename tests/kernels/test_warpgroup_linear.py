@@ -152,6 +152,7 @@ def test_invariant_products(device: str) -> None:
         assert torch.equal(part, whole[first:last])
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("device", ["reference", "cpu", "emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(
     ("act", "k"), [(torch.float16, 2048), (torch.bfloat16, 2064)], ids=["float16", "bfloat16, ragged"]

@@ -85,6 +85,7 @@ def test_every_n(n: int) -> None:
         assert got.astype(np.float64).tolist() == (product(a, b) + c).tolist()
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("n", [n for n in NS if n <= 32 or n % 16 == 0])
 @pytest.mark.parametrize(("a_type", "b_type"), [("s8", "s8"), ("u8", "s8")])
 def test_every_n_of_integers(n: int, a_type: str, b_type: str) -> None:
@@ -96,6 +97,7 @@ def test_every_n_of_integers(n: int, a_type: str, b_type: str) -> None:
     assert got.tolist() == (a.astype(np.int64) @ b.astype(np.int64).T + c).tolist()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("d_type", "a_type", "b_type"),
     [

@@ -60,6 +60,7 @@ def test_two_questions_in_chunks_with_too_few_pages(model: Model, checkpoint: Ch
     assert texts == {"france": FRANCE, "colours": COLOURS}
 
 
+@pytest.mark.exhaustive  # tests/serving/test_serving_accuracy.py reads the same model's logits on the library's kernels
 def test_logits_equal_transformers(model: Model, checkpoint: Checkpoint) -> None:
     """Teacher-forced over the answer: the same best token wherever the reference is sure (margin above 0.5)."""
     from transformers import AutoModelForCausalLM

@@ -174,7 +174,9 @@ class _At:
     def __enter__(self) -> None:
         self.builder.loc = self.loc
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.builder.loc = self.outer
         if isinstance(error, TilusError):
             raise error.at(self.loc) from error.__cause__
