@@ -28,7 +28,7 @@ def check(seed: int) -> None:
         np.testing.assert_array_equal(found, expected, err_msg=text)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("seed", [pytest.param(n, marks=() if n < 10 else pytest.mark.exhaustive) for n in range(25)])
 def test_programs(seed: int) -> None:
     check(seed)
@@ -37,7 +37,7 @@ def test_programs(seed: int) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimized_c")
 @pytest.mark.parametrize(
-    "seed", [pytest.param(n, marks=() if n < 27 else pytest.mark.exhaustive) for n in range(25, 50)]
+    "seed", [pytest.param(n, marks=() if n < 26 else pytest.mark.exhaustive) for n in range(25, 50)]
 )
 def test_more_programs(seed: int) -> None:
     check(seed)

@@ -140,7 +140,7 @@ def expected(code: Compiled, times: int = 1) -> dict[bool, tuple[int, int, Fract
     }
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
 @pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
 def test_f16_tiles(tile: RegisterLayout, memory: SharedLayout) -> None:

@@ -214,7 +214,7 @@ LIMITS = [
 ]
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize(("tokens", "stages", "dtype", "words"), LIMITS, ids=str)
 def test_the_most_factors(tokens: int, stages: int, dtype: tilus.DataType, words: int) -> None:
     """At every limit of the schedules, each on one target, with one type of activations."""
@@ -232,7 +232,7 @@ def test_two_blocks_on_a_multiprocessor(target: str) -> None:
     assert_no_spills(quantized_linear, target, *args, **values)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("factors", [False, True], ids=["plain", "factors"])
 @pytest.mark.parametrize(
     ("act", "weight", "out", "plan"),
@@ -261,7 +261,7 @@ def test_gemm(act: torch.dtype, weight: torch.dtype, out: torch.dtype, plan: Pla
     assert ("stmatrix.sync.aligned.m8n8.x4.trans" in ptx) == (out.itemsize == 2)  # y^T in rows of y
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("m", [32, 512, 1024, 4096])
 @pytest.mark.parametrize("case", GROUPED, ids=lambda case: f"{case[0]}-{case[1]}-{case[2]}")
 def test_grouped_linear(case: tuple[Any, ...], m: int) -> None:
@@ -290,7 +290,7 @@ def test_grouped_linear(case: tuple[Any, ...], m: int) -> None:
     raise AssertionError("every plan spills")
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("shape", [(4096, 4096), (14336, 4096)])
 @pytest.mark.parametrize("m", [8, 16, 32, 256])
 @pytest.mark.parametrize("act", [torch.int8, torch.float8_e4m3fn], ids=str)

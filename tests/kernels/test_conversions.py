@@ -57,7 +57,7 @@ def matmul_types(dtype: type[np.generic], out: type[np.generic]) -> Specializati
 CASES = dict(library())
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "target", ["sm_80", *(pytest.param(target, marks=pytest.mark.exhaustive) for target in ("sm_89", "sm_100a"))]
 )
@@ -76,7 +76,7 @@ def no_conflicts(plan: ConversionPlan) -> bool:
     return not isinstance(plan.chosen, ScratchWay) or plan.chosen.scratch.extra_wavefronts == 0
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("name", CASES)
 def test_the_report_shows_every_conversion(name: str) -> None:
     """Those inside of reductions too; there are no conflicts and no spills."""

@@ -50,7 +50,7 @@ def test_example_for_hopper(
     assert capsys.readouterr().out.strip()
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [

@@ -87,7 +87,7 @@ PLACES = [
 ]  # fmt: skip
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize(("device", "code", "packed_for"), PLACES)
 def test_every_code_in_every_place(device: str, code: DataType, packed_for: DataType) -> None:
     codes = ((np.arange(THREADS)[:, None] * 7 + np.arange(SLOTS)) % code.num_codes).astype(np.uint8)

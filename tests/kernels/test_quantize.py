@@ -144,7 +144,7 @@ KERNELS = [
 ]
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize(("device", "dtype", "order"), KERNELS)
 def test_the_kernel_packs_like_numpy(device: str, dtype: DataType, order: TileOrder) -> None:
     """Ragged shapes; and back again."""

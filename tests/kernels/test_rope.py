@@ -84,7 +84,7 @@ def close(found: torch.Tensor, expected: Any) -> None:
     assert (error <= step * np.abs(expected) + 2.0**-20).all(), error.max()
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("device", EXECUTIONS)
 @pytest.mark.parametrize("tokens", [1, 7])
 @pytest.mark.parametrize("heads", [(9, 3), (4, 4), (1, 1), (8, 1)], ids=str)
@@ -168,7 +168,7 @@ def hadamard(vectors: Any) -> Any:
     return (runs @ matrix.T / np.sqrt(run)).reshape(vectors.shape)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("device", EXECUTIONS)
 @pytest.mark.parametrize("normed", [False, True])
 def test_a_head_has_the_same_bits_whatever_others_there_are(normed: bool, device: str) -> None:

@@ -83,7 +83,7 @@ PROGRAMS = st.lists(statements(3), min_size=1, max_size=5).map(lambda stmts: Seq
 INITIAL = Seq((*(SetScalar(v, const(i)) for i, v in enumerate((*SCALARS, FUEL))), Inst(Fill(STATE, const(0))), SAVE))
 
 
-@settings(max_examples=120)
+@settings(max_examples=50)
 @given(PROGRAMS, GRIDS, st.sampled_from([1, 40, 1 << 20]))
 def test_lock_step_is_every_block_alone(program: Stmt, grid: tuple[int, int, int], max_chunk_nbytes: int) -> None:
     found = np.full((*grid, 2), -1, np.int64)

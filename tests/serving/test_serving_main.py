@@ -96,6 +96,7 @@ def test_the_printed_curl_line_works(ready: tuple[Process, str]) -> None:
     assert reply.json()["choices"][0]["message"]["role"] == "assistant"
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_running_requests_finish_after_a_signal(
     ready: tuple[Process, str], number: signal.Signals, tmp_path: Path
@@ -153,12 +154,11 @@ def test_a_server_that_is_killed_starts_again(tiny_directory: Path, tmp_path: Pa
     assert len(answers) == 2 and len(set(answers)) == 1
 
 
-def test_a_port_in_use_is_said_before_loading(tiny_directory: Path) -> None:
+def test_a_port_in_use_is_said_before_loading(tiny_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        server = Process("--model", str(tiny_directory), "--port", str(port))
-        assert server.finish() == 1
-    assert server.text == (
+        assert main(["--model", str(tiny_directory), "--port", str(port)]) == 1
+    assert capsys.readouterr().err == (
         f"error: cannot listen on 127.0.0.1 port {port}: Address already in use\n"
         "  hint: choose another with --port, or let the system choose with --port 0\n"
     )
@@ -201,10 +201,9 @@ def test_a_wrong_option_ends_the_process() -> None:
     assert "error: argument --device: invalid choice: 'tpu'" in server.text and "Traceback" not in server.text
 
 
-def test_limits_that_contradict_the_model(tiny_directory: Path) -> None:
-    server = Process("--port", "0", "--model", str(tiny_directory), "--max-model-len", "300")
-    assert server.finish() == 1
-    assert server.text == "error: --max-model-len is 300, but the model was made for at most 256 tokens\n"
+def test_limits_that_contradict_the_model(tiny_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--port", "0", "--model", str(tiny_directory), "--max-model-len", "300"]) == 1
+    assert capsys.readouterr().err == "error: --max-model-len is 300, but the model was made for at most 256 tokens\n"
 
 
 def start_and_stop(model: Path, cache: Path, device: str = "reference") -> str:
