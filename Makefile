@@ -4,7 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL ?=
 PORT ?= 8000
-PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -q --no-compile -c constraints.txt
+
+# Modules are compiled when they are first imported, those that are: not at installation, and not in every process of the tests.
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: serve test exhaustive browser check fast lint docs clean
 
