@@ -108,8 +108,8 @@ def warpgroup_linear(
             tilus.wait_dependencies(constant=constant)
             entries = table_entries(table, x.dtype, 32 * group_warps)
             unpacked = unpacking(wdtype, (scale_dtype, mins_dtype), x, x_scale, zeros, entries, shape)
-            scales = (global_scale * 2.0**unpacked.exponent, x_scale)
-            results = Results(y, after, plan, activation, scales, bias, roots)
+            scaling = (global_scale * 2.0**unpacked.exponent, x_scale)
+            results = Results(y, after, plan, activation, scaling, bias, roots)
             for index in tiles.numbers():
                 row_tile, token = tiles.start(index)
                 begin, end = tiles.extent(index)

@@ -186,6 +186,7 @@ def _compile(source: str, name: str, compiler: CCompiler, *stop_at: str) -> byte
         text, output = Path(work, "kernel.c"), Path(work, "kernel.out")
         text.write_text(source)
         header = intrinsics.parsed(source, compiler, flags(compiler), host_cpu(compiler).fingerprint)
+        status, log = 0, ""
         for more in dict.fromkeys((header, ())):
             command = [*compiler.command, *flags(compiler), *more, *stop_at, text.name, "-o", output.name, "-lm"]
             status, log = toolchain.run(command, timeout_s=COMPILE_TIMEOUT_S, cwd=Path(work))
