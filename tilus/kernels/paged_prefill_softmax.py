@@ -234,7 +234,7 @@ def convert_bits(rows: Any, source: DataType) -> None:
     for first in range(0, count, CONVERTED_ROWS):
         shape, layout = [CONVERTED_ROWS, head_dim], by_vector(CONVERTED_ROWS, head_dim, 8, 4)
         raw = tilus.load_shared(rows, [first, 0], shape, layout=layout)
-        if head_dim & (head_dim - 1):  # then some threads have what others have, too
+        if layout.is_replicated_thread:  # what one thread has read, another one is about to
             tilus.sync()
         tilus.store_shared(rows, tilus.view(raw, source, shape, layout).to(rows.dtype), [first, 0])
     tilus.fence_async()
