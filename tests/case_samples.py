@@ -7,13 +7,18 @@ from collections.abc import Mapping
 
 
 def sample(cases: Mapping[str, Mapping[str, object]], share: int) -> list[str]:
-    """The names of one case in `share`, always the same ones, first such as show a value of a parameter that those before do not.
+    """The names of one case in `share`, always the same ones: each shows as many values of parameters as any that those before do
+    not.
 
     cases: by name, with the values of their parameters by name.
     """
-    seen, new, others = set[tuple[str, str]](), list[str](), list[str]()
-    for name in sorted(cases, key=lambda name: hashlib.sha256(name.encode()).digest()):
-        values = {(parameter, repr(value)) for parameter, value in cases[name].items()}
-        (others if values <= seen else new).append(name)
-        seen |= values
-    return (new + others)[: -(-len(cases) // share)]
+    left = {
+        name: {(parameter, repr(value)) for parameter, value in cases[name].items()}
+        for name in sorted(cases, key=lambda name: hashlib.sha256(name.encode()).digest())
+    }
+    seen, chosen = set[tuple[str, str]](), list[str]()
+    while len(chosen) < -(-len(cases) // share):
+        best = max(left, key=lambda name: len(left[name] - seen))
+        seen |= left.pop(best)
+        chosen.append(best)
+    return chosen

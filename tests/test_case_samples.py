@@ -26,3 +26,10 @@ def test_every_value_is_shown(share: int) -> None:
     found = [cases[name] for name in sample(cases, share)]
     for parameter, count in zip("abc", (9, 3, 2)):
         assert len({case[parameter] for case in found}) == count
+
+
+def test_few_cases_show_much() -> None:
+    """Three of three devices and nine sizes are on three devices, and of three sizes."""
+    cases = {f"{device}-{size}": {"device": device, "size": size} for device in "abc" for size in range(9)}
+    found = [cases[name] for name in sample(cases, 9)]
+    assert len(found) == len({case["device"] for case in found}) == len({case["size"] for case in found}) == 3
