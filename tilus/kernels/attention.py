@@ -69,8 +69,7 @@ def paged_attention_kernel(
     the warps need. window: how many keys a query sees at most, the last ones. soft_cap: see `paged_attention`."""
     heads = power_of_two(group) if heads is None else heads
     parts = FRAGMENT_ROWS * WARPS // rows if parts is None else parts
-    tokens = rows // heads
-    sequences = kv_lens.shape[0]
+    tokens, sequences = rows // heads, kv_lens.shape[0]
     blocks = sequences if q_start is None else (q.shape[0] + sequences * (tokens - 1)) // tokens
     tilus.grid(blocks, q.shape[1], warps=WARPS)
     tilus.launch_dependents()

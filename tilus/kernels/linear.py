@@ -103,22 +103,14 @@ def quantized_linear(
             return
         x, y = x[offsets[expert] : offsets[expert + 1]], y[offsets[expert] : offsets[expert + 1]]
         row_tile = row_tile + expert * own_tiles
-    tiles = warps * max(stages, 1)  # along K in an iteration of the loop
-    per_split = tilus.cdiv(tilus.cdiv(codes.shape[1], tiles), splits) * tiles
-    begin = tilus.block_id(2) * per_split
-    end = min(begin + per_split, codes.shape[1])
+    begin, end = split_of(codes.shape[1], splits, warps * max(stages, 1))
     own_codes = tilus.narrow(codes, 1, 0, end)  # the last steps ask for tiles behind the end: they are not read
     lookup_table = None if table is None else load_table(table, x.dtype, step.batch)
     exponent = residual(wdtype, x.dtype, table, zeros, order)
     dtypes = (wdtype, scale_dtype, mins_dtype)
 
     ahead = [Weights(own_codes, (scales, mins, zeros), dtypes, row_tile, step) for _ in range(max(stages, 1))]
-    once = None
-    if span == WHOLE:
-        ahead[0].fetch_factors(0)
-        once = ahead[0].numbers(exponent, x.dtype)
-    for index in range(stages):
-        ahead[index].fetch(begin + index * warps)
+    once = begun(ahead, begin, stages, exponent, x.dtype)
     if offsets is None:
         tilus.wait_dependencies(constant=[codes, scales, mins, zeros, table, bias])
     total = sum_over_tiles(x, first_token, ahead, once, [begin, end], lookup_table, exponent, tokens, stages)
@@ -128,9 +120,28 @@ def quantized_linear(
         offset = offsets_of(bias, row_tile * TILE, rows * TILE, activation is not None)
         store_results(y, result * global_scale, offset, activation, [first_token, out_tile])
     else:
-        shape = [tokens, rows * TILE]
         tilus.store(partial, [tilus.block_id(2), first_token, row_tile * TILE], result, dims=[2, 1])
-        add_splits(y, partial, tickets, global_scale, bias, activation, first_token, row_tile, shape, splits)
+        add_splits(
+            y, partial, tickets, global_scale, bias, activation, first_token, row_tile, [tokens, rows * TILE], splits
+        )
+
+
+def split_of(tiles, splits, step):
+    """The tiles along K of this block: from the first on, and where they end. step: of an iteration of the loop."""
+    per_split = tilus.cdiv(tilus.cdiv(tiles, step), splits) * step
+    begin = tilus.block_id(2) * per_split
+    return begin, min(begin + per_split, tiles)
+
+
+def begun(ahead, begin, stages, exponent, act: DataType):
+    """Fetch what is multiplied first, from a tile on; the factors that serve all of K, or None."""
+    once = None
+    if ahead[0].step.span == WHOLE:
+        ahead[0].fetch_factors(0)
+        once = ahead[0].numbers(exponent, act)
+    for index in range(stages):
+        ahead[index].fetch(begin + index * ahead[0].step.warps)
+    return once
 
 
 def sum_over_tiles(x, first_token, ahead, once, tiles, table, exponent, tokens, stages):
