@@ -32,7 +32,7 @@ _STARTS = (0.0, 1 / 16, 1 / 8, 1 / 4)
 
 
 def has_frames(kv_dtype: str) -> bool:
-    return kv_dtype in KV_FORMATS and KV_FORMATS[kv_dtype].has_minimum
+    return kv_dtype in KV_FORMATS and KV_FORMATS[kv_dtype].has_centre
 
 
 @torch.inference_mode()

@@ -39,7 +39,7 @@ class PageShape:
 
     @property
     def factors_nbytes(self) -> int:
-        """Of scales and minimums."""
+        """Of scales and centres."""
         kinds = 0 if self.kv_dtype in _PLAIN else KV_FORMATS[self.kv_dtype].kinds
         return self.page_size * self.config.num_layers * 2 * self.config.num_kv_heads * kinds * 2
 

@@ -63,6 +63,18 @@ def test_sequences_of_a_group_begin_with_the_same_pages(kv_dtype: str) -> None:
     assert all(case.batch % case.groups == 0 for case in PREFIXES)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "fp8", "int4"])
+def test_long_sequences_err_no_more_than_short_ones(kv_dtype: str) -> None:
+    """Tensor cores cut off what is added to large sums: those of codes must not be larger than what they stand for."""
+    errors = list[float]()
+    for context in (1024, 33024):
+        batch = random_batch(Case(32, context, kv_dtype=kv_dtype), 1)
+        out = paged_decode(batch.q, batch.caches[0], batch.block_tables, batch.kv_lens, batch.scale)
+        errors.append(error_of(batch, out))
+    assert errors[1] < 1.2 * errors[0], errors
+
+
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "fp8", "int4"])
 def test_a_right_result_passes_and_a_wrong_one_does_not(kv_dtype: str) -> None:
     case = Case(2, 70, skewed=True, kv_dtype=kv_dtype, q_len=2, **SMALL)

@@ -66,8 +66,8 @@ def random_cache(case: Case, pages: int, device: str) -> tuple[Any, Callable[[],
     if case.kv_dtype == "fp8":
         cache.codes[cache.codes.bitwise_and(127) == 127] = 0  # NaN
     cache.factors[:, :, :, 0].uniform_(1.5 / largest, 2.5 / largest)
-    if cache.format.has_minimum:
-        cache.factors[:, :, :, 1] = cache.factors[:, :, :, 0] * (-largest / 2)
+    if cache.format.has_centre:
+        cache.factors[:, :, :, 1] = cache.factors[:, :, :, 0] / 2  # codes from -8 to 7
 
     def clone() -> QuantizedCache:
         return QuantizedCache(cache.format, cache.codes.clone(), cache.factors.clone())
@@ -81,12 +81,12 @@ def elements_of(cache: Any, pages: torch.Tensor) -> torch.Tensor:
         return cache[pages].float()
     raw = cache.codes[pages]
     if cache.format.code.nbits == 4:
-        numbers = torch.stack([raw & 15, raw >> 4], dim=-1).flatten(-2).float()
+        numbers = torch.stack([(raw & 15 ^ 8).char() - 8, (raw >> 4 ^ 8).char() - 8], dim=-1).flatten(-2).float()
     else:
         numbers = raw.view(torch.int8 if cache.format.code.is_integer else torch.float8_e4m3fn).float()
     factors = cache.factors[pages].float()[..., None]
     values = numbers * factors[:, :, :, 0]
-    if cache.format.has_minimum:
+    if cache.format.has_centre:
         values += factors[:, :, :, 1]
     return values.permute(0, 2, 3, 1, 4)
 

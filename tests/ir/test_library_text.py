@@ -143,7 +143,7 @@ SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
             "blocks": 132,
             "split": Split(128, fixed=True),
             "plan": DecodePlan(128, 4, 8),
-            "code": uint4,
+            "kind": KV_FORMATS["int4"],
             "early": True,
         },
     ],

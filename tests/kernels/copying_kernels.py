@@ -59,7 +59,7 @@ def decode(name: str | None) -> Specialization:
     plan = next(plans(1, 4, 128, 16, nbits, crowded=False))
     return paged_decode_kernel.specialize(
         q, cache, INTEGERS, INTEGERS[0], q, partial, partial[..., 0].contiguous(), INTEGERS[0], 1.0, None, factors, q_len=1,
-        group=4, head_dim=128, page_size=16, blocks=132, split=Split(16), plan=plan, code=None if kind is None else kind.code,
+        group=4, head_dim=128, page_size=16, blocks=132, split=Split(16), plan=plan, kind=kind,
     )  # fmt: skip
 
 

@@ -32,13 +32,14 @@ EXECUTIONS = ["emulator", pytest.param("cuda", marks=pytest.mark.gpu)]
 def numbers_of(cache: QuantizedCache) -> tuple[Array, Array]:
     """Codes as numbers, and what they stand for, [pages, Hkv, 2, page_size, D]: by numpy and torch alone."""
     raw = cache.codes.cpu()
-    if cache.format.code == tilus.uint4:
-        codes = torch.stack([raw & 15, raw >> 4], dim=-1).flatten(-2)
+    if cache.format.code == tilus.int4:
+        codes = torch.stack([raw & 15, raw >> 4], dim=-1).flatten(-2).char()
+        codes = torch.where(codes > 7, codes - 16, codes)
     else:
         codes = raw.view(torch.int8 if cache.format.code == tilus.int8 else torch.float8_e4m3fn)
     numbers, factors = codes.double().numpy(), cache.factors.cpu().double().numpy()
     values = numbers * factors[:, :, :, 0, :, None]
-    return numbers, values + factors[:, :, :, 1, :, None] if cache.format.has_minimum else values
+    return numbers, values + factors[:, :, :, 1, :, None] if cache.format.has_centre else values
 
 
 def moved(cache: QuantizedCache, device: str) -> QuantizedCache:
@@ -56,8 +57,8 @@ def random_cache(name: str, pages: int, page_size: int, kv_heads: int, head_dim:
     largest = cache.format.largest
     scales = (torch.rand(cache.factors[:, :, :, 0].shape, generator=generator) + 0.5) * (2 / largest)
     cache.factors[:, :, :, 0] = scales
-    if cache.format.has_minimum:
-        cache.factors[:, :, :, 1] = scales * -largest / 2
+    if cache.format.has_centre:
+        cache.factors[:, :, :, 1] = scales / 2
     return cache
 
 
@@ -173,7 +174,7 @@ def test_assembles_without_spills(name: str, head_dim: int, q_len: int, group: i
             q, units_of_codes(cache), int32, int32[0], q, f32.new_zeros(9, q_len, group, head_dim),
             f32.new_zeros(9, q_len, group), int32[0], 1.0, f32.new_zeros(2, q_len, 2, group), cache.factors, q_len=q_len,
             group=group, head_dim=head_dim, page_size=page_size, blocks=132, split=Split(min(plan.tile, page_size)), plan=plan,
-            code=cache.format.code,
+            kind=cache.format,
         )  # fmt: skip
         try:
             found.append(build(special.function, get_target("sm_90a"))[0].ptx)
@@ -206,18 +207,18 @@ def hadamard(row: Array) -> Array:
 
 
 def check_elements(found: Array, wanted: Array, scale: float, name: str) -> None:
-    """A head's elements are off by half a step of their codes, next to what rounded factors cut off; where there is a minimum,
-    by half a step around a mean error that is that minimum's rounding."""
+    """A head's elements are off by half a step of their codes, next to what rounded factors cut off; where there is a centre,
+    by half a step around a mean error that is that centre's rounding."""
     kind = KV_FORMATS[name]
-    low = min(wanted) if kind.has_minimum else 0.0
-    span = max(wanted) - low if kind.has_minimum else max(abs(wanted))
+    low = min(wanted) if kind.has_centre else 0.0
+    span = max(wanted) - low if kind.has_centre else max(abs(wanted))
     assert abs(scale - span / kind.largest) <= 2.0**-9 * span / kind.largest + 2.0**-24
     step = np.full(len(wanted), scale)
     if name == "fp8":  # three bits behind the first one, none below 2^-9
         exponent = np.frexp(wanted / max(scale, 2.0**-30))[1] - 1
         step = scale * 2.0 ** np.maximum(exponent - 3, -9)
     errors, rounding = found - wanted, 2.0**-10 * (span + abs(low))
-    if kind.has_minimum:
+    if kind.has_centre:
         assert abs(errors.mean()) <= 2.0**-11 * (span + abs(low)) + 2.0**-24
         assert errors.max() - errors.min() <= scale + 2 * rounding
     else:

@@ -32,16 +32,16 @@ class Rows(OnlineSoftmax):
         self.key = part * kv.part + tilus.arange(kv.part, shape=[1, 1, kv.part], axis=2)
         OnlineSoftmax.__init__(self, [kv.parts, rows, 1], 2)
         self.acc = tilus.zeros(shape, layout=rows_by_warp(*shape))
-        self.added = tilus.zeros(self.shape)  # what minimums of values add to all elements of a row
+        self.added = tilus.zeros(self.shape)  # what centres of values add to all elements of a row
         queries = tilus.broadcast(queries.reshape([1, rows, head_dim]), shape)
-        self.query_sums = tilus.sum(queries.to(f32), 2, keepdims=True) if kv.has_minimum else None
+        self.query_sums = tilus.sum(queries.to(f32), 2, keepdims=True) if kv.has_centre else None
         self.queries = queries.to(kv.dtype)
 
     def attend(self, tile: Any) -> None:
         """Add the values of a tile that has arrived."""
         kv = self.kv
         weights, shrink = self.weigh(self.seen(self.scores(tile), tile))
-        if kv.has_minimum:
+        if kv.has_centre:
             self.added = self.added * shrink + tilus.sum(weights * kv.factor(tile, 1, 1), 2, keepdims=True)
         self.acc = tilus.dot(kv.weights(weights, tile).to(kv.dtype), kv.values(tile), self.acc * shrink)
 
@@ -64,7 +64,7 @@ class Rows(OnlineSoftmax):
 
     def result(self) -> Any:
         """The softmax-weighted sum of all parts [rows, head_dim]; rows without any key are zero."""
-        if self.kv.has_minimum:
+        if self.kv.has_centre:
             self.acc = self.acc + self.added
         factor = tilus.exp2(self.highest - tilus.max(self.highest, 0, keepdims=True))
         total = tilus.sum(self.total * factor, 0)

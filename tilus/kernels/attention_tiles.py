@@ -21,7 +21,7 @@ class Tiles:
     """cache: [pages, 2, page_size, row]. table: its pages in order. length: in tokens. ring: stages, parts of a tile, keys of a
     part, and elements of a key."""
 
-    has_minimum = False
+    has_centre = False
 
     def __init__(self, cache: Any, table: Any, length: Any, ring: Any) -> None:
         self.cache, self.table, self.length = cache, table, length
@@ -113,7 +113,7 @@ class CodeTiles(Tiles):
     def __init__(self, cache: Any, table: Any, length: Any, ring: Any, factors: Any, kind: KvFormat) -> None:
         Tiles.__init__(self, cache, table, length, ring)
         self.dtype, self.kind, self.factors = f16, kind, factors
-        self.has_minimum = kind.has_minimum
+        self.has_centre = kind.has_centre
         self.nbytes = self.head_dim * kind.code.nbits // 8
         self.vector = min(VECTOR_NBYTES, self.nbytes & -self.nbytes)  # bytes of a thread
         self.buffer = tilus.shared(f16, [self.stages, self.parts, 2, self.part, self.head_dim])
@@ -169,7 +169,7 @@ class CodeTiles(Tiles):
 
     def scores(self, products: Any, tile: Any, query_sums: Any) -> Any:
         scaled = products * self.factor(tile, 0, 0)
-        return scaled + self.factor(tile, 0, 1) * query_sums if self.has_minimum else scaled
+        return scaled + self.factor(tile, 0, 1) * query_sums if self.has_centre else scaled
 
     def weights(self, weights: Any, tile: Any) -> Any:
         return weights * self.factor(tile, 1, 0)

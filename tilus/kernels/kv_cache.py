@@ -15,7 +15,7 @@ from typing import Any
 
 import tilus
 from tilus import Const, Tensor, TilusError, f16, f32, int32, uint8
-from tilus.dtypes import DataType, float8_e4m3, int8, uint4
+from tilus.dtypes import DataType, float8_e4m3, int4, int8
 from tilus.kernels.allocate import empty
 from tilus.kernels.hadamard import mixed
 from tilus.kernels.kv_frame import VECTOR, WARPS, KvFrame, halves_of, reflected
@@ -27,36 +27,37 @@ MAX_HEAD_DIM = 256
 
 @dataclass(frozen=True)
 class KvFormat:
-    """code: the type of the codes. largest: the code of the largest magnitude, or of the largest element where `has_minimum`;
-    then each token and head has its least element, too. mixes_keys: whether keys and queries go through a Hadamard transform,
-    which codes with an exponent do not need."""
+    """code: the type of the codes. largest: the code of the largest magnitude, or where `has_centre` the steps from the least
+    element of a head to its largest; then each token and head has the element of code 0, too. Codes of both signs keep sums
+    small: tensor cores cut off what is added to large ones. mixes_keys: whether keys and queries go through a Hadamard
+    transform, which codes with an exponent do not need."""
 
     code: DataType
     largest: float
-    has_minimum: bool = False
+    has_centre: bool = False
     mixes_keys: bool = True
 
     @property
     def kinds(self) -> int:
-        """Numbers in f16 that a token and head has: its scale, and its minimum."""
-        return 2 if self.has_minimum else 1
+        """Numbers in f16 that a token and head has: its scale, and its centre."""
+        return 2 if self.has_centre else 1
 
 
 KV_FORMATS = {
     "fp8": KvFormat(float8_e4m3, 448.0, mixes_keys=False),
     "int8": KvFormat(int8, 127.0),
-    "int4": KvFormat(uint4, 15.0, has_minimum=True),
+    "int4": KvFormat(int4, 15.0, has_centre=True),
 }
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizedCache:
-    """Keys (0) and values (1) of pages: element = code * scale, or code * scale + minimum. Elements of keys are those of their
+    """Keys (0) and values (1) of pages: element = code * scale, or code * scale + centre. Elements of keys are those of their
     Hadamard transform where the format mixes them; with a frame (`kv_frame`) those of values are others, too. `rope_append`
     writes them so, and gives queries that fit.
 
     codes: uint8 [pages, Hkv, 2, page_size, D * nbits / 8], of 4 bits the even element in the lower half of a byte. factors:
-    float16 [pages, Hkv, 2, kinds, page_size], scales and then minimums. Both may be strided views (one layer of a pool) with
+    float16 [pages, Hkv, 2, kinds, page_size], scales and then centres. Both may be strided views (one layer of a pool) with
     contiguous rows.
     """
 
@@ -154,19 +155,19 @@ def append(codes: Any, factors: Any, slot: tuple[Any, Any], which: int, halves: 
     """Write the keys (0) or values (1) of a token, if its slot, a page and an offset in it, is one of the cache."""
     page, offset = slot
     low, high = halves
-    scale, minimum = factors_of(low, high, kind)
-    rounded = [codes_of(part, scale, minimum, kind) for part in halves]
+    scale, least = factors_of(low, high, kind)
+    rounded = [codes_of(part, scale, least, kind) for part in halves]
     tilus.store(factors, [page, 0, which, 0, offset], scale, dims=[1, 3])
-    if minimum is not None:
-        tilus.store(factors, [page, 0, which, 1, offset], minimum_of(halves, rounded, scale), dims=[1, 3])
+    if kind.has_centre:
+        tilus.store(factors, [page, 0, which, 1, offset], centre_of(halves, rounded, scale), dims=[1, 3])
     for half, part in enumerate(rounded):
         row = as_bytes(part, kind)
         tilus.store(codes, [page, 0, which, offset, half * row.shape[1]], row, dims=[1, 4])
 
 
 def factors_of(low: Any, high: Any, kind: KvFormat) -> Any:
-    """Scales [heads, 1], and minimums or None, rounded to f16: what codes are computed with."""
-    if kind.has_minimum:
+    """Scales [heads, 1], and least elements or None, rounded to f16: what codes are computed with."""
+    if kind.has_centre:
         least = tilus.minimum(tilus.min(low, 1, keepdims=True), tilus.min(high, 1, keepdims=True)).to(f16)
         most = tilus.maximum(tilus.max(low, 1, keepdims=True), tilus.max(high, 1, keepdims=True))
         return ((most - least.to(f32)) * (1 / kind.largest)).to(f16), least
@@ -174,17 +175,17 @@ def factors_of(low: Any, high: Any, kind: KvFormat) -> Any:
     return (peak * (1 / kind.largest)).to(f16), None
 
 
-def codes_of(elements: Any, scale: Any, minimum: Any, kind: KvFormat) -> Any:
-    """Codes [heads, columns] of elements, rounded to nearest even, and saturated; with a scale of zero all are zero."""
+def codes_of(elements: Any, scale: Any, least: Any, kind: KvFormat) -> Any:
+    """Codes [heads, columns] of elements, rounded to nearest even, and saturated; with a scale of zero all are the same."""
     wide = scale.to(f32)
     factor = tilus.where(wide > 0.0, tilus.rcp(tilus.where(wide > 0.0, wide, 1.0)), 0.0)
-    shifted = elements if minimum is None else elements - minimum.to(f32)
+    steps = elements * factor if least is None else (elements - least.to(f32)) * factor + kind.code.min_value
     rows, columns = elements.shape
-    return tilus.cast(shifted * factor, kind.code, layout=by_vector(rows, columns, VECTOR, WARPS))
+    return tilus.cast(steps, kind.code, layout=by_vector(rows, columns, VECTOR, WARPS))
 
 
-def minimum_of(halves: Any, codes: Any, scale: Any) -> Any:
-    """The minimum with which a head's mean is exact, up to its rounding to f16: errors of codes then add up to zero."""
+def centre_of(halves: Any, codes: Any, scale: Any) -> Any:
+    """The centre with which a head's mean is exact, up to its rounding to f16: errors of codes then add up to zero."""
     wide = scale.to(f32)
     left = [tilus.sum(part - each.to(f32) * wide, 1, keepdims=True) for part, each in zip(halves, codes)]
     return ((left[0] + left[1]) * (1 / (2 * halves[0].shape[1]))).to(f16)

@@ -3,7 +3,7 @@
 Softmax does not change when the same vector is subtracted from all keys of a head, so that keys lose their mean, whose range
 codes would have to cover. In front of the Hadamard transform a reflection (A. S. Householder, "Unitary Triangularization of a
 Nonsymmetric Matrix", 1958) takes the direction in which queries are longest to the mean over a head's elements, which is the one
-that a minimum keeps exactly. A second one takes what is left of a sequence's first key, to which most of the attention goes
+that a centre keeps exactly. A second one takes what is left of a sequence's first key, to which most of the attention goes
 (G. Xiao et al., "Efficient Streaming Language Models with Attention Sinks", arXiv 2309.17453), to a vector of two values, which
 codes hold exactly. Values are reflected such that their mean over tokens is what is kept, and transformed, too; attention's
 results are then transformed back.

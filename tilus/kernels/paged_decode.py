@@ -95,20 +95,20 @@ def paged_decode_kernel(
     blocks: Const,
     split: Const,
     plan: Const,
-    code: Const = None,
+    kind: Const = None,
     early: Const = False,
     settled: Const = False,
     variant: Const = NO_VARIANT,
     words: Const = 0,
 ):
-    """tickets: zeros, one for each sequence and kv head, and left so. places: as `paged_decode_split.places` says. code: of a
+    """tickets: zeros, one for each sequence and kv head, and left so. places: as `paged_decode_split.places` says. kind: of a
     quantised cache, whose rows are its codes in units of 16 bits. factors: scales of keys and values (kind 0) and what is added
     (kind 1), if anything is, for each token and head. early: block_tables and kv_lens may be read while the kernel in front still
     runs. settled: and the cache's tokens in front of the queries' own."""
     kv_heads, warps = q.shape[2], plan.warps
     tilus.grid(blocks, warps=warps + 1, blocks_per_sm=plan.blocks_per_sm)
     tilus.launch_dependents()
-    memory = TileMemory(kv_cache, head_dim, code, plan)
+    memory = TileMemory(kv_cache, head_dim, kind, plan)
     constant = [kv_lens, block_tables, *([kv_cache, factors] if settled else [])] if early else []
     if not early:
         tilus.wait_dependencies()
@@ -124,7 +124,7 @@ def paged_decode_kernel(
         columns = Columns(q_len, group, head_dim, warps, plan.column_groups)
         changed = Columnwise.of(variant, columns, parameters, bits, words)
         results = Results(columns, out, lse, partial_out, partial_lse, tickets)
-        attending = Attending(columns, operands_of(code, columns), memory.stages(), scale_log2, memory.kinds, changed)
+        attending = Attending(columns, operands_of(kind, columns), memory.stages(), scale_log2, memory.kinds, changed)
 
         def attend(part):
             result, result_lse = attending.result_of(part, q)
@@ -232,14 +232,14 @@ def launch(
     most = places(pairs, block_tables.shape[1] * page_size, blocks, split)
     out = empty(q, tuple(q.shape)) if out is None else out
     lse = empty(q, (sequences, q_len, kv_heads, group), "float32") if return_lse else None
-    rows, factors, code = kv_cache, None, None
+    rows, factors, kind = kv_cache, None, None
     if isinstance(kv_cache, QuantizedCache):
-        rows, factors, code = units_of_codes(kv_cache), kv_cache.factors, kv_cache.format.code
+        rows, factors, kind = units_of_codes(kv_cache), kv_cache.factors, kv_cache.format
     paged_decode_kernel.on(device)(
         q.unflatten(2, (kv_heads, group)), rows, block_tables, kv_lens, out.unflatten(2, (kv_heads, group)),
         empty(q, (most, q_len, group, head_dim), "float32"), empty(q, (most, q_len, group), "float32"),
         counters(q, pairs), scale * math.log2(math.e), lse, factors, given.parameters, given.bits,
-        q_len=q_len, group=group, head_dim=head_dim, page_size=page_size, blocks=blocks, split=split, plan=plan, code=code,
+        q_len=q_len, group=group, head_dim=head_dim, page_size=page_size, blocks=blocks, split=split, plan=plan, kind=kind,
         early=constant_tables, settled=constant_tables and constant_past, variant=given.variant, words=given.words,
     )  # fmt: skip
     return out, None if lse is None else lse.flatten(2, 3)

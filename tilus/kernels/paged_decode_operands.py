@@ -15,6 +15,7 @@ from typing import Any
 import tilus
 from tilus import f16
 from tilus.dtypes import DataType
+from tilus.kernels.kv_cache import KvFormat
 from tilus.kernels.paged_decode_columns import Columns
 from tilus.layout import Digit, RegisterLayout, local, replicated, spatial
 from tilus.layout.atoms import ldmatrix_trans, mma_a
@@ -101,6 +102,6 @@ class Codes:
         return by_code.reshape((self.head_dim, width))
 
 
-def operands_of(code: DataType | None, columns: Columns) -> Elements | Codes:
-    """Of a cache of such codes, or of elements."""
-    return Elements() if code is None else Codes(code, columns.head_dim, columns.parts, columns.column_groups)
+def operands_of(kind: KvFormat | None, columns: Columns) -> Elements | Codes:
+    """Of a quantised cache, or of one of elements."""
+    return Elements() if kind is None else Codes(kind.code, columns.head_dim, columns.parts, columns.column_groups)

@@ -6,6 +6,7 @@ from typing import Any
 
 import tilus
 from tilus import f16, f32
+from tilus.kernels.kv_cache import KvFormat
 from tilus.kernels.paged_decode_operands import ROWS, UNIT_NBITS
 from tilus.kernels.paged_decode_split import Part
 from tilus.layout import replicated, spatial
@@ -15,16 +16,17 @@ LANES = 32
 
 
 class TileMemory:
-    """Shared memory and barriers of a block, made in front of its roles. code: of a quantised cache, whose rows are its codes."""
+    """Shared memory and barriers of a block, made in front of its roles. kind: of a quantised cache, whose rows are its
+    codes."""
 
-    def __init__(self, kv_cache: Any, head_dim: int, code: Any, plan: Any) -> None:
+    def __init__(self, kv_cache: Any, head_dim: int, kind: KvFormat | None, plan: Any) -> None:
         chunk = min(plan.tile, kv_cache.shape[2])
         tiles, row = [plan.stages, plan.tile // chunk, 2], head_dim
-        if code is not None:
-            row = head_dim * code.nbits // UNIT_NBITS
+        if kind is not None:
+            row = head_dim * kind.code.nbits // UNIT_NBITS
         self.ring = tilus.shared(kv_cache.dtype, [*tiles, chunk, row])
-        self.kinds = None if code is None else 1 if code.is_signed else 2  # of factors
-        self.factors = None if code is None else tilus.shared(f16, [*tiles, self.kinds, chunk])
+        self.kinds = None if kind is None else kind.kinds  # of factors
+        self.factors = None if kind is None else tilus.shared(f16, [*tiles, kind.kinds, chunk])
         self.full, self.empty = tilus.mbarrier(plan.stages), tilus.mbarrier(plan.stages)
 
     def stages(self) -> Stages:

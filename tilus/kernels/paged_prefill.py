@@ -153,7 +153,7 @@ def paged_prefill(
     Returns: [M, Hq, D]; with return_lse also float32 [M, Hq], the natural logarithm of the sum of exp(scaled score), minus
     infinity where there is no key (`merge_states` takes both). Scores and sums are f32; the softmax weights are rounded to q's
     dtype. With a quantised cache all products are of f16: queries and weights are rounded to it, and so are elements, code *
-    scale or code * scale + minimum.
+    scale or code * scale + centre.
     Raises: TilusError when shapes, dtypes or devices do not fit together; with TILUS_DEBUG=1 also for lengths longer than the
     block table, entries that are no pages, and starts that are not in order.
     """

@@ -1,7 +1,7 @@
 """Quantised keys and values on their way to the products of the prefill kernel: copied as codes, turned into f16 by warpgroups.
 
 One warpgroup has the keys, another one the values. It asks for tiles of codes some steps ahead, each with its scales, and
-minimums where the format has them, and makes elements of those that have come: f16(code * scale + minimum), rounded once. They
+centres where the format has them, and makes elements of those that have come: f16(code * scale + centre), rounded once. They
 lie in the rings that the products read, as those of a cache of 16 bits would. So the warps that compute do not know of codes.
 
 Budget of a tile of 128 tokens of 128 elements on an H100, keys and values, beside that of `paged_prefill`, in cycles: the copies
@@ -154,10 +154,10 @@ class Codes:
         layout = by_vector(rows, head_dim, VECTOR, self.converters.warps)
         found = tilus.cast(tilus.view(raw, self.kind.code, [rows, head_dim], layout), f16)
         factors = [self.factor(kind, first, rows) for kind in range(self.kind.kinds)]
-        return tilus.fma(found, *factors) if self.kind.has_minimum else found * factors[0]
+        return tilus.fma(found, *factors) if self.kind.has_centre else found * factors[0]
 
     def factor(self, kind: int, first: int, rows: int) -> Any:
-        """Scales (0) or minimums (1), f16 [rows, 1]."""
+        """Scales (0) or centres (1), f16 [rows, 1]."""
         chunk = self.factors.shape[4]
         where, shape = (
             [self.which, self.stage, first // chunk, kind, first % chunk],

@@ -69,7 +69,7 @@ def shared_prefix_decode(
     """`paged_decode`, which reads pages that several sequences begin with once for all of them (sm_90a).
 
     Arguments, result and errors are those of `paged_decode`, without fixed_split and constant_past, and so is the meaning,
-    whatever the tables hold; bits may differ. Codes of prefixes become code * scale or code * scale + minimum, rounded to f16.
+    whatever the tables hold; bits may differ. Codes of prefixes become code * scale or code * scale + centre, rounded to f16.
     What counts is equal entries at the start of block tables: at least 256 tokens that all queries of both sequences see whole.
     There may be several groups with prefixes of different lengths, and sequences that share nothing, in any order. Where
     prefixes are nested, each sequence takes part in one: of those with the first 256 tokens in common, neighbours (put those

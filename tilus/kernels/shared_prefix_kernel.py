@@ -21,7 +21,6 @@ from typing import Any
 
 import tilus
 from tilus import Const, Tensor, bf16, f16, f32, int32
-from tilus.dtypes import DataType
 from tilus.kernels.attention_variant import NO_VARIANT, Variant
 from tilus.kernels.kv_cache import KvFormat
 from tilus.kernels.paged_decode_columns import Columns
@@ -70,11 +69,6 @@ class SharedProblem:
     q_type: Any = None
     variant: Variant = NO_VARIANT
     words: int = 0
-
-    @property
-    def code(self) -> DataType | None:
-        """Of a quantised cache."""
-        return None if self.kind is None else self.kind.code
 
     def rows_of(self, dtype: Any) -> Kind:
         """What the rows are that see a prefix, of queries of this type."""
@@ -193,7 +187,7 @@ def shared_prefix_kernel(
     plan, prefix, kind = problem.plan, problem.plan.prefix, problem.kind
     memory = Memory(q_rows.dtype, head_dim, prefix, gathered=True)
     codes = None if kind is None else CodeMemory(kind, head_dim, page_size, prefix, CONVERTERS)
-    own = TileMemory(kv_cache, head_dim, problem.code, plan)
+    own = TileMemory(kv_cache, head_dim, kind, plan)
     tilus.wait_dependencies()
     tilus.launch_dependents()
     shares = Shares(problem, shared, kv_heads, q_len, blocks)
@@ -210,7 +204,7 @@ def shared_prefix_kernel(
     with tilus.warps(OWN, WARPGROUP, registers=plan.registers):
         columns = Columns(q_len, group, head_dim, WARPGROUP, plan.column_groups)
         changed = Columnwise.of(problem.variant, columns, parameters, bits, problem.words)
-        attending = Attending(columns, operands_of(problem.code, columns), own.stages(), scale_log2, own.kinds, changed)
+        attending = Attending(columns, operands_of(kind, columns), own.stages(), scale_log2, own.kinds, changed)
         compute_rest(shares, attending, q, own_out, own_lse)
 
     fill_prefixes(shares, memory, codes, kv_cache, factors, block_tables)
