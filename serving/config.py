@@ -117,7 +117,7 @@ class ServerConfig:
     kv_dtype: str = _option(
         "fp16",
         "how keys and values are kept: fp8, int8 and int4 take half or a quarter of the memory and of the time to read it, with "
-        "a scale for each token and head (int4: and a minimum); see docs/serving.md for what they cost in accuracy",
+        "a scale for each token and head (int4: and a centre); see docs/serving.md for what they cost in accuracy",
         choices=KV_DTYPES,
     )
     tp: int = _option(
