@@ -29,8 +29,8 @@ MAX_HEAD_DIM = 256
 class KvFormat:
     """code: the type of the codes. largest: the code of the largest magnitude, or where `has_centre` the steps from the least
     element of a head to its largest; then each token and head has the element of code 0, too. Codes of both signs keep sums
-    small: tensor cores cut off what is added to large ones. mixes_keys: whether keys and queries go through a Hadamard
-    transform, which codes with an exponent do not need."""
+    small: tensor cores truncate them (Fasi et al., Numerical behavior of NVIDIA tensor cores, 2021). mixes_keys: whether keys
+    and queries go through a Hadamard transform, which codes with an exponent do not need."""
 
     code: DataType
     largest: float
