@@ -27,6 +27,7 @@ from tilus.errors import TilusError
 
 _REPLACEMENT = "\ufffd"
 _FEW = 2  # tokens, whose text is remembered: of an answer's last two, and of each token that can be a piece
+_KEPT = 2**13  # such texts, those asked for last: a server that has run for days is not larger than one that starts
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # SentencePiece's
 # What byte-level vocabularies write bytes as: those that print as themselves, the others as what follows in Unicode.
 _SYMBOLS = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -153,12 +154,12 @@ class Tokenizer:
             raise TilusError(f"the model's chat template is not valid jinja: {error}") from error
 
 
-@lru_cache(2**16)
+@lru_cache(_KEPT)
 def _text(fast: FastTokenizer, ids: tuple[int, ...], skip_special: bool) -> str:
     return fast.decode(list(ids), skip_special_tokens=skip_special)
 
 
-@lru_cache(2**16)
+@lru_cache(_KEPT)
 def _token_text(fast: FastTokenizer, token_id: int) -> str:
     once, twice = (fast.decode([token_id] * count, skip_special_tokens=False) for count in (1, 2))
     return twice[len(once) :]

@@ -130,6 +130,32 @@ def test_the_map_of_an_argument(
     assert in_stub(in_stub_encoded, arrays, options, kinds) == expected
 
 
+@tilus.kernel(varying=("m",))
+def fetch_two(x: Tensor[f16, "m", "k"], weight: Tensor[f16, "n", "k"]):
+    tilus.grid(1, warps=1)
+    tiles = tilus.shared(f16, [2, 8, 64])
+    full = tilus.shared(uint64, [1])
+    tilus.copy_tensor(tiles[0], x, [0, 0], barrier=full[0])
+    tilus.copy_tensor(tiles[1], weight, [0, 0], barrier=full[0])
+
+
+def in_stub_shared(rows: list[int], layers: int) -> int:
+    """How many maps are encoded for inputs of so many rows and the weights of so many layers."""
+    stub = Stub()
+    stub.expect_parameters(["ptr", "ptr", "i32", "i32", "i32", "map", "map"])
+    before = stub.counter("stub_encodes")
+    for m in rows:
+        for layer in range(layers):
+            fetch_two.on("cuda")(on_gpu(0x7000, (m, 96), (96, 1)), on_gpu(0x10000 * (layer + 1), (50, 96), (96, 1)))
+    return stub.counter("stub_encodes") - before
+
+
+def test_calls_with_other_sizes_share_the_maps_that_these_do_not_change(in_stub: Run) -> None:
+    """An input has a map for each number of rows, and a weight has one."""
+    rows, layers = [5, 6, 7, 5, 6], 4
+    assert in_stub(in_stub_shared, rows, layers) == len(set(rows)) + layers
+
+
 def in_stub_staged() -> tuple[int, int, int]:
     stub = Stub()
     stub.expect_parameters(PLAIN)

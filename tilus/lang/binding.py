@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Run = Callable[[Sequence[int], Sequence[Any], Sequence[Any]], None]
 
-MAX_PREPARED = 4096  # calls with distinct keys that are remembered per kernel and device
+MAX_PREPARED = 1024  # calls with distinct keys that are remembered per kernel and device; one is about 5 KB
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,7 @@ from tilus.ir.function import Function, ScalarParam, TensorParam
 from tilus.runtime import ahead, binaries
 from tilus.runtime.capture import graph_in_capture, refused_in_capture
 from tilus.runtime.launch_times import Run, watched
-from tilus.runtime.tensor_maps import EncodedMaps, encoded_maps
+from tilus.runtime.tensor_maps import EncodedMaps, KernelMaps
 from tilus.target import DEFAULT_TARGET
 
 if TYPE_CHECKING:
@@ -259,7 +259,9 @@ def _gpu(call: Call) -> Device:
 
 
 @functools.lru_cache(maxsize=binaries.MAX_KERNELS)
-def _gpu_launcher(specialization: Specialization, device: Device, early: bool) -> tuple[GpuBinary, Launcher]:
+def _gpu_launcher(
+    specialization: Specialization, device: Device, early: bool
+) -> tuple[GpuBinary, Launcher, KernelMaps]:
     """A kernel that is loaded once, for arguments of many sizes. early: it may start before its predecessor ends."""
     from tilus.runtime import cuda, launch
 
@@ -267,17 +269,17 @@ def _gpu_launcher(specialization: Specialization, device: Device, early: bool) -
     kernel = cuda.load_kernel(cubin, binary.kernel_name, device, binary.dynamic_nbytes)
     parameters = _parameters(binary.interface, binary.tensor_maps)
     programmatic = binary.waits and early
-    return binary, launch.Launcher(kernel, parameters, binary.interface.num_threads, programmatic=programmatic)
+    launcher = launch.Launcher(kernel, parameters, binary.interface.num_threads, programmatic=programmatic)
+    return binary, launcher, KernelMaps(binary.interface, binary.tensor_maps, cuda.encode_tensor_map)
 
 
 def _cuda(call: Call) -> Run:
-    from tilus.runtime import cuda
 
     device = _gpu(call)
-    binary, launcher = _gpu_launcher(call.specialization, device, config.dependent_launch())
+    binary, launcher, maps = _gpu_launcher(call.specialization, device, config.dependent_launch())
     function, sizes = binary.interface, sizes_of(binary.interface, call.arrays)
     values = _Values(function, sizes)
-    encoded = encoded_maps(function, binary.tensor_maps, _places(call), sizes, cuda.encode_tensor_map)
+    encoded = maps.of(_places(call), sizes)
     if all(array is None or array.device < 0 for array in call.arrays):
         return _staged(call, _submitting(call, functools.partial(launcher.launch_on, 0), values, encoded), device)
     return _submitting(call, launcher.launch, values, encoded)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 from tilus.codegen.tensor_map import PlacedMap, TensorMap
 from tilus.ir.expr import Expr, Number, Var
@@ -40,12 +41,30 @@ class EncodedMaps(dict[Any, bytes]):
         return encoded
 
 
-def encoded_maps(
-    function: Function, maps: Sequence[TensorMap], places: Sequence[int], sizes: Mapping[Var, int], encode: Encode
-) -> list[EncodedMaps]:
-    """The maps of a kernel. places: where the pointers of the function's tensors are among those of a call."""
-    tensors = [param.tensor.base for param in function.params if isinstance(param, TensorParam)]
-    pointers = dict(zip(tensors, places, strict=True))
-    scalar_vars = [param.var for param in function.params if isinstance(param, ScalarParam)]
-    scalars = {var: index for index, var in enumerate(scalar_vars)}
-    return [EncodedMaps(m, pointers[m.base], scalars, sizes, encode) for m in maps]
+class KernelMaps:
+    """The tensor maps of a kernel: calls with other sizes share those that the sizes do not change.
+
+    A kernel of a model meets as many sizes as steps have tokens, and in each of them the weights of all layers.
+    """
+
+    def __init__(self, function: Function, maps: Sequence[TensorMap], encode: Encode) -> None:
+        self._maps, self._encode = maps, encode
+        self._tensors = [param.tensor.base for param in function.params if isinstance(param, TensorParam)]
+        scalar_vars = [param.var for param in function.params if isinstance(param, ScalarParam)]
+        self._scalars = {var: index for index, var in enumerate(scalar_vars)}
+        self._shared: WeakValueDictionary[tuple[int, ...], EncodedMaps] = WeakValueDictionary()
+
+    def of(self, places: Sequence[int], sizes: Mapping[Var, int]) -> list[EncodedMaps]:
+        """Those of calls with these sizes. places: where the pointers of the function's tensors are among those of a call, the
+        same in all calls."""
+        pointers = dict(zip(self._tensors, places, strict=True))
+        found: list[EncodedMaps] = []
+        for index, tensor_map in enumerate(self._maps):
+            variables = tensor_map.variables()
+            key = index, *(size for var, size in sizes.items() if var in variables)
+            maps = self._shared.get(key)
+            if maps is None:
+                maps = EncodedMaps(tensor_map, pointers[tensor_map.base], self._scalars, sizes, self._encode)
+                self._shared[key] = maps
+            found.append(maps)
+        return found
