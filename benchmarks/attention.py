@@ -4,11 +4,12 @@
     python benchmarks/attention.py quantised            decoding from caches of fp8, int8 and int4, without peers
     python benchmarks/attention.py prefill              causal prefill, and appending to a cache
     python benchmarks/attention.py quantised_prefill    the same from caches of fp8, int8 and int4, without peers
+    python benchmarks/attention.py sustained            prefill for seconds, beside torch's on as hot a GPU, and the clock then
     python benchmarks/attention.py prefixes             sequences that begin with the same pages, tilus alone
     python benchmarks/attention.py quantised_prefixes   the same from caches of fp8, int8 and int4
     python benchmarks/attention.py mla                  multi-head latent attention, without peers
     python benchmarks/attention.py plans                decoding by several plans, tilus alone; quantised_plans likewise
-    python benchmarks/attention.py decode prefill       one after the other; without a name all but plans
+    python benchmarks/attention.py decode prefill       one after the other; without a name all but plans and sustained
     python benchmarks/attention.py --batch 8,32         only batches of so many sequences
     python benchmarks/attention.py --no-peers           only tilus and reads
 
@@ -35,6 +36,8 @@ Every row has phase, batch, context (of a skewed batch the mean), q_len, heads, 
     peer_errors            of those whose results were checked, as error
     bar, met               wanted tbps or tflops, and whether it was reached
     failures               {peer: why there is no time}
+sustained: a row for each that takes turns: by, us, tflops, mhz and watts (medians of what nvidia-smi reads), share: the part of
+    the tensor cores' cycles at that clock that products with seen tokens take.
 prefixes: tokens of a prefix, groups that have one each, own tokens of a sequence; us with the groups found before, with_find_us,
     find_us (the launch that finds groups, alone), paged_decode_us (which shares nothing), read_us of every page once; bar in
     microseconds, of with_find_us.
@@ -52,8 +55,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from paged import decode, mla, plans, prefill, prefixes
-from paged.cases import DECODE, PREFILL, QUANTISED, QUANTISED_PREFILL
+from paged import decode, mla, plans, prefill, prefixes, sustained
+from paged.cases import DECODE, PREFILL, QUANTISED, QUANTISED_PREFILL, SUSTAINED
 from products.report import Report
 from products.timing import Budget, Timer
 
@@ -62,6 +65,7 @@ SUITES = {
     "quantised": (decode, QUANTISED),
     "prefill": (prefill, PREFILL),
     "quantised_prefill": (prefill, QUANTISED_PREFILL),
+    "sustained": (sustained, SUSTAINED),
     "prefixes": (prefixes, prefixes.PREFIXES),
     "quantised_prefixes": (prefixes, prefixes.QUANTISED_PREFIXES),
     "mla": (mla, mla.CASES),

@@ -80,6 +80,7 @@ PREFILL = [
     Case(4, 4096, q_len=4096, kv_heads=32), Case(4, 4096, q_len=4096, head_dim=64),
     Case(1, 8320, q_len=128), Case(1, 32896, q_len=128), Case(2, 8448, q_len=256), Case(1, 16896, q_len=512),
 ]  # fmt: skip
+SUSTAINED = [case for case in PREFILL if case.q_len > 8 and (case.bar or (case.page, case.batch) == (128, 1))]
 QUANTISED_PREFILL = [
     replace(case, bar=None, kv_dtype=name) for name in KV_FORMATS for case in PREFILL if case.page == 16 and case.q_len >= 128
 ]  # fmt: skip
