@@ -139,6 +139,8 @@ def build_runner(
         num_host_pages=limits.num_host_pages, trace=trace,
     )  # fmt: skip
     if captures:
+        if group is not None:
+            group.before_leaving(runner.drop_graphs)
         _prepare_steps(runner, limits, device, group)
     return runner, limits
 

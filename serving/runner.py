@@ -50,6 +50,11 @@ class TorchRunner:
         self._drafts: dict[str, tuple[int, ...]] = {}  # of that step
         self._graphs = None if graphs is None else StepGraphs(model, self.kv_pool, graphs, self._sampler)
 
+    def drop_graphs(self) -> None:
+        """No step can be launched any more."""
+        if self._graphs is not None:
+            self._graphs.drop()
+
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Callable[[], StepOutput]:
         if self.swapper is not None:

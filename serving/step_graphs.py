@@ -37,6 +37,9 @@ class CpuCapture:
             run()
         return launches.replay
 
+    def drop(self) -> None:
+        """Graphs are memory only."""
+
 
 class CudaCapture:
     """CUDA graphs, which share the memory of activations: they never run at the same time. As `CpuCapture`."""
@@ -46,6 +49,7 @@ class CudaCapture:
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
         self._memory = torch.cuda.graph_pool_handle()
+        self._graphs: list[torch.cuda.CUDAGraph] = []
 
     def __call__(self, run: Callable[[], None], first: Callable[[], None]) -> Callable[[], None]:
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -59,7 +63,15 @@ class CudaCapture:
                 run()
             finally:
                 graph.capture_end()
+        self._graphs.append(graph)
         return graph.replay
+
+    def drop(self) -> None:
+        """Give back what graphs hold, of NCCL, say, when all of them have run."""
+        torch.cuda.synchronize()
+        for graph in self._graphs:
+            graph.reset()
+        self._graphs.clear()
 
 
 def capture_of(device: torch.device) -> CpuCapture | CudaCapture:
@@ -85,6 +97,11 @@ class StepGraphs:
         )
         self._capture = capture_of(device)
         self._graphs: dict[StepShape, Callable[[], None]] = {}
+
+    def drop(self) -> None:
+        """All graphs. No step can be prepared any more."""
+        self._graphs.clear()
+        self._capture.drop()
 
     def steps(self) -> Iterator[tuple[StepTensors, Tensor]]:
         """Inputs of all shapes, and where their logits go."""

@@ -41,6 +41,7 @@ class Group:
     def __init__(self, share: Share, device: torch.device, meeting: Path) -> None:
         self.share = share
         self._device = device
+        self._releases: list[Callable[[], None]] = []
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo", init_method=f"file://{meeting}", rank=share.index,
             world_size=share.count, timeout=_START_TIMEOUT, device_id=device if device.type == "cuda" else None,
@@ -56,6 +57,25 @@ class Group:
         numbers = torch.tensor([number], dtype=torch.int64, device=self._device)
         dist.all_reduce(numbers, op=dist.ReduceOp.MIN)
         return int(numbers)
+
+    def before_leaving(self, release: Callable[[], None]) -> None:
+        """Have `release` called when this process leaves. NCCL does not part while there are graphs that captured its sums."""
+        self._releases.append(release)
+
+    def leave(self) -> bool:
+        """Part from the others, all of which have to leave; whether that came to an end in time."""
+
+        def part() -> None:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)
+            for release in self._releases:
+                release()
+            dist.destroy_process_group()
+
+        parting = threading.Thread(target=part, daemon=True, name="leave ranks")
+        parting.start()
+        parting.join(_STOP_TIMEOUT)
+        return not parting.is_alive()
 
 
 class Sender(Protocol):
@@ -113,7 +133,7 @@ def ranks(config: ServerConfig, device: torch.device, work: Work) -> Generator[R
             process.start()
         for receiver, _ in ends:
             receiver.close()
-        stopping = threading.Event()
+        stopping, left = threading.Event(), True
         threading.Thread(target=_watch, args=(processes, stopping), daemon=True, name="watch ranks").start()
         group = Group(Share(0, config.tp), _device_of(device, 0), meeting)
         try:
@@ -121,11 +141,13 @@ def ranks(config: ServerConfig, device: torch.device, work: Work) -> Generator[R
         finally:
             stopping.set()
             for _, sender in ends:
-                sender.close()  # their loops end
+                sender.close()  # their loops end, and they leave
+            left = group.leave()
             for process in processes:
-                process.join(_STOP_TIMEOUT)
+                process.join(_STOP_TIMEOUT if left else 0)
                 process.kill()
-            dist.destroy_process_group()
+        if not left:  # what is stuck in NCCL would keep this process, too
+            _end("the processes of --tp did not part in time; the server ends all the same")
 
 
 def _device_of(device: torch.device, index: int) -> torch.device:
@@ -154,7 +176,8 @@ def _work(config: ServerConfig, index: int, meeting: Path, batches: Connection, 
         except EOFError:
             break
         runner.launch(batch)  # nothing waits for its tokens here: the next step finds them on the device
-    dist.destroy_process_group()
+    group.leave()
+    os._exit(0)
 
 
 def _end_with_parent() -> None:
@@ -168,5 +191,10 @@ def _end_with_parent() -> None:
 def _watch(processes: list[multiprocessing.Process], stopping: threading.Event) -> None:
     wait([process.sentinel for process in processes])
     if not stopping.is_set():
-        print("error: a process of --tp ended; the server ends too", file=sys.stderr, flush=True)
-        os._exit(1)
+        _end("a process of --tp ended; the server ends too")
+
+
+def _end(why: str) -> None:
+    """Of this process, without waiting for anything."""
+    print(f"error: {why}", file=sys.stderr, flush=True)
+    os._exit(1)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
 from serving.__main__ import main
 from serving.config import ServerConfig, build_parser, parse_args
@@ -277,3 +278,27 @@ def test_options_are_parsed_as_declared() -> None:
     config = parse_args(["--model", "m", "--port", "0", "--max-model-len", "9", "--request-timeout", "1.5"])
     assert config == ServerConfig(model="m", port=0, max_model_len=9, request_timeout=1.5)
     assert parse_args([]) == ServerConfig()
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param("cpu", marks=[pytest.mark.exhaustive, pytest.mark.timeout(300)]),
+        pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.timeout(280)]),
+    ],
+)
+def test_a_server_of_two_processes_stops(tiny_directory: Path, tmp_path: Path, device: str) -> None:
+    """With the library's kernels, whose steps are captured; answers in between."""
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    server = Process(
+        "--model", str(tiny_directory), "--port", "0", "--device", device, "--max-batch", "2", "--tp", "2",
+        program=("-m", "serving"), PYTHONWARNINGS="default", TILUS_CACHE_DIR=str(tmp_path),
+    )  # fmt: skip
+    url = server.wait_for(r"ready: tiny on \w+ at (http://127\.0\.0\.1:\d+)\n", 240).group(1)
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 20, "ignore_eos": True, "temperature": 0}
+    reply = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+    assert reply.json()["usage"]["completion_tokens"] == 20
+    server.process.terminate()
+    assert server.finish() == 0
+    assert server.text.endswith("stopped\n")

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from live_server import wait_until
 from tiny_families import write_family
 from tiny_llama import CPU, write_tiny
 from torch_kernels import TorchKernels
 
+from serving import tensor_parallel
 from serving.build import build_engine, build_runner, rank_runner
 from serving.config import ServerConfig
 from serving.core import Request, Runner, SampledToken, SamplingParams
@@ -154,3 +160,33 @@ def test_in_the_batch_invariant_mode_two_processes_compute_the_bits_of_one(tiny:
     with ranks(config, CPU, rank_runner) as both:
         together = answers(build_engine(config, tiny, checkpoint, default_kernels(True), way, both))
     assert together == alone
+
+
+def one_alone(tmp_path: Path) -> Group:
+    return Group(Share(0, 1), CPU, tmp_path / "meeting")
+
+
+def test_graphs_go_before_the_processes_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+    group, destroy = one_alone(tmp_path), dist.destroy_process_group
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: (happened.append("parted"), destroy()))
+    group.before_leaving(lambda: happened.append("graphs"))
+    assert group.leave() and happened == ["graphs", "parted"]
+    assert not dist.is_initialized()
+
+
+def test_a_parting_that_does_not_end_ends_the_server(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is not waited for, and the other process is gone."""
+    stuck, destroy, ended = threading.Event(), dist.destroy_process_group, list[int]()
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: (stuck.wait(60), destroy()))
+    monkeypatch.setattr(tensor_parallel, "_STOP_TIMEOUT", 0.2)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with ranks(options(tiny, tp=2), CPU, oracle_runner):
+        (other,) = (child for child in multiprocessing.active_children() if child.name == "rank 1")
+    other.join(10)
+    assert not other.is_alive() and ended == [1]
+    assert "error: the processes of --tp did not part in time" in capsys.readouterr().err
+    stuck.set()
+    wait_until(lambda: not dist.is_initialized(), 10)
