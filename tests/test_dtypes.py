@@ -133,7 +133,7 @@ def nearest(t: DataType, value: float) -> int:
     return code + ((1 << t.nbits - 1) if math.copysign(1, value) < 0 else 0)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("t", FLOATS, ids=str)
 def test_encode_rounds_to_nearest_even_and_saturates(t: DataType) -> None:
     values = np.unique(np.abs(t.decode(all_codes(t))))

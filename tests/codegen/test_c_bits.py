@@ -60,7 +60,7 @@ def test_elementwise(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_array_equal(found[0][0].view(np.float32), a * b + c, err_msg="rounded twice, as numpy does")
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("rows", [True, False])
 @pytest.mark.parametrize("shape", [(16, 32, 64), (64, 8, 128), (16, 8, 16), (32, 64, 48)])
 def test_products(shape: tuple[int, int, int], rows: bool, monkeypatch: pytest.MonkeyPatch) -> None:

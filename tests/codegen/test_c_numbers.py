@@ -41,7 +41,7 @@ def decoded(x: Tensor["t", "n"], raw: Tensor[tilus.uint8, "bytes"], y: Tensor[f3
         tilus.store(y, [way, i * dst.size], tilus.cast(tile, f32))
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("dtype", SMALL, ids=str)
 def test_every_code_decodes(dtype: DataType) -> None:
     """Each at every place of eight, so at every bit of a byte."""
@@ -104,7 +104,7 @@ def codes_of(dtype: DataType) -> Array:
     return dtype.encode(hostile_integers(dtype))
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("src", [d for d in DTYPES.values() if d.nbits >= 8 and d not in (boolean, tf32)], ids=str)
 def test_casts_encode(src: DataType) -> None:
     """Casts to all other types are what `encode` says."""

@@ -28,7 +28,7 @@ def check(seed: int) -> None:
         np.testing.assert_array_equal(found, expected, err_msg=text)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("seed", [pytest.param(n, marks=() if n < 10 else pytest.mark.exhaustive) for n in range(25)])
 def test_programs(seed: int) -> None:
     check(seed)

@@ -259,7 +259,7 @@ def orders(src: DataType, count: int) -> list[tuple[int, ...]]:
     return [tuple(range(count)), shuffled]
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("src", SMALL, ids=str)
 def test_every_code_in_every_slot(src: DataType) -> None:
     codes = every_code_in_every_slot(src, 32)
@@ -269,7 +269,7 @@ def test_every_code_in_every_slot(src: DataType) -> None:
                 check(src, dst, target, codes, slots)
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("src", SMALL, ids=str)
 def test_small_to_small(src: DataType) -> None:
     codes = every_code_in_every_slot(src, 8)
@@ -279,7 +279,7 @@ def test_small_to_small(src: DataType) -> None:
             check(src, dst, target, codes, range(8))
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 7, 12])
 @pytest.mark.parametrize("src", SMALL, ids=str)
 def test_odd_counts(src: DataType, count: int) -> None:
@@ -347,7 +347,7 @@ def run_plan(plan: CastPlan, codes: Array) -> Array:
     return unpack_bits(data, plan.dst, codes.shape[1])
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("src", SMALL, ids=str)
 def test_plans_of_packed_codes(src: DataType) -> None:
     """Every code in every place of a chunk; what is left to the caller is a power of two and the same on every target."""
@@ -375,7 +375,7 @@ def test_plans_of_packed_codes(src: DataType) -> None:
 LIMITS = {"int": [1.0, 1.07, 1.16, 1.125, 1.3, 1.45, 1.57, 1.25], "float": [0, 0, 1.2, 1.125, 1.5, 1.7, 1.7, 1.75]}
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("src", SMALL, ids=str)
 def test_what_packed_codes_cost(src: DataType) -> None:
     """No plan is dearer than its limit, than the plain cast, or than the cast of little-endian codes; orders are permutations."""

@@ -140,7 +140,7 @@ def expected(code: Compiled, times: int = 1) -> dict[bool, tuple[int, int, Fract
     }
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
 @pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
 def test_f16_tiles(tile: RegisterLayout, memory: SharedLayout) -> None:
@@ -169,7 +169,7 @@ UINTS: dict[int, DataType] = {nbits: getattr(tilus, f"uint{nbits}") for nbits in
 WIDTHS = [*UINTS.values(), tilus.float8_e4m3, f16, f32, tilus.int64, tilus.boolean]
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("dtype", WIDTHS, ids=str)
 @pytest.mark.parametrize("memory", [padded(SHAPE, 32), row_major(SHAPE).swizzled(3, 2, 5)], ids=str)
 @pytest.mark.parametrize("tile", [spatial(4, 8).local(8, 8), spatial(32, 2).local(1, 32)], ids=str)

@@ -85,7 +85,7 @@ def check_integers(
     np.testing.assert_array_equal(y, x)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 def test_every_integer_type(dtype: DataType, device: str) -> None:

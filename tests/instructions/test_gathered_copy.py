@@ -44,7 +44,7 @@ def drawn(pages: int, page: int, columns: int) -> Array:
     return np.random.default_rng(pages).normal(size=(pages, 2, page, columns)).astype(np.float16)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("bulk", [False, True])

@@ -82,7 +82,7 @@ def random_memory(rng: random.Random, shape: tuple[int, ...], nbits: int) -> Sha
     return rng.choice(choices)
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("side", ["write", "read"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("seed", range(12))

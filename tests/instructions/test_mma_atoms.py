@@ -82,7 +82,7 @@ def check_on(device: str, atom: MmaAtom, shape: Shape, warps: int) -> None:
 EVERY_ATOM = pytest.mark.parametrize("atom", MMA_ATOMS, ids=lambda atom: atom.name)
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @EVERY_ATOM
 @pytest.mark.parametrize("device", ["reference", "cpu", "emulator"])
 def test_every_atom(atom: MmaAtom, device: str) -> None:

@@ -91,7 +91,7 @@ def test_result_in_any_layout(rng: random.Random, num_warps: int) -> None:
     check("sum", int32, layout, (1,), False, num_warps, rng, pinned)
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("name", [n for n, d in DTYPES.items() if d.nbits <= 32 and d.nbits % 8 == 0 and d != boolean])
 @pytest.mark.parametrize("op", NUMBERS)
 def test_every_type(op: str, name: str) -> None:

@@ -83,7 +83,7 @@ def values(dtype: Any, rows: int) -> Any:
     return np.random.default_rng(0).integers(0, 100, (rows, SHAPE[1])).astype(dtype)
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
 @pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
 def test_tiles(tile: RegisterLayout, memory: SharedLayout | None, device: str) -> None:

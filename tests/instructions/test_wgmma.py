@@ -104,7 +104,7 @@ def widths_of(compiled: Compiled) -> list[int]:
     return [int(opcode.split(".")[4].split("n")[1].split("k")[0]) for opcode in opcodes]
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("registers", [True, False], ids=["registers", "shared"])
 @pytest.mark.parametrize("atom", WGMMA_ATOMS, ids=lambda atom: f"{atom.a}-{atom.b}-{atom.d}")
@@ -119,7 +119,7 @@ def test_every_atom_assembles(atom: WgmmaAtom) -> None:
         assemble(compiled_for(atom, (64, 24, 3 * atom.k), registers=registers).ptx, get_target("sm_90a"))
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("registers", [True, False], ids=["registers", "shared"])
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def parts_of_operands(
     tilus.store(out, [0, 0], acc)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("swizzle", [0, 32, 64, 128])
 def test_parts_of_transposed_operands(swizzle: int, device: str) -> None:
@@ -327,7 +327,7 @@ def test_contiguous_columns_start_a_block_or_lie_in_one(n: int, start: int, swiz
 MACHINE = {"f16": "HGMMA", "bf16": "HGMMA", "int8": "IGMMA", "uint8": "IGMMA"}
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("atom", [a for a in WGMMA_ATOMS if a.a == a.b], ids=lambda atom: f"{atom.a}-{atom.d}")
 def test_machine_instructions(atom: WgmmaAtom) -> None:
     """As many as the sizes say, no waits between them (the assembler would refuse), and one wait at the end."""

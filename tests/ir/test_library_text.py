@@ -212,7 +212,7 @@ def test_every_kernel_is_here() -> None:
     assert set(library()) == set(SPECIALIZATIONS)
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize(
     ("name", "consts"), [(name, consts) for name, cases in SPECIALIZATIONS.items() for consts in cases]
 )

@@ -103,7 +103,7 @@ def test_printing_and_parsing_is_the_identity(rng: random.Random) -> None:
     assert same(program, again, {})
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("mnemonic", INSTRUCTIONS)
 def test_every_instruction(mnemonic: str) -> None:
     """No instruction is left to chance."""

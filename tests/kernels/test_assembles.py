@@ -214,7 +214,7 @@ LIMITS = [
 ]
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize(("tokens", "stages", "dtype", "words"), LIMITS, ids=str)
 def test_the_most_factors(tokens: int, stages: int, dtype: tilus.DataType, words: int) -> None:
     """At every limit of the schedules, each on one target, with one type of activations."""
@@ -232,7 +232,7 @@ def test_two_blocks_on_a_multiprocessor(target: str) -> None:
     assert_no_spills(quantized_linear, target, *args, **values)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("factors", [False, True], ids=["plain", "factors"])
 @pytest.mark.parametrize(
     ("act", "weight", "out", "plan"),

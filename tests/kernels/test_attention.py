@@ -54,14 +54,14 @@ SHAPES_OF_BATCHES = {
 }
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("device", EXECUTIONS)
 @pytest.mark.parametrize("name", SHAPES_OF_BATCHES)
 def test_ragged_batches(name: str, device: str) -> None:
     check(Batch(SHAPES_OF_BATCHES[name]), device)
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("device", EXECUTIONS)
 @pytest.mark.parametrize("lengths", [((1, 70), (1, 20)), ((18, 70), (3, 3))], ids=["decode", "prefill"])
 @pytest.mark.parametrize("group", [1, 3, 4, 8, 16])
@@ -69,7 +69,7 @@ def test_group_sizes(group: int, lengths: tuple[tuple[int, int], ...], device: s
     check(Batch(lengths, group=group), device)
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("device", EXECUTIONS)
 @pytest.mark.parametrize("lengths", [((1, 70), (1, 20)), ((18, 70), (3, 3))], ids=["decode", "prefill"])
 @pytest.mark.parametrize("head_dim", [16, 80, 128])
@@ -77,7 +77,7 @@ def test_head_sizes(head_dim: int, lengths: tuple[tuple[int, int], ...], device:
     check(Batch(lengths, kv_heads=1, head_dim=head_dim), device)
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("device", EXECUTIONS)
 @pytest.mark.parametrize("lengths", [((1, 150), (1, 20)), ((18, 150), (3, 3))], ids=["decode", "prefill"])
 @pytest.mark.parametrize("page_size", [32, 64, 128])
@@ -90,7 +90,7 @@ def test_bfloat16(device: str) -> None:
     check(Batch(((1, 70), (18, 30)), dtype=torch.bfloat16), device)
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("device", EXECUTIONS)
 @pytest.mark.parametrize(("window", "soft_cap"), [(20, None), (1, 2.0), (64, 0.5)])
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_nothing_to_do() -> None:
     assert paged_attention(*vars(make_inputs(empty, 0)).values(), device="reference").shape == (0, 6, 64)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("sm", ["sm_80", "sm_89", "sm_90a", "sm_100a"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_assembles_without_spills(sm: str, head_dim: int) -> None:

@@ -89,7 +89,7 @@ def exact(inputs: Inputs, batch: Batch, change: Scores, sinks: list[float] | Non
     return out, size, lse
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("device", [pytest.param("reference", marks=pytest.mark.exhaustive), "emulator", CUDA])
 @pytest.mark.parametrize(
     "name", [n if n in ("ALiBi", "all") else pytest.param(n, marks=pytest.mark.exhaustive) for n in VARIANTS]

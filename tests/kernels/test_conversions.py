@@ -57,7 +57,7 @@ def matmul_types(dtype: type[np.generic], out: type[np.generic]) -> Specializati
 CASES = dict(library())
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     "target", ["sm_80", *(pytest.param(target, marks=pytest.mark.exhaustive) for target in ("sm_89", "sm_100a"))]
 )

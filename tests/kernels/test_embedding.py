@@ -26,7 +26,7 @@ def test_dense(device: str, hidden: int, dtype: torch.dtype) -> None:
     assert torch.equal(embedding(IDS, table, device=device), table[IDS.long()])
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize(
     ("hidden", "group"), [(32, 32), (576, 32), (1024, 32), (1056, 32), (4096, 32), (100, 4), (576, 64)]
 )

@@ -26,7 +26,7 @@ def test_all_examples_are_listed_here() -> None:
     )
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", KERNELS)
 def test_example(device: str, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("TILUS_DEVICE", device)
@@ -50,7 +50,7 @@ def test_example_for_hopper(
     assert capsys.readouterr().out.strip()
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [

@@ -47,7 +47,7 @@ def loads_under_way(ptx: str) -> list[scoreboards.UnderWay]:
     return [found for found in scoreboards.loads_under_way(cubin) if found.source not in AMONG_THREADS]
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in ALWAYS else pytest.mark.exhaustive) for name in COPYING]

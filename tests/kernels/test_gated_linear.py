@@ -67,7 +67,7 @@ def sums_of(
     return float64(x) @ weight.values.T + offset, work * (size @ weight.sizes.T + np.abs(offset))
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize(
     ("activation", "scheme", "dtype", "n", "m", "act", "out"),
     [
@@ -105,7 +105,7 @@ PLANS = [
 ]
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("device", HOPPER)
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_warpgroups(device: str, plan: WarpgroupPlan) -> None:

@@ -48,7 +48,7 @@ def check(device: str, x: torch.Tensor, w: torch.Tensor, out: torch.dtype, chose
     np.testing.assert_array_equal(float64(y), float64(torch.from_numpy(expected).to(out)))
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize(("left", "right", "out"), TYPES, ids=str)
 def test_types(device: str, left: torch.dtype, right: torch.dtype, out: torch.dtype) -> None:
     """Edges inside of tiles along m, n and k."""

@@ -55,7 +55,7 @@ def check(
     assert torch.isnan(y[offsets[-1] :]).all()
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("plan", [Schedule(8, 1, 2, 1), Schedule(16, 1, 1, 0), Schedule(4, 1, 1, 0)], ids=str)
 @pytest.mark.parametrize("counts", [(0, 5, 0, 1), (17, 0, 9)], ids=str)
 def test_the_kernel_of_all_devices(device: str, plan: Schedule, counts: Sequence[int]) -> None:
@@ -68,7 +68,7 @@ def int4(experts: int, n: int = 64, k: int = 128, group: int = 128) -> list[Quan
     return [random_matrix(tilus.int4, n, k, group, seed=seed) for seed in range(experts)]
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize(
     "counts",
     [(1,), (0, 5, 0), (3, 0, 9, 1, 0, 0, 2), (0, 0, 0), (17, 0, 1), (0, 0, 21), (1,) * 9, (8, 16, 7, 9)],
@@ -79,7 +79,7 @@ def test_counts(device: str, counts: Sequence[int]) -> None:
     check(device, int4(len(counts)), counts)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     "plan",
     [
@@ -97,7 +97,7 @@ def test_plans(device: str, plan: GroupedPlan) -> None:
         check(device, int4(3, n=256, k=384), (11, 0, 4), plan=plan)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     ("scheme", "dtype", "group"),
     [

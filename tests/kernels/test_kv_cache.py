@@ -115,7 +115,7 @@ def check_decode(
                 assert (error <= limit).all(), f"{(error / limit).max()} of the limit"
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("device", EXECUTIONS)
 @pytest.mark.parametrize("name", ["fp8", pytest.param("int8", marks=pytest.mark.exhaustive), "int4"])
 def test_decode(name: str, device: str) -> None:
@@ -225,7 +225,7 @@ def check_elements(found: Array, wanted: Array, scale: float, name: str) -> None
         assert (abs(errors) <= step / 2 + rounding).all()
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("device", ["reference", "cpu", "emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(("name", "head_dim"), [*((name, 64) for name in NAMES), ("int4", 96), ("int8", 16)])
 def test_append(name: str, head_dim: int, device: str) -> None:

@@ -44,7 +44,7 @@ def matrices(frame: KvFrame) -> dict[str, Array]:
     return {"q": of(*queries[:2]), "k": of(*keys[:2]), "v": of(keys[2])}
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("name", "head_dim"), [("int4", 64), ("int8", 48)])
 def test_append(name: str, head_dim: int, device: str) -> None:

@@ -69,7 +69,7 @@ def check(
     assert_exact(y, *exact_and_bound(x, matrix, out, bias))
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("dtype", CODE_TYPES, ids=str)
 def test_every_type(device: str, dtype: DataType) -> None:
     """Ragged in M, N and K; integers with minimums, floats without; groups in turn."""
@@ -133,7 +133,7 @@ def test_scales_have_the_range_of_floats(device: str, act: torch.dtype) -> None:
     np.testing.assert_array_equal(float64(y), float64(x) @ exact(matrix).values.T)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("bias", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_bias(device: str, bias: torch.dtype) -> None:
     """Added in f32 before the only rounding; also by the block that adds up splits of K."""
@@ -144,20 +144,20 @@ def test_bias(device: str, bias: torch.dtype) -> None:
     assert_exact(y, *exact_and_bound(x, matrix, torch.float32, offset))
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("tokens", [1, 7, 8, 9, 17, 65])
 def test_numbers_of_tokens(device: str, tokens: int) -> None:
     """Around the tiles of 8, 16, 32 and 64 tokens."""
     check(device, activations(tokens, 64), random_matrix(tilus.int4, 64, 64, 32), torch.float16)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 130])
 def test_numbers_of_rows(device: str, n: int) -> None:
     check(device, activations(2, 64), random_matrix(tilus.uint4, n, 64, 32, mins=True), torch.float16)
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize(
     ("k", "group"), [(1, 1), (8, 8), (20, 20), (48, 48), (63, 63), (64, 16), (65, 65), (576, 64), (1100, 1100)]
 )
@@ -166,7 +166,7 @@ def test_sizes_of_k(device: str, k: int, group: int) -> None:
     check(device, activations(2, k), random_matrix(tilus.uint4, 64, k, group, mins=True))
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("splits", [1, 2, 3])
 @pytest.mark.parametrize(
     ("rows", "warps", "stages", "group"),
@@ -247,7 +247,7 @@ def other_vectors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     binaries.on_cpu.cache_clear()
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.usefixtures("other_vectors")
 @pytest.mark.parametrize("m", [1, 5, 9, 16, 17])
 def test_the_vectors_of_other_cpus(m: int) -> None:
@@ -257,7 +257,7 @@ def test_the_vectors_of_other_cpus(m: int) -> None:
     assert_exact(y, *exact_and_bound(x, matrix, torch.float32))
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("scheme", "dtype", "group", "k"),

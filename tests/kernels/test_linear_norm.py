@@ -63,7 +63,7 @@ def addend(m: int, h: int, scale: float = 1.0, spread: float = 3.0) -> Addend:
     return Addend(spread * normal(m, h, seed=5), normal(h, seed=6), torch.full((m, h // 64), torch.nan), scale)
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("plan", "scheme", "act"), PLANS, ids=str)
 def test_a_layer_that_adds_to_the_stream(device: str, plan: WarpgroupPlan, scheme: str, act: torch.dtype) -> None:
@@ -83,7 +83,7 @@ def test_a_layer_that_adds_to_the_stream(device: str, plan: WarpgroupPlan, schem
     assert_rounded_once(after.squares, squares, work=64 * 2.0**-24)
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("plan", "scheme", "act"), PLANS, ids=str)
 def test_a_layer_that_divides_by_root_mean_squares(
@@ -126,7 +126,7 @@ def test_gates_behind_a_norm(device: str, plan: WarpgroupPlan) -> None:
     check(y, *divided(values, squares, matrix, bias), "silu")
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("m", [1, 9, 40])
 def test_two_layers(device: str, m: int) -> None:
@@ -218,7 +218,7 @@ def test_the_choice_on_hopper(m: int) -> None:
         assert isinstance(between(reader), torch.Tensor)
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.slow
 @pytest.mark.parametrize(("m", "group"), [(2, 128), (16, 128), (32, 128), (64, 128), (64, 64)])
 @pytest.mark.parametrize(("h", "k", "n"), [(4096, 14336, 28672), (4096, 4096, 6144), (640, 1536, 3072)])

@@ -45,7 +45,7 @@ def test_places_sort_rows_by_expert(device: str, rows: int, experts: int) -> Non
     np.testing.assert_array_equal(found[rows:], np.searchsorted(np.sort(ids.numpy()), np.arange(experts + 1)))
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(("tokens", "act"), [(1, torch.float16), (5, torch.bfloat16)], ids=str)
 def test_mixture(device: str, tokens: int, act: torch.dtype) -> None:
     """Off by the rounding of each expert's products and activations to the type of x, which add up to at most three half steps of

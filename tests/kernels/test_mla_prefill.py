@@ -30,14 +30,14 @@ def check(batch: LatentBatch, device: str) -> None:
         assert torch.equal(mla_prefill(*tensors, scale=SCALE, device=device), out)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("device", DEVICES)
 def test_ragged_batch(device: str) -> None:
     """No queries; more queries than tokens; a chunk on top of a cache; the last of the rows in the middle of a tile."""
     check(LatentBatch(((3, 3), (0, 9), (2, 1), (9, 70))), device)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("heads", "page_size"),

@@ -246,7 +246,7 @@ def compiled_by_a_launch(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> C
     return compiled
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize(
     ("kind", "name"), [(kind, name) for kind, (_, names) in KINDS.items() for name in names]
 )  # fmt: skip

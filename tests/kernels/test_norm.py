@@ -22,7 +22,7 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> to
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("hidden", SIZES)
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_rms_norm(device: str, tokens: int, hidden: int) -> None:

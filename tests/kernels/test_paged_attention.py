@@ -96,14 +96,14 @@ def check(name: str, batch: Batch, device: str, decodes: int = 0, invariant: boo
     assert (error <= limit).all(), f"{(error / (limit + 1e-30)).max()} of the limit"
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("device", EXECUTIONS)
 @pytest.mark.parametrize("name", NAMES)
 def test_quantised_mixed_batches(name: str, device: str) -> None:
     check(name, Batch(MIXED), device, decodes=2)
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("device", ["reference", "cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_quantised_shapes(
     check(name, Batch(((1, 150), (1, 5), (5, 2), (0, 3), (19, 70)), kv_heads=1, **shape), device, decodes=2)
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("sm", ["sm_80", "sm_89", "sm_90a", "sm_100a"])
 @pytest.mark.parametrize(("name", "head_dim", "rows"), [("int8", 64, 16), ("fp8", 128, 64), ("int4", 128, 16)])
 def test_quantised_kernels_assemble_without_spills(name: str, head_dim: int, rows: int, sm: str) -> None:
@@ -142,7 +142,7 @@ def run(batch: Batch, device: str, seed: int = 0, **options: Any) -> torch.Tenso
     return paged_attention(*tensors, inputs.scale, device=device, **options).cpu()
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("device", EXECUTIONS)
 @pytest.mark.parametrize("decodes", range(3))
 def test_batches_that_decode_in_part(decodes: int, device: str) -> None:
@@ -163,7 +163,7 @@ def test_results_of_another_type(device: str) -> None:
     assert (np.abs(found.double().numpy() - expected) <= limit).all()
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("device", ["reference", "cpu", "emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", [None, "fp8", "int4"])
 def test_invariant_bits(name: str | None, device: str) -> None:
@@ -192,7 +192,7 @@ def test_invariant_bits(name: str | None, device: str) -> None:
     assert torch.equal(decoded[1:2], prefilled[6:7]) and torch.equal(decoded[2:4], prefilled[7:9])
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", [None, "fp8"])
 def test_on_hopper_each_part_goes_to_its_kernel(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the emulator, which stands for an H100: those that decode to paged_decode, others to paged_prefill, of codes, too;

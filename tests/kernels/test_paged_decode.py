@@ -91,7 +91,7 @@ def test_skewed_batch(blocks: int, device: str) -> None:
     check(decode_batch(SKEWED, head_dim=64), device, blocks)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("device", EXECUTIONS)
 @pytest.mark.parametrize("kv_len", [1, pytest.param(65, marks=pytest.mark.exhaustive), 129 * 16])
 def test_lengths(kv_len: int, device: str) -> None:

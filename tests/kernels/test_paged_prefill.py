@@ -79,7 +79,7 @@ def check(
     assert np.abs(found[finite] - expected_lse[finite]).max(initial=0) < 2.0**-14
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("device", ["emulator", CUDA])
 @pytest.mark.parametrize(
     ("batch", "causal", "heads"),

@@ -36,7 +36,7 @@ def check(x: torch.Tensor, dtype: tilus.DataType, device: str) -> None:
     np.testing.assert_array_equal(scales.numpy(), peak / LARGEST[dtype])
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("columns", SIZES)
 @pytest.mark.parametrize("dtype", LARGEST, ids=str)
 def test_bit_for_bit(device: str, dtype: tilus.DataType, columns: int) -> None:
@@ -78,7 +78,7 @@ def test_not_finite(device: str, dtype: tilus.DataType, what: float) -> None:
         assert torch.isnan(y[1]).all() and torch.isfinite(y[[0, 2]]).all()
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("columns", [16, 48, 4096, 20000])
 @pytest.mark.parametrize("dtype", LARGEST, ids=str)
 def test_paired(device: str, dtype: tilus.DataType, columns: int) -> None:

@@ -168,7 +168,7 @@ def hadamard(vectors: Any) -> Any:
     return (runs @ matrix.T / np.sqrt(run)).reshape(vectors.shape)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("device", EXECUTIONS)
 @pytest.mark.parametrize("normed", [False, True])
 def test_a_head_has_the_same_bits_whatever_others_there_are(normed: bool, device: str) -> None:

@@ -146,7 +146,7 @@ FILTERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("row", ROWS)
 def test_every_filter_keeps_exactly_what_sorting_keeps(row: str, where: str) -> None:
     """Each token wins the race over the kept set, also where the least kept one wins or the best dropped one would."""

@@ -73,7 +73,7 @@ def under_way(body: str) -> list[str]:
     return [str(one) for one in found]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", FOUND)
 def test_found(name: str) -> None:
     found = under_way(FOUND[name])
@@ -81,7 +81,7 @@ def test_found(name: str) -> None:
     assert all("LDS" in line and " is under way at " in line for line in found)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", NOT_FOUND)
 def test_not_found(name: str) -> None:
     assert under_way(NOT_FOUND[name]) == []

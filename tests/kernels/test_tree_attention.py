@@ -140,7 +140,7 @@ def check(name: str, function: Any, batch: Batch, device: str) -> None:
     assert np.abs(lse[finite] - expected_lse[finite]).max() <= max(2.0**-14, inexact)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("name", "function"),

@@ -69,14 +69,14 @@ def check(
     assert not wrong.any(), f"{wrong.sum()} of {wrong.size} are wrong, the first at {np.argwhere(wrong)[0]}"
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("group", [32, 64, 96, 128, 256, 768])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_groups(device: str, dtype: torch.dtype, group: int) -> None:
     check(device, random_matrix(tilus.int4, 128, 768, group, seed=group), 5, dtype)
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize(
     ("scheme", "dtype", "group"),
     [
@@ -94,7 +94,7 @@ def test_schemes(device: str, act: torch.dtype, scheme: str, dtype: tilus.DataTy
     check(device, matrix_of(scheme, dtype, 64, 384, group), 5, act)
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize(
     ("scheme", "dtype"),
     [
@@ -108,7 +108,7 @@ def test_schemes_for_integers(device: str, scheme: str, dtype: tilus.DataType) -
     check(device, matrix_of(scheme, dtype, 64, 384, 64), 5, torch.int8, most=127)
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("tokens", [1, 8, 9, 17, 70])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_numbers_of_tokens(device: str, dtype: torch.dtype, tokens: int) -> None:
@@ -122,7 +122,7 @@ def test_types_of_scales(device: str, scale_dtype: tilus.DataType) -> None:
     check(device, replace(matrix, mins=None), 3, torch.int8, torch.float16)
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize(
     ("plan", "group"),
     [
@@ -193,7 +193,7 @@ def exact_pairs() -> Iterator[Any]:
                 yield pytest.param(dtype, act, marks=[] if often else pytest.mark.exhaustive, id=f"{dtype} {act}")
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(("dtype", "act"), list(exact_pairs()))
 def test_every_code_is_what_it_stands_for(device: str, dtype: tilus.DataType, act: torch.dtype) -> None:
     """A one in each column finds that column's codes: every code in every place of a packed word, every column in its place."""

@@ -63,7 +63,7 @@ PLANS = [
 ]
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("plan", "scheme", "group", "k"), PLANS, ids=str)
 def test_sums_are_exact(device: str, plan: WarpgroupPlan, scheme: str, group: int, k: int) -> None:
@@ -84,7 +84,7 @@ def test_sums_are_exact(device: str, plan: WarpgroupPlan, scheme: str, group: in
     assert (np.abs(y.double().numpy() - expected) <= bound).all()
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("scheme", ["symmetric", "minimums"])
 @pytest.mark.parametrize("launched", [{}, {"launched": 1}, {"launched": 2, "sharing": 2}], ids=str)
@@ -152,7 +152,7 @@ def test_invariant_products(device: str) -> None:
         assert torch.equal(part, whole[first:last])
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("device", ["reference", "cpu", "emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(
     ("act", "k"), [(torch.float16, 2048), (torch.bfloat16, 2064)], ids=["float16", "bfloat16, ragged"]
@@ -193,7 +193,7 @@ def header(dtype: str, n: int, k: int, group: int, **changes: Any) -> WeightHead
     return WeightHeader(getattr(tilus, dtype), (n, k), group, **{**kinds, "global_scale": 1.0, **changes})
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("m", [1, 16, 32, 64, 128, 300])
 @pytest.mark.parametrize(
     ("dtype", "n", "k", "group", "changes"),
@@ -276,7 +276,7 @@ def test_easier_plans_end() -> None:
     assert tokens == [(256, True, 132), (256, True, 0), *narrow]
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(("n", "k", "group", "m"), [(4096, 7168, 32, 64), (1024, 14336, 32, 32), (4096, 4096, 128, 16)])
 @pytest.mark.parametrize("dtype", [tilus.uint4, tilus.int6, tilus.int8], ids=str)
 def test_there_is_room_for_results_of_32_bits(dtype: tilus.DataType, n: int, k: int, group: int, m: int) -> None:
@@ -313,7 +313,7 @@ def test_nothing_is_read_after_its_stage_was_given_back(plan: WarpgroupPlan) -> 
         assert (found.float() - right.float()).abs().amax() <= bound
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("plan", [
     *(plan for plan, *_ in PLANS if plan.unit == "wgmma" and not plan.launched and plan.sharing == 1),
     WarpgroupPlan(64, 2, 1, 1, 4, 2, blocks_per_sm=2, overlap="others"),

@@ -131,7 +131,7 @@ def test_a_quotient_recomposes(data: st.DataObject) -> None:
     assert q is None or g * q == h
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("shape", [(4,), (6,), (8,), (12,), (2, 2), (4, 2), (2, 3)])
 def test_a_quotient_is_found_exactly_when_brute_force_finds_one(shape: tuple[int, ...]) -> None:
     """The oracle forms all products of small layouts; every pair (h, part) must agree with them."""

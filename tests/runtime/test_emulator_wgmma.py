@@ -73,7 +73,7 @@ def multiply(
 NS = list(range(8, 257, 8))
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("n", NS)
 def test_every_n(n: int) -> None:
     """f16 with f32 and f16 accumulators, A in memory and in registers, added to what the accumulators hold."""
@@ -85,7 +85,7 @@ def test_every_n(n: int) -> None:
         assert got.astype(np.float64).tolist() == (product(a, b) + c).tolist()
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("n", [n for n in NS if n <= 32 or n % 16 == 0])
 @pytest.mark.parametrize(("a_type", "b_type"), [("s8", "s8"), ("u8", "s8")])
 def test_every_n_of_integers(n: int, a_type: str, b_type: str) -> None:
@@ -97,7 +97,7 @@ def test_every_n_of_integers(n: int, a_type: str, b_type: str) -> None:
     assert got.tolist() == (a.astype(np.int64) @ b.astype(np.int64).T + c).tolist()
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     ("d_type", "a_type", "b_type"),
     [
@@ -117,7 +117,7 @@ def test_every_type(d_type: str, a_type: str, b_type: str, in_memory: bool, n: i
     assert got.astype(np.float64).tolist() == (product(a, b) + c).tolist()
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("swizzle_a", [0, 32, 64, 128])
 @pytest.mark.parametrize("k_major_a", [False, True])
 @pytest.mark.parametrize("swizzle_b", [0, 32, 64, 128])

@@ -26,7 +26,7 @@ def config(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", ["int4", "uint3", "int8", "float6_e3m2", "float8_e4m3"])
 def test_answers_of_a_random_model(config: Path, name: str) -> None:
     checkpoint = open_dummy(config, dtype(name))

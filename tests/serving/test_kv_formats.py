@@ -40,7 +40,7 @@ def requests() -> list[Request]:
     return found
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 def test_the_same_text_however_it_is_run(model: Model, tiny_checkpoint: Checkpoint, kv_dtype: str) -> None:
     if has_frames(kv_dtype):

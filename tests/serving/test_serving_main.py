@@ -97,7 +97,7 @@ def test_the_printed_curl_line_works(ready: tuple[Process, str]) -> None:
     assert reply.json()["choices"][0]["message"]["role"] == "assistant"
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_running_requests_finish_after_a_signal(
     ready: tuple[Process, str], number: signal.Signals, tmp_path: Path

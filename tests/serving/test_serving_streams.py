@@ -127,7 +127,7 @@ def plain(choice: Json) -> Json:
             "finish_reason": choice["finish_reason"]}  # fmt: skip
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("path", "bodies"),
     [("completions", COMPLETION), ("completions", ECHO), ("chat/completions", CHAT), ("chat/completions", CALLS)],

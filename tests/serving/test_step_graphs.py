@@ -85,7 +85,7 @@ def random_batch(rng: np.random.Generator, starts: Sequence[int], num_pages: int
     )
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize(
     ("kind", "kv_dtype"), [("fused", "fp16"), ("parts", "fp16"), ("fused", "bf16"), ("fused", "int4"), ("fused", "fp8")]

@@ -117,7 +117,7 @@ def run(kernel: Kernel, device: str) -> list[Any]:
     return arguments
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("device", ["emulator", "cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", small_kernels.EXPECTED)
 def test_small_kernels_compute_what_they_mean(name: str, device: str) -> None:

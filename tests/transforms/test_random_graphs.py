@@ -93,13 +93,13 @@ def memory(data: np.random.Generator, dtype: DataType) -> np.ndarray:
     return data.integers(-BOUND, BOUND, (SIDE, SIDE)).astype(storage_dtype(dtype))
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("seed", range(12))
 def test_executions_agree(seed: int) -> None:
     executions_agree(seed)
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(9)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "seed", [pytest.param(n, marks=() if n < 60 else pytest.mark.exhaustive) for n in range(12, 150)]
