@@ -176,6 +176,25 @@ def test_any_batch(kv_lens: list[int], group: int, blocks: int, fixed: int) -> N
 
 
 @pytest.mark.parametrize("device", EXECUTIONS)
+@pytest.mark.parametrize("limits", [(34, 10), (34, 34), (33, 33)])
+def test_fewer_blocks_share_few_tokens(limits: tuple[int, int], device: str) -> None:
+    """12, 6 and all of 24 blocks for 33 units of three sequences, whose parts are not as many."""
+    split = Split(16, fewer=((limits[0], 12), (limits[1], 6)))
+    check(decode_batch((400, 100, 3), kv_heads=1, group=4, head_dim=64), device, 24, split)
+
+
+@pytest.mark.parametrize("device", EXECUTIONS)
+def test_one_head_of_one_sequence(device: str) -> None:
+    """The public function leaves blocks idle that would only be merged."""
+    batch = decode_batch((500,), kv_heads=1, group=16, head_dim=64)
+    inputs = make_inputs(batch, 0)
+    tensors = [inputs.q[:, None], inputs.kv_cache, inputs.block_tables, inputs.kv_lens]
+    out = paged_decode(*([on_gpu(t) for t in tensors] if device == "cuda" else tensors), inputs.scale, device=device)
+    expected, size = exact_attention(inputs, batch)
+    assert (np.abs(out[:, 0].cpu().double().numpy() - expected) <= limit_of(batch, expected, size)).all()
+
+
+@pytest.mark.parametrize("device", EXECUTIONS)
 def test_fixed_split_gives_the_same_bits_alone_and_in_any_batch(device: str) -> None:
     """The same sequence with other neighbours, in other pages, on other numbers of blocks, by the plan of a crowded batch."""
     batch = decode_batch((200, 40, 130), kv_heads=1, head_dim=64)

@@ -15,14 +15,18 @@ from hypothesis import strategies as st
 import tilus
 from tilus import Const, Tensor, int32
 from tilus.kernels.paged_decode_split import (
+    FINE_UNITS,
+    MOST_BLOCKS,
     Part,
     Split,
     each_part,
+    fewer_blocks,
     find_share,
     owner,
     parts_of,
     places,
     share,
+    sharing,
 )
 
 Array = npt.NDArray[Any]
@@ -49,8 +53,9 @@ def parts_by_block(
     """counted: of each sequence the tokens that count; all by default."""
     firsts = first_units(counted or lengths, kv_heads, split.unit)
     units, result = firsts[-1], list[list[Part]]()
+    taking = sharing(units, blocks, split)
     for block in range(blocks):
-        begin, end = share(units, blocks, block), share(units, blocks, block + 1)
+        begin, end = share(units, taking, block), share(units, taking, block + 1)
         sequence = next((s for s in range(len(lengths)) if firsts[s + 1] > begin), 0)
         found = list[Part]()
         each_part(lengths, kv_heads, (sequence, firsts[sequence]), begin, end, split, found.append)
@@ -86,27 +91,30 @@ def check_balance(by_block: list[list[Part]], blocks: int, unit: int) -> None:
     assert max(work) <= 1.05 * sum(work) / blocks + unit
 
 
-def check_batch(lengths: list[int], kv_heads: int, unit: int, blocks: int, fixed: bool) -> None:
-    split = Split(unit, fixed)
+def check_batch(
+    lengths: list[int], kv_heads: int, unit: int, blocks: int, fixed: bool, fewer: tuple[tuple[int, int], ...] = ()
+) -> None:
+    split = Split(unit, fixed, fewer=fewer)
     by_block = parts_by_block(lengths, kv_heads, blocks, split)
     tokens_of: dict[tuple[int, int], list[range]] = {}
     seen_parts: dict[int, list[tuple[int, int, int]]] = {}
     units = first_units(lengths, kv_heads, unit)[-1]
+    taking = sharing(units, blocks, split)
     for number, block in enumerate(by_block):
         for part in block:
             assert (part.pair, part.length) == (part.sequence * kv_heads + part.head, lengths[part.sequence])
             assert part.token == (part.begin - part.first) * unit
             tokens_of.setdefault((part.sequence, part.head), []).append(range(part.token, part.end_token))
             seen_parts.setdefault(part.pair, []).append(parts_of(part, units, blocks, split))
-            assert owner(units, blocks, part.begin) == owner(units, blocks, part.end - 1) == number
+            assert owner(units, taking, part.begin) == owner(units, taking, part.end - 1) == number
             assert part.first <= part.begin < part.end <= part.last
     # Every token of every head is in one part.
     assert sorted(tokens_of) == [(s, h) for s in range(len(lengths)) for h in range(kv_heads)]
     for (sequence, _), ranges in tokens_of.items():
         assert [t for r in ranges for t in (r.start, r.stop)][1:-1:2] == [r.start for r in ranges][1:]
         assert (ranges[0].start, ranges[-1].stop) == (0, lengths[sequence])
-    # No block has more than one unit beyond the mean.
-    work = [sum(part.end - part.begin for part in block) for block in by_block]
+    # No block has more than one unit beyond the mean of those that have some.
+    work = [sum(part.end - part.begin for part in block) for block in by_block[: min(taking, units)]]
     assert sum(work) == units and max(work) - min(work) <= 1
     # Parts know how many there are and in which order, and all have places of their own.
     taken: list[int] = []
@@ -152,10 +160,58 @@ def test_pages_of_random_batches() -> None:
         assert tokens == sum(counted) * kv_heads
 
 
-@given(st.integers(1, 400), st.integers(1, 50))
+@given(st.integers(0, 400), st.integers(1, 50))
 def test_owner_is_the_inverse_of_share(units: int, blocks: int) -> None:
     runs = [range(share(units, blocks, block), share(units, blocks, block + 1)) for block in range(blocks)]
     assert [owner(units, blocks, unit) for unit in range(units)] == [b for b, run in enumerate(runs) for _ in run]
+
+
+@given(st.data(), st.integers(1, MOST_BLOCKS))
+def test_no_number_overflows(data: st.DataObject, blocks: int) -> None:
+    """numpy warns, which is an error here, where a product of 32 bits does not fit."""
+    units = data.draw(st.integers(1, 2**31 - 1) | st.integers(-2, 2).map(lambda off: FINE_UNITS + off))
+    edges = [
+        share(units, blocks, block)
+        for block in (data.draw(st.integers(0, min(units, blocks) - 1)), min(units, blocks) - 1)
+    ]
+    for unit in (data.draw(st.integers(0, units - 1)), *edges, *(edge - 1 for edge in edges if edge > 0)):
+        block = owner(np.int32(units), np.int32(blocks), np.int32(unit))
+        first, behind = (share(np.int32(units), np.int32(blocks), block + np.int32(more)) for more in (0, 1))
+        assert first <= unit < behind
+
+
+@given(st.integers(1, 40), st.integers(1, 300), st.integers(1, 12), st.booleans())
+def test_blocks_begin_with_equal_pairs(pairs: int, length: int, times: int, several: bool) -> None:
+    """Several blocks for each pair, or pairs for each block: none has the end of one and the beginning of another."""
+    blocks = pairs * times if several else pairs
+    for block in parts_by_block([length] * (1 if several else times), pairs, blocks, Split(16)):
+        assert len({part.pair for part in block}) <= (1 if several else times)
+        assert several or all((part.begin, part.end) == (part.first, part.last) for part in block)
+
+
+@given(st.integers(1, 12), st.integers(2, 66), st.integers(1, 16), st.floats(0.05, 1), st.floats(0.2, 2))
+def test_fewer_blocks_are_faster(pairs: int, parts: int, together: int, unit_us: float, round_us: float) -> None:
+    """By the model that they follow never slower than all blocks, and halves of them, or few enough for one round."""
+    fewer = fewer_blocks(pairs, pairs * parts, unit_us, together, round_us)
+
+    def us(units: int, count: int) -> float:
+        return unit_us * units / count + round_us * -(-count // pairs // together)
+
+    for units in (pairs * parts, 1000 * pairs, 20000 * pairs, *(below - 1 for below, _ in fewer)):
+        count = sharing(units, pairs * parts, Split(16, fewer=fewer))
+        assert count == pairs * parts or us(units, count) <= us(units, pairs * parts) * (1 + 1e-9)
+        assert count % pairs == 0
+    assert all(few >= min(parts, together) * pairs for _, few in fewer)
+
+
+def test_random_batches_with_fewer_blocks() -> None:
+    rng = np.random.default_rng(3)
+    for _ in range(BATCHES // 10):
+        lengths, kv_heads, unit, _ = random_batch(rng)
+        pairs = len(lengths) * kv_heads
+        blocks = pairs * int(rng.integers(2, 40))
+        fewer = fewer_blocks(pairs, blocks, 0.1, int(rng.integers(1, 9)), 1.0)
+        check_batch(lengths, kv_heads, unit, min(blocks, MOST_BLOCKS), False, fewer if blocks <= MOST_BLOCKS else ())
 
 
 def test_parts_of_a_sequence_depend_on_nothing_else_when_fixed() -> None:

@@ -37,6 +37,7 @@ from tilus.kernels.paged_decode_softmax import Attending, Columnwise
 from tilus.kernels.paged_decode_split import (
     Split,
     each_part,
+    fewer_blocks,
     find_share,
     parts_of,
     places,
@@ -55,6 +56,10 @@ RESERVED_NBYTES = 1024  # for barriers and the starts of tensors
 USEFUL_NBYTES = 56 * 1024  # on their way to a block with small tiles
 CROWDED_PAIRS = 4  # times as many pairs as that are multiprocessors
 MOST_FACTORS_NBYTES = 4  # of a token's keys or values
+BLOCK_NBYTES_US = (
+    45_000  # that a block reads in a microsecond where others leave it the memory (fitted to times of an H100)
+)
+MERGE_US = 1.2  # of a round of partial results that the last block of a pair adds up
 
 
 _found: dict[tuple[Any, ...], DecodePlan] = {}  # plans that were launched without spills
@@ -212,12 +217,22 @@ def by_plans(
         split = Split(unit, fixed_split is not None, recent, 1 if recent is None else page_size)
         units = pairs * units_of(block_tables.shape[1] * page_size, split.unit)
         blocks = with_whole_pairs(blocks_of(pairs, units, num_sms, plan), pairs)
+        if fixed_split is None:
+            columns = Columns(q.shape[1], q.shape[2] // kv_heads, head_dim, plan.warps, plan.column_groups)
+            split = replace(split, fewer=fewer(pairs, blocks, columns, unit, nbits_of(kv_cache)))
         return launch(
             q, kv_cache, block_tables, kv_lens, scale, plan, split, blocks, return_lse, device, constant_tables, given,
             out, constant_past,
         )  # fmt: skip
 
     return by_fitting_plan(_found, key, plans(*shape), by)
+
+
+def fewer(pairs: int, blocks: int, columns: Columns, unit: int, nbits: int) -> tuple[tuple[int, int], ...]:
+    """`Split.fewer` of a launch. unit: tokens; nbits: of a cached element."""
+    together, turns = columns.merged_parts()
+    nbytes = unit * 2 * columns.head_dim * max(nbits, 8) // 8  # 4 bits take as long as 8 to a block that need not wait
+    return fewer_blocks(pairs, blocks, nbytes / BLOCK_NBYTES_US, together, turns * MERGE_US)
 
 
 def launch(

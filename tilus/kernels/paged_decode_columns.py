@@ -80,19 +80,31 @@ class Columns:
     def merge(self, partials: list[tuple[Any, Any, Any, int]], out: Any, lse: Any, sequence: Any, head: Any) -> None:
         """Add up partial results, always in the same order, and store the sums. partials: (outs, logs, how many, registers of a
         thread for those that are loaded together) of each kind."""
+        tokens = self.merged_tokens()
+        for first in tilus.range(0, self.q_len, tokens):
+            self.merge_tokens(partials, out, lse, sequence, head, first, tokens)
+
+    def merged_tokens(self) -> int:
+        """Query tokens whose partial results are merged at a time."""
         tokens = 1
         while tokens < self.q_len and 2 * tokens * self.heads * self.head_dim <= MERGED_ELEMENTS * 32 * self.warps:
             tokens *= 2
-        for first in tilus.range(0, self.q_len, tokens):
-            self.merge_tokens(partials, out, lse, sequence, head, first, tokens)
+        return tokens
+
+    def merged_layout(self, tokens: int) -> RegisterLayout:
+        return by_vector((tokens, self.heads, self.head_dim), self.warps)
+
+    def merged_parts(self) -> tuple[int, int]:
+        """(partial results of a pair that are loaded together, how often until all query tokens have them)"""
+        tokens = self.merged_tokens()
+        return together(self.merged_layout(tokens), MERGED_REGISTERS), -(-self.q_len // tokens)
 
     def merge_tokens(
         self, partials: list[tuple[Any, Any, Any, int]], out: Any, lse: Any, sequence: Any, head: Any, first: Any, tokens: int
     ) -> None:  # fmt: skip
         """The same for some query tokens."""
         rows = (tokens, self.heads)
-        layout = by_vector((*rows, self.head_dim), self.warps)
-        sums = Sums(layout)
+        sums = Sums(self.merged_layout(tokens))
         ahead = [sums.load(*kind, 0, first) for kind in partials[1:]]  # they come while others are added up
         sums.add_all(*partials[0], 0, first)
         for kind, (values, log2) in zip(partials[1:], ahead, strict=True):
@@ -135,17 +147,13 @@ class Sums:
         self.acc = tilus.zeros(layout.shape, layout=layout)
         self.total, self.highest = tilus.zeros([*self.rows, 1]), tilus.full([*self.rows, 1], NO_SCORE)
 
-    def together(self, registers: int) -> int:
-        """How many partial results a thread has so many registers for."""
-        return max(1, min(MERGED, registers // self.layout.num_locals))
-
     def load(self, outs: Any, logs: Any, count: Any, registers: int, at: Any, first: Any) -> tuple[Any, Any]:
         """Some of `count` partial results and their logarithms, from the at-th on, from token `first` on."""
-        together, rows = self.together(registers), self.rows
-        spread = self.layout.unsqueeze(0).expand(0, together)
-        values = tilus.load(outs, [at, first, 0, 0], [together, *rows, self.head_dim], layout=spread)
-        log2 = tilus.load(logs, [at, first, 0], [together, *rows]).reshape([together, *rows, 1])
-        return values, tilus.where(tilus.arange(together, shape=[together, 1, 1, 1], start=at) < count, log2, NO_SCORE)
+        parts, rows = together(self.layout, registers), self.rows
+        spread = self.layout.unsqueeze(0).expand(0, parts)
+        values = tilus.load(outs, [at, first, 0, 0], [parts, *rows, self.head_dim], layout=spread)
+        log2 = tilus.load(logs, [at, first, 0], [parts, *rows]).reshape([parts, *rows, 1])
+        return values, tilus.where(tilus.arange(parts, shape=[parts, 1, 1, 1], start=at) < count, log2, NO_SCORE)
 
     def add(self, values: Any, log2: Any) -> None:
         higher = tilus.maximum(self.highest, tilus.max(log2, 0))
@@ -157,13 +165,18 @@ class Sums:
 
     def add_all(self, outs: Any, logs: Any, count: Any, registers: int, begin: Any, first: Any) -> None:
         """All of them from the begin-th on."""
-        for at in tilus.range(begin, count, self.together(registers)):
+        for at in tilus.range(begin, count, together(self.layout, registers)):
             self.add(*self.load(outs, logs, count, registers, at, first))
 
     def normalized(self) -> tuple[Any, Any]:
         """(results, log2 of sums of weights)"""
         result = self.acc * tilus.rcp(tilus.where(self.total > 0.0, self.total, 1.0))
         return result, tilus.where(self.total > 0.0, tilus.log2(self.total) + self.highest, NO_SCORE)
+
+
+def together(layout: RegisterLayout, registers: int) -> int:
+    """How many partial results of this layout a thread has so many registers for."""
+    return max(1, min(MERGED, registers // layout.num_locals))
 
 
 def by_vector(shape: tuple[int, int, int], warps: int) -> RegisterLayout:

@@ -7,11 +7,14 @@ so works on parts of few pairs. Pairs that lie in several blocks are merged from
 With `fixed` every unit is a part of its own, wherever its pair is cut: the bits of a result then depend on nothing but its
 sequence. Otherwise a part is all that a block has of a pair.
 
+Each part costs its merge, which takes longer than few tokens do: `Split.fewer` leaves blocks idle where that is faster.
+
 Plain arithmetic on ints: kernels inline these functions, tests call them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,17 +24,22 @@ from tilus import int32
 from tilus.layout import replicated, spatial
 
 LENGTHS = 128  # sequences that a warp looks at together
+MOST_BLOCKS = 1023
+FINE_UNITS = 2**21  # times a number of blocks is below 2^31
+COARSE = 10  # bits of a unit's number that do not count for the first guess at its owner, where there are more
 
 
 @dataclass(frozen=True)
 class Split:
     """unit: tokens of a unit. fixed: whether every unit is a part of its own. recent: if given, only so many of the last tokens
-    of a sequence count, and those in front that share a page of `page_size` tokens with them."""
+    of a sequence count, and those in front that share a page of `page_size` tokens with them. fewer: (units, blocks), ...: with
+    fewer units than these only so many blocks share them, the last one counts; see `fewer_blocks`."""
 
     unit: int
     fixed: bool = False
     recent: int | None = None
     page_size: int = 1
+    fewer: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,18 +75,34 @@ def passed_of(length: Any, split: Split) -> Any:
 
 
 def share(units: Any, blocks: Any, block: Any) -> Any:
-    """The first unit of a block; the first blocks have one more where the units do not come out even."""
-    return block * (units // blocks) + min(block, units % blocks)
+    """The first unit of a block, units * block / blocks: blocks that are several for each of equal pairs begin with them, also
+    where the units do not come out even. Of fewer units than blocks the first blocks have one each.
+
+    Fewer than 2^31 units and up to MOST_BLOCKS blocks.
+    """
+    taking = taking_of(units, blocks)
+    number = min(block, taking)
+    return number * (units // taking) + number * (units % taking) // taking
 
 
 def owner(units: Any, blocks: Any, unit: Any) -> Any:
     """The block that has a unit: the inverse of `share`."""
-    size, longer = units // blocks, units % blocks
-    if unit < longer * (size + 1):
-        block = unit // (size + 1)
-    else:
-        block = longer + (unit - longer * (size + 1)) // max(size, 1)
-    return block
+    coarse = 0 if units < FINE_UNITS else COARSE
+    numbers = max(units >> coarse, 1)
+    block = (((unit >> coarse) + 1) * taking_of(units, blocks) - 1) // numbers  # or, of coarse numbers, the next one
+    return block - 1 if share(units, blocks, block) > unit else block
+
+
+def taking_of(units: Any, blocks: Any) -> Any:
+    """How many blocks have units."""
+    return max(min(units, blocks), 1)
+
+
+def sharing(units: Any, blocks: Any, split: Split) -> Any:
+    """How many of the blocks are to share the units of a batch."""
+    for below, few in split.fewer:
+        blocks = few if units < below else blocks
+    return blocks
 
 
 def owners(units: Any, blocks: Any, first: Any, last: Any) -> Any:
@@ -95,6 +119,7 @@ def parts_of(part: Part, units: Any, blocks: Any, split: Split) -> Any:
     """
     if split.fixed:
         return part.last - part.first, part.begin - part.first, part.first
+    blocks = sharing(units, blocks, split)
     block, count = owners(units, blocks, part.first, part.last)
     return count, owner(units, blocks, part.begin) - block, block + part.pair
 
@@ -108,6 +133,28 @@ def with_whole_pairs(blocks: int, pairs: int) -> int:
     """A few blocks less where each of them then has whole pairs, if sequences are as long: short rests are better not cut."""
     each = -(-pairs // blocks)
     return pairs // each if pairs % each == 0 and pairs // each > 0.95 * blocks else blocks
+
+
+def fewer_blocks(
+    pairs: int, blocks: int, unit_us: float, together: int, round_us: float
+) -> tuple[tuple[int, int], ...]:  # fmt: skip
+    """`Split.fewer` of a batch with several blocks for each pair: half as many, half of these and so on, where the rounds of
+    merging that are saved take longer than what is read later.
+
+    unit_us: of reading a unit. together: parts that are merged in a round of `round_us`.
+    """
+    counts = [blocks // pairs]
+    while counts[-1] > together:
+        counts.append(max(counts[-1] // 2, together))
+    rounds = [-(-count // together) for count in counts]
+
+    def below(number: int) -> float:
+        """Units of a pair with fewer than which this count is faster than all larger ones."""
+        return min(
+            round_us * (rounds[i] - rounds[number]) / (1 / counts[number] - 1 / counts[i]) / unit_us for i in range(number)
+        )  # fmt: skip
+
+    return tuple((math.ceil(below(number) * pairs), counts[number] * pairs) for number in range(1, len(counts)))
 
 
 def each_part(
@@ -152,6 +199,7 @@ def find_share(lengths: Any, kv_heads: Any, split: Split, warps: int, blocks: in
     for at in tilus.range(LENGTHS, lengths.shape[0], LENGTHS):
         behind = behind + tilus.item(tilus.sum(_units(lengths, at, split, warps))) * kv_heads
     units = max(behind, 1)
+    blocks = sharing(units, blocks, split)
     begin, end = share(units, blocks, block), share(units, blocks, block + 1)
     sequence, first = _passed(ends, begin, 0, lengths)
     for at in tilus.range(LENGTHS, lengths.shape[0], LENGTHS):
