@@ -6,6 +6,7 @@ import math
 import sys
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -15,8 +16,8 @@ from test_rope import make_inputs, rotated
 
 import tilus
 from tilus import TilusError
-from tilus.kernels import paged_decode, rope_append
-from tilus.kernels.kv_cache import KV_FORMATS, QuantizedCache, quantized_cache
+from tilus.kernels import paged_decode, paged_prefill, rope_append
+from tilus.kernels.kv_cache import KV_FORMATS, KvFormat, QuantizedCache, quantized_cache
 from tilus.kernels.paged_decode import DecodePlan, launch, most_queries, paged_decode_kernel, plans, units_of_codes
 from tilus.kernels.paged_decode_split import Split
 from tilus.ptx.assembler import SpillError
@@ -25,19 +26,33 @@ from tilus.target import get_target
 
 Array = npt.NDArray[np.float64]
 NAMES = sorted(KV_FORMATS)
+# Formats of a user's own: other types, and ranges that are used in part.
+OWN_FORMATS = {
+    "e5m2": KvFormat(tilus.float8_e5m2, 256.0, mixes_keys=False),
+    "e2m1": KvFormat(tilus.float4_e2m1, 6.0),
+    "uint8": KvFormat(tilus.uint8, 255.0, has_centre=True),
+    "int2": KvFormat(tilus.int2, 3.0, has_centre=True),
+}
+FORMATS = KV_FORMATS | OWN_FORMATS
+# What codes are as numbers, and the bits behind the first one and the smallest step of those with an exponent.
+NUMBERS: dict[str, Any] = {
+    "fp8": ml_dtypes.float8_e4m3fn, "int8": np.int8, "int4": ml_dtypes.int4, "e5m2": ml_dtypes.float8_e5m2,
+    "e2m1": ml_dtypes.float4_e2m1fn, "uint8": np.uint8, "int2": ml_dtypes.int2,
+}  # fmt: skip
+FLOATS = {"fp8": (3, -9), "e5m2": (2, -16), "e2m1": (1, -1)}
+NOT_NUMBERS = {"fp8": 0x7F, "e5m2": 0x7F}  # of the largest magnitudes, up from there
 NO_PAGE = 2**20
 EXECUTIONS = ["emulator", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def numbers_of(cache: QuantizedCache) -> tuple[Array, Array]:
     """Codes as numbers, and what they stand for, [pages, Hkv, 2, page_size, D]: by numpy and torch alone."""
-    raw = cache.codes.cpu()
-    if cache.format.code == tilus.int4:
-        codes = torch.stack([raw & 15, raw >> 4], dim=-1).flatten(-2).char()
-        codes = torch.where(codes > 7, codes - 16, codes)
-    else:
-        codes = raw.view(torch.int8 if cache.format.code == tilus.int8 else torch.float8_e4m3fn)
-    numbers, factors = codes.double().numpy(), cache.factors.cpu().double().numpy()
+    nbits, (name,) = cache.format.code.nbits, [n for n, kind in FORMATS.items() if kind == cache.format]
+    bits = np.unpackbits(cache.codes.cpu().numpy(), axis=-1, bitorder="little")
+    places = bits.reshape(*bits.shape[:-1], -1, nbits) @ (1 << np.arange(nbits))
+    with np.errstate(invalid="ignore"):
+        numbers = places.astype(np.uint8).view(NUMBERS[name]).astype(np.float64)
+    factors = cache.factors.cpu().double().numpy()
     values = numbers * factors[:, :, :, 0, :, None]
     return numbers, values + factors[:, :, :, 1, :, None] if cache.format.has_centre else values
 
@@ -49,11 +64,12 @@ def moved(cache: QuantizedCache, device: str) -> QuantizedCache:
 
 
 def random_cache(name: str, pages: int, page_size: int, kv_heads: int, head_dim: int, seed: int) -> QuantizedCache:
-    """All codes but NaN, everywhere; scales such that elements are of the order of one."""
+    """All codes but NaN and infinity, everywhere; scales such that elements are of the order of one."""
     generator = torch.Generator().manual_seed(seed)
-    cache = quantized_cache(name, pages, page_size, kv_heads, head_dim)
+    cache = quantized_cache(FORMATS[name], pages, page_size, kv_heads, head_dim)
     codes = torch.randint(0, 256, cache.codes.shape, generator=generator, dtype=torch.uint8)
-    cache.codes.copy_(torch.where(codes & 127 == 127, codes & 0xF0, codes) if name == "fp8" else codes)
+    beyond = {"fp8": 0x7F, "e5m2": 0x5C}.get(name, 0x80)  # of e5m2 magnitudes above 224, too, which are not used
+    cache.codes.copy_(torch.where(codes & 127 >= beyond, codes & 0xB0, codes))
     largest = cache.format.largest
     scales = (torch.rand(cache.factors[:, :, :, 0].shape, generator=generator) + 0.5) * (2 / largest)
     cache.factors[:, :, :, 0] = scales
@@ -83,7 +99,7 @@ def check_decode(
         for token in range(kv_lens[row]):
             used[mine[token // page_size], token % page_size] = True
     unused = ~used[:, None, None, :].expand(cache.codes.shape[:4])
-    cache.codes[unused] = 0x7F if name == "fp8" else 0
+    cache.codes[unused] = NOT_NUMBERS.get(name, 0)
     cache.factors.masked_fill_(unused[:, :, :, None].expand(cache.factors.shape), math.nan)
     q = torch.randn(len(kv_lens), q_len, kv_heads * group, head_dim, generator=generator).to(dtype)
     lens, scale = torch.tensor(kv_lens, dtype=torch.int32), head_dim**-0.5
@@ -117,7 +133,16 @@ def check_decode(
 
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("device", EXECUTIONS)
-@pytest.mark.parametrize("name", ["fp8", pytest.param("int8", marks=pytest.mark.exhaustive), "int4"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fp8",
+        "int4",
+        *(pytest.param(n, marks=pytest.mark.exhaustive) for n in ("int8", "e2m1", "uint8")),
+        "e5m2",
+        "int2",
+    ],
+)
 def test_decode(name: str, device: str) -> None:
     """Parts of pages and of tiles, and several blocks a sequence."""
     check_decode(name, (140, 0, 17), device, blocks=2)
@@ -209,14 +234,15 @@ def hadamard(row: Array) -> Array:
 def check_elements(found: Array, wanted: Array, scale: float, name: str) -> None:
     """A head's elements are off by half a step of their codes, next to what rounded factors cut off; where there is a centre,
     by half a step around a mean error that is that centre's rounding."""
-    kind = KV_FORMATS[name]
+    kind = FORMATS[name]
     low = min(wanted) if kind.has_centre else 0.0
     span = max(wanted) - low if kind.has_centre else max(abs(wanted))
     assert abs(scale - span / kind.largest) <= 2.0**-9 * span / kind.largest + 2.0**-24
     step = np.full(len(wanted), scale)
-    if name == "fp8":  # three bits behind the first one, none below 2^-9
+    if name in FLOATS:
+        behind, smallest = FLOATS[name]
         exponent = np.frexp(wanted / max(scale, 2.0**-30))[1] - 1
-        step = scale * 2.0 ** np.maximum(exponent - 3, -9)
+        step = scale * 2.0 ** np.maximum(exponent - behind, smallest)
     errors, rounding = found - wanted, 2.0**-10 * (span + abs(low))
     if kind.has_centre:
         assert abs(errors.mean()) <= 2.0**-11 * (span + abs(low)) + 2.0**-24
@@ -227,7 +253,7 @@ def check_elements(found: Array, wanted: Array, scale: float, name: str) -> None
 
 @pytest.mark.sampled(6)
 @pytest.mark.parametrize("device", ["reference", "cpu", "emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize(("name", "head_dim"), [*((name, 64) for name in NAMES), ("int4", 96), ("int8", 16)])
+@pytest.mark.parametrize(("name", "head_dim"), [*((name, 64) for name in FORMATS), ("int4", 96), ("int8", 16)])
 def test_append(name: str, head_dim: int, device: str) -> None:
     """Elements are those of the heads; everything else in the cache stays as it was, and the queries are those of rope_append."""
     q_heads, kv_heads, page_size = 3, 2, 16
@@ -238,7 +264,7 @@ def test_append(name: str, head_dim: int, device: str) -> None:
     q = rope_append(**given, kv_cache=there, constant=name == "int4", device=device).cpu()
     found = numbers_of(there)[1]
     factors = there.factors.cpu().double().numpy()
-    mix = hadamard if name != "fp8" else lambda row: row
+    mix = hadamard if FORMATS[name].mixes_keys else lambda row: row
     rows, cos_sin = inputs["qkv"].double().numpy().reshape(5, -1, head_dim), inputs["cos_sin"].double().numpy()
     for token, (position, slot) in enumerate(zip(inputs["positions"].tolist(), inputs["slots"].tolist(), strict=True)):
         turned = [mix(rotated(row, cos_sin[position])) for row in rows[token, : q_heads + kv_heads]]
@@ -256,6 +282,22 @@ def test_append(name: str, head_dim: int, device: str) -> None:
 def test_names_and_shapes() -> None:
     with pytest.raises(TilusError, match="format 'int3', expected one of fp8, int8, int4"):
         quantized_cache("int3", 1, 16, 1, 64)
+    with pytest.raises(TilusError, match="codes of int6, 6 bits, expected a type of 8, 4, 2 bits"):
+        KvFormat(tilus.int6, 31.0)
+    with pytest.raises(TilusError, match=r"largest = 0\.0, expected a number above 0"):
+        KvFormat(tilus.int8, 0.0)
+    with pytest.raises(TilusError, match="heads of 18 elements of int2, expected whole bytes"):
+        quantized_cache(OWN_FORMATS["int2"], 1, 16, 1, 18)
+    tables, lens = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    narrow = quantized_cache(OWN_FORMATS["int2"], 1, 16, 1, 96)
+    for attend in (
+        lambda: paged_decode(torch.zeros(1, 1, 1, 96).half(), narrow, tables, lens, 1.0, device="reference"),
+        lambda: paged_prefill(
+            torch.zeros(1, 1, 96).half(), narrow, tables, torch.arange(2).int(), lens, 1.0, device="reference"
+        ),
+    ):
+        with pytest.raises(TilusError, match="heads of 96 elements of int2, 24 bytes, expected a multiple of 16"):
+            attend()
     inputs, cache = append_inputs("int4", (3, 2), 64, 16)
     with pytest.raises(TilusError, match=r"rows of 100 elements with 2 kv heads of 64"):
         rope_append(**{**inputs, "qkv": torch.zeros(5, 100).half()}, kv_cache=cache, device="reference")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from attention_batches import Batch, exact_attention, limit_of, make_inputs, on_gpu
 from test_attention_variant import exact
-from test_kv_cache import NAMES, NO_PAGE, Array, moved, numbers_of, random_cache
+from test_kv_cache import NAMES, NO_PAGE, NOT_NUMBERS, Array, moved, numbers_of, random_cache
 
 from tilus import TilusError
 from tilus.kernels import paged_attention, quantized_cache
@@ -43,7 +43,7 @@ def quantized_inputs(
         for token in range(kv):
             unused[mine[token // size], token % size] = False
     where = unused[:, None, None, :].expand(cache.codes.shape[:4])
-    cache.codes[where] = 0x7F if name == "fp8" else 0
+    cache.codes[where] = NOT_NUMBERS.get(name, 0)
     cache.factors.masked_fill_(where[:, :, :, None].expand(cache.factors.shape), math.nan)
     total = sum(queries for queries, _ in batch.lengths)
     q = torch.randn(total, batch.kv_heads * batch.group, batch.head_dim, generator=generator).to(batch.dtype)

@@ -16,6 +16,7 @@ from tilus.kernels.embedding import embedding as embedding
 from tilus.kernels.gemm import gemm as gemm
 from tilus.kernels.grouped_linear import grouped_linear as grouped_linear
 from tilus.kernels.kv_cache import KV_FORMATS as KV_FORMATS
+from tilus.kernels.kv_cache import KvFormat as KvFormat
 from tilus.kernels.kv_cache import QuantizedCache as QuantizedCache
 from tilus.kernels.kv_cache import quantized_cache as quantized_cache
 from tilus.kernels.kv_frame import KvFrame as KvFrame

@@ -143,7 +143,7 @@ def portable_attention(
     if head_dim > MAX_HEAD_DIM and where in ("cuda", "emulator"):
         raise TilusError(
             f"paged_attention: head_dim {head_dim} for the kernel of all GPUs, expected at most {MAX_HEAD_DIM}",
-            hint="on Hopper, caches of 16 bits have kernels for 256, but not with invariant=True",
+            hint="on Hopper there are kernels for 256, but not with invariant=True",
         )
     on_cpu = where == "cpu"
     few = not invariant and q.shape[0] <= kv_lens.shape[0] * (FRAGMENT_ROWS // power_of_two(by_head[1]))

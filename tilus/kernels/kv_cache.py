@@ -1,4 +1,4 @@
-"""Paged key-value caches of 8 and 4 bits: codes with a scale for each token and head, written by the kernel that rotates keys.
+"""Paged key-value caches of 8, 4 and 2 bits: codes with a scale for each token and head, written by the kernel that rotates keys.
 
 Scales of single tokens and heads need no calibration, and follow outliers: "per-token" quantisation as in C. Hooper et al.,
 "KVQuant", arXiv 2401.18079, and Z. Liu et al., "KIVI", arXiv 2402.02750, there for values.
@@ -10,6 +10,7 @@ products with keys, so that attention does not know of it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,19 +24,31 @@ from tilus.kernels.rotation import angles_of, loaded_norm, normed, rotated
 from tilus.kernels.vectors import by_vector
 
 MAX_HEAD_DIM = 256
+CODE_NBITS = (8, 4, 2)
+ROW_NBYTES = 16  # of a token and head, or a multiple: what tensor copies move
 
 
 @dataclass(frozen=True)
 class KvFormat:
-    """code: the type of the codes. largest: the code of the largest magnitude, or where `has_centre` the steps from the least
-    element of a head to its largest; then each token and head has the element of code 0, too. Codes of both signs keep sums
-    small: tensor cores truncate them (Fasi et al., Numerical behavior of NVIDIA tensor cores, 2021). mixes_keys: whether keys
-    and queries go through a Hadamard transform, which codes with an exponent do not need."""
+    """code: the type of the codes, any of 8, 4 or 2 bits. largest: the code of the largest magnitude that is used, or where
+    `has_centre` the steps from the least element of a head to its largest; then each token and head has the element of code 0,
+    too. Codes of both signs keep sums small: tensor cores truncate them (Fasi et al., Numerical behavior of NVIDIA tensor cores,
+    2021). mixes_keys: whether keys and queries go through a Hadamard transform, which codes with an exponent do not need."""
 
     code: DataType
     largest: float
     has_centre: bool = False
     mixes_keys: bool = True
+
+    def __post_init__(self) -> None:
+        if self.code.nbits not in CODE_NBITS:
+            raise TilusError(
+                f"KvFormat: codes of {self.code}, {self.code.nbits} bits, expected a type of "
+                f"{', '.join(map(str, CODE_NBITS))} bits",
+                hint="codes of other widths lie across the 16-bit units in which tensor cores' operands are loaded",
+            )
+        if not 0 < self.largest < math.inf:
+            raise TilusError(f"KvFormat: largest = {self.largest}, expected a number above 0")
 
     @property
     def kinds(self) -> int:
@@ -56,7 +69,7 @@ class QuantizedCache:
     Hadamard transform where the format mixes them; with a frame (`kv_frame`) those of values are others, too. `rope_append`
     writes them so, and gives queries that fit.
 
-    codes: uint8 [pages, Hkv, 2, page_size, D * nbits / 8], of 4 bits the even element in the lower half of a byte. factors:
+    codes: uint8 [pages, Hkv, 2, page_size, D * nbits / 8], elements from the lowest bits of a byte up. factors:
     float16 [pages, Hkv, 2, kinds, page_size], scales and then centres. Both may be strided views (one layer of a pool) with
     contiguous rows.
     """
@@ -73,14 +86,20 @@ class QuantizedCache:
 
 
 def quantized_cache(
-    name: str, pages: int, page_size: int, kv_heads: int, head_dim: int, device: Any = "cpu"
+    kind: str | KvFormat, pages: int, page_size: int, kv_heads: int, head_dim: int, device: Any = "cpu"
 ) -> QuantizedCache:  # fmt: skip
-    """An empty cache of torch tensors. name: of KV_FORMATS. Raises: TilusError for a name that is none of them."""
+    """An empty cache of torch tensors. kind: a name of KV_FORMATS, or a format of one's own.
+
+    Raises: TilusError for a name that is none of them, and for heads whose codes do not fill bytes.
+    """
     import torch
 
-    if name not in KV_FORMATS:
-        raise TilusError(f"quantized_cache: format {name!r}, expected one of {', '.join(KV_FORMATS)}")
-    kind = KV_FORMATS[name]
+    if isinstance(kind, str):
+        if kind not in KV_FORMATS:
+            raise TilusError(f"quantized_cache: format {kind!r}, expected one of {', '.join(KV_FORMATS)}")
+        kind = KV_FORMATS[kind]
+    if head_dim * kind.code.nbits % 8:
+        raise TilusError(f"quantized_cache: heads of {head_dim} elements of {kind.code}, expected whole bytes")
     codes = torch.zeros(
         pages, kv_heads, 2, page_size, head_dim * kind.code.nbits // 8, dtype=torch.uint8, device=device
     )
@@ -149,6 +168,20 @@ def spread(halves: Any, frame: Any, count: int, kind: KvFormat) -> Any:
         for row in (0, 1):
             halves = reflected(halves, halves_of(frame[row], count, halves[0].shape[1]))
     return mixed(*halves) if kind.mixes_keys else halves
+
+
+def check_rows(what: str, cache: Any) -> None:
+    """Raise a TilusError where tensor copies cannot move the codes of a token and head."""
+    if not has_whole_rows(cache):
+        raise TilusError(
+            f"{what}: heads of {cache.shape[4]} elements of {cache.format.code}, {cache.codes.shape[4]} bytes, expected a "
+            f"multiple of {ROW_NBYTES}",
+            hint="tilus.kernels.paged_attention takes them",
+        )
+
+
+def has_whole_rows(cache: Any) -> bool:
+    return not isinstance(cache, QuantizedCache) or cache.codes.shape[4] % ROW_NBYTES == 0
 
 
 def append(codes: Any, factors: Any, slot: tuple[Any, Any], which: int, halves: Any, kind: KvFormat) -> None:

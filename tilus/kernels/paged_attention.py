@@ -13,7 +13,7 @@ from tilus import TilusError
 from tilus.kernels.allocate import empty, is_cuda
 from tilus.kernels.attention import CPU_MAX_HEAD_DIM, KV_TILE, group_of, portable_attention
 from tilus.kernels.attention_variant import windowed
-from tilus.kernels.kv_cache import QuantizedCache
+from tilus.kernels.kv_cache import QuantizedCache, has_whole_rows
 from tilus.kernels.linear import gpu_of
 from tilus.kernels.paged_decode import paged_decode
 from tilus.kernels.paged_decode_arguments import HEAD_DIMS
@@ -81,7 +81,8 @@ def _is_hopper(q: Any, where: str) -> bool:
 def _fits_hopper(kv_cache: Any, scale: float) -> bool:
     """Whether the kernels for Hopper have such heads and pages."""
     page_size, head_dim = kv_cache.shape[2], kv_cache.shape[4]
-    return head_dim in HEAD_DIMS and (page_size in (16, 32, 64) or page_size % 128 == 0) and scale > 0
+    pages = page_size in (16, 32, 64) or page_size % 128 == 0
+    return head_dim in HEAD_DIMS and pages and scale > 0 and has_whole_rows(kv_cache)
 
 
 def _check(q: Any, kv_cache: Any, q_start: Any, kv_lens: Any, decodes: int) -> None:

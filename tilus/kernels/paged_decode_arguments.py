@@ -7,7 +7,7 @@ from typing import Any
 from tilus import TilusError
 from tilus.kernels.attention import group_of
 from tilus.kernels.attention_variant import GivenVariant, check_variant
-from tilus.kernels.kv_cache import QuantizedCache
+from tilus.kernels.kv_cache import QuantizedCache, check_rows
 
 UNIT = 128  # tokens: parts of a fixed split are multiples of it
 HEAD_DIMS = (64, 96, 128, 256)
@@ -52,6 +52,7 @@ def check_decode(q: Any, kv_cache: Any, block_tables: Any, kv_lens: Any, fixed_s
             f"paged_decode: head_dim {head_dim}, expected one of {', '.join(map(str, HEAD_DIMS))}",
             hint="pad heads with zeros; scale stays that of the real head_dim",
         )
+    check_rows("paged_decode", kv_cache)
     if page_size not in (16, 32, 64) and (page_size < UNIT or page_size % UNIT):
         raise TilusError(f"paged_decode: page_size {page_size}, expected 16, 32, 64 or a multiple of {UNIT}")
     if fixed_split is not None and (fixed_split < UNIT or fixed_split % UNIT):

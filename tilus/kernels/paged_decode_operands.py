@@ -1,4 +1,4 @@
-"""Cached tokens as left operands of a decode kernel's products: 16-bit elements as they are, or codes of 8 or 4 bits.
+"""Cached tokens as left operands of a decode kernel's products: 16-bit elements as they are, or codes of 8, 4 or 2 bits.
 
 Codes come from shared memory by ldmatrix in units of 16 bits, transposed ones too: a thread then has, of its tokens, runs of
 neighbouring codes. Which code is which element of the operand is free as long as queries and results are in the same order, so
@@ -61,9 +61,9 @@ class Codes:
         """[parts, 16, head_dim]"""
         units = self.warps * local(1, 1, self.blocks) * local(1, 2, 1) * spatial(1, 8, 4) * local(1, 1, 2)
         raw = tilus.with_layout(stages.tokens(0, step, count, units), units)
-        codes = (
-            (Digit(2, 2, 8), Digit(2, 2, 1)) if self.in_unit == 2 else (Digit(2, 2, 1), Digit(2, 2, 16), Digit(2, 2, 8))
-        )
+        codes = (Digit(2, 2, 8), Digit(2, 2, 1))
+        if self.in_unit > 2:  # columns of several products
+            codes = (Digit(2, 2, 1), Digit(self.in_unit // 2, 2, 16), Digit(2, 2, 8))
         slots = (Digit(self.blocks, 2, 8 * self.in_unit), Digit(2, 1, 8), *codes)
         threads = (*self.warps.thread_digits, Digit(8, 1, 1), Digit(4, 2, 2))
         shape = (self.parts, ROWS, self.head_dim)
@@ -86,7 +86,9 @@ class Codes:
         if self.in_unit == 2:
             by_place = tilus.transpose(queries.reshape([width, self.blocks, 4, 2, 2]), [0, 1, 3, 2, 4])
         else:
-            by_place = tilus.transpose(queries.reshape([width, self.blocks, 4, 2, 2, 2]), [0, 1, 4, 5, 2, 3])
+            by_place = tilus.transpose(
+                queries.reshape([width, self.blocks, 4, 2, self.in_unit // 2, 2]), [0, 1, 4, 5, 2, 3]
+            )
         return by_place.reshape([width, self.head_dim]).to(f16)
 
     def natural(self, result: Any) -> Any:

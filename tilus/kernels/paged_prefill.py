@@ -28,7 +28,7 @@ from tilus.kernels.allocate import counters, empty, is_cuda
 from tilus.kernels.attention import group_of
 from tilus.kernels.attention_variant import AS_IT_IS, NO_VARIANT, GivenVariant, Variant, check_variant
 from tilus.kernels.index_checks import check_tables
-from tilus.kernels.kv_cache import QuantizedCache
+from tilus.kernels.kv_cache import QuantizedCache, check_rows
 from tilus.kernels.paged_decode import units_of_codes
 from tilus.kernels.paged_prefill_codes import CodeMemory, Converters, Filling
 from tilus.kernels.paged_prefill_softmax import HALF, Kind, Rows, Turns
@@ -40,7 +40,6 @@ from tilus.kernels.vectors import power_of_two
 from tilus.runtime.execute import place
 
 HEAD_DIMS = (64, 96, 128, 256)
-HEAD_DIMS_OF_CODES = (64, 96, 128)  # registers do not suffice for more
 DTYPES = ("torch.float16", "torch.bfloat16")
 CONSUMERS, PRODUCERS = 8, 4  # warps
 CONVERTERS = Converters()
@@ -103,7 +102,8 @@ def paged_prefill_kernel(
     bits of q are where they are not those of q's dtype; they become it. splits, partial_out, partial_lse, tickets: where blocks
     share tiles of rows, as `SplitRows` says."""
     visits = Visits(plan.heads, plan.kv_tile, causal, variant.hides, variant.window)
-    warps = CONSUMERS + (PRODUCERS if kind is None else 2 * CONVERTERS.warps)
+    converting = converting_roles(head_dim)
+    warps = CONSUMERS + (PRODUCERS if kind is None else len(converting) * CONVERTERS.warps)
     tilus.grid(blocks, warps=warps)
     tilus.launch_dependents()
     tilus.wait_dependencies()
@@ -117,9 +117,9 @@ def paged_prefill_kernel(
             tiles.each(Copying(memory.stages(), q, kv_cache, tables, plan.heads).work)
     else:
         codes = CodeMemory(kind, head_dim, page_size, plan, CONVERTERS)
-        for which in range(2):
-            with tilus.warps(CONSUMERS + which * CONVERTERS.warps, CONVERTERS.warps, registers=plan.registers_to_copy):
-                filling = Filling(which, memory.stages(), codes.of(which), (q, kv_cache, factors), tables, plan.heads)
+        for role, having in enumerate(converting):
+            with tilus.warps(CONSUMERS + role * CONVERTERS.warps, CONVERTERS.warps, registers=plan.registers_to_copy):
+                filling = Filling(memory.stages(), codes.of(having), (q, kv_cache, factors), tables, plan.heads)
                 tiles.each(filling.work)
 
     for half in range(2):
@@ -140,8 +140,8 @@ def paged_prefill(
     q: float16 or bfloat16 [M, Hq, D], the queries of all sequences one after another. kv_cache: [pages, 2, page_size, Hkv, D]
     of the same dtype, keys at index 0, values at 1; a strided view (one layer of a pool, say) is fine. Or a `QuantizedCache`.
     block_tables: int32 [S, max_pages], the pages of each sequence in order. q_start: int32 [S + 1], where each sequence's queries
-    start in q. kv_lens: int32 [S], tokens in the cache, those of the queries included. Hq / Hkv is 1 to 16, D 64, 96, 128 or, of
-    elements, 256, page_size 16, 32, 64 or a multiple of 128. scale: what scores are multiplied with, above 0. variant: functions
+    start in q. kv_lens: int32 [S], tokens in the cache, those of the queries included. Hq / Hkv is 1 to 16, D 64, 96, 128 or
+    256, page_size 16, 32, 64 or a multiple of 128. scale: what scores are multiplied with, above 0. variant: functions
     that change scores, hide keys or add a sink, and a window; parameters: their f32 tensor, if any; bits: int32 [M, words], what
     `pack_bits` makes of up to 256 conditions of each query, if any. Torch tensors. device: where to run (reference, emulator,
     cuda), by default as the arguments say. out: where the result goes, contiguous, float16 or bfloat16; by default like q.
@@ -211,13 +211,20 @@ def plans_of(heads: int, head_dim: int) -> tuple[PrefillPlan, ...]:
 
 @functools.cache
 def plans_of_codes(heads: int, head_dim: int, nbits: int) -> tuple[PrefillPlan, ...]:
-    """Those for a quantised cache: sixteen warps share the registers, and codes have the memory that elements leave."""
+    """Those for a quantised cache: codes have the memory that elements leave."""
     plans = plans_of(heads, head_dim)
+    registers = {"registers": 224, "registers_to_copy": 32} if len(converting_roles(head_dim)) > 1 else {}
     stages = [CODES_NBYTES * 4 // (plan.kv_tile * (head_dim * nbits + FACTORS_NBITS)) for plan in plans]
     return tuple(
-        replace(plan, registers=224, registers_to_copy=32, code_stages=min(count, MOST_CODE_STAGES))
+        replace(plan, **registers, code_stages=min(count, MOST_CODE_STAGES))
         for plan, count in zip(plans, stages, strict=True)
     )
+
+
+def converting_roles(head_dim: int) -> tuple[tuple[int, ...], ...]:
+    """What each warpgroup that turns codes into elements has, keys (0) and values (1): with heads of 256 those that compute leave
+    no registers for two."""
+    return ((0,), (1,)) if head_dim <= 128 else ((0, 1),)
 
 
 def launch(
@@ -307,12 +314,12 @@ def check_prefill(what: str, q: Any, kv_cache: Any, q_start: Any, kv_lens: Any, 
             f"{what}: q of {q.dtype} and kv_cache of {cached}, expected float16 or bfloat16, and the same for elements",
             hint="caches of other types are QuantizedCache: tilus.kernels.kv_cache.quantized_cache",
         )
-    head_dims = HEAD_DIMS_OF_CODES if quantised else HEAD_DIMS
-    if head_dim not in head_dims:
+    if head_dim not in HEAD_DIMS:
         raise TilusError(
-            f"{what}: head_dim {head_dim}, expected one of {', '.join(map(str, head_dims))}",
+            f"{what}: head_dim {head_dim}, expected one of {', '.join(map(str, HEAD_DIMS))}",
             hint="pad heads with zeros; scale stays that of the real head_dim",
         )
+    check_rows(what, kv_cache)
     if page_size not in (16, 32, 64) and (page_size < 128 or page_size % 128):
         raise TilusError(f"{what}: page_size {page_size}, expected 16, 32, 64 or a multiple of 128")
     if not scale > 0.0:

@@ -129,17 +129,18 @@ def fill_prefixes(shares: Shares, memory: Memory, codes: Any, kv_cache: Any, fac
     else:
         for which in range(2):
             with tilus.warps(COPYING + which * CONVERTERS.warps, CONVERTERS.warps, registers=registers):
-                ring = memory.stages().keys if which == 0 else memory.stages().values
-                convert_prefixes(shares, ring, codes.of(which), (kv_cache, factors), block_tables)
+                stages = memory.stages()
+                rings = (stages.keys, stages.values)
+                convert_prefixes(shares, rings, codes.of((which,)), (kv_cache, factors), block_tables)
 
 
-def convert_prefixes(shares: Shares, ring: Any, codes: Any, sources: Any, block_tables: Any) -> None:
+def convert_prefixes(shares: Shares, rings: Any, codes: Any, sources: Any, block_tables: Any) -> None:
     """Codes that become elements: keys or values. sources: (codes, factors)."""
     kv_cache, factors = sources
     page_size = kv_cache.shape[2]
     shares.each_tile(
         CONVERTERS.warps,
-        lambda _, tile: codes.fill(ring, kv_cache, factors, pages_of(block_tables, tile, page_size), tile),
+        lambda _, tile: codes.fill(rings, kv_cache, factors, pages_of(block_tables, tile, page_size), tile),
     )
 
 
