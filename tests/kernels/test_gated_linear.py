@@ -102,6 +102,8 @@ PLANS = [
     WarpgroupPlan(64, 2, 1, 1, 2, 3, 208, overlap="steps"),
     WarpgroupPlan(16, 2, 1, 1, 2, 3, launched=3, streamed=True),
     WarpgroupPlan(32, 2, 1, 1, 2, 3, scaled=True, launched=2, sharing=2),
+    WarpgroupPlan(96, 1, 1, 1, 1, 2),
+    WarpgroupPlan(224, 2, 1, 1, 2, 2, 232, scaled=True),
 ]
 
 

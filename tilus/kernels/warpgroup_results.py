@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import tilus
 from tilus.kernels.linear_results import finished, offsets_of
 from tilus.kernels.quantize.tiles import TILE
@@ -20,7 +22,7 @@ class Rows:
     def __init__(self, y, plan: WarpgroupPlan, activation, threads: int):
         halves = 1 if activation is None else 2
         self.y, self.activation = y, activation
-        self.tokens, self.rows = min(plan.tokens, STORED_TOKENS * halves), TILE * plan.rows // halves
+        self.tokens, self.rows = math.gcd(plan.tokens, STORED_TOKENS * halves), TILE * plan.rows // halves
         self.layout = runs(self.tokens, self.rows, threads, min(8, self.tokens * self.rows // threads))
 
     def begin(self, start):
