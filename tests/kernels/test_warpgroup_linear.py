@@ -21,7 +21,7 @@ from tilus.kernels.quantize import QuantizedWeight, WeightHeader, pack
 from tilus.kernels.quantize.tiles import TILE
 from tilus.kernels.schedule import Schedule
 from tilus.kernels.trial_arrays import placeholder
-from tilus.kernels.warpgroup_schedule import WarpgroupPlan, invariant_plans, warpgroup_plans
+from tilus.kernels.warpgroup_schedule import STORED_TOKENS, WarpgroupPlan, invariant_plans, warpgroup_plans
 from tilus.kernels.warpgroup_tiles import BAND
 from tilus.target import get_target
 from tilus.transforms import run_pipeline
@@ -84,16 +84,28 @@ def test_sums_are_exact(device: str, plan: WarpgroupPlan, scheme: str, group: in
     assert (np.abs(y.double().numpy() - expected) <= bound).all()
 
 
+SCALED = [
+    WarpgroupPlan(32, 2, 1, 1, 2, 3, scaled=True),
+    WarpgroupPlan(32, 2, 1, 1, 2, 3, scaled=True, launched=1),  # all tiles in turn by one block
+    WarpgroupPlan(32, 2, 1, 1, 2, 3, scaled=True, launched=2, sharing=2),  # or by a pair
+    WarpgroupPlan(160, 1, 1, 1, 2, 3, 232, scaled=True),
+    WarpgroupPlan(192, 2, 1, 1, 2, 2, 232, scaled=True),
+    WarpgroupPlan(224, 1, 1, 1, 2, 3, 232, scaled=True),
+    WarpgroupPlan(224, 2, 1, 1, 2, 2, 232, scaled=True),
+    WarpgroupPlan(128, 2, 1, 1, 2, 3, 232, scaled=True, launched=3, streamed=True),
+    WarpgroupPlan(192, 2, 1, 1, 2, 2, 232, scaled=True, launched=3, streamed=True),
+]
+
+
 @pytest.mark.sampled(9)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("scheme", ["symmetric", "minimums"])
-@pytest.mark.parametrize("launched", [{}, {"launched": 1}, {"launched": 2, "sharing": 2}], ids=str)
-def test_scaled_weights_are_rounded_once_more(device: str, launched: dict[str, int], scheme: str) -> None:
-    """One tile a block; all tiles in turn by one block, or by a pair."""
-    matrix = matrix_of(scheme, tilus.uint4, 192, 512, 64)
-    x = torch.randn(40, 512, generator=torch.Generator().manual_seed(1)).half()
-    y = torch.full((40, 192), torch.nan)
-    plan = WarpgroupPlan(32, 2, 1, 1, 2, 3, scaled=True, **launched)
+@pytest.mark.parametrize("plan", SCALED, ids=str)
+def test_scaled_weights_are_rounded_once_more(device: str, plan: WarpgroupPlan, scheme: str) -> None:
+    """An odd number of rows of tiles, more tokens than one block has."""
+    matrix, m = matrix_of(scheme, tilus.uint4, 192, 512, 64), plan.tokens + 8
+    x = torch.randn(m, 512, generator=torch.Generator().manual_seed(1)).half()
+    y = torch.full((m, 192), torch.nan)
     launch(x, pack(matrix, "cpu", "mma"), y, None, plan, device)
     weights = exact(matrix)
     sizes = np.abs(x.double().numpy()) @ weights.sizes.T
@@ -274,6 +286,34 @@ def test_easier_plans_end() -> None:
         plan = plan.easier()
     narrow = [(n, False, 0) for n in (128, 64, 32, 16, 8)]
     assert tokens == [(256, True, 132), (256, True, 0), *narrow]
+
+
+@pytest.mark.parametrize("tokens", [128, 160, 192, 224, 256])
+def test_easier_plans_need_fewer_registers_and_store_whole_parts(tokens: int) -> None:
+    """The sums of a group stand beside those of all groups, unless weights are multiplied by their scales."""
+    plan: WarpgroupPlan | None = WarpgroupPlan(tokens, 2, 1, 1, 2, 2, 232, scaled=True)
+    seen = []
+    while plan is not None:
+        assert plan.tokens % STORED_TOKENS == 0 or plan.tokens in (8, 16)
+        seen.append(plan.tokens if plan.scaled else 2 * plan.tokens)
+        plan = plan.easier()
+    assert seen == sorted(seen, reverse=True) and len(set(seen[1:])) == len(seen[1:]) and seen[-1] == 16
+
+
+@given(n=st.integers(1, 3000), k=st.integers(1, 300), m=st.integers(65, 3000), sms=st.integers(1, 200))
+def test_blocks_that_share_all_steps_have_a_tile_at_least(n: int, k: int, m: int, sms: int) -> None:
+    """n, k: in tiles. No more than two blocks may meet in one."""
+    for plan in warpgroup_plans(header("int4", TILE * n, TILE * k, TILE), m, sms):
+        assert not plan.streamed or -(-n // plan.rows) * -(-m // plan.tokens) >= plan.launched
+
+
+@pytest.mark.parametrize(
+    ("group", "changes", "m", "scaled"),
+    [(128, {}, 700, True), (32, {}, 700, False), (128, {}, 333, False), (128, {"mins_dtype": "f16"}, 333, True)],
+)
+def test_plans_without_registers_come_last(group: int, changes: Any, m: int, scaled: bool) -> None:
+    """Those that multiply weights by their scales where groups are short, and others where there are minimums."""
+    assert warpgroup_plans(header("int4", 4096, 4096, group, **changes), m, 132)[0].scaled == scaled
 
 
 @pytest.mark.sampled(6)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 from tilus.errors import TilusError
@@ -30,8 +31,18 @@ MOST_HALVED_K = {64: 96, 128: 176}
 LEAST_IDLE = 1.05  # waves of tiles, in times of full ones
 # Waves of tiles from which on blocks that take several save more than idle ones at the end cost.
 LEAST_WAVES = 4
-# Microseconds of an H100 for a step of 128 columns, by the rows and tokens of a block.
-STEP_US = {(1, 128): 0.43, (2, 128): 0.79, (1, 256): 0.85, (2, 256): 1.38}
+# Microseconds of an H100, fitted to the plans of gemm_other_shapes.json and gemm_rule.json in benchmarks/results/h100: what
+# tensor cores take for a step of 128 columns, by the rows of tiles and tokens of a block, and whether blocks share all steps.
+STEP_US = {
+    (1, 128, False): 0.41, (1, 160, False): 0.49, (1, 192, False): 0.56, (1, 224, False): 0.64, (1, 256, False): 0.69,
+    (2, 128, False): 0.73, (2, 160, False): 0.85, (2, 192, False): 0.99, (2, 224, False): 1.15, (2, 256, False): 1.35,
+    (2, 128, True): 0.92, (2, 192, True): 1.13,
+}  # fmt: skip
+# What the same columns of a token take to arrive for a row of tiles, while all blocks ask for theirs; a token of zeros behind the
+# last one takes five times as long.
+TOKEN_US, PADDING_US = 21.5e-6, 107e-6
+MEETING_US = 5.0  # where blocks with equal shares meet in tiles
+MOST_COMPUTING = 7  # plans in the order of their times by this model
 
 
 Overlap = Literal["none", "others", "step", "steps"]
@@ -99,7 +110,7 @@ class WarpgroupPlan:
         if self.splits > 1:
             return replace(self, splits=1)
         if self.scaled:  # scales of short groups take registers
-            return replace(self, scaled=False, tokens=self.tokens // 2)
+            return replace(self, scaled=False, tokens=_half(self.tokens))
         return self.narrower()
 
     def with_wide_results(self, header: WeightHeader) -> WarpgroupPlan:
@@ -116,8 +127,13 @@ class WarpgroupPlan:
         return plan
 
     def narrower(self) -> WarpgroupPlan | None:
-        """The same for half as many tokens: a row of the result keeps its bits. None when there is none."""
-        return replace(self, tokens=self.tokens // 2) if self.tokens > 8 and not self.scaled else None
+        """The same for half as many tokens, or fewer: a row of the result keeps its bits. None when there is none."""
+        return replace(self, tokens=_half(self.tokens)) if self.tokens > 8 and not self.scaled else None
+
+
+def _half(tokens: int) -> int:
+    """Of the tokens of a block, or fewer: more than STORED_TOKENS are a multiple of them."""
+    return tokens // 2 // STORED_TOKENS * STORED_TOKENS or tokens // 2
 
 
 def stage_nbytes(header: WeightHeader, tokens: int, rows: int, depth: int, act_nbytes: int = 2) -> int:
@@ -240,9 +256,9 @@ def _reading(
 
 
 def _streams(tiles: int, num_sms: int) -> bool:
-    """Whether waves of whole tiles leave so many blocks idle that equal shares of all steps are worth a try.
+    """Whether waves of whole tiles leave so many blocks idle that equal shares of all steps, of a tile at least, are worth a try.
 
-    Where it was measured, whole tiles were faster all the same: blocks in step find each other's activations in the L2 cache.
+    Up to 64 tokens whole tiles were faster all the same: blocks in step find each other's activations in the L2 cache.
     """
     waves = -(-tiles // num_sms)
     return tiles >= num_sms and waves * num_sms > LEAST_IDLE * tiles
@@ -302,28 +318,50 @@ def _four_warpgroups(
 def _computing(
     header: WeightHeader, m: int, blocks: int, tiles_n: int, tiles_k: int, num_sms: int
 ) -> Iterator[WarpgroupPlan | None]:
-    """The time is that of tensor cores: the tiles whose waves take least. Two row tiles take turns with two warpgroups in one."""
+    """The time is that of tensor cores, or of activations on their way: plans by `_computing_us`, those first that may have
+    registers enough. Two rows of tiles take turns with two warpgroups in one."""
     depth = _depths(tiles_k, 2)[0]
-    shapes = {
-        (1, 128): planned(header, 128, 1, 2, blocks if m <= 128 else 1, depth, SHARED_NBYTES, registers=208),
-        (2, 128): planned(header, 128, 2, 1, 1, depth, SHARED_NBYTES, registers=232, overlap="steps"),
-        (1, 256): planned(header, 256, 1, 1, 1, depth, SHARED_NBYTES, registers=232, scaled=True),
-        (2, 256): planned(header, 256, 2, 1, 1, depth, SHARED_NBYTES, registers=232, scaled=True),
-    }
-
-    def waves_us(shape: tuple[int, int]) -> float:
-        rows, tokens = shape
-        return -(-(-(-tiles_n // rows) * -(-m // tokens)) // num_sms) * STEP_US[shape]
-
     blocks_of_all, pairs = -(-tiles_n // 2) * -(-m // 256), num_sms // 2 * 2
     if blocks_of_all >= LEAST_WAVES * num_sms:
         for sharing in (2, 1):
             yield planned(
                 header, 256, 2, 1, 1, depth, SHARED_NBYTES, registers=208, scaled=True, sharing=sharing, launched=pairs
             )
-    fitting = [shape for shape in shapes if m > 128 or shape[1] == 128]
-    yield from (shapes[shape] for shape in sorted(fitting, key=waves_us))
-    yield planned(header, 128, 2, 1, 1, depth, SHARED_NBYTES, registers=232)
+    fit = partial(planned, header, splits=1, blocks=1, depth=depth, nbytes=SHARED_NBYTES, registers=232)
+    plans = [
+        planned(header, 128, 1, 2, blocks if m <= 128 else 1, depth, SHARED_NBYTES, registers=208),
+        fit(128, 2, overlap="steps"),
+    ]
+    if m > 128:
+        plans += [fit(tokens, rows, scaled=True) for tokens in (160, 192, 224, 256) for rows in (1, 2)]
+    for tokens in (128, 192) if m > 128 else (128,):
+        if _streams(-(-tiles_n // 2) * -(-m // tokens), num_sms):
+            plans.append(fit(tokens, 2, scaled=True, launched=num_sms, streamed=True))
+
+    def preference(plan: WarpgroupPlan) -> tuple[bool, float]:
+        return not _may_fit(header, plan), _computing_us(plan, m, tiles_n, tiles_k, num_sms)
+
+    yield from sorted((plan for plan in plans if plan is not None), key=preference)[:MOST_COMPUTING]
+    yield fit(128, 2)
     yield planned(header, 128, 1, 1, 1, depth, HALF_NBYTES, blocks_per_sm=2)
     if _streams(-(-tiles_n // 2) * -(-m // 128), num_sms):
-        yield planned(header, 128, 2, 1, 1, depth, SHARED_NBYTES, registers=232, launched=num_sms, streamed=True)
+        yield fit(128, 2, launched=num_sms, streamed=True)
+
+
+def _may_fit(header: WeightHeader, plan: WarpgroupPlan) -> bool:
+    """Whether registers may suffice for 128 tokens or more: they do not for weights that are multiplied by scales of less than a
+    tile, nor for the sums of a group beside those of all groups where there are minimums."""
+    if plan.scaled:
+        return header.span == WHOLE or header.span >= TILE
+    return header.mins_dtype is None
+
+
+def _computing_us(plan: WarpgroupPlan, m: int, tiles_n: int, tiles_k: int, num_sms: int) -> float:
+    """Microseconds of all steps: waves of whole tiles, or equal shares, as fast as tensor cores work or activations arrive. What
+    comes before and behind takes all plans as long, but where blocks meet in tiles."""
+    row_tiles, token_tiles = -(-tiles_n // plan.rows), -(-m // plan.tokens)
+    tiles, padding = row_tiles * token_tiles, token_tiles * plan.tokens - m
+    waves = tiles / num_sms if plan.streamed else -(-tiles // num_sms)
+    working = waves * STEP_US[plan.rows, plan.tokens, plan.streamed]
+    arriving = row_tiles * (m * TOKEN_US + padding * PADDING_US)
+    return tiles_k * TILE / 128 * max(working, arriving) + MEETING_US * plan.streamed
