@@ -88,23 +88,23 @@ SCALED = [
     WarpgroupPlan(32, 2, 1, 1, 2, 3, scaled=True),
     WarpgroupPlan(32, 2, 1, 1, 2, 3, scaled=True, launched=1),  # all tiles in turn by one block
     WarpgroupPlan(32, 2, 1, 1, 2, 3, scaled=True, launched=2, sharing=2),  # or by a pair
+    WarpgroupPlan(128, 2, 1, 1, 2, 3, 232, scaled=True, launched=3, streamed=True),
+    WarpgroupPlan(192, 2, 1, 1, 2, 2, 232, scaled=True, launched=3, streamed=True),
     WarpgroupPlan(160, 1, 1, 1, 2, 3, 232, scaled=True),
     WarpgroupPlan(192, 2, 1, 1, 2, 2, 232, scaled=True),
     WarpgroupPlan(224, 1, 1, 1, 2, 3, 232, scaled=True),
     WarpgroupPlan(224, 2, 1, 1, 2, 2, 232, scaled=True),
-    WarpgroupPlan(128, 2, 1, 1, 2, 3, 232, scaled=True, launched=3, streamed=True),
-    WarpgroupPlan(192, 2, 1, 1, 2, 2, 232, scaled=True, launched=3, streamed=True),
 ]
 
 
-@pytest.mark.sampled(9)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("scheme", ["symmetric", "minimums"])
 @pytest.mark.parametrize("plan", SCALED, ids=str)
 def test_scaled_weights_are_rounded_once_more(device: str, plan: WarpgroupPlan, scheme: str) -> None:
     """An odd number of rows of tiles, more tokens than one block has."""
-    matrix, m = matrix_of(scheme, tilus.uint4, 192, 512, 64), plan.tokens + 8
-    x = torch.randn(m, 512, generator=torch.Generator().manual_seed(1)).half()
+    matrix, m = matrix_of(scheme, tilus.uint4, 192, 256, 64), plan.tokens + 8
+    x = torch.randn(m, 256, generator=torch.Generator().manual_seed(1)).half()
     y = torch.full((m, 192), torch.nan)
     launch(x, pack(matrix, "cpu", "mma"), y, None, plan, device)
     weights = exact(matrix)
