@@ -334,9 +334,9 @@ def _computing(
     ]
     if m > 128:
         plans += [fit(tokens, rows, scaled=True) for tokens in (160, 192, 224, 256) for rows in (1, 2)]
-    for tokens in (128, 192) if m > 128 else (128,):
+    for tokens in (128, 192) if m > 128 else (128,):  # of up to 128 no weight is rounded
         if _streams(-(-tiles_n // 2) * -(-m // tokens), num_sms):
-            plans.append(fit(tokens, 2, scaled=True, launched=num_sms, streamed=True))
+            plans.append(fit(tokens, 2, scaled=m > 128, launched=num_sms, streamed=True))
 
     def preference(plan: WarpgroupPlan) -> tuple[bool, float]:
         return not _may_fit(header, plan), _computing_us(plan, m, tiles_n, tiles_k, num_sms)
@@ -344,7 +344,7 @@ def _computing(
     yield from sorted((plan for plan in plans if plan is not None), key=preference)[:MOST_COMPUTING]
     yield fit(128, 2)
     yield planned(header, 128, 1, 1, 1, depth, HALF_NBYTES, blocks_per_sm=2)
-    if _streams(-(-tiles_n // 2) * -(-m // 128), num_sms):
+    if m > 128 and _streams(-(-tiles_n // 2) * -(-m // 128), num_sms):
         yield fit(128, 2, launched=num_sms, streamed=True)
 
 
