@@ -14,7 +14,7 @@ import pytest
 import torch
 from attention_batches import Batch, exact_attention, limit_of, make_inputs, on_gpu
 from test_attention_variant import exact
-from test_kv_cache import NAMES, NO_PAGE, NOT_NUMBERS, Array, moved, numbers_of, random_cache
+from test_kv_cache import FORMATS, NAMES, NO_PAGE, NOT_NUMBERS, Array, moved, numbers_of, random_cache
 
 from tilus import TilusError
 from tilus.kernels import paged_attention, quantized_cache
@@ -98,7 +98,7 @@ def check(name: str, batch: Batch, device: str, decodes: int = 0, invariant: boo
 
 @pytest.mark.sampled(6)
 @pytest.mark.parametrize("device", EXECUTIONS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FORMATS)
 def test_quantised_mixed_batches(name: str, device: str) -> None:
     check(name, Batch(MIXED), device, decodes=2)
 

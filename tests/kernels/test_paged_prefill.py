@@ -269,9 +269,9 @@ def test_arguments_that_do_not_fit_are_refused_with_both_values() -> None:
     expect(wrong(q=torch.zeros(3, 6, 64)), "float32", "float16", "QuantizedCache")
     expect(wrong(q=torch.zeros(3, 6, 96, dtype=half)), "head_dim 96 of q and 64 of kv_cache")
     expect(
-        wrong(kv_cache=quantized_cache("fp8", 9, 16, 2, 256), q=torch.zeros(3, 6, 256, dtype=half)),
-        "head_dim 256",
-        "128",
+        wrong(kv_cache=quantized_cache("fp8", 9, 16, 2, 80), q=torch.zeros(3, 6, 80, dtype=half)),
+        "head_dim 80",
+        "64, 96, 128, 256",
     )
     eighty = {"q": torch.zeros(3, 6, 80, dtype=half), "kv_cache": torch.zeros(9, 2, 16, 2, 80, dtype=half)}
     expect(wrong(**eighty), "head_dim 80", "64, 96, 128, 256")

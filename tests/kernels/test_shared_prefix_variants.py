@@ -12,7 +12,7 @@ import torch
 from attention_batches import Array, Batch, Inputs, exact_attention, exact_lse, limit_of, make_inputs, on_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kv_cache import NAMES, moved, numbers_of
+from test_kv_cache import NAMES, OWN_FORMATS, moved, numbers_of
 from test_paged_attention import quantized_inputs
 from test_shared_prefix import CUDA, KINDS, assert_assembles, decoding, share_pages
 from test_tree_attention import SLOPES, VARIANTS, Change, ancestors, exact, sink, soft_cap, trees
@@ -58,7 +58,7 @@ def test_two_sequences_of_codes() -> None:
 
 
 @pytest.mark.parametrize("device", [*SLOW, CUDA])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *OWN_FORMATS])
 def test_codes(name: str, device: str) -> None:
     check_codes(name, TINY, [0, 18], device)
 
