@@ -368,3 +368,10 @@ def test_no_load_stands_between_the_last_product_and_the_return_of_a_stage(plan:
     ends = [part.rpartition("wgmma.wait_group")[1:] for part in ptx.split("mbarrier.arrive.shared::cta")[:-1]]
     returns = [behind for found, behind in ends if found]
     assert len(returns) >= plan.splits and not any("ld.shared" in behind for behind in returns)
+
+
+@pytest.mark.parametrize("shape", [(18944, 3584), (4096, 4096), (28672, 4096), (640, 8192)])
+def test_no_weight_is_rounded_for_up_to_128_tokens(shape: tuple[int, int]) -> None:
+    weight = header("int4", *shape, 128)
+    assert not any(plan.scaled for m in (1, 16, 64, 65, 100, 128) for plan in warpgroup_plans(weight, m, 132))
+    assert any(plan.scaled for plan in warpgroup_plans(weight, 129, 132))
