@@ -36,7 +36,7 @@ def weighted_sum(ring: Ring, exchange: Exchange, tiles: Any) -> Any:
     """
     extents = (ROWS, HALF, ring.tiles.shape[1])
     first, second = tilus.zeros([ROWS, HALF]), tilus.zeros([ROWS, HALF])
-    for _ in tilus.range(tiles):
+    for index in tilus.range(tiles):
         exchange.wait_ready()
         factor = exchange.factor(0)
         first, second = first * factor, second * factor
@@ -45,7 +45,7 @@ def weighted_sum(ring: Ring, exchange: Exchange, tiles: Any) -> Any:
         second = tilus.wgmma(weights, tokens, second, shape=extents, y_offsets=[0, HALF], y_transposed=True)
         tilus.wgmma_wait()
         exchange.take()
-        ring.give_back()
+        ring.give_back(index == tiles - 1)
         ring.advance()
     exchange.wait_ready()
     factor, log2 = exchange.factor(0), exchange.factor(1)

@@ -55,10 +55,14 @@ class Ring:
         tilus.wait_barrier(self.full[self.stage], self.turn)
         return self.tiles[self.stage]
 
-    def give_back(self) -> None:
-        """All blocks that bring parts of this stage may fill it again."""
+    def give_back(self, written: Any) -> None:
+        """All blocks that bring parts of this stage may fill it again. written: whether this block may have changed the tile, as
+        the last one of a part; their copies must then not be overtaken by what it wrote."""
         if self.cluster == 1:
             tilus.arrive(self.empty[self.stage])
+        elif written:
+            for other in range(self.cluster):
+                tilus.arrive(self.empty[self.stage], block=other)
         else:
             for other in range(self.cluster):
                 tilus.arrive(self.empty[self.stage], block=other, reads_only=True)
