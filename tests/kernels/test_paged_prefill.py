@@ -165,9 +165,10 @@ def test_stages(stages: tuple[int, int], device: str) -> None:
     check(Batch(((70, 300), (3, 200)), kv_heads=1, group=2), device, True, PrefillPlan(2, 48, *stages, 224, 56))
 
 
-@pytest.mark.parametrize("device", EXECUTIONS)
+@pytest.mark.parametrize("device", EXECUTIONS[1:])
 def test_chunks_have_the_bits_of_the_whole(device: str) -> None:
-    """What a query sees is visited in the same tiles, whichever queries are beside it."""
+    """What a query sees is visited in the same tiles, whichever queries are beside it. (Products of the reference are numpy's,
+    whose order of sums depends on the number of rows.)"""
     batch = Batch(((200, 200),), kv_heads=1, group=2)
     inputs = make_inputs(batch, 0)
     whole = run(inputs, device, plan=PrefillPlan(2))[0]
