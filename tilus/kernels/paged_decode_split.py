@@ -25,7 +25,7 @@ from tilus.layout import replicated, spatial
 
 LENGTHS = 128  # sequences that a warp looks at together
 MOST_BLOCKS = 1023
-FINE_UNITS = 2**21  # times a number of blocks is below 2^31
+FINE_UNITS = 2**31 // (MOST_BLOCKS + 1)  # times a number of blocks is below 2^31
 COARSE = 10  # bits of a unit's number that do not count for the first guess at its owner, where there are more
 
 

@@ -30,6 +30,7 @@ from tilus.kernels.attention_variant import AS_IT_IS, NO_VARIANT, GivenVariant, 
 from tilus.kernels.index_checks import check_tables
 from tilus.kernels.kv_cache import QuantizedCache, check_rows
 from tilus.kernels.paged_decode import units_of_codes
+from tilus.kernels.paged_decode_arguments import HEAD_DIMS
 from tilus.kernels.paged_prefill_codes import CodeMemory, Converters, Filling
 from tilus.kernels.paged_prefill_softmax import HALF, Kind, Rows, Turns
 from tilus.kernels.paged_prefill_split import SplitRows, splits_of
@@ -39,7 +40,6 @@ from tilus.kernels.plan_choice import by_fitting_plan, num_sms_of
 from tilus.kernels.vectors import power_of_two
 from tilus.runtime.execute import place
 
-HEAD_DIMS = (64, 96, 128, 256)
 DTYPES = ("torch.float16", "torch.bfloat16")
 CONSUMERS, PRODUCERS = 8, 4  # warps
 CONVERTERS = Converters()
@@ -119,8 +119,7 @@ def paged_prefill_kernel(
         codes = CodeMemory(kind, head_dim, page_size, plan, CONVERTERS)
         for role, having in enumerate(converting):
             with tilus.warps(CONSUMERS + role * CONVERTERS.warps, CONVERTERS.warps, registers=plan.registers_to_copy):
-                filling = Filling(memory.stages(), codes.of(having), (q, kv_cache, factors), tables, plan.heads)
-                tiles.each(filling.work)
+                tiles.each(Filling(memory.stages(), codes.of(having), (q, kv_cache, factors), tables, plan.heads).work)
 
     for half in range(2):
         with tilus.warps(4 * half, 4, registers=plan.registers):
