@@ -24,6 +24,7 @@ from tilus.kernels.paged_prefill_tiles import Tables, Tile
 from tilus.kernels.vectors import by_vector, power_of_two
 
 VECTOR = 8  # elements that a thread stores together
+FEWEST_ELEMENTS = 256  # of a warp, on their way together, where registers suffice for no more: of codes of 2 bits
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,8 @@ class Codes:
     def store(self, which: int, ring: Ring, count: Any) -> None:
         """Elements of the present tile, zeros from the token `count` on."""
         _, length, head_dim = ring.tiles.shape
-        rows = min(self.converters.elements * self.converters.warps // power_of_two(head_dim), length)
+        together = self.converters.elements if self.kind.code.nbits > 2 else FEWEST_ELEMENTS
+        rows = min(together * self.converters.warps // power_of_two(head_dim), length)
         for first in range(0, length, rows):
             elements = self.elements(which, first, rows, head_dim)
             if count is not None:
