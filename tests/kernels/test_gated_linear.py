@@ -102,6 +102,8 @@ PLANS = [
     WarpgroupPlan(64, 2, 1, 1, 2, 3, 208, overlap="steps"),
     WarpgroupPlan(16, 2, 1, 1, 2, 3, launched=3, streamed=True),
     WarpgroupPlan(32, 2, 1, 1, 2, 3, scaled=True, launched=2, sharing=2),
+    WarpgroupPlan(24, 1, 2, 1, 1, 4),
+    WarpgroupPlan(56, 2, 1, 1, 2, 3, blocks_per_sm=2, overlap="others"),
     WarpgroupPlan(96, 1, 1, 1, 1, 2),
     WarpgroupPlan(224, 2, 1, 1, 2, 2, 232, scaled=True),
 ]

@@ -44,6 +44,8 @@ PLANS = [
     (WarpgroupPlan(32, 1, 3, 1, 1, 6), "symmetric", torch.bfloat16),
     (WarpgroupPlan(64, 1, 2, 2, 2, 4, overlap="step"), "symmetric", torch.float16),
     (WarpgroupPlan(64, 2, 1, 1, 2, 3, blocks_per_sm=1, overlap="others"), "symmetric", torch.float16),
+    (WarpgroupPlan(40, 1, 2, 2, 2, 4, overlap="step"), "symmetric", torch.float16),
+    (WarpgroupPlan(112, 2, 1, 1, 2, 3, 232, overlap="steps"), "symmetric", torch.float16),
     (WarpgroupPlan(16, 1, 1, 1, 2, 3, sharing=2), "symmetric", torch.float16),
     (WarpgroupPlan(16, 1, 1, 1, 2, 3, launched=2), "symmetric", torch.float16),
     (WarpgroupPlan(8, 1, 2, 1, 1, 4, launched=3, streamed=True), "symmetric", torch.float16),

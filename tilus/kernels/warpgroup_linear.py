@@ -83,7 +83,7 @@ def warpgroup_linear(
     tilus.launch_dependents()
     row_tiles = tilus.cdiv(codes.shape[0], rows * plan.sharing)
     steps = codes.shape[1] // (plan.depth * tile_nbytes(wdtype))
-    tiles = Tiles(plan, row_tiles, token_tiles, steps, launched)
+    tiles = Tiles(plan, row_tiles, (y.shape[0], token_tiles), steps, launched)
 
     factors = [(scales, scale_dtype), (mins, mins_dtype), (zeros, f16)]
     constant = [codes, scales, mins, zeros, table, bias, norm]

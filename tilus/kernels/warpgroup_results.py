@@ -42,32 +42,43 @@ class StreamRows:
     """
 
     def __init__(self, y, addend, plan: WarpgroupPlan, threads: int):
-        self.y, self.activation = y, None
+        self.y, self.activation, self.plan = y, None, plan
         self.stream, self.weight, self.squares, self.scale = addend
-        self.tokens, self.rows, self.all_tokens = min(plan.tokens, STORED_TOKENS), TILE * plan.rows, plan.tokens
+        self.tokens, self.rows = math.gcd(plan.tokens, STORED_TOKENS), TILE * plan.rows
         self.layout = runs(self.tokens, self.rows, threads, VECTOR)
 
     def begin(self, start):
         self.start = start
+        if self.plan.overlaps:
+            self.first = tilus.cdiv(start[0], self.plan.tokens) * self.plan.tokens
         self.following = self.load(0)
-        factors = tilus.load(self.weight, [start[1]], [self.rows])
-        self.factors = tilus.reshape(factors, [1, self.rows])
+        self.factors = tilus.reshape(tilus.load(self.weight, [start[1]], [self.rows]), [1, self.rows])
+
+    def own(self, tensor, index: int):
+        """Of a tensor those tokens that no tile in front has, and where the index-th tokens begin in it: before it, perhaps."""
+        token = self.start[0] + index * self.tokens
+        if self.plan.overlaps:
+            return tilus.narrow(tensor, 0, self.first, tensor.shape[0] - self.first), token - self.first
+        return tensor, token
 
     def load(self, index: int):
-        start = [self.start[0] + index * self.tokens, self.start[1]]
-        return tilus.load(self.stream, start, [self.tokens, self.rows], layout=self.layout)
+        stream, token = self.own(self.stream, index)
+        return tilus.load(stream, [token, self.start[1]], [self.tokens, self.rows], layout=self.layout)
 
     def store(self, index: int, results):
-        tokens, rows = self.tokens, self.rows
-        start, before = [self.start[0] + index * tokens, self.start[1]], self.following
-        if (index + 1) * tokens < self.all_tokens:
+        tokens, rows, row = self.tokens, self.rows, self.start[1]
+        before = self.following
+        if (index + 1) * tokens < self.plan.tokens:
             self.following = self.load(index + 1)
         total = before + tilus.with_layout(tilus.transpose(results), self.layout)
-        tilus.store(self.stream, start, total)
+        stream, token = self.own(self.stream, index)
+        tilus.store(stream, [token, row], total)
         scaled = total * self.scale
-        tilus.store(self.y, start, tilus.cast(scaled * self.factors, self.y.dtype))
-        squares = tilus.sum(tilus.reshape(scaled * scaled, [tokens, rows // TILE, TILE]), 2)
-        tilus.store(self.squares, [start[0], start[1] // TILE], squares)
+        y, token = self.own(self.y, index)
+        tilus.store(y, [token, row], tilus.cast(scaled * self.factors, y.dtype))
+        sums = tilus.sum(tilus.reshape(scaled * scaled, [tokens, rows // TILE, TILE]), 2)
+        squares, token = self.own(self.squares, index)
+        tilus.store(squares, [token, row // TILE], sums)
 
 
 def runs(tokens: int, rows: int, threads: int, size: int):

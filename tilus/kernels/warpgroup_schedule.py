@@ -25,23 +25,28 @@ MOST_STAGES = 24
 # Bytes of codes of a row of tiles, beyond which another block along K is worth it: while they are read, or multiplied, too.
 LEAST_SPLIT_NBYTES = {"reading": 256 * 1024, "computing": 128 * 1024 - 1}
 # Tiles along K up to which half as many tokens a block, and so twice as many blocks, cost less than sums across two blocks along
-# K: by the tokens of a block without either.
-MOST_HALVED_K = {64: 96, 128: 176}
+# K: where a block without either has more tokens than so many.
+MOST_HALVED_K = {64: 176, 32: 96}
 
 LEAST_IDLE = 1.05  # waves of tiles, in times of full ones
 # Waves of tiles from which on blocks that take several save more than idle ones at the end cost.
 LEAST_WAVES = 4
-# Microseconds of an H100, fitted to the plans of gemm_other_shapes.json and gemm_rule.json in benchmarks/results/h100: what
-# tensor cores take for a step of 128 columns, by the rows of tiles and tokens of a block, and whether blocks share all steps.
+# Tokens of a tile, of plans for more than 64; with equal shares no registers are left for more than MOST_STREAMED.
+LEAST_TILE, MOST_TILE, MOST_STREAMED = 80, 256, 208
+# What tensor cores of an H100 take for a step of 128 columns, microseconds of a block and of each of its tokens, by rows of
+# tiles, whether it is scaled, and streamed, and blocks a multiprocessor: fitted to benchmarks/results/h100/gemm_any_tokens.json.
 STEP_US = {
-    (1, 128, False): 0.41, (1, 160, False): 0.49, (1, 192, False): 0.56, (1, 224, False): 0.64, (1, 256, False): 0.69,
-    (2, 128, False): 0.73, (2, 160, False): 0.85, (2, 192, False): 0.99, (2, 224, False): 1.15, (2, 256, False): 1.35,
-    (2, 128, True): 0.92, (2, 192, True): 1.13,
-}  # fmt: skip
-# What the same columns of a token take to arrive for a row of tiles, while all blocks ask for theirs; a token of zeros behind the
-# last one takes five times as long.
-TOKEN_US, PADDING_US = 21.5e-6, 107e-6
-MEETING_US = 5.0  # where blocks with equal shares meet in tiles
+    (1, False, False, 1): (0.146, 2.36e-3),
+    (2, False, False, 1): (0.310, 3.62e-3),
+    (1, False, False, 2): (0.182, 4.98e-3),
+    (1, True, False, 1): (0.282, 1.70e-3),
+    (2, True, False, 1): (0.245, 4.42e-3),
+    (2, False, True, 1): (0.300, 5.00e-3),
+    (2, True, True, 1): (0.292, 4.34e-3),
+}
+TOKEN_US = 22.9e-6  # the same columns of a token take to arrive for a row of tiles, while all blocks ask for theirs
+# Where blocks with equal shares meet in tiles, and for sums of two blocks along K.
+MEETING_US, CROSSING_US = 5.9, 2.2
 MOST_COMPUTING = 7  # plans in the order of their times by this model
 
 
@@ -94,6 +99,12 @@ class WarpgroupPlan:
                 f"{self.launched} blocks with equal shares of all steps, {self.sharing} sharing tokens, expected 1 or more, 1"
             )
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether the last of several tiles begins with tokens of the one in front, so that none lie behind the end: copies take
+        long for those (docs/performance.md). Small tiles have so few of them that it shows less than what it takes."""
+        return self.tokens > 64
+
     def shape(self, span: int) -> Shape:
         """Of its steps. More pieces a step, where registers of one are to be free while tensor cores read those of another."""
         widest = TILE if self.scaled or self.overlap in ("others", "steps") else 2 * TILE
@@ -132,8 +143,9 @@ class WarpgroupPlan:
 
 
 def _half(tokens: int) -> int:
-    """Of the tokens of a block, or fewer: more than STORED_TOKENS are a multiple of them."""
-    return tokens // 2 // STORED_TOKENS * STORED_TOKENS or tokens // 2
+    """Of the tokens of a block, or some fewer."""
+    half = tokens // 2
+    return half // (least := STORED_TOKENS if half >= STORED_TOKENS else 8) * least
 
 
 def stage_nbytes(header: WeightHeader, tokens: int, rows: int, depth: int, act_nbytes: int = 2) -> int:
@@ -210,10 +222,19 @@ def _plans(header: WeightHeader, m: int, tiles_n: int, tiles_k: int, num_sms: in
 
 def _tokens(m: int, tiles_n: int, tiles_k: int, num_sms: int) -> int:
     """Of a block: as many as there are, or half of them, or a quarter, where there are too few rows of tiles for the GPU."""
-    tokens = next((tokens for tokens in (8, 16, 32, 64) if m <= tokens), 128)
-    while tokens > 32 and 2 * tiles_n * -(-m // tokens) <= num_sms and tiles_k <= MOST_HALVED_K[tokens]:
-        tokens //= 2
-    return tokens
+    parts = -(-m // 128)
+    while True:
+        tokens = -(-m // parts)
+        most = next((most for least, most in MOST_HALVED_K.items() if tokens > least), 0)
+        if 2 * tiles_n * parts > num_sms or tiles_k > most:
+            return _width(tokens)
+        parts *= 2
+
+
+def _width(tokens: int) -> int:
+    """A width of tiles for so many tokens: those behind the last one take long to copy (docs/performance.md)."""
+    unit = 8 if tokens <= 64 else 16  # so that there are not too many kernels
+    return -(-tokens // unit) * unit
 
 
 def _depths(tiles_k: int, *wanted: int) -> list[int]:
@@ -258,7 +279,7 @@ def _reading(
 def _streams(tiles: int, num_sms: int) -> bool:
     """Whether waves of whole tiles leave so many blocks idle that equal shares of all steps, of a tile at least, are worth a try.
 
-    Up to 64 tokens whole tiles were faster all the same: blocks in step find each other's activations in the L2 cache.
+    Up to 64 tokens whole tiles are mostly faster all the same: blocks in step find each other's activations in the L2 cache.
     """
     waves = -(-tiles // num_sms)
     return tiles >= num_sms and waves * num_sms > LEAST_IDLE * tiles
@@ -276,25 +297,31 @@ def _between(
     yield from _four_warpgroups(header, tokens, tiles_n, tiles_k, num_sms)
     plans = [
         planned(header, tokens, 1, 2, blocks, wide, SHARED_NBYTES, overlap="step"),
-        planned(header, tokens, 1, 3, blocks, narrow, SHARED_NBYTES, overlap="steps" if tokens == 64 else "none"),
+        planned(header, tokens, 1, 3, blocks, narrow, SHARED_NBYTES, overlap="steps" if tokens > 32 else "none"),
         planned(header, tokens, 1, 2, blocks, narrow, SHARED_NBYTES),
-        planned(header, tokens, 1, 2 if tokens == 32 else 1, blocks, narrow, HALF_NBYTES, **half),
+        planned(header, tokens, 1, 2 if tokens <= 32 else 1, blocks, narrow, HALF_NBYTES, **half),
         planned(header, tokens, 2, 1, blocks, narrow, SHARED_NBYTES),
         planned(header, tokens, 1, 2, 3 - blocks, wide, SHARED_NBYTES, overlap="step"),
         planned(header, tokens, 1, 1, blocks, narrow, HALF_NBYTES, **half),
     ]
-    if shared and tokens == 32:  # room for blocks of the next kernel beside them
+    if shared and tokens <= 32:  # room for blocks of the next kernel beside them
         yield planned(header, tokens, 1, 3, blocks, narrow, HALF_NBYTES)
     yield plans[3 if many else 1 if tokens == 32 and blocks == 1 else 0]
     yield from plans
     # Two rows of tiles that share activations write half as many bytes to shared memory, whose speed limits single rows.
     along = 1 if many else 2 * blocks
-    for overlap in ("step", "steps") if tokens == 64 else ():
+    for overlap in ("step", "steps") if tokens > 32 else ():
         yield planned(header, tokens, 2, 1, along, narrow, SHARED_NBYTES, registers=232, overlap=overlap)
-    if _streams(tiles_n, num_sms):
-        yield planned(
-            header, tokens, 1, 2, 1, wide, SHARED_NBYTES, registers=232, overlap="step", launched=num_sms, streamed=True
-        )
+    yield _equal_shares(header, tokens, tiles_n, tiles_k, num_sms)
+
+
+def _equal_shares(header: WeightHeader, tokens: int, tiles_n: int, tiles_k: int, num_sms: int) -> WarpgroupPlan | None:
+    if not _streams(tiles_n, num_sms):
+        return None
+    return planned(
+        header, tokens, 1, 2, 1, _depths(tiles_k, 4)[0], SHARED_NBYTES, registers=232, overlap="step", launched=num_sms,
+        streamed=True,
+    )  # fmt: skip
 
 
 def _four_warpgroups(
@@ -307,8 +334,10 @@ def _four_warpgroups(
     """
     if tiles_n <= 2 * num_sms or header.mins_dtype is not None or header.dtype.nbits > 6:
         return
-    pairs, overlap = -(-tiles_n // 2), "others" if tokens == 64 else "none"
+    pairs, overlap = -(-tiles_n // 2), "others" if tokens > 32 else "none"
     rows, unit = 2 if 2 * -(-pairs // num_sms) <= -(-tiles_n // num_sms) else 1, "mma" if tokens == 8 else "wgmma"
+    if rows == 1 and tokens > 16:
+        yield _equal_shares(header, tokens, tiles_n, tiles_k, num_sms)
     for depth in _depths(tiles_k, 4, 2) if (rows, tokens) == (2, 64) else _depths(tiles_k, 2):
         yield planned(
             header, tokens, rows, 3 - rows, 1, depth, HALF_NBYTES, blocks_per_sm=2, overlap=overlap, unit=unit
@@ -321,31 +350,54 @@ def _computing(
     """The time is that of tensor cores, or of activations on their way: plans by `_computing_us`, those first that may have
     registers enough. Two rows of tiles take turns with two warpgroups in one."""
     depth = _depths(tiles_k, 2)[0]
-    blocks_of_all, pairs = -(-tiles_n // 2) * -(-m // 256), num_sms // 2 * 2
+    blocks_of_all, pairs = -(-tiles_n // 2) * -(-m // MOST_TILE), num_sms // 2 * 2
     if blocks_of_all >= LEAST_WAVES * num_sms:
         for sharing in (2, 1):
             yield planned(
-                header, 256, 2, 1, 1, depth, SHARED_NBYTES, registers=208, scaled=True, sharing=sharing, launched=pairs
+                header,
+                MOST_TILE,
+                2,
+                1,
+                1,
+                depth,
+                SHARED_NBYTES,
+                registers=208,
+                scaled=True,
+                sharing=sharing,
+                launched=pairs,
             )
-    fit = partial(planned, header, splits=1, blocks=1, depth=depth, nbytes=SHARED_NBYTES, registers=232)
-    plans = [
-        planned(header, 128, 1, 2, blocks if m <= 128 else 1, depth, SHARED_NBYTES, registers=208),
-        fit(128, 2, overlap="steps"),
-    ]
-    if m > 128:
-        plans += [fit(tokens, rows, scaled=True) for tokens in (160, 192, 224, 256) for rows in (1, 2)]
-    for tokens in (128, 192) if m > 128 else (128,):  # of up to 128 no weight is rounded
-        if _streams(-(-tiles_n // 2) * -(-m // tokens), num_sms):
-            plans.append(fit(tokens, 2, scaled=m > 128, launched=num_sms, streamed=True))
+    plans = [plan for tokens in _widths(m) for plan in _of_width(header, m, tokens, blocks, depth, tiles_n, num_sms)]
 
     def preference(plan: WarpgroupPlan) -> tuple[bool, float]:
         return not _may_fit(header, plan), _computing_us(plan, m, tiles_n, tiles_k, num_sms)
 
     yield from sorted((plan for plan in plans if plan is not None), key=preference)[:MOST_COMPUTING]
-    yield fit(128, 2)
+    yield planned(header, 128, 2, 1, 1, depth, SHARED_NBYTES, registers=232)
     yield planned(header, 128, 1, 1, 1, depth, HALF_NBYTES, blocks_per_sm=2)
-    if m > 128 and _streams(-(-tiles_n // 2) * -(-m // 128), num_sms):
-        yield fit(128, 2, launched=num_sms, streamed=True)
+
+
+def _widths(m: int) -> list[int]:
+    """Of tiles of tokens, all of which but the last have as many, and that one not many fewer."""
+    counts = range(-(-m // MOST_TILE), -(-m // LEAST_TILE) + 1)
+    widths = dict.fromkeys(_width(-(-m // count)) for count in counts)
+    return [width for width in widths if width >= LEAST_TILE]
+
+
+def _of_width(
+    header: WeightHeader, m: int, tokens: int, blocks: int, depth: int, tiles_n: int, num_sms: int
+) -> Iterator[WarpgroupPlan | None]:
+    """Plans of tiles with so many tokens. blocks: along K, where one tile has all tokens. Of up to 128 tokens no weight is
+    rounded."""
+    fit = partial(planned, header, tokens, splits=1, blocks=1, depth=depth, nbytes=SHARED_NBYTES, registers=232)
+    if tokens <= 128:
+        yield planned(header, tokens, 1, 2, blocks if m <= tokens else 1, depth, SHARED_NBYTES, registers=232)
+        yield fit(rows=2, overlap="steps")
+        yield planned(header, tokens, 1, 1, 1, depth, HALF_NBYTES, blocks_per_sm=2)
+    if m > 128:
+        yield fit(rows=1, scaled=True)
+        yield fit(rows=2, scaled=True)
+    if tokens <= MOST_STREAMED and _streams(-(-tiles_n // 2) * -(-m // tokens), num_sms):
+        yield fit(rows=2, scaled=m > 128, launched=num_sms, streamed=True)
 
 
 def _may_fit(header: WeightHeader, plan: WarpgroupPlan) -> bool:
@@ -358,10 +410,11 @@ def _may_fit(header: WeightHeader, plan: WarpgroupPlan) -> bool:
 
 def _computing_us(plan: WarpgroupPlan, m: int, tiles_n: int, tiles_k: int, num_sms: int) -> float:
     """Microseconds of all steps: waves of whole tiles, or equal shares, as fast as tensor cores work or activations arrive. What
-    comes before and behind takes all plans as long, but where blocks meet in tiles."""
+    comes before and behind takes all plans as long, but where blocks meet in tiles, or along K."""
     row_tiles, token_tiles = -(-tiles_n // plan.rows), -(-m // plan.tokens)
-    tiles, padding = row_tiles * token_tiles, token_tiles * plan.tokens - m
-    waves = tiles / num_sms if plan.streamed else -(-tiles // num_sms)
-    working = waves * STEP_US[plan.rows, plan.tokens, plan.streamed]
-    arriving = row_tiles * (m * TOKEN_US + padding * PADDING_US)
-    return tiles_k * TILE / 128 * max(working, arriving) + MEETING_US * plan.streamed
+    blocks, slots = row_tiles * token_tiles * plan.blocks, num_sms * plan.blocks_per_sm
+    waves = blocks / slots if plan.streamed else -(-blocks // slots)
+    once, each = STEP_US[plan.rows, plan.scaled, plan.streamed, plan.blocks_per_sm]
+    step = max(waves * (once + each * plan.tokens), blocks * plan.tokens * TOKEN_US)
+    meeting = MEETING_US * plan.streamed + CROSSING_US * (plan.blocks > 1)
+    return tiles_k * TILE / (128 * plan.blocks) * step + meeting

@@ -21,8 +21,11 @@ class Tiles:
     share its activations. count: how many parts of tiles there are.
     """
 
-    def __init__(self, plan: WarpgroupPlan, row_tiles, token_tiles, steps, launched):
+    def __init__(self, plan: WarpgroupPlan, row_tiles, tokens, steps, launched):
+        """tokens: how many there are, and how many tiles of them."""
+        count, token_tiles = tokens
         self.plan, self.steps = plan, steps
+        self.last = max(count - plan.tokens, 0) if plan.overlaps else None
         self.row_tiles, self.token_tiles = row_tiles, token_tiles
         cluster = plan.blocks * plan.sharing
         rank = tilus.block_id(0) % cluster
@@ -57,7 +60,10 @@ class Tiles:
                 height = min(self.row_tiles - band * BAND, BAND)
                 within = number - band * BAND * self.token_tiles
                 row, column = band * BAND + within % height, within // height
-        return (row * self.plan.sharing + self.own) * self.plan.rows, column * self.plan.tokens
+        token = column * self.plan.tokens
+        if self.last is not None:
+            token = min(token, self.last)
+        return (row * self.plan.sharing + self.own) * self.plan.rows, token
 
     def extent(self, index):
         """The first step and the one behind the last."""
