@@ -25,7 +25,8 @@ from tilus.kernels.shared_prefix import shared_plans
 from tilus.kernels.shared_prefix_kernel import SharedProblem, shared_prefix_kernel
 from tilus.kernels.trial_arrays import placeholder
 from tilus.kernels.warpgroup_linear import warpgroup_linear
-from tilus.kernels.warpgroup_schedule import WarpgroupPlan, warpgroup_plans
+from tilus.kernels.warpgroup_plan import WarpgroupPlan
+from tilus.kernels.warpgroup_schedule import warpgroup_plans
 from tilus.lang.kernel import Specialization
 
 INTEGERS, FLOATS = torch.zeros(8, 8, dtype=torch.int32), torch.zeros(8, 8)

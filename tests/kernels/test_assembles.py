@@ -31,7 +31,8 @@ from tilus.kernels.schedule import MOST_FACTOR_WORDS, schedule
 from tilus.kernels.tune_linear import compile_plan
 from tilus.kernels.w4a8_linear import plans as w4a8_plans
 from tilus.kernels.warpgroup_linear import warpgroup_linear
-from tilus.kernels.warpgroup_schedule import WarpgroupPlan, warpgroup_plans
+from tilus.kernels.warpgroup_plan import WarpgroupPlan
+from tilus.kernels.warpgroup_schedule import warpgroup_plans
 from tilus.lang.kernel import Kernel
 from tilus.ptx.assembler import SpillError, assemble
 from tilus.target import get_target

@@ -19,7 +19,7 @@ from tilus.kernels import mla_decode
 from tilus.kernels.linear import launch
 from tilus.kernels.mla_stages import Exchange
 from tilus.kernels.quantize import pack
-from tilus.kernels.warpgroup_schedule import WarpgroupPlan
+from tilus.kernels.warpgroup_plan import WarpgroupPlan
 from tilus.kernels.warpgroup_sums import Sums
 from tilus.ptx.assembler import assemble
 from tilus.target import get_target

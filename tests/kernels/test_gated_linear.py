@@ -30,7 +30,7 @@ from tilus.kernels.quantize import QuantizedMatrix, WeightHeader, pack, unpack
 from tilus.kernels.quantize.gates import interleaved, separated
 from tilus.kernels.schedule import Schedule
 from tilus.kernels.w4a8_linear import w4a8_linear
-from tilus.kernels.warpgroup_schedule import WarpgroupPlan
+from tilus.kernels.warpgroup_plan import WarpgroupPlan
 
 HOPPER = ["reference", "emulator", pytest.param("cuda", marks=pytest.mark.gpu)]
 STEEPEST = 1.13  # slope of gelu_tanh; that of silu is at most 1.1

@@ -16,7 +16,7 @@ from tilus.kernels import grouped_linear
 from tilus.kernels.grouped_linear import GroupedPlan, launch, plans
 from tilus.kernels.quantize import QuantizedMatrix, WeightHeader, pack, stack, unpack
 from tilus.kernels.schedule import Schedule
-from tilus.kernels.warpgroup_schedule import WarpgroupPlan
+from tilus.kernels.warpgroup_plan import WarpgroupPlan
 
 
 def check(

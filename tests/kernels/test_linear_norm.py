@@ -28,7 +28,8 @@ from tilus.kernels.linear_norm import TOKENS, deferred
 from tilus.kernels.quantize import QuantizedMatrix, QuantizedWeight, WeightHeader, pack
 from tilus.kernels.trial_arrays import placeholder
 from tilus.kernels.warpgroup_linear import kernel_call
-from tilus.kernels.warpgroup_schedule import WarpgroupPlan, invariant_plans, warpgroup_plans
+from tilus.kernels.warpgroup_plan import WarpgroupPlan
+from tilus.kernels.warpgroup_schedule import invariant_plans, warpgroup_plans
 from tilus.ptx.assembler import KernelUsage, assemble
 from tilus.target import get_target
 

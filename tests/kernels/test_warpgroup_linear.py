@@ -21,7 +21,8 @@ from tilus.kernels.quantize import QuantizedWeight, WeightHeader, pack
 from tilus.kernels.quantize.tiles import TILE
 from tilus.kernels.schedule import Schedule
 from tilus.kernels.trial_arrays import placeholder
-from tilus.kernels.warpgroup_schedule import WarpgroupPlan, invariant_plans, warpgroup_plans
+from tilus.kernels.warpgroup_plan import WarpgroupPlan
+from tilus.kernels.warpgroup_schedule import invariant_plans, warpgroup_plans
 from tilus.kernels.warpgroup_tiles import BAND
 from tilus.target import get_target
 from tilus.transforms import run_pipeline

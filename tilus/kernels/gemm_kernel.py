@@ -91,6 +91,7 @@ class Tiles:
 
     def __init__(self, plan: Plan, m, n, launched):
         self.plan = plan
+        self.last = max(m - plan.tokens, 0)
         self.rank = tilus.cluster_rank() if plan.blocks == 1 else 0
         self.first, self.teams = tilus.block_id(0) // plan.team, launched // plan.team
         self.token_tiles = tilus.cdiv(m, plan.tokens * plan.share_w)
@@ -98,7 +99,8 @@ class Tiles:
         self.count = tilus.cdiv(self.token_tiles * self.row_tiles - self.first, self.teams)
 
     def at(self, index):
-        """Row and token at which a tile starts."""
+        """Row and token at which a tile starts. The last of several has tokens of the one in front, too, and none behind the end,
+        for which copies take long."""
         plan = self.plan
         number = self.first + index * self.teams
         band = number // (BAND * self.token_tiles)
@@ -107,7 +109,7 @@ class Tiles:
         row, token = band * BAND + within % height, within // height
         row = row * plan.share_x + self.rank % plan.share_x
         token = token * plan.share_w + self.rank // plan.share_x
-        return row * plan.rows, token * plan.tokens
+        return row * plan.rows, min(token * plan.tokens, self.last)
 
 
 class Ring:

@@ -18,7 +18,8 @@ ROW_NBYTES = 128  # of a stage's rows: the widest swizzle
 MOST_STAGES = 16
 SLACK_NBYTES = 2048  # barriers, alignment
 SHARED_NBYTES = TARGETS["sm_90a"].max_shared_nbytes
-WIDTHS = (16, 32, 64, 96, 128, 192, 256)  # tokens of a tile
+WIDTHS = (64, 96, 128, 192, 256)  # tokens of a tile, where there are many tiles
+FEW_TILES = 4  # of tokens, up to which others make a difference
 READ_ONCE_TOKENS = 128  # up to which one tile takes all of them
 TURNS_TOKENS = 64  # up to which two warpgroups that take turns along K are never slower than one, and often faster
 LEAST_UNDER_WAY = 128 * 1024  # bytes of a block's stages; with fewer, copies take longer than what they wait for
@@ -147,9 +148,7 @@ def possible(product: Product, *, turns: bool = True) -> Iterator[Plan]:
 def _forms(product: Product, may_turn: bool) -> Iterator[Plan]:
     """Plans without stages, whose tiles are not mostly padding and whose parts of K are not too short."""
     m, n = product.m, product.n
-    fewest = next((tokens for tokens in WIDTHS if tokens >= m), WIDTHS[-1])
-    widths = [fewest] if m <= READ_ONCE_TOKENS else [tokens for tokens in WIDTHS if 64 <= tokens <= fewest]
-    for tokens, groups, blocks in itertools.product(widths, (1, 2), (1, 2)):
+    for tokens, groups, blocks in itertools.product(_widths(m), (1, 2), (1, 2)):
         if groups > 1 and n <= GROUP_ROWS:
             continue
         turns = may_turn and groups == 1 and tokens <= TURNS_TOKENS and product.steps >= 2 * LEAST_STEPS * blocks
@@ -162,6 +161,14 @@ def _forms(product: Product, may_turn: bool) -> Iterator[Plan]:
             shared = replace(alone, share_x=share_x, share_w=share_w)
             if blocks == 1 and product.num_sms > 1 and shared.tiles(m, n) == num_tiles:
                 yield shared
+
+
+def _widths(m: int) -> tuple[int, ...]:
+    """Of tiles for m tokens. A few have as many each: those that the last one lacks are computed all the same."""
+    if m <= READ_ONCE_TOKENS:
+        return (-(-m // 16) * 16,)
+    equal = (-(-m // (count * 16)) * 16 for count in range(1, FEW_TILES + 1))
+    return tuple(dict.fromkeys(width for width in (*equal, *WIDTHS) if WIDTHS[0] <= width <= WIDTHS[-1]))
 
 
 def stages_of(plan: Plan, out_nbytes: int) -> int:

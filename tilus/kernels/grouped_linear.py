@@ -33,9 +33,9 @@ from tilus.kernels.quantize.tiles import MMA, TILE, WHOLE
 from tilus.kernels.schedule import Schedule
 from tilus.kernels.vectors import power_of_two
 from tilus.kernels.warpgroup_operands import Unpacking, table_entries, tile_nbytes
+from tilus.kernels.warpgroup_plan import Overlap, WarpgroupPlan, planned
 from tilus.kernels.warpgroup_products import sum_of_steps
 from tilus.kernels.warpgroup_results import Rows, store_rows
-from tilus.kernels.warpgroup_schedule import Overlap, WarpgroupPlan, planned
 from tilus.kernels.warpgroup_stages import Stages
 from tilus.kernels.warpgroup_sums import Sums
 from tilus.runtime.execute import place

@@ -42,7 +42,7 @@ from tilus.kernels.quantize.packed import QuantizedWeight
 from tilus.kernels.quantize.tiles import MMA, TILE, WHOLE
 from tilus.kernels.schedule import Schedule, cpu_schedule
 from tilus.kernels.warpgroup_linear import kernel_call as warpgroup_call
-from tilus.kernels.warpgroup_schedule import WarpgroupPlan
+from tilus.kernels.warpgroup_plan import WarpgroupPlan
 from tilus.lang.arguments import dtype_of_name
 from tilus.lang.kernel import Kernel
 from tilus.layout import local, replicated

@@ -15,7 +15,8 @@ from tilus.kernels import warpgroup_schedule
 from tilus.kernels.quantize.header import WeightHeader
 from tilus.kernels.quantize.tiles import TILE
 from tilus.kernels.schedule import Schedule, schedule
-from tilus.kernels.warpgroup_schedule import WarpgroupPlan, warpgroup_plans
+from tilus.kernels.warpgroup_plan import WarpgroupPlan
+from tilus.kernels.warpgroup_schedule import warpgroup_plans
 from tilus.runtime.autotune import bucket
 from tilus.runtime.tuned_plans import Key
 

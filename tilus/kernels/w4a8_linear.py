@@ -21,26 +21,21 @@ from tilus.kernels.quantize.packed import QuantizedWeight
 from tilus.kernels.quantize.tiles import MMA, TILE, WHOLE
 from tilus.kernels.warpgroup_linear import kernel_call
 from tilus.kernels.warpgroup_operands import tile_nbytes
-from tilus.kernels.warpgroup_schedule import (
-    HALF_NBYTES,
-    LEAST_SPLIT_NBYTES,
-    SHARED_NBYTES,
-    Overlap,
-    Unit,
-    WarpgroupPlan,
-    planned,
-)
+from tilus.kernels.warpgroup_plan import HALF_NBYTES, SHARED_NBYTES, Overlap, Unit, WarpgroupPlan, planned
+from tilus.kernels.warpgroup_schedule import LEAST_SPLIT_NBYTES, width_of
 from tilus.runtime.execute import place
 
 TYPES = {"int8": int8, "float8_e4m3fn": float8_e4m3}  # of activations, by their names in torch
+MOST_EIGHTS = 32  # tokens of a tile up to which multiples of 8 have an instruction for both types
 SMALLEST_GROUP = 32  # columns of a product of 8-bit operands
 
 
 def plans(m: int, act: DataType, header: WeightHeader, num_sms: int) -> Iterator[WarpgroupPlan]:
     """The best plan for m tokens of type `act`, then those that need fewer registers.
 
-    Up to 64 tokens the time is that of reading and unpacking, and blocks are those of `linear`. More tokens are cut into 128: no
-    registers hold the sums of more, since weights are not scaled. The products of single warps have no instruction for float8.
+    Up to 64 tokens the time is that of reading and unpacking, and blocks are those of `linear`. More tokens are cut into up to
+    128: no registers hold the sums of more, since weights are not scaled. The products of single warps have no instruction for
+    float8, those of warpgroups none for 40 or 56 tokens of int8.
     """
     tiles_n, tiles_k = header.shape[0] // TILE, header.shape[1] // TILE
     codes_nbytes = tiles_k * tile_nbytes(header.dtype)
@@ -54,7 +49,7 @@ def plans(m: int, act: DataType, header: WeightHeader, num_sms: int) -> Iterator
             unit: Unit = "mma" if m <= 8 and act == int8 and blocks == 1 else "wgmma"
             found = _reading(partial(fit, unit=unit), 8 if m <= 8 else 16, blocks, tiles_n > num_sms)
         elif m <= 64:
-            found = _between(fit, 32 if m <= 32 else 64, blocks, tiles_n > num_sms, long, min(depth, 2))
+            found = _between(fit, width_of(m, MOST_EIGHTS), blocks, tiles_n > num_sms, long, min(depth, 2))
         else:
             found = _computing(fit, m, blocks, tiles_n, num_sms, min(depth, 2))
         while found is not None:
@@ -75,20 +70,22 @@ def _reading(fit: Fit, tokens: int, blocks: int, many: bool) -> WarpgroupPlan | 
 
 def _between(fit: Fit, tokens: int, blocks: int, many: bool, long: bool, narrow: int) -> WarpgroupPlan | None:
     if many:
-        return fit(tokens, 1, 2 if tokens == 32 else 1, 1, depth=narrow, nbytes=HALF_NBYTES, blocks_per_sm=2)
-    if tokens == 32 and blocks == 1:
+        return fit(tokens, 1, 2 if tokens <= 32 else 1, 1, depth=narrow, nbytes=HALF_NBYTES, blocks_per_sm=2)
+    if tokens <= 32 and blocks == 1:
         return fit(tokens, 1, 3, blocks, depth=narrow, nbytes=SHARED_NBYTES)
-    if tokens == 64 and blocks == 2 and long:
+    if tokens > 32 and blocks == 2 and long:
         return fit(tokens, 1, 2, blocks, depth=narrow, nbytes=SHARED_NBYTES)
     return fit(tokens, 1, 2, blocks, nbytes=SHARED_NBYTES, overlap="step")
 
 
 def _computing(fit: Fit, m: int, blocks: int, tiles_n: int, num_sms: int, narrow: int) -> WarpgroupPlan | None:
     """Two blocks of a warpgroup on each multiprocessor; where there are fewer tiles, two warpgroups share one along K."""
-    if tiles_n * -(-m // 128) > num_sms:
-        return fit(128, 1, 1, 1, depth=narrow, nbytes=HALF_NBYTES, blocks_per_sm=2, overlap="steps")
+    count = -(-m // 128)
+    tokens = width_of(-(-m // count), MOST_EIGHTS)
+    if tiles_n * count > num_sms:
+        return fit(tokens, 1, 1, 1, depth=narrow, nbytes=HALF_NBYTES, blocks_per_sm=2, overlap="steps")
     along = blocks if m <= 128 else 1
-    return fit(128, 1, 2, along, depth=narrow, nbytes=SHARED_NBYTES, registers=208)
+    return fit(tokens, 1, 2, along, depth=narrow, nbytes=SHARED_NBYTES, registers=208)
 
 
 def w4a8_linear(

@@ -25,9 +25,9 @@ from tilus.kernels.linear_step import residual
 from tilus.kernels.quantize.packed import QuantizedWeight
 from tilus.kernels.quantize.tiles import MMA, TILE, WHOLE
 from tilus.kernels.warpgroup_operands import Unpacking, table_entries, tile_nbytes
+from tilus.kernels.warpgroup_plan import WarpgroupPlan
 from tilus.kernels.warpgroup_products import sum_of_steps
 from tilus.kernels.warpgroup_results import Results
-from tilus.kernels.warpgroup_schedule import WarpgroupPlan
 from tilus.kernels.warpgroup_stages import Stages
 from tilus.kernels.warpgroup_sums import Sums
 from tilus.kernels.warpgroup_tiles import Tiles

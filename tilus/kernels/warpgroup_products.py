@@ -7,7 +7,7 @@ from tilus import f32
 from tilus.kernels.byte_operands import as_f32
 from tilus.kernels.quantize.tiles import TILE
 from tilus.kernels.warpgroup_operands import Unpacking
-from tilus.kernels.warpgroup_schedule import WarpgroupPlan
+from tilus.kernels.warpgroup_plan import WarpgroupPlan
 from tilus.kernels.warpgroup_stages import Stages
 
 

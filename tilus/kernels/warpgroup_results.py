@@ -7,7 +7,7 @@ import math
 import tilus
 from tilus.kernels.linear_results import finished, offsets_of
 from tilus.kernels.quantize.tiles import TILE
-from tilus.kernels.warpgroup_schedule import STORED_TOKENS, WarpgroupPlan
+from tilus.kernels.warpgroup_plan import STORED_TOKENS, WarpgroupPlan
 from tilus.layout import local
 
 VECTOR = 4  # neighbours of the residual stream that a thread moves: 16 bytes

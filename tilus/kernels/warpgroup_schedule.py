@@ -1,4 +1,4 @@
-"""How a quantised product is cut into blocks of warpgroups on Hopper: the rule, and plans worth trying beside it.
+"""Which plans the quantised product on Hopper has: the rule, and others worth trying beside it.
 
 What decides (measured on an H100, docs/performance.md): blocks that read a weight all run at once and share the memory's
 bandwidth evenly, whatever their number; partial sums that cross blocks cost 2 us and more, those of warpgroups in a block
@@ -8,27 +8,20 @@ almost nothing. So K is split inside of blocks, and across blocks only where too
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
 
-from tilus.errors import TilusError
-from tilus.kernels.quantize.header import FACTOR_NBYTES, ZERO_NBYTES, WeightHeader
+from tilus.kernels.quantize.header import WeightHeader
 from tilus.kernels.quantize.tiles import TILE, WHOLE
-from tilus.kernels.warpgroup_operands import Shape
+from tilus.kernels.warpgroup_plan import HALF_NBYTES, SHARED_NBYTES, Overlap, Unit, WarpgroupPlan, planned
 
-SHARED_NBYTES = 227 * 1024
-HALF_NBYTES = 112 * 1024  # so that a block of the next kernel, or another of this one, has room beside it
-STORED_TOKENS = 32  # of a block at a time: results pass through shared memory
-SLACK_NBYTES = 2048  # barriers, alignment
-MOST_STAGES = 24
 # Bytes of codes of a row of tiles, beyond which another block along K is worth it: while they are read, or multiplied, too.
 LEAST_SPLIT_NBYTES = {"reading": 256 * 1024, "computing": 128 * 1024 - 1}
 # Tiles along K up to which half as many tokens a block, and so twice as many blocks, cost less than sums across two blocks along
 # K: where a block without either has more tokens than so many.
 MOST_HALVED_K = {64: 176, 32: 96}
 
-LEAST_IDLE = 1.05  # waves of tiles, in times of full ones
+LEAST_IDLE, MUCH_IDLE = 1.05, 1.3  # waves of tiles, in times of full ones
+LONG_K = 96  # tiles along K from which on equal shares of steps save more, where much would be idle, than meeting costs
 # Waves of tiles from which on blocks that take several save more than idle ones at the end cost.
 LEAST_WAVES = 4
 # Tokens of a tile, of plans for more than 64; with equal shares no registers are left for more than MOST_STREAMED.
@@ -48,132 +41,6 @@ TOKEN_US = 22.9e-6  # the same columns of a token take to arrive for a row of ti
 # Where blocks with equal shares meet in tiles, and for sums of two blocks along K.
 MEETING_US, CROSSING_US = 5.9, 2.2
 MOST_COMPUTING = 7  # plans in the order of their times by this model
-
-
-Overlap = Literal["none", "others", "step", "steps"]
-Unit = Literal["wgmma", "mma"]
-
-
-@dataclass(frozen=True)
-class WarpgroupPlan:
-    """One launch of `warpgroup_linear`.
-
-    tokens: columns of a block's result. rows: tiles of 64 rows a block, each with warpgroups of its own. splits: warpgroups along
-    K in a block. blocks: blocks along K, a cluster. depth: tiles of 64 columns a step. stages: steps on their way, a multiple of
-    splits, so that a warpgroup sees every phase of its barriers. registers: of each thread that computes, None for as many as fit
-    without asking. blocks_per_sm: how many blocks must fit on a multiprocessor. overlap: unpack the next piece while the product
-    of the last one is under way, within a step, or that of the next step, too; "others": wait for it, in few registers, while
-    other warpgroups unpack. scaled: multiply weights by their scales, and round them, not sums: for so many tokens that there are
-    no registers for the sums of a group beside those of all groups. unit: what multiplies, warpgroups, or the products of single
-    warps, for which each loads all activations. sharing: blocks of a cluster, with different rows, that bring parts of the same
-    activations for each other. launched: so many blocks compute tiles one after the other, 0: each block one. streamed: they have
-    equal shares of the steps of all tiles.
-    """
-
-    tokens: int
-    rows: int
-    splits: int
-    blocks: int
-    depth: int
-    stages: int
-    registers: int | None = None
-    blocks_per_sm: int = 1
-    overlap: Overlap = "none"
-    scaled: bool = False
-    unit: Unit = "wgmma"
-    sharing: int = 1
-    launched: int = 0
-    streamed: bool = False
-
-    def __post_init__(self) -> None:
-        held = 2 if self.overlap == "steps" or self.scaled else 1  # they keep a stage until their next one has come
-        least = self.splits * held
-        if self.stages % self.splits or self.stages < least:
-            raise TilusError(f"{self.stages} stages for {self.splits} splits, expected a multiple from {least} up")
-        if self.launched and self.blocks > 1:
-            raise TilusError(f"{self.launched} blocks that take turns with {self.blocks} along K, expected 1 along K")
-        if self.launched % self.sharing:
-            raise TilusError(f"{self.launched} blocks of which {self.sharing} share tokens, expected a multiple")
-        if self.streamed and (not self.launched or self.sharing > 1):
-            raise TilusError(
-                f"{self.launched} blocks with equal shares of all steps, {self.sharing} sharing tokens, expected 1 or more, 1"
-            )
-
-    @property
-    def overlaps(self) -> bool:
-        """Whether the last of several tiles begins with tokens of the one in front, so that none lie behind the end: copies take
-        long for those (docs/performance.md). Small tiles have so few of them that it shows less than what it takes."""
-        return self.tokens > 64
-
-    def shape(self, span: int) -> Shape:
-        """Of its steps. More pieces a step, where registers of one are to be free while tensor cores read those of another."""
-        widest = TILE if self.scaled or self.overlap in ("others", "steps") else 2 * TILE
-        return Shape(span, self.rows, self.depth, self.tokens, widest)
-
-    def easier(self) -> WarpgroupPlan | None:
-        """The next one that needs fewer registers; None when there is none."""
-        if self.launched:
-            return replace(self, launched=0, streamed=False, sharing=1)
-        if self.overlap in ("step", "steps"):
-            return replace(self, overlap="none")
-        if self.blocks_per_sm > 1:
-            return replace(self, blocks_per_sm=1)
-        if self.splits > 1:
-            return replace(self, splits=1)
-        if self.scaled:  # scales of short groups take registers
-            return replace(self, scaled=False, tokens=_half(self.tokens))
-        return self.narrower()
-
-    def with_wide_results(self, header: WeightHeader) -> WarpgroupPlan:
-        """With fewer stages where there would be no room beside results of 32 bits: plans are made for those of 16."""
-        plan, each = self, stage_nbytes(header, self.tokens, self.rows, self.depth)
-        stored = min(self.tokens, STORED_TOKENS) * self.rows * TILE * 4
-        sums = (self.splits - 1 + self.blocks - 1) * self.tokens * self.rows * TILE * 4
-        held = 2 if self.overlap == "steps" or self.scaled else 1
-        while (
-            plan.stages * each + stored + sums > SHARED_NBYTES - SLACK_NBYTES
-            and plan.stages - plan.splits >= plan.splits * held
-        ):
-            plan = replace(plan, stages=plan.stages - plan.splits)
-        return plan
-
-    def narrower(self) -> WarpgroupPlan | None:
-        """The same for half as many tokens, or fewer: a row of the result keeps its bits. None when there is none."""
-        return replace(self, tokens=_half(self.tokens)) if self.tokens > 8 and not self.scaled else None
-
-
-def _half(tokens: int) -> int:
-    """Of the tokens of a block, or some fewer."""
-    half = tokens // 2
-    return half // (least := STORED_TOKENS if half >= STORED_TOKENS else 8) * least
-
-
-def stage_nbytes(header: WeightHeader, tokens: int, rows: int, depth: int, act_nbytes: int = 2) -> int:
-    """Shared memory of a step: codes, factors and activations."""
-    sets = 0 if header.span == WHOLE else max(1, depth * TILE // header.span)
-    names = [name for name in (header.scale_dtype, header.mins_dtype) if name is not None]
-    factors = sets * TILE * (sum(FACTOR_NBYTES[name] for name in names) + ZERO_NBYTES * header.has_zeros)
-    return rows * (depth * 512 * header.dtype.nbits + factors) + tokens * depth * TILE * act_nbytes
-
-
-def planned(
-    header: WeightHeader, tokens: int, rows: int, splits: int, blocks: int, depth: int, nbytes: int, *,
-    registers: int | None = None, blocks_per_sm: int = 1, overlap: Overlap = "none", scaled: bool = False,
-    unit: Unit = "wgmma", sharing: int = 1, launched: int = 0, streamed: bool = False, act_nbytes: int = 2,
-) -> WarpgroupPlan | None:  # fmt: skip
-    """The plan with as many stages as `nbytes` of shared memory hold; None when they are too few."""
-    sums = (splits - 1 + blocks - 1) * tokens * rows * TILE * 4
-    stored = min(tokens, STORED_TOKENS) * rows * TILE * 2
-    stages = min(
-        (nbytes - SLACK_NBYTES - stored - sums) // stage_nbytes(header, tokens, rows, depth, act_nbytes), MOST_STAGES
-    )
-    stages -= stages % splits
-    if stages < max(2, splits * (2 if overlap == "steps" or scaled else 1)):
-        return None
-    return WarpgroupPlan(
-        tokens, rows, splits, blocks, depth, stages, registers, blocks_per_sm, overlap, scaled, unit, sharing, launched,
-        streamed,
-    )  # fmt: skip
 
 
 def warpgroup_plans(header: WeightHeader, m: int, num_sms: int) -> tuple[WarpgroupPlan, ...]:
@@ -227,13 +94,14 @@ def _tokens(m: int, tiles_n: int, tiles_k: int, num_sms: int) -> int:
         tokens = -(-m // parts)
         most = next((most for least, most in MOST_HALVED_K.items() if tokens > least), 0)
         if 2 * tiles_n * parts > num_sms or tiles_k > most:
-            return _width(tokens)
+            return width_of(tokens)
         parts *= 2
 
 
-def _width(tokens: int) -> int:
-    """A width of tiles for so many tokens: those behind the last one take long to copy (docs/performance.md)."""
-    unit = 8 if tokens <= 64 else 16  # so that there are not too many kernels
+def width_of(tokens: int, most_eights: int = 64) -> int:
+    """Of a tile for so many tokens: those behind the last one take long to copy (docs/performance.md). A multiple of 8, beyond
+    most_eights of 16, so that there are not too many kernels."""
+    unit = 8 if tokens <= most_eights else 16
     return -(-tokens // unit) * unit
 
 
@@ -304,6 +172,8 @@ def _between(
         planned(header, tokens, 1, 2, 3 - blocks, wide, SHARED_NBYTES, overlap="step"),
         planned(header, tokens, 1, 1, blocks, narrow, HALF_NBYTES, **half),
     ]
+    if many and tokens > 32 and tiles_k >= LONG_K and -(-tiles_n // num_sms) * num_sms > MUCH_IDLE * tiles_n:
+        yield _equal_shares(header, tokens, tiles_n, tiles_k, num_sms)
     if shared and tokens <= 32:  # room for blocks of the next kernel beside them
         yield planned(header, tokens, 1, 3, blocks, narrow, HALF_NBYTES)
     yield plans[3 if many else 1 if tokens == 32 and blocks == 1 else 0]
@@ -366,7 +236,7 @@ def _computing(
                 sharing=sharing,
                 launched=pairs,
             )
-    plans = [plan for tokens in _widths(m) for plan in _of_width(header, m, tokens, blocks, depth, tiles_n, num_sms)]
+    plans = [plan for tokens in _widths(m) for plan in _ofwidth_of(header, m, tokens, blocks, depth, tiles_n, num_sms)]
 
     def preference(plan: WarpgroupPlan) -> tuple[bool, float]:
         return not _may_fit(header, plan), _computing_us(plan, m, tiles_n, tiles_k, num_sms)
@@ -379,11 +249,11 @@ def _computing(
 def _widths(m: int) -> list[int]:
     """Of tiles of tokens, all of which but the last have as many, and that one not many fewer."""
     counts = range(-(-m // MOST_TILE), -(-m // LEAST_TILE) + 1)
-    widths = dict.fromkeys(_width(-(-m // count)) for count in counts)
+    widths = dict.fromkeys(width_of(-(-m // count)) for count in counts)
     return [width for width in widths if width >= LEAST_TILE]
 
 
-def _of_width(
+def _ofwidth_of(
     header: WeightHeader, m: int, tokens: int, blocks: int, depth: int, tiles_n: int, num_sms: int
 ) -> Iterator[WarpgroupPlan | None]:
     """Plans of tiles with so many tokens. blocks: along K, where one tile has all tokens. Of up to 128 tokens no weight is

@@ -7,7 +7,7 @@ from tilus import uint8
 from tilus.dtypes import DataType
 from tilus.kernels.quantize.tiles import TILE, WHOLE
 from tilus.kernels.warpgroup_operands import Shape, copy_weights, tile_nbytes
-from tilus.kernels.warpgroup_schedule import WarpgroupPlan
+from tilus.kernels.warpgroup_plan import WarpgroupPlan
 
 
 class Stages:

@@ -8,7 +8,7 @@ arXiv 2301.03598). Then shares are at least as long as a tile, so that no more t
 from __future__ import annotations
 
 import tilus
-from tilus.kernels.warpgroup_schedule import WarpgroupPlan
+from tilus.kernels.warpgroup_plan import WarpgroupPlan
 from tilus.kernels.warpgroup_sums import by_thread, from_thread
 
 BAND = 16  # rows of tiles that take turns, so that what they read again is found in the L2 cache
