@@ -326,7 +326,7 @@ def test_gates_need_no_registers_that_sums_do_not(m: int, activation: Any) -> No
     assert_no_spills(kernel, "sm_90a", *args, **values)
 
 
-# Of plans of each kind; the rest of what was timed (benchmarks/results/h100/gemm_other_shapes.json) in the exhaustive tests.
+# Of plans of each kind; the rest of what was timed (benchmarks/results/h100/gemm_plans_any_tokens.json) in the exhaustive tests.
 OTHER_SHAPES = [(18944, 3584), (3584, 18944), (10240, 8192), (4608, 3584), (11008, 2560), (14336, 4096), (4096, 4096)]
 KINDS = [(18944, 3584, 100), (18944, 3584, 333), (14336, 4096, 150), (4096, 4096, 200), (4096, 4096, 700)]
 

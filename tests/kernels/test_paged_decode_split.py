@@ -53,9 +53,8 @@ def parts_by_block(
     """counted: of each sequence the tokens that count; all by default."""
     firsts = first_units(counted or lengths, kv_heads, split.unit)
     units, result = firsts[-1], list[list[Part]]()
-    taking = sharing(units, blocks, split)
     for block in range(blocks):
-        begin, end = share(units, taking, block), share(units, taking, block + 1)
+        begin, end = share(units, blocks, block, split.fewer), share(units, blocks, block + 1, split.fewer)
         sequence = next((s for s in range(len(lengths)) if firsts[s + 1] > begin), 0)
         found = list[Part]()
         each_part(lengths, kv_heads, (sequence, firsts[sequence]), begin, end, split, found.append)
@@ -99,14 +98,14 @@ def check_batch(
     tokens_of: dict[tuple[int, int], list[range]] = {}
     seen_parts: dict[int, list[tuple[int, int, int]]] = {}
     units = first_units(lengths, kv_heads, unit)[-1]
-    taking = sharing(units, blocks, split)
+    taking = sharing(units, blocks, split.fewer)
     for number, block in enumerate(by_block):
         for part in block:
             assert (part.pair, part.length) == (part.sequence * kv_heads + part.head, lengths[part.sequence])
             assert part.token == (part.begin - part.first) * unit
             tokens_of.setdefault((part.sequence, part.head), []).append(range(part.token, part.end_token))
             seen_parts.setdefault(part.pair, []).append(parts_of(part, units, blocks, split))
-            assert owner(units, taking, part.begin) == owner(units, taking, part.end - 1) == number
+            assert {owner(units, blocks, unit, split.fewer) for unit in (part.begin, part.end - 1)} == {number}
             assert part.first <= part.begin < part.end <= part.last
     # Every token of every head is in one part.
     assert sorted(tokens_of) == [(s, h) for s in range(len(lengths)) for h in range(kv_heads)]
@@ -198,7 +197,7 @@ def test_fewer_blocks_are_faster(pairs: int, parts: int, together: int, unit_us:
         return unit_us * units / count + round_us * -(-count // pairs // together)
 
     for units in (pairs * parts, 1000 * pairs, 20000 * pairs, *(below - 1 for below, _ in fewer)):
-        count = sharing(units, pairs * parts, Split(16, fewer=fewer))
+        count = sharing(units, pairs * parts, fewer)
         assert count == pairs * parts or us(units, count) <= us(units, pairs * parts) * (1 + 1e-9)
         assert count % pairs == 0
     assert all(few >= min(parts, together) * pairs for _, few in fewer)

@@ -132,7 +132,7 @@ def test_no_step_needs_another_kernel(
     monkeypatch.setattr(CompilePool, "compile_all", lambda _, jobs, **__: needed.extend(job.args[:3] for job in jobs))
     tilus.compile_ahead(lambda: runner.rehearse(()))
     rehearsed = frozenset(needed)
-    assert 30 < len(rehearsed) < 80
+    assert 30 < len(rehearsed) < 100
     needed.clear()
     tilus.compile_ahead(lambda: [runner.launch(batch) for batch in random_batches(random.Random(0), 60)])
     assert needed and rehearsed.issuperset(needed)

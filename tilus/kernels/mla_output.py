@@ -19,8 +19,9 @@ def each_result(ring: Ring, exchange: Exchange, count: int, store: Callable[...,
     exchange.wait_ready()
     tiles = exchange.number(0)
     while tiles >= 0:
+        whole = exchange.number(1)
         exchange.take()
-        halves, log2 = weighted_sum(ring, exchange, tiles)
+        halves, log2 = weighted_sum(ring, exchange, tiles, whole)
         numbers = [exchange.number(index) for index in range(count)]
         exchange.take()
         store(halves, log2, *numbers)
@@ -28,11 +29,11 @@ def each_result(ring: Ring, exchange: Exchange, count: int, store: Callable[...,
         tiles = exchange.number(0)
 
 
-def weighted_sum(ring: Ring, exchange: Exchange, tiles: Any) -> Any:
+def weighted_sum(ring: Ring, exchange: Exchange, tiles: Any, whole: Any) -> Any:
     """(softmax-weighted sums of the first and the second half of the latents, [64, HALF] each; their logarithms [64, 1]).
 
     An instruction's accumulators have to fit into the 128 registers of a thread with which the block starts, so they are halves.
-    The last message is not taken: it says where the result goes.
+    The last message is not taken: it says where the result goes. whole: how many of the tiles end with or before the part.
     """
     extents = (ROWS, HALF, ring.tiles.shape[1])
     first, second = tilus.zeros([ROWS, HALF]), tilus.zeros([ROWS, HALF])
@@ -45,7 +46,7 @@ def weighted_sum(ring: Ring, exchange: Exchange, tiles: Any) -> Any:
         second = tilus.wgmma(weights, tokens, second, shape=extents, y_offsets=[0, HALF], y_transposed=True)
         tilus.wgmma_wait()
         exchange.take()
-        ring.give_back(index == tiles - 1)
+        ring.give_back(index == whole)
         ring.advance()
     exchange.wait_ready()
     factor, log2 = exchange.factor(0), exchange.factor(1)

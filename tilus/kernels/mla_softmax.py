@@ -29,7 +29,8 @@ class Scores(OnlineSoftmax):
         limits = (tilus.arange(ROWS, shape=[ROWS, 1]) + first_row) // self.heads + limit
         key = tilus.arange(tile, shape=[1, tile], axis=1)
         exchange.wait_taken()
-        exchange.give(numbers=(tilus.cdiv(max(end_token - token, 0), tile),))
+        count = max(end_token - token, 0)
+        exchange.give(numbers=(tilus.cdiv(count, tile), count // tile))
         self.queries.wait_full()
         for first in tilus.range(token, end_token, tile):
             tokens = ring.wait_full()

@@ -56,8 +56,8 @@ class Ring:
         return self.tiles[self.stage]
 
     def give_back(self, written: Any) -> None:
-        """All blocks that bring parts of this stage may fill it again. written: whether this block may have changed the tile, as
-        the last one of a part; their copies must then not be overtaken by what it wrote."""
+        """All blocks that bring parts of this stage may fill it again. written: whether this block has changed the tile, as one
+        that a part ends inside of; their copies must then not be overtaken by what it wrote."""
         if self.cluster == 1:
             tilus.arrive(self.empty[self.stage])
         elif written:
@@ -99,8 +99,9 @@ class Ring:
 class Exchange:
     """What the warps with scores tell those with results, in order; each message has a slot, and waits until it is free.
 
-    Of a part first the number of its tiles; of each tile its weights [64, tokens] and the factors [64] of what was added up
-    before; then where the result goes, what it is multiplied by and its logarithm. Behind the last part a number below zero.
+    Of a part first the numbers of its tiles and of whole ones; of each tile its weights [64, tokens] and the factors [64] of
+    what was added up before; then where the result goes, what it is multiplied by and its logarithm. Behind the last part a
+    number below zero.
     weights: [slots, 64, tokens]. factors: f32 [slots, 2, 64]. numbers: int32 [slots, NUMBERS].
     """
 

@@ -74,41 +74,49 @@ def passed_of(length: Any, split: Split) -> Any:
     return 0 if split.recent is None else max(length - split.recent, 0) // split.page_size * split.page_size
 
 
-def share(units: Any, blocks: Any, block: Any) -> Any:
+def share(units: Any, blocks: Any, block: Any, fewer: tuple[tuple[int, int], ...] = ()) -> Any:
     """The first unit of a block, units * block / blocks: blocks that are several for each of equal pairs begin with them, also
     where the units do not come out even. Of fewer units than blocks the first blocks have one each.
 
-    Fewer than 2^31 units and up to MOST_BLOCKS blocks.
+    Fewer than 2^31 units and up to MOST_BLOCKS blocks. fewer: as `Split.fewer`. Each number of blocks is one that a kernel knows
+    when it is compiled, as dividing by others takes long.
     """
-    taking = taking_of(units, blocks)
-    number = min(block, taking)
-    return number * (units // taking) + number * (units % taking) // taking
+    first = _even(units, blocks, block)
+    for below, few in fewer:
+        first = _even(units, few, block) if units < below else first
+    return first
 
 
-def owner(units: Any, blocks: Any, unit: Any) -> Any:
+def _even(units: Any, blocks: Any, block: Any) -> Any:
+    number = min(block, blocks)
+    even = number * (units // blocks) + number * (units % blocks) // blocks
+    return min(number, units) if units < blocks else even
+
+
+def owner(units: Any, blocks: Any, unit: Any, fewer: tuple[tuple[int, int], ...] = ()) -> Any:
     """The block that has a unit: the inverse of `share`."""
-    coarse = 0 if units < FINE_UNITS else COARSE
-    numbers = max(units >> coarse, 1)
-    block = (((unit >> coarse) + 1) * taking_of(units, blocks) - 1) // numbers  # or, of coarse numbers, the next one
-    return block - 1 if share(units, blocks, block) > unit else block
+    taking = sharing(units, blocks, fewer)
+    block = unit  # a variable: computed once, not at each use
+    if units >= taking:
+        coarse = 0 if units < FINE_UNITS else COARSE
+        numbers = max(units >> coarse, 1)
+        block = (((unit >> coarse) + 1) * taking - 1) // numbers  # or, of coarse numbers, the next one
+        if share(units, blocks, block, fewer) > unit:
+            block = block - 1
+    return block
 
 
-def taking_of(units: Any, blocks: Any) -> Any:
-    """How many blocks have units."""
-    return max(min(units, blocks), 1)
-
-
-def sharing(units: Any, blocks: Any, split: Split) -> Any:
+def sharing(units: Any, blocks: Any, fewer: tuple[tuple[int, int], ...]) -> Any:
     """How many of the blocks are to share the units of a batch."""
-    for below, few in split.fewer:
+    for below, few in fewer:
         blocks = few if units < below else blocks
     return blocks
 
 
-def owners(units: Any, blocks: Any, first: Any, last: Any) -> Any:
+def owners(units: Any, blocks: Any, first: Any, last: Any, fewer: tuple[tuple[int, int], ...] = ()) -> Any:
     """(the block that has unit `first`, how many blocks have units from that to before `last`)"""
-    block = owner(units, blocks, first)
-    return block, owner(units, blocks, max(last - 1, 0)) - block + 1
+    block = owner(units, blocks, first, fewer)
+    return block, owner(units, blocks, max(last - 1, 0), fewer) - block + 1
 
 
 def parts_of(part: Part, units: Any, blocks: Any, split: Split) -> Any:
@@ -119,9 +127,8 @@ def parts_of(part: Part, units: Any, blocks: Any, split: Split) -> Any:
     """
     if split.fixed:
         return part.last - part.first, part.begin - part.first, part.first
-    blocks = sharing(units, blocks, split)
-    block, count = owners(units, blocks, part.first, part.last)
-    return count, owner(units, blocks, part.begin) - block, block + part.pair
+    block, count = owners(units, blocks, part.first, part.last, split.fewer)
+    return count, owner(units, blocks, part.begin, split.fewer) - block, block + part.pair
 
 
 def places(pairs: int, max_tokens: int, blocks: int, split: Split) -> int:
@@ -199,8 +206,7 @@ def find_share(lengths: Any, kv_heads: Any, split: Split, warps: int, blocks: in
     for at in tilus.range(LENGTHS, lengths.shape[0], LENGTHS):
         behind = behind + tilus.item(tilus.sum(_units(lengths, at, split, warps))) * kv_heads
     units = max(behind, 1)
-    blocks = sharing(units, blocks, split)
-    begin, end = share(units, blocks, block), share(units, blocks, block + 1)
+    begin, end = share(units, blocks, block, split.fewer), share(units, blocks, block + 1, split.fewer)
     sequence, first = _passed(ends, begin, 0, lengths)
     for at in tilus.range(LENGTHS, lengths.shape[0], LENGTHS):
         ends = count + tilus.cumsum(_units(lengths, at, split, warps)) * kv_heads

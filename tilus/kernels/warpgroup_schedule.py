@@ -27,7 +27,7 @@ LEAST_WAVES = 4
 # Tokens of a tile, of plans for more than 64; with equal shares no registers are left for more than MOST_STREAMED.
 LEAST_TILE, MOST_TILE, MOST_STREAMED = 80, 256, 208
 # What tensor cores of an H100 take for a step of 128 columns, microseconds of a block and of each of its tokens, by rows of
-# tiles, whether it is scaled, and streamed, and blocks a multiprocessor: fitted to benchmarks/results/h100/gemm_any_tokens.json.
+# tiles, whether it is scaled, and streamed, and blocks a multiprocessor: fitted to results/h100/gemm_plans_any_tokens.json.
 STEP_US = {
     (1, False, False, 1): (0.146, 2.36e-3),
     (2, False, False, 1): (0.310, 3.62e-3),
