@@ -186,6 +186,7 @@ def _between(
 
 
 def _equal_shares(header: WeightHeader, tokens: int, tiles_n: int, tiles_k: int, num_sms: int) -> WarpgroupPlan | None:
+    """Of the steps of all tiles, one for each multiprocessor; None where whole tiles leave too few of them idle."""
     if not _streams(tiles_n, num_sms):
         return None
     return planned(
@@ -200,7 +201,7 @@ def _four_warpgroups(
     """Of more than two rows of tiles for each multiprocessor: as many warps as registers suffice for hide what each waits for.
 
     Two rows that share activations, of which half as many bytes come then, unless multiprocessors then have more rows to do; else
-    two warpgroups along K.
+    equal shares for more than 16 tokens, and two warpgroups along K.
     """
     if tiles_n <= 2 * num_sms or header.mins_dtype is not None or header.dtype.nbits > 6:
         return
@@ -224,19 +225,9 @@ def _computing(
     if blocks_of_all >= LEAST_WAVES * num_sms:
         for sharing in (2, 1):
             yield planned(
-                header,
-                MOST_TILE,
-                2,
-                1,
-                1,
-                depth,
-                SHARED_NBYTES,
-                registers=208,
-                scaled=True,
-                sharing=sharing,
-                launched=pairs,
-            )
-    plans = [plan for tokens in _widths(m) for plan in _ofwidth_of(header, m, tokens, blocks, depth, tiles_n, num_sms)]
+                header, MOST_TILE, 2, 1, 1, depth, SHARED_NBYTES, registers=208, scaled=True, sharing=sharing, launched=pairs
+            )  # fmt: skip
+    plans = [plan for tokens in _widths(m) for plan in _of_width(header, m, tokens, blocks, depth, tiles_n, num_sms)]
 
     def preference(plan: WarpgroupPlan) -> tuple[bool, float]:
         return not _may_fit(header, plan), _computing_us(plan, m, tiles_n, tiles_k, num_sms)
@@ -253,7 +244,7 @@ def _widths(m: int) -> list[int]:
     return [width for width in widths if width >= LEAST_TILE]
 
 
-def _ofwidth_of(
+def _of_width(
     header: WeightHeader, m: int, tokens: int, blocks: int, depth: int, tiles_n: int, num_sms: int
 ) -> Iterator[WarpgroupPlan | None]:
     """Plans of tiles with so many tokens. blocks: along K, where one tile has all tokens. Of up to 128 tokens no weight is
