@@ -120,6 +120,21 @@ def test_scaled_weights_are_rounded_once_more(device: str, plan: WarpgroupPlan, 
     assert difference.max() > 2.0**-18 * sizes.max()  # it is another kernel than the exact one
 
 
+@pytest.mark.parametrize("device", DEVICES[1:])  # numpy promises no bits
+@pytest.mark.parametrize("shares", [{}, {"launched": 3, "streamed": True}], ids=["whole tiles", "equal shares"])
+def test_a_token_has_the_same_bits_in_a_tile_that_lacks_some(shares: dict[str, Any], device: str) -> None:
+    """However many tiles have it, and whichever of them is stored last."""
+    plan = WarpgroupPlan(80, 1, 1, 1, 1, 2, 232, **shares)
+    matrix = matrix_of("symmetric", tilus.uint4, 128, 448, 64)
+    x, packed = torch.randn(160, 448, generator=torch.Generator().manual_seed(2)).half(), pack(matrix, "cpu", "mma")
+    found = []
+    for m in (160, 101):
+        y = torch.full((m, 128), torch.nan)
+        launch(x[:m].contiguous(), packed, y, None, plan, device)
+        found.append(y[:101])
+    assert torch.equal(*found)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [8, 16, 24, 40, 64, 80, 128, 160, 256])
 def test_any_number_of_tokens(tokens: int) -> None:

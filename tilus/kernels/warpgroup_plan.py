@@ -68,8 +68,10 @@ class WarpgroupPlan:
     @property
     def overlaps(self) -> bool:
         """Whether the last of several tiles begins with tokens of the one in front, so that none lie behind the end: copies take
-        long for those (docs/performance.md). Small tiles have so few of them that it shows less than what it takes."""
-        return self.tokens > 64
+        long for those (docs/performance.md). Small tiles have so few of them that it shows less than what it takes. With equal
+        shares of steps a token's bits would depend on which of its two tiles is stored last, as they are cut in different places.
+        """
+        return self.tokens > 64 and not self.streamed
 
     def shape(self, span: int) -> Shape:
         """Of its steps. More pieces a step, where registers of one are to be free while tensor cores read those of another."""
