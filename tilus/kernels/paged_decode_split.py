@@ -78,8 +78,8 @@ def share(units: Any, blocks: Any, block: Any, fewer: tuple[tuple[int, int], ...
     """The first unit of a block, units * block / blocks: blocks that are several for each of equal pairs begin with them, also
     where the units do not come out even. Of fewer units than blocks the first blocks have one each.
 
-    Fewer than 2^31 units and up to MOST_BLOCKS blocks. fewer: as `Split.fewer`. Each number of blocks is one that a kernel knows
-    when it is compiled, as dividing by others takes long.
+    Fewer than 2^31 units and up to MOST_BLOCKS blocks. fewer: as `Split.fewer`. Dividing by numbers of blocks
+    that a kernel does not know when it is compiled takes long: `paged_decode_kernel` knows all of them.
     """
     first = _even(units, blocks, block)
     for below, few in fewer:

@@ -110,30 +110,53 @@ def warpgroup_linear(
             unpacked = unpacking(wdtype, (scale_dtype, mins_dtype), x, x_scale, zeros, entries, shape)
             scaling = (global_scale * 2.0**unpacked.exponent, x_scale)
             results = Results(y, after, plan, activation, scaling, bias, roots)
-            for index in tiles.numbers():
-                row_tile, token = tiles.start(index)
-                begin, end = tiles.extent(index)
-                once = unpacked.whole(factors, row_tile) if span == WHOLE else None
-                first = tiles.before(index)
-                stages.begin_tile(first)
-                # Each warpgroup always takes the same stages, so that it sees all their phases.
-                turn = (split + first * (splits - 1)) % splits if plan.launched else split
-                total = sum_of_steps(unpacked, stages, once, turn, end - begin, plan)
-                if split > 0:
-                    own_sums.give(total, split, index)
-                else:
-                    results.begin(token, row_tile)
-                    total = own_sums.added_to(total, index)
-                    if tiles.part > 0:
-                        all_sums.give(total, tiles.part, block=tiles.own)
-                    else:
-                        total, complete = all_sums.added_to(total), 1
-                        if plan.streamed:
-                            total, complete = tiles.joined(total, partial, tickets, index)
-                        roots.wait(index)
-                        if complete == 1:
-                            results.store(total, token, row_tile)
-                        roots.free()
+            work = Multiplying(tiles, stages, factors, (own_sums, all_sums), roots, (partial, tickets))
+            work.each_tile(split, unpacked, results)
+
+
+class Multiplying:
+    """What a warpgroup does of each tile of its block: the products of its steps, and of the first one what becomes of all sums.
+
+    sums: of the warpgroups along K, and of the blocks along K. joint: sums and tickets of tiles in which two blocks meet.
+    """
+
+    def __init__(self, tiles: Tiles, stages: Stages, factors, sums, roots: RootMeanSquares, joint):
+        self.tiles, self.stages, self.factors, self.roots = tiles, stages, factors, roots
+        self.own_sums, self.all_sums = sums
+        self.joint = joint
+
+    def each_tile(self, split: int, unpacked: Unpacking, results: Results):
+        """split: which of the warpgroups along K this is."""
+        tiles, stages, plan = self.tiles, self.stages, self.tiles.plan
+        for index in tiles.numbers():
+            row_tile, token = tiles.start(index)
+            begin, end = tiles.extent(index)
+            once = unpacked.whole(self.factors, row_tile) if unpacked.shape.span == WHOLE else None
+            first = tiles.before(index)
+            stages.begin_tile(first)
+            # Each warpgroup always takes the same stages, so that it sees all their phases.
+            turn = (split + first * (plan.splits - 1)) % plan.splits if plan.launched else split
+            total = sum_of_steps(unpacked, stages, once, turn, end - begin, plan)
+            if split > 0:
+                self.own_sums.give(total, split, index)
+            else:
+                results.begin(token, row_tile)
+                self.store(self.own_sums.added_to(total, index), index, results)
+
+    def store(self, total, index, results: Results):
+        """Of the sums of this block, which another one may have to add to its own."""
+        tiles, (partial, tickets) = self.tiles, self.joint
+        if tiles.part > 0:
+            self.all_sums.give(total, tiles.part, block=tiles.own)
+        else:
+            row_tile, token = tiles.start(index)
+            total, complete = self.all_sums.added_to(total), 1
+            if tiles.plan.streamed:
+                total, complete = tiles.joined(total, partial, tickets, index)
+            self.roots.wait(index)
+            if complete == 1:
+                results.store(total, token, row_tile)
+            self.roots.free()
 
 
 def unpacking(wdtype, factor_dtypes, x, x_scale, zeros, entries, shape):
