@@ -215,9 +215,10 @@ def test_assembles_without_spills(q_len: int, heads: int, page_size: int, fixed:
     partial = torch.zeros(6, eights, 8, 512)
     special = mla_decode_kernel.specialize(
         torch.zeros(8 * rows, 576, dtype=half), torch.zeros(5, 2, page_size, 576, dtype=half)[:, 1], integers, integers[0],
-        torch.zeros(8 * blocks, eights, 1, 8, 512, dtype=half), partial, partial[..., 0].contiguous(), integers[1], 1.0, 132,
+        torch.zeros(8 * blocks, eights, 1, 8, 512, dtype=half), partial, partial[..., 0].contiguous(), integers[1], 1.0,
         torch.zeros(8 * blocks, eights, 1, 8) if with_lse else None, width=576, latent=512, q_len=q_len, heads=heads,
-        groups=blocks // plan.cluster, eights=eights, page_size=page_size, split=Split(256, fixed), plan=plan,
+        groups=blocks // plan.cluster, eights=eights, page_size=page_size, teams=132 // plan.cluster,
+        split=Split(256, fixed), plan=plan,
     )  # fmt: skip
     compiled, cubin = build(special.function, get_target("sm_90a"))
     assert cubin and ("multicast" in compiled.ptx) == (blocks % 2 == 0)

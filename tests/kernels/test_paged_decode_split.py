@@ -27,6 +27,7 @@ from tilus.kernels.paged_decode_split import (
     places,
     share,
     sharing,
+    with_whole_pairs,
 )
 
 Array = npt.NDArray[Any]
@@ -104,7 +105,7 @@ def check_batch(
             assert (part.pair, part.length) == (part.sequence * kv_heads + part.head, lengths[part.sequence])
             assert part.token == (part.begin - part.first) * unit
             tokens_of.setdefault((part.sequence, part.head), []).append(range(part.token, part.end_token))
-            seen_parts.setdefault(part.pair, []).append(parts_of(part, units, blocks, split))
+            seen_parts.setdefault(part.pair, []).append(parts_of(part, units, blocks, split, number))
             assert {owner(units, blocks, unit, split.fewer) for unit in (part.begin, part.end - 1)} == {number}
             assert part.first <= part.begin < part.end <= part.last
     # Every token of every head is in one part.
@@ -265,3 +266,12 @@ def test_kernels_find_where_they_begin(device: str) -> None:
             sequence = next(s for s in range(count) if firsts[s + 1] > begin)
             behind = share(firsts[-1], blocks, block + 1)
             assert found[block].tolist() == [sequence, firsts[sequence], firsts[-1], begin, behind]
+
+
+def test_short_rests_are_not_cut() -> None:
+    """512 pairs for 264 blocks: two each for 256 of them, and 64 pairs: four blocks for each; where that leaves less than `least`
+    of the blocks they stay."""
+    assert with_whole_pairs(264, 512) == 256 and with_whole_pairs(132, 264) == 132
+    assert with_whole_pairs(264, 64) == 256 and with_whole_pairs(132, 100) == 132
+    assert with_whole_pairs(264, 270) == 264 and with_whole_pairs(7, 3) == 7
+    assert with_whole_pairs(264, 56) == 264 and with_whole_pairs(264, 56, 0.8) == 224

@@ -19,7 +19,7 @@ from tilus.kernels import paged_decode
 from tilus.kernels.attention_variant import AS_IT_IS, NO_VARIANT, Variant
 from tilus.kernels.kv_cache import KV_FORMATS, quantized_cache
 from tilus.kernels.paged_decode import units_of_codes
-from tilus.kernels.paged_decode_split import share, with_whole_pairs
+from tilus.kernels.paged_decode_split import share
 from tilus.kernels.paged_prefill import as_f16
 from tilus.kernels.shared_prefix import (
     find_shared_prefixes,
@@ -399,9 +399,3 @@ def test_groups_of_any_number_of_sequences_assemble_without_spills(sequences: in
         lanes=1 << (sequences - 1).bit_length(),
     )  # fmt: skip
     assert build(special.function, get_target("sm_90a"))[1]
-
-
-def test_short_rests_are_not_cut() -> None:
-    """512 pairs for 264 blocks: two each for 256 of them; where that leaves out more than a twentieth of the blocks they stay."""
-    assert with_whole_pairs(264, 512) == 256 and with_whole_pairs(132, 264) == 132
-    assert with_whole_pairs(264, 270) == 264 and with_whole_pairs(7, 3) == 7

@@ -38,7 +38,7 @@ from tilus.kernels.mla_stages import (
     WIDTH,
     BlockMemory,
 )
-from tilus.kernels.paged_decode_split import Split, each_part, find_share, parts_of, places, units_of
+from tilus.kernels.paged_decode_split import Split, each_part, find_share, parts_of, places, units_of, with_whole_pairs
 from tilus.kernels.plan_choice import num_sms_of
 from tilus.runtime.execute import place
 
@@ -71,7 +71,6 @@ def mla_decode_kernel(
     partial_lse: Tensor[f32, "places", "eights", 8],
     tickets: Tensor[int32, "count"],
     scale_log2: float,
-    teams: int32,
     lse: Tensor[f32, "row_blocks", "eights", 1, 8] = None,
     *,
     width: Const,
@@ -81,6 +80,7 @@ def mla_decode_kernel(
     groups: Const,
     eights: Const,
     page_size: Const,
+    teams: Const,
     split: Const,
     plan: Const,
 ):
@@ -93,7 +93,8 @@ def mla_decode_kernel(
     memory = BlockMemory(q.dtype, width, plan)
     tilus.wait_dependencies()
     rank = tilus.cluster_rank() if cluster > 1 else 0
-    units, begin, end, start = find_share(kv_lens, groups, split, WARPS, teams, tilus.block_id(0) // cluster)
+    team = tilus.block_id(0) // cluster
+    units, begin, end, start = find_share(kv_lens, groups, split, WARPS, teams, team)
     if cluster > 1:
         tilus.cluster_sync()
 
@@ -114,8 +115,8 @@ def mla_decode_kernel(
 
         def weigh(part):
             first_row = (part.head * cluster + rank) * (eights * EIGHT)
+            count, index, first_place = parts_of(part, units, teams, split, team)  # while the part's latents come
             scores.attend(part.token, part.end_token, part.length - q_len + 1, first_row)
-            count, index, first_place = parts_of(part, units, teams, split)
             scores.finish((part.pair * cluster + rank, count, first_place, index))
 
         each_part(kv_lens, groups, start, begin, end, split, weigh)
@@ -173,7 +174,7 @@ def mla_decode(
             split, most = Split(UNIT), pairs * parts_of_sequence(max_tokens, min(q_len * heads, ROWS))
         else:
             split, most = Split(fixed_split, fixed=True), pairs * units_of(max_tokens, fixed_split)
-        teams = max(1, min(num_sms_of(q, where) // plan.cluster, most))
+        teams = max(1, min(with_whole_pairs(num_sms_of(q, where) // plan.cluster, pairs), most))
         out, lse = launch(q, cache, block_tables, kv_lens, scale, plan, split, teams, return_lse, device)
     return (out, lse) if return_lse else out
 
@@ -193,10 +194,10 @@ def launch(
         mla_decode_kernel.on(device)(
             q.flatten(0, 2), cache, block_tables, kv_lens, out.view(blocks, eights, 1, EIGHT, LATENT),
             empty(q, (most, eights, EIGHT, LATENT), "float32"), empty(q, (most, eights, EIGHT), "float32"),
-            counters(q, blocks), scale * math.log2(math.e), teams,
+            counters(q, blocks), scale * math.log2(math.e),
             None if lse is None else lse.view(blocks, eights, 1, EIGHT),
             width=WIDTH, latent=LATENT, q_len=q_len, heads=heads, groups=groups, eights=eights, page_size=page_size,
-            split=split, plan=plan,
+            teams=teams, split=split, plan=plan,
         )  # fmt: skip
     return out, lse
 

@@ -59,6 +59,7 @@ MOST_FACTORS_NBYTES = 4  # of a token's keys or values
 BLOCK_NBYTES_US = (
     45_000  # that a block reads in a microsecond where others leave it the memory (fitted to times of an H100)
 )
+LEAST_BLOCKS = 0.8  # of those that run at once, so that pairs are cut less (fitted, likewise)
 MERGE_US = 1.2  # of a round of partial results that the last block of a pair adds up
 
 
@@ -117,7 +118,8 @@ def paged_decode_kernel(
     constant = [kv_lens, block_tables, *([kv_cache, factors] if settled else [])] if early else []
     if not early:
         tilus.wait_dependencies()
-    units, begin, end, start = find_share(kv_lens, kv_heads, split, warps + 1, blocks, tilus.block_id(0))
+    block = tilus.block_id(0)
+    units, begin, end, start = find_share(kv_lens, kv_heads, split, warps + 1, blocks, block)
 
     with tilus.warps(warps, 1):
         filling = Filling(memory.stages(), kv_cache, factors, block_tables, constant, q_len if settled else None)
@@ -132,8 +134,8 @@ def paged_decode_kernel(
         attending = Attending(columns, operands_of(kind, columns), memory.stages(), scale_log2, memory.kinds, changed)
 
         def attend(part):
+            count, index, place = parts_of(part, units, blocks, split, block)  # while the part's tokens come
             result, result_lse = attending.result_of(part, q)
-            count, index, place = parts_of(part, units, blocks, split)
             results.store(part, count, index, place, result, result_lse)
 
         each_part(kv_lens, kv_heads, start, begin, end, split, attend)
@@ -216,7 +218,7 @@ def by_plans(
         unit = min(plan.tile, page_size) if fixed_split is None else fixed_split
         split = Split(unit, fixed_split is not None, recent, 1 if recent is None else page_size)
         units = pairs * units_of(block_tables.shape[1] * page_size, split.unit)
-        blocks = with_whole_pairs(blocks_of(pairs, units, num_sms, plan), pairs)
+        blocks = blocks_of(pairs, units, num_sms, plan)
         if fixed_split is None:
             columns = Columns(q.shape[1], q.shape[2] // kv_heads, head_dim, plan.warps, plan.column_groups)
             split = replace(split, fewer=fewer(pairs, blocks, columns, unit, nbits_of(kv_cache)))
@@ -344,6 +346,5 @@ def stage_nbytes(tile: int, head_dim: int, nbits: int) -> int:
 
 
 def blocks_of(pairs: int, units: int, num_sms: int, plan: DecodePlan) -> int:
-    """As many as run at once; a little fewer where pairs of equal lengths then have blocks of their own, and less is merged."""
-    most = num_sms * plan.blocks_per_sm
-    return max(1, min(most // pairs * pairs if pairs <= most else most, units))
+    """As many as run at once, or a few less (`with_whole_pairs`), and no more than there are units."""
+    return max(1, min(with_whole_pairs(num_sms * plan.blocks_per_sm, pairs, LEAST_BLOCKS), units))

@@ -83,14 +83,13 @@ def share(units: Any, blocks: Any, block: Any, fewer: tuple[tuple[int, int], ...
     """
     first = _even(units, blocks, block)
     for below, few in fewer:
-        first = _even(units, few, block) if units < below else first
+        first = _even(units, few, min(block, few)) if units < below else first
     return first
 
 
 def _even(units: Any, blocks: Any, block: Any) -> Any:
-    number = min(block, blocks)
-    even = number * (units // blocks) + number * (units % blocks) // blocks
-    return min(number, units) if units < blocks else even
+    even = block * (units // blocks) + block * (units % blocks) // blocks
+    return min(block, units) if units < blocks else even
 
 
 def owner(units: Any, blocks: Any, unit: Any, fewer: tuple[tuple[int, int], ...] = ()) -> Any:
@@ -119,16 +118,17 @@ def owners(units: Any, blocks: Any, first: Any, last: Any, fewer: tuple[tuple[in
     return block, owner(units, blocks, max(last - 1, 0), fewer) - block + 1
 
 
-def parts_of(part: Part, units: Any, blocks: Any, split: Split) -> Any:
-    """(how many parts the pair of a part has, which of them it is, the place of the pair's first one among partial results).
+def parts_of(part: Part, units: Any, blocks: Any, split: Split, block: Any) -> Any:
+    """(how many parts the pair of a block's part has, which of them it is, the place of the pair's first one among partial
+    results).
 
     Places of different pairs are different: pairs in several blocks begin in different ones, and the number of the pair keeps
     them apart where one ends in the block in which the next begins. All are below `places`.
     """
     if split.fixed:
         return part.last - part.first, part.begin - part.first, part.first
-    block, count = owners(units, blocks, part.first, part.last, split.fewer)
-    return count, owner(units, blocks, part.begin, split.fewer) - block, block + part.pair
+    first, count = owners(units, blocks, part.first, part.last, split.fewer)
+    return count, block - first, first + part.pair
 
 
 def places(pairs: int, max_tokens: int, blocks: int, split: Split) -> int:
@@ -136,10 +136,12 @@ def places(pairs: int, max_tokens: int, blocks: int, split: Split) -> int:
     return pairs * units_of(max_tokens, split.unit) if split.fixed else pairs + blocks
 
 
-def with_whole_pairs(blocks: int, pairs: int) -> int:
-    """A few blocks less where each of them then has whole pairs, if sequences are as long: short rests are better not cut."""
+def with_whole_pairs(blocks: int, pairs: int, least: float = 0.95) -> int:
+    """A few blocks less where each of them then has whole pairs, or each pair has blocks of its own, if sequences are as long:
+    short rests are better not cut. least: the share of the blocks that is to be left."""
     each = -(-pairs // blocks)
-    return pairs // each if pairs % each == 0 and pairs // each > 0.95 * blocks else blocks
+    whole = blocks // pairs * pairs if pairs < blocks else pairs // each if pairs % each == 0 else 0
+    return whole if whole > least * blocks else blocks
 
 
 def fewer_blocks(
