@@ -384,8 +384,9 @@ def test_assembles_without_spills(head_dim: int, group: int, page_size: int, q_l
     assert_assembles(head_dim, group, page_size, q_len, name)
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("name", sorted(KV_FORMATS))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "int4" else pytest.mark.exhaustive) for name in sorted(KV_FORMATS)]
+)
 def test_codes_of_the_usual_shape_assemble_by_the_first_plan(name: str) -> None:
     assert_assembles(*KINDS[0], name, most=1)
 

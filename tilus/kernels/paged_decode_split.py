@@ -89,7 +89,7 @@ def share(units: Any, blocks: Any, block: Any, fewer: tuple[tuple[int, int], ...
 
 def _even(units: Any, blocks: Any, block: Any) -> Any:
     even = block * (units // blocks) + block * (units % blocks) // blocks
-    return min(block, units) if units < blocks else even
+    return max(even, min(block, units) if units < blocks else 0)  # takes a register less than one or the other
 
 
 def owner(units: Any, blocks: Any, unit: Any, fewer: tuple[tuple[int, int], ...] = ()) -> Any:
