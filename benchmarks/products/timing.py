@@ -67,19 +67,26 @@ class Timer:
         """
         for action in actions:  # compile, load and allocate before the capture
             action()
-        once = self._intervals(lambda: [action() for action in actions], 1)[0]
+        once = self._intervals(self._captured(actions, 1).replay, 2)[
+            1
+        ]  # the GPU's time: Python may take longer to launch
         passes = max(1, round(GRAPH_US / once))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-            for _ in range(passes):
-                for action in actions:
-                    action()
+        graph = self._captured(actions, passes)
         most = self.replays if replays is None else replays
         count = min(most, max(FEWEST_REPLAYS, round(MEASURED_US / (once * passes))))
         poison(outputs)
         warm_up = 1 + round(WARM_UP_US / (once * passes))
         times = self._intervals(graph.replay, warm_up + count)[warm_up:]
         return round(statistics.median(times) / (passes * len(actions)), 3)
+
+    @staticmethod
+    def _captured(actions: Sequence[Action], passes: int) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            for _ in range(passes):
+                for action in actions:
+                    action()
+        return graph
 
     def eager_us(self, actions: Sequence[Action]) -> float:
         """Median microseconds of one action when Python launches all in turn, over and over, without a graph: with whatever the

@@ -57,7 +57,7 @@ def decode(name: str | None) -> Specialization:
     cache, factors, kind = cached(name)
     q, partial = torch.zeros(8, 1, 2, 4, 128).bfloat16(), torch.zeros(9, 1, 4, 128)
     nbits = 16 if kind is None else kind.code.nbits
-    plan = next(plans(1, 4, 128, 16, nbits, crowded=False))
+    plan = plans(1, 4, 128, 16, nbits, crowded=False)[0]
     return paged_decode_kernel.specialize(
         q, cache, INTEGERS, INTEGERS[0], q, partial, partial[..., 0].contiguous(), INTEGERS[0], 1.0, None, factors, q_len=1,
         group=4, head_dim=128, page_size=16, blocks=132, split=Split(16), plan=plan, kind=kind,

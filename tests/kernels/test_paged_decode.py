@@ -42,7 +42,7 @@ def without_spills(candidates: Iterable[DecodePlan], launch_by: Callable[[Decode
 
 
 def plan_for(q_len: int, batch: Batch, crowded: bool = False) -> DecodePlan:
-    return next(plans(q_len, batch.group, batch.head_dim, batch.page_size, 16, crowded))
+    return plans(q_len, batch.group, batch.head_dim, batch.page_size, 16, crowded)[0]
 
 
 def run(

@@ -19,6 +19,7 @@ Online softmax: M. Milakov and N. Gimelshein, arXiv 1805.02867.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -220,8 +221,7 @@ def by_plans(
         units = pairs * units_of(block_tables.shape[1] * page_size, split.unit)
         blocks = blocks_of(pairs, units, num_sms, plan)
         if fixed_split is None:
-            columns = Columns(q.shape[1], q.shape[2] // kv_heads, head_dim, plan.warps, plan.column_groups)
-            split = replace(split, fewer=fewer(pairs, blocks, columns, unit, nbits_of(kv_cache)))
+            split = replace(split, fewer=fewer(pairs, blocks, *shape[:3], plan, unit, shape[4]))
         return launch(
             q, kv_cache, block_tables, kv_lens, scale, plan, split, blocks, return_lse, device, constant_tables, given,
             out, constant_past,
@@ -230,10 +230,13 @@ def by_plans(
     return by_fitting_plan(_found, key, plans(*shape), by)
 
 
-def fewer(pairs: int, blocks: int, columns: Columns, unit: int, nbits: int) -> tuple[tuple[int, int], ...]:
+@functools.lru_cache(maxsize=1024)  # layouts take a tenth of a millisecond, several times what the rest of a call does
+def fewer(
+    pairs: int, blocks: int, q_len: int, group: int, head_dim: int, plan: DecodePlan, unit: int, nbits: int
+) -> tuple[tuple[int, int], ...]:  # fmt: skip
     """`Split.fewer` of a launch. unit: tokens; nbits: of a cached element."""
-    together, turns = columns.merged_parts()
-    nbytes = unit * 2 * columns.head_dim * max(nbits, 8) // 8  # 4 bits take as long as 8 to a block that need not wait
+    together, turns = Columns(q_len, group, head_dim, plan.warps, plan.column_groups).merged_parts()
+    nbytes = unit * 2 * head_dim * max(nbits, 8) // 8  # 4 bits take as long as 8 to a block that need not wait
     return fewer_blocks(pairs, blocks, nbytes / BLOCK_NBYTES_US, together, turns * MERGE_US)
 
 
@@ -294,7 +297,15 @@ def most_queries(group: int, head_dim: int) -> int:
     return (64 if head_dim <= 128 else 32) // power_of_two(group)
 
 
-def plans(q_len: int, group: int, head_dim: int, page_size: int, nbits: int, crowded: bool) -> Iterator[DecodePlan]:
+@functools.cache
+def plans(
+    q_len: int, group: int, head_dim: int, page_size: int, nbits: int, crowded: bool
+) -> tuple[DecodePlan, ...]:  # fmt: skip
+    """`offered` once for all launches."""
+    return tuple(offered(q_len, group, head_dim, page_size, nbits, crowded))
+
+
+def offered(q_len: int, group: int, head_dim: int, page_size: int, nbits: int, crowded: bool) -> Iterator[DecodePlan]:
     """The best plan, then those that need fewer registers. nbits: of a cached element.
 
     crowded: whether there are so many pairs of sequences and heads that two blocks side by side on each multiprocessor do not cut
