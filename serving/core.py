@@ -145,18 +145,18 @@ class Request:
 
 
 class Matcher(Protocol):
-    """A grammar's state behind the tokens of one answer."""
+    """A grammar's state behind the tokens of one answer, in llguidance's words."""
 
-    @property
-    def failed(self) -> bool:
-        """Whether it can go on no more; then the answer must end."""
+    def is_error(self) -> bool:
+        """Whether it has become too complex to go on, or a token that was not allowed has been consumed: the answer must end, and
+        only the tokens that end one are allowed."""
         ...
 
-    def allowed(self) -> bytes:
-        """The tokens that may come next, as `BatchItem.allowed`."""
+    def compute_bitmask(self) -> bytes:
+        """The tokens that may come next, as `BatchItem.allowed`. Where the grammar may end, so may the answer."""
         ...
 
-    def accept(self, token_id: int) -> None: ...
+    def consume_token(self, token_id: int, /) -> bool: ...
 
 
 @dataclass(eq=False)

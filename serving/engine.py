@@ -232,7 +232,7 @@ class Engine:
             item = item._replace(allowed=_all_but(live.answer.ends, self._vocabulary.vocab_size))
         if params is None or not params.needs_history:
             return item
-        allowed = seq.matcher.allowed() if seq.matcher is not None else item.allowed
+        allowed = seq.matcher.compute_bitmask() if seq.matcher is not None else item.allowed
         return item._replace(history=tuple(seq.tokens), allowed=allowed)
 
     def _expire(self) -> list[RequestOutput]:
