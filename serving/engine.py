@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import takewhile
 
 from serving.answer import Answer, Vocabulary
 from serving.config import EngineConfig
@@ -236,11 +237,9 @@ class Engine:
         return item._replace(history=tuple(seq.tokens), allowed=allowed)
 
     def _expire(self) -> list[RequestOutput]:
-        now, late = self._clock.now(), list[str]()
-        for request_id, live in self._live.items():  # in the order of their deadlines
-            if live.seq.deadline >= now:
-                break
-            late.append(request_id)
+        now = self._clock.now()
+        # They are in the order of their deadlines.
+        late = list(takewhile(lambda request_id: self._live[request_id].seq.deadline < now, self._live))
         for request_id in late:
             self._end(request_id, "timeout")
         return [RequestOutput(request_id, "", (), "timeout") for request_id in late]

@@ -168,11 +168,12 @@ class Metrics(Observer, Collector):
     def collect(self) -> Iterator[Metric]:
         names, values = list(self._labels), list(self._labels.values())
         scheduler, pages = self._engine.scheduler, self._engine.pages
+        taken = 1 - pages.num_free / pages.num_pages
         for name, text, value in (
             ("num_requests_running", "Requests that have a place in the cache.", len(scheduler.running)),
             ("num_requests_waiting", "Requests that wait for one.", len(scheduler.waiting)),
-            ("kv_cache_usage_perc", "The part of the cache that is taken: 1 is all.", 1 - pages.num_free / pages.num_pages),
-        ):  # fmt: skip
+            ("kv_cache_usage_perc", "The part of the cache that is taken: 1 is all.", taken),
+        ):
             yield _one(GaugeMetricFamily(f"vllm:{name}", text, labels=names), values, value)
         cache = {"block_size": str(pages.page_size), "num_gpu_blocks": str(pages.num_pages)}
         told = "The key-value cache, whatever it lies on."
