@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -15,17 +16,13 @@ def available_nbytes(root: Path = Path("/")) -> int:
 
 
 def _machine(meminfo: Path) -> int:
-    for line in meminfo.read_text().splitlines():
-        name, _, amount = line.partition(":")
-        if name == "MemAvailable":
-            return int(amount.split()[0]) * 1024
-    return 0
+    found = re.search(r"^MemAvailable:\s*(\d+)", meminfo.read_text(), re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
 
 
 def _groups(root: Path) -> Iterator[Path]:
     """Directories of the control groups that limit this process's memory."""
-    membership = root / "proc/self/cgroup"
-    for line in membership.read_text().splitlines() if membership.is_file() else ():
+    for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, group = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue

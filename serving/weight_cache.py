@@ -38,13 +38,7 @@ class WeightCache:
     def __init__(self, model: Path, weight_dtype: str, form: str, directory: str = "weights") -> None:
         self.directory = config.cache_dir() / directory
         model = model.resolve()
-        parts = {
-            "files": _files(model),
-            "weight_dtype": weight_dtype,
-            "format": weight_file.FORMAT_VERSION,
-            "form": form,
-            "tilus": version(),
-        }
+        parts = _files(model), weight_dtype, weight_file.FORMAT_VERSION, form, version()
         self.key = _hash(json.dumps(parts))
         self._prefix = _hash(str(model)) + "-"
         self.path = self.directory / f"{self._prefix}{self.key}{_SUFFIX}"
