@@ -175,9 +175,8 @@ class Scheduler:
             if not self._admit(seq):
                 return
             free -= 1
-            if (
-                seq.num_pending > 1 or not self._copies or not plan
-            ):  # else it decodes in the next step: its pages are on their way
+            # Else it decodes in the next step: its pages are on their way.
+            if seq.num_pending > 1 or not self._copies or not plan:
                 self._plan_prefills(plan, [seq], budget)
 
     def _plan_prefills(self, plan: dict[Sequence, int], prompts: Iterable[Sequence], budget: StepBudget) -> None:

@@ -74,9 +74,7 @@ class WeightCache:
         return self.load() or weights if is_here else weights
 
     def _remove_others(self) -> None:
-        for path in self.directory.glob(f"{self._prefix}*"):
-            if path == self.path:
-                continue
+        for path in {*self.directory.glob(f"{self._prefix}*")} - {self.path}:
             with contextlib.suppress(OSError):  # another server writes it or removed it, or it belongs to another user
                 if path.suffix == weight_file.TEMPORARY:
                     weight_file.remove_abandoned(path)
