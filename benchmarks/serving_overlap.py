@@ -19,6 +19,7 @@ import gc
 import json
 import platform
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -31,7 +32,7 @@ from serving_decode import PAGE, READ, add_model_options, fill, numbers, open_mo
 
 from serving.async_engine import AsyncEngine
 from serving.config import KV_DTYPES, EngineConfig
-from serving.core import Batch, MonotonicClock, Request, SampledToken, SamplingParams, StepOutput
+from serving.core import Batch, Request, SampledToken, SamplingParams, StepOutput
 from serving.engine import Engine
 from serving.runner import TorchRunner
 from serving.step_shapes import GraphLimits
@@ -130,7 +131,7 @@ def run(runner: TorchRunner, vocab_size: int, size: int, way: str, trace: Spans,
         num_pages=num_pages(size, options), max_model_len=last_token(options), page_size=PAGE, max_batch=size,
         max_step_tokens=size * options.context, prefix_cache=False, overlap=way != "plain",
     )  # fmt: skip
-    engine = Engine(Prefilled(runner, size), Bytes(vocab_size), config, MonotonicClock(), trace=trace)
+    engine = Engine(Prefilled(runner, size), Bytes(vocab_size), config, time.monotonic, trace=trace)
     params = SamplingParams(temperature=0, ignore_eos=True)
     requests = [Request(str(index), (index % 256,) * options.context, params) for index in range(size)]
     gc.freeze()  # as the server does when it is ready

@@ -50,7 +50,7 @@ from serving.bench.summary import summarise
 from serving.bench.traces import read_trace
 from serving.bench.workload import PlannedRequest, at_rate, scaled
 from serving.config import EngineConfig
-from serving.core import MonotonicClock, Runner
+from serving.core import Runner
 from serving.cost_model import CostModel, Rows, StepTimes, StepWork, unpadded
 from serving.engine import Engine
 from serving.warm_up import measure_steps, warm_up
@@ -62,9 +62,12 @@ START = time.perf_counter()
 Replay = Callable[[list[PlannedRequest], EngineConfig, int], Outcome]
 
 
-class RealClock(MonotonicClock):
+class RealClock:
+    def __call__(self) -> float:
+        return time.monotonic()
+
     def wait_until(self, moment: float) -> None:
-        time.sleep(max(0.0, moment - self.now()))
+        time.sleep(max(0.0, moment - self()))
 
 
 def conversation(options: argparse.Namespace) -> list[PlannedRequest]:

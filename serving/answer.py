@@ -37,7 +37,7 @@ class Answer:
         """The text that can be shown with the next token, and whether the answer ends there."""
         self._size += 1
         if self._matcher is not None:
-            self._matcher.accept(token_id)
+            self._matcher.consume_token(token_id)
         is_end = token_id in self.ends
         text = self._detokenizer.push(token_id) if self._shows_end or not is_end else ""
         if self._size > self._least:
@@ -45,7 +45,7 @@ class Answer:
         reason: FinishReason | None = None
         if is_end or self._stop.found:
             reason = "stop"
-        elif self._matcher is not None and self._matcher.failed:
+        elif self._matcher is not None and self._matcher.is_error():
             reason = "grammar"
         elif self._size >= self._most:
             reason = "length"

@@ -143,7 +143,7 @@ class _Service:
         self._check(body)
         tools, style = body.offered_tools(), style_of(self._tokenizer.chat_template)
         several = body.parallel_tool_calls is not False
-        prompt = await self._chat_ids(body, tools)
+        prompt = await self._chat_ids(body)
         if tools and style is LIST:
             body.skip_special_tokens = False
         header, grammar = self._header("chatcmpl"), body.grammar()
@@ -168,11 +168,8 @@ class _Service:
 
     async def tokenize(self, body: TokenizeBody) -> Json:
         self._check_model(body.model)
-        if (text := body.text()) is None:
-            tools = [tool.model_dump(exclude_none=True) for tool in body.tools or []]
-            tokens = await self._chat_ids(body, tools)
-        else:
-            tokens = await self._prompt_ids(text, body.add_special_tokens)
+        text = body.text()
+        tokens = await (self._chat_ids(body) if text is None else self._prompt_ids(text, body.add_special_tokens))
         texts = [self._tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
         own = {"count": len(tokens), "max_model_len": self._engine.engine.max_model_len, "tokens": list(tokens)}
         return own | {"token_strs": texts}
@@ -219,10 +216,10 @@ class _Service:
             return await asyncio.to_thread(self._tokenizer.encode, prompt, add_special_tokens)
         return tuple(prompt)
 
-    async def _chat_ids(self, body: ChatBody | TokenizeBody, tools: Sequence[Json]) -> tuple[int, ...]:
+    async def _chat_ids(self, body: ChatBody | TokenizeBody) -> tuple[int, ...]:
         messages = body.messages or []
         rendered, options = [message.for_template() for message in messages], body.template_options(messages)
-        return await asyncio.to_thread(self._tokenizer.encode_chat, rendered, tools, options)
+        return await asyncio.to_thread(self._tokenizer.encode_chat, rendered, body.offered_tools(), options)
 
     def _header(self, prefix: str) -> Header:
         return Header(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), self._model_name, self._fingerprint)

@@ -81,7 +81,10 @@ def _together(outputs: Sequence[RequestOutput]) -> RequestOutput:
 
 
 class AsyncEngine:
-    """Start it, `submit` requests from the event loop, stop it. At most `max_waiting` requests wait for their turn."""
+    """Start it, `submit` requests from the event loop, stop it. At most `max_waiting` requests wait for their turn.
+
+    failure: why the engine no longer runs; None while it does.
+    """
 
     def __init__(self, engine: Engine, max_waiting: int) -> None:
         self.engine = engine
@@ -89,13 +92,8 @@ class AsyncEngine:
         self._wake = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
         self._generations: dict[str, Generation] = {}
-        self._failure: EngineFailure | None = None
+        self.failure: EngineFailure | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-
-    @property
-    def failure(self) -> EngineFailure | None:
-        """Why the engine no longer runs; None while it does."""
-        return self._failure
 
     def start(self) -> None:
         self._thread.start()
@@ -114,8 +112,8 @@ class AsyncEngine:
             raise RequestError(f"{found}, but at most {self._max_live} requests may run or wait at once", param="n")
         generation = Generation([r.id for r in requests], self.engine.config.request_timeout + _GRACE, self._abort)
         with self._wake:
-            if self._failure is not None:
-                raise EngineFailure(self._failure.message)
+            if self.failure is not None:
+                raise EngineFailure(self.failure.message)
             live = len(self._generations)
             if live + len(requests) > self._max_live:
                 raise Overloaded(
@@ -151,9 +149,9 @@ class AsyncEngine:
     def _next_commands(self) -> list[Callable[[], None]] | None:
         """What arrived since the last step, waiting for something when there is no work; None means stop."""
         with self._wake:
-            while not (self._inbox or self.engine.has_work or self._failure):
+            while not (self._inbox or self.engine.has_work or self.failure):
                 self._wake.wait()
-            if self._failure is not None:
+            if self.failure is not None:
                 return None
             commands, self._inbox = self._inbox, []
             return commands
@@ -169,7 +167,7 @@ class AsyncEngine:
 
     def _fail(self, message: str) -> None:
         with self._wake:
-            self._failure = self._failure or EngineFailure(message)
+            self.failure = self.failure or EngineFailure(message)
             for generation in set(self._generations.values()):
                 generation.send(EngineFailure(message))
             self._generations.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import time
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 import tilus
 from serving.config import MAX_DRAFTS, EngineConfig, ServerConfig
-from serving.core import MonotonicClock, Runner
+from serving.core import Runner
 from serving.cost_model import CostModel
 from serving.dummy import open_dummy
 from serving.engine import Engine
@@ -64,7 +65,7 @@ def build_engine(
     page_copy_seconds = 0.0 if runner.swapper is None else runner.swapper.seconds_a_page()
     cost = CostModel(_steps_file(config, checkpoint, execution), page_copy_seconds, runner.rows)
     engine = Engine(
-        runner if ranks is None else ParallelRunner(runner, ranks.others), checkpoint.tokenizer, limits, MonotonicClock(),
+        runner if ranks is None else ParallelRunner(runner, ranks.others), checkpoint.tokenizer, limits, time.monotonic,
         Grammars(checkpoint.tokenizer).matcher, drafter=drafter, trace=trace, cost=cost,
     )  # fmt: skip
     engine.observers += [RequestLog()] if config.log_requests else []
@@ -80,8 +81,7 @@ def _drafter(config: ServerConfig, checkpoint: Checkpoint, kernels: Kernels, exe
         return None
     if config.draft_model is None:
         return PromptLookup()
-    path = Path(config.draft_model)
-    small = (open_dummy if config.dummy else open_checkpoint)(path, weight_type(config.weight_dtype))
+    path, small = open_model(replace(config, model=config.draft_model))
     if small.tokenizer.vocab_size != checkpoint.tokenizer.vocab_size:
         raise TilusError(
             f"the draft model has {small.tokenizer.vocab_size} tokens, {checkpoint.name} has {checkpoint.tokenizer.vocab_size}",

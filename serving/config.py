@@ -14,7 +14,6 @@ from serving.quantize import DENSE, WEIGHT_DTYPES
 from tilus.errors import TilusError
 from tilus.kernels import KV_FORMATS
 
-DEVICES = ("auto", "cpu", "cuda", "reference")
 MAX_DRAFTS = 8
 KV_DTYPES = ("fp16", "bf16", *KV_FORMATS)
 ADMISSION_POLICIES = ("past-future", "aggressive", "conservative")
@@ -50,11 +49,10 @@ class EngineConfig:
     prefill_first: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("num_pages", "max_model_len", "page_size", "max_batch", "max_step_tokens", "request_timeout"):
-            if getattr(self, name) <= 0:
-                raise TilusError(f"{name} is {getattr(self, name)}, but must be positive")
-        if self.itl_slo is not None and not self.itl_slo > 0:
-            raise TilusError(f"itl_slo is {self.itl_slo}, but must be positive")
+        counts = ("num_pages", "max_model_len", "page_size", "max_batch", "max_step_tokens")
+        for name in (*counts, "request_timeout", "itl_slo"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise TilusError(f"{name} is {value}, but must be positive")
         for name, choices in (("admission", ADMISSION_POLICIES), ("schedule", SCHEDULES)):
             if getattr(self, name) not in choices:
                 raise TilusError(f"{name} is {getattr(self, name)!r}, but must be one of {', '.join(choices)}")
@@ -106,7 +104,7 @@ class ServerConfig:
         "auto",
         "where the model runs: cpu is native code for this machine where it can be compiled, reference the slow meaning of "
         "the kernels on numpy; auto does as TILUS_DEVICE says, or takes CUDA when there is a GPU",
-        choices=DEVICES,
+        choices=("auto", "cpu", "cuda", "reference"),
     )
     weight_dtype: str = _option(
         "int8",
@@ -197,11 +195,6 @@ class ServerConfig:
     )
 
 
-def _parse_type(annotation: str) -> type:
-    base = annotation.removesuffix(" | None")
-    return {"str": str, "int": int, "float": float}[base]
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line of `python -m serving`, made from the fields of ServerConfig."""
     parser = argparse.ArgumentParser(
@@ -211,18 +204,13 @@ def build_parser() -> argparse.ArgumentParser:
         "schedule without one: see their --help.",
     )
     for item in dataclasses.fields(ServerConfig):
+        name = "--" + item.name.replace("_", "-")
         if item.type == "bool":
-            parser.add_argument("--" + item.name.replace("_", "-"), action="store_true", help=item.metadata["help"])
-            continue
-        default = "" if item.default is None else f" (default: {item.default})"
-        parser.add_argument(
-            "--" + item.name.replace("_", "-"),
-            type=_parse_type(str(item.type)),
-            default=item.default,
-            choices=item.metadata["choices"],
-            metavar=item.metadata["metavar"],
-            help=item.metadata["help"] + default,
-        )
+            parser.add_argument(name, action="store_true", help=item.metadata["help"])
+        else:
+            parse = {"str": str, "int": int, "float": float}[str(item.type).removesuffix(" | None")]
+            help = item.metadata["help"] + ("" if item.default is None else f" (default: {item.default})")
+            parser.add_argument(name, type=parse, default=item.default, **item.metadata | {"help": help})
     return parser
 
 

@@ -8,7 +8,6 @@ made in a third of the time of a frozen dataclass.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
@@ -19,23 +18,14 @@ from serving.errors import RequestError
 
 FinishReason = Literal["stop", "length", "timeout", "error", "grammar"]
 Ending = FinishReason | Literal["abort"]  # the client has gone
+# The engine's only source of time, in seconds from an arbitrary start; injected, so that tests own it.
+Clock = Callable[[], float]
 UNKNOWN = -1  # in place of a token that has been sampled, or will be, but is still on the device
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
 MAX_BIASES = 1024
 MAX_STOP_TOKENS = 128
-
-
-class Clock(Protocol):
-    """The engine's only source of time, in seconds from an arbitrary start; injected, so that tests own it."""
-
-    def now(self) -> float: ...
-
-
-class MonotonicClock:
-    def now(self) -> float:
-        return time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -145,18 +135,18 @@ class Request:
 
 
 class Matcher(Protocol):
-    """A grammar's state behind the tokens of one answer."""
+    """A grammar's state behind the tokens of one answer, in llguidance's words."""
 
-    @property
-    def failed(self) -> bool:
-        """Whether it can go on no more; then the answer must end."""
+    def is_error(self) -> bool:
+        """Whether it has become too complex to go on, or a token that was not allowed has been consumed: the answer must end, and
+        only the tokens that end one are allowed."""
         ...
 
-    def allowed(self) -> bytes:
-        """The tokens that may come next, as `BatchItem.allowed`."""
+    def compute_bitmask(self) -> bytes:
+        """The tokens that may come next, as `BatchItem.allowed`. Where the grammar may end, so may the answer."""
         ...
 
-    def accept(self, token_id: int) -> None: ...
+    def consume_token(self, token_id: int, /) -> bool: ...
 
 
 @dataclass(eq=False)

@@ -43,20 +43,18 @@ class StepKind(NamedTuple):
 
 
 class Mean:
-    """Of the last values, but for those that are far above most of them: what comes first is often compiled first."""
+    """Of the last values, but for those that are far above most of them: what comes first is often compiled first. value: None
+    until there are enough."""
 
     def __init__(self) -> None:
         self._values = deque[float](maxlen=_MEMORY)
-        self.value = 0.0
-
-    @property
-    def is_known(self) -> bool:
-        return len(self._values) >= _KNOWN
+        self.value: float | None = None
 
     def learn(self, value: float) -> None:
         self._values.append(value)
-        most = _UNUSUAL * sorted(self._values)[(len(self._values) - 1) // 2]
-        self.value = fmean(value for value in self._values if value <= most)
+        if len(self._values) >= _KNOWN:
+            most = _UNUSUAL * sorted(self._values)[(len(self._values) - 1) // 2]
+            self.value = fmean(value for value in self._values if value <= most)
 
 
 class DraftBudget:
@@ -101,7 +99,7 @@ class DraftBudget:
         guessing = [kind for kind in (ended, prepared) if not kind.is_plain]
         if not guessing:
             plain.learn(seconds)
-        elif plain.is_known:
+        elif plain.value is not None:
             longer = seconds / plain.value if len(guessing) == 2 else 2 * seconds / plain.value - 1
             for kind in guessing:
                 self._longer.setdefault(kind.sequences, {}).setdefault(kind.rows, Mean()).learn(max(1.0, longer))
@@ -122,9 +120,9 @@ class DraftBudget:
 
     def _best(self, hopes: List[Hope], sequences: int) -> dict[Sequence, int]:
         plain = self.kind(sequences, 0, 0).rows
-        if self._plain and (plain not in self._plain or not self._plain[plain].is_known):
+        if self._plain and (plain not in self._plain or self._plain[plain].value is None):
             return {}  # what a step without guesses takes is the first thing to know
-        known = {rows: mean.value for rows, mean in self._longer.get(plain, {}).items() if mean.is_known}
+        known = {rows: mean.value for rows, mean in self._longer.get(plain, {}).items() if mean.value is not None}
         least = 0.0 if known else _LIKELY
         guesses = [
             (chance, number, hope.seq)

@@ -67,27 +67,24 @@ class DummyWeights:
         return np.zeros(self._shape(name)[0], np.float32)
 
     def matrix(self, name: str) -> Matrix:
-        return self._random(self._shape(name), *self._kind(name))
+        return self._random(name, *self._shape(name))
 
     def stored(self, name: str) -> StoredMatrix:
         num_rows, width = self._shape(name)
-        return StoredMatrix(False, self._random((1, width), *self._kind(name)), num_rows, 0)
-
-    def _kind(self, name: str) -> tuple[DataType, int]:
-        return (int8, 32) if _part(name) in ALWAYS_INT8 else (self._dtype, self._group)
+        return StoredMatrix(False, self._random(name, 1, width), num_rows, 0)
 
     def _shape(self, name: str) -> tuple[int, int]:
         return self._shapes[_part(name)]
 
-    def _random(self, shape: tuple[int, int], dtype: DataType, group: int) -> Matrix:
-        n, k = shape
+    def _random(self, name: str, n: int, k: int) -> Matrix:
+        dtype, group = (int8, 32) if _part(name) in ALWAYS_INT8 else (self._dtype, self._group)
         if dtype == f16:
-            return DenseMatrix(np.resize(_random_values(), shape) * np.float16(k**-0.5))
+            return DenseMatrix(np.resize(_random_values(), (n, k)) * np.float16(k**-0.5))
         if k % group:
             raise TilusError(f"rows of {k} weights in groups of {group}, expected a multiple")
         codes, spread = _random_codes(dtype)
         scale = np.float32(np.float16(1 / (spread * k**0.5)))
-        return QuantizedMatrix(np.resize(codes, shape), np.full((n, k // group), scale), None, dtype)
+        return QuantizedMatrix(np.resize(codes, (n, k)), np.full((n, k // group), scale), None, dtype)
 
 
 @functools.cache

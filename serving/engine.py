@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import takewhile
 
 from serving.answer import Answer, Vocabulary
 from serving.config import EngineConfig
@@ -153,7 +154,7 @@ class Engine:
             raise TilusError(f"request id {request.id!r} is live already, but ids must be unique")
         params = request.params
         limit = params.max_tokens or self.max_model_len - len(request.prompt)
-        now = self._clock.now()
+        now = self._clock()
         if not self.has_work:
             self._watch.rest_ends(now)
             self._draft_budget.rest_ends(now)
@@ -211,7 +212,7 @@ class Engine:
         if self._drafter is not None:
             self._drafter.forget(request_id)
         for observer in self.observers:
-            observer.ended(seq, ending, self._clock.now())
+            observer.ended(seq, ending, self._clock())
 
     def _span(self, name: str) -> AbstractContextManager[None]:
         return nullcontext() if self.trace is None else self.trace.span(name)
@@ -232,15 +233,13 @@ class Engine:
             item = item._replace(allowed=_all_but(live.answer.ends, self._vocabulary.vocab_size))
         if params is None or not params.needs_history:
             return item
-        allowed = seq.matcher.allowed() if seq.matcher is not None else item.allowed
+        allowed = seq.matcher.compute_bitmask() if seq.matcher is not None else item.allowed
         return item._replace(history=tuple(seq.tokens), allowed=allowed)
 
     def _expire(self) -> list[RequestOutput]:
-        now, late = self._clock.now(), list[str]()
-        for request_id, live in self._live.items():  # in the order of their deadlines
-            if live.seq.deadline >= now:
-                break
-            late.append(request_id)
+        now = self._clock()
+        # They are in the order of their deadlines.
+        late = list(takewhile(lambda request_id: self._live[request_id].seq.deadline < now, self._live))
         for request_id in late:
             self._end(request_id, "timeout")
         return [RequestOutput(request_id, "", (), "timeout") for request_id in late]
@@ -250,7 +249,7 @@ class Engine:
             batch = self._informed(self.scheduler.schedule(self._drafts(guesses)))
         if not batch.items:
             return None
-        now, sampled = self._clock.now(), list[_Live]()
+        now, sampled = self._clock(), list[_Live]()
         for observer in self.observers:
             observer.scheduled(batch, now)
         with self._span("launch"):
@@ -302,13 +301,13 @@ class Engine:
         """
         if step is None:
             return []
-        asked = self._clock.now()
+        asked = self._clock()
         with self._span("wait"):
             output = step.wait()
         tokens = output.tokens
         if len(tokens) != len(step.items):
             raise TilusError(f"the runner sampled {len(tokens)} tokens, expected {len(step.items)}")
-        now = self._clock.now()
+        now = self._clock()
         if self._drafter is not None:
             behind = step if alone else self._launched
             self._draft_budget.observe(step.kind, behind and behind.kind, now)

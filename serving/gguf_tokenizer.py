@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as FastTokenizer
@@ -31,29 +31,19 @@ def _with_digits(digits: str) -> pre_tokenizers.PreTokenizer:
     )
 
 
-def _default() -> pre_tokenizers.PreTokenizer:
-    """Of files whose converter did not know better."""
-    return _words(
+_BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)
+# How text is cut before byte-pair merging, by tokenizer.ggml.pre. Only what is tested is listed.
+_PRE_TOKENIZERS: dict[str, pre_tokenizers.PreTokenizer] = {
+    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _BYTE_LEVEL]),
+    "gpt-2": _BYTE_LEVEL,
+    "qwen2": _with_digits(r"\p{N}"),
+    "llama-bpe": _with_digits(r"\p{N}{1,3}"),
+    "default": _words(  # of files whose converter did not know better
         r"[\p{P}\$\+<=>\^~\|]+",
         r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
         r"\p{N}+",
         r"[0-9][0-9][0-9]",
-    )
-
-
-def _smollm() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-
-
-# How text is cut before byte-pair merging, by tokenizer.ggml.pre. Only what is tested is listed.
-_PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
-    "smollm": _smollm,
-    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
-    "qwen2": lambda: _with_digits(r"\p{N}"),
-    "llama-bpe": lambda: _with_digits(r"\p{N}{1,3}"),
-    "default": _default,
+    ),
 }
 # Of a word that is a token, the merges are not looked at; and there is a beginning unless the file says otherwise.
 _LLAMA_3 = "llama-bpe"
@@ -119,7 +109,7 @@ def _byte_pairs(file: GGUFFile, tokens: Sequence[str], pre: str) -> FastTokenize
     fast = FastTokenizer(model)
     if pre == "qwen2":
         fast.normalizer = normalizers.NFC()
-    fast.pre_tokenizer = _PRE_TOKENIZERS[pre]()
+    fast.pre_tokenizer = _PRE_TOKENIZERS[pre]
     fast.decoder = decoders.ByteLevel()
     return fast
 

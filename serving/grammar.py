@@ -14,8 +14,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Collection
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import IO, cast
 
@@ -31,30 +30,6 @@ _START_SECONDS = 30.0
 _MAX_CACHED = 128
 # Without an end, small models write blanks until their tokens run out.
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
-
-
-class GrammarMatcher:
-    """Where one answer is in its grammar.
-
-    failed: the grammar has become too complex to go on, or a token that was not allowed has been accepted. From then on only
-    the tokens that end an answer are allowed.
-    """
-
-    def __init__(self, matcher: LLMatcher) -> None:
-        self._matcher = matcher
-
-    @property
-    def failed(self) -> bool:
-        return self._matcher.is_error()
-
-    def allowed(self) -> bytes:
-        """A bit for each token of the vocabulary, the first in the lowest bit of the first byte: which may come next. Where the
-        grammar may end, so may the answer.
-        """
-        return self._matcher.compute_bitmask()
-
-    def accept(self, token_id: int) -> None:
-        self._matcher.consume_token(token_id)
 
 
 class _Trial:
@@ -94,12 +69,11 @@ class Grammars:
         self._tokenizer = tokenizer
         self._lock = threading.Lock()
         self._trial: _Trial | None = None
-        self._vocabulary: LLTokenizer | None = None
         self._compiled = lru_cache(_MAX_CACHED)(self._compile)
 
-    def matcher(self, grammar: Grammar) -> GrammarMatcher:
+    def matcher(self, grammar: Grammar) -> LLMatcher:
         """At the grammar's start. Raises RequestError for one that is wrong, too large, or uses what is not supported."""
-        return GrammarMatcher(self._compiled(grammar).deep_copy())
+        return self._compiled(grammar).deep_copy()
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
         name = {"json_schema": "JSON schema", "regex": "regular expression", "lark": "grammar"}[grammar.kind]
@@ -110,7 +84,7 @@ class Grammars:
             if not self._can_be_compiled(source):
                 raise _refusal(f"the {name} is too complex: it could not be compiled within {MAX_SECONDS:g} seconds")
             limits = LLParserLimits(verbose_errors=False)
-            matcher = LLMatcher(self._known_vocabulary(), source, log_level=0, limits=limits)
+            matcher = LLMatcher(self._vocabulary, source, log_level=0, limits=limits)
         except ValueError as error:
             raise _refusal(f"the {name} cannot be used: {error}") from error
         if matcher.is_error():
@@ -126,17 +100,11 @@ class Grammars:
                 self._trial = None
             return passes
 
-    def _known_vocabulary(self) -> LLTokenizer:
+    @cached_property
+    def _vocabulary(self) -> LLTokenizer:
         """Made when it is first needed: it takes a quarter of a second."""
-        with self._lock:
-            if self._vocabulary is None:
-                tokenizer = self._tokenizer
-                self._vocabulary = _vocabulary(tokenizer.fast.to_str(), tokenizer.vocab_size, tokenizer.eos_ids)
-            return self._vocabulary
-
-
-def _vocabulary(tokenizer_json: str, size: int, eos_ids: Collection[int]) -> LLTokenizer:
-    return LLTokenizer(tokenizer_json, n_vocab=size, eos_token=sorted(eos_ids))
+        tokenizer = self._tokenizer
+        return LLTokenizer(tokenizer.fast.to_str(), n_vocab=tokenizer.vocab_size, eos_token=sorted(tokenizer.eos_ids))
 
 
 def _source(grammar: Grammar) -> str:

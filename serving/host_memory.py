@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -9,29 +10,20 @@ from pathlib import Path, PurePosixPath
 def available_nbytes(root: Path = Path("/")) -> int:
     """Bytes that can be allocated without swapping: MemAvailable, or less where a control group (version 1 or 2) of this
     process or one above it allows less. root: where /proc and /sys are."""
-    amounts = [_machine(root / "proc/meminfo")]
+    found = re.search(r"^MemAvailable:\s*(\d+)", (root / "proc/meminfo").read_text(), re.MULTILINE)
+    amounts = [int(found[1]) * 1024 if found else 0]
     amounts += [amount for group in _groups(root) if (amount := _left_in(group)) is not None]
     return max(0, min(amounts))
 
 
-def _machine(meminfo: Path) -> int:
-    for line in meminfo.read_text().splitlines():
-        name, _, amount = line.partition(":")
-        if name == "MemAvailable":
-            return int(amount.split()[0]) * 1024
-    return 0
-
-
 def _groups(root: Path) -> Iterator[Path]:
     """Directories of the control groups that limit this process's memory."""
-    membership = root / "proc/self/cgroup"
-    for line in membership.read_text().splitlines() if membership.is_file() else ():
+    for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, group = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        mount = root / "sys/fs/cgroup" / controllers
-        relative = PurePosixPath(group.lstrip("/"))
-        yield from (mount / parent for parent in (relative, *relative.parents))
+        if controllers in ("", "memory"):
+            mount = root / "sys/fs/cgroup" / controllers
+            relative = PurePosixPath(group.lstrip("/"))
+            yield from (mount / parent for parent in (relative, *relative.parents))
 
 
 def _left_in(group: Path) -> int | None:

@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 
 from serving.core import PageCopy
 from tilus.errors import TilusError
-
-
-@dataclass(frozen=True)
-class _Saved:
-    num_tokens: int
-    host_pages: tuple[int, ...]
 
 
 class HostPages:
@@ -22,11 +15,9 @@ class HostPages:
         self.num_pages = num_pages
         self._page_size = page_size
         self._free = list(range(num_pages - 1, -1, -1))
-        self._saved: dict[str, _Saved] = {}
-
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
+        self._saved: dict[
+            str, tuple[int, tuple[int, ...]]
+        ] = {}  # by owner: how many tokens, and the pages that hold them
 
     def owners(self) -> frozenset[str]:
         return frozenset(self._saved)
@@ -37,27 +28,27 @@ class HostPages:
         count = -(-num_tokens // self._page_size)
         if not 0 < count <= len(self._free):
             return ()
-        saved = _Saved(num_tokens, tuple(self._free.pop() for _ in range(count)))
-        self._saved[owner] = saved
-        return tuple(PageCopy(page, host, to_host=True) for page, host in zip(table, saved.host_pages))
+        host_pages = tuple(self._free.pop() for _ in range(count))
+        self._saved[owner] = num_tokens, host_pages
+        return tuple(PageCopy(page, host, to_host=True) for page, host in zip(table, host_pages))
 
     def restore(self, owner: str, found: int, table: tuple[int, ...]) -> tuple[int, tuple[PageCopy, ...]]:
         """How many of an owner's tokens are in its pages of the cache, `table`, after the copies, which leave out the first
         `found` tokens: whole pages that are there already. Its host pages are free then, for copies that come later."""
-        saved = self._saved[owner]
+        num_tokens, host_pages = self._saved[owner]
         self.release(owner)
         first = found // self._page_size
-        pairs = list(zip(table, saved.host_pages))[first:]
-        return max(found, saved.num_tokens), tuple(PageCopy(page, host, to_host=False) for page, host in pairs)
+        pairs = list(zip(table, host_pages))[first:]
+        return max(found, num_tokens), tuple(PageCopy(page, host, to_host=False) for page, host in pairs)
 
     def release(self, owner: str) -> None:
         """Give the pages of an owner back; one that has none is no mistake."""
-        saved = self._saved.pop(owner, None)
-        self._free.extend(reversed(saved.host_pages) if saved is not None else ())
+        _, host_pages = self._saved.pop(owner, (0, ()))
+        self._free.extend(reversed(host_pages))
 
     def check(self) -> None:
         """Raise unless every page is free or owned, once."""
-        seen = Counter([*self._free, *(page for saved in self._saved.values() for page in saved.host_pages)])
+        seen = Counter([*self._free, *(page for _, pages in self._saved.values() for page in pages)])
         if seen != Counter(range(self.num_pages)):
             lost = sorted(set(range(self.num_pages)) - set(seen))
             doubled = sorted(page for page, count in seen.items() if count > 1)

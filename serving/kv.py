@@ -30,7 +30,8 @@ class PageTables:
         self._kept: dict[int, None] = {}  # in the order in which they were released
         self._tables: dict[str, tuple[int, ...]] = {}  # most steps ask for one that has not changed
         self._num_owners = Counter[int]()
-        self._prefixes = Prefixes(page_size) if reuse else None
+        self._reuse = reuse
+        self._prefixes = Prefixes(page_size)
         self._ends: dict[str, tuple[int, int]] = {}  # of an owner's known pages: how many, the number of the last one
 
     @property
@@ -46,8 +47,8 @@ class PageTables:
     def adopt(self, owner: str, tokens: Sequence[int]) -> int:
         """Start the table of an owner, who has none, with pages that hold the beginning of its tokens already. How many tokens
         these are: fewer than all, as the last one must be computed for the next to be sampled."""
-        pages = [] if self._prefixes is None else self._prefixes.find(tokens[:-1])
-        if self._prefixes is None or not pages:
+        pages = self._prefixes.find(tokens[:-1])
+        if not pages:
             return 0
         for page in pages:
             self._kept.pop(page, None)
@@ -58,11 +59,9 @@ class PageTables:
 
     def publish(self, owner: str, tokens: Sequence[int], count: int) -> None:
         """What an owner's pages hold: the first `count` of its tokens, whose keys and values have been written."""
-        if self._prefixes is None:
-            return
         known, number = self._ends.get(owner, (0, ROOT))
         size = self.page_size
-        if count // size <= known:
+        if not self._reuse or count // size <= known:
             return
         table = self._tables[owner]
         for index in range(known, count // size):
@@ -88,7 +87,7 @@ class PageTables:
             if self._num_owners[page]:
                 continue
             del self._num_owners[page]
-            if self._prefixes is not None and page in self._prefixes:
+            if page in self._prefixes:
                 self._kept[page] = None
             else:
                 self._free.append(page)
@@ -122,9 +121,9 @@ class PageTables:
             )
         miscounted = sorted(page for page in owned | self._num_owners if owned[page] != self._num_owners[page])
         shared = [*self._kept, *(page for page, count in owned.items() if count > 1)]
-        unknown = sorted(page for page in shared if self._prefixes is None or page not in self._prefixes)
-        freed = sorted(page for page in self._free if self._prefixes is not None and page in self._prefixes)
-        consistent = self._prefixes is None or self._prefixes.is_consistent()
+        unknown = sorted(page for page in shared if page not in self._prefixes)
+        freed = sorted(page for page in self._free if page in self._prefixes)
+        consistent = self._prefixes.is_consistent()
         if miscounted or unknown or freed or not consistent:
             raise TilusError(
                 f"the page tables are corrupt: owners counted wrongly {miscounted}, shared or kept with unknown tokens "
@@ -132,7 +131,7 @@ class PageTables:
             )
 
     def _take(self) -> int:
-        if self._free or self._prefixes is None:
+        if self._free:
             page = self._free.pop()
         else:
             page = next(iter(self._kept))

@@ -77,8 +77,7 @@ class Message(Closed):
                 {"id": call.id, "type": call.type, "function": call.function.for_template()} for call in self.tool_calls
             ]
             return message | {"tool_calls": calls}
-        extra = {"name": self.name, "tool_call_id": self.tool_call_id}
-        return message | {name: value for name, value in extra.items() if value is not None}
+        return message | self.model_dump(include={"name", "tool_call_id"}, exclude_none=True)
 
 
 class Function(Closed):

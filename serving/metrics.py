@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
 from itertools import accumulate
@@ -167,10 +167,15 @@ class Metrics(Observer, Collector):
 
     def collect(self) -> Iterator[Metric]:
         names, values = list(self._labels), list(self._labels.values())
-        for name, text, value in self._gauges():
+        scheduler, pages = self._engine.scheduler, self._engine.pages
+        taken = 1 - pages.num_free / pages.num_pages
+        for name, text, value in (
+            ("num_requests_running", "Requests that have a place in the cache.", len(scheduler.running)),
+            ("num_requests_waiting", "Requests that wait for one.", len(scheduler.waiting)),
+            ("kv_cache_usage_perc", "The part of the cache that is taken: 1 is all.", taken),
+        ):
             yield _one(GaugeMetricFamily(f"vllm:{name}", text, labels=names), values, value)
-        config = self._engine.config
-        cache = {"block_size": str(config.page_size), "num_gpu_blocks": str(config.num_pages)}
+        cache = {"block_size": str(pages.page_size), "num_gpu_blocks": str(pages.num_pages)}
         told = "The key-value cache, whatever it lies on."
         info = GaugeMetricFamily("vllm:cache_config_info", told, labels=[*names, *cache])
         yield _one(info, [*values, *cache.values()], 1)
@@ -190,19 +195,6 @@ class Metrics(Observer, Collector):
             family = HistogramMetricFamily(f"vllm:{name}", _HISTOGRAMS[name][0], labels=names)
             family.add_metric(values, histogram.buckets(), histogram.total)
             yield family
-
-    def describe(self) -> Iterable[Metric]:
-        return ()
-
-    def _gauges(self) -> Iterator[tuple[str, str, float]]:
-        scheduler, pages = self._engine.scheduler, self._engine.pages
-        yield "num_requests_running", "Requests that have a place in the cache.", len(scheduler.running)
-        yield "num_requests_waiting", "Requests that wait for one.", len(scheduler.waiting)
-        yield (
-            "kv_cache_usage_perc",
-            "The part of the cache that is taken: 1 is all.",
-            1 - pages.num_free / pages.num_pages,
-        )
 
     def _observe(self, name: str, value: float) -> None:
         self._histograms[name].observe(value)

@@ -30,7 +30,6 @@ FUSED: Mapping[str, tuple[str, ...]] = {
     "ffn_gate_up": ("ffn_gate", "ffn_up"),
     "ffn_down": ("ffn_down",),
 }
-NORMS = ("attn_norm", "ffn_norm")
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,10 +79,9 @@ def layer_linears(config: ModelConfig) -> Mapping[str, tuple[str, ...]]:
 def layer_vectors(config: ModelConfig) -> Mapping[str, int]:
     """The lengths of a block's norms and of the biases of its fused layers."""
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
-    names, architecture = list(NORMS), config.architecture
-    names += ["post_attention_norm", "post_ffw_norm"] if architecture.post_norms else []
-    lengths = dict.fromkeys(names, config.hidden_size)
-    lengths |= dict.fromkeys(["attn_q_norm", "attn_k_norm"], dim) if architecture.qk_norm else {}
+    post_norms = ("post_attention_norm", "post_ffw_norm") if config.architecture.post_norms else ()
+    lengths = dict.fromkeys(["attn_norm", "ffn_norm", *post_norms], config.hidden_size)
+    lengths |= dict.fromkeys(["attn_q_norm", "attn_k_norm"], dim) if config.architecture.qk_norm else {}
     widths = {
         "attn_qkv": (heads + 2 * kv_heads) * dim,
         "attn_output": config.hidden_size,
@@ -131,7 +129,10 @@ class _Packing:
         linears = layer_linears(self._config)
         for name in layer_vectors(self._config):
             fused = name.removesuffix(BIAS)
-            values = self._weights.vector(prefix + name) if fused == name else self._bias(prefix, linears[fused])
+            if fused == name:
+                values = self._weights.vector(prefix + name)
+            else:
+                values = np.concatenate([self._bias(prefix, part) for part in linears[fused]])
             self.tensors[prefix + name] = self._tensor(values)
         for fused, parts in linears.items():
             matrices = [self._weights.matrix(prefix + part) for part in parts]
@@ -157,17 +158,11 @@ class _Packing:
         for index, rope in enumerate(self._config.ropes):
             self.tensors[f"{ROPE}.{index}"] = self._tensor(rope.table(self._config.max_positions))
 
-    def _bias(self, prefix: str, parts: Sequence[str]) -> npt.NDArray[np.float32]:
-        """Of a fused layer; zeros for parts that have none."""
-        weights = self._weights
-        return np.concatenate(
-            [
-                weights.bias(prefix + part)
-                if part in self._config.biases
-                else np.zeros(weights.stored(prefix + part).num_rows, np.float32)
-                for part in parts
-            ]
-        )
+    def _bias(self, prefix: str, part: str) -> npt.NDArray[np.float32]:
+        """Of a part of a fused layer; zeros where it has none."""
+        if part in self._config.biases:
+            return self._weights.bias(prefix + part)
+        return np.zeros(self._weights.stored(prefix + part).num_rows, np.float32)
 
     def _packed(self, matrices: Sequence[Matrix], name: str, gated: bool = False) -> tuple[PackedWeight, ...]:
         """gated: the two matrices are gates and factors."""

@@ -19,12 +19,11 @@ class Prefixes:
     def __init__(self, page_size: int) -> None:
         self._page_size = page_size
         self._pages: dict[_Name, int] = {}
-        self._names: dict[int, _Name] = {}
-        self._numbers: dict[int, int] = {}
+        self._known: dict[int, tuple[int, _Name]] = {}  # by page: its number and its name
         self._next = ROOT + 1
 
     def __contains__(self, page: int) -> bool:
-        return page in self._names
+        return page in self._known
 
     def find(self, tokens: Sequence[int]) -> list[int]:
         """The pages of the longest known beginning of some tokens."""
@@ -34,11 +33,11 @@ class Prefixes:
             if page is None:
                 break
             found.append(page)
-            number = self._numbers[page]
+            number = self.number(page)
         return found
 
     def number(self, page: int) -> int:
-        return self._numbers[page]
+        return self._known[page][0]
 
     def add(self, page: int, before: int, tokens: Sequence[int]) -> int:
         """Make the tokens of a page known, behind the page with the number `before`; the number of what is known by these
@@ -46,16 +45,14 @@ class Prefixes:
         name = before, tuple(tokens)
         known = self._pages.setdefault(name, page)
         if known == page:
-            self._names[page] = name
-            self._numbers[page] = self._next
+            self._known[page] = self._next, name
             self._next += 1
-        return self._numbers[known]
+        return self.number(known)
 
     def forget(self, page: int) -> None:
-        del self._pages[self._names.pop(page)]
-        del self._numbers[page]
+        _, name = self._known.pop(page)
+        del self._pages[name]
 
     def is_consistent(self) -> bool:
-        return {page: name for name, page in self._pages.items()} == self._names and (
-            self._numbers.keys() == self._names.keys()
-        )
+        names = {page: name for page, (_, name) in self._known.items()}
+        return {page: name for name, page in self._pages.items()} == names

@@ -140,9 +140,8 @@ class GenerationBody(BaseModel):
     def check(self) -> None:
         """Raise RequestError for what pydantic's types cannot say."""
         for name, value in (self.model_extra or {}).items():
-            if value is None or name in _WITHOUT_EFFECT or value in _ONLY_NEUTRAL.get(name, ()):
-                continue
-            raise RequestError(f"{name} = {value!r} is not supported by this server", param=name)
+            if value is not None and name not in _WITHOUT_EFFECT and value not in _ONLY_NEUTRAL.get(name, ()):
+                raise RequestError(f"{name} = {value!r} is not supported by this server", param=name)
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options is only allowed when stream is true", param="stream_options")
 
@@ -225,6 +224,10 @@ class TemplateFields(Closed):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
+    def offered_tools(self) -> list[dict[str, Any]]:
+        """What the model may call, in OpenAI's form."""
+        return [tool.model_dump(exclude_none=True) for tool in self.tools or []]
+
     def template_options(self, messages: Sequence[Message]) -> TemplateOptions:
         final, continues = messages[-1], bool(self.continue_final_message)
         if continues and self.add_generation_prompt:
@@ -247,9 +250,8 @@ class ChatBody(TemplateFields, GenerationBody):
     parallel_tool_calls: bool | None = None
 
     def offered_tools(self) -> list[dict[str, Any]]:
-        """What the model may call, in OpenAI's form; nothing with the choice `none`."""
-        tools = [] if self.tool_choice == "none" else self.tools or []
-        return [tool.model_dump(exclude_none=True) for tool in tools]
+        """Nothing with the choice `none`."""
+        return [] if self.tool_choice == "none" else super().offered_tools()
 
     def required_functions(self) -> list[dict[str, Any]]:
         """Those of which the answer must be a call; none where it may be text."""

@@ -70,12 +70,10 @@ def with_short_scales(matrix: QuantizedMatrix, name: str) -> QuantizedMatrix:
     """
     if matrix.scale_dtype not in (f16, f32):
         return matrix
-    scales = fit_float16(matrix.scales, name)
-    mins = None if matrix.mins is None else fit_float16(matrix.mins, name)
-    kept = _rounds_well(matrix.scales, scales) and (
-        matrix.mins is None or mins is None or _rounds_well(matrix.mins, mins)
-    )
-    return replace(matrix, scales=scales, mins=mins, scale_dtype=f16) if kept else matrix
+    parts = {"scales": matrix.scales} if matrix.mins is None else {"scales": matrix.scales, "mins": matrix.mins}
+    rounded = {part: fit_float16(values, name) for part, values in parts.items()}
+    kept = all(_rounds_well(values, rounded[part]) for part, values in parts.items())
+    return replace(matrix, **rounded, scale_dtype=f16) if kept else matrix
 
 
 def _rounds_well(values: _Floats, rounded: _Floats) -> bool:

@@ -60,9 +60,8 @@ class TorchRunner:
         if self.swapper is not None:
             self.swapper.begin(batch)
         items = batch.sampled
-        ends = list(
-            accumulate([1 + item.num_drafts for item in items], initial=0)
-        )  # of the items' rows that are sampled
+        # Of the items' rows that are sampled.
+        ends = list(accumulate([1 + item.num_drafts for item in items], initial=0))
         num_rows, has_drafts = ends[-1], ends[-1] > len(items)
         scores = PromptScores(batch, self._sampler.max_rows) if any(item.targets for item in batch.items) else None
         compute, samples, inputs, shape = self._prepare(batch, scores)

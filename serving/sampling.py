@@ -67,8 +67,9 @@ class Sampler:
                 "penalties": penalties.view(torch.float32), "addends": addends.view(torch.float32),
             }  # fmt: skip
         if self._staging.asks:
-            places, counts = move(_asking_arrays(rows, self._vocab_size), self._device)
-            self._asking = _Asking(places, counts)
+            wanted = _wanted_logprobs(rows, self._vocab_size)
+            places, counts = move([np.array([*column], np.int32) for column in zip(*wanted.items())], self._device)
+            self._asking = _Asking(wanted, places, counts)
 
     def run(self, logits: Tensor, rows: int) -> Tensor:
         """Launch the kernels. logits: float32 [rows or more, V], which are not changed; rows without an item are greedy.
@@ -94,7 +95,8 @@ class Sampler:
         """
         rows = _rows_of(items)
         tokens = self.tokens[: len(rows)].to("cpu", non_blocking=True, copy=True)
-        found = () if self._asking is None else tuple(t.to("cpu", non_blocking=True) for t in self._asking.found)
+        asking = self._asking
+        found = () if asking is None else tuple(t.to("cpu", non_blocking=True) for t in asking.found)
         copied = torch.cuda.Event() if self._device.type == "cuda" else None
         if copied is not None:
             copied.record()
@@ -102,9 +104,10 @@ class Sampler:
         def wait() -> Tokens:
             if copied is not None:
                 copied.synchronize()
-            if not found:
+            if asking is None:
                 return tuple([None if token < 0 else SampledToken(token) for token in tokens.tolist()])
-            logprobs = _logprobs_by_row(rows, self._vocab_size, *found)
+            answers = zip(asking.wanted.items(), *(part.tolist() for part in found))
+            logprobs = {row: logprobs_of(values, best, count) for (row, count), values, best in answers}
             return tuple(
                 None if token < 0 else SampledToken(token, logprobs.get(row))
                 for row, token in enumerate(tokens.tolist())
@@ -123,11 +126,6 @@ def _rows_of(items: Sequence[BatchItem]) -> Sequence[BatchItem]:
 def _draws_of(items: Sequence[BatchItem]) -> list[int]:
     """The draw of each row."""
     return [draw for item in items for draw in range(item.draw, item.draw + 1 + item.num_drafts)]
-
-
-def _asks(item: BatchItem) -> bool:
-    """For log-probabilities."""
-    return item.params is not None and item.params.logprobs is not None
 
 
 def _edits(item: BatchItem) -> bool:
@@ -178,8 +176,10 @@ class _Staging:
 
 @dataclass
 class _Asking:
-    """Rows that want log-probabilities, of how many tokens beside the chosen one, and what `token_logprobs` found."""
+    """Rows that want log-probabilities, of how many tokens beside the chosen one (`wanted`, also on the device), and what
+    `token_logprobs` found."""
 
+    wanted: dict[int, int]
     rows: Tensor
     counts: Tensor
     found: tuple[Tensor, ...] = ()
@@ -215,21 +215,10 @@ def _edits_of(item: BatchItem) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.fl
     return tokens, penalties, addends
 
 
-def _asking_arrays(items: Sequence[BatchItem], vocab_size: int) -> list[npt.NDArray[np.int32]]:
-    asking = [(row, item.params.logprobs or 0) for row, item in enumerate(items) if item.params and _asks(item)]
-    rows, counts = np.array(asking, np.int32).T
-    return [rows.copy(), np.minimum(counts, vocab_size)]
-
-
-def _logprobs_by_row(
-    items: Sequence[BatchItem], vocab_size: int, logprobs: Tensor, best: Tensor
-) -> dict[int, TokenLogprobs]:
-    rows = [row for row, item in enumerate(items) if _asks(item)]
-    found: dict[int, TokenLogprobs] = {}
-    for row, values, token_ids in zip(rows, logprobs.tolist(), best.tolist()):
-        params = items[row].params
-        found[row] = logprobs_of(values, token_ids, min((params and params.logprobs) or 0, vocab_size))
-    return found
+def _wanted_logprobs(items: Sequence[BatchItem], vocab_size: int) -> dict[int, int]:
+    """By row that wants log-probabilities, of how many tokens beside the chosen one."""
+    wanted = {row: item.params.logprobs for row, item in enumerate(items) if item.params is not None}
+    return {row: min(count, vocab_size) for row, count in wanted.items() if count is not None}
 
 
 def logprobs_of(values: Sequence[float], token_ids: Sequence[int], count: int) -> TokenLogprobs:

@@ -28,7 +28,7 @@ from serving.core import Batch, BatchItem, PageCopy, Sequence
 from serving.cost_model import CostModel, StepBudget, StepWork
 from serving.host_pages import HostPages
 from serving.kv import PageTables
-from serving.waiting import INPUT_WEIGHT, OUTPUT_WEIGHT, waiting_queue
+from serving.waiting import INPUT_WEIGHT, OUTPUT_WEIGHT, Waiting
 from tilus.errors import TilusError
 
 _NO_DRAFTS: Mapping[str, tuple[int, ...]] = {}
@@ -38,7 +38,7 @@ class Scheduler:
     def __init__(self, pages: PageTables, config: EngineConfig, cost: CostModel) -> None:
         self.pages = pages
         self.host = HostPages(config.num_host_pages, config.page_size)
-        self.waiting = waiting_queue(config.schedule)
+        self.waiting = Waiting(config.schedule)
         self.running: list[Sequence] = []  # by rank
         self.num_recomputed = 0  # preemptions of either kind
         self.num_swapped = 0
@@ -112,7 +112,7 @@ class Scheduler:
         seq.num_computed += count
         self._publish(seq)
         if seq.num_pending <= 0:  # drafts are in front of what it has
-            self.waiting.charge(seq.request.user, OUTPUT_WEIGHT)
+            self.waiting.charge(seq, OUTPUT_WEIGHT)
 
     def check(self) -> None:
         """Raise unless every page of the cache is in the hands of those that run, and of the host of those that wait."""
@@ -175,9 +175,8 @@ class Scheduler:
             if not self._admit(seq):
                 return
             free -= 1
-            if (
-                seq.num_pending > 1 or not self._copies or not plan
-            ):  # else it decodes in the next step: its pages are on their way
+            # Else it decodes in the next step: its pages are on their way.
+            if seq.num_pending > 1 or not self._copies or not plan:
                 self._plan_prefills(plan, [seq], budget)
 
     def _plan_prefills(self, plan: dict[Sequence, int], prompts: Iterable[Sequence], budget: StepBudget) -> None:
@@ -204,7 +203,7 @@ class Scheduler:
         self.waiting.remove(seq)
         insort(self.running, seq, key=self.waiting.rank)
         if seq.num_preemptions == 0:
-            self.waiting.charge(seq.request.user, INPUT_WEIGHT * len(seq.request.prompt))
+            self.waiting.charge(seq, INPUT_WEIGHT * len(seq.request.prompt))
         return True
 
     def _preempt_last(self) -> None:

@@ -51,7 +51,7 @@ def shard(checkpoint: Checkpoint, share: Share, *, parts_of_sums: bool = True) -
     """
     config = checkpoint.config
     check_shares(checkpoint, share.count)
-    ranges = _Ranges.of(checkpoint, share)
+    ranges = _Ranges(checkpoint, share)
     heads, ffn = ranges.kv_heads, ranges.ffn if config.experts is None else range(config.ffn_size)
     local = replace(
         config,
@@ -65,7 +65,7 @@ def shard(checkpoint: Checkpoint, share: Share, *, parts_of_sums: bool = True) -
 
 def columns_of(checkpoint: Checkpoint, share: Share) -> Mapping[str, range]:
     """Of what the layers that end with sums read, the columns that one device computes; by the layer's name."""
-    columns = _Ranges.of(checkpoint, share).columns
+    columns = _Ranges(checkpoint, share).columns
     return columns if checkpoint.config.experts is None else {"attn_output": columns["attn_output"]}
 
 
@@ -78,7 +78,9 @@ def _group(weights: Weights, config: ModelConfig) -> int:
 class _Ranges:
     """Of the rows or columns that a device has of each matrix."""
 
-    def __init__(self, config: ModelConfig, share: Share, group: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, share: Share) -> None:
+        config = checkpoint.config
+        group = config.ffn_size if config.experts is not None else _group(checkpoint.weights, config)
         ratio, dim = config.num_heads // config.num_kv_heads, config.head_dim
         self.kv_heads = share.of(config.num_kv_heads)
         blocks = share.of(-(-config.ffn_size // group))
@@ -87,12 +89,6 @@ class _Ranges:
         q = range(kv.start * ratio, kv.stop * ratio)
         self.rows = {"attn_q": q, "attn_k": kv, "attn_v": kv, "ffn_gate": self.ffn, "ffn_up": self.ffn}
         self.columns = {"attn_output": q, "ffn_down": self.ffn}
-
-    @staticmethod
-    def of(checkpoint: Checkpoint, share: Share) -> _Ranges:
-        config = checkpoint.config
-        group = config.ffn_size if config.experts is not None else _group(checkpoint.weights, config)
-        return _Ranges(config, share, group)
 
 
 class ShardedWeights:

@@ -81,7 +81,8 @@ def capture_of(device: torch.device) -> CpuCapture | CudaCapture:
 class StepGraphs:
     """A graph for each shape. Its logits are the bits that the model computes for the same shape.
 
-    Only for kernels of tilus that are compiled: native code on the CPU, or a GPU.
+    Only for kernels of tilus that are compiled: native code on the CPU, or a GPU. samples: whether a replay also samples, in the
+    plain way.
     """
 
     def __init__(self, model: Model, pool: KvPool, limits: GraphLimits, sampler: Sampler) -> None:
@@ -96,6 +97,7 @@ class StepGraphs:
             (max(shape.samples for shape in shapes), model.config.vocab_size), dtype=torch.float32, device=device
         )
         self._capture = capture_of(device)
+        self.samples = self._capture.samples
         self._graphs: dict[StepShape, Callable[[], None]] = {}
 
     def drop(self) -> None:
@@ -119,11 +121,6 @@ class StepGraphs:
         torch.cuda.empty_cache()  # of the runs before the captures
         progress(len(shapes), len(shapes))
 
-    @property
-    def samples(self) -> bool:
-        """Whether a replay also samples, in the plain way."""
-        return self._capture.samples
-
     def prepare(self, batch: Batch, shape: StepShape, rows: Mapping[str, int]) -> Callable[[], Tensor]:
         """Write the inputs of a batch that fits. What is returned launches it; its logits, float32 [samples, vocabulary], are
         valid until the next call. rows: of the tokens that the last step sampled, by request.
@@ -134,7 +131,7 @@ class StepGraphs:
         replay_graph, logits = self._graphs[shape], self._logits[: shape.samples]
 
         def replay() -> Tensor:
-            if not self._capture.samples:
+            if not self.samples:
                 self.inputs.gather(shape)
             replay_graph()
             return logits
@@ -145,10 +142,10 @@ class StepGraphs:
         step, logits = self.inputs.step(shape), self._logits[: shape.samples]
 
         def run(model: Model, caches: Sequence[KvCache]) -> None:
-            if self._capture.samples:
+            if self.samples:
                 self.inputs.gather(shape)
             model.forward(step, caches, logits)
-            if self._capture.samples:
+            if self.samples:
                 self._sampler.run(logits, shape.samples)
 
         self._sampler.write(())  # what is captured is the plain way

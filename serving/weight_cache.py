@@ -38,13 +38,7 @@ class WeightCache:
     def __init__(self, model: Path, weight_dtype: str, form: str, directory: str = "weights") -> None:
         self.directory = config.cache_dir() / directory
         model = model.resolve()
-        parts = {
-            "files": _files(model),
-            "weight_dtype": weight_dtype,
-            "format": weight_file.FORMAT_VERSION,
-            "form": form,
-            "tilus": version(),
-        }
+        parts = _files(model), weight_dtype, weight_file.FORMAT_VERSION, form, version()
         self.key = _hash(json.dumps(parts))
         self._prefix = _hash(str(model)) + "-"
         self.path = self.directory / f"{self._prefix}{self.key}{_SUFFIX}"
@@ -80,9 +74,7 @@ class WeightCache:
         return self.load() or weights if is_here else weights
 
     def _remove_others(self) -> None:
-        for path in self.directory.glob(f"{self._prefix}*"):
-            if path == self.path:
-                continue
+        for path in {*self.directory.glob(f"{self._prefix}*")} - {self.path}:
             with contextlib.suppress(OSError):  # another server writes it or removed it, or it belongs to another user
                 if path.suffix == weight_file.TEMPORARY:
                     weight_file.remove_abandoned(path)

@@ -25,7 +25,7 @@ from serving.bench.report import write_json
 from serving.bench.summary import Distribution, Summary, summarise
 from serving.bench.workload import PlannedRequest, mean_rate
 from serving.config import EngineConfig
-from serving.core import Batch, Clock, Request, Runner, SampledToken, SamplingParams, StepOutput
+from serving.core import Batch, Request, Runner, SampledToken, SamplingParams, StepOutput
 from serving.cost_model import CostModel, Rows, StepTimes, StepWork
 from serving.engine import Engine
 from serving.step_shapes import GraphLimits, StepShapes
@@ -41,7 +41,9 @@ POLICIES: Mapping[str, Mapping[str, object]] = {
 }
 
 
-class ReplayClock(Clock, Protocol):
+class ReplayClock(Protocol):
+    def __call__(self) -> float: ...
+
     def wait_until(self, moment: float) -> None: ...
 
 
@@ -51,7 +53,7 @@ class VirtualClock:
     def __init__(self) -> None:
         self.time = 0.0
 
-    def now(self) -> float:
+    def __call__(self) -> float:
         return self.time
 
     def wait_until(self, moment: float) -> None:
@@ -102,7 +104,7 @@ class SimRunner:
         self._busy_until = 0.0
 
     def launch(self, batch: Batch) -> Callable[[], StepOutput]:
-        work, now = StepWork.of(batch), self._clock.now()
+        work, now = StepWork.of(batch), self._clock()
         self._clock.wait_until(now + self._pace.host(work))
         seconds = self._pace.device(work) + self._pace.page_copy * len(batch.copies)
         done = self._busy_until = max(self._busy_until, now) + seconds
@@ -157,11 +159,11 @@ def replay(
 
     max_tokens: what each may have at most; None for what the plan says, so that the scheduler knows it.
     """
-    seen, start = Observations(len(plan)), clock.now()
+    seen, start = Observations(len(plan)), clock()
     sent, times = dict[int, float](), [list[float]() for _ in plan]
     coming = deque(enumerate(plan))
     while coming or engine.has_work:
-        now = clock.now() - start
+        now = clock() - start
         while coming and coming[0][1].arrival <= now:
             index, planned = coming.popleft()
             params = dataclasses.replace(GREEDY, max_tokens=max_tokens or planned.output_tokens)
@@ -171,7 +173,7 @@ def replay(
             clock.wait_until(start + coming[0][1].arrival)
             continue
         outputs = engine.step()
-        now = clock.now() - start
+        now = clock() - start
         for output in outputs:
             index = int(output.request_id)
             planned, mine = plan[index], times[index]

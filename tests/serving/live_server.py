@@ -15,7 +15,7 @@ from openai import OpenAI
 from serving.api import create_app
 from serving.async_engine import AsyncEngine
 from serving.config import EngineConfig
-from serving.core import Batch, MonotonicClock, Runner, StepOutput
+from serving.core import Batch, Runner, StepOutput
 from serving.engine import Engine
 from serving.grammar import Grammars
 from serving.loader import Checkpoint
@@ -84,7 +84,7 @@ def serve(
 ) -> Iterator[LiveServer]:
     throttled = ThrottledRunner(runner)
     engine = CheckedEngine(
-        throttled, checkpoint.tokenizer, config, MonotonicClock(), Grammars(checkpoint.tokenizer).matcher
+        throttled, checkpoint.tokenizer, config, time.monotonic, Grammars(checkpoint.tokenizer).matcher
     )
     async_engine = AsyncEngine(engine, max_waiting)
     app = create_app(async_engine, checkpoint.tokenizer, MODEL, api_key, origins)

@@ -15,7 +15,7 @@ class ManualClock:
     def __init__(self) -> None:
         self.time = 0.0
 
-    def now(self) -> float:
+    def __call__(self) -> float:
         return self.time
 
 

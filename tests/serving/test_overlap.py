@@ -48,13 +48,15 @@ Answer = tuple[list[int], str, FinishReason | None]
 class EvenTokens:
     """A grammar that admits even tokens only."""
 
-    failed = False
+    def is_error(self) -> bool:
+        return False
 
-    def allowed(self) -> bytes:
+    def compute_bitmask(self) -> bytes:
         return bytes([0b01010101] * 8)
 
-    def accept(self, token_id: int) -> None:
+    def consume_token(self, token_id: int) -> bool:
         assert token_id % 2 == 0
+        return True
 
 
 def make_engine(runner: FakeRunner, *, overlap: bool, clock: ManualClock | None = None, **limits: int) -> Engine:
@@ -233,7 +235,7 @@ def test_what_depends_on_the_tokens_before_waits_for_them(params: dict[str, obje
         item = next((item for item in batch.items if item.request_id == "careful"), None)
         if item is not None:
             assert item.history == (1, 2, *found["careful"][: item.draw]) and UNKNOWN not in item.token_ids
-            assert item.allowed == (EvenTokens().allowed() if "grammar" in params else None)
+            assert item.allowed == (EvenTokens().compute_bitmask() if "grammar" in params else None)
     assert len(found["careful"]) == 6 and len(found["other"]) == 9
     assert any(item.token_ids == (UNKNOWN,) for batch in runner.batches for item in batch.items), "later it runs ahead"
 

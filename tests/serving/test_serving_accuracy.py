@@ -111,16 +111,11 @@ def test_frames_halve_what_4_bits_of_cache_cost(checkpoint: Checkpoint) -> None:
     assert 0 < lost[1] < lost[0] / 2, lost
 
 
-class _Clock:
-    def now(self) -> float:
-        return 0.0
-
-
 def test_the_capital_of_france(where: torch.device, checkpoint: Checkpoint) -> None:
     config = EngineConfig(num_pages=64, max_model_len=1024)
     model = load_model(checkpoint, tilus.kernels, where)
     engine = Engine(
-        TorchRunner(model, config.num_pages, config.page_size, where), checkpoint.tokenizer, config, _Clock()
+        TorchRunner(model, config.num_pages, config.page_size, where), checkpoint.tokenizer, config, lambda: 0.0
     )
     prompt = checkpoint.tokenizer.encode_chat([{"role": "user", "content": "What is the capital of France?"}])
     engine.add(Request("france", prompt, SamplingParams(temperature=0, max_tokens=16)))

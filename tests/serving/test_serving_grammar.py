@@ -67,13 +67,13 @@ def walk(grammars: Grammars, grammar: Grammar, tokenizer: Tokenizer, rng: random
     """Tokens picked blindly among those allowed, until one ends the answer."""
     matcher, tokens = grammars.matcher(grammar), []
     while True:
-        allowed = set_bits(matcher.allowed())
-        assert allowed and not matcher.failed and max(allowed) < tokenizer.vocab_size
+        allowed = set_bits(matcher.compute_bitmask())
+        assert allowed and not matcher.is_error() and max(allowed) < tokenizer.vocab_size
         token = rng.choice(allowed)
         if token in tokenizer.eos_ids:
             return tokenizer.decode(tokens)
         tokens.append(token)
-        matcher.accept(token)
+        matcher.consume_token(token)
 
 
 def test_blind_walks_end_in_matches(grammars: Grammars, tokenizer: Tokenizer) -> None:
@@ -93,9 +93,9 @@ def test_every_match_is_allowed(grammars: Grammars, tokenizer: Tokenizer, indent
         assert matches(value)
         matcher = grammars.matcher(Grammar("json_schema", json.dumps(SCHEMA)))
         for token in tokenizer.encode(json.dumps(value, indent=indent, ensure_ascii=False)):
-            assert token in set_bits(matcher.allowed())
-            matcher.accept(token)
-        assert not tokenizer.eos_ids.isdisjoint(set_bits(matcher.allowed()))
+            assert token in set_bits(matcher.compute_bitmask())
+            matcher.consume_token(token)
+        assert not tokenizer.eos_ids.isdisjoint(set_bits(matcher.compute_bitmask()))
 
 
 def test_matchers_of_a_grammar_are_apart(grammars: Grammars) -> None:
@@ -103,8 +103,8 @@ def test_matchers_of_a_grammar_are_apart(grammars: Grammars) -> None:
     grammar = Grammar("regex", "ab|cd")
     with ThreadPoolExecutor(4) as pool:
         first, second, *_ = pool.map(grammars.matcher, [grammar] * 8)
-    first.accept(set_bits(first.allowed())[0])
-    assert len(set_bits(first.allowed())) == 1 and len(set_bits(second.allowed())) == 2
+    first.consume_token(set_bits(first.compute_bitmask())[0])
+    assert len(set_bits(first.compute_bitmask())) == 1 and len(set_bits(second.compute_bitmask())) == 2
 
 
 @pytest.mark.parametrize(
@@ -145,26 +145,30 @@ def test_what_takes_too_long_is_stopped(tiny_checkpoint: Checkpoint, monkeypatch
     process.kill()
     with pytest.raises(RequestError, match="too complex"):
         grammars.matcher(Grammar("regex", "b"))
-    assert set_bits(grammars.matcher(Grammar("regex", "b")).allowed())
+    assert set_bits(grammars.matcher(Grammar("regex", "b")).compute_bitmask())
     del grammars
     assert process.returncode is not None
 
 
 def test_a_token_that_is_not_allowed_fails_the_matcher_alone(grammars: Grammars, tokenizer: Tokenizer) -> None:
     matcher = grammars.matcher(Grammar("regex", "ab"))
-    matcher.accept(tokenizer.encode("b")[0])
-    assert matcher.failed and set(set_bits(matcher.allowed())) == tokenizer.eos_ids
+    matcher.consume_token(tokenizer.encode("b")[0])
+    assert matcher.is_error() and set(set_bits(matcher.compute_bitmask())) == tokenizer.eos_ids
 
 
 def test_a_matcher_that_fails_ends_its_request_alone() -> None:
     class Failing:
         failed = False
 
-        def allowed(self) -> bytes:
+        def is_error(self) -> bool:
+            return self.failed
+
+        def compute_bitmask(self) -> bytes:
             return b"\xff" * 8
 
-        def accept(self, token_id: int) -> None:
+        def consume_token(self, token_id: int) -> bool:
             self.failed = True
+            return False
 
     config = EngineConfig(num_pages=8, max_model_len=32, page_size=4)
     engine = Engine(FakeRunner(4), FakeVocabulary(), config, ManualClock(), lambda grammar: Failing())

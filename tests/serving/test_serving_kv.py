@@ -102,7 +102,7 @@ def test_without_reuse_nothing_is_found() -> None:
         (lambda t: t._num_owners.update([t._tables["a"][0]]), "owners counted wrongly [0]"),
         (lambda t: t._prefixes.forget(0), "shared or kept with unknown tokens [0]"),
         (lambda t: t._free.append(t._kept.popitem()[0]), "free with known tokens [1]"),
-        (lambda t: t._prefixes._numbers.pop(0), "names inconsistent"),
+        (lambda t: t._prefixes._pages.clear(), "names inconsistent"),
     ],
 )
 def test_check_names_wrong_sharing(corrupt, message: str) -> None:

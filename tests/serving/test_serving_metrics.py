@@ -81,19 +81,19 @@ def test_what_a_bystander_measures(monkeypatch: pytest.MonkeyPatch) -> None:
     while waiting or engine.has_work:
         for name in [waiting.pop(0) for _ in range(min(len(waiting), rng.randrange(3)))]:
             params = SamplingParams(max_tokens=rng.randrange(1, 20), ignore_eos=True)
-            added[name] = clock.now()
+            added[name] = clock()
             engine.add(Request(name, prompts[name][:36], params))
         if rng.random() < 0.1 and (live := [name for name in added if name not in ends]):
-            ends[live[0]] = "abort", clock.now()
+            ends[live[0]] = "abort", clock()
             engine.abort(live[0])
-        now, num_batches = clock.now(), len(runner.batches)
+        now, num_batches = clock(), len(runner.batches)
         outputs = engine.step()
         for item in (item for batch in runner.batches[num_batches:] for item in batch.items):
             seen[item.request_id].append((now, item.start))
         for output in outputs:
-            times[output.request_id].append(clock.now())
+            times[output.request_id].append(clock())
             if output.finish_reason:
-                ends[output.request_id] = output.finish_reason, clock.now()
+                ends[output.request_id] = output.finish_reason, clock()
         if rng.random() < 0.8 and engine.has_work:
             continue
         found = scraped(metrics.exposition().decode())

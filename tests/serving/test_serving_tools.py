@@ -238,9 +238,9 @@ def test_strict_functions_leave_all_texts_but_calls_that_do_not_match(style: Cal
         """Characters that may be written; all of them, if the answer may end there."""
         matcher = grammars.matcher(grammar)
         for place, token in enumerate((*tokenizer.encode(text), 258)):
-            if token not in set_bits(matcher.allowed()):
+            if token not in set_bits(matcher.compute_bitmask()):
                 return len(tokenizer.decode(tokenizer.encode(text)[:place], skip_special=False))
-            matcher.accept(token)
+            matcher.consume_token(token)
         return len(text)
 
     whole = [
@@ -434,7 +434,7 @@ def test_calls_behind_a_special_token(tiny_checkpoint: Checkpoint) -> None:
         assert set(found) == {"f", "g"} and len(found) > 4
         server.check_idle()
     grammar = call_grammar([TOOLS[1]["function"]], LIST, several=False, open_id=259)
-    assert set_bits(Grammars(tokenizer).matcher(grammar).allowed()) == [259]
+    assert set_bits(Grammars(tokenizer).matcher(grammar).compute_bitmask()) == [259]
 
 
 def test_strict_functions(scripted: LiveServer, script: ScriptRunner) -> None:

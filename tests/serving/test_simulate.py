@@ -68,11 +68,11 @@ class Watching:
         self.steps: list[tuple[list[int], float]] = []
 
     def launch(self, batch: Batch) -> Callable[[], StepOutput]:
-        start, wait = self._clock.now(), self._runner.launch(batch)
+        start, wait = self._clock(), self._runner.launch(batch)
 
         def watched() -> StepOutput:
             output = wait()
-            self.steps.append(([len(item.token_ids) for item in batch.items], self._clock.now() - start))
+            self.steps.append(([len(item.token_ids) for item in batch.items], self._clock() - start))
             return output
 
         return watched

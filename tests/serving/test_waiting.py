@@ -158,10 +158,10 @@ def test_idle_time_earns_nothing() -> None:
 
 def test_users_are_forgotten_when_that_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(waiting, "MAX_USERS", 50)
-    queue = waiting.Fair()
+    queue = waiting.Waiting("fair")
     for index in range(150):
         seq = Sequence(request(str(index), [1], 1, user=str(index)), max_tokens=1, deadline=0)
         queue.push(seq)
-        queue.charge(str(index), 1)
+        queue.charge(seq, 1)
         queue.remove(seq)
     assert len(queue._served) <= 51
