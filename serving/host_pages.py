@@ -15,9 +15,8 @@ class HostPages:
         self.num_pages = num_pages
         self._page_size = page_size
         self._free = list(range(num_pages - 1, -1, -1))
-        self._saved: dict[
-            str, tuple[int, tuple[int, ...]]
-        ] = {}  # by owner: how many tokens, and the pages that hold them
+        # By owner: how many tokens, and the pages that hold them.
+        self._saved: dict[str, tuple[int, tuple[int, ...]]] = {}
 
     def owners(self) -> frozenset[str]:
         return frozenset(self._saved)
