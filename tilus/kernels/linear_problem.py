@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from tilus.dtypes import DataType
 from tilus.kernels import warpgroup_schedule
@@ -73,6 +74,7 @@ class LinearProblem:
         return f"{n} x {k} {self.header.dtype}, groups of {self.header.group}, M = {self.m}"
 
 
+@lru_cache(maxsize=4096)  # weights of all layers of a model ask for the same few
 def heuristic(problem: LinearProblem, num_sms: int, *, hopper: bool = False) -> Plan:
     """The plan that is used without tuning. hopper: for a GPU with warpgroups (sm_90a)."""
     header = problem.header
@@ -80,6 +82,7 @@ def heuristic(problem: LinearProblem, num_sms: int, *, hopper: bool = False) -> 
     return plans[0] if plans else schedule(problem.m, *problem.tiles, header.dtype.nbits, num_sms, header.factor_words)
 
 
+@lru_cache(maxsize=4096)
 def invariant_plans(problem: LinearProblem, num_sms: int, *, hopper: bool = False) -> tuple[Plan, ...]:
     """Plans by which a number of the result has the same bits for every m and N: the best, then those that need fewer
     registers."""
