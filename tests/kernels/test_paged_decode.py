@@ -321,6 +321,32 @@ def test_a_plan_that_spills_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> N
     assert tried == [*plans(1, 3, 64, 16, 16, True)][:2] + tried[1:2]
 
 
+class Unlaunched:
+    """A kernel that does nothing."""
+
+    def on(self, device: str | None) -> Callable[..., None]:
+        return lambda *args, **values: None
+
+
+def test_what_follows_from_shapes_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later call makes no layouts: a few dozen functions run in front of its launch, and most of these are of two lines."""
+    module = sys.modules[paged_decode_kernel.python.__module__]
+    monkeypatch.setattr(module, "paged_decode_kernel", Unlaunched())
+    inputs, calls = make_inputs(decode_batch((70, 33)), 0), list[str]()
+
+    def call() -> None:
+        args = inputs.q[:, None], inputs.kv_cache, inputs.block_tables, inputs.kv_lens, inputs.scale
+        paged_decode(*args, device="emulator")
+
+    call()
+    sys.setprofile(lambda frame, event, _: calls.append(frame.f_code.co_qualname) if event == "call" else None)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    assert "paged_decode" in calls and len(calls) < 100, calls
+
+
 def wrong(**change: Any) -> str:
     batch = decode_batch((5, 33))
     inputs = make_inputs(batch, 0)
