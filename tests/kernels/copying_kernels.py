@@ -82,8 +82,8 @@ def prefixes(name: str | None) -> Specialization:
     prefix, own = torch.zeros(4, 128, 128), torch.zeros(9, 1, 4, 128)
     plan = next(shared_plans(1, 4, 128, 16 if kind is None else kind.code.nbits))
     return shared_prefix_kernel.specialize(
-        q, rows, cache, INTEGERS, found, notes, prefix, prefix[..., 0].contiguous(), own, own[..., 0].contiguous(), 1.0, 128,
-        factors, q_len=1, kv_heads=2, group=4, head_dim=128, page_size=16,
+        q, rows, cache, INTEGERS, found, notes, prefix, prefix[..., 0].contiguous(), own, own[..., 0].contiguous(), 1.0,
+        factors, q_len=1, kv_heads=2, group=4, head_dim=128, page_size=16, blocks=128,
         problem=SharedProblem(plan, 128, Split(16), kind, q_type),
     )  # fmt: skip
 
@@ -93,7 +93,16 @@ def dense(plan: Plan) -> Specialization:
 
 
 def latents() -> Specialization:
-    shape = {"width": 576, "latent": 512, "q_len": 1, "heads": 128, "groups": 1, "eights": 8, "page_size": 64}
+    shape = {
+        "width": 576,
+        "latent": 512,
+        "q_len": 1,
+        "heads": 128,
+        "groups": 1,
+        "eights": 8,
+        "page_size": 64,
+        "teams": 66,
+    }
     return mla_decode_kernel.specialize(dtype=bf16, **shape, split=Split(256), plan=MlaPlan(cluster=2))
 
 

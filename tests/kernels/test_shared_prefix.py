@@ -353,8 +353,8 @@ def assert_assembles(
     def assembled(plan: SharedPlan) -> Any:
         split = split_of(plan, page_size, q_len, variant.window)
         special = shared_prefix_kernel.specialize(
-            q, q_rows, cache, tables, found, notes, *prefix, *rest, 1.0, 128, factors, torch.zeros(64), None, **shape,
-            page_size=page_size, problem=SharedProblem(plan, unit_of(page_size), split, kind, q_type, variant),
+            q, q_rows, cache, tables, found, notes, *prefix, *rest, 1.0, factors, torch.zeros(64), None, **shape,
+            page_size=page_size, blocks=128, problem=SharedProblem(plan, unit_of(page_size), split, kind, q_type, variant),
         )  # fmt: skip
         return build(special.function, get_target("sm_90a"))[0]
 

@@ -193,8 +193,8 @@ def launch(
     shape = {"q_len": q_len, "kv_heads": kv_heads, "group": group, "head_dim": head_dim}
     problem = SharedProblem(plan, unit_of(page_size), split, kind, q_type, given.variant, given.words)
     shared_prefix_kernel.on(device)(
-        by_head, q_rows, rows, block_tables, shared, notes, *prefix, *own, scale * math.log2(math.e), blocks, factors,
-        given.parameters, given.bits, **shape, page_size=page_size, problem=problem,
+        by_head, q_rows, rows, block_tables, shared, notes, *prefix, *own, scale * math.log2(math.e), factors,
+        given.parameters, given.bits, **shape, page_size=page_size, blocks=blocks, problem=problem,
     )  # fmt: skip
     by_token = [part.unflatten(1, (ROWS // heads, heads)) for part in prefix]
     shared_prefix_merge_kernel.on(device)(

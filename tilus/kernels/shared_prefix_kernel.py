@@ -168,7 +168,6 @@ def shared_prefix_kernel(
     own_out: Tensor[f32, "places", "q_len", "group", "head_dim"],
     own_lse: Tensor[f32, "places", "q_len", "group"],
     scale_log2: float,
-    blocks: int32,
     factors: Tensor[f16, "pages", "kv_heads", 2, "kinds", "page_size"] = None,
     parameters: Tensor[f32, "count"] = None,
     bits: Tensor[int32, "queries", "words"] = None,
@@ -178,6 +177,7 @@ def shared_prefix_kernel(
     group: Const,
     head_dim: Const,
     page_size: Const,
+    blocks: Const,
     problem: Const,
 ):
     """q_rows: q, all tokens one after another; with a quantised cache, whose rows are codes in units of 16 bits, its bits as f16.
