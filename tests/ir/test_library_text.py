@@ -111,6 +111,7 @@ SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
             "groups": 1,
             "eights": 8,
             "page_size": 64,
+            "teams": 66,
             "split": Split(256),
             "plan": MlaPlan(cluster=2),
         }
@@ -162,6 +163,7 @@ SPECIALIZATIONS: dict[str, list[dict[str, Any]]] = {
             "group": 4,
             "head_dim": 64,
             "page_size": 16,
+            "blocks": 132,
             "problem": SharedProblem(next(shared_plans(2, 4, 64)), 128, Split(16)),
         }
     ],

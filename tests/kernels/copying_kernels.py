@@ -93,17 +93,10 @@ def dense(plan: Plan) -> Specialization:
 
 
 def latents() -> Specialization:
-    shape = {
-        "width": 576,
-        "latent": 512,
-        "q_len": 1,
-        "heads": 128,
-        "groups": 1,
-        "eights": 8,
-        "page_size": 64,
-        "teams": 66,
-    }
-    return mla_decode_kernel.specialize(dtype=bf16, **shape, split=Split(256), plan=MlaPlan(cluster=2))
+    return mla_decode_kernel.specialize(
+        dtype=bf16, width=576, latent=512, q_len=1, heads=128, groups=1, eights=8, page_size=64, teams=66, split=Split(256),
+        plan=MlaPlan(cluster=2),
+    )  # fmt: skip
 
 
 COPYING: dict[str, Callable[[], Specialization]] = {
