@@ -16,6 +16,7 @@ Output, as JSON:
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import statistics
@@ -81,6 +82,7 @@ def build(options: argparse.Namespace, config: Path, weights: str, kv: str) -> E
     checkpoint = open_dummy(config, weight_type(weights))
     engine = build_engine(server, config, checkpoint, default_kernels(), execution)
     warm_up(engine, lambda done, total: None)
+    gc.freeze()  # as the server does
     return engine
 
 

@@ -149,7 +149,7 @@ class ServerConfig:
     )
     dummy: bool = _option(
         False,
-        "random weights in the shape of --model, a config.json or a directory with one; tokens are bytes: to measure speed",
+        "random weights in the shape of --model, a config.json or a directory with one; prompts are bytes: to measure speed",
     )
     max_batch: int = _option(32, "how many requests may run at the same time; the others wait", "N")
     max_step_tokens: int = _option(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import string
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ _BLOCK = 2**20 + 7  # random codes that repeat: an odd number, so that rows diff
 
 
 def open_dummy(path: Path, weight_dtype: DataType, group: int = GROUP) -> Checkpoint:
-    """The model of a config.json, or of a directory with one. Its tokens are bytes, and no answer ends by itself.
+    """The model of a config.json, or of a directory with one. Its texts are bytes, and no answer ends by itself.
 
     Raises: TilusError when there is none, and, by name, for what is not supported.
     """
@@ -33,7 +35,7 @@ def open_dummy(path: Path, weight_dtype: DataType, group: int = GROUP) -> Checkp
         raise TilusError(f"there is no {file}", hint="--dummy takes a config.json, or a directory with one, as --model")
     config = model_config(settings, str(file))
     weights = DummyWeights(config, weight_dtype, group, tied=bool(settings.get("tie_word_embeddings", False)))
-    return Checkpoint(f"dummy-{file.resolve().parent.name}", config, _byte_tokenizer(), weights)
+    return Checkpoint(f"dummy-{file.resolve().parent.name}", config, _tokenizer(config.vocab_size), weights)
 
 
 class DummyWeights:
@@ -108,9 +110,12 @@ def _part(name: str) -> str:
     return parts[2] if len(parts) > 2 else parts[0]
 
 
-def _byte_tokenizer() -> Tokenizer:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    fast = FastTokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
+def _tokenizer(vocab_size: int) -> Tokenizer:
+    """Of bytes; what the model may choose beside them are words, so that all of an answer is seen."""
+    words = map("".join, itertools.product(string.ascii_lowercase, repeat=5))
+    symbols = itertools.chain(sorted(pre_tokenizers.ByteLevel.alphabet()), words)
+    vocabulary = {symbol: index for index, symbol in enumerate(itertools.islice(symbols, vocab_size))}
+    fast = FastTokenizer(models.BPE(vocab=vocabulary, merges=[]))
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
-    return Tokenizer(fast=fast, eos_ids=frozenset(), chat_template=None, special={}, vocab_size=len(alphabet))
+    return Tokenizer(fast=fast, eos_ids=frozenset(), chat_template=None, special={}, vocab_size=vocab_size)

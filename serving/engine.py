@@ -121,12 +121,12 @@ class Engine:
             ("logit_bias", "logit_bias", dict(params.logit_bias)),
             ("stop_token_ids", "stop_token_ids", params.stop_token_ids),
         ):
-            bad = next((t for t in token_ids if not 0 <= t < self._vocabulary.vocab_size), None)
-            if bad is not None:
-                raise RequestError(
-                    f"{name} contains token {bad}, but token ids go from 0 to {self._vocabulary.vocab_size - 1}",
-                    param=param,
-                )
+            for bad in (min(token_ids, default=0), max(token_ids, default=0)):
+                if not 0 <= bad < self._vocabulary.vocab_size:
+                    raise RequestError(
+                        f"{name} contains token {bad}, but token ids go from 0 to {self._vocabulary.vocab_size - 1}",
+                        param=param,
+                    )
         if size + (wanted or 1) > limit:
             asked = f" and max_tokens is {wanted}, together {size + wanted}" if wanted else ""
             room = "" if wanted else "; it must leave room for at least 1 token"

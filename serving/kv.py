@@ -52,7 +52,7 @@ class PageTables:
             return 0
         for page in pages:
             self._kept.pop(page, None)
-            self._num_owners[page] += 1
+        self._num_owners.update(pages)
         self._tables[owner] = tuple(pages)
         self._ends[owner] = len(pages), self._prefixes.number(pages[-1])
         return len(pages) * self.page_size

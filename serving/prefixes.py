@@ -27,13 +27,14 @@ class Prefixes:
 
     def find(self, tokens: Sequence[int]) -> list[int]:
         """The pages of the longest known beginning of some tokens."""
-        found, number = list[int](), ROOT
-        for start in range(0, len(tokens) - self._page_size + 1, self._page_size):
-            page = self._pages.get((number, tuple(tokens[start : start + self._page_size])))
+        found, number, size = list[int](), ROOT, self._page_size
+        tokens = tuple(tokens)  # whose parts are tuples at once
+        for end in range(size, len(tokens) + 1, size):
+            page = self._pages.get((number, tokens[end - size : end]))
             if page is None:
                 break
             found.append(page)
-            number = self.number(page)
+            number = self._known[page][0]
         return found
 
     def number(self, page: int) -> int:

@@ -125,6 +125,8 @@ def _rows_of(items: Sequence[BatchItem]) -> Sequence[BatchItem]:
 
 def _draws_of(items: Sequence[BatchItem]) -> list[int]:
     """The draw of each row."""
+    if not any(item.num_drafts for item in items):
+        return [item.draw for item in items]
     return [draw for item in items for draw in range(item.draw, item.draw + 1 + item.num_drafts)]
 
 

@@ -185,8 +185,9 @@ class Detokenizer:
             self._window = window[self._num_shown :]
             self._num_shown, self._shown = len(self._window), self._decode(self._window)
             return piece
-        # An invisible token (a special one) is forgotten: or a run of them would make the window grow.
-        if piece or not self._num_shown:
+        # An invisible token (a special one) is forgotten: or a run of them would make the window grow. Not a first space, which
+        # would show behind another one.
+        if (piece or not self._num_shown) and self._decode((token_id, token_id)):
             self._window = window
         return ""
 

@@ -62,8 +62,8 @@ class Waiting:
 
     def charge(self, seq: Sequence, cost: int) -> None:
         """Its user has been served."""
-        user = self._user(seq)
-        self._served[user] = self._served.get(user, 0) + cost
+        if self._is_fair:
+            self._served[seq.request.user] = self._served.get(seq.request.user, 0) + cost
 
     def _user(self, seq: Sequence) -> str:
         """Whose queue it is in: but for fair shares, all are one user's."""

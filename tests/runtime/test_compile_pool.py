@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -69,8 +71,20 @@ def end(number: int) -> int:
 
 
 def test_a_process_that_is_killed_is_an_error() -> None:
-    with pytest.raises(TilusError, match=r"a process that compiles kernels was ended(.|\n)*hint: if memory ran out"):
+    with pytest.raises(TilusError, match=r"a process that compiles kernels was ended(.|\n)*If memory ran out"):
         compile_all([partial(end, 1), partial(end, 2)], processes=2)
+
+
+def test_a_script_that_starts_again_in_each_process_is_told_how_not_to(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from functools import partial\n"
+        "from tilus.runtime.compile_pool import compile_all\n"
+        "compile_all([partial(pow, 2, 3), partial(pow, 3, 2)], processes=2)\n"
+    )
+    found = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60, check=False)
+    assert found.returncode == 1
+    assert "hint: processes import the main script: what it does belongs below `if __name__" in found.stderr
 
 
 def wait(path: str) -> None:

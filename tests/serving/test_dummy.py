@@ -38,6 +38,15 @@ def test_answers_of_a_random_model(config: Path, name: str) -> None:
     assert reasons == [None] * 7 + ["length"], "no number, or no end by itself"
 
 
+def test_every_token_is_seen_and_texts_are_bytes(config: Path) -> None:
+    """A stream of tokens that show nothing is no measure of a server."""
+    tokenizer = open_dummy(config, dtype("int4")).tokenizer
+    assert tokenizer.vocab_size == TINY["vocab_size"] > 256
+    texts = {tokenizer.decode((token_id,)) for token_id in range(256, tokenizer.vocab_size)}
+    assert len(texts) == tokenizer.vocab_size - 256 and all(texts)
+    assert len(tokenizer.encode("añz")) == 4 and tokenizer.decode(tokenizer.encode("añz")) == "añz"
+
+
 def test_groups_and_rows(config: Path) -> None:
     weights = open_dummy(config / "config.json", dtype("int4"), group=16).weights
     matrix = weights.matrix("blk.1.ffn_up")

@@ -62,7 +62,8 @@ class CompilePool:
         except BrokenProcessPool as error:
             raise TilusError(
                 "a process that compiles kernels was ended by the system or by somebody",
-                hint="if memory ran out, let fewer of them run: `taskset -c 0-3` in front of the command allows four",
+                hint="processes import the main script: what it does belongs below `if __name__ == '__main__':`. If memory ran "
+                "out, let fewer of them run: `taskset -c 0-3` in front of the command allows four",
             ) from error
 
     def _started(self, count: int) -> ProcessPoolExecutor | None:
