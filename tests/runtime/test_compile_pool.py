@@ -6,8 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
