@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import logging
 import time
 import uuid
@@ -13,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import orjson
 from fastapi import FastAPI
 from fastapi import Request as HTTPRequest
 from fastapi.exceptions import RequestValidationError
@@ -87,30 +87,39 @@ def create_app(
     return app
 
 
-class _StalledClient(Exception):
-    """A client has not read for too long."""
-
-
 class EventStream(StreamingResponse):
     """Server-sent events of a generation, which is given up when the client leaves, at whatever point, or reads no more."""
 
-    def __init__(self, generation: Generation, events: AsyncIterator[str]) -> None:
+    def __init__(self, generation: Generation, events: AsyncIterator[bytes]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         self._generation = generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_in_time(message: Message) -> None:
-            try:
-                async with asyncio.timeout(_MAX_SEND_SECONDS):
-                    await send(message)
-            except TimeoutError as error:
-                raise _StalledClient from error
+        loop, since = asyncio.get_running_loop(), None
+
+        async def watched(message: Message) -> None:
+            nonlocal since
+            since = loop.time()
+            await send(message)
+            since = None
+
+        async def stall() -> None:
+            """Until a message has not been taken for too long. A timeout around each would take as long as most of them do."""
+            while since is None or loop.time() < since + _MAX_SEND_SECONDS:
+                await asyncio.sleep(_MAX_SEND_SECONDS / 8)
 
         async with _abandoned_with(receive, self._generation):
+            sending = asyncio.ensure_future(super().__call__(scope, receive, watched))
+            stalled = asyncio.ensure_future(stall())
             try:
-                await super().__call__(scope, receive, send_in_time)
-            except _StalledClient:  # returning before the end closes the connection
-                _LOG.warning("a client has read nothing for %g seconds and is given up", _MAX_SEND_SECONDS)
+                await asyncio.wait((sending, stalled), return_when=asyncio.FIRST_COMPLETED)
+                if stalled.done():  # returning before the end closes the connection
+                    _LOG.warning("a client has read nothing for %g seconds and is given up", _MAX_SEND_SECONDS)
+                else:
+                    sending.result()
+            finally:
+                sending.cancel()
+                stalled.cancel()
 
 
 class _Service:
@@ -260,10 +269,10 @@ class _Service:
 
 async def _events(
     header: Header, outputs: _Outputs, choices: Sequence[Choice], format: Format, options: StreamOptions
-) -> AsyncIterator[str]:
+) -> AsyncIterator[bytes]:
     """The stream's events. An error after the start can only be told inside the stream."""
 
-    def chunk(choice: Json) -> str:
+    def chunk(choice: Json) -> bytes:
         told = usage(choices) if options.continuous_usage_stats else None
         return _event(header.body(format.chunk_kind, [choice]) | ({"usage": told} if options.include_usage else {}))
 
@@ -279,11 +288,11 @@ async def _events(
         return
     if options.include_usage:
         yield _event(header.body(format.chunk_kind, []) | {"usage": usage(choices)})
-    yield "data: [DONE]\n\n"
+    yield b"data: [DONE]\n\n"
 
 
-def _event(body: Json) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+def _event(body: Json) -> bytes:
+    return b"data: %b\n\n" % orjson.dumps(body)
 
 
 def _raise_failure(output: RequestOutput) -> None:

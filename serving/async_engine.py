@@ -1,7 +1,8 @@
 """The engine in a thread of its own, seen from asyncio.
 
-The event loop puts commands into an inbox; the engine thread takes them between steps and sends each output to its
-request's queue. Every wait has an end: outputs, a deadline, the engine's failure, or the server's stop.
+The event loop puts commands into an inbox; the engine thread takes them between steps. Outputs of a step are handed over all at
+once, when the next one has been launched and the engine waits for the device: both threads want Python's lock, and the device
+must not wait for either. Every wait has an end: outputs, a deadline, the engine's failure, or the server's stop.
 """
 
 from __future__ import annotations
@@ -23,23 +24,20 @@ class Generation:
     """The outputs of requests that belong together, as one asynchronous iterator; ends when all have finished.
 
     Who reads slowly gets more at once: outputs of a request that have not been read are put together, so that at most its answer
-    is held. Raises EngineFailure when the engine stops. `close` gives up what has not finished and ends the iteration.
+    is held. Raises EngineFailure when the engine stops, or has not finished within `timeout` seconds, though it gives requests up
+    before. `close` gives up what has not finished and ends the iteration. All in the event loop's thread.
     """
 
     def __init__(self, ids: Iterable[str], timeout: float, abort: Callable[[Sequence[str]], None]) -> None:
         self._unfinished = set(ids)
-        self._timeout = timeout
         self._abort = abort
-        self._loop = asyncio.get_running_loop()
+        hung = EngineFailure(f"the engine has not finished within {timeout:g} seconds")
+        self._limit = asyncio.get_running_loop().call_later(timeout, self.put, hung)
         self._unread: dict[str, list[RequestOutput]] = {}
         self._failure: EngineFailure | None = None
         self._changed = asyncio.Event()
 
-    def send(self, event: RequestOutput | EngineFailure) -> None:
-        """Called by the engine's thread."""
-        self._loop.call_soon_threadsafe(self._put, event)
-
-    def _put(self, event: RequestOutput | EngineFailure) -> None:
+    def put(self, event: RequestOutput | EngineFailure) -> None:
         if isinstance(event, EngineFailure):
             self._failure = event
         else:
@@ -47,6 +45,7 @@ class Generation:
         self._changed.set()
 
     def close(self) -> None:
+        self._limit.cancel()
         if self._unfinished:
             self._abort(sorted(self._unfinished))
             self._unfinished.clear()
@@ -54,11 +53,7 @@ class Generation:
 
     async def __aiter__(self) -> AsyncIterator[RequestOutput]:
         while self._unfinished:
-            try:
-                async with asyncio.timeout(self._timeout):
-                    await self._changed.wait()
-            except TimeoutError:
-                raise EngineFailure(f"the engine gave no sign of life for {self._timeout:g} seconds") from None
+            await self._changed.wait()
             self._changed.clear()
             while self._unread and self._unfinished:
                 request_id = next(iter(self._unread))
@@ -67,7 +62,6 @@ class Generation:
                     self._unfinished.discard(request_id)
                 yield output
             if self._failure is not None and self._unfinished:
-                self._unfinished.clear()
                 raise self._failure
 
 
@@ -92,10 +86,14 @@ class AsyncEngine:
         self._wake = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
         self._generations: dict[str, Generation] = {}
+        self._outputs: list[RequestOutput] = []  # not handed over yet
         self.failure: EngineFailure | None = None
+        engine.before_wait = self._deliver
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
+        """In the event loop, where the outputs go."""
+        self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     async def stop(self) -> None:
@@ -139,7 +137,10 @@ class AsyncEngine:
                 for command in commands:
                     command()
                 if self.engine.has_work:
-                    self._deliver(self.engine.step())
+                    outputs = self.engine.step()  # in which those of before are handed over
+                    self._outputs += outputs
+                if not self.engine.has_launched:
+                    self._deliver()
                 if not self.engine.has_work:
                     self.engine.check()
         except Exception as error:
@@ -156,19 +157,29 @@ class AsyncEngine:
             commands, self._inbox = self._inbox, []
             return commands
 
-    def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
+    def _deliver(self) -> None:
+        outputs, self._outputs = self._outputs, []
         with self._wake:
+            events = [
+                (generation, output)
+                for output in outputs
+                if (generation := self._generations.get(output.request_id)) is not None
+            ]
             for output in outputs:
-                generation = self._generations.get(output.request_id)
                 if output.finish_reason is not None:
                     self._generations.pop(output.request_id, None)
-                if generation is not None:
-                    generation.send(output)
+        if events:
+            self._loop.call_soon_threadsafe(_put_all, events)
 
     def _fail(self, message: str) -> None:
         with self._wake:
             self.failure = self.failure or EngineFailure(message)
-            for generation in set(self._generations.values()):
-                generation.send(EngineFailure(message))
+            events = [(generation, self.failure) for generation in set(self._generations.values())]
             self._generations.clear()
             self._wake.notify()
+        self._loop.call_soon_threadsafe(_put_all, events)
+
+
+def _put_all(events: Iterable[tuple[Generation, RequestOutput | EngineFailure]]) -> None:
+    for generation, event in events:
+        generation.put(event)

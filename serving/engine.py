@@ -73,7 +73,7 @@ class Engine:
     Every request that was added ends in exactly one output with a finish reason, or by `abort`. matcher: makes those of grammars;
     without it, requests with a grammar are refused. drafter: guesses up to `config.num_drafts` tokens of each sequence, where
     that pays. trace: gets the times of the parts of steps. cost: learns what steps take. `observers` are told what happens to
-    requests.
+    requests. before_wait: called in front of each wait for the device, when other threads may have Python's lock.
     """
 
     def __init__(
@@ -101,6 +101,7 @@ class Engine:
         self.scheduler = Scheduler(self.pages, config, self.cost)
         self._draft_budget = DraftBudget(self.cost.rows)
         self.observers: list[Observer] = []
+        self.before_wait: Callable[[], None] = lambda: None
         self.max_model_len = min(config.max_model_len, self.pages.capacity)
         self._live: dict[str, _Live] = {}
         self._launched: _Launched | None = None
@@ -108,7 +109,12 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or self._launched is not None
+        return self.scheduler.has_work or self.has_launched
+
+    @property
+    def has_launched(self) -> bool:
+        """Whether the next `step` will wait for the device."""
+        return self._launched is not None
 
     def validate(self, request: Request) -> None:
         """Raise RequestError unless this engine can serve the request. Reads only constants: any thread may ask."""
@@ -301,6 +307,7 @@ class Engine:
         """
         if step is None:
             return []
+        self.before_wait()
         asked = self._clock()
         with self._span("wait"):
             output = step.wait()

@@ -19,6 +19,7 @@ from serving.build import build_engine, open_model, rank_runner
 from serving.config import ServerConfig
 from serving.engine import Engine
 from serving.execution import Execution, choose_execution
+from serving.http_protocol import HttpProtocol
 from serving.kernels import Kernels, default_kernels
 from serving.progress import progress, say
 from serving.shards import check_shares
@@ -66,7 +67,12 @@ def serve(config: ServerConfig, kernels: Callable[[], Kernels] | None = None) ->
         app = create_app(asynchronous, checkpoint.tokenizer, name, key, origins)
         port = int(listener.getsockname()[1])
         server = _Server(
-            uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=max(1, round(config.drain_timeout))),
+            uvicorn.Config(
+                app,
+                http=HttpProtocol,
+                log_level="warning",
+                timeout_graceful_shutdown=max(1, round(config.drain_timeout)),
+            ),
             ready=lambda: _ready(config.host, port, name, engine, execution),
         )
         # uvicorn drains on these signals, then raises them again for whoever was there before.

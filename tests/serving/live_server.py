@@ -18,6 +18,7 @@ from serving.config import EngineConfig
 from serving.core import Batch, Runner, StepOutput
 from serving.engine import Engine
 from serving.grammar import Grammars
+from serving.http_protocol import HttpProtocol
 from serving.loader import Checkpoint
 
 MODEL = "tiny"
@@ -92,7 +93,7 @@ def serve(
     listener.setsockopt(
         socket.SOL_SOCKET, socket.SO_SNDBUF, 8192
     )  # small, so that it shows when a client does not read
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=5))
+    server = uvicorn.Server(uvicorn.Config(app, http=HttpProtocol, log_level="critical", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

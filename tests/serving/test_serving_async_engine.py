@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 
 import pytest
 from serving_fakes import FakeRunner, FakeVocabulary, ManualClock, reference_answer
@@ -25,9 +26,9 @@ class GatedRunner(FakeRunner):
         return super().execute(batch)
 
 
-def make(max_waiting: int = 4) -> tuple[AsyncEngine, GatedRunner]:
+def make(max_waiting: int = 4, overlap: bool = False) -> tuple[AsyncEngine, GatedRunner]:
     runner = GatedRunner()
-    config = EngineConfig(num_pages=16, max_model_len=64, page_size=4, max_batch=2, max_step_tokens=8)
+    config = EngineConfig(num_pages=16, max_model_len=64, page_size=4, max_batch=2, max_step_tokens=8, overlap=overlap)
     return AsyncEngine(Engine(runner, FakeVocabulary(), config, ManualClock()), max_waiting), runner
 
 
@@ -42,9 +43,10 @@ async def tokens_of(generation: Generation) -> dict[str, list[int]]:
     return tokens
 
 
-def test_answers_arrive_and_the_thread_ends() -> None:
+@pytest.mark.parametrize("overlap", [False, True])
+def test_answers_arrive_and_the_thread_ends(overlap: bool) -> None:
     async def scenario() -> None:
-        engine, runner = make()
+        engine, runner = make(overlap=overlap)
         runner.gate.set()
         engine.start()
         expected = reference_answer([1, 2, 3], 5, ignore_eos=True)
@@ -79,6 +81,38 @@ def test_who_reads_slowly_gets_more_at_once_and_nothing_less() -> None:
     asyncio.run(scenario())
 
 
+def test_outputs_come_while_the_next_step_runs() -> None:
+    """And no later: that step may take long."""
+
+    class SlowToCome(FakeRunner):
+        def __init__(self) -> None:
+            super().__init__(page_size=4)
+            self.allowed = threading.Semaphore(0)
+
+        def launch(self, batch: Batch) -> Callable[[], StepOutput]:
+            output = self.execute(batch)
+
+            def wait() -> StepOutput:
+                assert self.allowed.acquire(timeout=10)
+                return output
+
+            return wait
+
+    async def scenario() -> None:
+        runner = SlowToCome()
+        config = EngineConfig(num_pages=16, max_model_len=64, page_size=4, max_batch=2, max_step_tokens=8, overlap=True)
+        engine = AsyncEngine(Engine(runner, FakeVocabulary(), config, ManualClock()), 4)
+        engine.start()
+        outputs = aiter(engine.submit([request("a", 3)]))
+        for token in reference_answer([1, 2, 3], 3, ignore_eos=True):
+            runner.allowed.release()
+            output = await asyncio.wait_for(anext(outputs), 10)
+            assert [found.token_id for found in output.tokens] == [token]
+        await engine.stop()
+
+    asyncio.run(scenario())
+
+
 def test_what_is_put_together_keeps_the_prompt_of_the_first_output() -> None:
     async def main() -> list[RequestOutput]:
         generation = Generation(["a"], 5.0, lambda ids: None)
@@ -87,8 +121,7 @@ def test_what_is_put_together_keeps_the_prompt_of_the_first_output() -> None:
             RequestOutput("a", "y", (SampledToken(2),), "length"),
         )
         for output in outputs:
-            generation.send(output)
-        await asyncio.sleep(0.01)
+            generation.put(output)
         return [output async for output in generation]
 
     (whole,) = asyncio.run(main())
@@ -99,7 +132,7 @@ def test_a_hung_engine_is_noticed() -> None:
     async def scenario() -> None:
         aborted: list[str] = []
         generation = Generation(["a"], 0.05, aborted.extend)
-        with pytest.raises(EngineFailure, match=r"the engine gave no sign of life for 0\.05 seconds"):
+        with pytest.raises(EngineFailure, match=r"the engine has not finished within 0\.05 seconds"):
             await tokens_of(generation)
         generation.close()
         assert aborted == ["a"]
