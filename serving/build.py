@@ -46,7 +46,8 @@ from tilus.errors import TilusError
 def open_model(config: ServerConfig) -> tuple[Path, Checkpoint]:
     """What --model says, and where it is."""
     path = Path(config.model) if config.model else default_model()
-    return path, (open_dummy if config.dummy else open_checkpoint)(path, weight_type(config.weight_dtype))
+    opened = open_dummy if config.dummy else open_checkpoint
+    return path, opened(path, weight_type(config.weight_dtype), config.group)
 
 
 def build_engine(
@@ -167,7 +168,7 @@ def _packed_weights(
 ) -> tuple[PackedWeights, MemoryPlan]:
     """From the cache or packed, when it is known that they fit; the cache has as many pages as the smallest memory holds."""
     is_kept = _may_be_kept(config, group) and config.weight_dtype != DENSE
-    cache = _cache(path, config.weight_dtype, checkpoint, kernels, device) if is_kept else None
+    cache = _cache(path, _rounding(config), checkpoint, kernels, device) if is_kept else None
     kept = None if cache is None else cache.load()
     size = expected_size(checkpoint, kernels, device) if kept is None else size_of(kept)
     memory = plan(checkpoint.config, size, config, free_nbytes(device), device)
@@ -247,7 +248,7 @@ def _steps_file(config: ServerConfig, checkpoint: Checkpoint, execution: Executi
     parts = (
         checkpoint.name,
         checkpoint.config,
-        config.weight_dtype,
+        _rounding(config),
         config.kv_dtype,
         config.batch_invariant,
         config.tp,
@@ -257,8 +258,12 @@ def _steps_file(config: ServerConfig, checkpoint: Checkpoint, execution: Executi
     return cache_dir() / "steps" / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}.json"
 
 
+def _rounding(config: ServerConfig) -> str:
+    return f"{config.weight_dtype} in groups of {config.group}"
+
+
 def _cache(
-    path: Path, weight_dtype: str, checkpoint: Checkpoint, kernels: Kernels, device: torch.device
+    path: Path, rounding: str, checkpoint: Checkpoint, kernels: Kernels, device: torch.device
 ) -> WeightCache | None:
     """On a GPU only for weights that are quantised while loading: it packs others faster than a disk reads."""
     if device.type != "cpu" and not any(
@@ -266,9 +271,9 @@ def _cache(
     ):
         return None
     form = packed_form(kernels, device)
-    return None if form is None else WeightCache(path, weight_dtype, form)
+    return None if form is None else WeightCache(path, rounding, form)
 
 
 def _frames(path: Path, config: ServerConfig, max_model_len: int, form: str) -> WeightCache:
     """Where the frames of the model at `path` are kept, which may be the draft model."""
-    return WeightCache(path, config.weight_dtype, f"{config.kv_dtype}, {max_model_len} tokens, {form}", "frames")
+    return WeightCache(path, _rounding(config), f"{config.kv_dtype}, {max_model_len} tokens, {form}", "frames")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
-from serving.quantize import DENSE, WEIGHT_DTYPES
+from serving.quantize import DENSE, GROUP, GROUPS, WEIGHT_DTYPES
 from tilus.errors import TilusError
 from tilus.kernels import KV_FORMATS
 
@@ -72,7 +72,7 @@ def version() -> str:
         return "unknown: running from a checkout that is not installed"
 
 
-def _option(default: Any, help: str, metavar: str | None = None, choices: Sequence[str] | None = None) -> Any:
+def _option(default: Any, help: str, metavar: str | None = None, choices: Sequence[object] | None = None) -> Any:
     return field(default=default, metadata={"help": help, "metavar": metavar, "choices": choices})
 
 
@@ -108,9 +108,15 @@ class ServerConfig:
     )
     weight_dtype: str = _option(
         "int8",
-        "how weights that are stored as floats are quantised while loading, in groups of 32; "
-        "weights that are stored quantised stay as they are; fp16 leaves them as they are, too, for GPUs of sm_90",
+        "how weights that are stored as floats are quantised while loading; weights that are stored quantised stay as they are; "
+        "fp16 leaves them as they are, too, for GPUs of sm_90",
         choices=(*WEIGHT_DTYPES, DENSE),
+    )
+    group: int = _option(
+        GROUP,
+        "weights that share a scale where --weight-dtype quantises them: more take less memory and time, on GPUs much less for "
+        "many requests at once, and err more",
+        choices=GROUPS,
     )
     kv_dtype: str = _option(
         "fp16",

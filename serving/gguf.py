@@ -9,8 +9,7 @@ import numpy.typing as npt
 
 from serving.architectures import by_gguf, by_huggingface
 from serving.model_config import ACTIVATIONS, ModelConfig
-from serving.quantize import StoredMatrix, quantize_on_load, type_on_load
-from tilus.dtypes import DataType, int8
+from serving.quantize import Rounding, StoredMatrix
 from tilus.errors import TilusError
 from tilus.kernels.quantize import GGUFFile, Matrix, QuantizedMatrix
 
@@ -81,12 +80,12 @@ def _rope_scaling(file: GGUFFile, prefix: str) -> dict[str, Any] | None:
 
 
 class GGUFWeights:
-    """The tensors of a GGUF file. Quantised ones keep their codes; floats are quantised to `weight_dtype`."""
+    """The tensors of a GGUF file. Quantised ones keep their codes; floats are rounded."""
 
-    def __init__(self, file: GGUFFile, config: ModelConfig, weight_dtype: DataType = int8) -> None:
+    def __init__(self, file: GGUFFile, config: ModelConfig, rounding: Rounding) -> None:
         self._file = file
         self._config = config
-        self._weight_dtype = weight_dtype
+        self._rounding = rounding
 
     def has(self, name: str) -> bool:
         return f"{name}.weight" in self._file.tensors
@@ -117,7 +116,7 @@ class GGUFWeights:
     def _quantized(self, name: str, found: QuantizedMatrix | npt.NDArray[np.float32]) -> Matrix:
         if isinstance(found, QuantizedMatrix):
             return found
-        return quantize_on_load(found, type_on_load(name, self._weight_dtype), name)
+        return self._rounding.of(name)(found, name)
 
     def _halves(self, name: str, num_rows: int) -> npt.NDArray[np.int64] | None:
         """Files of some architectures interleave the two halves of each head of q and k: the order that undoes it."""

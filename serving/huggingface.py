@@ -13,9 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from serving.model_config import ModelConfig, model_config
-from serving.quantize import StoredMatrix, quantize_on_load, type_on_load
+from serving.quantize import Rounding, StoredMatrix
 from serving.tokenizer import Tokenizer, from_huggingface, read_json
-from tilus.dtypes import DataType
 from tilus.errors import TilusError
 from tilus.kernels.quantize import Matrix, QuantizedMatrix, open_tensors
 
@@ -28,12 +27,12 @@ def read_settings(directory: Path) -> dict[str, Any]:
     return settings
 
 
-def open_directory(directory: Path, weight_dtype: DataType) -> tuple[ModelConfig, Tokenizer, DirectoryWeights]:
+def open_directory(directory: Path, rounding: Rounding) -> tuple[ModelConfig, Tokenizer, DirectoryWeights]:
     """The model in a directory; raises TilusError for what is missing or not supported."""
     settings = read_settings(directory)
     config = model_config(settings, f"{directory}/config.json")
     tied = bool(settings.get("tie_word_embeddings", config.architecture.tied))
-    weights = DirectoryWeights(directory, weight_dtype, config, tied=tied)
+    weights = DirectoryWeights(directory, rounding, config, tied=tied)
     found = from_huggingface(directory)
     if found.fast.get_vocab_size(with_added_tokens=False) <= config.vocab_size < found.vocab_size:
         # Added tokens that this model has no rows for, such as one for images: prompts with them are refused.
@@ -44,14 +43,14 @@ def open_directory(directory: Path, weight_dtype: DataType) -> tuple[ModelConfig
 class DirectoryWeights:
     """The tensors of a directory, read one at a time as they are asked for.
 
-    Quantised ones keep their codes; floats are quantised to `weight_dtype`.
+    Quantised ones keep their codes; floats are rounded.
     """
 
-    def __init__(self, directory: Path, weight_dtype: DataType, config: ModelConfig, *, tied: bool) -> None:
+    def __init__(self, directory: Path, rounding: Rounding, config: ModelConfig, *, tied: bool) -> None:
         self._tensors = open_tensors(directory)
-        self._weight_dtype = weight_dtype
+        self._rounding = rounding
         self._config = config
-        self._rows: dict[tuple[int, DataType], Matrix] = {}
+        self._rows: dict[tuple[int, Rounding], Matrix] = {}
         self._tied = tied
 
     def has(self, name: str) -> bool:
@@ -74,7 +73,7 @@ class DirectoryWeights:
         found = self._tensors[stored_name]
         if isinstance(found, QuantizedMatrix):
             return found
-        return quantize_on_load(_checked(found, stored_name), type_on_load(name, self._weight_dtype), stored_name)
+        return self._rounding.of(name)(_checked(found, stored_name), stored_name)
 
     def stored(self, name: str) -> StoredMatrix:
         stored_name = self._full_name(name)
@@ -82,9 +81,9 @@ class DirectoryWeights:
         if self._tensors.is_quantized(stored_name):
             return StoredMatrix(False, None, 0, nbytes)
         num_rows, width = self._tensors.stored(stored_name).shape
-        kind = width, type_on_load(name, self._weight_dtype)
+        kind = width, self._rounding.of(name)
         if kind not in self._rows:  # a mixture has thousands of matrices
-            self._rows[kind] = quantize_on_load(np.zeros((1, width), np.float32), kind[1], stored_name)
+            self._rows[kind] = kind[1](np.zeros((1, width), np.float32), stored_name)
         return StoredMatrix(True, self._rows[kind], num_rows, nbytes)
 
     def _full_name(self, name: str) -> str:

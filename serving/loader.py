@@ -18,7 +18,7 @@ from serving.gguf import GGUFWeights, gguf_settings
 from serving.gguf_tokenizer import from_gguf
 from serving.huggingface import open_directory
 from serving.model_config import ModelConfig, model_config
-from serving.quantize import StoredMatrix
+from serving.quantize import GROUP, Rounding, StoredMatrix
 from serving.tokenizer import Tokenizer
 from tilus.dtypes import DataType, int8
 from tilus.errors import TilusError
@@ -77,16 +77,17 @@ def default_model() -> Path:
     return next(Path(str(file.locate())) for file in files if file.suffix == ".gguf")
 
 
-def open_checkpoint(path: Path, weight_dtype: DataType = int8) -> Checkpoint:
-    """The model at a path: a GGUF file or a Hugging Face directory.
+def open_checkpoint(path: Path, weight_dtype: DataType = int8, group: int = GROUP) -> Checkpoint:
+    """The model at a path: a GGUF file or a Hugging Face directory. Floats become numbers of a type, in groups along K.
 
     Raises TilusError for anything else, and, by name, for architectures, tokenizers and types that are not supported.
     """
+    rounding = Rounding(weight_dtype, group)
     if path.is_dir():
-        config, tokenizer, weights = open_directory(path, weight_dtype)
+        config, tokenizer, weights = open_directory(path, rounding)
         return Checkpoint(path.resolve().name, config, tokenizer, weights)
     if not path.exists():
         raise TilusError(f"the model {path} does not exist", hint="--model takes a directory or a .gguf file")
     file = GGUFFile(path)
     config = model_config(gguf_settings(file), str(path))
-    return Checkpoint(path.stem, config, from_gguf(file), GGUFWeights(file, config, weight_dtype))
+    return Checkpoint(path.stem, config, from_gguf(file), GGUFWeights(file, config, rounding))

@@ -12,7 +12,8 @@ from tilus.dtypes import dtype as dtype_named
 from tilus.errors import TilusError
 from tilus.kernels.quantize import PRESETS, RECIPE_NAMES, DenseMatrix, Matrix, QuantizedMatrix, quantize
 
-GROUP = 32
+GROUPS = (32, 64, 128)
+GROUP = GROUPS[0]
 # int1 holds only 0 and -1, which no positive scale makes useful.
 WEIGHT_DTYPES = tuple(name for name in RECIPE_NAMES if name not in PRESETS and name != "int1")
 # Embeddings and routers, which lose more by fewer bits than they weigh.
@@ -38,20 +39,24 @@ def weight_type(name: str) -> DataType:
     return f16 if name == DENSE else dtype_named(name)
 
 
-def type_on_load(name: str, weight_dtype: DataType) -> DataType:
-    """Of a matrix, by its GGUF name."""
-    return int8 if name.rpartition(".")[2] in ALWAYS_INT8 else weight_dtype
+@dataclass(frozen=True)
+class Rounding:
+    """What floats become on the way: float16 values where dtype is f16, else numbers of that type in groups along K. Plain
+    rounding: a model should start in seconds. `tilus quantize` searches for better scales."""
 
+    dtype: DataType
+    group: int = GROUP
 
-def quantize_on_load(weight: _Floats, dtype: DataType, name: str) -> Matrix:
-    """float16 values where dtype is f16. Else plain rounding in groups of 32 along K: a model should start in seconds. `tilus
-    quantize` searches for better scales.
+    def of(self, name: str) -> Rounding:
+        """Of a matrix, by its GGUF name."""
+        return Rounding(int8) if name.rpartition(".")[2] in ALWAYS_INT8 else self
 
-    weight: float32 [N, K]. Raises TilusError, with the tensor's `name`, when K is no multiple of 32 or float16 overflows.
-    """
-    if dtype == f16:
-        return DenseMatrix(fit_float16(weight, name).astype(np.float16))
-    return quantize(weight, dtype, GROUP, search=False, name=name)
+    def __call__(self, weight: _Floats, name: str) -> Matrix:
+        """weight: float32 [N, K]. Raises TilusError, with the tensor's `name`, when K is no multiple of the group or float16
+        overflows."""
+        if self.dtype == f16:
+            return DenseMatrix(fit_float16(weight, name).astype(np.float16))
+        return quantize(weight, self.dtype, self.group, search=False, name=name)
 
 
 def fit_float16(values: _Floats, name: str) -> _Floats:

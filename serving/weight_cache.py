@@ -30,15 +30,15 @@ class WeightCache:
     """The entry of one model, packed in one way, in `config.cache_dir() / "weights"`; of other tensors in another `directory`.
 
     Its name says the model's path and, as a hash, all that decides the packed form: the model's files with sizes and times of
-    change, the type that floats are rounded to, the format of the file, what the kernels make of a small weight (`form`, which
+    change, what floats are rounded to, the format of the file, what the kernels make of a small weight (`form`, which
     also says what else decides other tensors), tilus' version. A model has one entry: writing it removes the others of the same
     path.
     """
 
-    def __init__(self, model: Path, weight_dtype: str, form: str, directory: str = "weights") -> None:
+    def __init__(self, model: Path, rounding: str, form: str, directory: str = "weights") -> None:
         self.directory = config.cache_dir() / directory
         model = model.resolve()
-        parts = _files(model), weight_dtype, weight_file.FORMAT_VERSION, form, version()
+        parts = _files(model), rounding, weight_file.FORMAT_VERSION, form, version()
         self.key = _hash(json.dumps(parts))
         self._prefix = _hash(str(model)) + "-"
         self.path = self.directory / f"{self._prefix}{self.key}{_SUFFIX}"

@@ -15,8 +15,9 @@ from serving.gguf import GGUFWeights, gguf_settings
 from serving.gguf_tokenizer import from_gguf
 from serving.huggingface import read_settings
 from serving.model_config import model_config
+from serving.quantize import Rounding
 from serving.tokenizer import Tokenizer, from_huggingface
-from tilus.dtypes import f16, f32
+from tilus.dtypes import f16, f32, int8
 from tilus.errors import TilusError
 from tilus.kernels.quantize import CheckpointWriter, GGUFFile, QuantizedMatrix, open_tensors
 
@@ -122,7 +123,7 @@ class GGUFSource:
                 f"{path} is a {self._architecture.huggingface} that would need more than sizes in its config.json",
                 hint="quantise the same model in Hugging Face's format",
             )
-        self._weights = GGUFWeights(self._file, config)
+        self._weights = GGUFWeights(self._file, config, Rounding(int8))
         self._tokenizer = from_gguf(self._file)
         self._own_name = {self._full_name(name): name for name in self._file.tensors}
 

@@ -128,9 +128,9 @@ def test_a_server_keeps_the_frames_of_both_of_its_models(
 
 
 def test_everything_that_decides_frames_is_in_their_key(tiny_directory: Path, tmp_path: Path) -> None:
-    def key(path: Path = tiny_directory, max_model_len: int = 256, form: str = "", **options: str) -> str:
-        config = ServerConfig(**({"weight_dtype": "int8", "kv_dtype": "int4"} | options))
+    def key(path: Path = tiny_directory, max_model_len: int = 256, form: str = "", **options: object) -> str:
+        config = ServerConfig(**({"weight_dtype": "int8", "kv_dtype": "int4"} | options))  # pyright: ignore[reportArgumentType]
         return build._frames(path, config, max_model_len, form).key
 
-    others = key(write_tiny(tmp_path / "other")), key(max_model_len=128), key(form="another")
-    assert len({key(), *others, key(weight_dtype="uint4"), key(kv_dtype="int8")}) == 6 and key() == key()
+    others = key(write_tiny(tmp_path / "other")), key(max_model_len=128), key(form="another"), key(group=64)
+    assert len({key(), *others, key(weight_dtype="uint4"), key(kv_dtype="int8")}) == 7 and key() == key()

@@ -15,14 +15,18 @@ from safetensors.torch import load_file, save_file
 from tiny_llama import CPU, TINY, tiny_engine, tiny_tensors, write_tiny
 from torch_kernels import TorchKernels
 
+from serving.build import open_model
+from serving.config import parse_args
 from serving.core import Batch, BatchItem, Request, SamplingParams
 from serving.errors import RequestError
 from serving.layers import Dense
 from serving.loader import Checkpoint, open_checkpoint
 from serving.model import Model, load_model
+from serving.quantize import Rounding
 from serving.step_inputs import step_tensors
 from tilus.dtypes import dtype
 from tilus.errors import TilusError
+from tilus.kernels.quantize import QuantizedMatrix
 
 GREEDY = SamplingParams(temperature=0)
 PAGE_SIZE = 4
@@ -257,6 +261,23 @@ def mixed_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
 
     other = open_checkpoint(checkpoint.weights._tensors.path, dtype("uint8"))
     return Checkpoint("mixed", checkpoint.config, checkpoint.tokenizer, Mixed(checkpoint.weights, other.weights))
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_groups_of_what_is_stored_as_floats(group: int) -> None:
+    rounding = Rounding(dtype("uint4"), group)
+    weight = np.random.default_rng(0).normal(size=(4, 256)).astype(np.float32)
+    for name, size in (("blk.0.attn_q", group), ("blk.1.ffn_down", group), ("token_embd", 32)):
+        found = rounding.of(name)(weight, name)
+        assert isinstance(found, QuantizedMatrix) and found.group == size and found.scales.shape == (4, 256 // size)
+        assert np.abs(found.dequantize() - weight).max() <= np.abs(weight).max() / 7
+
+
+def test_rows_that_groups_do_not_divide_are_named(tmp_path: Path) -> None:
+    """The server's --group is that of its weights."""
+    config = parse_args(["--model", str(write_tiny(tmp_path / "m")), "--group", "64"])
+    with pytest.raises(TilusError, match=r"q_proj.weight: groups of 64 do not divide K = 96"):
+        open_model(config)[1].weights.matrix("blk.0.attn_q")
 
 
 def test_parts_that_are_quantised_differently_stay_apart(tiny_checkpoint: Checkpoint, tiny_model: Model) -> None:
