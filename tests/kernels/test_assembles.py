@@ -368,10 +368,9 @@ def test_examples_for_hopper(name: str) -> None:
     ],
 )
 def test_short_groups_find_a_plan_for_many_tokens(dtype: Any, shape: tuple[int, int], m: int) -> None:
-    """Scales of 32 weights take registers that a plan which multiplies weights by them does not have."""
+    """The rule's: weights are multiplied by scales, those of a whole tile before its products."""
     header = WeightHeader(dtype, shape, 32, "f16", None, False, False)
     problem = LinearProblem.of(header, m, tilus.f16, tilus.f16)
     best = heuristic(problem, 132, hopper=True)
-    assert isinstance(best, WarpgroupPlan) and best.tokens > 64
-    found = compile_plan(problem, best, get_target("sm_90a"))
-    assert isinstance(found, WarpgroupPlan) and found.tokens >= 64 and not found.scaled
+    assert isinstance(best, WarpgroupPlan) and best.tokens > 64 and best.scaled
+    assert compile_plan(problem, best, get_target("sm_90a")) == best

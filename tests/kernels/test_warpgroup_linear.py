@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from tilus.kernels.trial_arrays import placeholder
 from tilus.kernels.warpgroup_plan import WarpgroupPlan
 from tilus.kernels.warpgroup_schedule import invariant_plans, warpgroup_plans
 from tilus.kernels.warpgroup_tiles import BAND
+from tilus.ptx.assembler import assemble
 from tilus.target import get_target
 from tilus.transforms import run_pipeline
 
@@ -103,13 +105,30 @@ SCALED = [
 ]
 
 
+SHORT_GROUPS = [
+    WarpgroupPlan(24, 2, 1, 1, 2, 3, blocks_per_sm=2, scaled=True),
+    WarpgroupPlan(16, 1, 3, 1, 2, 6, scaled=True),  # warpgroups without work
+    WarpgroupPlan(32, 1, 2, 2, 2, 4, scaled=True),
+    WarpgroupPlan(40, 1, 1, 1, 1, 3, scaled=True),  # a tile a step
+    WarpgroupPlan(128, 1, 1, 2, 2, 3, 232, scaled=True),
+]
+
+
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("scheme", ["symmetric", "minimums"])
-@pytest.mark.parametrize("plan", SCALED, ids=str)
-def test_scaled_weights_are_rounded_once_more(device: str, plan: WarpgroupPlan, scheme: str) -> None:
+@pytest.mark.parametrize(
+    ("plan", "scheme", "group"),
+    [
+        *itertools.product(SCALED, ["symmetric", "minimums"], [64]),
+        *itertools.product(SHORT_GROUPS, ["symmetric", "minimums", "zero points"], [32]),
+        *itertools.product(SHORT_GROUPS, ["two levels"], [16]),
+    ],
+    ids=str,
+)
+def test_scaled_weights_are_rounded_once_more(device: str, plan: WarpgroupPlan, scheme: str, group: int) -> None:
     """An odd number of rows of tiles, more tokens than one block has."""
-    matrix, m = matrix_of(scheme, tilus.uint4, 192, 256, 64), plan.tokens + 8
+    dtype = tilus.float4_e2m1 if scheme == "two levels" else tilus.uint4
+    matrix, m = matrix_of(scheme, dtype, 192, 256, group), plan.tokens + 8
     x = torch.randn(m, 256, generator=torch.Generator().manual_seed(1)).half()
     y = torch.full((m, 192), torch.nan)
     launch(x, pack(matrix, "cpu", "mma"), y, None, plan, device)
@@ -117,7 +136,8 @@ def test_scaled_weights_are_rounded_once_more(device: str, plan: WarpgroupPlan, 
     sizes = np.abs(x.double().numpy()) @ weights.sizes.T
     difference = np.abs(y.double().numpy() - x.double().numpy() @ weights.values.T)
     assert (difference <= 3 * 2.0**-11 * sizes).all()
-    assert difference.max() > 2.0**-18 * sizes.max()  # it is another kernel than the exact one
+    is_rounded = bool(difference.max() > 2.0**-18 * sizes.max())  # it is another kernel than the exact one
+    assert is_rounded == (scheme != "two levels")  # numbers of 2 bits times scales of 4 are exact
 
 
 @pytest.mark.parametrize("device", DEVICES[1:])  # numpy promises no bits
@@ -346,10 +366,10 @@ def test_blocks_that_share_all_steps_have_a_tile_at_least(n: int, k: int, m: int
 
 @pytest.mark.parametrize(
     ("group", "changes", "m", "scaled"),
-    [(128, {}, 700, True), (32, {}, 700, False), (128, {}, 200, False), (128, {"mins_dtype": "f16"}, 200, True)],
+    [(128, {}, 700, True), (32, {}, 700, True), (128, {}, 200, False), (128, {"mins_dtype": "f16"}, 200, True)],
 )
 def test_plans_without_registers_come_last(group: int, changes: Any, m: int, scaled: bool) -> None:
-    """Those that multiply weights by their scales where groups are short, and others where there are minimums."""
+    """Those that scale sums, where there are minimums."""
     assert warpgroup_plans(header("int4", 4096, 4096, group, **changes), m, 132)[0].scaled == scaled
 
 
@@ -412,3 +432,28 @@ def test_no_weight_is_rounded_for_up_to_128_tokens(shape: tuple[int, int]) -> No
     weight = header("int4", *shape, 128)
     assert not any(plan.scaled for m in (1, 16, 64, 65, 100, 128) for plan in warpgroup_plans(weight, m, 132))
     assert any(plan.scaled for plan in warpgroup_plans(weight, 129, 132))
+
+
+@pytest.mark.parametrize("changes", [{}, {"has_zeros": True}, {"mins_dtype": "f16"}], ids=str)
+@pytest.mark.parametrize("group", [16, 32])
+@pytest.mark.parametrize(("n", "k"), [(6144, 4096), (28672, 4096), (4096, 14336), (576, 1536)])
+def test_weights_of_short_groups_are_rounded_from_17_tokens_on(n: int, k: int, group: int, changes: Any) -> None:
+    weight = header("int4", n, k, group, **changes)
+    assert not any(plan.scaled for m in (1, 8, 16) for plan in warpgroup_plans(weight, m, 132))
+    assert all(warpgroup_plans(weight, m, 132)[0].scaled for m in (17, 32, 64, 65, 100, 128, 200, 700))
+    for factors in ({"scale_dtype": "float8_e8m0"}, {"mins_dtype": "f32"}):  # f16 does not hold all of them
+        wide = header("int4", n, k, group, **(changes | factors))
+        assert not any(warpgroup_plans(wide, m, 132)[0].scaled for m in (17, 64, 128))
+
+
+@pytest.mark.sampled(9)
+@pytest.mark.parametrize("m", [24, 64, 128, 512])
+@pytest.mark.parametrize("changes", [{}, {"has_zeros": True}, {"mins_dtype": "f16"}], ids=str)
+@pytest.mark.parametrize(("dtype", "group"), [("int4", 32), ("uint8", 32), ("uint3", 32), ("uint4", 16)])
+def test_registers_suffice_for_the_first_plan_of_short_groups(dtype: str, group: int, changes: Any, m: int) -> None:
+    """And products are not serialised, which `assemble` refuses."""
+    weight_header = header(dtype, 6144, 4096, group, **changes)
+    weight = QuantizedWeight(weight_header, **{name: np.empty(*kind) for name, kind in weight_header.arrays.items()})
+    operands = placeholder((m, 4096), tilus.f16), weight, placeholder((m, 6144), tilus.f16)
+    kernel, arguments, values = kernel_call(*operands, None, warpgroup_plans(weight_header, m, 132)[0])
+    assemble(compile_function(kernel.specialize(*arguments, **values).function, HOPPER).ptx, HOPPER)

@@ -29,11 +29,11 @@ class WarpgroupPlan:
     splits, so that a warpgroup sees every phase of its barriers. registers: of each thread that computes, None for as many as fit
     without asking. blocks_per_sm: how many blocks must fit on a multiprocessor. overlap: unpack the next piece while the product
     of the last one is under way, within a step, or that of the next step, too; "others": wait for it, in few registers, while
-    other warpgroups unpack. scaled: multiply weights by their scales, and round them, not sums: for so many tokens that there are
-    no registers for the sums of a group beside those of all groups. unit: what multiplies, warpgroups, or the products of single
-    warps, for which each loads all activations. sharing: blocks of a cluster, with different rows, that bring parts of the same
-    activations for each other. launched: so many blocks compute tiles one after the other, 0: each block one. streamed: they have
-    equal shares of the steps of all tiles.
+    other warpgroups unpack. scaled: multiply weights by their scales, and round them, not sums: for so many tokens that there
+    are no registers for the sums of a group beside those of all groups, and for groups of few columns. unit: what multiplies,
+    warpgroups, or the products of single warps, for which each loads all activations. sharing: blocks of a cluster, with
+    different rows, that bring parts of the same activations for each other. launched: so many blocks compute tiles one after
+    the other, 0: each block one. streamed: they have equal shares of the steps of all tiles.
     """
 
     tokens: int
@@ -88,7 +88,7 @@ class WarpgroupPlan:
             return replace(self, blocks_per_sm=1)
         if self.splits > 1:
             return replace(self, splits=1)
-        if self.scaled:  # scales of short groups take registers
+        if self.scaled:
             return replace(self, scaled=False, tokens=_half(self.tokens))
         return self.narrower()
 

@@ -133,20 +133,28 @@ def scaled_sum(total, part, scale, sum_x, minimum):
 
 
 def add_scaled(total, unpacked, stages: Stages, once, begin, steps, plan: WarpgroupPlan):
-    """The same with weights that are multiplied by their scales before the product, and rounded to the activations' type."""
+    """The same with weights that are multiplied by their scales before the product, and rounded to the activations' type.
+
+    Those of a whole tile are ready before its first product: were some made while the others' products are under way, ptxas would
+    serialise all products (C7513).
+    """
     shape, act = unpacked.shape, stages.x.dtype
     extents = (TILE * plan.rows, plan.tokens, shape.width)
     before = 0
     for i in tilus.range(begin, steps, plan.splits):
         stage = stages.wait(i)
-        for piece in range(shape.pieces):
-            scale, minimum, zero = once if once is not None else unpacked.factors(stages.factors, stage, piece)
-            left = unpacked.weights(stages.codes, stage, piece, zero) * tilus.cast(scale, act)
-            if minimum is not None:
-                left = left + tilus.cast(minimum, act)
-            total = tilus.wgmma(left, stages.x[stage], total, shape=extents, y_offsets=[0, piece * shape.width])
-            tilus.wgmma_wait(1)
-            if piece == 0 and i > begin:
+        together = TILE // shape.width  # pieces of a tile
+        for first in range(0, shape.pieces, together):
+            lefts = []
+            for piece in range(first, first + together):
+                scale, minimum, zero = once if once is not None else unpacked.factors(stages.factors, stage, piece)
+                left = unpacked.weights(stages.codes, stage, piece, zero) * tilus.cast(scale, act)
+                lefts = [*lefts, left if minimum is None else left + tilus.cast(minimum, act)]
+            for part in range(together):
+                offsets = [0, (first + part) * shape.width]
+                total = tilus.wgmma(lefts[part], stages.x[stage], total, shape=extents, y_offsets=offsets)
+            tilus.wgmma_wait(together if shape.pieces > together else 0)
+            if first == 0 and i > begin:
                 stages.give_back(before)
         before = stage
     tilus.wgmma_wait()

@@ -162,6 +162,13 @@ def _between(
     """
     wide, narrow, many = _depths(tiles_k, 4)[0], _depths(tiles_k, 2)[0], tiles_n > num_sms
     half = {"blocks_per_sm": 2}
+    if _scales_weights(header):
+        fit = partial(planned, header, tokens, depth=narrow, scaled=True)
+        if many:
+            yield fit(rows=2, splits=1, blocks=1, nbytes=HALF_NBYTES, **half)
+        first = 2 if blocks == 2 and tokens > 32 else 3
+        for splits in (first, 5 - first):
+            yield fit(rows=1, splits=splits, blocks=blocks, nbytes=SHARED_NBYTES)
     yield from _four_warpgroups(header, tokens, tiles_n, tiles_k, num_sms)
     plans = [
         planned(header, tokens, 1, 2, blocks, wide, SHARED_NBYTES, overlap="step"),
@@ -237,6 +244,18 @@ def _computing(
     yield planned(header, 128, 1, 1, 1, depth, HALF_NBYTES, blocks_per_sm=2)
 
 
+def _is_short(header: WeightHeader) -> bool:
+    """Whether groups have so few columns that their sums take longer to scale than to be made, for more than 16 tokens."""
+    return header.span != WHOLE and header.span < TILE
+
+
+def _scales_weights(header: WeightHeader) -> bool:
+    """Whether weights are multiplied by scales, and rounded, instead (`scaled`): of short groups whose factors have no wider range
+    than f16, which activations may be of, and so the weights."""
+    kinds = {header.scale_dtype, header.mins_dtype or "f16"}
+    return _is_short(header) and kinds <= {"f16", "float8_e4m3"}
+
+
 def _widths(m: int) -> list[int]:
     """Of tiles of tokens, all of which but the last have as many, and that one not many fewer."""
     counts = range(-(-m // MOST_TILE), -(-m // LEAST_TILE) + 1)
@@ -248,24 +267,25 @@ def _of_width(
     header: WeightHeader, m: int, tokens: int, blocks: int, depth: int, tiles_n: int, num_sms: int
 ) -> Iterator[WarpgroupPlan | None]:
     """Plans of tiles with so many tokens. blocks: along K, where one tile has all tokens. Of up to 128 tokens no weight is
-    rounded."""
+    rounded, but those of short groups."""
     fit = partial(planned, header, tokens, splits=1, blocks=1, depth=depth, nbytes=SHARED_NBYTES, registers=232)
-    if tokens <= 128:
-        yield planned(header, tokens, 1, 2, blocks if m <= tokens else 1, depth, SHARED_NBYTES, registers=232)
+    blocks, short = blocks if m <= tokens else 1, _scales_weights(header)
+    if tokens <= 128 and not short:
+        yield planned(header, tokens, 1, 2, blocks, depth, SHARED_NBYTES, registers=232)
         yield fit(rows=2, overlap="steps")
         yield planned(header, tokens, 1, 1, 1, depth, HALF_NBYTES, blocks_per_sm=2)
-    if m > 128:
-        yield fit(rows=1, scaled=True)
+    if m > 128 or short:
+        yield fit(rows=1, blocks=blocks if tokens <= 128 else 1, scaled=True)
         yield fit(rows=2, scaled=True)
     if tokens <= MOST_STREAMED and _streams(-(-tiles_n // 2) * -(-m // tokens), num_sms):
-        yield fit(rows=2, scaled=m > 128, launched=num_sms, streamed=True)
+        yield fit(rows=2, scaled=m > 128 or short, launched=num_sms, streamed=True)
 
 
 def _may_fit(header: WeightHeader, plan: WarpgroupPlan) -> bool:
-    """Whether registers may suffice for 128 tokens or more: they do not for weights that are multiplied by scales of less than a
-    tile, nor for the sums of a group beside those of all groups where there are minimums."""
+    """Whether registers may suffice for 128 tokens or more, and range: they do not for the sums of a group beside those of all
+    groups where there are minimums."""
     if plan.scaled:
-        return header.span == WHOLE or header.span >= TILE
+        return not _is_short(header) or _scales_weights(header)
     return header.mins_dtype is None
 
 
