@@ -447,7 +447,7 @@ def test_weights_of_short_groups_are_rounded_from_17_tokens_on(n: int, k: int, g
 
 
 @pytest.mark.sampled(9)
-@pytest.mark.parametrize("m", [24, 64, 128, 512])
+@pytest.mark.parametrize("m", [16, 24, 64, 128, 512])
 @pytest.mark.parametrize("changes", [{}, {"has_zeros": True}, {"mins_dtype": "f16"}], ids=str)
 @pytest.mark.parametrize(("dtype", "group"), [("int4", 32), ("uint8", 32), ("uint3", 32), ("uint4", 16)])
 def test_registers_suffice_for_the_first_plan_of_short_groups(dtype: str, group: int, changes: Any, m: int) -> None:

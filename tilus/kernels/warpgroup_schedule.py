@@ -129,9 +129,11 @@ def _reading(
         depth = _depths(tiles_k, 4 if tokens == 16 else 8)[0]
         deep = [planned(header, tokens, 1, 3, blocks, depth, room, unit="mma") for room in (HALF_NBYTES, SHARED_NBYTES)]
         yield from (plan for plan in deep if plan is not None and plan.stages >= 2 * plan.splits)
+    # Scales of four tiles of short groups leave no registers for 16 tokens, but where two blocks share K.
+    depths = _depths(tiles_k, 2) if _is_short(header) and tokens == 16 and blocks == 1 else _depths(tiles_k, 4, 2)
     for unit in units:
         for splits in (first, 6 - first) if unit == units[0] else (first,):
-            for depth in _depths(tiles_k, 4, 2):
+            for depth in depths:
                 overlap: Overlap = "step" if splits == 2 and blocks == 2 and unit == "wgmma" else "none"
                 half = planned(header, tokens, 1, splits, blocks, depth, HALF_NBYTES, overlap=overlap, unit=unit)
                 whole = planned(header, tokens, 1, splits, blocks, depth, SHARED_NBYTES, overlap=overlap, unit=unit)
@@ -250,8 +252,8 @@ def _is_short(header: WeightHeader) -> bool:
 
 
 def _scales_weights(header: WeightHeader) -> bool:
-    """Whether weights are multiplied by scales, and rounded, instead (`scaled`): of short groups whose factors have no wider range
-    than f16, which activations may be of, and so the weights."""
+    """Whether weights are multiplied by scales, and rounded, instead (`scaled`): of short groups whose factors have no wider
+    range than f16, which activations may be of, and so the weights."""
     kinds = {header.scale_dtype, header.mins_dtype or "f16"}
     return _is_short(header) and kinds <= {"f16", "float8_e4m3"}
 
