@@ -108,7 +108,6 @@ class AsyncEngine:
         if len(requests) > self._max_live:
             found = f"{len(requests)} answers were asked for"
             raise RequestError(f"{found}, but at most {self._max_live} requests may run or wait at once", param="n")
-        generation = Generation([r.id for r in requests], self.engine.config.request_timeout + _GRACE, self._abort)
         with self._wake:
             if self.failure is not None:
                 raise EngineFailure(self.failure.message)
@@ -118,6 +117,7 @@ class AsyncEngine:
                     f"{live} requests are running or waiting and {len(requests)} more were asked for, but at most "
                     f"{self._max_live} may be; try again later"
                 )
+            generation = Generation([r.id for r in requests], self.engine.config.request_timeout + _GRACE, self._abort)
             for request in requests:
                 self._generations[request.id] = generation
                 self._inbox.append(lambda request=request: self.engine.add(request))

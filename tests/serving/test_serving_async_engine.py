@@ -163,10 +163,12 @@ def test_all_or_none_are_queued() -> None:
         with pytest.raises(RequestError, match="but token ids go from 0 to 63"):
             engine.submit([request("a"), Request("b", (99,), SamplingParams())])
         engine.submit([request("c"), request("d")])
+        timers = len(asyncio.get_running_loop()._scheduled)  # pyright: ignore[reportAttributeAccessIssue]
         with pytest.raises(
             Overloaded, match="2 requests are running or waiting and 2 more were asked for, but at most 3"
         ):
             engine.submit([request("e"), request("f")])
+        assert len(asyncio.get_running_loop()._scheduled) == timers  # pyright: ignore[reportAttributeAccessIssue]
         assert set(engine._generations) == {"c", "d"} and len(engine._inbox) == 2
 
     asyncio.run(scenario())
