@@ -189,7 +189,8 @@ def main() -> None:
     model, weights_nbytes = open_model(options)
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name(0), "torch": torch.__version__, "python": platform.python_version(),
-        "model": str(options.config or "Llama-3-8B"), "weight_dtype": options.weight_dtype, "group": options.group,
+        "model": options.config.stem if options.config else "Llama-3-8B",
+        "weight_dtype": options.weight_dtype, "group": options.group,
         "context": options.context, "rows": [], "prefill": [],
     }  # fmt: skip
     print("kv    batch  step us  graph us   read us  ratio")

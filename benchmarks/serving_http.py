@@ -169,7 +169,8 @@ def main() -> None:
                     found = streams(port, 1000 * (2 * index + turn), clients, options)
                 rows += rows_of(clients, found, options.tokens)
     report = {
-        "device": device(), "cpus": len(os.sched_getaffinity(0)), "model": str(options.config or "Llama-3-8B"),
+        "device": device(), "cpus": len(os.sched_getaffinity(0)),
+        "model": options.config.stem if options.config else "Llama-3-8B",
         "context": options.context, "tokens": options.tokens, "options": " ".join(options.arguments), "rows": rows,
     }  # fmt: skip
     if options.out is not None:

@@ -140,7 +140,7 @@ def main() -> None:
     options = options_of()
     if not torch.cuda.is_available():
         raise SystemExit("no GPU: `tilus doctor` says what is missing")
-    name = str(options.config or "Qwen3-0.6B")
+    name = options.config.stem if options.config else "Qwen3-0.6B"
     with TemporaryDirectory() as directory:
         if options.config is None:
             options.config = Path(directory) / "config.json"

@@ -230,7 +230,8 @@ def main() -> None:
     report = {
         "device": torch.cuda.get_device_name(0) if options.device == "cuda" else platform.machine(),
         "torch": torch.__version__, "python": platform.python_version(),
-        "model": str(options.config or "Llama-3-8B"), "weight_dtype": options.weight_dtype, "group": options.group,
+        "model": options.config.stem if options.config else "Llama-3-8B",
+        "weight_dtype": options.weight_dtype, "group": options.group,
         "kv_dtype": options.kv_dtype, "context": options.context, "steps": options.steps, "rows": rows,
     }  # fmt: skip
     if options.out is not None:

@@ -192,7 +192,7 @@ def main() -> None:
     report = {
         "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else platform.processor(),
         "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
-        "model": str(options.config or "Qwen3-0.6B"), "rows": rows,
+        "model": options.config.stem if options.config else "Qwen3-0.6B", "rows": rows,
     }  # fmt: skip
     if options.out is not None:
         options.out.write_text(json.dumps(report, indent=1) + "\n")

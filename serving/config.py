@@ -114,8 +114,7 @@ class ServerConfig:
     )
     group: int = _option(
         GROUP,
-        "weights that share a scale where --weight-dtype quantises them: more take less memory and time, on GPUs much less for "
-        "many requests at once, and err more",
+        "weights that share a scale where --weight-dtype quantises them: more take less memory and time, and err more",
         choices=GROUPS,
     )
     kv_dtype: str = _option(
