@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from weights import SCHEMES, exact, matrix_of
+from rounding import RELATIVE, float64
+from weights import CODE_TYPES, SCHEMES, exact, matrix_of
 
 import tilus
 from tilus.codegen.lower import lower
@@ -18,7 +20,7 @@ from tilus.compiler import compile_function
 from tilus.kernels import linear_problem
 from tilus.kernels.linear import kernel_call, launch, linear
 from tilus.kernels.linear_problem import LinearProblem, candidates, heuristic
-from tilus.kernels.quantize import QuantizedWeight, WeightHeader, pack
+from tilus.kernels.quantize import QuantizedMatrix, QuantizedWeight, WeightHeader, pack
 from tilus.kernels.quantize.tiles import TILE
 from tilus.kernels.schedule import Schedule
 from tilus.kernels.trial_arrays import placeholder
@@ -138,6 +140,39 @@ def test_scaled_weights_are_rounded_once_more(device: str, plan: WarpgroupPlan, 
     assert (difference <= 3 * 2.0**-11 * sizes).all()
     is_rounded = bool(difference.max() > 2.0**-18 * sizes.max())  # it is another kernel than the exact one
     assert is_rounded == (scheme != "two levels")  # numbers of 2 bits times scales of 4 are exact
+
+
+@pytest.mark.sampled(6)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("act", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [dtype for dtype in CODE_TYPES if dtype.is_float], ids=str)
+def test_numbers_keep_their_range_under_small_scales(device: str, act: torch.dtype, dtype: tilus.DataType) -> None:
+    """Scaled weights of usual models are about 0.01; their type must not lose bits of smaller ones on the way there."""
+    matrix = matrix_of("symmetric", dtype, 64, 128, 64)
+    matrix = replace(matrix, scales=tilus.f16.round(matrix.scales / 100))
+    x = torch.randn(32, 128, generator=torch.Generator().manual_seed(5)).to(act)
+    y, weights = torch.full((32, 64), torch.nan), exact(matrix)
+    launch(x, pack(matrix, "cpu", "mma"), y, None, WarpgroupPlan(32, 1, 1, 1, 2, 2, scaled=True), device)
+    size = np.abs(float64(x))
+    lost = 2.0**-24 if act == torch.float16 else 0.0  # of a weight and its scale; most are 2^16 times as large
+    bound = 3 * RELATIVE[act] * size @ weights.sizes.T + lost * size.sum(1, keepdims=True)
+    assert (np.abs(float64(y) - float64(x) @ weights.values.T) <= bound).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("act", [torch.float16, torch.bfloat16], ids=str)
+def test_numbers_of_2_bits_times_every_scale_of_8_bits_are_exact(device: str, act: torch.dtype) -> None:
+    """The smallest ones, too."""
+    scale = tilus.float8_e4m3
+    scales = scale.decode(np.arange(256, dtype=np.uint8)).astype(np.float32).reshape(64, 4)
+    codes = np.tile(np.arange(16, dtype=np.uint8), (64, 4))
+    matrix = QuantizedMatrix(
+        codes, np.where(np.isfinite(scales), scales, 0), None, tilus.float4_e2m1, scale_dtype=scale
+    )
+    y = torch.full((64, 64), torch.nan)
+    plan = WarpgroupPlan(32, 1, 1, 1, 1, 2, scaled=True)
+    launch(torch.eye(64, dtype=act), pack(matrix, "cpu", "mma"), y, None, plan, device)
+    np.testing.assert_array_equal(float64(y).T, exact(matrix).values)
 
 
 @pytest.mark.parametrize("device", DEVICES[1:])  # numpy promises no bits
@@ -337,6 +372,8 @@ def test_easier_plans_end() -> None:
         plan = plan.easier()
     assert len(seen) == len(set(seen)) == 7
     assert seen[-1] == WarpgroupPlan(8, 1, 1, 1, 2, 4)
+    deep = WarpgroupPlan(64, 1, 2, 1, 4, 4, overlap="step").easier()
+    assert deep is not None and deep.easier() == WarpgroupPlan(64, 1, 2, 1, 2, 6)
     plan, tokens = WarpgroupPlan(256, 2, 1, 1, 2, 2, 208, scaled=True, sharing=2, launched=132), []
     while plan is not None:
         tokens.append((plan.tokens, plan.scaled, plan.launched))
@@ -446,12 +483,34 @@ def test_weights_of_short_groups_are_rounded_from_17_tokens_on(n: int, k: int, g
         assert not any(warpgroup_plans(wide, m, 132)[0].scaled for m in (17, 64, 128))
 
 
+@pytest.mark.parametrize("group", [64, 128, 4096])
+def test_with_minimums_weights_are_rounded_from_17_tokens_on(group: int) -> None:
+    """Where f16 holds them: rounded to bf16, minimums would be off for all weights of a group at once."""
+    weight = header("uint4", 4096, 4096, group, mins_dtype="f16")
+    assert not any(plan.scaled for m in (1, 8, 16) for plan in warpgroup_plans(weight, m, 132))
+    assert all(warpgroup_plans(weight, m, 132)[0].scaled for m in (17, 32, 64, 65, 100, 128, 200, 700))
+    assert not any(warpgroup_plans(weight, m, 132, tilus.bf16)[0].scaled for m in (17, 64, 128))
+
+
+def test_scales_that_are_powers_of_two_multiply_weights_in_bf16() -> None:
+    """There they round nothing, and f16 has no range for them."""
+    weight = header("float4_e2m1", 4096, 4096, 32, scale_dtype="float8_e8m0")
+    for m in (17, 32, 64, 65, 100, 128, 200, 700):
+        assert warpgroup_plans(weight, m, 132, tilus.bf16)[0].scaled
+        assert m > 128 or not warpgroup_plans(weight, m, 132)[0].scaled
+
+
 @pytest.mark.sampled(9)
 @pytest.mark.parametrize("m", [16, 24, 64, 128, 512])
 @pytest.mark.parametrize("changes", [{}, {"has_zeros": True}, {"mins_dtype": "f16"}], ids=str)
-@pytest.mark.parametrize(("dtype", "group"), [("int4", 32), ("uint8", 32), ("uint3", 32), ("uint4", 16)])
+@pytest.mark.parametrize(
+    ("dtype", "group"),
+    [("int4", 32), ("uint8", 32), ("uint3", 32), ("uint4", 16), ("float6_e2m3", 32), ("float4_e2m1", 16)],
+)
 def test_registers_suffice_for_the_first_plan_of_short_groups(dtype: str, group: int, changes: Any, m: int) -> None:
     """And products are not serialised, which `assemble` refuses."""
+    if changes.get("has_zeros") and not getattr(tilus, dtype).is_integer:
+        changes = {"scale_dtype": "float8_e4m3"}
     weight_header = header(dtype, 6144, 4096, group, **changes)
     weight = QuantizedWeight(weight_header, **{name: np.empty(*kind) for name, kind in weight_header.arrays.items()})
     operands = placeholder((m, 4096), tilus.f16), weight, placeholder((m, 6144), tilus.f16)

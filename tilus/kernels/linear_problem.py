@@ -78,7 +78,7 @@ class LinearProblem:
 def heuristic(problem: LinearProblem, num_sms: int, *, hopper: bool = False) -> Plan:
     """The plan that is used without tuning. hopper: for a GPU with warpgroups (sm_90a)."""
     header = problem.header
-    plans = warpgroup_plans(header, problem.m, num_sms) if hopper else ()
+    plans = warpgroup_plans(header, problem.m, num_sms, problem.act) if hopper else ()
     return plans[0] if plans else schedule(problem.m, *problem.tiles, header.dtype.nbits, num_sms, header.factor_words)
 
 
@@ -98,7 +98,7 @@ def candidates(problem: LinearProblem, num_sms: int, *, hopper: bool = False) ->
     first = heuristic(problem, num_sms)
     others = [plan for plan in _possible(problem, num_sms) if plan != first]
     others.sort(key=lambda plan: estimated_us(plan, problem, num_sms))
-    plans = warpgroup_plans(problem.header, problem.m, num_sms) if hopper else ()
+    plans = warpgroup_plans(problem.header, problem.m, num_sms, problem.act) if hopper else ()
     if plans:
         direct = (first, *others[:1]) if problem.m <= 16 else ()
         return *plans, *direct

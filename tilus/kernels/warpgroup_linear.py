@@ -6,9 +6,9 @@ left operand of wgmma, and take turns along K (`splits`): while one waits for it
 shared memory, those of `blocks` blocks along K in that of the first, always in the same order.
 
 Sums of a group are scaled in f32, as in `linear`, so no weight is rounded, but by plans that are `scaled`: of more than 128
-tokens, and of more than 16 where groups have fewer columns than a tile. Norms in front and behind may be parts of the kernel
-(`deferred_norm`). The producer asks for the first weights before it waits for the kernel in front (programmatic dependent
-launch).
+tokens, and of more than 16 where groups have fewer columns than a tile, or minimums. Norms in front and behind may be parts of
+the kernel (`deferred_norm`). The producer asks for the first weights before it waits for the kernel in front (programmatic
+dependent launch).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import tilus
 from tilus import Const, Tensor, f16, f32, int32, uint8
-from tilus.dtypes import DTYPES
+from tilus.dtypes import DTYPES, DataType
 from tilus.kernels.activation import Activation
 from tilus.kernels.allocate import counters, empty
 from tilus.kernels.byte_operands import UNPACKINGS, exponent_of
@@ -108,7 +108,7 @@ def warpgroup_linear(
         with tilus.warps(group_warps * split, group_warps, registers=plan.registers):
             tilus.wait_dependencies(constant=constant)
             entries = table_entries(table, x.dtype, 32 * group_warps)
-            unpacked = unpacking(wdtype, (scale_dtype, mins_dtype), x, x_scale, zeros, entries, shape)
+            unpacked = unpacking(wdtype, (scale_dtype, mins_dtype), x, x_scale, zeros, entries, shape, plan.scaled)
             scaling = (global_scale * 2.0**unpacked.exponent, x_scale)
             results = Results(y, after, plan, activation, scaling, bias, roots)
             work = Multiplying(tiles, stages, factors, (own_sums, all_sums), roots, (partial, tickets))
@@ -160,13 +160,25 @@ class Multiplying:
             self.roots.free()
 
 
-def unpacking(wdtype, factor_dtypes, x, x_scale, zeros, entries, shape):
+def unpacking(wdtype, factor_dtypes, x, x_scale, zeros, entries, shape, scaled: bool):
     """From codes to operands of the activations' type: 16-bit floats, or with scales of tokens what multiplies 8 bits."""
     if x_scale is None:
         exponent = residual(wdtype, x.dtype, entries, zeros, MMA)
+        if scaled and exponent != 0 and loses_bits(wdtype, factor_dtypes, x.dtype, exponent):
+            exponent = 0
         return Unpacking(wdtype, factor_dtypes, x.dtype, entries, exponent, shape)
     exponent = exponent_of(wdtype, x.dtype, zeros is not None)
     return UNPACKINGS[x.dtype](wdtype, factor_dtypes, f16, entries, exponent, shape)
+
+
+def loses_bits(wdtype: DataType, factor_dtypes, act: DataType, exponent: int) -> bool:
+    """Whether a weight, number / 2^exponent * scale + minimum, may have bits below the least number of its type: usual weights
+    are about 0.01, which is little of what f16 holds. Products with scales of 8 bits may not, those with scales of f16 may."""
+    scale, minimum = factor_dtypes
+    return (
+        minimum is not None
+        or wdtype.smallest_subnormal * scale.smallest_subnormal < act.smallest_subnormal * 2.0**exponent
+    )
 
 
 def kernel_call(

@@ -86,6 +86,11 @@ class WarpgroupPlan:
             return replace(self, overlap="none")
         if self.blocks_per_sm > 1:
             return replace(self, blocks_per_sm=1)
+        if (
+            self.splits > 1 and self.depth > 2
+        ):  # fewer factors at a time; not twice as many steps: each may have its own
+            stages = min(2 * self.stages - self.splits, MOST_STAGES)
+            return replace(self, depth=self.depth // 2, stages=stages - stages % self.splits)
         if self.splits > 1:
             return replace(self, splits=1)
         if self.scaled:

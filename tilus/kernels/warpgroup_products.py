@@ -148,8 +148,11 @@ def add_scaled(total, unpacked, stages: Stages, once, begin, steps, plan: Warpgr
             lefts = []
             for piece in range(first, first + together):
                 scale, minimum, zero = once if once is not None else unpacked.factors(stages.factors, stage, piece)
-                left = unpacked.weights(stages.codes, stage, piece, zero) * tilus.cast(scale, act)
-                lefts = [*lefts, left if minimum is None else left + tilus.cast(minimum, act)]
+                left, factor = unpacked.weights(stages.codes, stage, piece, zero), tilus.cast(scale, act)
+                if minimum is None:
+                    lefts = [*lefts, left * factor]
+                else:
+                    lefts = [*lefts, tilus.fma(left, factor, tilus.cast(minimum, act))]
             for part in range(together):
                 offsets = [0, (first + part) * shape.width]
                 total = tilus.wgmma(lefts[part], stages.x[stage], total, shape=extents, y_offsets=offsets)

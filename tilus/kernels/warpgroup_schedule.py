@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
+from tilus.dtypes import DataType, bf16, f16
 from tilus.kernels.quantize.header import WeightHeader
 from tilus.kernels.quantize.tiles import TILE, WHOLE
 from tilus.kernels.warpgroup_plan import HALF_NBYTES, SHARED_NBYTES, Overlap, Unit, WarpgroupPlan, planned
@@ -43,13 +44,14 @@ MEETING_US, CROSSING_US = 5.9, 2.2
 MOST_COMPUTING = 7  # plans in the order of their times by this model
 
 
-def warpgroup_plans(header: WeightHeader, m: int, num_sms: int) -> tuple[WarpgroupPlan, ...]:
-    """Plans for m tokens, the rule's choice first; none where the kernel cannot run."""
+def warpgroup_plans(header: WeightHeader, m: int, num_sms: int, act: DataType = f16) -> tuple[WarpgroupPlan, ...]:
+    """Plans for m tokens of a type, the rule's choice first; none where the kernel cannot run."""
     n, k = header.shape
     tiles_n, tiles_k = -(-n // TILE), -(-k // TILE)
     if k % TILE:  # factors end with K, steps with a tile
         return ()
-    found = [plan for plan in _plans(header, m, tiles_n, tiles_k, num_sms) if plan is not None]
+    scales = _scales_weights(header, act)
+    found = [plan for plan in _plans(header, m, tiles_n, tiles_k, num_sms, scales) if plan is not None]
     return tuple(dict.fromkeys(found))
 
 
@@ -74,17 +76,21 @@ def _blocks(header: WeightHeader, tiles_n: int, tiles_k: int, num_sms: int, m: i
     return 2 if 2 * tiles_n <= num_sms and tiles_k * 512 * header.dtype.nbits > least else 1
 
 
-def _plans(header: WeightHeader, m: int, tiles_n: int, tiles_k: int, num_sms: int) -> Iterator[WarpgroupPlan | None]:
+def _plans(
+    header: WeightHeader, m: int, tiles_n: int, tiles_k: int, num_sms: int, scales: bool
+) -> Iterator[WarpgroupPlan | None]:
     tokens = _tokens(m, tiles_n, tiles_k, num_sms)
     shared = -(-m // tokens)  # blocks with the same rows
     blocks = _blocks(header, tiles_n * shared, tiles_k, num_sms, m)
     if m <= 16:
         yield from _reading(header, 8 if m <= 8 else 16, blocks, tiles_n, tiles_k, num_sms)
     elif tokens <= 64:
+        if scales:
+            yield from _scaling(header, tokens, blocks, tiles_n, tiles_k, num_sms)
         yield from _between(header, tokens, shared > 1, blocks, tiles_n, tiles_k, num_sms)
     if m > 64:
         blocks = _blocks(header, tiles_n, tiles_k, num_sms, m)
-        yield from _computing(header, m, blocks, tiles_n, tiles_k, num_sms)
+        yield from _computing(header, m, blocks, tiles_n, tiles_k, num_sms, scales)
 
 
 def _tokens(m: int, tiles_n: int, tiles_k: int, num_sms: int) -> int:
@@ -155,6 +161,18 @@ def _streams(tiles: int, num_sms: int) -> bool:
     return tiles >= num_sms and waves * num_sms > LEAST_IDLE * tiles
 
 
+def _scaling(
+    header: WeightHeader, tokens: int, blocks: int, tiles_n: int, tiles_k: int, num_sms: int
+) -> Iterator[WarpgroupPlan | None]:
+    """Weights times scales, in as many warpgroups as registers suffice for."""
+    fit = partial(planned, header, tokens, depth=_depths(tiles_k, 2)[0], scaled=True)
+    if tiles_n > num_sms:
+        yield fit(rows=2, splits=1, blocks=1, nbytes=HALF_NBYTES, blocks_per_sm=2)
+    first = 2 if blocks == 2 and tokens > 32 else 3
+    for splits in (first, 5 - first):
+        yield fit(rows=1, splits=splits, blocks=blocks, nbytes=SHARED_NBYTES)
+
+
 def _between(
     header: WeightHeader, tokens: int, shared: bool, blocks: int, tiles_n: int, tiles_k: int, num_sms: int
 ) -> Iterator[WarpgroupPlan | None]:
@@ -164,13 +182,6 @@ def _between(
     """
     wide, narrow, many = _depths(tiles_k, 4)[0], _depths(tiles_k, 2)[0], tiles_n > num_sms
     half = {"blocks_per_sm": 2}
-    if _scales_weights(header):
-        fit = partial(planned, header, tokens, depth=narrow, scaled=True)
-        if many:
-            yield fit(rows=2, splits=1, blocks=1, nbytes=HALF_NBYTES, **half)
-        first = 2 if blocks == 2 and tokens > 32 else 3
-        for splits in (first, 5 - first):
-            yield fit(rows=1, splits=splits, blocks=blocks, nbytes=SHARED_NBYTES)
     yield from _four_warpgroups(header, tokens, tiles_n, tiles_k, num_sms)
     plans = [
         planned(header, tokens, 1, 2, blocks, wide, SHARED_NBYTES, overlap="step"),
@@ -225,7 +236,7 @@ def _four_warpgroups(
 
 
 def _computing(
-    header: WeightHeader, m: int, blocks: int, tiles_n: int, tiles_k: int, num_sms: int
+    header: WeightHeader, m: int, blocks: int, tiles_n: int, tiles_k: int, num_sms: int, scales: bool
 ) -> Iterator[WarpgroupPlan | None]:
     """The time is that of tensor cores, or of activations on their way: plans by `_computing_us`, those first that may have
     registers enough. Two rows of tiles take turns with two warpgroups in one."""
@@ -236,10 +247,12 @@ def _computing(
             yield planned(
                 header, MOST_TILE, 2, 1, 1, depth, SHARED_NBYTES, registers=208, scaled=True, sharing=sharing, launched=pairs
             )  # fmt: skip
-    plans = [plan for tokens in _widths(m) for plan in _of_width(header, m, tokens, blocks, depth, tiles_n, num_sms)]
+    plans = [
+        plan for tokens in _widths(m) for plan in _of_width(header, m, tokens, blocks, depth, tiles_n, num_sms, scales)
+    ]
 
     def preference(plan: WarpgroupPlan) -> tuple[bool, float]:
-        return not _may_fit(header, plan), _computing_us(plan, m, tiles_n, tiles_k, num_sms)
+        return not _may_fit(header, plan, scales), _computing_us(plan, m, tiles_n, tiles_k, num_sms)
 
     yield from sorted((plan for plan in plans if plan is not None), key=preference)[:MOST_COMPUTING]
     yield planned(header, 128, 2, 1, 1, depth, SHARED_NBYTES, registers=232)
@@ -251,11 +264,18 @@ def _is_short(header: WeightHeader) -> bool:
     return header.span != WHOLE and header.span < TILE
 
 
-def _scales_weights(header: WeightHeader) -> bool:
-    """Whether weights are multiplied by scales, and rounded, instead (`scaled`): of short groups whose factors have no wider
-    range than f16, which activations may be of, and so the weights."""
-    kinds = {header.scale_dtype, header.mins_dtype or "f16"}
-    return _is_short(header) and kinds <= {"f16", "float8_e4m3"}
+def _scales_weights(header: WeightHeader, act: DataType) -> bool:
+    """Whether weights are multiplied by scales, and rounded, instead (`scaled`), for more than 16 tokens: of short groups, and
+    with minimums, since those times sums of activations take as many products as the weights.
+
+    The type of the activations must hold what factors there are: bf16 powers of two, by which no code is rounded, but minimums
+    only roughly, whose error all weights of a group share.
+    """
+    factors = {header.scale_dtype, header.mins_dtype or header.scale_dtype}
+    if factors == {"float8_e8m0"}:
+        return act == bf16 and _is_short(header) and header.mins_dtype is None
+    fit = factors <= {"f16", "float8_e4m3"}
+    return fit and (_is_short(header) or (header.mins_dtype is not None and act == f16))
 
 
 def _widths(m: int) -> list[int]:
@@ -266,28 +286,28 @@ def _widths(m: int) -> list[int]:
 
 
 def _of_width(
-    header: WeightHeader, m: int, tokens: int, blocks: int, depth: int, tiles_n: int, num_sms: int
+    header: WeightHeader, m: int, tokens: int, blocks: int, depth: int, tiles_n: int, num_sms: int, scales: bool
 ) -> Iterator[WarpgroupPlan | None]:
-    """Plans of tiles with so many tokens. blocks: along K, where one tile has all tokens. Of up to 128 tokens no weight is
-    rounded, but those of short groups."""
+    """Plans of tiles with so many tokens. blocks: along K, where one tile has all tokens. scales: as
+    `_scales_weights` says; else no weight is rounded for up to 128 tokens."""
     fit = partial(planned, header, tokens, splits=1, blocks=1, depth=depth, nbytes=SHARED_NBYTES, registers=232)
-    blocks, short = blocks if m <= tokens else 1, _scales_weights(header)
-    if tokens <= 128 and not short:
+    blocks = blocks if m <= tokens else 1
+    if tokens <= 128 and not scales:
         yield planned(header, tokens, 1, 2, blocks, depth, SHARED_NBYTES, registers=232)
         yield fit(rows=2, overlap="steps")
         yield planned(header, tokens, 1, 1, 1, depth, HALF_NBYTES, blocks_per_sm=2)
-    if m > 128 or short:
+    if m > 128 or scales:
         yield fit(rows=1, blocks=blocks if tokens <= 128 else 1, scaled=True)
         yield fit(rows=2, scaled=True)
     if tokens <= MOST_STREAMED and _streams(-(-tiles_n // 2) * -(-m // tokens), num_sms):
-        yield fit(rows=2, scaled=m > 128 or short, launched=num_sms, streamed=True)
+        yield fit(rows=2, scaled=m > 128 or scales, launched=num_sms, streamed=True)
 
 
-def _may_fit(header: WeightHeader, plan: WarpgroupPlan) -> bool:
+def _may_fit(header: WeightHeader, plan: WarpgroupPlan, scales: bool) -> bool:
     """Whether registers may suffice for 128 tokens or more, and range: they do not for the sums of a group beside those of all
     groups where there are minimums."""
     if plan.scaled:
-        return not _is_short(header) or _scales_weights(header)
+        return not _is_short(header) or scales
     return header.mins_dtype is None
 
 
