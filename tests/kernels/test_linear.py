@@ -5,8 +5,8 @@ everything is added up and scaled in f32, and the result is rounded once. No wei
 
     |y - exact| <= (K + 8) * 2^-23 * sum_k |x_k| * (|scale_k * number_k| + |minimum_k|) + rounding of tables and of y.
 
-Warpgroups multiply weights by their scales, and round them, for more than 128 tokens, of short groups or with minimums for more
-than 16.
+Warpgroups multiply weights by their scales, and round them, for more than 128 tokens, of groups of 32 for more than 16, of 16 and
+with minimums for more than 8.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def exact_and_bound(
 def rounding_of_weights(device: str, x: torch.Tensor, matrix: QuantizedMatrix) -> Array | float:
     """That of warpgroups, for up to 128 tokens: once, of f16."""
     (m, k), group = x.shape, matrix.shape[1] // matrix.scales.shape[1]
-    if device != "cuda" or m <= 16 or k % 64 or x.dtype != torch.float16 or (group >= 64 and matrix.mins is None):
+    least = 8 if group == 16 or matrix.mins is not None else 16
+    if device != "cuda" or m <= least or k % 64 or x.dtype != torch.float16 or (group >= 64 and matrix.mins is None):
         return 0.0
     return RELATIVE[x.dtype] * np.abs(float64(x)) @ exact(matrix).sizes.T
 

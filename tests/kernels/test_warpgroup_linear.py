@@ -475,8 +475,10 @@ def test_no_weight_is_rounded_for_up_to_128_tokens(shape: tuple[int, int]) -> No
 @pytest.mark.parametrize("group", [16, 32])
 @pytest.mark.parametrize(("n", "k"), [(6144, 4096), (28672, 4096), (4096, 14336), (576, 1536)])
 def test_weights_of_short_groups_are_rounded_from_17_tokens_on(n: int, k: int, group: int, changes: Any) -> None:
+    """From 9 on, where each product of 16 columns has scales of its own, or a second product for minimums."""
     weight = header("int4", n, k, group, **changes)
-    assert not any(plan.scaled for m in (1, 8, 16) for plan in warpgroup_plans(weight, m, 132))
+    assert not any(plan.scaled for m in (1, 8) for plan in warpgroup_plans(weight, m, 132))
+    assert all(warpgroup_plans(weight, m, 132)[0].scaled == (group == 16 or "mins_dtype" in changes) for m in (9, 16))
     assert all(warpgroup_plans(weight, m, 132)[0].scaled for m in (17, 32, 64, 65, 100, 128, 200, 700))
     for factors in ({"scale_dtype": "float8_e8m0"}, {"mins_dtype": "f32"}):  # f16 does not hold all of them
         wide = header("int4", n, k, group, **(changes | factors))
@@ -484,11 +486,11 @@ def test_weights_of_short_groups_are_rounded_from_17_tokens_on(n: int, k: int, g
 
 
 @pytest.mark.parametrize("group", [64, 128, 4096])
-def test_with_minimums_weights_are_rounded_from_17_tokens_on(group: int) -> None:
+def test_with_minimums_weights_are_rounded_from_9_tokens_on(group: int) -> None:
     """Where f16 holds them: rounded to bf16, minimums would be off for all weights of a group at once."""
     weight = header("uint4", 4096, 4096, group, mins_dtype="f16")
-    assert not any(plan.scaled for m in (1, 8, 16) for plan in warpgroup_plans(weight, m, 132))
-    assert all(warpgroup_plans(weight, m, 132)[0].scaled for m in (17, 32, 64, 65, 100, 128, 200, 700))
+    assert not any(plan.scaled for m in (1, 8) for plan in warpgroup_plans(weight, m, 132))
+    assert all(warpgroup_plans(weight, m, 132)[0].scaled for m in (9, 16, 17, 32, 64, 65, 100, 128, 200, 700))
     assert not any(warpgroup_plans(weight, m, 132, tilus.bf16)[0].scaled for m in (17, 64, 128))
 
 
@@ -502,17 +504,20 @@ def test_scales_that_are_powers_of_two_multiply_weights_in_bf16() -> None:
 
 @pytest.mark.sampled(9)
 @pytest.mark.parametrize("m", [16, 24, 64, 128, 512])
+@pytest.mark.parametrize("n", [6144, 28672])
 @pytest.mark.parametrize("changes", [{}, {"has_zeros": True}, {"mins_dtype": "f16"}], ids=str)
 @pytest.mark.parametrize(
     ("dtype", "group"),
     [("int4", 32), ("uint8", 32), ("uint3", 32), ("uint4", 16), ("float6_e2m3", 32), ("float4_e2m1", 16)],
 )
-def test_registers_suffice_for_the_first_plan_of_short_groups(dtype: str, group: int, changes: Any, m: int) -> None:
+def test_registers_suffice_for_the_first_plan_of_short_groups(
+    dtype: str, group: int, changes: Any, n: int, m: int
+) -> None:
     """And products are not serialised, which `assemble` refuses."""
     if changes.get("has_zeros") and not getattr(tilus, dtype).is_integer:
         changes = {"scale_dtype": "float8_e4m3"}
-    weight_header = header(dtype, 6144, 4096, group, **changes)
+    weight_header = header(dtype, n, 4096, group, **changes)
     weight = QuantizedWeight(weight_header, **{name: np.empty(*kind) for name, kind in weight_header.arrays.items()})
-    operands = placeholder((m, 4096), tilus.f16), weight, placeholder((m, 6144), tilus.f16)
+    operands = placeholder((m, 4096), tilus.f16), weight, placeholder((m, n), tilus.f16)
     kernel, arguments, values = kernel_call(*operands, None, warpgroup_plans(weight_header, m, 132)[0])
     assemble(compile_function(kernel.specialize(*arguments, **values).function, HOPPER).ptx, HOPPER)

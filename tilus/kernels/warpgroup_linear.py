@@ -6,8 +6,8 @@ left operand of wgmma, and take turns along K (`splits`): while one waits for it
 shared memory, those of `blocks` blocks along K in that of the first, always in the same order.
 
 Sums of a group are scaled in f32, as in `linear`, so no weight is rounded, but by plans that are `scaled`: of more than 128
-tokens, and of more than 16 where groups have fewer columns than a tile, or minimums. Norms in front and behind may be parts of
-the kernel (`deferred_norm`). The producer asks for the first weights before it waits for the kernel in front (programmatic
+tokens, and of more than 8 or 16 where groups have fewer columns than a tile, or minimums. Norms in front and behind may be parts
+of the kernel (`deferred_norm`). The producer asks for the first weights before it waits for the kernel in front (programmatic
 dependent launch).
 """
 

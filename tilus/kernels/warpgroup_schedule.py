@@ -12,7 +12,7 @@ from functools import partial
 
 from tilus.dtypes import DataType, bf16, f16
 from tilus.kernels.quantize.header import WeightHeader
-from tilus.kernels.quantize.tiles import TILE, WHOLE
+from tilus.kernels.quantize.tiles import SMALLEST_GROUP, TILE, WHOLE
 from tilus.kernels.warpgroup_plan import HALF_NBYTES, SHARED_NBYTES, Overlap, Unit, WarpgroupPlan, planned
 
 # Bytes of codes of a row of tiles, beyond which another block along K is worth it: while they are read, or multiplied, too.
@@ -82,11 +82,11 @@ def _plans(
     tokens = _tokens(m, tiles_n, tiles_k, num_sms)
     shared = -(-m // tokens)  # blocks with the same rows
     blocks = _blocks(header, tiles_n * shared, tiles_k, num_sms, m)
+    if scales and m > least_scaled(header) and tokens <= 64:
+        yield from _scaling(header, tokens, blocks, tiles_n, tiles_k, num_sms)
     if m <= 16:
         yield from _reading(header, 8 if m <= 8 else 16, blocks, tiles_n, tiles_k, num_sms)
     elif tokens <= 64:
-        if scales:
-            yield from _scaling(header, tokens, blocks, tiles_n, tiles_k, num_sms)
         yield from _between(header, tokens, shared > 1, blocks, tiles_n, tiles_k, num_sms)
     if m > 64:
         blocks = _blocks(header, tiles_n, tiles_k, num_sms, m)
@@ -168,8 +168,8 @@ def _scaling(
     fit = partial(planned, header, tokens, depth=_depths(tiles_k, 2)[0], scaled=True)
     if tiles_n > num_sms:
         yield fit(rows=2, splits=1, blocks=1, nbytes=HALF_NBYTES, blocks_per_sm=2)
-    first = 2 if blocks == 2 and tokens > 32 else 3
-    for splits in (first, 5 - first):
+    first = 4 if tokens <= 16 else 2 if blocks == 2 and tokens > 32 else 3
+    for splits in (first, 3 if first != 3 else 2):
         yield fit(rows=1, splits=splits, blocks=blocks, nbytes=SHARED_NBYTES)
 
 
@@ -265,8 +265,8 @@ def _is_short(header: WeightHeader) -> bool:
 
 
 def _scales_weights(header: WeightHeader, act: DataType) -> bool:
-    """Whether weights are multiplied by scales, and rounded, instead (`scaled`), for more than 16 tokens: of short groups, and
-    with minimums, since those times sums of activations take as many products as the weights.
+    """Whether weights are multiplied by scales, and rounded, instead (`scaled`), for more than `least_scaled` tokens: of short
+    groups, and with minimums, since those times sums of activations take as many products as the weights.
 
     The type of the activations must hold what factors there are: bf16 powers of two, by which no code is rounded, but minimums
     only roughly, whose error all weights of a group share.
@@ -276,6 +276,11 @@ def _scales_weights(header: WeightHeader, act: DataType) -> bool:
         return act == bf16 and _is_short(header) and header.mins_dtype is None
     fit = factors <= {"f16", "float8_e4m3"}
     return fit and (_is_short(header) or (header.mins_dtype is not None and act == f16))
+
+
+def least_scaled(header: WeightHeader) -> int:
+    """Tokens up to which no weight is rounded: 8 where each tile of 16 has so much beside its products, else 16."""
+    return 8 if header.mins_dtype is not None or header.span == SMALLEST_GROUP else 16
 
 
 def _widths(m: int) -> list[int]:
