@@ -218,6 +218,7 @@ def linear(
     gated weight, silu or gelu_tanh: of the N = 2 F sums s, of F gates and then F factors, the result is [M, F],
     `silu(s[:, :F]) * s[:, F:]` (see `silu_mul`, `gelu_mul`), computed in f32 and rounded once. out_dtype: by default that of x.
     out: written in place when given. device: where to run (reference, emulator, cpu, cuda), by default as the arguments say.
+    Weights are rounded only on Hopper, of more than 8 to 128 tokens (docs/quantization.md, "Packed for the kernels").
     invariant: a number of y has the same bits whatever the other rows of x and of the weight are and however many there are (on
     one kind of device): sums along K are then cut in one way for every M and N, which takes longer for most.
     The kernel may start while the one in front of it runs, and then reads the weight and the bias, but not x: nothing that is
