@@ -402,11 +402,19 @@ def test_blocks_that_share_all_steps_have_a_tile_at_least(n: int, k: int, m: int
 
 @pytest.mark.parametrize(
     ("group", "changes", "m", "scaled"),
-    [(128, {}, 700, True), (32, {}, 700, True), (128, {}, 200, False), (128, {"mins_dtype": "f16"}, 200, True)],
+    [
+        (128, {}, 700, True),
+        (32, {}, 700, True),
+        (128, {}, 200, False),
+        (128, {"mins_dtype": "f16"}, 200, True),
+        (128, {"scale_dtype": "float8_e8m0"}, 700, False),
+    ],
 )
-def test_plans_without_registers_come_last(group: int, changes: Any, m: int, scaled: bool) -> None:
-    """Those that scale sums, where there are minimums."""
-    assert warpgroup_plans(header("int4", 4096, 4096, group, **changes), m, 132)[0].scaled == scaled
+def test_plans_without_registers_or_range_come_last(group: int, changes: Any, m: int, scaled: bool) -> None:
+    """Those that scale sums, where there are minimums; those that scale weights of f16 by any power of two."""
+    weight = header("int4", 4096, 4096, group, **changes)
+    assert warpgroup_plans(weight, m, 132)[0].scaled == scaled
+    assert warpgroup_plans(weight, 700, 132, tilus.bf16)[0].scaled
 
 
 @pytest.mark.sampled(6)

@@ -50,8 +50,7 @@ def warpgroup_plans(header: WeightHeader, m: int, num_sms: int, act: DataType = 
     tiles_n, tiles_k = -(-n // TILE), -(-k // TILE)
     if k % TILE:  # factors end with K, steps with a tile
         return ()
-    scales = _scales_weights(header, act)
-    found = [plan for plan in _plans(header, m, tiles_n, tiles_k, num_sms, scales) if plan is not None]
+    found = [plan for plan in _plans(header, m, tiles_n, tiles_k, num_sms, act) if plan is not None]
     return tuple(dict.fromkeys(found))
 
 
@@ -77,12 +76,12 @@ def _blocks(header: WeightHeader, tiles_n: int, tiles_k: int, num_sms: int, m: i
 
 
 def _plans(
-    header: WeightHeader, m: int, tiles_n: int, tiles_k: int, num_sms: int, scales: bool
+    header: WeightHeader, m: int, tiles_n: int, tiles_k: int, num_sms: int, act: DataType
 ) -> Iterator[WarpgroupPlan | None]:
     tokens = _tokens(m, tiles_n, tiles_k, num_sms)
     shared = -(-m // tokens)  # blocks with the same rows
     blocks = _blocks(header, tiles_n * shared, tiles_k, num_sms, m)
-    if scales and m > least_scaled(header) and tokens <= 64:
+    if _scales_weights(header, act) and m > least_scaled(header) and tokens <= 64:
         yield from _scaling(header, tokens, blocks, tiles_n, tiles_k, num_sms)
     if m <= 16:
         yield from _reading(header, 8 if m <= 8 else 16, blocks, tiles_n, tiles_k, num_sms)
@@ -90,7 +89,7 @@ def _plans(
         yield from _between(header, tokens, shared > 1, blocks, tiles_n, tiles_k, num_sms)
     if m > 64:
         blocks = _blocks(header, tiles_n, tiles_k, num_sms, m)
-        yield from _computing(header, m, blocks, tiles_n, tiles_k, num_sms, scales)
+        yield from _computing(header, m, blocks, tiles_n, tiles_k, num_sms, act)
 
 
 def _tokens(m: int, tiles_n: int, tiles_k: int, num_sms: int) -> int:
@@ -236,7 +235,7 @@ def _four_warpgroups(
 
 
 def _computing(
-    header: WeightHeader, m: int, blocks: int, tiles_n: int, tiles_k: int, num_sms: int, scales: bool
+    header: WeightHeader, m: int, blocks: int, tiles_n: int, tiles_k: int, num_sms: int, act: DataType
 ) -> Iterator[WarpgroupPlan | None]:
     """The time is that of tensor cores, or of activations on their way: plans by `_computing_us`, those first that may have
     registers enough. Two rows of tiles take turns with two warpgroups in one."""
@@ -248,11 +247,11 @@ def _computing(
                 header, MOST_TILE, 2, 1, 1, depth, SHARED_NBYTES, registers=208, scaled=True, sharing=sharing, launched=pairs
             )  # fmt: skip
     plans = [
-        plan for tokens in _widths(m) for plan in _of_width(header, m, tokens, blocks, depth, tiles_n, num_sms, scales)
+        plan for tokens in _widths(m) for plan in _of_width(header, m, tokens, blocks, depth, tiles_n, num_sms, act)
     ]
 
     def preference(plan: WarpgroupPlan) -> tuple[bool, float]:
-        return not _may_fit(header, plan, scales), _computing_us(plan, m, tiles_n, tiles_k, num_sms)
+        return not _may_fit(header, plan, act), _computing_us(plan, m, tiles_n, tiles_k, num_sms)
 
     yield from sorted((plan for plan in plans if plan is not None), key=preference)[:MOST_COMPUTING]
     yield planned(header, 128, 2, 1, 1, depth, SHARED_NBYTES, registers=232)
@@ -291,12 +290,12 @@ def _widths(m: int) -> list[int]:
 
 
 def _of_width(
-    header: WeightHeader, m: int, tokens: int, blocks: int, depth: int, tiles_n: int, num_sms: int, scales: bool
+    header: WeightHeader, m: int, tokens: int, blocks: int, depth: int, tiles_n: int, num_sms: int, act: DataType
 ) -> Iterator[WarpgroupPlan | None]:
-    """Plans of tiles with so many tokens. blocks: along K, where one tile has all tokens. scales: as
-    `_scales_weights` says; else no weight is rounded for up to 128 tokens."""
+    """Plans of tiles with so many tokens. blocks: along K, where one tile has all tokens. Where
+    weights are not scaled for fewer, none is rounded for up to 128 tokens."""
     fit = partial(planned, header, tokens, splits=1, blocks=1, depth=depth, nbytes=SHARED_NBYTES, registers=232)
-    blocks = blocks if m <= tokens else 1
+    blocks, scales = blocks if m <= tokens else 1, _scales_weights(header, act)
     if tokens <= 128 and not scales:
         yield planned(header, tokens, 1, 2, blocks, depth, SHARED_NBYTES, registers=232)
         yield fit(rows=2, overlap="steps")
@@ -308,11 +307,12 @@ def _of_width(
         yield fit(rows=2, scaled=m > 128 or scales, launched=num_sms, streamed=True)
 
 
-def _may_fit(header: WeightHeader, plan: WarpgroupPlan, scales: bool) -> bool:
+def _may_fit(header: WeightHeader, plan: WarpgroupPlan, act: DataType) -> bool:
     """Whether registers may suffice for 128 tokens or more, and range: they do not for the sums of a group beside those of all
-    groups where there are minimums."""
+    groups where there are minimums, and f16 has none for powers of two."""
     if plan.scaled:
-        return not _is_short(header) or scales
+        has_range = act == bf16 or header.scale_dtype != "float8_e8m0"
+        return _scales_weights(header, act) or (has_range and not _is_short(header))
     return header.mins_dtype is None
 
 
