@@ -509,7 +509,7 @@ def test_scales_that_are_powers_of_two_multiply_weights_in_bf16() -> None:
         assert m > 128 or not warpgroup_plans(weight, m, 132)[0].scaled
 
 
-@pytest.mark.sampled(9)
+@pytest.mark.sampled(18)
 @pytest.mark.parametrize("m", [16, 24, 64, 128, 512])
 @pytest.mark.parametrize("n", [6144, 28672])
 @pytest.mark.parametrize("changes", [{}, {"has_zeros": True}, {"mins_dtype": "f16"}], ids=str)
