@@ -55,10 +55,11 @@ def exact_and_bound(
 
 
 def rounding_of_weights(device: str, x: torch.Tensor, matrix: QuantizedMatrix) -> Array | float:
-    """That of warpgroups, for up to 128 tokens: once, of f16."""
-    (m, k), group = x.shape, matrix.shape[1] // matrix.scales.shape[1]
-    least = 8 if group == 16 or matrix.mins is not None else 16
-    if device != "cuda" or m <= least or k % 64 or x.dtype != torch.float16 or (group >= 64 and matrix.mins is None):
+    """That of warpgroups, for up to 128 tokens: once, of f16, where it holds the factors."""
+    (m, k), group, has_mins = x.shape, matrix.shape[1] // matrix.scales.shape[1], matrix.mins is not None
+    least = 8 if group % 32 or has_mins else 16
+    are_rounded = matrix.scale_dtype in (tilus.f16, tilus.float8_e4m3) and (group % 64 or has_mins)
+    if device != "cuda" or m <= least or k % 64 or x.dtype != torch.float16 or not are_rounded:
         return 0.0
     return RELATIVE[x.dtype] * np.abs(float64(x)) @ exact(matrix).sizes.T
 
@@ -167,7 +168,7 @@ def test_numbers_of_tokens(device: str, tokens: int, group: int, mins: bool) -> 
 
 @pytest.mark.parametrize("act", [torch.float16, torch.bfloat16], ids=str)
 def test_powers_of_two_as_scales_round_nothing(device: str, act: torch.dtype) -> None:
-    """For so many tokens that weights are multiplied by them; bf16 holds them; f16 does not, and sums are scaled."""
+    """For so many tokens that weights are multiplied by them: in bf16, which holds them; of f16 sums are scaled."""
     check(device, activations(40, 128, act), matrix_of("powers of two", tilus.float4_e2m1, 64, 128, 32), torch.float32)
 
 

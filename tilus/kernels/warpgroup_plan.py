@@ -30,10 +30,10 @@ class WarpgroupPlan:
     without asking. blocks_per_sm: how many blocks must fit on a multiprocessor. overlap: unpack the next piece while the product
     of the last one is under way, within a step, or that of the next step, too; "others": wait for it, in few registers, while
     other warpgroups unpack. scaled: multiply weights by their scales, and round them, not sums: for so many tokens that there
-    are no registers for the sums of a group beside those of all groups, and for groups of few columns. unit: what multiplies,
-    warpgroups, or the products of single warps, for which each loads all activations. sharing: blocks of a cluster, with
-    different rows, that bring parts of the same activations for each other. launched: so many blocks compute tiles one after
-    the other, 0: each block one. streamed: they have equal shares of the steps of all tiles.
+    are no registers for the sums of a group beside those of all groups, for groups of few columns, and for minimums. unit: what
+    multiplies, warpgroups, or the products of single warps, for which each loads all activations. sharing: blocks of a cluster,
+    with different rows, that bring parts of the same activations for each other. launched: so many blocks compute tiles one
+    after the other, 0: each block one. streamed: they have equal shares of the steps of all tiles.
     """
 
     tokens: int
@@ -86,9 +86,7 @@ class WarpgroupPlan:
             return replace(self, overlap="none")
         if self.blocks_per_sm > 1:
             return replace(self, blocks_per_sm=1)
-        if (
-            self.splits > 1 and self.depth > 2
-        ):  # fewer factors at a time; not twice as many steps: each may have its own
+        if self.splits > 1 and self.depth > 2:  # fewer factors at a time, but not twice as many sets of them
             stages = min(2 * self.stages - self.splits, MOST_STAGES)
             return replace(self, depth=self.depth // 2, stages=stages - stages % self.splits)
         if self.splits > 1:

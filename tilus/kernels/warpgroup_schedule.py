@@ -81,7 +81,7 @@ def _plans(
     tokens = _tokens(m, tiles_n, tiles_k, num_sms)
     shared = -(-m // tokens)  # blocks with the same rows
     blocks = _blocks(header, tiles_n * shared, tiles_k, num_sms, m)
-    if _scales_weights(header, act) and m > least_scaled(header) and tokens <= 64:
+    if _scales_weights(header, act) and m > _least_scaled(header) and tokens <= 64:
         yield from _scaling(header, tokens, blocks, tiles_n, tiles_k, num_sms)
     if m <= 16:
         yield from _reading(header, 8 if m <= 8 else 16, blocks, tiles_n, tiles_k, num_sms)
@@ -264,7 +264,7 @@ def _is_short(header: WeightHeader) -> bool:
 
 
 def _scales_weights(header: WeightHeader, act: DataType) -> bool:
-    """Whether weights are multiplied by scales, and rounded, instead (`scaled`), for more than `least_scaled` tokens: of short
+    """Whether weights are multiplied by scales, and rounded, instead (`scaled`), for more than `_least_scaled` tokens: of short
     groups, and with minimums, since those times sums of activations take as many products as the weights.
 
     The type of the activations must hold what factors there are: bf16 powers of two, by which no code is rounded, but minimums
@@ -277,7 +277,7 @@ def _scales_weights(header: WeightHeader, act: DataType) -> bool:
     return fit and (_is_short(header) or (header.mins_dtype is not None and act == f16))
 
 
-def least_scaled(header: WeightHeader) -> int:
+def _least_scaled(header: WeightHeader) -> int:
     """Tokens up to which no weight is rounded: 8 where each tile of 16 has so much beside its products, else 16."""
     return 8 if header.mins_dtype is not None or header.span == SMALLEST_GROUP else 16
 
@@ -292,8 +292,8 @@ def _widths(m: int) -> list[int]:
 def _of_width(
     header: WeightHeader, m: int, tokens: int, blocks: int, depth: int, tiles_n: int, num_sms: int, act: DataType
 ) -> Iterator[WarpgroupPlan | None]:
-    """Plans of tiles with so many tokens. blocks: along K, where one tile has all tokens. Where
-    weights are not scaled for fewer, none is rounded for up to 128 tokens."""
+    """Plans of tiles with so many tokens. blocks: along K, where one tile has all tokens. Up to 128 tokens
+    no weight is rounded, but where `_scales_weights` says so."""
     fit = partial(planned, header, tokens, splits=1, blocks=1, depth=depth, nbytes=SHARED_NBYTES, registers=232)
     blocks, scales = blocks if m <= tokens else 1, _scales_weights(header, act)
     if tokens <= 128 and not scales:
