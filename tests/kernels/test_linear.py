@@ -167,9 +167,13 @@ def test_numbers_of_tokens(device: str, tokens: int, group: int, mins: bool) -> 
 
 
 @pytest.mark.parametrize("act", [torch.float16, torch.bfloat16], ids=str)
-def test_powers_of_two_as_scales_round_nothing(device: str, act: torch.dtype) -> None:
-    """For so many tokens that weights are multiplied by them: in bf16, which holds them; of f16 sums are scaled."""
-    check(device, activations(40, 128, act), matrix_of("powers of two", tilus.float4_e2m1, 64, 128, 32), torch.float32)
+@pytest.mark.parametrize("least", [-33, -20])
+def test_powers_of_two_as_scales_round_nothing(device: str, act: torch.dtype, least: int) -> None:
+    """For so many tokens that weights are multiplied by them, by types that hold them; where f16 lacks some, sums are scaled."""
+    matrix = matrix_of("powers of two", tilus.float4_e2m1, 64, 128, 32)
+    matrix = replace(matrix, scales=np.maximum(matrix.scales, np.float32(2.0**least)))
+    assert matrix.scales.min() == 2.0**least and pack(matrix).header.exact_in_f16 == (least == -20)
+    check(device, activations(40, 128, act), matrix, torch.float32)
 
 
 @pytest.mark.sampled(6)

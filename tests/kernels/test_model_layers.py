@@ -82,7 +82,7 @@ def test_weights_are_packed_as_asked(tmp_path: Path) -> None:
     [
         ("uint4", WeightHeader(tilus.uint4, (6144, 4096), 128, "f16", "f16")),
         ("nf4", WeightHeader(tilus.uint4, (6144, 4096), 64, "f16", has_table=True)),
-        ("mxfp4", WeightHeader(tilus.float4_e2m1, (6144, 4096), 32, "float8_e8m0")),
+        ("mxfp4", WeightHeader(tilus.float4_e2m1, (6144, 4096), 32, "float8_e8m0", exact_in_f16=True)),
     ],
 )
 def test_schemes(tmp_path: Path, name: str, expected: WeightHeader) -> None:

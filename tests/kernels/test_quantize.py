@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import fields, replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from weights import CODE_TYPES, SCHEMES, matrix_of, random_matrix
+from weights import CODE_TYPES, SCHEMES, finite_codes, matrix_of, random_matrix
 
 import tilus
 from tilus import TilusError
 from tilus.dtypes import DataType
-from tilus.kernels.quantize import QuantizedMatrix, QuantizedWeight, WeightHeader, pack, unpack
+from tilus.kernels.quantize import QuantizedMatrix, QuantizedWeight, WeightHeader, pack, stack, unpack
 from tilus.kernels.quantize.codes import pack_codes, pack_codes_on, unpack_codes, unpack_codes_on
 from tilus.kernels.quantize.tiles import MMA, ROWS, WHOLE, TileOrder
 
@@ -201,7 +202,7 @@ def test_an_unknown_order() -> None:
 def test_headers_without_an_order_are_those_of_older_weights() -> None:
     header = pack(BASE).header
     data = header.to_json()
-    assert (data.pop("order"), data.pop("is_gated")) == ("mma", False)
+    assert (data.pop("order"), data.pop("is_gated"), data.pop("exact_in_f16")) == ("mma", False, False)
     assert WeightHeader.from_json(data) == header
 
 
@@ -261,6 +262,36 @@ def test_a_scale_of_zero_makes_its_group_zero() -> None:
     matrix = replace(BASE, scales=np.zeros((4, 2), np.float32), mins=np.full((4, 2), 0.5, np.float32))
     y = tilus.kernels.linear(np.ones((1, 64), np.float16), pack(matrix), out_dtype=np.float32, device="reference")
     assert (y == 32).all()
+
+
+def powers_of_two(dtype: tilus.DataType, codes: np.ndarray, exponents: np.ndarray) -> QuantizedMatrix:
+    return QuantizedMatrix(codes, np.ldexp(np.float32(1), exponents), None, dtype, scale_dtype=tilus.float8_e8m0)
+
+
+@pytest.mark.parametrize("dtype", CODE_TYPES, ids=str)
+def test_packed_weights_say_whether_f16_holds_them(dtype: tilus.DataType) -> None:
+    """Each code times each power of two, alone among zeros, and groups of zeros. f16 has multiples of 2^-24 below 65520."""
+    zero = np.flatnonzero(dtype.decode(np.arange(dtype.num_codes, dtype=np.uint8)) == 0)[0]
+    for code in finite_codes(dtype)[:: 1 if dtype.nbits < 6 else 7]:
+        number = Fraction(float(dtype.decode(np.array([code]))[0]))
+        for exponent in (-127, *range(-42, 18), 127):
+            codes = np.full((1, 32), zero, np.uint8)
+            codes[0, 5], scale = code, Fraction(2) ** exponent
+            holds_scale = scale < 65520 and (number == 0 or scale >= Fraction(1, 2**24))
+            expected = holds_scale and abs(number * scale) < 65520 and (number * scale * 2**24).denominator == 1
+            matrix = powers_of_two(dtype, codes, np.array([[exponent]]))
+            assert pack(matrix).header.exact_in_f16 == expected, (number, exponent)
+    assert not pack(random_matrix(dtype, 4, 64, 32)).header.exact_in_f16  # known of powers of two only
+
+
+def test_stacked_weights_are_exact_in_f16_where_each_one_is() -> None:
+    def packed(exponent: int) -> QuantizedWeight:
+        return pack(powers_of_two(tilus.float4_e2m1, np.full((64, 32), 2, np.uint8), np.full((64, 1), exponent)))
+
+    usual, tiny = packed(-8), packed(-40)
+    assert (usual.header.exact_in_f16, tiny.header.exact_in_f16) == (True, False)
+    assert stack([usual, usual]).header.exact_in_f16
+    assert not stack([usual, tiny]).header.exact_in_f16 and not stack([tiny, usual]).header.exact_in_f16
 
 
 def test_arrays_that_do_not_belong_to_the_header() -> None:

@@ -107,6 +107,7 @@ SCHEMES = [
     WeightHeader(tilus.uint4, (64, 128), 64, "f16", "f16"),
     WeightHeader(tilus.uint4, (200, 128), 64, "bf16", "f32", has_table=True),
     WeightHeader(tilus.float8_e5m2, (40, 96), 32, "float8_e8m0"),
+    WeightHeader(tilus.float4_e2m1, (40, 96), 32, "float8_e8m0", exact_in_f16=True),
     WeightHeader(tilus.uint3, (64, 128), 32, "f32", has_zeros=True),
     WeightHeader(tilus.float4_e2m1, (64, 64), 16, "float8_e4m3"),
 ]

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rounding import RELATIVE, float64
-from weights import CODE_TYPES, SCHEMES, exact, matrix_of
+from weights import CODE_TYPES, SCHEMES, exact, finite_codes, matrix_of
 
 import tilus
 from tilus.codegen.lower import lower
@@ -172,6 +172,25 @@ def test_numbers_of_2_bits_times_every_scale_of_8_bits_are_exact(device: str, ac
     plan = WarpgroupPlan(32, 1, 1, 1, 1, 2, scaled=True)
     launch(torch.eye(64, dtype=act), pack(matrix, "cpu", "mma"), y, None, plan, device)
     np.testing.assert_array_equal(float64(y).T, exact(matrix).values)
+
+
+@pytest.mark.sampled(6)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", CODE_TYPES, ids=str)
+def test_numbers_times_powers_of_two_that_f16_holds_are_exact(device: str, dtype: tilus.DataType) -> None:
+    """Each number times the least power of two by which all weights are multiples of 2^-24, the largest, and those between."""
+    numbers = finite_codes(dtype)
+    sizes = np.unique(np.abs(np.float64(dtype.decode(numbers))))
+    sizes = sizes[sizes > 0]
+    lowest, highest = -24 - np.log2(sizes.min()), np.floor(np.log2(65504 / sizes.max()))
+    exponents = np.int32(np.round(np.linspace(lowest, highest, 64)))[:, None]
+    codes = np.resize(numbers, -(-len(numbers) // 64) * 64)[None].repeat(64, 0)
+    scales = np.ldexp(np.float32(1), exponents.repeat(codes.shape[1] // 32, 1))
+    weight = pack(QuantizedMatrix(codes, scales, None, dtype, scale_dtype=tilus.float8_e8m0), "cpu", "mma")
+    assert weight.header.exact_in_f16
+    y = torch.full((codes.shape[1], 64), torch.nan)
+    launch(torch.eye(codes.shape[1]).half(), weight, y, None, WarpgroupPlan(32, 1, 1, 1, 1, 2, scaled=True), device)
+    np.testing.assert_array_equal(float64(y).T, np.float64(scales[:, :1]) * dtype.decode(codes))
 
 
 @pytest.mark.parametrize("device", DEVICES[1:])  # numpy promises no bits
@@ -501,12 +520,16 @@ def test_with_minimums_weights_are_rounded_from_9_tokens_on(group: int) -> None:
     assert not any(warpgroup_plans(weight, m, 132, tilus.bf16)[0].scaled for m in (17, 64, 128))
 
 
-def test_scales_that_are_powers_of_two_multiply_weights_in_bf16() -> None:
-    """There they round nothing, and f16 has no range for them."""
-    weight = header("float4_e2m1", 4096, 4096, 32, scale_dtype="float8_e8m0")
-    for m in (17, 32, 64, 65, 100, 128, 200, 700):
-        assert warpgroup_plans(weight, m, 132, tilus.bf16)[0].scaled
-        assert m > 128 or not warpgroup_plans(weight, m, 132)[0].scaled
+@pytest.mark.parametrize("group", [32, 128, 4096])
+@pytest.mark.parametrize("n", [4096, 28672])
+def test_scales_that_are_powers_of_two_multiply_weights_of_a_type_with_their_range(n: int, group: int) -> None:
+    """There they round nothing. f16 has no range for all of them: where it lacks some, no plan multiplies weights by them."""
+    weight = header("float4_e2m1", n, 4096, group, scale_dtype="float8_e8m0")
+    for m in (1, 17, 32, 64, 65, 100, 128, 512, 700, 2048, 5000):
+        expected = m > (16 if group == 32 else 128)
+        assert warpgroup_plans(weight, m, 132, tilus.bf16)[0].scaled == expected
+        assert warpgroup_plans(replace(weight, exact_in_f16=True), m, 132)[0].scaled == expected
+        assert not any(plan.scaled for plan in warpgroup_plans(weight, m, 132))
 
 
 @pytest.mark.sampled(18)

@@ -241,7 +241,7 @@ def _computing(
     registers enough. Two rows of tiles take turns with two warpgroups in one."""
     depth = _depths(tiles_k, 2)[0]
     blocks_of_all, pairs = -(-tiles_n // 2) * -(-m // MOST_TILE), num_sms // 2 * 2
-    if blocks_of_all >= LEAST_WAVES * num_sms:
+    if blocks_of_all >= LEAST_WAVES * num_sms and _has_range(header, act):
         for sharing in (2, 1):
             yield planned(
                 header, MOST_TILE, 2, 1, 1, depth, SHARED_NBYTES, registers=208, scaled=True, sharing=sharing, launched=pairs
@@ -267,14 +267,19 @@ def _scales_weights(header: WeightHeader, act: DataType) -> bool:
     """Whether weights are multiplied by scales, and rounded, instead (`scaled`), for more than `_least_scaled` tokens: of short
     groups, and with minimums, since those times sums of activations take as many products as the weights.
 
-    The type of the activations must hold what factors there are: bf16 powers of two, by which no code is rounded, but minimums
-    only roughly, whose error all weights of a group share.
+    The type of the activations must hold what factors there are: powers of two, by which no code is rounded, but bf16 holds
+    minimums only roughly, whose error all weights of a group share.
     """
     factors = {header.scale_dtype, header.mins_dtype or header.scale_dtype}
     if factors == {"float8_e8m0"}:
-        return act == bf16 and _is_short(header) and header.mins_dtype is None
+        return _has_range(header, act) and _is_short(header) and header.mins_dtype is None
     fit = factors <= {"f16", "float8_e4m3"}
     return fit and (_is_short(header) or (header.mins_dtype is not None and act == f16))
+
+
+def _has_range(header: WeightHeader, act: DataType) -> bool:
+    """Whether weights may be multiplied by scales in the type of the activations: f16 does not hold all powers of two."""
+    return act == bf16 or header.scale_dtype != "float8_e8m0" or (act == f16 and header.exact_in_f16)
 
 
 def _least_scaled(header: WeightHeader) -> int:
@@ -296,23 +301,23 @@ def _of_width(
     no weight is rounded, but where `_scales_weights` says so."""
     fit = partial(planned, header, tokens, splits=1, blocks=1, depth=depth, nbytes=SHARED_NBYTES, registers=232)
     blocks, scales = blocks if m <= tokens else 1, _scales_weights(header, act)
+    scaled = scales or (m > 128 and _has_range(header, act))
     if tokens <= 128 and not scales:
         yield planned(header, tokens, 1, 2, blocks, depth, SHARED_NBYTES, registers=232)
         yield fit(rows=2, overlap="steps")
         yield planned(header, tokens, 1, 1, 1, depth, HALF_NBYTES, blocks_per_sm=2)
-    if m > 128 or scales:
+    if scaled:
         yield fit(rows=1, blocks=blocks if tokens <= 128 else 1, scaled=True)
         yield fit(rows=2, scaled=True)
-    if tokens <= MOST_STREAMED and _streams(-(-tiles_n // 2) * -(-m // tokens), num_sms):
-        yield fit(rows=2, scaled=m > 128 or scales, launched=num_sms, streamed=True)
+    if tokens <= (MOST_STREAMED if scaled else 128) and _streams(-(-tiles_n // 2) * -(-m // tokens), num_sms):
+        yield fit(rows=2, scaled=scaled, launched=num_sms, streamed=True)
 
 
 def _may_fit(header: WeightHeader, plan: WarpgroupPlan, act: DataType) -> bool:
-    """Whether registers may suffice for 128 tokens or more, and range: they do not for the sums of a group beside those of all
-    groups where there are minimums, and f16 has none for powers of two."""
+    """Whether registers may suffice for 128 tokens or more: they do not for the sums of a group beside those of all groups where
+    there are minimums. And whether factors that f16 holds only roughly leave weights of long groups at least."""
     if plan.scaled:
-        has_range = act == bf16 or header.scale_dtype != "float8_e8m0"
-        return _scales_weights(header, act) or (has_range and not _is_short(header))
+        return _scales_weights(header, act) or not _is_short(header)
     return header.mins_dtype is None
 
 

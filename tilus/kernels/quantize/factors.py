@@ -36,6 +36,21 @@ def exact_codes(values: Array, dtype: str, name: str) -> Array:
     return codes
 
 
+def exact_in_f16(numbers: Array, codes: Bytes, scales: Array) -> bool:
+    """Whether float16 holds scales, and weights exactly, that are powers of two times numbers which it holds.
+
+    numbers: of each code. codes: [N, K]. scales: float32 [N, G]. Codes are looked at only in groups whose scale takes the type's
+    least or largest number out of range, as that of a group of zeros usually does.
+    """
+    sizes = np.abs(numbers[np.isfinite(numbers) & (numbers != 0)])
+    least, most = np.finfo(np.float16).smallest_subnormal, np.finfo(np.float16).max
+    outside = (scales < least / sizes.min()) | (scales > most / sizes.max())
+    grouped, rest = codes.reshape(*scales.shape, -1)[outside], scales[outside][:, None]
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = np.float16(rest) * np.float16(numbers)[grouped]
+    return bool(np.array_equal(found, np.float64(rest) * numbers[grouped]))
+
+
 def arrange(codes: Array, k: int, group: int, order: TileOrder) -> Bytes:
     """Codes [N, G] as bytes [ceil(N / 64), sets, 8, 8 * nbytes]; rows beyond N are zero."""
     n = codes.shape[0]

@@ -27,6 +27,7 @@ class WeightHeader:
     mins_dtype: names of the types that scales and minimums are stored in; None where there are no minimums. has_zeros, has_table,
     has_columns: whether there are zero points, a table that gives codes their meaning, a permutation of the columns. is_gated:
     whether the N rows are gates and their factors, in the order of `gates`.
+    exact_in_f16: whether float16 holds all weights that powers of two (float8_e8m0) scale; False of other scales.
     global_scale: multiplies every weight, in f32. order: of the codes and factors of a tile. version: of the layout of the bytes.
     Raises: TilusError for what no packed weight can be.
     """
@@ -40,6 +41,7 @@ class WeightHeader:
     has_table: bool = False
     has_columns: bool = False
     is_gated: bool = False
+    exact_in_f16: bool = False
     global_scale: float = 1.0
     order: TileOrder = MMA
     version: int = LAYOUT_VERSION
@@ -138,7 +140,8 @@ class WeightHeader:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> WeightHeader:
-        """The header that `to_json` wrote; those without an order, or `is_gated`, are older: of the order mma, not gated.
+        """The header that `to_json` wrote; those without an order, `is_gated` or `exact_in_f16` are older: of
+        the order mma, not gated, of unknown range.
 
         Raises: TilusError for another layout version, and for missing, unknown or wrong fields.
         """
@@ -147,7 +150,7 @@ class WeightHeader:
                 f"a packed weight of layout version {data.get('version')}, these kernels read version {LAYOUT_VERSION}",
                 hint="pack the weight again with this version of tilus",
             )
-        data = {"order": MMA.name, "is_gated": False, **data}
+        data = {"order": MMA.name, "is_gated": False, "exact_in_f16": False, **data}
         expected = {f.name: f.type for f in dataclasses.fields(cls)}
         if set(data) != set(expected):
             raise TilusError(f"the header of a packed weight has fields {sorted(data)}, expected {sorted(expected)}")
@@ -167,7 +170,8 @@ class WeightHeader:
 
 _JSON_TYPES: dict[str, tuple[type, ...]] = {
     "shape": (list, tuple), "group": (int,), "scale_dtype": (str,), "mins_dtype": (str, type(None)), "has_zeros": (bool,),
-    "has_table": (bool,), "has_columns": (bool,), "is_gated": (bool,), "global_scale": (float, int), "order": (str,),
+    "has_table": (bool,), "has_columns": (bool,), "is_gated": (bool,), "exact_in_f16": (bool,),
+    "global_scale": (float, int), "order": (str,),
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tilus.dtypes import DTYPES, DataType, f16
+from tilus.dtypes import DTYPES, DataType, f16, float8_e8m0
 from tilus.errors import TilusError
 from tilus.kernels.allocate import is_cuda, is_torch
 from tilus.kernels.quantize import factors
@@ -132,6 +132,7 @@ def pack(
     """
     header = _header(matrix, _order_for(device) if order is None else order_named(order), gated)
     _check_codes(matrix)
+    header = replace(header, exact_in_f16=_exact_in_f16(matrix))
     if gated:
         matrix = _with_rows(matrix, interleaved)
     arrays = {"scales": _packed_factors(matrix.scales, header.scale_dtype, "scale", header)}
@@ -161,7 +162,7 @@ def stack(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
     """
     first = weights[0]
     for index, weight in enumerate(weights):
-        ours, theirs = (replace(w.header, shape=(TILE, w.shape[1])) for w in (first, weight))
+        ours, theirs = (replace(w.header, shape=(TILE, w.shape[1]), exact_in_f16=False) for w in (first, weight))
         shared = (
             getattr(weight, name) is None or _same(getattr(weight, name), getattr(first, name)) for name in SHARED
         )
@@ -174,7 +175,8 @@ def stack(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
             raise TilusError(
                 f"weight {index} has {weight.shape[0]} rows, expected a multiple of {TILE} to stack others below it"
             )
-    header = replace(first.header, shape=(sum(weight.shape[0] for weight in weights), first.shape[1]))
+    shape = (sum(weight.shape[0] for weight in weights), first.shape[1])
+    header = replace(first.header, shape=shape, exact_in_f16=all(weight.header.exact_in_f16 for weight in weights))
     arrays = {
         name: array if name in SHARED else _concatenated([weight.arrays[name] for weight in weights])
         for name, array in first.arrays.items()
@@ -265,6 +267,14 @@ def _header(matrix: QuantizedMatrix, order: TileOrder, gated: bool) -> WeightHea
         global_scale=float(np.float32(matrix.global_scale)),
         order=order,
     )
+
+
+def _exact_in_f16(matrix: QuantizedMatrix) -> bool:
+    dtype, others = matrix.dtype, (matrix.mins, matrix.zeros, matrix.table)
+    if matrix.scale_dtype != float8_e8m0 or any(part is not None for part in others):
+        return False
+    numbers = np.asarray(dtype.decode(np.arange(dtype.num_codes, dtype=np.uint8)), np.float32)
+    return factors.exact_in_f16(numbers, matrix.codes, matrix.scales)
 
 
 def _packed_factors(values: Array, dtype: str, name: str, header: WeightHeader) -> Array:
