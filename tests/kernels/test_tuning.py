@@ -197,7 +197,7 @@ def test_problems_with_other_plans_have_other_keys() -> None:
     headers = [
         replace(INT4, shape=(4096, 8192)), replace(INT4, shape=(8192, 4096)), replace(INT4, dtype=tilus.uint4),
         replace(INT4, group=64), replace(INT4, scale_dtype="bf16"), replace(INT4, mins_dtype="f16"),
-        replace(INT4, has_zeros=True), replace(INT4, has_table=True),
+        replace(INT4, has_zeros=True), replace(INT4, has_table=True), replace(INT4, exact_in_f16=True),
     ]  # fmt: skip
     others = [problem_of(header, 5) for header in headers]
     others += [replace(base, m=9), replace(base, m=4), replace(base, act=tilus.bf16), replace(base, out=tilus.f32)]

@@ -65,15 +65,8 @@ class LinearProblem:
     def key(self, device: str) -> Key:
         """Under which the plan of the bucket is stored. device: the GPU's name."""
         header = self.header
-        scheme = (
-            header.scale_dtype,
-            header.mins_dtype,
-            header.has_zeros,
-            header.has_table,
-            header.exact_in_f16,
-            header.version,
-        )
-        parts = (*header.shape, header.dtype.name, header.group, *scheme, self.act.name, self.out.name)
+        scheme = (header.scale_dtype, header.mins_dtype, header.has_zeros, header.has_table, header.exact_in_f16)
+        parts = (*header.shape, header.dtype.name, header.group, *scheme, header.version, self.act.name, self.out.name)
         return Key(FAMILY, device, json.dumps([*parts, bucket(self.m)]))
 
     def __str__(self) -> str:
