@@ -256,6 +256,8 @@ def test_max_tokens_defaults_to_the_context() -> None:
         ([], 1, "the prompt has no tokens, but at least 1 is needed"),
         ([1, 64], 1, "the prompt contains token 64, but token ids go from 0 to 63"),
         ([1, -1], 1, "the prompt contains token -1, but token ids go from 0 to 63"),
+        ([1, 2**70], 1, f"the prompt contains token {2**70}, but token ids go from 0 to 63"),
+        ([1, -(2**31) - 1], 1, f"the prompt contains token {-(2**31) - 1}, but token ids go from 0 to 63"),
         ([1] * 21, 1, "the prompt has 21 tokens and max_tokens is 1, together 22" + LIMIT),
         ([1] * 5, 16, "the prompt has 5 tokens and max_tokens is 16, together 21" + LIMIT),
         (
