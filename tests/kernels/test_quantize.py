@@ -270,7 +270,8 @@ def powers_of_two(dtype: tilus.DataType, codes: np.ndarray, exponents: np.ndarra
 
 @pytest.mark.parametrize("dtype", CODE_TYPES, ids=str)
 def test_packed_weights_say_whether_f16_holds_them(dtype: tilus.DataType) -> None:
-    """Each code times each power of two, alone among zeros, and groups of zeros. f16 has multiples of 2^-24 below 65520."""
+    """Each code, of 6 bits and more every seventh, times each power of two, alone among zeros. f16 has multiples of 2^-24 below
+    65520."""
     zero = np.flatnonzero(dtype.decode(np.arange(dtype.num_codes, dtype=np.uint8)) == 0)[0]
     for code in finite_codes(dtype)[:: 1 if dtype.nbits < 6 else 7]:
         number = Fraction(float(dtype.decode(np.array([code]))[0]))
