@@ -8,14 +8,11 @@ made in a third of the time of a frozen dataclass.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
-
-import numpy as np
 
 from serving.errors import RequestError
 
@@ -23,7 +20,6 @@ FinishReason = Literal["stop", "length", "timeout", "error", "grammar"]
 Ending = FinishReason | Literal["abort"]  # the client has gone
 # The engine's only source of time, in seconds from an arbitrary start; injected, so that tests own it.
 Clock = Callable[[], float]
-TOKEN_NBYTES = 4  # of packed tokens
 UNKNOWN = -1  # in place of a token that has been sampled, or will be, but is still on the device
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
@@ -80,9 +76,35 @@ class SamplingParams:
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        for name, holds, expected in _RULES:
-            if not holds(self):
-                found = {"logit_bias": dict(self.logit_bias), "stop": list(self.stop)}.get(name, getattr(self, name))
+        biases, stops = dict(self.logit_bias), list(self.stop)
+        most = 0 if self.grammar is not None else self.max_tokens or self.min_tokens
+        rules = {
+            "max_tokens": (self.max_tokens is None or self.max_tokens >= 1, "at least 1"),
+            "ignore_eos": (not (self.grammar and self.ignore_eos), "false where a grammar decides"),
+            "min_tokens": (0 <= self.min_tokens <= most, "between 0 and max_tokens; 0 where a grammar decides"),
+            "temperature": (0.0 <= self.temperature <= 2.0, "between 0 and 2"),
+            "top_p": (0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
+            "top_k": (self.top_k >= 0, "at least 1, or 0 for no limit"),
+            "min_p": (0.0 <= self.min_p <= 1.0, "between 0 and 1"),
+            "presence_penalty": (abs(self.presence_penalty) <= 2.0, "between -2 and 2"),
+            "frequency_penalty": (abs(self.frequency_penalty) <= 2.0, "between -2 and 2"),
+            "repetition_penalty": (0.0 < self.repetition_penalty <= 2.0, "above 0 and at most 2"),
+            "logit_bias": (
+                len(self.logit_bias) <= MAX_BIASES and all(abs(bias) <= 100 for bias in biases.values()),
+                f"at most {MAX_BIASES} tokens with numbers between -100 and 100",
+            ),
+            "seed": (0 <= self.seed < 2**64, "between 0 and 2^64 - 1"),
+            "stop": (
+                len(stops) <= MAX_STOPS and all(0 < len(stop) <= MAX_STOP_LENGTH for stop in stops),
+                f"at most {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters",
+            ),
+            "stop_token_ids": (len(self.stop_token_ids) <= MAX_STOP_TOKENS, f"at most {MAX_STOP_TOKENS} tokens"),
+            "logprobs": (0 <= (self.logprobs or 0) <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}"),
+            "prompt_logprobs": (0 <= (self.prompt_logprobs or 0) <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}"),
+        }
+        for name, (holds, expected) in rules.items():
+            if not holds:
+                found = {"logit_bias": biases, "stop": stops}.get(name, getattr(self, name))
                 raise RequestError(f"{name} is {found!r:.200}, but must be {expected}", param=name)
 
     @cached_property
@@ -95,39 +117,6 @@ class SamplingParams:
     def edits_logits(self) -> bool:
         """Whether logits are changed before a token is drawn, be it by what came before."""
         return bool(self.logit_bias) or self.needs_history
-
-
-# Of parameters: whether one is as it must be, and how that is said.
-_RULES: tuple[tuple[str, Callable[[SamplingParams], bool], str], ...] = (
-    ("max_tokens", lambda p: p.max_tokens is None or p.max_tokens >= 1, "at least 1"),
-    ("ignore_eos", lambda p: not (p.grammar and p.ignore_eos), "false where a grammar decides"),
-    (
-        "min_tokens",
-        lambda p: 0 <= p.min_tokens <= (0 if p.grammar is not None else p.max_tokens or p.min_tokens),
-        "between 0 and max_tokens; 0 where a grammar decides",
-    ),
-    ("temperature", lambda p: 0.0 <= p.temperature <= 2.0, "between 0 and 2"),
-    ("top_p", lambda p: 0.0 < p.top_p <= 1.0, "above 0 and at most 1"),
-    ("top_k", lambda p: p.top_k >= 0, "at least 1, or 0 for no limit"),
-    ("min_p", lambda p: 0.0 <= p.min_p <= 1.0, "between 0 and 1"),
-    ("presence_penalty", lambda p: abs(p.presence_penalty) <= 2.0, "between -2 and 2"),
-    ("frequency_penalty", lambda p: abs(p.frequency_penalty) <= 2.0, "between -2 and 2"),
-    ("repetition_penalty", lambda p: 0.0 < p.repetition_penalty <= 2.0, "above 0 and at most 2"),
-    (
-        "logit_bias",
-        lambda p: len(p.logit_bias) <= MAX_BIASES and all(abs(bias) <= 100 for _, bias in p.logit_bias),
-        f"at most {MAX_BIASES} tokens with numbers between -100 and 100",
-    ),
-    ("seed", lambda p: 0 <= p.seed < 2**64, "between 0 and 2^64 - 1"),
-    (
-        "stop",
-        lambda p: len(p.stop) <= MAX_STOPS and all(0 < len(stop) <= MAX_STOP_LENGTH for stop in p.stop),
-        f"at most {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters",
-    ),
-    ("stop_token_ids", lambda p: len(p.stop_token_ids) <= MAX_STOP_TOKENS, f"at most {MAX_STOP_TOKENS} tokens"),
-    ("logprobs", lambda p: 0 <= (p.logprobs or 0) <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}"),
-    ("prompt_logprobs", lambda p: 0 <= (p.prompt_logprobs or 0) <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}"),
-)
 
 
 @dataclass(frozen=True)
@@ -143,25 +132,6 @@ class Request:
     params: SamplingParams
     priority: int = 0
     user: str = ""
-
-    @cached_property
-    def packed(self) -> bytes:
-        """The prompt, see `packed`."""
-        return packed(self.prompt)
-
-    @property
-    def token_range(self) -> tuple[int, int]:
-        """The least and the largest token of the prompt."""
-        try:
-            tokens = np.frombuffer(self.packed, np.int32)
-        except struct.error:  # larger than any vocabulary
-            return min(self.prompt), max(self.prompt)
-        return int(tokens.min()), int(tokens.max())
-
-
-def packed(tokens: List[int]) -> bytes:
-    """Tokens as int32, which long prompts are searched as in a third of the time. Raises struct.error for others."""
-    return struct.pack(f"={len(tokens)}i", *tokens)
 
 
 class Matcher(Protocol):
@@ -218,10 +188,6 @@ class Sequence:
     @property
     def num_output(self) -> int:
         return len(self.tokens) - self.num_prompt
-
-    @property
-    def packed(self) -> bytes:
-        return self.request.packed + packed(self.tokens[self.num_prompt :])
 
     @property
     def num_pending(self) -> int:

@@ -297,9 +297,7 @@ class StepBudget:
         most = max(0, min(pending, self._max_tokens - self.work.tokens))
         least = min(most, self._least)
         limit = max(self._limit, self._price(start, least)) if least else self._limit
-        count = most
-        if most > least and self._price(start, most) > limit:
-            count = least + bisect_right(range(least + 1, most), limit, key=lambda count: self._price(start, count))
+        count = least + bisect_right(range(least + 1, most + 1), limit, key=lambda count: self._price(start, count))
         self._least -= least
         if count:
             self.work = self.work.with_prompt(start, count)

@@ -123,7 +123,7 @@ class Engine:
         if size == 0:
             raise RequestError("the prompt has no tokens, but at least 1 is needed", param="prompt")
         for name, param, token_ids in (
-            ("the prompt", "prompt", request.token_range),
+            ("the prompt", "prompt", request.prompt),
             ("logit_bias", "logit_bias", dict(params.logit_bias)),
             ("stop_token_ids", "stop_token_ids", params.stop_token_ids),
         ):

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from serving.core import TOKEN_NBYTES, packed
 from serving.prefixes import ROOT, Prefixes
 from tilus.errors import TilusError
 
@@ -45,17 +44,17 @@ class PageTables:
         """Tokens that the whole pool holds."""
         return self.num_pages * self.page_size
 
-    def adopt(self, owner: str, tokens: bytes) -> int:
-        """Start the table of an owner, who has none, with pages that hold the beginning of its tokens, packed, already. How many
+    def adopt(self, owner: str, tokens: Sequence[int]) -> int:
+        """Start the table of an owner, who has none, with pages that hold the beginning of its tokens already. How many tokens
         these are: fewer than all, as the last one must be computed for the next to be sampled."""
-        pages, number = self._prefixes.find(tokens[:-TOKEN_NBYTES])
+        pages = self._prefixes.find(tokens[:-1])
         if not pages:
             return 0
         for page in pages:
             self._kept.pop(page, None)
         self._num_owners.update(pages)
         self._tables[owner] = tuple(pages)
-        self._ends[owner] = len(pages), number
+        self._ends[owner] = len(pages), self._prefixes.number(pages[-1])
         return len(pages) * self.page_size
 
     def publish(self, owner: str, tokens: Sequence[int], count: int) -> None:
@@ -64,11 +63,10 @@ class PageTables:
         size = self.page_size
         if not self._reuse or count // size <= known:
             return
-        end, nbytes = count // size, size * TOKEN_NBYTES
-        found = packed(tokens[known * size : end * size])
-        for index, page in enumerate(self._tables[owner][known:end]):
-            number = self._prefixes.add(page, number, found[index * nbytes : (index + 1) * nbytes])
-        self._ends[owner] = end, number
+        table = self._tables[owner]
+        for index in range(known, count // size):
+            number = self._prefixes.add(table[index], number, tokens[index * size : (index + 1) * size])
+            self._ends[owner] = index + 1, number
 
     def reserve(self, owner: str, num_tokens: int) -> bool:
         """Grow the owner's table until it holds `num_tokens`. False, and nothing changed, when pages are lacking."""

@@ -6,71 +6,54 @@ exactly when all their tokens up to its end are equal.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-from serving.core import TOKEN_NBYTES
+from collections.abc import Sequence
 
 ROOT = 0  # the number of the page in front of a sequence's first one
 
-
-class _Known(NamedTuple):
-    """The tokens of a page, and its number."""
-
-    tokens: bytes
-    page: int
-    number: int
+_Name = tuple[int, tuple[int, ...]]
 
 
 class Prefixes:
-    """Names of pages. Numbers are never given twice, so that what followed a forgotten page is not found any more. All tokens are
-    packed: a tuple of them is spread over memory that the processor has not seen for long."""
+    """Names of pages. Numbers are never given twice, so that what followed a forgotten page is not found any more."""
 
     def __init__(self, page_size: int) -> None:
-        self._page_nbytes = page_size * TOKEN_NBYTES
-        # Behind most pages one other is known, which is compared without being looked up by its tokens.
-        self._first: dict[int, _Known] = {}
-        self._others: dict[tuple[int, bytes], _Known] = {}
-        self._names: dict[int, tuple[int, bytes]] = {}  # by page: the number of the one in front of it, and its tokens
-        self._last = ROOT
+        self._page_size = page_size
+        self._pages: dict[_Name, int] = {}
+        self._known: dict[int, tuple[int, _Name]] = {}  # by page: its number and its name
+        self._next = ROOT + 1
 
     def __contains__(self, page: int) -> bool:
-        return page in self._names
+        return page in self._known
 
-    def find(self, tokens: bytes) -> tuple[list[int], int]:
-        """The pages of the longest known beginning of some tokens, and the number of the last one."""
-        found, number, size = list[int](), ROOT, self._page_nbytes
+    def find(self, tokens: Sequence[int]) -> list[int]:
+        """The pages of the longest known beginning of some tokens."""
+        found, number, size = list[int](), ROOT, self._page_size
+        tokens = tuple(tokens)  # whose parts are tuples at once
         for end in range(size, len(tokens) + 1, size):
-            known = self._get(number, tokens[end - size : end])
-            if known is None:
+            page = self._pages.get((number, tokens[end - size : end]))
+            if page is None:
                 break
-            _, page, number = known
             found.append(page)
-        return found, number
+            number = self._known[page][0]
+        return found
 
-    def add(self, page: int, before: int, tokens: bytes) -> int:
+    def number(self, page: int) -> int:
+        return self._known[page][0]
+
+    def add(self, page: int, before: int, tokens: Sequence[int]) -> int:
         """Make the tokens of a page known, behind the page with the number `before`; the number of what is known by these
         tokens, which is another page where one was first."""
-        known = self._get(before, tokens)
-        if known is None:
-            self._last += 1
-            known = _Known(tokens, page, self._last)
-            self._names[page] = before, tokens
-            if self._first.setdefault(before, known) is not known:
-                self._others[before, tokens] = known
-        return known.number
+        name = before, tuple(tokens)
+        known = self._pages.setdefault(name, page)
+        if known == page:
+            self._known[page] = self._next, name
+            self._next += 1
+        return self.number(known)
 
     def forget(self, page: int) -> None:
-        before, tokens = self._names.pop(page)
-        if before in self._first and self._first[before].page == page:
-            del self._first[before]
-        else:
-            del self._others[before, tokens]
+        _, name = self._known.pop(page)
+        del self._pages[name]
 
     def is_consistent(self) -> bool:
-        names = {known.page: (before, known.tokens) for before, known in self._first.items()}
-        others = {known.page: name for name, known in self._others.items()}
-        return names | others == self._names and len(names) + len(others) == len(self._names)
-
-    def _get(self, before: int, tokens: bytes) -> _Known | None:
-        first = self._first.get(before)
-        return first if first is not None and first.tokens == tokens else self._others.get((before, tokens))
+        names = {page: name for page, (_, name) in self._known.items()}
+        return {page: name for name, page in self._pages.items()} == names

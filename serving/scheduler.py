@@ -190,7 +190,7 @@ class Scheduler:
         if seq.num_unknown > 1:  # it has lost its place just now, and nobody knows which of its drafts agreed
             return False
         is_scored = seq.request.params.prompt_logprobs is not None  # what is found in the cache would have no logits
-        found = 0 if is_scored else self.pages.adopt(seq.id, seq.packed)
+        found = 0 if is_scored else self.pages.adopt(seq.id, seq.tokens)
         seq.num_shared = self.pages.num_shared(seq.id)
         if not (self._admission.admits(self.running, seq, self.pages) and self.pages.reserve(seq.id, len(seq.tokens))):
             if found:

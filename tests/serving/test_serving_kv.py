@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.core import packed
 from serving.kv import PageTables
 from tilus.errors import TilusError
 
@@ -52,7 +51,7 @@ def test_pages_are_shared_by_what_they_hold(num_pages: int, size: int, steps: li
         if owner in tables.owners():
             tables.release(owner)
         tokens = [ord(letter) for letter in text]
-        found = tables.adopt(owner, packed(tokens))
+        found = tables.adopt(owner, tokens)
         assert found % size == 0 and (found < len(tokens) or found == 0)
         for index in range(found // size):
             assert memory[tables.table(owner)[index]] == tokens[: (index + 1) * size]
@@ -67,7 +66,7 @@ def test_pages_are_shared_by_what_they_hold(num_pages: int, size: int, steps: li
             tables.publish(owner, tokens, count)
         tables.check()
         again = tables.num_free
-        if (repeated := tables.adopt("again", packed(tokens))) > 0:
+        if (repeated := tables.adopt("again", tokens)) > 0:
             tables.release("again")
         assert repeated == (len(tokens) - 1) // size * size and tables.num_free == again
         texts[owner] = tokens
@@ -85,7 +84,7 @@ def test_what_was_released_first_goes_first_and_ends_before_beginnings() -> None
         tables.release(owner)
     assert tables.num_free == 6
     assert tables.reserve("c", 2)
-    assert [tables.adopt(name, packed(tokens)) for name, tokens in (("a", [1, 2, 3, 0]), ("b", [4, 5, 6, 0]))] == [1, 3]
+    assert [tables.adopt(name, tokens) for name, tokens in (("a", [1, 2, 3, 0]), ("b", [4, 5, 6, 0]))] == [1, 3]
     assert not tables.reserve("d", 1)
     tables.check()
 
@@ -94,7 +93,7 @@ def test_without_reuse_nothing_is_found() -> None:
     tables = PageTables(4, 1)
     assert tables.reserve("a", 2)
     tables.publish("a", [1, 2], 2)
-    assert tables.adopt("b", packed([1, 2, 3])) == 0 and tables.owners() == {"a"}
+    assert tables.adopt("b", [1, 2, 3]) == 0 and tables.owners() == {"a"}
 
 
 @pytest.mark.parametrize(
@@ -103,17 +102,17 @@ def test_without_reuse_nothing_is_found() -> None:
         (lambda t: t._num_owners.update([t._tables["a"][0]]), "owners counted wrongly [0]"),
         (lambda t: t._prefixes.forget(0), "shared or kept with unknown tokens [0]"),
         (lambda t: t._free.append(t._kept.popitem()[0]), "free with known tokens [1]"),
-        (lambda t: t._prefixes._first.clear(), "names inconsistent"),
+        (lambda t: t._prefixes._pages.clear(), "names inconsistent"),
     ],
 )
 def test_check_names_wrong_sharing(corrupt, message: str) -> None:
     tables = PageTables(4, 2, reuse=True)
     tables.reserve("a", 4)
     tables.publish("a", [1, 2, 3, 4], 4)
-    tables.adopt("b", packed([1, 2, 5]))
+    tables.adopt("b", [1, 2, 5])
     tables.release("a")
     tables.reserve("a", 1)
-    tables.adopt("c", packed([1, 2, 6]))
+    tables.adopt("c", [1, 2, 6])
     tables._tables["a"], tables._tables["b"] = tables._tables["b"], tables._tables["a"]
     tables.check()
     corrupt(tables)
