@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tilus.dtypes import DTYPES
+from tilus.dtypes import DTYPES, f16
 from tilus.errors import TilusError
 from tilus.kernels.quantize.tiles import TILE, WHOLE, TileOrder, span_of
 
@@ -43,8 +43,7 @@ def exact_in_f16(numbers: Array, codes: Bytes, scales: Array) -> bool:
     least or largest number out of range, as that of a group of zeros usually does.
     """
     sizes = np.abs(numbers[np.isfinite(numbers) & (numbers != 0)])
-    least, most = np.finfo(np.float16).smallest_subnormal, np.finfo(np.float16).max
-    outside = (scales < least / sizes.min()) | (scales > most / sizes.max())
+    outside = (scales < f16.smallest_subnormal / sizes.min()) | (scales > f16.max_value / sizes.max())
     grouped, rest = codes.reshape(*scales.shape, -1)[outside], scales[outside][:, None]
     with np.errstate(over="ignore", invalid="ignore"):
         found = np.float16(rest) * np.float16(numbers)[grouped]
